@@ -1,0 +1,76 @@
+"""The decoder: embed the tokens, L blocks of attention and MLP around a residual stream, norm, head.
+
+GPT-2 (Radford et al. 2019), LLaMA (Touvron et al. 2023; SmolLM2 is one) and Qwen3 (2025) by configuration alone.
+12 C^2 parameters a block for GPT-2; see formulas/ for the others. Nothing here knows of ranks, of pages or of a
+training loop: parallelism replaces linears and cores from outside, a KV cache is an argument.
+B sequences, T tokens, C width, V vocabulary, H heads, K head_dim.
+"""
+import torch
+from torch import nn
+
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.model.attention import Attention
+from nanoinfra.model.layers import MLP, make_norm, rope_angles
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int, attention: str = "sdpa"):
+        super().__init__()
+        self.norm1 = make_norm(config)
+        self.attn = Attention(config, layer, attention)
+        self.norm2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, rope=None, cache=None) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x), rope, cache)                     # (B, T, C)
+        return x + self.mlp(self.norm2(x))                                # (B, T, C)
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer. Weights are torch's defaults until `init_weights` or a loader fills them."""
+
+    def __init__(self, config: ModelConfig, attention: str = "sdpa"):
+        super().__init__()
+        if config.parts.position == "rope" and config.head_dim % 2:
+            raise ValueError(f"head_dim {config.head_dim} is odd: RoPE turns pairs; try {config.head_dim + 1}")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.width)
+        if config.parts.position == "learned":
+            self.positions = nn.Embedding(config.context, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer, attention) for layer in range(config.layers))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.width, config.vocab, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor, positions=None, cache=None) -> torch.Tensor:
+        """Logits (B, T, V) for `tokens` (B, T); arguments as in `hidden`."""
+        return self.head(self.hidden(tokens, positions, cache))           # (B, T, V)
+
+    def hidden(self, tokens: torch.Tensor, positions=None, cache=None) -> torch.Tensor:
+        """What the head reads, after the final norm: (B, T, C) for `tokens` (B, T).
+
+        `positions` (T,) or (B, T) are the tokens' places in their sequences, 0..T-1 where not given. `cache`, where
+        given, holds the earlier tokens and attends for every layer; without it attention is plainly causal.
+        """
+        x, rope = self.start(tokens, positions)
+        for block in self.blocks:
+            x = block(x, rope, cache)                                     # (B, T, C)
+        return self.norm(x)
+
+    def start(self, tokens: torch.Tensor, positions=None):
+        """The first block's input (B, T, C), and the angles every block turns by (None for learned positions)."""
+        positions = self._places(tokens) if positions is None else positions
+        x = self.embed(tokens)                                            # (B, T, C)
+        if self.config.parts.position == "learned":
+            return x + self.positions(positions), None
+        return x, rope_angles(positions, self.config.head_dim, self.config.theta, x.dtype)
+
+    def _places(self, tokens):
+        T = tokens.shape[-1]
+        if T > self.config.context:
+            raise ValueError(f"{T} tokens do not fit the model's context of {self.config.context}; "
+                             f"give at most {self.config.context}")
+        return torch.arange(T, device=tokens.device)

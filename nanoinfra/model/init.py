@@ -1,0 +1,37 @@
+"""First weights, drawn by name: a parameter's values depend on the seed and its own name, and on nothing else.
+
+Normal with standard deviation 0.02, and 0.02 / sqrt(2 L) for the 2 L matrices that write to the residual stream
+(GPT-2, Radford et al. 2019, section 2.3). Norms start at 1, biases at 0. Neither the order of construction, nor the
+dtype, nor how many ranks share the model changes a draw: a rank that owns a slice draws the whole and keeps its slice.
+"""
+import hashlib
+import math
+
+import torch
+
+STD = 0.02
+RESIDUAL = ("attn.o.weight", "mlp.down.weight")
+
+
+def init_weights(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Fill every parameter of a `Decoder` in place, each in its own dtype and device. Returns the model."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(draw(name, parameter.shape, model.config.layers, seed))
+    return model
+
+
+def draw(name: str, shape: tuple[int, ...], layers: int, seed: int) -> torch.Tensor:
+    """The whole initial tensor `name`, float32 on the CPU, for a model of `layers` layers."""
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    std = STD / math.sqrt(2 * layers) if name.endswith(RESIDUAL) else STD
+    return torch.empty(shape).normal_(0.0, std, generator=generator(seed, name))
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator of its own for every (seed, name), seeded by the first 8 bytes of their SHA-256."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
