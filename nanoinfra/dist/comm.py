@@ -1,8 +1,9 @@
 """The one door to the wire: every collective of nanoinfra, each entered in the ledger.
 
-An axis of size 1 skips the wire and nothing else. With `wait=False` a collective returns a `Pending` at once, whose
-`.wait()` gives the result. Payload bytes are counted here (what all-reduce sums, all-gather returns,
-reduce-scatter and all-to-all take); on gloo, reduce-scatter is an all-to-all and a local sum, which is faster.
+An axis of size 1 skips the wire and nothing else. With `wait=False` a collective returns a `Pending` at
+once, whose `.wait()` gives the result. Payload bytes are counted here (what all-reduce sums, all-gather
+returns, reduce-scatter and all-to-all take); on gloo, reduce-scatter is an all-to-all and a local sum,
+which is faster.
 """
 import json
 import time
@@ -26,6 +27,7 @@ class Pending:
         """Block until done. The time spent here is the row's `wait_s`: communication that nothing hid."""
         if self.finish:
             begin = time.monotonic()
+            self.axis.ledger.wait(self.row)
             for work in self.works:
                 work.wait()
             if self.transfer:
@@ -37,8 +39,9 @@ class Pending:
 
 def all_reduce(x: torch.Tensor, axis, tag: str = "", op: str = "sum", wait: bool = True):
     """Sum (or "max", "min") `x` over the axis, in place."""
-    return _run("all_reduce", axis, tag, _bytes(x), x, wait, lambda: x,
-                lambda: dist.all_reduce(x, _OPS[op], group=axis.group, async_op=True))
+    dense = x.contiguous()
+    return _run("all_reduce", axis, tag, _bytes(x), x, wait, lambda: _back(dense, x),
+                lambda: dist.all_reduce(dense, _OPS[op], group=axis.group, async_op=True))
 
 
 def all_gather(x: torch.Tensor, axis, tag: str = "", wait: bool = True):
@@ -51,12 +54,13 @@ def all_gather(x: torch.Tensor, axis, tag: str = "", wait: bool = True):
 def reduce_scatter(x: torch.Tensor, axis, tag: str = "", wait: bool = True):
     """Sum `x` (N, ...) over the axis and keep row `axis.rank`: (...)."""
     if axis.size > 1 and dist.get_backend(axis.group) == "gloo":
-        parts = torch.empty_like(x, memory_format=torch.contiguous_format)             # (N, ...) my row, of each rank
+        parts = torch.empty_like(x, memory_format=torch.contiguous_format)     # (N, ...) my row, of each rank
         return _run("reduce_scatter", axis, tag, _bytes(x), x[0], wait, lambda: parts.sum(0),
                     lambda: dist.all_to_all_single(parts, x.contiguous(), group=axis.group, async_op=True))
     out = torch.empty_like(x[0])
     return _run("reduce_scatter", axis, tag, _bytes(x), x[0], wait, lambda: out,
-                lambda: _reduce_scatter(out.view(-1), x.contiguous().view(-1), group=axis.group, async_op=True))
+                lambda: _reduce_scatter(out.view(-1), x.contiguous().view(-1), group=axis.group,
+                                        async_op=True))
 
 
 def all_to_all(x: torch.Tensor, axis, tag: str = "", wait: bool = True):
@@ -68,8 +72,9 @@ def all_to_all(x: torch.Tensor, axis, tag: str = "", wait: bool = True):
 
 def broadcast(x: torch.Tensor, axis, tag: str = "", source: int = 0, wait: bool = True):
     """Overwrite `x` with that of `source`, a place on the axis."""
-    return _run("broadcast", axis, tag, _bytes(x), x, wait, lambda: x,
-                lambda: dist.broadcast(x, axis.ranks[source], group=axis.group, async_op=True))
+    dense = x.contiguous()
+    return _run("broadcast", axis, tag, _bytes(x), x, wait, lambda: _back(dense, x),
+                lambda: dist.broadcast(dense, axis.ranks[source], group=axis.group, async_op=True))
 
 
 def barrier(axis, tag: str = "") -> None:
@@ -82,17 +87,18 @@ def exchange(x: torch.Tensor, axis, tag: str = "", wait: bool = True):
     """Give `x` to the right neighbour, take one of the same shape from the left."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     right, left = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
-    return _messages("exchange", axis, tag, wait, x, gives=[(x, right)], takes=[(out, left)], result=out)
+    return _messages("exchange", axis, tag, wait, x, [(x, right)], [(out, left)], finish=lambda: out)
 
 
 def send(x: torch.Tensor, axis, to: int, tag: str = "", wait: bool = True):
     """Send `x` to place `to` on the axis."""
-    return _messages("send", axis, tag, wait, x, gives=[(x, to)], takes=[], result=x)
+    return _messages("send", axis, tag, wait, x, [(x, to)], [], finish=lambda: x)
 
 
 def recv(x: torch.Tensor, axis, source: int, tag: str = "", wait: bool = True):
     """Fill `x` from place `source` on the axis."""
-    return _messages("recv", axis, tag, wait, x, gives=[], takes=[(x, source)], result=x)
+    dense = x.contiguous()
+    return _messages("recv", axis, tag, wait, x, [], [(dense, source)], finish=lambda: _back(dense, x))
 
 
 def gather_objects(value, axis, tag: str = "") -> list:
@@ -114,11 +120,12 @@ def _run(op, axis, tag, payload, alone, wait, finish, start):
     return pending.wait() if wait else pending
 
 
-def _messages(op, axis, tag, wait, x, gives, takes, result):
-    """Point-to-point sends and receives as one ledger row; on an emulated wire each carries its arrival time."""
+def _messages(op, axis, tag, wait, x, gives, takes, finish):
+    """Sends and receives as one ledger row; on an emulated wire each carries its arrival time."""
     if axis.size == 1:
         return x if wait else Pending(x)
-    row = axis.ledger.enter(op, axis, tag, _bytes(x))
+    pair = (axis.rank, gives[0][1]) if op == "send" else (takes[0][1], axis.rank) if op == "recv" else None
+    row = axis.ledger.enter(op, axis, tag, _bytes(x), pair and tuple(axis.ranks[place] for place in pair))
     arrivals = [torch.empty(1, dtype=torch.float64) for _ in takes] if axis.link else []
     if axis.link:
         gives = [m for x, to in gives for m in ((axis.link.depart(_bytes(x)), to), (x, to))]
@@ -129,9 +136,13 @@ def _messages(op, axis, tag, wait, x, gives, takes, result):
     def arrived():
         for stamp in arrivals:
             sleep_until(stamp.item())
-        return result
+        return finish()
     pending = Pending(None, works, arrived, axis, row)
     return pending.wait() if wait else pending
+
+
+def _back(dense, x):
+    return x if dense is x else x.copy_(dense)         # the wire reads memory and knows no strides
 
 
 def _bytes(x):

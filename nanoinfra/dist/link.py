@@ -1,9 +1,9 @@
 """An emulated wire: makes communication time visible, and predictable, on a laptop.
 
-A collective on n ranks holds the link for T = steps * latency + ring bytes / bandwidth (formulas/wire.py), from the
-moment the last rank entered it and the link was free. Entry times travel beside the data, so every rank computes
-the same timeline; a rank that waits sleeps until its end, so overlap and exposed time are real. One host only:
-the ranks must share `time.monotonic`.
+A collective on n ranks holds the link for T = steps * latency + ring bytes / bandwidth (formulas/wire.py),
+from the moment the last rank entered it and the link was free. Entry times travel beside the data, so every
+rank computes the same timeline; a rank that waits sleeps until its end, so overlap and exposed time are real.
+One host only: the ranks must share `time.monotonic`.
 """
 import time
 from dataclasses import dataclass
@@ -14,17 +14,18 @@ import torch.distributed as dist
 
 @dataclass(eq=False)
 class Link:
-    """latency in seconds a message, bandwidth in bytes/s, one direction. `free_at` is when the last transfer ends."""
+    """latency in s a message, bandwidth in bytes/s, one way. `free_at` is when the last transfer ends."""
     latency: float
     bandwidth: float
     free_at: float = 0.0
 
     def __post_init__(self):
-        self.queue = []                      # collectives entered and not yet placed on the timeline, in order
+        self.queue = []                      # collectives entered, not yet placed on the timeline, in order
 
     def seconds(self, op: str, payload: int, n: int) -> float:
         """How long `op` holds the link."""
-        from nanoinfra.formulas.wire import ring_seconds  # here, so that dist/ can be lifted without formulas/
+        from nanoinfra.formulas.wire import ring_seconds  # so that dist/ can be lifted without formulas/
+
         return ring_seconds(op, payload, n, self.latency, self.bandwidth)
 
     def enter(self, op: str, payload: int, axis) -> "Transfer":
@@ -35,7 +36,7 @@ class Link:
         return self.queue[-1]
 
     def sleep_until_done(self, transfer: "Transfer") -> None:
-        """Place everything up to `transfer` on the timeline, in the order it was entered, and sleep until its end."""
+        """Place all up to `transfer` on the timeline, in the order they were entered; sleep until its end."""
         while transfer.end is None:
             first = self.queue.pop(0)
             first.work.wait()
@@ -43,7 +44,7 @@ class Link:
         sleep_until(transfer.end)
 
     def depart(self, payload: int) -> torch.Tensor:
-        """When a message sent now will have arrived, for the receiver to sleep until: (1,) float64 seconds."""
+        """When a message sent now will have arrived; the receiver sleeps until then: (1,) float64 seconds."""
         self.free_at = max(time.monotonic(), self.free_at) + self.seconds("send", payload, 2)
         return torch.tensor([self.free_at], dtype=torch.float64)
 

@@ -1,8 +1,8 @@
-"""Who am I on each axis: world = pp x dp x cp x tp ranks on torch's DeviceMesh, tp counted fastest, then cp, dp, pp.
+"""Who am I on each axis: world = pp x dp x cp x tp ranks on torch's DeviceMesh, tp fastest, then cp, dp, pp.
 
-An axis is a direction of the mesh (a dim is a tensor's). `data` is dp x cp flattened: the ranks that hold the same
-weights and see different tokens. An axis of size 1 has no group and needs none, so `Mesh()` works in a plain
-process. The mesh is an argument everywhere; nothing in nanoinfra asks for it behind your back.
+An axis is a direction of the mesh (a dim is a tensor's). `data` is dp x cp flattened: the ranks that hold
+the same weights and see different tokens. An axis of size 1 has no group and needs none, so `Mesh()` works
+in a plain process. The mesh is an argument everywhere; nothing in nanoinfra asks for it behind your back.
 """
 import functools
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from nanoinfra.dist.ledger import Ledger
 from nanoinfra.dist.link import Link
 
 AXES = ("pp", "dp", "cp", "tp")
+_wire: dict[str, tuple[float, float]] = {}   # what Mesh() emulates unless told otherwise; see emulate()
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Axis:
 class Mesh:
     """`mesh.dp.rank`, `mesh.tp.size`, `mesh.data`, `mesh.world`: five axes and the world, one ledger.
 
-    `wire={"tp": (latency_s, bytes_per_s)}` emulates a wire on an axis (see link.py); `data` takes dp's.
+    `wire={"tp": (latency_s, bytes_per_s)}` emulates a wire on an axis (see link.py); `data` takes dp's. Where
+    none is given, that of `emulate` holds, which a pool of ranks sets.
     Raises ValueError where pp x dp x cp x tp is not the number of ranks.
     """
 
@@ -45,7 +47,8 @@ class Mesh:
         sizes = (pp, dp, cp, tp)
         check_fits(world_size(), pp, dp, cp, tp)
         self.ledger, self.device = Ledger(), device
-        wire = wire or {}
+        wire = _wire if wire is None else wire
+        check_wire(wire)
         self._wire = {"data": wire["dp"], **wire} if "dp" in wire else wire
         groups = _groups(device, sizes, dist.group.WORLD if dist.is_initialized() else None)
         for name in (*AXES, "data", "world"):
@@ -61,6 +64,23 @@ class Mesh:
         return "Mesh(" + ", ".join(f"{a}={getattr(self, a).size}" for a in AXES) + f", rank={self.rank})"
 
 
+def emulate(wire: dict[str, tuple[float, float]] | None) -> None:
+    """From now on each Mesh made in this process without a wire of its own emulates this; None ends that."""
+    check_wire(wire or {})
+    _wire.clear()
+    _wire.update(wire or {})
+
+
+def check_wire(wire: dict[str, tuple[float, float]]) -> None:
+    """Raise ValueError unless `wire` maps axes to (latency in s, bandwidth in bytes/s)."""
+    for name, (latency, bandwidth) in wire.items():
+        if name not in (*AXES, "data", "world"):
+            raise ValueError(f"no axis is called {name!r}; a wire goes on {', '.join(AXES)}, data or world")
+        if latency < 0 or bandwidth <= 0:
+            raise ValueError(f"the wire of {name} has latency {latency} s and bandwidth {bandwidth} bytes/s; "
+                             f"it needs latency >= 0 and bandwidth > 0, as in {name}=20e-6,2e9")
+
+
 def world_size() -> int:
     """Ranks in this run; 1 in a plain process."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -69,24 +89,26 @@ def world_size() -> int:
 def check_fits(world: int, pp: int, dp: int, cp: int, tp: int) -> None:
     """Raise ValueError, with a mesh that would fit, unless pp x dp x cp x tp is `world`."""
     if min(pp, dp, cp, tp) < 1:
-        raise ValueError(f"every axis needs at least 1 rank, got pp={pp} dp={dp} cp={cp} tp={tp}; leave unused axes at 1")
+        raise ValueError(f"every axis needs at least 1 rank, got pp={pp} dp={dp} cp={cp} tp={tp}; "
+                         f"leave unused axes at 1")
     if pp * dp * cp * tp != world:
         rest = pp * cp * tp
         hint = f"--dp {world // rest}" if world % rest == 0 else f"{rest * max(1, world // rest)} ranks"
-        raise ValueError(f"pp={pp} x dp={dp} x cp={cp} x tp={tp} = {pp * dp * cp * tp} does not fit {world} ranks; "
-                         f"try {hint}")
+        raise ValueError(f"pp={pp} x dp={dp} x cp={cp} x tp={tp} = {pp * dp * cp * tp} does not fit "
+                         f"{world} ranks; try {hint}")
 
 
-@functools.cache                             # a gloo group keeps threads for ever: make each mesh's groups once
+@functools.cache                             # a gloo group keeps threads for ever: make them once a shape
 def _groups(device, sizes, world_group):
-    """{axis: (global ranks, group)} of this rank; `world_group` keys the cache to one life of torch.distributed."""
+    """{axis: (global ranks, group)} of this rank; `world_group` ties the cache to a process group's life."""
     if prod(sizes) == 1:
         return dict.fromkeys((*AXES, "data", "world"), ((0,), None))
     mesh = init_device_mesh(device, sizes, mesh_dim_names=AXES)
     axes = {name: _line(mesh[name]) for name in AXES}
     pp, dp, cp, tp = sizes
     axes["world"] = (tuple(range(prod(sizes))), world_group)
-    axes["data"] = axes["dp"] if cp == 1 else axes["cp"] if dp == 1 else _line(mesh["dp", "cp"]._flatten("data"))
+    flat = dp > 1 and cp > 1
+    axes["data"] = _line(mesh["dp", "cp"]._flatten("data")) if flat else axes["dp" if cp == 1 else "cp"]
     return axes
 
 

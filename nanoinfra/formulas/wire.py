@@ -1,7 +1,7 @@
 """Bytes and seconds of collectives.
 
-payload S is the full tensor's bytes: what all-reduce sums, all-gather returns, reduce-scatter and all-to-all take.
-Ring, per rank: all-reduce 2 (n-1)/n S, all-gather and reduce-scatter (n-1)/n S, all-to-all (n-1)/n S, broadcast S.
+Payload S is the full tensor's bytes: what all-reduce sums, all-gather returns, reduce-scatter and all-to-all
+take. Ring, per rank: all-reduce 2 (n-1)/n S, all-gather, reduce-scatter, all-to-all (n-1)/n S, broadcast S.
 Seconds by the alpha-beta model (Hockney 1994): steps * alpha + bytes / beta.
 Rings: Patarasuk & Yuan 2009.  Trees: Thakur, Rabenseifner & Gropp 2005.
 """
@@ -42,15 +42,15 @@ def ring_steps(op: str, n: int) -> int:
 
 
 def ring_seconds(op: str, payload: float, n: int, latency: float, bandwidth: float) -> float:
-    """Seconds a ring `op` takes: `latency` in s a message, `bandwidth` in bytes/s a direction of a rank's link."""
+    """Seconds a ring `op` takes; `latency` in s a message, `bandwidth` in bytes/s a direction of a link."""
     return ring_steps(op, n) * latency + ring_bytes(op, payload, n) / bandwidth
 
 
 def tree_bytes(payload: float, n: int) -> float:
-    """Bytes the busiest rank sends in a binomial-tree all-reduce (reduce to one, broadcast): the root's log2(n) S."""
+    """Bytes the busiest rank sends in a binomial-tree all-reduce (reduce, broadcast): log2(n) S, the root."""
     return payload * ceil(log2(n)) if n > 1 else 0.0
 
 
 def tree_seconds(payload: float, n: int, latency: float, bandwidth: float) -> float:
-    """Seconds of a binomial-tree all-reduce: 2 ceil(log2 n) messages of the whole payload, one after another."""
+    """Seconds of a binomial-tree all-reduce: 2 ceil(log2 n) messages of all the payload, one by one."""
     return 2 * ceil(log2(n)) * (latency + payload / bandwidth) if n > 1 else 0.0

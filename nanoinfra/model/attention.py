@@ -1,8 +1,8 @@
 """Causal attention with grouped queries: softmax(q k^T / sqrt(K)) v, query t seeing keys 0..t.
 
-Vaswani et al. 2017; GQA (Ainslie et al. 2023): H/KV query heads share one key/value head, so the KV cache holds
-2 KV K numbers a token and layer. The core that does the sums is an attribute: `naive` writes the (T, S) scores to
-memory, `sdpa` is torch's fused one; a KV cache, given as an argument, takes the core's place.
+Vaswani et al. 2017; GQA (Ainslie et al. 2023): H/KV query heads share one key/value head, so that a KV cache
+holds 2 KV K numbers a token and layer. The core that does the sums is an attribute: `naive` writes the (T, S)
+scores to memory, `sdpa` is torch's fused one; a KV cache, given as an argument, takes the core's place.
 B sequences, T query tokens, S key tokens, H query heads, KV key heads, G = H/KV, K head_dim.
 """
 import math
@@ -16,7 +16,7 @@ from nanoinfra.model.layers import RMSNorm, rotate, wide
 
 
 class Attention(nn.Module):
-    """Self-attention of one layer. Heads are counted from the projections' width, so slices of them work too."""
+    """Self-attention of one layer. Heads are counted from the projections, so slices of them work."""
 
     def __init__(self, config: ModelConfig, layer: int, attention: str = "sdpa"):
         super().__init__()
@@ -33,25 +33,27 @@ class Attention(nn.Module):
         self.core = CORES[attention]
 
     def forward(self, x: torch.Tensor, rope=None, cache=None) -> torch.Tensor:
-        """`x` (B, T, C) -> (B, T, C). `rope` is (cos, sin) or None; `cache.attend` replaces the causal core."""
+        """`x` (B, T, C) -> (B, T, C). `rope` is (cos, sin) or None; a cache replaces the core."""
         q, k, v = self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        y = self.core(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)   # (B, H, T, K)
-        return self.o(y.transpose(1, 2).flatten(2))                                      # (B, T, C)
+        y = self.core(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
+        return self.o(y.transpose(1, 2).flatten(2))                       # (B, H, T, K) -> (B, T, C)
 
     def _heads(self, x):
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                      # (B, H or KV, T, K)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)       # (B, H or KV, T, K)
 
 
 def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention as written, with the scores in memory. Queries are the last T of the S tokens: (B, H, T, K)."""
+    """Attention as written. `k`, `v` (B, KV, S, K); `q` (B, H, T, K) are the last T of the S tokens."""
     (T, K), (KV, S) = q.shape[2:], k.shape[1:3]
     q = q.unflatten(1, (KV, -1))                                          # (B, KV, G, T, K)
     scores = (q.flatten(2, 3) @ k.mT).view(*q.shape[:-1], S)              # (B, KV, G, T, S)
-    scores = scores.masked_fill(future(T, S, q.device), -math.inf) / math.sqrt(K)
+    scores = scores / math.sqrt(K)
+    if T > 1:                                                             # a single query is the newest token
+        scores = scores.masked_fill(future(T, S, q.device), -math.inf)
     weights = scores.softmax(dim=-1, dtype=wide(q.dtype)).to(q.dtype)     # (B, KV, G, T, S)
     y = weights.flatten(2, 3) @ v                                         # (B, KV, G*T, K)
     return y.view(q.shape).flatten(1, 2)                                  # (B, H, T, K)
@@ -60,7 +62,7 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The same by torch's fused kernel, which never writes the scores to memory."""
     (H, T), (KV, S) = q.shape[1:3], k.shape[1:3]
-    mask = None if T == S else ~future(T, S, q.device)                    # torch's own mask aligns at the start
+    mask = None if T == S else ~future(T, S, q.device)  # torch's own mask aligns at the start
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=H != KV)
 
 

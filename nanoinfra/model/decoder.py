@@ -1,9 +1,9 @@
 """The decoder: embed the tokens, L blocks of attention and MLP around a residual stream, norm, head.
 
-GPT-2 (Radford et al. 2019), LLaMA (Touvron et al. 2023; SmolLM2 is one) and Qwen3 (2025) by configuration alone.
-12 C^2 parameters a block for GPT-2; see formulas/ for the others. Nothing here knows of ranks, of pages or of a
-training loop: parallelism replaces linears and cores from outside, a KV cache is an argument.
-B sequences, T tokens, C width, V vocabulary, H heads, K head_dim.
+GPT-2 (Radford et al. 2019), LLaMA (Touvron et al. 2023; SmolLM2 is one) and Qwen3 (2025) by configuration
+alone. GPT-2's block has 12 C^2 parameters in its matrices. Nothing here knows of ranks, of pages or of a
+training loop: parallelism replaces linears and attention cores from outside, a KV cache is an argument.
+B sequences, T tokens, C width, V vocabulary, K head_dim.
 """
 import torch
 from torch import nn
@@ -29,12 +29,13 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer. Weights are torch's defaults until `init_weights` or a loader fills them."""
+    """A decoder-only transformer. Holds torch's default weights until `init_weights` or a loader fills it."""
 
     def __init__(self, config: ModelConfig, attention: str = "sdpa"):
         super().__init__()
         if config.parts.position == "rope" and config.head_dim % 2:
-            raise ValueError(f"head_dim {config.head_dim} is odd: RoPE turns pairs; try {config.head_dim + 1}")
+            raise ValueError(f"head_dim {config.head_dim} is odd, but RoPE turns pairs; "
+                             f"try {config.head_dim + 1}")
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.width)
         if config.parts.position == "learned":
@@ -52,8 +53,9 @@ class Decoder(nn.Module):
     def hidden(self, tokens: torch.Tensor, positions=None, cache=None) -> torch.Tensor:
         """What the head reads, after the final norm: (B, T, C) for `tokens` (B, T).
 
-        `positions` (T,) or (B, T) are the tokens' places in their sequences, 0..T-1 where not given. `cache`, where
-        given, holds the earlier tokens and attends for every layer; without it attention is plainly causal.
+        `positions` (T,) or (B, T) are the tokens' places in their sequences, 0..T-1 where not given. `cache`,
+        where given, holds the earlier tokens and attends for every layer; without it attention is plainly
+        causal.
         """
         x, rope = self.start(tokens, positions)
         for block in self.blocks:
@@ -61,11 +63,11 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def start(self, tokens: torch.Tensor, positions=None):
-        """The first block's input (B, T, C), and the angles every block turns by (None for learned positions)."""
+        """The first block's input (B, T, C), and RoPE's angles for all blocks or None."""
         positions = self._places(tokens) if positions is None else positions
         x = self.embed(tokens)                                            # (B, T, C)
         if self.config.parts.position == "learned":
-            return x + self.positions(positions), None
+            return x + self.positions(positions), None                    # (B, T, C)
         return x, rope_angles(positions, self.config.head_dim, self.config.theta, x.dtype)
 
     def _places(self, tokens):

@@ -1,8 +1,9 @@
-"""First weights, drawn by name: a parameter's values depend on the seed and its own name, and on nothing else.
+"""First weights, drawn by name: a parameter's values depend on the seed and its own name alone.
 
-Normal with standard deviation 0.02, and 0.02 / sqrt(2 L) for the 2 L matrices that write to the residual stream
-(GPT-2, Radford et al. 2019, section 2.3). Norms start at 1, biases at 0. Neither the order of construction, nor the
-dtype, nor how many ranks share the model changes a draw: a rank that owns a slice draws the whole and keeps its slice.
+Normal with standard deviation 0.02, and 0.02 / sqrt(2 L) for the 2 L matrices that write to the residual
+stream (GPT-2, Radford et al. 2019, section 2.3). Norms start at 1, biases at 0. Neither the order of
+construction nor the dtype nor the number of ranks changes a draw: who owns a slice draws the whole and
+keeps the slice.
 """
 import hashlib
 import math

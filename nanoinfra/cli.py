@@ -1,0 +1,87 @@
+"""The command line: `nanoinfra train`, `nanoinfra generate`.
+
+Flags are generated from dataclasses that import no torch, so `--help` answers at once. A user's mistake is one line
+on stderr with a fix that works, and exit code 2; an error that does not come from nanoinfra's own checks keeps its
+traceback.
+"""
+import contextlib
+import io
+import itertools
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from nanoinfra.serve.options import GenerateOptions
+from nanoinfra.train.config import TrainFlags
+
+Command = (Annotated[TrainFlags, tyro.conf.subcommand("train")]
+           | Annotated[GenerateOptions, tyro.conf.subcommand("generate")])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        options = _parse(argv)
+        return _train(options, argv) if isinstance(options, TrainFlags) else _generate(options)
+    except ValueError as error:
+        if not _ours(error):
+            raise
+        return _mistake(str(error))
+
+
+def _parse(argv):
+    """tyro's answer; its own errors come in a box, and leave as one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Command, prog="nanoinfra", args=argv, description="LLM infrastructure, rebuilt small: train, then use what you trained.")
+    except SystemExit as stop:
+        if not stop.code:
+            raise                            # --help
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]
+        message = " ".join(itertools.takewhile(lambda line: line and line[0] not in "─╰", lines))
+        raise ValueError(f"{message.strip(' .')}; see nanoinfra --help") from None
+
+
+def _train(flags, argv):
+    from nanoinfra.train import config, launch
+    if not launch.is_rank() and not launch.joined():
+        world = config.ranks_wanted(flags.mesh)
+        config.check(flags, world)
+        if world > 1:
+            return launch.launch(argv, world, flags.run.out)
+    from nanoinfra.train.trainer import train
+    with launch.process_group(flags.mesh.device, flags.run.out):
+        train(flags)
+    return 0
+
+
+def _generate(options):
+    from nanoinfra.serve.generate import main as generate
+    return generate(options)
+
+
+def _mistake(message):
+    from nanoinfra.train import launch
+    if not launch.leave_error(message):
+        print(f"nanoinfra: {message}", file=sys.stderr)
+    return 2
+
+
+def _ours(error):
+    """Was it raised by a line of nanoinfra, rather than somewhere below?"""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).resolve().is_relative_to(Path(__file__).resolve().parent)
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,150 @@
+"""Where text comes from: train documents, held-out documents, and the hash that names them.
+
+A file is held out when sha256(its relative path) % 20 == 0, a piece of a single file when sha256(its content)
+% 20 == 0: never by position, so that adding a file moves no other and equal pieces stay on one side. The
+embedded corpus is this machine's Python standard library (it differs by Python version: name the hash). Feeds
+tokenizer.py and source.py.
+"""
+import hashlib
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+HELD_OUT = 20                  # one document in so many is held out
+PIECE = 8192                   # characters after which a single file is cut, at the next blank line
+
+
+class Document(NamedTuple):
+    """One text and where it came from."""
+    path: str                  # relative to the corpus, with /; `name#3` is the third piece of a file
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents, split; both sides hold text. `skipped` names each file left out, so that a run can tell."""
+    name: str                                # as given to --data
+    train: tuple[Document, ...]
+    held_out: tuple[Document, ...]
+    skipped: tuple[str, ...] = ()            # "path: reason"
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over every path and text and its side of the split, in hexadecimal."""
+        digest = hashlib.sha256()
+        for side in (self.train, self.held_out):
+            digest.update(len(side).to_bytes(8, "little"))
+            for part in (part for document in side for part in document):
+                digest.update(_sha256(part))
+        return digest.hexdigest()
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """UTF-8 bytes of the train and of the held-out documents."""
+        return utf8_bytes(self.train), utf8_bytes(self.held_out)
+
+
+def load_corpus(data: str | Path = "stdlib") -> Corpus:
+    """The corpus called `stdlib`, or the text file or folder at the path `data`.
+
+    Raises ValueError where nothing can be read, nothing is in it, or it is one document and cannot be split.
+    """
+    try:
+        if str(data) == "stdlib":
+            return _stdlib()
+        return _folder(Path(data)) if Path(data).is_dir() else _file(Path(data))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"cannot read --data {data}: {reason}; give stdlib, random, or a text file or "
+                         "folder that you may read") from error
+
+
+def utf8_bytes(documents: Iterable[Document]) -> int:
+    """The denominator of bits per byte."""
+    return sum(len(document.text.encode()) for document in documents)
+
+
+def _stdlib() -> Corpus:
+    def enter(folder: str) -> bool:
+        return folder not in ("site-packages", "dist-packages", "test", "tests", "idle_test")
+    documents, skipped = _read_tree(Path(sysconfig.get_path("stdlib")), enter, suffix=".py")
+    return _split("stdlib", documents, [_sha256(d.path) for d in documents], skipped)
+
+
+def _folder(root: Path) -> Corpus:
+    documents, skipped = _read_tree(root, enter=lambda folder: not folder.startswith("."))
+    return _split(str(root), documents, [_sha256(d.path) for d in documents], skipped)
+
+
+def _file(path: Path) -> Corpus:
+    pieces = [Document(f"{path.name}#{i}", piece) for i, piece in enumerate(cut(_read_text(path)), 1)]
+    return _split(str(path), pieces, [_sha256(d.text) for d in pieces], [])
+
+
+def cut(text: str, size: int = PIECE) -> Iterator[str]:
+    """Pieces that join to `text`: cut at the first blank line after `size` characters, at any line end after
+    twice that, and anywhere where there is no line end either."""
+    start = 0
+    while len(text) - start > size:
+        blank = re.compile(r"\n[ \t\r]*\n+").search(text, start + size, start + 2 * size)
+        line = text.find("\n", start + 2 * size, start + 4 * size)
+        end = blank.end() if blank else line + 1 if line >= 0 else start + 2 * size
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def _split(name: str, documents: list[Document], hashes: list[bytes], skipped: list[str]) -> Corpus:
+    full = [(document, h) for document, h in zip(documents, hashes) if document.text]
+    if not full:
+        hint = f" ({len(skipped)} files skipped, e.g. {skipped[0]})" if skipped else ""
+        raise ValueError(f"the corpus {name} is empty{hint}; --data needs text: try --data stdlib")
+    out = {h for h in hashes if int.from_bytes(h) % HELD_OUT == 0}
+    if not 0 < sum(h in out for _, h in full) < len(full):
+        out = {min(h for _, h in full)}      # too few documents for a twentieth: hold out the lowest hash
+    if all(h in out for _, h in full):
+        raise ValueError(f"the corpus {name} has no held-out documents: its {utf8_bytes(documents)} bytes "
+                         "make one document or equal ones, and training takes one and holding out another; "
+                         f"give a file above {2 * PIECE} bytes, a folder of two files, or --data stdlib")
+    train, held_out = [], []
+    for document, h in zip(documents, hashes):
+        (held_out if h in out else train).append(document)
+    return Corpus(name, tuple(train), tuple(held_out), tuple(skipped))
+
+
+def _sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+
+
+def _read_tree(root: Path, enter: Callable[[str], bool], suffix: str = ""):
+    documents, skipped = [], []
+    os.listdir(root)                                 # raises where the root cannot be read
+    walk = os.walk(root, onerror=lambda error: skipped.append(f"{error.filename}: {error.strerror}"))
+    for folder, inner, files in walk:                # errors of inner folders go to `skipped`
+        inner[:] = sorted(filter(enter, inner))
+        for path in (Path(folder, name) for name in sorted(files) if name.endswith(suffix)):
+            name = path.relative_to(root).as_posix()
+            try:
+                documents.append(Document(name, _read_text(path)))
+            except OSError as error:
+                skipped.append(f"{name}: {error.strerror}")
+    return sorted(documents), skipped
+
+
+def _read_text(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise OSError(0, "not a regular file")       # a pipe would wait for a writer for ever
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OSError(0, "not UTF-8 text") from error
+    if "\0" in text:
+        raise OSError(0, "binary, not text")
+    return text

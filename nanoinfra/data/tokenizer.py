@@ -1,0 +1,123 @@
+"""Byte-level BPE, trained on the train documents alone; its folder is one that AutoTokenizer loads.
+
+The 256 bytes and `<|endoftext|>` are always there, so every text has tokens and 257 is the smallest
+vocabulary; each further entry merges the most frequent pair. Sennrich et al. 2016; over bytes: Radford et al.
+2019 (GPT-2). Cached by corpus hash and vocabulary. Feeds source.py; `load` reads any folder with a
+tokenizer.json.
+"""
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from nanoinfra.data.cache import cached_folder
+from nanoinfra.data.corpus import Corpus
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST = 257                               # 256 bytes and the end of text
+
+
+def tokenizer_for(corpus: Corpus, vocab: int = 4096, cache: str | Path | None = None) -> "Tokenizer":
+    """The tokenizer of `vocab` entries trained on `corpus.train`, from the cache where it is there.
+
+    `.train_s` is the time its training took here, 0.0 where it came from the cache. Several ranks may call
+    this at once: all get the same one. Raises ValueError for a vocabulary below 257.
+    """
+    took = []
+
+    def fill(folder: Path) -> None:
+        begin = time.perf_counter()
+        Tokenizer.train((document.text for document in corpus.train), vocab).save(folder)
+        took.append(time.perf_counter() - begin)
+
+    _check_vocab(vocab)
+    got = Tokenizer.load(cached_folder(f"tokenizer-{corpus.hash[:16]}-{vocab}", fill, cache))
+    got.train_s = sum(took)
+    return got
+
+
+class Tokenizer:
+    """Text to ids and back. `vocab_size` counts every id, `eot` is the id that ends a document.
+
+    Raises ValueError where `backend` has no token named `end_of_text`.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT):
+        eot = backend.token_to_id(end_of_text)
+        if eot is None:
+            raise ValueError(f"the tokenizer has no token {end_of_text!r} to end a document with; name the "
+                             "one it has as eos_token in tokenizer_config.json")
+        self.backend, self.end_of_text, self.eot = backend, end_of_text, eot
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.train_s = 0.0                   # seconds spent training it in this process
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab: int) -> "Tokenizer":
+        """Learn `vocab` entries from `texts`; fewer where the texts have no more pairs that repeat."""
+        _check_vocab(vocab)
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        backend.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=vocab, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False))
+        return cls(backend)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """The tokenizer saved in `folder` by us or by transformers. Raises ValueError where it holds none."""
+        path = Path(folder, "tokenizer.json")
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no tokenizer.json; give a folder saved by nanoinfra or by "
+                             "transformers' save_pretrained")
+        config = Path(folder, "tokenizer_config.json")
+        end = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+        end = end["content"] if isinstance(end, dict) else end
+        return cls(tokenizers.Tokenizer.from_file(str(path)), end or END_OF_TEXT)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of tokenizer.json, in hexadecimal."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+
+    def encode(self, text: str, specials: bool = False) -> list[int]:
+        """Ids of `text`, with nothing added.
+
+        `<|endoftext|>` spelled out in a text is plain text, so that no document can end itself; with
+        `specials` such names become their ids, as transformers does and chat templates want.
+        """
+        return self.encode_all([text], specials)[0]
+
+    def encode_all(self, texts: list[str], specials: bool = False) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        backend = self.backend if specials else self._plain
+        return [got.ids for got in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json into `folder`, made if needed."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_of_text,
+                  "bos_token": self.end_of_text, "clean_up_tokenization_spaces": False}
+        Path(folder, "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        plain = tokenizers.Tokenizer.from_str(self.backend.to_str())    # a copy: threads may use both at once
+        plain.encode_special_tokens = True                              # as ordinary text
+        return plain
+
+
+def _check_vocab(vocab: int) -> None:
+    if vocab < SMALLEST:
+        raise ValueError(f"a vocabulary of {vocab} cannot hold the 256 bytes and the end of text; "
+                         f"try --vocab {SMALLEST} or more")

@@ -1,0 +1,150 @@
+"""The processes of one life of a pool of ranks: start, ask, listen, and say who failed and where all stood.
+
+They fork from multiprocessing's forkserver, which holds no thread and no socket of torch. Nothing outlives the
+crew: the rendezvous port is this process's own, the board's file is unlinked once every rank has it open, and a
+rank whose pipe closes ends itself.
+"""
+import atexit
+import multiprocessing
+import signal
+import sys
+import tempfile
+import time
+import types
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import cloudpickle
+import torch.distributed as dist
+
+from nanoinfra.dist.ledger import Board, hang_report
+from nanoinfra.dist.worker import serve
+
+# every torch optimizer imports torch._dynamo, which takes seconds: once in the server, not once in each rank
+PRELOAD = ["torch", "torch._dynamo", "torch.distributed.device_mesh", "nanoinfra.dist.worker",
+           "nanoinfra.dist.comm"]
+START_SECONDS = 120.0                        # for the server's imports, from a cold disk
+GRACE = 0.3                                  # seconds the other ranks have to answer once one has failed
+
+
+class RanksError(RuntimeError):
+    """A rank failed, died or hung; the text says which, why, and where every rank stood."""
+
+
+class Crew:
+    """`n` rank processes with their pipes, and the board they report to."""
+
+    def __init__(self, n: int):
+        self.processes, self.pipes = [], []
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        atexit.register(self.end)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "board")
+                self.board = Board(path, n)
+                for rank in range(n):
+                    self._start(rank, n, path)
+                self._collect(START_SECONDS)
+        except BaseException:
+            self.end()
+            raise
+
+    def alive(self) -> bool:
+        """Do all ranks still run?"""
+        return all(process.is_alive() for process in self.processes)
+
+    def run(self, text: bytes, timeout: float) -> list:
+        """One answer a rank to a pickled Call. Raises RanksError; the crew is of no more use then."""
+        self.board.clear()
+        for pipe in self.pipes:
+            with suppress(BrokenPipeError):  # a rank that died just now; _collect says so
+                pipe.send_bytes(text)
+        return self._collect(timeout)
+
+    def end(self) -> None:
+        """Kill all that still runs."""
+        atexit.unregister(self.end)
+        for process in self.processes:
+            process.kill()                   # works on a stopped process too
+        for process in self.processes:
+            process.join()
+            process.close()
+        for pipe in self.pipes:
+            pipe.close()
+        self.processes, self.pipes, self.store = [], [], None
+
+    def _start(self, rank, n, board):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        mine, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, rank, n, self.store.port, str(board)))
+        with _main_hidden():
+            process.start()
+        theirs.close()                       # so that the pipe ends when the rank does
+        self.processes.append(process)
+        self.pipes.append(mine)
+
+    def _collect(self, timeout):
+        results, failures, end = {}, {}, time.monotonic() + timeout
+        waiting = dict(zip(self.pipes, range(len(self.pipes))))
+        while waiting and (left := end - time.monotonic()) > 0:
+            for pipe in wait(list(waiting), left):
+                kind, value = _hear(pipe)
+                if kind in ("stdout", "stderr"):
+                    print(f"[{waiting[pipe]}] {value}", file=getattr(sys, kind), flush=True)
+                    continue
+                (results if kind == "result" else failures)[waiting.pop(pipe)] = value
+                if failures:
+                    end = min(end, time.monotonic() + GRACE)
+        if waiting or failures:
+            raise RanksError(self._explain(results, failures, timeout))
+        return [results[rank] for rank in sorted(results)]
+
+    def _explain(self, results, failures, timeout):
+        n = len(self.processes)
+        fates = [_fate(p, rank in results, failures.get(rank)) for rank, p in enumerate(self.processes)]
+        dead = [rank for rank, trace in failures.items() if trace is None]
+        if dead:                             # first, because it makes the collectives of the others fail
+            head = f"rank {dead[0]} of {n} {fates[dead[0]]}"
+        elif failures:
+            rank, trace = next(iter(failures.items()))
+            head = f"rank {rank} of {n} failed\n{trace.rstrip()}"
+        else:
+            head = f"{n - len(results)} of {n} ranks gave no answer within {timeout:g} s"
+        return f"{head}\nwhere each rank stood:\n{hang_report(self.board.positions(), fates.__getitem__)}"
+
+
+def _hear(pipe):
+    try:
+        text = pipe.recv_bytes()
+    except (EOFError, ConnectionResetError):           # the other end is gone
+        return "died", None
+    return cloudpickle.loads(text)
+
+
+def _fate(process, returned, trace):
+    if returned:
+        return "has returned"
+    if trace:
+        return "raised " + trace.rstrip().rpartition("\n")[2]
+    process.join(0.1)
+    if (code := process.exitcode) is not None:
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    return "is stopped" if _stopped(process.pid) else ""
+
+
+def _stopped(pid):
+    stat = Path(f"/proc/{pid}/stat")         # where there is no /proc, nothing is said
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] in "Tt"
+
+
+@contextmanager
+def _main_hidden():
+    """Functions travel by value: keep multiprocessing from running the caller's main file in each rank."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -1,0 +1,142 @@
+"""A check: named criteria, in the order property, parity, resource, speed, that a student's code must meet.
+
+    ring_all_reduce = Check("ring_all_reduce")
+    @ring_all_reduce.criterion("every rank has the sum", "property")
+    def _(subject): ...        # raises Wrong(text) or Blocked(text)
+
+In a notebook `ring_all_reduce(fn)` raises on failure; pytest and grade use `.report(fn)`. The first
+criterion that is wrong ends the check; blocked (no GPU) is never a pass. A lesson's checks:
+checks/lNN_topic.py.
+"""
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from nanoinfra.dist.ranks import Ranks
+from nanoinfra.lab import checks
+from nanoinfra.lab.exercise import source_of
+from nanoinfra.lab.table import Grid
+
+LAYERS = ("property", "parity", "resource", "speed")
+
+
+class Wrong(Exception):
+    """A criterion is not met. The text names rank, tensor, index, want, got and the usual cause."""
+
+
+class Blocked(Exception):
+    """A criterion cannot be judged on this machine."""
+
+
+class Failed(Exception):
+    """What a check raises in a notebook: the text alone, without a traceback through the checker."""
+
+    def _render_traceback_(self):
+        return [str(self)]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One thing to meet. `test(subject)` returns, or raises Wrong or Blocked."""
+    name: str
+    layer: str                 # of LAYERS
+    test: Callable
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one criterion went: "pass", "wrong", "blocked" or "not run"."""
+    criterion: Criterion
+    state: str
+    text: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Report(Grid):
+    """All verdicts of one check on one subject; shows itself as a table."""
+    verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def points(self) -> int:
+        """Criteria met."""
+        return sum(v.state == "pass" for v in self.verdicts)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all met, 1 something wrong, 2 something blocked and nothing wrong."""
+        states = [v.state for v in self.verdicts]
+        return 1 if "wrong" in states else 0 if set(states) == {"pass"} else 2
+
+    @property
+    def first_failure(self) -> Verdict | None:
+        """The criterion that rejected the subject, if one did."""
+        return next((v for v in self.verdicts if v.state == "wrong"), None)
+
+
+@dataclass
+class Check:
+    """A list of criteria under the name of the function they judge."""
+    name: str
+    criteria: list[Criterion] = field(default_factory=list)
+
+    def criterion(self, name: str, layer: str) -> Callable:
+        """Decorator: the function becomes the next criterion. Layers come in the order of LAYERS."""
+        order = [LAYERS.index(c.layer) for c in self.criteria] + [LAYERS.index(layer)]
+        if order != sorted(order):
+            raise ValueError(f"{self.name}: {name!r} is of layer {layer} and comes after one of layer "
+                             f"{self.criteria[-1].layer}; the order is {', '.join(LAYERS)}")
+
+        def add(test):
+            self.criteria.append(Criterion(name, layer, test))
+            return test
+        return add
+
+    def report(self, subject: Callable) -> Report:
+        """Judge `subject`, criterion after criterion, until one is wrong."""
+        verdicts = []
+        for criterion in self.criteria:
+            ended = any(v.state == "wrong" for v in verdicts)
+            verdicts.append(Verdict(criterion, "not run") if ended else _judge(criterion, subject))
+        rows = [(v.criterion.name, v.criterion.layer, v.state) for v in verdicts]
+        title = f"{self.name} of {source_of(subject)}"
+        return Report(title, ("criterion", "layer", "verdict"), rows, tuple(verdicts))
+
+    def __call__(self, subject: Callable) -> Report:
+        """Judge `subject`; raises Failed with the table and the reason unless every criterion is met."""
+        report = self.report(subject)
+        if report.exit_code:
+            reasons = [f"{v.criterion.name}: {v.text}" for v in report.verdicts if v.text]
+            raise Failed("\n".join([repr(report), *reasons]))
+        return report
+
+
+def _judge(criterion, subject):
+    try:
+        criterion.test(subject)
+    except Blocked as reason:
+        return Verdict(criterion, "blocked", str(reason))
+    except Wrong as reason:
+        return Verdict(criterion, "wrong", str(reason))
+    except Exception as error:                       # whatever a student's code raises is a verdict
+        unwritten = isinstance(error, NotImplementedError) or "raise NotImplementedError" in str(error)
+        text = "not written yet" if unwritten else f"{type(error).__name__}: {error}"
+        return Verdict(criterion, "wrong", text)
+    return Verdict(criterion, "pass")
+
+
+@functools.cache
+def ranks(n: int) -> Ranks:
+    """The pool of `n` ranks that all checks share. It has little patience: what hangs ends after 15 s."""
+    return Ranks(n, timeout=15.0)
+
+
+def lesson(number: str) -> ModuleType:
+    """The checks of lesson "02": a module with `CHECKS` and `PREDICTIONS`. ValueError where there is none."""
+    names = {name[1:3]: name for _, name, _ in pkgutil.iter_modules(checks.__path__) if name[0] == "l"}
+    key = number.upper().removeprefix("L").zfill(2)
+    if key not in names:
+        raise ValueError(f"lesson {number!r} has no checks; there are {', '.join(sorted(names))}")
+    return importlib.import_module(f"nanoinfra.lab.checks.{names[key]}")

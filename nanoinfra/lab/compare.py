@@ -1,0 +1,76 @@
+"""Predicted beside measured: the table every lesson ends in.
+
+A counted number must match exactly, a time on the emulated wire within 10 %, an allocator's bytes within 5 %
+(`ALLOCATOR`). `tolerance=None` shows a row without judging it. A modelled number is no measurement: never a
+pass.
+"""
+import math
+from dataclasses import dataclass
+
+from nanoinfra.lab import predict as book
+from nanoinfra.lab.measure import Measurement
+from nanoinfra.lab.predict import quantity
+from nanoinfra.lab.table import Grid
+
+TOLERANCE = {"counted": 0.0, "timed": 0.10, "modelled": None}
+ALLOCATOR = 0.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `tolerance` is relative; None does not judge."""
+    name: str
+    predicted: float
+    measured: Measurement
+    tolerance: float | None
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted; 1 when both are 0."""
+        if self.predicted == 0:
+            return 1.0 if self.measured.value == 0 else math.inf
+        return self.measured.value / self.predicted
+
+    @property
+    def verdict(self) -> str:
+        """"pass", "miss", or "shown" where nothing is judged."""
+        if self.tolerance is None or self.measured.kind == "modelled":
+            return "shown"
+        exact = 1e-12                                # 2 (N-1)/N is not a binary fraction
+        return "pass" if abs(self.ratio - 1) <= self.tolerance + exact else "miss"
+
+
+@dataclass(frozen=True, repr=False)
+class Table(Grid):
+    """What `compare` gives: shows itself; `passed` is true when every judged row hit."""
+    lines: tuple[Row, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """No row missed, and at least one was judged."""
+        verdicts = [row.verdict for row in self.lines]
+        return "miss" not in verdicts and "pass" in verdicts
+
+
+def compare(rows: list[str | Row], tolerance: dict[str, float | None] | None = None) -> Table:
+    """A table of `rows`: keys that were predicted and measured, or Rows. `tolerance` overrides by key."""
+    lines = tuple(row if isinstance(row, Row) else _row(row, tolerance or {}) for row in rows)
+    columns = ("quantity", "predicted", "measured", "ratio", "kind", "tolerance", "verdict")
+    return Table("predicted and measured", columns, [_cells(row) for row in lines], lines)
+
+
+def _row(key, tolerance):
+    value, _ = book.predicted(key)
+    fields = book.read()[key].get("measured")
+    if not fields:
+        raise ValueError(f"{key} is predicted but not measured yet; run measure(\"{key}\", ...) first")
+    got = Measurement(**fields)
+    return Row(key, value, got, tolerance.get(key, TOLERANCE[got.kind]))
+
+
+def _cells(row):
+    m = row.measured
+    kind = f"timed, median of {m.n}" if m.kind == "timed" else m.kind
+    allowed = {None: "not judged", 0.0: "exact"}.get(row.tolerance, f"{row.tolerance or 0:.0%}")
+    predicted, measured = quantity(row.predicted, m.unit), quantity(m.value, m.unit)
+    return row.name, predicted, measured, f"{row.ratio:.4g}", kind, allowed, row.verdict

@@ -1,0 +1,86 @@
+"""An exercise cell, kept as the student wrote it: `%%exercise L02` writes the cell to `work/L02.py` and loads that file.
+
+One section a name (the first function or class of the cell), so a cell that runs again replaces its own
+section. Checks, rank processes, labs and grading use that file, so an exercise imports all it needs. A cell
+with solution markers is the reference: it goes to `work/reference/`, never over a student's work.
+"""
+import linecache
+import re
+from pathlib import Path
+from types import ModuleType
+
+from nanoinfra.lab.where import shown, work
+
+MARKER = "### BEGIN SOLUTION"
+_TITLE = re.compile(r"^# %% exercise (\w+)\n", re.MULTILINE)
+_MAGIC = re.compile(r"^%%exercise +(L\d\d)[^\n]*\n")
+
+
+def export(lesson: str, cell: str, folder: Path | None = None) -> Path:
+    """Write `cell` as its section of `lesson`'s file in `folder` (default work/) and return the file's path."""
+    if not re.fullmatch(r"L\d\d", lesson):
+        raise ValueError(f"an exercise names its lesson, as in %%exercise L02; got {lesson!r}")
+    folder = folder or (work() / "reference" if MARKER in cell else work())
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{lesson}.py"
+    parts = sections(file.read_text()) if file.exists() else {}
+    parts[_name(cell)] = cell.rstrip("\n")
+    file.write_text("\n\n\n".join(f"# %% exercise {name}\n{text}" for name, text in parts.items()) + "\n")
+    return file
+
+
+def sections(text: str) -> dict[str, str]:
+    """{exercise name: the cell} of an exported file."""
+    _, *found = _TITLE.split(text)
+    return {name: cell.rstrip("\n") for name, cell in zip(found[::2], found[1::2])}
+
+
+def load(file: Path | str) -> ModuleType:
+    """Run an exported file as a module of its own. Never cached: what counts is what the file says now."""
+    file = Path(file).resolve()
+    module = ModuleType(file.stem)
+    module.__file__ = str(file)
+    linecache.checkcache(str(file))
+    exec(compile(file.read_text(), str(file), "exec"), module.__dict__)
+    return module
+
+
+def source_of(subject) -> str:
+    """Where a function was written, as a reader wants it: `work/L02.py`, or its module."""
+    code = getattr(subject, "__code__", None)
+    file = Path(code.co_filename) if code else Path("<none>")
+    return shown(file) if file.is_file() else getattr(subject, "__module__", None) or "a notebook cell"
+
+
+def refuse_reference(file: Path | str) -> None:
+    """Raise ValueError if `file` is the reference solution rather than somebody's work."""
+    if MARKER in Path(file).read_text():
+        raise ValueError(f"{shown(file)} is the reference solution (it has solution markers), and grading that says "
+                         f"nothing; grade the student edition's work/{Path(file).name}, or ask for --reference")
+
+
+def extract(notebook: Path | str, folder: Path | str) -> list[Path]:
+    """Export every exercise cell of a notebook (.ipynb, or a percent file) to `folder`; the files written."""
+    import jupytext  # of the lessons extra; ranks that load an exercise do without
+    files = []
+    for cell in jupytext.read(notebook).cells:
+        if magic := _MAGIC.match(cell.source):
+            files.append(export(magic[1], cell.source[magic.end():], Path(folder)))
+    return list(dict.fromkeys(files))
+
+
+def load_ipython_extension(shell) -> None:
+    """`%load_ext nanoinfra.lab.exercise` makes `%%exercise` known."""
+    def exercise(line, cell):
+        file = export(line.strip(), cell)
+        names = {k: v for k, v in vars(load(file)).items() if not k.startswith("__")}
+        shell.user_ns.update(names)
+        print(f"{_name(cell)} is in {shown(file)}")
+    shell.register_magic_function(exercise, "cell")
+
+
+def _name(cell):
+    found = re.search(r"^(?:def|class) (\w+)", cell, re.MULTILINE)
+    if not found:
+        raise ValueError("an exercise cell defines a function or a class, which names its section; this one has neither")
+    return found[1]

@@ -1,0 +1,66 @@
+"""First say what you expect, then look: predictions are committed to `work/numbers.json`.
+
+`predict("L02.bytes", 1.5 * S, "B")` writes the number down; `measure` (measure.py) refuses to run before
+that. A prediction is graded for being made, not for being right. A changed mind is allowed and stays on
+record.
+"""
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+from nanoinfra.lab.where import shown, work
+
+
+def predict(key: str, value: float, unit: str = "") -> float:
+    """Commit `value` as your prediction for `key`, a name such as "L02.bytes". Returns the value."""
+    if not re.fullmatch(r"L\d\d\.\w+", key):
+        raise ValueError(f"{key!r} does not name a prediction; write lesson and quantity, as in \"L02.bytes\"")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"a prediction is one finite number; {key} got {value!r}")
+    numbers = read()
+    entry = numbers.setdefault(key, {"predicted": []})
+    if not entry["predicted"] or (entry["predicted"][-1], entry["unit"]) != (value, unit):
+        entry["predicted"].append(value)
+    entry["unit"] = unit
+    write(numbers)
+    print(f"{key}: you predict {quantity(value, unit)}. Committed to {shown(path())}.")
+    return value
+
+
+def predicted(key: str) -> tuple[float, str]:
+    """The last prediction for `key` and its unit. Raises ValueError where none was made."""
+    entry = read().get(key)
+    if not entry:
+        raise ValueError(f"nothing is predicted for {key} yet; derive it, call predict(\"{key}\", value, unit), "
+                         f"then measure")
+    return entry["predicted"][-1], entry["unit"]
+
+
+def path() -> Path:
+    """The file of predictions and measurements: what a student hands in."""
+    return work() / "numbers.json"
+
+
+def read(file: Path | None = None) -> dict:
+    """{key: {"unit", "predicted": [all values committed, oldest first], "measured": a Measurement's fields}}."""
+    file = file or path()
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write(numbers: dict) -> None:
+    """Replace the file, so that a crash leaves the old or the new one."""
+    new = path().with_suffix(f".{os.getpid()}.new")
+    new.write_text(json.dumps(numbers, indent=1) + "\n")
+    new.replace(path())
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number as a reader wants it: bytes in full, seconds scaled, others to four digits."""
+    if unit == "s" and value:
+        scale, name = next((s, n) for s, n in ((1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
+                           if abs(value) >= s or n == "ns")
+        return f"{value / scale:.4g} {name}"
+    whole = float(value).is_integer()
+    return f"{value:,.0f} {unit}".strip() if whole else f"{value:,.4g} {unit}".strip()

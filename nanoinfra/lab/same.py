@@ -1,0 +1,44 @@
+"""Two tensors that should be the same; when they are not, the text a student needs.
+
+    rank 1: `embed.weight` differs at [3, 0]: want 0.5, got 1, 2 x (96 of 96 numbers): summed instead of averaged?
+"""
+import torch
+
+from nanoinfra.lab.check import Wrong
+
+
+def same(name: str, got, want: torch.Tensor, rank: int, n: int = 1, rtol: float = 0.0,
+         causes: dict[str, torch.Tensor] | None = None) -> None:
+    """Raise Wrong unless `got` equals `want` to `rtol` of want's largest number (0: exactly).
+
+    `n` is the size of the axis, for the usual causes. `causes` {text: tensor} adds the lesson's own: what `got`
+    would be if that mistake was made.
+    """
+    where = f"rank {rank}: `{name}`"
+    if not isinstance(got, torch.Tensor):
+        raise Wrong(f"{where} is {type(got).__name__}, want a tensor {tuple(want.shape)}: no return?")
+    if got.shape != want.shape:
+        raise Wrong(f"{where} has shape {tuple(got.shape)}, want {tuple(want.shape)}")
+    if got.dtype != want.dtype:
+        raise Wrong(f"{where} is {got.dtype}, want {want.dtype}: cast on the way?")
+    off = ~((got - want).abs() <= rtol * want.abs().max())
+    if off.any():
+        index = tuple(off.nonzero()[0].tolist())
+        g, w = got[index].item(), want[index].item()
+        ratio = f", {g / w:.4g} x" if w else ""
+        why = _cause(got, want, n, rtol, causes or {})
+        raise Wrong(f"{where} differs at {list(index)}: want {w:.6g}, got {g:.6g}{ratio} "
+                    f"({int(off.sum())} of {off.numel()} numbers){': ' + why if why else ''}")
+
+
+def _cause(got, want, n, rtol, causes):
+    usual = {**causes, "summed instead of averaged?": want * n, "averaged instead of summed?": want / n,
+             "still zero: never filled?": torch.zeros_like(want), "the sign?": -want}
+    close = max(rtol, 1e-6) * want.abs().max()
+    if got.isnan().any():
+        return "not a number: memory read before it was written?"
+    matches = [text for text, wrong in usual.items() if ((got - wrong).abs() <= close).all()]
+    if matches:
+        return matches[0]
+    near = ((got - want).abs() <= 1e-2 * want.abs().max()).all()
+    return "rounding: summed in a narrower dtype?" if near else ""

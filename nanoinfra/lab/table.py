@@ -1,0 +1,49 @@
+"""One table for terminal and notebook: rich text in the one, HTML in the other.
+
+A row's verdict colours it: pass green, miss and wrong red, blocked and anything else grey.
+"""
+import io
+from dataclasses import dataclass
+from html import escape
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+COLOURS = {"pass": ("green", "#00684c"), "miss": ("red", "#a33b00"), "wrong": ("red", "#a33b00")}
+PLAIN = ("bright_black", "#666666")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells of text under named columns, the verdict in the last. A notebook shows it as a cell's last line."""
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def show(self) -> None:
+        """Print in colour on a terminal."""
+        Console().print(self._rich())
+
+    def __repr__(self):
+        console = Console(file=io.StringIO(), width=110)
+        console.print(self._rich())
+        return console.file.getvalue().rstrip()
+
+    def _repr_html_(self):
+        head = "".join(f"<th style='text-align:left'>{escape(c)}</th>" for c in self.columns)
+        body = "".join(f"<tr>{''.join(_cell(text, row) for text in row)}</tr>" for row in self.rows)
+        return f"<table><caption><b>{escape(self.title)}</b></caption><tr>{head}</tr>{body}</table>"
+
+    def _rich(self):
+        table = RichTable(title=self.title, title_justify="left", title_style="bold")
+        for column in self.columns:
+            table.add_column(column, overflow="fold")
+        for row in self.rows:
+            *cells, verdict = row
+            table.add_row(*cells, f"[{COLOURS.get(verdict, PLAIN)[0]}]{verdict}[/]")
+        return table
+
+
+def _cell(text, row):
+    colour = f";color:{COLOURS.get(text, PLAIN)[1]};font-weight:bold" if text is row[-1] else ""
+    return f"<td style='text-align:left{colour}'>{escape(text)}</td>"

@@ -1,0 +1,118 @@
+"""GGUF files in: llama.cpp's one-file format with weights (quantised or not), tokenizer and chat template.
+
+Quantised types are dequantised by the `gguf` package's own code; Q4_1 is d * nibble + m over 32 weights, 5
+bits a weight. For architecture "llama", llama.cpp interleaves the two halves of each head's rows of q and
+k, so that its RoPE can turn neighbours; that is undone here.  https://github.com/ggml-
+org/ggml/blob/master/docs/gguf.md
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.fill import Source, check_names, filled, sources
+from nanoinfra.model.gguf_text import build_text
+from nanoinfra.model.text import Text, optional
+
+KEYS = {"width": "embedding_length", "layers": "block_count", "heads": "attention.head_count",
+        "hidden": "feed_forward_length", "context": "context_length"}
+EPS = {"gpt2": "attention.layer_norm_epsilon", "llama": "attention.layer_norm_rms_epsilon",
+       "qwen3": "attention.layer_norm_rms_epsilon"}
+PARTS = {"norm1": "attn_norm", "norm2": "ffn_norm", "attn.o": "attn_output", "attn.q_norm": "attn_q_norm",
+         "attn.k_norm": "attn_k_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down"}
+
+
+def load_gguf(file: str | Path, dtype: torch.dtype = torch.float32,
+              attention: str = "sdpa") -> tuple[Decoder, Text, str | None]:
+    """Model, tokenizer and chat template (None where there is none) of a GGUF file.
+
+    Raises ValueError naming what is unknown, missing, surplus or misshapen.
+    """
+    reader = _open(file)
+    fields = {name: field.contents for name, field in reader.fields.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    try:
+        config = read_config(fields, tensors)
+        found = sources(config, _names(config.family))
+        check_names({source.name for source in found.values()}, tensors, "it")
+        model = filled(config, attention, dtype, found, lambda source: _read(source, tensors, config))
+        text = build_text(fields)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return model, text, _get(fields, "tokenizer.chat_template", None)
+
+
+def read_config(fields: dict, tensors: dict) -> ModelConfig:
+    """The ModelConfig of an open GGUF file's `fields` ({key: function that reads it}) and tensors."""
+    family = _get(fields, "general.architecture")
+    if family not in EPS:
+        raise ValueError(f"architecture {family!r} is unknown; known are {', '.join(EPS)}")
+    for refused in ("rope.scaling.type", "expert_count"):
+        if _get(fields, f"{family}.{refused}", "none") not in ("none", 0):
+            raise ValueError(f"this decoder does not have what {family}.{refused} = "
+                             f"{_get(fields, f'{family}.{refused}')!r} asks for")
+    given = {ours: _get(fields, f"{family}.{key}") for ours, key in KEYS.items()}
+    head_dim = _get(fields, f"{family}.attention.key_length", given["width"] // given["heads"])
+    if _get(fields, f"{family}.rope.dimension_count", head_dim) != head_dim:
+        raise ValueError(f"by {family}.rope.dimension_count RoPE turns part of a head's {head_dim}; "
+                         "this decoder turns all")
+    return ModelConfig(
+        vocab=len(_get(fields, "tokenizer.ggml.tokens")), head_dim=head_dim, family=family,
+        kv_heads=_get(fields, f"{family}.attention.head_count_kv", given["heads"]),
+        tied="output.weight" not in tensors, eps=_short(_get(fields, f"{family}.{EPS[family]}")),
+        theta=_short(_get(fields, f"{family}.rope.freq_base", 10000.0)), **given)
+
+
+def _open(file):
+    gguf = optional("gguf", "GGUF files")
+    if not Path(file).is_file():
+        raise ValueError(f"there is no file {file}")
+    try:
+        return gguf.GGUFReader(file)
+    except (ValueError, IndexError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as GGUF: {error}") from error
+
+
+def _get(fields, key, *default):
+    if key in fields:
+        return fields[key]()
+    if not default:
+        raise ValueError(f"the key {key} is missing")
+    return default[0]
+
+
+def _short(x):
+    """The shortest decimal of a float32: 1e-05 for 9.999999747378752e-06."""
+    return float(str(np.float32(x)))
+
+
+def _names(family):
+    table = {f"blocks.{{i}}.{ours}.{kind}": Source(f"blk.{{i}}.{theirs}.{kind}")
+             for ours, theirs in PARTS.items() for kind in ("weight", "bias")}
+    for third, x in enumerate("qkv"):
+        fused = Source("blk.{i}.attn_qkv", third=third) if family == "gpt2" else Source(f"blk.{{i}}.attn_{x}")
+        table |= {f"blocks.{{i}}.attn.{x}.{kind}": fused._replace(name=f"{fused.name}.{kind}")
+                  for kind in ("weight", "bias")}
+    for ours, theirs in {"embed": "token_embd", "positions": "position_embd", "norm": "output_norm",
+                         "head": "output"}.items():
+        table |= {f"{ours}.{kind}": Source(f"{theirs}.{kind}") for kind in ("weight", "bias")}
+    return table
+
+
+def _read(source, tensors, config):
+    import gguf
+    stored = tensors[source.name]
+    x = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))    # (out, in)
+    if source.third is not None:
+        x = x.view(3, -1, *x.shape[1:])[source.third]
+    if config.family == "llama" and source.name.endswith(("attn_q.weight", "attn_k.weight")):
+        x = halves_from_pairs(x, config.head_dim)
+    return x
+
+
+def halves_from_pairs(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of q or k (heads * K, C) back from llama.cpp's order (0, K/2, 1, K/2 + 1, ...) of each head."""
+    pairs = x.view(-1, head_dim // 2, 2, *x.shape[1:])                    # (H, K/2, 2, C)
+    return pairs.transpose(1, 2).reshape(x.shape)                         # (H, 2, K/2, C)

@@ -1,0 +1,159 @@
+"""Hugging Face folders in and out: config.json and safetensors, in one file or sharded under an index.
+
+In, tensor by tensor, with every missing, surplus or misshapen one named and nothing left at random values;
+out, a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads unchanged. Names are
+hf_names.py's.
+"""
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.fill import Source, check_names, filled, sources
+from nanoinfra.model.hf_names import DIALECTS, config_from, config_to
+from nanoinfra.model.text import read_json, read_text
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "chat_template.jinja")
+
+
+def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Decoder:
+    """The model in a Hugging Face folder. ValueError names what is unknown, missing, surplus or misshapen."""
+    folder = Path(folder)
+    config = read_config(folder)
+    dialect = DIALECTS[config.family]
+    tensors = _Tensors(folder, dialect.prefix)
+    found = sources(config, dialect.tensors)
+    wanted = {source.name for source in found.values()}
+    check_names(wanted, {name for name in tensors.names if not re.fullmatch(dialect.buffers, name)
+                         and not (config.tied and name == "lm_head.weight")}, str(folder))
+    try:
+        model = filled(config, attention, dtype, found, tensors.read)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if config.tied and "lm_head.weight" in tensors.names:
+        _check_tied(model, tensors.read(Source("lm_head.weight")), folder)
+    return model
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The configuration of a Hugging Face folder."""
+    path = Path(folder, "config.json")
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no config.json; give a folder saved by save_pretrained")
+    return config_from(read_json(path), str(path))
+
+
+def save_hf(model: Decoder, folder: str | Path, tokenizer: str | Path | None = None,
+            shard_bytes: int = 4 * 2**30) -> None:
+    """Write `model` as a Hugging Face folder, with the files of the `tokenizer` folder beside it if given.
+
+    Weights keep their dtype. Past `shard_bytes` they go into several files and an index, each file written
+    before the next is put together.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _shards(model, shard_bytes)
+    names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors"
+                                              for i in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        tensors = {theirs: _join(model, parts) for theirs, parts in shard.items()}
+        save_file(tensors, folder / file, {"format": "pt"})
+    if len(shards) > 1:
+        places = {theirs: file for file, shard in zip(names, shards, strict=True) for theirs in shard}
+        index = json.dumps({"metadata": {}, "weight_map": places}, indent=2)
+        (folder / INDEX).write_text(index, encoding="utf-8")
+    if tokenizer is not None:
+        for path in (Path(tokenizer, name) for name in TOKENIZER_FILES):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    _write_config(model, folder)
+
+
+class _Tensors:
+    """The tensors of a folder by name, base prefix dropped. Files are mapped, not read."""
+
+    def __init__(self, folder: Path, prefix: str):
+        self.where = {}  # our key -> (file, name in the file)
+        for file in _files(folder):
+            try:
+                handle = safe_open(file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+            for name in handle.keys():
+                key = name.removeprefix(prefix)
+                if key in self.where:
+                    raise ValueError(f"{file} holds {name}, which an earlier file of the folder holds too")
+                self.where[key] = (handle, name)
+        self.names = set(self.where)
+
+    def read(self, source: Source) -> torch.Tensor:
+        """One of our tensors, in our layout (out, in). Of a fused matrix only our third is read."""
+        handle, name = self.where[source.name]
+        x = handle.get_slice(name)
+        if source.third is not None:
+            size = x.get_shape()[-1] // 3
+            x = x[..., source.third * size:(source.third + 1) * size]
+        else:
+            x = x[...]
+        return x.T if source.transposed else x
+
+
+def _files(folder):
+    if (folder / INDEX).is_file():
+        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        for name in names:
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / INDEX} lists {name}, which is not in the folder")
+        return [folder / name for name in names]
+    if not (folder / SINGLE).is_file():
+        raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}; .bin files are pickles and not read "
+                         "here: load them with transformers and save_pretrained")
+    return [folder / SINGLE]
+
+
+def _check_tied(model, head, folder):
+    if not torch.equal(head.to(model.embed.weight.dtype), model.embed.weight):
+        raise ValueError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs; "
+                         "set tie_word_embeddings to false there to use both")
+
+
+def _shards(model, shard_bytes):
+    """Their names with the parameters each is made of, in groups of `shard_bytes` at most (or one name)."""
+    dialect = DIALECTS[model.config.family]
+    parts = {}
+    for ours, source in sources(model.config, dialect.tensors).items():
+        prefix = "" if source.name == "lm_head.weight" else dialect.prefix
+        parts.setdefault(prefix + source.name, []).append((ours, source))
+    shards, room = [{}], shard_bytes
+    for theirs, made_of in parts.items():
+        size = sum(model.get_parameter(ours).nbytes for ours, _ in made_of)
+        if size > room and shards[-1]:
+            shards, room = [*shards, {}], shard_bytes
+        shards[-1][theirs] = made_of
+        room -= size
+    return shards
+
+
+def _join(model, parts):
+    """Their tensor from ours: q, k, v put together where fused, turned where they store (in, out)."""
+    x = torch.cat([model.get_parameter(ours).detach() for ours, _ in parts])  # q, k, v, as attention has them
+    return (x.T if parts[0][1].transposed else x).contiguous().cpu()
+
+
+def _write_config(model, folder):
+    text = read_text(folder)
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if text is not None:
+        ids |= {key: text.backend.token_to_id(name) for key, name in
+                (("bos_token_id", text.bos), ("eos_token_id", text.eos)) if name}
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    config = config_to(model.config) | ids | {"dtype": dtype, "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

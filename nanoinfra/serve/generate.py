@@ -1,0 +1,164 @@
+"""Generation, one sequence at a time: prefill the prompt once, then one token a step over a KV cache.
+
+Without the cache, token n costs a forward over n tokens; with it, one token's forward and a read of the
+2 L KV K n numbers kept. Sampling: temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020), in
+this order. Composes with any Decoder: the cache is an argument of the call. For many sequences at once see
+the engine.
+"""
+import sys
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from nanoinfra.model.attention import naive, sdpa
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.text import Text, render_chat
+from nanoinfra.serve.options import GenerateOptions
+from nanoinfra.serve.pretrained import pretrained
+
+
+def generate(model: Decoder, tokens: list[int], max_new: int, *, temperature: float = 0.0, top_k: int = 0,
+             top_p: float = 1.0, seed: int = 0, ends: Iterable[int] = ()) -> Iterator[int]:
+    """Yield up to `max_new` token ids that continue `tokens`, each as soon as it is known; an id of `ends` stops.
+
+    Temperature 0 is greedy; else the draws follow from `seed` alone. Raises ValueError for an empty prompt, a
+    sampling option out of range, or a prompt whose continuation does not fit the model's context.
+    """
+    _check(model, tokens, max_new, temperature, top_k, top_p)
+    return _generate(model, tokens, max_new, (temperature, top_k, top_p), seed, frozenset(ends))
+
+
+@torch.inference_mode()
+def _generate(model, tokens, max_new, how, seed, ends):
+    device, draws = model.embed.weight.device, torch.Generator().manual_seed(seed)
+    cache = KVCache(model.config.layers, len(tokens) + max_new)
+    new = list(tokens)
+    for _ in range(max_new):
+        places = torch.arange(cache.length, cache.length + len(new), device=device)
+        hidden = model.hidden(torch.tensor([new], device=device), places, cache)        # (1, T, C)
+        cache.length += len(new)
+        token = sample(model.head(hidden[0, -1]), *how, draws)                          # of (V,) logits
+        if token in ends:
+            return
+        yield token
+        new = [token]
+
+
+class KVCache:
+    """Keys and values of every layer in one stretch of memory, for sequences of one common length.
+
+    Memory for `capacity` tokens is taken at a layer's first call, in the shape its keys have, so a model
+    cut by heads needs no other cache. The caller adds to `length` once all layers have seen the new tokens.
+    """
+
+    def __init__(self, layers: int, capacity: int):
+        self.layers, self.capacity, self.length = [None] * layers, capacity, 0
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Keep `k`, `v` (B, KV, T, K) and let `q` (B, H, T, K) see them and all before: (B, H, T, K)."""
+        (B, KV, T, K), end = k.shape, self.length + k.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit a KV cache made for {self.capacity}; make a larger one")
+        if self.layers[layer] is None:
+            self.layers[layer] = k.new_empty(2, B, KV, self.capacity, K)
+        keys, values = self.layers[layer]                                 # (B, KV, capacity, K) each
+        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
+        core = naive if T == 1 else sdpa  # for one query two matrix products beat the fused kernel on CPU
+        return core(q, keys[:, :, :end], values[:, :, :end])
+
+
+def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, draws: torch.Generator) -> int:
+    """One token id from `logits` (V,). Drawn on the CPU in at least float32, so that a seed means the same anywhere."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits.cpu().to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    best, ids = logits.sort(descending=True, stable=True)
+    best, ids = (best[:top_k], ids[:top_k]) if top_k else (best, ids)
+    chance = best.softmax(-1)
+    before = chance.cumsum(-1) - chance                                   # what the likelier ones make up
+    chance = chance.masked_fill(before >= top_p, 0.0)  # never the likeliest: before it is 0
+    return int(ids[torch.multinomial(chance, 1, generator=draws)])
+
+
+class Stream:
+    """Turns token ids into text as they come, never showing a part of a character.
+
+    One character may be spread over up to four tokens; until it is whole, `decode` ends in U+FFFD and that
+    is held.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self.decode, self.context, self.window, self.shown = decode, [], [], 0
+
+    def push(self, token: int) -> str:
+        """The text that is certain now and was not before."""
+        self.window.append(token)
+        text = self._text()
+        new = text.removesuffix("\ufffd")[self.shown:]
+        self.shown += len(new)
+        if self.shown == len(text):  # whole: it need not be decoded again
+            self.context, self.window, self.shown = self.window, [], 0
+        return new
+
+    def finish(self) -> str:
+        """What is left: U+FFFD where the text ends within a character."""
+        new = self._text()[self.shown:]
+        self.context, self.window, self.shown = [], [], 0
+        return new
+
+    def _text(self):
+        return self.decode(self.context + self.window)[len(self.decode(self.context)):]
+
+
+def main(options: GenerateOptions, write: Callable[[str], object] | None = None) -> int:
+    """Write the continuation of a prompt, or the answer to it, to `write` (stdout) as it grows; returns 0."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model, text, template = pretrained(options.model, getattr(torch, options.dtype))
+    write = write or _to_stdout
+    for piece in stream(model, text, _prompt(options, text, template), options):
+        write(piece)
+    write("\n")
+    return 0
+
+
+def stream(model: Decoder, text: Text, prompt: list[int], options: GenerateOptions) -> Iterator[str]:
+    """The continuation of `prompt` (token ids) as pieces of text."""
+    shown = Stream(text.decode)
+    for token in generate(model, prompt, options.max_new_tokens, temperature=options.temperature, seed=options.seed,
+                          top_k=options.top_k, top_p=options.top_p, ends=text.ends):
+        yield shown.push(token)
+    yield shown.finish()
+
+
+def _prompt(options, text, template):
+    if text is None:
+        raise ValueError(f"{options.model} holds no tokenizer.json to read the prompt with; copy the one it was "
+                         "trained with into it")
+    if not options.chat:
+        return text.encode(options.prompt)
+    if template is None:
+        raise ValueError(f"{options.model} has no chat template; leave out --chat")
+    return text.encode(render_chat(template, [{"role": "user", "content": options.prompt}], text), begin=False)
+
+
+def _check(model, tokens, max_new, temperature, top_k, top_p):
+    context, vocab = model.config.context, model.config.vocab
+    if not tokens:
+        raise ValueError("the prompt has no tokens; give at least one character")
+    if max(tokens) >= vocab:
+        raise ValueError(f"token {max(tokens)} is not in the model's vocabulary of {vocab}; the tokenizer and the "
+                         "model do not belong together")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature}, top-k {top_k}, top-p {top_p}: the first two cannot be negative "
+                         "and the last must be in (0, 1]; try --temperature 0.8 --top-k 50 --top-p 0.95")
+    if len(tokens) + max_new > context:
+        room = context - len(tokens)
+        remedy = f"try --max-new-tokens {room}" if room > 0 else f"shorten it to less than {context} tokens"
+        raise ValueError(f"a prompt of {len(tokens)} tokens and {max_new} new ones do not fit the model's context "
+                         f"of {context}; {remedy}")
+
+
+def _to_stdout(piece):
+    sys.stdout.write(piece)
+    sys.stdout.flush()

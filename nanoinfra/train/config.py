@@ -1,0 +1,156 @@
+"""The flags of `nanoinfra train`, in five groups. No torch here: `--help` must answer at once.
+
+Not every combination has to exist at once; `check` refuses one that does not, with the reason, before any rank
+starts. Sizes, learning rates and contexts that are not given follow from --model.
+"""
+from dataclasses import dataclass, field, fields
+from math import ceil
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from nanoinfra.formulas.shape import SIZES
+
+
+T = TypeVar("T")
+Flat = Annotated[T, tyro.conf.arg(name="")]              # a group's flags carry no prefix
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """The model."""
+    model: str = "nano"                                  # a size (test nano micro small medium large xl), or a directory
+    vocab: int | None = None                             # vocabulary; default: the size's
+    untied: bool = False                                 # give the head weights of its own
+    attention: Literal["naive", "sdpa"] = "sdpa"         # naive writes the T x T scores to memory
+    dtype: Literal["float64", "float32", "bfloat16"] = "float32"  # to compute in; bfloat16 has float32 masters
+    grad_dtype: Literal["float64", "float32", "bfloat16"] | None = None  # to sum gradients in; default: at least float32
+    seed: int = 0                                        # of weights and of the order of samples
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """The data."""
+    data: str = "stdlib"                                 # stdlib, random, a text file, or a folder of them
+    seq: int | None = None                               # tokens in a sample; default: the model's context
+    micro_batch: int = 8                                 # sequences a data-parallel rank runs at once
+    global_batch: int | None = None                      # sequences in one step; default: micro-batch x dp
+
+
+@dataclass(frozen=True)
+class MeshFlags:
+    """The mesh: world = pp x dp x cp x tp ranks."""
+    nproc: int | None = None                             # start this many ranks here; default: the product of the axes
+    dp: int | None = None                                # data parallel; default: ranks / (pp x cp x tp)
+    pp: int = 1                                          # pipeline parallel
+    cp: int = 1                                          # context parallel
+    tp: int = 1                                          # tensor parallel
+    data_parallel: Literal["each", "buckets", "overlap"] = "overlap"  # when gradients leave
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int | None = None                           # a rank; default: cores / ranks on this host
+    wire: tuple[str, ...] = ()                           # AXIS=LATENCY,BANDWIDTH: emulate a wire, s and bytes/s
+
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    """The optimizer."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float | None = None                              # peak; default: the size's
+    warmup: int = 10                                     # steps of linear warm-up
+    lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine ends at a tenth of the peak
+    clip: float = 1.0                                    # largest global gradient norm; 0: never clip
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """The run."""
+    steps: int = 100                                     # optimizer steps
+    seconds: float | None = None                         # train this long instead, the schedule with the clock
+    eval_every: int = 0                                  # steps between held-out evaluations, and one at the end; 0: none
+    save_every: int = 0                                  # steps between checkpoints, besides the one at the end
+    keep: int = 2                                        # checkpoints kept
+    out: Path = Path("runs/train")                       # run directory
+    resume: bool = False                                 # go on from the newest good checkpoint in --out
+    trace: Path | None = None                            # write a Perfetto timeline, one row a rank
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """Train a decoder, on one rank or many; the losses do not depend on the mesh."""
+    model: Flat[ModelFlags] = field(default_factory=ModelFlags)
+    data: Flat[DataFlags] = field(default_factory=DataFlags)
+    mesh: Flat[MeshFlags] = field(default_factory=MeshFlags)
+    optimizer: Flat[OptimizerFlags] = field(default_factory=OptimizerFlags)
+    run: Flat[RunFlags] = field(default_factory=RunFlags)
+
+
+def plan_mesh(flags: MeshFlags, world: int) -> dict[str, int]:
+    """{"pp":, "dp":, "cp":, "tp":} for `world` ranks. Raises ValueError where they do not fit."""
+    for axis, issue in (("pp", "pipeline"), ("cp", "context"), ("tp", "tensor")):
+        if getattr(flags, axis) != 1:
+            raise ValueError(f"--{axis} {getattr(flags, axis)}: {issue} parallelism is not built yet; use --{axis} 1 "
+                             f"and --dp {world}")
+    rest = flags.pp * flags.cp * flags.tp
+    if flags.dp is None and world % rest:
+        raise ValueError(f"{world} ranks are no multiple of pp x cp x tp = {rest}; try --nproc {rest}")
+    dp = world // rest if flags.dp is None else flags.dp
+    if dp < 1 or dp * rest != world:
+        raise ValueError(f"pp x dp x cp x tp = {flags.pp} x {dp} x {flags.cp} x {flags.tp} = {dp * rest} does not fit "
+                         f"{world} ranks; try --dp {max(1, world // rest)}")
+    return {"pp": flags.pp, "dp": dp, "cp": flags.cp, "tp": flags.tp}
+
+
+def ranks_wanted(flags: MeshFlags) -> int:
+    """How many ranks to start here: --nproc, or the product of the axes that are named."""
+    product = (flags.dp or 1) * flags.pp * flags.cp * flags.tp
+    world = flags.nproc or product
+    if world < 1:
+        raise ValueError(f"{world} ranks cannot train; give every axis and --nproc at least 1")
+    return world
+
+
+def parse_wire(wires: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+    """{"dp": (20e-6, 1e9)} from ("dp=20e-6,1e9",)."""
+    result = {}
+    for wire in wires:
+        try:
+            axis, numbers = wire.split("=")
+            latency, bandwidth = map(float, numbers.split(","))
+        except ValueError:
+            raise ValueError(f"--wire {wire!r} is not AXIS=LATENCY,BANDWIDTH; try --wire dp=20e-6,1e9") from None
+        if axis not in ("pp", "dp", "cp", "tp") or latency < 0 or bandwidth <= 0:
+            raise ValueError(f"--wire {wire!r}: the axis is pp, dp, cp or tp, latency is at least 0 s and bandwidth "
+                             "more than 0 bytes/s; try --wire dp=20e-6,1e9")
+        result[axis] = latency, bandwidth
+    return result
+
+
+def check(flags: TrainFlags, world: int) -> None:
+    """Raise ValueError for what can be seen to be wrong before any rank starts or any data is read."""
+    plan_mesh(flags.mesh, world)
+    parse_wire(flags.mesh.wire)
+    at_least = {"--micro-batch": (flags.data.micro_batch, 1), "--global-batch": (flags.data.global_batch, 1),
+                "--seq": (flags.data.seq, 1), "--steps": (flags.run.steps, 1), "--keep": (flags.run.keep, 1),
+                "--threads": (flags.mesh.threads, 1), "--vocab": (flags.model.vocab, 257),
+                "--warmup": (flags.optimizer.warmup, 0), "--clip": (flags.optimizer.clip, 0),
+                "--eval-every": (flags.run.eval_every, 0), "--save-every": (flags.run.save_every, 0)}
+    for flag, (value, least) in at_least.items():
+        if value is not None and value < least:
+            raise ValueError(f"{flag} {value} is too small; give at least {least}")
+    if flags.run.seconds is not None and flags.run.seconds <= 0:
+        raise ValueError(f"--seconds {flags.run.seconds} leaves no time for a step; try --seconds 60")
+    if flags.model.model not in SIZES:
+        raise ValueError(f"--model {flags.model.model!r} is no size; there are {', '.join(SIZES)}")
+
+
+def micro_batches(flags: DataFlags, dp: int) -> tuple[int, int]:
+    """(global batch G, micro-batches a step m = ceil(G / (M dp)))."""
+    G = flags.global_batch or flags.micro_batch * dp
+    return G, ceil(G / (flags.micro_batch * dp))
+
+
+def to_json(flags: TrainFlags) -> dict:
+    """Every flag by group and name, in JSON's types."""
+    return {group.name: {f.name: str(v) if isinstance(v := getattr(part, f.name), Path) else v for f in fields(part)}
+            for group in fields(flags) for part in [getattr(flags, group.name)]}

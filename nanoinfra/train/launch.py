@@ -1,0 +1,99 @@
+"""Start N ranks of `nanoinfra train` on this host, with torch's elastic launcher, and report how they ended.
+
+A rank is this same command line in a process of its own, found by torchrun's variables. SIGTERM reaches every rank;
+they agree on a step, save, and stop, and then the launcher ends with 0. A user's mistake that only a rank could see
+comes back through its error file as one line.
+"""
+import json
+import logging
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+RUN_ID = "nanoinfra"                         # torch hands it to every rank: so a rank knows whose it is
+BOARD = "where_ranks_stand"                  # ledger.Board of a run under way
+STOPPED = "stopped.json"                     # rank 0 leaves it in the run directory when a signal ended the run
+
+
+def is_rank() -> bool:
+    """Was this process started by torchrun or by `launch`?"""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def joined() -> bool:
+    """Is this process a rank already, of a pool say?"""
+    distributed = sys.modules.get("torch.distributed")       # not imported for the answer: it would take a second
+    return distributed is not None and distributed.is_initialized()
+
+
+@contextmanager
+def process_group(device: str, out: Path):
+    """This rank's life in torch.distributed, with a board in `out` that says where each rank stands. A plain
+    process, or a rank of a pool, stays what it is."""
+    if joined() or not is_rank():
+        yield
+        return
+    import torch.distributed as dist
+
+    from nanoinfra.dist.ledger import Board, report_to
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    out.mkdir(parents=True, exist_ok=True)
+    report_to(Board(out / BOARD, dist.get_world_size(), dist.get_rank()))
+    try:
+        yield
+    finally:
+        report_to(None)
+        dist.destroy_process_group()
+    (out / BOARD).unlink(missing_ok=True)                    # kept after a failure, for the launcher to read
+
+
+def launch(argv: list[str], nproc: int, out: Path) -> int:
+    """Run `nanoinfra ARGV` on `nproc` ranks. Returns an exit code: 0, 2 for a user's mistake, 1 for a failed rank."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=RUN_ID, rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, shutdown_timeout=300)
+    started = time.time()
+    try:
+        elastic_launch(config, sys.executable)("-m", "nanoinfra.cli", *argv)
+        return 0
+    except SignalException as signal:
+        return _after_signal(signal, out, started)
+    except ChildFailedError as failed:
+        return _after_failure(failed, nproc, out)
+
+
+def _after_signal(signal, out, started):
+    note = out / STOPPED
+    if note.exists() and note.stat().st_mtime >= started:
+        return 0
+    print(f"nanoinfra: stopped by signal {int(signal.sigval)} before the ranks could save", file=sys.stderr)
+    return 128 + int(signal.sigval)
+
+
+def _after_failure(failed, world, out):
+    rank, failure = failed.get_first_failure()
+    said = failure.error_file_data.get("message")
+    if isinstance(said, str):
+        print(f"nanoinfra: {said}", file=sys.stderr)
+        return 2
+    how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
+    print(f"nanoinfra: rank {rank} {how}; --resume goes on from the last checkpoint", file=sys.stderr)
+    if (out / BOARD).exists():
+        from nanoinfra.dist.ledger import Board, hang_report
+        print(hang_report(Board(out / BOARD, world).positions(), lambda r: r != rank), file=sys.stderr)
+        (out / BOARD).unlink()
+    return 1
+
+
+def leave_error(message: str) -> bool:
+    """In a rank of `launch`, hand a user's mistake to the launcher, who prints it once. False under torchrun."""
+    ours = os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
+    if ours:
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message, "timestamp": time.time()}))
+    return ours

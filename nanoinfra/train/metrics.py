@@ -1,0 +1,141 @@
+"""What a run says of itself: metrics.jsonl, a line on the terminal, loss.png and a Perfetto timeline.
+
+One line a step, written by rank 0, flushed, floats at full precision. Times are timed, bytes counted. The timeline
+(https://perfetto.dev) has one row of instructions and one of collectives a rank.
+"""
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from nanoinfra.dist import comm
+
+
+class Log:
+    """metrics.jsonl of a run directory; `go_on_after` keeps the lines up to that step and drops the rest."""
+
+    def __init__(self, path: Path, go_on_after: int = 0):
+        kept = [line for line in read(path) if line["step"] <= go_on_after] if path.exists() and go_on_after else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.file = open(path, "a")
+
+    def write(self, line: dict) -> None:
+        """Append one step."""
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; one that a crash cut short is left out."""
+    lines = path.read_text().splitlines()
+    whole = [line for line in lines if line.endswith("}")]
+    return [json.loads(line) for line in whole]
+
+
+def sent(rows) -> dict[str, int]:
+    """Payload bytes by axis; scalars for loss, norm and counts under a key of their own."""
+    total = {}
+    for row in rows:
+        key = "scalars" if row.tag == "scalars" else row.axis
+        total[key] = total.get(key, 0) + row.payload
+    return total
+
+
+def largest(numbers: list[float], axis) -> list[float]:
+    """Each number's largest value on any rank."""
+    return comm.all_reduce(torch.tensor(numbers, dtype=torch.float64), axis, "scalars", op="max").tolist()
+
+
+def resident_peak() -> int:
+    """The most memory this process ever held, in bytes, as the operating system counts it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def held(tensors) -> int:
+    """Bytes of the distinct storages behind `tensors`."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+class Bar:
+    """A live line on a terminal; a plain one every ten seconds elsewhere."""
+
+    def __init__(self, steps: int, seconds: float | None, start: int):
+        self.seconds, self.bar, self.spoke = seconds, None, -math.inf
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            self.bar = Progress(TextColumn("step {task.fields[step]}"), BarColumn(), TextColumn("{task.description}"),
+                                TimeRemainingColumn(elapsed_when_finished=True), console=Console(stderr=True))
+            self.task = self.bar.add_task("", total=seconds or steps, completed=0 if seconds else start, step=start)
+            self.bar.start()
+
+    def show(self, line: dict, elapsed: float, last: bool = False) -> None:
+        """Show a step's line of metrics, `elapsed` seconds into the run."""
+        says = f"loss {line['loss']:.3f}  {line['tokens_per_s']:,.0f} tokens/s"
+        if "held_out_bpb" in line:
+            says += f"  held-out {line['held_out_bpb']:.3f} bits/byte"
+        if self.bar:
+            done = elapsed if self.seconds else line["step"]
+            self.bar.update(self.task, completed=done, step=line["step"], description=says)
+        elif last or "held_out_bpb" in line or elapsed - self.spoke > 10:
+            print(f"step {line['step']}  {says}", flush=True)
+            self.spoke = elapsed
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.bar:
+            self.bar.stop()
+
+
+def plot(path: Path, png: Path, title: str = "") -> None:
+    """Draw loss (and held-out bits per byte, where there are any) over tokens from metrics.jsonl."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    lines = read(path)
+    if not lines:
+        return
+    tokens, seen = [], 0
+    for line in lines:
+        seen += line["tokens"]
+        tokens.append(seen / 1e6)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    losses = [line["loss"] for line in lines]
+    axes.plot(tokens, losses, color="#9ecae1", lw=1, label="each step")
+    axes.plot(tokens, smooth(losses), color="#08519c", lw=2, label="running mean")
+    axes.set(xlabel="million tokens", ylabel="loss (nats per token)", title=title)
+    held_out = [(x, line["held_out_bpb"]) for x, line in zip(tokens, lines) if "held_out_bpb" in line]
+    if held_out:
+        right = axes.twinx()
+        right.plot(*zip(*held_out), "o-", color="#d95f02", ms=5)
+        right.set_ylabel("held-out bits per byte", color="#d95f02")
+        right.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], (-6, 8), textcoords="offset points", ha="right",
+                       color="#d95f02")
+        right.spines[["top"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper right")
+    figure.savefig(png, dpi=120)
+
+
+def smooth(values: list[float], weight: float = 0.95) -> list[float]:
+    """An exponential running mean, corrected for its start."""
+    out, mean, norm = [], 0.0, 0.0
+    for value in values:
+        mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
+        out.append(mean / norm)
+    return out
+
+
+def trace_events(rank: int, spans, rows) -> list[dict]:
+    """One rank's instructions and collectives as Perfetto events; times in microseconds."""
+    def event(name, track, begin, end, **args):
+        return {"name": name, "ph": "X", "pid": rank, "tid": track, "ts": begin * 1e6, "dur": (end - begin) * 1e6,
+                "args": args}
+    named = [{"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}]
+    return named + [event(type(what).__name__, "step", a, b, **vars(what)) for what, a, b in spans] + [
+        event(row.op, f"wire {row.axis}", row.begin, row.end, tag=row.tag, payload_bytes=row.payload,
+              wait_ms=row.wait_s * 1e3) for row in rows]

@@ -1,0 +1,97 @@
+"""AdamW and SGD over float32 masters, the learning rate's path, and clipping by the global norm.
+
+Mixed precision (Micikevicius et al. 2018): the model computes in bf16; the optimizer owns float32 masters, 12 bytes
+a parameter with AdamW's two moments, and copies them into the model after each step. A float32 or float64 model is
+its own master. The update itself is torch's fused kernel (Loshchilov & Hutter 2019 for AdamW).
+"""
+import math
+
+import torch
+
+BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-8, 0.1        # GPT-3's (Brown et al. 2020, appendix B)
+
+
+class Optimizer:
+    """`name` is "adamw" or "sgd" (plain). Matrices decay under AdamW, vectors do not.
+
+    `masters` may be given, {name: tensor}, where the weights were drawn in more bits than the model keeps.
+    """
+
+    def __init__(self, model: torch.nn.Module, name: str = "adamw", masters: dict[str, torch.Tensor] | None = None):
+        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.masters = {n: _master(p, (masters or {}).get(n)) for n, p in self.params.items()}
+        vectors = [m for m in self.masters.values() if m.dim() < 2]
+        matrices = [m for m in self.masters.values() if m.dim() >= 2]
+        if name == "adamw":
+            groups = [{"params": g, "weight_decay": d} for g, d in ((matrices, WEIGHT_DECAY), (vectors, 0.0)) if g]
+            self.torch = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
+        elif name == "sgd":
+            self.torch = torch.optim.SGD(list(self.masters.values()), fused=True)
+        else:
+            raise ValueError(f"no optimizer named {name!r}; there are adamw and sgd")
+        self.name, self.steps = name, 0
+
+    def step(self, grads: dict[str, torch.Tensor], lr: float) -> None:
+        """Move the masters against `grads`, then the model's weights to the masters."""
+        for group in self.torch.param_groups:
+            group["lr"] = lr
+        for n, master in self.masters.items():
+            master.grad = grads[n].to(master.dtype)
+        self.torch.step()
+        self.steps += 1
+        for master in self.masters.values():
+            master.grad = None
+        self._publish()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps: masters under the parameters' names, moments as `exp_avg/NAME`."""
+        moments = {} if self.name == "sgd" else {
+            f"{key}/{n}": self._moments(m)[key] for n, m in self.masters.items() for key in ("exp_avg", "exp_avg_sq")}
+        return {**{n: m.detach() for n, m in self.masters.items()}, **moments}
+
+    def load(self, tensors: dict[str, torch.Tensor], steps: int) -> None:
+        """Take the tensors of `state()` back, after `steps` steps, and publish the weights."""
+        with torch.no_grad():
+            for name, into in self.state().items():
+                into.copy_(tensors[name])
+        for m in self.masters.values() if self.name == "adamw" else ():
+            self._moments(m)["step"].fill_(float(steps))
+        self.steps = steps
+        self._publish()
+
+    def _moments(self, master):
+        state = self.torch.state[master]
+        if not state:
+            state.update(step=torch.zeros((), dtype=torch.float32, device=master.device),
+                         exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
+        return state
+
+    def _publish(self):
+        pairs = [(p, self.masters[n]) for n, p in self.params.items() if p is not self.masters[n]]
+        if pairs:
+            with torch.no_grad():
+                torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+
+
+def _master(p, given):
+    if p.dtype in (torch.float32, torch.float64):
+        return p
+    return (p.detach() if given is None else given).to(torch.float32).clone()
+
+
+def clip(grads: dict[str, torch.Tensor], limit: float) -> float:
+    """Scale `grads` in place so that their global 2-norm is at most `limit` (0: never). Returns the norm before."""
+    tensors = list(grads.values())
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))).item()
+    if limit and norm > limit:
+        torch._foreach_mul_(tensors, limit / norm)
+    return norm
+
+
+def learning_rate(step: int, progress: float, warmup: int, peak: float, schedule: str = "cosine") -> float:
+    """The rate of `step` (from 1) at `progress` (0 to 1) of the run: linear up over `warmup` steps, times a cosine
+    that ends at a tenth of the peak, or times 1 ("constant")."""
+    rise = min(1.0, step / warmup) if warmup else 1.0
+    fall = 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress)) if schedule == "cosine" else 1.0
+    return peak * rise * fall

@@ -1,0 +1,34 @@
+"""Lines a module and the length of its functions: `python scripts/lines.py --table`. Fails past 300 lines a file."""
+import ast
+import sys
+from pathlib import Path
+from statistics import median
+
+LIMIT = 300
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def measure(path: Path) -> tuple[int, list[int]]:
+    """(lines of the file, lines of each function)."""
+    text = path.read_text()
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    return len(text.splitlines()), [node.end_lineno - node.lineno + 1 for node in functions]
+
+
+def main() -> int:
+    files = sorted([*ROOT.glob("nanoinfra/**/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("scripts/**/*.py")])
+    rows = [(path.relative_to(ROOT), *measure(path)) for path in files if path.stat().st_size]
+    if "--table" in sys.argv:
+        print(f"{'file':44}{'lines':>6}{'functions':>11}{'median':>8}{'longest':>9}")
+        for path, lines, functions in rows:
+            print(f"{path!s:44}{lines:6}{len(functions):11}{median(functions or [0]):8.0f}{max(functions or [0]):9}")
+    total, every = sum(lines for _, lines, _ in rows), [n for *_, functions in rows for n in functions]
+    print(f"{len(rows)} files, {total} lines, {len(every)} functions: median {median(every):.0f} lines, "
+          f"longest {max(every)}")
+    long = [f"{path}: {lines} lines (limit {LIMIT})" for path, lines, _ in rows if lines > LIMIT]
+    print("\n".join(long), end="\n" if long else "")
+    return bool(long)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+import hashlib
+import os
+import random
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanoinfra.data.corpus import cut, load_corpus
+
+
+def held_by(text):
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 20 == 0
+
+
+def write(root, files):
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def test_stdlib():
+    got = load_corpus("stdlib")
+    paths = {d.path for d in got.train} | {d.path for d in got.held_out}
+    assert {"argparse.py", "json/decoder.py"} <= paths
+    folders = {part for path in paths for part in path.split("/")[:-1]}
+    assert not folders & {"site-packages", "test", "tests", "idle_test"}
+    assert all(held_by(d.path) for d in got.held_out) and not any(held_by(d.path) for d in got.train)
+    if sys.version_info[:3] == (3, 11, 7):
+        files, size = len(paths), tuple(round(n / 1e6, 2) for n in got.bytes)
+        assert (files, size) == (734, (11.46, 0.66))
+    assert len(got.hash) == 64 and load_corpus("stdlib").hash == got.hash
+
+
+def test_a_folder_is_split_by_path(folder, corpus):
+    want = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.py")}
+    got = {d.path: d.text.encode() for d in (*corpus.train, *corpus.held_out)}
+    assert got == want
+    assert {d.path for d in corpus.held_out} == {path for path in want if held_by(path)} != set()
+    assert sum(corpus.bytes) == sum(map(len, want.values()))
+    assert corpus.skipped == ()
+
+
+def test_another_file_moves_no_other(tmp_path):
+    write(tmp_path, {f"{i}.txt": b"x%d" % i for i in range(100)})
+    before = load_corpus(tmp_path)
+    write(tmp_path, {"0 first.txt": b"new", "zz/last.txt": b"new"})
+    after = load_corpus(tmp_path)
+    assert set(before.train) <= set(after.train) and set(before.held_out) <= set(after.held_out)
+
+
+def test_a_file_is_split_by_content_wherever_it_stands(tmp_path):
+    pieces = [f"{i} ".ljust(9000, "y") + "\n\n" for i in range(80)]
+    (tmp_path / "a.txt").write_text("".join(pieces))
+    random.Random(0).shuffle(pieces)
+    (tmp_path / "b.txt").write_text("".join(pieces))
+    a, b = load_corpus(tmp_path / "a.txt"), load_corpus(tmp_path / "b.txt")
+    want = {piece for piece in pieces if held_by(piece)}
+    assert {d.text for d in a.held_out} == {d.text for d in b.held_out} == want != set()
+    assert [d.path for d in a.train] != [d.path for d in b.train]
+    assert len(a.train) + len(a.held_out) == 80
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text("ab\n ", max_size=400), st.integers(1, 20))
+def test_pieces_join_to_the_text(text, size):
+    got = list(cut(text, size))
+    assert "".join(got) == text
+    assert all(0 < len(piece) <= 4 * size for piece in got)
+
+
+def test_pieces_end_at_blank_lines_then_at_lines_then_anywhere():
+    assert list(cut("aaaaa\n\nbbbbb\n \ncc", 4)) == ["aaaaa\n\n", "bbbbb\n \n", "cc"]
+    assert list(cut("aaaa\naaaa\nbb", 4)) == ["aaaa\naaaa\n", "bb"]
+    assert list(cut("a" * 20, 4)) == ["a" * 8, "a" * 8, "a" * 4]
+
+
+def test_a_small_corpus_holds_out_the_lowest_hash(tmp_path):
+    names = [name for name in "abcdefgh" if not held_by(name)][:3]
+    got = load_corpus(write(tmp_path, {name: b"text " + name.encode() for name in names}))
+    want = min(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    assert [d.path for d in got.held_out] == [want] and len(got.train) == 2
+
+
+def test_what_is_held_out_has_text(tmp_path):
+    held = next(f"{i}" for i in range(1000) if held_by(f"{i}"))
+    got = load_corpus(write(tmp_path, {held: b"", "x.txt": b"some", "y.txt": b"more"}))
+    assert min(got.bytes) > 0
+
+
+def test_the_hash_names_path_text_and_side(tmp_path):
+    got = [load_corpus(write(tmp_path / f"{k}", files)).hash for k, files in enumerate((
+        {"a": b"1", "b": b"2"}, {"a": b"1", "b": b"2"}, {"a": b"1", "b": b"3"}, {"a": b"1", "c": b"2"}))]
+    assert got[0] == got[1] and len(set(got)) == 3
+
+
+def test_what_is_not_text_is_skipped_and_named(tmp_path):
+    write(tmp_path, {"a.txt": b"one", "b.txt": b"two", ".git/config": b"hidden", "latin.txt": b"caf\xe9",
+                     "picture.gif": b"GIF\0"})
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    got = load_corpus(tmp_path)
+    assert {d.path for d in (*got.train, *got.held_out)} == {"a.txt", "b.txt"}
+    assert sorted(got.skipped) == ["gone.txt: No such file or directory", "latin.txt: not UTF-8 text",
+                                   "picture.gif: binary, not text", "pipe: not a regular file"]
+
+
+def test_an_inner_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path, {"a.txt": b"one", "b.txt": b"two", "closed/c.txt": b"three"})
+    scan = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert load_corpus(tmp_path).skipped == (f"{tmp_path}/closed: Permission denied",)
+
+
+@pytest.mark.parametrize("files, match", [
+    ({}, "corpus .* is empty; "),
+    ({"a.txt": b"", "b.txt": b""}, "corpus .* is empty; "),
+    ({"a.bin": b"\0"}, r"is empty \(1 files skipped, e.g. a.bin: binary, not text\)"),
+    ({"a.txt": b"alone"}, "no held-out documents: its 5 bytes .* folder of two files"),
+])
+def test_a_folder_with_too_little(tmp_path, files, match):
+    with pytest.raises(ValueError, match=match):
+        load_corpus(write(tmp_path, files))
+
+
+@pytest.mark.parametrize("content, match", [
+    (b"", "corpus .* is empty; "),
+    (b"short", "no held-out documents: its 5 bytes .* above 16384 bytes"),
+    (b"a" * 65536, "no held-out documents: its 65536 bytes make one document or equal ones"),
+    (b"caf\xe9" * 9999, "cannot read --data .*file.txt: not UTF-8 text"),
+])
+def test_a_file_with_too_little(tmp_path, content, match):
+    (tmp_path / "file.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        load_corpus(tmp_path / "file.txt")
+
+
+def test_a_path_that_cannot_be_read(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in ((tmp_path / "nowhere", "No such file"), (tmp_path / "loop", "Too many levels"),
+                         (tmp_path / "pipe", "not a regular file"), ("x" * 300, "File name too long")):
+        with pytest.raises(ValueError, match=f"cannot read --data .*: {reason}.*; give stdlib, random, or"):
+            load_corpus(path)
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", closed)
+    with pytest.raises(ValueError, match="cannot read --data .*: Permission denied; give"):
+        load_corpus(tmp_path)

@@ -1,0 +1,178 @@
+import threading
+from math import ceil, log
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanoinfra.data.corpus import Document
+from nanoinfra.data.loader import HeldOut, Loader, deal
+from nanoinfra.data.source import IGNORE, Packed, Random
+from nanoinfra.data.tokenizer import Tokenizer
+
+BYTES = Tokenizer.train(["a"], 257)
+PACKED = Packed(np.arange(1 + 4 * 23), np.array([1]))         # 23 windows of 4
+SOURCES = st.sampled_from([PACKED, Random(257)])
+
+
+class Watched(Random):
+    """Tells which samples were made, in which thread; sample `bad` cannot be."""
+    def __init__(self, bad=None):
+        super().__init__(257)
+        self.bad, self.made, self.threads, self.ahead = bad, [], set(), threading.Event()
+
+    def sample(self, g, seed, seq):
+        if g == self.bad:
+            raise OSError(f"sample {g} is gone")
+        self.made.append(g)
+        self.threads.add(threading.current_thread().name)
+        if g >= 8:
+            self.ahead.set()
+        return super().sample(g, seed, seq)
+
+
+def steps(count, **given):
+    loader = Loader(**{"source": PACKED, "seed": 0, "seq": 4, "micro_batch": 2, **given})
+    try:
+        return [loader.next() for _ in range(count)]
+    finally:
+        loader.close()
+
+
+def rows(batches):
+    """The samples of micro-batches, without the rows that hold no target."""
+    return [(tuple(x.tolist()), tuple(y.tolist())) for xs, ys in batches for x, y in zip(xs, ys)
+            if (y != IGNORE).any()]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(p, q) for s, t in zip(a, b) for m, n in zip(s, t, strict=True)
+                                    for p, q in zip(m, n, strict=True))
+
+
+@settings(deadline=None, max_examples=60)
+@given(source=SOURCES, dp=st.integers(1, 6), micro=st.integers(1, 4), batch=st.integers(1, 17),
+       start=st.integers(0, 60), seed=st.integers(0, 2**40))
+def test_a_step_is_the_same_samples_on_any_mesh(source, dp, micro, batch, start, seed):
+    given = {"source": source, "seed": seed, "global_batch": batch, "start": start}
+    want = [[tuple(map(tuple, source.sample(start + k * batch + i, seed, 4))) for i in range(batch)]
+            for k in range(2)]
+    ranks = [steps(2, micro_batch=micro, dp_rank=r, dp_size=dp, **given) for r in range(dp)]
+    for k in range(2):
+        got = [rows(rank[k]) for rank in ranks]
+        assert [got[i % dp][i // dp] for i in range(batch)] == want[k]
+        assert sum(map(len, got)) == batch
+        assert {len(rank[k]) for rank in ranks} == {ceil(batch / (micro * dp))}
+        for x, y in (pair for rank in ranks for pair in rank[k]):
+            assert 1 <= len(x) <= micro and x.shape == y.shape == (len(x), 4)
+
+
+def test_an_uneven_batch_is_dealt_in_turn():
+    got = [list(map(list, deal(7, 2, r, 3))) for r in range(3)]
+    assert got == [[[0, 3], [6]], [[1, 4], []], [[2, 5], []]]
+    assert [list(map(list, deal(2, 1, r, 3))) for r in range(3)] == [[[0]], [[1]], [[]]]
+
+
+def test_an_empty_micro_batch_is_a_row_without_targets():
+    (x, y), = steps(1, global_batch=2, micro_batch=3, dp_rank=2, dp_size=3)[0]
+    assert x.tolist() == [[0] * 4] and y.tolist() == [[IGNORE] * 4]
+    assert x.dtype == y.dtype == torch.int64
+
+
+def test_the_global_batch_defaults_to_a_micro_batch_on_each_rank():
+    got = [steps(1, micro_batch=3, dp_rank=r, dp_size=2)[0] for r in range(2)]
+    assert [[tuple(x.shape) for x, _ in micro] for micro in got] == [[(3, 4)], [(3, 4)]]
+
+
+def test_an_epoch_deals_every_window_once():
+    got = [row for step in steps(23, global_batch=2, start=0) for row in rows(step)]
+    assert sorted(got[:23]) == sorted(got[23:]) == sorted(set(got)) and got[:23] != got[23:]
+
+
+@settings(deadline=None, max_examples=20)
+@given(source=SOURCES, prefetch=st.integers(1, 4), done=st.integers(0, 5), batch=st.integers(1, 9))
+def test_resume_goes_on_from_what_was_consumed(source, prefetch, done, batch):
+    given = {"source": source, "global_batch": batch, "dp_rank": 1, "dp_size": 2}
+    want = steps(done + 3, seed=9, **given)
+    loader = Loader(seed=9, seq=4, micro_batch=2, prefetch=prefetch, **given)
+    for _ in range(done):
+        loader.next()
+    state = loader.state()
+    loader.close()
+    assert state == {"consumed": done * batch, "seed": 9}
+    got = steps(3, seed=state["seed"], start=state["consumed"], prefetch=prefetch, **given)
+    assert same(got, want[done:])
+
+
+def test_batches_are_made_ahead_in_a_thread():
+    source = Watched()
+    loader = Loader(source, seed=0, seq=4, micro_batch=4, prefetch=3)
+    loader.next()
+    assert source.ahead.wait(timeout=30)                      # samples 8.. belong to the third step
+    assert source.threads == {"loader_0"} and loader.state()["consumed"] == 4
+    loader.close()
+    assert source.made == list(range(12))
+
+
+def test_an_error_in_the_thread_is_raised_by_next_until_closed():
+    loader = Loader(Watched(bad=9), seed=0, seq=4, micro_batch=4)
+    loader.next(), loader.next()
+    for _ in range(2):
+        with pytest.raises(OSError, match="sample 9 is gone"):
+            loader.next()
+    assert loader.state()["consumed"] == 8
+    loader.close()
+
+
+def test_close_ends_the_thread():
+    loader = Loader(PACKED, seed=0, seq=4, micro_batch=1)
+    loader.next()
+    thread, = loader.pool._threads
+    loader.close()
+    loader.close()
+    assert not thread.is_alive()
+    with pytest.raises(RuntimeError):
+        loader.next()
+
+
+@pytest.mark.parametrize("given, match", [
+    ({"seq": 93}, "--seq 93 takes 94 tokens, the corpus has 93 .* try --seq 92,"),
+    ({"seq": 0}, "--seq is 0; it must be at least 1"),
+    ({"micro_batch": 0}, "--micro-batch is 0; it must be at least 1: try --micro-batch 1"),
+    ({"global_batch": 0}, "--global-batch is 0"),
+    ({"seed": -1}, "--seed is -1; it must be at least 0"),
+    ({"start": -1}, "start is -1"),
+    ({"prefetch": 0}, "prefetch is 0"),
+])
+def test_sizes_that_cannot_be(given, match):
+    with pytest.raises(ValueError, match=match):
+        Loader(**{"source": PACKED, "seed": 0, "seq": 4, "micro_batch": 2, **given})
+
+
+def test_held_out_documents_start_afresh_and_end():
+    e, (a, b, c, d) = BYTES.eot, BYTES.encode("abcd")
+    got = HeldOut([Document("1", "abcd"), Document("2", ""), Document("3", "ab")], BYTES, seq=3)
+    (x, y), = got.batches(micro_batch=9)
+    assert x.tolist() == [[e, a, b], [c, d, 0], [e, 0, 0], [e, a, b]]
+    assert y.tolist() == [[a, b, c], [d, e, IGNORE], [e, IGNORE, IGNORE], [a, b, e]]
+    assert (got.tokens, got.bytes) == (4 + 2 + 3, 6)
+    assert got.bits_per_byte(got.tokens * log(2) * 8) == pytest.approx(9 * 8 / 6)
+
+
+def test_bytes_are_those_of_utf8():
+    got = HeldOut([Document("1", "日本")], BYTES, seq=4)
+    assert (got.bytes, got.tokens) == (6, 7)
+
+
+@pytest.mark.parametrize("size, micro", [(1, 1), (2, 3), (5, 2), (7, 64)])
+def test_held_out_windows_are_dealt_once(corpus, tokenizer, size, micro):
+    held_out = HeldOut(corpus.held_out, tokenizer, seq=16)
+    ranks = [list(held_out.batches(micro, rank, size)) for rank in range(size)]
+    assert {len(rank) for rank in ranks} == {ceil(len(held_out.rows) / (micro * size))}
+    want = [(tuple(x), tuple(y)) for x, y in held_out.rows]
+    got = [rows(rank) for rank in ranks]
+    assert [got[i % size][i // size] for i in range(len(want))] == want
+    assert sum(map(len, got)) == len(want)
+    assert sum(int((y != IGNORE).sum()) for rank in ranks for _, y in rank) == held_out.tokens

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanoinfra.data.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_for
+
+BYTES = Tokenizer.train(["ab " * 1000], 257)
+TEXTS = ["", "def f(x):\n    return x\n", "naïve 日本 🙂\r\n\t", "a\0b \x7f", "  two  spaces  "]
+
+
+def test_257_is_bytes_and_the_end_of_text():
+    assert BYTES.vocab_size == 257
+    text = "".join(chr(i) for i in range(128)) + "日本🙂"
+    ids = BYTES.encode(text)
+    assert len(ids) == len(text.encode()) and BYTES.eot not in ids
+    assert BYTES.decode(ids) == text
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text())
+def test_any_text_round_trips(text):
+    ids = BYTES.encode(text)
+    assert BYTES.decode(ids) == text and len(ids) == len(text.encode())
+
+
+def test_merges_are_learned(tokenizer, corpus):
+    text = corpus.train[0].text
+    assert tokenizer.vocab_size == 300 and tokenizer.eot < 300
+    assert len(tokenizer.encode(text)) < 0.6 * len(text.encode())
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in TEXTS)
+
+
+def test_held_out_text_teaches_nothing(tokenizer, corpus):
+    want = Tokenizer.train([d.text for d in corpus.train], 300)
+    leak = Tokenizer.train([d.text for d in corpus.train] + [d.text * 50 for d in corpus.held_out], 300)
+    assert tokenizer.hash == want.hash != leak.hash
+
+
+def test_a_text_cannot_end_its_document(tokenizer):
+    text = f"a{END_OF_TEXT}b"
+    plain, special = tokenizer.encode(text), tokenizer.encode(text, specials=True)
+    assert tokenizer.eot not in plain and special.count(tokenizer.eot) == 1
+    assert tokenizer.decode(plain) == tokenizer.decode(special) == text
+
+
+def test_a_small_text_gives_a_smaller_vocabulary():
+    assert Tokenizer.train(["abab abab"], 4096).vocab_size < 270
+
+
+def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    got = Tokenizer.load(tmp_path)
+    assert (got.hash, got.eot, got.vocab_size) == (tokenizer.hash, tokenizer.eot, 300)
+    assert [got.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_transformers_loads_it(tokenizer, tmp_path, corpus):
+    from transformers import AutoTokenizer
+    tokenizer.save(tmp_path)
+    want = AutoTokenizer.from_pretrained(tmp_path)
+    assert (len(want), want.eos_token_id, want.eos_token) == (300, tokenizer.eot, END_OF_TEXT)
+    for text in TEXTS + [document.text for document in corpus.train]:
+        assert tokenizer.encode(text, specials=True) == want(text)["input_ids"]
+        assert want.decode(tokenizer.encode(text)) == text
+    want.save_pretrained(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+
+
+def test_the_end_of_text_may_have_another_name(tmp_path):
+    backend = tokenizers.Tokenizer.from_str(BYTES.backend.to_str().replace(END_OF_TEXT, "</s>"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="no token '<|endoftext|>'"):
+        Tokenizer.load(tmp_path)
+    for end in ("</s>", {"content": "</s>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        assert Tokenizer.load(tmp_path).eot == BYTES.eot
+
+
+def test_it_is_trained_once(corpus, tmp_path):
+    first, second = tokenizer_for(corpus, 280, tmp_path), tokenizer_for(corpus, 280, tmp_path)
+    assert first.hash == second.hash and first.vocab_size == 280
+    assert first.train_s > 0 == second.train_s
+    assert tokenizer_for(corpus, 290, tmp_path).vocab_size == 290
+
+
+@pytest.mark.parametrize("vocab", [256, 0, -1])
+def test_a_vocabulary_below_the_bytes(corpus, vocab, tmp_path):
+    with pytest.raises(ValueError, match=f"vocabulary of {vocab} .* try --vocab 257"):
+        tokenizer_for(corpus, vocab, tmp_path)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="holds no tokenizer.json"):
+        Tokenizer.load(tmp_path)
