@@ -37,7 +37,7 @@ def tokenizer_for(corpus: Corpus, vocab: int = 4096, cache: str | Path | None = 
 
     _check_vocab(vocab)
     got = Tokenizer.load(cached_folder(f"tokenizer-{corpus.hash[:16]}-{vocab}", fill, cache))
-    got.train_s = sum(took)
+    got.train_s = sum(took, 0.0)
     return got
 
 

@@ -1,8 +1,8 @@
 """The processes of one life of a pool of ranks: start, ask, listen, and say who failed and where all stood.
 
-They fork from multiprocessing's forkserver, which holds no thread and no socket of torch. Nothing outlives the
-crew: the rendezvous port is this process's own, the board's file is unlinked once every rank has it open, and a
-rank whose pipe closes ends itself.
+They fork from multiprocessing's forkserver, which holds no thread and no socket of torch. Nothing outlives
+the crew: the rendezvous port is this process's own, the board's file is unlinked once every rank has it open,
+and a rank whose pipe closes ends itself.
 """
 import atexit
 import multiprocessing
@@ -51,8 +51,12 @@ class Crew:
             raise
 
     def alive(self) -> bool:
-        """Do all ranks still run?"""
-        return all(process.is_alive() for process in self.processes)
+        """Is every rank still there to be asked?"""
+        for rank, pipe in enumerate(self.pipes):
+            while pipe.poll():
+                if self._hear(rank)[0] == "died":
+                    return False
+        return True
 
     def run(self, text: bytes, timeout: float) -> list:
         """One answer a rank to a pickled Call. Raises RanksError; the crew is of no more use then."""
@@ -90,16 +94,25 @@ class Crew:
         waiting = dict(zip(self.pipes, range(len(self.pipes))))
         while waiting and (left := end - time.monotonic()) > 0:
             for pipe in wait(list(waiting), left):
-                kind, value = _hear(pipe)
+                kind, value = self._hear(rank := waiting[pipe])
                 if kind in ("stdout", "stderr"):
-                    print(f"[{waiting[pipe]}] {value}", file=getattr(sys, kind), flush=True)
                     continue
-                (results if kind == "result" else failures)[waiting.pop(pipe)] = value
+                del waiting[pipe]
+                (results if kind == "result" else failures)[rank] = value
                 if failures:
                     end = min(end, time.monotonic() + GRACE)
         if waiting or failures:
             raise RanksError(self._explain(results, failures, timeout))
         return [results[rank] for rank in sorted(results)]
+
+    def _hear(self, rank):
+        try:
+            kind, value = cloudpickle.loads(self.pipes[rank].recv_bytes())
+        except (EOFError, ConnectionResetError):       # the other end is gone
+            return "died", None
+        if kind in ("stdout", "stderr"):
+            print(f"[{rank}] {value}", file=getattr(sys, kind), flush=True)
+        return kind, value
 
     def _explain(self, results, failures, timeout):
         n = len(self.processes)
@@ -115,19 +128,11 @@ class Crew:
         return f"{head}\nwhere each rank stood:\n{hang_report(self.board.positions(), fates.__getitem__)}"
 
 
-def _hear(pipe):
-    try:
-        text = pipe.recv_bytes()
-    except (EOFError, ConnectionResetError):           # the other end is gone
-        return "died", None
-    return cloudpickle.loads(text)
-
-
 def _fate(process, returned, trace):
     if returned:
         return "has returned"
     if trace:
-        return "raised " + trace.rstrip().rpartition("\n")[2]
+        return "has failed"
     process.join(0.1)
     if (code := process.exitcode) is not None:
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

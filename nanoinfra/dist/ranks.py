@@ -22,7 +22,7 @@ class Ranks:
     """`n` ranks on this machine's CPUs. A context manager; else they end by `close`, or with the program.
 
     `wire={"tp": (20e-6, 2e9)}` (seconds, bytes/s) emulates a wire on those axes of every Mesh made inside.
-    `timeout`: seconds a call may take. `threads`: torch threads a rank. Raises ValueError for a bad wire or n.
+    `timeout`: seconds a call may take. `threads`: torch threads a rank. ValueError for a bad `n` or wire.
     """
 
     def __init__(self, n: int, wire: dict[str, tuple[float, float]] | None = None, timeout: float = 60.0,
@@ -75,9 +75,11 @@ def shared(n: int) -> Ranks:
 
 
 def _pickled(call):
-    """`call` as bytes, with the modules that its functions come from by value, unless installed."""
-    functions = [call.fn, *call.mutants, *(part for m in call.mutants if isinstance(m, tuple) for part in m)]
-    homes = {sys.modules.get(getattr(f, "__module__", None)) for f in functions}
+    """`call` as bytes; modules that its functions and objects come from go by value, unless installed."""
+    mutants = [part for m in call.mutants for part in (m if isinstance(m, tuple) else [m])]
+    inner = getattr(call.fn, "func", None)             # of a functools.partial
+    parts = [call.fn, inner, *call.args, *call.kw.values(), *mutants]
+    homes = {sys.modules.get(getattr(part, "__module__", None)) for part in parts}
     known = cloudpickle.list_registry_pickle_by_value()
     shipped = [m for m in homes if m and m.__name__ not in known and not _importable(m)]
     for module in shipped:

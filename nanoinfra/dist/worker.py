@@ -1,4 +1,4 @@
-"""One rank of a pool: takes calls from a pipe, runs each from the same fresh state, ends when the pipe closes.
+"""One rank of a pool: takes calls from a pipe, runs each from one fresh state, ends when the pipe closes.
 
 The listening thread is also the watch: whatever the rank is doing, it ends with its parent. The pool asks all
 ranks the same Call; a rank answers ("stdout" or "stderr", line) as it prints, then ("result", value) or
@@ -129,7 +129,7 @@ class _Outbox:
             sys.stdout.finish()
             sys.stderr.finish()
             self.post("result", value)
-        except BaseException as error:                 # SystemExit too: a rank that left the call has failed it
+        except BaseException as error:                 # SystemExit too: who leaves the call has failed it
             self.post("error", _trace(error))
 
 

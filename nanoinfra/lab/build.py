@@ -11,6 +11,7 @@ from nanoinfra.lab.exercise import MARKER
 from nanoinfra.lab.where import root, shown
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+NBGRADER = {"schema_version": 3, "solution": False, "grade": False, "locked": False, "task": False}
 
 
 def build(edition: str, folder: Path | str | None = None, only: str = "") -> list[Path]:
@@ -42,10 +43,12 @@ def convert(source: Path):
     notebook = jupytext.read(source)
     notebook.metadata = {"kernelspec": dict(KERNEL), "language_info": {"name": "python"}}       # never paired
     for i, cell in enumerate(notebook.cells):
+        if "nbgrader" in cell.metadata:
+            cell.metadata["nbgrader"] = {**NBGRADER, **cell.metadata["nbgrader"]}
         cell["id"] = f"{source.stem[:2]}-{i}"        # jupytext draws ids at random; one source, one notebook
         if cell.metadata.get("nbgrader", {}).get("solution") and MARKER not in cell.source:
-            raise ValueError(f"{shown(source)}, cell {i + 1}: a solution cell without {MARKER!r} loses its prompt; "
-                             f"mark what the student is to write")
+            raise ValueError(f"{shown(source)}, cell {i + 1}: a solution cell without {MARKER!r} loses its "
+                             f"prompt; mark what the student is to write")
     return notebook
 
 
@@ -60,7 +63,7 @@ def clear(notebook):
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: prints each notebook written."""
-    parser = argparse.ArgumentParser(prog="python -m nanoinfra.lab.build", description="lessons/*.py to notebooks")
+    parser = argparse.ArgumentParser(prog="python -m nanoinfra.lab.build", description="make notebooks")
     parser.add_argument("edition", choices=["lessons", "student"])
     parser.add_argument("--only", default="", help="a lesson's number, as 02")
     given = parser.parse_args(argv)

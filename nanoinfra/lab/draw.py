@@ -26,6 +26,7 @@ HOUSE = {
     "xtick.color": "#444444", "ytick.color": "#444444", "axes.labelcolor": "#222222", "legend.frameon": False,
     "lines.linewidth": 2.2, "lines.markersize": 6.5, "figure.dpi": 100, "savefig.dpi": 160,
 }
+SCREEN = 180                                 # dots an inch in a notebook
 
 
 class Picture:
@@ -41,8 +42,9 @@ class Picture:
 
     def _repr_png_(self):
         out = io.BytesIO()
-        self.figure.savefig(out, format="png", dpi=110, facecolor="white")
-        return out.getvalue()
+        self.figure.savefig(out, format="png", dpi=SCREEN, facecolor="white")
+        width = round(self.figure.get_figwidth() * SCREEN / 2)                        # sharp on dense screens
+        return out.getvalue(), {"width": width, "alt": self.figure.axes[0].get_title(loc="left")}
 
 
 def canvas(width: float = 8.0, height: float = 4.0, title: str = ""):
@@ -133,8 +135,9 @@ def _pale(colour):
 
 
 def ring(summed: Sequence[Sequence[int]], sent: Sequence[int], title: str = "") -> Picture:
-    """Ranks on a ring: `summed[r][c]` says of how many ranks' numbers rank r's chunk c is the sum (all: green), and
-    rank r sends its chunk `sent[r]`, outlined, to the right.
+    """Ranks on a ring: rank r's chunk c is a sum over `summed[r][c]` ranks (over all: green).
+
+    Rank r sends its chunk `sent[r]`, outlined, to the right.
     """
     n = len(summed)
     picture, axes = canvas(7, 5.6, title)
@@ -155,8 +158,8 @@ def _chunks(axes, x, y, summed, sent):
     for c, count in sorted(enumerate(summed), key=lambda chunk: chunk[0] == sent):     # the outline last
         left = x + (c - n / 2) * width
         colour = GREEN if count == n else _pale(BLUE) if count == 1 else SKY
-        axes.bar(left, 0.2, width, y - 0.1, align="edge", color=colour, edgecolor=RED if c == sent else "white",
-                 linewidth=2.5 if c == sent else 1)
+        axes.bar(left, 0.2, width, y - 0.1, align="edge", color=colour,
+                 edgecolor=RED if c == sent else "white", linewidth=2.5 if c == sent else 1)
         axes.text(left + width / 2, y, str(count), ha="center", va="center", fontsize=10)
 
 

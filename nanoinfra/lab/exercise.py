@@ -1,4 +1,4 @@
-"""An exercise cell, kept as the student wrote it: `%%exercise L02` writes the cell to `work/L02.py` and loads that file.
+"""An exercise cell, kept as the student wrote it: `%%exercise L02` writes it to `work/L02.py`, and loads it.
 
 One section a name (the first function or class of the cell), so a cell that runs again replaces its own
 section. Checks, rank processes, labs and grading use that file, so an exercise imports all it needs. A cell
@@ -17,7 +17,7 @@ _MAGIC = re.compile(r"^%%exercise +(L\d\d)[^\n]*\n")
 
 
 def export(lesson: str, cell: str, folder: Path | None = None) -> Path:
-    """Write `cell` as its section of `lesson`'s file in `folder` (default work/) and return the file's path."""
+    """Write `cell` as its section of the lesson's file in `folder` (default work/); returns the file."""
     if not re.fullmatch(r"L\d\d", lesson):
         raise ValueError(f"an exercise names its lesson, as in %%exercise L02; got {lesson!r}")
     folder = folder or (work() / "reference" if MARKER in cell else work())
@@ -55,8 +55,8 @@ def source_of(subject) -> str:
 def refuse_reference(file: Path | str) -> None:
     """Raise ValueError if `file` is the reference solution rather than somebody's work."""
     if MARKER in Path(file).read_text():
-        raise ValueError(f"{shown(file)} is the reference solution (it has solution markers), and grading that says "
-                         f"nothing; grade the student edition's work/{Path(file).name}, or ask for --reference")
+        raise ValueError(f"{shown(file)} is the reference (by its markers): its grade says nothing; "
+                         f"grade what the student edition wrote to work/, or say --reference")
 
 
 def extract(notebook: Path | str, folder: Path | str) -> list[Path]:
@@ -82,5 +82,6 @@ def load_ipython_extension(shell) -> None:
 def _name(cell):
     found = re.search(r"^(?:def|class) (\w+)", cell, re.MULTILINE)
     if not found:
-        raise ValueError("an exercise cell defines a function or a class, which names its section; this one has neither")
+        raise ValueError("an exercise cell defines a function or a class, after which its section is named; "
+                         "this one defines neither")
     return found[1]

@@ -25,7 +25,8 @@ def grade(lesson: str, file: Path | str | None = None, reference: bool = False) 
             return _judge(checks, Path(folder) / f"L{number}.py", predictions=())
     file = Path(file or work() / f"L{number}.py")
     if not file.is_file():
-        raise ValueError(f"{shown(file)} does not exist: run the exercise cells of lesson {number}, or name a --file")
+        raise ValueError(f"{shown(file)} does not exist; run the exercise cells of lesson {number}'s student "
+                         f"edition (make student), or name a --file")
     exercise.refuse_reference(file)
     return _judge(checks, file, checks.PREDICTIONS)
 
@@ -39,9 +40,10 @@ def _judge(checks, file, predictions):
     for report in reports:
         print(f"  {report.points}/{len(report.verdicts)}  {report.title.split(' of ')[0]}")
         for verdict in report.verdicts:
-            print(f"       {verdict.state:<8} {verdict.criterion.name}{': ' + verdict.text if verdict.text else ''}")
-    points, most = len(made) + sum(r.points for r in reports), len(predictions) + sum(len(r.verdicts) for r in reports)
-    print(f"score {points} of {most}")
+            reason = f": {verdict.text}" if verdict.text else ""
+            print(f"       {verdict.state:<8} {verdict.criterion.name}{reason}")
+    most = len(predictions) + sum(len(report.verdicts) for report in reports)
+    print(f"score {len(made) + sum(report.points for report in reports)} of {most}")
     codes = {r.exit_code for r in reports} | ({1} if len(made) < len(predictions) else set())
     return 1 if 1 in codes else max(codes)
 
@@ -50,7 +52,7 @@ def _find(file, name):
     """The function `name` of `file`, or one that says why there is none."""
     try:
         return getattr(exercise.load(file), name)
-    except Exception as error:                       # a syntax error or a missing function costs its points, no more
+    except Exception as error:                       # a missing function costs its own points, no more
         reason = error
 
         def missing(*_, **__):

@@ -40,7 +40,7 @@ class Measurement:
 
 
 def measure(key: str, run: Callable[..., Measurement], *args) -> Measurement:
-    """`run(*args)`, kept beside the prediction for `key`. Where there is none: ValueError, and nothing runs."""
+    """`run(*args)`, kept beside the prediction for `key`; without one, ValueError, and nothing runs."""
     _, unit = book.predicted(key)
     got = run(*args)
     if not isinstance(got, Measurement):

@@ -52,22 +52,22 @@ def collect(folder: Path | str | None = None, file: str = "*") -> list[Mutant]:
     return [mutant for path in files for mutant in getattr(load(path), "MUTANTS", [])]
 
 
-def verdict(mutant: Mutant) -> str:
-    """"rejected by <criterion>", or "survives"."""
+def rejected_by(mutant: Mutant) -> str:
+    """The name of the criterion that rejects it; empty if it survives."""
     failure = mutant.check.report(mutant.variant).first_failure
-    return f"rejected by {failure.criterion.name}" if failure else "survives"
+    return failure.criterion.name if failure else ""
 
 
 def run(mutants: list[Mutant]) -> Grid:
     """Judge all; the last column says pass, or wrong."""
     rows = []
     for m in mutants:
-        got, want = verdict(m), f"rejected by {m.rejected_by}"
-        rows.append((m.check.name, m.name, got, "pass" if got == want else "wrong"))
+        got = rejected_by(m)
+        rows.append((m.check.name, m.name, got or "(survives)", "pass" if got == m.rejected_by else "wrong"))
     for name, count in Counter(m.check.name for m in mutants).items():
         if count < 2:
-            rows.append((name, "(a check needs two mutants)", f"has {count}", "wrong"))
-    return Grid("mutants", ("check", "variant", "verdict of the check", ""), rows)
+            rows.append((name, "(a check needs two mutants)", f"(has {count})", "wrong"))
+    return Grid("mutants", ("check", "variant", "rejected by", ""), rows)
 
 
 def main(argv: list[str] | None = None) -> int:

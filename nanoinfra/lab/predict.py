@@ -13,10 +13,10 @@ from pathlib import Path
 from nanoinfra.lab.where import shown, work
 
 
-def predict(key: str, value: float, unit: str = "") -> float:
-    """Commit `value` as your prediction for `key`, a name such as "L02.bytes". Returns the value."""
+def predict(key: str, value: float, unit: str = "") -> None:
+    """Commit `value` as your prediction for `key`, a name such as "L02.bytes"."""
     if not re.fullmatch(r"L\d\d\.\w+", key):
-        raise ValueError(f"{key!r} does not name a prediction; write lesson and quantity, as in \"L02.bytes\"")
+        raise ValueError(f"{key!r} does not name a prediction; it is lesson and quantity: \"L02.bytes\"")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"a prediction is one finite number; {key} got {value!r}")
     numbers = read()
@@ -26,15 +26,14 @@ def predict(key: str, value: float, unit: str = "") -> float:
     entry["unit"] = unit
     write(numbers)
     print(f"{key}: you predict {quantity(value, unit)}. Committed to {shown(path())}.")
-    return value
 
 
 def predicted(key: str) -> tuple[float, str]:
     """The last prediction for `key` and its unit. Raises ValueError where none was made."""
     entry = read().get(key)
     if not entry:
-        raise ValueError(f"nothing is predicted for {key} yet; derive it, call predict(\"{key}\", value, unit), "
-                         f"then measure")
+        raise ValueError(f"nothing is predicted for {key} yet; derive it, call "
+                         f"predict(\"{key}\", value, unit), then measure")
     return entry["predicted"][-1], entry["unit"]
 
 
@@ -44,7 +43,7 @@ def path() -> Path:
 
 
 def read(file: Path | None = None) -> dict:
-    """{key: {"unit", "predicted": [all values committed, oldest first], "measured": a Measurement's fields}}."""
+    """{key: {"unit", "predicted": [values, oldest first], "measured": fields of a Measurement}}."""
     file = file or path()
     return json.loads(file.read_text()) if file.exists() else {}
 

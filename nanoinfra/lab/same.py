@@ -1,6 +1,6 @@
 """Two tensors that should be the same; when they are not, the text a student needs.
 
-    rank 1: `embed.weight` differs at [3, 0]: want 0.5, got 1, 2 x (96 of 96 numbers): summed instead of averaged?
+    rank 1: `embed.weight` differs at [3, 0]: want 0.5, got 1, 2 x (96 of 96): summed instead of averaged?
 """
 import torch
 
@@ -11,8 +11,7 @@ def same(name: str, got, want: torch.Tensor, rank: int, n: int = 1, rtol: float 
          causes: dict[str, torch.Tensor] | None = None) -> None:
     """Raise Wrong unless `got` equals `want` to `rtol` of want's largest number (0: exactly).
 
-    `n` is the size of the axis, for the usual causes. `causes` {text: tensor} adds the lesson's own: what `got`
-    would be if that mistake was made.
+    `n` is the size of the axis, for the usual causes. `causes` adds the lesson's own: {text: tensor}.
     """
     where = f"rank {rank}: `{name}`"
     if not isinstance(got, torch.Tensor):
@@ -25,10 +24,11 @@ def same(name: str, got, want: torch.Tensor, rank: int, n: int = 1, rtol: float 
     if off.any():
         index = tuple(off.nonzero()[0].tolist())
         g, w = got[index].item(), want[index].item()
-        ratio = f", {g / w:.4g} x" if w else ""
+        digits = 6 if f"{g:.6g}" != f"{w:.6g}" else 17
+        ratio = f", {g / w:.4g} x" if w and digits == 6 else ""
         why = _cause(got, want, n, rtol, causes or {})
-        raise Wrong(f"{where} differs at {list(index)}: want {w:.6g}, got {g:.6g}{ratio} "
-                    f"({int(off.sum())} of {off.numel()} numbers){': ' + why if why else ''}")
+        raise Wrong(f"{where} differs at {list(index)}: want {w:.{digits}g}, got {g:.{digits}g}{ratio} "
+                    f"({int(off.sum())} of {off.numel()}){': ' + why if why else ''}")
 
 
 def _cause(got, want, n, rtol, causes):

@@ -15,7 +15,7 @@ PLAIN = ("bright_black", "#666666")
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells of text under named columns, the verdict in the last. A notebook shows it as a cell's last line."""
+    """Cells of text under named columns, the verdict in the last. As a cell's last line it shows itself."""
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
@@ -25,14 +25,15 @@ class Grid:
         Console().print(self._rich())
 
     def __repr__(self):
-        console = Console(file=io.StringIO(), width=110)
+        console = Console(file=io.StringIO(), width=110, force_jupyter=False)
         console.print(self._rich())
         return console.file.getvalue().rstrip()
 
     def _repr_html_(self):
         head = "".join(f"<th style='text-align:left'>{escape(c)}</th>" for c in self.columns)
         body = "".join(f"<tr>{''.join(_cell(text, row) for text in row)}</tr>" for row in self.rows)
-        return f"<table><caption><b>{escape(self.title)}</b></caption><tr>{head}</tr>{body}</table>"
+        title = f"<caption style='text-align:left;white-space:nowrap'><b>{escape(self.title)}</b></caption>"
+        return f"<table>{title}<tr>{head}</tr>{body}</table>"
 
     def _rich(self):
         table = RichTable(title=self.title, title_justify="left", title_style="bold")

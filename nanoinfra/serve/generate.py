@@ -19,7 +19,7 @@ from nanoinfra.serve.pretrained import pretrained
 
 def generate(model: Decoder, tokens: list[int], max_new: int, *, temperature: float = 0.0, top_k: int = 0,
              top_p: float = 1.0, seed: int = 0, ends: Iterable[int] = ()) -> Iterator[int]:
-    """Yield up to `max_new` token ids that continue `tokens`, each as soon as it is known; an id of `ends` stops.
+    """Yield up to `max_new` ids that continue `tokens`, each as soon as it is known; an id of `ends` stops.
 
     Temperature 0 is greedy; else the draws follow from `seed` alone. Raises ValueError for an empty prompt, a
     sampling option out of range, or a prompt whose continuation does not fit the model's context.
@@ -58,7 +58,7 @@ class KVCache:
         """Keep `k`, `v` (B, KV, T, K) and let `q` (B, H, T, K) see them and all before: (B, H, T, K)."""
         (B, KV, T, K), end = k.shape, self.length + k.shape[2]
         if end > self.capacity:
-            raise ValueError(f"{end} tokens do not fit a KV cache made for {self.capacity}; make a larger one")
+            raise ValueError(f"{end} tokens do not fit a KV cache for {self.capacity}; make a larger one")
         if self.layers[layer] is None:
             self.layers[layer] = k.new_empty(2, B, KV, self.capacity, K)
         keys, values = self.layers[layer]                                 # (B, KV, capacity, K) each
@@ -68,7 +68,7 @@ class KVCache:
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, draws: torch.Generator) -> int:
-    """One token id from `logits` (V,). Drawn on the CPU in at least float32, so that a seed means the same anywhere."""
+    """One token id from `logits` (V,). Drawn on the CPU, so that a seed means the same on any device."""
     if temperature == 0:
         return int(logits.argmax())
     logits = logits.cpu().to(torch.promote_types(logits.dtype, torch.float32)) / temperature
@@ -125,21 +125,22 @@ def main(options: GenerateOptions, write: Callable[[str], object] | None = None)
 def stream(model: Decoder, text: Text, prompt: list[int], options: GenerateOptions) -> Iterator[str]:
     """The continuation of `prompt` (token ids) as pieces of text."""
     shown = Stream(text.decode)
-    for token in generate(model, prompt, options.max_new_tokens, temperature=options.temperature, seed=options.seed,
-                          top_k=options.top_k, top_p=options.top_p, ends=text.ends):
+    how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    for token in generate(model, prompt, options.max_new_tokens, ends=text.ends, **how):
         yield shown.push(token)
     yield shown.finish()
 
 
 def _prompt(options, text, template):
     if text is None:
-        raise ValueError(f"{options.model} holds no tokenizer.json to read the prompt with; copy the one it was "
-                         "trained with into it")
+        raise ValueError(f"{options.model} holds no tokenizer.json to read the prompt with; copy "
+                         "the one it was trained with into it")
     if not options.chat:
         return text.encode(options.prompt)
     if template is None:
         raise ValueError(f"{options.model} has no chat template; leave out --chat")
-    return text.encode(render_chat(template, [{"role": "user", "content": options.prompt}], text), begin=False)
+    messages = [{"role": "user", "content": options.prompt}]
+    return text.encode(render_chat(template, messages, text), begin=False)
 
 
 def _check(model, tokens, max_new, temperature, top_k, top_p):
@@ -147,16 +148,16 @@ def _check(model, tokens, max_new, temperature, top_k, top_p):
     if not tokens:
         raise ValueError("the prompt has no tokens; give at least one character")
     if max(tokens) >= vocab:
-        raise ValueError(f"token {max(tokens)} is not in the model's vocabulary of {vocab}; the tokenizer and the "
-                         "model do not belong together")
+        raise ValueError(f"token {max(tokens)} is not in the model's vocabulary of {vocab}; this "
+                         "tokenizer is not the model's: use the one saved with it")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature}, top-k {top_k}, top-p {top_p}: the first two cannot be negative "
-                         "and the last must be in (0, 1]; try --temperature 0.8 --top-k 50 --top-p 0.95")
+        raise ValueError(f"temperature {temperature}, top-k {top_k}, top-p {top_p}: the first two cannot be "
+                         "negative, the last is in (0, 1]; try --temperature 0.8 --top-k 50 --top-p 0.95")
     if len(tokens) + max_new > context:
         room = context - len(tokens)
         remedy = f"try --max-new-tokens {room}" if room > 0 else f"shorten it to less than {context} tokens"
-        raise ValueError(f"a prompt of {len(tokens)} tokens and {max_new} new ones do not fit the model's context "
-                         f"of {context}; {remedy}")
+        raise ValueError(f"a prompt of {len(tokens)} tokens and {max_new} new ones do not fit the model's "
+                         f"context of {context}; {remedy}")
 
 
 def _to_stdout(piece):

@@ -20,7 +20,7 @@ from nanoinfra.train.pieces import Piece
 
 def pretrained(name: str | Path, dtype: torch.dtype = torch.float32,
                attention: str = "sdpa") -> tuple[Decoder, Text | None, str | None]:
-    """Model, tokenizer and chat template of a run directory or of anything `load` opens. Raises ValueError."""
+    """Model, tokenizer and chat template of a run directory or of what `load` opens. ValueError if none."""
     if "nanoinfra" in read_json(Path(name) / "config.json"):
         return *from_run(name, dtype, attention), None
     return load(name, dtype, attention)

@@ -7,6 +7,7 @@ comes back through its error file as one line.
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -62,31 +63,34 @@ def launch(argv: list[str], nproc: int, out: Path) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "nanoinfra.cli", *argv)
         return 0
-    except SignalException as signal:
-        return _after_signal(signal, out, started)
+    except SignalException as stop:
+        return _after_signal(stop, out, started)
     except ChildFailedError as failed:
         return _after_failure(failed, nproc, out)
 
 
-def _after_signal(signal, out, started):
+def _after_signal(stop, out, started):
     note = out / STOPPED
     if note.exists() and note.stat().st_mtime >= started:
         return 0
-    print(f"nanoinfra: stopped by signal {int(signal.sigval)} before the ranks could save", file=sys.stderr)
-    return 128 + int(signal.sigval)
+    print(f"nanoinfra: stopped by signal {int(stop.sigval)} before the ranks could save", file=sys.stderr)
+    return 128 + int(stop.sigval)
 
 
 def _after_failure(failed, world, out):
-    rank, failure = failed.get_first_failure()
-    said = failure.error_file_data.get("message")
-    if isinstance(said, str):
-        print(f"nanoinfra: {said}", file=sys.stderr)
+    """A rank that was killed is the cause, whatever its neighbours died of; then a mistake that a rank found."""
+    killed = [r for r, f in failed.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
+    mistaken = [r for r, f in failed.failures.items() if f.exitcode == 2 and Path(f.error_file).exists()]
+    rank = (killed + mistaken + [failed.get_first_failure()[0]])[0]
+    failure = failed.failures[rank]
+    if rank in mistaken:
+        print(f"nanoinfra: {failure.message}", file=sys.stderr)
         return 2
     how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
     print(f"nanoinfra: rank {rank} {how}; --resume goes on from the last checkpoint", file=sys.stderr)
     if (out / BOARD).exists():
         from nanoinfra.dist.ledger import Board, hang_report
-        print(hang_report(Board(out / BOARD, world).positions(), lambda r: r != rank), file=sys.stderr)
+        print(hang_report(Board(out / BOARD, world).positions(), lambda r: "was killed" if r in killed else ""), file=sys.stderr)
         (out / BOARD).unlink()
     return 1
 

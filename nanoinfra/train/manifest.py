@@ -93,7 +93,7 @@ def naming(path: Path, **reasons: str):
 
 def write_tensors(path: Path, pairs: Sequence[tuple[Piece, torch.Tensor]]) -> dict:
     """Write pieces as a safetensors file; returns and raises as `write_file` does."""
-    pairs = sorted(pairs, key=lambda pair: -pair[1].element_size())      # torch's views need aligned offsets
+    pairs = sorted(pairs, key=lambda pair: -pair[1].element_size())      # every offset aligned to its dtype
     return write_file(path, _stream(_header(pairs), (tensor for _, tensor in pairs)))
 
 

@@ -103,6 +103,7 @@ def test_a_sequence_longer_than_the_corpus():
         COUNT.check(101)
     COUNT.check(100)
     assert COUNT.windows(100) == 1
+    assert Packed(np.arange(100), np.array([1])).windows(10) == 9      # the last target needs a token too
 
 
 def racer(folder, cache, barrier, queue):

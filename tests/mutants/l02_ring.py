@@ -1,78 +1,66 @@
-"""Known-wrong rings. Each is one slip away from right."""
+"""Known-wrong rings, each one slip away from right."""
 import torch
 
 from nanoinfra.dist import comm
-from nanoinfra.lab.checks.l02_ring import ring_all_reduce, ring_reduce_scatter
-from nanoinfra.lab.mutants import Mutant
+from nanoinfra.dist.rings import ring_all_gather, ring_all_reduce
+from nanoinfra.lab.checks import l02_ring as check
+from nanoinfra.lab.mutants import Mutant, patched
 
 
-def reduce_scatter(parts, axis, steps=None, shift=1, add=torch.add, dtype=None):
+def reduce_scatter(x, axis, hops=None, first=-1, add=torch.add, dtype=None):
     """The right one, with a place for each slip."""
-    n, r = axis.size, axis.rank
-    for step in range(n - 1 if steps is None else steps(n)):
-        sent = (r - step) % n
-        came = comm.exchange(parts[sent].to(dtype or parts.dtype), axis).to(parts.dtype)
-        parts[(sent - shift) % n] = add(parts[(sent - shift) % n], came)
-    return parts
+    n, rank = axis.size, axis.rank
+    partial = x[(rank + first) % n]
+    for step in range(1, n if hops is None else hops(n)):
+        came = comm.exchange(partial.to(dtype or x.dtype), axis).to(x.dtype)
+        partial = add(came, x[(rank + first - step) % n])
+    return partial
 
 
 def all_reduce(x, axis, **slip):
     """Reduce-scatter with a slip, then a right all-gather."""
-    parts = reduce_scatter(x.view(axis.size, -1), axis, **slip)                        # (N, numel/N)
-    return all_gather(parts, axis).view(-1)
+    return ring_all_gather(reduce_scatter(x.view(axis.size, -1), axis, **slip), axis).view(-1)
 
 
-def all_gather(parts, axis, steps=None):
-    n, r = axis.size, axis.rank
-    for step in range(n - 1 if steps is None else steps(n)):
-        sent = (r + 1 - step) % n
-        parts[sent - 1] = comm.exchange(parts[sent], axis)
-    return parts
+def one_hop_short(x, axis):
+    return reduce_scatter(x, axis, hops=lambda n: n - 1)
 
 
-def one_step_short(parts, axis):
-    return reduce_scatter(parts, axis, steps=lambda n: n - 2)
+def passes_on_without_adding(x, axis):
+    return reduce_scatter(x, axis, add=lambda came, mine: came)
 
 
-def overwrites(parts, axis):
-    return reduce_scatter(parts, axis, add=lambda mine, came: came)
+def starts_with_its_own_row(x, axis):
+    return reduce_scatter(x, axis, first=0)
 
 
-def adds_to_the_chunk_it_sent(parts, axis):
-    return reduce_scatter(parts, axis, shift=0)
+def sends_every_row(x, axis, tag=""):
+    n, rank = axis.size, axis.rank
+    partial = x.clone()
+    for step in range(1, n):
+        row = (rank - 1 - step) % n
+        partial[row] = comm.exchange(partial, axis)[row] + x[row]
+    return partial[rank]
 
 
-def sends_everything_each_step(parts, axis):
-    n, r = axis.size, axis.rank
-    for step in range(n - 1):
-        sent = (r - step) % n
-        parts[sent - 1] += comm.exchange(parts, axis)[sent - 1] if n == 1 else comm.exchange(parts, axis)[sent]
-    return parts
+def asks_the_library_to_scatter(x, axis):
+    return comm.reduce_scatter(x, axis)
 
 
-def asks_the_library(parts, axis):
-    parts[(axis.rank + 1) % axis.size] = comm.reduce_scatter(parts.roll(-1, 0), axis)
-    return parts
-
-
-def no_sends(x, axis):
+def never_sends(x, axis):
     return x
 
 
 def averages(x, axis):
-    return all_reduce(x, axis).div_(axis.size)
+    return ring_all_reduce(x, axis).div_(axis.size)
 
 
-def keeps_its_parts(x, axis):
-    return reduce_scatter(x.view(axis.size, -1), axis).view(-1)
+def gathers_in_the_wrong_order(x, axis):
+    mine = reduce_scatter(x.view(axis.size, -1), axis)
+    return ring_all_gather(mine, axis).roll(1, 0).view(-1)
 
 
-def forgets_the_last_hop(x, axis):
-    parts = reduce_scatter(x.view(axis.size, -1), axis)
-    return all_gather(parts, axis, steps=lambda n: n - 2).view(-1)
-
-
-def sends_float32(x, axis):
+def sums_float32(x, axis):
     return all_reduce(x, axis, dtype=torch.float32)
 
 
@@ -84,45 +72,45 @@ def sums_in_its_own_order(x, axis):
     return total
 
 
-def whole_tensor_in_turn(x, axis):
-    """The same bits everywhere, by a token that goes round twice: right, and N times too many bytes."""
-    n, r = axis.size, axis.rank
-    mine, total = x.clone(), x
-    for step in range(2 * (n - 1)):
-        came = comm.exchange(total, axis)
-        total = came + mine if step == r - 1 else came if step >= n - 2 + r + 1 or step == r - 1 else total
-    return total
+def passes_the_whole_tensor_on(x, axis):
+    """A token goes round twice: first to add up, then to tell. Right, and N times too many bytes."""
+    n, rank = axis.size, axis.rank
+    token = x.clone()
+    for step in range(1, 2 * n - 1):
+        came = comm.exchange(token, axis)
+        if step == rank:
+            token = came + x
+        elif step >= n + rank or step < rank:
+            token = came
+    return token
 
 
-def calls_all_reduce(x, axis):
+def asks_the_library(x, axis):
     return comm.all_reduce(x, axis)
 
 
-def two_messages_a_chunk(x, axis):
-    n, r = axis.size, axis.rank
-    parts = x.view(n, -1)                                                              # (N, numel/N)
-    for step in range(2 * (n - 1)):
-        sent = (r - step) % n if step < n - 1 else (r + n - step) % n
-        came = torch.cat([comm.exchange(half, axis) for half in parts[sent].tensor_split(2)])
-        parts[sent - 1] = parts[sent - 1] + came if step < n - 1 else came
-    return x
+def exchange_in_halves(x, axis, tag=""):
+    return torch.cat([comm.exchange(half, axis, tag) for half in x.tensor_split(2)])
 
 
-SUM, BITS, BYTES = (criterion.name for criterion in ring_all_reduce.criteria)
-MINE, CHUNKS = (criterion.name for criterion in ring_reduce_scatter.criteria)
+two_messages_a_chunk = patched(ring_all_reduce, "nanoinfra.dist.rings:exchange", exchange_in_halves)
+scatters_all_rows = patched(ring_all_reduce, "nanoinfra.dist.rings:ring_reduce_scatter", sends_every_row)
+
+MINE, ONLY, SHARE = (criterion.name for criterion in check.ring_reduce_scatter.criteria)
+SUM, BITS, ONLY_TOO, BYTES = (criterion.name for criterion in check.ring_all_reduce.criteria)
 MUTANTS = [
-    Mutant("one step short", ring_reduce_scatter, one_step_short, MINE),
-    Mutant("overwrites instead of adding", ring_reduce_scatter, overwrites, MINE),
-    Mutant("adds to the chunk it sent", ring_reduce_scatter, adds_to_the_chunk_it_sent, MINE),
-    Mutant("sends everything each step", ring_reduce_scatter, sends_everything_each_step, CHUNKS),
-    Mutant("asks the library", ring_reduce_scatter, asks_the_library, CHUNKS),
-    Mutant("never sends", ring_all_reduce, no_sends, SUM),
-    Mutant("averages", ring_all_reduce, averages, SUM),
-    Mutant("never gathers", ring_all_reduce, keeps_its_parts, SUM),
-    Mutant("forgets the last hop", ring_all_reduce, forgets_the_last_hop, SUM),
-    Mutant("sends float32", ring_all_reduce, sends_float32, BITS),
-    Mutant("sums in its own order", ring_all_reduce, sums_in_its_own_order, BITS),
-    Mutant("passes the whole tensor on", ring_all_reduce, whole_tensor_in_turn, BYTES),
-    Mutant("calls all_reduce", ring_all_reduce, calls_all_reduce, BYTES),
-    Mutant("two messages a chunk", ring_all_reduce, two_messages_a_chunk, BYTES),
+    Mutant("one hop short", check.ring_reduce_scatter, one_hop_short, MINE),
+    Mutant("passes on without adding", check.ring_reduce_scatter, passes_on_without_adding, MINE),
+    Mutant("starts with its own row", check.ring_reduce_scatter, starts_with_its_own_row, MINE),
+    Mutant("asks the library", check.ring_reduce_scatter, asks_the_library_to_scatter, ONLY),
+    Mutant("sends every row", check.ring_reduce_scatter, sends_every_row, SHARE),
+    Mutant("never sends", check.ring_all_reduce, never_sends, SUM),
+    Mutant("averages", check.ring_all_reduce, averages, SUM),
+    Mutant("gathers in the wrong order", check.ring_all_reduce, gathers_in_the_wrong_order, SUM),
+    Mutant("sums float32", check.ring_all_reduce, sums_float32, BITS),
+    Mutant("sums in its own order", check.ring_all_reduce, sums_in_its_own_order, BITS),
+    Mutant("asks the library", check.ring_all_reduce, asks_the_library, ONLY_TOO),
+    Mutant("passes the whole tensor on", check.ring_all_reduce, passes_the_whole_tensor_on, BYTES),
+    Mutant("two messages a chunk", check.ring_all_reduce, two_messages_a_chunk, BYTES),
+    Mutant("scatters all rows", check.ring_all_reduce, scatters_all_rows, BYTES),
 ]

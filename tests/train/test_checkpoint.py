@@ -162,7 +162,8 @@ def save_on_a_rank(root, step, full_disk_on=None):
     axis, x = Mesh(dp=2).world, torch.arange(30.).reshape(10, 3)
     piece = shards("w", x.shape, 1, 2, 0)[axis.rank]
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with mock.patch.object(disk, "write_all", side_effect=full if axis.rank == full_disk_on else disk.write_all):
+    effect = full if axis.rank == full_disk_on else disk.write_all
+    with mock.patch.object(disk, "write_all", side_effect=effect):
         try:
             return str(save(root, step, {piece: x[piece.within()]}, {"step": step}, axis))
         except CheckpointError as error:
@@ -175,8 +176,8 @@ def test_real_ranks_save_and_agree_on_failure(tmp_path):
     assert ranks.run(save_on_a_rank, tmp_path, 1) == [str(first)] * 2
     assert same(load_all(first), {"w": torch.arange(30.).reshape(10, 3)})
     got = ranks.run(save_on_a_rank, tmp_path, 2, full_disk_on=1)
-    assert got == [f"cannot save step 2: rank 1: {tmp_path}/step_00000002.tmp/rank1.safetensors: No space left on "
-                   f"device; the last good checkpoint is {first}"] * 2
+    assert got == [f"cannot save step 2: rank 1: {tmp_path}/step_00000002.tmp/rank1.safetensors: No space left "
+                   f"on device; the last good checkpoint is {first}"] * 2
     assert list(tmp_path.iterdir()) == [first]
 
 

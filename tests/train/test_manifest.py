@@ -1,4 +1,5 @@
 import errno
+import json
 
 import numpy as np
 import pytest
@@ -27,6 +28,17 @@ def test_another_reader_opens_the_file_and_agrees(tmp_path):
         assert got[piece.key].dtype == x.dtype and torch.equal(got[piece.key], x)
     with safe_open(tmp_path / "rank0.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_every_tensor_is_aligned_in_the_file(tmp_path):
+    disk.write_tensors(tmp_path / "f", list(mixed().items()))
+    text = (tmp_path / "f").read_bytes()
+    length = int.from_bytes(text[:8], "little")
+    header = json.loads(text[8:8 + length])
+    header.pop("__metadata__")
+    sizes = {name: dtype.itemsize for dtype, name in disk.DTYPES.items()}
+    got = [(8 + length + entry["data_offsets"][0]) % sizes[entry["dtype"]] for entry in header.values()]
+    assert got == [0] * len(mixed())
 
 
 def test_tensors_are_written_from_their_own_memory_one_at_a_time(tmp_path, monkeypatch):

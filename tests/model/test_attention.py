@@ -1,0 +1,63 @@
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.model.attention import Attention, naive, sdpa
+
+
+def heads(T=5, S=5, dtype=torch.float64):
+    draws = torch.Generator().manual_seed(0)
+    return [torch.randn(2, h, n, 6, generator=draws, dtype=dtype) for h, n in ((6, T), (3, S), (3, S))]
+
+
+def by_hand(q, k, v):
+    """Token by token and head by head, with no mask and no grouping."""
+    (B, H, T, K), S, out = q.shape, k.shape[2], torch.zeros_like(q)
+    for b, h, t in ((b, h, t) for b in range(B) for h in range(H) for t in range(T)):
+        seen, kv = S - T + t + 1, h // (H // k.shape[1])
+        weights = (k[b, kv, :seen] @ q[b, h, t] / math.sqrt(K)).softmax(0)
+        out[b, h, t] = weights @ v[b, kv, :seen]
+    return out
+
+
+@pytest.mark.parametrize("core", [naive, sdpa])
+@pytest.mark.parametrize("T, S", [(5, 5), (3, 8), (1, 8), (1, 1)])
+def test_cores_match_attention_by_hand(core, T, S):
+    q, k, v = heads(T, S)
+    torch.testing.assert_close(core(q, k, v), by_hand(q, k, v), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("core", [naive, sdpa])
+def test_no_query_sees_the_future(core):
+    q, k, v = heads()
+    want = core(q, k, v)[:, :, :3]
+    k[:, :, 3:], v[:, :, 3:] = 1e3, -1e3
+    torch.testing.assert_close(core(q, k, v)[:, :, :3], want, rtol=0, atol=0)
+
+
+def test_gradients_of_both_cores_agree():
+    grads = []
+    for core in (naive, sdpa):
+        q, k, v = (x.requires_grad_() for x in heads())
+        core(q, k, v).square().sum().backward()
+        grads.append([x.grad for x in (q, k, v)])
+    for got, want in zip(*grads):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_naive_keeps_the_scores_and_softmaxes_bfloat16_in_float32():
+    q, k, v = heads(64, 64, torch.bfloat16)
+    wide = naive(*(x.float() for x in (q, k, v)))
+    assert (naive(q, k, v) - wide).abs().max() < 0.02
+    with FlopCounterMode(display=False) as counted:
+        naive(q, k, v)
+    assert counted.get_total_flops() == 2 * 2 * (2 * 6 * 64 * 64 * 6)        # B H T S K, twice, 2 FLOPs each
+
+
+def test_unknown_core_is_refused_by_name():
+    config = ModelConfig(8, 4, 1, 1, 1, 4, 6, 8)
+    with pytest.raises(ValueError, match="attention 'magic' is not one of naive, sdpa"):
+        Attention(config, 0, "magic")

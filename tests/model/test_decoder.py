@@ -1,0 +1,79 @@
+import pytest
+import torch
+from tests.model.twins import FAMILIES, tokens
+
+from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.init import init_weights
+
+NAMES = {
+    "gpt2": "norm1.weight norm1.bias attn.q.weight attn.q.bias attn.k.weight attn.k.bias attn.v.weight attn.v.bias "
+            "attn.o.weight attn.o.bias norm2.weight norm2.bias mlp.up.weight mlp.up.bias mlp.down.weight mlp.down.bias",
+    "llama": "norm1.weight attn.q.weight attn.k.weight attn.v.weight attn.o.weight norm2.weight mlp.gate.weight "
+             "mlp.up.weight mlp.down.weight",
+    "qwen3": "norm1.weight attn.q.weight attn.k.weight attn.v.weight attn.o.weight attn.q_norm.weight "
+             "attn.k_norm.weight norm2.weight mlp.gate.weight mlp.up.weight mlp.down.weight",
+}
+
+
+def config(family, tied=True):
+    return ModelConfig(vocab=97, width=30, layers=2, heads=6, kv_heads=6 if family == "gpt2" else 2, head_dim=8,
+                       hidden=50, context=40, tied=tied, family=family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_have_the_agreed_names(family, tied):
+    model = Decoder(config(family, tied))
+    want = ["embed.weight"] + ["positions.weight"] * (family == "gpt2")
+    want += [f"blocks.{i}.{name}" for i in range(2) for name in NAMES[family].split()]
+    want += ["norm.weight"] + ["norm.bias"] * (family == "gpt2") + ["head.weight"] * (not tied)
+    assert [name for name, _ in model.named_parameters()] == want
+    assert (model.head.weight is model.embed.weight) == tied
+    assert not list(model.buffers())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_naive_and_sdpa_are_one_model_and_float64_stays_float64(family):
+    x = tokens(97)
+    want, got = (init_weights(Decoder(config(family), core), seed=3).double()(x) for core in ("naive", "sdpa"))
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_given_are_the_positions_used(family):
+    model, x = init_weights(Decoder(config(family)), seed=3).double(), tokens(97, (2, 9))
+    want = model(x)
+    torch.testing.assert_close(model(x, torch.arange(9).expand(2, 9)), want, rtol=1e-12, atol=1e-14)
+    shifted = model(x, torch.arange(9) + 20)
+    if family == "gpt2":
+        assert (shifted - want).abs().max() > 1e-3
+    else:                                                        # RoPE sees distances alone
+        torch.testing.assert_close(shifted, want, rtol=1e-9, atol=1e-12)
+        assert (model(x, torch.arange(9) * 3) - want).abs().max() > 1e-6
+
+
+def test_cores_and_caches_are_seen_by_every_layer():
+    class Cache:
+        seen = []
+
+        def attend(self, layer, q, k, v):
+            self.seen.append((layer, tuple(q.shape), tuple(k.shape), tuple(v.shape)))
+            return torch.zeros_like(q)
+
+    Decoder(config("llama"))(tokens(97, (2, 5)), cache=Cache())
+    assert Cache.seen == [(layer, (2, 6, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)) for layer in (0, 1)]
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="41 tokens do not fit the model's context of 40; give at most 40"):
+        Decoder(config("llama"))(torch.zeros(1, 41, dtype=torch.long))
+    with pytest.raises(ValueError, match="head_dim 7 is odd.*try 8"):
+        Decoder(ModelConfig(8, 14, 1, 2, 2, 7, 6, 8))
+
+
+def test_every_named_size_builds():
+    for name in ("test", "nano", "small", "xl"):
+        with torch.device("meta"):
+            assert Decoder(sized(name)).config.context >= 64

@@ -1,0 +1,46 @@
+"""Each script is one file that runs alone and under torchrun, and its losses are the command line's."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanoinfra.cli import main
+from nanoinfra.train import metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+SAME = ["--steps", "3", "--seq", "32", "--global-batch", "6", "--dtype", "float64"]
+SCRIPTS = {
+    "data_parallel.py": (["--lr", "0.5"], ["--optimizer", "sgd", "--lr", "0.5", "--lr-schedule", "constant",
+                                           "--warmup", "0", "--clip", "0"]),
+    "train_gpt.py": (["--size", "test", "--data", "random", "--micro-batch", "2"], ["--micro-batch", "2"]),
+}
+
+
+@pytest.mark.parametrize("script, world", [("data_parallel.py", 2), ("train_gpt.py", 1)])
+def test_losses_are_the_command_lines(tmp_path, script, world):
+    own, theirs = SCRIPTS[script]
+    main(["train", "--model", "test", "--data", "random", "--out", str(tmp_path), "--threads", "1", *SAME, *theirs])
+    want = [line["loss"] for line in metrics.read(tmp_path / "metrics.jsonl")]
+    assert losses(script, world, [*SAME, *own]) == pytest.approx(want, abs=1e-9)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("script, world", [("data_parallel.py", 1), ("data_parallel.py", 4), ("train_gpt.py", 3)])
+def test_losses_on_other_meshes(tmp_path, script, world):
+    test_losses_are_the_command_lines(tmp_path, script, world)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/*.py")), ids=lambda path: path.name)
+def test_a_script_is_short(path):
+    assert len(path.read_text().splitlines()) <= 150
+
+
+def losses(script, world, argv):
+    alone = [sys.executable, ROOT / "scripts" / script]
+    many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
+            ROOT / "scripts" / script]
+    done = subprocess.run([*(alone if world == 1 else many), *argv], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    return [float(text) for text in re.findall(r"loss (\d+\.\d+)", done.stdout)]

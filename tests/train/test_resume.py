@@ -1,0 +1,162 @@
+"""A run that was killed goes on as if it had not been: bitwise on the same mesh, to 1e-8 on another."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanoinfra.cli import main
+from nanoinfra.train import checkpoint, metrics
+
+STEPS = 12
+FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--seq", "24", "--threads", "1",
+         "--global-batch", "7", "--micro-batch", "2", "--save-every", "2", "--steps", str(STEPS)]
+
+
+def test_resume_is_bitwise_and_cuts_the_lines_after_the_checkpoint(ranks, tmp_path):
+    want = undisturbed(ranks, tmp_path)
+    run = tmp_path / "run"
+    ranks(2).run(main, [*FLAGS, "--steps", "7", "--dp", "2", "--lr-schedule", "constant", "--out", str(run)])
+    lost = run / "checkpoints" / "step_00000007"
+    (lost / "manifest.json").unlink()                                      # as if it had died while saving
+    ranks(2).run(main, [*FLAGS, "--dp", "2", "--lr-schedule", "constant", "--out", str(run), "--resume"])
+    got = metrics.read(run / "metrics.jsonl")
+    assert [line["step"] for line in got] == list(range(1, STEPS + 1))
+    assert bits(got) == bits(want)
+    assert weights(run) == weights(tmp_path / "undisturbed")
+
+
+def test_resume_on_another_mesh_continues_the_run(ranks, tmp_path):
+    want = undisturbed(ranks, tmp_path)
+    run = tmp_path / "run"
+    constant = ["--lr-schedule", "constant", "--out", str(run)]
+    ranks(2).run(main, [*FLAGS, "--steps", "6", "--dp", "2", *constant])
+    ranks(3).run(main, [*FLAGS, "--dp", "3", *constant, "--resume"])
+    close(metrics.read(run / "metrics.jsonl"), want)
+
+
+def test_killed_rank_then_resume_is_bitwise(ranks, tmp_path):
+    kill_and_resume(ranks, tmp_path, [("step", 5, 1)], seed=0)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(900)
+def test_ten_kills_at_random_moments(ranks, tmp_path):
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    moments = [("save" if i % 3 == 2 else "step", draw.randint(3, STEPS - 1), draw.randrange(2)) for i in range(10)]
+    kill_and_resume(ranks, tmp_path, moments, seed)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(300)
+def test_killed_rank_then_resume_on_three_ranks(ranks, tmp_path):
+    want = undisturbed(ranks, tmp_path)
+    run = tmp_path / "run"
+    constant = ["--lr-schedule", "constant", "--out", str(run)]
+    kill_at(run, [*FLAGS, "--dp", "2", *constant], "step", 5, 0)
+    assert finish([*FLAGS, "--dp", "3", *constant, "--resume"]) == 0
+    close(metrics.read(run / "metrics.jsonl"), want)
+
+
+def test_sigterm_saves_and_ends_well(tmp_path):
+    run = tmp_path / "run"
+    argv = [*FLAGS, "--steps", "100000", "--save-every", "0", "--dp", "2", "--out", str(run)]
+    process = start(argv)
+    wait_for(lambda: lines(run) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    saved = checkpoint.newest(run / "checkpoints")
+    step = json.loads((run / "stopped.json").read_text())["step"]
+    assert checkpoint.read_state(saved)["step"] == step == lines(run) >= 3
+    assert not (run / "where_ranks_stand").exists()
+
+
+def kill_and_resume(ranks, tmp_path, moments, seed):
+    want = undisturbed(ranks, tmp_path)
+    for i, (kind, step, rank) in enumerate(moments):
+        run = tmp_path / f"run{i}"
+        argv = [*FLAGS, "--dp", "2", "--lr-schedule", "constant", "--out", str(run)]
+        said = kill_at(run, argv, kind, step, rank)
+        assert f"rank {rank} was killed by signal 9" in said, f"seed {seed}, kill {i}: {said}"
+        assert finish([*argv, "--resume"]) == 0, f"seed {seed}, kill {i}"
+        assert bits(metrics.read(run / "metrics.jsonl")) == bits(want), f"seed {seed}, kill {i}: {kind} {step} {rank}"
+        assert weights(run) == weights(tmp_path / "undisturbed")
+
+
+def undisturbed(ranks, tmp_path):
+    out = tmp_path / "undisturbed"
+    ranks(2).run(main, [*FLAGS, "--dp", "2", "--lr-schedule", "constant", "--out", str(out)])
+    return metrics.read(out / "metrics.jsonl")
+
+
+def kill_at(run: Path, argv: list[str], kind: str, step: int, rank: int) -> str:
+    """kill -9 `rank` once `step` steps are written, or at the first save after; returns what the launcher said."""
+    process = start(argv)
+    wait_for(lambda: lines(run) >= step, process)
+    if kind == "save":
+        wait_for(lambda: list((run / "checkpoints").glob("*.tmp")), process)
+    pids = {rank_of(pid): pid for pid in children(process.pid)}
+    os.kill(pids[rank], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    return said
+
+
+def start(argv):
+    return subprocess.Popen([sys.executable, "-m", "nanoinfra.cli", *argv], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def finish(argv):
+    process = start(argv)
+    _, said = process.communicate(timeout=120)
+    print(said)
+    return process.returncode
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(metrics.read(path)) if path.exists() else 0
+
+
+def children(pid: int) -> list[int]:
+    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split() if rank_of(int(c)) is not None]
+
+
+def rank_of(pid: int) -> int | None:
+    """RANK of a process, from its environment."""
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    found = [int(v[5:]) for v in variables if v.startswith(b"RANK=")]
+    return found[0] if found else None
+
+
+def bits(lines):
+    return [(line["step"], line["loss"].hex(), line["grad_norm"].hex(), line["tokens"]) for line in lines]
+
+
+def close(got, want):
+    assert [line["step"] for line in got] == [line["step"] for line in want]
+    for g, w in zip(got, want):
+        assert g["loss"] == pytest.approx(w["loss"], rel=1e-8)
+        assert g["grad_norm"] == pytest.approx(w["grad_norm"], rel=1e-8)
+
+
+def weights(run: Path) -> dict:
+    manifest = json.loads((checkpoint.newest(run / "checkpoints") / "manifest.json").read_text())
+    return {name: listed["sha256"] for name, listed in manifest["files"].items() if name.endswith(".safetensors")}
