@@ -13,6 +13,8 @@
 #
 # **Needs** a CPU. **Time** 60 minutes. **Builds on** lesson 01: a gradient has as many bytes as the weights.
 #
+# **Help** is welcome: from people, and from an AI that tutors and does not solve (`lessons/AI_POLICY.md`).
+#
 # After this you can compute how many bytes each rank sends to sum a tensor over N ranks, how long that takes,
 # and when another algorithm is faster. Every later lesson uses these two numbers.
 
@@ -205,8 +207,15 @@ print(inspect.getsource(rings))
 # *counted*: they must match exactly. The time is *timed*, and may be off by 10 %.
 
 # %%
-results = world.run(trial, ring_all_reduce, N, S)
-measure("L02.bytes", lambda: counted(max(sum(row.payload for row in ledger) for _, ledger in results), "B"))
+results = []
+
+
+def bytes_sent():
+    results[:] = world.run(trial, ring_all_reduce, N, S)
+    return counted(max(sum(row.payload for row in ledger) for _, ledger in results), "B")
+
+
+measure("L02.bytes", bytes_sent)
 measure("L02.seconds", slowest, results)
 compare(["L02.bytes", "L02.seconds"])
 
@@ -262,13 +271,14 @@ draw.size_ticks(picture, sizes)
 # each step waits for the slowest neighbour. (b) 2(N−1)α + 2(N−1)/N·S/β = 2·log₂N·(α + S/β) gives S =
 # αβ·(N−1−log₂N) / (log₂N − (N−1)/N): with αβ = 80 kB, about 150 kB for 8 ranks, where the curves cross.
 # (c) For 16 ranks it is about 290 kB: it grows nearly like N / log₂N, because the ring pays α for 2(N−1)
-# messages.
-# <!-- ### END SOLUTION -->
+# messages. <!-- ### END SOLUTION -->
 
 # %% [markdown]
 # ## 6. Break it
 # Rings that are wrong by one slip each. Guess which criterion catches which, then run. Some of them return
 # the right sum. Why are they rejected all the same?
+#
+# Then grade your own file, `work/L02.py`, from a terminal: `make grade L=02`.
 
 # %%
 mutants = [m for m in collect(file="l02_ring") if m.check is check.ring_all_reduce]
@@ -281,10 +291,10 @@ world.close()
 
 # %% [markdown]
 # ## 7. What came next
-# In 2017 the ring replaced the parameter server in data-parallel training: lesson 03 hides its time behind
-# the backward pass. ZeRO (2020) noticed that its two halves can be called apart: lesson 08. NCCL keeps a tree
-# for small tensors and a ring for large ones, and chooses by the plot that you just drew. Across servers,
-# rings go inside and trees between.
+# In 2017 the ring replaced the parameter server in data-parallel training; lesson 03 hides its time behind
+# the backward pass. ZeRO (2020) noticed that its two halves can be called apart: lesson 08. NCCL has trees
+# for small tensors and rings for large ones, and chooses between them by a model like the one that you just
+# drew.
 #
 # - Patarasuk and Yuan, *Bandwidth optimal all-reduce algorithms for clusters of workstations*, JPDC 2009.
 # - Thakur, Rabenseifner and Gropp, *Optimization of collective communication operations in MPICH*, IJHPCA

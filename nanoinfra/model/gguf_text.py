@@ -28,7 +28,7 @@ def build_text(fields: dict) -> Text:
     if get("model") != "gpt2":
         raise ValueError(f"its tokenizer is a {get('model')!r}, but only byte-level BPE ('gpt2') is known")
     tokens, pre = get("tokens"), get("pre", "default")
-    backend = byte_level_bpe(tokens, get("merges"), pre)
+    backend = byte_level_bpe(tokens, get("merges", []), pre)
     kinds = get("token_type", [])
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False)
                                 for token, kind in zip(tokens, kinds) if kind == CONTROL])

@@ -58,7 +58,7 @@ def save_hf(model: Decoder, folder: str | Path, tokenizer: str | Path | None = N
     Weights keep their dtype. Past `shard_bytes` they go into several files and an index, each file written
     before the next is put together.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), config_to(model.config)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(model, shard_bytes)
     names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -74,7 +74,8 @@ def save_hf(model: Decoder, folder: str | Path, tokenizer: str | Path | None = N
         for path in (Path(tokenizer, name) for name in TOKENIZER_FILES):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-    _write_config(model, folder)
+    config |= _own(model, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 class _Tensors:
@@ -148,12 +149,12 @@ def _join(model, parts):
     return (x.T if parts[0][1].transposed else x).contiguous().cpu()
 
 
-def _write_config(model, folder):
+def _own(model, folder):
+    """What config.json says beside the shape: the dtype, and the tokenizer's first and last token."""
     text = read_text(folder)
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if text is not None:
         ids |= {key: text.backend.token_to_id(name) for key, name in
                 (("bos_token_id", text.bos), ("eos_token_id", text.eos)) if name}
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-    config = config_to(model.config) | ids | {"dtype": dtype, "torch_dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return ids | {"dtype": dtype, "torch_dtype": dtype}

@@ -101,6 +101,9 @@ def config_from(theirs: dict, where: str) -> ModelConfig:
 def config_to(config: ModelConfig) -> dict:
     """A ModelConfig as their config.json; token ids and dtype are the writer's to add."""
     dialect = DIALECTS[config.family]
+    if config.family == "gpt2" and not config.heads == config.kv_heads == config.width / config.head_dim:
+        raise ValueError(f"Hugging Face's GPT-2 has one width: {config.heads} heads and {config.kv_heads} "
+                         f"KV heads of {config.head_dim} do not each make {config.width}; train one whose heads do")
     theirs = {key: getattr(config, ours) for ours, key in dialect.keys.items()}
     if config.parts.position == "rope":
         theirs["rope_parameters"] = {"rope_type": "default", "rope_theta": config.theta}

@@ -141,7 +141,9 @@ def test_after_a_failure_the_old_ranks_are_gone_and_new_ones_work(pool):
 def test_a_rank_killed_between_calls_is_replaced(pool):
     old = pool.pids()
     os.kill(old[0], signal.SIGKILL)
-    assert await_end(old[:1]) == []
+    end = time.monotonic() + 10
+    while Path(f"/proc/{old[0]}").exists() and time.monotonic() < end:             # until its last thread ends
+        time.sleep(0.02)
     assert len(set(pool.pids()) - set(old)) == 3
 
 
@@ -196,22 +198,32 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
+def run_script(folder, how):
+    """(exit code, processes left, files left) of a script that makes a pool and does not close it."""
+    (folder / "script.py").write_text(SCRIPT)
+    (folder / "temp").mkdir()
+    env = {**os.environ, "PYTHONPATH": str(Path(comm.__file__).parents[2]), "TMPDIR": str(folder / "temp")}
+    got = subprocess.run([sys.executable, folder / "script.py", how], env=env, text=True, capture_output=True)
+    pids = [int(pid) for pid in got.stdout.split()]
+    assert (len(pids), got.stderr) == (2, "")
+    files = [path.name for path in (folder / "temp").iterdir()]
+    return got.returncode, await_end(pids), [f for f in files if not f.startswith("torchinductor_")]
+
+
 @needs_proc
-def test_a_script_leaves_nothing_when_it_is_killed_or_just_ends(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    running = {how: start(tmp_path, how) for how in ("killed", "ended")}
-    for how, process in running.items():
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, err) == (-9 if how == "killed" else 0, "")
-        pids = [int(pid) for pid in out.split()]
-        assert len(pids) == 2
-        assert await_end(pids) == []
-    left = [path.name for path in (tmp_path / "ended").iterdir()]
-    assert [name for name in left if not name.startswith("torchinductor_")] == []      # torch._dynamo's cache
+def test_a_script_that_just_ends_leaves_nothing(tmp_path):
+    assert run_script(tmp_path, "ends") == (0, [], [])
 
 
-def start(folder, how):
-    (folder / how).mkdir()
-    env = {**os.environ, "PYTHONPATH": str(Path(comm.__file__).parents[2]), "TMPDIR": str(folder / how)}
-    return subprocess.Popen([sys.executable, folder / "script.py", how], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@needs_proc
+@pytest.mark.prove
+def test_a_script_that_is_killed_leaves_no_process(tmp_path):
+    assert run_script(tmp_path, "killed")[:2] == (-9, [])
+
+
+@needs_proc
+def test_ranks_end_when_their_pipe_closes(pool):
+    pids = pool.pids()
+    for pipe in pool._crew.pipes:
+        pipe.close()
+    assert await_end(pids) == []

@@ -74,7 +74,7 @@ def test_lessons_are_found_by_number():
 
 
 @pytest.mark.parametrize("got, said", [
-    (torch.full((2, 3), 4.0), r"rank 1: `w` differs at \[0, 0\]: want 1, got 4, 4 x \(6 of 6\): summed instead"),
+    (torch.full((2, 3), 4.0), r"rank 1: `w` differs at \[0, 0\]: want 1, got 4, 4 x \(6 of 6\): summed inst"),
     (torch.full((2, 3), 0.25), "averaged instead of summed"),
     (torch.tensor([[1, 1, 1], [1, 1, 0.0]]), r"at \[1, 2\]: want 1, got 0, 0 x \(1 of 6\)$"),
     (torch.full((2, 3), float("nan")), "not a number"),

@@ -7,12 +7,13 @@ RING = "import torch\n\n\ndef ring(x):\n    y = 2 * x      # mine\n    return y\
 SOLVED = "def ring(x):\n    ### BEGIN SOLUTION\n    return x\n    ### END SOLUTION\n"
 
 
-def test_a_cell_is_kept_as_written_and_replaces_only_its_own_section(course):
+def test_a_cell_is_kept_as_written_and_replaces_its_own_section(course):
     exercise.export("L02", "def first():\n    return 1\n")
     exercise.export("L02", RING)
     file = exercise.export("L02", "def first():\n    return 11\n")
     assert file == course / "work" / "L02.py"
-    assert exercise.sections(file.read_text()) == {"first": "def first():\n    return 11", "ring": RING.rstrip()}
+    want = {"first": "def first():\n    return 11", "ring": RING.rstrip()}
+    assert exercise.sections(file.read_text()) == want
     module = exercise.load(file)
     assert (module.first(), module.ring(2)) == (11, 4)
     assert exercise.source_of(module.ring) == "work/L02.py"
@@ -42,11 +43,12 @@ def test_the_cell_magic_exports_and_then_runs(course, capsys):
     shell.run_cell_magic("exercise", "L02", RING)
     assert shell.user_ns["ring"](4) == 8
     assert "ring is in work/L02.py" in capsys.readouterr().out
-    with pytest.raises(NameError):                                  # the file stands alone, and so does its function
+    with pytest.raises(NameError):                                  # the file must stand alone
         shell.run_cell_magic("exercise", "L02", "def late(x):\n    return x\n\n\nforgotten")
 
 
-@pytest.mark.parametrize("lesson, cell, said", [("02", RING, "names its lesson"), ("L02", "x = 1", "defines neither")])
+@pytest.mark.parametrize("lesson, cell, said", [("02", RING, "names its lesson"),
+                                                ("L02", "x = 1", "defines neither")])
 def test_a_cell_that_cannot_be_kept_says_why(course, lesson, cell, said):
     with pytest.raises(ValueError, match=said):
         exercise.export(lesson, cell)
@@ -54,8 +56,8 @@ def test_a_cell_that_cannot_be_kept_says_why(course, lesson, cell, said):
 
 def test_extract_takes_every_exercise_of_a_percent_file(course):
     source = course / "lessons" / "02_x.py"
-    source.write_text("# %%\nx = 1\n\n# %%\n# %%exercise L02\ndef a():\n    return 1\n\n\n# %%\n# %%exercise L02\n"
-                      "def b():\n    return a() + 1\n")
+    source.write_text("# %%\nx = 1\n\n# %%\n# %%exercise L02\ndef a():\n    return 1\n\n\n"
+                      "# %%\n# %%exercise L02\ndef b():\n    return a() + 1\n")
     (file,) = exercise.extract(source, course)
     assert list(exercise.sections(file.read_text())) == ["a", "b"]
     assert exercise.load(file).b() == 2

@@ -18,7 +18,8 @@ def test_nothing_is_measured_before_it_is_predicted(course):
     assert book.read()["L02.bytes"]["measured"]["value"] == 3
 
 
-@pytest.mark.parametrize("result, said", [(3, "must return a Measurement"), (counted(3, "s"), "predict it again")])
+@pytest.mark.parametrize("result, said", [(3, "must return a Measurement"),
+                                          (counted(3, "s"), "predict it again")])
 def test_a_measurement_says_its_kind_and_has_the_predicted_unit(course, result, said):
     predict("L02.bytes", 5, "B")
     with pytest.raises(ValueError, match=said):

@@ -28,7 +28,8 @@ def test_what_is_no_prediction_is_refused(course, key, value):
     assert not (course / "work" / "numbers.json").exists()
 
 
-@pytest.mark.parametrize("value, unit, want", [(1572864.0, "B", "1,572,864 B"), (0.0862, "s", "86.2 ms"), (2.5e-6, "s", "2.5 us"),
-                                               (4, "calls", "4 calls"), (0.375, "", "0.375"), (0, "s", "0 s")])
+@pytest.mark.parametrize("value, unit, want", [
+    (1572864.0, "B", "1,572,864 B"), (0.0862, "s", "86.2 ms"), (2.5e-6, "s", "2.5 us"),
+    (4, "calls", "4 calls"), (0.375, "", "0.375"), (0, "s", "0 s")])
 def test_quantities_read_well(value, unit, want):
     assert quantity(value, unit) == want

@@ -4,7 +4,6 @@ import pytest
 from nanoinfra.model.load import load, packaged
 
 
-
 @pytest.fixture(scope="session")
 def smollm2_file():
     return packaged("smollm2-135m")

@@ -12,7 +12,7 @@ def test_rms_norm_is_torchs_own_in_float64_and_sums_in_float32_for_bfloat16():
     norm = RMSNorm(24, eps=1e-3).double()
     torch.nn.init.uniform_(norm.weight)
     torch.testing.assert_close(norm(x), F.rms_norm(x, (24,), norm.weight, 1e-3), rtol=1e-14, atol=0)
-    many = torch.full((1, 4096), 3.0, dtype=torch.bfloat16)      # a bf16 sum of 4096 nines would stop growing at 2304
+    many = torch.full((1, 4096), 3.0, dtype=torch.bfloat16)      # a bf16 sum of nines stops growing early
     assert RMSNorm(4096, eps=0.0).bfloat16()(many)[0, 0] == 1.0
 
 
@@ -45,10 +45,10 @@ def test_rope_takes_positions_of_each_sequence_and_wide_angles():
 
 
 def test_mlp_has_a_gate_and_biases_where_the_family_has():
-    shape = {"vocab": 8, "width": 4, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 4, "hidden": 6, "context": 8}
-    names = [name for name, _ in MLP(ModelConfig(**shape, family="llama")).named_parameters()]
+    shape = (8, 4, 1, 1, 1, 4, 6, 8, True)
+    names = [name for name, _ in MLP(ModelConfig(*shape, family="llama")).named_parameters()]
     assert names == ["gate.weight", "up.weight", "down.weight"]
-    gelu = MLP(ModelConfig(**shape, family="gpt2"))
+    gelu = MLP(ModelConfig(*shape, family="gpt2"))
     assert [n for n, _ in gelu.named_parameters()] == ["up.weight", "up.bias", "down.weight", "down.bias"]
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     inner = F.linear(x, gelu.up.weight, gelu.up.bias)

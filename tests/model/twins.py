@@ -1,6 +1,6 @@
 """transformers' own models with awkward sizes and random weights, to compare ours with."""
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 SIZES = {"vocab_size": 101, "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 6,
          "intermediate_size": 50, "max_position_embeddings": 37, "rms_norm_eps": 2e-5,
@@ -10,18 +10,23 @@ FAMILIES = ("gpt2", "llama", "qwen3")
 
 def theirs(family, tied=True, seed=0):
     """transformers' model of `family`, every weight, bias and norm drawn at random."""
-    if family == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=30, n_layer=3, n_head=5, n_positions=37, n_inner=44,
-                                           layer_norm_epsilon=3e-5, tie_word_embeddings=tied))
-    elif family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=3, tie_word_embeddings=tied))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=14, tie_word_embeddings=tied))
+    config = {"gpt2": GPT2Config(vocab_size=97, n_embd=30, n_layer=3, n_head=5, n_positions=37, n_inner=44,
+                                 layer_norm_epsilon=3e-5),
+              "llama": LlamaConfig(**SIZES, num_key_value_heads=3),
+              "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=14)}[family]
+    config.tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_config(config)
+    return scrambled(model, seed).eval()
+
+
+@torch.no_grad()
+def scrambled(model, seed=0):
+    """Every parameter drawn anew, biases and norms too, wide enough that the logits differ."""
     draws = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.uniform_(-0.4, 0.4, generator=draws)
-    return model.eval()
+    for name, parameter in model.named_parameters():
+        norm = parameter.dim() == 1 and name.endswith("weight")
+        parameter.uniform_(0.5 if norm else -0.4, 1.5 if norm else 0.4, generator=draws)
+    return model
 
 
 def tokens(vocab, shape=(2, 33)):

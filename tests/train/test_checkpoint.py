@@ -176,8 +176,8 @@ def test_real_ranks_save_and_agree_on_failure(tmp_path):
     assert ranks.run(save_on_a_rank, tmp_path, 1) == [str(first)] * 2
     assert same(load_all(first), {"w": torch.arange(30.).reshape(10, 3)})
     got = ranks.run(save_on_a_rank, tmp_path, 2, full_disk_on=1)
-    assert got == [f"cannot save step 2: rank 1: {tmp_path}/step_00000002.tmp/rank1.safetensors: No space left "
-                   f"on device; the last good checkpoint is {first}"] * 2
+    assert got == [f"cannot save step 2: rank 1: {tmp_path}/step_00000002.tmp/rank1.safetensors: No space "
+                   f"left on device; the last good checkpoint is {first}"] * 2
     assert list(tmp_path.iterdir()) == [first]
 
 

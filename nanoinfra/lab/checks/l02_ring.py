@@ -72,7 +72,8 @@ def _slips(runs, want, r):
     return {"the right neighbour's row?": want[right],
             "one hop short?": want[right] - runs[right]["before"][right],
             "nothing was added to it?": runs[r]["before"][r],
-            "passed on without adding?": runs[right]["before"][r]}
+            "passed on without adding?": runs[right]["before"][r],
+            "your own row of another chunk added?": runs[right]["before"][r] + runs[r]["before"][r - 1]}
 
 
 def _runs(subject, n, rows=False, fractions=False):

@@ -1,0 +1,56 @@
+import io
+
+import pytest
+from PIL import Image
+
+from nanoinfra.dist.ledger import Row as LedgerRow
+from nanoinfra.lab import draw
+from nanoinfra.lab.compare import Row
+from nanoinfra.lab.measure import counted, median
+
+RING = [[2 if c == (r - 2) % 4 else 1 for c in range(4)] for r in range(4)]
+LEDGERS = [[LedgerRow("all_reduce", "dp", f"bucket {i}", 2, 8, i, i, i + 0.5, 0.1) for i in range(3)]
+           for rank in range(2)]
+
+
+def texts(picture):
+    axes = picture.figure.axes[0]
+    return [t.get_text() for t in (*axes.texts, *axes.get_yticklabels(), *axes.get_xticklabels())]
+
+
+def test_bars_show_ratio_and_both_numbers():
+    picture = draw.bars([Row("bytes", 100, counted(150, "B"), 0.0), Row("time", 1.0, median([1.05]), 0.1)])
+    assert {"150 B of 100 B", "1.05 s of 1 s", "bytes", "time"} <= set(texts(picture))
+    widths = [bar.get_width() for bar in picture.figure.axes[0].patches]
+    assert widths == pytest.approx([1.5, 1.05, 0.2])               # the last is the tolerance's band
+
+
+def test_a_timeline_has_a_line_a_rank_and_shows_what_was_waited_for():
+    picture = draw.timeline(LEDGERS)
+    assert {"rank 0", "rank 1"} <= set(texts(picture))
+    bars = [bar for bar in picture.figure.axes[0].patches if bar.get_width()]
+    assert len(bars) == 2 * 2 * 3
+    waited = [bar.get_width() for bar in bars[1::2]]
+    assert waited == pytest.approx([100] * 6)                      # ms
+
+
+def test_a_ring_names_ranks_counts_and_what_is_sent():
+    got = texts(draw.ring(RING, sent=[(r - 2) % 4 for r in range(4)]))
+    assert {"rank 3", "chunk 1", "2", "1"} <= set(got)
+    assert got.count("2") == 4
+
+
+def test_curves_pair_a_line_with_its_points():
+    picture = draw.curves({"ring": ([2, 4], [1, 2])}, {"ring": ([2, 4], [1.1, 2.1])}, "bytes", "seconds")
+    line, points = picture.figure.axes[0].lines
+    assert line.get_color() == points.get_color()
+    draw.size_ticks(picture, [2**16, 2**22])
+    assert {"64 KiB", "4 MiB"} <= set(texts(picture))
+
+
+def test_a_picture_saves_itself_and_shows_itself(tmp_path):
+    picture = draw.timeline(LEDGERS, "what happened")
+    with Image.open(picture.save(tmp_path / "x.png")) as saved:
+        assert saved.width > 1200
+    data, about = picture._repr_png_()
+    assert Image.open(io.BytesIO(data)).width > 1.5 * about["width"] and about["alt"] == "what happened"

@@ -1,0 +1,61 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from nanoinfra.lab.build import build, convert
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "lessons").glob("[0-9][0-9]_*.py"))
+SECTIONS = ["The wall", "Predict", "Build", "Read the real one", "Measure, compare, explain", "Break it",
+            "What came next"]
+lessons = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+
+
+@lessons
+def test_a_lesson_has_the_form_of_all_lessons(source):
+    text, cells = source.read_text(), convert(source).cells
+    assert len(text.splitlines()) <= 350 and len(cells) <= 35
+    for said in ("**Needs**", "**Time**", "**Builds on**", "After this you can"):
+        assert said in cells[0].source
+    found = re.findall(r"^# ## \d\. (.*)$", text, re.MULTILINE)
+    assert found == [name for name in SECTIONS if name in found]
+    assert set(SECTIONS) - set(found) <= {"Break it"}
+    assert f'predict("L{source.name[:2]}.' in text and "compare(" in text
+
+
+def execute(source, course, monkeypatch, fast):
+    """Run the notebook in an empty course; returns what it wrote to work/numbers.json."""
+    monkeypatch.setenv("LESSON_FAST", "1") if fast else monkeypatch.delenv("LESSON_FAST", raising=False)
+    shutil.copy(source, course / "lessons")
+    shutil.copytree(ROOT / "tests" / "mutants", course / "tests" / "mutants")
+    (file,) = build("lessons")
+    where = {"metadata": {"path": str(file.parent)}}
+    client = NotebookClient(nbformat.read(file, 4), timeout=300, resources=where)
+    client.execute()
+    return json.loads((course / "work" / "numbers.json").read_text())
+
+
+@lessons
+def test_it_runs_in_fast_mode_and_what_is_counted_matches(source, course, monkeypatch):
+    _counted_match(execute(source, course, monkeypatch, fast=True))
+    assert (course / "work" / "reference" / f"L{source.name[:2]}.py").is_file()
+    assert not (course / "work" / f"L{source.name[:2]}.py").exists()         # never over a student's file
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(900)
+@lessons
+def test_it_runs_at_full_size_and_what_is_counted_matches(source, course, monkeypatch):
+    _counted_match(execute(source, course, monkeypatch, fast=False))
+
+
+def _counted_match(numbers):
+    assert numbers
+    for key, entry in numbers.items():
+        if entry["measured"]["kind"] == "counted":
+            assert entry["measured"]["value"] == pytest.approx(entry["predicted"][-1], rel=1e-12), key

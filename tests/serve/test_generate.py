@@ -1,0 +1,178 @@
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanoinfra.data.tokenizer import Tokenizer
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.hf import save_hf
+from nanoinfra.serve.generate import KVCache, Stream, generate, main, sample
+from nanoinfra.serve.options import GenerateOptions
+from tests.model.test_decoder import config
+from tests.model.twins import FAMILIES, scrambled, tokens
+
+
+def tiny(family="llama", **changes):
+    return scrambled(Decoder(replace(config(family), **changes))).double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_cached_decoding_is_the_full_forward(family):
+    model, x = tiny(family), tokens(97, (2, 20))
+    want, cache, got = model(x), KVCache(2, 20), []
+    for a, b in ((0, 7), (7, 8), (8, 9), (9, 14), (14, 20)):     # prefill, single tokens, chunks
+        got.append(model(x[:, a:b], torch.arange(a, b), cache))
+        cache.length = b
+    torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-10, atol=1e-10)
+    c = model.config
+    assert cache.layers[1].numel() == 2 * 2 * c.kv_heads * 20 * c.head_dim         # keys and values, no more
+    with pytest.raises(ValueError, match="21 tokens do not fit a KV cache for 20"):
+        model(x[:, :1], torch.arange(20, 21), cache)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_greedy_is_argmax_of_the_full_forward_and_each_token_costs_one_forward_of_one(family):
+    model, sequence, widths = tiny(family), tokens(97, (9,)).tolist(), []
+    model.embed.register_forward_hook(lambda _, args, __: widths.append(args[0].shape[1]))
+    got = list(generate(model, sequence, 6))
+    assert widths == [9, 1, 1, 1, 1, 1]
+    for _ in range(6):
+        sequence.append(int(model(torch.tensor([sequence]))[0, -1].argmax()))
+    assert got == sequence[9:]
+
+
+def test_an_end_stops_and_is_not_given():
+    model, prompt = tiny(), [1, 2, 3]
+    whole = list(generate(model, prompt, 12))
+    end = whole[5]
+    assert list(generate(model, prompt, 12, ends={end})) == whole[:whole.index(end)]
+
+
+def test_draws_follow_from_the_seed_alone():
+    def run(seed):
+        return list(generate(tiny(), [1, 2, 3], 20, temperature=1.5, seed=seed))
+    want = run(7)
+    torch.manual_seed(0)
+    assert run(7) == want
+    assert run(8) != want
+
+
+def test_tokens_come_one_by_one():
+    steps, model = [], tiny()
+    model.embed.register_forward_hook(lambda *_: steps.append(1))
+    some = generate(model, [1], 30)
+    next(some), next(some)
+    assert len(steps) == 2
+
+
+def counts(n=4000, **how):
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3, 0.0]).log()       # of probabilities
+    draws = torch.Generator().manual_seed(0)
+    how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how
+    got = Counter(sample(logits, **how, draws=draws) for _ in range(n))
+    return [got[i] / n for i in range(5)]
+
+
+@pytest.mark.parametrize("how, want", [
+    ({}, [0.1, 0.4, 0.2, 0.3, 0]), ({"temperature": 0.0}, [0, 1, 0, 0, 0]),
+    ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30, 0]),        # squares
+    ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7, 0]), ({"top_k": 99}, [0.1, 0.4, 0.2, 0.3, 0]),
+    ({"top_p": 0.5}, [0, 4 / 7, 0, 3 / 7, 0]), ({"top_p": 0.05}, [0, 1, 0, 0, 0]),
+    ({"top_k": 3, "top_p": 0.8}, [0, 4 / 9, 2 / 9, 3 / 9, 0]),
+    ({"top_k": 3, "top_p": 0.7}, [0, 4 / 7, 0, 3 / 7, 0])])               # 4/9 + 3/9 >= 0.7, of the three
+def test_sampling_has_the_probabilities_it_says(how, want):
+    got = counts(**how)
+    assert all(abs(g - w) < 0.035 for g, w in zip(got, want)), got
+    assert all((g > 0) == (w > 0) for g, w in zip(got, want))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["one two three"] * 9, vocab=262)     # foreign characters are single bytes
+
+
+def test_no_part_of_a_character_is_ever_shown(tokenizer):
+    string = "one \u65e5\u672c \U0001f642\U0001f642 \ufffd two\ufffd\ufffd caf\xe9\ufffd"
+    ids, shown, whole = tokenizer.encode(string), Stream(tokenizer.decode), ""
+    assert len(ids) > len(string)
+    for token in ids:
+        whole += shown.push(token)
+        assert string.startswith(whole)
+    assert whole + shown.finish() == string
+
+
+def test_a_text_that_ends_within_a_character_says_so(tokenizer):
+    ids, shown = tokenizer.encode("a\U0001f642")[:-1], Stream(tokenizer.decode)
+    assert "".join(map(shown.push, ids)) == "a" and shown.finish() == "\ufffd"
+
+
+def test_decoding_a_stream_does_not_look_back_further_than_a_word(tokenizer):
+    asked = []
+
+    def decode(ids):
+        asked.append(len(ids))
+        return tokenizer.decode(ids)
+    shown = Stream(decode)
+    for token in tokenizer.encode("one two three " * 50):
+        shown.push(token)
+    assert max(asked) <= 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    root = tmp_path_factory.mktemp("generate")
+    tokenizer.save(root / "tokenizer")
+    model = scrambled(Decoder(ModelConfig(tokenizer.vocab_size, 24, 2, 4, 2, 6, 40, 32)))
+    save_hf(model, root / "m", root / "tokenizer")
+    return root / "m"
+
+
+def say(**options):
+    said = []
+    assert main(GenerateOptions(**{"prompt": "one two", "max_new_tokens": 9} | options), said.append) == 0
+    return said
+
+
+def test_main_streams_the_continuation(folder, tokenizer):
+    said = say(model=str(folder))
+    assert said[-1] == "\n" and len(said) > 3
+    assert say(model=str(folder), temperature=2.0, seed=1) == say(model=str(folder), temperature=2.0, seed=1)
+    assert say(model=str(folder), temperature=2.0, seed=2) != say(model=str(folder), temperature=2.0, seed=1)
+    bare = say(model=str(folder), chat=False)
+    (folder / "chat_template.jinja").write_text("three {{ messages[0].content }}")
+    try:
+        assert say(model=str(folder), chat=True) == say(model=str(folder), prompt="three one two") != bare
+    finally:
+        (folder / "chat_template.jinja").unlink()
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"prompt": ""}, "the prompt has no tokens"), ({"chat": True}, "no chat template; leave out --chat"),
+    ({"max_new_tokens": 31}, "do not fit the model's context of 32; try --max-new-tokens 30"),
+    ({"prompt": "xyz" * 20}, "prompt of 60 tokens and 9 new .* shorten it to less than 32 tokens"),
+    ({"temperature": -1.0}, "temperature -1.0, top-k 0, top-p 1.0: .*try --temperature 0.8"), ({"top_p": 0.0}, "top-p 0.0"),
+    ({"top_k": -5}, "top-k -5")])
+def test_mistakes_are_one_clear_error(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        say(model=str(folder), **options)
+
+
+def test_a_tokenizer_of_another_model_and_none_at_all_are_refused(folder, tmp_path):
+    model = scrambled(Decoder(config("llama")))
+    save_hf(model, tmp_path / "none")
+    with pytest.raises(ValueError, match="holds no tokenizer.json"):
+        say(model=str(tmp_path / "none"))
+    save_hf(model, tmp_path / "other", folder)
+    with pytest.raises(ValueError, match="not in the model's vocabulary of 97"):
+        say(model=str(tmp_path / "other"))
+
+
+def test_the_flags_import_no_torch():
+    code = "import sys; import nanoinfra.serve.options; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

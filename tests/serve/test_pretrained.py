@@ -1,0 +1,50 @@
+import json
+
+import pytest
+import torch
+
+from nanoinfra.data.tokenizer import Tokenizer
+from nanoinfra.dist.mesh import Mesh
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.serve.pretrained import pretrained
+from nanoinfra.train import checkpoint
+from nanoinfra.train.pieces import Piece
+from tests.model.test_decoder import config
+from tests.model.twins import scrambled
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory as the trainer leaves it: weights among moments, at steps 3 and 5."""
+    (tmp_path / "config.json").write_text(json.dumps({"nanoinfra": 1, "model": config("llama").to_dict()}))
+    Tokenizer.train(["one two"] * 9, vocab=258).save(tmp_path / "tokenizer")
+    for step in (3, 5):
+        weights = dict(scrambled(Decoder(config("llama")), seed=step).named_parameters())
+        tensors = {Piece.whole(name, p.shape): p.detach() for name, p in weights.items()}
+        tensors |= {Piece.whole(f"exp_avg/{name}", p.shape): p.detach() + 1 for name, p in weights.items()}
+        checkpoint.save(tmp_path / "checkpoints", step, tensors, {"step": step}, Mesh().world)
+    return tmp_path
+
+
+def same(model, step):
+    want = dict(scrambled(Decoder(config("llama")), seed=step).named_parameters())
+    return all(torch.equal(p, want[name].to(p.dtype)) for name, p in model.named_parameters())
+
+
+def test_a_run_directory_gives_its_newest_weights_and_its_tokenizer(run):
+    model, text, template = pretrained(run, torch.float64, "naive")
+    assert same(model, 5) and model.head.weight is model.embed.weight and model.embed.weight.dtype == torch.float64
+    assert template is None and text.ends == {text.backend.token_to_id("<|endoftext|>")}
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, capsys):
+    [file] = (run / "checkpoints" / "step_00000005").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert same(pretrained(run)[0], 3)
+    assert "refused" in capsys.readouterr().err
+
+
+def test_a_run_without_checkpoints_is_refused(run, tmp_path):
+    (run / "checkpoints").rename(run / "gone")
+    with pytest.raises(ValueError, match="no good checkpoint in .*checkpoints; train with --out"):
+        pretrained(run)
