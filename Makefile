@@ -54,8 +54,8 @@ figures: $(VENV)/base  ## draw README's picture again
 test-gpu: $(VENV)/dev  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 
-clean:  ## remove what make made, the virtual environment too
-	rm -rf $(VENV) runs work lessons/build build *.egg-info
+clean:  ## remove what make made; work/ is yours and stays
+	rm -rf $(VENV) runs lessons/build build *.egg-info
 
 $(VENV)/base: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -47,9 +47,9 @@ world = Ranks(N, wire={"dp": (ALPHA, BETA)}, timeout=120)
 
 # %% [markdown]
 # `world` is N processes on this machine. Between them lies an *emulated wire*: a rank sends one message after
-# the other, and each takes α + bytes / β seconds. The wire is slow on purpose, so that your laptop's own
-# speed hides behind it. A real link between servers has an α of about 5 µs and a β of 50 GB/s. The formulas
-# are the same.
+# the other, each takes α + bytes / β seconds, and receiving costs nothing. The wire is slow on purpose, so
+# that your laptop's own speed hides behind it. A real link between servers has an α of about 5 µs and a β of
+# 50 GB/s. The formulas are the same.
 #
 # ## 1. The wall
 # Each rank holds a gradient of S bytes, and each needs the sum. The plain way: all send to rank 0, rank 0

@@ -1,10 +1,11 @@
 """The command line: `nanoinfra train`, `nanoinfra generate`.
 
-Flags are generated from dataclasses that import no torch, so `--help` answers at once. A user's mistake is one line
-on stderr with a fix that works, and exit code 2; an error that does not come from nanoinfra's own checks keeps its
-traceback.
+Flags are generated from dataclasses that import no torch, so `--help` answers at once. A user's mistake is
+one line on stderr with a fix that works, and exit code 2; an error that does not come from nanoinfra's own
+checks keeps its traceback.
 """
 import contextlib
+import errno
 import io
 import itertools
 import sys
@@ -21,6 +22,9 @@ Command = (Annotated[TrainFlags, tyro.conf.subcommand("train")]
            | Annotated[GenerateOptions, tyro.conf.subcommand("generate")])
 
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -31,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
         if not _ours(error):
             raise
         return _mistake(str(error))
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        return _mistake(f"cannot write {error.filename or 'to disk'}: {error.strerror}; make room or name another --out")
 
 
 def _parse(argv):

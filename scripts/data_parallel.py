@@ -51,7 +51,7 @@ def main():
 
     for step in range(args.steps):
         x, y = samples(step, args.global_batch, size.model.vocab, args.seq)
-        valid = int((y != IGNORE).sum())                         # of the whole step: known before any backward
+        valid = int((y != IGNORE).sum())  # of the whole step: known before any backward
         x, y = x[mesh.dp.rank::mesh.dp.size], y[mesh.dp.rank::mesh.dp.size]
 
         shared.begin_step()
@@ -60,7 +60,7 @@ def main():
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE,
                                                  reduction="sum") / valid
         loss.backward()                                          # buckets leave from inside, if --how overlap
-        for name, gradient in shared.finish().items():           # the sum over ranks: already the mean over tokens
+        for name, gradient in shared.finish().items():  # the sum over ranks: already the mean over tokens
             model.get_parameter(name).grad = gradient.clone()
         optimizer.step()
         optimizer.zero_grad()

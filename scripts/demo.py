@@ -2,12 +2,14 @@
 
     make demo            or: python scripts/demo.py --seconds 180
 
-Trains on the Python standard library of this machine, saves runs/demo/loss.png and a checkpoint, completes 40
-function headers the model has never seen and counts how many become whole functions, beside the untrained model.
+Trains on the Python standard library of this machine, saves runs/demo/loss.png and a checkpoint, completes
+40 function headers the model has never seen and counts how many become whole functions, beside the
+untrained model.
 """
 import argparse
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -46,8 +48,9 @@ def main():
 
 def train(args):
     """Two ranks of the command line."""
+    shutil.rmtree(args.out, ignore_errors=True)
     print(f"1. Training on two ranks for {args.seconds:.0f} s", flush=True)
-    every = max(5, int(args.seconds))        # steps: so that the curve has a few points of held-out bits per byte
+    every = max(5, int(args.seconds))  # steps: so that the curve has a few points of held-out bits per byte
     done = subprocess.run([sys.executable, "-m", "nanoinfra.cli", "train", "--model", "nano", "--dtype", "bfloat16",
                            "--dp", "2", "--micro-batch", "8", "--seconds", str(args.seconds), "--eval-every", str(every),
                            "--save-every", str(every), "--out", str(args.out)])

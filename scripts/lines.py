@@ -1,4 +1,5 @@
-"""Lines a module and the length of its functions: `python scripts/lines.py --table`. Fails past 300 lines a file."""
+"""Lines a module and the length of its functions: `python scripts/lines.py --table`. Fails past 300 lines a
+file."""
 import ast
 import sys
 from pathlib import Path

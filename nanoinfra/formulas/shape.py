@@ -1,8 +1,8 @@
 """The shape of a decoder: the twelve numbers from which parameters, FLOPs and bytes follow.
 
-`ModelConfig` is all that formulas, model, checkpoints and planner know of a model; `SIZES` is the one dial of the
-command line. A family says which parts a decoder is made of: GPT-2 (Radford et al. 2019), LLaMA (Touvron et al.
-2023; SmolLM2 is one), Qwen3 (2025: LLaMA with normed queries and keys).
+`ModelConfig` is all that formulas, model, checkpoints and planner know of a model; `SIZES` is the one dial
+of the command line. A family says which parts a decoder is made of: GPT-2 (Radford et al. 2019), LLaMA
+(Touvron et al. 2023; SmolLM2 is one), Qwen3 (2025: LLaMA with normed queries and keys).
 """
 from dataclasses import asdict, dataclass, replace
 

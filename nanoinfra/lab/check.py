@@ -4,9 +4,8 @@
     @ring_all_reduce.criterion("every rank has the sum", "property")
     def _(subject): ...        # raises Wrong(text) or Blocked(text)
 
-In a notebook `ring_all_reduce(fn)` raises on failure; pytest and grade use `.report(fn)`. The first
-criterion that is wrong ends the check; blocked (no GPU) is never a pass. A lesson's checks:
-checks/lNN_topic.py.
+In a notebook `ring_all_reduce(fn)` raises on failure; pytest and grade use `.report(fn)`. What is wrong ends
+the check; blocked (no GPU) is never a pass. checks/lNN_topic.py holds a lesson's CHECKS and PREDICTIONS.
 """
 import functools
 import importlib
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 
+from nanoinfra.dist.crew import RanksError
 from nanoinfra.dist.ranks import Ranks
 from nanoinfra.lab import checks
 from nanoinfra.lab.exercise import source_of
@@ -122,7 +122,8 @@ def _judge(criterion, subject):
         return Verdict(criterion, "wrong", str(reason))
     except Exception as error:                       # whatever a student's code raises is a verdict
         unwritten = isinstance(error, NotImplementedError) or "raise NotImplementedError" in str(error)
-        text = "not written yet" if unwritten else f"{type(error).__name__}: {error}"
+        kind = "" if isinstance(error, RanksError) else f"{type(error).__name__}: "
+        text = "not written yet" if unwritten else f"{kind}{error}"
         return Verdict(criterion, "wrong", text)
     return Verdict(criterion, "pass")
 

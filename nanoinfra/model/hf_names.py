@@ -103,7 +103,8 @@ def config_to(config: ModelConfig) -> dict:
     dialect = DIALECTS[config.family]
     if config.family == "gpt2" and not config.heads == config.kv_heads == config.width / config.head_dim:
         raise ValueError(f"Hugging Face's GPT-2 has one width: {config.heads} heads and {config.kv_heads} "
-                         f"KV heads of {config.head_dim} do not each make {config.width}; train one whose heads do")
+                         f"KV heads of {config.head_dim} do not each make {config.width}; "
+                         f"try {config.heads} heads of each kind, {config.width // config.heads} wide")
     theirs = {key: getattr(config, ours) for ours, key in dialect.keys.items()}
     if config.parts.position == "rope":
         theirs["rope_parameters"] = {"rope_type": "default", "rope_theta": config.theta}

@@ -1,8 +1,9 @@
 """Apply a plan of parallelism to a plain model, in one fixed order.
 
-The order today: the model is built and filled by name, then data parallelism wraps its gradients. Tensor, context
-and pipeline parallelism come before it, because it must see the parameters as they are finally cut; what does not
-exist yet is refused in train/config.py before any rank starts. Every technique composes through the mesh alone.
+The order today: the model is built and filled by name, then data parallelism wraps its gradients. Tensor,
+context and pipeline parallelism come before it, because it must see the parameters as they are finally cut;
+what does not exist yet is refused in train/config.py before any rank starts. Every technique composes
+through the mesh alone.
 """
 import torch
 from torch import nn

@@ -1,4 +1,5 @@
-"""Data parallelism in three steps: every rank holds all weights and sees its own tokens; gradients are summed.
+"""Data parallelism in three steps: every rank holds all weights and sees its own tokens; gradients are
+summed.
 
     "each"     one all-reduce a parameter, after backward           calls: parameters
     "buckets"  parameters packed into flat buckets, after backward  calls: buckets
@@ -16,11 +17,13 @@ BUCKET_BYTES = 25 << 20
 
 
 class DataParallel:
-    """Gradient buckets over `axis` for `model`, any nn.Module whose loss is divided by the *global* token count.
+    """Gradient buckets over `axis` for `model`, any nn.Module whose loss is divided by the *global* token
+    count.
 
-    A parameter's gradient moves into its bucket as soon as autograd has it (`p.grad` is None afterwards), in
-    `grad_dtype` (the parameter's own where not given). After `finish`, `grads[name]` is the sum over the axis, the
-    same on all ranks. Frozen parameters have no place; unused ones give zeros. Rank 0's weights are broadcast first.
+    A parameter's gradient moves into its bucket as soon as autograd has it (`p.grad` is None afterwards),
+    in `grad_dtype` (the parameter's own where not given). After `finish`, `grads[name]` is the sum over the
+    axis, the same on all ranks. Frozen parameters have no place; unused ones give zeros. Rank 0's weights
+    are broadcast first.
     """
 
     def __init__(self, model: nn.Module, axis, how: str = "overlap", bucket_bytes: int = BUCKET_BYTES,
@@ -86,7 +89,8 @@ class Bucket:
 
 
 def pack(named: list[tuple[str, nn.Parameter]], bucket_bytes: int, grad_dtype: torch.dtype | None) -> list[Bucket]:
-    """Fill buckets in the order given (backward's: last parameter first) up to `bucket_bytes`, one dtype each."""
+    """Fill buckets in the order given (backward's: last parameter first) up to `bucket_bytes`, one dtype
+    each."""
     groups, dtype, size = [], None, 0
     for _, p in named:
         wanted = grad_dtype or p.dtype

@@ -1,7 +1,7 @@
 """The flags of `nanoinfra train`, in five groups. No torch here: `--help` must answer at once.
 
-Not every combination has to exist at once; `check` refuses one that does not, with the reason, before any rank
-starts. Sizes, learning rates and contexts that are not given follow from --model.
+Not every combination has to exist at once; `check` refuses one that does not, with the reason, before any
+rank starts. Sizes, learning rates and contexts that are not given follow from --model.
 """
 from dataclasses import dataclass, field, fields
 from math import ceil
@@ -12,7 +12,6 @@ import tyro
 
 from nanoinfra.formulas.shape import SIZES
 
-
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]              # a group's flags carry no prefix
 
@@ -20,7 +19,7 @@ Flat = Annotated[T, tyro.conf.arg(name="")]              # a group's flags carry
 @dataclass(frozen=True)
 class ModelFlags:
     """The model."""
-    model: str = "nano"                                  # a size (test nano micro small medium large xl), or a directory
+    model: str = "nano"  # a size (test nano micro small medium large xl), or a directory
     vocab: int | None = None                             # vocabulary; default: the size's
     untied: bool = False                                 # give the head weights of its own
     attention: Literal["naive", "sdpa"] = "sdpa"         # naive writes the T x T scores to memory
@@ -41,7 +40,7 @@ class DataFlags:
 @dataclass(frozen=True)
 class MeshFlags:
     """The mesh: world = pp x dp x cp x tp ranks."""
-    nproc: int | None = None                             # start this many ranks here; default: the product of the axes
+    nproc: int | None = None  # start this many ranks here; default: the product of the axes
     dp: int | None = None                                # data parallel; default: ranks / (pp x cp x tp)
     pp: int = 1                                          # pipeline parallel
     cp: int = 1                                          # context parallel
@@ -49,7 +48,7 @@ class MeshFlags:
     data_parallel: Literal["each", "buckets", "overlap"] = "overlap"  # when gradients leave
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None                           # a rank; default: cores / ranks on this host
-    wire: tuple[str, ...] = ()                           # AXIS=LATENCY,BANDWIDTH: emulate a wire, s and bytes/s
+    wire: tuple[str, ...] = ()  # AXIS=LATENCY,BANDWIDTH: emulate a wire, s and bytes/s
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,9 @@ class OptimizerFlags:
 class RunFlags:
     """The run."""
     steps: int = 100                                     # optimizer steps
-    seconds: float | None = None                         # train this long instead, the schedule with the clock
-    eval_every: int = 0                                  # steps between held-out evaluations, and one at the end; 0: none
-    save_every: int = 0                                  # steps between checkpoints, besides the one at the end
+    seconds: float | None = None  # train this long instead, the schedule with the clock
+    eval_every: int = 0  # steps between held-out evaluations, and one at the end; 0: none
+    save_every: int = 0  # steps between checkpoints, besides the one at the end
     keep: int = 2                                        # checkpoints kept
     out: Path = Path("runs/train")                       # run directory
     resume: bool = False                                 # go on from the newest good checkpoint in --out

@@ -1,8 +1,8 @@
 """Start N ranks of `nanoinfra train` on this host, with torch's elastic launcher, and report how they ended.
 
-A rank is this same command line in a process of its own, found by torchrun's variables. SIGTERM reaches every rank;
-they agree on a step, save, and stop, and then the launcher ends with 0. A user's mistake that only a rank could see
-comes back through its error file as one line.
+A rank is this same command line in a process of its own, found by torchrun's variables. SIGTERM reaches
+every rank; they agree on a step, save, and stop, and then the launcher ends with 0. A user's mistake that
+only a rank could see comes back through its error file as one line.
 """
 import json
 import logging
@@ -15,7 +15,7 @@ from pathlib import Path
 
 RUN_ID = "nanoinfra"                         # torch hands it to every rank: so a rank knows whose it is
 BOARD = "where_ranks_stand"                  # ledger.Board of a run under way
-STOPPED = "stopped.json"                     # rank 0 leaves it in the run directory when a signal ended the run
+STOPPED = "stopped.json"  # rank 0 leaves it in the run directory when a signal ended the run
 
 
 def is_rank() -> bool:
@@ -25,7 +25,7 @@ def is_rank() -> bool:
 
 def joined() -> bool:
     """Is this process a rank already, of a pool say?"""
-    distributed = sys.modules.get("torch.distributed")       # not imported for the answer: it would take a second
+    distributed = sys.modules.get("torch.distributed")  # not imported for the answer: it would take a second
     return distributed is not None and distributed.is_initialized()
 
 
@@ -51,7 +51,8 @@ def process_group(device: str, out: Path):
 
 
 def launch(argv: list[str], nproc: int, out: Path) -> int:
-    """Run `nanoinfra ARGV` on `nproc` ranks. Returns an exit code: 0, 2 for a user's mistake, 1 for a failed rank."""
+    """Run `nanoinfra ARGV` on `nproc` ranks. Returns an exit code: 0, 2 for a user's mistake, 1 for a
+    failed rank."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -78,7 +79,8 @@ def _after_signal(stop, out, started):
 
 
 def _after_failure(failed, world, out):
-    """A rank that was killed is the cause, whatever its neighbours died of; then a mistake that a rank found."""
+    """A rank that was killed is the cause, whatever its neighbours died of; then a mistake that a rank
+    found."""
     killed = [r for r, f in failed.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
     mistaken = [r for r, f in failed.failures.items() if f.exitcode == 2 and Path(f.error_file).exists()]
     rank = (killed + mistaken + [failed.get_first_failure()[0]])[0]
@@ -96,7 +98,8 @@ def _after_failure(failed, world, out):
 
 
 def leave_error(message: str) -> bool:
-    """In a rank of `launch`, hand a user's mistake to the launcher, who prints it once. False under torchrun."""
+    """In a rank of `launch`, hand a user's mistake to the launcher, who prints it once. False under
+    torchrun."""
     ours = os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
     if ours:
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message, "timestamp": time.time()}))

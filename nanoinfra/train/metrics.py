@@ -1,7 +1,7 @@
 """What a run says of itself: metrics.jsonl, a line on the terminal, loss.png and a Perfetto timeline.
 
-One line a step, written by rank 0, flushed, floats at full precision. Times are timed, bytes counted. The timeline
-(https://perfetto.dev) has one row of instructions and one of collectives a rank.
+One line a step, written by rank 0, flushed, floats at full precision. Times are timed, bytes counted. The
+timeline (https://perfetto.dev) has one row of instructions and one of collectives a rank.
 """
 import json
 import math

@@ -1,8 +1,9 @@
 """AdamW and SGD over float32 masters, the learning rate's path, and clipping by the global norm.
 
-Mixed precision (Micikevicius et al. 2018): the model computes in bf16; the optimizer owns float32 masters, 12 bytes
-a parameter with AdamW's two moments, and copies them into the model after each step. A float32 or float64 model is
-its own master. The update itself is torch's fused kernel (Loshchilov & Hutter 2019 for AdamW).
+Mixed precision (Micikevicius et al. 2018): the model computes in bf16; the optimizer owns float32 masters,
+12 bytes a parameter with AdamW's two moments, and copies them into the model after each step. A float32 or
+float64 model is its own master. The update itself is torch's fused kernel (Loshchilov & Hutter 2019 for
+AdamW).
 """
 import math
 
@@ -80,7 +81,8 @@ def _master(p, given):
 
 
 def clip(grads: dict[str, torch.Tensor], limit: float) -> float:
-    """Scale `grads` in place so that their global 2-norm is at most `limit` (0: never). Returns the norm before."""
+    """Scale `grads` in place so that their global 2-norm is at most `limit` (0: never). Returns the norm
+    before."""
     tensors = list(grads.values())
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))).item()
@@ -90,8 +92,8 @@ def clip(grads: dict[str, torch.Tensor], limit: float) -> float:
 
 
 def learning_rate(step: int, progress: float, warmup: int, peak: float, schedule: str = "cosine") -> float:
-    """The rate of `step` (from 1) at `progress` (0 to 1) of the run: linear up over `warmup` steps, times a cosine
-    that ends at a tenth of the peak, or times 1 ("constant")."""
+    """The rate of `step` (from 1) at `progress` (0 to 1) of the run: linear up over `warmup` steps, times a
+    cosine that ends at a tenth of the peak, or times 1 ("constant")."""
     rise = min(1.0, step / warmup) if warmup else 1.0
     fall = 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress)) if schedule == "cosine" else 1.0
     return peak * rise * fall

@@ -1,8 +1,8 @@
 """One stage that holds the whole model: what the executor drives when there is no pipeline.
 
 Forward keeps a micro-batch's loss, backward frees it, gradients are summed over the data axis by
-parallel/data.py, and the optimizer moves float32 masters. The loss is divided by the step's global count of valid
-tokens before any backward, so nothing is divided afterwards.
+parallel/data.py, and the optimizer moves float32 masters. The loss is divided by the step's global count of
+valid tokens before any backward, so nothing is divided afterwards.
 """
 from collections.abc import Iterator
 
@@ -31,7 +31,8 @@ class Replica:
         self.limit = flags.optimizer.clip
 
     def begin(self, batches: list, count: int, lr: float) -> None:
-        """A new step: its micro-batches [(x (B, T), y (B, T))], its valid tokens on all ranks, its learning rate."""
+        """A new step: its micro-batches [(x (B, T), y (B, T))], its valid tokens on all ranks, its learning
+        rate."""
         self.batches, self.count, self.lr = batches, count, lr
         self.losses, self.loss = {}, torch.zeros((), dtype=torch.float64)
         self.parallel.begin_step()

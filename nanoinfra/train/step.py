@@ -1,8 +1,8 @@
 """A step is a schedule, and a schedule is data.
 
-A generator yields instructions; one executor runs them on a stage. The same list can be drawn, counted and checked
-with no process started. Accumulation over m micro-batches is the schedule of a pipeline with one stage.
-ShallowSpeed (Boehm 2022) has the idea; GPipe and 1F1B are other generators of the same words.
+A generator yields instructions; one executor runs them on a stage. The same list can be drawn, counted and
+checked with no process started. Accumulation over m micro-batches is the schedule of a pipeline with one
+stage. ShallowSpeed (Boehm 2022) has the idea; GPipe and 1F1B are other generators of the same words.
 """
 import time
 from collections.abc import Iterable, Iterator

@@ -142,7 +142,7 @@ def test_a_rank_killed_between_calls_is_replaced(pool):
     old = pool.pids()
     os.kill(old[0], signal.SIGKILL)
     end = time.monotonic() + 10
-    while Path(f"/proc/{old[0]}").exists() and time.monotonic() < end:             # until its last thread ends
+    while Path(f"/proc/{old[0]}").exists() and time.monotonic() < end:          # until its last thread ends
         time.sleep(0.02)
     assert len(set(pool.pids()) - set(old)) == 3
 

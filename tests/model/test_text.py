@@ -46,8 +46,8 @@ def test_the_template_is_found_where_transformers_puts_it(folder):
 def test_smollm2s_own_template_opens_the_assistants_turn(smollm2):
     _, text, template = smollm2
     got = render_chat(template, ASK, text)
-    assert got == ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-                   "<|im_start|>user\n<b>2 & 2</b><|im_end|>\n<|im_start|>assistant\n")
+    assert got == ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+                   "<|im_end|>\n<|im_start|>user\n<b>2 & 2</b><|im_end|>\n<|im_start|>assistant\n")
     assert text.encode(got, begin=False)[:4] == [1, 9690, 198, 2683]
 
 
@@ -60,7 +60,8 @@ def test_templates_get_what_transformers_gives_them(folder):
 
 @pytest.mark.parametrize("template, message", [
     ("{{ raise_exception('roles must alternate') }}", "roles must alternate"), ("{% if %}", "cannot render"),
-    ("{{ messages.append(1) }}", "unsafe|not safely"), ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    ("{{ messages.append(1) }}", "unsafe|not safely"),
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
     ("{{ messages[0].nothing.more }}", "no attribute")])
 def test_bad_templates_are_one_clear_error_and_cannot_escape(folder, template, message):
     with pytest.raises(ValueError, match=message):
@@ -69,5 +70,5 @@ def test_bad_templates_are_one_clear_error_and_cannot_escape(folder, template, m
 
 def test_the_hub_extra_is_named_where_jinja2_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ValueError, match=r"chat templates need the package jinja2; pip install 'nanoinfra\[hub\]'"):
+    with pytest.raises(ValueError, match=r"need the package jinja2; pip install 'nanoinfra\[hub\]'"):
         render_chat("", ASK, Text(Tokenizer(models.BPE())))

@@ -261,7 +261,8 @@ def bf16_model_float32_gradients():
 
 
 class Slow(torch.autograd.Function):
-    """Multiply by a weight; its gradient takes `compute` seconds, which is sleep: ranks then share no core."""
+    """Multiply by a weight; its gradient takes `compute` seconds, which is sleep: ranks then share no
+    core."""
 
     @staticmethod
     def forward(ctx, x, weight, compute):
@@ -289,7 +290,8 @@ def exposed_wait(how, layers, floats, compute, wire):
 
 
 def exposed(layers, compute, send):
-    """Bucket i is ready at (i+1) compute and sent when the wire is free; what is left after backward is exposed."""
+    """Bucket i is ready at (i+1) compute and sent when the wire is free; what is left after backward is
+    exposed."""
     free = 0.0
     for i in range(layers):
         free = max(free, (i + 1) * compute) + send

@@ -33,7 +33,8 @@ def same(model, step):
 
 def test_a_run_directory_gives_its_newest_weights_and_its_tokenizer(run):
     model, text, template = pretrained(run, torch.float64, "naive")
-    assert same(model, 5) and model.head.weight is model.embed.weight and model.embed.weight.dtype == torch.float64
+    assert same(model, 5) and model.head.weight is model.embed.weight
+    assert model.embed.weight.dtype == torch.float64
     assert template is None and text.ends == {text.backend.token_to_id("<|endoftext|>")}
 
 

@@ -98,7 +98,8 @@ def undisturbed(ranks, tmp_path):
 
 
 def kill_at(run: Path, argv: list[str], kind: str, step: int, rank: int) -> str:
-    """kill -9 `rank` once `step` steps are written, or at the first save after; returns what the launcher said."""
+    """kill -9 `rank` once `step` steps are written, or at the first save after; returns what the launcher
+    said."""
     process = start(argv)
     wait_for(lambda: lines(run) >= step, process)
     if kind == "save":

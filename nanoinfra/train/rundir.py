@@ -1,0 +1,94 @@
+"""The directory of a run: config.json, tokenizer/, metrics.jsonl, loss.png, checkpoints/.
+
+What a run must remember is its checkpoint: weights, optimizer, step, samples consumed, and the identity of what
+it reads. Rank 0 writes the small files; every rank writes its part of a checkpoint (train/checkpoint.py).
+"""
+import json
+import sys
+from pathlib import Path
+
+from nanoinfra.dist import comm
+from nanoinfra.train import checkpoint, metrics
+from nanoinfra.train.config import TrainFlags, to_json
+from nanoinfra.train.inputs import Inputs
+from nanoinfra.train.launch import STOPPED
+from nanoinfra.train.manifest import read_manifest
+from nanoinfra.train.optim import Optimizer
+from nanoinfra.train.pieces import Piece
+
+
+class RunDir:
+    """One rank's view of it. Raises ValueError where it cannot be written."""
+
+    def __init__(self, path: Path, mesh):
+        self.path, self.mesh, self.first = path, mesh, mesh.rank == 0
+        self.checkpoints = path / "checkpoints"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write to --out {path}: {error.strerror}; "
+                             "name a folder that you may write to") from error
+
+    def start_afresh(self) -> tuple[int, int]:
+        """0 steps, 0 samples; but a run that is there is nobody's to overwrite."""
+        there = checkpoint.checkpoints(self.checkpoints)
+        if there:
+            raise ValueError(f"{self.path} holds a run already, with {there[-1].name}; go on from it with "
+                             "--resume, name another --out, or remove that folder")
+        return 0, 0
+
+    def resume(self, inputs: Inputs, optimizer: Optimizer) -> tuple[int, int]:
+        """Take the newest good checkpoint back into `optimizer`; (step, samples consumed)."""
+        folder = self._newest()
+        state = checkpoint.read_state(folder)
+        for key, value in inputs.identity.items():
+            if state[key] != value:
+                raise ValueError(f"--resume: the run in {self.path} has {key} {state[key]}, this one {value}; "
+                                 "give the flags it was started with, which are in its config.json")
+        wanted = [Piece.whole(name, tensor.shape) for name, tensor in optimizer.state().items()]
+        pieces = checkpoint.load(folder, wanted, read_manifest(folder))  # rank 0 has verified every byte
+        optimizer.load({piece.name: tensor for piece, tensor in pieces}, state["step"])
+        return state["step"], state["consumed"]
+
+    def save(self, step: int, optimizer: Optimizer, state: dict, keep: int) -> None:
+        """A checkpoint; each tensor is written by one of the ranks that hold it."""
+        data = self.mesh.data
+        mine = [(Piece.whole(name, tensor.shape), tensor)
+                for i, (name, tensor) in enumerate(optimizer.state().items()) if i % data.size == data.rank]
+        checkpoint.save(self.checkpoints, step, mine, {"step": step, **state}, self.mesh.world, keep)
+
+    def describe(self, flags: TrainFlags, inputs: Inputs) -> None:
+        """Leave config.json and the tokenizer for whoever loads the run."""
+        if not self.first:
+            return
+        config = {"nanoinfra": 1, "model": inputs.model.to_dict(), "flags": to_json(flags),
+                  "inputs": inputs.identity}
+        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if inputs.source.tokenizer:
+            inputs.source.tokenizer.save(self.path / "tokenizer")
+        (self.path / STOPPED).unlink(missing_ok=True)
+
+    def plot(self, title: str) -> None:
+        """loss.png from metrics.jsonl."""
+        if self.first:
+            metrics.plot(self.path / "metrics.jsonl", self.path / "loss.png", title)
+
+    def say_stopped(self, step: int) -> None:
+        """Tell the launcher that a signal's stop was a good one."""
+        if self.first:
+            (self.path / STOPPED).write_text(json.dumps({"step": step}))
+
+    def last_good(self) -> str:
+        """The newest checkpoint, in words."""
+        saved = checkpoint.checkpoints(self.checkpoints)
+        return f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
+
+    def _newest(self):
+        """Rank 0 reads every byte of what it tries; the others take its word."""
+        found = None
+        if self.first:
+            found = checkpoint.newest(self.checkpoints, say=lambda text: print(text, file=sys.stderr))
+        name = comm.gather_objects(found and found.name, self.mesh.world, "checkpoint")[0]
+        if name is None:
+            raise ValueError(f"--resume: no good checkpoint in {self.checkpoints}; start without --resume")
+        return self.checkpoints / name

@@ -1,0 +1,184 @@
+"""The command line as its users meet it: quick help, one line for a mistake, a full disk that harms
+nothing."""
+import errno
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from nanoinfra.cli import main
+from nanoinfra.formulas.params import parameters
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.train import checkpoint, manifest, metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-batch", "2", "--threads", "1"]
+
+
+def test_help_answers_within_a_second():
+    best = min(seconds([sys.executable, "-m", "nanoinfra.cli", "--help"]) for _ in range(5))
+    assert best < 1.0
+
+
+def test_help_imports_no_torch():
+    code = "import sys, nanoinfra.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.prove
+def test_importing_the_trainer_adds_half_a_second_to_torch():
+    pairs = [(seconds([sys.executable, "-c", "import torch, torch.distributed"]),
+              seconds([sys.executable, "-c", BARE + "import nanoinfra.train.trainer"])) for _ in range(5)]
+    assert median(b - a for a, b in pairs) <= 0.5
+
+
+def test_trainer_needs_no_optional_package(tmp_path):
+    """Triton, jupyter and transformers are made absent; the run trains all the same."""
+    code = BARE + f"from nanoinfra.cli import main; sys.exit(main({[*QUICK, '--steps', '2', '--out', str(tmp_path)]}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 2
+
+
+BARE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("triton", "jupyterlab", "jupytext", "nbgrader", "IPython", "transformers", "gguf"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+"""
+
+MISTAKES = {
+    "an empty corpus": (["--data", "{tmp}/empty"], "empty"),
+    "a sequence longer than the corpus": (["--data", "{tmp}/short", "--seq", "100000"], "--seq"),
+    "a mesh that does not fit the ranks": (["--nproc", "3", "--dp", "2"], "try --dp 3"),
+    "an axis that is not built": (["--tp", "2"], "--tp 1"),
+    "an unknown model": (["--model", "gigantic"], "test, nano, micro"),
+    "an unknown flag": (["--modle", "nano"], "--modle"),
+    "a value of the wrong kind": (["--steps", "many"], "--steps"),
+    "a folder that is not there": (["--data", "{tmp}/nowhere"], "nowhere"),
+    "a file that is no text": (["--data", "{tmp}/binary"], "UTF-8"),
+    "an --out that is a file": (["--out", "{tmp}/binary"], "binary"),
+    "a wire that is no wire": (["--wire", "dp=fast"], "dp=20e-6,1e9"),
+    "no steps": (["--steps", "0"], "at least 1"),
+    "nothing to resume": (["--resume", "--out", "{tmp}/new"], "start without --resume"),
+}
+
+
+@pytest.mark.parametrize("argv, says", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line_with_a_remedy(tmp_path, capsys, argv, says):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short").mkdir()
+    for name in "ab":
+        (tmp_path / "short" / name).write_text(f"{name} short text\n" * 20)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")
+    given = [part.replace("{tmp}", str(tmp_path)) for part in argv]
+    assert main([*QUICK, "--steps", "2", "--out", str(tmp_path / "out"), *given]) == 2
+    out = capsys.readouterr()
+    assert out.err.count("\n") == 1 and out.err.startswith("nanoinfra: ") and says in out.err, out.err
+
+
+def test_a_mistake_only_ranks_can_see_is_one_line_too(tmp_path):
+    (tmp_path / "data").mkdir()
+    argv = [*QUICK, "--data", str(tmp_path / "data"), "--dp", "2", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-m", "nanoinfra.cli", *argv], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("nanoinfra: the corpus") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr("nanoinfra.train.trainer.count_valid", lambda *_: int("not a number"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main([*QUICK, "--steps", "1", "--out", str(tmp_path)])
+
+
+def test_a_run_is_not_overwritten(tmp_path, capsys):
+    assert main([*QUICK, "--steps", "2", "--out", str(tmp_path)]) == 0
+    assert main([*QUICK, "--steps", "2", "--out", str(tmp_path)]) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_resume_with_other_data_is_refused(tmp_path, capsys):
+    assert main([*QUICK, "--steps", "2", "--out", str(tmp_path)]) == 0
+    assert main([*QUICK, "--steps", "4", "--seed", "1", "--resume", "--out", str(tmp_path)]) == 2
+    assert "has seed 0, this one 1" in capsys.readouterr().err
+
+
+def test_full_disk_at_any_write_leaves_the_last_checkpoint_good(tmp_path, monkeypatch, capsys):
+    assert main([*QUICK, "--steps", "2", "--out", str(tmp_path)]) == 0
+    writes = count_writes(monkeypatch, tmp_path)
+    capsys.readouterr()
+    for fails in range(writes):
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest, "write_all", FullDisk(fails))
+            assert main([*QUICK, "--steps", "3", "--resume", "--out", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert "No space left on device" in said and said.count("\n") == 1, said
+        assert checkpoint.newest(tmp_path / "checkpoints").name == "step_00000002"
+        assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+    assert main([*QUICK, "--steps", "3", "--resume", "--out", str(tmp_path)]) == 0
+    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_file_size_limit_stops_with_one_line(tmp_path):
+    """RLIMIT_FSIZE of 200 KiB: the metrics fit, the 655 KB checkpoint does not."""
+    argv = [sys.executable, "-m", "nanoinfra.cli", *QUICK, "--steps", "1", "--out", str(tmp_path)]
+    done = subprocess.run(["bash", "-c", 'ulimit -f 200; exec "$@"', "-", *argv], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "File too large" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert checkpoint.newest(tmp_path / "checkpoints") is None
+
+
+def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_checkpoint(tmp_path, capsys):
+    argv = [*QUICK, "--optimizer", "sgd", "--lr", "1e30", "--clip", "0", "--warmup", "0", "--save-every", "1"]
+    assert main([*argv, "--steps", "50", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "step" in said and "nan" in said and "the last checkpoint is" in said and said.count("\n") == 1, said
+    assert checkpoint.newest(tmp_path / "checkpoints") is not None
+
+
+def test_run_directory_holds_what_the_contract_says(tmp_path):
+    trace = tmp_path / "trace.json"
+    assert main([*QUICK, "--steps", "3", "--out", str(tmp_path), "--trace", str(trace)]) == 0
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    assert [set(line) for line in lines] == [{"step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s",
+                                              "mfu", "peak_bytes", "comm"}] * 3
+    psi = parameters(ModelConfig(**json.loads((tmp_path / "config.json").read_text())["model"]))
+    assert lines[0]["peak_bytes"]["counted"] == 16 * psi  # float32: weights, gradients, two moments
+    events = json.loads(trace.read_text())["traceEvents"]
+    names = [event["name"] for event in events if event["ph"] == "X"]
+    assert names == ["Forward", "Backward", "ReduceGrads", "Step"] * 3
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+class FullDisk:
+    """The disk is full from write number `fails` on."""
+
+    def __init__(self, fails):
+        self.left, self.write = fails, manifest.write_all
+
+    def __call__(self, file, data):
+        if self.left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.left -= 1
+        self.write(file, data)
+
+
+def count_writes(monkeypatch, tmp_path):
+    """Writes of one save, counted on a run beside."""
+    counter = FullDisk(-1)
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write_all", counter)
+        assert main([*QUICK, "--steps", "1", "--out", str(tmp_path / "count")]) == 0
+    return -1 - counter.left
+
+
+def seconds(argv):
+    begin = time.perf_counter()
+    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+    return time.perf_counter() - begin
