@@ -44,15 +44,13 @@ from nanoinfra.train.loss import cross_entropy
 from nanoinfra.train.optim import Optimizer
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
-BATCHES = {"test": (8, 64), "nano": (2, 128)} if FAST else {  # size: B sequences, T tokens in each
-    "test": (8, 64), "nano": (4, 256), "micro": (2, 512)}
+BATCHES = {"test": (8, 64), "nano": (2, 128)} | ({} if FAST else {"nano": (4, 256), "micro": (2, 512)})
 REPEATS = 3
 torch.set_num_threads(1)                     # one core: your browser keeps the others
 
 # %% [markdown]
 # ## 1. The wall
-# A training step: forward, loss, backward, update. Here is the whole of it, on one core, for models of
-# growing size. B is the number of sequences, T the number of tokens in each.
+# A training step, the whole of it, on one core: B sequences of T tokens, for models of growing size.
 
 # %%
 def trainer(name):
@@ -81,16 +79,14 @@ for name, (model, _, _, step) in trainers.items():
 Grid(f"a step on {machine()}", ("size", "B x T", "parameters", "a step", "so GPT-2 small takes"), rows)
 
 # %% [markdown]
-# The last column is a guess at a larger model: GPT-2 small has 124 million parameters, is trained on, say,
-# 10 billion tokens, and time grows in proportion to parameters. The rows disagree, so the rule is wrong, or
-# not all of it. And would the 1.5 billion parameters of GPT-2 xl fit into your memory at all? Waiting for an
-# answer is not a plan. We need to *count*.
+# The last column guesses at GPT-2 small: 124 million parameters, trained on 10 billion tokens, if time is in
+# proportion to parameters. The rows disagree, so that rule is wrong. And would the 1.5 billion parameters of
+# GPT-2 xl fit into your memory at all? Waiting for an answer is no plan. We need to *count*.
 
 # %% [markdown]
 # ## 2. Predict
-# We take a LLaMA-like decoder: vocabulary V, width C, L layers; H query heads and KV key/value heads of K
-# numbers each; an MLP of width F.
-#
+# A LLaMA-like decoder: vocabulary V, width C, L layers; H query heads, KV key heads, K numbers in each; an
+# MLP of width F.
 # 1. *Parameters.* A layer has matrices q, o (C × HK each), k, v (C × KV·K each), gate, up, down (C × F each),
 #    and two norms of C. Around them stand the embedding (V × C) and a last norm. The head is the embedding
 #    again (*tied*), or has V × C of its own.
@@ -99,31 +95,28 @@ Grid(f"a step on {machine()}", ("size", "B x T", "parameters", "a step", "so GPT
 #    head is one, the embedding is a look-up, and norms do not count.
 # 3. *Attention* multiplies activations. Each token's query meets T keys, and T values are summed: 2·2·HK·T a
 #    layer and token forward, 12·HK·T with backward. By convention the causal half is not taken off.
-# 4. *Bytes.* AdamW keeps two moments: weight, gradient, two moments are four numbers, 16 bytes a parameter.
+# 4. *Bytes.* A weight, its gradient and AdamW's two moments are four numbers: 16 bytes a parameter.
 # 5. *Seconds*, at best: FLOPs over the peak, the rate of this machine's fastest matrix product.
 
 # %%
-def product_rate(n):
-    """FLOP/s of an n x n matrix product."""
+rates = {}
+for n in (32, 64, 128, 256, 512, 1024):
     a, b = torch.randn(2, n, n)
-    return 2 * n**3 / timed(lambda: a @ b, n=9).value
-
-
-rates = {n: product_rate(n) for n in (32, 64, 128, 256, 512, 1024)}
+    rates[n] = 2 * n**3 / timed(lambda a=a, b=b: a @ b, n=9).value
 peak = max(rates.values())
 Grid("n x n matrix products, timed, median of 9", ("n", "GFLOP/s", "of the peak"),
      [(str(n), f"{rate / 1e9:.1f}", f"{rate / peak:.0%}") for n, rate in rates.items()])
 
 # %%
-NAME = max(BATCHES, key=lambda name: SIZES[name].model.layers)
+NAME = list(BATCHES)[-1]
 config, (B, T) = sized(NAME), BATCHES[NAME]
 V, C, L, F = config.vocab, config.width, config.layers, config.hidden
 H, KV, K = config.heads, config.kv_heads, config.head_dim
 print(f"{NAME}: {V=} {C=} {L=} {H=} {KV=} {K=} {F=}, a tied head; a step has {B=} {T=}")
 
 # %% [markdown]
-# Commit four numbers for this model and one step: parameters, FLOPs, bytes of weights, gradients and
-# moments, and seconds at `peak`. A prediction counts for being made; you may be wrong.
+# Commit four numbers for this model and one step: parameters, FLOPs, bytes, and seconds at `peak`. A
+# prediction counts for being made; you may be wrong.
 
 # %% nbgrader={"grade_id": "predict", "solution": true}
 # predict("L00.parameters", <formula>)
@@ -146,11 +139,11 @@ predict("L00.seconds", work / peak, "s")
 # them only look up words.
 
 # %%
-def shares(rows, title, xlabel):
-    """A bar a row of {label: {part: value}}, each part with its share."""
+def shares(rows, title):
+    """A bar a row of {label: {part: value}}: each part's share."""
     picture, axes = draw.canvas(8.6, 1.3 + 0.42 * len(rows), title)
     for y, parts in enumerate(rows.values()):
-        left = 0.0
+        left = 0
         for colour, (part, value) in zip(draw.COLOURS, parts.items()):
             share = value / sum(parts.values())
             axes.barh(y, share, 0.7, left, color=colour, label="" if y else part, edgecolor="white")
@@ -160,7 +153,6 @@ def shares(rows, title, xlabel):
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
     axes.grid(False)
-    axes.set_xlabel(xlabel)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=10, frameon=False)
     return picture
 
@@ -168,8 +160,8 @@ def shares(rows, title, xlabel):
 by_part = {name: params.parameters_by_part(size.model) for name, size in SIZES.items()}
 for parts in by_part.values():
     parts["embedding"] += parts.pop("positions") + parts.pop("head")
-shares({f"{name}, {sum(parts.values()) / 1e6:,.3g} M": parts for name, parts in by_part.items()},
-       "where the parameters are", "share of the parameters")
+shares({f"{name}, {sum(parts.values()) / 1e6:,.2f} M": parts for name, parts in by_part.items()},
+       "where the parameters are")
 
 # %% [markdown]
 # **Exercise 1: parameters.** Count them for any decoder of the LLaMA family. `config` has the fields
@@ -219,8 +211,7 @@ check.train_flops(train_flops)
 
 # %% [markdown]
 # ## 4. Read the real one
-# nanoinfra's formula gives the FLOPs term by term, also for GPT-2 and for recomputation (lesson 04). Its
-# `train_flops` is what the trainer's MFU is made of. What does it handle that yours leaves out?
+# The trainer's MFU is made of these. What do they handle that yours leaves out?
 
 # %%
 print(*map(inspect.getsource, (flops.forward_flops, flops.train_flops, flops.mfu)), sep="\n\n")
@@ -272,20 +263,18 @@ def budget(name):
     best = min(flops.train_flops(sized(name), *BATCHES[name]) / peak, products)
     rest = sum(clock.spent.values()) - products
     return {"products at the peak": best, "products, below the peak": products - best,
-            "other operators": rest, "Python": total - products - rest}
+            "other operators": rest, "Python, and the clock": total - products - rest}
 
 
 def mfu(name):
-    B, T = BATCHES[name]
-    return flops.mfu(B * T / times[name].value, sized(name), T, peak)
+    return flops.train_flops(sized(name), *BATCHES[name]) / times[name].value / peak
 
 
-shares({f"{name}, MFU {mfu(name):.0%}": budget(name) for name in BATCHES}, "where a step's time goes",
-       "share of a step (timed, one step)")
+shares({f"{name}, MFU {mfu(name):.0%}": budget(name) for name in BATCHES}, "one step's time (timed)")
 
 # %% [markdown]
-# And where do the FLOPs go? In GPT-2 xl, at its own T of 1024, into the matrices, as *6 a parameter* says. But
-# scores and values grow with T. From which T on is the rule wrong by a factor of two?
+# And where do the FLOPs go? In GPT-2 xl, at its own T of 1024, into the matrices, as *6 a parameter* says.
+# But scores and values grow with T. From which T on is the rule wrong by a factor of two?
 
 # %%
 def flops_by_length(config, title):
@@ -297,7 +286,7 @@ def flops_by_length(config, title):
     axes.stackplot(lengths, parts, labels=labels.values(), edgecolor="white",
                    colors=[draw.PINK, draw.GREEN, draw.BLUE, draw.ORANGE, draw.RED])
     axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths[::4], [f"{T / 1024:g} Ki" for T in lengths[::4]])
+    axes.set_xticks(lengths[4::4], [f"{T / 1024:g} Ki" for T in lengths[4::4]])
     axes.set(xlim=(256, 2**17), ylim=(0, 1), xlabel="tokens in a sequence, T", ylabel="share of the FLOPs")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=10, frameon=False, reverse=True)
     return picture
@@ -306,15 +295,14 @@ def flops_by_length(config, title):
 flops_by_length(sized("xl"), "GPT-2 xl: where the FLOPs go")
 
 # %% [markdown]
-# Now the wall. Train each size on 20 tokens a parameter: here, at the MFU that you measured; and on an H100
-# with its published 989 TFLOP/s in bfloat16, at an MFU of 40 %. Nothing in this table was run: it is
-# *modelled*.
+# (From T = 6C and a little for the head: 12·LCT = 6·12·LC².) Now the wall. Train each size on 20 tokens a
+# parameter: here, at the MFU that you measured; and on an H100, with its published peak of 989 TFLOP/s in
+# bfloat16, at an MFU of 40 %. Nothing in this table was run: it is *modelled*.
 
 # %%
 def duration(seconds):
-    scales = ((3.156e7, "years"), (86400, "days"), (3600, "hours"), (1, "seconds"))
-    scale, unit = next((pair for pair in scales if seconds >= pair[0]), scales[-1])
-    return f"{seconds / scale:,.1f} {unit}"
+    unit, name = next(p for p in ((3.156e7, "years"), (86400, "days"), (1, "s")) if seconds > p[0] / 99)
+    return f"{seconds / unit:,.2f} {name}"
 
 
 gpt3 = ModelConfig(50257, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2")
@@ -323,10 +311,10 @@ rows = []
 for name, size in {**{name: size.model for name, size in SIZES.items()}, "GPT-3": gpt3}.items():
     psi, T = params.parameters(size), size.context
     states, work = sum(state_bytes(psi).values()), flops.train_flops(size, 1, T) / T * 20 * psi
-    rows.append((name, f"{psi:,}", f"{states / 1e9:,.3g} GB", "yes" if states < memory else "no",
+    rows.append((name, f"{psi:,}", f"{states / 1e6:,.0f} MB", "yes" if states < memory else "no",
                  duration(work / (peak * mfu(NAME))), duration(work / (0.4 * 989e12))))
 Grid(f"modelled: this machine, with {memory / 1e9:.0f} GB, and an H100",
-     ("size", "parameters", "16 bytes each", "fits here", "here", "one H100"), rows)
+     ("size", "parameters", "16 bytes each", "they fit", "training, here", "on the H100"), rows)
 
 # %% [markdown]
 # **Explain.** Four sentences. (a) Why is MFU below 1? Name the two largest reasons on your machine. (b) Why
@@ -344,8 +332,7 @@ Grid(f"modelled: this machine, with {memory / 1e9:.0f} GB, and an H100",
 
 # %% [markdown]
 # ## 6. Break it
-# Counts that are wrong by one slip each. Guess which criterion catches which, then run. One of them is the
-# rule of thumb that every paper uses.
+# Counts that are wrong by one slip each. Guess which criterion catches which. One is a famous rule.
 
 # %%
 mutants = [mutant for mutant in collect(file="l00_cost") if mutant.check is check.train_flops]
@@ -355,10 +342,9 @@ for mutant in mutants[::3] if FAST else mutants:
 
 # %% [markdown]
 # ## 7. What came next
-# Published numbers count differently: attention halved or not, recomputation in (*hardware* FLOPs) or out,
-# the embedding in or out. Compare the counts before you compare the numbers. PaLM reached an MFU of 46 % on
-# 6144 chips; good runs on GPUs have reached 40 to 55 % since. The next lesson asks where the bytes go. All
-# others spread one step over many devices, and fight for the same MFU.
+# Published numbers count differently: attention halved or not, recomputation in (*hardware* FLOPs) or out.
+# Compare the counts before the numbers. PaLM reached an MFU of 46 % on 6144 chips; good runs on GPUs reach 40
+# to 55 %. Lesson 01 asks where the bytes go; later ones spread a step over devices and fight for its MFU.
 #
 # - Kaplan et al., *Scaling laws for neural language models*, 2020, section 2.1.
 # - Chowdhery et al., *PaLM: scaling language modeling with Pathways*, 2022, appendix B.

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from nanoinfra.dist.ledger import Board, hang_report
 from nanoinfra.dist.worker import serve
 
-# every torch optimizer imports torch._dynamo, which takes seconds: once in the server, not once in each rank
-PRELOAD = ["torch", "torch._dynamo", "torch.distributed.device_mesh", "nanoinfra.dist.worker",
-           "nanoinfra.dist.comm"]
+# Every torch optimizer imports torch._dynamo, which takes seconds: once in the server, not once in each rank.
+# Nothing of this package: the server does not know the caller's sys.path and might hold another copy of it.
+PRELOAD = ["torch", "torch._dynamo", "torch.distributed.device_mesh", "cloudpickle", "unittest.mock"]
 START_SECONDS = 120.0                        # for the server's imports, from a cold disk
 GRACE = 0.3                                  # seconds the other ranks have to answer once one has failed
 

@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,7 @@ SCRIPT = textwrap.dedent("""
 
     pool = Ranks(2)                # no `if __name__ == "__main__"`: ranks do not run this file again
     print(*pool.run(me), flush=True)
+    assert pool.run(lambda: __import__("nanoinfra").__file__) == [sys.argv[2]] * 2
     if sys.argv[1] == "killed":
         os.kill(os.getpid(), 9)
 """)
@@ -202,8 +204,10 @@ def run_script(folder, how):
     """(exit code, processes left, files left) of a script that makes a pool and does not close it."""
     (folder / "script.py").write_text(SCRIPT)
     (folder / "temp").mkdir()
-    env = {**os.environ, "PYTHONPATH": str(Path(comm.__file__).parents[2]), "TMPDIR": str(folder / "temp")}
-    got = subprocess.run([sys.executable, folder / "script.py", how], env=env, text=True, capture_output=True)
+    copy = shutil.copytree(Path(comm.__file__).parents[1], folder / "nanoinfra")       # not the installed one
+    env = {**os.environ, "TMPDIR": str(folder / "temp")}
+    command = [sys.executable, folder / "script.py", how, copy / "__init__.py"]
+    got = subprocess.run(command, env=env, text=True, capture_output=True)
     pids = [int(pid) for pid in got.stdout.split()]
     assert (len(pids), got.stderr) == (2, "")
     files = [path.name for path in (folder / "temp").iterdir()]

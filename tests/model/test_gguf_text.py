@@ -1,5 +1,5 @@
-"""The ids stand literally below. They were got, and are got again here, from a byte-level BPE written out
-in `by_hand`, with SmolLM2's published pre-tokeniser (each digit alone, then GPT-2's expression) and the
+"""The ids stand literally below. They were got, and are got again here, from a byte-level BPE written out in
+`by_hand`, with SmolLM2's published pre-tokeniser (each digit alone, then GPT-2's expression) and the
 vocabulary and merges of the file; it shares no code with the `tokenizers` package.
 """
 import json

@@ -154,7 +154,7 @@ def test_main_streams_the_continuation(folder, tokenizer):
 
 @pytest.mark.parametrize("options, message", [
     ({"prompt": ""}, "the prompt has no tokens"), ({"chat": True}, "no chat template; leave out --chat"),
-    ({"max_new_tokens": 29}, "4 tokens and 29 new .* not fit the model's context of 32; try --max-new-tokens 28"),
+    ({"max_new_tokens": 29}, "4 tokens and 29 new .* context of 32; try --max-new-tokens 28"),
     ({"prompt": "xyz" * 20}, "prompt of 60 tokens and 9 new .* shorten it to less than 32 tokens"),
     ({"temperature": -1.0}, "temperature -1.0, top-k 0, top-p 1.0: .*try --temperature 0.8"),
     ({"top_p": 0.0}, "top-p 0.0"), ({"top_k": -5}, "top-k -5")])

@@ -1,0 +1,159 @@
+"""Known-wrong trainers: each slip is one that Adam, or a loss curve, would hide."""
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nanoinfra.cli import main
+from nanoinfra.dist import comm
+from nanoinfra.lab.check import Check, Wrong, ranks
+from nanoinfra.lab.mutants import Mutant, patched
+from nanoinfra.parallel.data import DataParallel
+from nanoinfra.train import loss, metrics
+from nanoinfra.train.optim import Optimizer
+from nanoinfra.train.rundir import RunDir
+
+FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--steps", "4", "--seq", "16",
+         "--global-batch", "7", "--micro-batch", "2", "--optimizer", "sgd", "--lr", "0.3", "--lr-schedule",
+         "constant", "--threads", "1"]
+PSI = 54592
+
+training = Check("training")
+
+
+@training.criterion("the losses and norms are one rank's", "parity")
+def _(subject):
+    want, got = run(main, 1), run(subject, 2)
+    for w, g in zip(want, got, strict=True):
+        for key in ("loss", "grad_norm", "tokens"):
+            if abs(g[key] - w[key]) > 1e-8 * abs(w[key]):
+                raise Wrong(f"step {w['step']}: {key} is {g[key]!r} on two ranks, {w[key]!r} on one")
+
+
+@training.criterion("each gradient leaves once a step", "resource")
+def _(subject):
+    sent = {line["comm"]["data"] for line in run(subject, 2)}
+    if sent != {8 * PSI}:
+        raise Wrong(f"{sorted(sent)} bytes on the data axis a step, want {8 * PSI}: 8 a parameter")
+
+
+@training.criterion("buckets leave while backward goes on", "resource")
+def _(subject):
+    backward_ends, first_leaves = timeline(subject)
+    if not first_leaves < backward_ends:
+        raise Wrong(f"the first bucket left {first_leaves - backward_ends:.4f} s after the last backward ended")
+
+
+resuming = Check("resuming")
+
+
+@resuming.criterion("a run in two parts is the run in one, bit for bit", "parity")
+def _(subject):
+    with tempfile.TemporaryDirectory() as folder:
+        whole, parts = Path(folder, "whole"), Path(folder, "parts")
+        adam = [*FLAGS, "--optimizer", "adamw"]
+        main([*adam, "--out", str(whole)])
+        subject([*adam, "--steps", "2", "--out", str(parts)])
+        subject([*adam, "--resume", "--out", str(parts)])
+        want, got = (metrics.read(each / "metrics.jsonl") for each in (whole, parts))
+    for w, g in zip(want, got, strict=True):
+        if (w["loss"], w["grad_norm"]) != (g["loss"], g["grad_norm"]):
+            raise Wrong(f"step {w['step']}: loss {g['loss']!r} after resuming, {w['loss']!r} without")
+
+
+def run(subject, n, *more):
+    with tempfile.TemporaryDirectory() as folder:
+        ranks(n).run(subject, [*FLAGS, *more, "--out", folder])
+        return metrics.read(Path(folder, "metrics.jsonl"))
+
+
+def timeline(subject):
+    """(end of the last backward, start of the first bucket's all-reduce) of the last step, in seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks(2).run(subject, [*FLAGS, "--out", folder, "--trace", f"{folder}/trace.json"])
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    mine = [e for e in events if e["pid"] == 0 and e["ph"] == "X"]
+    ends = [e["ts"] + e["dur"] for e in mine if e["name"] == "Backward"]
+    leaves = [e["ts"] for e in mine if e["args"].get("tag") == "grads"]
+    return max(ends) / 1e6, max(leaves) / 1e6
+
+
+class NoAllReduce(DataParallel):
+    def _launch(self, bucket):
+        bucket.pending = comm.Pending()
+        self.launched += 1
+
+
+class Averages(DataParallel):
+    def finish(self):
+        for grad in super().finish().values():
+            grad.div_(self.axis.size)
+        return self.grads
+
+
+class SendsEveryMicroBatch(DataParallel):
+    def before_backward(self, last):
+        if self.overlap and all(bucket.filled for bucket in self.buckets):
+            for bucket in self.buckets:                        # a second trip, of zeros: right, and twice the bytes
+                comm.all_reduce(torch.zeros_like(bucket.flat), self.axis, "grads")
+        super().before_backward(last)
+
+
+class ForgetsEarlierMicroBatches(DataParallel):
+    def before_backward(self, last):
+        super().before_backward(last)
+        for bucket in self.buckets:
+            bucket.filled.clear()
+
+
+class WaitsForBackward(DataParallel):
+    def __init__(self, model, axis, how="overlap", **more):
+        super().__init__(model, axis, "buckets", **more)
+
+
+class ForgetsMoments(Optimizer):
+    def load(self, tensors, steps):
+        kept = {n: torch.zeros_like(t) if "/" in n else t for n, t in tensors.items()}
+        super().load(kept, steps)
+
+
+class ForgetsItsSteps(Optimizer):
+    def load(self, tensors, steps):
+        super().load(tensors, 0)
+
+
+def local_count(micro_batches, axis, *flags):
+    valid = sum(int((y != loss.IGNORE).sum()) for _, y in micro_batches)
+    return [valid * axis.size, *flags]
+
+
+def counts_padding(micro_batches, axis, *flags):
+    valid = sum(y.numel() for _, y in micro_batches)
+    return comm.all_reduce(torch.tensor([valid, *flags]), axis, "scalars").tolist()
+
+
+class ResumesAtTheFirstSample(RunDir):
+    def resume(self, inputs, optimizer):
+        step, _ = super().resume(inputs, optimizer)
+        return step, 0
+
+
+PARITY, BYTES, OVERLAP = (criterion.name for criterion in training.criteria)
+[BITWISE] = (criterion.name for criterion in resuming.criteria)
+WRAP = "nanoinfra.parallel.compose:DataParallel"
+MUTANTS = [
+    Mutant("no all-reduce", training, patched(main, WRAP, NoAllReduce), PARITY),
+    Mutant("averages what is normalised already", training, patched(main, WRAP, Averages), PARITY),
+    Mutant("forgets earlier micro-batches", training, patched(main, WRAP, ForgetsEarlierMicroBatches), PARITY),
+    Mutant("divides by the rank's own count", training,
+           patched(main, "nanoinfra.train.trainer:count_valid", local_count), PARITY),
+    Mutant("counts padding", training, patched(main, "nanoinfra.train.trainer:count_valid", counts_padding), PARITY),
+    Mutant("sends at every micro-batch", training, patched(main, WRAP, SendsEveryMicroBatch), BYTES),
+    Mutant("waits for the end of backward", training, patched(main, WRAP, WaitsForBackward), OVERLAP),
+    Mutant("forgets the moments", resuming, patched(main, "nanoinfra.train.replica:Optimizer", ForgetsMoments), BITWISE),
+    Mutant("forgets Adam's step count", resuming,
+           patched(main, "nanoinfra.train.replica:Optimizer", ForgetsItsSteps), BITWISE),
+    Mutant("deals the first samples again", resuming,
+           patched(main, "nanoinfra.train.trainer:RunDir", ResumesAtTheFirstSample), BITWISE),
+]

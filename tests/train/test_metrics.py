@@ -1,0 +1,67 @@
+"""What a run says of itself can be read back, cut, drawn and opened in Perfetto."""
+import json
+
+import torch
+
+from nanoinfra.dist.ledger import Row
+from nanoinfra.train import metrics
+from nanoinfra.train.step import Forward
+
+
+def line(step):
+    return {"step": step, "loss": 1 / 3 + step, "tokens": 10, "tokens_per_s": 5.0}
+
+
+def test_floats_survive_at_full_precision_and_each_line_is_there_at_once(tmp_path):
+    log = metrics.Log(tmp_path / "m.jsonl")
+    log.write(line(1))
+    assert metrics.read(tmp_path / "m.jsonl") == [line(1)]                 # before the file is closed
+    log.file.close()
+
+
+def test_going_on_cuts_what_came_after_the_checkpoint(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(line(i)) + "\n" for i in (1, 2, 3)) + '{"step": 4, "lo')
+    log = metrics.Log(path, go_on_after=2)
+    log.write(line(3))
+    log.file.close()
+    assert metrics.read(path) == [line(1), line(2), line(3)]
+
+
+def test_a_new_run_starts_an_empty_log(tmp_path):
+    (tmp_path / "m.jsonl").write_text(json.dumps(line(1)) + "\n")
+    metrics.Log(tmp_path / "m.jsonl").file.close()
+    assert metrics.read(tmp_path / "m.jsonl") == []
+
+
+def test_sent_adds_payload_by_axis_and_keeps_scalars_apart():
+    rows = [Row("all_reduce", "data", tag, 2, size, 1, 0.0) for tag, size in (("grads", 40), ("scalars", 8), ("grads", 2))]
+    assert metrics.sent(rows) == {"data": 42, "scalars": 8}
+
+
+def test_held_counts_a_shared_storage_once():
+    x = torch.zeros(10)
+    assert metrics.held([x, x[2:5], x.view(2, 5), torch.zeros(3, dtype=torch.float64)]) == 40 + 24
+
+
+def test_running_mean_is_corrected_for_its_start():
+    assert metrics.smooth([2.0, 2.0, 2.0]) == [2.0, 2.0, 2.0]
+    assert metrics.smooth([1.0, 2.0], weight=0.5) == [1.0, (0.25 + 1.0) / 0.75]
+
+
+def test_trace_has_one_process_a_rank_in_microseconds():
+    rows = [Row("all_reduce", "data", "grads", 2, 40, 1, begin=1.5, end=1.75, wait_s=0.125)]
+    name, step, wire = metrics.trace_events(3, [(Forward(2), 1.0, 1.25)], rows)
+    assert name["args"]["name"] == "rank 3" and {e["pid"] for e in (name, step, wire)} == {3}
+    assert (step["name"], step["ts"], step["dur"], step["args"]) == ("Forward", 1e6, 0.25e6, {"micro": 2})
+    assert (wire["name"], wire["ts"], wire["args"]) == (
+        "all_reduce", 1.5e6, {"tag": "grads", "payload_bytes": 40, "wait_ms": 125.0})
+
+
+def test_plot_draws_losses_and_held_out_points(tmp_path):
+    log = metrics.Log(tmp_path / "m.jsonl")
+    for i in range(5):
+        log.write({**line(i), **({"held_out_bpb": 2.0 - i / 10} if i % 2 else {})})
+    log.file.close()
+    metrics.plot(tmp_path / "m.jsonl", tmp_path / "loss.png", "test")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000

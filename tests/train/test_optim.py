@@ -1,0 +1,99 @@
+"""The optimizer is torch's on float32 masters; clipping and the rate's path are what their formulas say."""
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nanoinfra.train.optim import BETAS, WEIGHT_DECAY, Optimizer, clip, learning_rate
+
+
+def net(dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2)).to(dtype)
+
+
+def draws(model, step):
+    random = torch.Generator().manual_seed(step)
+    return {n: torch.randn(p.shape, generator=random).to(p.dtype) for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_three_steps_are_torchs(name):
+    ours, theirs = net(), net()
+    optimizer = Optimizer(ours, name)
+    if name == "sgd":
+        oracle = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    else:
+        matrices, vectors = ([p for p in theirs.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+        oracle = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
+                                    {"params": vectors, "weight_decay": 0}], lr=0.1, betas=BETAS, foreach=False)
+    for step in range(3):
+        optimizer.step(draws(ours, step), lr=0.1)
+        for n, p in theirs.named_parameters():
+            p.grad = draws(theirs, step)[n]
+        oracle.step()
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_bf16_model_has_float32_masters_that_keep_small_steps():
+    model = net(torch.bfloat16)
+    drawn = {n: p.detach().float() + 1e-4 for n, p in model.named_parameters()}
+    optimizer = Optimizer(model, "sgd", drawn)
+    ones = {n: torch.ones_like(m) for n, m in drawn.items()}
+    before = model[0].weight.detach().clone()
+    for _ in range(8):
+        optimizer.step(ones, lr=1e-5)                                      # each too small for bf16's 8 bits
+    for n, p in model.named_parameters():
+        want = drawn[n] - 8e-5
+        torch.testing.assert_close(optimizer.masters[n], want, rtol=1e-5, atol=1e-7)
+        assert p.dtype == torch.bfloat16 and torch.equal(p, optimizer.masters[n].bfloat16())
+    assert optimizer.masters["0.weight"].dtype == torch.float32 and before.dtype == torch.bfloat16
+
+
+def test_float32_model_is_its_own_master():
+    model = net(torch.float32)
+    assert all(m is p for m, p in zip(Optimizer(model).masters.values(), model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_state_goes_round_bitwise(name):
+    first = net(torch.bfloat16)
+    a = Optimizer(first, name)
+    for step in range(2):
+        a.step(draws(first, step), lr=0.1)
+    kept = {n: t.clone() for n, t in a.state().items()}
+    second = net(torch.bfloat16, seed=1)
+    b = Optimizer(second, name)
+    b.load(kept, steps=2)
+    a.step(draws(first, 2), lr=0.1)
+    b.step(draws(second, 2), lr=0.1)
+    for p, q in zip(first.parameters(), second.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_frozen_parameters_have_no_state():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    assert not [n for n in Optimizer(model).state() if n.endswith("0.weight")]
+
+
+def test_clip_scales_to_the_limit_and_returns_the_norm():
+    grads = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
+    assert clip(grads, 1.0) == pytest.approx(5.0)
+    assert grads["a"][0] == pytest.approx(0.6) and grads["b"][0, 0] == pytest.approx(0.8)
+    assert clip(grads, 2.0) == pytest.approx(1.0) and grads["b"][0, 0] == pytest.approx(0.8)
+    assert clip({"a": torch.tensor([30.0])}, 0) == 30.0
+
+
+def test_unknown_optimizer_is_named():
+    with pytest.raises(ValueError, match="adamw and sgd"):
+        Optimizer(net(), "lion")
+
+
+@pytest.mark.parametrize("step, progress, want", [(1, 0.0, 0.1), (10, 0.0, 1.0), (99, 0.5, 0.55), (99, 1.0, 0.1)])
+def test_rate_rises_in_a_line_and_falls_along_a_cosine_to_a_tenth(step, progress, want):
+    assert learning_rate(step, progress, warmup=10, peak=1.0) == pytest.approx(want)
+    assert learning_rate(step, progress, 10, 1.0, "constant") == pytest.approx(min(1, step / 10))
+    assert math.isclose(learning_rate(1, 0, 0, 3.0, "constant"), 3.0)
