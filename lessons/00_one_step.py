@@ -301,8 +301,8 @@ flops_by_length(sized("xl"), "GPT-2 xl: where the FLOPs go")
 
 # %%
 def duration(seconds):
-    unit, name = next(p for p in ((3.156e7, "years"), (86400, "days"), (1, "s")) if seconds > p[0] / 99)
-    return f"{seconds / unit:,.2f} {name}"
+    days = seconds / 86400
+    return f"{days / 365:,.1f} years" if days > 999 else f"{days:,.1f} days" if days > 1 else f"{seconds:.0f} s"
 
 
 gpt3 = ModelConfig(50257, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2")
