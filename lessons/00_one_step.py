@@ -232,7 +232,7 @@ with torch.device("meta"), FlopCounterMode(display=False) as counter:
 measure("L00.parameters", lambda: counted(sum(p.numel() for p in model.parameters()), ""))
 measure("L00.flops", lambda: counted(counter.get_total_flops(), "FLOPs"))
 measure("L00.bytes", lambda: counted(sum(tensor.nbytes for tensor in held), "B"))
-measure("L00.seconds", timed, step, REPEATS)
+times[NAME] = measure("L00.seconds", timed, step, REPEATS)
 compare(["L00.parameters", "L00.flops", "L00.bytes", "L00.seconds"], tolerance={"L00.seconds": None})
 
 # %% [markdown]
@@ -302,19 +302,19 @@ flops_by_length(sized("xl"), "GPT-2 xl: where the FLOPs go")
 # %%
 def duration(seconds):
     days = seconds / 86400
-    return f"{days / 365:,.1f} years" if days > 999 else f"{days:,.1f} days" if days > 1 else f"{seconds:.0f} s"
+    text = f"{days:,.1f} days" if days > 1 else f"{seconds:,.0f} s"
+    return f"{days / 365:,.1f} years" if days > 999 else text
 
 
 gpt3 = ModelConfig(50257, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2")
-memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-rows = []
+memory, rows = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), []
 for name, size in {**{name: size.model for name, size in SIZES.items()}, "GPT-3": gpt3}.items():
     psi, T = params.parameters(size), size.context
     states, work = sum(state_bytes(psi).values()), flops.train_flops(size, 1, T) / T * 20 * psi
     rows.append((name, f"{psi:,}", f"{states / 1e6:,.0f} MB", "yes" if states < memory else "no",
                  duration(work / (peak * mfu(NAME))), duration(work / (0.4 * 989e12))))
 Grid(f"modelled: this machine, with {memory / 1e9:.0f} GB, and an H100",
-     ("size", "parameters", "16 bytes each", "they fit", "training, here", "on the H100"), rows)
+     ("size", "parameters", "16 bytes each", "states fit", "training, here", "on the H100"), rows)
 
 # %% [markdown]
 # **Explain.** Four sentences. (a) Why is MFU below 1? Name the two largest reasons on your machine. (b) Why

@@ -21,7 +21,6 @@ from nanoinfra.train.config import TrainFlags
 Command = (Annotated[TrainFlags, tyro.conf.subcommand("train")]
            | Annotated[GenerateOptions, tyro.conf.subcommand("generate")])
 
-
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -38,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK:
             raise
-        return _mistake(f"cannot write {error.filename or 'to disk'}: {error.strerror}; make room or name another --out")
+        return _mistake(f"cannot write {error.filename or 'to disk'}: {error.strerror}; "
+                        "make room or name another --out")
 
 
 def _parse(argv):
@@ -46,7 +46,8 @@ def _parse(argv):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Command, prog="nanoinfra", args=argv, description="LLM infrastructure, rebuilt small: train, then use what you trained.")
+            return tyro.cli(Command, prog="nanoinfra", args=argv, description=(
+                "LLM infrastructure, rebuilt small: train, then use what you trained."))
     except SystemExit as stop:
         if not stop.code:
             raise                            # --help

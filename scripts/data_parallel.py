@@ -26,11 +26,12 @@ def samples(step, per_step, vocab, T, seed=0):
     """The step's sequences (x, y), the same on every rank: documents of unequal length, drawn by number."""
     numbers = range(step * per_step, (step + 1) * per_step)
     pairs = [Random(vocab).sample(g, seed, T) for g in numbers]
-    return [torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1)]   # (G, T) each
+    return [torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1)]  # (G, T) each
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--how", choices=STEPS, default="overlap", help="when gradients leave")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--global-batch", type=int, default=16, help="sequences in one step, over all ranks")
@@ -47,11 +48,11 @@ def main():
     size = SIZES["test"]
     model = init_weights(Decoder(size.model), seed=0).to(getattr(torch, args.dtype))
     shared = DataParallel(model, mesh.data, args.how)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)  # Adam would hide a gradient that is N times too large
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)  # Adam would hide gradients N times too large
 
     for step in range(args.steps):
         x, y = samples(step, args.global_batch, size.model.vocab, args.seq)
-        valid = int((y != IGNORE).sum())  # of the whole step: known before any backward
+        valid = int((y != IGNORE).sum())                         # of the step, known before any backward
         x, y = x[mesh.dp.rank::mesh.dp.size], y[mesh.dp.rank::mesh.dp.size]
 
         shared.begin_step()
@@ -60,7 +61,7 @@ def main():
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE,
                                                  reduction="sum") / valid
         loss.backward()                                          # buckets leave from inside, if --how overlap
-        for name, gradient in shared.finish().items():  # the sum over ranks: already the mean over tokens
+        for name, gradient in shared.finish().items():           # summed over ranks: the mean over tokens
             model.get_parameter(name).grad = gradient.clone()
         optimizer.step()
         optimizer.zero_grad()

@@ -3,8 +3,7 @@
     make demo            or: python scripts/demo.py --seconds 180
 
 Trains on the Python standard library of this machine, saves runs/demo/loss.png and a checkpoint, completes
-40 function headers the model has never seen and counts how many become whole functions, beside the
-untrained model.
+40 function headers it has never seen and counts how many become whole functions, trained and untrained.
 """
 import argparse
 import ast
@@ -21,19 +20,21 @@ from nanoinfra.model.init import init_weights
 from nanoinfra.serve.generate import generate
 from nanoinfra.serve.generate import main as answer
 from nanoinfra.serve.options import GenerateOptions
-from nanoinfra.serve.pretrained import pretrained
 from nanoinfra.train import metrics
+from nanoinfra.train.pretrained import pretrained
 
 HEADERS, NEW_TOKENS, STATEMENTS = 40, 96, 3
 QUESTION = "In one sentence: why are large language models trained on many GPUs?"
 NEXT = """Try next:
   {bin}/nanoinfra generate runs/demo "def read(" --temperature 0.8      let it go on from your own prompt
   {bin}/nanoinfra train --model nano --dp 2 --steps 50 --trace trace.json   see two ranks at https://ui.perfetto.dev
-  make lessons                                                              the course, from one rank to many"""
+  make lessons                                                              the course, from one rank to many\
+"""
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=180, help="of training")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--headers", type=int, default=HEADERS, help="held-out function headers to complete")
@@ -50,14 +51,16 @@ def train(args):
     """Two ranks of the command line."""
     shutil.rmtree(args.out, ignore_errors=True)
     print(f"1. Training on two ranks for {args.seconds:.0f} s", flush=True)
-    every = max(5, int(args.seconds))  # steps: so that the curve has a few points of held-out bits per byte
-    done = subprocess.run([sys.executable, "-m", "nanoinfra.cli", "train", "--model", "nano", "--dtype", "bfloat16",
-                           "--dp", "2", "--micro-batch", "8", "--seconds", str(args.seconds), "--eval-every", str(every),
+    every = max(5, int(args.seconds))        # steps: the curve gets a few points of held-out bits per byte
+    done = subprocess.run([sys.executable, "-m", "nanoinfra.cli", "train", "--model", "nano",
+                           "--dtype", "bfloat16", "--dp", "2", "--micro-batch", "8",
+                           "--seconds", str(args.seconds), "--eval-every", str(every),
                            "--save-every", str(every), "--out", str(args.out)])
     if done.returncode:
         sys.exit(done.returncode)
     lines = metrics.read(args.out / "metrics.jsonl")
-    print(f"   {len(lines)} steps, {sum(line['tokens'] for line in lines):,} tokens: loss {lines[0]['loss']:.2f} -> "
+    tokens = sum(line["tokens"] for line in lines)
+    print(f"   {len(lines)} steps, {tokens:,} tokens: loss {lines[0]['loss']:.2f} -> "
           f"{lines[-1]['loss']:.2f}, held out {lines[-1]['held_out_bpb']:.3f} bits per byte")
 
 
@@ -79,7 +82,8 @@ def complete(args):
 
 def headers(count):
     """The first `count` one-line headers of top-level functions in the held-out files, one a file in turn."""
-    found = [re.findall(r"^def \w+\([^()\n]*\):\n", document.text, re.M) for document in load_corpus().held_out]
+    found = [re.findall(r"^def \w+\([^()\n]*\):\n", document.text, re.M)
+             for document in load_corpus().held_out]
     turns = range(max(map(len, found)))
     return [functions[turn] for turn in turns for functions in found if turn < len(functions)][:count]
 
@@ -92,7 +96,7 @@ def complete_one(model, text, prompt, seed):
     if len(new) == NEW_TOKENS:               # it was cut off: the last line is a part of one
         written = written.rpartition("\n")[0] + "\n"
     first, *rest = written.splitlines(keepends=True)
-    body = re.match(r"(?:[ \t]+.*\n?|\s*\n)*", "".join(rest)).group()     # up to the next line that is not indented
+    body = re.match(r"(?:[ \t]+.*\n?|\s*\n)*", "".join(rest)).group()  # up to the next line not indented
     return (first + body).rstrip() + "\n"
 
 

@@ -2,8 +2,8 @@
 
     python scripts/figures.py            writes lessons/results/data_parallel.png
 
-Two ranks; a small decoder whose every block's backward takes 12 ms (it sleeps, so two cores are enough), and a wire
-of 0.5 ms and 60 MB/s. What is drawn are the spans of the ranks' own ledgers.
+Two ranks; a small decoder whose every block's backward takes 12 ms (it sleeps, so two cores are enough), and
+a wire of 0.5 ms and 60 MB/s. What is drawn are the spans of the ranks' own ledgers.
 """
 import sys
 import time
@@ -46,7 +46,8 @@ def step(how):
         cross_entropy(model.hidden(x), model.head.weight, x, 128).backward()
         shared.finish()
     rows, start = mesh.ledger.take(), compute[0][0]
-    return [(a - start, b - start) for a, b in compute], [(r.begin - start, r.end - start, r.wait_s) for r in rows]
+    return ([(a - start, b - start) for a, b in compute],
+            [(r.begin - start, r.end - start, r.wait_s) for r in rows])
 
 
 def draw(results):

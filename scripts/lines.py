@@ -1,5 +1,7 @@
-"""Lines a module and the length of its functions: `python scripts/lines.py --table`. Fails past 300 lines a
-file."""
+"""Lines a module and the length of its functions. Fails past 300 lines a file.
+
+    python scripts/lines.py --table
+"""
 import ast
 import sys
 from pathlib import Path
@@ -17,12 +19,14 @@ def measure(path: Path) -> tuple[int, list[int]]:
 
 
 def main() -> int:
-    files = sorted([*ROOT.glob("nanoinfra/**/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("scripts/**/*.py")])
+    files = sorted([*ROOT.glob("nanoinfra/**/*.py"), *ROOT.glob("kernels/*.py"),
+                    *ROOT.glob("scripts/**/*.py")])
     rows = [(path.relative_to(ROOT), *measure(path)) for path in files if path.stat().st_size]
     if "--table" in sys.argv:
         print(f"{'file':44}{'lines':>6}{'functions':>11}{'median':>8}{'longest':>9}")
         for path, lines, functions in rows:
-            print(f"{path!s:44}{lines:6}{len(functions):11}{median(functions or [0]):8.0f}{max(functions or [0]):9}")
+            middle, longest = median(functions or [0]), max(functions or [0])
+            print(f"{path!s:44}{lines:6}{len(functions):11}{middle:8.0f}{longest:9}")
     total, every = sum(lines for _, lines, _ in rows), [n for *_, functions in rows for n in functions]
     print(f"{len(rows)} files, {total} lines, {len(every)} functions: median {median(every):.0f} lines, "
           f"longest {max(every)}")

@@ -63,10 +63,11 @@ model = init_weights(Decoder(config), args.seed).to(getattr(torch, args.dtype))
 shared = DataParallel(model, mesh.data)
 matrices = [p for p in model.parameters() if p.dim() >= 2]
 vectors = [p for p in model.parameters() if p.dim() < 2]
-optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-                              lr=0.0, betas=(0.9, 0.95), fused=True)
+groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 if mesh.rank == 0:
-    print(f"{args.size}: {parameters(config):,} parameters, {G} x {seq} tokens a step on {mesh.dp.size} ranks")
+    print(f"{args.size}: {parameters(config):,} parameters, {G} x {seq} tokens a step "
+          f"on {mesh.dp.size} ranks")
 
 
 def learning_rate(step, progress):
@@ -98,7 +99,8 @@ while elapsed < args.seconds if args.seconds else step < args.steps:
 
     step += 1
     clock = torch.tensor((time.time() - began) * (mesh.rank == 0), dtype=torch.float64)
-    total, elapsed = comm.all_reduce(torch.stack([total, clock]), mesh.data).tolist()    # rank 0's clock for all
+    both = torch.stack([total, clock])                           # summed over ranks: rank 0's clock
+    total, elapsed = comm.all_reduce(both, mesh.data).tolist()
     if mesh.rank == 0 and (step <= 10 or step % 10 == 0):
         print(f"step {step:4}  loss {total:.10f}  {step * G * seq / elapsed:,.0f} tokens/s", flush=True)
 
@@ -112,7 +114,8 @@ if tokenizer:
     if mesh.rank == 0:
         print(f"held out: {held_out.bits_per_byte(nats):.4f} bits per byte")
         prompt = [tokenizer.eot, *tokenizer.encode(args.prompt)]
-        written = generate(model, prompt, min(100, seq - len(prompt)), temperature=0.8, top_k=50, ends=[tokenizer.eot])
+        written = generate(model, prompt, min(100, seq - len(prompt)), temperature=0.8, top_k=50,
+                           ends=[tokenizer.eot])
         print(args.prompt + tokenizer.decode(written))
 if dist.is_initialized():
     dist.destroy_process_group()

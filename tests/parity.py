@@ -3,8 +3,7 @@ import torch
 
 
 def assert_same_gradients(got: dict, want: dict, tol: float = 1e-10, where: str = "") -> None:
-    """||got - want|| <= tol max(||want||, 1e-6 ||all gradients||), tensor by tensor: a key bias has none at
-    all."""
+    """||got - want|| <= tol max(||want||, 1e-6 ||all gradients||), by tensor: a key bias has none at all."""
     assert got.keys() == want.keys(), where
     whole = torch.stack([w.norm() for w in want.values()]).norm()
     for name, w in want.items():

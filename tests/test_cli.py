@@ -1,5 +1,4 @@
-"""The command line as its users meet it: quick help, one line for a mistake, a full disk that harms
-nothing."""
+"""The command line as its users meet it: quick help, one line a mistake, a full disk that harms nothing."""
 import errno
 import json
 import subprocess
@@ -38,7 +37,8 @@ def test_importing_the_trainer_adds_half_a_second_to_torch():
 
 def test_trainer_needs_no_optional_package(tmp_path):
     """Triton, jupyter and transformers are made absent; the run trains all the same."""
-    code = BARE + f"from nanoinfra.cli import main; sys.exit(main({[*QUICK, '--steps', '2', '--out', str(tmp_path)]}))"
+    argv = [*QUICK, "--steps", "2", "--out", str(tmp_path)]
+    code = BARE + f"from nanoinfra.cli import main; sys.exit(main({argv}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(metrics.read(tmp_path / "metrics.jsonl")) == 2
@@ -48,7 +48,8 @@ BARE = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("triton", "jupyterlab", "jupytext", "nbgrader", "IPython", "transformers", "gguf"):
+        if name.partition(".")[0] in ("triton", "jupyterlab", "jupytext", "nbgrader", "IPython",
+                                      "transformers", "gguf"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 """
@@ -128,7 +129,8 @@ def test_full_disk_at_any_write_leaves_the_last_checkpoint_good(tmp_path, monkey
 def test_file_size_limit_stops_with_one_line(tmp_path):
     """RLIMIT_FSIZE of 200 KiB: the metrics fit, the 655 KB checkpoint does not."""
     argv = [sys.executable, "-m", "nanoinfra.cli", *QUICK, "--steps", "1", "--out", str(tmp_path)]
-    done = subprocess.run(["bash", "-c", 'ulimit -f 200; exec "$@"', "-", *argv], capture_output=True, text=True)
+    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "-", *argv]
+    done = subprocess.run(limited, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "File too large" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert checkpoint.newest(tmp_path / "checkpoints") is None
@@ -138,7 +140,8 @@ def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_checkpoint(tmp_pa
     argv = [*QUICK, "--optimizer", "sgd", "--lr", "1e30", "--clip", "0", "--warmup", "0", "--save-every", "1"]
     assert main([*argv, "--steps", "50", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert "step" in said and "nan" in said and "the last checkpoint is" in said and said.count("\n") == 1, said
+    assert "step" in said and "nan" in said and "the last checkpoint is" in said, said
+    assert said.count("\n") == 1, said
     assert checkpoint.newest(tmp_path / "checkpoints") is not None
 
 
@@ -146,10 +149,11 @@ def test_run_directory_holds_what_the_contract_says(tmp_path):
     trace = tmp_path / "trace.json"
     assert main([*QUICK, "--steps", "3", "--out", str(tmp_path), "--trace", str(trace)]) == 0
     lines = metrics.read(tmp_path / "metrics.jsonl")
-    assert [set(line) for line in lines] == [{"step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s",
-                                              "mfu", "peak_bytes", "comm"}] * 3
+    keys = {"step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s",
+            "mfu", "peak_bytes", "comm"}
+    assert [set(line) for line in lines] == [keys] * 3
     psi = parameters(ModelConfig(**json.loads((tmp_path / "config.json").read_text())["model"]))
-    assert lines[0]["peak_bytes"]["counted"] == 16 * psi  # float32: weights, gradients, two moments
+    assert lines[0]["peak_bytes"]["counted"] == 16 * psi    # float32: weights, gradients, two moments
     events = json.loads(trace.read_text())["traceEvents"]
     names = [event["name"] for event in events if event["ph"] == "X"]
     assert names == ["Forward", "Backward", "ReduceGrads", "Step"] * 3

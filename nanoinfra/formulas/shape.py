@@ -44,7 +44,8 @@ class ModelConfig:
         if self.family not in FAMILIES:
             raise ValueError(f"family {self.family!r} is not one of {', '.join(FAMILIES)}")
         if self.kv_heads < 1 or self.heads % self.kv_heads:
-            fits = max(d for d in range(1, self.heads + 1) if self.heads % d == 0 and d <= max(1, self.kv_heads))
+            fits = max(d for d in range(1, self.heads + 1)
+                       if self.heads % d == 0 and d <= max(1, self.kv_heads))
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} KV heads evenly; "
                              f"try kv_heads={fits}")
 
@@ -66,7 +67,8 @@ class Size:
 
 
 def _size(family, vocab, width, layers, heads, kv_heads, hidden, context, tied, lr):
-    return Size(ModelConfig(vocab, width, layers, heads, kv_heads, width // heads, hidden, context, tied, family), lr)
+    K = width // heads
+    return Size(ModelConfig(vocab, width, layers, heads, kv_heads, K, hidden, context, tied, family), lr)
 
 
 SIZES = {                    # V      C    L   H  KV     F     T  tied    lr
@@ -80,7 +82,8 @@ SIZES = {                    # V      C    L   H  KV     F     T  tied    lr
 }
 
 
-def sized(name: str, vocab: int | None = None, context: int | None = None, tied: bool | None = None) -> ModelConfig:
+def sized(name: str, vocab: int | None = None, context: int | None = None,
+          tied: bool | None = None) -> ModelConfig:
     """The model of size `name`, with another vocabulary, context or head where given."""
     if name not in SIZES:
         raise ValueError(f"no size named {name!r}; there are {', '.join(SIZES)}")

@@ -1,5 +1,4 @@
-"""Data parallelism in three steps: every rank holds all weights and sees its own tokens; gradients are
-summed.
+"""Data parallelism in three steps: all weights on every rank, tokens of its own, gradients summed.
 
     "each"     one all-reduce a parameter, after backward           calls: parameters
     "buckets"  parameters packed into flat buckets, after backward  calls: buckets
@@ -17,13 +16,12 @@ BUCKET_BYTES = 25 << 20
 
 
 class DataParallel:
-    """Gradient buckets over `axis` for `model`, any nn.Module whose loss is divided by the *global* token
-    count.
+    """Gradient buckets over `axis` for any nn.Module whose loss is divided by the *global* token count.
 
     A parameter's gradient moves into its bucket as soon as autograd has it (`p.grad` is None afterwards),
     in `grad_dtype` (the parameter's own where not given). After `finish`, `grads[name]` is the sum over the
-    axis, the same on all ranks. Frozen parameters have no place; unused ones give zeros. Rank 0's weights
-    are broadcast first.
+    axis, the same on all ranks. Frozen parameters have no place; unused ones give zeros.
+    Rank 0's weights are broadcast first.
     """
 
     def __init__(self, model: nn.Module, axis, how: str = "overlap", bucket_bytes: int = BUCKET_BYTES,
@@ -88,9 +86,9 @@ class Bucket:
         self.filled, self.waiting, self.pending = set(), set(self.views), None
 
 
-def pack(named: list[tuple[str, nn.Parameter]], bucket_bytes: int, grad_dtype: torch.dtype | None) -> list[Bucket]:
-    """Fill buckets in the order given (backward's: last parameter first) up to `bucket_bytes`, one dtype
-    each."""
+def pack(named: list[tuple[str, nn.Parameter]], bucket_bytes: int,
+         grad_dtype: torch.dtype | None) -> list[Bucket]:
+    """Fill one-dtype buckets up to `bucket_bytes` in the order given (backward's: last parameter first)."""
     groups, dtype, size = [], None, 0
     for _, p in named:
         wanted = grad_dtype or p.dtype

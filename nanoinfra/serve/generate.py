@@ -14,7 +14,7 @@ from nanoinfra.model.attention import naive, sdpa
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.text import Text, render_chat
 from nanoinfra.serve.options import GenerateOptions
-from nanoinfra.serve.pretrained import pretrained
+from nanoinfra.train.pretrained import pretrained
 
 
 def generate(model: Decoder, tokens: list[int], max_new: int, *, temperature: float = 0.0, top_k: int = 0,

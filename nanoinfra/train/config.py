@@ -14,17 +14,18 @@ from nanoinfra.formulas.shape import SIZES
 
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]              # a group's flags carry no prefix
+Dtype = Literal["float64", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class ModelFlags:
     """The model."""
-    model: str = "nano"  # a size (test nano micro small medium large xl), or a directory
+    model: str = "nano"                                  # a size (see README), a folder, smollm2-135m
     vocab: int | None = None                             # vocabulary; default: the size's
     untied: bool = False                                 # give the head weights of its own
     attention: Literal["naive", "sdpa"] = "sdpa"         # naive writes the T x T scores to memory
-    dtype: Literal["float64", "float32", "bfloat16"] = "float32"  # to compute in; bfloat16 has float32 masters
-    grad_dtype: Literal["float64", "float32", "bfloat16"] | None = None  # to sum gradients in; default: at least float32
+    dtype: Dtype = "float32"                             # to compute in; bfloat16 has float32 masters
+    grad_dtype: Dtype | None = None                      # to sum gradients in; default: at least float32
     seed: int = 0                                        # of weights and of the order of samples
 
 
@@ -40,7 +41,7 @@ class DataFlags:
 @dataclass(frozen=True)
 class MeshFlags:
     """The mesh: world = pp x dp x cp x tp ranks."""
-    nproc: int | None = None  # start this many ranks here; default: the product of the axes
+    nproc: int | None = None                             # ranks to start here; default: product of the axes
     dp: int | None = None                                # data parallel; default: ranks / (pp x cp x tp)
     pp: int = 1                                          # pipeline parallel
     cp: int = 1                                          # context parallel
@@ -48,7 +49,7 @@ class MeshFlags:
     data_parallel: Literal["each", "buckets", "overlap"] = "overlap"  # when gradients leave
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None                           # a rank; default: cores / ranks on this host
-    wire: tuple[str, ...] = ()  # AXIS=LATENCY,BANDWIDTH: emulate a wire, s and bytes/s
+    wire: tuple[str, ...] = ()                           # emulate AXIS=LATENCY,BANDWIDTH, in s and bytes/s
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class OptimizerFlags:
 class RunFlags:
     """The run."""
     steps: int = 100                                     # optimizer steps
-    seconds: float | None = None  # train this long instead, the schedule with the clock
-    eval_every: int = 0  # steps between held-out evaluations, and one at the end; 0: none
-    save_every: int = 0  # steps between checkpoints, besides the one at the end
+    seconds: float | None = None                         # train this long instead, scheduled by the clock
+    eval_every: int = 0                                  # held-out score every N steps and at end; 0: none
+    save_every: int = 0                                  # checkpoint every N steps, besides the one at end
     keep: int = 2                                        # checkpoints kept
     out: Path = Path("runs/train")                       # run directory
     resume: bool = False                                 # go on from the newest good checkpoint in --out
@@ -88,15 +89,15 @@ def plan_mesh(flags: MeshFlags, world: int) -> dict[str, int]:
     """{"pp":, "dp":, "cp":, "tp":} for `world` ranks. Raises ValueError where they do not fit."""
     for axis, issue in (("pp", "pipeline"), ("cp", "context"), ("tp", "tensor")):
         if getattr(flags, axis) != 1:
-            raise ValueError(f"--{axis} {getattr(flags, axis)}: {issue} parallelism is not built yet; use --{axis} 1 "
-                             f"and --dp {world}")
+            raise ValueError(f"--{axis} {getattr(flags, axis)}: {issue} parallelism is not built yet; "
+                             f"use --{axis} 1 and --dp {world}")
     rest = flags.pp * flags.cp * flags.tp
     if flags.dp is None and world % rest:
         raise ValueError(f"{world} ranks are no multiple of pp x cp x tp = {rest}; try --nproc {rest}")
     dp = world // rest if flags.dp is None else flags.dp
     if dp < 1 or dp * rest != world:
-        raise ValueError(f"pp x dp x cp x tp = {flags.pp} x {dp} x {flags.cp} x {flags.tp} = {dp * rest} does not fit "
-                         f"{world} ranks; try --dp {max(1, world // rest)}")
+        raise ValueError(f"pp x dp x cp x tp = {flags.pp} x {dp} x {flags.cp} x {flags.tp} = {dp * rest} "
+                         f"does not fit {world} ranks; try --dp {max(1, world // rest)}")
     return {"pp": flags.pp, "dp": dp, "cp": flags.cp, "tp": flags.tp}
 
 
@@ -117,10 +118,11 @@ def parse_wire(wires: tuple[str, ...]) -> dict[str, tuple[float, float]]:
             axis, numbers = wire.split("=")
             latency, bandwidth = map(float, numbers.split(","))
         except ValueError:
-            raise ValueError(f"--wire {wire!r} is not AXIS=LATENCY,BANDWIDTH; try --wire dp=20e-6,1e9") from None
+            raise ValueError(f"--wire {wire!r} is not AXIS=LATENCY,BANDWIDTH; "
+                             "try --wire dp=20e-6,1e9") from None
         if axis not in ("pp", "dp", "cp", "tp") or latency < 0 or bandwidth <= 0:
-            raise ValueError(f"--wire {wire!r}: the axis is pp, dp, cp or tp, latency is at least 0 s and bandwidth "
-                             "more than 0 bytes/s; try --wire dp=20e-6,1e9")
+            raise ValueError(f"--wire {wire!r}: the axis is pp, dp, cp or tp, latency is at least 0 s and "
+                             "bandwidth more than 0 bytes/s; try --wire dp=20e-6,1e9")
         result[axis] = latency, bandwidth
     return result
 
@@ -139,8 +141,18 @@ def check(flags: TrainFlags, world: int) -> None:
             raise ValueError(f"{flag} {value} is too small; give at least {least}")
     if flags.run.seconds is not None and flags.run.seconds <= 0:
         raise ValueError(f"--seconds {flags.run.seconds} leaves no time for a step; try --seconds 60")
-    if flags.model.model not in SIZES:
-        raise ValueError(f"--model {flags.model.model!r} is no size; there are {', '.join(SIZES)}")
+    _check_model(flags.model)
+
+
+def _check_model(flags):
+    if flags.model in SIZES:
+        return
+    if flags.model != "smollm2-135m" and not Path(flags.model).exists():
+        raise ValueError(f"--model {flags.model!r} is neither a size ({', '.join(SIZES)}), nor smollm2-135m, "
+                         "nor a folder or .gguf file that is there")
+    if flags.vocab or flags.untied:
+        raise ValueError(f"--vocab and --untied shape a model that is drawn; {flags.model} has its shape already: "
+                         "leave them out")
 
 
 def micro_batches(flags: DataFlags, dp: int) -> tuple[int, int]:
@@ -151,5 +163,6 @@ def micro_batches(flags: DataFlags, dp: int) -> tuple[int, int]:
 
 def to_json(flags: TrainFlags) -> dict:
     """Every flag by group and name, in JSON's types."""
-    return {group.name: {f.name: str(v) if isinstance(v := getattr(part, f.name), Path) else v for f in fields(part)}
+    return {group.name: {f.name: str(v) if isinstance(v := getattr(part, f.name), Path) else v
+                         for f in fields(part)}
             for group in fields(flags) for part in [getattr(flags, group.name)]}

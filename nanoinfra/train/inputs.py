@@ -1,15 +1,20 @@
-"""What a run trains on and what: the source of samples, the held-out windows, and the model's sizes that
-follow.
+"""What a run trains, and on what: samples, held-out windows, and a size to draw or weights to go on from.
 
-The vocabulary is the tokenizer's. Rank 0 builds the caches, then the others read them.
+A size takes the vocabulary of the corpus's own tokenizer; pretrained weights bring theirs.
+Rank 0 builds the caches, then the others read them.
 """
 from dataclasses import dataclass
 
 from nanoinfra.data.loader import HeldOut
 from nanoinfra.data.source import Packed, Random, open_source
+from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.dist import comm
 from nanoinfra.formulas.shape import SIZES, ModelConfig, sized
+from nanoinfra.model.decoder import Decoder
 from nanoinfra.train.config import TrainFlags
+from nanoinfra.train.pretrained import pretrained
+
+LONGEST = 1024                               # tokens in a sample where pretrained weights would allow more
 
 
 @dataclass(frozen=True)
@@ -19,30 +24,49 @@ class Inputs:
     seq: int
     held_out: HeldOut | None
     model: ModelConfig
+    weights: Decoder | None                  # float32, to start from; None: draw them
     identity: dict                           # what a run that goes on must find again
 
 
 def open_inputs(flags: TrainFlags, mesh) -> Inputs:
-    """Read the corpus and its tokenizer. Raises ValueError where there is too little text, or none."""
-    size = SIZES[flags.model.model].model
-    seq = flags.data.seq or size.context
+    """Read weights, corpus and tokenizer. Raises ValueError, on every rank, where one of them will not do."""
+    weights, tokenizer = (None, None) if flags.model.model in SIZES else _weights(flags.model)
+    size = weights.config if weights else SIZES[flags.model.model].model
+    seq = flags.data.seq or min(size.context, LONGEST if weights else size.context)
     vocab = flags.model.vocab or size.vocab
+    source = _first_on_rank_0(mesh, lambda: open_source(flags.data.data, vocab, tokenizer))
+    source.check(seq)
+    config = _config(flags, source, size, seq, weights)
+    held_out = None
+    if source.corpus and flags.run.eval_every:
+        held_out = HeldOut(source.corpus.held_out, source.tokenizer, seq)
+    identity = {"seed": flags.model.seed, "seq": seq,
+                "corpus": source.corpus.hash if source.corpus else "random",
+                "tokenizer": source.tokenizer.hash if source.tokenizer else f"vocabulary {config.vocab}"}
+    return Inputs(source, seq, held_out, config, weights, identity)
+
+
+def _weights(flags):
+    model, text, _ = pretrained(flags.model, attention=flags.attention)
+    return model, Tokenizer(text.backend, text.eos) if text else None
+
+
+def _config(flags, source, size, seq, weights):
+    if weights:
+        return weights.config
+    vocab = source.tokenizer.vocab_size if source.tokenizer else source.vocab
+    return sized(flags.model.model, vocab, seq, False if flags.model.untied else None)
+
+
+def _first_on_rank_0(mesh, work):
+    """`work()` of every rank, after rank 0's has filled the caches; what is wrong there, all ranks raise."""
     problem = None
     if mesh.rank == 0:
         try:
-            open_source(flags.data.data, vocab)                          # fills the caches
+            work()
         except ValueError as error:
             problem = str(error)
     problem = comm.gather_objects(problem, mesh.world, "caches")[0]
     if problem:
-        raise ValueError(problem)  # on every rank, so that none waits for another
-    source = open_source(flags.data.data, vocab)
-    source.check(seq)
-    text = source.tokenizer is not None
-    held_out = HeldOut(source.corpus.held_out, source.tokenizer, seq) if text and flags.run.eval_every else None
-    config = sized(flags.model.model, source.tokenizer.vocab_size if text else vocab, seq,
-                   False if flags.model.untied else None)
-    corpus = source.corpus.hash if text else f"random, vocabulary {vocab}"
-    tokenizer = source.tokenizer.hash if text else None
-    return Inputs(source, seq, held_out, config,
-                  {"seed": flags.model.seed, "seq": seq, "corpus": corpus, "tokenizer": tokenizer})
+        raise ValueError(problem)
+    return work()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 RUN_ID = "nanoinfra"                         # torch hands it to every rank: so a rank knows whose it is
 BOARD = "where_ranks_stand"                  # ledger.Board of a run under way
-STOPPED = "stopped.json"  # rank 0 leaves it in the run directory when a signal ended the run
+STOPPED = "stopped.json"                     # rank 0's note in the run directory: a signal ended the run
 
 
 def is_rank() -> bool:
@@ -25,14 +25,16 @@ def is_rank() -> bool:
 
 def joined() -> bool:
     """Is this process a rank already, of a pool say?"""
-    distributed = sys.modules.get("torch.distributed")  # not imported for the answer: it would take a second
+    distributed = sys.modules.get("torch.distributed")       # not imported for this: it takes a second
     return distributed is not None and distributed.is_initialized()
 
 
 @contextmanager
 def process_group(device: str, out: Path):
-    """This rank's life in torch.distributed, with a board in `out` that says where each rank stands. A plain
-    process, or a rank of a pool, stays what it is."""
+    """This rank's life in torch.distributed, with a board in `out` that says where each rank stands.
+
+    A plain process, or a rank of a pool, stays what it is.
+    """
     if joined() or not is_rank():
         yield
         return
@@ -51,15 +53,15 @@ def process_group(device: str, out: Path):
 
 
 def launch(argv: list[str], nproc: int, out: Path) -> int:
-    """Run `nanoinfra ARGV` on `nproc` ranks. Returns an exit code: 0, 2 for a user's mistake, 1 for a
-    failed rank."""
+    """Run `nanoinfra ARGV` on `nproc` ranks. Exit code 0, 2 for a user's mistake, 1 for a failed rank."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=RUN_ID, rdzv_backend="c10d",
-                          rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, shutdown_timeout=300)
+                          rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
+                          shutdown_timeout=300)
     started = time.time()
     try:
         elastic_launch(config, sys.executable)("-m", "nanoinfra.cli", *argv)
@@ -79,8 +81,7 @@ def _after_signal(stop, out, started):
 
 
 def _after_failure(failed, world, out):
-    """A rank that was killed is the cause, whatever its neighbours died of; then a mistake that a rank
-    found."""
+    """A killed rank is the cause, whatever its neighbours died of; then a mistake that a rank found."""
     killed = [r for r, f in failed.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
     mistaken = [r for r, f in failed.failures.items() if f.exitcode == 2 and Path(f.error_file).exists()]
     rank = (killed + mistaken + [failed.get_first_failure()[0]])[0]
@@ -88,19 +89,21 @@ def _after_failure(failed, world, out):
     if rank in mistaken:
         print(f"nanoinfra: {failure.message}", file=sys.stderr)
         return 2
-    how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
+    code = failure.exitcode
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
     print(f"nanoinfra: rank {rank} {how}; --resume goes on from the last checkpoint", file=sys.stderr)
     if (out / BOARD).exists():
         from nanoinfra.dist.ledger import Board, hang_report
-        print(hang_report(Board(out / BOARD, world).positions(), lambda r: "was killed" if r in killed else ""), file=sys.stderr)
+        positions = Board(out / BOARD, world).positions()
+        print(hang_report(positions, lambda r: "was killed" if r in killed else ""), file=sys.stderr)
         (out / BOARD).unlink()
     return 1
 
 
 def leave_error(message: str) -> bool:
-    """In a rank of `launch`, hand a user's mistake to the launcher, who prints it once. False under
-    torchrun."""
+    """In a rank of `launch`, hand a user's mistake to the launcher, to print once. False under torchrun."""
     ours = os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
     if ours:
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message, "timestamp": time.time()}))
+        note = json.dumps({"message": message, "timestamp": time.time()})
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(note)
     return ours

@@ -1,10 +1,9 @@
-"""Cross-entropy, normalised once: the sum over this rank's targets / the number of valid targets of the
-whole step.
+"""Cross-entropy, normalised once: the sum over this rank's targets / the valid targets of the whole step.
 
 The head's product and the loss are one function: the logits are overwritten, a few rows at a time, by their
 own gradient softmax - onehot, so that of N x V numbers one copy is held and softmax stays in cache.
-Gradients then only need summing, over micro-batches and over ranks. Fused heads: Liger (Hsu et al. 2024). N
-rows (B T of them), C width, V vocabulary.
+Gradients then only need summing, over micro-batches and over ranks. Fused heads: Liger (Hsu et al. 2024).
+N rows (B T of them), C width, V vocabulary.
 """
 import torch
 
@@ -20,11 +19,12 @@ def count_valid(micro_batches, axis, *flags: int) -> list[int]:
     return comm.all_reduce(torch.tensor([valid, *flags]), axis, "scalars").tolist()
 
 
-def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
+def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                  count: int) -> torch.Tensor:
     """-sum log p(target) / count, over targets that are not IGNORE; softmax in at least float32.
 
-    `hidden` (B, T, C) is what the head reads, `weight` (V, C) the head's, `targets` (B, T). Returns () in
-    the wide dtype: this rank's share of the step's mean loss.
+    `hidden` (B, T, C) is what the head reads, `weight` (V, C) the head's, `targets` (B, T).
+    Returns () in the wide dtype: this rank's share of the step's mean loss.
     """
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), max(1, count))
 
@@ -32,7 +32,7 @@ def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, count):
-        logits = hidden @ weight.T  # (N, V), becomes its own gradient
+        logits = hidden @ weight.T                                           # (N, V), becomes its gradient
         wide = torch.promote_types(logits.dtype, torch.float32)
         loss = torch.zeros((), dtype=torch.float64, device=logits.device)
         rows = max(1, ROWS_BYTES // (logits.shape[1] * wide.itemsize))

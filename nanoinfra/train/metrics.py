@@ -7,6 +7,7 @@ import json
 import math
 import resource
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ class Log:
     """metrics.jsonl of a run directory; `go_on_after` keeps the lines up to that step and drops the rest."""
 
     def __init__(self, path: Path, go_on_after: int = 0):
-        kept = [line for line in read(path) if line["step"] <= go_on_after] if path.exists() and go_on_after else []
+        lines = read(path) if path.exists() and go_on_after else []
+        kept = [line for line in lines if line["step"] <= go_on_after]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(path, "a")
 
@@ -68,9 +70,11 @@ class Bar:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-            self.bar = Progress(TextColumn("step {task.fields[step]}"), BarColumn(), TextColumn("{task.description}"),
+            self.bar = Progress(TextColumn("step {task.fields[step]}"), BarColumn(),
+                                TextColumn("{task.description}"),
                                 TimeRemainingColumn(elapsed_when_finished=True), console=Console(stderr=True))
-            self.task = self.bar.add_task("", total=seconds or steps, completed=0 if seconds else start, step=start)
+            self.task = self.bar.add_task("", total=seconds or steps, completed=0 if seconds else start,
+                                          step=start)
             self.bar.start()
 
     def show(self, line: dict, elapsed: float, last: bool = False) -> None:
@@ -97,32 +101,35 @@ def plot(path: Path, png: Path, title: str = "") -> None:
     lines = read(path)
     if not lines:
         return
-    tokens, seen = [], 0
-    for line in lines:
-        seen += line["tokens"]
-        tokens.append(seen / 1e6)
+    millions = [seen / 1e6 for seen in accumulate(line["tokens"] for line in lines)]
+    losses = [line["loss"] for line in lines]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    losses = [line["loss"] for line in lines]
-    axes.plot(tokens, losses, color="#9ecae1", lw=1, label="each step")
-    axes.plot(tokens, smooth(losses), color="#08519c", lw=2, label="running mean")
-    axes.set(xlabel="million tokens", ylabel="loss (nats per token)", title=title)
-    held_out = [(x, line["held_out_bpb"]) for x, line in zip(tokens, lines) if "held_out_bpb" in line]
-    if held_out:
-        right = axes.twinx()
-        right.plot(*zip(*held_out), "o-", color="#d95f02", ms=5)
-        right.set_ylabel("held-out bits per byte", color="#d95f02")
-        right.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], (-6, 8), textcoords="offset points", ha="right",
-                       color="#d95f02")
-        right.spines[["top"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.spines[["top"]].set_visible(False)
+    axes.plot(millions, losses, color="#56B4E9", alpha=0.5, lw=1, label="each step")
+    axes.plot(millions, smooth(losses), color="#0072B2", lw=2, label="running mean")
+    axes.set(xlabel="million tokens", ylabel="training loss, nats per token")
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
+    axes.grid(color="#e6e6e6")
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
+    scores = [(x, line["held_out_bpb"]) for x, line in zip(millions, lines) if "held_out_bpb" in line]
+    if scores:
+        _plot_scores(axes.twinx(), scores)
     figure.savefig(png, dpi=120)
 
 
-def smooth(values: list[float], weight: float = 0.95) -> list[float]:
-    """An exponential running mean, corrected for its start."""
+def _plot_scores(axes, scores):
+    values, orange = [value for _, value in scores], "#D55E00"
+    axes.plot(*zip(*scores), "o-", color=orange, ms=5)
+    axes.set_ylim(0.9 * min(values), 1.15 * max(values))
+    axes.set_ylabel("held-out bits per byte", color=orange)
+    axes.annotate(f"{values[-1]:.3f}", scores[-1], (0, 8), textcoords="offset points", ha="right", color=orange)
+    axes.spines[["top"]].set_visible(False)
+
+
+def smooth(values: list[float], weight: float | None = None) -> list[float]:
+    """An exponential running mean over about a twentieth of the values, corrected for its start."""
+    weight = max(0.0, 1 - 20 / len(values)) if weight is None else weight
     out, mean, norm = [], 0.0, 0.0
     for value in values:
         mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
@@ -133,8 +140,8 @@ def smooth(values: list[float], weight: float = 0.95) -> list[float]:
 def trace_events(rank: int, spans, rows) -> list[dict]:
     """One rank's instructions and collectives as Perfetto events; times in microseconds."""
     def event(name, track, begin, end, **args):
-        return {"name": name, "ph": "X", "pid": rank, "tid": track, "ts": begin * 1e6, "dur": (end - begin) * 1e6,
-                "args": args}
+        return {"name": name, "ph": "X", "pid": rank, "tid": track, "ts": begin * 1e6,
+                "dur": (end - begin) * 1e6, "args": args}
     named = [{"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}]
     return named + [event(type(what).__name__, "step", a, b, **vars(what)) for what, a, b in spans] + [
         event(row.op, f"wire {row.axis}", row.begin, row.end, tag=row.tag, payload_bytes=row.payload,

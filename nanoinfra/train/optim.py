@@ -2,8 +2,7 @@
 
 Mixed precision (Micikevicius et al. 2018): the model computes in bf16; the optimizer owns float32 masters,
 12 bytes a parameter with AdamW's two moments, and copies them into the model after each step. A float32 or
-float64 model is its own master. The update itself is torch's fused kernel (Loshchilov & Hutter 2019 for
-AdamW).
+float64 model is its own master. The update is torch's fused kernel; AdamW: Loshchilov & Hutter 2019.
 """
 import math
 
@@ -18,13 +17,15 @@ class Optimizer:
     `masters` may be given, {name: tensor}, where the weights were drawn in more bits than the model keeps.
     """
 
-    def __init__(self, model: torch.nn.Module, name: str = "adamw", masters: dict[str, torch.Tensor] | None = None):
+    def __init__(self, model: torch.nn.Module, name: str = "adamw",
+                 masters: dict[str, torch.Tensor] | None = None):
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.masters = {n: _master(p, (masters or {}).get(n)) for n, p in self.params.items()}
         vectors = [m for m in self.masters.values() if m.dim() < 2]
         matrices = [m for m in self.masters.values() if m.dim() >= 2]
         if name == "adamw":
-            groups = [{"params": g, "weight_decay": d} for g, d in ((matrices, WEIGHT_DECAY), (vectors, 0.0)) if g]
+            groups = [{"params": g, "weight_decay": d}
+                      for g, d in ((matrices, WEIGHT_DECAY), (vectors, 0.0)) if g]
             self.torch = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
         elif name == "sgd":
             self.torch = torch.optim.SGD(list(self.masters.values()), fused=True)
@@ -47,7 +48,8 @@ class Optimizer:
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps: masters under the parameters' names, moments as `exp_avg/NAME`."""
         moments = {} if self.name == "sgd" else {
-            f"{key}/{n}": self._moments(m)[key] for n, m in self.masters.items() for key in ("exp_avg", "exp_avg_sq")}
+            f"{key}/{n}": self._moments(m)[key]
+            for n, m in self.masters.items() for key in ("exp_avg", "exp_avg_sq")}
         return {**{n: m.detach() for n, m in self.masters.items()}, **moments}
 
     def load(self, tensors: dict[str, torch.Tensor], steps: int) -> None:
@@ -81,8 +83,7 @@ def _master(p, given):
 
 
 def clip(grads: dict[str, torch.Tensor], limit: float) -> float:
-    """Scale `grads` in place so that their global 2-norm is at most `limit` (0: never). Returns the norm
-    before."""
+    """Scale `grads` in place to a global 2-norm of at most `limit` (0: never). Returns the norm before."""
     tensors = list(grads.values())
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))).item()
@@ -92,8 +93,10 @@ def clip(grads: dict[str, torch.Tensor], limit: float) -> float:
 
 
 def learning_rate(step: int, progress: float, warmup: int, peak: float, schedule: str = "cosine") -> float:
-    """The rate of `step` (from 1) at `progress` (0 to 1) of the run: linear up over `warmup` steps, times a
-    cosine that ends at a tenth of the peak, or times 1 ("constant")."""
+    """The rate of `step` (from 1) at `progress` (0 to 1) of the run.
+
+    Linear up over `warmup` steps, times a cosine that ends at a tenth of the peak, or times 1 ("constant").
+    """
     rise = min(1.0, step / warmup) if warmup else 1.0
     fall = 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress)) if schedule == "cosine" else 1.0
     return peak * rise * fall

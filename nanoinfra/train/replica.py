@@ -18,21 +18,26 @@ from nanoinfra.train.optim import Optimizer, clip
 
 
 class Replica:
-    """Model, gradients and optimizer of one rank. Implements `step.Stage`."""
+    """Model, gradients and optimizer of one rank. Implements `step.Stage`.
 
-    def __init__(self, config: ModelConfig, flags: TrainFlags, mesh):
+    `weights` (float32) is the model to go on from; without it one of `config` is drawn from the seed.
+    """
+
+    def __init__(self, config: ModelConfig, flags: TrainFlags, mesh, weights: Decoder | None = None):
         dtype = getattr(torch, flags.model.dtype)
-        grad_dtype = flags.model.grad_dtype or str(torch.promote_types(dtype, torch.float32)).removeprefix("torch.")
-        drawn = init_weights(Decoder(config, flags.model.attention), flags.model.seed)
-        masters = {name: p.detach().clone() for name, p in drawn.named_parameters()} if dtype.itemsize < 4 else None
-        self.model = drawn.to(dtype).to(mesh.device)
-        self.parallel = compose.apply(self.model, mesh, flags.mesh.data_parallel, getattr(torch, grad_dtype))
+        asked = flags.model.grad_dtype
+        grad_dtype = getattr(torch, asked) if asked else torch.promote_types(dtype, torch.float32)
+        model = weights or init_weights(Decoder(config, flags.model.attention), flags.model.seed)
+        masters = None
+        if dtype.itemsize < 4:
+            masters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.model = model.train().to(dtype).to(mesh.device)
+        self.parallel = compose.apply(self.model, mesh, flags.mesh.data_parallel, grad_dtype)
         self.optimizer = Optimizer(self.model, flags.optimizer.optimizer, masters)
         self.limit = flags.optimizer.clip
 
     def begin(self, batches: list, count: int, lr: float) -> None:
-        """A new step: its micro-batches [(x (B, T), y (B, T))], its valid tokens on all ranks, its learning
-        rate."""
+        """A new step: its micro-batches [(x (B, T), y (B, T))], valid tokens on all ranks, learning rate."""
         self.batches, self.count, self.lr = batches, count, lr
         self.losses, self.loss = {}, torch.zeros((), dtype=torch.float64)
         self.parallel.begin_step()

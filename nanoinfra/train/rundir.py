@@ -1,7 +1,7 @@
 """The directory of a run: config.json, tokenizer/, metrics.jsonl, loss.png, checkpoints/.
 
-What a run must remember is its checkpoint: weights, optimizer, step, samples consumed, and the identity of what
-it reads. Rank 0 writes the small files; every rank writes its part of a checkpoint (train/checkpoint.py).
+What a run must remember is its checkpoint: weights, optimizer, step, samples consumed, and the identity of
+what it reads. Rank 0 writes the small files; every rank its part of a checkpoint (train/checkpoint.py).
 """
 import json
 import sys
@@ -43,8 +43,8 @@ class RunDir:
         state = checkpoint.read_state(folder)
         for key, value in inputs.identity.items():
             if state[key] != value:
-                raise ValueError(f"--resume: the run in {self.path} has {key} {state[key]}, this one {value}; "
-                                 "give the flags it was started with, which are in its config.json")
+                raise ValueError(f"--resume: the run in {self.path} has {key} {state[key]}, this one {value};"
+                                 " give the flags it was started with, which are in its config.json")
         wanted = [Piece.whole(name, tensor.shape) for name, tensor in optimizer.state().items()]
         pieces = checkpoint.load(folder, wanted, read_manifest(folder))  # rank 0 has verified every byte
         optimizer.load({piece.name: tensor for piece, tensor in pieces}, state["step"])

@@ -1,7 +1,7 @@
 """The training loop, and the run around it.
 
-The same seed, data and flags give the same losses on any mesh, to rounding: weights are drawn by name, samples
-are dealt from one global order, the loss is normalised once.
+The same seed, data and flags give the same losses on any mesh, to rounding: weights are drawn by name,
+samples are dealt from one global order, the loss is normalised once.
 """
 import json
 import math
@@ -26,6 +26,8 @@ from nanoinfra.train.replica import Replica
 from nanoinfra.train.rundir import RunDir
 from nanoinfra.train.step import accumulate, execute
 
+FINE_TUNING_LR = 1e-4                        # where weights are given, and no --lr
+
 
 def train(flags: TrainFlags) -> list[dict]:
     """Train as `flags` say, on this rank of the run; returns the lines of metrics. Every rank calls it."""
@@ -45,7 +47,7 @@ def train(flags: TrainFlags) -> list[dict]:
 
 
 class Run:
-    """All that a training run holds on one rank. `step` counts finished steps, `elapsed` is rank 0's clock."""
+    """All that a run holds on one rank. `step` counts finished steps, `elapsed` is rank 0's clock."""
 
     def __init__(self, flags: TrainFlags):
         check(flags, world_size())
@@ -54,7 +56,7 @@ class Run:
         use_threads(flags.mesh.threads)
         self.dir = RunDir(flags.run.out, self.mesh)
         self.inputs = open_inputs(flags, self.mesh)
-        self.replica = Replica(self.inputs.model, flags, self.mesh)
+        self.replica = Replica(self.inputs.model, flags, self.mesh, self.inputs.weights)
         self.elapsed, self.stopping, self.asked_to_stop = 0.0, 0, 0
         self.lines, self.spans, self.rows = [], [], []
         self.step, consumed = (self.dir.resume(self.inputs, self.replica.optimizer) if flags.run.resume
@@ -80,15 +82,16 @@ class Run:
         """For the step about to be taken."""
         o, run = self.flags.optimizer, self.flags.run
         progress = self.elapsed / run.seconds if run.seconds else self.step / run.steps
-        peak = SIZES[self.flags.model.model].lr if o.lr is None else o.lr
-        return learning_rate(self.step + 1, progress, o.warmup, peak, o.lr_schedule)
+        size = SIZES.get(self.flags.model.model)
+        usual = size.lr if size else FINE_TUNING_LR
+        return learning_rate(self.step + 1, progress, o.warmup, usual if o.lr is None else o.lr, o.lr_schedule)
 
     def due(self, every: int) -> bool:
         """Is this step one of each `every`? Never where that is 0."""
         return bool(every) and self.step % every == 0
 
     def report(self, valid: int, spans: list) -> None:
-        """Agree on the finished step's numbers and write them; stop a run whose loss is no longer a number."""
+        """Agree on the finished step's numbers and write them; stop a run whose loss is no number."""
         self.step += 1
         clock = torch.tensor((time.monotonic() - self.began) * self.first, dtype=torch.float64)
         both = torch.stack([self.replica.loss, clock])                   # summed over ranks: rank 0's clock
@@ -119,7 +122,8 @@ class Run:
         state = {**self.inputs.identity, **self.loader.state(), "threads": torch.get_num_threads(),
                  "model": self.inputs.model.to_dict(), "flags": to_json(self.flags)}
         self.dir.save(self.step, self.replica.optimizer, state, self.flags.run.keep)
-        self.dir.plot(f"{self.flags.model.model} on {self.mesh}")
+        self.dir.plot(f"{self.flags.model.model}, {parameters(self.inputs.model):,} parameters, {self.mesh.world.size} "
+                      f"rank{'s' * (self.mesh.world.size > 1)}, {self.flags.model.dtype}")
         self.mesh.ledger.take()
         self.mark = time.monotonic()
 
@@ -147,13 +151,15 @@ class Run:
         data, flags = self.mesh.data, self.flags
         G, _ = micro_batches(flags.data, data.size)
         return Loader(self.inputs.source, seed=flags.model.seed, seq=self.inputs.seq, global_batch=G,
-                      micro_batch=flags.data.micro_batch, dp_rank=data.rank, dp_size=data.size, start=consumed)
+                      micro_batch=flags.data.micro_batch, dp_rank=data.rank, dp_size=data.size,
+                      start=consumed)
 
     def _introduce(self):
         G, m = micro_batches(self.flags.data, self.mesh.data.size)
         going_on = f", going on after step {self.step}" if self.step else ""
-        print(f"{self.flags.model.model}: {parameters(self.inputs.model):,} parameters, {self.flags.model.dtype}, "
-              f"{self.mesh}; {G} x {self.inputs.seq} tokens a step in {m} micro-batches a rank; "
+        print(f"{self.flags.model.model}: {parameters(self.inputs.model):,} parameters, "
+              f"{self.flags.model.dtype}, {self.mesh}; "
+              f"{G} x {self.inputs.seq} tokens a step in {m} micro-batches a rank; "
               f"into {self.dir.path}{going_on}", flush=True)
 
     def _resources(self, spans):

@@ -21,8 +21,7 @@ def alternate(ours: Callable[[], float], peer: Callable[[], float], pairs: int) 
 
 
 def interval(ratios: list[float], coverage: float = 0.95) -> tuple[float, float]:
-    """The narrowest pair of order statistics that holds the true median with at least `coverage`
-    (binomial)."""
+    """The narrowest pair of order statistics to hold the true median with at least `coverage` (binomial)."""
     n, ordered = len(ratios), sorted(ratios)
     k = 0
     while 1 - 2 * sum(comb(n, i) for i in range(k + 2)) / 2**n >= coverage:
@@ -39,6 +38,7 @@ def summary(name: str, rates: list[tuple[float, float]], unit: str) -> dict:
     print(f"\n{name}: {len(rates)} pairs, {unit}")
     for (mine, theirs), ratio in zip(rates, ratios):
         print(f"  ours {mine:10,.0f}   peer {theirs:10,.0f}   ratio {ratio:.3f}")
+    verdict = "at least the peer" if low >= 0.97 else "below the peer"
     print(f"  median ours {result['ours']:,.0f}, peer {result['peer']:,.0f}; ratio {result['ratio']:.3f} "
-          f"[{low:.3f}, {high:.3f}] -> {'at least the peer' if low >= 0.97 else 'below the peer'}", flush=True)
+          f"[{low:.3f}, {high:.3f}] -> {verdict}", flush=True)
     return result

@@ -2,10 +2,10 @@
 
     python scripts/bench/train.py [--pairs 15] [--ranks 1 2]
 
-The same 17.0 M-parameter GPT (untied head, learned positions, LayerNorm, GELU; V 8192, C 384, 6 layers, T
-256, 8 sequences a rank), bf16 compute with float32 weights, float32 gradients on the wire, fused AdamW,
-clipping, one thread a rank, both sides in the same processes, in turn. The peer is torch's own: autocast,
-fused qkv, SDPA, DDP.
+The same 17.0 M-parameter GPT (untied head, learned positions, LayerNorm, GELU; V 8192, C 384, 6 layers,
+T 256, 8 sequences a rank), bf16 compute with float32 weights, float32 gradients on the wire, fused AdamW,
+clipping, one thread a rank, both sides in the same processes, in turn.
+The peer is torch's own: autocast, fused qkv, SDPA, DDP.
 """
 import argparse
 import json
@@ -68,7 +68,8 @@ def peer_step(mesh):
     assert sum(p.numel() for p in model.parameters()) == parameters(CONFIG)
     if mesh.data.size > 1:
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1,
+                                  fused=True)
 
     def step(x, y):
         model(x, y).backward()
@@ -110,7 +111,8 @@ def bench(pairs, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--steps", type=int, default=3, help="in one timing")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
@@ -122,7 +124,8 @@ def main():
             rates = ranks.run(bench, args.pairs, args.steps)[0]
         peer = "a plain torch loop" if n == 1 else "torch DDP"
         results.append(summary(f"training, {n} rank{'s' * (n > 1)} against {peer}", rates, "tokens/s"))
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    processor = platform.processor() or platform.machine()
+    machine = f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 

@@ -95,7 +95,7 @@ class Averages(DataParallel):
 class SendsEveryMicroBatch(DataParallel):
     def before_backward(self, last):
         if self.overlap and all(bucket.filled for bucket in self.buckets):
-            for bucket in self.buckets:                        # a second trip, of zeros: right, and twice the bytes
+            for bucket in self.buckets:  # a second trip, of zeros: right, and twice the bytes
                 comm.all_reduce(torch.zeros_like(bucket.flat), self.axis, "grads")
         super().before_backward(last)
 

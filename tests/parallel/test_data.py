@@ -105,7 +105,8 @@ def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     (tmp_path / "nanoinfra" / "parallel").mkdir()
     shutil.copy(home / "parallel" / "data.py", tmp_path / "nanoinfra" / "parallel")
     (tmp_path / "train.py").write_text(FOREIGN)
-    done = subprocess.run([sys.executable, "-W", "error", "train.py"], cwd=tmp_path, capture_output=True, text=True)
+    argv = [sys.executable, "-W", "error", "train.py"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["same", "same"]
 
@@ -160,8 +161,9 @@ def samples():
 def gradients_alone():
     net, (x, y) = model(), samples()
     count = int((y != IGNORE).sum())
-    logits = net(x)
-    (nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="sum") / count).backward()
+    logits = net(x).flatten(0, 1)                                          # (B T, V)
+    total = nn.functional.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="sum")
+    (total / count).backward()
     return {name: p.grad for name, p in net.named_parameters()}
 
 
@@ -261,8 +263,7 @@ def bf16_model_float32_gradients():
 
 
 class Slow(torch.autograd.Function):
-    """Multiply by a weight; its gradient takes `compute` seconds, which is sleep: ranks then share no
-    core."""
+    """Multiply by a weight; its gradient takes `compute` seconds of sleep, so that ranks share no core."""
 
     @staticmethod
     def forward(ctx, x, weight, compute):
@@ -290,8 +291,7 @@ def exposed_wait(how, layers, floats, compute, wire):
 
 
 def exposed(layers, compute, send):
-    """Bucket i is ready at (i+1) compute and sent when the wire is free; what is left after backward is
-    exposed."""
+    """Bucket i is ready at (i+1) compute, sent when the wire is free; what outlasts backward is exposed."""
     free = 0.0
     for i in range(layers):
         free = max(free, (i + 1) * compute) + send

@@ -21,13 +21,15 @@ SCRIPTS = {
 @pytest.mark.parametrize("script, world", [("data_parallel.py", 2), ("train_gpt.py", 1)])
 def test_losses_are_the_command_lines(tmp_path, script, world):
     own, theirs = SCRIPTS[script]
-    main(["train", "--model", "test", "--data", "random", "--out", str(tmp_path), "--threads", "1", *SAME, *theirs])
+    main(["train", "--model", "test", "--data", "random", "--out", str(tmp_path), "--threads", "1",
+          *SAME, *theirs])
     want = [line["loss"] for line in metrics.read(tmp_path / "metrics.jsonl")]
     assert losses(script, world, [*SAME, *own]) == pytest.approx(want, abs=1e-9)
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("script, world", [("data_parallel.py", 1), ("data_parallel.py", 4), ("train_gpt.py", 3)])
+@pytest.mark.parametrize("script, world", [("data_parallel.py", 1), ("data_parallel.py", 4),
+                                           ("train_gpt.py", 3)])
 def test_losses_on_other_meshes(tmp_path, script, world):
     test_losses_are_the_command_lines(tmp_path, script, world)
 
@@ -41,6 +43,7 @@ def losses(script, world, argv):
     alone = [sys.executable, ROOT / "scripts" / script]
     many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
             ROOT / "scripts" / script]
-    done = subprocess.run([*(alone if world == 1 else many), *argv], capture_output=True, text=True, timeout=110)
+    done = subprocess.run([*(alone if world == 1 else many), *argv], capture_output=True, text=True,
+                          timeout=110)
     assert done.returncode == 0, done.stderr
     return [float(text) for text in re.findall(r"loss (\d+\.\d+)", done.stdout)]

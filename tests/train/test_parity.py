@@ -9,7 +9,7 @@ from nanoinfra.train import metrics
 
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--steps", "5", "--seq", "24",
          "--global-batch", "7", "--warmup", "2", "--clip", "0.4"]
-CASES = [  # dp, micro-batch, optimizer, untied: every pair of values stands in some row; 7 divides by none of them
+CASES = [  # dp, micro-batch, optimizer, untied: every pair of values stands in some row; 7 divides by none
     (2, 1, "adamw", False), (2, 3, "sgd", True), (3, 1, "sgd", False), (3, 3, "adamw", True),
     (4, 1, "adamw", True), (4, 3, "sgd", False), (2, 1, "sgd", True), (4, 3, "adamw", False)]
 EVERY = list(product((2, 3, 4), (1, 3), ("adamw", "sgd"), (False, True)))
@@ -28,7 +28,8 @@ def test_every_combination(ranks, tmp_path, dp, micro, optimizer, untied):
 
 def compare(ranks, tmp_path, dp, micro, optimizer, untied):
     want = alone(optimizer, untied, tmp_path)
-    argv = [*FLAGS, "--dp", str(dp), "--micro-batch", str(micro), "--optimizer", optimizer, "--out", str(tmp_path)]
+    argv = [*FLAGS, "--dp", str(dp), "--micro-batch", str(micro), "--optimizer", optimizer,
+            "--out", str(tmp_path)]
     assert ranks(dp).run(main, argv + ["--untied"] * untied) == [0] * dp
     got = metrics.read(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in got] == [1, 2, 3, 4, 5]

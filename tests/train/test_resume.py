@@ -14,8 +14,9 @@ from nanoinfra.cli import main
 from nanoinfra.train import checkpoint, metrics
 
 STEPS = 12
-FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--seq", "24", "--threads", "1",
-         "--global-batch", "7", "--micro-batch", "2", "--save-every", "2", "--steps", str(STEPS)]
+FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--seq", "24",
+         "--threads", "1", "--global-batch", "7", "--micro-batch", "2", "--save-every", "2",
+         "--steps", str(STEPS)]
 
 
 def test_resume_is_bitwise_and_cuts_the_lines_after_the_checkpoint(ranks, tmp_path):
@@ -50,7 +51,8 @@ def test_ten_kills_at_random_moments(ranks, tmp_path):
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    moments = [("save" if i % 3 == 2 else "step", draw.randint(3, STEPS - 1), draw.randrange(2)) for i in range(10)]
+    moments = [("save" if i % 3 == 2 else "step", draw.randint(3, STEPS - 1), draw.randrange(2))
+               for i in range(10)]
     kill_and_resume(ranks, tmp_path, moments, seed)
 
 
@@ -87,7 +89,8 @@ def kill_and_resume(ranks, tmp_path, moments, seed):
         said = kill_at(run, argv, kind, step, rank)
         assert f"rank {rank} was killed by signal 9" in said, f"seed {seed}, kill {i}: {said}"
         assert finish([*argv, "--resume"]) == 0, f"seed {seed}, kill {i}"
-        assert bits(metrics.read(run / "metrics.jsonl")) == bits(want), f"seed {seed}, kill {i}: {kind} {step} {rank}"
+        got = metrics.read(run / "metrics.jsonl")
+        assert bits(got) == bits(want), f"seed {seed}, kill {i}: {kind} {step} {rank}"
         assert weights(run) == weights(tmp_path / "undisturbed")
 
 
@@ -98,8 +101,7 @@ def undisturbed(ranks, tmp_path):
 
 
 def kill_at(run: Path, argv: list[str], kind: str, step: int, rank: int) -> str:
-    """kill -9 `rank` once `step` steps are written, or at the first save after; returns what the launcher
-    said."""
+    """kill -9 `rank` once `step` steps are written, or at the first save after; what the launcher said."""
     process = start(argv)
     wait_for(lambda: lines(run) >= step, process)
     if kind == "save":
@@ -137,7 +139,8 @@ def lines(run: Path) -> int:
 
 
 def children(pid: int) -> list[int]:
-    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split() if rank_of(int(c)) is not None]
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in listed if rank_of(int(child)) is not None]
 
 
 def rank_of(pid: int) -> int | None:
@@ -160,4 +163,5 @@ def close(got, want):
 
 def weights(run: Path) -> dict:
     manifest = json.loads((checkpoint.newest(run / "checkpoints") / "manifest.json").read_text())
-    return {name: listed["sha256"] for name, listed in manifest["files"].items() if name.endswith(".safetensors")}
+    return {name: listed["sha256"] for name, listed in manifest["files"].items()
+            if name.endswith(".safetensors")}

@@ -3,12 +3,14 @@ import json
 import pytest
 import torch
 
+from nanoinfra.cli import main
+from nanoinfra.data.source import Random
 from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.serve.pretrained import pretrained
-from nanoinfra.train import checkpoint
+from nanoinfra.train import checkpoint, metrics
 from nanoinfra.train.pieces import Piece
+from nanoinfra.train.pretrained import pretrained
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled
 
@@ -49,3 +51,17 @@ def test_a_run_without_checkpoints_is_refused(run, tmp_path):
     (run / "checkpoints").rename(run / "gone")
     with pytest.raises(ValueError, match="no good checkpoint in .*checkpoints; train with --out"):
         pretrained(run)
+
+
+def test_training_goes_on_from_the_weights_of_a_run(tmp_path):
+    quick = ["--data", "random", "--seq", "16", "--micro-batch", "2", "--threads", "1", "--dtype", "float64"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["train", "--model", "test", *quick, "--steps", "5", "--out", str(first)]) == 0
+    assert main(["train", "--model", str(first), *quick, "--steps", "1", "--seed", "7", "--out", str(second)]) == 0
+    model = pretrained(first, torch.float64)[0]
+    source = Random(257)
+    x, y = (torch.stack([torch.from_numpy(source.sample(g, 7, 16)[k]) for g in range(2)]) for k in (0, 1))
+    want = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())      # -100 is ignored
+    [line] = metrics.read(second / "metrics.jsonl")
+    assert line["loss"] == pytest.approx(want.item(), rel=1e-6)  # pretrained reads float32
+    assert line["lr"] == pytest.approx(1e-5)  # warm-up's tenth of 1e-4

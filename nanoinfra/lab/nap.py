@@ -1,0 +1,37 @@
+"""An emulated accelerator: a module that sleeps for as long as one would compute, so that cores stay free.
+
+Ranks that share two cores cannot compute at the same time, but they can sleep at the same time. Together with
+an emulated wire (dist/link.py), overlap and waiting become predictable on any laptop.
+"""
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def emulate(modules: Iterable[nn.Module], seconds: float) -> list[tuple[float, float]]:
+    """From now on each module takes `seconds` a sample of its output in backward, and half of it in forward.
+
+    Its own, real work comes on top. Returns a list that fills with (begin, end) of each nap in backward, in
+    `time.monotonic` seconds. A module sleeps before its own gradients are computed.
+    """
+    naps = []
+    for module in modules:
+        module.register_forward_hook(lambda _, __, out: _Nap.apply(out, seconds * len(out), naps))
+    return naps
+
+
+class _Nap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, seconds, naps):
+        ctx.seconds, ctx.naps = seconds, naps
+        time.sleep(seconds / 2)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        begin = time.monotonic()
+        time.sleep(ctx.seconds)
+        ctx.naps.append((begin, time.monotonic()))
+        return upstream, None, None
