@@ -206,6 +206,8 @@ check.summed_gradients(summed_gradients)
 
 # %% nbgrader={"grade_id": "overlapped", "solution": true}
 # %%exercise L03
+from nanoinfra.parallel.data import pack
+from nanoinfra.train.loss import count_valid
 
 
 def overlapped_gradients(model, batches, axis, bucket_bytes):
@@ -291,7 +293,8 @@ def three_ways(trials):
             axes.barh(y - 0.2, end - begin, left=begin - start, color=draw.GREY, **bar)
         for row in one["rows"]:
             axes.barh(y + 0.2, row.end - row.begin, left=row.begin - start, color="#f7e3bd", **bar)
-            axes.barh(y + 0.2, row.wait_s, left=row.end - row.wait_s - start, color=draw.ORANGE, zorder=3, **bar)
+            stood = row.end - row.wait_s - start
+            axes.barh(y + 0.2, row.wait_s, left=stood, color=draw.ORANGE, zorder=3, **bar)
         axes.text(row.end - start, y + 0.2, f"  waits {one['wait'] * 1e3:.0f} ms", va="center", fontsize=10)
     axes.set_yticks(range(len(trials)), ways)
     axes.invert_yaxis()
@@ -334,9 +337,9 @@ draw.size_ticks(picture, sizes)
 # <!-- ### BEGIN SOLUTION -->
 # (a) It is complete only when backward ends, so no compute is left to hide it. (b) Small buckets pay 2(N−1)α
 # each, more than the compute beside them can hide; large ones leave later, and the last one is larger. (c)
-# The wire is busy without a break: the first bucket leaves after C, L of them take L·t(S), so L·t(S) − (L−1)·C
-# is exposed. (d) Forward and backward of a layer take 1.5·N·C on one rank: 1.5·L·N·C / (1.5·L·C + t(S)). C
-# falls as 1/N, and t(S) grows with 2(N−1)α: soon t(S) > C, case (c), and a further rank makes it slower.
+# The wire never rests: the first bucket leaves after C, L of them take L·t(S), and L·t(S) − (L−1)·C shows.
+# (d) A layer's forward and backward take 1.5·N·C on one rank: 1.5·L·N·C / (1.5·L·C + t(S)). C falls as 1/N,
+# and t(S) grows with 2(N−1)α: soon t(S) > C, case (c), and a further rank makes the step slower.
 # <!-- ### END SOLUTION -->
 
 # %% [markdown]

@@ -11,6 +11,7 @@ from math import prod
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from nanoinfra.dist.fits import check_fits
 from nanoinfra.dist.ledger import Ledger
 from nanoinfra.dist.link import Link
 
@@ -84,18 +85,6 @@ def check_wire(wire: dict[str, tuple[float, float]]) -> None:
 def world_size() -> int:
     """Ranks in this run; 1 in a plain process."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def check_fits(world: int, pp: int, dp: int, cp: int, tp: int) -> None:
-    """Raise ValueError, with a mesh that would fit, unless pp x dp x cp x tp is `world`."""
-    if min(pp, dp, cp, tp) < 1:
-        raise ValueError(f"every axis needs at least 1 rank, got pp={pp} dp={dp} cp={cp} tp={tp}; "
-                         f"leave unused axes at 1")
-    if pp * dp * cp * tp != world:
-        rest = pp * cp * tp
-        hint = f"--dp {world // rest}" if world % rest == 0 else f"{rest * max(1, world // rest)} ranks"
-        raise ValueError(f"pp={pp} x dp={dp} x cp={cp} x tp={tp} = {pp * dp * cp * tp} does not fit "
-                         f"{world} ranks; try {hint}")
 
 
 @functools.cache                             # a gloo group keeps threads for ever: make them once a shape

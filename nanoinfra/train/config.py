@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+from nanoinfra.dist.fits import check_fits
 from nanoinfra.formulas.shape import SIZES
 
 T = TypeVar("T")
@@ -91,13 +92,8 @@ def plan_mesh(flags: MeshFlags, world: int) -> dict[str, int]:
         if getattr(flags, axis) != 1:
             raise ValueError(f"--{axis} {getattr(flags, axis)}: {issue} parallelism is not built yet; "
                              f"use --{axis} 1 and --dp {world}")
-    rest = flags.pp * flags.cp * flags.tp
-    if flags.dp is None and world % rest:
-        raise ValueError(f"{world} ranks are no multiple of pp x cp x tp = {rest}; try --nproc {rest}")
-    dp = world // rest if flags.dp is None else flags.dp
-    if dp < 1 or dp * rest != world:
-        raise ValueError(f"pp x dp x cp x tp = {flags.pp} x {dp} x {flags.cp} x {flags.tp} = {dp * rest} "
-                         f"does not fit {world} ranks; try --dp {max(1, world // rest)}")
+    dp = flags.dp if flags.dp is not None else world // (flags.pp * flags.cp * flags.tp)
+    check_fits(world, flags.pp, dp, flags.cp, flags.tp)
     return {"pp": flags.pp, "dp": dp, "cp": flags.cp, "tp": flags.tp}
 
 
@@ -151,8 +147,8 @@ def _check_model(flags):
         raise ValueError(f"--model {flags.model!r} is neither a size ({', '.join(SIZES)}), nor smollm2-135m, "
                          "nor a folder or .gguf file that is there")
     if flags.vocab or flags.untied:
-        raise ValueError(f"--vocab and --untied shape a model that is drawn; {flags.model} has its shape already: "
-                         "leave them out")
+        raise ValueError(f"--vocab and --untied shape a model that is drawn; {flags.model} has its shape "
+                         "already: leave them out")
 
 
 def micro_batches(flags: DataFlags, dp: int) -> tuple[int, int]:

@@ -123,7 +123,8 @@ def _plot_scores(axes, scores):
     axes.plot(*zip(*scores), "o-", color=orange, ms=5)
     axes.set_ylim(0.9 * min(values), 1.15 * max(values))
     axes.set_ylabel("held-out bits per byte", color=orange)
-    axes.annotate(f"{values[-1]:.3f}", scores[-1], (0, 8), textcoords="offset points", ha="right", color=orange)
+    axes.annotate(f"{values[-1]:.3f}", scores[-1], (0, 8), textcoords="offset points", ha="right",
+                  color=orange)
     axes.spines[["top"]].set_visible(False)
 
 

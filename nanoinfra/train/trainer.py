@@ -84,7 +84,8 @@ class Run:
         progress = self.elapsed / run.seconds if run.seconds else self.step / run.steps
         size = SIZES.get(self.flags.model.model)
         usual = size.lr if size else FINE_TUNING_LR
-        return learning_rate(self.step + 1, progress, o.warmup, usual if o.lr is None else o.lr, o.lr_schedule)
+        peak = usual if o.lr is None else o.lr
+        return learning_rate(self.step + 1, progress, o.warmup, peak, o.lr_schedule)
 
     def due(self, every: int) -> bool:
         """Is this step one of each `every`? Never where that is 0."""
@@ -122,8 +123,9 @@ class Run:
         state = {**self.inputs.identity, **self.loader.state(), "threads": torch.get_num_threads(),
                  "model": self.inputs.model.to_dict(), "flags": to_json(self.flags)}
         self.dir.save(self.step, self.replica.optimizer, state, self.flags.run.keep)
-        self.dir.plot(f"{self.flags.model.model}, {parameters(self.inputs.model):,} parameters, {self.mesh.world.size} "
-                      f"rank{'s' * (self.mesh.world.size > 1)}, {self.flags.model.dtype}")
+        n = self.mesh.world.size
+        self.dir.plot(f"{self.flags.model.model}, {parameters(self.inputs.model):,} parameters, "
+                      f"{self.flags.model.dtype}, {n} rank{'s' * (n > 1)}")
         self.mesh.ledger.take()
         self.mark = time.monotonic()
 

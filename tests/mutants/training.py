@@ -42,7 +42,7 @@ def _(subject):
 def _(subject):
     backward_ends, first_leaves = timeline(subject)
     if not first_leaves < backward_ends:
-        raise Wrong(f"the first bucket left {first_leaves - backward_ends:.4f} s after the last backward ended")
+        raise Wrong(f"the first bucket left {first_leaves - backward_ends:.4f} s after backward had ended")
 
 
 resuming = Check("resuming")
@@ -142,18 +142,18 @@ class ResumesAtTheFirstSample(RunDir):
 PARITY, BYTES, OVERLAP = (criterion.name for criterion in training.criteria)
 [BITWISE] = (criterion.name for criterion in resuming.criteria)
 WRAP = "nanoinfra.parallel.compose:DataParallel"
+COUNT, OPTIMIZER = "nanoinfra.train.trainer:count_valid", "nanoinfra.train.replica:Optimizer"
 MUTANTS = [
     Mutant("no all-reduce", training, patched(main, WRAP, NoAllReduce), PARITY),
     Mutant("averages what is normalised already", training, patched(main, WRAP, Averages), PARITY),
     Mutant("forgets earlier micro-batches", training, patched(main, WRAP, ForgetsEarlierMicroBatches), PARITY),
-    Mutant("divides by the rank's own count", training,
-           patched(main, "nanoinfra.train.trainer:count_valid", local_count), PARITY),
-    Mutant("counts padding", training, patched(main, "nanoinfra.train.trainer:count_valid", counts_padding), PARITY),
+    Mutant("divides by the rank's own count", training, patched(main, COUNT, local_count), PARITY),
+    Mutant("counts padding", training, patched(main, COUNT, counts_padding), PARITY),
     Mutant("sends at every micro-batch", training, patched(main, WRAP, SendsEveryMicroBatch), BYTES),
-    Mutant("waits for the end of backward", training, patched(main, WRAP, WaitsForBackward), OVERLAP),
-    Mutant("forgets the moments", resuming, patched(main, "nanoinfra.train.replica:Optimizer", ForgetsMoments), BITWISE),
-    Mutant("forgets Adam's step count", resuming,
-           patched(main, "nanoinfra.train.replica:Optimizer", ForgetsItsSteps), BITWISE),
+    Mutant("waits for the end of backward", training,
+           patched(main, WRAP, WaitsForBackward), OVERLAP),
+    Mutant("forgets the moments", resuming, patched(main, OPTIMIZER, ForgetsMoments), BITWISE),
+    Mutant("forgets Adam's step count", resuming, patched(main, OPTIMIZER, ForgetsItsSteps), BITWISE),
     Mutant("deals the first samples again", resuming,
            patched(main, "nanoinfra.train.trainer:RunDir", ResumesAtTheFirstSample), BITWISE),
 ]

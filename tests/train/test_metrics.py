@@ -35,7 +35,8 @@ def test_a_new_run_starts_an_empty_log(tmp_path):
 
 
 def test_sent_adds_payload_by_axis_and_keeps_scalars_apart():
-    rows = [Row("all_reduce", "data", tag, 2, size, 1, 0.0) for tag, size in (("grads", 40), ("scalars", 8), ("grads", 2))]
+    sizes = (("grads", 40), ("scalars", 8), ("grads", 2))
+    rows = [Row("all_reduce", "data", tag, 2, size, 1, 0.0) for tag, size in sizes]
     assert metrics.sent(rows) == {"data": 42, "scalars": 8}
 
 

@@ -25,9 +25,8 @@ def test_three_steps_are_torchs(name):
     if name == "sgd":
         oracle = torch.optim.SGD(theirs.parameters(), lr=0.1)
     else:
-        matrices, vectors = ([p for p in theirs.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
-        oracle = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
-                                    {"params": vectors, "weight_decay": 0}], lr=0.1, betas=BETAS, foreach=False)
+        decays = [{"params": [p], "weight_decay": WEIGHT_DECAY * (p.dim() > 1)} for p in theirs.parameters()]
+        oracle = torch.optim.AdamW(decays, lr=0.1, betas=BETAS, foreach=False)
     for step in range(3):
         optimizer.step(draws(ours, step), lr=0.1)
         for n, p in theirs.named_parameters():
@@ -92,7 +91,8 @@ def test_unknown_optimizer_is_named():
         Optimizer(net(), "lion")
 
 
-@pytest.mark.parametrize("step, progress, want", [(1, 0.0, 0.1), (10, 0.0, 1.0), (99, 0.5, 0.55), (99, 1.0, 0.1)])
+@pytest.mark.parametrize("step, progress, want",
+                         [(1, 0.0, 0.1), (10, 0.0, 1.0), (99, 0.5, 0.55), (99, 1.0, 0.1)])
 def test_rate_rises_in_a_line_and_falls_along_a_cosine_to_a_tenth(step, progress, want):
     assert learning_rate(step, progress, warmup=10, peak=1.0) == pytest.approx(want)
     assert learning_rate(step, progress, 10, 1.0, "constant") == pytest.approx(min(1, step / 10))

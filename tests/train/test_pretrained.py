@@ -60,8 +60,9 @@ def test_training_goes_on_from_the_weights_of_a_run(tmp_path):
     assert main(["train", "--model", str(first), *quick, "--steps", "1", "--seed", "7", "--out", str(second)]) == 0
     model = pretrained(first, torch.float64)[0]
     source = Random(257)
-    x, y = (torch.stack([torch.from_numpy(source.sample(g, 7, 16)[k]) for g in range(2)]) for k in (0, 1))
-    want = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())      # -100 is ignored
+    pairs = [source.sample(g, seed=7, seq=16) for g in range(2)]
+    x, y = (torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1))
+    want = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())    
     [line] = metrics.read(second / "metrics.jsonl")
     assert line["loss"] == pytest.approx(want.item(), rel=1e-6)  # pretrained reads float32
     assert line["lr"] == pytest.approx(1e-5)  # warm-up's tenth of 1e-4

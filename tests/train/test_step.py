@@ -24,14 +24,16 @@ class Recorder:
 
 
 def test_accumulation_is_forward_backward_each_then_one_reduction_and_one_step():
-    assert list(accumulate(2)) == [Forward(0), Backward(0), Forward(1), Backward(1, last=True), ReduceGrads(), Step()]
+    assert list(accumulate(2)) == [Forward(0), Backward(0), Forward(1), Backward(1, last=True),
+                                   ReduceGrads(), Step()]
 
 
 @pytest.mark.parametrize("m", [1, 3])
 def test_executor_runs_the_list_in_order_and_times_it(m):
     stage = Recorder()
     spans = execute(accumulate(m), stage)
-    assert stage.did == [x for i in range(m) for x in (("forward", i), ("backward", i, i == m - 1))] + ["reduce", "step"]
+    each = [x for i in range(m) for x in (("forward", i), ("backward", i, i == m - 1))]
+    assert stage.did == [*each, "reduce", "step"]
     assert [what for what, _, _ in spans] == list(accumulate(m))
     times = [t for _, begin, end in spans for t in (begin, end)]
     assert times == sorted(times)
