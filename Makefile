@@ -13,7 +13,7 @@ help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/base  ## install, train a small code model on two ranks for three minutes, plot, complete, chat (SECONDS=180)
-	$(BIN)/python scripts/demo.py --seconds $(SECONDS)
+	$(BIN)/python scripts/demo.py --seconds $(SECONDS) $(if $(OUT),--out $(OUT)) $(if $(HEADERS),--headers $(HEADERS))
 
 test: $(VENV)/dev  ## the CPU suite, at most 5 minutes on 2 cores
 	$(BIN)/ruff check .

@@ -45,7 +45,6 @@ from nanoinfra.train.optim import Optimizer
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 BATCHES = {"test": (8, 64), "nano": (2, 128)} | ({} if FAST else {"nano": (4, 256), "micro": (2, 512)})
-REPEATS = 3
 torch.set_num_threads(1)                     # one core: your browser keeps the others
 
 # %% [markdown]
@@ -72,7 +71,7 @@ def trainer(name):
 trainers = {name: trainer(name) for name in BATCHES}
 times, rows = {}, []
 for name, (model, _, _, step) in trainers.items():
-    times[name] = timed(step, REPEATS)
+    times[name] = timed(step)
     psi, (B, T) = sum(p.numel() for p in model.parameters()), BATCHES[name]
     years = 10e9 / (B * T) * times[name].value * 124e6 / psi / 3.156e7
     rows.append((name, f"{B} x {T}", f"{psi:,}", str(times[name]), f"{years:.1f} years"))
@@ -232,7 +231,7 @@ with torch.device("meta"), FlopCounterMode(display=False) as counter:
 measure("L00.parameters", lambda: counted(sum(p.numel() for p in model.parameters()), ""))
 measure("L00.flops", lambda: counted(counter.get_total_flops(), "FLOPs"))
 measure("L00.bytes", lambda: counted(sum(tensor.nbytes for tensor in held), "B"))
-times[NAME] = measure("L00.seconds", timed, step, REPEATS)
+times[NAME] = measure("L00.seconds", timed, step)
 compare(["L00.parameters", "L00.flops", "L00.bytes", "L00.seconds"], tolerance={"L00.seconds": None})
 
 # %% [markdown]
@@ -267,7 +266,8 @@ def budget(name):
 
 
 def mfu(name):
-    return flops.train_flops(sized(name), *BATCHES[name]) / times[name].value / peak
+    B, T = BATCHES[name]
+    return flops.mfu(B * T / times[name].value, sized(name), T, peak)
 
 
 shares({f"{name}, MFU {mfu(name):.0%}": budget(name) for name in BATCHES}, "one step's time (timed)")

@@ -7,12 +7,15 @@ Trains on the Python standard library of this machine, saves runs/demo/loss.png 
 """
 import argparse
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.model.decoder import Decoder
@@ -26,9 +29,9 @@ from nanoinfra.train.pretrained import pretrained
 HEADERS, NEW_TOKENS, STATEMENTS = 40, 96, 3
 QUESTION = "In one sentence: why are large language models trained on many GPUs?"
 NEXT = """Try next:
-  {bin}/nanoinfra generate runs/demo "def read(" --temperature 0.8      let it go on from your own prompt
-  {bin}/nanoinfra train --model nano --dp 2 --steps 50 --trace trace.json   see two ranks at https://ui.perfetto.dev
-  make lessons                                                              the course, from one rank to many\
+  {bin}/nanoinfra generate {out} "def read(" --temperature 0.8   # it goes on from your own prompt
+  {bin}/nanoinfra train --dp 2 --steps 50 --trace trace.json   # two ranks in https://ui.perfetto.dev
+  make lessons                                                  # the course, from one rank to many\
 """
 
 
@@ -43,8 +46,9 @@ def main():
     train(args)
     complete(args)
     chat()
+    programs = os.path.relpath(Path(sys.executable).parent)
     print(f"\n{time.time() - began:.0f} s in all. The curve is in {args.out / 'loss.png'}, the checkpoint in "
-          f"{args.out / 'checkpoints'}.\n\n" + NEXT.format(bin=Path(sys.executable).parent), flush=True)
+          f"{args.out / 'checkpoints'}.\n\n" + NEXT.format(bin=programs, out=args.out), flush=True)
 
 
 def train(args):
@@ -66,6 +70,7 @@ def train(args):
 
 def complete(args):
     """What share of held-out headers becomes a whole function, trained and untrained."""
+    torch.set_num_threads(1)                 # matrices this small gain nothing from a second thread
     trained, text, _ = pretrained(args.out)
     untrained = init_weights(Decoder(trained.config), seed=0)
     prompts = headers(args.headers)

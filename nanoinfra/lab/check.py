@@ -5,11 +5,13 @@
     def _(subject): ...        # raises Wrong(text) or Blocked(text)
 
 In a notebook `ring_all_reduce(fn)` raises on failure; pytest and grade use `.report(fn)`. What is wrong ends
-the check; blocked (no GPU) is never a pass. checks/lNN_topic.py holds a lesson's CHECKS and PREDICTIONS.
+the check; blocked (no GPU) is never a pass. checks/lNN_topic.py holds a lesson's CHECKS and PREDICTIONS:
+{key: unit}, or keys alone.
 """
 import functools
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -20,6 +22,7 @@ from nanoinfra.lab import checks
 from nanoinfra.lab.exercise import source_of
 from nanoinfra.lab.table import Grid
 
+_NO_NAME = re.compile(r"NameError: name '\w+' is not defined")
 LAYERS = ("property", "parity", "resource", "speed")
 
 
@@ -124,7 +127,8 @@ def _judge(criterion, subject):
         unwritten = isinstance(error, NotImplementedError) or "raise NotImplementedError" in str(error)
         kind = "" if isinstance(error, RanksError) else f"{type(error).__name__}: "
         text = "not written yet" if unwritten else f"{kind}{error}"
-        return Verdict(criterion, "wrong", text)
+        alone = "\nwork/LNN.py stands alone: import inside the exercise cell what it uses"
+        return Verdict(criterion, "wrong", text + (alone if _NO_NAME.search(text) else ""))
     return Verdict(criterion, "pass")
 
 
@@ -134,9 +138,14 @@ def ranks(n: int) -> Ranks:
     return Ranks(n, timeout=15.0)
 
 
+def modules() -> dict[str, str]:
+    """{"02": "l02_ring"}: the lessons that have checks."""
+    return {name[1:3]: name for _, name, _ in pkgutil.iter_modules(checks.__path__) if name[0] == "l"}
+
+
 def lesson(number: str) -> ModuleType:
     """The checks of lesson "02": a module with `CHECKS` and `PREDICTIONS`. ValueError where there is none."""
-    names = {name[1:3]: name for _, name, _ in pkgutil.iter_modules(checks.__path__) if name[0] == "l"}
+    names = modules()
     key = number.upper().removeprefix("L").zfill(2)
     if key not in names:
         raise ValueError(f"lesson {number!r} has no checks; there are {', '.join(sorted(names))}")

@@ -23,6 +23,7 @@ class Row:
     predicted: float
     measured: Measurement
     tolerance: float | None
+    guesses: int = 1           # predictions made, of which `predicted` is the last
 
     @property
     def ratio(self) -> float:
@@ -61,11 +62,12 @@ def compare(rows: list[str | Row], tolerance: dict[str, float | None] | None = N
 
 def _row(key, tolerance):
     value, _ = book.predicted(key)
-    fields = book.read()[key].get("measured")
+    entry = book.read()[key]
+    fields = entry.get("measured")
     if not fields:
         raise ValueError(f"{key} is predicted but not measured yet; run measure(\"{key}\", ...) first")
     got = Measurement(**fields)
-    return Row(key, value, got, tolerance.get(key, TOLERANCE[got.kind]))
+    return Row(key, value, got, tolerance.get(key, TOLERANCE[got.kind]), len(entry["predicted"]))
 
 
 def _cells(row):
@@ -73,4 +75,7 @@ def _cells(row):
     kind = f"timed, median of {m.n}" if m.kind == "timed" else m.kind
     allowed = {None: "not judged", 0.0: "exact"}.get(row.tolerance, f"{row.tolerance or 0:.0%}")
     predicted, measured = quantity(row.predicted, m.unit), quantity(m.value, m.unit)
+    if row.guesses > 1:
+        nth = {2: "2nd", 3: "3rd"}.get(row.guesses, f"{row.guesses}th")
+        predicted += f" ({nth} prediction)"
     return row.name, predicted, measured, f"{row.ratio:.4g}", kind, allowed, row.verdict

@@ -76,14 +76,20 @@ def bars(rows: Sequence[Row], title: str = "predicted and measured") -> Picture:
 
 
 def curves(lines: dict[str, tuple], points: dict[str, tuple], x: str, y: str, title: str = "",
-           log: bool = True) -> Picture:
-    """Predicted `lines` and measured `points`, {label: (xs, ys)}; a label in both shares its colour."""
+           log: bool = True, dashed: Sequence[str] = ()) -> Picture:
+    """Predicted `lines` and measured `points`, {label: (xs, ys)}; a label in both shares its colour.
+
+    Labels in `dashed` get dashes and open dots, so that what lies beneath them is seen too.
+    """
     picture, axes = canvas(8, 4.6, title)
     colours = dict(zip(dict.fromkeys([*lines, *points]), COLOURS))
     for label, (xs, ys) in lines.items():
-        axes.plot(xs, ys, color=colours[label], label=f"{label}, predicted")
+        style = (0, (3, 3)) if label in dashed else "-"
+        axes.plot(xs, ys, color=colours[label], linestyle=style, label=f"{label}, predicted")
     for label, (xs, ys) in points.items():
-        axes.plot(xs, ys, "o", color=colours[label], markeredgecolor="white", label=f"{label}, measured")
+        dot = {"markerfacecolor": "none", "markersize": 10, "markeredgewidth": 1.8} if label in dashed else {
+            "markeredgecolor": "white"}
+        axes.plot(xs, ys, "o", color=colours[label], label=f"{label}, measured", **dot)
     if log:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=10)
@@ -96,6 +102,15 @@ def curves(lines: dict[str, tuple], points: dict[str, tuple], x: str, y: str, ti
     return picture
 
 
+def mark(picture: Picture, x: float, text: str) -> Picture:
+    """A thin upright line at `x` with `text` beside its foot."""
+    axes = picture.figure.axes[0]
+    axes.axvline(x, color=GREY, linewidth=1.2, zorder=1)
+    axes.annotate(text, (x, 0.03), (6, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
+                  color="#444444", fontsize=10)
+    return picture
+
+
 def size_ticks(picture: Picture, sizes: Sequence[int]) -> Picture:
     """Write the bytes of `sizes` along x, as 64 KiB and 16 MiB."""
     axes = picture.figure.axes[0]
@@ -104,10 +119,12 @@ def size_ticks(picture: Picture, sizes: Sequence[int]) -> Picture:
     return picture
 
 
-def timeline(ledgers: Sequence[Sequence], title: str = "what each rank did", label: str = "tag") -> Picture:
+def timeline(ledgers: Sequence[Sequence], title: str = "what each rank did", label: str = "tag",
+             hidden: bool = True) -> Picture:
     """A line a rank from its ledger's Rows: communication hidden (pale) or waited for (full colour).
 
-    Coloured by `label`: "tag", "op" or "axis". Time in ms from the first row's begin; blank is compute.
+    Coloured by `label`: "tag", "op" or "axis". Time in ms from the first row's begin; blank is compute. Where
+    every call waits, nothing can hide: with `hidden=False` a bar is one call, from begin to end.
     """
     rows = [(rank, row) for rank, ledger in enumerate(ledgers) for row in ledger]
     start = min(row.begin for _, row in rows)
@@ -116,12 +133,15 @@ def timeline(ledgers: Sequence[Sequence], title: str = "what each rank did", lab
     picture, axes = canvas(9, 1.5 + 0.5 * len(ledgers), title)
     for rank, row in rows:
         colour = colours[getattr(row, label) or row.op]
-        begin, end, wait = (t * 1e3 for t in (row.begin - start, row.end - start, row.wait_s))
+        begin, end = (1e3 * (t - start) for t in (row.begin, row.end))
+        wait = 1e3 * row.wait_s if hidden else end - begin
         axes.barh(rank, end - begin, left=begin, height=0.62, color=_pale(colour), edgecolor="white")
         axes.barh(rank, wait, left=end - wait, height=0.62, color=colour, edgecolor="white", zorder=3)
     for name in names:
         axes.barh(0, 0, color=colours[name], label=name)
-    axes.barh(0, 0, color=_pale(GREY), label="pale: hidden")
+    if hidden:
+        pale = _pale(colours[names[0]]) if len(names) == 1 else _pale(GREY)
+        axes.barh(0, 0, color=pale, label="pale: hidden behind compute")
     axes.set_yticks(range(len(ledgers)), [f"rank {r}" for r in range(len(ledgers))])
     axes.invert_yaxis()
     axes.grid(False, axis="y")

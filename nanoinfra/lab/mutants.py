@@ -18,7 +18,7 @@ from unittest import mock
 from nanoinfra.lab.check import Check
 from nanoinfra.lab.exercise import load
 from nanoinfra.lab.table import Grid
-from nanoinfra.lab.where import root
+from nanoinfra.lab.where import project, root
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,15 @@ def patched(subject: Callable, target: str, replacement: object) -> Callable:
 
 
 def collect(folder: Path | str | None = None, file: str = "*") -> list[Mutant]:
-    """The mutants of `folder` (default tests/mutants), all of them or those of one file, say "l02_ring"."""
-    files = sorted(Path(folder or root() / "tests" / "mutants").glob(f"{file}.py"))
+    """The mutants of `folder`, all of them or those of one file, say "l02_ring".
+
+    By default tests/mutants, from here upwards or of nanoinfra's own clone. ValueError where there are none.
+    """
+    folders = [Path(folder)] if folder else [home / "tests" / "mutants" for home in (root(), project())]
+    files = next((found for f in folders if (found := sorted(f.glob(f"{file}.py")))), [])
     if not files:
-        raise ValueError(f"no mutants {file}.py in {folder or root() / 'tests' / 'mutants'}")
+        raise ValueError(f"no mutants {file}.py in {' or '.join(map(str, folders))}; they come with "
+                         f"nanoinfra's repository, not with the package: work inside a clone, or name it")
     return [mutant for path in files for mutant in getattr(load(path), "MUTANTS", [])]
 
 

@@ -10,15 +10,20 @@ import os
 import re
 from pathlib import Path
 
+from nanoinfra.lab import check
 from nanoinfra.lab.where import shown, work
 
 
 def predict(key: str, value: float, unit: str = "") -> None:
-    """Commit `value` as your prediction for `key`, a name such as "L02.bytes"."""
+    """Commit `value` as your prediction for `key`, a name such as "L02.bytes".
+
+    ValueError for what is no number, and for a key or a unit that the lesson does not ask for.
+    """
     if not re.fullmatch(r"L\d\d\.\w+", key):
         raise ValueError(f"{key!r} does not name a prediction; it is lesson and quantity: \"L02.bytes\"")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"a prediction is one finite number; {key} got {value!r}")
+    _asked(key, unit)
     numbers = read()
     entry = numbers.setdefault(key, {"predicted": []})
     if not entry["predicted"] or (entry["predicted"][-1], entry["unit"]) != (value, unit):
@@ -26,6 +31,19 @@ def predict(key: str, value: float, unit: str = "") -> None:
     entry["unit"] = unit
     write(numbers)
     print(f"{key}: you predict {quantity(value, unit)}. Committed to {shown(path())}.")
+
+
+def _asked(key, unit):
+    number = key[1:3]
+    if number not in check.modules():
+        return
+    keys = check.lesson(number).PREDICTIONS
+    units = keys if isinstance(keys, dict) else dict.fromkeys(keys)      # keys alone leave the unit open
+    if key not in units or units[key] not in (None, unit):
+        *most, last = [f"{k} in {u}" if u else k for k, u in units.items()]
+        got = f"{key!r}" if key not in units else f"{key} in {unit!r}"
+        asked = f"{', '.join(most)} and {last}" if most else last
+        raise ValueError(f"lesson {number} asks for {asked}; got {got}")
 
 
 def predicted(key: str) -> tuple[float, str]:

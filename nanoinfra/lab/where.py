@@ -11,6 +11,11 @@ def root() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / "lessons").is_dir()), here)
 
 
+def project() -> Path:
+    """The folder of nanoinfra's own clone, where this package runs from one (as an editable install does)."""
+    return Path(__file__).resolve().parents[2]
+
+
 def work() -> Path:
     """The folder of a student's files, made on first use."""
     folder = root() / "work"

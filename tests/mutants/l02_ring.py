@@ -19,7 +19,7 @@ def reduce_scatter(x, axis, hops=None, first=-1, add=torch.add, dtype=None):
 
 def all_reduce(x, axis, **slip):
     """Reduce-scatter with a slip, then a right all-gather."""
-    return ring_all_gather(reduce_scatter(x.view(axis.size, -1), axis, **slip), axis).view(-1)
+    return x.copy_(ring_all_gather(reduce_scatter(x.view(axis.size, -1), axis, **slip), axis).view(-1))
 
 
 def one_hop_short(x, axis):
@@ -60,6 +60,16 @@ def gathers_in_the_wrong_order(x, axis):
     return ring_all_gather(mine, axis).roll(1, 0).view(-1)
 
 
+def returns_a_new_tensor(x, axis):
+    return ring_all_reduce(x.clone(), axis)
+
+
+def leaves_all_but_its_own_chunk(x, axis):
+    parts = x.view(axis.size, -1)
+    parts[axis.rank] = reduce_scatter(parts, axis)
+    return ring_all_gather(parts[axis.rank], axis).view(-1)
+
+
 def sums_float32(x, axis):
     return all_reduce(x, axis, dtype=torch.float32)
 
@@ -69,7 +79,7 @@ def sums_in_its_own_order(x, axis):
     for _ in range(axis.size - 1):
         moving = comm.exchange(moving, axis)
         total += moving
-    return total
+    return x.copy_(total)
 
 
 def passes_the_whole_tensor_on(x, axis):
@@ -82,7 +92,7 @@ def passes_the_whole_tensor_on(x, axis):
             token = came + x
         elif step >= n + rank or step < rank:
             token = came
-    return token
+    return x.copy_(token)
 
 
 def asks_the_library(x, axis):
@@ -97,7 +107,7 @@ two_messages_a_chunk = patched(ring_all_reduce, "nanoinfra.dist.rings:exchange",
 scatters_all_rows = patched(ring_all_reduce, "nanoinfra.dist.rings:ring_reduce_scatter", sends_every_row)
 
 MINE, ONLY, SHARE = (criterion.name for criterion in check.ring_reduce_scatter.criteria)
-SUM, BITS, ONLY_TOO, BYTES = (criterion.name for criterion in check.ring_all_reduce.criteria)
+SUM, PLACE, BITS, ONLY_TOO, BYTES = (criterion.name for criterion in check.ring_all_reduce.criteria)
 MUTANTS = [
     Mutant("one hop short", check.ring_reduce_scatter, one_hop_short, MINE),
     Mutant("passes on without adding", check.ring_reduce_scatter, passes_on_without_adding, MINE),
@@ -107,6 +117,8 @@ MUTANTS = [
     Mutant("never sends", check.ring_all_reduce, never_sends, SUM),
     Mutant("averages", check.ring_all_reduce, averages, SUM),
     Mutant("gathers in the wrong order", check.ring_all_reduce, gathers_in_the_wrong_order, SUM),
+    Mutant("returns a new tensor", check.ring_all_reduce, returns_a_new_tensor, PLACE),
+    Mutant("leaves all but its own chunk", check.ring_all_reduce, leaves_all_but_its_own_chunk, PLACE),
     Mutant("sums float32", check.ring_all_reduce, sums_float32, BITS),
     Mutant("sums in its own order", check.ring_all_reduce, sums_in_its_own_order, BITS),
     Mutant("asks the library", check.ring_all_reduce, asks_the_library, ONLY_TOO),

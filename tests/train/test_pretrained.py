@@ -57,7 +57,8 @@ def test_training_goes_on_from_the_weights_of_a_run(tmp_path):
     quick = ["--data", "random", "--seq", "16", "--micro-batch", "2", "--threads", "1", "--dtype", "float64"]
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(["train", "--model", "test", *quick, "--steps", "5", "--out", str(first)]) == 0
-    assert main(["train", "--model", str(first), *quick, "--steps", "1", "--seed", "7", "--out", str(second)]) == 0
+    again = ["train", "--model", str(first), *quick, "--steps", "1", "--seed", "7", "--out", str(second)]
+    assert main(again) == 0
     model = pretrained(first, torch.float64)[0]
     source = Random(257)
     pairs = [source.sample(g, seed=7, seq=16) for g in range(2)]

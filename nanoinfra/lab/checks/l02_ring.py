@@ -1,13 +1,15 @@
-"""Lesson 02, the ring from send and receive: sums, bits, messages, bytes, nothing but `exchange`."""
+"""Lesson 02, the ring from send and receive: sums, in place, bits, messages, bytes, only `exchange`."""
 import torch
 
+from nanoinfra.dist.crew import RanksError
 from nanoinfra.dist.mesh import Mesh, world_size
 from nanoinfra.formulas.wire import ring_bytes, ring_steps
 from nanoinfra.lab.check import Check, Wrong, ranks
+from nanoinfra.lab.parts import counts, label, words
 from nanoinfra.lab.same import same
 
-PREDICTIONS = ("L02.bytes", "L02.seconds")
-WORLDS = (1, 2, 3, 4)
+PREDICTIONS = {"L02.bytes": "B", "L02.seconds": "s"}
+WORLDS = (4, 3, 2, 1)                      # of the ring that the lesson draws first
 CHUNK = 5                                    # numbers in a chunk: odd, so that halves would show
 OWN_ORDER = "each rank adds up in its own order; let one rank sum a chunk and send that?"
 
@@ -19,10 +21,7 @@ CHECKS = (ring_reduce_scatter, ring_all_reduce)
 @ring_reduce_scatter.criterion("rank r has the sum of row r", "property")
 def _(subject):
     for n in WORLDS:
-        runs = _runs(subject, n, rows=True)
-        want = sum(run["before"] for run in runs)                                      # (N, CHUNK)
-        for r, run in enumerate(runs):
-            same("the row", run["after"], want[r], r, n, causes=_slips(runs, want, r) if n > 1 else None)
+        _sums(subject, n, rows=True)
 
 
 @ring_reduce_scatter.criterion("only exchange", "resource")
@@ -39,16 +38,23 @@ def _(subject):
 @ring_all_reduce.criterion("every rank has the sum", "property")
 def _(subject):
     for n in WORLDS:
-        runs = _runs(subject, n)
-        want = sum(run["before"] for run in runs)                                      # (N * CHUNK,)
-        for r, run in enumerate(runs):
-            same("x", run["after"], want, r, n, causes={"nothing was added to it?": run["before"]})
+        _sums(subject, n)
+
+
+@ring_all_reduce.criterion("`x` itself holds it: in place", "property")
+def _(subject):
+    for n in WORLDS:
+        for r, run in enumerate(_runs(subject, n)):
+            if not torch.equal(run["x"], run["after"]):
+                left = "was not changed" if torch.equal(run["x"], run["before"]) else "holds other numbers"
+                raise Wrong(f"ring of {n}, rank {r}: the returned tensor is right, but `x` {left}: "
+                            f"in place, please")
 
 
 @ring_all_reduce.criterion("the same bits on every rank", "parity")
 def _(subject):
     for n in WORLDS:
-        runs = _runs(subject, n, fractions=True)
+        runs = _runs(subject, n, kind="fractions")
         want = sum(run["before"] for run in runs)
         for r, run in enumerate(runs):
             same("x", run["after"], want, r, n, rtol=1e-14)
@@ -66,32 +72,78 @@ def _(subject):
         _sends(_runs(subject, n), "all_reduce")
 
 
-def _slips(runs, want, r):
-    """What rank r would hold after the usual mistakes."""
-    right = (r + 1) % len(runs)
-    return {"the right neighbour's row?": want[right],
-            "one hop short?": want[right] - runs[right]["before"][right],
-            "nothing was added to it?": runs[r]["before"][r],
-            "passed on without adding?": runs[right]["before"][r],
-            "your own row of another chunk added?": runs[right]["before"][r] + runs[r]["before"][r - 1]}
+def _sums(subject, n, rows=False):
+    """Judged on random integers; what is wrong runs once more on numbers that say whose they are."""
+    runs = _runs(subject, n, rows)
+    want = sum(run["before"] for run in runs)                                  # (N, CHUNK) or (N * CHUNK,)
+    for r, run in enumerate(runs):
+        try:
+            same("the row" if rows else "x", run["after"], want[r] if rows else want, r, n)
+        except Wrong as wrong:
+            after = run["after"]
+            comparable = isinstance(after, torch.Tensor) and after.dtype == want.dtype
+            told = comparable and after.numel() == CHUNK * (1 if rows else n) and _whose(subject, n, rows, r)
+            raise Wrong(told or f"ring of {n}, {wrong}") from None
 
 
-def _runs(subject, n, rows=False, fractions=False):
+def _whose(subject, n, rows, r):
+    """The first wrong chunk of rank r in words, with the usual cause; empty where it cannot be told."""
+    after = _runs(subject, n, rows, kind="labels")[r]["after"]
+    for c, chunk in zip([r] if rows else range(n), after.reshape(-1, CHUNK)):
+        found = counts(chunk, n)
+        if found is None:
+            return ""
+        if found != {(rank, c): 1 for rank in range(n)}:
+            hint = _hint(found, n, r, c, rows)
+            return f"ring of {n}, rank {r}, chunk {c}: {words(found, c, n)}{hint and ': '}{hint}"
+    return ""
+
+
+def _hint(found, n, r, c, rows):
+    """The usual mistake that leaves these parts in chunk c of rank r."""
+    chunks, lacks = {part[1] for part in found}, {rank for rank in range(n) if (rank, c) not in found}
+    times = found.values()
+    if found == {(r, r - 1 if r else n - 1): 1} and rows:
+        return "this is what `partial` was at the start. Is the sum kept in it?"
+    if found == {(r, c): 1}:
+        return "still your own numbers: was " + (
+            "the finished chunk written into its row?" if c == r else "this chunk ever gathered?")
+    if chunks and c not in chunks and len(chunks) == 1:
+        whole = len(found) == n and set(times) == {1}
+        where = "the wrong index?" if rows else "written into another row?"
+        return f"this is chunk {min(chunks)}'s sum: {where}" if whole else "a hop too few or too many?"
+    if len(chunks) > 1:
+        return "parts of different chunks were added: the index?"
+    if times and min(times) < 0:
+        return "a - for a +?"
+    if times and max(times) > 1:
+        return "added where it should be written, or added twice?"
+    return "what you return, or send on, lacks what you added?" if r in lacks else ""
+
+
+def _runs(subject, n, rows=False, kind="whole"):
     """What `subject` did on each of n ranks. One rank is this process; two are a row of a 2 x 2 mesh."""
     if n == 1:
-        return [_one(subject, 1, rows, fractions)]
-    return ranks(4 if n == 2 else n).run(_one, subject, n, rows, fractions)[:n]
+        return [_one(subject, 1, rows, kind)]
+    try:
+        return ranks(4 if n == 2 else n).run(_one, subject, n, rows, kind)[:n]
+    except RanksError as error:
+        raise RanksError(f"ring of {n}{' (two such, on 4 processes)' if n == 2 else ''}: {error}") from None
 
 
-def _one(subject, n, rows, fractions):
+def _one(subject, n, rows, kind):
     mesh = Mesh(dp=n, pp=world_size() // n)
     draw = torch.Generator().manual_seed(17 + mesh.dp.rank)
-    shape = (n, CHUNK) if rows else (n * CHUNK,)
-    x = torch.randint(-99, 99, shape, generator=draw).double()
-    x = x + torch.rand(shape, generator=draw, dtype=torch.float64) if fractions else x
+    x = torch.randint(-99, 99, (n, CHUNK), generator=draw).double()
+    if kind == "fractions":
+        x += torch.rand((n, CHUNK), generator=draw, dtype=torch.float64)
+    if kind == "labels":
+        x = torch.tensor([[label(mesh.dp.rank, c, n)] * CHUNK for c in range(n)], dtype=torch.float64)
+    x = x if rows else x.view(-1)
     before = x.clone()
     after = subject(x, mesh.dp)
-    return {"before": before, "after": after, "ledger": [(row.op, row.payload) for row in mesh.ledger.take()]}
+    rows_of_ledger = [(row.op, row.payload) for row in mesh.ledger.take()]
+    return {"before": before, "x": x, "after": after, "ledger": rows_of_ledger}
 
 
 def _only_exchange(runs):
