@@ -105,7 +105,7 @@ def curves(lines: dict[str, tuple], points: dict[str, tuple], x: str, y: str, ti
 def mark(picture: Picture, x: float, text: str) -> Picture:
     """A thin upright line at `x` with `text` beside its foot."""
     axes = picture.figure.axes[0]
-    axes.axvline(x, color=GREY, linewidth=1.2, zorder=1)
+    axes.axvline(x, ymax=0.7, color=GREY, linewidth=1.2, zorder=1)              # below the legend
     axes.annotate(text, (x, 0.03), (6, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
                   color="#444444", fontsize=10)
     return picture
@@ -132,22 +132,25 @@ def timeline(ledgers: Sequence[Sequence], title: str = "what each rank did", lab
     colours = dict(zip(names, COLOURS * math.ceil(len(names) / len(COLOURS))))
     picture, axes = canvas(9, 1.5 + 0.5 * len(ledgers), title)
     for rank, row in rows:
-        colour = colours[getattr(row, label) or row.op]
         begin, end = (1e3 * (t - start) for t in (row.begin, row.end))
         wait = 1e3 * row.wait_s if hidden else end - begin
-        axes.barh(rank, end - begin, left=begin, height=0.62, color=_pale(colour), edgecolor="white")
-        axes.barh(rank, wait, left=end - wait, height=0.62, color=colour, edgecolor="white", zorder=3)
+        _call(axes, rank, begin, end, wait, colours[getattr(row, label) or row.op])
     for name in names:
         axes.barh(0, 0, color=colours[name], label=name)
     if hidden:
-        pale = _pale(colours[names[0]]) if len(names) == 1 else _pale(GREY)
-        axes.barh(0, 0, color=pale, label="pale: hidden behind compute")
+        axes.barh(0, 0, color=_pale(colours[names[0]]), label="pale: hidden behind compute")
     axes.set_yticks(range(len(ledgers)), [f"rank {r}" for r in range(len(ledgers))])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set_xlabel("ms")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=10, frameon=False)
     return picture
+
+
+def _call(axes, y, begin, end, wait, colour):
+    bar = {"height": 0.62, "edgecolor": "white"}
+    axes.barh(y, end - begin, left=begin, color=_pale(colour), **bar)
+    axes.barh(y, wait, left=end - wait, color=colour, zorder=3, **bar)
 
 
 def _pale(colour):

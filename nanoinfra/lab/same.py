@@ -2,6 +2,8 @@
 
     rank 1: `embed.weight` differs at [3, 0]: want 0.5, got 1, 2 x (96 of 96): summed instead of averaged?
 """
+import math
+
 import torch
 
 from nanoinfra.lab.check import Wrong
@@ -25,10 +27,16 @@ def same(name: str, got, want: torch.Tensor, rank: int, n: int = 1, rtol: float 
         index = tuple(off.nonzero()[0].tolist())
         g, w = got[index].item(), want[index].item()
         digits = 6 if f"{g:.6g}" != f"{w:.6g}" else 17
-        ratio = f", {g / w:.4g} x" if w and digits == 6 else ""
+        ratio = f", {g / w:.4g} x" if w and digits == 6 and _telling(g / w) else ""
         why = _cause(got, want, n, rtol, causes or {})
         raise Wrong(f"{where} differs at {list(index)}: want {w:.{digits}g}, got {g:.{digits}g}{ratio} "
                     f"({int(off.sum())} of {off.numel()}){': ' + why if why else ''}")
+
+
+def _telling(ratio):
+    """A small whole number, or one over one: more than chance."""
+    return any(math.isfinite(q) and abs(q) <= 64 and abs(q - round(q)) < 1e-6
+               for q in (ratio, 1 / ratio if ratio else 0.0))
 
 
 def _cause(got, want, n, rtol, causes):

@@ -67,7 +67,7 @@ class OptimizerFlags:
 class RunFlags:
     """The run."""
     steps: int = 100                                     # optimizer steps
-    seconds: float | None = None                         # train this long instead, scheduled by the clock
+    seconds: float | None = None                         # train so long instead, saves and scores apart
     eval_every: int = 0                                  # held-out score every N steps and at end; 0: none
     save_every: int = 0                                  # checkpoint every N steps, besides the one at end
     keep: int = 2                                        # checkpoints kept

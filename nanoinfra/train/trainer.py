@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import contextmanager
 
 import torch
 
@@ -113,21 +114,20 @@ class Run:
     def evaluate(self) -> float:
         """Held-out bits per byte, over all ranks."""
         data, held_out = self.mesh.data, self.inputs.held_out
-        nats = self.replica.nats(held_out.batches(self.flags.data.micro_batch, data.rank, data.size))
-        total = comm.all_reduce(torch.tensor(nats, dtype=torch.float64), data, "scalars")
-        self.mark = time.monotonic()                                     # not part of the next step's time
+        with self._off_the_clock():
+            nats = self.replica.nats(held_out.batches(self.flags.data.micro_batch, data.rank, data.size))
+            total = comm.all_reduce(torch.tensor(nats, dtype=torch.float64), data, "scalars")
         return held_out.bits_per_byte(total.item())
 
     def save(self) -> None:
         """A checkpoint of this step, and the curve so far."""
         state = {**self.inputs.identity, **self.loader.state(), "threads": torch.get_num_threads(),
                  "model": self.inputs.model.to_dict(), "flags": to_json(self.flags)}
-        self.dir.save(self.step, self.replica.optimizer, state, self.flags.run.keep)
         n = self.mesh.world.size
-        self.dir.plot(f"{self.flags.model.model}, {parameters(self.inputs.model):,} parameters, "
-                      f"{self.flags.model.dtype}, {n} rank{'s' * (n > 1)}")
-        self.mesh.ledger.take()
-        self.mark = time.monotonic()
+        with self._off_the_clock():
+            self.dir.save(self.step, self.replica.optimizer, state, self.flags.run.keep)
+            self.dir.plot(f"{self.flags.model.model}, {parameters(self.inputs.model):,} parameters, "
+                          f"{self.flags.model.dtype}, {n} rank{'s' * (n > 1)}")
 
     def end(self) -> list[dict]:
         """Write the timeline, and say whether a signal ended the run."""
@@ -148,6 +148,15 @@ class Run:
             self.bar.close()
             self.log.file.close()
         on_sigterm(self.old_handler)
+
+    @contextmanager
+    def _off_the_clock(self):
+        """Neither a step's time nor its traffic, nor part of --seconds."""
+        begin = time.monotonic()
+        yield
+        self.began += time.monotonic() - begin
+        self.mark += time.monotonic() - begin
+        self.mesh.ledger.take()
 
     def _open_loader(self, consumed):
         data, flags = self.mesh.data, self.flags

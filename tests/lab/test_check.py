@@ -51,6 +51,8 @@ def test_what_is_not_written_yet_is_wrong_and_says_so():
         raise NotImplementedError()
     assert even().report(starter).first_failure.text == "not written yet"
     assert "ZeroDivisionError" in even().report(lambda: 1 / 0).first_failure.text
+    text = even().report(lambda: undefined).first_failure.text                         # noqa: F821
+    assert text.startswith("NameError") and "import inside the exercise cell" in text
 
 
 def test_in_a_notebook_a_failure_shows_table_and_reason_without_a_traceback():
@@ -78,6 +80,7 @@ def test_lessons_are_found_by_number():
     (torch.full((2, 3), 0.25), "averaged instead of summed"),
     (torch.tensor([[1, 1, 1], [1, 1, 0.0]]), r"at \[1, 2\]: want 1, got 0, 0 x \(1 of 6\)$"),
     (torch.full((2, 3), float("nan")), "not a number"),
+    (torch.full((2, 3), 7.824), r"got 7.824 \(6 of 6\)$"),        # a ratio by chance says nothing
     (torch.full((2, 3), 1 + 2**-20), "want 1, got 1.0000009536743164 .*rounding"),
     (torch.ones(3, 2), r"shape \(3, 2\), want \(2, 3\)"),
     (torch.ones(2, 3).double(), "torch.float64, want torch.float32"),

@@ -36,6 +36,16 @@ def test_a_table_of_keys(course):
     assert compare(["L02.bytes", "L02.seconds"], tolerance={"L02.seconds": None}).passed
 
 
+def test_a_second_prediction_shows(course):
+    for guess in (30, 40):
+        predict("L02.bytes", guess, "B")
+        measure("L02.bytes", lambda: counted(40, "B"))
+    (cells,) = compare(["L02.bytes"]).rows
+    assert cells[1] == "40 B (2nd prediction)" and cells[-1] == "pass"
+    predict("L02.bytes", 50, "B")
+    assert compare(["L02.bytes"]).rows[0][1] == "50 B (3rd prediction)"
+
+
 def test_a_table_that_judges_nothing_has_not_passed(course):
     assert not compare([Row("x", 1.0, median([1.0]), None)]).passed
 

@@ -34,6 +34,12 @@ def test_a_timeline_has_a_line_a_rank_and_shows_what_was_waited_for():
     assert waited == pytest.approx([100] * 6)                      # ms
 
 
+def test_a_timeline_without_hiding_shows_whole_calls_and_no_pale():
+    axes = draw.timeline(LEDGERS, hidden=False).figure.axes[0]
+    assert [bar.get_width() for bar in axes.patches if bar.get_width()] == pytest.approx([500] * 12)
+    assert not [text for text in axes.get_legend().get_texts() if "hidden" in text.get_text()]
+
+
 def test_a_ring_names_ranks_counts_and_what_is_sent():
     got = texts(draw.ring(RING, sent=[(r - 2) % 4 for r in range(4)]))
     assert {"rank 3", "chunk 1", "2", "1"} <= set(got)
@@ -44,6 +50,11 @@ def test_curves_pair_a_line_with_its_points():
     picture = draw.curves({"ring": ([2, 4], [1, 2])}, {"ring": ([2, 4], [1.1, 2.1])}, "bytes", "seconds")
     line, points = picture.figure.axes[0].lines
     assert line.get_color() == points.get_color()
+    picture = draw.curves({"a": ([2, 4], [1, 2]), "b": ([2, 4], [1, 2])}, {"b": ([2, 4], [1, 2])}, "x", "y",
+                          dashed=["b"])
+    under, over, dots = picture.figure.axes[0].lines
+    assert (under.get_linestyle(), over.get_linestyle(), dots.get_markerfacecolor()) == ("-", "--", "none")
+    assert "from here" in texts(draw.mark(picture, 3, "from here"))
     draw.size_ticks(picture, [2**16, 2**22])
     assert {"64 KiB", "4 MiB"} <= set(texts(picture))
 

@@ -31,6 +31,12 @@ def test_a_patch_holds_in_the_rank_processes_and_only_during_the_call():
     assert l02_ring.ring_all_reduce.report(ring_all_reduce).exit_code == 0
 
 
+def test_mutants_are_found_from_a_folder_outside_the_repository(course):
+    assert {m.check.name for m in collect(file="l02_ring")} == {check.name for check in l02_ring.CHECKS}
+    with pytest.raises(ValueError, match="work inside a clone"):
+        collect(file="l98_none")
+
+
 def test_the_command_exits_1_if_one_survives(tmp_path, capsys):
     (tmp_path / "bad.py").write_text(
         "from nanoinfra.dist.rings import ring_all_reduce\n"

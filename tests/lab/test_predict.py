@@ -28,6 +28,17 @@ def test_what_is_no_prediction_is_refused(course, key, value):
     assert not (course / "work" / "numbers.json").exists()
 
 
+@pytest.mark.parametrize("key, unit, got", [
+    ("L02.byte", "B", "'L02.byte'"), ("L02.bytes", "MB", "L02.bytes in 'MB'"),
+    ("L03.none", "s", "'L03.none'")])
+def test_what_the_lesson_does_not_ask_for_is_refused(course, key, unit, got):
+    asked = "L02.bytes in B and L02.seconds in s" if key[:3] == "L02" else "L03.calls_each"
+    with pytest.raises(ValueError, match=f"lesson {key[1:3]} asks for {asked}.*; got {got}$"):
+        predict(key, 1, unit)
+    assert not (course / "work" / "numbers.json").exists()
+    predict("L97.anything", 1, "of its own")                       # a lesson without checks asks for nothing
+
+
 @pytest.mark.parametrize("value, unit, want", [
     (1572864.0, "B", "1,572,864 B"), (0.0862, "s", "86.2 ms"), (2.5e-6, "s", "2.5 us"),
     (4, "calls", "4 calls"), (0.375, "", "0.375"), (0, "s", "0 s")])
