@@ -29,8 +29,8 @@ mutants: $(VENV)/dev  ## show that every check rejects its known-wrong variants
 lint: $(VENV)/dev  ## ruff
 	$(BIN)/ruff check .
 
-lines: $(VENV)/base  ## lines a module; fails past 300
-	$(BIN)/python scripts/lines.py --table
+lines: $(VENV)/base  ## lines a module, into README too; fails past 300
+	$(BIN)/python scripts/lines.py --table --readme
 
 lessons: $(VENV)/lessons  ## build the notebooks and open JupyterLab
 	$(BIN)/python -m nanoinfra.lab.build lessons
@@ -45,7 +45,7 @@ grade: $(VENV)/base  ## grade work/LNN.py: make grade L=02
 speedrun: $(VENV)/base  ## 60 s of training against the frozen loop's 120 s, three pairs
 	$(BIN)/python scripts/bench/speedrun.py
 
-bench: $(VENV)/base  ## against torch DDP and a plain torch loop, nine pairs each
+bench: $(VENV)/base  ## against torch DDP and a plain torch loop, fifteen pairs each
 	$(BIN)/python scripts/bench/train.py
 
 figures: $(VENV)/base  ## draw README's picture again

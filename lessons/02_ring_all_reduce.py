@@ -292,9 +292,9 @@ draw.size_ticks(picture, sizes)
 
 # %% [markdown]
 # **Explain.** Four sentences. (a) Why is the measured time above the prediction and never below, and why
-# by so much more for small tensors (10 to 20 % at 16 KiB, some 3 % at 4 MiB)? (b) Set the ring's and the tree's
-# formula equal: from which size on does the ring win, and is the grey line there? (c) What happens to
-# that size when N doubles? (d) What does nanoinfra's ring do that yours leaves out?
+# by so much more for small tensors (10 to 20 % at 16 KiB, some 3 % at 4 MiB)? (b) Set the ring's and the
+# tree's formula equal: from which size on does the ring win, and is the grey line there? (c) What happens
+# to that size when N doubles? (d) What does nanoinfra's ring do that yours leaves out?
 
 # %% [markdown] nbgrader={"grade_id": "explain", "solution": true, "grade": true, "points": 4}
 # <!-- ### BEGIN SOLUTION -->

@@ -3,6 +3,7 @@
     python scripts/lines.py --table
 """
 import ast
+import re
 import sys
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,23 @@ def measure(path: Path) -> tuple[int, list[int]]:
     return len(text.splitlines()), [node.end_lineno - node.lineno + 1 for node in functions]
 
 
+def count(path: Path) -> int:
+    """Lines of a file, or of all Python files in a folder."""
+    files = sorted(path.glob("*.py")) if path.is_dir() else [path]
+    return sum(len(file.read_text().splitlines()) for file in files)
+
+
+def update_readme() -> None:
+    """Write today's line counts into README's table."""
+    readme = ROOT / "README.md"
+    text = re.sub(r"(\]\((nanoinfra/[^)]+)\) \| )\d+( \|)",
+                  lambda row: f"{row[1]}{count(ROOT / row[2])}{row[3]}", readme.read_text())
+    readme.write_text(text)
+
+
 def main() -> int:
+    if "--readme" in sys.argv:
+        update_readme()
     files = sorted([*ROOT.glob("nanoinfra/**/*.py"), *ROOT.glob("kernels/*.py"),
                     *ROOT.glob("scripts/**/*.py")])
     rows = [(path.relative_to(ROOT), *measure(path)) for path in files if path.stat().st_size]

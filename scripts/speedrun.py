@@ -10,7 +10,6 @@ training, whose time is printed. Ways to be quick: a small vocabulary, bf16 weig
 import argparse
 import json
 import time
-from math import log
 
 import torch
 import torch.nn.functional as F
@@ -85,10 +84,8 @@ class Optimizer:
     """Muon on the blocks' C x C matrices, Adam on embedding and head, Adagrad on the rows in use."""
 
     def __init__(self, model: Model):
-        self.model, self.steps = model, 0
-        self.m = {name: torch.zeros_like(w) for name, w in model.masters.items()}
-        self.v = {name: torch.zeros_like(w) for name, w in model.masters.items()}
-        self.squares = torch.zeros_like(model.bigrams)
+        self.model, self.steps, self.squares = model, 0, torch.zeros_like(model.bigrams)
+        self.m, self.v = ({name: torch.zeros_like(w) for name, w in model.masters.items()} for _ in "mv")
 
     @torch.no_grad()
     def step(self, scale: float, at: torch.Tensor, rows: torch.Tensor) -> None:
@@ -101,9 +98,8 @@ class Optimizer:
             w.grad = None
         used, place = at.unique(return_inverse=True)
         g = torch.zeros(len(used), C).index_add_(0, place.flatten(), rows.grad.float().flatten(0, 1))
-        squares = self.squares[used] + g * g
-        self.squares[used] = squares
-        self.model.bigrams[used] -= scale * RATES["bigrams"] * g / (squares.sqrt() + 1e-10)
+        self.squares[used] += g * g
+        self.model.bigrams[used] -= scale * RATES["bigrams"] * g / (self.squares[used].sqrt() + 1e-10)
 
     def adam(self, name, g, beta1=0.9, beta2=0.95):
         m, v = self.m[name].lerp_(g, 1 - beta1), self.v[name].lerp_(g * g, 1 - beta2)
@@ -131,3 +127,39 @@ def bits_per_byte(logits, held_out: HeldOut) -> float:
             nats += F.cross_entropy(logits(x).flatten(0, 1).float(), y.flatten(), ignore_index=IGNORE,
                                     reduction="sum").item()
     return held_out.bits_per_byte(nats)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="stdlib", help="stdlib, a text file or a folder")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cache", help="where tokenizer and tokens are kept; default: the user's cache")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    corpus = load_corpus(args.data)
+    tokenizer = tokenizer_for(corpus, V, args.cache)
+    loader = Loader(pack(corpus, tokenizer, args.cache), seed=args.seed, seq=T, micro_batch=B)
+    model = Model(tokenizer.vocab_size, args.seed)
+    optimizer = Optimizer(model)
+    began, done = time.perf_counter(), 0.0                               # done: share of the time
+    while done < 1:
+        [(x, y)] = loader.next()                                         # (B, T) each
+        at = bigram(x)
+        rows = model.bigrams[at].bfloat16().requires_grad_()             # (B, T, C)
+        loss = cross_entropy(model.hidden(x, rows), model.weights["head"], y, y.numel())
+        loss.backward()
+        optimizer.step(min(1, done / WARMUP + 0.05, (1 - done) / DECAY), at, rows)
+        done = (time.perf_counter() - began) / args.seconds
+        if optimizer.steps % 100 == 0:
+            print(f"{done * args.seconds:5.1f} s  step {optimizer.steps}  loss {loss.item():.3f}", flush=True)
+    loader.close()
+    found = bits_per_byte(model.logits, HeldOut(corpus.held_out, tokenizer, T))
+    print(json.dumps({"bits_per_byte": round(found, 4), "seconds": round(done * args.seconds, 2),
+                      "steps": optimizer.steps, "tokens": optimizer.steps * B * T, "corpus": corpus.hash[:16],
+                      "tokenizer_s": round(tokenizer.train_s, 1)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -53,7 +53,7 @@ def all_gather(x: torch.Tensor, axis, tag: str = "", wait: bool = True):
 
 def reduce_scatter(x: torch.Tensor, axis, tag: str = "", wait: bool = True):
     """Sum `x` (N, ...) over the axis and keep row `axis.rank`: (...)."""
-    if axis.size > 1 and dist.get_backend(axis.group) == "gloo":
+    if x.device.type == "cpu":
         parts = torch.empty_like(x, memory_format=torch.contiguous_format)     # (N, ...) my row, of each rank
         return _run("reduce_scatter", axis, tag, _bytes(x), x[0], wait, lambda: parts.sum(0),
                     lambda: dist.all_to_all_single(parts, x.contiguous(), group=axis.group, async_op=True))

@@ -41,7 +41,10 @@ def process_group(device: str, out: Path):
     import torch.distributed as dist
 
     from nanoinfra.dist.ledger import Board, report_to
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        import torch
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")   # counts travel on the CPU
     out.mkdir(parents=True, exist_ok=True)
     report_to(Board(out / BOARD, dist.get_world_size(), dist.get_rank()))
     try:

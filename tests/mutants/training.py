@@ -146,7 +146,8 @@ COUNT, OPTIMIZER = "nanoinfra.train.trainer:count_valid", "nanoinfra.train.repli
 MUTANTS = [
     Mutant("no all-reduce", training, patched(main, WRAP, NoAllReduce), PARITY),
     Mutant("averages what is normalised already", training, patched(main, WRAP, Averages), PARITY),
-    Mutant("forgets earlier micro-batches", training, patched(main, WRAP, ForgetsEarlierMicroBatches), PARITY),
+    Mutant("forgets earlier micro-batches", training,
+           patched(main, WRAP, ForgetsEarlierMicroBatches), PARITY),
     Mutant("divides by the rank's own count", training, patched(main, COUNT, local_count), PARITY),
     Mutant("counts padding", training, patched(main, COUNT, counts_padding), PARITY),
     Mutant("sends at every micro-batch", training, patched(main, WRAP, SendsEveryMicroBatch), BYTES),
