@@ -37,9 +37,8 @@ def _asked(key, unit):
     number = key[1:3]
     if number not in check.modules():
         return
-    keys = check.lesson(number).PREDICTIONS
-    units = keys if isinstance(keys, dict) else dict.fromkeys(keys)      # keys alone leave the unit open
-    if key not in units or units[key] not in (None, unit):
+    units = check.lesson(number).PREDICTIONS
+    if key not in units or units[key] != unit:
         *most, last = [f"{k} in {u}" if u else k for k, u in units.items()]
         got = f"{key!r}" if key not in units else f"{key} in {unit!r}"
         asked = f"{', '.join(most)} and {last}" if most else last

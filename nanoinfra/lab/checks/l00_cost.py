@@ -9,7 +9,7 @@ from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.model.decoder import Decoder
 
-PREDICTIONS = ("L00.parameters", "L00.flops", "L00.bytes", "L00.seconds")
+PREDICTIONS = {"L00.parameters": "", "L00.flops": "FLOPs", "L00.bytes": "B", "L00.seconds": "s"}
 PLAIN = ModelConfig(vocab=61, width=24, layers=3, heads=4, kv_heads=4, head_dim=6, hidden=40, context=64)
 GROUPED = replace(PLAIN, kv_heads=1)
 WIDE_HEADS = replace(GROUPED, head_dim=10)   # H K = 40, but C = 24: as in Qwen3

@@ -14,8 +14,8 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.data import pack
 
-PREDICTIONS = ("L03.calls_each", "L03.calls_buckets", "L03.bytes", "L03.wait_each", "L03.wait_buckets",
-               "L03.wait_overlap")
+PREDICTIONS = {"L03.calls_each": "calls", "L03.calls_buckets": "calls", "L03.bytes": "B",
+               "L03.wait_each": "s", "L03.wait_buckets": "s", "L03.wait_overlap": "s"}
 CONFIG = ModelConfig(vocab=61, width=24, layers=3, heads=4, kv_heads=2, head_dim=6, hidden=40, context=16)
 BUCKET = 24_000                              # bytes: a bucket a block, and one for the embedding
 
