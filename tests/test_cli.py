@@ -65,6 +65,7 @@ MISTAKES = {
     "a folder that is not there": (["--data", "{tmp}/nowhere"], "nowhere"),
     "a file that is no text": (["--data", "{tmp}/binary"], "UTF-8"),
     "an --out that is a file": (["--out", "{tmp}/binary"], "binary"),
+    "an --out that is a file, for two ranks": (["--out", "{tmp}/binary", "--dp", "2"], "binary"),
     "a wire that is no wire": (["--wire", "dp=fast"], "dp=20e-6,1e9"),
     "no steps": (["--steps", "0"], "at least 1"),
     "nothing to resume": (["--resume", "--out", "{tmp}/new"], "start without --resume"),

@@ -45,7 +45,7 @@ def process_group(device: str, out: Path):
         import torch
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")   # counts travel on the CPU
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     report_to(Board(out / BOARD, dist.get_world_size(), dist.get_rank()))
     try:
         yield
@@ -60,6 +60,7 @@ def launch(argv: list[str], nproc: int, out: Path) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    make_folder(out)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=RUN_ID, rdzv_backend="c10d",
@@ -101,6 +102,15 @@ def _after_failure(failed, world, out):
         print(hang_report(positions, lambda r: "was killed" if r in killed else ""), file=sys.stderr)
         (out / BOARD).unlink()
     return 1
+
+
+def make_folder(path: Path) -> None:
+    """A run directory, or a folder in it. Raises ValueError where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to --out {path}: {error.strerror}; "
+                         "name a folder that you may write to") from error
 
 
 def leave_error(message: str) -> bool:

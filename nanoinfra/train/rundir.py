@@ -11,7 +11,7 @@ from nanoinfra.dist import comm
 from nanoinfra.train import checkpoint, metrics
 from nanoinfra.train.config import TrainFlags, to_json
 from nanoinfra.train.inputs import Inputs
-from nanoinfra.train.launch import STOPPED
+from nanoinfra.train.launch import STOPPED, make_folder
 from nanoinfra.train.manifest import read_manifest
 from nanoinfra.train.optim import Optimizer
 from nanoinfra.train.pieces import Piece
@@ -23,11 +23,7 @@ class RunDir:
     def __init__(self, path: Path, mesh):
         self.path, self.mesh, self.first = path, mesh, mesh.rank == 0
         self.checkpoints = path / "checkpoints"
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot write to --out {path}: {error.strerror}; "
-                             "name a folder that you may write to") from error
+        make_folder(self.checkpoints)
 
     def start_afresh(self) -> tuple[int, int]:
         """0 steps, 0 samples; but a run that is there is nobody's to overwrite."""
