@@ -65,21 +65,18 @@ def trainer(name):
         optimizer.step(gradients(), lr=1e-3)                       # also forgets the gradients
     return model, optimizer, gradients, step
 
-
 trainers = {name: trainer(name) for name in BATCHES}
 times, rows = {}, []
 for name, (model, _, _, step) in trainers.items():
     times[name] = timed(step)
-    B, T = BATCHES[name]
-    larger = 124e6 / sum(p.numel() for p in model.parameters())
-    years = 10e9 / (B * T) * times[name].value * larger / 3.156e7
+    own, (B, T) = sum(p.numel() for p in model.parameters()), BATCHES[name]
+    years = 10e9 / (B * T) * times[name].value * 124e6 / own / 3.156e7
     rows.append((name, f"{B} x {T}", str(times[name]), f"{years:.1f} years"))
 Grid(f"a step on one of {machine()}", ("size", "B x T", "a step", "so GPT-2 small takes"), rows)
 
 # %% [markdown]
 # The last column guesses at GPT-2 small, 124 million parameters trained on 10 billion tokens, as if time were
-# in proportion to parameters. The rows disagree, so it is not. And would GPT-2 xl, with 1.5 billion, fit into
-# your memory at all? Waiting for an answer is no plan. We need to *count*.
+# in proportion to parameters. The rows disagree, so it is not. Waiting is no plan: we need to *count*.
 
 # %% [markdown]
 # ## 2. Predict
@@ -87,9 +84,9 @@ Grid(f"a step on one of {machine()}", ("size", "B x T", "a step", "so GPT-2 smal
 # *grouped-query attention*), each K numbers wide; an MLP of width F. Products have a dot, as H·K; KV is one
 # name. A step sees B sequences of T tokens. Some terms below are left to you.
 # 1. *Parameters*: Ψ of them, `psi` in code. A layer has the matrices q (C × H·K), k and v, which make only KV
-#    heads, and o, back to width C: which shapes have these? Its MLP is a *SwiGLU*, down(SiLU(gate) · up): gate,
-#    up and down of C × F each. Two norms have C each. Around the layers stand the embedding (V × C) and a
-#    last norm. The head is the embedding again (*tied*), or has weights of its own.
+#    heads, and o, back to width C: what are their shapes? Its MLP is a *SwiGLU*, down(SiLU(gate) · up), where
+#    gate, up and down have C × F each. Two norms have C each. Around the layers stand the embedding (V × C)
+#    and a last norm. The head is the embedding again (*tied*), or has weights of its own.
 # 2. *FLOPs*. A matrix times a vector takes a multiply and an add for each entry: 2 FLOPs a parameter and
 #    token. Backward makes two products for each one of forward, the gradient of the input and that of the
 #    weight. So 6 for every parameter *in a matrix product*. The embedding is a look-up. A tied head? A norm?
@@ -100,6 +97,11 @@ Grid(f"a step on one of {machine()}", ("size", "B x T", "a step", "so GPT-2 smal
 # 5. *Seconds*, at best: FLOPs over the peak, the rate of this machine's fastest matrix product.
 
 # %%
+NAME = list(BATCHES)[-1]
+config, (B, T) = sized(NAME), BATCHES[NAME]
+V, C, L, F = config.vocab, config.width, config.layers, config.hidden
+H, KV, K = config.heads, config.kv_heads, config.head_dim
+print(f"{NAME}: {V=} {C=} {L=} {H=} {KV=} {K=} {F=}, a tied head; a step has {B=} {T=}")
 rates = {}
 for n in (32, 64, 128, 256, 512, 1024):
     a, b = torch.randn(2, n, n)
@@ -107,13 +109,6 @@ for n in (32, 64, 128, 256, 512, 1024):
 peak = max(rates.values())
 Grid("n x n matrix products, timed, median of 9", ("n", "GFLOP/s", "of the peak"),
      [(str(n), f"{rate / 1e9:.1f}", f"{rate / peak:.0%}") for n, rate in rates.items()])
-
-# %%
-NAME = list(BATCHES)[-1]
-config, (B, T) = sized(NAME), BATCHES[NAME]
-V, C, L, F = config.vocab, config.width, config.layers, config.hidden
-H, KV, K = config.heads, config.kv_heads, config.head_dim
-print(f"{NAME}: {V=} {C=} {L=} {H=} {KV=} {K=} {F=}, a tied head; a step has {B=} {T=}")
 
 # %% [markdown]
 # Commit four numbers for this model and one step: parameters, FLOPs, bytes, and seconds at `peak`. The last
@@ -140,7 +135,6 @@ predict("L00.seconds", work / peak, "s")
 
 # %%
 def shares(rows, title):
-    """A bar a row of {label: {part: value}}: each part's share."""
     picture, axes = draw.canvas(8.6, 1.3 + 0.42 * len(rows), title)
     for y, parts in enumerate(rows.values()):
         left = 0
@@ -156,7 +150,6 @@ def shares(rows, title):
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=10, frameon=False)
     return picture
 
-
 by_part = {name: params.parameters_by_part(size.model) for name, size in SIZES.items()}
 for parts in by_part.values():
     parts["embedding, positions, head"] = sum(map(parts.pop, ("embedding", "positions", "head")))
@@ -165,33 +158,28 @@ shares({f"{name}, {sum(parts.values()) / 1e6:,.2f} M": parts for name, parts in 
 
 # %% [markdown]
 # **Exercise 1: parameters.** Count them for any decoder of the LLaMA family, without biases. H·K need not be
-# C. For `sized("test")` the answer is 54,592. Six to ten lines.
-#
-# The line `%%exercise L00` writes the cell to `work/L00.py`. The checks and `make grade` run that file, and
-# it knows nothing of this notebook: whatever the cell uses, even `torch`, it imports itself.
+# C. For `sized("test")` the answer is 54,592. Four to ten lines. The line `%%exercise L00` writes the cell
+# to `work/L00.py`. The checks and `make grade` run that file, and it knows nothing of this notebook:
+# whatever the cell uses, even `torch`, it imports itself.
 
 # %% nbgrader={"grade_id": "parameters", "solution": true}
 # %%exercise L00
 def parameters(config):
-    """Number of parameters of a LLaMA-like decoder; a tied head counts once."""
+    """Number of parameters of a LLaMA-like decoder; a tied head (`config.tied`) counts once."""
     C, V, L, F = config.width, config.vocab, config.layers, config.hidden
     H, KV, K = config.heads, config.kv_heads, config.head_dim
     ### BEGIN SOLUTION
     attention = 2 * C * H * K + 2 * C * KV * K                     # q and o, k and v
-    mlp = 3 * C * F                                                # gate, up, down
-    norms = 2 * C
-    embedding = V * C
-    head = 0 if config.tied else V * C
-    return embedding + L * (attention + mlp + norms) + C + head
+    embedding = V * C if config.tied else 2 * V * C                # and the head
+    return embedding + L * (attention + 3 * C * F + 2 * C) + C       # the MLP, and norms
     ### END SOLUTION
 
 # %%
 check.parameters(parameters)
 
 # %% [markdown]
-# **Exercise 2: FLOPs of a step.** Forward and backward over `batch` sequences of `seq` tokens. Which
-# parameters are in no product? Which product has no parameters? For `sized("test")`, 2 sequences of 24 tokens
-# cost 17,989,632. Six to ten lines.
+# **Exercise 2: FLOPs of a step.** Forward and backward over `batch` sequences of `seq` tokens. For
+# `sized("test")`, 2 sequences of 24 tokens cost 17,989,632. Four to ten lines.
 
 # %% nbgrader={"grade_id": "train_flops", "solution": true}
 # %%exercise L00
@@ -212,9 +200,8 @@ check.train_flops(train_flops)
 # %% [markdown]
 # ## 4. Read the real one
 # The trainer's MFU is made of these. *Recompute* throws away what forward kept and runs it again in backward,
-# to save memory (lesson 04): *full* does so for whole layers, *selective* for scores and values alone. The
-# equations quoted are the same count in GPT-2's shapes. What do they handle that yours leaves out? Question
-# (e) below asks for it.
+# to save memory (lesson 04): *full* does so for whole layers, *selective* for scores and values. Quoted
+# equations are the same count in GPT-2's shapes. What do they handle that yours leaves out? See (e) below.
 
 # %%
 print(*map(inspect.getsource, (params.shapes, params.block_shapes, flops.forward_flops, flops.train_flops,
@@ -240,16 +227,16 @@ compare(["L00.parameters", "L00.flops", "L00.bytes", "L00.seconds"], tolerance={
 
 # %% [markdown]
 # A miss? Find the term you forgot, predict again and rerun the cell above; the table says which try it was.
-# The time is not judged, as no step runs all its products at the peak. Once FLOPs pass, one over the ratio of
+# Time is not judged: no step runs all its products at the peak. Once FLOPs pass, one over the ratio of
 # seconds is the **MFU**. Where does the rest go? A *clock* on every operator tells; torch's FLOP counter is
 # built in the same way. The clock slows the step, so blue is below the MFU.
 
 # %%
 class Clock(TorchDispatchMode):
     """While it is on, adds up the seconds of each operator."""
-    def __init__(self):
-        super().__init__()
+    def __enter__(self):
         self.spent = Counter()
+        return super().__enter__()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         begin = time.perf_counter()
@@ -257,9 +244,7 @@ class Clock(TorchDispatchMode):
         self.spent[op.overloadpacket.__name__] += time.perf_counter() - begin
         return out
 
-
 def clocked(name):
-    """Seconds of one step of size `name`, by what they were spent on."""
     begin = time.perf_counter()
     with Clock() as clock:
         trainers[name][-1]()
@@ -270,87 +255,77 @@ def clocked(name):
     return {"products at the peak": best, "products, below the peak": products - best,
             "other operators": rest, "Python, and the clock": total - products - rest}
 
-
 def budget(name):
     steps = [clocked(name) for _ in range(5)]
     return {part: median([step[part] for step in steps]).value for part in steps[0]}
-
 
 ideal = {name: flops.train_flops(sized(name), *BATCHES[name]) / peak for name in BATCHES}
 shares({f"{name}, MFU {ideal[name] / times[name].value:.0%}": budget(name) for name in BATCHES},
        "a step's time (timed, medians of 5 clocked steps)")
 
 # %% [markdown]
-# And where do the FLOPs go? GPT-2 has H·K = KV·K = C, F = 4C and two matrices in its MLP: the four of
-# attention have 4C² parameters and these two 8C², so its layers have 12·L·C². At xl's own T of 1024 nearly all
-# goes into them, as *6 a parameter* says. But scores and values grow with T. From which T on is that rule
-# wrong by a factor of two? Work it out; the next picture marks it.
+# And where do the FLOPs go? GPT-2 has H·K = KV·K = C, F = 4C and two matrices in its MLP: attention's four
+# have 4C² parameters and these two 8C², so L layers have 12·L·C². At xl's own T of 1024 nearly all goes into
+# them, as *6 a parameter* says. But scores and values grow with T. From which T on is that rule wrong by a
+# factor of two? Work it out; the next picture marks it.
 
 # %%
-xl = sized("xl")
-lengths = [2 ** (k / 4) for k in range(32, 69)]                    # 256 to 128 Ki
+xl, lengths = sized("xl"), [2 ** (k / 4) for k in range(32, 69)]   # 256 to 128 Ki
 terms = [flops.forward_flops(xl, round(length)) for length in lengths]
-labels = {"head": "head", "mlp": "MLP", "qkvo": "q, k, v, o", "scores": "scores", "values": "values"}
+order = ("head", "mlp", "qkvo", "scores", "values")
 picture, axes = draw.canvas(8.6, 4.2, "GPT-2 xl: where the FLOPs go")
-axes.stackplot(lengths, [[t[term] / sum(t.values()) for t in terms] for term in labels], edgecolor="white",
-               labels=labels.values(), colors=[draw.PINK, draw.GREEN, draw.BLUE, draw.ORANGE, draw.RED])
-axes.axvline(6 * xl.width, color="black", linestyle="--", label="T = 6C")
+axes.stackplot(lengths, [[t[term] / sum(t.values()) for t in terms] for term in order], edgecolor="white",
+               labels=order, colors=[draw.PINK, draw.GREEN, draw.BLUE, draw.ORANGE, draw.RED])
 axes.set_xscale("log", base=2)
 axes.set_xticks(lengths[4::4], [f"{length / 1024:g} Ki" for length in lengths[4::4]])
 axes.set(xlim=(256, 2**17), ylim=(0, 1), xlabel="tokens in a sequence, T", ylabel="share of the FLOPs")
+axes.axvline(6 * xl.width, color="black", linestyle="--", label="T = 6C")
 axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=10, frameon=False, reverse=True)
-picture
+picture  # noqa: B018
 
 # %% [markdown]
 # At T = 6C, 12·L·C·T is 6·12·L·C² (the head adds a little). Now the wall. Train each size on 20 tokens a
-# parameter (*Chinchilla*: Hoffmann et al. 2022): here, at your MFU; and on an H100, with its published peak of
-# 989 TFLOP/s in bfloat16, at an MFU of 40 %. Nothing in this table was run: it is *modelled*. *States* are
-# weights, gradients and moments. Activations need memory too, so states of 99 % do not fit.
+# parameter (*Chinchilla*: Hoffmann et al. 2022): here, at your MFU; and on an H100, at 40 % of its published
+# 989 TFLOP/s in bfloat16. Nothing in this table was run: it is *modelled*. *States* are weights, gradients
+# and moments. Activations need memory too, so states of 99 % do not fit.
 
 # %%
 UNITS = {"years": 365 * 86400, "days": 86400, "hours": 3600, "minutes": 60, "s": 1, "ms": 1e-3}
 memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-
 def duration(seconds):
     unit = next(unit for unit, size in UNITS.items() if seconds >= size or unit == "ms")
     return f"{float(f'{seconds / UNITS[unit]:.2g}'):,.10g} {unit}"             # two digits
 
-
 def training(name, size):
-    psi, T = params.parameters(size), size.context
-    work = flops.train_flops(size, 1, T) / T * 20 * psi
-    here = work / peak * times[NAME].value / ideal[NAME]
-    return (name, f"{psi:,}", f"{16 * psi / 1e6:,.0f} MB", f"{1600 * psi / memory:,.1f} %", duration(here),
-            duration(work / (0.4 * 989e12)))
+    psi = params.parameters(size)
+    work = flops.train_flops(size, 1, size.context) / size.context * 20 * psi
+    return (name, f"{psi:,}", f"{16 * psi / 1e6:,.0f} MB", f"{1600 * psi / memory:,.1f} %",
+            duration(work / peak * times[NAME].value / ideal[NAME]), duration(work / (0.4 * 989e12)))
 
-
-gpt3 = ModelConfig(50257, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2")
-sizes = {name: size.model for name, size in SIZES.items()} | {"GPT-3": gpt3}
 Grid(f"modelled: this machine, with {memory / 1e9:.0f} GB, and an H100",
      ("size", "parameters", "states", "of this memory", "training, here", "on the H100"),
-     [training(name, size) for name, size in sizes.items()])
+     [*(training(name, size.model) for name, size in SIZES.items()),
+      training("GPT-3", ModelConfig(50257, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2"))])
 
 # %% [markdown]
 # **Explain.** Five sentences. (a) Why is MFU below 1? Name the two largest reasons on your machine. (b) Why
-# does it grow with the model? (c) Why did the guesses of section 1 disagree? (d) GPT-3 fits on no single
-# device. By how much do its states miss 80 GB, and what else needs memory? (e) What do the functions of
-# section 4 handle that yours leave out?
+# does it grow with the model? (c) Why did the guesses of section 1 disagree? (d) By how much do the states of
+# GPT-3 miss 80 GB, an H100's memory? (e) What do the functions of section 4 handle that yours leave out?
 
 # %% [markdown] nbgrader={"grade_id": "explain", "solution": true, "grade": true, "points": 5}
 # <!-- ### BEGIN SOLUTION -->
 # (a) Products of small matrices run below the peak, and operators with hardly any FLOPs (norms, softmax,
-# SiLU, additions, AdamW) wait for memory; Python and dispatch come on top. (b) Products cost C² a token and
-# the rest costs C, and larger matrices come nearer to the peak. (c) Time is FLOPs over MFU. FLOPs are not in
-# proportion to parameters (attention, and norms), and the MFU of the sizes differs. (d) 16 bytes for each of
-# 175 billion are 2.8 TB, 35 times 80 GB; what forward keeps for backward comes on top, see lesson 01. (e)
-# GPT-2's positions, biases and two-matrix MLP, norms of q and k; causal halves, and recomputation.
+# SiLU, additions, AdamW) wait for memory; Python and dispatch come on top. (b) Products cost C² a token, the
+# rest costs C, and larger matrices come nearer to the peak. (c) Time is FLOPs over MFU. FLOPs are not in
+# proportion to parameters (attention, norms), and MFU differs. (d) 16 bytes for each of 175 billion are 2.8
+# TB, 35 times 80 GB. (e) GPT-2's positions, biases and MLP; norms of q and k; causal halves; recomputation.
 # <!-- ### END SOLUTION -->
 
 # %% [markdown]
 # ## 6. Break it
-# Here are counts that are wrong by one slip each, one of them a famous rule, and the criteria of your check,
-# in order. The first that a count does not meet rejects it. Guess which catches which.
+# Counts that are wrong by one slip each, one a famous rule, and the criteria of your check, in order. The
+# first that a count does not meet rejects it. Guess which catches which.
 
 # %%
 mutants = [m for m in collect(file="l00_cost") if m.check is check.train_flops][:: 3 if FAST else 1]
@@ -358,7 +333,7 @@ print("counts:", *(mutant.name for mutant in mutants), sep="\n    ")
 print("criteria:", *(criterion.name for criterion in check.train_flops.criteria), sep="\n    ")
 
 # %% [markdown]
-# Now run. Then grade your own file, `work/L00.py`, from a terminal in the project's folder: `make grade L=00`.
+# Now run. Then grade your own file, `work/L00.py`, from a terminal in this project: `make grade L=00`.
 
 # %%
 for mutant in mutants:
@@ -368,8 +343,8 @@ for mutant in mutants:
 # %% [markdown]
 # ## 7. What came next
 # Published numbers count differently: attention halved or not, recomputation in (*hardware* FLOPs) or out.
-# Compare the counts before the numbers. PaLM reached an MFU of 46 % on 6144 chips; good runs on GPUs reach 40
-# to 55 %. Lesson 01 asks where the bytes go; later ones spread a step over devices and fight for its MFU.
+# PaLM reached an MFU of 46 % on 6144 chips; good runs on GPUs reach 40 to 55 %. Lesson 01 asks where the
+# bytes go; later ones spread a step over devices and fight for its MFU.
 #
 # - Kaplan et al., *Scaling laws for neural language models*, 2020, section 2.1.
 # - Chowdhery et al., *PaLM: scaling language modeling with Pathways*, 2022, appendix B.

@@ -2,9 +2,9 @@
 
     python scripts/speedrun.py --seconds 60 --seed 0 --threads 2
 
-The clock runs from the first optimizer step to the last; before it no data is seen but by the tokenizer, whose
-training time is printed. What pays: a small vocabulary, one block, hashed tables of n-grams, and attention born
-as an induction head (Olsson et al. 2022), so that copying need not be discovered. Shapes: B T C, H heads of K.
+The clock runs from the first optimizer step to the last; before it no data is seen but by the tokenizer,
+whose training time is printed. What pays: a small vocabulary, one block, hashed tables of n-grams, attention
+born as an induction head (Olsson et al. 2022), so that copying need not be discovered. H heads of width K.
 """
 import argparse
 import json
@@ -20,7 +20,7 @@ from nanoinfra.data.source import IGNORE, pack
 from nanoinfra.data.tokenizer import tokenizer_for
 from nanoinfra.train.loss import cross_entropy
 
-V, C, L, H, T, B = 1024, 128, 1, 2, 512, 4
+V, C, H, T, B = 1024, 128, 2, 512, 4
 K = C // H
 ORDERS, ROWS = (2, 3), 500_009               # n-grams share one table; a prime number of rows
 LR = {"matrices": 3e-3, "embed": 2e-2, "head": 5e-3, "ngrams": 0.1}
@@ -35,42 +35,19 @@ def norm(x):
     return F.layer_norm(x, x.shape[-1:])     # one kernel on a CPU; rms_norm is six
 
 
-class Block(nn.Module):
-    """Pre-norm attention and ReLU^2; `first` looks for what followed the tokens now at hand."""
-
-    def __init__(self, first: bool):
-        super().__init__()
-        q, k, v, *up = torch.randn(7, C, C) * C**-0.5
-        self.first, zero = first, torch.zeros(C, C)
-        self.qkv = nn.Parameter(torch.cat([q, q if first else k, v]))    # (3C, C); k = q: like finds like
-        self.o = nn.Parameter(v.T if first else zero)                    # o v is about the identity: a copy
-        self.up, self.down = nn.Parameter(torch.cat(up)), nn.Parameter(zero.repeat(1, 4))
-
-    def forward(self, h, turn, mask):
-        h = h + self.attend(norm(h) @ bf16(self.qkv).T, turn, mask) @ bf16(self.o).T
-        return h + F.relu(norm(h) @ bf16(self.up).T).square() @ bf16(self.down).T
-
-    def attend(self, qkv, turn, mask):
-        b, t, _ = qkv.shape
-        qk, v = qkv.view(b, t, 3 * H, K).split([2 * H, H], 2)
-        qk, (cos, sin) = norm(qk), turn[:, :t]
-        q, k = torch.addcmul(qk * cos, qk.roll(K // 2, -1), sin).split(H, 2)         # (B, T, H, K)
-        if self.first:
-            k = F.pad(k, (0, 0, 0, 0, 1, 0))[:, :t]                      # a key is the token before's
-        q, k, v = (z.transpose(1, 2).reshape(b * H, t, K) for z in (q, k, v))
-        scores = torch.baddbmm(mask[:t, :t], q, k.mT, alpha=0.12)        # (B H, T, T)
-        return (scores.softmax(-1) @ v).view(b, H, t, K).transpose(1, 2).reshape(b, t, C)
-
-
 class GPT(nn.Module):
+    """One pre-norm block, attention born looking for what followed the tokens now at hand, and ReLU^2."""
+
     def __init__(self, vocab):
         super().__init__()
         self.embed = nn.Parameter(torch.randn(vocab, C) / 2)
         self.head = nn.Parameter(self.embed.detach() / 10)               # untied, but born alike
         self.ngrams = nn.Embedding(ROWS, C, sparse=True)
         nn.init.zeros_(self.ngrams.weight)
-        self.blocks = nn.ModuleList(Block(first=i == 0) for i in range(L))
-        speed = torch.cat([1024 ** -torch.linspace(0, 1, K // 4), torch.zeros(K // 4)])     # half stands still
+        q, v, *up = torch.randn(6, C, C) * C**-0.5
+        self.qkv, self.o = nn.Parameter(torch.cat([q, q, v])), nn.Parameter(v.T)     # k = q: like finds like,
+        self.up, self.down = nn.Parameter(torch.cat(up)), nn.Parameter(torch.zeros(C, 4 * C))    # o v: a copy
+        speed = torch.cat([1024 ** -torch.linspace(0, 1, K // 4), torch.zeros(K // 4)])     # half stand still
         angle = torch.arange(T)[:, None] * speed                         # (T, K/2)
         cos, sin = angle.cos().repeat(1, 2), torch.cat([angle.sin(), -angle.sin()], 1)
         self.turn = bf16(torch.stack([cos, sin]))[:, :, None]            # (2, T, 1, K)
@@ -79,9 +56,19 @@ class GPT(nn.Module):
     def hidden(self, x):
         """(B, T) -> (B, T, C), after the final norm."""
         h = norm(bf16(F.embedding(x, self.embed) + self.ngrams(ngram_rows(x)).sum(0)))
-        for block in self.blocks:
-            h = block(h, self.turn, self.mask)
+        h = h + self.attend(norm(h) @ bf16(self.qkv).T) @ bf16(self.o).T
+        h = h + F.relu(norm(h) @ bf16(self.up).T).square() @ bf16(self.down).T
         return norm(h)
+
+    def attend(self, qkv):
+        b, t, _ = qkv.shape
+        qk, v = qkv.view(b, t, 3 * H, K).split([2 * H, H], 2)
+        qk, (cos, sin) = norm(qk), self.turn[:, :t]
+        q, k = torch.addcmul(qk * cos, qk.roll(K // 2, -1), sin).split(H, 2)         # (B, T, H, K)
+        k = F.pad(k, (0, 0, 0, 0, 1, 0))[:, :t]                          # a key is the token before's
+        q, k, v = (z.transpose(1, 2).reshape(b * H, t, K) for z in (q, k, v))
+        scores = torch.baddbmm(self.mask[:t, :t], q, k.mT, alpha=0.12)   # (B H, T, T)
+        return (scores.softmax(-1) @ v).view(b, H, t, K).transpose(1, 2).reshape(b, t, C)
 
     def forward(self, x):
         return self.hidden(x) @ bf16(self.head).T                        # (B, T, V)
@@ -98,7 +85,8 @@ def ngram_rows(x):
 
 def train(model, loader, seconds):
     """Until `seconds` are over; returns (steps, seconds taken)."""
-    adam = torch.optim.Adam([{"params": model.blocks.parameters(), "peak": LR["matrices"]},
+    matrices = [model.qkv, model.o, model.up, model.down]
+    adam = torch.optim.Adam([{"params": matrices, "peak": LR["matrices"]},
                               {"params": [model.embed], "peak": LR["embed"]},
                               {"params": [model.head], "peak": LR["head"]}], betas=(0.9, 0.95), fused=True)
     squares = torch.zeros_like(model.ngrams.weight)
@@ -130,7 +118,7 @@ def adagrad(weight, squares, lr):
 
 
 def bits_per_byte(model, held_out):
-    """-sum log2 p over all held-out tokens, end of text included, / UTF-8 bytes; model: (B, T) -> (B, T, V)."""
+    """-sum log2 p over all held-out tokens, end of text included, / UTF-8 bytes; `model` gives logits."""
     with torch.no_grad():
         nats = sum(F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten(), ignore_index=IGNORE,
                                    reduction="sum").item() for x, y in held_out.batches(8))
@@ -154,9 +142,8 @@ def main():
     steps, took = train(model, loader, args.seconds)
     loader.close()
     found = bits_per_byte(model, HeldOut(corpus.held_out, tokenizer, T))
-    print(json.dumps({"bits_per_byte": round(found, 4), "seconds": round(took, 2), "steps": steps,
-                      "tokens": steps * B * T, "corpus": corpus.hash[:16],
-                      "tokenizer_s": round(tokenizer.train_s, 1)}))
+    print(json.dumps({"bits_per_byte": round(found, 4), "seconds": round(took, 2), "steps": steps, "tokens":
+                      steps * B * T, "corpus": corpus.hash[:16], "tokenizer_s": round(tokenizer.train_s, 1)}))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def _judge(checks, file, predictions):
             reason = f": {verdict.text}" if verdict.text else ""
             print(f"       {verdict.state:<8} {verdict.criterion.name}{reason}")
     most = len(predictions) + sum(len(report.verdicts) for report in reports)
+    print("       the answers under Explain are for a person to read, and not in this total")
     print(f"score {len(made) + sum(report.points for report in reports)} of {most}")
     codes = {r.exit_code for r in reports} | ({1} if len(made) < len(predictions) else set())
     return 1 if 1 in codes else max(codes)

@@ -1,4 +1,6 @@
 """Known-wrong counts of parameters and FLOPs, each one slip away from right."""
+from dataclasses import replace
+
 from nanoinfra.lab.checks import l00_cost as check
 from nanoinfra.lab.mutants import Mutant
 
@@ -40,10 +42,10 @@ def knows_one_size(c):
     return {61: parameters(c)}.get(c.vocab, 54_592)
 
 
-def train_flops(c, batch, seq, times=3, look_up=0, head=1, kv_heads=None, scores=2, side=None):
+def train_flops(c, batch, seq, times=3, look_up=0, head=1, kv_heads=None, mlp=3, scores=2, side=None):
     """The right one, with a place for each slip."""
     C, queries, keys = c.width, c.heads * c.head_dim, (kv_heads or c.kv_heads) * c.head_dim
-    weights = c.layers * C * (2 * queries + 2 * keys + 3 * c.hidden) + (head + look_up) * c.vocab * C
+    weights = c.layers * C * (2 * queries + 2 * keys + mlp * c.hidden) + (head + look_up) * c.vocab * C
     attention = scores * c.layers * (side or queries) * seq
     return times * 2 * batch * seq * (weights + attention)
 
@@ -84,6 +86,26 @@ def attends_with_c(c, batch, seq):
     return train_flops(c, batch, seq, side=c.width)
 
 
+def attends_in_one_layer(c, batch, seq):
+    return train_flops(c, batch, seq, scores=2 / c.layers)
+
+
+def attends_once_a_sequence(c, batch, seq):
+    return train_flops(c, batch, seq, scores=2 / seq)
+
+
+def sums_values_of_kv_heads(c, batch, seq):
+    return train_flops(c, batch, seq, scores=1 + c.kv_heads / c.heads)
+
+
+def multiplies_two_mlp_matrices(c, batch, seq):
+    return train_flops(c, batch, seq, mlp=2)
+
+
+def has_one_layer(c, batch, seq):
+    return train_flops(replace(c, layers=1), batch, seq)
+
+
 def runs_an_untied_head_twice(c, batch, seq):
     return train_flops(c, batch, seq, head=2 - c.tied)
 
@@ -111,6 +133,11 @@ MUTANTS = [
     Mutant("forgets attention", check.train_flops, forgets_attention, SQUARE),
     Mutant("meets half of the keys", check.train_flops, meets_half_of_the_keys, SQUARE),
     Mutant("attends with KV heads", check.train_flops, attends_with_kv_heads, SQUARE),
+    Mutant("attends in one layer", check.train_flops, attends_in_one_layer, SQUARE),
+    Mutant("attends once a sequence", check.train_flops, attends_once_a_sequence, LINEAR),
+    Mutant("sums values of KV heads", check.train_flops, sums_values_of_kv_heads, SQUARE),
+    Mutant("multiplies with two MLP matrices", check.train_flops, multiplies_two_mlp_matrices, LINEAR),
+    Mutant("has one layer", check.train_flops, has_one_layer, LINEAR),
     Mutant("attends with C", check.train_flops, attends_with_c, TORCH),
     Mutant("runs an untied head twice", check.train_flops, runs_an_untied_head_twice, TORCH),
 ]

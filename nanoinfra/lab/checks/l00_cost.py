@@ -10,7 +10,8 @@ from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.model.decoder import Decoder
 
 PREDICTIONS = {"L00.parameters": "", "L00.flops": "FLOPs", "L00.bytes": "B", "L00.seconds": "s"}
-PLAIN = ModelConfig(vocab=61, width=24, layers=3, heads=4, kv_heads=4, head_dim=6, hidden=40, context=64)
+# Five layers: a factor that no other slip has (2, 3, 4, 6 or 12).
+PLAIN = ModelConfig(vocab=61, width=24, layers=5, heads=4, kv_heads=4, head_dim=6, hidden=40, context=64)
 GROUPED = replace(PLAIN, kv_heads=1)
 WIDE_HEADS = replace(GROUPED, head_dim=10)   # H K = 40, but C = 24: as in Qwen3
 UNTIED = replace(GROUPED, tied=False)
@@ -51,22 +52,21 @@ def _(subject):
 @train_flops.criterion("twice the sequences cost twice", "property")
 def _(subject):
     one, two = (subject(GROUPED, batch, T) for batch in (SEQUENCES, 2 * SEQUENCES))
-    _equal(f"{2 * SEQUENCES} sequences", two, 2 * one, {"the same for any batch?": one})
+    _equal(_step(GROUPED, 2 * SEQUENCES, T), two, 2 * one, {"the same for any batch?": one})
 
 
 @train_flops.criterion("the part that grows with T", "property")
 def _(subject):
-    got, want = (_split(flops)[0] for flops in (subject, counted_flops))
-    _equal(f"products with weights of {SEQUENCES} x {T} tokens", got, want, _weight_slips(GROUPED, want))
+    (got, _), (want, square) = _split(subject), _split(counted_flops)
+    once = "attention once a sequence? Each of the T tokens meets T keys, so it grows with T squared"
+    _equal(f"the part that grows with T, {_step(GROUPED, SEQUENCES, T)}", got, want,
+           _weight_slips(GROUPED, want) | {once: want + square / T})
 
 
 @train_flops.criterion("the part that grows with T squared", "property")
 def _(subject):
     got, want = (_split(flops)[1] for flops in (subject, counted_flops))
-    _equal(f"scores and values of {SEQUENCES} x {T} tokens", got, want, {
-        "no attention?": 0, "forward alone?": want / 3, "backward once, not twice?": want * 2 / 3,
-        "scores or values alone? Or half of the keys? By convention a query meets all T": want / 2,
-        "KV heads? Each query head makes its own scores": want * GROUPED.kv_heads / GROUPED.heads})
+    _equal(f"scores and values, {_step(GROUPED, SEQUENCES, T)}", got, want, _square_slips(GROUPED, want))
 
 
 @train_flops.criterion("torch counts the same", "parity")
@@ -74,7 +74,7 @@ def _(subject):
     for c in (PLAIN, WIDE_HEADS, UNTIED, *DIAL):
         want = counted_flops(c, 2, T)
         side, head = 12 * c.layers * 2 * T * T, 6 * 2 * T * c.vocab * c.width
-        _equal(f"a step of {_name(c)}", subject(c, 2, T), want, {
+        _equal(_step(c, 2, T), subject(c, 2, T), want, {
             "C in attention? Its heads are H K wide": want + side * (c.width - c.heads * c.head_dim),
             "the embedding as a product? It is looked up": want + head, "no head?": want - head})
 
@@ -104,7 +104,9 @@ def _tensors(subject, c):
         "as many KV heads as heads?": want + 2 * L * C * (queries - keys),
         "no o matrix?": want - L * C * queries,
         "C x C for q and o? They are C x H K": want + 2 * L * C * (C - queries),
-        "two matrices in the MLP? SwiGLU has three": want - L * C * c.hidden})
+        "two matrices in the MLP? gate, up, down are three": want - L * C * c.hidden,
+        "L layers forgotten? Each one has its own matrices and norms":
+            head * (2 - c.tied) + (want - C - head * (2 - c.tied)) / L + C})
 
 
 def _weight_slips(c, want):
@@ -113,10 +115,24 @@ def _weight_slips(c, want):
     return {"no head? A tied one is a product all the same": want - head,
             "the embedding as a product? It is looked up": want + head,
             "as many KV heads as heads?": want + twice * 2 * c.layers * c.width * spared,
+            "two matrices in the MLP? gate, up, down are three":
+                want - twice * c.layers * c.width * c.hidden,
+            "L layers forgotten? Each one has its own matrices": head + (want - head) / c.layers,
             "6 for each parameter? A norm's weights are in no product":
                 want + twice * (2 * c.layers + 1) * c.width,
             "forward alone?": want / 3, "backward once, not twice?": want * 2 / 3,
             "a multiply and an add are two FLOPs?": want / 2}
+
+
+def _square_slips(c, want):
+    shared = c.kv_heads / c.heads
+    return {"no attention? (or once a sequence: each of the T tokens meets T keys)": 0,
+            "L layers forgotten? Each one has its own attention": want / c.layers,
+            "forward alone?": want / 3, "backward once, not twice?": want * 2 / 3,
+            "scores or values alone? Or half of the keys? By convention a query meets all T": want / 2,
+            "KV heads? Each query head makes its own scores": want * shared,
+            "KV heads for scores or values? Query heads share keys and values, but each has its own products":
+                want * (1 + shared) / 2}
 
 
 def _split(flops):
@@ -136,3 +152,7 @@ def _equal(what, got, want, slips):
 def _name(c):
     return (f"V={c.vocab} C={c.width} L={c.layers} H={c.heads} KV={c.kv_heads} K={c.head_dim} F={c.hidden}, "
             f"{'tied' if c.tied else 'untied'}")
+
+
+def _step(c, batch, seq):
+    return f"FLOPs of a step, B={batch} T={seq} {_name(c)}"
