@@ -12,7 +12,9 @@ FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "
 CASES = [  # dp, micro-batch, optimizer, untied: every pair of values stands in some row; 7 divides by none
     (2, 1, "adamw", False), (2, 3, "sgd", True), (3, 1, "sgd", False), (3, 3, "adamw", True),
     (4, 1, "adamw", True), (4, 3, "sgd", False), (2, 1, "sgd", True), (4, 3, "adamw", False)]
-EVERY = list(product((2, 3, 4), (1, 3), ("adamw", "sgd"), (False, True)))
+EVERY = [
+    *product((2, 3, 4), (1, 3), ("adamw", "sgd"), (False, True)),
+    (8, 1, "adamw", False), (8, 1, "sgd", True)]
 
 
 @pytest.mark.parametrize("dp, micro, optimizer, untied", CASES)

@@ -8,6 +8,7 @@ from nanoinfra.data.source import Random
 from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.hf import save_hf
 from nanoinfra.train import checkpoint, metrics
 from nanoinfra.train.pieces import Piece
 from nanoinfra.train.pretrained import pretrained
@@ -67,3 +68,16 @@ def test_training_goes_on_from_the_weights_of_a_run(tmp_path):
     [line] = metrics.read(second / "metrics.jsonl")
     assert line["loss"] == pytest.approx(want.item(), rel=1e-6)  # pretrained reads float32
     assert line["lr"] == pytest.approx(1e-5)  # warm-up's tenth of 1e-4
+
+
+def test_a_run_goes_out_to_transformers(run, tmp_path):
+    """As README shows it: weights and tokenizer."""
+    transformers = pytest.importorskip("transformers", reason="transformers is in the dev extra")
+    model, text, _ = pretrained(run)
+    save_hf(model, tmp_path / "exported", tokenizer=run / "tokenizer")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    ids = text.encode("one two one")
+    assert tokenizer("one two one")["input_ids"] == ids
+    x = torch.tensor([ids[:model.config.context]])
+    torch.testing.assert_close(theirs(x).logits, model(x), rtol=1e-4, atol=1e-5)
