@@ -3,7 +3,8 @@
     python scripts/bench/speedrun.py [--pairs 3] [--seconds 60] [--threads 2]
 
 Prints every run and the medians; the speedrun wins where its median is no higher. Both are scored by one
-function on the same held-out documents; a pair shares its seed.
+function on the same held-out documents; a pair shares its seed. Threads of both sides sleep while they wait:
+threads that spin lose nearly all their speed as soon as another process wants a core.
 """
 import argparse
 import json
@@ -26,7 +27,8 @@ def run(side: str, seconds: float, seed: int, args: argparse.Namespace, cache: s
     script, times = SIDES[side]
     done = subprocess.run([sys.executable, script, "--data", args.data, "--seconds", str(times * seconds),
                            "--seed", str(seed), "--threads", str(args.threads), "--cache", cache],
-                          stdout=subprocess.PIPE, text=True, check=True)
+                          stdout=subprocess.PIPE, text=True, check=True,
+                          env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
     result = json.loads(done.stdout.splitlines()[-1])
     print(f"pair {seed}  {side:9}{result['bits_per_byte']:8.4f} bits per byte  {result['seconds']:6.1f} s  "
           f"{result['steps']:5} steps  {result['tokens']:>9,} tokens", flush=True)
