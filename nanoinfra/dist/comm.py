@@ -5,6 +5,7 @@ once, whose `.wait()` gives the result. Payload bytes are counted here (what all
 returns, reduce-scatter and all-to-all take); on gloo, reduce-scatter is an all-to-all and a local sum,
 which is faster.
 """
+import functools
 import json
 import time
 
@@ -115,9 +116,15 @@ def _run(op, axis, tag, payload, alone, wait, finish, start):
         pending = Pending(alone)
     else:
         row = axis.ledger.enter(op, axis, tag, payload)
-        transfer = axis.link.enter(op, payload, axis) if axis.link else None
+        latest = functools.partial(_latest, axis)
+        transfer = axis.link.enter(op, payload, axis.size, latest) if axis.link else None
         pending = Pending(None, [start()], finish, axis, row, transfer)
     return pending.wait() if wait else pending
+
+
+def _latest(axis, stamp):
+    """Start to make `stamp` (1,) the latest of all ranks' entry times, for the emulated wire."""
+    return dist.all_reduce(stamp, _OPS["max"], group=axis.group, async_op=True)
 
 
 def _messages(op, axis, tag, wait, x, gives, takes, finish):

@@ -6,10 +6,10 @@ rank computes the same timeline; a rank that waits sleeps until its end, so over
 One host only: the ranks must share `time.monotonic`.
 """
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 
 @dataclass(eq=False)
@@ -28,11 +28,10 @@ class Link:
 
         return ring_seconds(op, payload, n, self.latency, self.bandwidth)
 
-    def enter(self, op: str, payload: int, axis) -> "Transfer":
-        """Queue a collective: the latest of all ranks' entry times is under way when this returns."""
+    def enter(self, op: str, payload: int, n: int, latest: Callable) -> "Transfer":
+        """Queue a collective of `n` ranks; `latest(stamp)` starts to make `stamp` the last of their entries."""
         stamp = torch.tensor([time.monotonic()], dtype=torch.float64)
-        work = dist.all_reduce(stamp, dist.ReduceOp.MAX, group=axis.group, async_op=True)
-        self.queue.append(Transfer(stamp, work, self.seconds(op, payload, axis.size)))
+        self.queue.append(Transfer(stamp, latest(stamp), self.seconds(op, payload, n)))
         return self.queue[-1]
 
     def sleep_until_done(self, transfer: "Transfer") -> None:
@@ -53,7 +52,7 @@ class Link:
 class Transfer:
     """One collective on the link's timeline."""
     stamp: torch.Tensor                      # (1,) latest entry
-    work: object
+    work: object                             # of the all-reduce that finds it
     seconds: float
     end: float | None = None
 
