@@ -31,6 +31,7 @@ class Pending:
             self.axis.ledger.wait(self.row)
             for work in self.works:
                 work.wait()
+            work = self.works = ()           # a work holds what it sent
             if self.transfer:
                 self.axis.link.sleep_until_done(self.transfer)
             self.result, self.finish = self.finish(), None
@@ -45,9 +46,10 @@ def all_reduce(x: torch.Tensor, axis, tag: str = "", op: str = "sum", wait: bool
                 lambda: dist.all_reduce(dense, _OPS[op], group=axis.group, async_op=True))
 
 
-def all_gather(x: torch.Tensor, axis, tag: str = "", wait: bool = True):
-    """Every rank's `x`, stacked: (N, *x.shape)."""
-    out = x.new_empty(axis.size, *x.shape)                                             # (N, ...)
+def all_gather(x: torch.Tensor, axis, tag: str = "", wait: bool = True, out: torch.Tensor | None = None):
+    """Every rank's `x`, stacked: (N, *x.shape). In `out` where given, whose row `axis.rank` may be `x`."""
+    if out is None:
+        out = x.new_empty(axis.size, *x.shape)                                         # (N, ...)
     return _run("all_gather", axis, tag, _bytes(out), x[None], wait, lambda: out,
                 lambda: _all_gather(out.view(-1), x.contiguous().view(-1), group=axis.group, async_op=True))
 

@@ -29,7 +29,7 @@ class Link:
         return ring_seconds(op, payload, n, self.latency, self.bandwidth)
 
     def enter(self, op: str, payload: int, n: int, latest: Callable) -> "Transfer":
-        """Queue a collective of `n` ranks; `latest(stamp)` starts to make `stamp` the last of their entries."""
+        """Queue a collective of `n` ranks; `latest(stamp)` starts to make `stamp` their last entry."""
         stamp = torch.tensor([time.monotonic()], dtype=torch.float64)
         self.queue.append(Transfer(stamp, latest(stamp), self.seconds(op, payload, n)))
         return self.queue[-1]

@@ -5,10 +5,12 @@ Activations are what our decoder's backward reads, parameters apart. In 16 bits 
 and attention's squares; Korthikanti et al. 2022, equation 2, has 34 BTC + 5 BHT^2, with dropout's masks.
 B sequences, T tokens, V vocabulary, C width, L layers, H query heads, KV key heads, K head_dim, F hidden.
 """
+from nanoinfra.formulas.flops import RECOMPUTED
 from nanoinfra.formulas.shape import ModelConfig
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 OPTIMIZER_STATES = {"sgd": (), "adamw": ("exp_avg", "exp_avg_sq")}
+SQUARES = ("mask", "softmax", "weights")     # the terms that grow with T^2
 
 
 def state_bytes(psi: int, precision: str = "float32", optimizer: str = "adamw",
@@ -36,32 +38,42 @@ def kv_cache_bytes_per_token(config: ModelConfig, dtype_bytes: int) -> int:
 
 
 def activation_bytes(config: ModelConfig, batch: int, seq: int, dtype_bytes: int,
-                     attention: str = "sdpa") -> int:
+                     attention: str = "sdpa", recompute: str = "none") -> int:
     """Bytes that forward leaves for backward, from tokens to loss, of `batch` sequences of `seq` tokens."""
-    layer = activation_terms(config, batch, seq, dtype_bytes, attention)
+    layer = activation_terms(config, batch, seq, dtype_bytes, attention, recompute)
     return config.layers * sum(layer.values()) + sum(end_terms(config, batch, seq, dtype_bytes).values())
 
 
 def activation_terms(config: ModelConfig, batch: int, seq: int, dtype_bytes: int,
-                     attention: str = "sdpa") -> dict[str, int]:
+                     attention: str = "sdpa", recompute: str = "none") -> dict[str, int]:
     """Bytes that one layer's forward leaves for backward, by term.
 
     `dtype_bytes` (8, 4 or 2) is that of weights and activations alike; `attention` is the core, naive or
     sdpa, the latter with torch's fused CPU kernel. A tensor that several products read counts once.
+    With "selective" recompute the naive core leaves no squares, with "full" a layer leaves its input alone:
+    2 BTC in 16 bits, Korthikanti et al. 2022, table 2. (Random states, 5 KB a recomputed call, not counted.)
     """
-    d, tokens = dtype_bytes, batch * seq
-    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    hidden = {"gelu": 2, "swiglu": 4}[config.parts.mlp]      # up, gelu(up); gate, silu(gate), up, product
-    return {
-        **_norms(config, 2, tokens, d),
-        "qkv_input": tokens * config.width * d,
-        **_head_norms(config, tokens, d),
-        "qkv": tokens * (queries + 2 * keys) * d,                 # as the core reads them, after RoPE
-        **_core(config, batch, seq, d, attention),
-        "o_input": tokens * queries * d,
-        "mlp_input": tokens * config.width * d,
-        "mlp_hidden": tokens * hidden * config.hidden * d,
-    }
+    _check(attention, recompute)
+    if recompute == "full":
+        return {"block_input": batch * seq * config.width * dtype_bytes}
+    terms = _layer(config, batch, seq, dtype_bytes, attention)
+    return {term: n for term, n in terms.items() if recompute == "none" or term not in SQUARES}
+
+
+def working_bytes(config: ModelConfig, batch: int, seq: int, dtype_bytes: int,
+                  attention: str = "sdpa", recompute: str = "full") -> int:
+    """Bytes that come on top of what is kept while backward runs one layer again, one layer at a time.
+
+    "full" needs all that the layer would have kept, less the input where the norm reads it as it is kept
+    (RMSNorm reads a wide copy in 16 bits). "selective" needs the squares; with grouped or unrotated heads
+    torch's batched product copies q, k or v as well, which is not counted.
+    """
+    _check(attention, recompute)
+    terms = _layer(config, batch, seq, dtype_bytes, attention)
+    if recompute != "full":
+        return sum(terms[term] for term in SQUARES) if recompute == "selective" else 0
+    shared = config.parts.norm == "layer" or dtype_bytes >= 4
+    return sum(terms.values()) - (batch * seq * config.width * dtype_bytes if shared else 0)
 
 
 def end_terms(config: ModelConfig, batch: int, seq: int, dtype_bytes: int) -> dict[str, int]:
@@ -78,6 +90,33 @@ def end_terms(config: ModelConfig, batch: int, seq: int, dtype_bytes: int) -> di
         **_norms(config, 1, tokens, d),
         "head_input": tokens * config.width * d,
         "logits": tokens * config.vocab * d,
+    }
+
+
+def _check(attention, recompute):
+    if recompute not in RECOMPUTED:
+        raise ValueError(f"recompute {recompute!r} is not one of {', '.join(RECOMPUTED)}")
+    if attention not in ("naive", "sdpa"):
+        raise ValueError(f"attention {attention!r} is not one of naive, sdpa")
+    if recompute == "selective" and attention != "naive":
+        raise ValueError(f"selective recompute saves the scores of naive attention, and {attention} keeps "
+                         f"none; try attention naive, or recompute full")
+
+
+def _layer(config, batch, seq, d, attention):
+    """What a layer keeps that recomputes nothing."""
+    tokens = batch * seq
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    hidden = {"gelu": 2, "swiglu": 4}[config.parts.mlp]      # up, gelu(up); gate, silu(gate), up, product
+    return {
+        **_norms(config, 2, tokens, d),
+        "qkv_input": tokens * config.width * d,
+        **_head_norms(config, tokens, d),
+        "qkv": tokens * (queries + 2 * keys) * d,                 # as the core reads them, after RoPE
+        **_core(config, batch, seq, d, attention),
+        "o_input": tokens * queries * d,
+        "mlp_input": tokens * config.width * d,
+        "mlp_hidden": tokens * hidden * config.hidden * d,
     }
 
 
@@ -110,8 +149,6 @@ def _core(config, batch, seq, d, attention):
     if attention == "naive":
         return {"mask": seq * seq if seq > 1 else 0, "softmax": squares * _wide(d),
                 "weights": squares * d if d < 4 else 0}
-    if attention != "sdpa":
-        raise ValueError(f"attention {attention!r} is not one of naive, sdpa")
     copied = config.parts.position == "rope" and config.heads > 1 and seq > 1
     rows = batch * config.heads * seq
     return {"core_output": rows * config.head_dim * d if copied else 0, "logsumexp": rows * _wide(d)}

@@ -23,7 +23,7 @@ class Source(NamedTuple):
 def filled(config: ModelConfig, attention: str, dtype: torch.dtype, found: dict[str, Source],
            read: Callable[[Source], torch.Tensor]) -> Decoder:
     """A decoder whose parameter `name` is `read(found[name])` as `dtype`. ValueError for a wrong shape."""
-    model = _empty(config, attention)
+    model = empty(config, attention)
     for name, parameter in list(model.named_parameters()):
         tensor = read(found[name])
         if tensor.shape != parameter.shape:
@@ -40,7 +40,7 @@ def filled(config: ModelConfig, attention: str, dtype: torch.dtype, found: dict[
 def sources(config: ModelConfig, table: dict[str, Source]) -> dict[str, Source]:
     """Where each parameter of such a decoder lies: a family's table with its layers written out."""
     found = {}
-    for name, _ in _empty(config).named_parameters():
+    for name, _ in empty(config).named_parameters():
         layer = name.split(".")[1] if name.startswith("blocks.") else ""
         source = table[name.replace(f"blocks.{layer}.", "blocks.{i}.", 1) if layer else name]
         found[name] = source._replace(name=source.name.replace("{i}", layer))
@@ -56,7 +56,8 @@ def check_names(wanted: Iterable[str], there: Iterable[str], where: str) -> None
         raise ValueError(f"{where} {' and '.join(problems)}")
 
 
-def _empty(config, attention="sdpa"):
+def empty(config: ModelConfig, attention: str = "sdpa") -> Decoder:
+    """A decoder of shapes without storage."""
     with torch.device("meta"):
         return Decoder(config, attention)
 

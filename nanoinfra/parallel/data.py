@@ -6,6 +6,8 @@
 Payload Psi * gradient bytes a step, however many micro-batches it accumulates; a ring sends 2 (N-1)/N of it.
 PyTorch DDP (Li et al. 2020). Composes with any schedule: it only asks which backward is the last.
 """
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -28,8 +30,9 @@ class DataParallel:
                  grad_dtype: torch.dtype | None = None):
         if how not in STEPS:
             raise ValueError(f"data parallelism comes as {', '.join(STEPS)}, not {how!r}")
-        self.axis, self.overlap = axis, how == "overlap"
+        self.axis, self.overlap, self.model = axis, how == "overlap", model
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.shards = dict(named)                                            # whole, unlike ZeRO's
         self.buckets = pack(named[::-1], 0 if how == "each" else bucket_bytes, grad_dtype)
         self.home = {p: bucket for bucket in self.buckets for p in bucket.views}
         self.grads = {name: self.home[p].views[p] for name, p in named}
@@ -58,8 +61,19 @@ class DataParallel:
             bucket.pending.wait()
         return self.grads
 
+    def publish(self) -> None:
+        """After the optimizer's step: nothing to do, every rank has moved all weights alike."""
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All it holds between steps."""
+        yield from self.model.parameters()
+        yield from (bucket.flat for bucket in self.buckets)
+
     def _arrive(self, p):
         bucket = self.home[p]
+        if self.launched > self.buckets.index(bucket):
+            raise RuntimeError(f"a gradient of shape {list(p.shape)} came after its bucket had left: a "
+                               'module is used twice under recompute; use how="buckets", or ZeRO')
         into = bucket.views[p]
         into.add_(p.grad) if p in bucket.filled else into.copy_(p.grad)
         p.grad = None

@@ -15,7 +15,7 @@ from nanoinfra.formulas.shape import SIZES
 
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]              # a group's flags carry no prefix
-Dtype = Literal["float64", "float32", "bfloat16"]
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class ModelFlags:
     vocab: int | None = None                             # vocabulary; default: the size's
     untied: bool = False                                 # give the head weights of its own
     attention: Literal["naive", "sdpa"] = "sdpa"         # naive writes the T x T scores to memory
-    dtype: Dtype = "float32"                             # to compute in; bfloat16 has float32 masters
+    recompute: Literal["none", "selective", "full"] = "none"  # what to run again in backward, not keep
+    dtype: Dtype = "float32"                             # to compute in; 16 bits have float32 masters
     grad_dtype: Dtype | None = None                      # to sum gradients in; default: at least float32
     seed: int = 0                                        # of weights and of the order of samples
 
@@ -47,7 +48,8 @@ class MeshFlags:
     pp: int = 1                                          # pipeline parallel
     cp: int = 1                                          # context parallel
     tp: int = 1                                          # tensor parallel
-    data_parallel: Literal["each", "buckets", "overlap"] = "overlap"  # when gradients leave
+    zero: Literal[0, 1, 2, 3] = 0                        # cut over dp: 1 optimizer, 2 gradients, 3 weights
+    data_parallel: Literal["each", "buckets", "overlap"] = "overlap"  # when gradients leave, at --zero 0
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None                           # a rank; default: cores / ranks on this host
     wire: tuple[str, ...] = ()                           # emulate AXIS=LATENCY,BANDWIDTH, in s and bytes/s
@@ -127,6 +129,7 @@ def check(flags: TrainFlags, world: int) -> None:
     """Raise ValueError for what can be seen to be wrong before any rank starts or any data is read."""
     plan_mesh(flags.mesh, world)
     parse_wire(flags.mesh.wire)
+    _check_memory(flags)
     at_least = {"--micro-batch": (flags.data.micro_batch, 1), "--global-batch": (flags.data.global_batch, 1),
                 "--seq": (flags.data.seq, 1), "--steps": (flags.run.steps, 1), "--keep": (flags.run.keep, 1),
                 "--threads": (flags.mesh.threads, 1), "--vocab": (flags.model.vocab, 257),
@@ -138,6 +141,15 @@ def check(flags: TrainFlags, world: int) -> None:
     if flags.run.seconds is not None and flags.run.seconds <= 0:
         raise ValueError(f"--seconds {flags.run.seconds} leaves no time for a step; try --seconds 60")
     _check_model(flags.model)
+
+
+def _check_memory(flags):
+    if flags.mesh.zero and flags.mesh.data_parallel != "overlap":
+        raise ValueError(f"--data-parallel {flags.mesh.data_parallel} is plain data parallelism's, and "
+                         f"--zero {flags.mesh.zero} sends buckets as they fill; leave one of them out")
+    if flags.model.recompute == "selective" and flags.model.attention != "naive":
+        raise ValueError(f"--recompute selective runs naive attention's scores again, and --attention "
+                         f"{flags.model.attention} keeps none; use --attention naive, or --recompute full")
 
 
 def _check_model(flags):

@@ -6,6 +6,7 @@ Gradients then only need summing, over micro-batches and over ranks. Fused heads
 N rows (B T of them), C width, V vocabulary.
 """
 import torch
+from torch import nn
 
 from nanoinfra.data.source import IGNORE
 from nanoinfra.dist import comm
@@ -17,6 +18,18 @@ def count_valid(micro_batches, axis, *flags: int) -> list[int]:
     """[valid targets of the whole step on all ranks, *flags summed]: the one integer all-reduce of a step."""
     valid = sum(int((y != IGNORE).sum()) for _, y in micro_batches)
     return comm.all_reduce(torch.tensor([valid, *flags]), axis, "scalars").tolist()
+
+
+class HeadLoss(nn.Module):
+    """The head and its loss as one module, so that who hooks modules sees the head's weight in use."""
+
+    def __init__(self, head: nn.Linear):
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
+        """As `cross_entropy`."""
+        return cross_entropy(hidden, self.head.weight, targets, count)
 
 
 def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,

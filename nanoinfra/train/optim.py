@@ -8,18 +8,22 @@ import math
 
 import torch
 
+from nanoinfra.dist import comm
+
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-8, 0.1        # GPT-3's (Brown et al. 2020, appendix B)
 
 
 class Optimizer:
     """`name` is "adamw" or "sgd" (plain). Matrices decay under AdamW, vectors do not.
 
-    `masters` may be given, {name: tensor}, where the weights were drawn in more bits than the model keeps.
+    It moves a model's trainable parameters, or a rank's shards, {name: tensor}. `masters` may be given,
+    {name: tensor}, where the weights were drawn in more bits than the model keeps.
     """
 
-    def __init__(self, model: torch.nn.Module, name: str = "adamw",
+    def __init__(self, model: torch.nn.Module | dict[str, torch.Tensor], name: str = "adamw",
                  masters: dict[str, torch.Tensor] | None = None):
-        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        named = model.items() if isinstance(model, dict) else model.named_parameters()
+        self.params = {n: p for n, p in named if isinstance(model, dict) or p.requires_grad}
         self.masters = {n: _master(p, (masters or {}).get(n)) for n, p in self.params.items()}
         vectors = [m for m in self.masters.values() if m.dim() < 2]
         matrices = [m for m in self.masters.values() if m.dim() >= 2]
@@ -53,10 +57,13 @@ class Optimizer:
         return {**{n: m.detach() for n, m in self.masters.items()}, **moments}
 
     def load(self, tensors: dict[str, torch.Tensor], steps: int) -> None:
-        """Take the tensors of `state()` back, after `steps` steps, and publish the weights."""
+        """Take the tensors of `state()` back, after `steps` steps, and publish the weights.
+
+        Of a shard the first rows may be given: those after them are no parameter's.
+        """
         with torch.no_grad():
-            for name, into in self.state().items():
-                into.copy_(tensors[name])
+            for name, tensor in tensors.items():
+                self.state()[name].view(-1)[:tensor.numel()].copy_(tensor.view(-1))
         for m in self.masters.values() if self.name == "adamw" else ():
             self._moments(m)["step"].fill_(float(steps))
         self.steps = steps
@@ -82,13 +89,20 @@ def _master(p, given):
     return (p.detach() if given is None else given).to(torch.float32).clone()
 
 
-def clip(grads: dict[str, torch.Tensor], limit: float) -> float:
-    """Scale `grads` in place to a global 2-norm of at most `limit` (0: never). Returns the norm before."""
+def clip(grads: dict[str, torch.Tensor], limit: float, cut_over=None, scale: float = 1.0) -> float:
+    """Divide `grads` in place by `scale`, and on to a global 2-norm of at most `limit` (0: no limit).
+
+    Returns the norm after the division by `scale`. `cut_over` is the axis whose ranks hold shards of them.
+    """
     tensors = list(grads.values())
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))).item()
-    if limit and norm > limit:
-        torch._foreach_mul_(tensors, limit / norm)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))).double()
+    if cut_over:
+        norm = comm.all_reduce(norm.square(), cut_over, "scalars").sqrt()
+    norm = norm.item() / scale
+    factor = (limit / norm if limit and norm > limit else 1.0) / scale
+    if factor != 1.0:
+        torch._foreach_mul_(tensors, factor)
     return norm
 
 

@@ -13,8 +13,7 @@ from nanoinfra.train.config import TrainFlags, to_json
 from nanoinfra.train.inputs import Inputs
 from nanoinfra.train.launch import STOPPED, make_folder
 from nanoinfra.train.manifest import read_manifest
-from nanoinfra.train.optim import Optimizer
-from nanoinfra.train.pieces import Piece
+from nanoinfra.train.replica import Replica
 
 
 class RunDir:
@@ -33,25 +32,25 @@ class RunDir:
                              "--resume, name another --out, or remove that folder")
         return 0, 0
 
-    def resume(self, inputs: Inputs, optimizer: Optimizer) -> tuple[int, int]:
-        """Take the newest good checkpoint back into `optimizer`; (step, samples consumed)."""
+    def resume(self, inputs: Inputs, replica: Replica) -> tuple[int, int]:
+        """Take the newest good checkpoint back into `replica`; (step, samples consumed)."""
         folder = self._newest()
         state = checkpoint.read_state(folder)
         for key, value in inputs.identity.items():
             if state[key] != value:
                 raise ValueError(f"--resume: the run in {self.path} has {key} {state[key]}, this one {value};"
                                  " give the flags it was started with, which are in its config.json")
-        wanted = [Piece.whole(name, tensor.shape) for name, tensor in optimizer.state().items()]
+        wanted = [piece for piece, _ in replica.pieces()]
         pieces = checkpoint.load(folder, wanted, read_manifest(folder))  # rank 0 has verified every byte
-        optimizer.load({piece.name: tensor for piece, tensor in pieces}, state["step"])
+        replica.load(pieces, state)
         return state["step"], state["consumed"]
 
-    def save(self, step: int, optimizer: Optimizer, state: dict, keep: int) -> None:
-        """A checkpoint; each tensor is written by one of the ranks that hold it."""
-        data = self.mesh.data
-        mine = [(Piece.whole(name, tensor.shape), tensor)
-                for i, (name, tensor) in enumerate(optimizer.state().items()) if i % data.size == data.rank]
-        checkpoint.save(self.checkpoints, step, mine, {"step": step, **state}, self.mesh.world, keep)
+    def save(self, step: int, replica: Replica, state: dict, keep: int) -> None:
+        """A checkpoint; each tensor, or part of one, is written by one of the ranks that hold it."""
+        data, pieces = self.mesh.data, replica.pieces()
+        mine = pieces if replica.cut_over else pieces[data.rank::data.size]
+        state = {"step": step, **replica.state(), **state}
+        checkpoint.save(self.checkpoints, step, mine, state, self.mesh.world, keep)
 
     def describe(self, flags: TrainFlags, inputs: Inputs) -> None:
         """Leave config.json and the tokenizer for whoever loads the run."""

@@ -60,7 +60,7 @@ class Run:
         self.replica = Replica(self.inputs.model, flags, self.mesh, self.inputs.weights)
         self.elapsed, self.stopping, self.asked_to_stop = 0.0, 0, 0
         self.lines, self.spans, self.rows = [], [], []
-        self.step, consumed = (self.dir.resume(self.inputs, self.replica.optimizer) if flags.run.resume
+        self.step, consumed = (self.dir.resume(self.inputs, self.replica) if flags.run.resume
                                else self.dir.start_afresh())
         self.dir.describe(flags, self.inputs)
         self.loader = self._open_loader(consumed)
@@ -101,7 +101,7 @@ class Run:
         self._check_finite(loss)
         now = time.monotonic()
         step_s, self.mark = now - self.mark, now
-        line = {"step": self.step, "loss": loss, "grad_norm": self.replica.grad_norm, "lr": self.replica.lr,
+        line = {"step": self.step, "loss": loss, **self.replica.norm(), "lr": self.replica.lr,
                 "tokens": valid, "step_s": step_s, "tokens_per_s": valid / step_s, "mfu": None,
                 **self._resources(spans)}
         if self.inputs.held_out and (self.due(self.flags.run.eval_every) or not self.going()):
@@ -125,7 +125,7 @@ class Run:
                  "model": self.inputs.model.to_dict(), "flags": to_json(self.flags)}
         n = self.mesh.world.size
         with self._off_the_clock():
-            self.dir.save(self.step, self.replica.optimizer, state, self.flags.run.keep)
+            self.dir.save(self.step, self.replica, state, self.flags.run.keep)
             self.dir.plot(f"{self.flags.model.model}, {parameters(self.inputs.model):,} parameters, "
                           f"{self.flags.model.dtype}, {n} rank{'s' * (n > 1)}")
 
@@ -186,7 +186,7 @@ class Run:
 
     def _check_finite(self, loss):
         norm, lr = self.replica.grad_norm, self.replica.lr
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not (math.isfinite(loss) and (math.isfinite(norm) or self.replica.skipped)):
             raise ValueError(f"step {self.step}: loss {loss}, gradient norm {norm}; {self.dir.last_good()}; "
                              f"try --lr {lr / 3:.2g} or a longer --warmup")
 

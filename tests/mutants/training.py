@@ -134,8 +134,8 @@ def counts_padding(micro_batches, axis, *flags):
 
 
 class ResumesAtTheFirstSample(RunDir):
-    def resume(self, inputs, optimizer):
-        step, _ = super().resume(inputs, optimizer)
+    def resume(self, inputs, replica):
+        step, _ = super().resume(inputs, replica)
         return step, 0
 
 

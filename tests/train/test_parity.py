@@ -15,11 +15,22 @@ CASES = [  # dp, micro-batch, optimizer, untied: every pair of values stands in 
 EVERY = [
     *product((2, 3, 4), (1, 3), ("adamw", "sgd"), (False, True)),
     (8, 1, "adamw", False), (8, 1, "sgd", True)]
+ZERO_CASES = [  # zero, recompute, dp, micro-batch, optimizer, untied
+    (1, "none", 3, 1, "adamw", False), (2, "full", 2, 3, "adamw", False), (3, "none", 4, 1, "adamw", False),
+    (1, "full", 4, 3, "sgd", True), (2, "none", 3, 1, "sgd", True), (3, "full", 2, 1, "sgd", False),
+    (3, "full", 3, 3, "adamw", True), (0, "full", 2, 1, "adamw", False)]
+EVERY_ZERO = [*product((1, 2, 3), ("none", "full"), (2, 3, 4), (1, 3), ("adamw", "sgd"), (False, True))]
 
 
 @pytest.mark.parametrize("dp, micro, optimizer, untied", CASES)
 def test_losses_and_norms_are_those_of_one_rank(ranks, tmp_path, dp, micro, optimizer, untied):
-    compare(ranks, tmp_path, dp, micro, optimizer, untied)
+    sent = compare(ranks, tmp_path, dp, micro, optimizer, untied)
+    assert sent == {8 * (54592 + 257 * 32 * untied)}                       # each gradient once a step
+
+
+@pytest.mark.parametrize("zero, recompute, dp, micro, optimizer, untied", ZERO_CASES)
+def test_zero_changes_no_loss_and_no_norm(ranks, tmp_path, zero, recompute, dp, micro, optimizer, untied):
+    compare(ranks, tmp_path, dp, micro, optimizer, untied, "--zero", zero, "--recompute", recompute)
 
 
 @pytest.mark.prove
@@ -28,10 +39,16 @@ def test_every_combination(ranks, tmp_path, dp, micro, optimizer, untied):
     compare(ranks, tmp_path, dp, micro, optimizer, untied)
 
 
-def compare(ranks, tmp_path, dp, micro, optimizer, untied):
+@pytest.mark.prove
+@pytest.mark.parametrize("zero, recompute, dp, micro, optimizer, untied", EVERY_ZERO)
+def test_every_combination_of_zero(ranks, tmp_path, zero, recompute, dp, micro, optimizer, untied):
+    compare(ranks, tmp_path, dp, micro, optimizer, untied, "--zero", zero, "--recompute", recompute)
+
+
+def compare(ranks, tmp_path, dp, micro, optimizer, untied, *more):
     want = alone(optimizer, untied, tmp_path)
     argv = [*FLAGS, "--dp", str(dp), "--micro-batch", str(micro), "--optimizer", optimizer,
-            "--out", str(tmp_path)]
+            "--out", str(tmp_path), *map(str, more)]
     assert ranks(dp).run(main, argv + ["--untied"] * untied) == [0] * dp
     got = metrics.read(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in got] == [1, 2, 3, 4, 5]
@@ -40,8 +57,7 @@ def compare(ranks, tmp_path, dp, micro, optimizer, untied):
         assert g["grad_norm"] == pytest.approx(w["grad_norm"], rel=1e-8)
         assert (g["tokens"], g["lr"]) == (w["tokens"], w["lr"])
     assert any(line["grad_norm"] > 0.4 for line in want)                   # so that clipping was at work
-    psi = 54592 + 257 * 32 * untied
-    assert {line["comm"]["data"] for line in got} == {8 * psi}             # each gradient once a step
+    return {line["comm"]["data"] for line in got}
 
 
 def alone(optimizer, untied, tmp_path):

@@ -1,0 +1,440 @@
+"""ZeRO: the gradients are one rank's at every stage, and what is cut is neither held nor sent twice."""
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nanoinfra.dist.mesh import Mesh
+from nanoinfra.formulas import zero as formulas
+from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.lab.storages import Storages
+from nanoinfra.memory import recompute
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.init import init_weights
+from nanoinfra.parallel.compose import units
+from nanoinfra.parallel.zero import Zero
+from nanoinfra.train.loss import HeadLoss, count_valid
+from nanoinfra.train.optim import Optimizer, clip
+from tests.parallel.test_data import batches, gradients_alone, model
+from tests.parity import assert_same_gradients
+
+BUCKET = 1 << 16                             # several buckets of the test model's 0.4 MB in float64
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_gradients_match_one_rank(ranks, n):
+    want = gradients_alone()
+    for stage in (1, 2, 3):
+        for micro_batches, how in ((1, "none"), (3, "full")):
+            got = ranks(n).run(gradients_shared, stage, micro_batches, how)
+            assert_same_gradients(whole(got), want, where=f"stage {stage}, {micro_batches}, recompute {how}")
+
+
+def test_after_cutting_every_parameter_is_a_leaf_and_its_shards_make_it_up(ranks):
+    want = {name: p.detach() for name, p in model().named_parameters()}
+    for stage in (1, 2, 3):
+        got = ranks(3).run(cut, stage)
+        for held, *_ in got:
+            assert held == {name: (0 if stage == 3 else 8 * formulas.padded(tuple(w.shape), 3))
+                            for name, w in [*want.items(), ("head.weight", want["embed.weight"])]}
+        for name, w in whole([shards for _, shards, _ in got]).items():
+            assert torch.equal(w, want[name]), name
+        assert [shapes["embed.weight"] for *_, shapes in got] == [(86, 32)] * 3      # ceil(257 / 3) rows
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sends_what_the_paper_says(ranks, stage):
+    config = sized("test", context=16)
+    for n, micro_batches in ((2, 1), (3, 3)):
+        bytes_ = formulas.zero_payload(config, n, stage, micro_batches, "float64")
+        calls = formulas.zero_calls(config, n, stage, micro_batches, "float64", bucket_bytes=BUCKET)
+        for rows in ranks(n).run(traffic, stage, micro_batches):
+            for op in ("reduce_scatter", "all_gather"):
+                mine = [row for row in rows if row.op == op]
+                assert (sum(row.payload for row in mine), len(mine)) == (bytes_[op], calls[op]), (n, op)
+            assert {row.tag for row in rows} == {"grads", "weights"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_holds_no_more_than_the_formula_at_any_moment(ranks, stage, dtype):
+    config = ModelConfig(64, 64, 4, 4, 2, 16, 176, 16)                     # blocks as large as the embedding
+    limit, of_others = memory_limit(config, 3, stage, dtype), activations(config, dtype)
+    for marks in ranks(3).run(bytes_held, config, stage, dtype):
+        label, most = max(marks, key=lambda mark: mark[1])
+        assert most <= limit + of_others, f"{label}: {most:,} > {limit:,} + {of_others:,}"
+        assert most > 0.6 * limit                                          # and the limit is not a loose one
+        assert {label.split()[-2] for label, _ in marks} >= {"enters", "leaves", "grads", "weights"}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_frozen_unused_shared_and_small_parameters(ranks, stage):
+    want = odd_alone()
+    got = ranks(4).run(odd_shared, stage)
+    assert_same_gradients(whole([grads for grads, _ in got]), want)
+    assert want["unused.weight"].abs().sum() == 0 and "frozen.weight" not in want
+    assert all(norm == pytest.approx(torch.stack([w.norm() for w in want.values()]).norm().item(), rel=1e-12)
+               for _, norm in got)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_replicas_start_from_rank_0(ranks, stage):
+    got = ranks(3).run(first_outputs, stage)
+    assert all(torch.equal(each, got[0]) for each in got)
+
+
+def test_a_model_on_the_meta_device_is_filled_by_name(ranks):
+    for name, shard, rows in ranks(2).run(filled_by_name):
+        assert torch.equal(shard[:rows[1] - rows[0]], torch.full((rows[1] - rows[0], 5), len(name) + 0.0))
+
+
+def test_torchs_own_checkpoint_and_modules_that_go_another_way(ranks):
+    for got, want, unit_bytes in ranks(2).run(another_way):
+        assert_same_gradients(got, want)
+        assert unit_bytes == 0                                             # freed after use all the same
+
+
+def test_prefetch_hides_what_the_schedule_says(ranks):
+    layers, floats, compute, wire = 8, 50_000, 0.025, (1e-3, 5.5e6)
+    gather = ring_seconds("all_gather", 4 * floats, 2, *wire)              # 0.019 s, less than compute
+    scatter = ring_seconds("reduce_scatter", 4 * floats, 2, *wire)
+    want = stage3_seconds(layers, compute, gather, scatter)
+    got = max(ranks(2).run(stage3_step, layers, floats, compute, wire))
+    serial = layers * (3 * compute + 2 * gather + scatter)
+    assert want < 0.75 * serial
+    assert got == pytest.approx(want, rel=0.1)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_lifted_alone_it_trains_a_foreign_module(tmp_path, stage):
+    home = Path(__file__).resolve().parents[2] / "nanoinfra"
+    shutil.copytree(home / "dist", tmp_path / "nanoinfra" / "dist")
+    (tmp_path / "nanoinfra" / "parallel").mkdir()
+    shutil.copy(home / "parallel" / "zero.py", tmp_path / "nanoinfra" / "parallel")
+    (tmp_path / "train.py").write_text(FOREIGN.replace("STAGE", str(stage)))
+    argv = [sys.executable, "-W", "error", "train.py"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["same", "same"]
+
+
+@pytest.mark.parametrize("stage", [0, 4])
+def test_unknown_stage_is_refused(stage):
+    with pytest.raises(ValueError, match="stages 1, 2 and 3"):
+        Zero(nn.Linear(2, 2), Mesh().data, stage)
+
+
+def test_a_unit_of_two_dtypes_is_refused():
+    net = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()))
+    with pytest.raises(ValueError, match="one dtype"):
+        Zero(net, Mesh().data, 3, [[net]])
+
+
+@pytest.mark.prove
+def test_payload_of_17_million_parameters_is_the_papers_within_2_percent(ranks):
+    config = ModelConfig(8192, 384, 6, 6, 6, 64, 1536, 256, tied=False, family="gpt2")
+    psi = 17_039_616
+    for stage, a, want in ((1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 3), (3, 1, 3), (3, 2, 6)):
+        for rows, counted in ranks(2).run(traffic_of, config, stage, a):
+            assert counted == psi
+            elements = sum(row.payload / 4 for row in rows if row.tag in ("grads", "weights"))
+            assert elements == pytest.approx(want * psi, rel=0.02), (stage, a)
+            assert elements * 4 == sum(formulas.zero_payload(config, 2, stage, a).values())
+
+
+FOREIGN = """
+import torch
+from torch import nn
+from nanoinfra.dist.mesh import Mesh
+from nanoinfra.dist.ranks import Ranks
+from nanoinfra.parallel.zero import Zero
+
+x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
+
+def train(n):
+    mesh = Mesh(dp=n)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    zero = Zero(net, mesh.data, stage=STAGE, bucket_bytes=100)
+    sgd = torch.optim.SGD(zero.shards.values(), lr=0.1)
+    for step in range(5):
+        mine = slice(mesh.dp.rank, None, n)
+        zero.begin_step()
+        loss = nn.functional.cross_entropy(net(x[mine]), y[mine], reduction="sum") / len(x)
+        zero.before_backward(last=True)
+        loss.backward()
+        grads = zero.finish()
+        for name, shard in zero.shards.items():
+            shard.grad = grads[name]
+        sgd.step()
+        zero.publish()
+    return net(x).detach()
+
+if __name__ == "__main__":
+    want = train(1)
+    with Ranks(2) as two:
+        for got in two.run(train, 2):
+            print("same" if torch.allclose(got, want, rtol=1e-12) else "different")
+"""
+
+
+def whole(ranks):
+    """{name: tensor}, put together from each rank's {name: ((start, stop), shape, shard)}."""
+    return {name: torch.cat([shard[:stop - start] for (start, stop), _, shard in (r[name] for r in ranks)])
+            .view(ranks[0][name][1]) for name in ranks[0]}
+
+
+def described(shared, tensors):
+    return {name: (shared.rows[name], shared.shapes[name], x.clone()) for name, x in tensors.items()}
+
+
+def zeroed(stage, n=None, **more):
+    mesh = Mesh(dp=n or dist.get_world_size())
+    torch.manual_seed(mesh.rank)                       # a random state of its own on each rank
+    net = model()
+    last = HeadLoss(net.head)
+    return mesh, net, last, Zero(net, mesh.data, stage, units(net, last), bucket_bytes=BUCKET, **more)
+
+
+def gradients_shared(stage, micro_batches, how):
+    mesh, net, last, shared = zeroed(stage)
+    recompute.apply(net, how)
+    run(net, last, shared, batches(mesh, micro_batches), mesh)
+    return described(shared, shared.finish())
+
+
+def run(net, last, shared, mine, mesh):
+    [count] = count_valid(mine, mesh.data)
+    mesh.ledger.take()
+    shared.begin_step()
+    for i, (x, y) in enumerate(mine):
+        loss = last(net.hidden(x), y, count)
+        shared.before_backward(last=i == len(mine) - 1)
+        loss.backward()
+    return shared.finish()
+
+
+def cut(stage):
+    _, net, _, shared = zeroed(stage)
+    held = {name: p.untyped_storage().nbytes() for name, p in net.named_parameters()}
+    assert all(isinstance(p, nn.Parameter) and p.is_leaf for p in net.parameters())
+    return held, described(shared, shared.shards), {name: tuple(s.shape) for name, s in shared.shards.items()}
+
+
+def traffic(stage, micro_batches):
+    mesh, net, last, shared = zeroed(stage)
+    run(net, last, shared, batches(mesh, micro_batches), mesh)
+    shared.publish()
+    return mesh.ledger.take()
+
+
+def traffic_of(config, stage, micro_batches):
+    mesh, net = Mesh(dp=2), Decoder(config)
+    counted = sum(p.numel() for p in net.parameters())
+    last = HeadLoss(net.head)
+    shared = Zero(net, mesh.data, stage, units(net, last))
+    x, y = torch.zeros(2, 1, 8, dtype=torch.long)
+    run(net, last, shared, [(x, y)] * micro_batches, mesh)
+    shared.publish()
+    return mesh.ledger.take(), counted
+
+
+def memory_limit(config, n, stage, dtype):
+    """States and buffers by the formulas, and the gradient that autograd is just handing over."""
+    name, grad = str(dtype).removeprefix("torch."), 4
+    held = formulas.zero_bytes(config, n, stage, name, grad_bytes=grad)
+    on_the_way = formulas.zero_buffers(config, n, stage, name, grad, BUCKET)
+    return sum(held.values()) + on_the_way + dtype.itemsize * config.vocab * config.width
+
+
+def activations(config, dtype):
+    """The most that forward and backward of a micro-batch hold on one rank, beside weights and gradients."""
+    net = Decoder(config).to(dtype)
+    x, y = torch.zeros(2, 1, 4, dtype=torch.long)
+    with Storages() as storages:
+        storages.watch(net)
+        for p in net.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        HeadLoss(net.head)(net.hidden(x), y, 4).backward()
+        return storages.peak
+
+
+def bytes_held(config, stage, dtype):
+    mesh = Mesh(dp=3)
+    x, y = torch.zeros(2, 1, 4, dtype=torch.long)
+    with Storages(operators=False) as storages:
+        net = init_weights(Decoder(config), seed=0)
+        last = HeadLoss(net.head)
+        shared = Zero(net, mesh.data, stage, units(net, last), dtype, torch.float32, BUCKET)
+        optimizer = Optimizer(shared.shards)
+        optimizer.state()                                                  # moments from the first step on
+        storages.watch(nn.ModuleList([net, last]), mesh.ledger)
+        for _ in range(2):
+            run(net, last, shared, [(x, y)] * 2, mesh)
+            grads = shared.finish()
+            clip(grads, 1.0, mesh.data)
+            optimizer.step(grads, lr=1e-3)
+            grads = None
+            shared.publish()
+        return storages.marks
+
+
+class Odd(nn.Module):
+    """A tied head, a module used twice, a frozen and an unused one, and tensors smaller than the world."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.twice = nn.Embedding(7, 3), nn.Linear(3, 3)
+        self.frozen, self.unused = nn.Linear(3, 3, bias=False), nn.Linear(3, 2, bias=False)
+        self.scale, self.gain = nn.Parameter(torch.tensor([1.5])), nn.Parameter(torch.tensor(0.5))
+        self.head = nn.Linear(3, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.frozen.weight.requires_grad_(False)
+
+    def forward(self, x):
+        y = self.twice(torch.tanh(self.twice(self.embed(x)))) * self.scale + self.gain
+        return self.head(torch.tanh(self.frozen(y)))
+
+
+def odd():
+    torch.manual_seed(3)
+    return Odd().double(), torch.arange(12).view(4, 3) % 7, torch.arange(12).view(4, 3) % 5
+
+
+def odd_alone():
+    net, x, y = odd()
+    nn.functional.cross_entropy(net(x).flatten(0, 1), y.flatten()).backward()
+    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+
+
+def odd_shared(stage):
+    mesh, (net, x, y) = Mesh(dp=4), odd()
+    shared = Zero(net, mesh.data, stage, bucket_bytes=100)
+    assert net.head.weight is not net.embed.weight                         # each use a leaf of its own
+    for _ in range(2):                                                     # nothing is left from the first
+        shared.begin_step()
+        for x_, y_ in zip(x[mesh.rank:mesh.rank + 1], y[mesh.rank:mesh.rank + 1]):
+            loss = nn.functional.cross_entropy(net(x_[None]).flatten(0, 1), y_, reduction="sum") / y.numel()
+            shared.before_backward(last=True)
+            loss.backward()
+        grads = shared.finish()
+        shared.publish()
+    return described(shared, grads), clip(grads, 0, mesh.data)
+
+
+def first_outputs(stage):
+    mesh = Mesh(dp=3)
+    torch.manual_seed(mesh.rank)
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
+    net[1].running_mean.fill_(mesh.rank + 1)
+    Zero(net, mesh.data, stage)
+    return net(torch.ones(2, 5)).detach()
+
+
+def filled_by_name():
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(5, 3, bias=False))
+    shared = Zero(net, Mesh(dp=2).data, 3, source=lambda name: torch.full((3, 5), len(name) + 0.0))
+    [(name, shard)] = shared.shards.items()
+    assert net(torch.ones(1, 5)).tolist() == [[5.0 * len(name)] * 3]
+    return name, shard, shared.rows[name]
+
+
+def another_way():
+    """Layers in an order of their own, one of them twice, under torch's checkpoint; beside one rank alone."""
+    mesh = Mesh(dp=2)
+    order = (2, 0, 1, 0)
+
+    def gradients(shard):
+        torch.manual_seed(0)
+        net = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)).double()
+        shared = Zero(net, mesh.data, 3) if shard else None
+        x = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
+        if shared:
+            shared.before_backward(last=True)
+        for i in order:
+            x = checkpoint(lambda x, i=i: torch.tanh(net[i](x)), x, use_reentrant=False)
+        x.sum().backward()
+        return net, shared
+
+    net, _ = gradients(False)
+    cut_net, shared = gradients(True)
+    parts = shared.finish()
+    held = sum(p.untyped_storage().nbytes() for p in cut_net.parameters())
+    want = {name: 2 * p.grad[slice(*shared.rows[name])] for name, p in net.named_parameters()}
+    return parts, want, held
+
+
+class Sleeps(nn.Module):
+    """y = x + sum of a weight; forward takes `compute` seconds of sleep, backward twice that."""
+
+    def __init__(self, floats, compute):
+        super().__init__()
+        self.weight, self.compute = nn.Parameter(torch.zeros(floats)), compute
+
+    def forward(self, x):
+        return Sleep.apply(x, self.weight, self.compute)
+
+
+class Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, compute):
+        ctx.compute = compute
+        ctx.save_for_backward(weight)
+        time.sleep(compute)
+        return x + weight.sum()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        time.sleep(2 * ctx.compute)
+        return upstream, upstream * torch.ones_like(ctx.saved_tensors[0]), None
+
+
+def stage3_step(layers, floats, compute, wire):
+    mesh = Mesh(dp=2, wire={"dp": wire})
+    net = nn.Sequential(*(Sleeps(floats, compute) for _ in range(layers)))
+    shared = Zero(net, mesh.data, 3)
+    times = []
+    for _ in range(3):
+        shared.begin_step()
+        begin = time.monotonic()
+        y = net(torch.zeros((), requires_grad=True))
+        shared.before_backward(last=True)
+        y.backward()
+        shared.finish()
+        times.append(time.monotonic() - begin)
+    return min(times)
+
+
+def stage3_seconds(layers, compute, gather, scatter):
+    """One link, calls in the order made: the schedule of a step, by hand.
+
+    Forward waits for its first gather alone; so does backward. There, layer i's gradient leaves when the
+    gather of layer i-2 was sent for already, and only the last one's scatter is waited for.
+    """
+    now = link = 0.0
+
+    def send(seconds):
+        nonlocal link
+        link = max(link, now) + seconds
+        return link
+
+    for direction in (1, 2):
+        arrives = send(gather)
+        for i in range(layers):
+            now = max(now, arrives)
+            if i + 1 < layers:
+                arrives = send(gather)
+            now += direction * compute
+            if direction == 2:
+                leaves = send(scatter)
+    return max(now, leaves)
