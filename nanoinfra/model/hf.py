@@ -7,12 +7,15 @@ hf_names.py's.
 import json
 import re
 import shutil
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nanoinfra.formulas.params import shapes
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import Source, check_names, filled, sources
@@ -53,19 +56,26 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 def save_hf(model: Decoder, folder: str | Path, tokenizer: str | Path | None = None,
             shard_bytes: int = 4 * 2**30) -> None:
-    """Write `model` as a Hugging Face folder, with the files of the `tokenizer` folder beside it if given.
+    """Write `model` as a Hugging Face folder; as `write_hf`, in the dtype of its weights."""
+    def read(name):
+        return model.get_parameter(name).detach()
+    write_hf(model.config, read, model.embed.weight.dtype, folder, tokenizer, shard_bytes)
 
-    Weights keep their dtype. Past `shard_bytes` they go into several files and an index, each file written
-    before the next is put together.
+
+def write_hf(config: ModelConfig, read: Callable[[str], torch.Tensor], dtype: torch.dtype,
+             folder: str | Path, tokenizer: str | Path | None = None, shard_bytes: int = 4 * 2**30) -> None:
+    """Write a Hugging Face folder of the parameters `read(name)`, as `dtype`, with the `tokenizer`'s files.
+
+    Past `shard_bytes` they go into several files and an index, each file written before the next is read.
     """
-    folder, config = Path(folder), config_to(model.config)
+    folder, theirs_config = Path(folder), config_to(config)
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _shards(model, shard_bytes)
+    shards = _shards(config, dtype, shard_bytes)
     names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors"
                                               for i in range(1, len(shards) + 1)]
     for file, shard in zip(names, shards, strict=True):
-        tensors = {theirs: _join(model, parts) for theirs, parts in shard.items()}
-        save_file(tensors, folder / file, {"format": "pt"})
+        save_file({theirs: _join(read, dtype, parts) for theirs, parts in shard.items()}, folder / file,
+                  {"format": "pt"})                                # no name: freed before the next is read
     if len(shards) > 1:
         places = {theirs: file for file, shard in zip(names, shards, strict=True) for theirs in shard}
         index = json.dumps({"metadata": {}, "weight_map": places}, indent=2)
@@ -74,8 +84,8 @@ def save_hf(model: Decoder, folder: str | Path, tokenizer: str | Path | None = N
         for path in (Path(tokenizer, name) for name in TOKENIZER_FILES):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-    config |= _own(model, folder)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    theirs_config |= _own(dtype, folder)
+    (folder / "config.json").write_text(json.dumps(theirs_config, indent=2) + "\n", encoding="utf-8")
 
 
 class _Tensors:
@@ -126,16 +136,16 @@ def _check_tied(model, head, folder):
                          "set tie_word_embeddings to false there to use both")
 
 
-def _shards(model, shard_bytes):
+def _shards(config, dtype, shard_bytes):
     """Their names with the parameters each is made of, in groups of `shard_bytes` at most (or one name)."""
-    dialect = DIALECTS[model.config.family]
+    dialect, shape_of = DIALECTS[config.family], shapes(config)
     parts = {}
-    for ours, source in sources(model.config, dialect.tensors).items():
+    for ours, source in sources(config, dialect.tensors).items():
         prefix = "" if source.name == "lm_head.weight" else dialect.prefix
         parts.setdefault(prefix + source.name, []).append((ours, source))
     shards, room = [{}], shard_bytes
     for theirs, made_of in parts.items():
-        size = sum(model.get_parameter(ours).nbytes for ours, _ in made_of)
+        size = sum(prod(shape_of[ours]) * dtype.itemsize for ours, _ in made_of)
         if size > room and shards[-1]:
             shards, room = [*shards, {}], shard_bytes
         shards[-1][theirs] = made_of
@@ -143,18 +153,18 @@ def _shards(model, shard_bytes):
     return shards
 
 
-def _join(model, parts):
+def _join(read, dtype, parts):
     """Their tensor from ours: q, k, v put together where fused, turned where they store (in, out)."""
-    x = torch.cat([model.get_parameter(ours).detach() for ours, _ in parts])  # q, k, v, as attention has them
-    return (x.T if parts[0][1].transposed else x).contiguous().cpu()
+    x = torch.cat([read(ours).to("cpu", dtype) for ours, _ in parts])         # q, k, v, as attention has them
+    return (x.T if parts[0][1].transposed else x).contiguous()
 
 
-def _own(model, folder):
+def _own(dtype, folder):
     """What config.json says beside the shape: the dtype, and the tokenizer's first and last token."""
     text = read_text(folder)
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if text is not None:
         ids |= {key: text.backend.token_to_id(name) for key, name in
                 (("bos_token_id", text.bos), ("eos_token_id", text.eos)) if name}
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-    return ids | {"dtype": dtype, "torch_dtype": dtype}
+    name = str(dtype).removeprefix("torch.")
+    return ids | {"dtype": name, "torch_dtype": name}

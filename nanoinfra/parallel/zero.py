@@ -222,7 +222,8 @@ class Bundle:
         """Wait, and lay the rows of each part together."""
         columns, self.pending = self.pending.wait().split(self.sizes, dim=1), None
         for part, rows in zip(self.parts, columns):
-            part.whole.untyped_storage().resize_(part.whole.nbytes)
+            if part.whole.untyped_storage().nbytes() == 0:               # freed
+                part.whole.untyped_storage().resize_(part.whole.nbytes)
             part.whole.view(rows.shape).copy_(rows)                      # (N, c ...)
 
 

@@ -4,13 +4,16 @@ A run's weights are the newest checkpoint that verifies, whatever mesh wrote it;
 tensor.
 """
 import sys
+from math import prod
 from pathlib import Path
 
 import torch
 
+from nanoinfra.formulas.params import block_shapes, shapes
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import Source, filled
+from nanoinfra.model.hf import write_hf
 from nanoinfra.model.load import load
 from nanoinfra.model.text import Text, read_json, read_text
 from nanoinfra.train import checkpoint
@@ -29,16 +32,30 @@ def pretrained(name: str | Path, dtype: torch.dtype = torch.float32,
 def from_run(folder: str | Path, dtype: torch.dtype = torch.float32,
              attention: str = "sdpa") -> tuple[Decoder, Text | None]:
     """Model and tokenizer of a run directory. Raises ValueError where no checkpoint in it is whole."""
-    folder = Path(folder)
+    config, read = _newest(Path(folder))
+    names = {name: Source(name) for name in shapes(config)}
+    model = filled(config, attention, dtype, names, lambda source: read(source.name))
+    return model, read_text(Path(folder) / "tokenizer")
+
+
+def export(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the newest checkpoint of a run directory as a Hugging Face folder, with its tokenizer.
+
+    Whatever mesh and ZeRO stage wrote it, no more is held at a time than a block, or the embedding.
+    """
+    config, read = _newest(Path(run))
+    block = sum(prod(shape) for shape in block_shapes(config).values()) * dtype.itemsize
+    write_hf(config, read, dtype, folder, Path(run) / "tokenizer", shard_bytes=block)
+
+
+def _newest(folder):
+    """Configuration, and a function that reads a parameter whole from the newest checkpoint that verifies."""
     config = ModelConfig(**read_json(folder / "config.json")["model"])
     step = checkpoint.newest(folder / "checkpoints", say=lambda text: print(text, file=sys.stderr))
     if step is None:
         raise ValueError(f"no good checkpoint in {folder / 'checkpoints'}; train with --out {folder} first")
-    manifest, shapes = read_manifest(step), checkpoint.catalog(step)
+    manifest, every = read_manifest(step), shapes(config)
 
-    def read(source):
-        wanted = Piece.whole(source.name, shapes[source.name][0])
-        return next(checkpoint.load(step, [wanted], manifest))[1]
-
-    names = {name: Source(name) for name in shapes}
-    return filled(config, attention, dtype, names, read), read_text(folder / "tokenizer")
+    def read(name):
+        return next(checkpoint.load(step, [Piece.whole(name, every[name])], manifest))[1]
+    return config, read

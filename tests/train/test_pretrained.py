@@ -1,3 +1,4 @@
+import gc
 import json
 
 import pytest
@@ -7,11 +8,12 @@ from nanoinfra.cli import main
 from nanoinfra.data.source import Random
 from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.dist.mesh import Mesh
+from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.hf import save_hf
 from nanoinfra.train import checkpoint, metrics
 from nanoinfra.train.pieces import Piece
-from nanoinfra.train.pretrained import pretrained
+from nanoinfra.train.pretrained import export, pretrained
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled
 
@@ -39,6 +41,24 @@ def test_a_run_directory_gives_its_newest_weights_and_its_tokenizer(run):
     assert same(model, 5) and model.head.weight is model.embed.weight
     assert model.embed.weight.dtype == torch.float64
     assert template is None and text.ends == {text.backend.token_to_id("<|endoftext|>")}
+
+
+def test_export_is_loaded_by_transformers_and_never_holds_more_than_a_block(ranks, tmp_path):
+    import transformers
+    flags = ["--data", "stdlib", "--vocab", "300", "--seq", "16", "--micro-batch", "2", "--threads", "1"]
+    out = tmp_path / "run"
+    argv = ["train", "--model", "test", *flags, "--steps", "2", "--zero", "3", "--dp", "3", "--out", str(out)]
+    assert ranks(3).run(main, argv) == [0, 0, 0]
+    gc.collect()
+    with Storages(operators=True) as storages:
+        export(out, tmp_path / "exported")
+    want, _, _ = pretrained(out)
+    biggest = max(sum(p.nbytes for p in want.blocks[0].parameters()), want.embed.weight.nbytes)
+    assert 0.9 * biggest < storages.peak <= 2 * biggest                    # a tensor read, and its copy, beside it
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="float32")
+    x = torch.arange(12)[None]
+    torch.testing.assert_close(theirs(x).logits, want(x), rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "exported" / "tokenizer.json").is_file()
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, capsys):

@@ -41,6 +41,27 @@ def test_resume_on_another_mesh_continues_the_run(ranks, tmp_path):
     close(metrics.read(run / "metrics.jsonl"), want)
 
 
+@pytest.mark.parametrize("stages", [((3, 3), (1, 2), (2, 4), (0, 1)), ((0, 2), (3, 4), (2, 3), (1, 1))])
+def test_any_stage_goes_on_from_any_other(ranks, tmp_path, stages):
+    want = undisturbed(ranks, tmp_path)
+    for step, (zero, dp) in zip((3, 6, 9, 12), stages):
+        argv = [*FLAGS, "--zero", str(zero), "--dp", str(dp), "--steps", str(step), "--lr-schedule",
+                "constant", "--out", str(tmp_path / "run")] + ["--resume"] * (step > 3)
+        assert ranks(dp).run(main, argv) == [0] * dp
+    close(metrics.read(tmp_path / "run" / "metrics.jsonl"), want)
+
+
+@pytest.mark.parametrize("zero", ["1", "3"])
+def test_resume_under_zero_is_bitwise(ranks, tmp_path, zero):
+    argv = [*FLAGS, "--dp", "3", "--zero", zero, "--dtype", "bfloat16", "--lr-schedule", "constant"]
+    for out, *parts in (("whole", STEPS), ("parts", 5, STEPS)):
+        for i, n in enumerate(parts):
+            ranks(3).run(main, [*argv, "--out", str(tmp_path / out), "--steps", str(n)] + ["--resume"] * i)
+    got, want = (metrics.read(tmp_path / out / "metrics.jsonl") for out in ("parts", "whole"))
+    assert bits(got) == bits(want)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
 def test_killed_rank_then_resume_is_bitwise(ranks, tmp_path):
     kill_and_resume(ranks, tmp_path, [("step", 5, 1)], seed=0)
 

@@ -1,0 +1,79 @@
+"""float16: an overflow on one rank is skipped on all, the scale follows, and it ends where float32 does."""
+import dataclasses
+from pathlib import Path
+from statistics import mean
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from nanoinfra.cli import main
+from nanoinfra.dist.ranks import Ranks
+from nanoinfra.train import checkpoint, metrics
+from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
+from nanoinfra.train.loss import HeadLoss
+from nanoinfra.train.trainer import train
+
+OVERFLOWS = {1: (3, 4), 0: (6,)}             # rank: steps whose gradient it makes infinite
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks, tmp_path, zero):
+    got = ranks(2).run(planted, flags("test", tmp_path, zero, steps=8))
+    for lines in got:
+        assert [line["step"] for line in lines if line["grad_norm"] is None] == [3, 4, 6]
+        assert [line["loss_scale"] for line in lines] == [2.0**k for k in (16, 16, 15, 14, 14, 13, 13, 13)]
+        assert [line["loss"] for line in lines] == [line["loss"] for line in got[0]]
+    state = checkpoint.read_state(checkpoint.newest(tmp_path / "checkpoints"))
+    assert state["updates"] == 5 and state["scale"] == {"value": 2.0**13, "good": 2}
+
+
+def test_a_run_in_two_parts_is_the_run_in_one(ranks, tmp_path):
+    whole = ranks(2).run(planted, flags("test", tmp_path / "whole", 2, steps=8))[0]
+    parts = flags("test", tmp_path / "parts", 2, steps=8)
+    ranks(2).run(planted, dataclasses.replace(parts, run=dataclasses.replace(parts.run, steps=5)))
+    second = dataclasses.replace(parts, run=dataclasses.replace(parts.run, resume=True))
+    got = ranks(2).run(planted, second, 5)[0]
+    keys = ("step", "loss", "grad_norm", "loss_scale")
+    assert [[line[k] for k in keys] for line in got] == [[line[k] for k in keys] for line in whole[5:]]
+
+
+def test_overflows_without_end_say_what_to_do(ranks, tmp_path, capfd):
+    argv = ["train", "--model", "test", "--data", "random", "--dtype", "float16", "--lr", "1e9", "--steps",
+            "30", "--warmup", "0", "--threads", "1", "--out", str(tmp_path)]
+    assert main(argv) == 2
+    assert "try --" in capfd.readouterr().err
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("steps_skipped", [{}, {1: (5, 6, 20), 0: (30,)}])
+def test_the_nano_model_ends_where_float32_does(tmp_path, steps_skipped):
+    ends = {}                                # torch's float16 products are ten times slower here
+    for dtype, skipped in (("float32", {}), ("float16", steps_skipped)):
+        out = tmp_path / dtype
+        wanted = flags("nano", out, 2, steps=80, dtype=dtype, data="stdlib", seq=64)
+        with Ranks(2, timeout=900) as patient:
+            patient.run(planted, wanted, 0, skipped)
+        ends[dtype] = mean(line["loss"] for line in metrics.read(out / "metrics.jsonl")[-10:])
+    assert ends["float16"] == pytest.approx(ends["float32"], rel=0.01)
+    assert ends["float32"] < 7.0                                           # it had learned: ln 4096 = 8.3
+
+
+def flags(model, out: Path, zero, steps, dtype="float16", data="random", seq=16):
+    return TrainFlags(ModelFlags(model=model, dtype=dtype), DataFlags(data=data, seq=seq, micro_batch=2),
+                      MeshFlags(dp=2, zero=zero, threads=1), OptimizerFlags(lr_schedule="constant"),
+                      RunFlags(steps=steps, out=out))
+
+
+def planted(flags, done=0, overflows=None):
+    """Train; in the steps of `overflows` this rank's gradient of the last hidden states is infinite."""
+    forward, mine = HeadLoss.forward, (OVERFLOWS if overflows is None else overflows).get(dist.get_rank(), ())
+    calls = iter(range(done + 1, 10_000))
+
+    def overflowing(self, hidden, targets, count):
+        if next(calls) in mine:
+            hidden.register_hook(lambda gradient: gradient * float("inf"))
+        return forward(self, hidden, targets, count)
+    with mock.patch.object(HeadLoss, "forward", overflowing):
+        return train(flags)
