@@ -35,7 +35,7 @@ def predict(key: str, value: float, unit: str = "") -> None:
 
 def _asked(key, unit):
     number = key[1:3]
-    if number not in check.modules():
+    if number not in check.modules() or ".lab_" in key:                    # a lab asks for its own
         return
     units = check.lesson(number).PREDICTIONS
     if key not in units or units[key] != unit:

@@ -5,6 +5,7 @@
         step()
 
 Saved tensors and collectives under way are seen too, which only C++ holds; a kernel's own scratch is not.
+gloo's thread may hold the buffers of a collective for a moment after it is done, and then they count.
 """
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -85,10 +86,9 @@ class Storages(TorchDispatchMode):
 
     def _marked(self, call, moment):
         def marked(*args, **kwargs):
-            out = call(*args, **kwargs)
-            row = out or args[0]                   # enter makes the row that leave is given
+            row = call(*args, **kwargs) or args[0]             # enter makes the row that leave is given
             self.mark(f"{row.op} {row.tag} {moment}s")
-            return out
+            return row
         return marked
 
 

@@ -1,5 +1,6 @@
 """Bytes are exact: every expected number is counted by hand, in float32."""
 import gc
+import time
 
 import pytest
 import torch
@@ -145,6 +146,9 @@ def gather_under_way():
         storages.mark("computes")
         pending.wait()
         del pending
+        deadline = time.monotonic() + 10           # gloo's thread lets go of the buffers a moment later
+        while storages.held() and time.monotonic() < deadline:
+            time.sleep(0.001)
         storages.mark("done")
         comm.reduce_scatter(torch.ones(2, 50), mesh.dp, "grads")
     comm.barrier(mesh.dp)
@@ -156,7 +160,7 @@ def test_collectives_are_marked_and_their_buffers_count(ranks):
         assert marks == [("all_gather weights enters", 800), ("computes", 800),
                          ("all_gather weights leaves", 800), ("done", 0),
                          ("reduce_scatter grads enters", 800),         # the input, and a row of each rank
-                         ("reduce_scatter grads leaves", 800 + 200)]
+                         ("reduce_scatter grads leaves", 1000)]        # and their sum
         assert not left_behind
 
 

@@ -96,6 +96,19 @@ def test_random_numbers_are_drawn_again_and_the_stream_goes_on_as_without():
     assert any((grad == 0).any() for grad in want)                             # dropout did drop
 
 
+@pytest.mark.gpu
+def test_a_gpus_dice_fall_again_too():
+    results = []
+    for call in (lambda fn, x: fn(x), recompute.recompute):
+        torch.manual_seed(0)
+        x = torch.ones(64, device="cuda", requires_grad=True)
+        y = call(lambda x: torch.dropout(x, 0.5, True) * x, x)
+        between = torch.rand(3, device="cuda")
+        y.sum().backward()
+        results.append(torch.cat([x.grad, between, torch.rand(3, device="cuda")]))
+    assert torch.equal(*results)
+
+
 def test_parameters_get_gradients_though_no_input_needs_one():
     model = Noisy("full").eval()
     assert not torch.ones(5, 6).requires_grad

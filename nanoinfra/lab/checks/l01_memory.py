@@ -1,0 +1,272 @@
+"""Lesson 01, mixed precision: 16-bit weights with float32 masters, and a loss scale that finds its size."""
+import math
+from collections.abc import Callable
+
+import torch
+
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.same import same
+from nanoinfra.lab.storages import Storages
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.init import init_weights
+from nanoinfra.train.loss import cross_entropy
+from nanoinfra.train.scale import LossScale
+
+PREDICTIONS = {"L01.states": "B", "L01.layer_float32": "B", "L01.layer_bfloat16": "B",
+               "L01.skipped": "steps"}
+CONFIG = ModelConfig(vocab=61, width=24, layers=2, heads=4, kv_heads=2, head_dim=6, hidden=40, context=16)
+BETAS, EPS = (0.9, 0.95), 1e-8
+SHAPES = {"first": (3,), "middle": (2, 5), "last": (40, 30)}
+SCALE = 2.0**16
+TINY = 2.0**-26                              # of this gradient float16 keeps nothing; SCALE lifts it
+
+adam_step = Check("adam_step")
+scaled_step = Check("scaled_step")
+CHECKS = (adam_step, scaled_step)
+
+
+@adam_step.criterion("moves the weights in place", "property")
+def _(subject):
+    for dtype in (torch.bfloat16, torch.float16):
+        params = _params(dtype, lambda shape: torch.zeros(shape))
+        places = {name: p.data_ptr() for name, p in params.items()}
+        _run(subject, params, [_filled(0.25)], lr=0.5)
+        for name, p in params.items():
+            if p.data_ptr() != places[name]:
+                raise Wrong(f"`{name}` lies elsewhere in memory after a step, in {p.dtype}: the model keeps "
+                            f"its 16-bit tensors, p.copy_(...) rounds into them")
+            same(name, p.data, torch.full_like(p, -0.5), 0, 1, 0.01, _first_step_slips(p))
+
+
+@adam_step.criterion("updates too small for 16 bits add up", "property")
+def _(subject):
+    for dtype in (torch.bfloat16, torch.float16):
+        params = _params(dtype, torch.ones)
+        _run(subject, params, [_filled(0.25)] * 64, lr=2.0**-12)           # 2^-6 in all, 2^-12 is lost
+        for name, p in params.items():
+            lost = {"the weights stand still: is each update rounded away, for want of a float32 master that "
+                    "is kept from step to step?": torch.ones_like(p)}
+            same(f"{name}, after 64 steps of 2^-12 from 1", p.data, torch.full_like(p, 1 - 2.0**-6), 0, 1,
+                 2.0**-8, lost)
+
+
+@adam_step.criterion("small gradients keep their squares", "property")
+def _(subject):
+    params = _params(torch.float16, lambda shape: torch.zeros(shape))
+    _run(subject, params, [_filled(2.0**-13)] * 3, lr=0.125)               # 2^-26 is 0 in float16
+    for name, p in params.items():
+        same(f"{name}, three steps on gradients of 2^-13, whose squares are 0 in float16", p.data,
+             torch.full_like(p, -0.375), 0, 1, 0.01)
+
+
+@adam_step.criterion("torch's Adam on float32 masters", "parity")
+def _(subject):
+    for dtype in (torch.bfloat16, torch.float16):
+        params = _params(dtype, _drawn(0))
+        grads = [{name: _drawn(step)(shape) for name, shape in SHAPES.items()} for step in range(1, 11)]
+        factors = [2.0 ** -(step % 4) for step in range(10)]
+        want, plain = _adam(params, grads, factors), _adam(params, grads, [1.0] * 10)
+        _run(subject, params, grads, 0.01, factors)
+        for name, p in params.items():
+            causes = {"the gradient is factor x p.grad": plain[name]}
+            same(f"{name}, ten steps in {dtype}", p.data, want[name], 0, 1, torch.finfo(dtype).eps, causes)
+
+
+@adam_step.criterion("12 bytes a parameter besides weights and gradients", "resource")
+def _(subject):
+    params, state = _params(torch.bfloat16, _drawn(0)), {}
+    psi = sum(p.numel() for p in params.values())
+    with Storages() as storages:
+        for step in range(3):
+            _run(subject, params, [_filled(step)], 0.01, state=state)
+        extra = storages.held()
+    if not 12 * psi <= extra <= 12 * psi + 64 * len(params):               # and a step counter a tensor
+        why = next((text for text, times in _KEPT.items() if round(extra / psi) == times), "")
+        raise Wrong(f"keeps {extra:,} bytes between steps for {psi:,} parameters, {extra / psi:.4g} each; "
+                    f"want 12: master, first and second moment in float32{why}")
+
+
+_KEPT = {"; moments in 16 bits?": 8, "; all three in 16 bits?": 6, "; in float64?": 24, "; no masters?": 8,
+         "; float32 gradients kept too?": 16, "; nothing kept in `state`?": 0}
+
+
+@scaled_step.criterion("true gradients, of the smallest too", "property")
+def _(subject):
+    for value in (SCALE, 2 * SCALE):
+        slopes = {"first": TINY, "middle": -0.25, "last": 2.0**-14}
+        trial = _Trial(slopes)
+        _moved(trial.step(subject, _scale(value), limit=1e9), f"a scale of {value:g}")
+        for name, slope in slopes.items():
+            got, want = trial.true[name], torch.full(SHAPES[name], slope)
+            causes = {"the scale is still in it: undone by `factor`?": want * value,
+                      "lost in float16: is the loss scaled before backward, and nothing divided after it but "
+                      "by `factor`?": want * 0, "divided twice?": want / value}
+            same(f"factor x {name}.grad", got, want, 0, 1, 1e-6, causes)
+
+
+@scaled_step.criterion("clips by the norm without the scale", "property")
+def _(subject):
+    norm = math.sqrt(sum(math.prod(shape) for shape in SHAPES.values())) / 4
+    for limit, clipped in ((2 * norm, 1.0), (norm / 2, 0.5)):
+        trial = _Trial(dict.fromkeys(SHAPES, 0.25))
+        _moved(trial.step(subject, _scale(SCALE), limit), f"gradients of norm {norm:.4g}")
+        got, want = trial.factors[0] * SCALE, clipped
+        if abs(got / want - 1) > 1e-3:
+            raise Wrong(f"gradients of norm {norm:.4g}, limit {limit:.4g}: factor x scale is {got:.4g}, want "
+                        f"{want:.4g}: {_clip_cause(got, want, limit / norm, limit)}")
+
+
+@scaled_step.criterion("skips a step that is not finite", "property")
+def _(subject):
+    for name in SHAPES:
+        for bad in (math.inf, -math.inf, math.nan):
+            trial = _Trial(dict.fromkeys(SHAPES, 0.25) | {name: bad})
+            moved = trial.step(subject, _scale(SCALE), limit=1.0)
+            if trial.factors:
+                raise Wrong(f"{name}.grad is {bad}, and move({trial.factors[0]:.4g}) was called: {bad} times "
+                            f"anything, 0 too, spoils masters and moments for ever")
+            if moved is not False:
+                raise Wrong(f"a skipped step returns {moved!r}, want False")
+
+
+@scaled_step.criterion("an overflow leaves nothing behind", "property")
+def _(subject):
+    trial, scale = _Trial(dict.fromkeys(SHAPES, 0.25)), _scale(SCALE)
+    for slope in (math.inf, 0.25, 0.25):
+        trial.slopes = dict.fromkeys(SHAPES, slope)
+        moved = trial.step(subject, scale, limit=1e9)
+    text = "an overflow, then two good steps: are gradients of earlier steps still in p.grad?"
+    _moved(moved, text)
+    for name in SHAPES:
+        same(f"factor x {name}.grad, {text}", trial.true[name], torch.full(SHAPES[name], 0.25), 0, 1, 1e-3)
+
+
+@scaled_step.criterion("halves, and doubles again", "parity")
+def _(subject):
+    random = torch.Generator().manual_seed(2)
+    overflows = (torch.rand(40, generator=random) < 0.2).tolist()
+    trial, scale, want = _Trial({}), _scale(1024.0), LossScale(1024.0, grow_after=3)
+    for step, overflow in enumerate(overflows):
+        trial.slopes = dict.fromkeys(SHAPES, math.inf if overflow else 2.0**-20)
+        before = scale["value"]
+        trial.step(subject, scale, limit=1.0)
+        want.update(overflow)
+        if scale["value"] != want.value:
+            past = "".join("x" if o else "." for o in overflows[:step + 1])
+            raise Wrong(f"steps so far, x an overflow: {past}; grow_after 3: scale {before:g} becomes "
+                        f"{scale['value']:g}, want {want.value:g}: {_scale_cause(overflow, scale, want)}")
+
+
+@scaled_step.criterion("a float16 decoder has float32's gradients", "parity")
+def _(subject):
+    tokens = torch.randint(CONFIG.vocab, (2, 16), generator=torch.Generator().manual_seed(1))
+    model, want = init_weights(Decoder(CONFIG), seed=3).half(), init_weights(Decoder(CONFIG), seed=3)
+    _loss(want, tokens).backward()
+    params, got = dict(model.named_parameters()), {}
+
+    def move(factor):
+        got.update({name: p.grad.float() * factor for name, p in params.items()})
+    _moved(subject(_loss(model, tokens), params, _scale(SCALE), 1e9, move), "a decoder in float16")
+    for name, p in want.named_parameters():
+        same(f"{name}.grad", got[name], p.grad, 0, 1, 0.02)
+
+
+@scaled_step.criterion("holds gradients once, in 16 bits", "resource")
+def _(subject):
+    trial = _Trial(dict.fromkeys(SHAPES, 0.25))
+    with Storages() as storages:
+        trial.step(subject, _scale(SCALE), 1.0, storages.held)
+    psi = sum(p.numel() for p in trial.params.values())
+    if trial.held > 2 * psi + 1024:
+        raise Wrong(f"at move(), {trial.held:,} bytes of gradients are held for {psi:,} parameters, want "
+                    f"{2 * psi:,}: a second copy? A norm needs none, and move takes a factor")
+
+
+class _Trial:
+    """float16 parameters whose gradients are given numbers, and what `move` was called with."""
+
+    def __init__(self, slopes: dict[str, float]):
+        self.slopes, self.params = slopes, _params(torch.float16, torch.ones)
+        self.factors, self.true, self.held = [], {}, 0
+
+    def step(self, subject: Callable, scale: dict, limit: float, held: Callable = int):
+        """One call of the subject; what it returns."""
+        loss = sum((p.float() * self.slopes[name]).sum() for name, p in self.params.items())
+
+        def move(factor):
+            self.held = held()
+            self.factors.append(float(factor))
+            self.true = {name: p.grad.float() * float(factor) for name, p in self.params.items()}
+        return subject(loss, self.params, scale, limit, move)
+
+
+def _params(dtype, fill):
+    return {name: fill(shape).to(dtype).requires_grad_() for name, shape in SHAPES.items()}
+
+
+def _drawn(seed):
+    random = torch.Generator().manual_seed(seed)
+    return lambda shape: 0.02 * torch.randn(tuple(shape), generator=random)
+
+
+def _filled(value):
+    return {name: torch.full(shape, float(value)) for name, shape in SHAPES.items()}
+
+
+def _run(subject, params, grads, lr, factors=None, state=None):
+    """`subject` once for each of `grads`, {name: gradient}."""
+    state = {} if state is None else state
+    for step, factor in zip(grads, factors or [1.0] * len(grads)):
+        for name, p in params.items():
+            p.grad = step[name].to(p.dtype)
+        subject(params, state, lr, factor)
+    for p in params.values():
+        p.grad = None
+
+
+def _adam(params, grads, factors):
+    """Where torch's Adam ends from `params`, on float32 masters and factor x 16-bit gradients."""
+    masters = {name: p.detach().float().requires_grad_() for name, p in params.items()}
+    oracle = torch.optim.Adam(masters.values(), lr=0.01, betas=BETAS, eps=EPS)
+    for step, factor in zip(grads, factors):
+        for name, master in masters.items():
+            master.grad = step[name].to(params[name].dtype).float() * factor
+        oracle.step()
+    return {name: master.detach().to(params[name].dtype) for name, master in masters.items()}
+
+
+def _scale(value):
+    return {"value": value, "good": 0, "grow_after": 3}
+
+
+def _loss(model, tokens):
+    """As one micro-batch of a step of a million tokens."""
+    return cross_entropy(model.hidden(tokens), model.head.weight, tokens, 2**20)
+
+
+def _moved(moved, what):
+    if moved is not True:
+        raise Wrong(f"{what}: returns {moved!r}, want True: all gradients are finite, so it moves")
+
+
+def _first_step_slips(p):
+    """Where the first step from 0 ends after the usual mistakes; right is -lr = -0.5."""
+    corrected = (1 - BETAS[0]) / math.sqrt(1 - BETAS[1])
+    return {"no bias correction? At first, m and v are far too small": torch.full_like(p, -0.5 * corrected),
+            "not moved: is p written to?": torch.zeros_like(p)}
+
+
+def _clip_cause(got, want, ratio, limit):
+    if got < want / 10:
+        return "the norm of the scaled gradients was clipped: undo the scale first"
+    return "never clipped?" if got == 1 else "to the limit, whether the norm is above it or not?" if (
+        abs(got - ratio) < 1e-3) else "the norm over all tensors together?"
+
+
+def _scale_cause(overflow, scale, want):
+    if overflow:
+        return "half after an overflow"
+    if scale["value"] < want.value:
+        return "doubled after grow_after good steps in a row, and then counted from 0?"
+    return "doubled too early: does an overflow set `good` back to 0?"

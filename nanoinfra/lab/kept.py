@@ -1,0 +1,55 @@
+"""What autograd keeps for backward: each storage once, weights apart; now, and at the worst moment.
+
+    with Kept(model.parameters()) as kept:
+        loss = model(x)
+    kept.bytes()
+
+Autograd offers each tensor that it keeps to a hook, and weak references tell which are still there. Meta
+tensors count as well, so that a model of any size is counted in no time.
+"""
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class Kept(saved_tensors_hooks):
+    """Tensors kept by the forward, or by the second forwards of a backward, that run while it is on."""
+
+    def __init__(self, weights: Iterable[torch.Tensor] = ()):
+        super().__init__(self._keep, lambda tensor: tensor)
+        self.peak = self._bytes = 0                  # the most bytes kept at any moment; those of now
+        self._weights = {_storage(weight) for weight in weights}
+        self._refs = {}                              # {storage: {id: weak reference to a tensor of it}}
+
+    def __enter__(self):
+        super().__enter__()
+        return self
+
+    def bytes(self) -> int:
+        """Of the storages that are kept now."""
+        return self._bytes
+
+    def tensors(self) -> list[torch.Tensor]:
+        """One for each storage that is kept now, in the order they came."""
+        return [next(iter(refs.values()))() for refs in self._refs.values()]
+
+    def _keep(self, tensor):
+        at, size = _storage(tensor), tensor.untyped_storage().nbytes()
+        if at not in self._weights:
+            ref = weakref.ref(tensor, lambda ref: self._free(at, size, ref))
+            self._bytes += 0 if at in self._refs else size
+            self._refs.setdefault(at, {})[id(ref)] = ref
+            self.peak = max(self.peak, self._bytes)
+        return tensor
+
+    def _free(self, at, size, ref):
+        self._refs[at].pop(id(ref))
+        if not self._refs[at]:
+            del self._refs[at]
+            self._bytes -= size
+
+
+def _storage(tensor):
+    return tensor.untyped_storage()._cdata           # the same for all views of it, on the meta device too

@@ -1,0 +1,193 @@
+"""Run a lab on several ranks: `torchrun --standalone --nproc-per-node=4 -m nanoinfra.lab.run 08`.
+
+A lab is lessons/labs/NN_topic.py: PREDICTIONS {key: unit}, QUESTIONS, BREAKS, MODELS, `expect(n, model)` by
+formula, and `measure(mesh, model, broken)`, a Measurement a key. Rank 0 prints what was predicted beside what
+was measured and writes the hand-in, work/labNN.json, in which the sentences already written stay.
+Exit 0: measured and written, a `--break` exposed. 1: a count that is not the formula's, a break that nothing
+exposes, a failed rank. 2: a mistake in use. A prediction that missed is no failure.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+from nanoinfra.lab import predict as book
+from nanoinfra.lab.compare import TOLERANCE, Row, compare
+from nanoinfra.lab.exercise import load
+from nanoinfra.lab.measure import Measurement, machine
+from nanoinfra.lab.predict import quantity
+from nanoinfra.lab.table import Grid
+from nanoinfra.lab.where import project, root, shown, work
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
+
+
+def run(lab: ModuleType, model: str, broken: str = "") -> int:
+    """Measure on the ranks of this run; rank 0 prints and writes. Returns the exit code."""
+    import torch
+
+    from nanoinfra.dist.mesh import Mesh
+    from nanoinfra.train.launch import process_group
+    device = "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "cpu"
+    torch.set_num_threads(1)                           # so that times on 1, 2, 4, 8 ranks compare
+    with process_group(device, work()):
+        measured = lab.measure(Mesh(dp=WORLD, device=device), model, broken)
+    if RANK:
+        return 0
+    name = f"{model} on {WORLD} rank{'s' if WORLD > 1 else ''}, {device}{', ' + broken if broken else ''}"
+    formula = {key: Row(key, value, measured[key], 0.0) for key, value in lab.expect(WORLD, model).items()}
+    made = formula if broken else {key: Row(key, value, measured[key], TOLERANCE[measured[key].kind])
+                                   for key, value in predictions(lab).items()}
+    said = "formula" if broken else "predicted"
+    show(name, said, made, measured, lab.PREDICTIONS)
+    write(lab, name, said, made, measured)
+    off = [key for key, row in formula.items() if row.verdict == "miss"]
+    print(_summary(lab, made, off, broken))
+    return int(bool(off) != bool(broken))
+
+
+def find(number: str) -> ModuleType:
+    """Lab "08": its file in lessons/labs, from here upwards or of nanoinfra's own clone. Else ValueError."""
+    folders = [home / "lessons" / "labs" for home in (root(), project())]
+    files = {path.name[:2]: path for folder in reversed(folders) for path in folder.glob("[0-9][0-9]_*.py")}
+    if number.zfill(2) not in files:
+        raise ValueError(f"there is no lab {number!r}, but {', '.join(sorted(files)) or 'none at all'} in "
+                         f"lessons/labs; run this inside the repository: make lab L=08 N=4")
+    return load(files[number.zfill(2)])
+
+
+def predictions(lab: ModuleType) -> dict[str, float]:
+    """{key: value}: what the student committed with predict() of what the lab asks. ValueError for a unit."""
+    made = {key: book.predicted(key) for key in lab.PREDICTIONS if key in book.read()}
+    for key, (_, unit) in made.items():
+        if unit != lab.PREDICTIONS[key]:
+            raise ValueError(f"{key} was predicted in {unit!r} and is measured in {lab.PREDICTIONS[key]!r}; "
+                             f"predict it again")
+    return {key: value for key, (value, _) in made.items()}
+
+
+def show(name: str, said: str, made: dict[str, Row], measured: dict[str, Measurement], asked: dict) -> None:
+    """Print the table: what was `said` (predicted, or of a broken run formula) beside what was measured."""
+    cells, rows = dict(zip(made, compare(list(made.values())).rows)), []
+    for key, got in measured.items():
+        missing = key in asked and key not in made
+        nothing = (key, "not made" if missing else "", "", "", "", "", "missing" if missing else "shown")
+        _, predicted, _, ratio, _, _, verdict = cells.get(key, nothing)
+        rows.append((key, predicted, quantity(got.value, got.unit), ratio, got.kind, verdict))
+    Grid(name, ("quantity", said, "measured", "ratio", "kind", "verdict"), rows).show()
+
+
+def write(lab: ModuleType, name: str, said: str, made: dict[str, Row],
+          measured: dict[str, Measurement]) -> None:
+    """Put this run into the hand-in, beside earlier ones; sentences that stand there stay."""
+    before = read(lab)
+    sentences = {question: before.get("sentences", {}).get(question, "") for question in lab.QUESTIONS}
+    numbers = {key: {said: made[key].predicted if key in made else None, "measured": asdict(got)}
+               for key, got in measured.items()}
+    runs = before.get("runs", {}) | {name: {"ranks": WORLD, "machine": _machine(), "numbers": numbers}}
+    new = path(lab).with_suffix(".new")
+    hand_in = {"lab": _number(lab), "runs": runs, "sentences": sentences}
+    new.write_text(json.dumps(hand_in, indent=1) + "\n")
+    new.replace(path(lab))
+
+
+def read(lab: ModuleType) -> dict:
+    """The hand-in as it stands, {} where there is none. ValueError where it is no longer JSON."""
+    try:
+        return json.loads(path(lab).read_text()) if path(lab).exists() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{shown(path(lab))} cannot be read ({error}); mend the quotes and commas there, or "
+                         f"move it away") from error
+
+
+def path(lab: ModuleType) -> Path:
+    """The hand-in."""
+    return work() / f"lab{_number(lab)}.json"
+
+
+def _number(lab):
+    return Path(lab.__file__).name[:2]
+
+
+def _machine():
+    import torch
+    return f"{torch.cuda.get_device_name()}, {machine()}" if torch.cuda.is_available() else machine()
+
+
+def _summary(lab, made, off, broken):
+    file = f"The hand-in is {shown(path(lab))}: fill in its {len(lab.QUESTIONS)} sentences."
+    if broken:
+        return f"{broken}: {'exposed by ' + ', '.join(off) if off else 'nothing here exposes it'}.\n{file}"
+    hits = sum(row.verdict == "pass" for row in made.values())
+    wrong = f"The code is wrong, not you: {', '.join(off)} should be what formulas/ says.\n" if off else ""
+    return f"{len(made)} of {len(lab.PREDICTIONS)} predictions made, {hits} of them exact.\n{wrong}{file}"
+
+
+def _progress(lab):
+    made = predictions(lab)
+    missing = ", ".join(key for key in lab.PREDICTIONS if key not in made)
+    said = f"lab {_number(lab)}: {len(made)} of {len(lab.PREDICTIONS)} predictions made"
+    return f"{said}; missing: {missing}" if missing else said
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}; make lab L=08 N=4 runs lab 08 on four ranks")
+
+
+def _arguments(argv):
+    parser = _Parser(prog="python -m nanoinfra.lab.run", description="run a lab on the ranks of torchrun")
+    parser.add_argument("lab", help="its number, as 08")
+    parser.add_argument("--model", default="", help="a size of the model's dial; default the lab's first")
+    parser.add_argument("--break", dest="broken", default="", help="run a known-wrong variant")
+    parser.add_argument("--check", action="store_true", help="say which predictions are made; run nothing")
+    return parser.parse_args(argv)
+
+
+def _checked(given):
+    """The lab and the model, once all that can be wrong before it runs is not."""
+    lab = find(given.lab)
+    for what, value, known in (("break", given.broken, lab.BREAKS), ("model", given.model, lab.MODELS)):
+        if value and value not in known:
+            raise ValueError(f"lab {_number(lab)} knows no {what} {value!r}; there are {', '.join(known)}")
+    predictions(lab)
+    read(lab)
+    return lab, given.model or lab.MODELS[0]
+
+
+def _failure(lab, error):
+    file = work() / f"lab{_number(lab)}_rank{RANK}.txt"
+    file.write_text("".join(traceback.format_exception(error)))
+    why = " ".join(str(error).split())[:200]
+    return (f"lab {_number(lab)}: rank {RANK} of {WORLD} failed, {type(error).__name__}: {why} "
+            f"(the traceback is in {shown(file)})")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of every rank: one of them speaks, and a failing rank says so in one line."""
+    try:
+        given = _arguments(argv)
+        lab, model = _checked(given)
+    except ValueError as mistake:
+        if RANK == 0:
+            print(f"lab: {mistake}", file=sys.stderr)
+        else:
+            time.sleep(2)                              # torchrun ends all as soon as one has ended
+        return 2
+    try:
+        if given.check:
+            print(_progress(lab))
+            return 0
+        return run(lab, model, given.broken)
+    except Exception as error:
+        print(_failure(lab, error), file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Pictures are made of what they were given: lengths of bars, points of curves, shares of histograms."""
+import pytest
+import torch
+
+from nanoinfra.lab.held import against_float16, during, over_step, stacked
+from nanoinfra.lab.storages import Storages
+
+
+def test_stacked_bars_are_as_long_as_their_bytes():
+    axes = stacked({"one": {"a": 4_000_000, "c": 2_000_000},
+                    "two": {"a": 1_000_000, "b": 3_000_000, "c": 500_000}}).figure.axes[0]
+    got = [(bar.get_x(), bar.get_width()) for bar in axes.patches if bar.get_width()]
+    assert got == [(0, 4), (4, 2), (0, 1), (1, 3), (4, 0.5)]
+    assert [text.get_text().strip() for text in axes.texts] == ["6 MB", "4.5 MB"]
+    assert axes.get_legend_handles_labels()[1] == ["a", "b", "c"]
+
+
+def test_during_gives_the_bytes_after_each_operator_of_an_act_alone():
+    kept = []
+    with Storages(operators=True) as storages:
+        kept.append(torch.zeros(5))
+        assert during(storages, lambda: kept.append(kept[0] + 1)) == [40]
+        assert during(storages, kept.clear) == []
+        assert during(storages, lambda: torch.ones(2)) == [8]
+
+
+def test_over_step_draws_each_phase_equally_wide():
+    axes = over_step({"x": [[1_000_000, 3_000_000], [2_000_000]]}, ("forward", "update"), ("all", 2_500_000),
+                     "t").figure.axes[0]
+    curve, line = axes.lines[:2]
+    assert list(curve.get_xdata()) == [0, 0.5, 1, 2] and list(curve.get_ydata()) == [1, 1, 3, 2]
+    assert curve.get_label() == "x: at most 3 MB" and line.get_ydata()[0] == 2.5
+
+
+def test_float16_zero_and_range():
+    numbers = torch.tensor([2.0**-30, -(2.0**-26), 2.0**-10, 0.0])
+    axes = against_float16({"as they are": numbers, "times 2^10": numbers * 2**10}, "t").figure.axes[0]
+    want = ["as they are: 75% become zero", "times 2^10: 25% become zero"]
+    assert axes.get_legend_handles_labels()[1] == want
+    assert (numbers.half() == 0).float().mean().item() == pytest.approx(0.75)

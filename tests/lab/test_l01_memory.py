@@ -1,0 +1,41 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+MUTANTS = Path(__file__).parents[1] / "mutants" / "l01_memory.py"
+HINTS = {
+    "makes new weights": "lies elsewhere in memory after a step, in torch.bfloat16",
+    "forgets bias correction": "no bias correction?",
+    "has no masters": "for want of a float32 master that is kept",
+    "makes masters anew": "for want of a float32 master that is kept",
+    "keeps moments in 16 bits": "2^-13, whose squares are 0 in float16",
+    "ignores the factor": "the gradient is factor x p.grad",
+    "keeps moments in bfloat16": "rounding: summed in a narrower dtype?",
+    "keeps float32 gradients": "16 each; want 12: master, first and second moment in float32; float32",
+    "scales nothing": "is the loss scaled before backward",
+    "divides in float16": "nothing divided after it but by `factor`?",
+    "never undoes the scale": "the scale is still in it",
+    "clips before it undoes the scale": "the norm of the scaled gradients was clipped: undo the scale first",
+    "never clips": "never clipped?",
+    "looks at the first tensor": "middle.grad is inf",
+    "looks for infinity alone": "first.grad is nan, and move(nan) was called",
+    "keeps the gradients": "are gradients of earlier steps still in p.grad?",
+    "never grows back": "doubled after grow_after good steps in a row",
+    "never halves": "half after an overflow",
+    "counts good steps across an overflow": "does an overflow set `good` back to 0?",
+    "copies gradients to float32": "a second copy?",
+}
+
+
+@pytest.fixture(scope="module")
+def mutants():
+    spec = importlib.util.spec_from_file_location("l01_mutants", MUTANTS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {mutant.name: mutant for mutant in module.MUTANTS}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_a_slip_is_named(mutants, name):
+    assert HINTS[name] in mutants[name].check.report(mutants[name].variant).first_failure.text

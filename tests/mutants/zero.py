@@ -1,0 +1,248 @@
+"""Known-wrong ZeROs, which train as if nothing were amiss: not cut, not freed, sent twice, stale."""
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nanoinfra.dist import comm
+from nanoinfra.dist.mesh import Mesh
+from nanoinfra.dist.reducer import Reducer
+from nanoinfra.formulas import zero as formulas
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.lab.check import Check, Wrong, ranks
+from nanoinfra.lab.mutants import Mutant, patched
+from nanoinfra.lab.same import same
+from nanoinfra.lab.storages import Storages
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.init import init_weights
+from nanoinfra.parallel import zero as module
+from nanoinfra.parallel.compose import units
+from nanoinfra.parallel.zero import Zero
+from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
+from nanoinfra.train.loss import HeadLoss, count_valid
+from nanoinfra.train.optim import Optimizer, clip
+from nanoinfra.train.trainer import train
+
+N, STEPS, BUCKET = 2, 3, 1 << 16
+CONFIG = ModelConfig(63, 64, 4, 4, 2, 16, 176, 16)       # an odd vocabulary; blocks larger than the embedding
+zero, scaled = Check("zero"), Check("scaled")
+
+
+@zero.criterion("after three steps the weights are one rank's", "parity")
+def _(subject):
+    for stage in (1, 2, 3):
+        [want], got = ranks(1).run(run, Zero, stage, "sgd"), ranks(N).run(run, subject, stage, "sgd")
+        for rank, mine in enumerate(got):
+            for name, x in mine["weights"].items():
+                same(f"{name} at stage {stage}", x, want["weights"][name], rank, rtol=1e-10)
+
+
+@zero.criterion("sends what the paper says", "resource")
+def _(subject):
+    for stage in (1, 2, 3):
+        wanted = formulas.zero_payload(CONFIG, N, stage, 2, "float64")
+        for rank, mine in enumerate(ranks(N).run(run, subject, stage)):
+            for op, bytes_ in wanted.items():
+                if mine["sent"].get(op) != bytes_:
+                    raise Wrong(f"rank {rank}: {mine['sent'].get(op)} bytes of {op} a step at stage {stage}, "
+                                f"want {bytes_}")
+
+
+@zero.criterion("a rank holds its part at every moment", "resource")
+def _(subject):
+    [alone] = ranks(1).run(run, Zero, 1)
+    more = alone["peak"] - sum(formulas.zero_bytes(CONFIG, 1, 1, "float64").values())    # activations, mostly
+    for stage in (1, 2, 3):
+        states = sum(formulas.zero_bytes(CONFIG, N, stage, "float64").values())
+        most = states + formulas.zero_buffers(CONFIG, N, stage, "float64", bucket_bytes=BUCKET) + more
+        for rank, mine in enumerate(ranks(N).run(run, subject, stage)):
+            if mine["peak"] > most:
+                raise Wrong(f"rank {rank} holds {mine['peak']:,} bytes at stage {stage} ({mine['when']}), "
+                            f"want at most {most:,}")
+
+
+@scaled.criterion("clipped float16 steps go as far as float32's", "property")
+def _(subject):
+    still, wanted = losses(train, "float32", lr=0.0), losses(train, "float32")
+    got = losses(subject, "float16")
+    if not distance(got, wanted) < 0.1 * distance(still, wanted):
+        raise Wrong(f"losses {got}, want about {wanted}: the scale was not undone before clipping?")
+
+
+@scaled.criterion("an overflow leaves the weights as they were", "property")
+def _(subject):
+    overflowing = patched(subject, "nanoinfra.train.replica:HeadLoss", Overflowing)
+    still, got = losses(train, "float16", lr=0.0), losses(overflowing, "float16")
+    if got != still:
+        raise Wrong(f"losses {got}, want {still}: every gradient is infinite, so no step was to be made")
+
+
+def run(kind, stage, name="adamw"):
+    """Three steps of two micro-batches of the decoder, cut by `kind`: weights, bytes sent and held.
+
+    Nothing is clipped: clipping, like Adam, hides gradients that are all too large by one factor.
+    """
+    mesh = Mesh(dp=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+    with Storages() as storages:
+        net = init_weights(Decoder(CONFIG), seed=0).double()
+        last = HeadLoss(net.head)
+        shared = kind(net, mesh.data, stage, units(net, last), bucket_bytes=BUCKET)
+        optimizer = Optimizer(shared.shards, name)
+        optimizer.state()
+        storages.watch(torch.nn.ModuleList([net, last]), mesh.ledger)
+        for _ in range(STEPS):
+            mine = batches(mesh.data)
+            [count] = count_valid(mine, mesh.data)
+            mesh.ledger.take()
+            shared.begin_step()
+            for i, (x, y) in enumerate(mine):
+                loss = last(net.hidden(x), y, count)
+                shared.before_backward(last=i == len(mine) - 1)
+                loss.backward()
+            grads = shared.finish()
+            optimizer.step(grads, lr=1e-2)
+            grads = None
+            shared.publish()
+            rows = mesh.ledger.take()
+    when, peak = max(storages.marks, key=lambda mark: mark[1])
+    sent = {op: sum(row.payload for row in rows if row.op == op) for op in {row.op for row in rows}}
+    return {"weights": gathered(shared, mesh.data), "sent": sent, "peak": peak, "when": when}
+
+
+def batches(data):
+    random = torch.Generator().manual_seed(1)
+    x, y = torch.randint(CONFIG.vocab, (2, 8, 6), generator=random)
+    return list(zip(x[data.rank::data.size].chunk(2), y[data.rank::data.size].chunk(2)))
+
+
+def gathered(shared, data):
+    """The weights that a next forward would use, whole."""
+    for unit in shared.units:
+        unit.launch()
+        unit.land()
+    return {part.name: part.param.detach().clone() for part in shared.parts}
+
+
+def losses(subject, dtype, lr=2.0):
+    with tempfile.TemporaryDirectory() as out:
+        sgd = OptimizerFlags("sgd", lr=lr, warmup=0, clip=0.2)
+        flags = TrainFlags(ModelFlags(model="test", dtype=dtype), DataFlags("random", seq=16, micro_batch=4),
+                           MeshFlags(threads=1), sgd, RunFlags(steps=6, out=Path(out)))
+        with contextlib.redirect_stdout(io.StringIO()):
+            return [line["loss"] for line in subject(flags)]
+
+
+def distance(some, others):
+    return sum(abs(a - b) for a, b in zip(some, others, strict=True))
+
+
+class Overflowing(HeadLoss):
+    def forward(self, hidden, targets, count):
+        hidden.register_hook(lambda gradient: gradient * float("inf"))
+        return super().forward(hidden, targets, count)
+
+
+class UnshardedOptimizer(Zero):
+    """Gathers gradients where it should gather weights: right, and no optimizer state is saved."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        if self.stage < 3:
+            self.shards = {part.name: part.whole for part in self.parts}
+
+    def finish(self):
+        found = super().finish()
+        if self.stage == 3:
+            return found
+        whole = {name: comm.all_gather(grad, self.axis, "weights") for name, grad in found.items()}
+        return {name: grad.flatten(0, 1) for name, grad in whole.items()}
+
+    def publish(self):
+        if self.stage == 3 or not hasattr(self, "published"):
+            super().publish()
+        self.published = True
+
+
+class KeepsGradients(Reducer):
+    """Each bucket leaves in time, and stays here as well until the step is over."""
+
+    def begin_step(self):
+        super().begin_step()
+        self.kept = []
+
+    def _launch(self, bucket):
+        if bucket.flat is not None:
+            self.kept.append(bucket.flat)
+        super()._launch(bucket)
+
+
+class ReducesTwice(Reducer):
+    def _settle(self):
+        again = self.flight
+        super()._settle()
+        if again:
+            self.flight = again
+            super()._settle()
+
+
+class SendsTwice(Reducer):
+    def _launch(self, bucket):
+        comm.reduce_scatter(torch.zeros(bucket.shape, dtype=torch.float64), self.axis, "grads")
+        super()._launch(bucket)
+
+
+class ForgetsTheOtherUse(Reducer):
+    def _settle(self):
+        for leaf in self.flight[0].leaves if self.flight else ():
+            if leaf.name == "embed.weight":
+                self.grads.pop(leaf.name, None)
+        super()._settle()
+
+
+class NeverFrees(module.Unit):
+    born = False
+
+    def free(self):
+        if not self.born:
+            super().free()
+        self.born = True
+
+
+class StaleWeights(Zero):
+    def publish(self):
+        if not hasattr(self, "published") or self.stage == 3:
+            super().publish()
+        self.published = True
+
+
+def clips_before_unscaling(grads, limit, cut_over=None, scale=1.0):
+    norm = clip(grads, limit, cut_over)
+    torch._foreach_div_(list(grads.values()), scale)
+    return norm / scale
+
+
+def calls_it_finite(grads, limit, cut_over=None, scale=1.0):
+    norm = clip(grads, limit, cut_over, scale)
+    return norm if norm < float("inf") else 1.0
+
+
+def with_reducer(kind):
+    return patched(Zero, "nanoinfra.parallel.zero:Reducer", kind)
+
+
+PARITY, SENT, HELD = (criterion.name for criterion in zero.criteria)
+CLIPPED, SKIPPED = (criterion.name for criterion in scaled.criteria)
+CLIP = "nanoinfra.train.replica:clip"
+MUTANTS = [
+    Mutant("an optimizer that shards nothing", zero, UnshardedOptimizer, HELD),
+    Mutant("gradients kept whole", zero, with_reducer(KeepsGradients), HELD),
+    Mutant("parameters never freed", zero, patched(Zero, "nanoinfra.parallel.zero:Unit", NeverFrees), HELD),
+    Mutant("a bucket added twice", zero, with_reducer(ReducesTwice), PARITY),
+    Mutant("a bucket sent twice", zero, with_reducer(SendsTwice), SENT),
+    Mutant("one use of the tied weight forgotten", zero, with_reducer(ForgetsTheOtherUse), PARITY),
+    Mutant("a stale shard: weights not gathered after the step", zero, StaleWeights, PARITY),
+    Mutant("the scale undone after clipping", scaled, patched(train, CLIP, clips_before_unscaling), CLIPPED),
+    Mutant("an overflow stepped on", scaled, patched(train, CLIP, calls_it_finite), SKIPPED),
+]
