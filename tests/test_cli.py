@@ -68,6 +68,8 @@ MISTAKES = {
     "an --out that is a file, for two ranks": (["--out", "{tmp}/binary", "--dp", "2"], "binary"),
     "a wire that is no wire": (["--wire", "dp=fast"], "dp=20e-6,1e9"),
     "no steps": (["--steps", "0"], "at least 1"),
+    "ZeRO and another way to send": (["--zero", "2", "--data-parallel", "each"], "leave one of them out"),
+    "selective recompute of a fused core": (["--recompute", "selective"], "--attention naive"),
     "nothing to resume": (["--resume", "--out", "{tmp}/new"], "start without --resume"),
 }
 

@@ -167,9 +167,10 @@ class Run:
 
     def _introduce(self):
         G, m = micro_batches(self.flags.data, self.mesh.data.size)
+        memory = f", ZeRO-{self.flags.mesh.zero}" if self.flags.mesh.zero else ""
         going_on = f", going on after step {self.step}" if self.step else ""
         print(f"{self.flags.model.model}: {parameters(self.inputs.model):,} parameters, "
-              f"{self.flags.model.dtype}, {self.mesh}; "
+              f"{self.flags.model.dtype}, {self.mesh}{memory}; "
               f"{G} x {self.inputs.seq} tokens a step in {m} micro-batches a rank; "
               f"into {self.dir.path}{going_on}", flush=True)
 

@@ -1,4 +1,5 @@
 """Data parallelism: the gradients are one rank's, each byte leaves once, and overlap hides what it says."""
+import copy
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from torch import nn
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas.shape import sized
 from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.memory.recompute import recompute
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.data import STEPS, DataParallel, pack
@@ -83,6 +85,25 @@ def test_buckets_hold_backward_order_up_to_their_size():
     buckets = pack(named, bucket_bytes=32, grad_dtype=None)                # 8 float32 numbers
     assert [[p.numel() for p in bucket.views] for bucket in buckets] == [[3, 5], [2], [9], [1]]
     assert all(view.data_ptr() >= b.flat.data_ptr() for b in buckets for view in b.views.values())
+
+
+def test_a_module_used_twice_under_recompute_is_right_or_refused():
+    torch.manual_seed(0)
+    net, x = nn.Linear(3, 3).double(), torch.ones(2, 3, dtype=torch.float64)
+    net(net(x)).sum().backward()
+    want = {name: p.grad for name, p in net.named_parameters()}
+    for how in STEPS:
+        net.zero_grad()
+        twin = copy.deepcopy(net)
+        shared = DataParallel(twin, Mesh().data, how, bucket_bytes=1)
+        shared.before_backward(last=True)
+        loss = recompute(twin, recompute(twin, x)).sum()                   # each use delivers its gradient
+        if how == "overlap":
+            with pytest.raises(RuntimeError, match='used twice under recompute; use how="buckets"'):
+                loss.backward()
+        else:
+            loss.backward()
+            assert_same_gradients(shared.finish(), want, where=how)
 
 
 def test_unknown_step_is_refused():

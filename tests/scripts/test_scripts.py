@@ -15,10 +15,11 @@ SCRIPTS = {
     "data_parallel.py": (["--lr", "0.5"], ["--optimizer", "sgd", "--lr", "0.5", "--lr-schedule", "constant",
                                            "--warmup", "0", "--clip", "0"]),
     "train_gpt.py": (["--size", "test", "--data", "random", "--micro-batch", "2"], ["--micro-batch", "2"]),
+    "zero.py": (["--stage", "3"], ["--lr-schedule", "constant", "--warmup", "0", "--zero", "3"]),
 }
 
 
-@pytest.mark.parametrize("script, world", [("data_parallel.py", 2), ("train_gpt.py", 1)])
+@pytest.mark.parametrize("script, world", [("data_parallel.py", 2), ("train_gpt.py", 1), ("zero.py", 2)])
 def test_losses_are_the_command_lines(tmp_path, script, world):
     own, theirs = SCRIPTS[script]
     main(["train", "--model", "test", "--data", "random", "--out", str(tmp_path), "--threads", "1",
@@ -29,9 +30,16 @@ def test_losses_are_the_command_lines(tmp_path, script, world):
 
 @pytest.mark.prove
 @pytest.mark.parametrize("script, world", [("data_parallel.py", 1), ("data_parallel.py", 4),
-                                           ("train_gpt.py", 3)])
+                                           ("train_gpt.py", 3), ("zero.py", 1), ("zero.py", 4)])
 def test_losses_on_other_meshes(tmp_path, script, world):
     test_losses_are_the_command_lines(tmp_path, script, world)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("stage", ["0", "1", "2"])
+def test_losses_do_not_depend_on_the_stage_of_zero(stage):
+    want = losses("zero.py", 1, [*SAME, "--stage", "3"])
+    assert losses("zero.py", 3, [*SAME, "--stage", stage]) == pytest.approx(want, abs=1e-9)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/*.py")), ids=lambda path: path.name)
