@@ -49,12 +49,14 @@ class Zero:
             bucket_bytes = max(unit.gradient_bytes(grad_dtype) for unit in self.units)
         leaves = [Leaf(part.param, part.name, part.shard.shape) for part in trained[::-1]]
         self.reducer = Reducer(leaves, axis, bucket_bytes, grad_dtype)
-        stays = {id(part.whole): part for part in self.parts if part.unit is None}.values()
-        self.resident = [Bundle(group, axis) for group in pack(stays, Part.measure, bucket_bytes)]
         self.here = self.coming = None                                   # the whole unit, and the next
         self.going_back = False
         self._hook()
-        self.publish()
+        stay = {id(part.whole): part for part in self.parts if part.unit is None}.values()
+        for kept in stay, [part for part in stay if part.param.requires_grad]:
+            self.resident = [Bundle(group, axis) for group in pack(kept, Part.measure, bucket_bytes)]
+            if kept is stay:                                             # what is frozen, only once
+                self.publish()
 
     def begin_step(self) -> None:
         """Forget the last step's gradients."""
@@ -64,7 +66,7 @@ class Zero:
         """Say before each backward whether it is the step's last: at stage 1 gradients leave only then."""
         self.reducer.before_backward(leaving=last or self.stage > 1)
         for unit in self.units:
-            unit.waiting = {part.param for part in unit.parts if part.param.requires_grad}
+            unit.waiting = {part.param for part in unit.parts}           # frozen ones never come
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Send what has not left, wait for everything: {name: this rank's rows (c, ...) of the sum}."""
@@ -74,6 +76,8 @@ class Zero:
     def publish(self) -> None:
         """After the optimizer's step: gather anew what is kept whole. A unit is when it is next entered."""
         self._leave()
+        if self.coming:                                                  # stale now
+            self.coming = self.coming.drop()
         for i, bundle in enumerate(self.resident):
             for near in self.resident[i:i + 2]:                          # two on their way
                 near.launch()
@@ -145,6 +149,8 @@ def children(model: nn.Module) -> list[list[nn.Module]]:
 def cut(model, axis, groups, dtype, source):
     """A Part for each place where a module holds a parameter; from now on it holds the part's leaf there."""
     unit_of = {module: i for i, group in enumerate(groups) for top in group for module in top.modules()}
+    if len(unit_of) < sum(len({module for top in group for module in top.modules()}) for group in groups):
+        raise ValueError("a module is in two units of ZeRO-3, and each frees it for the other; make them one")
     names, first, parts = {p: name for name, p in model.named_parameters()}, {}, []
     for module in model.modules():
         for key, p in module._parameters.items():

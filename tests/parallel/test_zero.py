@@ -86,6 +86,21 @@ def test_frozen_unused_shared_and_small_parameters(ranks, stage):
                for _, norm in got)
 
 
+def test_a_unit_that_is_partly_frozen_stays_whole_until_backward_has_left_it(ranks):
+    want = partly_frozen()[0]
+    for stage in (1, 3):
+        for rank, (grads, rows, sent) in enumerate(ranks(2).run(partly_frozen, stage)):
+            for name, w in want.items():
+                torch.testing.assert_close(grads[name], 2 * w[slice(*rows[name])], rtol=1e-12, atol=0)
+            assert sent == {1: 8 * (16 + 16 + 8), 3: 0}[stage], rank           # the frozen 16 not again
+
+
+def test_a_module_in_two_units_is_refused():
+    net = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="two units"):
+        Zero(net, Mesh().data, 3, [[net[0], net[1]], [net[0][0]]])
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_replicas_start_from_rank_0(ranks, stage):
     got = ranks(3).run(first_outputs, stage)
@@ -253,7 +268,7 @@ def memory_limit(config, n, stage, dtype):
     name, grad = str(dtype).removeprefix("torch."), 4
     held = formulas.zero_bytes(config, n, stage, name, grad_bytes=grad)
     on_the_way = formulas.zero_buffers(config, n, stage, name, grad, BUCKET)
-    return sum(held.values()) + on_the_way + dtype.itemsize * config.vocab * config.width
+    return sum(held.values()) + on_the_way + dtype.itemsize * config.hidden * config.width
 
 
 def activations(config, dtype):
@@ -333,6 +348,26 @@ def odd_shared(stage):
         grads = shared.finish()
         shared.publish()
     return described(shared, grads), clip(grads, 0, mesh.data)
+
+
+def partly_frozen(stage=0):
+    """(gradients, rows, bytes gathered after the step): the middle unit's first matrix is frozen."""
+    torch.manual_seed(0)
+    middle = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False))
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), middle, nn.Linear(4, 2, bias=False)).double()
+    middle[0].weight.requires_grad_(False)
+    mesh = Mesh(dp=2 if stage else 1)
+    shared = Zero(net, mesh.data, stage, [[unit] for unit in net]) if stage else None
+    if shared:
+        shared.before_backward(last=True)
+    net(torch.ones(3, 4, dtype=torch.float64)).square().sum().backward()
+    if not shared:
+        return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}, None, 0
+    grads = shared.finish()
+    mesh.ledger.take()
+    shared.publish()
+    rows = {name: shared.rows[name] for name in grads}
+    return grads, rows, sum(row.payload for row in mesh.ledger.take())
 
 
 def first_outputs(stage):
