@@ -31,6 +31,7 @@ from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.lab import draw
 from nanoinfra.lab.checks import l04_recompute as check
 from nanoinfra.lab.compare import compare
+from nanoinfra.lab.held import each
 from nanoinfra.lab.kept import Kept
 from nanoinfra.lab.measure import counted, measure, median, timed
 from nanoinfra.lab.mutants import collect
@@ -71,7 +72,7 @@ def forward(name, seq, memory=24e9):
 
 Grid("GPT-2 small, 4 sequences, float32, naive attention (counted)",
      ("T", "states", "kept for backward", "of that, T x T", ""),
-     [forward("small", seq) for seq in (256, 512, 1024, 2048, 4096)[::2 if FAST else 1]])
+     [forward("small", seq) for seq in (256, 512, 1024, 2048, 4096)[::4 if FAST else 1]])
 
 # %% [markdown]
 # Soon the states are the smaller part. What fills the memory is written in forward, read once in backward,
@@ -83,8 +84,8 @@ Grid("GPT-2 small, 4 sequences, float32, naive attention (counted)",
 # What does a layer of GPT-2 keep? Backward reads, parameters apart (each tensor counts once):
 # - a product x·W: its input x, for W's gradient. q, k and v read the same x;
 # - a LayerNorm: its input, and for each token the mean and 1/std;
-# - scores q·kᵀ: q and k. The causal mask: T × T bools of a byte, one mask for all heads and sequences.
-#   Softmax: its *output*, T × T numbers for each head. The product with v: that again, and v;
+# - scores q·kᵀ: q and k. The causal mask: T × T bools of a byte, one mask a layer, for all its heads and
+#   sequences. Softmax: its *output*, T × T numbers for each head. The product with v: that again, and v;
 # - GELU: its input. An addition, as of the residual: nothing.
 #
 # A layer is x + o(attention(norm(x))), then x + down(GELU(up(norm(x)))); F = 4C, H·K = C and numbers have d
@@ -121,27 +122,17 @@ predict("L04.time_full", (4 * layers + 3 * head) / (3 * (layers + head)), "x")
 # One layer of this model, and every tensor that its forward leaves, in order, from the hook itself.
 
 # %%
-def layer_picture():
-    block, x = Decoder(CONFIG, "naive").blocks[0], torch.zeros(B, T, C, requires_grad=True)
-    with Kept(block.parameters()) as kept:
-        _y = block(x)                                              # whose graph holds the tensors
-    tensors = kept.tensors()
-    picture, axes = draw.canvas(8.6, 5.6, "what one layer keeps: input (green), T x T (orange), the rest")
-    for row, tensor in enumerate(tensors):
-        colour = draw.ORANGE if tensor.shape[-2:] == (T, T) else draw.BLUE
-        axes.barh(row, tensor.nbytes / 1e3, 0.72, color=colour if row else draw.GREEN)
-        axes.text(tensor.nbytes / 1e3, row, f" {tensor.nbytes:,} B", va="center", fontsize=9)
-    axes.set_yticks(range(len(tensors)), [str(tuple(tensor.shape)) for tensor in tensors], fontsize=9)
-    axes.set(xlabel="kB, counted", xlim=(0, 1.15 * axes.get_xlim()[1]), ylim=(len(tensors) - 0.4, -0.6))
-    axes.grid(False, axis="y")
-    return picture
-
-layer_picture()
+block, x = Decoder(CONFIG, "naive").blocks[0], torch.zeros(B, T, C, requires_grad=True)
+with Kept(block.parameters()) as now:
+    y = block(x)                             # whose graph holds the tensors
+names = ("norm 1's input", "mean", "1/std", "input of q, k and v", "k", "q", "mask", "softmax's output", "v",
+         "o's input", "norm 2's input", "mean", "1/std", "up's input", "GELU's input", "GELU's output")
+each(now.tensors(), names, T, "what one layer keeps: input (green), T x T (orange), the rest")
 
 # %% [markdown]
 # **Exercise 1: bytes kept.** The formula, for any GPT-2: fewer KV heads than heads (k and v have KV·K
-# numbers a token), H·K other than C, d = 4 or 8. For `check.CONFIG`, B = 3, T = 7 and d = 4: 127,925 bytes
-# with "none", 115,920 with "selective", 10,080 with "full". Five to ten lines.
+# numbers a token), H·K other than C, d = 4 or 8. For `check.CONFIG` (L=5, C=24, H=KV=4, K=6, F=40), B = 3,
+# T = 7 and d = 4: 127,925 bytes with "none", 115,920 "selective", 10,080 "full". Five to ten lines.
 
 # %% nbgrader={"grade_id": "kept_bytes", "solution": true}
 # %%exercise L04
@@ -166,10 +157,12 @@ check.kept_bytes(kept_bytes)
 # gradient of the output and returns one for each argument of `apply` (None where there is none).
 # - Forward runs without grad, so it keeps nothing of itself. `ctx.save_for_backward(x)` keeps x; read it
 #   back as `ctx.saved_tensors`. `fn` and `rest` may hang on `ctx`.
-# - Backward takes x out of its graph (`x.detach()`), runs `fn` again under `torch.enable_grad()`, and calls
-#   `torch.autograd.backward(out, upstream)`: parameters get their gradients there, and x its own in `x.grad`.
-# - *Dice.* Dropout must drop the same numbers twice. Keep `torch.get_rng_state()`, set it back for the second
-#   run, and leave the caller's dice alone: `torch.random.fork_rng(devices=[])` is a context that does.
+# - Backward takes x out of its graph (`x = x.detach().requires_grad_()`), runs `fn` on it again under
+#   `torch.enable_grad()`, and calls `torch.autograd.backward(out, upstream)`: parameters get their gradients
+#   there, and x its own in `x.grad`.
+# - *Dice.* Dropout must drop the same numbers twice. Keep `torch.get_rng_state()` (5 KB a call, which `Kept`
+#   does not count), set it back for the second run, and leave the caller's dice alone:
+#   `torch.random.fork_rng(devices=[])` is a context that does.
 # - *The trap.* Where x needs no gradient (frozen embeddings), autograd would never call backward, and the
 #   parameters inside learn nothing. Unless another argument of `apply` needs one: the `anchor`.
 #
@@ -259,7 +252,8 @@ measure("L04.time_full", slower, "full")
 compare(list(check.PREDICTIONS), tolerance={"L04.time_full": None})
 
 # %% [markdown]
-# A whole step, operator by operator: all that is held, logits and gradients too, but for the weights.
+# A whole step, operator by operator: all that is held, logits and gradients too, but for the weights. (The
+# rise towards the end is gradients piling up.)
 
 # %%
 def memory_over_time():
@@ -283,7 +277,8 @@ memory_over_time()
 # The teeth are layers at work: what a layer would have kept is there for a moment. Chen et al. recompute
 # *segments* of k layers: L/k inputs are kept, but k layers work at a time. With I the bytes of an input and W
 # what a layer keeps by itself, the peak is L/k·I + k·W − I: the first norm reads the kept input itself. Which
-# k is best? For the layers of GPT-2 xl, and of a net of 2016, tanh(W·x), where each keeps its output alone:
+# k is best? For the layers of GPT-2 xl, and of a net of 2016, tanh(W·x). There W = I, and nothing is
+# subtracted, L/k·I + k·I: a layer keeps its output, not its input.
 
 # %%
 def peaks(layers, x):
@@ -315,19 +310,21 @@ picture.figure.axes[0].minorticks_off()
 picture  # noqa: B018
 
 # %% [markdown]
-# **Explain.** Five sentences. (a) Why is the ratio of FLOPs below 4/3, and why is that of times another? (b)
-# Which k is best for each net, by formula, and why did practice move from √L to every layer? (c) What does
-# selective recompute save under a fused attention (SDPA, Flash), and why? (d) Compare what squares take, and
-# cost, with the rest of a layer: why is selective the better bargain? (e) Your step fits. Recompute anyway?
+# **Explain.** Five sentences. (a) Why is the ratio of FLOPs below 4/3, and why is that of times another? (If
+# the spread covers your prediction, say so.) (b) Which k is best for each net, by formula, and why did
+# practice move from √L to every layer? (c) What does selective recompute save under a fused attention (SDPA,
+# Flash), and why? (d) Compare what squares take, and cost, with the rest of a layer: why is selective the
+# better bargain? (e) Your step fits. Recompute anyway?
 
 # %% [markdown] nbgrader={"grade_id": "explain", "solution": true, "grade": true, "points": 5}
 # <!-- ### BEGIN SOLUTION -->
 # (a) The head does not run twice: (4·layers + 3·head) / (3·layers + 3·head). Time has the operators without
-# FLOPs as well, whose share in forward is another than in backward. (b) L/k·I + k·W is least at √(L·I/W): 7
-# for tanh, where W = I. A layer of GPT-2 xl keeps 32 inputs: 1.2, so every layer. (c) Nothing: the fused
-# kernel never writes the squares, and its own backward computes the scores again. (d) Squares are H·T/C
-# inputs, 16 in xl at T = 1024, for 4·T·C FLOPs a token; the other 16 inputs cost 24·C², nine times as many.
-# (e) Only if the memory buys something: a larger micro-batch, less pipeline bubble, no tensor parallelism.
+# FLOPs as well, whose share in forward is another than in backward; here the spread may cover both. (b)
+# L/k·I + k·W is least at √(L·I/W): 7 for tanh, where W = I. A layer of GPT-2 xl keeps 32 inputs: 1.2, so
+# every layer. (c) Nothing: the fused kernel never writes the squares, and its own backward computes the
+# scores again. (d) Squares are H·T/C inputs, 16 in xl at T = 1024, for 4·T·C FLOPs a token; the other 16
+# inputs cost 24·C², nine times as many. (e) Only if the memory buys something: a larger micro-batch, less
+# pipeline bubble, no tensor parallelism.
 # <!-- ### END SOLUTION -->
 
 # %% [markdown]

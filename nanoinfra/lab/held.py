@@ -1,9 +1,9 @@
-"""Pictures of bytes and of the numbers in them: by kind, over a step, against float16's range."""
+"""Pictures of bytes, of the numbers in them, and of what comes of it: by kind, one by one, over a step."""
 from collections.abc import Callable, Sequence
 
 import torch
 
-from nanoinfra.lab.draw import BLUE, COLOURS, GREY, ORANGE, Picture, canvas
+from nanoinfra.lab.draw import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, Picture, canvas
 from nanoinfra.lab.storages import Storages
 
 FLOAT16 = ((-40, -25, 0.16, "zero"), (-25, -14, 0.07, "fewer than 11 bits"), (16, 22, 0.16, "infinite"))
@@ -28,6 +28,20 @@ def stacked(rows: dict[str, dict[str, int]], title: str = "bytes by kind") -> Pi
     axes.grid(False, axis="y")
     axes.set(xlabel=unit, xlim=(0, 1.15 * largest / scale))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=10, frameon=False)
+    return picture
+
+
+def each(tensors: Sequence[torch.Tensor], names: Sequence[str], seq: int, title: str) -> Picture:
+    """A bar a tensor, the first in green, (seq, seq) in orange; ValueError unless each has a name."""
+    picture, axes = canvas(8.6, 1 + 0.29 * len(tensors), title)
+    labels = [f"{name}  {tuple(tensor.shape)}" for name, tensor in zip(names, tensors, strict=True)]
+    for row, tensor in enumerate(tensors):
+        colour = ORANGE if tensor.shape[-2:] == (seq, seq) else BLUE
+        axes.barh(row, tensor.nbytes / 1e3, 0.72, color=colour if row else GREEN)
+        axes.text(tensor.nbytes / 1e3, row, f" {tensor.nbytes:,} B", va="center", fontsize=9)
+    axes.set_yticks(range(len(tensors)), labels, fontsize=9)
+    axes.set(xlabel="kB, counted", xlim=(0, 1.15 * axes.get_xlim()[1]), ylim=(len(tensors) - 0.4, -0.6))
+    axes.grid(False, axis="y")
     return picture
 
 
@@ -75,4 +89,15 @@ def against_float16(numbers: dict[str, torch.Tensor], title: str) -> Picture:
     axes.set(xlim=(-40, 22), xlabel="log2 of the size", ylabel="% of the numbers")
     axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     axes.legend(loc="center right", bbox_to_anchor=(0.9, 0.6), fontsize=10, frameon=False)
+    return picture
+
+
+def losses(runs: dict[str, tuple[Sequence[int], Sequence[float]]], title: str) -> Picture:
+    """{name: (steps, held-out losses)}, each curve thinner than those before: all are seen."""
+    picture, axes = canvas(8.6, 4.2, title)
+    for i, (colour, (name, (steps, nats))) in enumerate(zip((GREY, RED, BLUE, ORANGE, GREEN), runs.items())):
+        width = max(1.4, 8 - 2.2 * i)
+        axes.plot(steps, nats, "o-", color=colour, linewidth=width, markersize=width + 2, label=name)
+    axes.set(xlabel="steps", ylabel="held-out loss, nats a byte")
+    axes.legend(fontsize=10, frameon=False)
     return picture

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from nanoinfra.lab.held import against_float16, during, over_step, stacked
+from nanoinfra.lab.held import against_float16, during, each, losses, over_step, stacked
 from nanoinfra.lab.storages import Storages
 
 
@@ -13,6 +13,17 @@ def test_stacked_bars_are_as_long_as_their_bytes():
     assert got == [(0, 4), (4, 2), (0, 1), (1, 3), (4, 0.5)]
     assert [text.get_text().strip() for text in axes.texts] == ["6 MB", "4.5 MB"]
     assert axes.get_legend_handles_labels()[1] == ["a", "b", "c"]
+
+
+def test_each_tensor_has_a_bar_and_a_name():
+    tensors = torch.zeros(2, 500), torch.zeros(3, 5, 5), torch.zeros(250)
+    axes = each(tensors, ("input", "softmax", "v"), 5, "t").figure.axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [4, 0.3, 1]
+    want = ["input  (2, 500)", "softmax  (3, 5, 5)", "v  (250,)"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == want
+    assert len({bar.get_facecolor() for bar in axes.patches}) == 3
+    with pytest.raises(ValueError, match="longer"):
+        each(tensors, ("input", "softmax"), 5, "t")
 
 
 def test_during_gives_the_bytes_after_each_operator_of_an_act_alone():
@@ -38,3 +49,11 @@ def test_float16_zero_and_range():
     want = ["as they are: 75% become zero", "times 2^10: 25% become zero"]
     assert axes.get_legend_handles_labels()[1] == want
     assert (numbers.half() == 0).float().mean().item() == pytest.approx(0.75)
+
+
+def test_losses_that_agree_are_all_seen():
+    axes = losses({"wide": ([1, 2], [0.5, 0.25]), "narrow": ([1, 2], [0.5, 0.25])}, "t").figure.axes[0]
+    below, above = axes.lines
+    assert list(below.get_xdata()) == [1, 2] and list(above.get_ydata()) == [0.5, 0.25]
+    assert below.get_linewidth() > above.get_linewidth() + 2 and below.get_linestyle() == "-"
+    assert axes.get_legend_handles_labels()[1] == ["wide", "narrow"]

@@ -7,9 +7,9 @@ from nanoinfra.lab.checks import l04_recompute as check
 from nanoinfra.lab.mutants import Mutant
 
 
-def recompute(fn, x, *rest, anchor=True, dice=True, put_back=True, detach=True, upstream=lambda grad: grad,
-              give=lambda grad: grad, through=torch.autograd.backward, keep=lambda x, out: (x,),
-              first=torch.no_grad, runs=1, home=None):
+def recompute(fn, x, *rest, anchor=True, dice=True, put_back=True, detach=True, learns=True, home=None,
+              runs=1, upstream=lambda grad: grad, give=lambda grad: grad, through=torch.autograd.backward,
+              returns=2, keep=lambda x, out: (x,), first=torch.no_grad, again=torch.enable_grad):
     """The right one, with a place for each slip."""
     class Recompute(torch.autograd.Function):
         @staticmethod
@@ -24,14 +24,14 @@ def recompute(fn, x, *rest, anchor=True, dice=True, put_back=True, detach=True, 
         @staticmethod
         def backward(ctx, grad):
             x = home.x if home else ctx.saved_tensors[0] if keep(1, 1) else ctx.x
-            x = x.detach().requires_grad_() if detach else x
-            with torch.enable_grad(), torch.random.fork_rng(devices=[]) if put_back else nullcontext():
+            x = x.detach().requires_grad_(learns) if detach else x
+            with again(), torch.random.fork_rng(devices=[]) if put_back else nullcontext():
                 for _ in range(runs):
                     if dice:
                         torch.set_rng_state(ctx.dice)
                     out = fn(x, *rest)
             through(out, upstream(grad))
-            return None, give(x.grad)
+            return (None, give(x.grad))[:returns]
     return Recompute.apply(torch.zeros((), requires_grad=anchor), x)
 
 
@@ -46,6 +46,18 @@ def runs_without_a_function(fn, x, *rest):
 
 def forgets_the_inputs_gradient(*args):
     return recompute(*args, give=lambda grad: None)
+
+
+def takes_x_out_and_asks_no_gradient(*args):
+    return recompute(*args, learns=False)
+
+
+def runs_again_without_grad(*args):
+    return recompute(*args, again=nullcontext)
+
+
+def returns_too_few(*args):
+    return recompute(*args, returns=1)
 
 
 def forgets_what_came_from_above(*args):
@@ -120,10 +132,10 @@ def runs_three_times(*args):
     return recompute(*args, runs=2)
 
 
-def kept(c, batch, seq, d, how, layers=None, heads=None, norms=2, statistics=2, qkv=1, hidden=2, inputs=2,
-         squares=1, mask=1, full=1, selective=False):
+def kept(c, batch, seq, d, how, layers=None, heads=None, split=False, norms=2, statistics=2, qkv=1, hidden=2,
+         inputs=2, squares=1, mask=1, full=1, selective=False):
     """The right count, with a place for each slip."""
-    L, C, K, KV = layers or c.layers, c.width, c.head_dim, c.kv_heads
+    L, C, K, KV = layers or c.layers, c.width, c.width // c.heads if split else c.head_dim, c.kv_heads
     if how == "full":
         return L * batch * seq * full * C * d
     numbers = norms * C + 2 * statistics + inputs * C + hidden * c.hidden
@@ -148,6 +160,15 @@ def full_grouped(c, batch, seq, d, how):
     return kept(c, batch, seq, d, how, heads=c.heads)
 
 
+def as_wide_as_the_model(c, batch, seq, d, how):
+    return kept(c, batch, seq, d, how, heads=c.heads, split=True)
+
+
+def a_mask_for_all_layers(c, batch, seq, d, how):
+    spared = (c.layers - 1) * seq * seq if how == "none" else 0
+    return kept(c, batch, seq, d, how) - spared
+
+
 def a_mask_for_each_sequence(c, batch, seq, d, how):
     return kept(c, batch, seq, d, how, mask=batch)
 
@@ -156,9 +177,12 @@ def always_four_bytes(c, batch, seq, d, how):
     return kept(c, batch, seq, 4, how)
 
 
-OUT, LEARNS, NEEDS_NONE, DECODER, DICE, STREAM, KEEPS, TWICE = (c.name for c in check.recompute.criteria)
+OUT, RUNS, LEARNS, NEEDS_NONE, DECODER, DICE, STREAM, *LAST = (c.name for c in check.recompute.criteria)
+KEEPS, TWICE = LAST
 INPUT, LINEAR, SELECTIVE, SQUARES, PARITY = (c.name for c in check.kept_bytes.criteria)
-RECOMPUTE = {returns_nothing: OUT, runs_without_a_function: OUT, forgets_the_inputs_gradient: LEARNS,
+RECOMPUTE = {returns_nothing: OUT, runs_without_a_function: OUT, runs_again_without_grad: RUNS,
+             returns_too_few: RUNS, forgets_the_inputs_gradient: LEARNS,
+             takes_x_out_and_asks_no_gradient: LEARNS,
              forgets_what_came_from_above: LEARNS, forgets_the_parameters: LEARNS, goes_back_twice: LEARNS,
              asks_whether_the_input_learns: NEEDS_NONE, keeps_the_last_input_for_all: DECODER,
              rolls_new_dice: DICE, leaves_the_dice_as_they_fell: STREAM, keeps_everything: KEEPS,
@@ -171,7 +195,10 @@ KEPT = {"counts one layer": (per_layer, INPUT), "counts numbers": (counts_number
         "keeps q, k, v no more": (slip(qkv=0), SELECTIVE),
         "keeps one of two in the MLP": (slip(hidden=1), SELECTIVE),
         "counts an input for each of q, k, v": (slip(inputs=4), SELECTIVE),
-        "has as many KV heads as heads": (full_grouped, SELECTIVE), "has no mask": (slip(mask=0), SQUARES),
+        "has as many KV heads as heads": (full_grouped, SELECTIVE),
+        "has heads as wide as the model, and KV = H": (as_wide_as_the_model, SELECTIVE),
+        "has K = C / H": (slip(split=True), SELECTIVE), "has no mask": (slip(mask=0), SQUARES),
+        "has a mask for all layers": (a_mask_for_all_layers, SQUARES),
         "keeps scores and softmax": (slip(squares=2), SQUARES),
         "has a mask of numbers": (slip(mask=4), SQUARES),
         "has a mask for each sequence": (a_mask_for_each_sequence, SQUARES),

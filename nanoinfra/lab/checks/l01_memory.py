@@ -6,6 +6,8 @@ import torch
 
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.checks import adam_cases as cases
+from nanoinfra.lab.checks.adam_cases import BETAS, EPS, SHAPES
 from nanoinfra.lab.same import same
 from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
@@ -16,8 +18,6 @@ from nanoinfra.train.scale import LossScale
 PREDICTIONS = {"L01.states": "B", "L01.layer_float32": "B", "L01.layer_bfloat16": "B",
                "L01.skipped": "steps"}
 CONFIG = ModelConfig(vocab=61, width=24, layers=2, heads=4, kv_heads=2, head_dim=6, hidden=40, context=16)
-BETAS, EPS = (0.9, 0.95), 1e-8
-SHAPES = {"first": (3,), "middle": (2, 5), "last": (40, 30)}
 SCALE = 2.0**16
 TINY = 2.0**-26                              # of this gradient float16 keeps nothing; SCALE lifts it
 
@@ -29,57 +29,96 @@ CHECKS = (adam_step, scaled_step)
 @adam_step.criterion("moves the weights in place", "property")
 def _(subject):
     for dtype in (torch.bfloat16, torch.float16):
-        params = _params(dtype, lambda shape: torch.zeros(shape))
+        params = cases.parameters(dtype, torch.zeros)
         places = {name: p.data_ptr() for name, p in params.items()}
-        _run(subject, params, [_filled(0.25)], lr=0.5)
-        for name, p in params.items():
+        cases.run(subject, params, [cases.filled(0.25)], lr=0.5)
+        for i, (name, p) in enumerate(params.items()):
             if p.data_ptr() != places[name]:
                 raise Wrong(f"`{name}` lies elsewhere in memory after a step, in {p.dtype}: the model keeps "
                             f"its 16-bit tensors, p.copy_(...) rounds into them")
-            same(name, p.data, torch.full_like(p, -0.5), 0, 1, 0.01, _first_step_slips(p))
+            causes = {"no bias correction? At first, m and v are far too small": math.inf,
+                      "`t` counts steps, not parameters": i + 1}
+            slips = {text: torch.full_like(p, cases.walk(0.25, 1, 0.5, lambda t, power=power: power))
+                     for text, power in causes.items()} | {"not moved: is p written to?": torch.zeros_like(p)}
+            same(name, p.data, torch.full_like(p, -0.5), 0, 1, 0.01, slips)
 
 
 @adam_step.criterion("updates too small for 16 bits add up", "property")
 def _(subject):
     for dtype in (torch.bfloat16, torch.float16):
-        params = _params(dtype, torch.ones)
-        _run(subject, params, [_filled(0.25)] * 64, lr=2.0**-12)           # 2^-6 in all, 2^-12 is lost
+        params = cases.parameters(dtype, torch.ones)
+        cases.run(subject, params, [cases.filled(0.25)] * 64, lr=2.0**-12)     # 2^-6 in all, 2^-12 is lost
         for name, p in params.items():
-            lost = {"the weights stand still: is each update rounded away, for want of a float32 master that "
-                    "is kept from step to step?": torch.ones_like(p)}
+            far = 1 + cases.walk(0.25, 64, 2.0**-12, lambda t: 1)
+            slips = {"the weights stand still: is each update rounded away, for want of a float32 master "
+                     "that is kept from step to step?": torch.ones_like(p),
+                     "1 - beta, where 1 - beta^t corrects?": torch.full_like(p, far)}
             same(f"{name}, after 64 steps of 2^-12 from 1", p.data, torch.full_like(p, 1 - 2.0**-6), 0, 1,
-                 2.0**-8, lost)
+                 2.0**-8, slips)
 
 
 @adam_step.criterion("small gradients keep their squares", "property")
 def _(subject):
-    params = _params(torch.float16, lambda shape: torch.zeros(shape))
-    _run(subject, params, [_filled(2.0**-13)] * 3, lr=0.125)               # 2^-26 is 0 in float16
+    params = cases.parameters(torch.float16, torch.zeros)
+    cases.run(subject, params, [cases.filled(2.0**-13)] * 3, lr=0.125)         # 2^-26 is 0 in float16
+    end = cases.walk(2.0**-13, 3, 0.125, inside=EPS)
     for name, p in params.items():
+        far = p.data if (p < -100).all() else torch.zeros_like(p)
+        causes = {"divided by eps alone: are moments in 16 bits, or g * g?": far,
+                  "eps stands beside the root, not in it": torch.full_like(p, end)}
         same(f"{name}, three steps on gradients of 2^-13, whose squares are 0 in float16", p.data,
-             torch.full_like(p, -0.375), 0, 1, 0.01)
+             torch.full_like(p, -0.375), 0, 1, 0.01, causes)
 
 
 @adam_step.criterion("torch's Adam on float32 masters", "parity")
 def _(subject):
     for dtype in (torch.bfloat16, torch.float16):
-        params = _params(dtype, _drawn(0))
-        grads = [{name: _drawn(step)(shape) for name, shape in SHAPES.items()} for step in range(1, 11)]
+        params = cases.parameters(dtype, cases.drawn(0))
+        grads = [{name: cases.drawn(step)(shape) for name, shape in SHAPES.items()} for step in range(1, 11)]
         factors = [2.0 ** -(step % 4) for step in range(10)]
-        want, plain = _adam(params, grads, factors), _adam(params, grads, [1.0] * 10)
-        _run(subject, params, grads, 0.01, factors)
+        want, plain, state = cases.adam(params, grads, factors), cases.adam(params, grads, [1.0] * 10), {}
+        cases.run(subject, params, grads, 0.01, factors, state)
         for name, p in params.items():
             causes = {"the gradient is factor x p.grad": plain[name]}
+            if cases.narrow(state):
+                causes["`state` holds 16-bit tensors: moments in 16 bits?"] = p.data
             same(f"{name}, ten steps in {dtype}", p.data, want[name], 0, 1, torch.finfo(dtype).eps, causes)
+
+
+@adam_step.criterion("factor x gradient in float32", "parity")
+def _(subject):
+    params, factors = cases.parameters(torch.float16, torch.zeros), [2.0**-16] * 3
+    grads = [cases.filled(g * 2.0**-10) for g in (1, 0.75, 1.25)]
+    want = cases.adam(params, grads, factors)
+    cases.run(subject, params, grads, 0.01, factors)
+    for name, p in params.items():
+        causes = {"factor x p.grad multiplied in 16 bits? Make p.grad float32 first": torch.zeros_like(p)}
+        same(f"{name}, three steps in float16, gradients near 2^-10, factor 2^-16", p.data, want[name], 0, 1,
+             0.01, causes)
+
+
+@adam_step.criterion("other betas, another eps", "parity")
+def _(subject):
+    betas, eps = (0.8, 0.99), 2.0**-6
+    params = cases.parameters(torch.float16, cases.drawn(0))
+    grads = [{name: cases.drawn(step)(shape) for name, shape in SHAPES.items()} for step in range(1, 6)]
+    slips = {"are 0.9 and 0.95 written in? Use `betas`": cases.adam(params, grads, betas=BETAS, eps=eps),
+             "is 1e-8 written in? Use `eps`": cases.adam(params, grads, betas=betas),
+             "are betas and eps written in?": cases.adam(params, grads)}
+    want = cases.adam(params, grads, betas=betas, eps=eps)
+    cases.run(subject, params, grads, 0.01, betas=betas, eps=eps)
+    for name, p in params.items():
+        same(f"{name}, five steps with betas={betas} and eps=2^-6", p.data, want[name], 0, 1, 2.0**-10,
+             {text: ends[name] for text, ends in slips.items()})
 
 
 @adam_step.criterion("12 bytes a parameter besides weights and gradients", "resource")
 def _(subject):
-    params, state = _params(torch.bfloat16, _drawn(0)), {}
+    params, state = cases.parameters(torch.bfloat16, cases.drawn(0)), {}
     psi = sum(p.numel() for p in params.values())
     with Storages() as storages:
         for step in range(3):
-            _run(subject, params, [_filled(step)], 0.01, state=state)
+            cases.run(subject, params, [cases.filled(step)], 0.01, state=state)
         extra = storages.held()
     if not 12 * psi <= extra <= 12 * psi + 64 * len(params):               # and a step counter a tensor
         why = next((text for text, times in _KEPT.items() if round(extra / psi) == times), "")
@@ -88,15 +127,21 @@ def _(subject):
 
 
 _KEPT = {"; moments in 16 bits?": 8, "; all three in 16 bits?": 6, "; in float64?": 24, "; no masters?": 8,
-         "; float32 gradients kept too?": 16, "; nothing kept in `state`?": 0}
+         "; a fourth float32 tensor, of gradients or weights?": 16, "; nothing kept in `state`?": 0}
 
 
 @scaled_step.criterion("true gradients, of the smallest too", "property")
 def _(subject):
     for value in (SCALE, 2 * SCALE):
         slopes = {"first": TINY, "middle": -0.25, "last": 2.0**-14}
-        trial = _Trial(slopes)
-        _moved(trial.step(subject, _scale(value), limit=1e9), f"a scale of {value:g}")
+        trial, norm = _Trial(slopes), _norm(slopes)
+        _moved(trial.step(subject, _scale(value), 1e9), f"a scale of {value:g}", "; is the norm itself "
+               "infinite in 16 bits? Take it with dtype=torch.float32")
+        if not trial.factors:
+            raise Wrong("returns True, and did not call move(factor)")
+        if abs(trial.factors[0] * value * norm / 1e9 - 1) < 1e-3:
+            raise Wrong(f"gradients of norm {norm:.4g}, limit 1e9: factor x scale is {1e9 / norm:.4g}, want "
+                        f"1: clipping only ever shrinks")
         for name, slope in slopes.items():
             got, want = trial.true[name], torch.full(SHAPES[name], slope)
             causes = {"the scale is still in it: undone by `factor`?": want * value,
@@ -107,14 +152,27 @@ def _(subject):
 
 @scaled_step.criterion("clips by the norm without the scale", "property")
 def _(subject):
-    norm = math.sqrt(sum(math.prod(shape) for shape in SHAPES.values())) / 4
+    norm = _norm(dict.fromkeys(SHAPES, 0.25))
     for limit, clipped in ((2 * norm, 1.0), (norm / 2, 0.5)):
         trial = _Trial(dict.fromkeys(SHAPES, 0.25))
         _moved(trial.step(subject, _scale(SCALE), limit), f"gradients of norm {norm:.4g}")
         got, want = trial.factors[0] * SCALE, clipped
         if abs(got / want - 1) > 1e-3:
             raise Wrong(f"gradients of norm {norm:.4g}, limit {limit:.4g}: factor x scale is {got:.4g}, want "
-                        f"{want:.4g}: {_clip_cause(got, want, limit / norm, limit)}")
+                        f"{want:.4g}: {_clip_cause(got, want, limit / norm)}")
+
+
+@scaled_step.criterion("moves on gradients of 0", "property")
+def _(subject):
+    trial = _Trial(dict.fromkeys(SHAPES, 0.0))
+    text = f"all gradients are 0: the factor is 1/scale, {1 / SCALE:g}"
+    try:
+        moved = trial.step(subject, _scale(SCALE), limit=1.0)
+    except ZeroDivisionError as error:
+        raise Wrong(f"{text}; got a ZeroDivisionError: {error}") from None
+    _moved(moved, text)
+    if trial.factors != [1 / SCALE]:
+        raise Wrong(f"{text}; got {trial.factors[0]:g}")
 
 
 @scaled_step.criterion("skips a step that is not finite", "property")
@@ -187,7 +245,7 @@ class _Trial:
     """float16 parameters whose gradients are given numbers, and what `move` was called with."""
 
     def __init__(self, slopes: dict[str, float]):
-        self.slopes, self.params = slopes, _params(torch.float16, torch.ones)
+        self.slopes, self.params = slopes, cases.parameters(torch.float16, torch.ones)
         self.factors, self.true, self.held = [], {}, 0
 
     def step(self, subject: Callable, scale: dict, limit: float, held: Callable = int):
@@ -201,41 +259,6 @@ class _Trial:
         return subject(loss, self.params, scale, limit, move)
 
 
-def _params(dtype, fill):
-    return {name: fill(shape).to(dtype).requires_grad_() for name, shape in SHAPES.items()}
-
-
-def _drawn(seed):
-    random = torch.Generator().manual_seed(seed)
-    return lambda shape: 0.02 * torch.randn(tuple(shape), generator=random)
-
-
-def _filled(value):
-    return {name: torch.full(shape, float(value)) for name, shape in SHAPES.items()}
-
-
-def _run(subject, params, grads, lr, factors=None, state=None):
-    """`subject` once for each of `grads`, {name: gradient}."""
-    state = {} if state is None else state
-    for step, factor in zip(grads, factors or [1.0] * len(grads)):
-        for name, p in params.items():
-            p.grad = step[name].to(p.dtype)
-        subject(params, state, lr, factor)
-    for p in params.values():
-        p.grad = None
-
-
-def _adam(params, grads, factors):
-    """Where torch's Adam ends from `params`, on float32 masters and factor x 16-bit gradients."""
-    masters = {name: p.detach().float().requires_grad_() for name, p in params.items()}
-    oracle = torch.optim.Adam(masters.values(), lr=0.01, betas=BETAS, eps=EPS)
-    for step, factor in zip(grads, factors):
-        for name, master in masters.items():
-            master.grad = step[name].to(params[name].dtype).float() * factor
-        oracle.step()
-    return {name: master.detach().to(params[name].dtype) for name, master in masters.items()}
-
-
 def _scale(value):
     return {"value": value, "good": 0, "grow_after": 3}
 
@@ -245,23 +268,21 @@ def _loss(model, tokens):
     return cross_entropy(model.hidden(tokens), model.head.weight, tokens, 2**20)
 
 
-def _moved(moved, what):
+def _moved(moved, what, why=""):
     if moved is not True:
-        raise Wrong(f"{what}: returns {moved!r}, want True: all gradients are finite, so it moves")
+        raise Wrong(f"{what}: returns {moved!r}, want True: all gradients are finite, so it moves{why}")
 
 
-def _first_step_slips(p):
-    """Where the first step from 0 ends after the usual mistakes; right is -lr = -0.5."""
-    corrected = (1 - BETAS[0]) / math.sqrt(1 - BETAS[1])
-    return {"no bias correction? At first, m and v are far too small": torch.full_like(p, -0.5 * corrected),
-            "not moved: is p written to?": torch.zeros_like(p)}
+def _norm(slopes):
+    return math.sqrt(sum(math.prod(SHAPES[name]) * slope**2 for name, slope in slopes.items()))
 
 
-def _clip_cause(got, want, ratio, limit):
+def _clip_cause(got, want, ratio):
     if got < want / 10:
         return "the norm of the scaled gradients was clipped: undo the scale first"
-    return "never clipped?" if got == 1 else "to the limit, whether the norm is above it or not?" if (
-        abs(got - ratio) < 1e-3) else "the norm over all tensors together?"
+    if abs(got - ratio) < 1e-3:
+        return "clipping only ever shrinks"
+    return "never clipped?" if got == 1 else "the norm over all tensors together?"
 
 
 def _scale_cause(overflow, scale, want):

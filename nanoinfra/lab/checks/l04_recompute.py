@@ -19,7 +19,7 @@ PREDICTIONS = {"L04.kept_none": "B", "L04.kept_selective": "B", "L04.kept_full":
 # Five layers, and T = 7: factors that no other slip has.
 CONFIG = ModelConfig(vocab=61, width=24, layers=5, heads=4, kv_heads=4, head_dim=6, hidden=40, context=64,
                      family="gpt2")
-GROUPED = replace(CONFIG, kv_heads=2, head_dim=10)
+GROUPED = replace(CONFIG, kv_heads=2, head_dim=13)
 SEQUENCES, T = 3, 7
 HOW = ("none", "selective", "full")
 
@@ -30,12 +30,30 @@ CHECKS = (recompute, kept_bytes)
 
 @recompute.criterion("the same output", "property")
 def _(subject):
-    same("fn(x)", _step(subject)["out"], _step(_plain)["out"], 0)
+    same("fn(x)", _step(subject, back=False)["out"], _step(_plain)["out"], 0)
+
+
+@recompute.criterion("backward runs", "property")
+def _(subject):
+    try:
+        _step(subject)
+    except (NotImplementedError, Wrong):
+        raise
+    except Exception as error:                       # of a student's function, or of autograd because of it
+        why = next((text for part, text in _RAISED.items() if part in str(error)), "")
+        first = str(error).split(". ")[0].rstrip(".")
+        raise Wrong(f"out.backward() raised {type(error).__name__}: {first}{why}") from None
+
+
+_RAISED = {"does not require grad": ". Was fn run under torch.enable_grad(), on x.detach().requires_grad_()?",
+           "backward through the graph a second time": ". Was x detached? Its graph is not fn's to run",
+           "incorrect number of gradients": ". One for each of fn, anchor, x, *rest"}
 
 
 @recompute.criterion("an input that needs a gradient", "parity")
 def _(subject):
-    _same_gradients(_step(subject)["grads"], _step(_plain)["grads"])
+    ones = _step(_plain, upstream=torch.ones_like)["grads"]
+    _same_gradients(_step(subject)["grads"], _step(_plain)["grads"], slips={"is `upstream` used?": ones})
 
 
 @recompute.criterion("an input that needs none", "parity")
@@ -109,7 +127,7 @@ class Body(nn.Module):
         return self.down(torch.dropout(torch.tanh(self.up(x)), self.dropout, True))
 
 
-def _step(call, learns=True, dropout=0.0):
+def _step(call, learns=True, dropout=0.0, back=True, upstream=lambda out: 2 * out):
     """One step of a Body behind `call`: output, gradients by name, two random numbers, calls of the body."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -118,7 +136,8 @@ def _step(call, learns=True, dropout=0.0):
         out = call(body, leaf * 1.0 if learns else leaf)                   # no leaf, as inside a model
         _tensor(out)
         first = torch.rand(()).item()
-        out.square().sum().backward()
+        if back:
+            out.backward(upstream(out.detach()))
         grads = {"x": leaf.grad} if learns else {}
         grads |= {name: p.grad for name, p in body.named_parameters()}
         return {"out": out.detach(), "grads": grads, "dice": (first, torch.rand(()).item()),
@@ -133,13 +152,16 @@ def _tensor(out):
                     "asks whether an input of `.apply` needs one: give it one that does")
 
 
-def _same_gradients(got, want, rtol=1e-12):
+def _same_gradients(got, want, rtol=1e-12, slips=None):
     for name, w in want.items():
         if got[name] is None:
-            why = "does backward return it?" if name == "x" else "is `out` sent backward in the second run?"
+            why = "is `out` sent backward in the second run?"
+            if name == "x":
+                why = "does the detached x require a gradient, and does backward return x.grad?"
             raise Wrong(f"`{name}` got no gradient, want one: {why}")
-        twice = "given twice: was x not detached, or backward run twice?"
-        same(f"{name}.grad", got[name], w, 0, 1, rtol, {twice: 2 * w})
+        causes = {"given twice: was x not detached, or backward run twice?": 2 * w}
+        causes |= {text: grads[name] for text, grads in (slips or {}).items()}
+        same(f"{name}.grad", got[name], w, 0, 1, rtol, causes)
 
 
 def _blocks(call):
@@ -196,6 +218,7 @@ def _(subject):
         "the same as selective?": 0, "no mask? It is kept too, a byte a pair, for all heads": want - mask,
         "the mask for each sequence? It is one for all": want + (SEQUENCES - 1) * mask,
         "the mask for each head and sequence? It is one for all": want - mask + pairs // 4,
+        "one mask for all layers? Each layer makes its own": want - mask + T * T,
         "a mask of numbers? A bool has one byte": want + 3 * mask,
         "scores and softmax? Softmax's backward reads its output alone": want + pairs,
         "one head? Each makes its own square": mask + pairs / CONFIG.heads,
@@ -224,8 +247,8 @@ def counted(config: ModelConfig, batch: int, seq: int, how: str, dtype: torch.dt
 
 def _slips(c, want):
     number = 4 * c.layers * SEQUENCES * T            # bytes of one number a token, all layers
-    C, qkv = c.width, (c.heads + 2 * c.kv_heads) * c.head_dim
-    spared = (c.heads - c.kv_heads) * c.head_dim
+    C, H, KV, HK = c.width, c.heads, c.kv_heads, c.heads * c.head_dim
+    qkv, spared = HK + 2 * KV * c.head_dim, HK - KV * c.head_dim
     return {"one layer?": want / c.layers, "bytes, not numbers?": want / 4,
             "one norm's statistics? A layer has two norms": want - number * 2,
             "no mean and 1/std? Each norm keeps two numbers a token": want - number * 4,
@@ -233,6 +256,10 @@ def _slips(c, want):
             "each of the two norms keeps its input": want - number * C,
             "no q, k, v? Selective recompute starts from them": want - number * qkv,
             "as many KV heads as heads?": want + number * 2 * spared,
+            "here H*K is not C, for q or for o's input": want + number * (C - HK),
+            "here H*K is not C, for q and o's input": want + number * 2 * (C - HK),
+            "here H*K is not C, nor KV = H": want + number * (4 * C - qkv - HK),
+            "here H*K is not C: K stands in the config": want + number * (2 * (C + C * KV // H) - qkv - HK),
             "q, k and v read one and the same input": want + number * 2 * C,
             "down reads GELU's output, and GELU its input": want - number * c.hidden}
 
