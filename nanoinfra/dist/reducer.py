@@ -39,12 +39,16 @@ class Reducer:
         self.buckets = [Bucket(group, axis.size, dtype or group[0].param.dtype) for group in groups]
         self.home = {leaf.param: bucket for bucket in self.buckets for leaf in bucket.leaves}
         self.room = 2 * max(bucket_bytes, *(bucket.nbytes for bucket in self.buckets))
-        self.flight = None
+        self.flight, self.grads = None, {}
         self.begin_step()
 
     def begin_step(self) -> None:
-        """Forget the last step's gradients."""
+        """Forget the last step's gradients, and those of a step that was given up."""
+        self._settle()
         self.grads, self.leaving, self.next = {}, False, 0
+        for bucket in self.buckets:
+            bucket.flat = None
+            bucket.filled.clear()
 
     def before_backward(self, leaving: bool) -> None:
         """Say before each backward whether full buckets may leave, or wait for another backward to add."""
@@ -65,7 +69,7 @@ class Reducer:
             self._launch(self.buckets[self.next - 1])
 
     def finish(self) -> dict[str, torch.Tensor]:
-        """Send what has not left, wait for everything: `grads`. Where no gradient came, zeros."""
+        """Send what has not left, wait for everything: `grads`. Where backward brought none, zeros."""
         self._flush()
         self._settle()
         return self.grads

@@ -90,12 +90,15 @@ def _master(p, given):
 
 
 def clip(grads: dict[str, torch.Tensor], limit: float, cut_over=None, scale: float = 1.0) -> float:
-    """Divide `grads` in place by `scale`, and on to a global 2-norm of at most `limit` (0: no limit).
+    """Divide `grads` by `scale`, and on to a global 2-norm of at most `limit` (0: no limit).
 
-    Returns the norm after the division by `scale`. `cut_over` is the axis whose ranks hold shards of them.
+    In place; 16-bit ones, which would lose what the scale has saved, become float32 first. Returns the norm
+    after the division by `scale`. `cut_over` is the axis whose ranks hold shards of them.
     """
+    wide = torch.promote_types(next(iter(grads.values())).dtype, torch.float32)
+    if scale != 1.0:
+        grads.update({name: grad.to(wide) for name, grad in grads.items()})
     tensors = list(grads.values())
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))).double()
     if cut_over:
         norm = comm.all_reduce(norm.square(), cut_over, "scalars").sqrt()

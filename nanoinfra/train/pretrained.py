@@ -43,6 +43,9 @@ def export(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float
 
     Whatever mesh and ZeRO stage wrote it, no more is held at a time than a block, or the embedding.
     """
+    if Path(folder).resolve() == Path(run).resolve():
+        raise ValueError(f"an export into {folder} would overwrite the run's own config.json; "
+                         "name another folder")
     config, read = _newest(Path(run))
     block = sum(prod(shape) for shape in block_shapes(config).values()) * dtype.itemsize
     write_hf(config, read, dtype, folder, Path(run) / "tokenizer", shard_bytes=block)

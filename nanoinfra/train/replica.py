@@ -54,6 +54,7 @@ class Replica:
         """A new step: its micro-batches [(x (B, T), y (B, T))], valid tokens on all ranks, learning rate."""
         self.batches, self.count, self.lr = batches, count, lr
         self.losses, self.loss = {}, torch.zeros((), dtype=torch.float64)
+        self.grads = None                    # the last step's, which would live on beside this one's
         self.parallel.begin_step()
 
     def forward(self, micro: int) -> None:

@@ -8,11 +8,12 @@ from nanoinfra.lab.mutants import Mutant, collect, main, patched, rejected_by, r
 
 FOLDER = Path(__file__).parents[1] / "mutants"
 LESSONS = collect(FOLDER, "l??_*")
+FEW = [m for m in LESSONS if sum(m.check.name == n.check.name for n in LESSONS[:LESSONS.index(m)]) < 4]
 
 
-@pytest.mark.parametrize("mutant", LESSONS, ids=lambda m: f"{m.check.name}: {m.name}")
-def test_each_is_rejected_by_its_criterion(mutant):
-    assert rejected_by(mutant) == mutant.rejected_by
+@pytest.mark.parametrize("mutant", FEW, ids=lambda m: f"{m.check.name}: {m.name}")
+def test_the_first_four_of_a_check_are_rejected_by_their_criterion(mutant):
+    assert rejected_by(mutant) == mutant.rejected_by                       # all of them: make mutants
 
 
 def test_a_survivor_a_wrong_reason_and_a_lone_mutant_fail():

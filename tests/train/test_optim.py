@@ -86,6 +86,13 @@ def test_clip_scales_to_the_limit_and_returns_the_norm():
     assert clip({"a": torch.tensor([30.0])}, 0) == 30.0
 
 
+def test_clip_divides_16_bit_gradients_in_float32():
+    small = {"a": torch.tensor([2.0**-10], dtype=torch.float16)}
+    clip(small, 0, scale=2.0**16)
+    assert small["a"].item() == 2.0**-26
+    assert clip({"a": torch.full((10_000,), 1024, dtype=torch.float16)}, 0) == pytest.approx(102_400)
+
+
 def test_unknown_optimizer_is_named():
     with pytest.raises(ValueError, match="adamw and sgd"):
         Optimizer(net(), "lion")

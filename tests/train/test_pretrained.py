@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanoinfra.cli import main
 from nanoinfra.data.source import Random
@@ -59,6 +60,14 @@ def test_export_is_loaded_by_transformers_and_never_holds_more_than_a_block(rank
     x = torch.arange(12)[None]
     torch.testing.assert_close(theirs(x).logits, want(x), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "exported" / "tokenizer.json").is_file()
+
+
+def test_export_in_another_dtype_and_never_into_the_run_itself(run, tmp_path):
+    export(run, tmp_path / "out", torch.bfloat16)
+    stored = {name: t for f in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(f).items()}
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="name another folder"):
+        export(run, run)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, capsys):

@@ -1,0 +1,59 @@
+"""One rank's stage under every ZeRO stage: what reaches the wire, what is let go of, the score."""
+import weakref
+
+import pytest
+import torch
+
+from nanoinfra.cli import main
+from nanoinfra.dist.mesh import Mesh
+from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.train import metrics
+from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
+from nanoinfra.train.replica import Replica
+from nanoinfra.train.step import accumulate, execute
+
+
+def stepped(zero, config=None, **model):
+    flags = TrainFlags(ModelFlags(**model), mesh=MeshFlags(zero=zero))
+    replica = Replica(config or sized("test"), flags, Mesh())
+    x = torch.ones(2, 8, dtype=torch.long)
+    replica.begin([(x, x)], 16, lr=1e-3)
+    execute(accumulate(1), replica)
+    return replica
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_gradients_are_summed_in_the_dtype_asked_for_and_float32_by_default(zero):
+    for asked, want in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
+        replica = stepped(zero, dtype="bfloat16", grad_dtype=asked)
+        assert {grad.dtype for grad in replica.grads.values()} == {want}
+        assert {p.dtype for p in replica.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_new_step_lets_go_of_the_last_ones_gradients(zero):
+    replica = stepped(zero)
+    old = [weakref.ref(grad) for grad in replica.grads.values()]
+    replica.begin([], 1, lr=0.0)
+    assert not [ref for ref in old if ref() is not None]
+
+
+def test_stage_3_keeps_no_parameter_of_any_family_whole():
+    gpt2 = ModelConfig(64, 32, 2, 2, 2, 16, 64, 16, family="gpt2")
+    for config in (gpt2, sized("test")):
+        assert {p.untyped_storage().nbytes() for p in stepped(3, config).model.parameters()} == {0}
+
+
+def test_the_held_out_score_is_one_ranks_at_every_stage(ranks, tmp_path):
+    for name in "abcdefgh":
+        (tmp_path / f"{name}.txt").write_text(f"{name} is a letter of the alphabet.\n" * 40)
+    argv = ["train", "--model", "test", "--data", str(tmp_path), "--dtype", "float64", "--seq", "16",
+            "--steps", "2", "--global-batch", "4", "--micro-batch", "2", "--eval-every", "1", "--threads", "1"]
+    scores = {}
+    for dp, zero in ((1, 0), (2, 0), (2, 3)):
+        out = tmp_path.parent / f"{tmp_path.name}-{dp}-{zero}"
+        flags = [*argv, "--dp", str(dp), "--zero", str(zero), "--out", str(out)]
+        ranks(dp).run(main, flags)
+        scores[dp, zero] = [line["held_out_bpb"] for line in metrics.read(out / "metrics.jsonl")]
+    assert scores[2, 0] == pytest.approx(scores[1, 0], rel=1e-8)
+    assert scores[2, 3] == pytest.approx(scores[1, 0], rel=1e-8)
