@@ -41,7 +41,7 @@ from nanoinfra.lab.shards import KINDS, exposed, held_and_sent, stack_step
 from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel.parameter_server import ParameterServer
-from nanoinfra.parallel.zero import Zero
+from nanoinfra.parallel.zero import Bundle, Part, Zero
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 N, A = 4, 2                                  # ranks, micro-batches in a step
@@ -80,9 +80,10 @@ print(f"GPT-2 xl: {xl / 1e9:.0f} GB on each rank, be it of 1 or of 1000. 64 rank
 # 3. nothing is. Weights come for each forward and again for each backward, cast from their float32 masters.
 #
 # The paper's limit first. Then what it leaves out. A parameter of d₀ rows is cut into ⌈d₀/N⌉ rows a rank; the
-# zeros that fill up the last are held and sent. A tied head is a second *use* of the embedding: its gradient
-# is another tensor, whole at stage 1, and sent, until both are summed; stage 3 gathers the weight for each
-# use. And stage 3 keeps no 16-bit rows of the weights here, only their masters.
+# zeros that fill up the last are held, in what is still kept whole too, and sent. A tied head is a second
+# *use* of the embedding, with a gradient of its own. Both are sent; at stage 1 both are kept whole until the
+# step's end, at stages 2 and 3 only the rows of their sum stay. Stage 3 gathers the weight for each use, and
+# keeps no 16-bit rows of the weights here, only their masters.
 
 # %%
 psi = parameters(CONFIG)                                              # the embedding once
@@ -102,7 +103,7 @@ print(f"{N=} {A=} psi {psi:,}, with zeros {whole:,}, with both uses {used:,}; {L
 
 # %% nbgrader={"grade_id": "predict", "solution": true}
 # predict("L08.held_1", <formula>, "B")         and held_2, held_3: the paper's limit, then once more exactly
-# predict("L08.sent_1", <formula>, "B")         and sent_2, sent_3: the same
+# predict("L08.sent_1", <formula>, "B")         and sent_2, sent_3: the same; the last call is compared
 # predict("L08.server", <formula>, "B")
 # predict("L08.wait_simple", <formula>, "s")    and "L08.wait_ahead"
 ### BEGIN SOLUTION
@@ -133,9 +134,10 @@ shard_map(world.run(cuts), {name: shapes(CONFIG)[name] for name in first})
 # %% [markdown]
 # **Exercise 1: ZeRO-1.** `cut(x, n)` lays rows out for n ranks: 7 rows on 4 ranks become (4, 2, ...), the
 # last one zeros, and `cut(p, n)[rank]` are yours. In the first step copy your rows of every parameter into
-# `state` with `make([your rows, ...])`, an optimizer for them alone. In each step: a reduce-scatter of every
-# gradient, (N, c, ...) → (c, ...), is your rows' `.grad`; the optimizer steps; an all-gather, (c, ...) → (N,
-# c, ...), brings all new rows back into `params`, without the zeros. Seven to ten lines.
+# `state`, and beside them `make([your rows, ...])`, an optimizer for them alone. In each step: a reduce-scatter
+# of every gradient, (N, c, ...) → (c, ...), is your rows' `.grad`; the optimizer steps; an all-gather, (c, ...)
+# → (N, c, ...), brings all new rows back into `params`, without the zeros. `comm.reduce_scatter(x, axis)`,
+# `comm.all_gather(x, axis)`, `axis.rank` and `axis.size` are as in lesson 02. Seven to ten lines.
 
 # %% nbgrader={"grade_id": "zero1", "solution": true}
 # %%exercise L08
@@ -224,10 +226,11 @@ check.zero3(zero3)
 # %% [markdown]
 # ## 4. Read the real one
 # All three stages in one class. How many collectives does it make of your many? When does it send for the
-# next unit? And at stage 1, whose memory are the `shards` of a float32 model?
+# next unit? And at stage 1, whose memory are the `shards` of a float32 model (`Part`)?
 
 # %%
-print(inspect.getsource(Zero))
+for each in (Zero, Part, Bundle):
+    print(inspect.getsource(each))
 
 # %% [markdown]
 # ## 5. Measure, compare, explain
@@ -282,7 +285,9 @@ held_bars({f"stage {stage}" if stage else "data parallel": (kinds, peak, said[st
            for stage, (kinds, peak, _) in stages.items()}, f"bytes on each of {N} ranks, {psi:,} parameters")
 
 # %% [markdown]
-# Rank 0 at stage 3. How many layers are whole, or on their way, at a time?
+# Rank 0 at stage 3, its last repeat; the table has the rank that waits least, so a busy machine shows less
+# there, and a miss above 1 is such a machine: run the cell again. Pale: sent for and not waited for. How
+# many layers are whole, or on their way, at a time?
 
 # %%
 stack_timeline({"yours": waits["simple"][0][-1], "the real one": waits["ahead"][0][-1]},

@@ -44,5 +44,5 @@ def test_room_for_what_is_on_its_way():
 
 def test_calls_and_units():
     assert [len(unit) for unit in units(EVEN)] == [2, *[16] * 6, 3]
-    buckets = 1 + 6 + 1                                                    # head; about a block each; embedding
+    buckets = 1 + 6 + 1                                # the head, six of about a block, the embedding
     assert zero_calls(EVEN, 2, 3, 2) == {"reduce_scatter": 2 * buckets, "all_gather": 2 * 2 * 8}
