@@ -134,10 +134,11 @@ shard_map(world.run(cuts), {name: shapes(CONFIG)[name] for name in first})
 # %% [markdown]
 # **Exercise 1: ZeRO-1.** `cut(x, n)` lays rows out for n ranks: 7 rows on 4 ranks become (4, 2, ...), the
 # last one zeros, and `cut(p, n)[rank]` are yours. In the first step copy your rows of every parameter into
-# `state`, and beside them `make([your rows, ...])`, an optimizer for them alone. In each step: a reduce-scatter
-# of every gradient, (N, c, ...) → (c, ...), is your rows' `.grad`; the optimizer steps; an all-gather, (c, ...)
-# → (N, c, ...), brings all new rows back into `params`, without the zeros. `comm.reduce_scatter(x, axis)`,
-# `comm.all_gather(x, axis)`, `axis.rank` and `axis.size` are as in lesson 02. Seven to ten lines.
+# `state`, and beside them `make([your rows, ...])`, an optimizer for them alone. In each step: a
+# reduce-scatter of every gradient, (N, c, ...) → (c, ...), is your rows' `.grad`; the optimizer steps; an
+# all-gather, (c, ...) → (N, c, ...), brings all new rows back into `params`, without the zeros.
+# `comm.reduce_scatter(x, axis)`, `comm.all_gather(x, axis)`, `axis.rank` and `axis.size` are as in lesson 02.
+# Seven to ten lines.
 
 # %% nbgrader={"grade_id": "zero1", "solution": true}
 # %%exercise L08
