@@ -142,6 +142,7 @@ def test_lab_08_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, 
         assert {m.kind for key, m in got.items() if "step" not in key} == {"counted"}
 
 
+@pytest.mark.prove
 def test_a_rank_that_fails_says_so_in_one_line(lab):
     done = torchrun(2, lab, "77", "--break", "harmless")
     said = [line for line in done.stderr.splitlines() if line.startswith("lab 77: rank 1 of 2 failed")]

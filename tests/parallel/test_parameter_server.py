@@ -80,6 +80,7 @@ def test_a_number_of_servers_that_does_not_fit_is_refused(ranks):
     assert ranks(3).run(refused) == [want] * 3
 
 
+@pytest.mark.prove
 def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     home = Path(__file__).resolve().parents[2] / "nanoinfra"
     shutil.copytree(home / "dist", tmp_path / "nanoinfra" / "dist")
