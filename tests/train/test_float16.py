@@ -49,13 +49,14 @@ def test_overflows_without_end_say_what_to_do(ranks, tmp_path, capfd):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("steps_skipped", [{}, {1: (5, 6, 20), 0: (30,)}])
 def test_the_nano_model_ends_where_float32_does(tmp_path, steps_skipped):
+    """250 steps: over fewer the four updates that were skipped are themselves more than 1 % of the way."""
     ends = {}                                # torch's float16 products are ten times slower here
     for dtype, skipped in (("float32", {}), ("float16", steps_skipped)):
         out = tmp_path / dtype
-        wanted = flags("nano", out, 2, steps=80, dtype=dtype, data="stdlib", seq=64)
+        wanted = flags("nano", out, 2, steps=250, dtype=dtype, data="stdlib", seq=64)
         with Ranks(2, timeout=900) as patient:
             patient.run(planted, wanted, 0, skipped)
-        ends[dtype] = mean(line["loss"] for line in metrics.read(out / "metrics.jsonl")[-10:])
+        ends[dtype] = mean(line["loss"] for line in metrics.read(out / "metrics.jsonl")[-30:])
     assert ends["float16"] == pytest.approx(ends["float32"], rel=0.01)
     assert ends["float32"] < 7.0                                           # it had learned: ln 4096 = 8.3
 
