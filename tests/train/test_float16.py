@@ -47,15 +47,13 @@ def test_overflows_without_end_say_what_to_do(ranks, tmp_path, capfd):
 
 @pytest.mark.prove
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("steps_skipped", [{}, {1: (5, 6, 20), 0: (30,)}])
-def test_the_nano_model_ends_where_float32_does(tmp_path, steps_skipped):
-    """250 steps: over fewer the four updates that were skipped are themselves more than 1 % of the way."""
+def test_the_nano_model_ends_where_float32_does(tmp_path):
+    """Nothing is planted: four of the first 30 steps skipped cost float32 itself 0.7 to 2.0 % (LOG.md)."""
     ends = {}                                # torch's float16 products are ten times slower here
-    for dtype, skipped in (("float32", {}), ("float16", steps_skipped)):
+    for dtype in ("float32", "float16"):
         out = tmp_path / dtype
-        wanted = flags("nano", out, 2, steps=250, dtype=dtype, data="stdlib", seq=64)
         with Ranks(2, timeout=900) as patient:
-            patient.run(planted, wanted, 0, skipped)
+            patient.run(train, flags("nano", out, 2, steps=250, dtype=dtype, data="stdlib", seq=64))
         ends[dtype] = mean(line["loss"] for line in metrics.read(out / "metrics.jsonl")[-30:])
     assert ends["float16"] == pytest.approx(ends["float32"], rel=0.01)
     assert ends["float32"] < 7.0                                           # it had learned: ln 4096 = 8.3
@@ -67,9 +65,9 @@ def flags(model, out: Path, zero, steps, dtype="float16", data="random", seq=16)
                       RunFlags(steps=steps, out=out))
 
 
-def planted(flags, done=0, overflows=None):
-    """Train; in the steps of `overflows` this rank's gradient of the last hidden states is infinite."""
-    forward, mine = HeadLoss.forward, (OVERFLOWS if overflows is None else overflows).get(dist.get_rank(), ())
+def planted(flags, done=0):
+    """Train; in the steps of OVERFLOWS this rank's gradient of the last hidden states is infinite."""
+    forward, mine = HeadLoss.forward, OVERFLOWS.get(dist.get_rank(), ())
     calls = iter(range(done + 1, 10_000))
 
     def overflowing(self, hidden, targets, count):
