@@ -2,7 +2,8 @@
 
 `ModelConfig` is all that formulas, model, checkpoints and planner know of a model; `SIZES` is the one dial
 of the command line. A family says which parts a decoder is made of: GPT-2 (Radford et al. 2019), LLaMA
-(Touvron et al. 2023; SmolLM2 is one), Qwen3 (2025: LLaMA with normed queries and keys).
+(Touvron et al. 2023; SmolLM2 is one), Qwen3 (2025: LLaMA with normed queries and keys), OPT (Zhang et al.
+2022: GPT-2 with ReLU), BLOOM (2022: GPT-2 with ALiBi and normed embeddings).
 """
 from dataclasses import asdict, dataclass, replace
 
@@ -11,16 +12,19 @@ from dataclasses import asdict, dataclass, replace
 class Family:
     """The parts a decoder is made of. Adding a family is adding a row to `FAMILIES`."""
     norm: str                  # "layer" (weight and bias) or "rms" (weight)
-    mlp: str                   # "gelu" (up, down) or "swiglu" (gate, up, down)
-    position: str              # "learned" or "rope"
+    mlp: str                   # "gelu", "relu" (up, down) or "swiglu" (gate, up, down)
+    position: str              # "learned", "rope" or "alibi"
     bias: bool                 # do the linear layers of a block have biases
     qk_norm: bool = False      # RMS norm over each head of q and of k, before RoPE
+    embed_norm: bool = False   # a norm after the embedding
 
 
 FAMILIES = {
     "gpt2": Family(norm="layer", mlp="gelu", position="learned", bias=True),
     "llama": Family(norm="rms", mlp="swiglu", position="rope", bias=False),
     "qwen3": Family(norm="rms", mlp="swiglu", position="rope", bias=False, qk_norm=True),
+    "opt": Family(norm="layer", mlp="relu", position="learned", bias=True),
+    "bloom": Family(norm="layer", mlp="gelu", position="alibi", bias=True, embed_norm=True),
 }
 
 

@@ -2,7 +2,8 @@
 
 Vaswani et al. 2017; GQA (Ainslie et al. 2023): H/KV query heads share one key/value head, so that a KV cache
 holds 2 KV K numbers a token and layer. The core that does the sums is an attribute: `naive` writes the (T, S)
-scores to memory, `sdpa` is torch's fused one; a KV cache, given as an argument, takes the core's place.
+scores to memory, `sdpa` is torch's fused one; a KV cache, given as an argument, takes the core's place. So is
+`read`, which makes q, k and v of the input.
 B sequences, T query tokens, S key tokens, H query heads, KV key heads, G = H/KV, K head_dim.
 """
 import math
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.model.layers import RMSNorm, rotate, wide
+from nanoinfra.model.layers import RMSNorm, apart, rotate, wide
 
 
 class Attention(nn.Module):
@@ -30,11 +31,11 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(K, config.eps) if config.parts.qk_norm else None
         self.k_norm = RMSNorm(K, config.eps) if config.parts.qk_norm else None
         self.layer, self.head_dim = layer, K
-        self.core = CORES[attention]
+        self.core, self.read = CORES[attention], apart
 
     def forward(self, x: torch.Tensor, rope=None, cache=None) -> torch.Tensor:
         """`x` (B, T, C) -> (B, T, C). `rope` is (cos, sin) or None; a cache replaces the core."""
-        q, k, v = self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
+        q, k, v = map(self._heads, self.read(x, self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:

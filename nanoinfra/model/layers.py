@@ -5,6 +5,8 @@ RoPE (Su et al. 2021): pair j of a head turns by position * theta^(-2j/K), so th
 SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)).
 B sequences, T tokens, C width, F hidden width of the MLP, H heads, K head_dim.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,8 +40,19 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return RMSNorm(config.width, config.eps)
 
 
+def apart(x: torch.Tensor, *linears: nn.Module) -> list[torch.Tensor]:
+    """What each of `linears` makes of `x`."""
+    return [linear(x) for linear in linears]
+
+
+ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+
+
 class MLP(nn.Module):
-    """C -> F -> C. With `gate` (SwiGLU) the gate decides, per hidden unit, how much of `up` passes."""
+    """C -> F -> C. With `gate` (SwiGLU) the gate decides, per hidden unit, how much of `up` passes.
+
+    `read` applies the linears that read the input; like attention's core it is an attribute.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -47,11 +60,15 @@ class MLP(nn.Module):
         self.gate = nn.Linear(C, F_, bias=bias) if config.parts.mlp == "swiglu" else None
         self.up = nn.Linear(C, F_, bias=bias)
         self.down = nn.Linear(F_, C, bias=bias)
+        self.act = ACTIVATIONS.get(config.parts.mlp)
+        self.read = apart
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate is None:
-            return self.down(F.gelu(self.up(x), approximate="tanh"))      # (B, T, F) -> (B, T, C)
-        return self.down(F.silu(self.gate(x)) * self.up(x))               # (B, T, F) -> (B, T, C)
+            up, = self.read(x, self.up)                                   # (B, T, F)
+            return self.down(self.act(up))                                # (B, T, C)
+        gate, up = self.read(x, self.gate, self.up)                       # (B, T, F) each
+        return self.down(F.silu(gate) * up)                               # (B, T, C)
 
 
 def rope_angles(positions: torch.Tensor, head_dim: int, theta: float,
