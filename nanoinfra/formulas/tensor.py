@@ -68,8 +68,9 @@ def _heads(config, name, t, rank):
     """The rows, or for o the columns, of this rank's heads; None for what has no heads."""
     if ".attn." not in name:
         return None
-    shared = ".attn.k." in name or ".attn.v." in name
-    n, place = (max(1, config.kv_heads // t), rank // copies(config, t)) if shared else (config.heads // t, rank)
+    n, place = config.heads // t, rank
+    if ".attn.k." in name or ".attn.v." in name:
+        n, place = max(1, config.kv_heads // t), rank // copies(config, t)
     return place * n * config.head_dim, (place + 1) * n * config.head_dim
 
 
