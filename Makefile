@@ -18,7 +18,8 @@ demo: $(VENV)/base  ## install, train a small code model on two ranks for three 
 test: $(VENV)/dev  ## the CPU suite, at most 5 minutes on 2 cores
 	$(BIN)/ruff check .
 	$(BIN)/python scripts/lines.py
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not timed and not prove and not gpu"
+	$(BIN)/python -m pytest -q -m timed $$(grep -rl --include=*.py mark.timed tests)
 
 prove: $(VENV)/dev  ## the long proofs: 8 ranks, random faults, all lessons at full size
 	$(BIN)/python -m pytest -q -m prove

@@ -26,7 +26,8 @@ from dataclasses import replace
 
 import torch
 
-from nanoinfra.formulas.memory import activation_bytes, state_bytes
+from nanoinfra.formulas.activations import activation_bytes
+from nanoinfra.formulas.memory import state_bytes
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.lab.checks import l01_memory as check

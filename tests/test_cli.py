@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-batch", "2", "--threads", "1"]
 
 
+@pytest.mark.timed
 def test_help_answers_within_a_second():
     best = min(seconds([sys.executable, "-m", "nanoinfra.cli", "--help"]) for _ in range(5))
     assert best < 1.0

@@ -105,7 +105,7 @@ def share(mesh):
 
 def held_by(replica):
     """Bytes of [weights, gradients, optimizer with masters], each storage once."""
-    shared = replica.parallel
+    shared = replica.parallel.data
     if reducer := getattr(shared, "reducer", None):                  # ZeRO's
         filling = [bucket.flat for bucket in reducer.buckets if bucket.flat is not None]
         gradients = [*reducer.grads.values(), *filling]

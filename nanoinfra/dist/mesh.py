@@ -8,6 +8,7 @@ import functools
 from dataclasses import dataclass, field
 from math import prod
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -51,10 +52,21 @@ class Mesh:
         wire = _wire if wire is None else wire
         check_wire(wire)
         self._wire = {"data": wire["dp"], **wire} if "dp" in wire else wire
-        groups = _groups(device, sizes, dist.group.WORLD if dist.is_initialized() else None)
+        self._sizes, self._world = sizes, dist.group.WORLD if dist.is_initialized() else None
+        groups = _groups(device, sizes, self._world)
         for name in (*AXES, "data", "world"):
             setattr(self, name, self._axis(name, *groups[name]))
         self.rank = self.world.rank
+
+    def inner(self, name: str, size: int) -> Axis:
+        """Of every `size` neighbours on axis `name` an axis of their own: mine. Every rank calls it."""
+        axis = getattr(self, name)
+        if size == axis.size:
+            return axis
+        grid = torch.arange(prod(self._sizes)).view(self._sizes).movedim(AXES.index(name), -1)
+        stretches = tuple(map(tuple, grid.reshape(-1, size).tolist()))
+        mine = next(ranks for ranks in stretches if self.rank in ranks)
+        return self._axis(name, mine, _subgroup(stretches, self._world) if size > 1 else None)
 
     def _axis(self, name, ranks, group):
         me = dist.get_rank() if dist.is_initialized() else 0
@@ -82,6 +94,11 @@ def check_wire(wire: dict[str, tuple[float, float]]) -> None:
                              f"it needs latency >= 0 and bandwidth > 0, as in {name}=20e-6,2e9")
 
 
+def alone(name: str) -> Axis:
+    """An axis of one rank, for who has no mesh."""
+    return Axis(name, 0, (0,), None, Ledger())
+
+
 def world_size() -> int:
     """Ranks in this run; 1 in a plain process."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -99,6 +116,11 @@ def _groups(device, sizes, world_group):
     flat = dp > 1 and cp > 1
     axes["data"] = _line(mesh["dp", "cp"]._flatten("data")) if flat else axes["dp" if cp == 1 else "cp"]
     return axes
+
+
+@functools.cache
+def _subgroup(stretches, world_group):
+    return dist.new_subgroups_by_enumeration([list(ranks) for ranks in stretches])[0]
 
 
 def _line(mesh):

@@ -1,4 +1,4 @@
-"""FLOPs of a decoder: 2 a multiply-add, matrix products only (norms, softmax, activations, look-ups count 0).
+"""FLOPs of a decoder: 2 a multiply-add, matrix products only (norms, softmax, ReLU, ALiBi, look-ups count 0).
 
 A trained token costs 6 (parameters in matrix products) + 12 L H K T: its forward, and twice that backward.
 GPT-2, a step: 72 B L T C^2 (1 + T/(6 C) + V/(12 L C)), Korthikanti et al. 2022, equation 7.
@@ -25,7 +25,7 @@ def forward_flops(config: ModelConfig, seq: int, causal: bool = False) -> dict[s
         "qkvo": 2 * L * C * (2 * queries + 2 * keys),
         "scores": square,
         "values": square,
-        "mlp": 2 * L * C * config.hidden * {"gelu": 2, "swiglu": 3}[config.parts.mlp],
+        "mlp": 2 * L * C * config.hidden * (3 if config.parts.mlp == "swiglu" else 2),
         "head": 2 * C * config.vocab,
     }
 

@@ -1,8 +1,9 @@
 """How many parameters a decoder has, exactly: one map from name to shape, and sums over it.
 
 GPT-2: Psi = 12 L C^2 (1 + 13/(12 C) + (V + T)/(12 L C)) + 2 C: Narayanan et al. 2021, equation 2, and the
-2 C of the final norm, which the paper leaves out. A tied head counts once, as embedding. The map names what
-`model/decoder.py` names, so that anyone can know a model's tensors without building it.
+2 C of the final norm, which the paper leaves out. OPT has the same, BLOOM no T C and 2 C more. A tied head
+counts once, as embedding. The map names what `model/decoder.py` names, so that anyone can know a model's
+tensors without building it.
 V vocabulary, C width, L layers, H query heads, KV key/value heads, K head_dim, F hidden, T context.
 """
 from math import prod
@@ -40,6 +41,8 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     found = {"embed.weight": (V, C)}
     if config.parts.position == "learned":
         found["positions.weight"] = (config.context, C)
+    if config.parts.embed_norm:
+        found |= _norm("embed_norm", config)
     block = block_shapes(config)
     for i in range(config.layers):
         found |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}

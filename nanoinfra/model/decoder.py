@@ -1,8 +1,9 @@
 """The decoder: embed the tokens, L blocks of attention and MLP around a residual stream, norm, head.
 
-GPT-2 (Radford et al. 2019), LLaMA (Touvron et al. 2023; SmolLM2 is one) and Qwen3 (2025) by configuration
-alone. GPT-2's block has 12 C^2 parameters in its matrices. Nothing here knows of ranks, of pages or of a
-training loop: parallelism replaces linears and attention cores from outside, a KV cache is an argument.
+GPT-2 (Radford et al. 2019), LLaMA (Touvron et al. 2023; SmolLM2 is one), Qwen3 (2025), OPT (Zhang et al.
+2022) and BLOOM (2022) by configuration alone. GPT-2's block has 12 C^2 parameters in its matrices. Nothing
+here knows of ranks, of pages or of a training loop: parallelism replaces linears and attention cores from
+outside, a KV cache is an argument.
 B sequences, T tokens, C width, V vocabulary, K head_dim.
 """
 import torch
@@ -40,6 +41,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.width)
         if config.parts.position == "learned":
             self.positions = nn.Embedding(config.context, config.width)
+        self.embed_norm = make_norm(config) if config.parts.embed_norm else None
         self.blocks = nn.ModuleList(Block(config, layer, attention) for layer in range(config.layers))
         self.norm = make_norm(config)
         self.head = nn.Linear(config.width, config.vocab, bias=False)
@@ -55,7 +57,7 @@ class Decoder(nn.Module):
 
         `positions` (T,) or (B, T) are the tokens' places in their sequences, 0..T-1 where not given. `cache`,
         where given, holds the earlier tokens and attends for every layer; without it attention is plainly
-        causal.
+        causal. ALiBi knows no positions: it counts the keys between.
         """
         x, rope = self.start(tokens, positions)
         for block in self.blocks:
@@ -65,9 +67,13 @@ class Decoder(nn.Module):
     def start(self, tokens: torch.Tensor, positions=None):
         """The first block's input (B, T, C), and RoPE's angles for all blocks or None."""
         positions = self._places(tokens) if positions is None else positions
-        x = self.embed(tokens)                                            # (B, T, C)
-        if self.config.parts.position == "learned":
-            return x + self.positions(positions), None                    # (B, T, C)
+        x, kind = self.embed(tokens), self.config.parts.position          # (B, T, C)
+        if kind == "learned":
+            x = x + self.positions(positions)                             # (B, T, C)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        if kind != "rope":
+            return x, None
         return x, rope_angles(positions, self.config.head_dim, self.config.theta, x.dtype)
 
     def _places(self, tokens):

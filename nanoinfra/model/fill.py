@@ -1,50 +1,62 @@
 """Fill a decoder tensor by tensor: no more than one copy of the model, plus one tensor, is ever in memory.
 
-The decoder is built on the meta device (shapes without storage); each parameter is then read, checked, cast
-and put in place. Names are ours here; hf.py and gguf.py know what others call them.
+The decoder is built on the meta device (shapes without storage); each parameter is then read, cast and put in
+place. Names are ours here; who opens a file has checked that all are there in the shapes they must have, so
+that a rank can read its part of each and no more (source.py knows how parts lie).
 """
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from nanoinfra.formulas.params import shapes
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.source import Box, Source, bounds, made_shape, read_box
+from nanoinfra.model.text import Text
+
+Read = Callable[..., torch.Tensor]
+"""`read(name, box=())`: our parameter `name`, or its part `box`, on the CPU in the stored dtype.
+
+GGUF is dequantised to float32. What comes may be a view of a mapped file: copy what is to be kept."""
 
 
-class Source(NamedTuple):
-    """Where one of our tensors lies in a foreign file."""
-    name: str                        # the tensor's name there
-    transposed: bool = False         # stored (in, out): GPT-2's Conv1D
-    third: int | None = None         # 0, 1, 2: our part of a fused q, k, v
+class Weights(NamedTuple):
+    """Pretrained weights, opened: names and shapes are checked, tensors not yet read."""
+    config: ModelConfig
+    read: Read
+    text: Text | None = None         # tokenizer
+    template: str | None = None      # chat template
 
 
-def filled(config: ModelConfig, attention: str, dtype: torch.dtype, found: dict[str, Source],
-           read: Callable[[Source], torch.Tensor]) -> Decoder:
-    """A decoder whose parameter `name` is `read(found[name])` as `dtype`. ValueError for a wrong shape."""
+def filled(config: ModelConfig, attention: str, dtype: torch.dtype, read: Read) -> Decoder:
+    """A decoder whose parameter `name` is `read(name)` as `dtype`."""
     model = empty(config, attention)
-    for name, parameter in list(model.named_parameters()):
-        tensor = read(found[name])
-        if tensor.shape != parameter.shape:
-            raise ValueError(f"{found[name].name} makes {name} of shape {tuple(tensor.shape)}, "
-                             f"but the configuration says {tuple(parameter.shape)}")
+    for name in [name for name, _ in model.named_parameters()]:
         owner, _, leaf = name.rpartition(".")
-        tensor = tensor.to(dtype, copy=True).contiguous()                 # a copy: files are mapped, not read
+        tensor = read(name).to(dtype, copy=True).contiguous()             # a copy: files are mapped, not read
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
     if config.tied:
         model.head.weight = model.embed.weight
     return model
 
 
-def sources(config: ModelConfig, table: dict[str, Source]) -> dict[str, Source]:
-    """Where each parameter of such a decoder lies: a family's table with its layers written out."""
-    found = {}
-    for name, _ in empty(config).named_parameters():
-        layer = name.split(".")[1] if name.startswith("blocks.") else ""
-        source = table[name.replace(f"blocks.{layer}.", "blocks.{i}.", 1) if layer else name]
-        found[name] = source._replace(name=source.name.replace("{i}", layer))
-    return found
+def reader(config: ModelConfig, found: dict[str, Source], stored: Callable[[str], Sequence[int]],
+           fetch: Callable[[str, Box], torch.Tensor]) -> Read:
+    """Read parameters from where `found` says, by `fetch(their name, box)`; `stored(their name)` is a shape.
+
+    Raises ValueError, before anything is read, for a stored tensor that is not of the configuration's shape.
+    """
+    every = shapes(config)
+    for name, source in found.items():
+        if (got := made_shape(source, stored(source.name))) != every[name]:
+            raise ValueError(f"{source.name} makes {name} of shape {got}, "
+                             f"but the configuration says {every[name]}")
+
+    def read(name, box=()):
+        return read_box(found[name], every[name], config.head_dim, bounds(name, every[name], box), fetch)
+    return read
 
 
 def check_names(wanted: Iterable[str], there: Iterable[str], where: str) -> None:

@@ -12,8 +12,9 @@ import torch
 
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.fill import Source, check_names, filled, sources
+from nanoinfra.model.fill import Weights, check_names, filled, reader
 from nanoinfra.model.gguf_text import build_text
+from nanoinfra.model.source import Box, Source, sources
 from nanoinfra.model.text import Text, optional
 
 KEYS = {"width": "embedding_length", "layers": "block_count", "heads": "attention.head_count",
@@ -30,18 +31,25 @@ def load_gguf(file: str | Path, dtype: torch.dtype = torch.float32,
 
     Raises ValueError naming what is unknown, missing, surplus or misshapen.
     """
-    reader = _open(file)
-    fields = {name: field.contents for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    weights = open_gguf(file)
+    return filled(weights.config, attention, dtype, weights.read), weights.text, weights.template
+
+
+def open_gguf(file: str | Path) -> Weights:
+    """The weights of a GGUF file, to be read whole or in parts; raises as `load_gguf` does."""
+    gguf_file = _open(file)
+    fields = {name: field.contents for name, field in gguf_file.fields.items()}
+    tensors = {tensor.name: tensor for tensor in gguf_file.tensors}
     try:
         config = read_config(fields, tensors)
         found = sources(config, _names(config.family))
         check_names({source.name for source in found.values()}, tensors, "it")
-        model = filled(config, attention, dtype, found, lambda source: _read(source, tensors, config))
+        read = reader(config, found, lambda name: tuple(map(int, reversed(tensors[name].shape))),
+                      lambda name, box: _fetch(tensors[name], box, config))
         text = build_text(fields)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    return model, text, _get(fields, "tokenizer.chat_template", None)
+    return Weights(config, read, text, _get(fields, "tokenizer.chat_template", None))
 
 
 def read_config(fields: dict, tensors: dict) -> ModelConfig:
@@ -101,15 +109,29 @@ def _names(family):
     return table
 
 
-def _read(source, tensors, config):
+def _fetch(stored, box, config):
+    """The part `box` of a stored tensor (out, in), its rows in our order."""
+    if config.family != "llama" or not stored.name.endswith(("attn_q.weight", "attn_k.weight")):
+        return dequantized(stored, box)
+    (start, stop), K = (box[0].start, box[0].stop), config.head_dim
+    first = start // K * K
+    heads = dequantized(stored, (slice(first, -(-stop // K) * K), *box[1:]))   # a row's place is its head's
+    return halves_from_pairs(heads, K)[start - first:stop - first]
+
+
+def dequantized(stored, box: Box) -> torch.Tensor:
+    """The part `box` of a tensor of GGUFReader, float32, from no more blocks than hold it.
+
+    A block is a stretch of a row: 32 or 256 weights, which share their scale.
+    """
     import gguf
-    stored = tensors[source.name]
-    x = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))    # (out, in)
-    if source.third is not None:
-        x = x.view(3, -1, *x.shape[1:])[source.third]
-    if config.family == "llama" and source.name.endswith(("attn_q.weight", "attn_k.weight")):
-        x = halves_from_pairs(x, config.head_dim)
-    return x
+    size, nbytes = gguf.GGML_QUANT_SIZES[stored.tensor_type]
+    items = nbytes // stored.data.itemsize                                # of a block, as the array has them
+    *rows, columns = box
+    first = columns.start // size
+    blocks = slice(first * items, -(-columns.stop // size) * items)
+    x = torch.tensor(gguf.dequantize(np.ascontiguousarray(stored.data[(*rows, blocks)]), stored.tensor_type))
+    return x[..., columns.start - first * size:columns.stop - first * size]
 
 
 def halves_from_pairs(x: torch.Tensor, head_dim: int) -> torch.Tensor:

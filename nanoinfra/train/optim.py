@@ -5,6 +5,7 @@ Mixed precision (Micikevicius et al. 2018): the model computes in bf16; the opti
 float64 model is its own master. The update is torch's fused kernel; AdamW: Loshchilov & Hutter 2019.
 """
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -17,7 +18,7 @@ class Optimizer:
     """`name` is "adamw" or "sgd" (plain). Matrices decay under AdamW, vectors do not.
 
     It moves a model's trainable parameters, or a rank's shards, {name: tensor}. `masters` may be given,
-    {name: tensor}, where the weights were drawn in more bits than the model keeps.
+    {name: float32 tensor}, where the weights were drawn in more bits than the model keeps; it moves these.
     """
 
     def __init__(self, model: torch.nn.Module | dict[str, torch.Tensor], name: str = "adamw",
@@ -86,22 +87,25 @@ class Optimizer:
 def _master(p, given):
     if p.dtype in (torch.float32, torch.float64):
         return p
-    return (p.detach() if given is None else given).to(torch.float32).clone()
+    return p.detach().to(torch.float32) if given is None else given
 
 
-def clip(grads: dict[str, torch.Tensor], limit: float, cut_over=None, scale: float = 1.0) -> float:
+def clip(grads: dict[str, torch.Tensor], limit: float, scale: float = 1.0, axes: Iterable = (),
+         counts: Callable[[str], bool] = lambda name: True) -> float:
     """Divide `grads` by `scale`, and on to a global 2-norm of at most `limit` (0: no limit).
 
     In place; 16-bit ones, which would lose what the scale has saved, become float32 first. Returns the norm
-    after the division by `scale`. `cut_over` is the axis whose ranks hold shards of them.
+    after the division by `scale`. Over `axes` ranks hold different parts; what several of them hold alike is
+    the norm's on the one where it `counts`.
     """
     wide = torch.promote_types(next(iter(grads.values())).dtype, torch.float32)
     if scale != 1.0:
         grads.update({name: grad.to(wide) for name, grad in grads.items()})
-    tensors = list(grads.values())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))).double()
-    if cut_over:
-        norm = comm.all_reduce(norm.square(), cut_over, "scalars").sqrt()
+    tensors, counted = list(grads.values()), [grad for name, grad in grads.items() if counts(name)]
+    norms = torch._foreach_norm(counted or [tensors[0].new_zeros(1)], 2, dtype=wide)
+    norm = torch.linalg.vector_norm(torch.stack(norms)).double()
+    for axis in axes:
+        norm = comm.all_reduce(norm.square(), axis, "scalars").sqrt()
     norm = norm.item() / scale
     factor = (limit / norm if limit and norm > limit else 1.0) / scale
     if factor != 1.0:

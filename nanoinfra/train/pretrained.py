@@ -12,9 +12,10 @@ import torch
 from nanoinfra.formulas.params import block_shapes, shapes
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.fill import Source, filled
+from nanoinfra.model.fill import Weights, filled
 from nanoinfra.model.hf import write_hf
-from nanoinfra.model.load import load
+from nanoinfra.model.load import open_weights
+from nanoinfra.model.source import bounds
 from nanoinfra.model.text import Text, read_json, read_text
 from nanoinfra.train import checkpoint
 from nanoinfra.train.manifest import read_manifest
@@ -24,18 +25,27 @@ from nanoinfra.train.pieces import Piece
 def pretrained(name: str | Path, dtype: torch.dtype = torch.float32,
                attention: str = "sdpa") -> tuple[Decoder, Text | None, str | None]:
     """Model, tokenizer and chat template of a run directory or of what `load` opens. ValueError if none."""
-    if "nanoinfra" in read_json(Path(name) / "config.json"):
-        return *from_run(name, dtype, attention), None
-    return load(name, dtype, attention)
+    weights = open_pretrained(name)
+    return filled(weights.config, attention, dtype, weights.read), weights.text, weights.template
 
 
 def from_run(folder: str | Path, dtype: torch.dtype = torch.float32,
              attention: str = "sdpa") -> tuple[Decoder, Text | None]:
     """Model and tokenizer of a run directory. Raises ValueError where no checkpoint in it is whole."""
-    config, read = _newest(Path(folder))
-    names = {name: Source(name) for name in shapes(config)}
-    model = filled(config, attention, dtype, names, lambda source: read(source.name))
-    return model, read_text(Path(folder) / "tokenizer")
+    weights = open_run(folder)
+    return filled(weights.config, attention, dtype, weights.read), weights.text
+
+
+def open_pretrained(name: str | Path) -> Weights:
+    """The weights of a run directory or of what `load` opens, to be read whole or in parts."""
+    run = "nanoinfra" in read_json(Path(name) / "config.json")
+    return open_run(name) if run else open_weights(name)
+
+
+def open_run(folder: str | Path) -> Weights:
+    """The newest weights of a run directory. Raises ValueError where no checkpoint in it is whole."""
+    folder = Path(folder)
+    return Weights(*_newest(folder), read_text(folder / "tokenizer"))
 
 
 def export(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -52,13 +62,16 @@ def export(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float
 
 
 def _newest(folder):
-    """Configuration, and a function that reads a parameter whole from the newest checkpoint that verifies."""
+    """Configuration, and how to read parameters from the newest checkpoint that verifies."""
     config = ModelConfig(**read_json(folder / "config.json")["model"])
     step = checkpoint.newest(folder / "checkpoints", say=lambda text: print(text, file=sys.stderr))
     if step is None:
         raise ValueError(f"no good checkpoint in {folder / 'checkpoints'}; train with --out {folder} first")
     manifest, every = read_manifest(step), shapes(config)
 
-    def read(name):
-        return next(checkpoint.load(step, [Piece.whole(name, every[name])], manifest))[1]
+    def read(name, box=()):
+        piece = Piece.whole(name, every[name])
+        for dim, part in enumerate(bounds(name, every[name], box)):
+            piece = piece.cut(dim, part.start, part.stop)
+        return next(checkpoint.load(step, [piece], manifest))[1]
     return config, read

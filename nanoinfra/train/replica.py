@@ -1,23 +1,21 @@
 """One stage that holds the whole model: what the executor drives when there is no pipeline.
 
-Forward keeps a micro-batch's loss, backward frees it, gradients are summed over the data axis by
-parallel/data.py or zero.py, and the optimizer moves float32 masters, whole or in shards. The loss is divided
-by the step's global count of valid tokens before any backward, so nothing is divided afterwards; in float16
-it is multiplied by a scale on the way, and a step whose gradients overflow on any rank is skipped on all.
+Forward keeps a micro-batch's loss, backward frees it, gradients are summed as parallel/compose.py has
+arranged it, the optimizer moves float32 masters, whole or in parts. The loss is divided by the step's global
+count of valid tokens before any backward, so nothing is divided afterwards; in float16 it is multiplied by a
+scale on the way, and a step whose gradients overflow on any rank is skipped on all.
 """
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from nanoinfra.formulas.params import shapes
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.fill import empty
-from nanoinfra.model.init import draw, init_weights
-from nanoinfra.parallel import compose
+from nanoinfra.model.fill import Read, empty
+from nanoinfra.model.init import draw
+from nanoinfra.parallel.compose import Composed, Plan
 from nanoinfra.train.config import TrainFlags
-from nanoinfra.train.loss import HeadLoss
 from nanoinfra.train.optim import Optimizer, clip
 from nanoinfra.train.pieces import Piece
 from nanoinfra.train.scale import LossScale
@@ -26,36 +24,25 @@ from nanoinfra.train.scale import LossScale
 class Replica:
     """Model, gradients and optimizer of one rank. Implements `step.Stage`.
 
-    `weights` (float32) is the model to go on from; without it one of `config` is drawn from the seed, under
-    ZeRO a parameter at a time.
+    `read(name, part)` gives the weights to go on from; without it they are drawn from the seed. Either way no
+    rank ever holds more than its own parts, and one parameter.
     """
 
-    def __init__(self, config: ModelConfig, flags: TrainFlags, mesh, weights: Decoder | None = None):
+    def __init__(self, config: ModelConfig, flags: TrainFlags, mesh, read: Read | None = None):
+        self.shapes, self.device = shapes(config), mesh.device
         dtype = getattr(torch, flags.model.dtype)
-        asked, zero = flags.model.grad_dtype, flags.mesh.zero
-        grad_dtype = getattr(torch, asked) if asked else torch.promote_types(dtype, torch.float32)
-        model, source, masters = weights, None, None
-        if weights is None and zero:         # no rank ever holds all of it
-            model, source = empty(config, flags.model.attention), drawn(config, flags.model.seed, mesh.device)
-        elif weights is None:
-            model = init_weights(Decoder(config, flags.model.attention), flags.model.seed)
-        if dtype.itemsize < 4 and not zero:
-            masters = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self.model, self.device = model.train(), mesh.device
-        self.head_loss = HeadLoss(model.head)
-        self.parallel = compose.apply(model if source else model.to(mesh.device), mesh, self.head_loss, zero,
-                                      flags.model.recompute, flags.mesh.data_parallel, dtype, grad_dtype,
-                                      source)
-        self.optimizer = Optimizer(self.parallel.shards, flags.optimizer.optimizer, masters)
+        self.parallel = Composed(empty(config, flags.model.attention).train(), mesh, plan(flags),
+                                 read or drawn(config, flags.model.seed))
+        self.model, self.loss_of = self.parallel.model, self.parallel.loss
+        self.optimizer = Optimizer(self.parallel.shards, flags.optimizer.optimizer, self.parallel.masters)
         self.limit, self.scale = flags.optimizer.clip, LossScale() if dtype == torch.float16 else None
-        self.cut_over = mesh.data if zero else None
 
     def begin(self, batches: list, count: int, lr: float) -> None:
         """A new step: its micro-batches [(x (B, T), y (B, T))], valid tokens on all ranks, learning rate."""
         self.batches, self.count, self.lr = batches, count, lr
         self.losses, self.loss = {}, torch.zeros((), dtype=torch.float64)
         self.grads = None                    # the last step's, which would live on beside this one's
-        self.parallel.begin_step()
+        self.parallel.data.begin_step()
 
     def forward(self, micro: int) -> None:
         """This rank's share of the step's loss from one micro-batch."""
@@ -66,11 +53,11 @@ class Replica:
         """Its gradients, into the buckets."""
         loss = self.losses.pop(micro)
         self.loss += loss.detach().cpu()
-        self.parallel.before_backward(last)
+        self.parallel.data.before_backward(last)
         loss.backward(torch.full_like(loss, self.scale.value) if self.scale else None)
 
     def reduce_grads(self) -> None:
-        """Wait for the sums over the data axis."""
+        """Wait for the sums over the ranks."""
         self.grads = self.parallel.finish()
 
     def step(self) -> None:
@@ -78,13 +65,14 @@ class Replica:
 
         `skipped`: float16 gradients overflowed somewhere; the norm, which all ranks share, is no number then.
         """
-        self.grad_norm = clip(self.grads, self.limit, self.cut_over, self.scale.value if self.scale else 1.0)
+        self.grad_norm = clip(self.grads, self.limit, self.scale.value if self.scale else 1.0,
+                              self.parallel.norm_axes(), self.parallel.tensor.counts)
         self.skipped = self.scale is not None and not math.isfinite(self.grad_norm)
         if self.scale:
             self.scale.update(self.skipped)
         if not self.skipped:
             self.optimizer.step(self.grads, self.lr)
-            self.parallel.publish()
+            self.parallel.data.publish()
 
     def norm(self) -> dict:
         """The step's line of metrics on it: null where float16 overflowed, which skipped the step."""
@@ -102,11 +90,9 @@ class Replica:
         yield from self.optimizer.state().values()
 
     def pieces(self) -> list[tuple[Piece, torch.Tensor]]:
-        """What a checkpoint keeps of this rank: the tensors of the optimizer's state; under ZeRO its rows."""
-        state = self.optimizer.state().items()
-        if self.cut_over is None:
-            return [(Piece.whole(key, tensor.shape), tensor) for key, tensor in state]
-        return [pair for key, tensor in state if (pair := self._rows(key, tensor))[1].numel()]
+        """What a checkpoint keeps of this rank: its parts of the tensors of the optimizer's state."""
+        pairs = [self._piece(key, tensor) for key, tensor in self.optimizer.state().items()]
+        return [(piece, tensor) for piece, tensor in pairs if tensor.numel()]
 
     def state(self) -> dict:
         """What else a run needs to go on: the optimizer's count of steps, float16's scale."""
@@ -117,20 +103,29 @@ class Replica:
         self.optimizer.load({piece.name: tensor for piece, tensor in pairs}, state["updates"])
         if self.scale and state["scale"]:
             self.scale.load(state["scale"])
-        self.parallel.publish()
+        self.parallel.data.publish()
 
-    def _rows(self, key, tensor):
+    def _piece(self, key, tensor):
         name = key.rpartition("/")[2]
-        (start, stop), shape = self.parallel.rows[name], self.parallel.shapes[name]
-        piece = Piece.whole(key, shape)
-        piece = piece.cut(0, start, stop) if shape else piece
-        return piece, tensor[:stop - start].view(-1, *shape[1:])
+        box = self.parallel.box(name)
+        size = tuple(stop - start for start, stop in box)
+        piece = Piece(key, tuple(start for start, _ in box), size, self.shapes[name])
+        return piece, tensor.view(-1)[:math.prod(size)].view(size)         # zeros follow in ZeRO's last
 
     def _loss(self, x, y, count):
-        return self.head_loss(self.model.hidden(x.to(self.device)), y.to(self.device), count)
+        return self.loss_of(self.model.hidden(x.to(self.device)), y.to(self.device), count)
 
 
-def drawn(config: ModelConfig, seed: int, device: str) -> Callable[[str], torch.Tensor]:
-    """name -> first weights (float32), the numbers `init_weights` draws for it."""
+def plan(flags: TrainFlags) -> Plan:
+    """What the flags ask for besides the mesh; gradients are summed in at least float32 by default."""
+    dtype, asked = getattr(torch, flags.model.dtype), flags.model.grad_dtype
+    grad_dtype = getattr(torch, asked) if asked else torch.promote_types(dtype, torch.float32)
+    mesh = flags.mesh
+    sp = "none" if not mesh.sp else "keep" if mesh.sp_keep else "gather"
+    return Plan(sp, mesh.zero, flags.model.recompute, mesh.data_parallel, dtype, grad_dtype)
+
+
+def drawn(config: ModelConfig, seed: int) -> Read:
+    """(name, part) -> first weights (float32): of the numbers `init_weights` draws for it, a part."""
     every = shapes(config)
-    return lambda name: draw(name, every[name], config.layers, seed).to(device)
+    return lambda name, part: draw(name, every[name], config.layers, seed)[part]

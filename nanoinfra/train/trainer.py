@@ -36,7 +36,8 @@ def train(flags: TrainFlags) -> list[dict]:
     try:
         while run.going():
             batches = run.loader.next()
-            valid, run.stopping = count_valid(batches, run.mesh.data, run.asked_to_stop)
+            seen = batches if run.speaks else ()
+            valid, run.stopping = count_valid(seen, run.mesh.world, run.asked_to_stop)
             run.replica.begin(batches, valid, run.learning_rate())
             spans = execute(accumulate(len(batches)), run.replica)
             run.report(valid, spans)
@@ -57,7 +58,8 @@ class Run:
         use_threads(flags.mesh.threads)
         self.dir = RunDir(flags.run.out, self.mesh)
         self.inputs = open_inputs(flags, self.mesh)
-        self.replica = Replica(self.inputs.model, flags, self.mesh, self.inputs.weights)
+        self.replica = Replica(self.inputs.model, flags, self.mesh, self.inputs.read)
+        self.speaks = self.mesh.tp.rank == 0                             # for tokens that all tp ranks see
         self.elapsed, self.stopping, self.asked_to_stop = 0.0, 0, 0
         self.lines, self.spans, self.rows = [], [], []
         self.step, consumed = (self.dir.resume(self.inputs, self.replica) if flags.run.resume
@@ -96,8 +98,8 @@ class Run:
         """Agree on the finished step's numbers and write them; stop a run whose loss is no number."""
         self.step += 1
         clock = torch.tensor((time.monotonic() - self.began) * self.first, dtype=torch.float64)
-        both = torch.stack([self.replica.loss, clock])                   # summed over ranks: rank 0's clock
-        loss, self.elapsed = comm.all_reduce(both, self.mesh.data, "scalars").tolist()
+        both = torch.stack([self.replica.loss * self.speaks, clock])     # summed over ranks: rank 0's clock
+        loss, self.elapsed = comm.all_reduce(both, self.mesh.world, "scalars").tolist()
         self._check_finite(loss)
         now = time.monotonic()
         step_s, self.mark = now - self.mark, now
@@ -167,7 +169,8 @@ class Run:
 
     def _introduce(self):
         G, m = micro_batches(self.flags.data, self.mesh.data.size)
-        memory = f", ZeRO-{self.flags.mesh.zero}" if self.flags.mesh.zero else ""
+        memory = (", sequence parallel" * self.flags.mesh.sp
+                  + f", ZeRO-{self.flags.mesh.zero}" * bool(self.flags.mesh.zero))
         going_on = f", going on after step {self.step}" if self.step else ""
         print(f"{self.flags.model.model}: {parameters(self.inputs.model):,} parameters, "
               f"{self.flags.model.dtype}, {self.mesh}{memory}; "

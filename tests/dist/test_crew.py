@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -63,6 +64,7 @@ def fall():
     raise KeyError("lost")
 
 
+@pytest.mark.timed
 def test_a_rank_that_raises(pool):
     begin = time.monotonic()
     text = report_of(pool, fall)
@@ -73,6 +75,7 @@ def test_a_rank_that_raises(pool):
     assert "rank 1 last left all_reduce #2 (tp, warm); it has failed" in text
 
 
+@pytest.mark.timed
 @needs_proc
 def test_a_rank_that_is_killed(pool):
     pool.pids()
@@ -88,6 +91,7 @@ def test_a_rank_that_leaves(pool):
     assert "SystemExit: 2" in report_of(pool, lambda: sys.exit(2))
 
 
+@pytest.mark.timed
 @needs_proc
 def test_a_rank_that_is_stopped(pool):
     pids = pool.pids()
@@ -104,6 +108,7 @@ def stay_away():
     return None if axis.rank == 1 else comm.all_reduce(torch.ones(1), axis)
 
 
+@pytest.mark.timed
 def test_a_rank_that_never_enters(pool):
     pool.run(at_collective, 3, None)         # an earlier call's collectives are not taken for this one's
     pool.timeout = 0.5
@@ -122,6 +127,7 @@ def receive_nothing():
         comm.recv(torch.ones(1), axis, source=1)
 
 
+@pytest.mark.timed
 def test_a_message_that_never_comes(pool):
     pool.timeout = 0.5
     with pytest.raises(RanksError, match=re.escape("rank 2 waits in recv #1 (pp) that rank 1 never sent")):
@@ -148,6 +154,7 @@ def test_a_rank_killed_between_calls_is_replaced(pool):
     assert len(set(pool.pids()) - set(old)) == 3
 
 
+@pytest.mark.timed
 @needs_proc
 def test_an_interrupt_ends_the_ranks(pool):
     pids = pool.pids()
@@ -203,15 +210,14 @@ SCRIPT = textwrap.dedent("""
 def run_script(folder, how):
     """(exit code, processes left, files left) of a script that makes a pool and does not close it."""
     (folder / "script.py").write_text(SCRIPT)
-    (folder / "temp").mkdir()
     copy = shutil.copytree(Path(comm.__file__).parents[1], folder / "nanoinfra")       # not the installed one
-    env = {**os.environ, "TMPDIR": str(folder / "temp")}
     command = [sys.executable, folder / "script.py", how, copy / "__init__.py"]
-    got = subprocess.run(command, env=env, text=True, capture_output=True)
-    pids = [int(pid) for pid in got.stdout.split()]
-    assert (len(pids), got.stderr) == (2, "")
-    files = [path.name for path in (folder / "temp").iterdir()]
-    return got.returncode, await_end(pids), [f for f in files if not f.startswith("torchinductor_")]
+    with tempfile.TemporaryDirectory() as temp:        # not in `folder`: a socket's path has 107 characters
+        got = subprocess.run(command, env={**os.environ, "TMPDIR": temp}, text=True, capture_output=True)
+        pids = [int(pid) for pid in got.stdout.split()]
+        assert (len(pids), got.stderr) == (2, "")
+        files = [path.name for path in Path(temp).iterdir()]
+        return got.returncode, await_end(pids), [f for f in files if not f.startswith("torchinductor_")]
 
 
 @needs_proc

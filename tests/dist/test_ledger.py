@@ -56,6 +56,7 @@ def wait_late(pause):
     return axis.ledger.rows[-1].wait_s
 
 
+@pytest.mark.timed
 def test_waiting_is_the_callers_standstill(ranks):
     early, late = ranks(2).run(wait_late, 0.3)
     assert early >= 0.25

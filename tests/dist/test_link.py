@@ -32,6 +32,7 @@ def sync(op, late):
     return begin, time.monotonic(), seconds(op, axis.size, x)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("op, n", [("all_reduce", 2), ("all_reduce", 3), ("all_gather", 3),
                                    ("all_to_all", 4)])
 def test_a_collective_takes_what_the_formula_says(ranks, op, n):
@@ -40,6 +41,7 @@ def test_a_collective_takes_what_the_formula_says(ranks, op, n):
         assert want <= end - begin <= SLACK * want
 
 
+@pytest.mark.timed
 def test_the_clock_starts_with_the_last_rank_and_stops_for_all_at_once(ranks):
     times = ranks(3).run(sync, "all_reduce", late=0.2)
     last = max(begin for begin, _, _ in times)
@@ -60,6 +62,7 @@ def two_at_once():
     return issued - begin, middle - begin, time.monotonic() - middle, 2 * seconds("all_reduce", 2, x)
 
 
+@pytest.mark.timed
 def test_two_collectives_share_the_link_one_after_the_other(ranks):
     for issued, both, rest, want in ranks(2).run(two_at_once):
         assert issued < 0.1
@@ -77,6 +80,7 @@ def overlapped(compute):
     return time.monotonic() - begin, axis.ledger.rows[-1].wait_s, seconds("all_reduce", 2, x)
 
 
+@pytest.mark.timed
 def test_compute_hides_communication(ranks):
     for total, exposed, want in ranks(2).run(overlapped, 0.15):
         assert want <= total <= SLACK * want
@@ -101,6 +105,7 @@ def messages():
     return gave, took, begin, time.monotonic(), seconds("send", 3, x)
 
 
+@pytest.mark.timed
 def test_messages_arrive_when_the_formula_says(ranks):
     gave, took, begin, end, (want, *_) = zip(*ranks(3).run(messages))
     for rank in range(3):

@@ -63,6 +63,7 @@ def timed():
     return begin, time.monotonic()
 
 
+@pytest.mark.timed
 def test_hops_on_an_emulated_wire_take_what_the_formula_says(ranks):
     want = ring_seconds("all_reduce", 480_000, 3, *WIRE)                               # 0.66 s
     times = ranks(3).run(timed)

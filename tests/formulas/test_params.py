@@ -8,6 +8,8 @@ from nanoinfra.model.decoder import Decoder
 
 LLAMA_7B = ModelConfig(32000, 4096, 32, 32, 32, 128, 11008, 2048, tied=False)
 SMOLLM2_135M = ModelConfig(49152, 576, 30, 9, 3, 64, 1536, 8192)
+BLOOM_176B = ModelConfig(250880, 14336, 70, 112, 112, 128, 57344, 2048, family="bloom")
+OPT_125M = ModelConfig(50272, 768, 12, 12, 12, 64, 3072, 2050, family="opt")    # two positions of no token
 QWEN3_06B = ModelConfig(151936, 1024, 28, 16, 8, 128, 3072, 40960, family="qwen3")
 
 
@@ -46,7 +48,9 @@ def test_count_is_the_models(configs, data):
     (SMOLLM2_135M, 134_515_008),
     (LLAMA_7B, 6_738_415_616),
     (QWEN3_06B, 596_049_920),
-], ids=["gpt2", "gpt2-xl", "smollm2-135m", "llama-7b", "qwen3-0.6b"])
+    (BLOOM_176B, 176_247_271_424),
+    (OPT_125M, 125_239_296),
+], ids=["gpt2", "gpt2-xl", "smollm2-135m", "llama-7b", "qwen3-0.6b", "bloom-176b", "opt-125m"])
 def test_count_is_the_published_one(config, want):
     assert parameters(config) == want
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.formulas.memory import activation_terms
+from nanoinfra.formulas.activations import activation_terms
 from nanoinfra.formulas.shape import sized
 from nanoinfra.lab.kept import Kept
 from nanoinfra.memory.recompute import apply

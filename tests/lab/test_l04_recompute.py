@@ -1,6 +1,6 @@
 import pytest
 
-from nanoinfra.formulas.memory import activation_terms
+from nanoinfra.formulas.activations import activation_terms
 from nanoinfra.lab.checks import l04_recompute as check
 from nanoinfra.lab.mutants import collect
 from nanoinfra.memory import recompute

@@ -37,6 +37,7 @@ def test_a_stack_that_nothing_cuts_waits_for_nothing_and_notes_forward_and_backw
         assert moments == sorted(moments) and moments[-1] - moments[0] >= 2 * (0.005 + 0.01)
 
 
+@pytest.mark.timed
 def test_the_exposed_wait_is_that_of_two_gathers_and_a_scatter(ranks):
     t = ring_seconds("all_gather", 4 * 128 * 128, 2, *WIRE)
     got = exposed(ranks(2).run(stack_step, by_zero, 3, 128, 0.04, WIRE, 3))

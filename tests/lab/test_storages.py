@@ -8,7 +8,7 @@ from torch import nn
 
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.memory import activation_bytes
+from nanoinfra.formulas.activations import activation_bytes
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import sized
 from nanoinfra.lab.storages import Storages

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.model.attention import Attention, naive, sdpa
+from nanoinfra.model.attention import Attention, alibi_slopes, naive, sdpa
 
 
 def heads(T=5, S=5, dtype=torch.float64):
@@ -13,12 +13,13 @@ def heads(T=5, S=5, dtype=torch.float64):
     return [torch.randn(2, h, n, 6, generator=draws, dtype=dtype) for h, n in ((6, T), (3, S), (3, S))]
 
 
-def by_hand(q, k, v):
-    """Token by token and head by head, with no mask and no grouping."""
+def by_hand(q, k, v, slopes=(0.0,) * 6):
+    """Token by token and head by head, with no mask and no grouping; ALiBi by distance."""
     (B, H, T, K), S, out = q.shape, k.shape[2], torch.zeros_like(q)
     for b, h, t in ((b, h, t) for b in range(B) for h in range(H) for t in range(T)):
         seen, kv = S - T + t + 1, h // (H // k.shape[1])
-        weights = (k[b, kv, :seen] @ q[b, h, t] / math.sqrt(K)).softmax(0)
+        bias = slopes[h] * torch.arange(1 - seen, 1)
+        weights = (k[b, kv, :seen] @ q[b, h, t] / math.sqrt(K) + bias).softmax(0)
         out[b, h, t] = weights @ v[b, kv, :seen]
     return out
 
@@ -31,6 +32,38 @@ def test_cores_match_attention_by_hand(core, T, S):
 
 
 @pytest.mark.parametrize("core", [naive, sdpa])
+@pytest.mark.parametrize("T, S", [(5, 5), (3, 8), (1, 8)])
+def test_cores_match_alibi_by_hand(core, T, S):
+    q, k, v = heads(T, S)
+    want = by_hand(q, k, v, alibi_slopes(6))
+    torch.testing.assert_close(core(q, k, v, alibi_slopes(6)), want, rtol=1e-12, atol=1e-12)
+    assert (core(q, k, v) - want).abs().max() > 0.05
+
+
+def test_slopes_are_the_papers_and_blooms():
+    """Press et al. 2022, section 3: 1/2 .. 1/256 for 8 heads; their code, as BLOOM's, for other numbers."""
+    assert alibi_slopes(8) == tuple(2.0 ** -h for h in range(1, 9))
+    from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
+    for n in (1, 2, 3, 5, 6, 16, 25, 112):
+        want = _get_alibi_slopes(n, "cpu")
+        torch.testing.assert_close(torch.tensor(alibi_slopes(n)), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("core", [naive, sdpa])
+def test_alibi_in_bfloat16_loses_less_than_transformers_does(core):
+    """Theirs rounds slope * place to 16 bits: at place 1500 and slope 1/2 to a multiple of 4."""
+    draws, slopes = torch.Generator().manual_seed(0), alibi_slopes(8)
+    q, k, v = (torch.randn(1, 8, n, 16, generator=draws, dtype=torch.bfloat16) for n in (8, 1500, 1500))
+    want = naive(q.double(), k.double(), v.double(), slopes)
+    places = (torch.tensor(slopes)[:, None] * torch.arange(1500)).bfloat16()              # (H, S)
+    future = torch.ones(8, 1500, dtype=torch.bool).triu(1493)
+    scores = (q @ k.mT / 4 + places[:, None]).masked_fill(future, -math.inf)
+    theirs = scores.softmax(-1, dtype=torch.float32).bfloat16() @ v
+    lost, ours = ((x - want).abs().max() for x in (theirs, core(q, k, v, slopes)))
+    assert ours < 0.05 < 0.5 < lost
+
+
+@pytest.mark.parametrize("core", [naive, sdpa])
 def test_no_query_sees_the_future(core):
     q, k, v = heads()
     want = core(q, k, v)[:, :, :3]
@@ -38,11 +71,12 @@ def test_no_query_sees_the_future(core):
     torch.testing.assert_close(core(q, k, v)[:, :, :3], want, rtol=0, atol=0)
 
 
-def test_gradients_of_both_cores_agree():
+@pytest.mark.parametrize("slopes", [None, alibi_slopes(6)])
+def test_gradients_of_both_cores_agree(slopes):
     grads = []
     for core in (naive, sdpa):
         q, k, v = (x.requires_grad_() for x in heads())
-        core(q, k, v).square().sum().backward()
+        core(q, k, v, slopes).square().sum().backward()
         grads.append([x.grad for x in (q, k, v)])
     for got, want in zip(*grads):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)

@@ -15,20 +15,24 @@ NAMES = {
     "qwen3": "norm1.weight attn.q.weight attn.k.weight attn.v.weight attn.o.weight attn.q_norm.weight "
              "attn.k_norm.weight norm2.weight mlp.gate.weight mlp.up.weight mlp.down.weight",
 }
+NAMES |= {"opt": NAMES["gpt2"], "bloom": NAMES["gpt2"]}
 
 
 def config(family, tied=True):
-    return ModelConfig(vocab=97, width=30, layers=2, heads=6, kv_heads=6 if family == "gpt2" else 2,
-                       head_dim=5 if family == "gpt2" else 8, hidden=50, context=40, tied=tied, family=family)
+    layered = family in ("gpt2", "opt", "bloom")                 # C = H K, as many KV heads
+    return ModelConfig(vocab=97, width=30, layers=2, heads=6, kv_heads=6 if layered else 2,
+                       head_dim=5 if layered else 8, hidden=120 if family == "bloom" else 50, context=40,
+                       tied=tied, family=family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_have_the_agreed_names(family, tied):
     model = Decoder(config(family, tied))
-    want = ["embed.weight"] + ["positions.weight"] * (family == "gpt2")
+    want = ["embed.weight"] + ["positions.weight"] * (family in ("gpt2", "opt"))
+    want += ["embed_norm.weight", "embed_norm.bias"] * (family == "bloom")
     want += [f"blocks.{i}.{name}" for i in range(2) for name in NAMES[family].split()]
-    want += ["norm.weight"] + ["norm.bias"] * (family == "gpt2") + ["head.weight"] * (not tied)
+    want += ["norm.weight"] + ["norm.bias"] * model.config.parts.bias + ["head.weight"] * (not tied)
     assert [name for name, _ in model.named_parameters()] == want
     assert (model.head.weight is model.embed.weight) == tied
     assert not list(model.buffers())
@@ -48,8 +52,10 @@ def test_positions_given_are_the_positions_used(family):
     want = model(x)
     torch.testing.assert_close(model(x, torch.arange(9).expand(2, 9)), want, rtol=1e-12, atol=1e-14)
     shifted = model(x, torch.arange(9) + 20)
-    if family == "gpt2":
+    if model.config.parts.position == "learned":
         assert (shifted - want).abs().max() > 1e-3
+    elif family == "bloom":                                      # ALiBi takes none
+        assert torch.equal(shifted, want)
     else:                                                        # RoPE sees distances alone
         torch.testing.assert_close(shifted, want, rtol=1e-9, atol=1e-12)
         assert (model(x, torch.arange(9) * 3) - want).abs().max() > 1e-6
@@ -59,12 +65,36 @@ def test_cores_and_caches_are_seen_by_every_layer():
     class Cache:
         seen = []
 
-        def attend(self, layer, q, k, v):
+        def attend(self, layer, q, k, v, slopes):
             self.seen.append((layer, tuple(q.shape), tuple(k.shape), tuple(v.shape)))
+            assert slopes is None
             return torch.zeros_like(q)
 
     Decoder(config("llama"))(tokens(97, (2, 5)), cache=Cache())
     assert Cache.seen == [(layer, (2, 6, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)) for layer in (0, 1)]
+
+
+def test_embed_norm_norms_what_the_embedding_gives():
+    model, x = init_weights(Decoder(config("bloom")), seed=3), tokens(97, (2, 5))
+    want = torch.nn.functional.layer_norm(model.embed(x), (30,), eps=1e-5)
+    got, rope = model.start(x)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert rope is None and Decoder(config("gpt2")).embed_norm is None
+
+
+def test_slopes_are_numbers_that_a_rank_can_slice():
+    """Heads 3..5 of a model cut by heads: its o gives what they add to the whole's."""
+    attn = init_weights(Decoder(config("bloom")), seed=3).double().blocks[0].attn
+    x = torch.randn(2, 9, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want, halves = attn(x), []
+    for rows in (slice(0, 15), slice(15, 30)):
+        half = init_weights(Decoder(config("bloom")), seed=3).double().blocks[0].attn
+        for linear in (half.q, half.k, half.v):
+            linear.weight.data, linear.bias.data = linear.weight.data[rows], linear.bias.data[rows]
+        half.o.weight.data = half.o.weight.data[:, rows]
+        half.slopes = half.slopes[rows.start // 5:rows.stop // 5]
+        halves.append(half(x))
+    torch.testing.assert_close(sum(halves) - attn.o.bias, want, rtol=1e-10, atol=1e-12)
 
 
 def test_mistakes_are_named():

@@ -1,11 +1,12 @@
 import gguf
-import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from nanoinfra.model.gguf import halves_from_pairs, load_gguf
-from tests.model.twins import difference, theirs, tokens
+from nanoinfra.formulas.params import parameters
+from nanoinfra.model.gguf import halves_from_pairs, load_gguf, open_gguf
+from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, parts
+from tests.model.twins import difference, scrambled, theirs, tokens
 
 HEADER = {"context_length": 37, "embedding_length": 36, "block_count": 3, "feed_forward_length": 50,
           "attention.head_count": 6, "attention.layer_norm_rms_epsilon": 2e-5, "rope.freq_base": 500.0}
@@ -33,14 +34,15 @@ def converted(family, other):
     for name, x in other.named_parameters():
         x = x.detach().T if family == "gpt2" and ".c_" in name and x.dim() == 2 else x.detach()
         if family == "llama" and ("q_proj" in name or "k_proj" in name):
-            x = permute(x, 6 if "q_proj" in name else 3)
+            c = other.config
+            x = permute(x, c.num_attention_heads if "q_proj" in name else c.num_key_value_heads)
         for a, b in RENAMED[family].items():
             name = name.replace(a, b)
         yield "output_norm.weight" if name == "norm.weight" else name, x
 
 
-def write(path, family, other, fields=None, drop=(), extra=None):
-    """`other` as llama.cpp's converter would write it, with a tokenizer of bare names."""
+def write(path, family, other, fields=None, drop=(), extra=None, kind=gguf.GGMLQuantizationType.F32):
+    """`other` as llama.cpp's converter would write it, matrices as `kind`, with a tokenizer of bare names."""
     writer = gguf.GGUFWriter(path, family)
     kinds = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}
     for key, value in (HEADERS[family] | (fields or {})).items():
@@ -50,7 +52,8 @@ def write(path, family, other, fields=None, drop=(), extra=None):
     writer.add_token_list([f"t{i}" for i in range(other.config.vocab_size)])
     for name, x in {**dict(converted(family, other)), **(extra or {})}.items():
         if name not in drop:
-            writer.add_tensor(name, np.ascontiguousarray(x.numpy()))
+            stored = kind if x.dim() > 1 else gguf.GGMLQuantizationType.F32
+            writer.add_tensor(name, gguf.quantize(x.contiguous().numpy(), stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -66,6 +69,57 @@ def test_logits_are_transformers_own(tmp_path, family, tied):
     assert model.config.tied == tied and model.config.family == family and template is None
     assert model.config.eps == (3e-5 if family == "gpt2" else 2e-5)      # not its float32 neighbour
     assert difference(model, other) <= 1e-4
+
+
+@pytest.mark.parametrize("family, t", [("gpt2", 5), ("llama", 3), ("llama", 6), ("qwen3", 2)])
+def test_parts_of_all_ranks_make_the_whole(tmp_path, family, t):
+    path = write(tmp_path / "m.gguf", family, theirs(family, tied=False))
+    assert_parts_make_the_whole(open_gguf(path), load_gguf(path)[0], t)
+
+
+def quantised(path, kind):
+    """A LLaMA of 4 heads of 16 whose rows are 2 or 3 blocks of 32 weights."""
+    shape = LlamaConfig(vocab_size=101, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                        num_key_value_heads=2, intermediate_size=96)
+    other = scrambled(AutoModelForCausalLM.from_config(shape))
+    sizes = {"embedding_length": 64, "block_count": 2, "feed_forward_length": 96, "attention.head_count": 4,
+             "attention.head_count_kv": 2}
+    return write(path, "llama", other, sizes, kind=gguf.GGMLQuantizationType[kind]), other
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16", "BF16"])
+@pytest.mark.parametrize("t", [2, 4])
+def test_quantised_parts_make_the_whole_where_blocks_are_cut(tmp_path, kind, t):
+    """16 columns of o and 24 of down a rank, at t = 4."""
+    path, other = quantised(tmp_path / "m.gguf", kind)
+    model = load_gguf(path)[0]
+    assert_parts_make_the_whole(open_gguf(path), model, t)
+    got, want = model.blocks[1].mlp.down.weight, other.model.layers[1].mlp.down_proj.weight
+    assert 0 < (got - want).abs().max() < (0.05 if kind == "Q4_1" else 0.005)
+
+
+def test_parts_that_cut_a_heads_pairs_are_right_too(tmp_path):
+    path = write(tmp_path / "m.gguf", "llama", theirs("llama"))
+    weights, name = open_gguf(path), "blocks.1.attn.q.weight"
+    whole, box = weights.read(name), (slice(7, 23), slice(5, 9))             # heads of 6
+    assert torch.equal(weights.read(name, box), whole[box])
+
+
+def test_a_rank_reads_its_part_of_the_file(tmp_path, monkeypatch):
+    counts, dequantize = [], gguf.dequantize
+
+    def counted(data, kind):
+        counts.append(data.nbytes // 4 if kind == 0 else data.nbytes)                 # 0 is float32
+        return dequantize(data, kind)
+
+    monkeypatch.setattr(gguf, "dequantize", counted)
+    weights = open_gguf(write(tmp_path / "m.gguf", "qwen3", theirs("qwen3")))
+    assert_a_rank_reads_its_part(weights, counts)
+    weights = open_gguf(quantised(tmp_path / "q.gguf", "Q8_0")[0])
+    counts.clear()
+    for name, box in parts(weights.config, 2, 1).items():
+        weights.read(name, box)
+    assert sum(counts) < 0.6 * parameters(weights.config) * 34 / 32          # bytes of a block, weights in it
 
 
 def test_unpermuting_undoes_llama_cpps_permutation():

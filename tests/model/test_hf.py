@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.hf import INDEX, SINGLE, load_hf, save_hf
+from nanoinfra.model.hf import INDEX, SINGLE, load_hf, open_hf, save_hf
 from nanoinfra.model.init import init_weights
+from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, counting, parts
 from tests.model.test_decoder import config
 from tests.model.twins import FAMILIES, difference, scrambled, theirs, tokens
 
@@ -63,8 +64,60 @@ def test_shards_and_their_index_go_both_ways(tmp_path, family):
     files = sorted(path.name for path in (tmp_path / "ours").glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     assert difference(model, AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()) <= 1e-4
-    sizes = [sum(t.nbytes for t in load_file(tmp_path / "ours" / file).values()) for file in files]
-    assert max(sizes) <= max(12_000, model.embed.weight.nbytes)
+    sizes = [[t.nbytes for t in load_file(tmp_path / "ours" / file).values()] for file in files]
+    assert all(sum(size) <= 12_000 or len(size) == 1 for size in sizes)
+
+
+@pytest.mark.parametrize("family, t", list(zip(FAMILIES, (5, 3, 6, 3, 3), strict=True)))
+@pytest.mark.parametrize("shards", [False, True])
+def test_parts_of_all_ranks_make_the_whole(tmp_path, family, t, shards):
+    """97 or 101 rows of the vocabulary and 44 or 50 hidden units over 3, 5 or 6 ranks; KV heads twice."""
+    theirs(family, tied=False).save_pretrained(tmp_path, max_shard_size="12KB" if shards else "1GB")
+    assert_parts_make_the_whole(open_hf(tmp_path), load_hf(tmp_path), t)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rank_reads_its_part_of_the_files(tmp_path, monkeypatch, family):
+    counts = []
+    monkeypatch.setattr("nanoinfra.model.safe.safe_open", counting(counts))
+    save_hf(scrambled(Decoder(config(family, tied=False))), tmp_path)
+    weights = open_hf(tmp_path)
+    assert not counts                                            # shapes come from the header
+    assert_a_rank_reads_its_part(weights, counts)
+
+
+def test_what_is_wrong_is_said_on_opening_but_a_tied_heads_numbers_where_they_are_read(tmp_path, saved):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][100] += 1
+    for how in ("missing", "surplus", "shape"):
+        broken(tmp_path / how, saved / "llama", TENSORS[how][0])
+        with pytest.raises(ValueError, match=TENSORS[how][1]):
+            open_hf(tmp_path / how)
+    broken(tmp_path / "head", saved / "llama", change)
+    weights = open_hf(tmp_path / "head")
+    first, second = (parts(weights.config, 2, rank)["embed.weight"] for rank in (0, 1))
+    assert weights.read("embed.weight", first).shape == (51, 36)
+    with pytest.raises(ValueError, match="head: config.json ties the head .* lm_head.weight differs"):
+        weights.read("embed.weight", second)
+
+
+def test_opts_two_rows_of_positions_are_dropped_and_written_as_zeros(tmp_path, saved):
+    name = "model.decoder.embed_positions.weight"
+    stored = load_file(saved / "opt" / FILE)[name]               # (2 + T, C)
+    model = load_hf(saved / "opt")
+    assert torch.equal(model.positions.weight, stored[2:]) and stored[:2].abs().min() > 0
+    save_hf(model, tmp_path)
+    want = torch.cat([torch.zeros(2, 30), stored[2:]])
+    assert torch.equal(load_file(tmp_path / FILE)[name], want)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_float64_is_float64_throughout(tmp_path, family):
+    """(transformers takes RoPE's angles and BLOOM's softmax in float32, whatever the dtype.)"""
+    other = theirs(family).double()
+    other.save_pretrained(tmp_path)
+    assert difference(load_hf(tmp_path, torch.float64), other) <= 1e-10
 
 
 def test_bfloat16_goes_out_as_bfloat16_and_in_as_asked(tmp_path):
@@ -79,9 +132,14 @@ def test_bfloat16_goes_out_as_bfloat16_and_in_as_asked(tmp_path):
         assert torch.equal(back.embed.weight, model.embed.weight.to(dtype))
 
 
-def test_a_gpt2_that_hugging_face_cannot_hold_is_refused(tmp_path):
+def test_what_hugging_face_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="6 heads and 2 KV heads of 8 do not each make 30"):
         save_hf(Decoder(replace(config("llama"), family="gpt2")), tmp_path / "m")
+    for family, change, message in (("opt", {"eps": 1e-6}, "opt has no key for eps.* 1e-06: try eps=1e-05"),
+                                    ("bloom", {"hidden": 50}, "no key for hidden.*: try hidden=120"),
+                                    ("bloom", {"kv_heads": 3}, "BLOOM has one width: 6 heads and 3 KV")):
+        with pytest.raises(ValueError, match=message):
+            save_hf(Decoder(replace(config(family), **change)), tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 
@@ -100,6 +158,19 @@ def test_a_loaded_model_does_not_lean_on_its_file(tmp_path, saved):
     path = tmp_path / "m" / FILE
     path.write_bytes(bytes(path.stat().st_size))                 # as a save over it would
     assert torch.equal(model(tokens(97)), want)
+
+
+def test_older_blooms_use_other_names_and_no_prefix(tmp_path, saved):
+    def change(tensors):
+        bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(bare)
+    old = {"n_embed": 30, "hidden_size": None, "num_attention_heads": 6, "n_head": None,
+           "num_hidden_layers": 3, "n_layer": None, "n_inner": None, "seq_length": 64}
+    broken(tmp_path, saved / "bloom", change, old)
+    model = load_hf(tmp_path)
+    assert model.config.context == 64 and load_hf(saved / "bloom").config.context == 2048
+    assert difference(model, theirs("bloom")) <= 1e-4
 
 
 def test_known_buffers_bare_names_and_an_equal_tied_head_are_no_surplus(tmp_path, saved):
@@ -151,6 +222,23 @@ CONFIGS = {
 @pytest.mark.parametrize("change, message", TENSORS.values(), ids=TENSORS)
 def test_wrong_tensors_are_named(tmp_path, saved, change, message):
     broken(tmp_path, saved / "llama", tensors=change)
+    with pytest.raises(ValueError, match=message):
+        load_hf(tmp_path)
+
+
+@pytest.mark.parametrize("family, change, message", [
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False, but .* only True"),
+    ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim is 16, but this decoder has only 30"),
+    ("opt", {"activation_function": "gelu"}, "activation_function is 'gelu', but .* only 'relu'"),
+    ("opt", {"enable_bias": False}, "enable_bias is False"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine is False"),
+    ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is True"),
+    ("opt", {"max_position_embeddings": 36}, r"positions.weight makes positions.weight .*\(37, 30\)"),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm is True"),
+    ("bloom", {"n_inner": 60}, "n_inner is 60, but this decoder has only 120"),
+    ("bloom", {"n_head": None}, "does not say n_head")])
+def test_options_of_opt_and_bloom_that_we_lack_are_named(tmp_path, saved, family, change, message):
+    broken(tmp_path, saved / family, config=change)
     with pytest.raises(ValueError, match=message):
         load_hf(tmp_path)
 

@@ -8,7 +8,7 @@ import torch
 from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.hf import save_hf
-from nanoinfra.model.load import load, packaged
+from nanoinfra.model.load import load, open_weights, packaged
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled
 
@@ -22,6 +22,8 @@ def test_a_hugging_face_folder_comes_with_tokenizer_and_template(tmp_path):
     assert text.decode(text.encode("two")) == "two"
     assert text.ends == {text.backend.token_to_id("<|endoftext|>")}
     assert template == "{{ messages[0].content }}"
+    weights = open_weights(tmp_path / "m")
+    assert weights.config == model.config and weights.template == template and weights.text.ends == text.ends
 
 
 def test_smollm2_is_the_real_one(smollm2):

@@ -1,11 +1,11 @@
 """transformers' own models with awkward sizes and random weights, to compare ours with."""
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, OPTConfig, Qwen3Config
 
 SIZES = {"vocab_size": 101, "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 6,
          "intermediate_size": 50, "max_position_embeddings": 37, "rms_norm_eps": 2e-5,
          "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-FAMILIES = ("gpt2", "llama", "qwen3")
+FAMILIES = ("gpt2", "llama", "qwen3", "opt", "bloom")
 
 
 def theirs(family, tied=True, seed=0):
@@ -13,7 +13,11 @@ def theirs(family, tied=True, seed=0):
     config = {"gpt2": GPT2Config(vocab_size=97, n_embd=30, n_layer=3, n_head=5, n_positions=37, n_inner=44,
                                  layer_norm_epsilon=3e-5),
               "llama": LlamaConfig(**SIZES, num_key_value_heads=3),
-              "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=14)}[family]
+              "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=14),
+              "opt": OPTConfig(vocab_size=97, hidden_size=30, num_hidden_layers=3, num_attention_heads=6,
+                               ffn_dim=44, max_position_embeddings=37),
+              "bloom": BloomConfig(vocab_size=97, hidden_size=30, n_layer=3, n_head=6,
+                                   layer_norm_epsilon=3e-5)}[family]
     config.tie_word_embeddings = tied
     model = AutoModelForCausalLM.from_config(config)
     return scrambled(model, seed).eval()

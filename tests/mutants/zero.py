@@ -21,7 +21,8 @@ from nanoinfra.parallel import zero as module
 from nanoinfra.parallel.compose import units
 from nanoinfra.parallel.zero import Zero
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
-from nanoinfra.train.loss import HeadLoss, count_valid
+from nanoinfra.parallel.vocabulary import HeadLoss
+from nanoinfra.train.loss import count_valid
 from nanoinfra.train.optim import Optimizer, clip
 from nanoinfra.train.trainer import train
 
@@ -73,7 +74,7 @@ def _(subject):
 
 @scaled.criterion("an overflow leaves the weights as they were", "property")
 def _(subject):
-    overflowing = patched(subject, "nanoinfra.train.replica:HeadLoss", Overflowing)
+    overflowing = patched(subject, "nanoinfra.parallel.compose:HeadLoss", Overflowing)
     still, got = losses(train, "float16", lr=0.0), losses(overflowing, "float16")
     if got != still:
         raise Wrong(f"losses {got}, want {still}: every gradient is infinite, so no step was to be made")
@@ -217,14 +218,14 @@ class StaleWeights(Zero):
         self.published = True
 
 
-def clips_before_unscaling(grads, limit, cut_over=None, scale=1.0):
-    norm = clip(grads, limit, cut_over)
+def clips_before_unscaling(grads, limit, scale, *over):
+    norm = clip(grads, limit, 1.0, *over)
     torch._foreach_div_(list(grads.values()), scale)
     return norm / scale
 
 
-def calls_it_finite(grads, limit, cut_over=None, scale=1.0):
-    norm = clip(grads, limit, cut_over, scale)
+def calls_it_finite(grads, *how):
+    norm = clip(grads, *how)
     return norm if norm < float("inf") else 1.0
 
 

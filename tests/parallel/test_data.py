@@ -111,6 +111,7 @@ def test_unknown_step_is_refused():
         DataParallel(nn.Linear(2, 2), Mesh().data, "sometimes")
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("how", ["buckets", "overlap"])
 def test_exposed_wait_is_what_the_schedule_predicts(ranks, how):
     layers, floats, compute, wire = 4, 100_000, 0.05, (1e-3, 8e6)

@@ -61,6 +61,7 @@ def test_servers_on_the_workers_are_zero_1(ranks):
         assert rows == zeros_rows == [("reduce_scatter", 8 * 26), ("all_gather", 8 * 26)]
 
 
+@pytest.mark.timed
 def test_pulling_from_one_server_takes_as_long_as_there_are_workers(ranks):
     """Pull alone: an emulated wire charges the sender's link, so the incast of push is not felt."""
     floats, wire = 50_000, (1e-3, 8e6)

@@ -21,7 +21,8 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.compose import units
 from nanoinfra.parallel.zero import Zero
-from nanoinfra.train.loss import HeadLoss, count_valid
+from nanoinfra.parallel.vocabulary import HeadLoss
+from nanoinfra.train.loss import count_valid
 from nanoinfra.train.optim import Optimizer, clip
 from tests.parallel.test_data import batches, gradients_alone, model
 from tests.parity import assert_same_gradients
@@ -129,6 +130,7 @@ def test_torchs_own_checkpoint_and_modules_that_go_another_way(ranks):
         assert unit_bytes == 0                                             # freed after use all the same
 
 
+@pytest.mark.timed
 def test_prefetch_hides_what_the_schedule_says(ranks):
     layers, floats, compute, wire = 8, 50_000, 0.025, (1e-3, 5.5e6)
     gather = ring_seconds("all_gather", 4 * floats, 2, *wire)              # 0.019 s, less than compute
@@ -308,7 +310,7 @@ def bytes_held(config, stage, dtype):
         for _ in range(3):
             run(net, last, shared, [(x, y)] * 2, mesh)
             grads = shared.finish()
-            clip(grads, 1.0, mesh.data)
+            clip(grads, 1.0, axes=[mesh.data])
             optimizer.step(grads, lr=1e-3)
             grads = None
             shared.publish()
@@ -358,7 +360,7 @@ def odd_shared(stage):
             loss.backward()
         grads = shared.finish()
         shared.publish()
-    return described(shared, grads), clip(grads, 0, mesh.data)
+    return described(shared, grads), clip(grads, 0, axes=[mesh.data])
 
 
 def partly_frozen(stage=0):

@@ -11,7 +11,7 @@ from nanoinfra.cli import main
 from nanoinfra.dist.ranks import Ranks
 from nanoinfra.train import checkpoint, metrics
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
-from nanoinfra.train.loss import HeadLoss
+from nanoinfra.parallel.vocabulary import HeadLoss
 from nanoinfra.train.trainer import train
 
 OVERFLOWS = {1: (3, 4), 0: (6,)}             # rank: steps whose gradient it makes infinite

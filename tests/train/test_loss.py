@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from nanoinfra.dist.mesh import Mesh
-from nanoinfra.train import loss
+from nanoinfra.parallel import vocabulary
 from nanoinfra.train.loss import IGNORE, count_valid, cross_entropy
 
 
@@ -24,7 +24,7 @@ def torch_loss(hidden, weight, targets, count):
 
 @pytest.mark.parametrize("rows_bytes", [1, 300, 2 << 20])                  # one row at a time, a few, all
 def test_loss_and_gradients_are_torchs(monkeypatch, rows_bytes):
-    monkeypatch.setattr(loss, "ROWS_BYTES", rows_bytes)
+    monkeypatch.setattr(vocabulary, "ROWS_BYTES", rows_bytes)
     (h, w, y), (h2, w2, _) = inputs(), inputs()
     got, want = cross_entropy(h, w, y, 9), torch_loss(h2, w2, y, 9)
     got.backward(torch.tensor(2.0, dtype=torch.float64))
@@ -64,7 +64,7 @@ def test_one_copy_of_the_logits_is_kept():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         cross_entropy(h, w, y, 9)
-    assert kept == [(21, 5), (11, 5), (21, 11)]
+    assert kept == [(3, 7, 5), (11, 5), (21, 11)]
 
 
 def test_count_valid_takes_one_all_reduce_and_carries_flags(ranks):

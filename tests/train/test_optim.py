@@ -39,7 +39,7 @@ def test_three_steps_are_torchs(name):
 def test_bf16_model_has_float32_masters_that_keep_small_steps():
     model = net(torch.bfloat16)
     drawn = {n: p.detach().float() + 1e-4 for n, p in model.named_parameters()}
-    optimizer = Optimizer(model, "sgd", drawn)
+    optimizer = Optimizer(model, "sgd", {n: m.clone() for n, m in drawn.items()})
     ones = {n: torch.ones_like(m) for n, m in drawn.items()}
     before = model[0].weight.detach().clone()
     for _ in range(8):

@@ -14,7 +14,8 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.hf import save_hf
 from nanoinfra.train import checkpoint, metrics
 from nanoinfra.train.pieces import Piece
-from nanoinfra.train.pretrained import export, pretrained
+from nanoinfra.train.pretrained import export, open_pretrained, pretrained
+from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, counting
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled
 
@@ -42,6 +43,26 @@ def test_a_run_directory_gives_its_newest_weights_and_its_tokenizer(run):
     assert same(model, 5) and model.head.weight is model.embed.weight
     assert model.embed.weight.dtype == torch.float64
     assert template is None and text.ends == {text.backend.token_to_id("<|endoftext|>")}
+
+
+@pytest.mark.parametrize("t", [2, 6])
+def test_parts_of_all_ranks_make_the_whole(run, t):
+    weights = open_pretrained(run)
+    assert_parts_make_the_whole(weights, pretrained(run)[0], t)
+    assert weights.template is None and weights.text.encode("two")
+
+
+def test_a_rank_reads_its_part_of_the_checkpoint(run, monkeypatch):
+    counts, weights = [], open_pretrained(run)
+    monkeypatch.setattr(checkpoint, "safe_open", counting(counts))
+    assert_a_rank_reads_its_part(weights, counts)
+
+
+def test_whatever_else_can_be_loaded_is_opened_too(run, tmp_path):
+    export(run, tmp_path / "out")
+    weights = open_pretrained(tmp_path / "out")
+    assert weights.config == config("llama") and weights.text.encode("two")
+    assert_parts_make_the_whole(weights, pretrained(run)[0], 2)
 
 
 def test_export_is_loaded_by_transformers_and_never_holds_more_than_a_block(ranks, tmp_path):
@@ -73,7 +94,7 @@ def test_export_in_another_dtype_and_never_into_the_run_itself(run, tmp_path):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, capsys):
     [file] = (run / "checkpoints" / "step_00000005").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
-    assert same(pretrained(run)[0], 3)
+    assert same(pretrained(run)[0], 2)
     assert "refused" in capsys.readouterr().err
 
 

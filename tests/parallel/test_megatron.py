@@ -1,0 +1,207 @@
+"""The decoder cut by tp, with and without sp, under dp, ZeRO and recompute: one rank's gradients, as promised."""
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from nanoinfra.data.source import IGNORE
+from nanoinfra.dist.mesh import Mesh
+from nanoinfra.formulas.params import shapes
+from nanoinfra.formulas.shape import FAMILIES, ModelConfig
+from nanoinfra.formulas.tensor import boxes
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.fill import empty
+from nanoinfra.model.init import draw, generator
+from nanoinfra.parallel.compose import Composed, Plan
+from nanoinfra.parallel.megatron import TensorParallel
+from nanoinfra.parallel.sequence import SP, CutPositions
+from nanoinfra.parallel.tensor import RowLinear
+from nanoinfra.parallel.vocabulary import VocabEmbedding, VocabHead
+from nanoinfra.train.loss import count_valid, cross_entropy
+from tests.parity import assert_same_gradients
+
+T, SEED = 7, 3                                         # 7 tokens: neither 2 nor 4 ranks share them evenly
+SMOLLM = dict(width=18, heads=9, kv_heads=3, head_dim=2, hidden=13)
+CASES = [(family, tp, sp, True) for family in FAMILIES for tp in (2, 4) for sp in SP]
+CASES += [("llama", 2, "gather", False), ("opt", 4, "none", False), ("llama-9/3", 3, "none", True),
+          ("llama-9/3", 3, "gather", False), ("qwen3-9/3", 3, "keep", True)]
+MESHES = [  # family, dp, tp, sp, zero, recompute, micro-batch: every two of them somewhere
+    ("llama", 2, 2, "none", 0, "full", 1), ("gpt2", 2, 2, "gather", 0, "selective", 2),
+    ("bloom", 2, 2, "keep", 1, "none", 1), ("qwen3", 2, 2, "gather", 1, "full", 2),
+    ("llama", 2, 2, "gather", 2, "none", 1), ("opt", 2, 2, "none", 2, "full", 1),
+    ("qwen3", 2, 2, "none", 3, "selective", 1), ("gpt2", 2, 2, "gather", 3, "full", 1),
+    ("llama", 2, 2, "keep", 3, "none", 2)]
+
+
+@pytest.mark.parametrize("family, tp, sp, tied", CASES)
+def test_gradients_match_one_rank(ranks, family, tp, sp, tied):
+    compare(ranks, family, tied, Plan(sp=sp, dtype=torch.float64), tp=tp)
+
+
+@pytest.mark.parametrize("family, dp, tp, sp, zero, recompute, micro", MESHES)
+def test_gradients_match_one_rank_beside_data_parallelism(ranks, family, dp, tp, sp, zero, recompute, micro):
+    plan = Plan(sp, zero, recompute, dtype=torch.float64)
+    compare(ranks, family, True, plan, dp=dp, tp=tp, micro=micro)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("family, tp, sp, zero, recompute",
+                         list(product(FAMILIES, (2, 4), SP, (0, 1, 2, 3), ("none", "selective", "full"))))
+def test_every_combination_matches_one_rank(ranks, family, tp, sp, zero, recompute):
+    plan = Plan(sp, zero, recompute, dtype=torch.float64)
+    for tied in (True, False):
+        compare(ranks, family, tied, plan, dp=2, tp=tp)
+
+
+@pytest.mark.parametrize("sp", SP)
+def test_frozen_parameters_have_no_gradient_and_stop_none(ranks, sp):
+    compare(ranks, "qwen3", True, Plan(sp=sp, dtype=torch.float64), tp=2, frozen=("q_norm", "up", "embed"))
+    compare(ranks, "gpt2", True, Plan(sp=sp, dtype=torch.float64), tp=2, frozen=("norm1", "o", "positions"))
+
+
+@pytest.mark.parametrize("family, tp, sp", [("llama", 4, "none"), ("gpt2", 2, "gather"), ("bloom", 4, "keep")])
+def test_every_parameter_is_its_box_and_every_module_its_kind(ranks, family, tp, sp):
+    cfg = config(family)
+    every = ranks(tp).run(described, family, tp, sp)
+    for rank, (kinds, held) in enumerate(every):
+        want = {name: tuple(stop - start for start, stop in box) for name, box in boxes(cfg, tp, rank).items()}
+        assert held == want
+        assert kinds["embed"] == VocabEmbedding.__name__ and kinds["head"] == VocabHead.__name__
+        assert {kinds[f"blocks.{i}.{name}"] for i in range(2) for name in ("attn.o", "mlp.down")} \
+            == {RowLinear.__name__}
+        assert kinds.get("positions") == {"gpt2": CutPositions.__name__}.get(family)
+    whole = sum(1 for name, shape in shapes(cfg).items() if held[name] == shape)
+    assert 0 < whole < len(held) / 1.5                 # norms and biases of rows; the rest is cut
+
+
+def test_what_ranks_cannot_share_is_refused_with_what_they_can():
+    def cut(tp, **sizes):
+        axis = Mesh().tp
+        cut_mesh = type("M", (), {"tp": replace(axis, ranks=tuple(range(tp)))})
+        TensorParallel(empty(config("llama", **sizes)), cut_mesh)
+    with pytest.raises(ValueError, match="tp=3 cannot share 4 query and 2 KV heads.*try --tp 2"):
+        cut(3)
+    with pytest.raises(ValueError, match="tp=8 cannot share 4 query and 2 KV heads.*try --tp 4"):
+        cut(8)
+    with pytest.raises(ValueError, match="none, keep, gather, not 'some'"):
+        TensorParallel(empty(config("llama")), Mesh(), "some")
+
+
+def test_weights_that_are_there_already_are_rank_0s(ranks):
+    for rank, got in enumerate(ranks(2).run(cut_in_place)):
+        want = Decoder(config("gpt2")).double()
+        for name, p in want.named_parameters():
+            box = boxes(config("gpt2"), 2, rank)[name]
+            part = drawn(config("gpt2"))(name, ()).double()[tuple(slice(*ends) for ends in box)]
+            torch.testing.assert_close(got[name], part, rtol=0, atol=0)
+
+
+def config(family, tied=True, **sizes):
+    """2 layers, an odd vocabulary, 2 KV heads for 4 query heads (4 where all are alike), hidden width 22."""
+    if family.endswith("-9/3"):
+        family, sizes = family.removesuffix("-9/3"), SMOLLM | sizes
+    grouped = FAMILIES[family].position == "rope"
+    usual = dict(vocab=37, width=16, layers=2, heads=4, kv_heads=2 if grouped else 4, head_dim=4, hidden=22,
+                 context=12)
+    return ModelConfig(**usual | sizes, tied=tied, family=family)
+
+
+def drawn(cfg):
+    """Weights that leave nothing at 0 or 1: biases and norms too are drawn."""
+    every = shapes(cfg)
+
+    def read(name, part):
+        noise = torch.empty(every[name]).normal_(0, 0.3, generator=generator(SEED, name))
+        return (draw(name, every[name], cfg.layers, SEED) + noise)[part]
+    return read
+
+
+def samples(cfg, n=5):
+    """Tokens and targets (n, T), a different number of them valid in each."""
+    random = torch.Generator().manual_seed(1)
+    x, y = torch.randint(cfg.vocab, (2, n, T), generator=random)
+    for i in range(n):
+        y[i, :i] = IGNORE
+    return x, y
+
+
+def compare(ranks, family, tied, plan, dp=1, tp=1, micro=5, frozen=()):
+    cfg = config(family, tied)
+    want = alone(cfg, frozen)
+    every = ranks(dp * tp).run(shared, cfg, plan, dp, tp, micro, frozen)
+    norm = torch.stack([w.norm() for w in want.values()]).norm().item()
+    seen = {name: torch.zeros_like(w) for name, w in want.items()}
+    for rank, (loss, got_norm, parts) in enumerate(every):
+        got = {name: want[name].clone() for name in parts}
+        for name, (box, part) in parts.items():
+            index = tuple(slice(*ends) for ends in box)
+            got[name][index], seen[name][index] = part, 1
+        assert_same_gradients(got, want, where=f"rank {rank} of dp {dp} tp {tp}, {plan}")
+        assert (loss, got_norm) == pytest.approx((every[0][0], norm), rel=1e-10)
+    assert all(each.all() for each in seen.values())                       # the boxes are all of it
+
+
+def alone(cfg, frozen):
+    model, read = Decoder(cfg, "naive").double(), drawn(cfg)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(read(name, ()))
+    freeze(model, frozen)
+    x, y = samples(cfg)
+    cross_entropy(model.hidden(x), model.head.weight, y, int((y != IGNORE).sum())).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def freeze(model, frozen):
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.split(".")[-2] not in frozen)
+
+
+def shared(cfg, plan, dp, tp, micro, frozen):
+    """(loss of all ranks, norm, {name: (box, this rank's gradient of it)}) of one step."""
+    from nanoinfra.dist import comm
+    from nanoinfra.train.optim import clip
+    mesh = Mesh(dp=dp, tp=tp)
+    torch.manual_seed(mesh.rank)                       # a random state of its own on each rank
+    model = empty(cfg, "naive")
+    freeze(model, frozen)
+    parallel = Composed(model, mesh, plan, drawn(cfg))
+    x, y = (part[mesh.data.rank::dp] for part in samples(cfg))
+    batches = list(zip(x.split(micro), y.split(micro)))
+    while len(batches) < -(-5 // (micro * dp)):        # a rank that has fewer samples
+        batches.append((x[:1], torch.full_like(y[:1], IGNORE)))
+    [count] = count_valid(batches, mesh.data)
+    parallel.data.begin_step()
+    total = torch.zeros((), dtype=torch.float64)
+    for i, (x, y) in enumerate(batches):
+        loss = parallel.loss(model.hidden(x), y, count)
+        parallel.data.before_backward(last=i == len(batches) - 1)
+        loss.backward()
+        total += loss.detach()
+    grads = parallel.finish()
+    norm = clip(dict(grads), 0, axes=parallel.norm_axes(), counts=parallel.tensor.counts)
+    named = {}
+    for name, grad in grads.items():
+        size = [stop - start for start, stop in parallel.box(name)]
+        n = torch.Size(size).numel()
+        named[name] = parallel.box(name), grad.reshape(-1)[:n].view(size).clone()
+    return comm.all_reduce(total, mesh.data).item(), norm, named
+
+
+def described(family, tp, sp):
+    model = empty(config(family))
+    parallel = Composed(model, Mesh(tp=tp), Plan(sp=sp), drawn(config(family)))
+    assert all(p.is_leaf and not p.is_meta for p in parallel.model.parameters())
+    return ({name: type(module).__name__ for name, module in model.named_modules()},
+            {name: tuple(p.shape) for name, p in model.named_parameters()})
+
+
+def cut_in_place():
+    mesh, cfg = Mesh(tp=2), config("gpt2")
+    model, read = Decoder(cfg).double(), drawn(cfg)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(read(name, ()) if mesh.rank == 0 else torch.zeros(()))
+    TensorParallel(model, mesh)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
