@@ -44,7 +44,7 @@ def made_shape(source: Source, stored: Sequence[int]) -> tuple:
 
 def read_box(source: Source, shape: Sequence[int], head_dim: int, box: Box,
              fetch: Callable[[str, Box], torch.Tensor]) -> torch.Tensor:
-    """`box` (its bounds written out) of our parameter of `shape`, made of `fetch(name, box)` of the stored."""
+    """`box`, as `bounds` gives it, of our parameter of `shape`: made of `fetch(name, box)` of stored ones."""
     (rows, *rest), found = box, []
     for start, stop in _stretches(source, rows.start, rows.stop, shape[0], head_dim):
         part = (slice(start, stop), *rest)

@@ -98,11 +98,13 @@ def test_quantised_parts_make_the_whole_where_blocks_are_cut(tmp_path, kind, t):
     assert 0 < (got - want).abs().max() < (0.05 if kind == "Q4_1" else 0.005)
 
 
-def test_parts_that_cut_a_heads_pairs_are_right_too(tmp_path):
-    path = write(tmp_path / "m.gguf", "llama", theirs("llama"))
-    weights, name = open_gguf(path), "blocks.1.attn.q.weight"
-    whole, box = weights.read(name), (slice(7, 23), slice(5, 9))             # heads of 6
-    assert torch.equal(weights.read(name, box), whole[box])
+@pytest.mark.parametrize("kind", ["F32", "Q4_1"])
+def test_any_part_will_do_of_pairs_and_of_blocks(tmp_path, kind):
+    weights, name = open_gguf(quantised(tmp_path / "m.gguf", kind)[0]), "blocks.1.attn.q.weight"
+    whole = weights.read(name)
+    for rows, columns in ((7, 35), (5, 9)), ((16, 17), (31, 33)), ((5, 5), (0, 64)), ((0, 64), (64, 64)):
+        box = (slice(*rows), slice(*columns))                    # of 64 rows in heads of 16; blocks of 32
+        assert torch.equal(weights.read(name, box), whole[box])
 
 
 def test_a_rank_reads_its_part_of_the_file(tmp_path, monkeypatch):

@@ -41,16 +41,37 @@ def test_resume_on_another_mesh_continues_the_run(ranks, tmp_path):
     close(metrics.read(run / "metrics.jsonl"), want)
 
 
-@pytest.mark.parametrize("stages", [
-    ((3, 3), (1, 2), (2, 4), (0, 1)),
-    pytest.param(((0, 2), (3, 4), (2, 3), (1, 1)), marks=pytest.mark.prove)])
-def test_any_stage_goes_on_from_any_other(ranks, tmp_path, stages):
+@pytest.mark.parametrize("meshes", [
+    ("--zero 3 --dp 3", "--zero 1 --dp 2 --tp 2 --sp", "--zero 2 --dp 4", "--tp 4"),
+    pytest.param(("--dp 2", "--zero 3 --dp 4", "--zero 2 --dp 3", "--zero 1"), marks=pytest.mark.prove)])
+def test_any_mesh_goes_on_from_any_other(ranks, tmp_path, meshes):
     want = undisturbed(ranks, tmp_path)
-    for step, (zero, dp) in zip((3, 6, 9, 12), stages):
-        argv = [*FLAGS, "--zero", str(zero), "--dp", str(dp), "--steps", str(step), "--lr-schedule",
-                "constant", "--out", str(tmp_path / "run")] + ["--resume"] * (step > 3)
-        assert ranks(dp).run(main, argv) == [0] * dp
+    go_on(ranks, tmp_path / "run", meshes, every=3)
     close(metrics.read(tmp_path / "run" / "metrics.jsonl"), want)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(600)
+def test_a_tour_of_all_pairs_of_meshes(ranks, tmp_path):
+    meshes = ("--dp 1", "--tp 2", "--tp 4 --sp", "--tp 2 --sp --sp-keep --dp 3 --zero 3", "--dp 2 --tp 2 --zero 1",
+              "--dp 2 --tp 4 --zero 2 --sp", "--dp 3 --zero 3")
+    n = len(meshes)
+    tour = [meshes[k] for i in range(n) for j in range(i + 1, n) for k in (i, j)] + [meshes[0]]
+    assert len({*zip(tour, tour[1:])}) == n * (n - 1)
+    argv = [*FLAGS, "--steps", str(len(tour)), "--dp", "1", "--lr-schedule", "constant"]
+    assert main([*argv, "--out", str(tmp_path / "want")]) == 0
+    go_on(ranks, tmp_path / "run", tour, every=1)
+    close(metrics.read(tmp_path / "run" / "metrics.jsonl"), metrics.read(tmp_path / "want" / "metrics.jsonl"))
+
+
+def go_on(ranks, run, meshes, every):
+    """`every` steps on each of `meshes`, one after the other."""
+    for i, mesh in enumerate(meshes):
+        argv = [*FLAGS, *mesh.split(), "--steps", str((i + 1) * every), "--lr-schedule", "constant", "--out",
+                str(run)] + ["--resume"] * (i > 0)
+        given = dict(zip(argv, argv[1:]))
+        world = int(given.get("--dp", 1)) * int(given.get("--tp", 1))
+        assert ranks(world).run(main, argv) == [0] * world
 
 
 @pytest.mark.parametrize("zero", [pytest.param("1", marks=pytest.mark.prove), "3"])
