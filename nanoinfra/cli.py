@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = _parse(argv)
-        return _train(options, argv) if isinstance(options, TrainFlags) else _generate(options)
+        return _train(options, argv) if isinstance(options, TrainFlags) else _generate(options, argv)
     except ValueError as error:
         if not _ours(error):
             raise
@@ -69,9 +69,13 @@ def _train(flags, argv):
     return 0
 
 
-def _generate(options):
+def _generate(options, argv):
+    from nanoinfra.train import launch
+    if options.tp > 1 and not launch.is_rank() and not launch.joined():
+        return launch.launch(argv, options.tp)
     from nanoinfra.serve.generate import main as generate
-    return generate(options)
+    with launch.process_group("cpu"):
+        return generate(options)
 
 
 def _mistake(message):

@@ -19,8 +19,8 @@ from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel.compose import units
 from nanoinfra.parallel.data import DataParallel
-from nanoinfra.parallel.zero import Zero
 from nanoinfra.parallel.vocabulary import HeadLoss
+from nanoinfra.parallel.zero import Zero
 from nanoinfra.train.optim import Optimizer
 
 KINDS = ("weights", "gradients", "masters", "moments")

@@ -17,7 +17,7 @@ from nanoinfra.memory import recompute
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import Read
 from nanoinfra.parallel.data import DataParallel
-from nanoinfra.parallel.megatron import TensorParallel, exchange, slices
+from nanoinfra.parallel.megatron import TensorParallel, exchange
 from nanoinfra.parallel.vocabulary import HeadLoss
 from nanoinfra.parallel.zero import Zero
 
@@ -47,8 +47,7 @@ class Composed:
         recompute.apply(model, plan.recompute)
 
         def source(name):
-            part = read(name, slices(self.tensor.boxes[name]))
-            return part.to(mesh.device, torch.float32, copy=True).contiguous()     # files are only mapped
+            return self.tensor.part(read, name, mesh.device)
         if plan.zero:
             self.data = Zero(model, mesh.data, plan.zero, units(model, self.loss), plan.dtype,
                              plan.grad_dtype, source=source)
@@ -79,6 +78,13 @@ class Composed:
     def tensors(self) -> Iterator[torch.Tensor]:
         """All it holds between steps."""
         return self.data.tensors()
+
+
+def serving(model: Decoder, mesh, read: Read, dtype: torch.dtype) -> Decoder:
+    """`model`, without storage so far, cut over `mesh.tp` and filled, for generation."""
+    tensor = TensorParallel(model, mesh)
+    exchange(model, lambda name, p: nn.Parameter(tensor.part(read, name, mesh.device, dtype), False))
+    return model
 
 
 def units(model: nn.Module, last: nn.Module) -> list[list[nn.Module]]:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from nanoinfra.dist import comm
-from nanoinfra.formulas.tensor import Box, boxes, check_heads, copies, cut_dim
+from nanoinfra.formulas.tensor import boxes, check_heads, copies, cut_dim
 from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.fill import Read
 from nanoinfra.parallel.sequence import SP, Cut, CutPositions
 from nanoinfra.parallel.tensor import RowLinear, Whole
 from nanoinfra.parallel.vocabulary import VocabEmbedding, VocabHead
@@ -50,6 +51,11 @@ class TensorParallel:
         self.parts = [name for name in uncut if _module(name) in HEADS or sp != "none"]
         self.shared = [name for name in trained if self.sharing.size > 1 and _module(name) in ("k", "v")]
 
+    def part(self, read: Read, name: str, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """This rank's part of parameter `name`, read by itself."""
+        box = tuple(slice(*ends) for ends in self.boxes[name])
+        return read(name, box).to(device, dtype, copy=True).contiguous()     # a file is only mapped
+
     def finish(self, grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sum over the axis, in place, the gradients of which this rank has a part: two calls at most."""
         _sum([grads[name] for name in self.parts], self.axis)
@@ -66,13 +72,13 @@ class TensorParallel:
         attn, mlp, heads = block.attn, block.mlp, block.attn.o.weight.shape[1] // block.attn.head_dim
         attn.read = mlp.read = self.region.read
         attn.o, mlp.down = RowLinear(attn.o, self.region), RowLinear(mlp.down, self.region)
-        if getattr(attn, 'slopes', None):                                          # ALiBi's, one a query head
+        if attn.slopes is not None:                                          # ALiBi's, one a query head
             attn.slopes = attn.slopes[self.axis.rank * heads:][:heads]
 
     def _mine(self, name, p):
         if not p.is_meta:
             comm.broadcast(p.data, self.axis, "weights")
-        mine = p.detach()[slices(self.boxes[name])].clone()
+        mine = p.detach()[tuple(slice(*ends) for ends in self.boxes[name])].clone()
         return nn.Parameter(mine, p.requires_grad)
 
 
@@ -89,11 +95,6 @@ def places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """(module, its name for it, parameter) wherever a module holds one."""
     for module in model.modules():
         yield from ((module, key, p) for key, p in module._parameters.items() if p is not None)
-
-
-def slices(box: Box) -> tuple[slice, ...]:
-    """A box as an index."""
-    return tuple(slice(*ends) for ends in box)
 
 
 def _module(name):

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from nanoinfra.dist.mesh import Mesh
 from nanoinfra.model.attention import naive, sdpa
 from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.fill import empty
 from nanoinfra.model.text import Text, render_chat
+from nanoinfra.parallel.compose import serving
 from nanoinfra.serve.options import GenerateOptions
-from nanoinfra.train.pretrained import pretrained
+from nanoinfra.train.pretrained import open_pretrained
 
 
 def generate(model: Decoder, tokens: list[int], max_new: int, *, temperature: float = 0.0, top_k: int = 0,
@@ -118,8 +121,12 @@ def main(options: GenerateOptions, write: Callable[[str], object] | None = None)
     """Write the continuation of a prompt, or the answer to it, to `write` (stdout) as it grows; returns 0."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    model, text, template = pretrained(options.model, getattr(torch, options.dtype))
-    write = write or _to_stdout
+    if options.tp < 1:
+        raise ValueError(f"--tp {options.tp}: a model is cut over at least 1 rank; leave it out")
+    mesh = Mesh(tp=options.tp)
+    config, read, text, template = open_pretrained(options.model, mesh.world)
+    model = serving(empty(config), mesh, read, getattr(torch, options.dtype))
+    write = write or _to_stdout if mesh.rank == 0 else _nowhere               # the ranks draw the same tokens
     for piece in stream(model, text, _prompt(options, text, template), options):
         write(piece)
     write("\n")
@@ -162,6 +169,10 @@ def _check(model, tokens, max_new, temperature, top_k, top_p):
         remedy = f"try --max-new-tokens {room}" if room > 0 else f"shorten it to less than {context} tokens"
         raise ValueError(f"a prompt of {len(tokens)} tokens and {max_new} new ones do not fit the model's "
                          f"context of {context}; {remedy}")
+
+
+def _nowhere(piece):
+    pass
 
 
 def _to_stdout(piece):

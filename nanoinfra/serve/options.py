@@ -17,4 +17,5 @@ class GenerateOptions:
     seed: int = 0                            # of the draws
     chat: bool = False                       # put the prompt into the model's chat template
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # to compute in
-    threads: int | None = None               # default: torch's own choice
+    tp: int = 1                              # cut the model over so many ranks, started here
+    threads: int | None = None               # a rank; default: torch's own choice, or cores / ranks

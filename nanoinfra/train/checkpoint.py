@@ -54,7 +54,7 @@ def save(root: str | Path, step: int, tensors: Pairs, state: dict, axis, keep: i
 def newest(root: str | Path, say: Callable[[str], object] = print) -> Path | None:
     """The newest checkpoint in `root` that verifies, or None; `say` is told each one refused, and why.
 
-    Reads every byte of what it tries: on N ranks let rank 0 call it and `comm.gather_objects` the answer.
+    Reads every byte of what it tries: on N ranks call `newest_of_all`.
     """
     for folder in reversed(checkpoints(root)):
         try:
@@ -63,6 +63,13 @@ def newest(root: str | Path, say: Callable[[str], object] = print) -> Path | Non
         except CheckpointError as reason:
             say(f"refused checkpoint {folder.name}: {reason}")
     return None
+
+
+def newest_of_all(root: str | Path, axis, say: Callable[[str], object] = print) -> Path | None:
+    """`newest` as the axis's first rank finds it; the others take its word."""
+    found = newest(root, say) if axis.rank == 0 else None
+    name = comm.gather_objects(found and found.name, axis, "checkpoint")[0]
+    return Path(root) / name if name else None
 
 
 def load(folder: str | Path, wanted: Iterable[Piece],

@@ -31,7 +31,7 @@ class Inputs:
 
 def open_inputs(flags: TrainFlags, mesh) -> Inputs:
     """Read weights, corpus and tokenizer. Raises ValueError, on every rank, where one of them will not do."""
-    weights = None if flags.model.model in SIZES else open_pretrained(flags.model.model)
+    weights = None if flags.model.model in SIZES else open_pretrained(flags.model.model, mesh.world)
     size = weights.config if weights else SIZES[flags.model.model].model
     check_heads(size, mesh.tp.size)
     seq = flags.data.seq or min(size.context, LONGEST if weights else size.context)

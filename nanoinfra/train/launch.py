@@ -30,7 +30,7 @@ def joined() -> bool:
 
 
 @contextmanager
-def process_group(device: str, out: Path):
+def process_group(device: str, out: Path | None = None):
     """This rank's life in torch.distributed, with a board in `out` that says where each rank stands.
 
     A plain process, or a rank of a pool, stays what it is.
@@ -45,22 +45,28 @@ def process_group(device: str, out: Path):
         import torch
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")   # counts travel on the CPU
-    make_folder(out)
-    report_to(Board(out / BOARD, dist.get_world_size(), dist.get_rank()))
+    if out:
+        make_folder(out)
+        report_to(Board(out / BOARD, dist.get_world_size(), dist.get_rank()))
     try:
         yield
     finally:
         report_to(None)
         dist.destroy_process_group()
-    (out / BOARD).unlink(missing_ok=True)                    # kept after a failure, for the launcher to read
+    if out:
+        (out / BOARD).unlink(missing_ok=True)                # kept after a failure, for the launcher to read
 
 
-def launch(argv: list[str], nproc: int, out: Path) -> int:
-    """Run `nanoinfra ARGV` on `nproc` ranks. Exit code 0, 2 for a user's mistake, 1 for a failed rank."""
+def launch(argv: list[str], nproc: int, out: Path | None = None) -> int:
+    """Run `nanoinfra ARGV` on `nproc` ranks. Exit code 0, 2 for a user's mistake, 1 for a failed rank.
+
+    `out` is a run's directory, where there is one.
+    """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    make_folder(out)
+    if out:
+        make_folder(out)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=RUN_ID, rdzv_backend="c10d",
@@ -77,10 +83,11 @@ def launch(argv: list[str], nproc: int, out: Path) -> int:
 
 
 def _after_signal(stop, out, started):
-    note = out / STOPPED
-    if note.exists() and note.stat().st_mtime >= started:
+    note = out and out / STOPPED
+    if note and note.exists() and note.stat().st_mtime >= started:
         return 0
-    print(f"nanoinfra: stopped by signal {int(stop.sigval)} before the ranks could save", file=sys.stderr)
+    late = " before the ranks could save" if out else ""
+    print(f"nanoinfra: stopped by signal {int(stop.sigval)}{late}", file=sys.stderr)
     return 128 + int(stop.sigval)
 
 
@@ -95,8 +102,9 @@ def _after_failure(failed, world, out):
         return 2
     code = failure.exitcode
     how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-    print(f"nanoinfra: rank {rank} {how}; --resume goes on from the last checkpoint", file=sys.stderr)
-    if (out / BOARD).exists():
+    remedy = "; --resume goes on from the last checkpoint" if out else ""
+    print(f"nanoinfra: rank {rank} {how}{remedy}", file=sys.stderr)
+    if out and (out / BOARD).exists():
         from nanoinfra.dist.ledger import Board, hang_report
         positions = Board(out / BOARD, world).positions()
         print(hang_report(positions, lambda r: "was killed" if r in killed else ""), file=sys.stderr)

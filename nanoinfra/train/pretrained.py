@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from nanoinfra.dist.mesh import Axis, alone
 from nanoinfra.formulas.params import block_shapes, shapes
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
@@ -36,16 +37,19 @@ def from_run(folder: str | Path, dtype: torch.dtype = torch.float32,
     return filled(weights.config, attention, dtype, weights.read), weights.text
 
 
-def open_pretrained(name: str | Path) -> Weights:
-    """The weights of a run directory or of what `load` opens, to be read whole or in parts."""
+def open_pretrained(name: str | Path, axis: Axis | None = None) -> Weights:
+    """The weights of a run directory or of what `load` opens, to be read whole or in parts.
+
+    Every rank of `axis` calls it; of a run directory the first one verifies the checkpoint.
+    """
     run = "nanoinfra" in read_json(Path(name) / "config.json")
-    return open_run(name) if run else open_weights(name)
+    return open_run(name, axis) if run else open_weights(name)
 
 
-def open_run(folder: str | Path) -> Weights:
+def open_run(folder: str | Path, axis: Axis | None = None) -> Weights:
     """The newest weights of a run directory. Raises ValueError where no checkpoint in it is whole."""
     folder = Path(folder)
-    return Weights(*_newest(folder), read_text(folder / "tokenizer"))
+    return Weights(*_newest(folder, axis), read_text(folder / "tokenizer"))
 
 
 def export(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -61,10 +65,11 @@ def export(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float
     write_hf(config, read, dtype, folder, Path(run) / "tokenizer", shard_bytes=block)
 
 
-def _newest(folder):
+def _newest(folder, axis=None):
     """Configuration, and how to read parameters from the newest checkpoint that verifies."""
     config = ModelConfig(**read_json(folder / "config.json")["model"])
-    step = checkpoint.newest(folder / "checkpoints", say=lambda text: print(text, file=sys.stderr))
+    step = checkpoint.newest_of_all(folder / "checkpoints", axis or alone("world"),
+                                    say=lambda text: print(text, file=sys.stderr))
     if step is None:
         raise ValueError(f"no good checkpoint in {folder / 'checkpoints'}; train with --out {folder} first")
     manifest, every = read_manifest(step), shapes(config)

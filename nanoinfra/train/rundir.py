@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-from nanoinfra.dist import comm
 from nanoinfra.train import checkpoint, metrics
 from nanoinfra.train.config import TrainFlags, to_json
 from nanoinfra.train.inputs import Inputs
@@ -79,11 +78,8 @@ class RunDir:
         return f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
 
     def _newest(self):
-        """Rank 0 reads every byte of what it tries; the others take its word."""
-        found = None
-        if self.first:
-            found = checkpoint.newest(self.checkpoints, say=lambda text: print(text, file=sys.stderr))
-        name = comm.gather_objects(found and found.name, self.mesh.world, "checkpoint")[0]
-        if name is None:
+        found = checkpoint.newest_of_all(self.checkpoints, self.mesh.world,
+                                         say=lambda text: print(text, file=sys.stderr))
+        if found is None:
             raise ValueError(f"--resume: no good checkpoint in {self.checkpoints}; start without --resume")
-        return self.checkpoints / name
+        return found

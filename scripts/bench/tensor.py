@@ -44,7 +44,6 @@ from nanoinfra.dist.mesh import Mesh  # noqa: E402
 from nanoinfra.dist.ranks import Ranks  # noqa: E402
 from nanoinfra.formulas.params import parameters, shapes  # noqa: E402
 from nanoinfra.model.init import draw  # noqa: E402
-from nanoinfra.parallel.megatron import slices  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.loss import count_valid  # noqa: E402
 from nanoinfra.train.replica import Replica  # noqa: E402
@@ -137,9 +136,8 @@ class PeerSide:
         with self.parallel_loss():
             loss = self.model(x, y)
             loss.backward()
-        grads = [local(p.grad).to(m.dtype) for p, m in zip(self.params, self.masters)]
-        parts = [g for g, p in zip(grads, self.params)
-                 if isinstance(p.grad, DTensor) and p.grad.placements[0].is_partial()]
+        grads = [placed(p).to(m.dtype) for p, m in zip(self.params, self.masters)]
+        parts = [g for g, p in zip(grads, self.params) if is_part(p.grad)]
         if parts:
             flat = torch.cat([g.flatten() for g in parts])
             torch.distributed.all_reduce(flat, group=self.mesh.get_group())
@@ -194,6 +192,18 @@ class OurSide:
 def local(p):
     """The part of a DTensor that is here."""
     return p.to_local() if isinstance(p, DTensor) else p
+
+
+def is_part(grad):
+    """Is it this rank's part of a sum?"""
+    return isinstance(grad, DTensor) and grad.placements[0].is_partial()
+
+
+def placed(p):
+    """Of the gradient what belongs to the part of `p` that is here: an embedding's comes with all rows."""
+    if isinstance(p, DTensor) and not is_part(p.grad):
+        return p.grad.redistribute(placements=p.placements).to_local()
+    return local(p.grad)
 
 
 def prepare():

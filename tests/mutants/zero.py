@@ -19,9 +19,9 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel import zero as module
 from nanoinfra.parallel.compose import units
+from nanoinfra.parallel.vocabulary import HeadLoss
 from nanoinfra.parallel.zero import Zero
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
-from nanoinfra.parallel.vocabulary import HeadLoss
 from nanoinfra.train.loss import count_valid
 from nanoinfra.train.optim import Optimizer, clip
 from nanoinfra.train.trainer import train

@@ -20,8 +20,8 @@ from nanoinfra.memory import recompute
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.compose import units
-from nanoinfra.parallel.zero import Zero
 from nanoinfra.parallel.vocabulary import HeadLoss
+from nanoinfra.parallel.zero import Zero
 from nanoinfra.train.loss import count_valid
 from nanoinfra.train.optim import Optimizer, clip
 from tests.parallel.test_data import batches, gradients_alone, model

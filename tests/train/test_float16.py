@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from nanoinfra.cli import main
 from nanoinfra.dist.ranks import Ranks
+from nanoinfra.parallel.vocabulary import HeadLoss
 from nanoinfra.train import checkpoint, metrics
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
-from nanoinfra.parallel.vocabulary import HeadLoss
 from nanoinfra.train.trainer import train
 
 OVERFLOWS = {1: (3, 4), 0: (6,)}             # rank: steps whose gradient it makes infinite

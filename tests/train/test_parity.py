@@ -24,9 +24,9 @@ TENSOR_CASES = [  # tp, dp, more flags, micro-batch, optimizer, untied
     (2, 2, "--sp --zero 1", 1, "sgd", False), (2, 2, "--sp --zero 3 --recompute full", 3, "adamw", False),
     (2, 2, "--zero 2 --recompute full", 1, "adamw", True), (4, 1, "--sp --recompute full", 3, "adamw", False)]
 EVERY_TENSOR = [
-    *((tp, dp, f"{sp} --zero {zero} --recompute {recompute}", 3, "adamw", untied)
-      for tp, dp in ((2, 1), (4, 1), (2, 2), (2, 3), (4, 2)) for sp in ("", "--sp", "--sp --sp-keep")
-      for zero in (0, 1, 2, 3) for recompute, untied in (("none", False), ("full", True)) if dp > 1 or not zero)]
+    (tp, dp, f"{sp} --zero {zero} --recompute {recompute}", 3, "adamw", untied)
+    for tp, dp in ((2, 1), (4, 1), (2, 2), (2, 3), (4, 2)) for sp in ("", "--sp", "--sp --sp-keep")
+    for zero in (0, 1, 2, 3) for recompute, untied in (("none", False), ("full", True)) if dp > 1 or not zero]
 EVERY_ZERO = [*product((1, 2, 3), ("none", "full"), (2, 3, 4), (1, 3), ("adamw", "sgd"), (False, True))]
 
 

@@ -53,8 +53,8 @@ def test_any_mesh_goes_on_from_any_other(ranks, tmp_path, meshes):
 @pytest.mark.prove
 @pytest.mark.timeout(600)
 def test_a_tour_of_all_pairs_of_meshes(ranks, tmp_path):
-    meshes = ("--dp 1", "--tp 2", "--tp 4 --sp", "--tp 2 --sp --sp-keep --dp 3 --zero 3", "--dp 2 --tp 2 --zero 1",
-              "--dp 2 --tp 4 --zero 2 --sp", "--dp 3 --zero 3")
+    meshes = ("--dp 1", "--tp 2", "--tp 4 --sp", "--tp 2 --sp --sp-keep --dp 3 --zero 3",
+              "--dp 2 --tp 2 --zero 1", "--dp 2 --tp 4 --zero 2 --sp", "--dp 3 --zero 3")
     n = len(meshes)
     tour = [meshes[k] for i in range(n) for j in range(i + 1, n) for k in (i, j)] + [meshes[0]]
     assert len({*zip(tour, tour[1:])}) == n * (n - 1)

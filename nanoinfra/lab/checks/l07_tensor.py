@@ -1,0 +1,246 @@
+"""Lesson 07, tensor parallelism: who has what of an MLP, its two sums, and a loss whose logits nobody has."""
+import functools
+from math import ceil
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nanoinfra.dist.ledger import Ledger
+from nanoinfra.dist.mesh import Axis, Mesh, world_size
+from nanoinfra.lab.check import Check, Wrong, ranks
+from nanoinfra.lab.checks import tensor_cases as cases
+from nanoinfra.lab.checks.tensor_cases import CUT, HIDDEN, NAMES, ROWS, VOCAB, B, C, T
+from nanoinfra.lab.same import same
+
+PREDICTIONS = {"L07.calls": "calls", "L07.sent": "B", "L07.sent_gather": "B", "L07.loss": "B",
+               **{f"L07.kept_{how}": "B" for how in ("one", "none", "keep", "gather")},
+               "L07.step_inside": "s", "L07.step_between": "s"}
+share = Check("share")
+tensor_mlp = Check("tensor_mlp")
+vocab_loss = Check("vocab_loss")
+CHECKS = (share, tensor_mlp, vocab_loss)
+
+
+@share.criterion("up by outputs, down by inputs", "property")
+def _(subject):
+    for rank, n, name, got in _shared(subject):
+        want = cases.part(name, rank, n)
+        if got.shape != want.shape:
+            raise Wrong(f"rank {rank} of {n}: `{name}` has shape {tuple(got.shape)}, want "
+                        f"{tuple(want.shape)}: {_misshapen(name, got)}")
+
+
+@share.criterion("its own stretch, of both the same", "parity")
+def _(subject):
+    for rank, n, name, got in _shared(subject):
+        others = (other for other in range(n) if other != rank and name in CUT)
+        causes = {f"rank {other}'s stretch": cases.part(name, other, n) for other in others}
+        same(f"{name} of {n} ranks", got, cases.part(name, rank, n), rank, 1, causes=causes)
+
+
+@share.criterion("memory of its own", "resource")
+def _(subject):
+    for rank, n, name, got in _shared(subject):
+        if n > 1 and name in CUT and (held := got.untyped_storage().nbytes()) > got.nbytes:
+            raise Wrong(f"rank {rank} of {n}: `{name}` holds {held} bytes for its {got.nbytes}: a view keeps "
+                        f"the whole matrix alive; .clone() the part")
+
+
+@tensor_mlp.criterion("the same output on every rank", "property")
+def _(subject):
+    for n in (3, 4):
+        runs = _runs(_step, n, subject)
+        for rank, run in enumerate(runs):
+            mine = cases.alone(rank, n)["y"]
+            causes = dict.fromkeys(("your part of the sum alone: g is an all-reduce",), mine)
+            causes["your part of the sum, and the bias: g is an all-reduce"] = mine + _bias()
+            same("y, against rank 0", run["y"], runs[0]["y"], rank, n, causes=causes)
+
+
+@tensor_mlp.criterion("one rank's output, to 1e-10", "parity")
+def _(subject):
+    want = cases.one_rank()["y"]
+    for n in (2, 3, 4, 1):
+        causes = {"down's bias from every rank? Add it once, to the sum": want + (n - 1) * _bias(),
+                  "no bias of down's?": want - _bias()}
+        for rank, run in enumerate(_runs(_step, n, subject)):
+            same(f"y{_on(n)}", run["y"], want, rank, max(n, 2), 1e-10, causes)
+
+
+@tensor_mlp.criterion("one rank's gradients, to 1e-10", "parity")
+def _(subject):
+    for n in (2, 3, 4, 1):
+        for rank, run in enumerate(_runs(_step, n, subject)):
+            for name, whole in cases.one_rank()["grads"].items():
+                got, want = run["grads"][name], cases.part(name, rank, n, whole)
+                causes = {"summed once more: does g sum in backward, too? That gradient is whole": want * n}
+                if name == "x":
+                    alone = {"your part alone: the backward of f is an all-reduce": cases.alone(rank, n)["x"]}
+                    causes |= alone if n > 1 else {}
+                if got is None:
+                    raise Wrong(f"rank {rank} of {n}: `{name}` has no gradient: every rank uses all it was "
+                                f"given, and adds the bias of down to the sum")
+                same(f"{name}.grad{_on(n)}", got, want, rank, max(n, 2), 1e-10, causes)
+
+
+@tensor_mlp.criterion("one all-reduce forward, one backward", "resource")
+def _(subject):
+    size = 8 * B * T * C
+    for n in (2, 4):
+        for rank, run in enumerate(_runs(_step, n, subject)):
+            for way, rows in zip(("forward", "backward"), run["rows"]):
+                if [(row.op, row.payload) for row in rows] != [("all_reduce", size)]:
+                    said = ", ".join(f"{row.op} of {row.payload:,} bytes" for row in rows) or "nothing"
+                    raise Wrong(f"rank {rank} of {n} sends {way}: {said}; want one all_reduce of {size} "
+                                f"bytes, (B, T, C) once: GELU of your own part needs no other rank's")
+
+
+@tensor_mlp.criterion("nothing wider than its share", "resource")
+def _(subject):
+    for rank, run in enumerate(_runs(_step, 4, subject)):
+        _narrow(rank, run, B * T * max(C, HIDDEN // 4), "hidden is (B, T, F/t), x and y are (B, T, C)")
+
+
+@vocab_loss.criterion("the same loss on every rank", "property")
+def _(subject):
+    for n in (3, 4):
+        runs = _scores(n, subject)
+        for rank, run in enumerate(runs):
+            same("loss, against rank 0", run["loss"], runs[0]["loss"], rank, n)
+
+
+@vocab_loss.criterion("finite where exp overflows", "property")
+def _(subject):
+    for shift in (800.0, -800.0):
+        for rank, run in enumerate(_scores(4, subject, shift)):
+            for name in ("loss", "grad"):
+                off = (~run[name].isfinite()).nonzero()
+                if len(off):
+                    index = off[0].tolist()
+                    raise Wrong(f"rank {rank}: `{name}` is {run[name][tuple(index)].item()} at {index} for "
+                                f"logits near {shift:g}: exp(x) is infinite above 709 and 0 below -745; "
+                                f"take the maximum away first, that of all ranks")
+
+
+@vocab_loss.criterion("one rank's loss, to 1e-10", "parity")
+def _(subject):
+    for n in (2, 3, 4, 1):
+        for rank, run in enumerate(_scores(n, subject)):
+            same(f"loss{_on(n)}", run["loss"], cases.one_loss()[0], rank, 1, 1e-10, cases.loss_slips(n))
+
+
+@vocab_loss.criterion("one rank's gradient, to 1e-10", "parity")
+def _(subject):
+    for n in (2, 3, 4, 1):
+        for rank, run in enumerate(_scores(n, subject)):
+            want = cases.one_loss()[1][:, cases.columns(rank, n)]
+            same(f"grad{_on(n)}", run["grad"], want, rank, 1, 1e-10, cases.grad_slips(rank, n))
+
+
+@vocab_loss.criterion("three numbers a row", "resource")
+def _(subject):
+    for n in (2, 4):
+        for rank, run in enumerate(_scores(n, subject)):
+            sent, most = sum(row.payload for row in run["rows"]), 3 * 8 * ROWS
+            if sent > most or len(run["rows"]) > 3:
+                raise Wrong(f"rank {rank} of {n} sends {sent:,} bytes in {len(run['rows'])} calls, want "
+                            f"{most} in 3: of each row the maximum, the sum and the target's logit")
+
+
+@vocab_loss.criterion("nobody has all logits of a row", "resource")
+def _(subject):
+    for rank, run in enumerate(_scores(4, subject)):
+        _narrow(rank, run, ROWS * ceil(VOCAB / 4), "(N, V/t)")
+
+
+class Largest(TorchDispatchMode):
+    """While it is on, `found` is the largest tensor that any operator made."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = torch.empty(0)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.found = max([self.found, *made], key=torch.Tensor.numel)
+        return out
+
+
+def _narrow(rank, run, limit, what):
+    if (got := run["largest"]).numel() > limit:
+        raise Wrong(f"rank {rank} of 4 makes a tensor {tuple(got.shape)}, {got.numel()} numbers, want at "
+                    f"most {limit}: {what}")
+
+
+def _bias():
+    return cases.weights()["down_bias"]
+
+
+def _on(n):
+    return f" on {n} rank{'s' * (n > 1)}"
+
+
+def _shared(subject):
+    """(rank, of n, name, what `subject` gives it); no rank is needed for that."""
+    for n in (2, 3, 4, 1):
+        for rank in range(n):
+            axis = Axis("tp", rank, tuple(range(n)), None, Ledger())
+            found = subject(*(tensor.clone() for tensor in cases.weights().values()), axis)
+            if not isinstance(found, tuple | list) or [type(x) for x in found] != [torch.Tensor] * 4:
+                raise Wrong(f"rank {rank} of {n}: share returns {type(found).__name__}, want four tensors, "
+                            f"{', '.join(NAMES)}: no return?")
+            yield from ((rank, n, name, got) for name, got in zip(NAMES, found))
+
+
+def _misshapen(name, got):
+    if name not in CUT:
+        return "the bias of down is added to the sum: every rank has all of it"
+    if got.shape == cases.weights()[name].shape:
+        return "whole? That is what does not fit"
+    return "a matrix is (outputs, inputs): cut along the other?" if got.dim() == 2 else "1/t of it"
+
+
+@functools.lru_cache(maxsize=8)
+def _runs(work, n, *args):
+    """What `work(n, *args)` did on each of n ranks, kept for the next criterion. One, two: rows of four."""
+    return ranks(3 if n == 3 else 4).run(work, n, *args)[:n]
+
+
+def _step(n, subject):
+    mesh = Mesh(tp=n, pp=world_size() // n)
+    leaves = {name: cases.part(name, mesh.tp.rank, n).clone().requires_grad_() for name in NAMES}
+    x, upstream = cases.inputs().requires_grad_(), cases.upstream()
+    with Largest() as largest:
+        y = subject(x, *leaves.values(), mesh.tp)
+        rows = [mesh.ledger.take()]
+        if isinstance(y, torch.Tensor):
+            y.backward(upstream)
+            y = y.detach()
+    grads = {name: leaf.grad for name, leaf in {"x": x, **leaves}.items()}
+    return {"y": y, "grads": grads, "rows": [*rows, mesh.ledger.take()], "largest": _shape(largest)}
+
+
+def _scores(n, subject, *shift):
+    runs = _runs(_score, n, subject, *shift)
+    for rank, run in enumerate(runs):
+        if not (isinstance(run["loss"], torch.Tensor) and isinstance(run["grad"], torch.Tensor)):
+            kinds = " and ".join(type(run[name]).__name__ for name in ("loss", "grad"))
+            raise Wrong(f"rank {rank} of {n}: vocab_loss returns {kinds}, want loss (N,), grad (N, V/t): "
+                        f"no return?")
+    return runs
+
+
+def _score(n, subject, shift=0.0):
+    mesh = Mesh(tp=n, pp=world_size() // n)
+    at = cases.columns(mesh.tp.rank, n)
+    logits, targets = (cases.logits() + shift)[:, at].clone(), cases.TARGETS.clone()
+    with Largest() as largest:
+        found = subject(logits, targets, at.start, mesh.tp)
+    loss, grad = found if isinstance(found, tuple | list) and len(found) == 2 else (found, None)
+    return {"loss": loss, "grad": grad, "rows": mesh.ledger.take(), "largest": _shape(largest)}
+
+
+def _shape(largest):
+    return largest.found.detach().to("meta")

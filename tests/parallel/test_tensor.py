@@ -1,0 +1,204 @@
+"""Tensor parallelism by itself: what it sends, the largest tensor it makes, a foreign model around it."""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanoinfra.dist.mesh import Mesh, alone
+from nanoinfra.formulas.tensor import copies, tensor_sent
+from nanoinfra.formulas.wire import ring_bytes
+from nanoinfra.model.fill import empty
+from nanoinfra.parallel.compose import Composed, Plan
+from nanoinfra.parallel.sequence import SP
+from nanoinfra.parallel.tensor import RowLinear, Whole, cut, read
+from tests.parallel.test_megatron import config, drawn
+
+ROOT = Path(__file__).resolve().parents[2]
+B, T = 3, 7
+
+
+@pytest.mark.parametrize("family, tp, sp, recompute, micro_batches", [
+    *(("gpt2", 2, sp, recompute, 2) for sp in SP for recompute in ("none", "selective", "full")),
+    *((family, 4, sp, "none", 1) for family in ("llama", "qwen3", "bloom") for sp in SP),
+    ("llama-9/3", 3, "gather", "full", 1), ("opt", 4, "none", "full", 1)])
+def test_sends_what_the_paper_says(ranks, family, tp, sp, recompute, micro_batches):
+    want = tensor_sent(config(family), tp, B, T, micro_batches, dtype_bytes=8, grad_bytes=8, sp=sp,
+                       recompute=recompute)
+    for got, wire in ranks(tp).run(sent, family, tp, sp, recompute, micro_batches):
+        assert got == want
+        payload = {op: sum(n for (o, _), (_, n) in want.items() if o == op) for op, _ in want}
+        if copies(config(family), tp) == 1:            # or else k and v are summed over fewer ranks
+            assert wire == pytest.approx(sum(ring_bytes(op, n, tp) for op, n in payload.items()))
+
+
+@pytest.mark.parametrize("sp", SP)
+def test_no_tensor_is_larger_than_a_ranks_logits(ranks, sp):
+    """With a vocabulary that outweighs everything else: B T ceil(V/t) numbers, forward and backward."""
+    V, most = 997, 2 * 12 * -(-997 // 4)
+    got = ranks(4).run(largest, sp, V)
+    assert max(got) == most > 2 * 12 * V / 4 - 1
+
+
+def test_an_axis_of_one_rank_is_the_plain_layer():
+    torch.manual_seed(0)
+    up, down, x = nn.Linear(5, 8).double(), nn.Linear(8, 5).double(), torch.randn(2, 3, 5).double()
+    plain, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
+    want = down(up(plain).tanh())
+    want.sum().backward()
+    grads = [p.grad.clone() for p in (*up.parameters(), *down.parameters())]
+    up.zero_grad(), down.zero_grad()
+    region = Whole(alone("tp"))
+    h, = region.read(ours, up)
+    got = RowLinear(down, region)(h.tanh())
+    got.sum().backward()
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-13, atol=1e-13)
+    for p, grad in zip((*up.parameters(), *down.parameters()), grads):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-13, atol=1e-13)
+
+
+def test_the_input_that_needs_no_gradient_sends_none(ranks):
+    assert ranks(2).run(read_a_constant) == [[]] * 2
+
+
+def test_a_width_that_the_ranks_cannot_share_is_refused():
+    axis = type("A", (), {"size": 3, "rank": 0})
+    with pytest.raises(ValueError, match="3 ranks cannot share 8 outputs evenly; give a width that"):
+        cut(nn.Linear(6, 8), 0, axis)
+    with pytest.raises(ValueError, match="3 ranks cannot share 8 inputs evenly"):
+        cut(nn.Linear(8, 6), 1, axis)
+
+
+def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
+    for room in ("nanoinfra/dist", "nanoinfra/formulas"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (tmp_path / "nanoinfra" / "formulas").iterdir():
+        if path.name not in ("__init__.py", "wire.py"):                    # the emulated wire's, nothing else
+            path.unlink()
+    (tmp_path / "nanoinfra" / "__init__.py").touch()
+    (tmp_path / "nanoinfra" / "parallel").mkdir()
+    for name in ("tensor.py", "sequence.py"):
+        shutil.copy(ROOT / "nanoinfra" / "parallel" / name, tmp_path / "nanoinfra" / "parallel")
+    (tmp_path / "foreign.py").write_text(FOREIGN)
+    done = subprocess.run([sys.executable, "foreign.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["same"] * 6
+
+
+FOREIGN = """
+import torch
+from torch import nn
+from nanoinfra.dist.mesh import Mesh
+from nanoinfra.dist.ranks import Ranks
+from nanoinfra.parallel.sequence import Cut
+from nanoinfra.parallel.tensor import RowLinear, Whole, cut
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.read = lambda x, *linears: [linear(x) for linear in linears]
+
+    def forward(self, x):
+        h, = self.read(self.norm(x), self.up)
+        return x + self.down(h.relu())
+
+def train(n, how):
+    torch.manual_seed(0)
+    net, x, axis = Net().double(), torch.randn(2, 5, 6).double(), Mesh(tp=n).tp
+    if how != "plain":
+        region = Whole(axis) if how == "whole" else Cut(axis, keep=how == "keep")
+        net.read, net.down = region.read, RowLinear(cut(net.down, 1, axis), region)
+        cut(net.up, 0, axis)
+    for _ in range(3):
+        if how in ("keep", "gather"):
+            region.tokens = 5
+            mine = torch.zeros(2, 3, 6).double()
+            start = 3 * axis.rank
+            mine[:, :min(3, 5 - start)] = x[:, start:start + 3]
+            loss = (net(mine)[:, :min(3, 5 - start)] ** 2).sum()
+        else:
+            loss = (net(x) ** 2).sum()
+        loss.backward()
+        if how in ("keep", "gather"):                  # what saw my tokens alone
+            from nanoinfra.dist import comm
+            for p in (*net.norm.parameters(), net.down.bias):
+                comm.all_reduce(p.grad, axis)
+        with torch.no_grad():
+            for p in net.parameters():
+                p -= 0.01 * p.grad
+                p.grad = None
+    up, down = net.up.weight.detach(), net.down.weight.detach()
+    return up, down, net.norm.weight.detach(), net.down.bias.detach()
+
+if __name__ == "__main__":
+    up, down, norm, bias = train(1, "plain")
+    with Ranks(2) as two:
+        for how in ("whole", "keep", "gather"):
+            for rank, got in enumerate(two.run(train, 2, how)):
+                want = up[4 * rank:][:4], down[:, 4 * rank:][:, :4], norm, bias
+                same = all(torch.allclose(g, w, rtol=1e-12) for g, w in zip(got, want))
+                print("same" if same else "different")
+"""
+
+
+def composed(family, mesh, plan, **sizes):
+    cfg = config(family, **sizes)
+    return Composed(empty(cfg, "naive"), mesh, plan, drawn(cfg))
+
+
+def step(parallel, micro_batches, seq):
+    x = torch.ones(B, seq, dtype=torch.long)
+    parallel.data.begin_step()
+    for i in range(micro_batches):
+        parallel.data.before_backward(last=i == micro_batches - 1)
+        parallel.loss(parallel.model.hidden(x), x, 21).backward()
+    return parallel.finish()
+
+
+def sent(family, tp, sp, recompute, micro_batches):
+    mesh = Mesh(tp=tp)
+    parallel = composed(family, mesh, Plan(sp=sp, recompute=recompute, dtype=torch.float64))
+    mesh.ledger.take()
+    step(parallel, micro_batches, T)
+    rows, found = mesh.ledger.take(), {}
+    for row in rows:
+        assert row.axis == "tp"
+        calls, payload = found.get((row.op, row.tag), (0, 0))
+        found[row.op, row.tag] = calls + 1, payload + row.payload
+    return found, sum(row.wire_bytes for row in rows)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+def largest(sp, vocab):
+    parallel = composed("llama", Mesh(tp=4), Plan(sp=sp, dtype=torch.float64), vocab=vocab)
+    x = torch.ones(2, 12, dtype=torch.long)
+    with Largest() as seen:
+        parallel.loss(parallel.model.hidden(x), x, 24).backward()
+    return seen.numel
+
+
+def read_a_constant():
+    mesh = Mesh(tp=2)
+    linear = nn.Linear(4, 2)
+    out, = read(Whole(mesh.tp), torch.ones(3, 4), linear)
+    out.sum().backward()
+    assert linear.weight.grad is not None
+    return mesh.ledger.rows
