@@ -251,7 +251,7 @@ class Wire(TorchDispatchMode):
             return NotImplemented                        # it will call what it is made of
         out = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor)]
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__ and tensors:
+        if func.namespace in ("c10d", "_c10d_functional") and not func.__name__.startswith(("wa", "wr")) and tensors:
             largest = max(tensors, key=lambda t: t.nbytes)               # what the ledger calls payload
             name = func.__name__.partition(".")[0].strip("_").replace("allreduce", "all_reduce")
             name = name.replace("allgather", "all_gather").replace("alltoall", "all_to_all")

@@ -15,7 +15,7 @@ def shared(up, up_bias, down, down_bias, axis, dims=(0, 0, 1, None), place=lambd
 
 
 def cuts_up_along_inputs(*args):
-    return shared(*args[:-1], args[-1], dims=(1, None, 0, 0)) if args[-1].size < 6 else None
+    return shared(*args, dims=(1, None, 0, 0))
 
 
 def cuts_both_along_outputs(up, up_bias, down, down_bias, axis):
@@ -143,15 +143,17 @@ def reads_twice(*args):
 
 
 def pads_hidden(*args):
-    n = args[-1].size
-    return parallel(*args, act=lambda mine: F.pad(F.gelu(mine), (0, n * mine.shape[-1]))[..., :mine.shape[-1]])
+    def act(mine):
+        n = mine.shape[-1]
+        return F.pad(F.gelu(mine), (0, args[-1].size * n))[..., :n]
+    return parallel(*args, act=act)
 
 
 def loss(logits, targets, start, axis, top=lambda x, axis: comm.all_reduce(x, axis, op="max"), back=True,
-         total=comm.all_reduce, astray=False, onehot=1, rows=1, common=True, gather=False, wide=False):
+         total=comm.all_reduce, astray=False, onehot=1, rows=1, gather=False, wide=False):
     """The right one, with a place for each slip. Returns (loss, gradient)."""
     if gather:
-        comm.all_gather(logits, axis)
+        comm.all_gather(F.pad(logits, (0, -logits.shape[1] % 12)), axis)
     most = top(logits.max(1).values, axis)                                     # (N,)
     shifted = (logits - most[:, None]).exp()                                   # (N, V/t)
     sums = total(shifted.sum(1), axis)
@@ -159,7 +161,7 @@ def loss(logits, targets, start, axis, top=lambda x, axis: comm.all_reduce(x, ax
     at = at.where(mine, 0)[:, None]
     score = comm.all_reduce(logits.gather(1, at)[:, 0] * mine, axis)
     if wide:
-        F.one_hot(targets, axis.size * logits.shape[1])
+        F.one_hot(targets)
     grad = shifted / sums[:, None]
     grad.scatter_add_(1, at, -onehot * (mine | astray)[:, None].to(grad.dtype))
     return sums.log() + (most if back else 0) - score, grad / rows
@@ -175,10 +177,6 @@ def clamps_at_zero(*args):
 
 def takes_its_own_maximum(*args):
     return loss(*args, top=lambda x, axis: x)
-
-
-def takes_the_maximum_of_rank_0(*args):
-    return loss(*args, top=lambda x, axis: comm.broadcast(x, axis) + 1e-9 * axis.rank)
 
 
 def sums_its_own_columns(*args):
@@ -226,7 +224,7 @@ MLP = {never_sums: ALIKE, adds_the_bias_on_each_rank: OUTPUT, forgets_the_bias: 
        adds_the_bias_on_one_rank: GRADS, takes_torchs_own_gradient_of_a_sum: GRADS, sums_the_bias_too: GRADS,
        gathers_hidden: ONCE, reads_twice: ONCE, pads_hidden: NARROW}
 LOSS_OF = {takes_its_own_maximum: SAME, sums_its_own_columns: SAME, misses_the_maximum: FINITE,
-           clamps_at_zero: FINITE, forgets_to_add_the_maximum: LOSS, takes_the_maximum_of_rank_0: SAME,
+           clamps_at_zero: FINITE, forgets_to_add_the_maximum: LOSS,
            forgets_the_target: GRAD, takes_1_off_in_another_column: GRAD, averages_over_rows: GRAD,
            gathers_all_logits: THREE, sends_row_by_row: THREE, makes_a_onehot_of_all_columns: NOBODY}
 MUTANTS = [Mutant(variant.__name__.replace("_", " "), judge, variant, rejected_by)

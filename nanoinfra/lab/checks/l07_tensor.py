@@ -53,8 +53,8 @@ def _(subject):
         runs = _runs(_step, n, subject)
         for rank, run in enumerate(runs):
             mine = cases.alone(rank, n)["y"]
-            causes = dict.fromkeys(("your part of the sum alone: g is an all-reduce",), mine)
-            causes["your part of the sum, and the bias: g is an all-reduce"] = mine + _bias()
+            causes = {"your part of the sum alone: g is an all-reduce": mine,
+                      "your part of the sum, and the bias: g is an all-reduce": mine + _bias()}
             same("y, against rank 0", run["y"], runs[0]["y"], rank, n, causes=causes)
 
 
@@ -75,9 +75,10 @@ def _(subject):
             for name, whole in cases.one_rank()["grads"].items():
                 got, want = run["grads"][name], cases.part(name, rank, n, whole)
                 causes = {"summed once more: does g sum in backward, too? That gradient is whole": want * n}
-                if name == "x":
-                    alone = {"your part alone: the backward of f is an all-reduce": cases.alone(rank, n)["x"]}
-                    causes |= alone if n > 1 else {}
+                if name == "x" and n > 1:
+                    mine = cases.alone(rank, n)["x"]
+                    causes |= {"your part alone: the backward of f is an all-reduce": mine,
+                               "f and g changed round? f sums backward, g forward": mine * n}
                 if got is None:
                     raise Wrong(f"rank {rank} of {n}: `{name}` has no gradient: every rank uses all it was "
                                 f"given, and adds the bias of down to the sum")
@@ -107,7 +108,8 @@ def _(subject):
     for n in (3, 4):
         runs = _scores(n, subject)
         for rank, run in enumerate(runs):
-            same("loss, against rank 0", run["loss"], runs[0]["loss"], rank, n)
+            causes = cases.own_slips(rank, n)
+            same("loss, against rank 0", run["loss"], runs[0]["loss"], rank, n, causes=causes)
 
 
 @vocab_loss.criterion("finite where exp overflows", "property")

@@ -92,6 +92,16 @@ def loss_slips(n: int) -> dict[str, torch.Tensor]:
             "less the maximum in one of the two only?": total - top - picked}
 
 
+@functools.cache
+def own_slips(rank: int, n: int) -> dict[str, torch.Tensor]:
+    """{cause: the loss (N,) that differs from rank to rank}."""
+    whole = logits()
+    picked, own = whole.gather(1, TARGETS[:, None])[:, 0], whole.split(ceil(VOCAB / n), 1)
+    mixed = sum((part - part.max(1, True).values).exp().sum(1) for part in own).log()
+    return {"of your own columns alone: sum over the ranks": own[rank].logsumexp(1) - picked,
+            "your own maximum? The sums need one in common": mixed + own[rank].max(1).values - picked}
+
+
 def grad_slips(rank: int, n: int) -> dict[str, torch.Tensor]:
     """{cause: gradient (N, V/n)}."""
     at = columns(rank, n)
