@@ -3,9 +3,15 @@ import functools
 from itertools import product
 
 import pytest
+import torch
 
 from nanoinfra.cli import main
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.hf import load_hf, save_hf
+from nanoinfra.model.init import init_weights
 from nanoinfra.train import metrics
+from nanoinfra.train.pretrained import export
 
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--steps", "5", "--seq", "23",
          "--global-batch", "7", "--warmup", "2", "--clip", "0.4"]
@@ -90,3 +96,32 @@ def _alone(optimizer, untied, folder):
     argv = [*FLAGS, "--micro-batch", "7", "--optimizer", optimizer, "--threads", "1", "--out", str(out)]
     assert main(argv + ["--untied"] * untied) == 0
     return metrics.read(out / "metrics.jsonl")
+
+
+def test_a_pretrained_model_with_nine_heads_on_three_ranks(ranks, tmp_path):
+    """SmolLM2's 9 query and 3 KV heads, from a Hugging Face folder and out to one again."""
+    config = ModelConfig(97, 36, 2, 9, 3, 4, 50, 32, family="llama")
+    save_hf(init_weights(Decoder(config), 0), tmp_path / "given")
+    argv = [*FLAGS, "--micro-batch", "7", "--model", str(tmp_path / "given"), "--lr", "1e-3", "--threads", "1"]
+    got = {}
+    for tp, more in ((1, ()), (3, ("--sp",))):
+        out = tmp_path / f"tp{tp}"
+        assert set(ranks(tp).run(main, [*argv, "--tp", str(tp), *more, "--out", str(out)])) == {0}
+        export(out, tmp_path / f"exported{tp}", torch.float64)
+        got[tp] = metrics.read(out / "metrics.jsonl"), load_hf(tmp_path / f"exported{tp}", torch.float64)
+    for w, g in zip(got[1][0], got[3][0], strict=True):
+        assert (g["loss"], g["grad_norm"]) == pytest.approx((w["loss"], w["grad_norm"]), rel=1e-8)
+    for w, g in zip(got[1][1].parameters(), got[3][1].parameters(), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype, rel", [("bfloat16", 2e-3), ("float16", 2e-3)])
+def test_16_bits_under_tp_stay_near_one_rank(ranks, tmp_path, dtype, rel):
+    lines = {}
+    for tp in (1, 2):
+        argv = [*FLAGS, "--dtype", dtype, "--micro-batch", "7", "--dp", "1", "--tp", str(tp)]
+        argv += ["--threads", "1", "--out", str(tmp_path / f"{tp}")] + ["--sp"] * (tp > 1)
+        assert ranks(tp).run(main, argv) == [0] * tp
+        lines[tp] = metrics.read(tmp_path / f"{tp}" / "metrics.jsonl")
+    for w, g in zip(lines[1], lines[2], strict=True):
+        assert g["loss"] == pytest.approx(w["loss"], rel=rel)
