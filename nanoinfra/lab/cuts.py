@@ -1,19 +1,70 @@
-"""Pictures of tensor parallelism: who holds which part of a layer, what it keeps, where its wire ends.
+"""Tensor parallelism, run and drawn: what ranks that share a layer send, keep and wait for.
 
-The boxes are TensorParallel's own, kept bytes those of tensors that autograd holds, times those of ranks.
-Predicted is a line.
+`step_of` and `paced` run inside each rank; the pictures are of the real boxes, of what autograd kept, and of
+speed over the ranks. Predicted is a line.
 """
+import time
 from collections.abc import Sequence
 
+import torch
 from matplotlib.patches import Rectangle
 
+from nanoinfra.dist import comm
+from nanoinfra.dist.ledger import Row
+from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab import draw
+from nanoinfra.lab.kept import Kept
+from nanoinfra.lab.nap import emulate
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.init import init_weights
+from nanoinfra.parallel.megatron import TensorParallel
+from nanoinfra.parallel.vocabulary import HeadLoss
 
 STREAM = ("embed", "g", "norm1", "f", "q", "k", "v", "softmax", "o", "g", "norm2", "f", "up", "GELU", "down",
           "g")                                                               # in the order tokens meet them
 KEPT = {"the norms": "norm", "what q, k, v and up read": "read", "between f and g": ""}
 GPT2 = ("norm1 x", "norm1 mean", "norm1 std", "read by q, k, v", "q", "k", "v", "log-sum-exp", "o's input",
-        "norm2 x", "norm2 mean", "norm2 std", "read by up", "up", "GELU")    # with sdpa, as autograd meets them
+        "norm2 x", "norm2 mean", "norm2 std", "read by up", "up", "GELU")    # with sdpa, as they come
+
+
+def step_of(config: ModelConfig, t: int, sp: str, batch: int, seq: int) -> tuple[float, list[Row], list[int]]:
+    """On each of t ranks, of one step: the loss, the ledger's rows, bytes of each tensor that layer 0 keeps."""
+    mesh, model = Mesh(tp=t, pp=world_size() // t), init_weights(Decoder(config), seed=0)
+    cut = TensorParallel(model, mesh, sp)
+    x, y = torch.randint(config.vocab, (2, batch, seq), generator=torch.Generator().manual_seed(0))
+    mesh.ledger.take()                                                       # the weights, from rank 0
+    loss = HeadLoss(model.head)(model.hidden(x), y, batch * seq)
+    loss.backward()
+    cut.finish({name: p.grad for name, p in model.named_parameters()})
+    rows, (stream, rope) = mesh.ledger.take(), model.start(x)
+    stream = stream.detach().requires_grad_()
+    with Kept(model.parameters()) as kept:
+        out = model.blocks[0](stream, rope)
+        sizes = [tensor.untyped_storage().nbytes() for tensor in kept.tensors()]
+    assert out.requires_grad                                                 # and is alive, with all it keeps
+    return loss.item(), rows, sizes
+
+
+def paced(config: ModelConfig, t: int, wire: tuple[float, float], seconds: float, batch: int, seq: int,
+          repeats: int) -> list[tuple[float, float]]:
+    """On each of t ranks: seconds of the layers, forward and back, and of that in all-reduces; a pair a repeat.
+
+    A layer sleeps for `seconds` / t in all, as long as an accelerator would compute; the wire is emulated.
+    """
+    mesh, model, trials = Mesh(tp=t, pp=world_size() // t, wire={"tp": wire}), Decoder(config), []
+    TensorParallel(model, mesh)
+    emulate(model.blocks, seconds / 1.5 / batch / t)                         # of backward, a sequence
+    for _ in range(repeats):
+        stream = torch.ones(batch, seq, config.width, requires_grad=True)
+        comm.barrier(mesh.tp)
+        mesh.ledger.take()
+        begin = time.monotonic()
+        for block in model.blocks:
+            stream = block(stream)
+        stream.sum().backward()
+        trials.append((time.monotonic() - begin, sum(row.wait_s for row in mesh.ledger.take())))
+    return trials
 
 
 def cut_map(ranks: Sequence[dict], shapes: dict[str, tuple[int, ...]],
@@ -47,7 +98,7 @@ def cut_map(ranks: Sequence[dict], shapes: dict[str, tuple[int, ...]],
 
 
 def _parts(axes, boxes, shape, left, thin):
-    """The parts of one parameter, a colour a rank, grey where each rank has all of it; the next free place."""
+    """The parts of one parameter, grey where each rank has all of it. Returns the next free place."""
     width = shape[1] if len(shape) == 2 else thin
     for box, colour in zip(boxes, draw.COLOURS):
         (top, bottom), (begin, end) = box if len(box) == 2 else (*box, (0, width))

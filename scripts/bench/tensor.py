@@ -7,9 +7,9 @@ fused AdamW, clipping in float32, one thread a rank, both sides in the same proc
 in float64, both give the same loss and the same gradients of one batch, or nothing is timed; and what each
 side gives to torch.distributed in a step is counted.
 The peer at its best: one matrix for q, k, v with its rows in heads' order, so that one column-parallel linear
-makes them all; local tensors between the linears; loss_parallel (--whole-logits: without); masters that are
-plain tensors, and one sum for all norms' gradients, as DTensor would take an operator and a collective for
-each. Its SequenceParallel keeps for backward what it has gathered, as our --sp-keep does: the same bytes.
+makes them all; local tensors between the linears; loss_parallel (--whole-logits, without it, was no faster);
+masters that are plain tensors, and one sum for all norms' gradients, where DTensor would take a collective
+for each. Its SequenceParallel keeps for backward what it has gathered, as our --sp-keep does: the same bytes.
 Against our --sp as in the paper, which gathers again ("gather"), it sends less and holds more.
 """
 import argparse
@@ -43,6 +43,7 @@ from train import CONFIG, B, C, H, L, T, V  # noqa: E402
 from nanoinfra.dist.mesh import Mesh  # noqa: E402
 from nanoinfra.dist.ranks import Ranks  # noqa: E402
 from nanoinfra.formulas.params import parameters, shapes  # noqa: E402
+from nanoinfra.formulas.wire import ring_bytes  # noqa: E402
 from nanoinfra.model.init import draw  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.loss import count_valid  # noqa: E402
@@ -51,6 +52,7 @@ from nanoinfra.train.step import Backward, Forward, ReduceGrads, accumulate, exe
 
 N = 2                                                    # ranks
 ADAMW = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 FLAGS = {"none": {}, "keep": dict(sp=True, sp_keep=True), "gather": dict(sp=True)}
 
 
@@ -87,7 +89,7 @@ def parallelized(mesh, sp, whole, dtype):
     """The peer's model cut over `mesh`, with our first weights."""
     model, tokens = Peer().to(dtype), Shard(1) if sp else Replicate()
     model.load_state_dict(first_weights())
-    head = dict(output_layouts=Replicate()) if whole else dict(output_layouts=Shard(-1), use_local_output=False)
+    head = dict(output_layouts=Replicate() if whole else Shard(-1), use_local_output=whole)
     plan = {"embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=tokens),
             "blocks.*.qkv": ColwiseParallel(input_layouts=tokens),
             "blocks.*.up": ColwiseParallel(input_layouts=tokens),
@@ -250,12 +252,12 @@ class Wire(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented                        # it will call what it is made of
         out = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor)]
-        if func.namespace in ("c10d", "_c10d_functional") and not func.__name__.startswith(("wa", "wr")) and tensors:
+        name = func.__name__.replace("_", "")            # allreduce, allgatherbase, allgatherintotensor, ...
+        op = next((op for op in OPS if name.startswith(op.replace("_", ""))), None)
+        if op and func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor)]
             largest = max(tensors, key=lambda t: t.nbytes)               # what the ledger calls payload
-            name = func.__name__.partition(".")[0].strip("_").replace("allreduce", "all_reduce")
-            name = name.replace("allgather", "all_gather").replace("alltoall", "all_to_all")
-            entry = self.seen.setdefault((name, str(largest.dtype).removeprefix("torch.")), [0, 0])
+            entry = self.seen.setdefault((op, str(largest.dtype).removeprefix("torch.")), [0, 0])
             entry[0] += 1
             entry[1] += largest.nbytes
         return out
@@ -263,7 +265,7 @@ class Wire(TorchDispatchMode):
 
 def sent(seen):
     """Bytes a rank sends by the ring algorithm (modelled), from what was counted."""
-    return sum((1 + ("all_reduce" in op)) * payload * (N - 1) // N for (op, _), (_, payload) in seen.items())
+    return int(sum(ring_bytes(op, payload, N) for (op, _), (_, payload) in seen.items()))
 
 
 def draw_tokens(generator):

@@ -47,7 +47,8 @@ def test_gradients_match_one_rank_beside_data_parallelism(ranks, family, dp, tp,
 
 @pytest.mark.prove
 @pytest.mark.parametrize("family, tp, sp, zero", [
-    *product(FAMILIES, (2, 4), SP, (0, 1, 2, 3)), *product(["llama-9/3", "qwen3-9/3"], [3], SP, (0, 1, 2, 3))])
+    *product(FAMILIES, (2, 4), SP, (0, 1, 2, 3)),
+    *product(["llama-9/3", "qwen3-9/3"], [3], SP, (0, 1, 2, 3))])
 def test_every_combination_matches_one_rank(ranks, family, tp, sp, zero):
     for tied, recompute in ((True, "none"), (False, "selective"), (True, "full")):
         compare(ranks, family, tied, Plan(sp, zero, recompute, dtype=torch.float64), dp=2, tp=tp)

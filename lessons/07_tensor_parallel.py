@@ -1,0 +1,316 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Lesson 07. Tensor and sequence parallelism
+# **2019** · Shoeybi et al., *Megatron-LM: training multi-billion parameter language models using model
+# parallelism*. **2022** · Korthikanti et al., *Reducing activation recomputation in large transformer models*.
+#
+# **Needs** a CPU. **Time** 90 minutes. **Builds on** lesson 02 (what an all-reduce costs) and 04 (what a
+# layer keeps for backward).
+#
+# After this you can compute what each of t ranks that share one layer sends and keeps, in three variants,
+# build the two sums that make it right, and say why the ranks that do it sit in one machine.
+
+# %%
+# %load_ext nanoinfra.lab.exercise
+import inspect
+import os
+
+from nanoinfra.dist.mesh import Mesh
+from nanoinfra.dist.ranks import Ranks
+from nanoinfra.formulas.activations import activation_bytes
+from nanoinfra.formulas.params import parameters, shapes
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.formulas.tensor import tensor_sent
+from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.lab import predict as book
+from nanoinfra.lab.checks import l07_tensor as check
+from nanoinfra.lab.compare import compare
+from nanoinfra.lab.cuts import cliff, cut_map, kept_bars, paced, step_of
+from nanoinfra.lab.measure import counted, measure, median
+from nanoinfra.lab.mutants import collect
+from nanoinfra.lab.predict import predict
+from nanoinfra.lab.table import Grid
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.parallel import sequence, tensor
+from nanoinfra.parallel.megatron import TensorParallel
+
+FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
+N, B, T, C, L, H, V = 4, 2, 16, 48, 2, 4, 253
+CONFIG = ModelConfig(V, C, L, H, H, C // H, 4 * C, T, family="gpt2")
+SECONDS, REPEATS = (0.12, 1) if FAST else (0.36, 3)                   # a layer forward and back, on one rank
+INSIDE, BETWEEN = ((2e-4, 3.6e6), (3e-4, 0.9e6)) if FAST else ((5e-4, 1.2e6), (1e-3, 0.3e6))  # s, bytes/s
+world = Ranks(N, timeout=120)
+
+# %% [markdown]
+# ## 1. The wall
+# Data parallelism gives each rank sequences, a pipeline (lesson 06) gives it layers. Suppose even that all
+# weights, gradients and moments lie on N ranks without one copy (lesson 08 does that). GPT-3, one sequence a
+# rank, 16 bits; a layer's weights and gradients are whole while it computes. Forward, until 80 GB are full:
+
+# %%
+gpt3 = ModelConfig(51200, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2")
+
+
+def forward(n, t=1, memory=80e9):
+    """A row: n ranks, of which t share each layer."""
+    states, layer = 16 * parameters(gpt3) / n, 4 * 12 * gpt3.width**2 / t
+    kept = activation_bytes(gpt3, 1, gpt3.context, 2, tp=t, sp="gather" if t > 1 else "none") / gpt3.layers
+    fit = int(max(0, memory - states - layer) // kept)
+    verdict = "fits" if fit >= gpt3.layers else f"out of memory in layer {fit + 1} of {gpt3.layers}"
+    gigabytes = (f"{size / 1e9:.1f} GB" for size in (states, layer, gpt3.layers * kept))
+    return f"{n:,}", *gigabytes, f"{n // t * gpt3.context:,}", verdict
+
+
+COLUMNS = ("ranks", "states", "layer at work", "kept for backward", "tokens in a step, at least", "")
+Grid("GPT-3 (modelled; lesson 04 counted such bytes)", COLUMNS, [forward(n) for n in (64, 512, 4096, 32768)])
+
+# %% [markdown]
+# More ranks do not help: one layer and one sequence are left, and neither is cut. Recompute would make room
+# for a third more FLOPs. And N ranks cannot take fewer than N sequences a step: in the last row, 67 million
+# tokens. Two ranks have to work on the *same* token.
+#
+# ## 2. Predict
+# **The MLP**, y = GELU(x·A)·B. Cut A along its outputs: a rank has 4C/t hidden units, and their GELU needs no
+# other rank. (Along inputs, x·A would be a sum over ranks, and GELU of a sum is no sum of GELUs.) Cut B along
+# its inputs, the same units: each rank has a part of a sum, and one all-reduce of (B, T, C) makes y: **g**.
+# Backward, each rank has a part of x's gradient, and one all-reduce makes it whole: **f**. Attention is the
+# same, with heads for units: q, k, v along outputs, o along inputs.
+#
+# **Kept.** Numbers a token, lesson 04: two norms keep 2C + 4; what q, k and v read, and what up reads, 2C; q,
+# k, v and o's input 4C, up's output and GELU's 8C; sdpa's log-sum-exp H. Which are between f and g?
+#
+# **Sequence parallel.** Norms and residual sums need no other token. An all-reduce is a reduce-scatter and an
+# all-gather: put the norm in between, and a rank has T/t tokens of it. What q, k, v and up read is gathered,
+# whole: *keep* it for backward, or keep your tokens and *gather* them again, one all-gather more for each.
+#
+# **The loss.** The head is cut along the vocabulary. Of a token, ranks exchange the largest logit, the sum of
+# exponentials, and the target's logit: three all-reduces of float32, and (B, T, V) is nowhere.
+
+# %%
+region = 4 * B * T * C                                                # bytes of (B, T, C) in float32
+print(f"t={N} ranks, {B=} {T=} {C=} {H=} {V=}, {L} layers; compute is {SECONDS:g} s a layer, divided by t")
+for where, (alpha, beta) in {"inside a node": INSIDE, "between nodes": BETWEEN}.items():
+    print(f"a wire {where}: alpha {alpha * 1e3:g} ms, beta {beta / 1e6:g} MB/s")
+
+# %% [markdown]
+# Commit ten numbers, for one layer on N ranks: its all-reduces, forward and backward; the bytes that a rank
+# sends for them, 2(t−1)/t of each, and then sequence-parallel, gathering again, (t−1)/t of each; bytes kept on
+# one rank, then by t = N without, with *keep* and with *gather*; the payload of the loss; and the time of L
+# layers, with t = 2 inside a node and with t = 4 between two. Nothing hides here.
+
+# %% nbgrader={"grade_id": "predict", "solution": true}
+# predict("L07.calls", <formula>, "calls")
+# predict("L07.sent", <formula>, "B")           and "L07.sent_gather"
+# predict("L07.kept_one", <formula>, "B")       and "L07.kept_none", "L07.kept_keep", "L07.kept_gather"
+# predict("L07.loss", <formula>, "B")
+# predict("L07.step_inside", <formula>, "s")    and "L07.step_between"
+### BEGIN SOLUTION
+predict("L07.calls", 4, "calls")
+predict("L07.sent", 8 * (N - 1) / N * region, "B")
+predict("L07.sent_gather", 10 * (N - 1) / N * region, "B")
+norms, read, between = 2 * C + 4, 2 * C, 12 * C + H
+for how, numbers in {"one": norms + read + between, "none": norms + read + between / N,
+                     "keep": read + (norms + between) / N, "gather": (norms + read + between) / N}.items():
+    predict(f"L07.kept_{how}", 4 * B * T * numbers, "B")
+predict("L07.loss", 3 * 4 * B * T, "B")
+for where, t, wire in (("inside", 2, INSIDE), ("between", 4, BETWEEN)):
+    predict(f"L07.step_{where}", L * (SECONDS / t + 4 * ring_seconds("all_reduce", region, t, *wire)), "s")
+### END SOLUTION
+
+# %% [markdown]
+# ## 3. Build
+# The real one's cut of this decoder, each matrix as it is stored: outputs down, inputs across.
+
+# %%
+def cuts():
+    return TensorParallel(Decoder(CONFIG), Mesh(tp=N)).boxes
+
+
+cut_map(world.run(cuts), shapes(CONFIG))
+
+# %% [markdown]
+# **Exercise 1: an MLP on t ranks.** `share` gives rank r its r-th stretch of hidden units: of 6 units on 2
+# ranks, rank 1 has rows 3, 4, 5 of `up` and `up_bias`, and columns 3, 4, 5 of `down`. A part of a tensor is a
+# view, which keeps all of it in memory: `.clone()` it. Then f and g. `all_reduce(x, axis)` overwrites x and
+# returns it; x may be someone else's, so give it a clone. In `tensor_mlp`, what happens to `down_bias` if each
+# rank adds it before the sum? Ten to twelve lines.
+
+# %% nbgrader={"grade_id": "mlp", "solution": true}
+# %%exercise L07
+import torch
+import torch.nn.functional as F
+
+from nanoinfra.dist.comm import all_reduce
+
+
+def share(up, up_bias, down, down_bias, axis):
+    """This rank's part of each, as a tuple, of up (F, C), up_bias (F,), down (C, F), down_bias (C,)."""
+    ### BEGIN SOLUTION
+    def mine(x, dim):
+        return x.chunk(axis.size, dim)[axis.rank].clone()
+    return mine(up, 0), mine(up_bias, 0), mine(down, 1), down_bias
+    ### END SOLUTION
+
+
+class Enter(torch.autograd.Function):
+    """The paper's f."""
+
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):                                       # one gradient for x, None for axis
+        ### BEGIN SOLUTION
+        return all_reduce(grad.clone(), ctx.axis), None
+        ### END SOLUTION
+
+
+class Leave(torch.autograd.Function):
+    """The paper's g."""
+
+    @staticmethod
+    def forward(ctx, y, axis):
+        ### BEGIN SOLUTION
+        return all_reduce(y.clone(), axis)
+        ### END SOLUTION
+
+    @staticmethod
+    def backward(ctx, grad):
+        ### BEGIN SOLUTION
+        return grad, None
+        ### END SOLUTION
+
+
+def tensor_mlp(x, up, up_bias, down, down_bias, axis):
+    """x (B, T, C) to y (B, T, C), both alike on all ranks; the weights are what `share` gave this rank."""
+    ### BEGIN SOLUTION
+    hidden = F.gelu(F.linear(Enter.apply(x, axis), up, up_bias))   # (B, T, F/t)
+    return Leave.apply(F.linear(hidden, down), axis) + down_bias   # (B, T, C)
+    ### END SOLUTION
+
+
+# %%
+check.share(share)
+
+# %%
+check.tensor_mlp(tensor_mlp)
+
+# %% [markdown]
+# **Exercise 2: a loss without logits.** This rank has columns `start`, `start + 1`, ... of the logits. The
+# loss of a row is log Σ exp(z) − z[target], over all columns; take the row's largest logit off every z first,
+# or exp overflows. Its gradient is softmax − onehot, of your columns. A target may be another rank's: gather
+# column 0 there, and multiply by 0. `all_reduce(x, axis, op="max")`. Eight to ten lines, no autograd.
+
+# %% nbgrader={"grade_id": "loss", "solution": true}
+# %%exercise L07
+from nanoinfra.dist.comm import all_reduce
+
+
+def vocab_loss(logits, targets, start, axis):
+    """(loss (N,), the same on all ranks; d loss / d logits (N, V/t)) for logits (N, V/t), targets (N,)."""
+    ### BEGIN SOLUTION
+    top = all_reduce(logits.max(1).values, axis, op="max")                   # (N,)
+    z = logits - top[:, None]                                                # (N, V/t)
+    total = all_reduce(z.exp().sum(1), axis)                                 # (N,)
+    at = targets - start
+    mine = (at >= 0) & (at < logits.shape[1])
+    at = at.where(mine, 0)[:, None]                                          # (N, 1)
+    score = all_reduce(z.gather(1, at)[:, 0] * mine, axis)                   # (N,)
+    grad = (z.exp() / total[:, None]).scatter_add(1, at, -mine[:, None].to(z.dtype))
+    return total.log() - score, grad
+    ### END SOLUTION
+
+
+# %%
+check.vocab_loss(vocab_loss)
+
+# %% [markdown]
+# ## 4. Read the real one
+# How many all-reduces would q, k and v have, each behind an f of its own? What does backward compute while
+# the sum of x's gradient is on its way? And in `Cut`, what does the last rank do where t does not divide T?
+
+# %%
+for each in (tensor.RowLinear, tensor._Read, sequence.Cut):
+    print(inspect.getsource(each))
+
+# %% [markdown]
+# ## 5. Measure, compare, explain
+# A step of the real decoder, by the ledger, against `formulas/tensor.py`. With GPT-2's biases and norms, what
+# must ranks sum once a step under sequence parallelism ("tp grads"), and why not without?
+
+# %%
+ways = {"one": (1, "none"), "two": (2, "none"), "none": (N, "none"), "keep": (N, "keep"), "gather": (N, "gather")}
+runs, lines = {how: world.run(step_of, CONFIG, *way, B, T)[0] for how, way in ways.items()}, []
+for how, (t, sp) in ways.items():
+    for (op, tag), want in tensor_sent(CONFIG, t, B, T, sp=sp).items():
+        sizes = [row.payload for row in runs[how][1] if (row.op, row.tag) == (op, tag)]
+        lines.append((f"t = {t}, sp {sp}", f"{op}, {tag}", *(f"{n:,}" for n in (*want, len(sizes), sum(sizes))),
+                      "pass" if want == (len(sizes), sum(sizes)) else "miss"))
+print("losses:", *(f"{how} {loss:.6f}" for how, (loss, *_) in runs.items()))
+Grid("a step: calls and payload bytes", ("", "", "calls", "bytes", "counted", "counted", ""), lines)
+
+# %% [markdown]
+# *Timed*: L real layers, which sleep for as long as an accelerator would compute, and an emulated wire. Nodes
+# here have two ranks, so t = 4 pays the wire *between* them: a ring is as fast as its slowest link.
+
+# %%
+paths = {(1, "inside"): INSIDE, (2, "inside"): INSIDE, (4, "inside"): INSIDE, (2, "between"): BETWEEN,
+         (4, "between"): BETWEEN}
+times = {path: world.run(paced, CONFIG, path[0], wire, SECONDS, B, T, REPEATS)[0] for path, wire in paths.items()}
+steps = {path: median([seconds for seconds, _ in trials]) for path, trials in times.items()}
+layers = {how: [row for row in rows if row.tag == "layers"] for how, (_, rows, _) in runs.items()}
+measure("L07.calls", counted, len(layers["none"]) / L, "calls")
+measure("L07.sent", counted, sum(row.wire_bytes for row in layers["none"]) / L, "B")
+measure("L07.sent_gather", counted, sum(row.wire_bytes for row in layers["gather"]) / L, "B")
+for how in ("one", "none", "keep", "gather"):
+    measure(f"L07.kept_{how}", counted, sum(runs[how][2]), "B")
+measure("L07.loss", counted, sum(row.payload for row in runs["none"][1] if row.tag == "loss"), "B")
+for t, where in ((2, "inside"), (4, "between")):
+    measure(f"L07.step_{where}", lambda step=steps[t, where]: step)
+compare(list(check.PREDICTIONS))
+
+# %%
+kept_bars({name: (runs[how][2], book.predicted(f"L07.kept_{how}")[0]) for name, how in
+           {"one rank": "one", "TP": "none", "TP + SP, keep": "keep", "TP + SP, gather": "gather"}.items()},
+          f"what a layer keeps for backward on each of {N} ranks")
+
+# %% [markdown]
+# In bytes, the stairs from lesson 04 to here. GPT-3 once more, eight ranks to a layer:
+
+# %%
+Grid("GPT-3, t = 8, sequence-parallel (modelled)", COLUMNS, [forward(n, 8) for n in (64, 512, 4096, 32768)])
+
+# %% [markdown]
+# **The cliff.** A rank computes 1/t of a layer, and sends 8(t−1)/t·BTC whatever t is. So the time of its work,
+# over compute alone, is 1 + k(t−1), with one k inside a node and another beyond. Narayanan et al. (2023) timed
+# 3.57 billion parameters on H100s, eight to a node. Does one k from t = 2, 4 and one from t = 16 explain the
+# other two?
+
+# %%
+published = {2: 363.7, 4: 345.5, 8: 279.5, 16: 158.1, 32: 92.7}       # teraFLOP/s of a GPU
+k_in = (1 / published[4] - 1 / published[2]) / 2                      # 1/speed is linear in t - 1
+start = 1 / published[2] - k_in
+k_out = (1 / published[16] - start) / 15
+dense = [2**(i / 16) for i in range(81)]
+
+
+def ours(t):
+    wire = INSIDE if t <= 2 else BETWEEN
+    return 100 / (1 + 4 * ring_seconds("all_reduce", region, t, *wire) * t / SECONDS)
+
+
+cliff({"emulated wire, node of 2": ([t / 2 for t in dense if t <= 8], [ours(t) for t in dense if t <= 8]),
+       "H100 (published), node of 8": ([t / 8 for t in dense if t >= 2],
+       [100 / published[2] / (start + (k_in if t <= 8 else k_out) * (t - 1)) for t in dense if t >= 2])},
+      {"emulated wire, node of 2": ([0.5, 1, 2], [100 * L * SECONDS / t / steps[path].value for path in steps for t in path[:1] if path in ((1, "inside"), (2, "inside"), (4, "between"))]),
+       "H100 (published), node of 8": ([t / 8 for t in published], [100 * tf / 363.7 for tf in published.values()])},
+      "a rank's speed: where the node ends")
