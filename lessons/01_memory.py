@@ -334,8 +334,7 @@ losses(ends, "the end of training" + ", too short to rank the lower three" * FAS
 # <!-- ### END SOLUTION -->
 
 # %% [markdown]
-# ## 6. Break it
-# Mixed precision that is wrong by one slip each. Which of them would a loss curve have shown you?
+# ## 6. Break it: which of these slips of mixed precision would a loss curve have shown you?
 
 # %%
 for mutant in collect(file="l01_memory")[:: 5 if FAST else 1]:

@@ -9,7 +9,7 @@
 # %% [markdown]
 # # Lesson 07. Tensor and sequence parallelism
 # **2019** · Shoeybi et al., *Megatron-LM: training multi-billion parameter language models using model
-# parallelism*. **2022** · Korthikanti et al., *Reducing activation recomputation in large transformer models*.
+# parallelism* · **2022** · Korthikanti et al., *Reducing activation recomputation in large transformers*.
 #
 # **Needs** a CPU. **Time** 90 minutes. **Builds on** lesson 02 (what an all-reduce costs) and 04 (what a
 # layer keeps for backward).
@@ -44,8 +44,8 @@ from nanoinfra.parallel.megatron import TensorParallel
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 N, B, T, C, L, H, V = 4, 2, 16, 48, 2, 4, 253
 CONFIG = ModelConfig(V, C, L, H, H, C // H, 4 * C, T, family="gpt2")
-SECONDS, REPEATS = (0.12, 1) if FAST else (0.36, 3)                   # a layer forward and back, on one rank
-INSIDE, BETWEEN = ((2e-4, 3.6e6), (3e-4, 0.9e6)) if FAST else ((5e-4, 1.2e6), (1e-3, 0.3e6))  # s, bytes/s
+SECONDS, REPEATS = (0.12, 1) if FAST else (0.6, 3)                    # a layer forward and back, on one rank
+INSIDE, BETWEEN = ((2e-4, 3.6e6), (4e-4, 9e5)) if FAST else ((1e-3, 7.2e5), (2e-3, 1.8e5))  # s, bytes/s
 world = Ranks(N, timeout=120)
 
 # %% [markdown]
@@ -68,8 +68,9 @@ def forward(n, t=1, memory=80e9):
     return f"{n:,}", *gigabytes, f"{n // t * gpt3.context:,}", verdict
 
 
+RANKS = (64, 512, 4096, 32768)
 COLUMNS = ("ranks", "states", "layer at work", "kept for backward", "tokens in a step, at least", "")
-Grid("GPT-3 (modelled; lesson 04 counted such bytes)", COLUMNS, [forward(n) for n in (64, 512, 4096, 32768)])
+Grid("GPT-3 (modelled; lesson 04 counted such bytes)", COLUMNS, [forward(n) for n in RANKS])
 
 # %% [markdown]
 # More ranks do not help: one layer and one sequence are left, and neither is cut. Recompute would make room
@@ -100,10 +101,10 @@ for where, (alpha, beta) in {"inside a node": INSIDE, "between nodes": BETWEEN}.
     print(f"a wire {where}: alpha {alpha * 1e3:g} ms, beta {beta / 1e6:g} MB/s")
 
 # %% [markdown]
-# Commit ten numbers, for one layer on N ranks: its all-reduces, forward and backward; the bytes that a rank
-# sends for them, 2(t−1)/t of each, and then sequence-parallel, gathering again, (t−1)/t of each; bytes kept on
-# one rank, then by t = N without, with *keep* and with *gather*; the payload of the loss; and the time of L
-# layers, with t = 2 inside a node and with t = 4 between two. Nothing hides here.
+# Commit ten numbers, for one layer on t = N ranks: its all-reduces, forward and backward; the bytes that a
+# rank sends for them (2(t−1)/t of each), and with *gather* ((t−1)/t of each); the bytes kept by one rank
+# alone, then by each of N without, with *keep*, with *gather*; the payload of the loss; and the time of L
+# layers on t = 2 ranks inside a node, and on t = 4 between nodes. Nothing hides here.
 
 # %% nbgrader={"grade_id": "predict", "solution": true}
 # predict("L07.calls", <formula>, "calls")
@@ -139,8 +140,8 @@ cut_map(world.run(cuts), shapes(CONFIG))
 # **Exercise 1: an MLP on t ranks.** `share` gives rank r its r-th stretch of hidden units: of 6 units on 2
 # ranks, rank 1 has rows 3, 4, 5 of `up` and `up_bias`, and columns 3, 4, 5 of `down`. A part of a tensor is a
 # view, which keeps all of it in memory: `.clone()` it. Then f and g. `all_reduce(x, axis)` overwrites x and
-# returns it; x may be someone else's, so give it a clone. In `tensor_mlp`, what happens to `down_bias` if each
-# rank adds it before the sum? Ten to twelve lines.
+# returns it; x may be someone else's, so give it a clone. In `tensor_mlp`, where does `down_bias` come in?
+# Eight to twelve lines.
 
 # %% nbgrader={"grade_id": "mlp", "solution": true}
 # %%exercise L07
@@ -212,9 +213,6 @@ check.tensor_mlp(tensor_mlp)
 
 # %% nbgrader={"grade_id": "loss", "solution": true}
 # %%exercise L07
-from nanoinfra.dist.comm import all_reduce
-
-
 def vocab_loss(logits, targets, start, axis):
     """(loss (N,), the same on all ranks; d loss / d logits (N, V/t)) for logits (N, V/t), targets (N,)."""
     ### BEGIN SOLUTION
@@ -248,25 +246,24 @@ for each in (tensor.RowLinear, tensor._Read, sequence.Cut):
 # must ranks sum once a step under sequence parallelism ("tp grads"), and why not without?
 
 # %%
-ways = {"one": (1, "none"), "two": (2, "none"), "none": (N, "none"), "keep": (N, "keep"), "gather": (N, "gather")}
+ways = {"one": (1, "none"), "two": (2, "none"), **{sp: (N, sp) for sp in ("none", "keep", "gather")}}
 runs, lines = {how: world.run(step_of, CONFIG, *way, B, T)[0] for how, way in ways.items()}, []
 for how, (t, sp) in ways.items():
     for (op, tag), want in tensor_sent(CONFIG, t, B, T, sp=sp).items():
         sizes = [row.payload for row in runs[how][1] if (row.op, row.tag) == (op, tag)]
-        lines.append((f"t = {t}, sp {sp}", f"{op}, {tag}", *(f"{n:,}" for n in (*want, len(sizes), sum(sizes))),
-                      "pass" if want == (len(sizes), sum(sizes)) else "miss"))
+        got = len(sizes), sum(sizes)
+        lines.append((f"{t} ranks, sp {sp}", f"{op}: {tag}", *(f"{n:,}" for n in (*want, *got)),
+                      "pass" if want == got else "miss"))
 print("losses:", *(f"{how} {loss:.6f}" for how, (loss, *_) in runs.items()))
-Grid("a step: calls and payload bytes", ("", "", "calls", "bytes", "counted", "counted", ""), lines)
+Grid("a step: formulas and ledger", ("", "", "calls", "payload, bytes", "counted", "counted", ""), lines)
 
 # %% [markdown]
 # *Timed*: L real layers, which sleep for as long as an accelerator would compute, and an emulated wire. Nodes
 # here have two ranks, so t = 4 pays the wire *between* them: a ring is as fast as its slowest link.
 
 # %%
-paths = {(1, "inside"): INSIDE, (2, "inside"): INSIDE, (4, "inside"): INSIDE, (2, "between"): BETWEEN,
-         (4, "between"): BETWEEN}
-times = {path: world.run(paced, CONFIG, path[0], wire, SECONDS, B, T, REPEATS)[0] for path, wire in paths.items()}
-steps = {path: median([seconds for seconds, _ in trials]) for path, trials in times.items()}
+wires = {1: INSIDE, 2: INSIDE, 4: BETWEEN}
+steps = {t: median(world.run(paced, CONFIG, t, wire, SECONDS, B, T, REPEATS)[0]) for t, wire in wires.items()}
 layers = {how: [row for row in rows if row.tag == "layers"] for how, (_, rows, _) in runs.items()}
 measure("L07.calls", counted, len(layers["none"]) / L, "calls")
 measure("L07.sent", counted, sum(row.wire_bytes for row in layers["none"]) / L, "B")
@@ -274,8 +271,8 @@ measure("L07.sent_gather", counted, sum(row.wire_bytes for row in layers["gather
 for how in ("one", "none", "keep", "gather"):
     measure(f"L07.kept_{how}", counted, sum(runs[how][2]), "B")
 measure("L07.loss", counted, sum(row.payload for row in runs["none"][1] if row.tag == "loss"), "B")
-for t, where in ((2, "inside"), (4, "between")):
-    measure(f"L07.step_{where}", lambda step=steps[t, where]: step)
+measure("L07.step_inside", lambda: steps[2])
+measure("L07.step_between", lambda: steps[4])
 compare(list(check.PREDICTIONS))
 
 # %%
@@ -283,34 +280,71 @@ kept_bars({name: (runs[how][2], book.predicted(f"L07.kept_{how}")[0]) for name, 
            {"one rank": "one", "TP": "none", "TP + SP, keep": "keep", "TP + SP, gather": "gather"}.items()},
           f"what a layer keeps for backward on each of {N} ranks")
 
-# %% [markdown]
-# In bytes, the stairs from lesson 04 to here. GPT-3 once more, eight ranks to a layer:
-
 # %%
-Grid("GPT-3, t = 8, sequence-parallel (modelled)", COLUMNS, [forward(n, 8) for n in (64, 512, 4096, 32768)])
+Grid("GPT-3, eight ranks to a layer, SP with gather (modelled)", COLUMNS, [forward(n, 8) for n in RANKS])
 
 # %% [markdown]
-# **The cliff.** A rank computes 1/t of a layer, and sends 8(t−1)/t·BTC whatever t is. So the time of its work,
-# over compute alone, is 1 + k(t−1), with one k inside a node and another beyond. Narayanan et al. (2023) timed
-# 3.57 billion parameters on H100s, eight to a node. Does one k from t = 2, 4 and one from t = 16 explain the
-# other two?
+# **The cliff.** A rank computes 1/t of a layer, and sends 8(t−1)/t·BTC: nearly the same for every t. So its
+# time, over that of compute alone, is 1 + k(t−1), with one k inside a node and another beyond. Tazi et al.
+# timed 3.57 billion parameters on H100s, eight to a node. Take one k from their t = 2 and 4, the other from
+# t = 16: what do the two say of 8 and 32? Blue is what you have just timed.
 
 # %%
 published = {2: 363.7, 4: 345.5, 8: 279.5, 16: 158.1, 32: 92.7}       # teraFLOP/s of a GPU
 k_in = (1 / published[4] - 1 / published[2]) / 2                      # 1/speed is linear in t - 1
-start = 1 / published[2] - k_in
-k_out = (1 / published[16] - start) / 15
-dense = [2**(i / 16) for i in range(81)]
+alone = 1 / published[2] - k_in
+k_out = (1 / published[16] - alone) / 15
+
+
+def theirs(t):
+    return 100 / published[2] / (alone + (k_in if t <= 8 else k_out) * (t - 1))
 
 
 def ours(t):
-    wire = INSIDE if t <= 2 else BETWEEN
-    return 100 / (1 + 4 * ring_seconds("all_reduce", region, t, *wire) * t / SECONDS)
+    wait = ring_seconds("all_reduce", region, t, *(INSIDE if t <= 2 else BETWEEN))
+    return 100 / (1 + 4 * wait * t / SECONDS)
 
 
-cliff({"emulated wire, node of 2": ([t / 2 for t in dense if t <= 8], [ours(t) for t in dense if t <= 8]),
-       "H100 (published), node of 8": ([t / 8 for t in dense if t >= 2],
-       [100 / published[2] / (start + (k_in if t <= 8 else k_out) * (t - 1)) for t in dense if t >= 2])},
-      {"emulated wire, node of 2": ([0.5, 1, 2], [100 * L * SECONDS / t / steps[path].value for path in steps for t in path[:1] if path in ((1, "inside"), (2, "inside"), (4, "between"))]),
-       "H100 (published), node of 8": ([t / 8 for t in published], [100 * tf / 363.7 for tf in published.values()])},
-      "a rank's speed: where the node ends")
+timed, h100 = ({t: 100 * L * SECONDS / t / step.value for t, step in steps.items()},
+               {t: 100 * tf / published[2] for t, tf in published.items()})
+cliff({"emulated wire, nodes of 2": (2, timed, "predicted", ours), "H100, nodes of 8, t = 2 is 100 %":
+       (8, h100, "from 2, 4 and 16", theirs)}, "how fast a rank is that shares its layers")
+
+# %% [markdown]
+# **Explain.** Five sentences. (a) Why does more bandwidth *inside* a node not help t = 16? (b) Which of the
+# four all-reduces could hide, and behind what (`_Read`)? Which cannot? (c) Sequence parallelism sends the
+# bytes of an all-reduce: what memory does it save, and what do *keep* and *gather* pay? (d) The published
+# t = 8 lies below the line: what else gets worse when a rank has an eighth of every matrix? (e) A model has
+# two KV heads and eight ranks: who has which, and what happens to their gradients?
+
+# %% [markdown] nbgrader={"grade_id": "explain", "solution": true, "grade": true, "points": 5}
+# <!-- ### BEGIN SOLUTION -->
+# (a) Every chunk of the ring passes its slowest link. (b) f's: the gradients of q, k, v's and up's weights
+# need no sum and are computed meanwhile. g's cannot: what comes next reads the sum. (c) No longer t copies of
+# the norms' inputs; *keep* still has t copies of what is gathered, *gather* sends a quarter more. (d) Thin
+# matrices, at which a GPU is slower, and more latencies. (e) Four neighbours hold the same one, each for
+# other query heads, and so a part of its gradient: sum over the four.
+# <!-- ### END SOLUTION -->
+
+# %% [markdown]
+# ## 6. Break it
+# One slip each. Which of them would a loss curve show, and which only a bill?
+
+# %%
+mutants = collect(file="l07_tensor")
+for mutant in mutants[8::10] if FAST else mutants:
+    failure = mutant.check.report(mutant.variant).first_failure
+    print(f"{mutant.check.name}: {mutant.name}\n    rejected by: {failure.criterion.name}")
+    print(f"    {failure.text}")
+
+# %%
+world.close()
+
+# %% [markdown]
+# ## 7. What came next
+# Megatron (2021) made it a rule: tensor parallelism inside a node, pipelines between nodes, data parallelism
+# around both (lesson 10). Long sequences cut attention along T as well (lesson 13), experts cut the MLP by
+# tokens (lesson 14). In serving, t ranks read a layer's weights t times as fast: decoding's best axis.
+#
+# - Narayanan et al., *Efficient large-scale language model training on GPU clusters using Megatron-LM*, 2021.
+# - Tazi et al., *The ultra-scale playbook: training LLMs on GPU clusters*, 2025 (the times above).

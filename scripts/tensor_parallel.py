@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 2 scripts/tensor_parallel.py --tp 2 --sp
     torchrun --nproc-per-node 4 scripts/tensor_parallel.py --tp 2 --sp
 
-What ranks tp leaves over is data parallelism. The losses are the same with any of these, and those of
-`nanoinfra train --model test --data random --lr-schedule constant --warmup 0 --global-batch 16 --tp TP [--sp]`.
+What ranks --tp leaves over is data parallelism. The losses are the same with any of these, and those of
+`nanoinfra train --model test --data random --lr-schedule constant --warmup 0 --global-batch 16 --tp TP
+[--sp]`.
 """
 import argparse
 import os
@@ -34,7 +35,7 @@ def samples(step, per_step, vocab, T, seed=0):
 
 
 def divide(model, axis, region):
-    """Leave `model` this rank's part, and put `region`'s collectives where parts meet; returns its first token.
+    """Leave `model` this rank's part, with `region`'s collectives where parts meet; returns its first token.
 
     Column-parallel, then row-parallel: between the two no rank needs another. Heads stay whole.
     """
@@ -67,7 +68,7 @@ def sum_parts(grads, axis):
 
 
 def clip(grads, axis, limit=1.0):
-    """Scale the gradient, parts of which other ranks hold, to a 2-norm of at most `limit`; returns the norm."""
+    """Scale the gradient, of which a rank holds a part, to a 2-norm of at most `limit`; returns the norm."""
     squares = {name: grad.double().square().sum() for name, grad in grads.items()}
     parts = sum(square for name, square in squares.items() if not is_whole(name))
     whole = sum(square for name, square in squares.items() if is_whole(name))       # the same on every rank
@@ -79,6 +80,7 @@ def clip(grads, axis, limit=1.0):
 
 def adamw(params, lr):
     """Matrices decay, vectors do not."""
+    params = list(params)
     matrices, vectors = ([p for p in params if (p.dim() > 1) is many] for many in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
@@ -87,7 +89,7 @@ def adamw(params, lr):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tp", type=int, choices=(1, 2), default=1, help="ranks that share each layer's heads")
+    parser.add_argument("--tp", type=int, choices=(1, 2), default=1, help="ranks that share a layer's heads")
     parser.add_argument("--sp", action="store_true", help="cut the stream between them by tokens")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--global-batch", type=int, default=16, help="sequences in one step, over all ranks")
@@ -119,7 +121,7 @@ def main():
         hidden = model.hidden(x)                                     # (B, T, C), with sp (B, T/t, C)
         loss = cross_entropy(hidden, model.head.weight, y, valid, region, start)    # logits are (B T, V/t)
         loss.backward()
-        grads = shared.finish()                                      # {name: this rank's part of the gradient}
+        grads = shared.finish()                                      # {name: this rank's part of it}
         if args.sp:
             sum_parts(grads, mesh.tp)
         norm = clip(grads, mesh.tp)

@@ -4,7 +4,7 @@
 speed over the ranks. Predicted is a line.
 """
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from matplotlib.patches import Rectangle
@@ -28,8 +28,9 @@ GPT2 = ("norm1 x", "norm1 mean", "norm1 std", "read by q, k, v", "q", "k", "v", 
         "norm2 x", "norm2 mean", "norm2 std", "read by up", "up", "GELU")    # with sdpa, as they come
 
 
-def step_of(config: ModelConfig, t: int, sp: str, batch: int, seq: int) -> tuple[float, list[Row], list[int]]:
-    """On each of t ranks, of one step: the loss, the ledger's rows, bytes of each tensor that layer 0 keeps."""
+def step_of(config: ModelConfig, t: int, sp: str, batch: int,
+            seq: int) -> tuple[float, list[Row], list[int]]:
+    """On each of t ranks, of a step: the loss, the ledger's rows, bytes of each tensor that layer 0 keeps."""
     mesh, model = Mesh(tp=t, pp=world_size() // t), init_weights(Decoder(config), seed=0)
     cut = TensorParallel(model, mesh, sp)
     x, y = torch.randint(config.vocab, (2, batch, seq), generator=torch.Generator().manual_seed(0))
@@ -47,8 +48,8 @@ def step_of(config: ModelConfig, t: int, sp: str, batch: int, seq: int) -> tuple
 
 
 def paced(config: ModelConfig, t: int, wire: tuple[float, float], seconds: float, batch: int, seq: int,
-          repeats: int) -> list[tuple[float, float]]:
-    """On each of t ranks: seconds of the layers, forward and back, and of that in all-reduces; a pair a repeat.
+          repeats: int) -> list[float]:
+    """On each of t ranks: seconds that the layers take, forward and back, in each repeat.
 
     A layer sleeps for `seconds` / t in all, as long as an accelerator would compute; the wire is emulated.
     """
@@ -58,12 +59,11 @@ def paced(config: ModelConfig, t: int, wire: tuple[float, float], seconds: float
     for _ in range(repeats):
         stream = torch.ones(batch, seq, config.width, requires_grad=True)
         comm.barrier(mesh.tp)
-        mesh.ledger.take()
         begin = time.monotonic()
         for block in model.blocks:
             stream = block(stream)
         stream.sum().backward()
-        trials.append((time.monotonic() - begin, sum(row.wait_s for row in mesh.ledger.take())))
+        trials.append(time.monotonic() - begin)
     return trials
 
 
@@ -130,28 +130,29 @@ def kept_bars(rows: dict[str, tuple[Sequence[int], float]], title: str,
     return picture
 
 
-def cliff(lines: dict[str, tuple], points: dict[str, tuple], title: str) -> draw.Picture:
-    """Speed of a rank in %, over the ranks of tensor parallelism in units of a node: {label: (xs, ys)}.
+def cliff(rows: dict[str, tuple[int, dict[int, float], str, Callable]], title: str) -> draw.Picture:
+    """Speed of a rank over the ranks of tensor parallelism, in units of a node.
 
-    `lines` are predicted, `points` measured or published; both of a label share its colour.
+    {label: (ranks of a node, {t: speed in %, measured or published}, name of the line, t -> its speed)}.
     """
     picture, axes = draw.canvas(8.8, 4.6, title)
-    colours = dict(zip(dict.fromkeys([*points, *lines]), (draw.BLUE, draw.GREY, draw.GREEN, draw.ORANGE)))
-    for label, (xs, ys) in lines.items():
-        axes.plot(xs, ys, color=colours[label], linewidth=1.8, label=f"{label}, predicted")
-    for (label, (xs, ys)), mark in zip(points.items(), "oDs^"):
-        axes.plot(xs, ys, mark, color=colours[label], markeredgecolor="white", markersize=9, label=label)
-        for x, y in zip(xs, ys):
-            axes.annotate(f"{y:.0f}", (x, y), (9, 5), textcoords="offset points", fontsize=9,
-                          color=colours[label])
+    sides = (draw.BLUE, "o", (-8, -15), "right"), (draw.GREY, "D", (8, 6), "left")
+    for (label, (node, points, name, line)), (colour, mark, shift, side) in zip(rows.items(), sides):
+        t = [min(points) * 2**(i / 16) for i in range(200)]
+        t = sorted([1.0001 * node, *(x for x in t if x <= 4.001 * node)])
+        axes.plot([x / node for x in t], [line(x) for x in t], color=colour, linewidth=1.8,
+                  label=f"{label}: {name}")
+        axes.plot([x / node for x in points], points.values(), mark, color=colour, markeredgecolor="white",
+                  markersize=9, label=f"{label}: timed", zorder=3)
+        for x, y in points.items():
+            axes.annotate(f"{y:.0f}", (x / node, y), shift, textcoords="offset points", fontsize=9, ha=side,
+                          color=colour)
     axes.axvline(1, color=draw.RED, linewidth=1.2, linestyle=":", zorder=1)
-    axes.annotate("the node ends", (1, 0.03), (6, 0), xycoords=("data", "axes fraction"),
+    axes.annotate("the node ends", (1, 0.03), (-6, 0), xycoords=("data", "axes fraction"), ha="right",
                   textcoords="offset points", color=draw.RED, fontsize=10)
     axes.set_xscale("log", base=2)
-    ticks = sorted({x for xs, _ in points.values() for x in xs})
-    axes.set_xticks(ticks, [f"{x:g}" if x >= 1 else f"1/{1 / x:g}" for x in ticks])
+    axes.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
     axes.minorticks_off()
-    axes.set(xlabel="ranks of tensor parallelism / ranks of a node", ylabel="speed of a rank, %",
-             ylim=(0, 118))
+    axes.set(xlabel="ranks that share a layer / ranks of a node", ylabel="speed of a rank, %", ylim=(0, 118))
     axes.legend(loc="upper right", fontsize=10, frameon=False)
     return picture

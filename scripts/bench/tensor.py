@@ -215,15 +215,14 @@ def prepare():
 
 
 def same(sp, whole):
-    """The largest differences of loss and gradients of one batch in float64, relative; above 1e-10 no race."""
+    """How far apart the gradients of one batch are at most, relative, in float64; above 1e-10 no race."""
     prepare()
     x, y = draw_tokens(torch.Generator().manual_seed(7))[:, :2]
     ours, peer = OurSide(sp, "float64"), PeerSide(sp != "none", whole, torch.float64)
     assert sum(p.numel() for p in Peer().parameters()) == parameters(CONFIG)
     (want_loss, want), (got_loss, grads) = ours.gradients(x, y), peer.gradients(x, y)
     worst, norm = 0.0, torch.stack([w.norm() for w in want.values()]).norm()
-    boxes = ours.replica.parallel.tensor.boxes
-    for (theirs, names), grad in zip(renamed().items(), ordered(peer, grads)):
+    for names, grad in zip(renamed().values(), ordered(peer, grads)):
         parts = grad.unflatten(0, (-1, 3, C // H)).unbind(1) if len(names) > 1 else [grad]
         for name, part in zip(names, parts):
             got, mine = part.flatten(0, 1) if len(names) > 1 else part, want[name]
@@ -313,7 +312,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--steps", type=int, default=3, help="in one timing")
     parser.add_argument("--sp", nargs="+", choices=FLAGS, default=list(FLAGS))
-    parser.add_argument("--whole-logits", action="store_true", help="the peer gathers logits, no loss_parallel")
+    parser.add_argument("--whole-logits", action="store_true", help="the peer without loss_parallel")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/tensor.json"))
     args = parser.parse_args()
     processor = platform.processor() or platform.machine()

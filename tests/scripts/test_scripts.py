@@ -14,26 +14,30 @@ SAME = ["--steps", "3", "--seq", "32", "--global-batch", "6", "--dtype", "float6
 SCRIPTS = {
     "data_parallel.py": (["--lr", "0.5"], ["--optimizer", "sgd", "--lr", "0.5", "--lr-schedule", "constant",
                                            "--warmup", "0", "--clip", "0"]),
+    "tensor_parallel.py": ([], ["--lr-schedule", "constant", "--warmup", "0"]),
     "train_gpt.py": (["--size", "test", "--data", "random", "--micro-batch", "2"], ["--micro-batch", "2"]),
     "zero.py": (["--stage", "3"], ["--lr-schedule", "constant", "--warmup", "0", "--zero", "3"]),
 }
 
 
-@pytest.mark.parametrize("script, world", [("train_gpt.py", 1), ("zero.py", 2)])
-def test_losses_are_the_command_lines(tmp_path, script, world):
+@pytest.mark.parametrize("script, world, more", [
+    ("train_gpt.py", 1, []), ("zero.py", 2, []), ("tensor_parallel.py", 2, ["--tp", "2", "--sp"])])
+def test_losses_are_the_command_lines(tmp_path, script, world, more):
     own, theirs = SCRIPTS[script]
     main(["train", "--model", "test", "--data", "random", "--out", str(tmp_path), "--threads", "1",
           *SAME, *theirs])
     want = [line["loss"] for line in metrics.read(tmp_path / "metrics.jsonl")]
-    assert losses(script, world, [*SAME, *own]) == pytest.approx(want, abs=1e-9)
+    assert losses(script, world, [*SAME, *own, *more]) == pytest.approx(want, abs=1e-9)
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("script, world", [
-    ("data_parallel.py", 1), ("data_parallel.py", 2), ("data_parallel.py", 4), ("train_gpt.py", 3),
-    ("zero.py", 1), ("zero.py", 4)])
-def test_losses_on_other_meshes(tmp_path, script, world):
-    test_losses_are_the_command_lines(tmp_path, script, world)
+@pytest.mark.parametrize("script, world, more", [
+    ("data_parallel.py", 1, []), ("data_parallel.py", 2, []), ("data_parallel.py", 4, []),
+    ("tensor_parallel.py", 1, []), ("tensor_parallel.py", 2, ["--tp", "2"]),
+    ("tensor_parallel.py", 2, ["--sp"]), ("tensor_parallel.py", 4, ["--tp", "2", "--sp"]),
+    ("train_gpt.py", 3, []), ("zero.py", 1, []), ("zero.py", 4, [])])
+def test_losses_on_other_meshes(tmp_path, script, world, more):
+    test_losses_are_the_command_lines(tmp_path, script, world, more)
 
 
 @pytest.mark.prove

@@ -1,0 +1,86 @@
+"""The checks of lesson 07 say which slip it was; what its pictures are drawn from is real."""
+import pytest
+
+from nanoinfra.formulas.activations import activation_terms
+from nanoinfra.formulas.params import shapes
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.formulas.tensor import boxes, tensor_sent
+from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.lab.cuts import GPT2, cliff, cut_map, kept_bars, paced, step_of
+from nanoinfra.lab.mutants import collect
+
+CONFIG = ModelConfig(61, 24, 2, 4, 4, 6, 40, 16, family="gpt2")
+HINTS = {
+    "cuts up along inputs": "a matrix is (outputs, inputs): cut along the other?",
+    "keeps the bias of up whole": "whole? That is what does not fit",
+    "deals out backwards": "rank 0: `up of 2 ranks` differs at [0, 0]",
+    "gives views": "a view keeps the whole matrix alive; .clone() the part",
+    "never sums": "your part of the sum, and the bias: g is an all-reduce",
+    "adds the bias on each rank": "down's bias from every rank? Add it once, to the sum",
+    "adds the bias on one rank": "rank 1 of 2: `down_bias` has no gradient",
+    "has no sum in backward": "`x.grad on 2 ranks` differs at [0, 0, 0]",
+    "sums gradients twice": "2 x (30 of 30): summed once more: does g sum in backward, too?",
+    "takes torchs own gradient of a sum": "f and g changed round? f sums backward, g forward",
+    "gathers hidden": "all_gather of 576 bytes, all_reduce of 240 bytes; want one all_reduce of 240",
+    "pads hidden": "makes a tensor (2, 3, 15), 90 numbers, want at most 30",
+    "takes its own maximum": "your own maximum? The sums need one in common",
+    "sums its own columns": "of your own columns alone: sum over the ranks",
+    "misses the maximum": "`loss` is inf at [0] for logits near 800",
+    "forgets to add the maximum": "less the maximum in one of the two only?",
+    "takes 1 off in another column": "1 taken off in my first column for targets of other ranks",
+    "sends row by row": "in 8 calls, want 144 in 3",
+}
+MUTANTS = {mutant.name: mutant for mutant in collect(file="l07_tensor")}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_a_slip_is_named(name):
+    failure = MUTANTS[name].check.report(MUTANTS[name].variant).first_failure
+    assert HINTS[name] in failure.text
+
+
+@pytest.mark.parametrize("sp", ["none", "keep", "gather"])
+def test_a_step_sends_and_keeps_what_the_formulas_say(ranks, sp):
+    runs = ranks(2).run(step_of, CONFIG, 2, sp, 2, 8)
+    (want, *_), = ranks(1).run(step_of, CONFIG, 1, "none", 2, 8)
+    for loss, rows, kept in runs:
+        assert loss == pytest.approx(want, rel=1e-5) and len(kept) == len(GPT2)
+        sent = {(op, tag): (calls, size) for (op, tag), (calls, size) in
+                tensor_sent(CONFIG, 2, 2, 8, sp=sp).items()}
+        got = {key: [row.payload for row in rows if (row.op, row.tag) == key] for key in sent}
+        assert {key: (len(sizes), sum(sizes)) for key, sizes in got.items()} == sent
+        assert sum(kept) == sum(activation_terms(CONFIG, 2, 8, 4, tp=2, sp=sp).values())
+
+
+def test_layers_take_their_nap_and_wait_for_the_wire(ranks):
+    wire = (1e-3, 1e6)
+    least = CONFIG.layers * (0.06 / 2 + 4 * ring_seconds("all_reduce", 2 * 8 * 24 * 4, 2, *wire))
+    for trials in ranks(2).run(paced, CONFIG, 2, wire, 0.06, 2, 8, 2):
+        assert len(trials) == 2 and min(trials) >= least
+
+
+def test_each_number_of_a_matrix_is_drawn_once_and_what_everyone_has_is_grey():
+    picture = cut_map([boxes(CONFIG, 2, rank) for rank in range(2)], shapes(CONFIG))
+    parts = picture.figure.axes[0].patches
+    sizes = [part.get_width() * part.get_height() for part in parts if part.get_width() > 3]
+    matrices = ("embed", "attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
+    want = sum(shape[0] * shape[1] for name, shape in shapes(CONFIG).items()
+               if name.startswith(("embed", "blocks.0")) and name.removesuffix(".weight").endswith(matrices))
+    assert sum(sizes) == want and len(sizes) == 2 * len(matrices)
+
+
+def test_a_bar_ends_where_the_bytes_do_and_a_name_without_a_tensor_is_refused(tmp_path):
+    rows = {"one": ([1000] * 15, 15000.0), "two": ([500] * 15, 7500.0)}
+    picture = kept_bars(rows, "kept")
+    ends = [bar.get_x() + bar.get_width() for bar in picture.figure.axes[0].patches]
+    assert max(ends[:3]) == 15.0 and max(ends[3:]) == 7.5
+    with pytest.raises(ValueError, match="zip"):
+        kept_bars({"one": ([1000] * 14, 14000.0)}, "kept")
+
+
+def test_the_cliff_is_drawn_over_the_ranks_of_a_node(tmp_path):
+    picture = cliff({"here": (2, {1: 100.0, 2: 90.0, 4: 40.0}, "predicted", lambda t: 100 / t)}, "speed")
+    line, dots, _ = picture.figure.axes[0].lines
+    assert list(dots.get_xdata()) == [0.5, 1, 2] and list(dots.get_ydata()) == [100, 90, 40]
+    assert (line.get_xdata()[0], line.get_xdata()[-1]) == (0.5, 4.0)
+    assert picture.save(tmp_path / "cliff.png").stat().st_size > 10_000
