@@ -8,8 +8,7 @@
 
 # %% [markdown]
 # # Lesson 01. Where the memory goes, and mixed precision
-# **2017** · Micikevicius et al., *Mixed precision training*.
-# **2020** · Rajbhandari et al., *ZeRO*: where the bytes are.
+# **2017** · Micikevicius et al., *Mixed precision training*. **2020** · Rajbhandari et al., *ZeRO*.
 #
 # **Needs** a CPU. **Time** 75 minutes. **Builds on** lesson 00: what a step costs.
 #
@@ -334,7 +333,8 @@ losses(ends, "the end of training" + ", too short to rank the lower three" * FAS
 # <!-- ### END SOLUTION -->
 
 # %% [markdown]
-# ## 6. Break it: which of these slips of mixed precision would a loss curve have shown you?
+# ## 6. Break it
+# Mixed precision that is wrong by one slip each. Which of them would a loss curve have shown you?
 
 # %%
 for mutant in collect(file="l01_memory")[:: 5 if FAST else 1]:

@@ -307,8 +307,8 @@ def ours(t):
 
 timed, h100 = ({t: 100 * L * SECONDS / t / step.value for t, step in steps.items()},
                {t: 100 * tf / published[2] for t, tf in published.items()})
-cliff({"emulated wire, nodes of 2": (2, timed, "predicted", ours), "H100, nodes of 8, t = 2 is 100 %":
-       (8, h100, "from 2, 4 and 16", theirs)}, "how fast a rank is that shares its layers")
+cliff({"emulated wire, nodes of 2": (2, timed, "predicted", ours), "H100, nodes of 8 (100: t = 2)":
+       (8, h100, "by t = 2, 4, 16", theirs)}, "the speed of a rank that shares its layers")
 
 # %% [markdown]
 # **Explain.** Five sentences. (a) Why does more bandwidth *inside* a node not help t = 16? (b) Which of the

@@ -136,8 +136,10 @@ def cliff(rows: dict[str, tuple[int, dict[int, float], str, Callable]], title: s
     {label: (ranks of a node, {t: speed in %, measured or published}, name of the line, t -> its speed)}.
     """
     picture, axes = draw.canvas(8.8, 4.6, title)
-    sides = (draw.BLUE, "o", (-8, -15), "right"), (draw.GREY, "D", (8, 6), "left")
-    for (label, (node, points, name, line)), (colour, mark, shift, side) in zip(rows.items(), sides):
+    top = {}                                                                 # {x: the highest point there}
+    for node, points, *_ in rows.values():
+        top |= {t / node: max(y, top.get(t / node, 0)) for t, y in points.items()}
+    for (label, (node, points, name, line)), colour, mark in zip(rows.items(), (draw.BLUE, draw.GREY), "oD"):
         t = [min(points) * 2**(i / 16) for i in range(200)]
         t = sorted([1.0001 * node, *(x for x in t if x <= 4.001 * node)])
         axes.plot([x / node for x in t], [line(x) for x in t], color=colour, linewidth=1.8,
@@ -145,14 +147,15 @@ def cliff(rows: dict[str, tuple[int, dict[int, float], str, Callable]], title: s
         axes.plot([x / node for x in points], points.values(), mark, color=colour, markeredgecolor="white",
                   markersize=9, label=f"{label}: timed", zorder=3)
         for x, y in points.items():
-            axes.annotate(f"{y:.0f}", (x / node, y), shift, textcoords="offset points", fontsize=9, ha=side,
-                          color=colour)
+            above = y == top[x / node]
+            axes.annotate(f"{y:.0f}", (x / node, y), (8, 6) if above else (-8, -14), color=colour, fontsize=9,
+                          textcoords="offset points", ha="left" if above else "right")
     axes.axvline(1, color=draw.RED, linewidth=1.2, linestyle=":", zorder=1)
-    axes.annotate("the node ends", (1, 0.03), (-6, 0), xycoords=("data", "axes fraction"), ha="right",
+    axes.annotate("the node ends", (1, 0.03), (6, 0), xycoords=("data", "axes fraction"),
                   textcoords="offset points", color=draw.RED, fontsize=10)
     axes.set_xscale("log", base=2)
-    axes.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
+    axes.set_xticks([*top], [f"{x:g}" if x >= 1 else f"1/{1 / x:g}" for x in top])
     axes.minorticks_off()
-    axes.set(xlabel="ranks that share a layer / ranks of a node", ylabel="speed of a rank, %", ylim=(0, 118))
-    axes.legend(loc="upper right", fontsize=10, frameon=False)
+    axes.set(xlabel="ranks that share a layer / ranks of a node", ylabel="speed of a rank, %", ylim=(0, 112))
+    axes.legend(loc="lower left", fontsize=10, frameon=False)
     return picture

@@ -45,8 +45,7 @@ def test_a_step_sends_and_keeps_what_the_formulas_say(ranks, sp):
     (want, *_), = ranks(1).run(step_of, CONFIG, 1, "none", 2, 8)
     for loss, rows, kept in runs:
         assert loss == pytest.approx(want, rel=1e-5) and len(kept) == len(GPT2)
-        sent = {(op, tag): (calls, size) for (op, tag), (calls, size) in
-                tensor_sent(CONFIG, 2, 2, 8, sp=sp).items()}
+        sent = tensor_sent(CONFIG, 2, 2, 8, sp=sp)
         got = {key: [row.payload for row in rows if (row.op, row.tag) == key] for key in sent}
         assert {key: (len(sizes), sum(sizes)) for key, sizes in got.items()} == sent
         assert sum(kept) == sum(activation_terms(CONFIG, 2, 8, 4, tp=2, sp=sp).values())
@@ -69,7 +68,7 @@ def test_each_number_of_a_matrix_is_drawn_once_and_what_everyone_has_is_grey():
     assert sum(sizes) == want and len(sizes) == 2 * len(matrices)
 
 
-def test_a_bar_ends_where_the_bytes_do_and_a_name_without_a_tensor_is_refused(tmp_path):
+def test_a_bar_ends_where_the_bytes_do_and_a_name_without_a_tensor_is_refused():
     rows = {"one": ([1000] * 15, 15000.0), "two": ([500] * 15, 7500.0)}
     picture = kept_bars(rows, "kept")
     ends = [bar.get_x() + bar.get_width() for bar in picture.figure.axes[0].patches]
