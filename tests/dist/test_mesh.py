@@ -107,3 +107,18 @@ def test_bad_wires(wire, want):
     for refuses in (lambda: Mesh(wire=wire), lambda: mesh.emulate(wire), lambda: Ranks(2, wire=wire)):
         with pytest.raises(ValueError, match=want):
             refuses()
+
+
+def stretches(pp, dp, tp, size):
+    mesh = Mesh(pp=pp, dp=dp, tp=tp)
+    inner = mesh.inner("tp", size)
+    total = comm.all_reduce(torch.tensor(float(mesh.rank)), inner).item()
+    return inner.name, inner.rank, inner.ranks, total, inner is mesh.tp
+
+
+def test_an_inner_axis_is_a_stretch_of_neighbours(ranks):
+    got = ranks(4).run(stretches, 1, 1, 4, 2)
+    assert got == [("tp", 0, (0, 1), 1.0, False), ("tp", 1, (0, 1), 1.0, False),
+                   ("tp", 0, (2, 3), 5.0, False), ("tp", 1, (2, 3), 5.0, False)]
+    assert [each[1:3] for each in ranks(4).run(stretches, 1, 2, 2, 1)] == [(0, (rank,)) for rank in range(4)]
+    assert all(each[4] for each in ranks(4).run(stretches, 2, 1, 2, 2))

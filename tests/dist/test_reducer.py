@@ -8,7 +8,8 @@ from nanoinfra.dist.reducer import Bucket, Leaf, Reducer, pack
 
 
 def reducer(bucket_bytes, n=3, dtype=torch.float32):
-    leaves = [Leaf(nn.Parameter(torch.zeros(1, 100, dtype=dtype)), str(i), torch.Size([1, 100])) for i in range(n)]
+    leaves = [Leaf(nn.Parameter(torch.zeros(1, 100, dtype=dtype)), str(i), torch.Size([1, 100]))
+              for i in range(n)]
     return Reducer(leaves, Mesh().data, bucket_bytes), [leaf.param for leaf in leaves]
 
 
@@ -65,7 +66,8 @@ def test_a_bucket_opens_only_where_there_is_room(monkeypatch, bucket_bytes, orde
 
 
 def test_packing_keeps_order_dtype_and_limit():
-    items = [(torch.float32, 10), (torch.float32, 10), (torch.float64, 5), (torch.float64, 50), (torch.float32, 1)]
+    items = [(torch.float32, 10), (torch.float32, 10), (torch.float64, 5), (torch.float64, 50),
+             (torch.float32, 1)]
     groups = pack(items, lambda item: item, limit=80)
     assert groups == [items[:2], items[2:3], items[3:4], items[4:]]
     assert pack([], lambda item: item) == []

@@ -102,7 +102,8 @@ def test_a_pretrained_model_with_nine_heads_on_three_ranks(ranks, tmp_path):
     """SmolLM2's 9 query and 3 KV heads, from a Hugging Face folder and out to one again."""
     config = ModelConfig(97, 36, 2, 9, 3, 4, 50, 32, family="llama")
     save_hf(init_weights(Decoder(config), 0), tmp_path / "given")
-    argv = [*FLAGS, "--micro-batch", "7", "--model", str(tmp_path / "given"), "--lr", "1e-3", "--threads", "1"]
+    argv = [*FLAGS, "--micro-batch", "7", "--model", str(tmp_path / "given"), "--lr", "1e-3",
+            "--threads", "1"]
     got = {}
     for tp, more in ((1, ()), (3, ("--sp",))):
         out = tmp_path / f"tp{tp}"

@@ -50,7 +50,7 @@ def _(subject):
 @tensor_mlp.criterion("the same output on every rank", "property")
 def _(subject):
     for n in (3, 4):
-        runs = _runs(_step, n, subject)
+        runs = _steps(n, subject)
         for rank, run in enumerate(runs):
             mine = cases.alone(rank, n)["y"]
             causes = {"your part of the sum alone: g is an all-reduce": mine,
@@ -64,14 +64,14 @@ def _(subject):
     for n in (2, 3, 4, 1):
         causes = {"down's bias from every rank? Add it once, to the sum": want + (n - 1) * _bias(),
                   "no bias of down's?": want - _bias()}
-        for rank, run in enumerate(_runs(_step, n, subject)):
+        for rank, run in enumerate(_steps(n, subject)):
             same(f"y{_on(n)}", run["y"], want, rank, max(n, 2), 1e-10, causes)
 
 
 @tensor_mlp.criterion("one rank's gradients, to 1e-10", "parity")
 def _(subject):
     for n in (2, 3, 4, 1):
-        for rank, run in enumerate(_runs(_step, n, subject)):
+        for rank, run in enumerate(_steps(n, subject)):
             for name, whole in cases.one_rank()["grads"].items():
                 got, want = run["grads"][name], cases.part(name, rank, n, whole)
                 causes = {"summed once more: does g sum in backward, too? That gradient is whole": want * n}
@@ -89,7 +89,7 @@ def _(subject):
 def _(subject):
     size = 8 * B * T * C
     for n in (2, 4):
-        for rank, run in enumerate(_runs(_step, n, subject)):
+        for rank, run in enumerate(_steps(n, subject)):
             for way, rows in zip(("forward", "backward"), run["rows"]):
                 if [(row.op, row.payload) for row in rows] != [("all_reduce", size)]:
                     said = ", ".join(f"{row.op} of {row.payload:,} bytes" for row in rows) or "nothing"
@@ -99,7 +99,7 @@ def _(subject):
 
 @tensor_mlp.criterion("nothing wider than its share", "resource")
 def _(subject):
-    for rank, run in enumerate(_runs(_step, 4, subject)):
+    for rank, run in enumerate(_steps(4, subject)):
         _narrow(rank, run, B * T * max(C, HIDDEN // 4), "hidden is (B, T, F/t), x and y are (B, T, C)")
 
 
@@ -208,6 +208,15 @@ def _misshapen(name, got):
 def _runs(work, n, *args):
     """What `work(n, *args)` did on each of n ranks, kept for the next criterion. One, two: rows of four."""
     return ranks(3 if n == 3 else 4).run(work, n, *args)[:n]
+
+
+def _steps(n, subject):
+    runs = _runs(_step, n, subject)
+    for rank, run in enumerate(runs):
+        if not isinstance(run["y"], torch.Tensor):
+            raise Wrong(f"rank {rank} of {n}: tensor_mlp returns {type(run['y']).__name__}, want y (B, T, C): "
+                        f"no return?")
+    return runs
 
 
 def _step(n, subject):

@@ -1,0 +1,98 @@
+"""Embedding, head and loss cut along the vocabulary: torch's numbers, whoever has the rows."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanoinfra.data.source import IGNORE
+from nanoinfra.dist.mesh import Mesh, alone
+from nanoinfra.parallel import vocabulary
+from nanoinfra.parallel.sequence import Cut
+from nanoinfra.parallel.tensor import Whole
+from nanoinfra.parallel.vocabulary import HeadLoss, VocabEmbedding, VocabHead, cross_entropy
+
+B, T, C, V = 2, 5, 6, 11                               # 11 tokens: 6 and 5, or 3, 3, 3, 2
+
+
+def inputs(dtype=torch.float64, scale=1.0):
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, T, C, generator=random).to(dtype).requires_grad_()
+    weight = (scale * torch.randn(V, C, generator=random)).to(dtype)
+    targets = torch.randint(V, (B, T), generator=random)
+    targets[0, :2] = IGNORE
+    return hidden, weight, targets
+
+
+def torch_loss(hidden, weight, targets):
+    logits = (hidden @ weight.T).flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum") / 8
+
+
+def rows(n, rank):
+    each = -(-V // n)
+    return rank * each, min(V, (rank + 1) * each)
+
+
+def part_of_the_loss(scale, rows_bytes=None):
+    axis = Mesh(tp=torch.distributed.get_world_size()).tp
+    if rows_bytes:
+        vocabulary.ROWS_BYTES, kept = rows_bytes, vocabulary.ROWS_BYTES
+    hidden, weight, targets = inputs(scale=scale)
+    start, stop = rows(axis.size, axis.rank)
+    mine = weight[start:stop].clone().requires_grad_()
+    loss = cross_entropy(hidden, mine, targets, 8, Whole(axis), start)
+    (3 * loss).backward()
+    if rows_bytes:
+        vocabulary.ROWS_BYTES = kept
+    return loss.detach(), hidden.grad, (start, stop), mine.grad
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("scale, rows_bytes", [(1.0, None), (1.0, 1), (1e4, None)])
+def test_loss_and_gradients_are_torchs(ranks, n, scale, rows_bytes):
+    hidden, weight, targets = inputs(scale=scale)
+    want = torch_loss(hidden, weight.requires_grad_(), targets)
+    assert scale == 1.0 or (hidden @ weight.T).abs().max() > 1e4           # exp would overflow
+    (3 * want).backward()
+    for loss, d_hidden, (start, stop), d_weight in ranks(n).run(part_of_the_loss, scale, rows_bytes):
+        torch.testing.assert_close(loss, want.detach(), rtol=1e-13, atol=0)
+        torch.testing.assert_close(d_hidden, hidden.grad, rtol=1e-12, atol=1e-13 * scale)
+        torch.testing.assert_close(d_weight, weight.grad[start:stop], rtol=1e-12, atol=1e-14)
+
+
+def ends(sp):
+    axis = Mesh(tp=torch.distributed.get_world_size()).tp
+    region = Cut(axis, keep=sp == "keep") if sp != "none" else Whole(axis)
+    random = torch.Generator().manual_seed(1)
+    embedding, head = nn.Embedding(V, C).double(), nn.Linear(C, V, bias=False).double()
+    start, stop = rows(axis.size, axis.rank)
+    for module in (embedding, head):
+        whole = torch.randn(V, C, generator=random, dtype=torch.float64)
+        module.weight = nn.Parameter(whole[start:stop].clone())
+    embed = VocabEmbedding(embedding, start, region)
+    logits = VocabHead(head, start, V, region)(embed(inputs()[2].clamp(min=0)))
+    logits.square().sum().backward()
+    return logits.detach(), (start, stop), embedding.weight.grad, head.weight.grad
+
+
+@pytest.mark.parametrize("sp", ["none", "keep", "gather"])
+@pytest.mark.parametrize("n", [2, 4])
+def test_all_logits_from_tokens_and_back(ranks, n, sp):
+    random = torch.Generator().manual_seed(1)
+    table, head = (torch.randn(V, C, generator=random, dtype=torch.float64).requires_grad_() for _ in "ab")
+    want = F.embedding(inputs()[2].clamp(min=0), table) @ head.T
+    want.square().sum().backward()
+    for logits, (start, stop), d_table, d_head in ranks(n).run(ends, sp):
+        torch.testing.assert_close(logits, want.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(d_table, table.grad[start:stop], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(d_head, head.grad[start:stop], rtol=1e-12, atol=1e-12)
+
+
+def test_a_whole_head_needs_no_ranks():
+    hidden, weight, targets = inputs()
+    head = nn.Linear(C, V, bias=False).double()
+    head.weight = nn.Parameter(weight)
+    torch.testing.assert_close(HeadLoss(head)(hidden, targets, 8), torch_loss(hidden, weight, targets))
+    whole = VocabHead(head, 0, V, Whole(alone("tp")))
+    torch.testing.assert_close(whole(hidden), head(hidden))
+    torch.testing.assert_close(whole(hidden[0, -1]), head(hidden[0, -1]))  # one token's: (V,)
