@@ -51,7 +51,7 @@ HEADS = 8
 
 
 def measure(mesh, model, broken=""):
-    """{key: Measurement}: calls and bytes a layer, bytes kept by one, bytes sent beside layers, seconds."""
+    """{key: Measurement}: calls and bytes of a layer, bytes it keeps, bytes of the other tags, seconds."""
     config, found, rows, times = shape(model), {}, [], []
     for mode in MODES:
         for wire in WIRES if not broken else ("real",):
@@ -59,7 +59,7 @@ def measure(mesh, model, broken=""):
                 print(f"sp {mode}, {wire} wire ...", flush=True)
             axis_mesh = Mesh(tp=mesh.world.size, wire=WIRES[wire], device=mesh.device)
             kept, sent, waits, seconds, loss = train(axis_mesh, config, mode, broken)
-            found[f"step_{mode}_{wire}"] = median(seconds)
+            found[f"{wire}_{mode}"] = median(seconds)
             times.append((mode, wire, loss, seconds, waits, in_layers(sent), axis_mesh.tp.link))
         found |= counts(config, mode, kept, sent)
         found[f"wait_{mode}"] = median(waits)                        # on the last wire, the slow one
@@ -95,7 +95,7 @@ def counts(config, mode, kept, sent):
              f"kept_{mode}": counted(kept, "B")}
     for tag in TAGS:
         beside = sum(size for (_, at), (_, size) in sent.items() if at == tag)
-        found[f"{tag.replace(' ', '_')}_{mode}"] = counted(beside, "B")
+        found[f"{tag.split()[-1]}_{mode}"] = counted(beside, "B")
     return found
 
 
@@ -186,6 +186,6 @@ def show(config, n, rows, times):
 
 
 def order(key):
-    """The table's: calls, bytes, kept, what else is sent, wait, steps."""
-    kinds = ("calls", "bytes", "kept", "ends", "loss", "tp", "wait", "step")
+    """The table's: of a layer, of the other tags, seconds waited, seconds a step."""
+    kinds = ("calls", "bytes", "kept", "ends", "loss", "grads", "wait", *WIRES)
     return kinds.index(key.partition("_")[0])
