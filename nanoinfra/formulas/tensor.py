@@ -87,7 +87,7 @@ def part(config: ModelConfig, t: int) -> ModelConfig:
 def tensor_sent(config: ModelConfig, t: int, batch: int, seq: int, micro_batches: int = 1,
                 dtype_bytes: int = 4, grad_bytes: int = 4, sp: str = "none",
                 recompute: str = "none") -> dict[tuple[str, str], tuple[int, int]]:
-    """{(op, tag): (calls, their payload bytes)} of one step on one of `t` ranks, exactly; norms' scalars apart.
+    """{(op, tag): (calls, payload bytes)} of one step on one of `t` ranks, exactly; norms' scalars apart.
 
     A micro-batch is `batch` sequences of `seq` tokens. Tags: "layers", the blocks' collectives; "ends", those
     of embedding and head; "loss", three numbers a token, in float32 at least (maximum, sum of exponentials,

@@ -12,14 +12,12 @@ import torch
 from torch import nn
 
 from nanoinfra.dist import comm
-from nanoinfra.formulas.tensor import boxes, check_heads, copies, cut_dim
+from nanoinfra.formulas.tensor import boxes, check_heads, copies, cut_dim, partial
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import Read
 from nanoinfra.parallel.sequence import SP, Cut, CutPositions
 from nanoinfra.parallel.tensor import RowLinear, Whole
 from nanoinfra.parallel.vocabulary import VocabEmbedding, VocabHead
-
-HEADS = ("q_norm", "k_norm")
 
 
 class TensorParallel:
@@ -47,8 +45,7 @@ class TensorParallel:
         for block in model.blocks:
             self._divide(block)
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        uncut = [name for name in trained if cut_dim(name) is None]
-        self.parts = [name for name in uncut if _module(name) in HEADS or sp != "none"]
+        self.parts = [name for name in trained if partial(name, sp)]
         self.shared = [name for name in trained if self.sharing.size > 1 and _module(name) in ("k", "v")]
 
     def part(self, read: Read, name: str, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:

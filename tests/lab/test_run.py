@@ -1,4 +1,4 @@
-"""The lab runner: what it refuses, what it prints and hands in, and lab 08 under torchrun."""
+"""The lab runner: what it refuses, what it prints and hands in, and the labs, under torchrun too."""
 import json
 import os
 import subprocess
@@ -104,7 +104,7 @@ def test_check_says_what_is_missing_and_runs_nothing(lab, capsys):
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["76"], "there is no lab '76', but 08, 77 in lessons/labs"),
+    (["76"], "there is no lab '76', but 07, 08, 77 in lessons/labs"),
     (["77", "--break", "x"], "lab 77 knows no break 'x'; there are doubled, harmless"),
     (["77", "--model", "huge"], "lab 77 knows no model 'huge'; there are nano, test"),
     ([], "make lab L=08 N=4"),
@@ -125,11 +125,26 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(lab, capsys):
     assert "work/lab77.json cannot be read" in capsys.readouterr().err
 
 
-def test_lab_08_takes_predictions_beside_those_of_its_lesson(course, capsys):
-    for key, unit in run.find("08").PREDICTIONS.items():
+@pytest.mark.parametrize("number, n", [("07", 12), ("08", 8)])
+def test_a_lab_takes_predictions_beside_those_of_its_lesson(course, capsys, number, n):
+    for key, unit in run.find(number).PREDICTIONS.items():
         predict(key, 1, unit)
-    assert run.main(["08", "--check"]) == 0
-    assert "8 of 8 predictions made" in capsys.readouterr().out
+    assert run.main([number, "--check"]) == 0
+    assert f"{n} of {n} predictions made" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken, exposed", [
+    ("", set()), ("column-without-sum", {"calls_none", "bytes_none", "ends_none"}),
+    ("norms-apart", {"grads_keep", "grads_gather"}),
+    ("kept-after-all", {"calls_gather", "bytes_gather", "ends_gather", "kept_gather"})])
+def test_lab_07_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, exposed):
+    want = run.find("07").expect(2, "test")
+    for got in ranks(2).run(measured, "07", broken):
+        assert {key for key in want if got[key].value != want[key]} == {f"L07.lab_{key}" for key in exposed}
+        assert {key for key, m in got.items() if m.kind == "counted"} == set(want)
+    if not broken:
+        wire = 4 * (4 * 2 * 20e-6 + want["L07.lab_bytes_none"] / 12.5e6)     # of 4 layers, 4 all-reduces each
+        assert wire / 2 < got["L07.lab_wait_none"].value < got["L07.lab_net_none"].value   # a part hides
 
 
 @pytest.mark.parametrize("broken, exposed", [
@@ -155,17 +170,20 @@ def test_a_rank_that_fails_says_so_in_one_line(lab):
 @pytest.mark.prove
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
-def test_lab_08_under_torchrun_prints_once_and_hands_in(course, n):
-    file = course / "work" / "lab08.json"
-    done = torchrun(n, file, "08")
+@pytest.mark.parametrize("number, asked", [("07", 12), ("08", 8)])
+def test_a_lab_under_torchrun_prints_once_and_hands_in(course, number, asked, n):
+    file = course / "work" / f"lab{number}.json"
+    done = torchrun(n, file, number)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("0 of 8 predictions made") == 1
+    assert done.stdout.count(f"0 of {asked} predictions made") == 1
     assert list(json.loads(file.read_text())["runs"]) == [f"nano on {n} rank{'s' if n > 1 else ''}, cpu"]
 
 
 def measured(number, broken):
     import torch.distributed as dist
-    return run.find(number).measure(Mesh(dp=dist.get_world_size()), "test", broken)
+    lab = run.find(number)
+    lab.STEPS = 2                                      # one to warm up, one that counts
+    return lab.measure(Mesh(dp=dist.get_world_size()), "test", broken)
 
 
 def torchrun(n, file, *argv):

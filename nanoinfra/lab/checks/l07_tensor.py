@@ -214,8 +214,8 @@ def _steps(n, subject):
     runs = _runs(_step, n, subject)
     for rank, run in enumerate(runs):
         if not isinstance(run["y"], torch.Tensor):
-            raise Wrong(f"rank {rank} of {n}: tensor_mlp returns {type(run['y']).__name__}, want y (B, T, C): "
-                        f"no return?")
+            raise Wrong(f"rank {rank} of {n}: tensor_mlp returns {type(run['y']).__name__}, want y "
+                        f"(B, T, C): no return?")
     return runs
 
 
