@@ -58,7 +58,7 @@ def reduce_scatter(x: torch.Tensor, axis, tag: str = "", wait: bool = True):
     """Sum `x` (N, ...) over the axis and keep row `axis.rank`: (...)."""
     if x.device.type == "cpu":
         parts = torch.empty_like(x, memory_format=torch.contiguous_format)     # (N, ...) my row, of each rank
-        return _run("reduce_scatter", axis, tag, _bytes(x), x[0], wait, lambda: parts.sum(0),
+        return _run("reduce_scatter", axis, tag, _bytes(x), x[0], wait, lambda: _sum(parts),
                     lambda: dist.all_to_all_single(parts, x.contiguous(), group=axis.group, async_op=True))
     out = torch.empty_like(x[0])
     return _run("reduce_scatter", axis, tag, _bytes(x), x[0], wait, lambda: out,
@@ -148,6 +148,10 @@ def _messages(op, axis, tag, wait, x, gives, takes, finish):
         return finish()
     pending = Pending(None, works, arrived, axis, row)
     return pending.wait() if wait else pending
+
+
+def _sum(parts):
+    return parts[0] + parts[1] if len(parts) == 2 else parts.sum(0)      # the same number, ten times as fast
 
 
 def _back(dense, x):

@@ -72,7 +72,8 @@ class Cut(Whole):
     def _parts(self, whole):
         """(B, T, C) -> (t, B, ceil(T/t), C)."""
         each = ceil(whole.shape[1] / self.axis.size)
-        whole = F.pad(whole, (0, 0, 0, each * self.axis.size - whole.shape[1]))
+        if missing := each * self.axis.size - whole.shape[1]:              # else F.pad would copy for nothing
+            whole = F.pad(whole, (0, 0, 0, missing))
         return whole.unflatten(1, (-1, each)).movedim(1, 0)
 
 

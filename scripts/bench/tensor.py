@@ -26,19 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    SequenceParallel,
-    loss_parallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import parallel as tp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent))
 from paired import alternate, summary  # noqa: E402
-from train import CONFIG, B, C, H, L, T, V  # noqa: E402
+from train import CONFIG, B, Block, C, H, L, Plain, T  # noqa: E402
+from zero import ADAMW, N  # noqa: E402
+from zero import draw as draw_tokens  # noqa: E402
 
 from nanoinfra.dist.mesh import Mesh  # noqa: E402
 from nanoinfra.dist.ranks import Ranks  # noqa: E402
@@ -48,21 +44,13 @@ from nanoinfra.model.init import draw  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.loss import count_valid  # noqa: E402
 from nanoinfra.train.replica import Replica  # noqa: E402
-from nanoinfra.train.step import Backward, Forward, ReduceGrads, accumulate, execute  # noqa: E402
+from nanoinfra.train.step import Backward, Forward, ReduceGrads, execute  # noqa: E402
 
-N = 2                                                    # ranks
-ADAMW = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 FLAGS = {"none": {}, "keep": dict(sp=True, sp_keep=True), "gather": dict(sp=True)}
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.qkv, self.o = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.up, self.down = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
-
+class PeerBlock(Block):
     def forward(self, x):
         heads = self.qkv(self.norm1(x)).unflatten(-1, (-1, 3, C // H))      # (B, T, H/N, 3, K)
         q, k, v = heads.permute(3, 0, 2, 1, 4)                              # (B, H/N, T, K) each
@@ -70,17 +58,15 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
-class Peer(nn.Module):
+class Peer(Plain):
     """The peer's model, as one writes it for `parallelize_module`; positions' rows are cut as tokens are."""
 
     def __init__(self):
         super().__init__()
-        self.embed, self.positions = nn.Embedding(V, C), nn.Parameter(torch.empty(T, C))
-        self.blocks = nn.Sequential(*(Block() for _ in range(L)))
-        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, V, bias=False)
+        self.blocks = nn.Sequential(*(PeerBlock() for _ in range(L)))
 
     def forward(self, x, y):
-        logits = self.head(self.norm(self.blocks(self.embed(x) + local(self.positions))))
+        logits = self.head(self.norm(self.blocks(self.embed(x) + local(self.positions.weight))))
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.flatten(0, 1).to(wide), y.flatten())
 
@@ -90,16 +76,17 @@ def parallelized(mesh, sp, whole, dtype):
     model, tokens = Peer().to(dtype), Shard(1) if sp else Replicate()
     model.load_state_dict(first_weights())
     head = dict(output_layouts=Replicate() if whole else Shard(-1), use_local_output=whole)
-    plan = {"embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=tokens),
-            "blocks.*.qkv": ColwiseParallel(input_layouts=tokens),
-            "blocks.*.up": ColwiseParallel(input_layouts=tokens),
-            "blocks.*.o": RowwiseParallel(output_layouts=tokens),
-            "blocks.*.down": RowwiseParallel(output_layouts=tokens),
-            "head": ColwiseParallel(input_layouts=tokens, **head)}
+    plan = {"embed": tp.RowwiseParallel(input_layouts=Replicate(), output_layouts=tokens),
+            "blocks.*.qkv": tp.ColwiseParallel(input_layouts=tokens),
+            "blocks.*.up": tp.ColwiseParallel(input_layouts=tokens),
+            "blocks.*.o": tp.RowwiseParallel(output_layouts=tokens),
+            "blocks.*.down": tp.RowwiseParallel(output_layouts=tokens),
+            "head": tp.ColwiseParallel(input_layouts=tokens, **head)}
     if sp:
-        plan |= dict.fromkeys(("blocks.*.norm1", "blocks.*.norm2", "norm"), SequenceParallel())
-        model.positions = nn.Parameter(distribute_tensor(model.positions.data, mesh, [Shard(0)]))
-    return parallelize_module(model, mesh, plan)
+        plan |= dict.fromkeys(("blocks.*.norm1", "blocks.*.norm2", "norm"), tp.SequenceParallel())
+        rows = distribute_tensor(model.positions.weight.data, mesh, [Shard(0)])
+        model.positions.weight = nn.Parameter(rows)
+    return tp.parallelize_module(model, mesh, plan)
 
 
 def first_weights():
@@ -113,7 +100,7 @@ def renamed():
     """{the peer's name: ours, or those of q, k and v}."""
     found = {}
     for name in shapes(CONFIG):
-        theirs = name.replace("attn.", "").replace("mlp.", "").replace("positions.weight", "positions")
+        theirs = name.replace("attn.", "").replace("mlp.", "")
         for part in ("q", "k", "v"):
             theirs = theirs.replace(f".{part}.", ".qkv.")
         found.setdefault(theirs, []).append(name)
@@ -126,7 +113,7 @@ class PeerSide:
     def __init__(self, sp, whole=False, dtype=torch.bfloat16):
         self.mesh = init_device_mesh("cpu", (N,), mesh_dim_names=("tp",))
         self.model = parallelized(self.mesh["tp"], sp, whole, dtype)
-        self.parallel_loss = contextlib.nullcontext if whole else loss_parallel
+        self.parallel_loss = contextlib.nullcontext if whole else tp.loss_parallel
         self.params = list(self.model.parameters())
         self.cut = [isinstance(p, DTensor) and p.placements[0].is_shard() for p in self.params]
         self.masters = [local(p.detach()).clone().to(torch.promote_types(dtype, torch.float32))
@@ -175,19 +162,16 @@ class OurSide:
         flags = TrainFlags(model=ModelFlags(dtype=dtype), mesh=MeshFlags(tp=N, **FLAGS[sp]))
         self.replica = Replica(CONFIG, flags, self.mesh)
 
-    def begin(self, x, y):
+    def gradients(self, x, y):
         batches = [(x, y)]
         [valid] = count_valid(batches, self.mesh.data)
         self.replica.begin(batches, valid, lr=1e-4)
-
-    def gradients(self, x, y):
-        self.begin(x, y)
         execute([Forward(0), Backward(0, last=True), ReduceGrads()], self.replica)
         return self.replica.loss, self.replica.grads
 
     def step(self, x, y):
-        self.begin(x, y)
-        execute(accumulate(1), self.replica)
+        self.gradients(x, y)
+        self.replica.step()
         self.mesh.ledger.take()
 
 
@@ -197,7 +181,6 @@ def local(p):
 
 
 def is_part(grad):
-    """Is it this rank's part of a sum?"""
     return isinstance(grad, DTensor) and grad.placements[0].is_partial()
 
 
@@ -222,22 +205,18 @@ def same(sp, whole):
     assert sum(p.numel() for p in Peer().parameters()) == parameters(CONFIG)
     (want_loss, want), (got_loss, grads) = ours.gradients(x, y), peer.gradients(x, y)
     worst, norm = 0.0, torch.stack([w.norm() for w in want.values()]).norm()
-    for names, grad in zip(renamed().values(), ordered(peer, grads)):
+    by_name = dict(zip(dict(peer.model.named_parameters()), grads))
+    for theirs, names in renamed().items():
+        grad = by_name[theirs]
         parts = grad.unflatten(0, (-1, 3, C // H)).unbind(1) if len(names) > 1 else [grad]
         for name, part in zip(names, parts):
             got, mine = part.flatten(0, 1) if len(names) > 1 else part, want[name]
             if got.shape != mine.shape:                  # the peer has cut what we hold whole: positions
-                rows = got.shape[0]
-                mine = mine[peer.mesh.get_local_rank() * rows:][:rows]
+                mine = mine.chunk(N)[peer.mesh.get_local_rank()]
             worst = max(worst, ((got - mine).norm() / max(mine.norm(), 1e-6 * norm)).item())
     difference = abs(want_loss - float(local(got_loss)))
     assert max(worst, difference) < 1e-10, f"sp {sp}: gradients {worst:.1e} apart, loss {difference:.1e}"
     return worst
-
-
-def ordered(peer, grads):
-    by_name = dict(zip((name for name, _ in peer.model.named_parameters()), grads))
-    return [by_name[theirs] for theirs in renamed()]
 
 
 class Wire(TorchDispatchMode):
@@ -260,15 +239,6 @@ class Wire(TorchDispatchMode):
             entry[0] += 1
             entry[1] += largest.nbytes
         return out
-
-
-def sent(seen):
-    """Bytes a rank sends by the ring algorithm (modelled), from what was counted."""
-    return int(sum(ring_bytes(op, payload, N) for (op, _), (_, payload) in seen.items()))
-
-
-def draw_tokens(generator):
-    return torch.randint(V, (2, B, T), generator=generator)
 
 
 def bench(sp, whole, pairs, steps):
@@ -299,10 +269,11 @@ def race(sp, args):
     result = summary(f"{name} against torch's DTensor", rates, "tokens/s")
     result["gradients_apart"], result["wire"] = apart, {}
     for side, seen in zip(("ours", "peer"), wires):
+        sent = int(sum(ring_bytes(op, payload, N) for (op, _), (_, payload) in seen.items()))
         calls = [f"{calls} {op} {dtype} {size / 1e6:.2f} MB" for (op, dtype), (calls, size) in seen.items()]
         print(f"  {side} a step: {', '.join(calls)} (counted); "
-              f"a rank sends {sent(seen) / 1e6:.2f} MB (modelled)", flush=True)
-        result["wire"][side] = {"calls": calls, "sent": sent(seen)}
+              f"a rank sends {sent / 1e6:.2f} MB (modelled)", flush=True)
+        result["wire"][side] = {"calls": calls, "sent": sent}
     return result
 
 

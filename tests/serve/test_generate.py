@@ -173,6 +173,34 @@ def test_a_tokenizer_of_another_model_and_none_at_all_are_refused(folder, tmp_pa
         say(model=str(tmp_path / "other"))
 
 
+def answer(**options):
+    said = []
+    assert main(GenerateOptions(**options), said.append) == 0
+    return "".join(said)
+
+
+@pytest.mark.parametrize("family, tp", [*((family, 2) for family in FAMILIES), ("llama", 6), ("qwen3", 3)])
+def test_ranks_that_share_the_model_say_the_same(ranks, tmp_path, tokenizer, family, tp):
+    """6 query heads, and 2 KV heads under RoPE (on 6 ranks three neighbours share one): drawn tokens too."""
+    more = {"kv_heads": 6} if tp == 3 else {}
+    sizes = replace(config(family), vocab=tokenizer.vocab_size, **more)
+    tokenizer.save(tmp_path / "tokenizer")
+    save_hf(scrambled(Decoder(sizes)), tmp_path / "m", tmp_path / "tokenizer")
+    for temperature in (0.0, 1.5):
+        options = dict(model=str(tmp_path / "m"), prompt="one two", max_new_tokens=9, dtype="float64",
+                       temperature=temperature)
+        want = answer(**options)
+        assert temperature == 0 or len({*want}) > 3
+        assert ranks(tp).run(answer, **options, tp=tp) == [want] + [""] * (tp - 1)     # rank 0 alone speaks
+
+
+def test_heads_that_ranks_cannot_share_are_one_line(folder):
+    command = [sys.executable, "-m", "nanoinfra.cli", "generate", str(folder), "one", "--tp", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "tp=3 cannot share 4 query and 2 KV heads" in done.stderr and "try --tp 2" in done.stderr
+
+
 def test_the_flags_import_no_torch():
     code = "import sys; import nanoinfra.serve.options; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
