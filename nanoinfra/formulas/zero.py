@@ -88,7 +88,8 @@ def zero_calls(config: ModelConfig, n: int, stage: int, micro_batches: int = 1, 
 
 def units(config: ModelConfig) -> list[list[tuple[int, ...]]]:
     """The shapes that stage 3 gathers together: embeddings, each block, the last norm and the head."""
-    found, unit_of = {}, {"embed": "first", "positions": "first", "norm": "last", "head": "last"}
+    found, unit_of = {}, dict.fromkeys(("embed", "positions", "embed_norm"), "first")
+    unit_of |= {"norm": "last", "head": "last"}
     for name, shape in _named_uses(config):
         top, layer, *_ = name.split(".")
         found.setdefault(unit_of.get(top, layer), []).append(shape)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas import zero as formulas
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.formulas.shape import FAMILIES, ModelConfig, sized
 from nanoinfra.formulas.wire import ring_seconds
 from nanoinfra.lab.storages import Storages
 from nanoinfra.memory import recompute
@@ -94,6 +94,15 @@ def test_a_unit_that_is_partly_frozen_stays_whole_until_backward_has_left_it(ran
             for name, w in want.items():
                 torch.testing.assert_close(grads[name], 2 * w[slice(*rows[name])], rtol=1e-12, atol=0)
             assert sent == {1: 8 * (16 + 16 + 8), 3: 0}[stage], rank           # the frozen 16 not again
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_units_are_what_the_formula_takes_for_units(family):
+    config = ModelConfig(63, 16, 2, 4, 4, 4, 24, 12, tied=False, family=family)
+    net = Decoder(config)
+    found = units(net, HeadLoss(net.head))
+    got = [[tuple(p.shape) for top in unit for p in top.parameters()] for unit in found]
+    assert [sorted(unit) for unit in got] == [sorted(unit) for unit in formulas.units(config)]
 
 
 def test_a_module_in_two_units_is_refused():

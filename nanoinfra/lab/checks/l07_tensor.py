@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from nanoinfra.dist.ledger import Ledger
 from nanoinfra.dist.mesh import Axis, Mesh, world_size
+from nanoinfra.dist.ranks import RanksError
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.checks import tensor_cases as cases
 from nanoinfra.lab.checks.tensor_cases import CUT, HIDDEN, NAMES, ROWS, VOCAB, B, C, T
@@ -17,9 +18,16 @@ PREDICTIONS = {"L07.calls": "calls", "L07.sent": "B", "L07.sent_gather": "B", "L
                **{f"L07.kept_{how}": "B" for how in ("one", "none", "keep", "gather")},
                "L07.step_inside": "s", "L07.step_between": "s"}
 share = Check("share")
+enter = Check("Enter")
+leave = Check("Leave")
 tensor_mlp = Check("tensor_mlp")
 vocab_loss = Check("vocab_loss")
-CHECKS = (share, tensor_mlp, vocab_loss)
+CHECKS = (share, enter, leave, tensor_mlp, vocab_loss)
+ENDED = {"autograd kernel": "autograd does not see through all_reduce: call it inside Leave, y = Leave.apply(...)",
+         "SIGABRT": "did ranks send different sizes? (R,) is everyone's, V/t columns are not",
+         "out of bounds": "a target of another rank is no column of yours: gather column 0 there, times 0",
+         "gave no answer": "a rank waits in a call that another does not make: all make the same calls, those "
+                           "without a target too"}                    # {what ended the ranks: the usual cause}
 
 
 @share.criterion("up by outputs, down by inputs", "property")
@@ -36,6 +44,7 @@ def _(subject):
     for rank, n, name, got in _shared(subject):
         others = (other for other in range(n) if other != rank and name in CUT)
         causes = {f"rank {other}'s stretch": cases.part(name, other, n) for other in others}
+        causes |= _undivided(name, rank, n)
         same(f"{name} of {n} ranks", got, cases.part(name, rank, n), rank, 1, causes=causes)
 
 
@@ -47,13 +56,36 @@ def _(subject):
                         f"the whole matrix alive; .clone() the part")
 
 
+@enter.criterion("leaves alone what it is given", "property")
+@leave.criterion("leaves alone what it is given", "property")
+def _(subject):
+    for n in (2, 4):
+        for rank, run in enumerate(_runs(_bare, n, subject)):
+            for what, seed in (("input", 0), ("gradient", 1)):
+                if not torch.equal(run[what], cases.partial(rank, seed)):
+                    raise Wrong(f"rank {rank} of {n}: the {what} it was given is overwritten, and may be someone "
+                                f"else's (of a residual sum, say): all_reduce(x.clone(), axis)")
+
+
+@enter.criterion("x forward, the gradients' sum backward", "parity")
+def _(subject):
+    _one_sum(subject, "backward")
+
+
+@leave.criterion("the sum forward, the gradient as it is backward", "parity")
+def _(subject):
+    _one_sum(subject, "forward")
+
+
 @tensor_mlp.criterion("the same output on every rank", "property")
 def _(subject):
     for n in (3, 4):
         runs = _steps(n, subject)
         for rank, run in enumerate(runs):
             mine = cases.alone(rank, n)["y"]
-            causes = {"your part of the sum alone: g is an all-reduce": mine,
+            causes = {"f and g changed round? x enters by f, y leaves by g":
+                      cases.alone(rank, n, n)["y"] + _bias(),
+                      "your part of the sum alone: g is an all-reduce": mine,
                       "your part of the sum, and the bias: g is an all-reduce": mine + _bias()}
             same("y, against rank 0", run["y"], runs[0]["y"], rank, n, causes=causes)
 
@@ -62,27 +94,20 @@ def _(subject):
 def _(subject):
     want = cases.one_rank()["y"]
     for n in (2, 3, 4, 1):
-        causes = {"down's bias from every rank? Add it once, to the sum": want + (n - 1) * _bias(),
-                  "no bias of down's?": want - _bias()}
         for rank, run in enumerate(_steps(n, subject)):
-            same(f"y{_on(n)}", run["y"], want, rank, max(n, 2), 1e-10, causes)
+            same(f"y{_on(n)}", run["y"], want, rank, max(n, 2), 1e-10, cases.output_slips(n))
 
 
 @tensor_mlp.criterion("one rank's gradients, to 1e-10", "parity")
 def _(subject):
     for n in (2, 3, 4, 1):
         for rank, run in enumerate(_steps(n, subject)):
-            for name, whole in cases.one_rank()["grads"].items():
-                got, want = run["grads"][name], cases.part(name, rank, n, whole)
-                causes = {"summed once more: does g sum in backward, too? That gradient is whole": want * n}
-                if name == "x" and n > 1:
-                    mine = cases.alone(rank, n)["x"]
-                    causes |= {"your part alone: the backward of f is an all-reduce": mine,
-                               "f and g changed round? f sums backward, g forward": mine * n}
+            for name in (*NAMES, "x"):                       # x last: what is wrong there alone is f's
+                got, want = run["grads"][name], cases.part(name, rank, n, cases.one_rank()["grads"][name])
                 if got is None:
                     raise Wrong(f"rank {rank} of {n}: `{name}` has no gradient: every rank uses all it was "
                                 f"given, and adds the bias of down to the sum")
-                same(f"{name}.grad{_on(n)}", got, want, rank, max(n, 2), 1e-10, causes)
+                same(f"{name}.grad{_on(n)}", got, want, rank, max(n, 2), 1e-10, _grad_slips(name, rank, n, want))
 
 
 @tensor_mlp.criterion("one all-reduce forward, one backward", "resource")
@@ -93,14 +118,17 @@ def _(subject):
             for way, rows in zip(("forward", "backward"), run["rows"]):
                 if [(row.op, row.payload) for row in rows] != [("all_reduce", size)]:
                     said = ", ".join(f"{row.op} of {row.payload:,} bytes" for row in rows) or "nothing"
+                    again = [row.op for row in rows] == ["all_reduce"] * len(rows) and len(rows) > 1
+                    why = ("one f for all that reads x, one g for y" if again else
+                           "GELU of your own part needs no other rank's")
                     raise Wrong(f"rank {rank} of {n} sends {way}: {said}; want one all_reduce of {size} "
-                                f"bytes, (B, T, C) once: GELU of your own part needs no other rank's")
+                                f"bytes, (B, T, C) once: {why}")
 
 
 @tensor_mlp.criterion("nothing wider than its share", "resource")
 def _(subject):
     for rank, run in enumerate(_steps(4, subject)):
-        _narrow(rank, run, B * T * max(C, HIDDEN // 4), "hidden is (B, T, F/t), x and y are (B, T, C)")
+        _narrow(rank, run, B * T * max(C, HIDDEN // 4), "hidden is (B, T, D/t), x and y are (B, T, C)")
 
 
 @vocab_loss.criterion("the same loss on every rank", "property")
@@ -125,6 +153,16 @@ def _(subject):
                                 f"take the maximum away first, that of all ranks")
 
 
+@vocab_loss.criterion("leaves logits and targets alone", "property")
+def _(subject):
+    for rank, run in enumerate(_scores(4, subject)):
+        given = cases.logits()[:, cases.columns(rank, 4)], cases.TARGETS
+        for name, got, want in zip(("logits", "targets"), run["given"], given):
+            if not torch.equal(got, want):
+                raise Wrong(f"rank {rank} of 4: `{name}` is overwritten, and the caller's: `{name} - ...` "
+                            f"makes a new tensor, where `-=` and `sub_` do not")
+
+
 @vocab_loss.criterion("one rank's loss, to 1e-10", "parity")
 def _(subject):
     for n in (2, 3, 4, 1):
@@ -140,6 +178,15 @@ def _(subject):
             same(f"grad{_on(n)}", run["grad"], want, rank, 1, 1e-10, cases.grad_slips(rank, n))
 
 
+@vocab_loss.criterion("also where one rank has all targets", "parity")
+def _(subject):
+    for n in (2, 4):
+        for rank, run in enumerate(_scores(n, subject, 0.0, cases.LAST)):
+            loss, grad = cases.one_loss(cases.LAST)
+            same(f"loss{_on(n)}", run["loss"], loss, rank, 1, 1e-10)
+            same(f"grad{_on(n)}", run["grad"], grad[:, cases.columns(rank, n)], rank, 1, 1e-10)
+
+
 @vocab_loss.criterion("three numbers a row", "resource")
 def _(subject):
     for n in (2, 4):
@@ -153,7 +200,7 @@ def _(subject):
 @vocab_loss.criterion("nobody has all logits of a row", "resource")
 def _(subject):
     for rank, run in enumerate(_scores(4, subject)):
-        _narrow(rank, run, ROWS * ceil(VOCAB / 4), "(N, V/t)")
+        _narrow(rank, run, ROWS * ceil(VOCAB / 4), "(R, V/t)")
 
 
 class Largest(TorchDispatchMode):
@@ -196,6 +243,40 @@ def _shared(subject):
             yield from ((rank, n, name, got) for name, got in zip(NAMES, found))
 
 
+def _undivided(name, rank, n):
+    """{cause: what `share` gives after the slip}."""
+    whole = cases.weights()[name]
+    if name not in CUT:
+        why = "the bias of down is added to the sum, after g: every rank has it, whole"
+        return {why: whole / n, f"{why}, not zeros": torch.zeros_like(whole)}
+    places = torch.arange(rank, whole.shape[CUT[name]], n)
+    return {f"every {n}th unit? A stretch is {whole.shape[CUT[name]] // n} neighbours":
+            whole.index_select(CUT[name], places)}
+
+
+def _grad_slips(name, rank, n, want):
+    """{cause: gradient of `name`}."""
+    if name == "down_bias":
+        return {"bias/t inside g? Add the bias to the sum, after g": want / n,
+                "the bias went through f? It is added to the sum, whose gradient is whole": want * n}
+    if name != "x":
+        return {"does g sum in backward, too? That gradient is whole": want * n, "divided by t?": want / n}
+    return {"your part alone: the backward of f is an all-reduce": cases.alone(rank, n)["x"],
+            "summed twice: f once, where up reads x": want * n} if n > 1 else {}
+
+
+def _one_sum(subject, where):
+    """f or g by itself: a sum over the ranks `where`, "forward" or "backward"; the other way nothing."""
+    for n in (2, 4, 1):
+        for rank, run in enumerate(_runs(_bare, n, subject)):
+            for seed, way in enumerate(("forward", "backward")):
+                parts = [cases.partial(r, seed) for r in range(n)]
+                want, other = (sum(parts), parts[rank]) if way == where else (parts[rank], sum(parts))
+                why = "an all-reduce, here" if way == where else "no all-reduce, here: f and g changed round?"
+                causes = {why: other, "a sum, not a mean": want / n, "summed twice?": want * n}
+                same(f"{way}{_on(n)}", run[way], want, rank, 1, 1e-10, causes)
+
+
 def _misshapen(name, got):
     if name not in CUT:
         return "the bias of down is added to the sum: every rank has all of it"
@@ -207,7 +288,24 @@ def _misshapen(name, got):
 @functools.lru_cache(maxsize=8)
 def _runs(work, n, *args):
     """What `work(n, *args)` did on each of n ranks, kept for the next criterion. One, two: rows of four."""
-    return ranks(3 if n == 3 else 4).run(work, n, *args)[:n]
+    try:
+        return ranks(3 if n == 3 else 4).run(work, n, *args)[:n]
+    except RanksError as error:
+        why = next((cause for sign, cause in ENDED.items() if sign in str(error)), None)
+        if why is None:
+            raise
+        raise Wrong(f"on {n} ranks: {why}\n{error}") from error
+
+
+def _bare(n, subject):
+    mesh = Mesh(tp=n, pp=world_size() // n)
+    x, gradient = (cases.partial(mesh.tp.rank, seed) for seed in range(2))
+    leaf = x.clone().requires_grad_()
+    given = leaf * 1                                                   # a leaf might refuse to be overwritten
+    y = getattr(subject, "apply", subject)(given, mesh.tp)
+    forward, given = y.detach().clone(), given.detach().clone()
+    back, = torch.autograd.grad(y, leaf, gradient)
+    return {"input": given, "gradient": gradient, "forward": forward, "backward": back}
 
 
 def _steps(n, subject):
@@ -233,24 +331,25 @@ def _step(n, subject):
     return {"y": y, "grads": grads, "rows": [*rows, mesh.ledger.take()], "largest": _shape(largest)}
 
 
-def _scores(n, subject, *shift):
-    runs = _runs(_score, n, subject, *shift)
+def _scores(n, subject, *case):
+    runs = _runs(_score, n, subject, *case)
     for rank, run in enumerate(runs):
         if not (isinstance(run["loss"], torch.Tensor) and isinstance(run["grad"], torch.Tensor)):
             kinds = " and ".join(type(run[name]).__name__ for name in ("loss", "grad"))
-            raise Wrong(f"rank {rank} of {n}: vocab_loss returns {kinds}, want loss (N,), grad (N, V/t): "
+            raise Wrong(f"rank {rank} of {n}: vocab_loss returns {kinds}, want loss (R,), grad (R, V/t): "
                         f"no return?")
     return runs
 
 
-def _score(n, subject, shift=0.0):
+def _score(n, subject, shift=0.0, targets=cases.TARGETS):
     mesh = Mesh(tp=n, pp=world_size() // n)
     at = cases.columns(mesh.tp.rank, n)
-    logits, targets = (cases.logits() + shift)[:, at].clone(), cases.TARGETS.clone()
+    logits, targets = (cases.logits() + shift)[:, at].clone(), targets.clone()
     with Largest() as largest:
         found = subject(logits, targets, at.start, mesh.tp)
     loss, grad = found if isinstance(found, tuple | list) and len(found) == 2 else (found, None)
-    return {"loss": loss, "grad": grad, "rows": mesh.ledger.take(), "largest": _shape(largest)}
+    return {"loss": loss, "grad": grad, "given": (logits, targets), "rows": mesh.ledger.take(),
+            "largest": _shape(largest)}
 
 
 def _shape(largest):

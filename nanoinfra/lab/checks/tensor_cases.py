@@ -5,10 +5,11 @@ from math import ceil
 import torch
 import torch.nn.functional as F
 
-B, T, C, HIDDEN, VOCAB, ROWS = 2, 3, 5, 12, 11, 6            # a vocabulary that no number of ranks divides
+B, T, C, HIDDEN, VOCAB, ROWS = 2, 3, 7, 12, 11, 6            # C > D/t; a vocabulary that no number divides
 NAMES = ("up", "up_bias", "down", "down_bias")
 CUT = {"up": 0, "up_bias": 0, "down": 1}                     # along which dim
 TARGETS = torch.tensor([0, 10, 3, 7, 5, 9])                  # in every rank's columns, first and last too
+LAST = torch.tensor([9, 10, 10, 9, 9, 10])                   # all in the last rank's
 
 
 def drawn(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -27,7 +28,7 @@ def upstream() -> torch.Tensor:
 
 
 def logits() -> torch.Tensor:
-    """All of them (N, V), which no rank may have."""
+    """All of them (R, V), which no rank may have."""
     return 3 * drawn((ROWS, VOCAB), 12)
 
 
@@ -59,55 +60,112 @@ def one_rank() -> dict:
 
 
 @functools.cache
-def alone(rank: int, n: int) -> dict[str, torch.Tensor]:
-    """Output without down's bias, and x's gradient, of this rank's part alone."""
-    x = inputs().requires_grad_()
+def alone(rank: int, n: int, times: int = 1) -> dict[str, torch.Tensor]:
+    """Output without down's bias, and x's gradient, of this rank's part alone, for x `times` as large."""
+    x = times * inputs().requires_grad_()
+    x.retain_grad()
     y = _mlp(x, *(part(name, rank, n) for name in NAMES[:3]))
     y.backward(upstream())
     return {"y": y.detach(), "x": x.grad}
 
 
-def _mlp(x, up, up_bias, down, down_bias=None):
-    return F.linear(F.gelu(F.linear(x, up, up_bias)), down, down_bias)
+def partial(rank: int, seed: int) -> torch.Tensor:
+    """(T, C), another on each rank: what f and g are given by themselves."""
+    return drawn((T, C), 100 * seed + rank)
 
 
 @functools.cache
-def one_loss() -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss (N,), its gradient (N, V)) of one rank that has all logits."""
+def output_slips(n: int) -> dict[str, torch.Tensor]:
+    """{cause: y (B, T, C), the same on all ranks}."""
+    want, bias = one_rank()["y"], weights()["down_bias"]
+    up, up_bias, down = list(weights().values())[:3]
+    late = F.gelu(F.linear(F.linear(inputs(), up, up_bias), down))
+    tanh = _mlp(inputs(), *weights().values(), functools.partial(F.gelu, approximate="tanh"))
+    return {"down's bias from every rank? Add it once, to the sum": want + (n - 1) * bias,
+            "no bias of down's?": want - bias,
+            "divided by t? g is a sum, no mean": (want - bias) / n + bias, "g is a sum, no mean": want / n,
+            "GELU comes between the two matrices, not after g": late + bias,
+            "GELU after the bias? It comes between the two matrices": F.gelu(
+                F.linear(F.linear(inputs(), up, up_bias), down, bias)),
+            "GELU's approximation by tanh? Plain F.gelu": tanh}
+
+
+def _mlp(x, up, up_bias, down, down_bias=None, act=F.gelu):
+    return F.linear(act(F.linear(x, up, up_bias)), down, down_bias)
+
+
+@functools.cache
+def one_loss(targets: torch.Tensor = TARGETS) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss (R,), its gradient (R, V)) of one rank that has all logits."""
     leaf = logits().requires_grad_()
-    loss = F.cross_entropy(leaf, TARGETS, reduction="none")
+    loss = F.cross_entropy(leaf, targets, reduction="none")
     loss.sum().backward()
     return loss.detach(), leaf.grad
 
 
 @functools.cache
 def loss_slips(n: int) -> dict[str, torch.Tensor]:
-    """{cause: loss (N,)}."""
+    """{cause: loss (R,), the same on all ranks}."""
     whole = logits()
-    picked, top, total = whole.gather(1, TARGETS[:, None])[:, 0], whole.max(1).values, whole.logsumexp(1)
+    picked, top, total = _picked(whole), whole.max(1).values, whole.logsumexp(1)
     own = whole.split(ceil(VOCAB / n), 1)
-    mixed = sum((part - part.max(1, True).values).exp().sum(1) for part in own).log() + top
-    return {"each rank takes its own maximum away? The sums need one in common": mixed - picked,
+    z, shifted = [part - top[:, None] for part in own], [part - part.max(1, True).values for part in own]
+    mixed = sum(part.exp().sum(1) for part in shifted).log()
+    unmasked = [(part, TARGETS - columns(r, n).start) for r, part in enumerate(z)]
+    first = sum(part.gather(1, at.where(_inside(at, part), 0)[:, None])[:, 0] for part, at in unmasked)
+    nearest = sum(part.gather(1, at.clamp(0, part.shape[1] - 1)[:, None])[:, 0] for part, at in unmasked)
+    even = sum(_hit(part, TARGETS - r * (VOCAB // n)) for r, part in enumerate(z))
+    return {"each rank takes its own maximum away? The sums need one in common": mixed + top - picked,
+            "your own maximum taken off? Take off that of all ranks": mixed - _picked(torch.cat(shifted, 1)),
             "log of the sum alone: less the target's logit": total, "the maximum, back on top?": total - top,
-            "less the maximum in one of the two only?": total - top - picked}
+            "less the maximum in one of the two only?": total - top - picked,
+            "column 0 of ranks that do not own the target counts, too? Times 0": total - top - first,
+            "another column of ranks that do not own the target counts, too? Times 0": total - top - nearest,
+            "rank * (V // t)? Your columns begin at `start`": total - top - even}
 
 
 @functools.cache
 def own_slips(rank: int, n: int) -> dict[str, torch.Tensor]:
-    """{cause: the loss (N,) that differs from rank to rank}."""
+    """{cause: the loss (R,) that differs from rank to rank}."""
     whole = logits()
-    picked, own = whole.gather(1, TARGETS[:, None])[:, 0], whole.split(ceil(VOCAB / n), 1)
+    picked, top, own = _picked(whole), whole.max(1).values, whole.split(ceil(VOCAB / n), 1)
+    local, total = TARGETS - columns(rank, n).start, whole.logsumexp(1)
+    z, biggest = own[rank] - top[:, None], own[rank].max(1).values
     mixed = sum((part - part.max(1, True).values).exp().sum(1) for part in own).log()
+    column0 = z.gather(1, local.where(_inside(local, z), 0)[:, None])[:, 0]
     return {"of your own columns alone: sum over the ranks": own[rank].logsumexp(1) - picked,
-            "your own maximum? The sums need one in common": mixed + own[rank].max(1).values - picked}
+            "nothing summed over the ranks?": own[rank].logsumexp(1) - _hit(own[rank], local),
+            "your own maximum? The sums need one in common": mixed + biggest - picked,
+            "one rank knows the target's logit: sum it over the ranks": total - top - _hit(z, local),
+            "one rank knows the target's logit, less the maximum: sum it": total - _hit(own[rank], local),
+            "column 0 where the target is another rank's: times 0, then sum it": total - top - column0}
 
 
 def grad_slips(rank: int, n: int) -> dict[str, torch.Tensor]:
-    """{cause: gradient (N, V/n)}."""
+    """{cause: gradient (R, V/n)}."""
     at = columns(rank, n)
     want, local = one_loss()[1][:, at], TARGETS - at.start
-    softmax, astray = want + F.one_hot(TARGETS, VOCAB)[:, at], want.clone()
-    astray[(local < 0) | (local >= want.shape[1]), 0] -= 1
+    mine = _inside(local, want)
+    softmax, astray, nearest = want + F.one_hot(TARGETS, VOCAB)[:, at], want.clone(), want.clone()
+    astray[~mine, 0] -= 1
+    nearest.scatter_add_(1, local.clamp(0, want.shape[1] - 1)[:, None], (mine.double() - 1)[:, None])
     return {"softmax alone? Less 1 at the target": softmax,
             "1 taken off in my first column for targets of other ranks": astray,
+            "1 taken off in my nearest column for targets of other ranks": nearest,
+            "softmax over your own columns? Divide by the sum over all": want - softmax + logits()[:, at].softmax(1),
             "of the rows' mean? The caller divides": want / ROWS}
+
+
+def _picked(whole):
+    """The targets' logits, (R,)."""
+    return whole.gather(1, TARGETS[:, None])[:, 0]
+
+
+def _inside(local, part):
+    return (local >= 0) & (local < part.shape[1])
+
+
+def _hit(part, local):
+    """The target's number where `part` (R, V/n) has it, else 0: (R,)."""
+    mine = _inside(local, part)
+    return part.gather(1, local.where(mine, 0)[:, None])[:, 0] * mine
