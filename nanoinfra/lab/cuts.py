@@ -3,6 +3,7 @@
 `step_of` and `paced` run inside each rank; the pictures are of the real boxes, of what autograd kept, and of
 speed over the ranks. Predicted is a line.
 """
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,8 +22,8 @@ from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.megatron import TensorParallel
 from nanoinfra.parallel.vocabulary import HeadLoss
 
-STREAM = ("embed", "g", "norm1", "f", "q", "k", "v", "softmax", "o", "g", "norm2", "f", "up", "GELU", "down",
-          "g")                                                               # in the order tokens meet them
+STREAM = ("embed", "g", "positions", "norm1", "f", "q", "k", "v", "softmax", "o", "g", "o.bias", "norm2", "f",
+          "up", "GELU", "down", "g", "down.bias", "norm", "f", "head")       # in the order tokens meet them
 KEPT = {"the norms": "norm", "what q, k, v and up read": "read", "between f and g": ""}
 GPT2 = ("norm1 x", "norm1 mean", "norm1 std", "read by q, k, v", "q", "k", "v", "log-sum-exp", "o's input",
         "norm2 x", "norm2 mean", "norm2 std", "read by up", "up", "GELU")    # with sdpa, as they come
@@ -68,33 +69,45 @@ def paced(config: ModelConfig, t: int, wire: tuple[float, float], seconds: float
 
 
 def cut_map(ranks: Sequence[dict], shapes: dict[str, tuple[int, ...]],
-            title: str = "who holds what of a layer (grey: everyone has it)") -> draw.Picture:
-    """Embedding and first layer of a GPT-2, stored as outputs down, inputs across; a bias stands beside.
+            title: str = "who holds what of ends and first layer (grey: everyone has it)") -> draw.Picture:
+    """A GPT-2 and its first layer, stored as outputs down, inputs across; a bias stands beside, or after g.
 
-    `ranks[r]` is rank r's {parameter: box}, `shapes` those of the whole.
+    `ranks[r]` is rank r's {parameter: box}, `shapes` those of the whole. A tied head is the embedding.
     """
-    picture, axes = draw.canvas(9.4, 4.0, title)
+    picture, axes = draw.canvas(9.4, 3.6, title)
     unit, left = shapes["blocks.0.norm1.weight"][0], 0.0
-    names = {name.split(".")[-2]: name for name in reversed(shapes) if name.endswith("weight")}
+    names = {"head": "embed.weight"} | {name.split(".")[-2]: name for name in reversed(shapes)
+                                        if name.endswith("weight")}
     for item in STREAM:
-        if item not in names:
+        module, _, bias = item.partition(".")
+        if module not in names:
             size, colour = (14, draw.BLUE) if len(item) == 1 else (9, "#666666")
             axes.text(left + 0.3 * unit, 0.5 * unit, item, ha="center", va="center", fontsize=size,
                       color=colour, rotation=90 * (len(item) > 1))
             left += 0.7 * unit
             continue
-        begin, name = left, names[item]
-        for each in (name, name.replace("weight", "bias")):
-            if each == name or (each in shapes and len(shapes[name]) == 2):
-                left = _parts(axes, [boxes[each] for boxes in ranks], shapes[each], left, 0.12 * unit)
-        axes.text((begin + left) / 2, shapes[name][0] + 0.12 * unit, item, ha="center", va="top", fontsize=10)
-        left += 0.12 * unit
+        begin, name = left, names[module]
+        for each in _drawn(name, bias, shapes):
+            left = _parts(axes, [boxes[each] for boxes in ranks], shapes[each], left, 0.12 * unit)
+        small = {"fontsize": 9, "rotation": 90} if bias or len(shapes[name]) == 1 else {"fontsize": 10}
+        text = "bias" if bias else item
+        axes.text((begin + left) / 2, shapes[name][0] + 0.12 * unit, text, ha="center", va="top", **small)
+        left += (0.12 + 0.2 * (item == "positions")) * unit                  # its name is wider than it
     for r in range(len(ranks)):
         axes.bar(0, 0, color=draw.COLOURS[r], label=f"rank {r}")
     axes.set(xlim=(-0.1 * unit, left), ylim=(1.1 * shapes["embed.weight"][0], -0.2 * unit), aspect="equal")
     axes.axis("off")
-    axes.legend(loc="lower right", ncols=len(ranks), fontsize=10, frameon=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.08, 0.1), ncols=len(ranks), fontsize=10, frameon=False)
     return picture
+
+
+def _drawn(name, bias, shapes):
+    """The parameters to draw at once: after g a row-parallel bias alone, of others matrix and bias."""
+    beside = name.replace("weight", "bias")
+    if bias:
+        return [beside] if beside in shapes else []
+    late = name.endswith(("attn.o.weight", "mlp.down.weight")) or len(shapes[name]) == 1
+    return [name] if late or beside not in shapes else [name, beside]
 
 
 def _parts(axes, boxes, shape, left, thin):
@@ -141,7 +154,8 @@ def cliff(rows: dict[str, tuple[int, dict[int, float], str, Callable]], title: s
         top |= {t / node: max(y, top.get(t / node, 0)) for t, y in points.items()}
     for (label, (node, points, name, line)), colour, mark in zip(rows.items(), (draw.BLUE, draw.GREY), "oD"):
         t = [min(points) * 2**(i / 16) for i in range(200)]
-        t = sorted([1.0001 * node, *(x for x in t if x <= 4.001 * node)])
+        inside, beyond = [x for x in t if x <= node], [x for x in t if node < x <= 4.001 * node]
+        t = [*inside, node, math.nan, 1.0001 * node, *beyond]               # a gap where the wire changes
         axes.plot([x / node for x in t], [line(x) for x in t], color=colour, linewidth=1.8,
                   label=f"{label}: {name}")
         axes.plot([x / node for x in points], points.values(), mark, color=colour, markeredgecolor="white",

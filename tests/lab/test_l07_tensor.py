@@ -1,4 +1,6 @@
 """The checks of lesson 07 say which slip it was; what its pictures are drawn from is real."""
+import math
+
 import pytest
 
 from nanoinfra.formulas.activations import activation_terms
@@ -14,16 +16,36 @@ HINTS = {
     "cuts up along inputs": "a matrix is (outputs, inputs): cut along the other?",
     "keeps the bias of up whole": "whole? That is what does not fit",
     "deals out backwards": "rank 0: `up of 2 ranks` differs at [0, 0]",
+    "deals out unit by unit": "dealt out one by one? A stretch is 6 neighbours",
+    "divides the bias of down": "added to the sum, after g: every rank has it, whole",
+    "f sums in place": "the gradient it was given is overwritten",
+    "g sums in place": "the input it was given is overwritten",
+    "f is g": "no sum here: f and g changed round?",
     "gives views": "a view keeps the whole matrix alive; .clone() the part",
     "never sums": "your part of the sum, and the bias: g is an all-reduce",
     "adds the bias on each rank": "down's bias from every rank? Add it once, to the sum",
     "adds the bias on one rank": "rank 1 of 2: `down_bias` has no gradient",
     "has no sum in backward": "`x.grad on 2 ranks` differs at [0, 0, 0]",
-    "sums gradients twice": "2 x (30 of 30): summed once more: does g sum in backward, too?",
-    "takes torchs own gradient of a sum": "f and g changed round? f sums backward, g forward",
-    "gathers hidden": "all_gather of 576 bytes, all_reduce of 240 bytes; want one all_reduce of 240",
-    "pads hidden": "makes a tensor (2, 3, 15), 90 numbers, want at most 30",
+    "sums gradients twice": "2 x (42 of 42): does g sum in backward, too?",
+    "sums the bias too": "bias/t inside g? Add the bias to the sum, after g",
+    "lets the bias through f": "the bias went through f?",
+    "applies f twice": "2 x (42 of 42): summed twice: f once, where up reads x",
+    "reads by g and leaves by f": "f and g changed round? x enters by f, y leaves by g",
+    "takes gelu after g": "GELU comes between the two matrices, not after g",
+    "takes gelu by tanh": "GELU's approximation by tanh?",
+    "averages": "divided by t? g is a sum, no mean",
+    "calls all reduce itself": "autograd sees no gradient of all_reduce: let Leave call it",
+    "reads twice": "one f for all that reads x, one g for y",
+    "gathers hidden": "all_gather of 576 bytes, all_reduce of 336 bytes; want one all_reduce of 336",
+    "pads hidden": "makes a tensor (2, 3, 15), 90 numbers, want at most 42",
     "takes its own maximum": "your own maximum? The sums need one in common",
+    "keeps the targets logit": "one rank knows the target's logit: sum it over the ranks",
+    "sums the exponentials themselves": "did ranks send different sizes?",
+    "overwrites the targets": "`targets` is overwritten",
+    "takes its own maximum off": "your own maximum taken off?",
+    "counts column 0 of others": "column 0 of ranks that do not own the target counts, too? Times 0",
+    "divides the columns evenly": "rank * (V // t)? Your columns begin at `start`",
+    "takes the softmax of its own columns": "softmax over your own columns? Divide by the sum over all",
     "sums its own columns": "of your own columns alone: sum over the ranks",
     "misses the maximum": "`loss` is inf at [0] for logits near 800",
     "forgets to add the maximum": "less the maximum in one of the two only?",
@@ -65,7 +87,16 @@ def test_each_number_of_a_matrix_is_drawn_once_and_what_everyone_has_is_grey():
     matrices = ("embed", "attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
     want = sum(shape[0] * shape[1] for name, shape in shapes(CONFIG).items()
                if name.startswith(("embed", "blocks.0")) and name.removesuffix(".weight").endswith(matrices))
-    assert sum(sizes) == want and len(sizes) == 2 * len(matrices)
+    ends = CONFIG.vocab * CONFIG.width + 2 * CONFIG.context * CONFIG.width     # tied head; positions, by both
+    assert sum(sizes) == want + ends and len(sizes) == 2 * (len(matrices) + 2)
+
+
+def test_the_bias_of_a_row_parallel_matrix_is_drawn_after_g():
+    picture = cut_map([boxes(CONFIG, 2, rank) for rank in range(2)], shapes(CONFIG))
+    places = {(text.get_text(), text.get_position()[0]) for text in picture.figure.axes[0].texts}
+    g, biases = (sorted(x for text, x in places if text == what) for what in ("g", "bias"))
+    o, down = (next(x for text, x in places if text == what) for what in ("o", "down"))
+    assert len(g) == 3 and o < g[1] < biases[0] < down < g[2] < biases[1]
 
 
 def test_a_bar_ends_where_the_bytes_do_and_a_name_without_a_tensor_is_refused():
@@ -81,5 +112,6 @@ def test_the_cliff_is_drawn_over_the_ranks_of_a_node(tmp_path):
     picture = cliff({"here": (2, {1: 100.0, 2: 90.0, 4: 40.0}, "predicted", lambda t: 100 / t)}, "speed")
     line, dots, _ = picture.figure.axes[0].lines
     assert list(dots.get_xdata()) == [0.5, 1, 2] and list(dots.get_ydata()) == [100, 90, 40]
+    assert line.get_xdata()[[math.isnan(y) for y in line.get_ydata()].index(True) - 1] == 1    # the node ends
     assert (line.get_xdata()[0], line.get_xdata()[-1]) == (0.5, 4.0)
     assert picture.save(tmp_path / "cliff.png").stat().st_size > 10_000

@@ -1,4 +1,6 @@
 """Known-wrong tensor parallelism, each one slip away from right."""
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -14,8 +16,7 @@ def shared(up, up_bias, down, down_bias, axis, dims=(0, 0, 1, None), place=lambd
                  for x, dim in zip((up, up_bias, down, down_bias), dims))
 
 
-def cuts_up_along_inputs(*args):
-    return shared(*args, dims=(1, None, 0, 0))
+cuts_up_along_inputs = partial(shared, dims=(1, None, 0, 0))
 
 
 def cuts_both_along_outputs(up, up_bias, down, down_bias, axis):
@@ -27,20 +28,57 @@ def cuts_the_bias_of_down(up, up_bias, down, down_bias, axis):
     return *shared(up, up_bias, down, down_bias, axis)[:3], down_bias[:len(down_bias) // axis.size].clone()
 
 
-def keeps_the_bias_of_up_whole(*args):
-    return shared(*args, dims=(0, None, 1, None))
+keeps_the_bias_of_up_whole = partial(shared, dims=(0, None, 1, None))
+gives_every_rank_the_first_stretch = partial(shared, place=lambda axis: 0)
+deals_out_backwards = partial(shared, place=lambda axis: axis.size - 1 - axis.rank)
+gives_views = partial(shared, own=lambda x: x)
 
 
-def gives_every_rank_the_first_stretch(*args):
-    return shared(*args, place=lambda axis: 0)
+def deals_out_unit_by_unit(up, up_bias, down, down_bias, axis):
+    mine = slice(axis.rank, None, axis.size)
+    return up[mine].clone(), up_bias[mine].clone(), down[:, mine].clone(), down_bias
 
 
-def deals_out_backwards(*args):
-    return shared(*args, place=lambda axis: axis.size - 1 - axis.rank)
+def gives_the_bias_of_down_to_rank_0(*args):
+    parts = shared(*args)
+    return *parts[:3], parts[3] * (args[-1].rank == 0)
 
 
-def gives_views(*args):
-    return shared(*args, own=lambda x: x)
+def divides_the_bias_of_down(*args):
+    parts = shared(*args)
+    return *parts[:3], parts[3] / args[-1].size
+
+
+def one_sum(there, back):
+    """f or g, made of what it does with (tensor, axis) forward and backward."""
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, axis):
+            ctx.axis = axis
+            return there(x, axis)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return back(grad, ctx.axis), None
+    return Sum
+
+
+def same(x, axis):
+    return x.view_as(x)
+
+
+def summed(x, axis):
+    return comm.all_reduce(x.clone(), axis)
+
+
+f_sums_in_place = one_sum(same, comm.all_reduce)
+g_sums_in_place = one_sum(comm.all_reduce, same)
+f_is_nothing = one_sum(same, same)
+f_is_g = one_sum(summed, same)
+f_sums_twice = one_sum(same, lambda grad, axis: summed(summed(grad, axis), axis))
+g_is_f = one_sum(same, summed)
+g_sums_both_ways = one_sum(summed, summed)
+g_is_a_mean = one_sum(lambda y, axis: summed(y, axis) / axis.size, same)
 
 
 class Enter(torch.autograd.Function):
@@ -80,32 +118,18 @@ def parallel(x, up, up_bias, down, down_bias, axis, back=1, twice=0, read=Enter.
     return after(leave(F.linear(hidden, down, inside), axis, twice), down_bias, axis)
 
 
-def never_sums(*args):
-    return parallel(*args, leave=lambda y, axis, times: y)
+never_sums = partial(parallel, leave=lambda y, axis, times: y)
 
 
 def adds_the_bias_on_each_rank(*args):
     return parallel(*args, inside=args[4], after=lambda y, bias, axis: y)
 
 
-def forgets_the_bias(*args):
-    return parallel(*args, after=lambda y, bias, axis: y)
-
-
-def averages(*args):
-    return parallel(*args, after=lambda y, bias, axis: y / axis.size + bias)
-
-
-def sums_in_float32(*args):
-    return parallel(*args, leave=lambda y, axis, times: Leave.apply(y.float(), axis, times).double())
-
-
-def has_no_sum_in_backward(*args):
-    return parallel(*args, back=0)
-
-
-def sums_gradients_twice(*args):
-    return parallel(*args, twice=1)
+forgets_the_bias = partial(parallel, after=lambda y, bias, axis: y)
+averages = partial(parallel, after=lambda y, bias, axis: y / axis.size + bias)
+sums_in_float32 = partial(parallel, leave=lambda y, axis, times: Leave.apply(y.float(), axis, times).double())
+has_no_sum_in_backward = partial(parallel, back=0)
+sums_gradients_twice = partial(parallel, twice=1)
 
 
 def adds_the_bias_on_one_rank(*args):
@@ -113,12 +137,20 @@ def adds_the_bias_on_one_rank(*args):
     return parallel(*args, inside=args[4] if axis.rank == 0 else None, after=lambda y, bias, axis: y)
 
 
-def takes_torchs_own_gradient_of_a_sum(*args):
-    return parallel(*args, back=0, twice=1)
+takes_torchs_own_gradient_of_a_sum = partial(parallel, back=0, twice=1)
 
 
 def sums_the_bias_too(*args):
     return parallel(*args, inside=args[4] / args[-1].size, after=lambda y, bias, axis: y)
+
+
+lets_the_bias_through_f = partial(parallel, after=lambda y, bias, axis: y + Enter.apply(bias, axis, 1))
+applies_f_twice = partial(parallel, back=2)
+reads_by_g_and_leaves_by_f = partial(parallel, read=lambda x, axis, times: Leave.apply(x, axis, 0),
+                                     leave=lambda y, axis, times: Enter.apply(y, axis, 1))
+calls_all_reduce_itself = partial(parallel, leave=lambda y, axis, times: comm.all_reduce(y.clone(), axis))
+takes_gelu_after_g = partial(parallel, act=lambda x: x, after=lambda y, bias, axis: F.gelu(y) + bias)
+takes_gelu_by_tanh = partial(parallel, act=lambda x: F.gelu(x, approximate="tanh"))
 
 
 def gathers_hidden(x, up, up_bias, down, down_bias, axis):
@@ -149,58 +181,70 @@ def pads_hidden(*args):
     return parallel(*args, act=act)
 
 
-def loss(logits, targets, start, axis, top=lambda x, axis: comm.all_reduce(x, axis, op="max"), back=True,
-         total=comm.all_reduce, astray=False, onehot=1, rows=1, gather=False, wide=False):
+def loss(logits, targets, start, axis, top=lambda x, axis: comm.all_reduce(x, axis, op="max"), back=1,
+         total=comm.all_reduce, astray=False, onehot=1, rows=1, gather=False, wide=False, hit=comm.all_reduce,
+         local=False, foreign=False, raw=False):
     """The right one, with a place for each slip. Returns (loss, gradient)."""
     if gather:
         comm.all_gather(F.pad(logits, (0, -logits.shape[1] % 12)), axis)
-    most = top(logits.max(1).values, axis)                                     # (N,)
-    shifted = (logits - most[:, None]).exp()                                   # (N, V/t)
-    sums = total(shifted.sum(1), axis)
+    most = top(logits.max(1).values, axis)                                     # (R,)
+    z = logits - most[:, None]                                                 # (R, V/t)
+    sums = total(z.exp().sum(1), axis)
     mine, at = (targets >= start) & (targets < start + logits.shape[1]), targets - start
     at = at.where(mine, 0)[:, None]
-    score = comm.all_reduce(logits.gather(1, at)[:, 0] * mine, axis)
+    score = hit((logits if raw else z).gather(1, at)[:, 0] * (mine | foreign), axis)
     if wide:
         F.one_hot(targets)
-    grad = shifted / sums[:, None]
+    grad = z.softmax(1) if local else z.exp() / sums[:, None]
     grad.scatter_add_(1, at, -onehot * (mine | astray)[:, None].to(grad.dtype))
-    return sums.log() + (most if back else 0) - score, grad / rows
+    return sums.log() - score + raw * back * most, grad / rows
 
 
-def misses_the_maximum(*args):
-    return loss(*args, top=lambda x, axis: torch.zeros_like(x))
+misses_the_maximum = partial(loss, top=lambda x, axis: torch.zeros_like(x))
+clamps_at_zero = partial(loss, top=lambda x, axis: comm.all_reduce(x.clamp(max=0), axis, op="max"))
+takes_its_own_maximum = partial(loss, top=lambda x, axis: x, raw=True)
+sums_its_own_columns = partial(loss, total=lambda x, axis: x)
+forgets_to_add_the_maximum = partial(loss, raw=True, back=0)
+takes_its_own_maximum_off = partial(loss, top=lambda x, axis: x)
+keeps_the_targets_logit = partial(loss, hit=lambda x, axis: x)
+counts_column_0_of_others = partial(loss, foreign=True)
 
 
-def clamps_at_zero(*args):
-    return loss(*args, top=lambda x, axis: comm.all_reduce(x.clamp(max=0), axis, op="max"))
+def divides_the_columns_evenly(logits, targets, start, axis):
+    return loss(logits, targets, axis.rank * (comm.all_reduce(torch.tensor(logits.shape[1]), axis).item()
+                                              // axis.size), axis)
 
 
-def takes_its_own_maximum(*args):
-    return loss(*args, top=lambda x, axis: x)
+takes_the_softmax_of_its_own_columns = partial(loss, local=True)
 
 
-def sums_its_own_columns(*args):
-    return loss(*args, total=lambda x, axis: x)
+def overwrites_the_targets(logits, targets, start, axis):
+    return loss(logits, targets.sub_(start), 0, axis)
 
 
-def forgets_to_add_the_maximum(*args):
-    return loss(*args, back=False)
+def overwrites_the_logits(logits, targets, start, axis):
+    most = comm.all_reduce(logits.max(1).values, axis, op="max")
+    return loss(logits.sub_(most[:, None]), targets, start, axis)
 
 
-def forgets_the_target(*args):
-    return loss(*args, onehot=0)
+def makes_no_call_without_a_target(logits, targets, start, axis):
+    own = ((targets >= start) & (targets < start + logits.shape[1])).any()
+    return loss(logits, targets, start, axis, hit=lambda x, axis: comm.all_reduce(x, axis) if own else x)
 
 
-def takes_1_off_in_another_column(*args):
-    return loss(*args, astray=True)
+def sums_the_exponentials_themselves(*args):
+    return loss(*args, total=lambda x, axis: comm.all_reduce(args[0].exp(), axis).sum(1))
+
+
+forgets_the_target = partial(loss, onehot=0)
+takes_1_off_in_another_column = partial(loss, astray=True)
 
 
 def averages_over_rows(*args):
     return loss(*args, rows=len(args[1]))
 
 
-def gathers_all_logits(*args):
-    return loss(*args, gather=True)
+gathers_all_logits = partial(loss, gather=True)
 
 
 def sends_row_by_row(*args):
@@ -209,24 +253,38 @@ def sends_row_by_row(*args):
     return loss(*args, total=total)
 
 
-def makes_a_onehot_of_all_columns(*args):
-    return loss(*args, wide=True)
+makes_a_onehot_of_all_columns = partial(loss, wide=True)
 
 
 SHAPES, STRETCH, OWN = (criterion.name for criterion in check.share.criteria)
+APART, BACKWARD = (criterion.name for criterion in check.enter.criteria)
+FORWARD = check.leave.criteria[1].name
 ALIKE, OUTPUT, GRADS, ONCE, NARROW = (criterion.name for criterion in check.tensor_mlp.criteria)
-SAME, FINITE, LOSS, GRAD, THREE, NOBODY = (criterion.name for criterion in check.vocab_loss.criteria)
+SAME, FINITE, GIVEN, LOSS, GRAD, EACH, THREE, NOBODY = (each.name for each in check.vocab_loss.criteria)
 SHARE = {cuts_up_along_inputs: SHAPES, cuts_both_along_outputs: SHAPES, cuts_the_bias_of_down: SHAPES,
          keeps_the_bias_of_up_whole: SHAPES, gives_every_rank_the_first_stretch: STRETCH,
-         deals_out_backwards: STRETCH, gives_views: OWN}
-MLP = {never_sums: ALIKE, adds_the_bias_on_each_rank: OUTPUT, forgets_the_bias: OUTPUT, averages: OUTPUT,
-       sums_in_float32: OUTPUT, has_no_sum_in_backward: GRADS, sums_gradients_twice: GRADS,
-       adds_the_bias_on_one_rank: GRADS, takes_torchs_own_gradient_of_a_sum: GRADS, sums_the_bias_too: GRADS,
-       gathers_hidden: ONCE, reads_twice: ONCE, pads_hidden: NARROW}
-LOSS_OF = {takes_its_own_maximum: SAME, sums_its_own_columns: SAME, misses_the_maximum: FINITE,
-           clamps_at_zero: FINITE, forgets_to_add_the_maximum: LOSS,
+         deals_out_backwards: STRETCH, deals_out_unit_by_unit: STRETCH,
+         gives_the_bias_of_down_to_rank_0: STRETCH, divides_the_bias_of_down: STRETCH, gives_views: OWN}
+F_OF = {f_sums_in_place: APART, f_is_nothing: BACKWARD, f_is_g: BACKWARD, f_sums_twice: BACKWARD}
+G_OF = {g_sums_in_place: APART, g_is_f: FORWARD, g_sums_both_ways: FORWARD, g_is_a_mean: FORWARD}
+MLP = {never_sums: ALIKE, calls_all_reduce_itself: ALIKE, reads_by_g_and_leaves_by_f: ALIKE,
+       adds_the_bias_on_each_rank: OUTPUT, forgets_the_bias: OUTPUT, averages: OUTPUT,
+       takes_gelu_after_g: OUTPUT, takes_gelu_by_tanh: OUTPUT, sums_in_float32: OUTPUT,
+       has_no_sum_in_backward: GRADS, applies_f_twice: GRADS, lets_the_bias_through_f: GRADS,
+       sums_gradients_twice: GRADS, adds_the_bias_on_one_rank: GRADS, sums_the_bias_too: GRADS,
+       takes_torchs_own_gradient_of_a_sum: GRADS, gathers_hidden: ONCE, reads_twice: ONCE,
+       pads_hidden: NARROW}
+LOSS_OF = {takes_its_own_maximum: SAME, sums_its_own_columns: SAME, keeps_the_targets_logit: SAME,
+           sums_the_exponentials_themselves: SAME, misses_the_maximum: FINITE, clamps_at_zero: FINITE,
+           overwrites_the_logits: GIVEN, overwrites_the_targets: GIVEN, forgets_to_add_the_maximum: LOSS,
+           takes_its_own_maximum_off: LOSS, counts_column_0_of_others: LOSS, divides_the_columns_evenly: LOSS,
            forgets_the_target: GRAD, takes_1_off_in_another_column: GRAD, averages_over_rows: GRAD,
+           takes_the_softmax_of_its_own_columns: GRAD, makes_no_call_without_a_target: EACH,
            gathers_all_logits: THREE, sends_row_by_row: THREE, makes_a_onehot_of_all_columns: NOBODY}
-MUTANTS = [Mutant(variant.__name__.replace("_", " "), judge, variant, rejected_by)
-           for judge, variants in ((check.share, SHARE), (check.tensor_mlp, MLP), (check.vocab_loss, LOSS_OF))
+
+
+NAMES = {id(variant): name.replace("_", " ") for name, variant in list(globals().items())}
+MUTANTS = [Mutant(NAMES[id(variant)], judge, variant, rejected_by)
+           for judge, variants in ((check.share, SHARE), (check.enter, F_OF), (check.leave, G_OF),
+                                   (check.tensor_mlp, MLP), (check.vocab_loss, LOSS_OF))
            for variant, rejected_by in variants.items()]

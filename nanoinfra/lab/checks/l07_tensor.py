@@ -3,11 +3,9 @@ import functools
 from math import ceil
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nanoinfra.dist.ledger import Ledger
-from nanoinfra.dist.mesh import Axis, Mesh, world_size
+from nanoinfra.dist.mesh import Axis
 from nanoinfra.dist.ranks import RanksError
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.checks import tensor_cases as cases
@@ -23,11 +21,12 @@ leave = Check("Leave")
 tensor_mlp = Check("tensor_mlp")
 vocab_loss = Check("vocab_loss")
 CHECKS = (share, enter, leave, tensor_mlp, vocab_loss)
-ENDED = {"autograd kernel": "autograd does not see through all_reduce: call it inside Leave, y = Leave.apply(...)",
-         "SIGABRT": "did ranks send different sizes? (R,) is everyone's, V/t columns are not",
-         "out of bounds": "a target of another rank is no column of yours: gather column 0 there, times 0",
-         "gave no answer": "a rank waits in a call that another does not make: all make the same calls, those "
-                           "without a target too"}                    # {what ended the ranks: the usual cause}
+ENDED = {                                    # what is in a RanksError: the usual cause
+    "autograd kernel": "autograd sees no gradient of all_reduce: let Leave call it, as Leave.apply(y, axis)",
+    "SIGABRT": "did ranks send different sizes? (R,) is everyone's; of columns, the last rank has fewer",
+    "out of bounds": "a target of another rank is no column of yours: gather column 0 there, times 0",
+    "gave no answer": "a rank waits in a call that another does not make: all make the same ones, those "
+                      "without a target too"}
 
 
 @share.criterion("up by outputs, down by inputs", "property")
@@ -44,7 +43,7 @@ def _(subject):
     for rank, n, name, got in _shared(subject):
         others = (other for other in range(n) if other != rank and name in CUT)
         causes = {f"rank {other}'s stretch": cases.part(name, other, n) for other in others}
-        causes |= _undivided(name, rank, n)
+        causes |= cases.share_slips(name, rank, n)
         same(f"{name} of {n} ranks", got, cases.part(name, rank, n), rank, 1, causes=causes)
 
 
@@ -60,11 +59,11 @@ def _(subject):
 @leave.criterion("leaves alone what it is given", "property")
 def _(subject):
     for n in (2, 4):
-        for rank, run in enumerate(_runs(_bare, n, subject)):
+        for rank, run in enumerate(_runs(cases.bare, n, subject)):
             for what, seed in (("input", 0), ("gradient", 1)):
                 if not torch.equal(run[what], cases.partial(rank, seed)):
-                    raise Wrong(f"rank {rank} of {n}: the {what} it was given is overwritten, and may be someone "
-                                f"else's (of a residual sum, say): all_reduce(x.clone(), axis)")
+                    raise Wrong(f"rank {rank} of {n}: the {what} it was given is overwritten, and may be "
+                                f"someone else's, say of a residual sum: all_reduce(x.clone(), axis)")
 
 
 @enter.criterion("x forward, the gradients' sum backward", "parity")
@@ -107,7 +106,8 @@ def _(subject):
                 if got is None:
                     raise Wrong(f"rank {rank} of {n}: `{name}` has no gradient: every rank uses all it was "
                                 f"given, and adds the bias of down to the sum")
-                same(f"{name}.grad{_on(n)}", got, want, rank, max(n, 2), 1e-10, _grad_slips(name, rank, n, want))
+                causes = cases.mlp_grad_slips(name, rank, n, want)
+                same(f"{name}.grad{_on(n)}", got, want, rank, max(n, 2), 1e-10, causes)
 
 
 @tensor_mlp.criterion("one all-reduce forward, one backward", "resource")
@@ -203,20 +203,6 @@ def _(subject):
         _narrow(rank, run, ROWS * ceil(VOCAB / 4), "(R, V/t)")
 
 
-class Largest(TorchDispatchMode):
-    """While it is on, `found` is the largest tensor that any operator made."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = torch.empty(0)
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.found = max([self.found, *made], key=torch.Tensor.numel)
-        return out
-
-
 def _narrow(rank, run, limit, what):
     if (got := run["largest"]).numel() > limit:
         raise Wrong(f"rank {rank} of 4 makes a tensor {tuple(got.shape)}, {got.numel()} numbers, want at "
@@ -243,36 +229,14 @@ def _shared(subject):
             yield from ((rank, n, name, got) for name, got in zip(NAMES, found))
 
 
-def _undivided(name, rank, n):
-    """{cause: what `share` gives after the slip}."""
-    whole = cases.weights()[name]
-    if name not in CUT:
-        why = "the bias of down is added to the sum, after g: every rank has it, whole"
-        return {why: whole / n, f"{why}, not zeros": torch.zeros_like(whole)}
-    places = torch.arange(rank, whole.shape[CUT[name]], n)
-    return {f"every {n}th unit? A stretch is {whole.shape[CUT[name]] // n} neighbours":
-            whole.index_select(CUT[name], places)}
-
-
-def _grad_slips(name, rank, n, want):
-    """{cause: gradient of `name`}."""
-    if name == "down_bias":
-        return {"bias/t inside g? Add the bias to the sum, after g": want / n,
-                "the bias went through f? It is added to the sum, whose gradient is whole": want * n}
-    if name != "x":
-        return {"does g sum in backward, too? That gradient is whole": want * n, "divided by t?": want / n}
-    return {"your part alone: the backward of f is an all-reduce": cases.alone(rank, n)["x"],
-            "summed twice: f once, where up reads x": want * n} if n > 1 else {}
-
-
 def _one_sum(subject, where):
     """f or g by itself: a sum over the ranks `where`, "forward" or "backward"; the other way nothing."""
     for n in (2, 4, 1):
-        for rank, run in enumerate(_runs(_bare, n, subject)):
+        for rank, run in enumerate(_runs(cases.bare, n, subject)):
             for seed, way in enumerate(("forward", "backward")):
                 parts = [cases.partial(r, seed) for r in range(n)]
                 want, other = (sum(parts), parts[rank]) if way == where else (parts[rank], sum(parts))
-                why = "an all-reduce, here" if way == where else "no all-reduce, here: f and g changed round?"
+                why = "the all-reduce is missing" if way == where else "no sum here: f and g changed round?"
                 causes = {why: other, "a sum, not a mean": want / n, "summed twice?": want * n}
                 same(f"{way}{_on(n)}", run[way], want, rank, 1, 1e-10, causes)
 
@@ -294,22 +258,12 @@ def _runs(work, n, *args):
         why = next((cause for sign, cause in ENDED.items() if sign in str(error)), None)
         if why is None:
             raise
-        raise Wrong(f"on {n} ranks: {why}\n{error}") from error
-
-
-def _bare(n, subject):
-    mesh = Mesh(tp=n, pp=world_size() // n)
-    x, gradient = (cases.partial(mesh.tp.rank, seed) for seed in range(2))
-    leaf = x.clone().requires_grad_()
-    given = leaf * 1                                                   # a leaf might refuse to be overwritten
-    y = getattr(subject, "apply", subject)(given, mesh.tp)
-    forward, given = y.detach().clone(), given.detach().clone()
-    back, = torch.autograd.grad(y, leaf, gradient)
-    return {"input": given, "gradient": gradient, "forward": forward, "backward": back}
+        said = "" if "autograd kernel" in str(error) else f"\n{error}"     # ten lines of torch's
+        raise Wrong(f"on {n} ranks: {why}{said}") from error
 
 
 def _steps(n, subject):
-    runs = _runs(_step, n, subject)
+    runs = _runs(cases.step, n, subject)
     for rank, run in enumerate(runs):
         if not isinstance(run["y"], torch.Tensor):
             raise Wrong(f"rank {rank} of {n}: tensor_mlp returns {type(run['y']).__name__}, want y "
@@ -317,40 +271,11 @@ def _steps(n, subject):
     return runs
 
 
-def _step(n, subject):
-    mesh = Mesh(tp=n, pp=world_size() // n)
-    leaves = {name: cases.part(name, mesh.tp.rank, n).clone().requires_grad_() for name in NAMES}
-    x, upstream = cases.inputs().requires_grad_(), cases.upstream()
-    with Largest() as largest:
-        y = subject(x, *leaves.values(), mesh.tp)
-        rows = [mesh.ledger.take()]
-        if isinstance(y, torch.Tensor):
-            y.backward(upstream)
-            y = y.detach()
-    grads = {name: leaf.grad for name, leaf in {"x": x, **leaves}.items()}
-    return {"y": y, "grads": grads, "rows": [*rows, mesh.ledger.take()], "largest": _shape(largest)}
-
-
 def _scores(n, subject, *case):
-    runs = _runs(_score, n, subject, *case)
+    runs = _runs(cases.score, n, subject, *case)
     for rank, run in enumerate(runs):
         if not (isinstance(run["loss"], torch.Tensor) and isinstance(run["grad"], torch.Tensor)):
             kinds = " and ".join(type(run[name]).__name__ for name in ("loss", "grad"))
             raise Wrong(f"rank {rank} of {n}: vocab_loss returns {kinds}, want loss (R,), grad (R, V/t): "
                         f"no return?")
     return runs
-
-
-def _score(n, subject, shift=0.0, targets=cases.TARGETS):
-    mesh = Mesh(tp=n, pp=world_size() // n)
-    at = cases.columns(mesh.tp.rank, n)
-    logits, targets = (cases.logits() + shift)[:, at].clone(), targets.clone()
-    with Largest() as largest:
-        found = subject(logits, targets, at.start, mesh.tp)
-    loss, grad = found if isinstance(found, tuple | list) and len(found) == 2 else (found, None)
-    return {"loss": loss, "grad": grad, "given": (logits, targets), "rows": mesh.ledger.take(),
-            "largest": _shape(largest)}
-
-
-def _shape(largest):
-    return largest.found.detach().to("meta")

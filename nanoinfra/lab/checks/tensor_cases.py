@@ -1,9 +1,17 @@
-"""What lesson 07's checks are judged on, and what one rank makes of it, rightly and after the usual slips."""
+"""What lesson 07's checks are judged on, and what one rank makes of it, rightly and after the usual slips.
+
+`bare`, `step` and `score` run what is judged inside each of n ranks.
+"""
 import functools
+from collections.abc import Callable
 from math import ceil
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nanoinfra.dist.mesh import Mesh, world_size
 
 B, T, C, HIDDEN, VOCAB, ROWS = 2, 3, 7, 12, 11, 6            # C > D/t; a vocabulary that no number divides
 NAMES = ("up", "up_bias", "down", "down_bias")
@@ -90,8 +98,26 @@ def output_slips(n: int) -> dict[str, torch.Tensor]:
             "GELU's approximation by tanh? Plain F.gelu": tanh}
 
 
-def _mlp(x, up, up_bias, down, down_bias=None, act=F.gelu):
-    return F.linear(act(F.linear(x, up, up_bias)), down, down_bias)
+def share_slips(name: str, rank: int, n: int) -> dict[str, torch.Tensor]:
+    """{cause: what `share` gives after the slip}."""
+    whole = weights()[name]
+    if name not in CUT:
+        why = "the bias of down is added to the sum, after g: every rank has it, whole"
+        return {why: whole / n, f"{why}, no zeros": torch.zeros_like(whole)}
+    places = torch.arange(rank, whole.shape[CUT[name]], n)
+    return {f"dealt out one by one? A stretch is {whole.shape[CUT[name]] // n} neighbours":
+            whole.index_select(CUT[name], places)}
+
+
+def mlp_grad_slips(name: str, rank: int, n: int, want: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{cause: gradient of `name`}."""
+    if name == "down_bias":
+        return {"bias/t inside g? Add the bias to the sum, after g": want / n,
+                "the bias went through f? It is added to the sum, whose gradient is whole": want * n}
+    if name != "x":
+        return {"does g sum in backward, too? That gradient is whole": want * n, "divided by t?": want / n}
+    return {"your part alone: the backward of f is an all-reduce": alone(rank, n)["x"],
+            "summed twice: f once, where up reads x": want * n} if n > 1 else {}
 
 
 @functools.cache
@@ -148,12 +174,71 @@ def grad_slips(rank: int, n: int) -> dict[str, torch.Tensor]:
     mine = _inside(local, want)
     softmax, astray, nearest = want + F.one_hot(TARGETS, VOCAB)[:, at], want.clone(), want.clone()
     astray[~mine, 0] -= 1
+    local_softmax = want - softmax + logits()[:, at].softmax(1)
     nearest.scatter_add_(1, local.clamp(0, want.shape[1] - 1)[:, None], (mine.double() - 1)[:, None])
     return {"softmax alone? Less 1 at the target": softmax,
             "1 taken off in my first column for targets of other ranks": astray,
             "1 taken off in my nearest column for targets of other ranks": nearest,
-            "softmax over your own columns? Divide by the sum over all": want - softmax + logits()[:, at].softmax(1),
+            "softmax over your own columns? Divide by the sum over all": local_softmax,
             "of the rows' mean? The caller divides": want / ROWS}
+
+
+class Largest(TorchDispatchMode):
+    """While it is on, `found` is the largest tensor that any operator made."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = torch.empty(0)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.found = max([self.found, *made], key=torch.Tensor.numel)
+        return out
+
+
+def bare(n: int, subject: Callable) -> dict:
+    """f or g by itself, on what is another tensor on each rank."""
+    mesh = Mesh(tp=n, pp=world_size() // n)
+    x, gradient = (partial(mesh.tp.rank, seed) for seed in range(2))
+    leaf = x.clone().requires_grad_()
+    given = leaf * 1                                                   # a leaf might refuse to be overwritten
+    y = getattr(subject, "apply", subject)(given, mesh.tp)
+    forward, given = y.detach().clone(), given.detach().clone()
+    back, = torch.autograd.grad(y, leaf, gradient)
+    return {"input": given, "gradient": gradient, "forward": forward, "backward": back}
+
+
+def step(n: int, subject: Callable) -> dict:
+    """The MLP forward and backward: output, gradients, the ledger's rows each way, the largest tensor."""
+    mesh = Mesh(tp=n, pp=world_size() // n)
+    leaves = {name: part(name, mesh.tp.rank, n).clone().requires_grad_() for name in NAMES}
+    x = inputs().requires_grad_()
+    with Largest() as largest:
+        y = subject(x, *leaves.values(), mesh.tp)
+        rows = [mesh.ledger.take()]
+        if isinstance(y, torch.Tensor):
+            y.backward(upstream())
+            y = y.detach()
+    grads = {name: leaf.grad for name, leaf in {"x": x, **leaves}.items()}
+    rows.append(mesh.ledger.take())
+    return {"y": y, "grads": grads, "rows": rows, "largest": _shape(largest)}
+
+
+def score(n: int, subject: Callable, shift: float = 0.0, targets: torch.Tensor = TARGETS) -> dict:
+    """The loss of logits near `shift`: loss, gradient, what it was given, rows, the largest tensor."""
+    mesh = Mesh(tp=n, pp=world_size() // n)
+    at = columns(mesh.tp.rank, n)
+    part, targets = (logits() + shift)[:, at].clone(), targets.clone()
+    with Largest() as largest:
+        found = subject(part, targets, at.start, mesh.tp)
+    loss, grad = found if isinstance(found, tuple | list) and len(found) == 2 else (found, None)
+    return {"loss": loss, "grad": grad, "given": (part, targets), "rows": mesh.ledger.take(),
+            "largest": _shape(largest)}
+
+
+def _shape(largest):
+    return largest.found.detach().to("meta")
 
 
 def _picked(whole):
@@ -169,3 +254,7 @@ def _hit(part, local):
     """The target's number where `part` (R, V/n) has it, else 0: (R,)."""
     mine = _inside(local, part)
     return part.gather(1, local.where(mine, 0)[:, None])[:, 0] * mine
+
+
+def _mlp(x, up, up_bias, down, down_bias=None, act=F.gelu):
+    return F.linear(act(F.linear(x, up, up_bias)), down, down_bias)
