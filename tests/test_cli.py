@@ -61,6 +61,8 @@ MISTAKES = {
     "a mesh that does not fit the ranks": (["--nproc", "3", "--dp", "2"], "try --dp 3"),
     "an axis that is not built": (["--pp", "2"], "--pp 1"),
     "more ranks than can share the heads": (["--tp", "3"], "try --tp 2"),
+    "an axis without ranks": (["--tp", "0", "--nproc", "2"], "at least 1"),
+    "fewer ranks than an axis has": (["--tp", "2", "--nproc", "1"], "try 2 ranks"),
     "a stream cut over one rank": (["--sp"], "give --tp 2"),
     "kept, what is not gathered": (["--sp-keep", "--tp", "2"], "give --sp too"),
     "an unknown model": (["--model", "gigantic"], "test, nano, micro"),

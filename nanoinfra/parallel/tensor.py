@@ -85,14 +85,14 @@ class _Read(torch.autograd.Function):
     def backward(ctx, *grads):
         (kept, *weights), n = ctx.saved_tensors, len(grads)
         wanted, wanted_biases = ctx.needs_input_grad[3:3 + n], ctx.needs_input_grad[3 + n:]
-        shape, grads = grads[0].shape, [grad.flatten(0, -2) for grad in grads]             # (B T, D/t)
+        shape, grads = grads[0].shape, [grad.reshape(-1, grad.shape[-1]) for grad in grads]   # (B T, D/t)
         whole, sent = ctx.region.again(kept, ctx.tag) if any(wanted) else None, Pending()
         if ctx.needs_input_grad[2]:
             dx = grads[0] @ weights[0]                                       # (B T, C), my part of the sum
             for grad, weight in zip(grads[1:], weights[1:]):
                 dx.addmm_(grad, weight)
-            sent = ctx.region.back(dx.unflatten(0, shape[:-1]), ctx.tag)
-        rows = whole.wait().flatten(0, -2) if whole else None                # (B T, C)
+            sent = ctx.region.back(dx.view(*shape[:-1], -1), ctx.tag)
+        rows = whole.wait().reshape(-1, weights[0].shape[1]) if whole else None              # (B T, C)
         d_weights = [grad.T @ rows if w else None for grad, w in zip(grads, wanted)]
         d_biases = [grad.sum(0) if w else None for grad, w in zip(grads, wanted_biases)]
         return None, None, sent.wait(), *d_weights, *d_biases

@@ -119,11 +119,12 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (kept, weight, grad), scale = ctx.saved_tensors, upstream / ctx.count
-        whole, sent, d_weight = ctx.region.again(kept, "ends"), comm.Pending(), None
+        whole = ctx.region.again(kept, "ends") if ctx.needs_input_grad[1] else None
+        sent, d_weight = comm.Pending(), None
         if ctx.needs_input_grad[0]:
             d_hidden = (grad @ weight).mul_(scale)                           # (N, C), my part of the sum
             sent = ctx.region.back(d_hidden.view(ctx.shape), "ends")
-        if ctx.needs_input_grad[1]:
+        if whole:
             d_weight = (grad.T @ whole.wait().flatten(0, -2)) * scale        # (V/t, C)
         return sent.wait(), d_weight, None, None, None, None
 

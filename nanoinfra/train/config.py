@@ -97,7 +97,7 @@ def plan_mesh(flags: MeshFlags, world: int) -> dict[str, int]:
         if getattr(flags, axis) != 1:
             raise ValueError(f"--{axis} {getattr(flags, axis)}: {issue} parallelism is not built yet; "
                              f"use --{axis} 1 and --dp {world}")
-    dp = flags.dp if flags.dp is not None else world // (flags.pp * flags.cp * flags.tp)
+    dp = flags.dp if flags.dp is not None else max(1, world // max(1, flags.pp * flags.cp * flags.tp))
     check_fits(world, flags.pp, dp, flags.cp, flags.tp)
     return {"pp": flags.pp, "dp": dp, "cp": flags.cp, "tp": flags.tp}
 

@@ -122,3 +122,9 @@ def test_an_inner_axis_is_a_stretch_of_neighbours(ranks):
                    ("tp", 0, (2, 3), 5.0, False), ("tp", 1, (2, 3), 5.0, False)]
     assert [each[1:3] for each in ranks(4).run(stretches, 1, 2, 2, 1)] == [(0, (rank,)) for rank in range(4)]
     assert all(each[4] for each in ranks(4).run(stretches, 2, 1, 2, 2))
+    assert ranks(4).run(pairs_of_dp) == [((0, 1), 1.0), ((0, 1), 1.0), ((2, 3), 5.0), ((2, 3), 5.0)]
+
+
+def pairs_of_dp():
+    inner = Mesh(dp=4).inner("dp", 2)
+    return inner.ranks, comm.all_reduce(torch.tensor(float(Mesh(dp=4).rank)), inner).item()

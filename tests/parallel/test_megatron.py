@@ -203,4 +203,5 @@ def cut_in_place():
         for name, p in model.named_parameters():
             p.copy_(read(name, ()) if mesh.rank == 0 else torch.zeros(()))
     TensorParallel(model, mesh)
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())      # the whole is gone
     return {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -14,7 +14,7 @@ from nanoinfra.formulas.tensor import copies, tensor_sent
 from nanoinfra.formulas.wire import ring_bytes
 from nanoinfra.model.fill import empty
 from nanoinfra.parallel.compose import Composed, Plan
-from nanoinfra.parallel.sequence import SP
+from nanoinfra.parallel.sequence import SP, Cut
 from nanoinfra.parallel.tensor import RowLinear, Whole, cut, read
 from tests.parallel.test_megatron import config, drawn
 
@@ -64,6 +64,28 @@ def test_an_axis_of_one_rank_is_the_plain_layer():
 
 def test_the_input_that_needs_no_gradient_sends_none(ranks):
     assert ranks(2).run(read_a_constant) == [[]] * 2
+
+
+@pytest.mark.parametrize("sp", SP)
+@pytest.mark.parametrize("frozen", [("q", "k", "v", "up"), ("embed", "head"), ("norm1", "norm2", "norm")])
+def test_what_is_frozen_sends_no_more_and_leaves_nothing_open(ranks, sp, frozen):
+    for rows, want in ranks(2).run(frozen_step, sp, frozen):
+        assert all(end >= begin > 0 for _, _, begin, end in rows)
+        assert [(op, tag) for op, tag, *_ in rows] == want
+
+
+def test_the_inputs_gradient_travels_while_the_weights_is_computed(ranks):
+    assert ranks(2).run(read_with_a_watch) == [["again", "back", "wait for again", "wait for back"]] * 2
+
+
+def test_one_vector_is_read_and_a_frozen_share_stays_frozen():
+    linear = nn.Linear(4, 2)
+    out, = read(Whole(alone("tp")), torch.ones(4), linear)
+    out.sum().backward()
+    torch.testing.assert_close(linear.weight.grad, torch.ones(2, 4))
+    frozen = nn.Linear(4, 2).requires_grad_(False)
+    mine = cut(frozen, 0, type("A", (), {"size": 2, "rank": 1})).weight
+    assert not mine.requires_grad and mine.shape == (1, 4) and mine.untyped_storage().nbytes() == 16
 
 
 def test_a_width_that_the_ranks_cannot_share_is_refused():
@@ -193,6 +215,59 @@ def largest(sp, vocab):
     with Largest() as seen:
         parallel.loss(parallel.model.hidden(x), x, 24).backward()
     return seen.numel
+
+
+def frozen_step(sp, frozen):
+    """[(op, tag, begin, end)] of a step, and the calls that there should be."""
+    mesh, cfg = Mesh(tp=2), config("gpt2", tied=False)
+    model = empty(cfg, "naive")
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.split(".")[-2] not in frozen)
+    parallel = Composed(model, mesh, Plan(sp=sp, dtype=torch.float64), drawn(cfg))
+    mesh.ledger.take()
+    x = torch.ones(B, T, dtype=torch.long)
+    parallel.data.begin_step()
+    parallel.data.before_backward(last=True)
+    parallel.loss(model.hidden(x), x, 21).backward()
+    rows = [(row.op, row.tag, row.begin, row.end) for row in mesh.ledger.take()]
+    again, enter, leave = sp == "gather", "all_gather", "reduce_scatter"
+    if sp == "none":
+        enter, leave = None, "all_reduce"
+    fwd = [(enter, "layers"), (leave, "layers")]
+    once_more = [(enter, "layers")] if again and "q" not in frozen else []
+    back = [(enter, "layers"), *once_more, (leave, "layers")]
+    ends = [(enter, "ends"), *[("all_reduce", "loss")] * 3,
+            *([(enter, "ends")] if again and "head" not in frozen else []), (leave, "ends")]
+    first = [] if "embed" in frozen else [(enter, "ends")]
+    want = [(leave, "ends"), *fwd * 4, *ends, *back * 4, *first]
+    return rows, [call for call in want if call[0]]
+
+
+def read_with_a_watch():
+    """The order of what `_Read`'s backward does."""
+    axis, seen = Mesh(tp=2).tp, []
+
+    class Watched:
+        def __init__(self, pending, name):
+            self.pending, self.name = pending, name
+
+        def wait(self):
+            seen.append(f"wait for {self.name}")
+            return self.pending.wait()
+
+    class Region(Cut):
+        def back(self, grad, tag):
+            seen.append("back")
+            return Watched(super().back(grad, tag), "back")
+
+        def again(self, kept, tag):
+            seen.append("again")
+            return Watched(super().again(kept, tag), "again")
+    region = Region(axis, keep=False)
+    region.tokens = 4
+    out, = read(region, torch.ones(1, 2, 3, requires_grad=True), nn.Linear(3, 2))
+    out.sum().backward()
+    return seen
 
 
 def read_a_constant():

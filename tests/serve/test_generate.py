@@ -10,6 +10,7 @@ from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.hf import save_hf
+from nanoinfra.serve import generate as generation
 from nanoinfra.serve.generate import KVCache, Stream, generate, main, sample
 from nanoinfra.serve.options import GenerateOptions
 from tests.model.test_decoder import config
@@ -192,6 +193,14 @@ def test_ranks_that_share_the_model_say_the_same(ranks, tmp_path, tokenizer, fam
         want = answer(**options)
         assert temperature == 0 or len({*want}) > 3
         assert ranks(tp).run(answer, **options, tp=tp) == [want] + [""] * (tp - 1)     # rank 0 alone speaks
+
+
+def test_dtype_is_what_the_weights_are_computed_in(folder, monkeypatch):
+    seen, real = [], generation.serving
+    monkeypatch.setattr(generation, "serving", lambda *given: seen.append(real(*given)) or seen[-1])
+    for dtype in ("float64", "bfloat16"):
+        answer(model=str(folder), prompt="one", max_new_tokens=1, dtype=dtype)
+        assert {p.dtype for p in seen[-1].parameters()} == {getattr(torch, dtype)}
 
 
 def test_heads_that_ranks_cannot_share_are_one_line(folder):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nanoinfra.cli import main
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.formulas.tensor import tensor_sent
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.hf import load_hf, save_hf
 from nanoinfra.model.init import init_weights
@@ -50,6 +51,14 @@ def test_zero_changes_no_loss_and_no_norm(ranks, tmp_path, zero, recompute, dp, 
 @pytest.mark.parametrize("tp, dp, more, micro, optimizer, untied", TENSOR_CASES)
 def test_tp_and_sp_change_no_loss_and_no_norm(ranks, tmp_path, tp, dp, more, micro, optimizer, untied):
     compare(ranks, tmp_path, dp, micro, optimizer, untied, "--tp", tp, *more.split(), world=tp * dp)
+    if dp == 1:                                                            # or else ZeRO cuts what is summed
+        sp = "keep" if "--sp-keep" in more else "gather" if "--sp" in more else "none"
+        recompute, want = "full" if "full" in more else "none", {}
+        for rows in [micro] * (7 // micro) + [7 % micro] * (7 % micro > 0):
+            want |= {key: want.get(key, 0) * (key[1] != "tp grads") + sent for key, (_, sent) in tensor_sent(
+                sized("test"), tp, rows, 23, 1, 8, 8, sp, recompute).items()}
+        lines = metrics.read(tmp_path / "metrics.jsonl")
+        assert {line["comm"]["tp"] for line in lines} == {sum(want.values())}
 
 
 @pytest.mark.prove

@@ -1,5 +1,6 @@
 import gc
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def test_a_rank_reads_its_part_of_the_checkpoint(run, monkeypatch):
     counts, weights = [], open_pretrained(run)
     monkeypatch.setattr(checkpoint, "safe_open", counting(counts))
     assert_a_rank_reads_its_part(weights, counts)
+
+
+def verified(run):
+    with mock.patch.object(checkpoint, "verify", wraps=checkpoint.verify) as verify:
+        weights = open_pretrained(run, Mesh(tp=2).world)
+        return verify.call_count, weights.read("embed.weight").sum().item()
+
+
+def test_one_of_the_ranks_verifies_for_all(run, ranks):
+    (first, want), (second, got) = ranks(2).run(verified, run)
+    assert (first, second) == (1, 0) and got == want
 
 
 def test_whatever_else_can_be_loaded_is_opened_too(run, tmp_path):

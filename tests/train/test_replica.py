@@ -7,6 +7,8 @@ import torch
 from nanoinfra.cli import main
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.init import init_weights
 from nanoinfra.train import metrics
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.replica import Replica
@@ -50,10 +52,25 @@ def test_the_held_out_score_is_one_ranks_at_every_stage(ranks, tmp_path):
     argv = ["train", "--model", "test", "--data", str(tmp_path), "--dtype", "float64", "--seq", "16",
             "--steps", "2", "--global-batch", "4", "--micro-batch", "2", "--eval-every", "1"]
     scores = {}
-    for dp, zero in ((1, 0), (2, 0), (2, 3)):
-        out = tmp_path.parent / f"{tmp_path.name}-{dp}-{zero}"
-        flags = [*argv, "--dp", str(dp), "--zero", str(zero), "--threads", "1", "--out", str(out)]
-        ranks(dp).run(main, flags)
-        scores[dp, zero] = [line["held_out_bpb"] for line in metrics.read(out / "metrics.jsonl")]
-    assert scores[2, 0] == pytest.approx(scores[1, 0], rel=1e-8)
-    assert scores[2, 3] == pytest.approx(scores[1, 0], rel=1e-8)
+    for dp, tp, *more in ((1, 1), (2, 1), (2, 1, "--zero", "3"), (1, 2, "--sp"), (2, 2, "--zero", "1")):
+        out = tmp_path.parent / f"{tmp_path.name}-{dp}-{tp}-{len(more)}"
+        flags = [*argv, "--dp", str(dp), "--tp", str(tp), *more, "--threads", "1", "--out", str(out)]
+        assert ranks(dp * tp).run(main, flags) == [0] * (dp * tp)
+        scores[dp, tp, *more] = [line["held_out_bpb"] for line in metrics.read(out / "metrics.jsonl")]
+    for got in scores.values():
+        assert got == pytest.approx(scores[1, 1], rel=1e-8)
+
+
+def test_masters_are_the_numbers_drawn_not_those_rounded_to_16_bits():
+    replica = Replica(sized("test"), TrainFlags(ModelFlags(dtype="bfloat16")), Mesh())
+    want = init_weights(Decoder(sized("test")), seed=0)
+    for name, master in replica.optimizer.masters.items():
+        assert torch.equal(master, want.get_parameter(name).detach())
+
+
+@pytest.mark.parametrize("mesh", ["--tp", "--dp"])
+def test_seconds_are_one_ranks_seconds(ranks, tmp_path, mesh):
+    argv = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-batch", "1", mesh, "2",
+            "--seconds", "1.5", "--threads", "1", "--out", str(tmp_path)]
+    assert ranks(2).run(main, argv) == [0, 0]
+    assert sum(line["step_s"] for line in metrics.read(tmp_path / "metrics.jsonl")) >= 1.4
