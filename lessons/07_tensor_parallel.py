@@ -86,7 +86,7 @@ Grid("GPT-3 (modelled; lesson 04 counted such bytes)", COLUMNS, [fits(n) for n i
 # **Kept.** Numbers a token, in float32 (lesson 04): two norms keep 2C + 4; what q, k and v read, and what up
 # reads, 2C; q, k, v and o's input 4C, up's output and GELU's 8C; sdpa's log-sum-exp H. Which are cut?
 #
-# **Sequence parallel** (SP). Norms, residual sums need no other token. An all-reduce is a reduce-scatter and an
+# **Sequence parallel** (SP). Norms and sums need no other token. An all-reduce is a reduce-scatter and an
 # all-gather: put the norm in between, and a rank has T/t tokens of it. What q, k, v and up read is gathered,
 # whole: *keep* it for backward, or keep your tokens and *gather* again, one all-gather for each of the two.
 #
