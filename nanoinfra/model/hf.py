@@ -66,8 +66,14 @@ def read_config(folder: str | Path) -> ModelConfig:
 def save_hf(model: Decoder, folder: str | Path, tokenizer: str | Path | None = None,
             shard_bytes: int = 4 * 2**30) -> None:
     """Write `model` as a Hugging Face folder; as `write_hf`, in the dtype of its weights."""
+    whole = shapes(model.config)
+
     def read(name):
-        return model.get_parameter(name).detach()
+        parameter = model.get_parameter(name).detach()
+        if tuple(parameter.shape) != whole[name]:
+            raise ValueError(f"{name} has the shape {list(parameter.shape)}, but {list(whole[name])} in a "
+                             "model that is whole: export the checkpoint of its run instead")
+        return parameter
     write_hf(model.config, read, model.embed.weight.dtype, folder, tokenizer, shard_bytes)
 
 

@@ -277,3 +277,18 @@ def test_a_missing_shard_is_named(tmp_path):
     (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=f"lists {name}, which is not in the folder"):
         load_hf(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    save_hf(Decoder(config("llama")), tmp_path, shard_bytes=20_000)
+    first, second, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    save_file(load_file(first) | load_file(second), second, {"format": "pt"})
+    with pytest.raises(ValueError, match="which an earlier file of the folder holds too"):
+        load_hf(tmp_path)
+
+
+def test_a_model_that_is_cut_over_ranks_is_not_saved_as_a_whole(tmp_path):
+    model = Decoder(config("llama"))
+    model.blocks[1].attn.q.weight = torch.nn.Parameter(model.blocks[1].attn.q.weight[:24].detach())
+    with pytest.raises(ValueError, match=r"blocks.1.attn.q.weight has the shape \[24, 30\], but \[48, 30\]"):
+        save_hf(model, tmp_path)
