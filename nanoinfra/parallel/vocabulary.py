@@ -16,6 +16,7 @@ from nanoinfra.dist.mesh import alone
 from nanoinfra.parallel.tensor import Whole, read
 
 ROWS_BYTES = 2 << 20                         # of logits worked on at a time: what a core's cache holds
+RAISED = 64.0                                # float16 has few bits for probabilities below 6e-5
 
 
 class VocabEmbedding(nn.Module):
@@ -118,14 +119,14 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        (kept, weight, grad), scale = ctx.saved_tensors, upstream / ctx.count
+        (kept, weight, grad), scale = ctx.saved_tensors, upstream / (ctx.count * RAISED)
         whole = ctx.region.again(kept, "ends") if ctx.needs_input_grad[1] else None
         sent, d_weight = comm.Pending(), None
         if ctx.needs_input_grad[0]:
             d_hidden = (grad @ weight).mul_(scale)                           # (N, C), my part of the sum
             sent = ctx.region.back(d_hidden.view(ctx.shape), "ends")
         if whole:
-            d_weight = (grad.T @ whole.wait().flatten(0, -2)) * scale        # (V/t, C)
+            d_weight = grad.T @ (whole.wait().flatten(0, -2) * scale)        # (V/t, C)
         return sent.wait(), d_weight, None, None, None, None
 
 
@@ -137,10 +138,10 @@ def _log_sum_exp(logits, axis, wide):
 
 
 def _softmax_minus_onehot(logits, total, at, mine, valid):
-    """Overwrite `logits` (rows, V/t) by d loss / d logits."""
+    """Overwrite `logits` (rows, V/t) by d loss / d logits, times RAISED."""
     p = (logits.to(total.dtype) - total[:, None]).exp_()                     # (rows, V/t)
     p.scatter_add_(1, at, -mine[:, None].to(p.dtype))
-    logits.copy_(p.mul_(valid[:, None]))
+    logits.copy_(p.mul_(valid[:, None] * RAISED))
 
 
 def _rows(logits, wide):
