@@ -134,9 +134,10 @@ def test_a_lab_takes_predictions_beside_those_of_its_lesson(course, capsys, numb
 
 
 @pytest.mark.parametrize("broken, exposed", [
-    ("", set()), ("column-without-sum", {"calls_none", "bytes_none", "ends_none"}),
-    ("norms-apart", {"grads_keep", "grads_gather"}),
-    ("kept-after-all", {"calls_gather", "bytes_gather", "ends_gather", "kept_gather"})])
+    ("", set()), ("norms-apart", {"grads_keep", "grads_gather"}),
+    pytest.param("column-without-sum", {"calls_none", "bytes_none", "ends_none"}, marks=pytest.mark.prove),
+    pytest.param("kept-after-all", {"calls_gather", "bytes_gather", "ends_gather", "kept_gather"},
+                 marks=pytest.mark.prove)])
 def test_lab_07_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, exposed):
     want = run.find("07").expect(2, "test")
     for got in ranks(2).run(measured, "07", broken):
@@ -147,8 +148,9 @@ def test_lab_07_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, 
 
 
 @pytest.mark.parametrize("broken, exposed", [
-    ("", set()), ("unsharded-optimizer", {"held_1", "sent_1"}), ("gradients-kept", {"held_2", "sent_2"}),
-    ("never-freed", {"held_3"})])
+    ("", set()), ("unsharded-optimizer", {"held_1", "sent_1"}),
+    pytest.param("gradients-kept", {"held_2", "sent_2"}, marks=pytest.mark.prove),
+    pytest.param("never-freed", {"held_3"}, marks=pytest.mark.prove)])
 def test_lab_08_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, exposed):
     want = run.find("08").expect(2, "test")
     for got in ranks(2).run(measured, "08", broken):

@@ -264,6 +264,7 @@ def test_none_changes_nothing():
     assert all("forward" not in vars(block) for block in model.blocks)
 
 
+@pytest.mark.prove
 def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     shutil.copy(Path(recompute.__file__), tmp_path)
     (tmp_path / "train.py").write_text(FOREIGN)

@@ -21,7 +21,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("script, world, more", [
-    ("train_gpt.py", 1, []), ("zero.py", 2, []), ("tensor_parallel.py", 2, ["--tp", "2", "--sp"])])
+    ("train_gpt.py", 1, []), ("tensor_parallel.py", 2, ["--tp", "2", "--sp"])])
 def test_losses_are_the_command_lines(tmp_path, script, world, more):
     own, theirs = SCRIPTS[script]
     main(["train", "--model", "test", "--data", "random", "--out", str(tmp_path), "--threads", "1",
@@ -35,7 +35,7 @@ def test_losses_are_the_command_lines(tmp_path, script, world, more):
     ("data_parallel.py", 1, []), ("data_parallel.py", 2, []), ("data_parallel.py", 4, []),
     ("tensor_parallel.py", 1, []), ("tensor_parallel.py", 2, ["--tp", "2"]),
     ("tensor_parallel.py", 2, ["--sp"]), ("tensor_parallel.py", 4, ["--tp", "2", "--sp"]),
-    ("train_gpt.py", 3, []), ("zero.py", 1, []), ("zero.py", 4, [])])
+    ("train_gpt.py", 3, []), ("zero.py", 1, []), ("zero.py", 2, []), ("zero.py", 4, [])])
 def test_losses_on_other_meshes(tmp_path, script, world, more):
     test_losses_are_the_command_lines(tmp_path, script, world, more)
 

@@ -203,6 +203,7 @@ def test_dtype_is_what_the_weights_are_computed_in(folder, monkeypatch):
         assert {p.dtype for p in seen[-1].parameters()} == {getattr(torch, dtype)}
 
 
+@pytest.mark.prove
 def test_heads_that_ranks_cannot_share_are_one_line(folder):
     command = [sys.executable, "-m", "nanoinfra.cli", "generate", str(folder), "one", "--tp", "3"]
     done = subprocess.run(command, capture_output=True, text=True)

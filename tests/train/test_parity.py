@@ -28,8 +28,8 @@ ZERO_CASES = [  # zero, recompute, dp, micro-batch, optimizer, untied
     (3, "full", 3, 3, "adamw", True), (0, "full", 2, 1, "adamw", False)]
 TENSOR_CASES = [  # tp, dp, more flags, micro-batch, optimizer, untied
     (2, 1, "", 3, "adamw", False), (4, 1, "--sp --sp-keep", 7, "sgd", True),
-    (2, 2, "--sp --zero 1", 1, "sgd", False), (2, 2, "--sp --zero 3 --recompute full", 3, "adamw", False),
-    (2, 2, "--zero 2 --recompute full", 1, "adamw", True), (4, 1, "--sp --recompute full", 3, "adamw", False)]
+    (2, 2, "--zero 1", 1, "sgd", False), (2, 2, "--sp --zero 3 --recompute full", 3, "adamw", False),
+    (4, 1, "--sp --recompute full", 3, "adamw", False)]          # and many more under make prove
 EVERY_TENSOR = [
     (tp, dp, f"{sp} --zero {zero} --recompute {recompute}", 3, "adamw", untied)
     for tp, dp in ((2, 1), (4, 1), (2, 2), (2, 3), (4, 2)) for sp in ("", "--sp", "--sp --sp-keep")
@@ -125,7 +125,8 @@ def test_a_pretrained_model_with_nine_heads_on_three_ranks(ranks, tmp_path):
         torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype, rel", [("bfloat16", 2e-3), ("float16", 2e-3)])
+@pytest.mark.parametrize("dtype, rel", [
+    ("bfloat16", 2e-3), pytest.param("float16", 2e-3, marks=pytest.mark.prove)])
 def test_16_bits_under_tp_stay_near_one_rank(ranks, tmp_path, dtype, rel):
     lines = {}
     for tp in (1, 2):
