@@ -59,7 +59,8 @@ def forward(name, seq, memory=24e9):
     """A row of the table: layer after layer, until the memory is full."""
     with torch.device("meta"):
         model, verdict = Decoder(sized(name, context=seq), "naive"), "fits"
-        x, _ = model.start(torch.zeros(4, seq, dtype=torch.long))
+        x = torch.zeros(4, seq, dtype=torch.long)
+        x = model.start(x, model.places(x))
         states = 16 * parameters(model.config)
         with Kept(model.parameters()) as kept:
             for i, block in enumerate(model.blocks, start=1):

@@ -30,11 +30,12 @@ from nanoinfra.lab.measure import counted, median
 from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
 from nanoinfra.parallel.megatron import TensorParallel
+from nanoinfra.parallel.schedules import accumulate
 from nanoinfra.parallel.tensor import Whole
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.loss import count_valid
 from nanoinfra.train.replica import Replica
-from nanoinfra.train.step import accumulate, execute
+from nanoinfra.train.step import execute
 
 MODES = {"none": {}, "keep": {"sp": True, "sp_keep": True}, "gather": {"sp": True}}
 WIRES = {"real": {}, "node": {"tp": (20e-6, 112.5e6)}, "net": {"tp": (20e-6, 12.5e6)}}      # s, bytes/s
@@ -127,7 +128,7 @@ def mistake(broken):
 
 def step(mesh, replica):
     """({(op, tag): (calls, bytes)}, seconds that no rank could avoid to wait in layers, seconds)."""
-    batches = [tokens(mesh, replica.model.config.vocab)]
+    batches = [tokens(mesh, replica.parallel.each[0].model.config.vocab)]
     [count] = count_valid(batches, mesh.data)
     comm.barrier(mesh.tp)
     mesh.ledger.take()
@@ -154,12 +155,12 @@ def tokens(mesh, vocab):
 
 def kept_by_layer(mesh, replica):
     """Bytes that a layer's forward leaves for backward: those kept after the second, less after the first."""
-    batches, marks = [tokens(mesh, replica.model.config.vocab)], []
+    batches, marks = [tokens(mesh, replica.parallel.each[0].model.config.vocab)], []
     [count] = count_valid(batches, mesh.data)
     replica.begin(batches, count, lr=0.0)
-    with Kept(replica.model.parameters()) as kept:
+    with Kept(replica.parallel.each[0].model.parameters()) as kept:
         hooks = [block.register_forward_hook(lambda *_: marks.append(kept.bytes()))
-                 for block in replica.model.blocks]
+                 for block in replica.parallel.each[0].model.blocks]
         replica.forward(0)
     for hook in hooks:
         hook.remove()

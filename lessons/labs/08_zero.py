@@ -20,11 +20,12 @@ from nanoinfra.formulas.zero import zero_bytes, zero_payload
 from nanoinfra.lab.measure import counted, median
 from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
+from nanoinfra.parallel.schedules import Backward, ReduceGrads, accumulate
 from nanoinfra.parallel.zero import Unit
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.loss import count_valid
 from nanoinfra.train.replica import Replica
-from nanoinfra.train.step import Backward, ReduceGrads, accumulate, execute
+from nanoinfra.train.step import execute
 
 STAGES = (0, 1, 2, 3)
 PREDICTIONS = {f"L08.lab_{what}_{stage}": "B" for what in ("held", "sent") for stage in STAGES}
@@ -105,13 +106,13 @@ def share(mesh):
 
 def held_by(replica):
     """Bytes of [weights, gradients, optimizer with masters], each storage once."""
-    shared = replica.parallel.data
+    shared = replica.parallel.each[0].data
     if reducer := getattr(shared, "reducer", None):                  # ZeRO's
         filling = [bucket.flat for bucket in reducer.buckets if bucket.flat is not None]
         gradients = [*reducer.grads.values(), *filling]
     else:
         gradients = [bucket.flat for bucket in shared.buckets]
-    return [nbytes(tensors) for tensors in (replica.model.parameters(), gradients,
+    return [nbytes(tensors) for tensors in (replica.parallel.each[0].model.parameters(), gradients,
                                             replica.optimizer.state().values())]
 
 

@@ -63,10 +63,28 @@ class Mesh:
         axis = getattr(self, name)
         if size == axis.size:
             return axis
+        return self._own(name, self._lines(name).reshape(-1, size), "inner")
+
+    def twin(self, name: str) -> Axis:
+        """Axis `name` once more, with a group of its own: no message here waits for one there."""
+        return self._own(name, self._lines(name), "twin")
+
+    def ends(self, name: str) -> Axis | None:
+        """First and last rank of axis `name` as an axis; None for those between. Every rank calls it."""
+        lines = self._lines(name)
+        return self._own(name, lines[:, [0, -1]] if lines.shape[1] > 1 else lines, "ends")
+
+    def _lines(self, name):
+        """All lines of neighbours along axis `name`: (lines, ranks)."""
         grid = torch.arange(prod(self._sizes)).view(self._sizes).movedim(AXES.index(name), -1)
-        stretches = tuple(map(tuple, grid.reshape(-1, size).tolist()))
-        mine = next(ranks for ranks in stretches if self.rank in ranks)
-        return self._axis(name, mine, _subgroup(stretches, self._world) if size > 1 else None)
+        return grid.reshape(-1, grid.shape[-1])
+
+    def _own(self, name, lines, purpose):
+        """This rank's row of `lines` (lines, ranks) as an axis with a group of its own."""
+        lines = tuple(map(tuple, lines.tolist()))
+        group = _subgroup(lines, purpose, self._world) if len(lines[0]) > 1 else None
+        mine = [ranks for ranks in lines if self.rank in ranks]
+        return self._axis(name, mine[0], group) if mine else None
 
     def _axis(self, name, ranks, group):
         me = dist.get_rank() if dist.is_initialized() else 0
@@ -119,8 +137,8 @@ def _groups(device, sizes, world_group):
 
 
 @functools.cache
-def _subgroup(stretches, world_group):
-    return dist.new_subgroups_by_enumeration([list(ranks) for ranks in stretches])[0]
+def _subgroup(lines, purpose, world_group):
+    return dist.new_subgroups_by_enumeration([list(ranks) for ranks in lines])[0]
 
 
 def _line(mesh):

@@ -39,8 +39,9 @@ def step_of(config: ModelConfig, t: int, sp: str, batch: int,
     loss = HeadLoss(model.head)(model.hidden(x), y, batch * seq)
     loss.backward()
     cut.finish({name: p.grad for name, p in model.named_parameters()})
-    rows, (stream, rope) = mesh.ledger.take(), model.start(x)
-    stream = stream.detach().requires_grad_()
+    rows, places = mesh.ledger.take(), model.places(x)
+    stream = model.start(x, places).detach().requires_grad_()
+    rope = model.angles(places, stream.dtype)
     with Kept(model.parameters()) as kept:
         out = model.blocks[0](stream, rope)
         sizes = [tensor.untyped_storage().nbytes() for tensor in kept.tensors()]

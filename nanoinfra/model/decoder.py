@@ -59,24 +59,31 @@ class Decoder(nn.Module):
         where given, holds the earlier tokens and attends for every layer; without it attention is plainly
         causal. ALiBi knows no positions: it counts the keys between.
         """
-        x, rope = self.start(tokens, positions)
+        positions = self.places(tokens) if positions is None else positions
+        return self.layers(self.start(tokens, positions), positions, cache)
+
+    def start(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The first block's input: (B, T, C)."""
+        x = self.embed(tokens)                                            # (B, T, C)
+        if self.config.parts.position == "learned":
+            x = x + self.positions(positions)                             # (B, T, C)
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def layers(self, x: torch.Tensor, positions: torch.Tensor, cache=None) -> torch.Tensor:
+        """What the blocks and the final norm make of `x` (B, T, C), at `positions`: (B, T, C)."""
+        rope = self.angles(positions, x.dtype)
         for block in self.blocks:
             x = block(x, rope, cache)                                     # (B, T, C)
         return self.norm(x)
 
-    def start(self, tokens: torch.Tensor, positions=None):
-        """The first block's input (B, T, C), and RoPE's angles for all blocks or None."""
-        positions = self._places(tokens) if positions is None else positions
-        x, kind = self.embed(tokens), self.config.parts.position          # (B, T, C)
-        if kind == "learned":
-            x = x + self.positions(positions)                             # (B, T, C)
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
-        if kind != "rope":
-            return x, None
-        return x, rope_angles(positions, self.config.head_dim, self.config.theta, x.dtype)
+    def angles(self, positions: torch.Tensor, dtype: torch.dtype):
+        """RoPE's angles at `positions`, for all blocks; None where the family has no RoPE."""
+        config = self.config
+        rope = config.parts.position == "rope"
+        return rope_angles(positions, config.head_dim, config.theta, dtype) if rope else None
 
-    def _places(self, tokens):
+    def places(self, tokens: torch.Tensor) -> torch.Tensor:
+        """0..T-1 for `tokens` (B, T). Raises ValueError past the model's context."""
         T = tokens.shape[-1]
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the model's context of {self.config.context}; "

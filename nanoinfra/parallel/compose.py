@@ -1,11 +1,11 @@
 """Apply a plan of parallelism to a plain model, in one fixed order.
 
-1. Tensor and sequence parallelism cut the parameters: all that follows sees smaller ones.
-2. Recompute replaces what a block runs, its collectives included; the block stays what others hook.
-3. Weights are filled in: each rank reads, or draws, its own parts.
-4. ZeRO or data parallelism, over ranks that hold the same parts, cuts or sums what is there by then.
-Context and pipeline parallelism will join; what does not exist is refused in train/config.py before any rank
-starts. Every technique composes through the mesh alone.
+1. The pipeline cuts the layers into chunks: all that follows sees a shorter model.
+2. Tensor and sequence parallelism cut the parameters: from here on they are smaller.
+3. Recompute replaces what a block runs, its collectives included; the block stays what others hook.
+4. Weights are filled in: each rank reads, or draws, its own parts.
+5. ZeRO or data parallelism, over ranks that hold the same parts, cuts or sums what is there by then.
+What does not exist is refused in train/config.py. Every technique composes through the mesh alone.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nanoinfra.dist import comm
+from nanoinfra.formulas.pipeline import split
+from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.memory import recompute
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.fill import Read
+from nanoinfra.model.fill import Read, empty
+from nanoinfra.parallel import pipeline
 from nanoinfra.parallel.data import DataParallel
 from nanoinfra.parallel.megatron import TensorParallel, exchange
 from nanoinfra.parallel.vocabulary import HeadLoss
@@ -31,26 +35,28 @@ class Plan:
     data_parallel: str = "overlap"           # data.STEPS, at stage 0
     dtype: torch.dtype = torch.float32
     grad_dtype: torch.dtype | None = None
+    virtual: int = 1                         # chunks of the model a pipeline's stage has
+    attention: str = "sdpa"
 
 
 class Composed:
-    """`model`, without storage so far, made this rank's part of a training on `mesh`; `loss` ends it.
+    """`model`, a decoder or a pipeline's chunk of one, so far without storage: a rank's part of a training.
 
-    `read(name, part)` gives the first weights. What `masters` holds, {name: float32 tensor}, or where
-    that is None the `shards`, is the optimizer's to move.
+    `loss` ends the chunk that has the head. `read(name, part)` gives the first weights. What `masters`
+    holds, {name: float32 tensor}, or where that is None the `shards`, is the optimizer's to move.
     """
 
     def __init__(self, model: Decoder, mesh, plan: Plan, read: Read):
-        self.model, self.mesh, self.zero = model, mesh, plan.zero
+        self.model, self.zero = model, plan.zero
         self.tensor = TensorParallel(model, mesh, plan.sp)
-        self.loss, self.masters = HeadLoss(model.head), None
+        self.loss, self.masters = HeadLoss(model.head) if model.head else None, None
         recompute.apply(model, plan.recompute)
 
         def source(name):
             return self.tensor.part(read, name, mesh.device)
         if plan.zero:
-            self.data = Zero(model, mesh.data, plan.zero, units(model, self.loss), plan.dtype,
-                             plan.grad_dtype, source=source)
+            groups = units(model, self.loss) if plan.zero == 3 else None
+            self.data = Zero(model, mesh.data, plan.zero, groups, plan.dtype, plan.grad_dtype, source=source)
         else:
             exchange(model, lambda name, p: nn.Parameter(source(name), p.requires_grad))
             if plan.dtype.itemsize < 4:
@@ -59,13 +65,15 @@ class Composed:
             self.data = DataParallel(model, mesh.data, plan.data_parallel, grad_dtype=plan.grad_dtype)
         self.shards = self.data.shards
 
+    def run(self, x: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
+        """What the layers make of the stream `x` at `places` (T,); with the head their loss, ()."""
+        self.tensor.region.share(len(places))
+        x = self.model.layers(x, places)
+        return self.loss(x, targets, count) if self.loss else x
+
     def finish(self) -> dict[str, torch.Tensor]:
         """Wait for the gradients' sums, over data and over tensor ranks."""
         return self.tensor.finish(self.data.finish())
-
-    def norm_axes(self) -> list:
-        """The axes whose ranks hold different gradients: their norms add up over these."""
-        return [self.mesh.tp, self.mesh.data] if self.zero else [self.mesh.tp]
 
     def box(self, name: str) -> tuple[tuple[int, int], ...]:
         """The part of the logical parameter `name` that this rank's optimizer moves: (start, stop) by dim."""
@@ -75,9 +83,60 @@ class Composed:
         (begin, _), (start, stop) = box[0], self.data.rows[name]
         return (begin + start, begin + stop), *box[1:]
 
+
+class Chunks:
+    """All of a model that one rank trains: its stage's chunks, each of them composed."""
+
+    def __init__(self, config: ModelConfig, mesh, plan: Plan, read: Read):
+        p, r = mesh.pp.size, mesh.pp.rank
+        borders = split(config, p * plan.virtual, config.context)[r::p]
+        self.each = [Composed(pipeline.cut(empty(config, plan.attention).train(), *border), mesh, plan, read)
+                     for border in borders]
+        self.mesh, self.plan = mesh, plan
+        self.ends = mesh.ends("pp") if config.tied and p > 1 else None   # who share the tied weight
+        self.shards = self._all("shards")
+        self.masters = self._all("masters") if self.each[0].masters else None
+
+    def begin_step(self) -> None:
+        """Forget the last step's gradients."""
+        for chunk in self.each:
+            chunk.data.begin_step()
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """{name: summed gradient}, or this rank's rows of it; a tied weight's over both ends of the pipe."""
+        grads = {name: grad for chunk in self.each for name, grad in chunk.finish().items()}
+        if self.ends and TIED in grads:
+            comm.all_reduce(grads[TIED], self.ends, "tied")
+        return grads
+
+    def publish(self) -> None:
+        """After the optimizer's step: whole weights follow the shards."""
+        for chunk in self.each:
+            chunk.data.publish()
+
+    def norm_axes(self) -> list:
+        """The axes whose ranks hold different gradients: their norms add up over these."""
+        return [self.mesh.tp, self.mesh.pp, *([self.mesh.data] if self.plan.zero else [])]
+
+    def counts(self, name: str) -> bool:
+        """Of the ranks that hold the same part of parameter `name`: does a sum over the axes take mine?"""
+        again = self.ends and name == TIED and self.ends.rank > 0
+        return not again and self.each[0].tensor.counts(name)
+
+    def box(self, name: str) -> tuple[tuple[int, int], ...]:
+        """`Composed.box` of the chunk that has it."""
+        return next(chunk for chunk in self.each if name in chunk.shards).box(name)
+
     def tensors(self) -> Iterator[torch.Tensor]:
-        """All it holds between steps."""
-        return self.data.tensors()
+        """All they hold between steps."""
+        for chunk in self.each:
+            yield from chunk.data.tensors()
+
+    def _all(self, what):
+        return {name: tensor for chunk in self.each for name, tensor in getattr(chunk, what).items()}
+
+
+TIED = "embed.weight"                        # the head's too, where it is tied
 
 
 def serving(model: Decoder, mesh, read: Read, dtype: torch.dtype) -> Decoder:

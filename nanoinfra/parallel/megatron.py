@@ -37,11 +37,7 @@ class TensorParallel:
         self.sharing = mesh.inner("tp", copies(config, self.axis.size))
         self.region = Whole(self.axis) if sp == "none" else Cut(self.axis, sp == "keep")
         exchange(model, self._mine)
-        start = self.boxes["embed.weight"][0][0]
-        model.embed = VocabEmbedding(model.embed, start, self.region)
-        model.head = VocabHead(model.head, start, config.vocab, self.region)
-        if sp != "none" and config.parts.position == "learned":
-            model.positions = CutPositions(model.positions, self.region)
+        self._divide_ends(model, self.boxes["embed.weight"][0][0])
         for block in model.blocks:
             self._divide(block)
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -64,6 +60,18 @@ class TensorParallel:
         if _module(name) in ("k", "v"):
             return self.sharing.rank == 0
         return cut_dim(name) is not None or self.axis.rank == 0
+
+    def _divide_ends(self, model, start):
+        """Those that are there: of a pipeline's chunk perhaps none."""
+        one = model.embed is model.head                                      # a tied head under its own name
+        if model.embed is not None and not one:
+            model.embed = VocabEmbedding(model.embed, start, self.region)
+        if model.head is not None:
+            model.head = VocabHead(model.head, start, model.config.vocab, self.region)
+        if one:
+            model.embed = model.head
+        if isinstance(self.region, Cut) and getattr(model, "positions", None) is not None:
+            model.positions = CutPositions(model.positions, self.region)
 
     def _divide(self, block):
         attn, mlp, heads = block.attn, block.mlp, block.attn.o.weight.shape[1] // block.attn.head_dim

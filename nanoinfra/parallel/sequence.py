@@ -23,12 +23,18 @@ SP = ("none", "keep", "gather")
 class Cut(Whole):
     """The region that gives each rank ceil(T/t) tokens of the stream: (B, ceil(T/t), C).
 
-    `keep` what was gathered for backward, or gather it again. `leave` notes T: the embedding's comes first.
+    `keep` what was gathered for backward, or gather it again. T is noted by `leave`, the embedding's coming
+    first, or by `share`.
     """
 
     def __init__(self, axis, keep: bool):
         super().__init__(axis)
         self.keep, self.tokens = keep, None
+
+    def share(self, tokens: int) -> int:
+        """ceil(T/t)."""
+        self.tokens = tokens
+        return ceil(tokens / self.axis.size)
 
     def enter(self, x: torch.Tensor, tag: str) -> tuple[torch.Tensor, torch.Tensor]:
         """All tokens of the stream `x`, and what is kept of it for backward."""

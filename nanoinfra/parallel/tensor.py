@@ -29,6 +29,10 @@ class Whole:
         """g: the stream's share of `y` (B, T, C), of which every rank has a part of the sum. Overwrites y."""
         return _Leave.apply(y, self, tag)
 
+    def share(self, tokens: int) -> int:
+        """Rows of the stream on this rank for sequences of `tokens`. Say so where no embedding has."""
+        return tokens
+
     def enter(self, x: torch.Tensor, tag: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(what matrices read, what is kept of it for backward)."""
         return x, x
@@ -84,10 +88,11 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (kept, *weights), n = ctx.saved_tensors, len(grads)
-        wanted, wanted_biases = ctx.needs_input_grad[3:3 + n], ctx.needs_input_grad[3 + n:]
+        _, _, into, *wanted = needed(ctx)
+        wanted, wanted_biases = wanted[:n], wanted[n:]
         shape, grads = grads[0].shape, [grad.reshape(-1, grad.shape[-1]) for grad in grads]   # (B T, D/t)
         whole, sent = ctx.region.again(kept, ctx.tag) if any(wanted) else None, Pending()
-        if ctx.needs_input_grad[2]:
+        if into:
             dx = grads[0] @ weights[0]                                       # (B T, C), my part of the sum
             for grad, weight in zip(grads[1:], weights[1:]):
                 dx.addmm_(grad, weight)
@@ -110,6 +115,12 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return ctx.region.spread(grad, ctx.tag), None, None
+
+
+def needed(ctx) -> list[bool]:
+    """`ctx.needs_input_grad` of the backward under way, which may have been asked for some inputs alone."""
+    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
+    return [need and torch._C._will_engine_execute_node(next(nodes)) for need in ctx.needs_input_grad]
 
 
 def cut(linear: nn.Module, dim: int, axis) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import nn
 from nanoinfra.data.source import IGNORE
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import alone
-from nanoinfra.parallel.tensor import Whole, read
+from nanoinfra.parallel.tensor import Whole, needed, read
 
 ROWS_BYTES = 2 << 20                         # of logits worked on at a time: what a core's cache holds
 RAISED = 64.0                                # float16 has few bits for probabilities below 6e-5
@@ -120,9 +120,10 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (kept, weight, grad), scale = ctx.saved_tensors, upstream / (ctx.count * RAISED)
-        whole = ctx.region.again(kept, "ends") if ctx.needs_input_grad[1] else None
+        into, wanted, *_ = needed(ctx)
+        whole = ctx.region.again(kept, "ends") if wanted else None
         sent, d_weight = comm.Pending(), None
-        if ctx.needs_input_grad[0]:
+        if into:
             d_hidden = (grad @ weight).mul_(scale)                           # (N, C), my part of the sum
             sent = ctx.region.back(d_hidden.view(ctx.shape), "ends")
         if whole:

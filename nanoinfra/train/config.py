@@ -11,8 +11,10 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from nanoinfra.dist.fits import check_fits
+from nanoinfra.formulas.pipeline import split
 from nanoinfra.formulas.shape import SIZES
 from nanoinfra.formulas.tensor import check_heads
+from nanoinfra.parallel import schedules
 
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]              # a group's flags carry no prefix
@@ -59,6 +61,13 @@ class MeshFlags:
 
 
 @dataclass(frozen=True)
+class PipelineFlags:
+    """The pipeline, with --pp 2 or more."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1"] = "1f1b"  # who works when
+    virtual: int = 1                                     # chunks of layers a stage has, when interleaved
+
+
+@dataclass(frozen=True)
 class OptimizerFlags:
     """The optimizer."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -87,16 +96,15 @@ class TrainFlags:
     model: Flat[ModelFlags] = field(default_factory=ModelFlags)
     data: Flat[DataFlags] = field(default_factory=DataFlags)
     mesh: Flat[MeshFlags] = field(default_factory=MeshFlags)
+    pipeline: Flat[PipelineFlags] = field(default_factory=PipelineFlags)
     optimizer: Flat[OptimizerFlags] = field(default_factory=OptimizerFlags)
     run: Flat[RunFlags] = field(default_factory=RunFlags)
 
 
 def plan_mesh(flags: MeshFlags, world: int) -> dict[str, int]:
     """{"pp":, "dp":, "cp":, "tp":} for `world` ranks. Raises ValueError where they do not fit."""
-    for axis, issue in (("pp", "pipeline"), ("cp", "context")):
-        if getattr(flags, axis) != 1:
-            raise ValueError(f"--{axis} {getattr(flags, axis)}: {issue} parallelism is not built yet; "
-                             f"use --{axis} 1 and --dp {world}")
+    if flags.cp != 1:
+        raise ValueError(f"--cp {flags.cp}: context parallelism is not built yet; use --cp 1, --dp {world}")
     dp = flags.dp if flags.dp is not None else max(1, world // max(1, flags.pp * flags.cp * flags.tp))
     check_fits(world, flags.pp, dp, flags.cp, flags.tp)
     return {"pp": flags.pp, "dp": dp, "cp": flags.cp, "tp": flags.tp}
@@ -130,7 +138,7 @@ def parse_wire(wires: tuple[str, ...]) -> dict[str, tuple[float, float]]:
 
 def check(flags: TrainFlags, world: int) -> None:
     """Raise ValueError for what can be seen to be wrong before any rank starts or any data is read."""
-    plan_mesh(flags.mesh, world)
+    mesh = plan_mesh(flags.mesh, world)
     parse_wire(flags.mesh.wire)
     _check_memory(flags)
     at_least = {"--micro-batch": (flags.data.micro_batch, 1), "--global-batch": (flags.data.global_batch, 1),
@@ -144,6 +152,7 @@ def check(flags: TrainFlags, world: int) -> None:
     if flags.run.seconds is not None and flags.run.seconds <= 0:
         raise ValueError(f"--seconds {flags.run.seconds} leaves no time for a step; try --seconds 60")
     _check_model(flags.model, flags.mesh.tp)
+    _check_pipeline(flags, mesh["dp"])
 
 
 def _check_memory(flags):
@@ -158,6 +167,21 @@ def _check_memory(flags):
     if flags.mesh.sp and flags.mesh.tp == 1:
         raise ValueError("--sp cuts the stream over the ranks of --tp, and --tp is 1; give --tp 2, or leave "
                          "--sp out")
+
+
+def _check_pipeline(flags, dp):
+    pp, zero, kind, v = flags.mesh.pp, flags.mesh.zero, flags.pipeline.schedule, flags.pipeline.virtual
+    if pp > 1 and zero > 1:
+        raise ValueError(f"--zero {zero} sends gradients or weights with every micro-batch, and a pipeline "
+                         f"needs many of them: that is not built for --pp {pp}; use --zero 1, which cuts the "
+                         "optimizer's state")
+    if kind == "zb-h1" and flags.model.recompute == "full":
+        raise ValueError("--recompute full runs a block again in backward, and --schedule zb-h1 has two of "
+                         "those; use --recompute none, or --schedule 1f1b")
+    _, m = micro_batches(flags.data, dp)
+    schedules.check(kind, pp, m, v)
+    if flags.model.model in SIZES:
+        split(SIZES[flags.model.model].model, pp * v, flags.data.seq or 1)
 
 
 def _check_model(flags, tp):

@@ -1,9 +1,9 @@
-"""One stage that holds the whole model: what the executor drives when there is no pipeline.
+"""What the executor drives: one rank's share of a training, a whole model or a pipeline's chunks of it.
 
-Forward keeps a micro-batch's loss, backward frees it, gradients are summed as parallel/compose.py has
-arranged it, the optimizer moves float32 masters, whole or in parts. The loss is divided by the step's global
-count of valid tokens before any backward, so nothing is divided afterwards; in float16 it is multiplied by a
-scale on the way, and a step whose gradients overflow on any rank is skipped on all.
+Forward keeps a micro-batch's stream or loss, backward frees it, gradients are summed as parallel/compose.py
+has arranged it, the optimizer moves float32 masters, whole or in parts. The loss is divided by the step's
+global count of valid tokens before any backward, so nothing is divided afterwards; in float16 it is
+multiplied by a scale on the way, and a step whose gradients overflow on any rank is skipped on all.
 """
 import math
 from collections.abc import Iterable, Iterator
@@ -12,16 +12,19 @@ import torch
 
 from nanoinfra.formulas.params import shapes
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.model.fill import Read, empty
+from nanoinfra.model.fill import Read
 from nanoinfra.model.init import draw
-from nanoinfra.parallel.compose import Composed, Plan
+from nanoinfra.parallel import schedules
+from nanoinfra.parallel.compose import Chunks, Plan
+from nanoinfra.parallel.pipeline import PipelineStage
 from nanoinfra.train.config import TrainFlags
 from nanoinfra.train.optim import Optimizer, clip
 from nanoinfra.train.pieces import Piece
 from nanoinfra.train.scale import LossScale
+from nanoinfra.train.step import execute
 
 
-class Replica:
+class Replica(PipelineStage):
     """Model, gradients and optimizer of one rank. Implements `step.Stage`.
 
     `read(name, part)` gives the weights to go on from; without it they are drawn from the seed. Either way no
@@ -29,35 +32,56 @@ class Replica:
     """
 
     def __init__(self, config: ModelConfig, flags: TrainFlags, mesh, read: Read | None = None):
-        self.shapes, self.device = shapes(config), mesh.device
+        self.mesh, self.shapes, self.width = mesh, shapes(config), config.width
+        self.kind, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual
         dtype = getattr(torch, flags.model.dtype)
-        self.parallel = Composed(empty(config, flags.model.attention).train(), mesh, plan(flags),
-                                 read or drawn(config, flags.model.seed))
-        self.model, self.loss_of = self.parallel.model, self.parallel.loss
+        self.parallel = Chunks(config, mesh, plan(flags), read or drawn(config, flags.model.seed))
+        super().__init__(mesh.pp, mesh.twin("pp"), self.virtual, dtype, mesh.device, self.kind == "zb-h1")
         self.optimizer = Optimizer(self.parallel.shards, flags.optimizer.optimizer, self.parallel.masters)
         self.limit, self.scale = flags.optimizer.clip, LossScale() if dtype == torch.float16 else None
+        self.forwards = schedules.evaluate(mesh.pp.size, self.virtual)[mesh.pp.rank]
 
-    def begin(self, batches: list, count: int, lr: float) -> None:
+    def schedule(self, micro_batches: int) -> list:
+        """What this rank does in a step."""
+        pp = self.mesh.pp
+        return schedules.schedule(self.kind, pp.size, micro_batches, self.virtual)[pp.rank]
+
+    def begin(self, batches: list, count: int, lr: float = 0.0) -> None:
         """A new step: its micro-batches [(x (B, T), y (B, T))], valid tokens on all ranks, learning rate."""
         self.batches, self.count, self.lr = batches, count, lr
-        self.losses, self.loss = {}, torch.zeros((), dtype=torch.float64)
+        self.loss = torch.zeros((), dtype=torch.float64)
         self.grads = None                    # the last step's, which would live on beside this one's
-        self.parallel.data.begin_step()
+        self.parallel.begin_step()
 
-    def forward(self, micro: int) -> None:
-        """This rank's share of the step's loss from one micro-batch."""
-        x, y = self.batches[micro]
-        self.losses[micro] = self._loss(x, y, self.count)
+    def enter(self, micro: int) -> torch.Tensor:
+        """The embedded tokens of a micro-batch."""
+        model, x = self.parallel.each[0].model, self.batches[micro][0].to(self.device)
+        return model.start(x, model.places(x))
 
-    def backward(self, micro: int, last: bool) -> None:
-        """Its gradients, into the buckets."""
-        loss = self.losses.pop(micro)
-        self.loss += loss.detach().cpu()
-        self.parallel.data.before_backward(last)
-        loss.backward(torch.full_like(loss, self.scale.value) if self.scale else None)
+    def run(self, chunk: int, x: torch.Tensor, micro: int) -> torch.Tensor:
+        """A chunk of the layers; after the last one this rank's share of the step's loss."""
+        part, (tokens, targets) = self.parallel.each[chunk], self.batches[micro]
+        y = part.run(x, part.model.places(tokens).to(self.device), targets.to(self.device), self.count)
+        if part.loss:
+            self.loss += y.detach().cpu()
+        return y
+
+    def stream(self, micro: int) -> tuple[int, ...]:
+        """(B, T, C), or under sequence parallelism this rank's share of it."""
+        B, T = self.batches[micro][0].shape
+        return B, self.parallel.each[0].tensor.region.share(T), self.width
+
+    def upstream(self, loss: torch.Tensor) -> torch.Tensor | None:
+        """float16's scale."""
+        return torch.full_like(loss, self.scale.value) if self.scale else None
+
+    def before_backward(self, chunk: int, last: bool) -> None:
+        """The chunk's buckets may leave in its last backward."""
+        self.parallel.each[chunk].data.before_backward(last)
 
     def reduce_grads(self) -> None:
         """Wait for the sums over the ranks."""
+        self.settle()
         self.grads = self.parallel.finish()
 
     def step(self) -> None:
@@ -66,13 +90,13 @@ class Replica:
         `skipped`: float16 gradients overflowed somewhere; the norm, which all ranks share, is no number then.
         """
         self.grad_norm = clip(self.grads, self.limit, self.scale.value if self.scale else 1.0,
-                              self.parallel.norm_axes(), self.parallel.tensor.counts)
+                              self.parallel.norm_axes(), self.parallel.counts)
         self.skipped = self.scale is not None and not math.isfinite(self.grad_norm)
         if self.scale:
             self.scale.update(self.skipped)
         if not self.skipped:
             self.optimizer.step(self.grads, self.lr)
-            self.parallel.data.publish()
+            self.parallel.publish()
 
     def norm(self) -> dict:
         """The step's line of metrics on it: null where float16 overflowed, which skipped the step."""
@@ -81,8 +105,14 @@ class Replica:
 
     @torch.no_grad()
     def nats(self, batches: Iterator) -> float:
-        """-sum ln p over the valid targets of this rank's held-out batches."""
-        return sum(float(self._loss(x, y, 1)) for x, y in batches)
+        """-sum ln p over the valid targets of this rank's held-out batches, where its loss is known."""
+        nats = 0.0
+        for batch in batches:
+            self.begin([batch], count=1)
+            execute(self.forwards, self)
+            self.settle()
+            nats += self.loss.item()
+        return nats
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Everything it keeps between steps: weights, gradient buckets, masters, moments."""
@@ -103,7 +133,7 @@ class Replica:
         self.optimizer.load({piece.name: tensor for piece, tensor in pairs}, state["updates"])
         if self.scale and state["scale"]:
             self.scale.load(state["scale"])
-        self.parallel.data.publish()
+        self.parallel.publish()
 
     def _piece(self, key, tensor):
         name = key.rpartition("/")[2]
@@ -112,17 +142,14 @@ class Replica:
         piece = Piece(key, tuple(start for start, _ in box), size, self.shapes[name])
         return piece, tensor.view(-1)[:math.prod(size)].view(size)         # zeros follow in ZeRO's last
 
-    def _loss(self, x, y, count):
-        return self.loss_of(self.model.hidden(x.to(self.device)), y.to(self.device), count)
-
-
 def plan(flags: TrainFlags) -> Plan:
     """What the flags ask for besides the mesh; gradients are summed in at least float32 by default."""
     dtype, asked = getattr(torch, flags.model.dtype), flags.model.grad_dtype
     grad_dtype = getattr(torch, asked) if asked else torch.promote_types(dtype, torch.float32)
     mesh = flags.mesh
     sp = "none" if not mesh.sp else "keep" if mesh.sp_keep else "gather"
-    return Plan(sp, mesh.zero, flags.model.recompute, mesh.data_parallel, dtype, grad_dtype)
+    return Plan(sp, mesh.zero, flags.model.recompute, mesh.data_parallel, dtype, grad_dtype,
+                flags.pipeline.virtual, flags.model.attention)
 
 
 def drawn(config: ModelConfig, seed: int) -> Read:

@@ -1,54 +1,37 @@
-"""A step is a schedule, and a schedule is data.
+"""A step is a schedule, and a schedule is data: one executor runs the instructions of any of them.
 
-A generator yields instructions; one executor runs them on a stage. The same list can be drawn, counted and
-checked with no process started. Accumulation over m micro-batches is the schedule of a pipeline with one
-stage. ShallowSpeed (Boehm 2022) has the idea; GPipe and 1F1B are other generators of the same words.
+The same list can be drawn, counted and checked with no process started (parallel/clock.py). Accumulation over
+m micro-batches is the schedule of a pipeline with one stage. ShallowSpeed (Boehm 2022) has the idea.
 """
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Protocol
 
-
-@dataclass(frozen=True)
-class Forward:
-    """Run micro-batch `micro` through the stage and keep what backward needs."""
-    micro: int
-
-
-@dataclass(frozen=True)
-class Backward:
-    """Turn micro-batch `micro` into gradients. After the `last` one gradients are complete and may leave."""
-    micro: int
-    last: bool = False
-
-
-@dataclass(frozen=True)
-class ReduceGrads:
-    """Wait until every gradient is the sum over the data axis."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """Clip, and let the optimizer move the weights."""
+from nanoinfra.parallel.schedules import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    RecvActivation,
+    RecvGrad,
+    ReduceGrads,
+    SendActivation,
+    SendGrad,
+    Step,
+)
 
 
 class Stage(Protocol):
-    """What the executor drives."""
+    """What the executor drives. A schedule of one stage calls forward, backward, reduce_grads and step."""
 
-    def forward(self, micro: int) -> None: ...
-    def backward(self, micro: int, last: bool) -> None: ...
+    def forward(self, micro: int, chunk: int) -> None: ...
+    def backward(self, micro: int, chunk: int, last: bool) -> None: ...
+    def backward_input(self, micro: int, chunk: int) -> None: ...
+    def backward_weight(self, micro: int, chunk: int, last: bool) -> None: ...
+    def receive(self, message: RecvActivation | RecvGrad) -> None: ...
+    def send(self, message: SendActivation | SendGrad) -> None: ...
     def reduce_grads(self) -> None: ...
     def step(self) -> None: ...
-
-
-def accumulate(micro_batches: int) -> Iterator:
-    """The one-stage schedule: forward and backward of each micro-batch, then one reduction and one step."""
-    for micro in range(micro_batches):
-        yield Forward(micro)
-        yield Backward(micro, last=micro == micro_batches - 1)
-    yield ReduceGrads()
-    yield Step()
 
 
 def execute(schedule: Iterable, stage: Stage) -> list[tuple[object, float, float]]:
@@ -57,15 +40,23 @@ def execute(schedule: Iterable, stage: Stage) -> list[tuple[object, float, float
     for instruction in schedule:
         begin = time.monotonic()
         match instruction:
-            case Forward(micro):
-                stage.forward(micro)
-            case Backward(micro, last):
-                stage.backward(micro, last)
+            case Forward(micro, chunk):
+                stage.forward(micro, chunk)
+            case Backward(micro, chunk, last):
+                stage.backward(micro, chunk, last)
+            case BackwardInput(micro, chunk):
+                stage.backward_input(micro, chunk)
+            case BackwardWeight(micro, chunk, last):
+                stage.backward_weight(micro, chunk, last)
+            case RecvActivation() | RecvGrad():
+                stage.receive(instruction)
+            case SendActivation() | SendGrad():
+                stage.send(instruction)
             case ReduceGrads():
                 stage.reduce_grads()
             case Step():
                 stage.step()
             case _:
-                raise TypeError(f"{instruction!r} is not an instruction of a one-stage schedule")
+                raise TypeError(f"{instruction!r} is not an instruction of parallel/schedules.py")
         spans.append((instruction, begin, time.monotonic()))
     return spans

@@ -25,7 +25,7 @@ from nanoinfra.train.loss import count_valid
 from nanoinfra.train.optim import learning_rate
 from nanoinfra.train.replica import Replica
 from nanoinfra.train.rundir import RunDir
-from nanoinfra.train.step import accumulate, execute
+from nanoinfra.train.step import execute
 
 FINE_TUNING_LR = 1e-4                        # where weights are given, and no --lr
 
@@ -39,7 +39,7 @@ def train(flags: TrainFlags) -> list[dict]:
             seen = batches if run.speaks else ()
             valid, run.stopping = count_valid(seen, run.mesh.world, run.asked_to_stop)
             run.replica.begin(batches, valid, run.learning_rate())
-            spans = execute(accumulate(len(batches)), run.replica)
+            spans = execute(run.replica.schedule(len(batches)), run.replica)
             run.report(valid, spans)
             if run.due(flags.run.save_every) or not run.going():
                 run.save()
@@ -59,7 +59,7 @@ class Run:
         self.dir = RunDir(flags.run.out, self.mesh)
         self.inputs = open_inputs(flags, self.mesh)
         self.replica = Replica(self.inputs.model, flags, self.mesh, self.inputs.read)
-        self.speaks = self.mesh.tp.rank == 0                             # for tokens that all tp ranks see
+        self.speaks = self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.mesh.pp.size - 1  # of a loss
         self.elapsed, self.stopping, self.asked_to_stop = 0.0, 0, 0
         self.lines, self.spans, self.rows = [], [], []
         self.step, consumed = (self.dir.resume(self.inputs, self.replica) if flags.run.resume
@@ -118,7 +118,8 @@ class Run:
         data, held_out = self.mesh.data, self.inputs.held_out
         with self._off_the_clock():
             nats = self.replica.nats(held_out.batches(self.flags.data.micro_batch, data.rank, data.size))
-            total = comm.all_reduce(torch.tensor(nats, dtype=torch.float64), data, "scalars")
+            mine = torch.tensor(nats * self.speaks, dtype=torch.float64)
+            total = comm.all_reduce(mine, self.mesh.world, "scalars")
         return held_out.bits_per_byte(total.item())
 
     def save(self) -> None:
@@ -169,7 +170,8 @@ class Run:
 
     def _introduce(self):
         G, m = micro_batches(self.flags.data, self.mesh.data.size)
-        memory = (", sequence parallel" * self.flags.mesh.sp
+        memory = (f", {self.flags.pipeline.schedule}" * (self.mesh.pp.size > 1)
+                  + ", sequence parallel" * self.flags.mesh.sp
                   + f", ZeRO-{self.flags.mesh.zero}" * bool(self.flags.mesh.zero))
         going_on = f", going on after step {self.step}" if self.step else ""
         print(f"{self.flags.model.model}: {parameters(self.inputs.model):,} parameters, "

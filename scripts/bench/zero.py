@@ -39,10 +39,11 @@ from train import CONFIG, B, Plain, T, V  # noqa: E402
 
 from nanoinfra.dist.mesh import Mesh  # noqa: E402
 from nanoinfra.dist.ranks import Ranks  # noqa: E402
+from nanoinfra.parallel.schedules import accumulate  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.loss import count_valid  # noqa: E402
 from nanoinfra.train.replica import Replica  # noqa: E402
-from nanoinfra.train.step import accumulate, execute  # noqa: E402
+from nanoinfra.train.step import execute  # noqa: E402
 
 N = 2                                                    # ranks
 GRADS = {"deepspeed": "bfloat16", "fsdp2": "float32"}    # what a peer sums gradients in, and ours against it

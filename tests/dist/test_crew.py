@@ -30,8 +30,10 @@ def pool():
 
 
 def alive(pid):
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):          # gone, or going just now
+        return False
 
 
 def await_end(pids, seconds=10.0):

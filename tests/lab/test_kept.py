@@ -33,7 +33,9 @@ def test_layers_keep_what_the_formula_says_on_any_device(device, how):
     config = sized("test")
     with torch.device(device):
         model = apply(Decoder(config, "naive"), how)
-        x, rope = model.start(torch.zeros(2, 9, dtype=torch.long))
+        x = torch.zeros(2, 9, dtype=torch.long)
+        places = model.places(x)
+        x, rope = model.start(x, places), model.angles(places, torch.get_default_dtype())
         with Kept([*model.parameters(), *rope]) as kept:
             for block in model.blocks:
                 x = block(x, rope)

@@ -77,9 +77,9 @@ def test_cores_and_caches_are_seen_by_every_layer():
 def test_embed_norm_norms_what_the_embedding_gives():
     model, x = init_weights(Decoder(config("bloom")), seed=3), tokens(97, (2, 5))
     want = torch.nn.functional.layer_norm(model.embed(x), (30,), eps=1e-5)
-    got, rope = model.start(x)
+    got = model.start(x, model.places(x))
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-    assert rope is None and Decoder(config("gpt2")).embed_norm is None
+    assert model.angles(model.places(x), x.dtype) is None and Decoder(config("gpt2")).embed_norm is None
 
 
 def test_slopes_are_numbers_that_a_rank_can_slice():

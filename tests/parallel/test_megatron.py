@@ -179,7 +179,8 @@ def shared(cfg, plan, dp, tp, micro, frozen):
         loss.backward()
         total += loss.detach()
     grads = parallel.finish()
-    norm = clip(dict(grads), 0, axes=parallel.norm_axes(), counts=parallel.tensor.counts)
+    axes = [mesh.tp, *([mesh.data] if plan.zero else [])]
+    norm = clip(dict(grads), 0, axes=axes, counts=parallel.tensor.counts)
     named = {}
     for name, grad in grads.items():
         size = [stop - start for start, stop in parallel.box(name)]

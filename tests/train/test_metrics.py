@@ -4,8 +4,8 @@ import json
 import torch
 
 from nanoinfra.dist.ledger import Row
+from nanoinfra.parallel.schedules import Forward
 from nanoinfra.train import metrics
-from nanoinfra.train.step import Forward
 
 
 def line(step):

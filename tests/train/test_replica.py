@@ -9,10 +9,11 @@ from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
+from nanoinfra.parallel.schedules import accumulate
 from nanoinfra.train import metrics
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.replica import Replica
-from nanoinfra.train.step import accumulate, execute
+from nanoinfra.train.step import execute
 
 
 def stepped(zero, config=None, **model):
@@ -29,7 +30,7 @@ def test_gradients_are_summed_in_the_dtype_asked_for_and_float32_by_default(zero
     for asked, want in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
         replica = stepped(zero, dtype="bfloat16", grad_dtype=asked)
         assert {grad.dtype for grad in replica.grads.values()} == {want}
-        assert {p.dtype for p in replica.model.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in replica.parallel.each[0].model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
@@ -43,7 +44,8 @@ def test_a_new_step_lets_go_of_the_last_ones_gradients(zero):
 def test_stage_3_keeps_no_parameter_of_any_family_whole():
     gpt2 = ModelConfig(64, 32, 2, 2, 2, 16, 64, 16, family="gpt2")
     for config in (gpt2, sized("test")):
-        assert {p.untyped_storage().nbytes() for p in stepped(3, config).model.parameters()} == {0}
+        model = stepped(3, config).parallel.each[0].model
+        assert {p.untyped_storage().nbytes() for p in model.parameters()} == {0}
 
 
 def test_the_held_out_score_is_one_ranks_at_every_stage(ranks, tmp_path):

@@ -3,38 +3,69 @@ from dataclasses import dataclass
 
 import pytest
 
-from nanoinfra.train.step import Backward, Forward, ReduceGrads, Step, accumulate, execute
+from nanoinfra.parallel.schedules import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    RecvActivation,
+    RecvGrad,
+    ReduceGrads,
+    SendActivation,
+    SendGrad,
+    Step,
+    accumulate,
+    schedule,
+)
+from nanoinfra.train.step import execute
 
 
 class Recorder:
+    """Notes each call as the instruction that asks for it."""
+
     def __init__(self):
         self.did = []
 
-    def forward(self, micro):
-        self.did.append(("forward", micro))
+    def forward(self, micro, chunk):
+        self.did.append(Forward(micro, chunk))
 
-    def backward(self, micro, last):
-        self.did.append(("backward", micro, last))
+    def backward(self, micro, chunk, last):
+        self.did.append(Backward(micro, chunk, last))
+
+    def backward_input(self, micro, chunk):
+        self.did.append(BackwardInput(micro, chunk))
+
+    def backward_weight(self, micro, chunk, last):
+        self.did.append(BackwardWeight(micro, chunk, last))
+
+    def receive(self, message):
+        assert isinstance(message, (RecvActivation, RecvGrad))
+        self.did.append(message)
+
+    def send(self, message):
+        assert isinstance(message, (SendActivation, SendGrad))
+        self.did.append(message)
 
     def reduce_grads(self):
-        self.did.append("reduce")
+        self.did.append(ReduceGrads())
 
     def step(self):
-        self.did.append("step")
+        self.did.append(Step())
 
 
 def test_accumulation_is_forward_backward_each_then_one_reduction_and_one_step():
-    assert list(accumulate(2)) == [Forward(0), Backward(0), Forward(1), Backward(1, last=True),
-                                   ReduceGrads(), Step()]
+    assert accumulate(2) == [Forward(0), Backward(0), Forward(1), Backward(1, last=True), ReduceGrads(),
+                             Step()]
 
 
-@pytest.mark.parametrize("m", [1, 3])
-def test_executor_runs_the_list_in_order_and_times_it(m):
+ORDERS = accumulate(3), schedule("zb-h1", 3, 4)[1], schedule("interleaved", 2, 4, 2)[0]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_executor_runs_the_list_in_order_and_times_it(order):
     stage = Recorder()
-    spans = execute(accumulate(m), stage)
-    each = [x for i in range(m) for x in (("forward", i), ("backward", i, i == m - 1))]
-    assert stage.did == [*each, "reduce", "step"]
-    assert [what for what, _, _ in spans] == list(accumulate(m))
+    spans = execute(order, stage)
+    assert stage.did == order == [what for what, _, _ in spans]
     times = [t for _, begin, end in spans for t in (begin, end)]
     assert times == sorted(times)
 
