@@ -1,0 +1,198 @@
+"""Stages together are the model: gradients in float64, what is sent and kept, and time on the clock."""
+import functools
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanoinfra.data.source import IGNORE
+from nanoinfra.dist.mesh import Mesh
+from nanoinfra.formulas import pipeline as formulas
+from nanoinfra.formulas.params import shapes
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.model.fill import empty
+from nanoinfra.parallel.clock import simulate
+from nanoinfra.parallel.pipeline import PipelineStage, cut
+from nanoinfra.parallel.schedules import ReduceGrads, Step, schedule
+from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
+from nanoinfra.train.optim import clip
+from nanoinfra.train.replica import Replica
+from nanoinfra.train.step import execute
+from tests.parity import assert_same_gradients
+
+V, C, T = 61, 12, 9
+MICROS = 1, 3, 4, 8
+CASES = [(pp, kind, v) for pp in (2, 4) for kind, v in (("gpipe", 1), ("1f1b", 1), ("zb-h1", 1),
+                                                         ("interleaved", 2))]
+
+
+def config(family, tied=True):
+    return ModelConfig(V, C, 8, 2, 1 if family != "gpt2" else 2, 6, 20, 16, tied, family)
+
+
+def batches(m):
+    """m micro-batches of one or two samples, with valid tokens that differ."""
+    rng = torch.Generator().manual_seed(m)
+    made = []
+    for k in range(m):
+        x, y = torch.randint(V, (2, 1 + k % 2, T), generator=rng)
+        y[0, :k % T] = IGNORE
+        made.append((x, y))
+    return made, sum(int((y != IGNORE).sum()) for _, y in made)
+
+
+def one_step(cfg, mesh, kind, v, micros):
+    """For each m {loss, norm, gradients, bytes sent, most micro-batches kept} of one rank."""
+    flags = TrainFlags(ModelFlags(dtype="float64"), mesh=MeshFlags(pp=mesh.pp.size),
+                       pipeline=PipelineFlags(kind, v))
+    replica, found = Replica(cfg, flags, mesh), {}
+    for m in micros:
+        given, count = batches(m)
+        mesh.ledger.take()
+        replica.begin(given, count)
+        most = 0
+        for what in replica.schedule(m)[:-1]:                              # all but the step
+            execute([what], replica)
+            most = max(most, len(replica.kept))
+        rows = [row for row in mesh.ledger.take() if row.op == "send"]
+        grads = {name: grad.clone() for name, grad in replica.grads.items()}
+        norm = clip(dict(replica.grads), 0, axes=replica.parallel.norm_axes(), counts=replica.parallel.counts)
+        found[m] = {"loss": replica.loss.item(), "norm": norm, "grads": grads, "most": most,
+                    "sent": sum(row.payload for row in rows),
+                    "left": (replica.coming, replica.leaving, replica.sent)}
+    return found
+
+
+def on_a_rank(cfg, pp, kind, v, micros):
+    return one_step(cfg, Mesh(pp=pp), kind, v, micros)
+
+
+@functools.cache
+def alone(cfg):
+    return one_step(cfg, Mesh(), "1f1b", 1, MICROS)
+
+
+@pytest.mark.parametrize("family, tied", [("llama", True), ("gpt2", False)])
+@pytest.mark.parametrize("pp, kind, v", CASES)
+def test_gradients_match_one_rank(ranks, pp, kind, v, family, tied):
+    cfg = config(family, tied)
+    micros = [m for m in MICROS if kind != "interleaved" or m % pp == 0]
+    results = ranks(pp).run(on_a_rank, cfg, pp, kind, v, micros)
+    for m in micros:
+        want, got = alone(cfg)[m], [result[m] for result in results]
+        assert sum(one["loss"] for one in got) == pytest.approx(want["loss"], rel=1e-12)
+        for one in got:
+            assert one["norm"] == pytest.approx(want["norm"], rel=1e-12)
+            for name, grad in one["grads"].items():                        # a tied weight's at both ends
+                torch.testing.assert_close(grad, want["grads"][name], rtol=1e-9, atol=1e-12)
+        merged = {name: grad for one in got for name, grad in one["grads"].items()}
+        assert_same_gradients(merged, want["grads"], where=f"{kind} pp {pp} m {m}")
+        assert sum(len(one["grads"]) for one in got) == len(shapes(cfg)) + tied
+
+
+@pytest.mark.parametrize("pp, kind, v", CASES)
+def test_it_sends_and_keeps_what_the_formulas_say(ranks, pp, kind, v):
+    cfg, m = config("llama"), 4
+    got = [result[m] for result in ranks(pp).run(on_a_rank, cfg, pp, kind, v, [m])]
+    both = [formulas.sent_bytes(cfg, pp, m // 2, size, T, 8, v) for size in (1, 2)]    # half have two samples
+    assert [one["sent"] for one in got] == [a + b for a, b in zip(*both)]
+    assert [one["most"] for one in got] == [formulas.in_flight(kind, pp, r, m, v) for r in range(pp)]
+    assert all(one["left"] == ({}, {}, {}) for one in got)
+
+
+def test_chunks_keep_the_names_and_share_them_out():
+    for tied in (True, False):
+        cfg = config("gpt2", tied)
+        parts = [cut(empty(cfg), *border) for border in formulas.split(cfg, 4, T)]
+        named = [[name for name, _ in part.named_parameters()] for part in parts]
+        assert sorted(name for names in named for name in names) == sorted(
+            [*shapes(cfg), *(["embed.weight"] if tied else [])])
+        assert [any("norm." in name and "blocks" not in name for name in names) for names in named] == [
+            False, False, False, True]
+        assert all(tuple(p.shape) == shapes(cfg)[name] for part in parts
+                   for name, p in part.named_parameters())
+    untied = replace(config("llama"), tied=False)
+    assert "embed.weight" not in dict(cut(empty(untied), 6, 8).named_parameters())
+
+
+class Sleeper(PipelineStage):
+    """A stage that sleeps where another would compute: forward F s, backward B + W s, all stages at once."""
+
+    def __init__(self, mesh, times, v, halves):
+        super().__init__(mesh.pp, mesh.twin("pp"), v, halves=halves)
+        self.times, self.weight = times, torch.nn.Parameter(torch.ones(4))
+
+    def enter(self, micro):
+        return torch.ones(1, 4, requires_grad=True)                       # as an embedding's would be
+
+    def stream(self, micro):
+        return 1, 4
+
+    def run(self, chunk, x, micro):
+        time.sleep(self.times[0])
+        y = _Slow.apply(x, self.weight, self.times)
+        return y.sum() if (self.axis.rank, chunk) == self.last else y
+
+    def reduce_grads(self):
+        self.settle()
+
+    def step(self):
+        pass
+
+
+class _Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, times):
+        ctx.times = times
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        from nanoinfra.parallel.tensor import needed
+        into, weights, _ = needed(ctx)
+        time.sleep(ctx.times[1] * into + ctx.times[2] * weights)
+        return grad, grad.sum(0), None
+
+
+def timed_step(pp, kind, v, ms, times):
+    """For each m this rank's (begin, end) of three steps, in s."""
+    from nanoinfra.dist import comm
+    mesh, walls = Mesh(pp=pp), []
+    stage = Sleeper(mesh, [t / v for t in times], v, kind == "zb-h1")
+    for m in ms:
+        order = [what for what in schedule(kind, pp, m, v)[mesh.pp.rank]
+                 if not isinstance(what, (ReduceGrads, Step))]
+        trials = []
+        for _ in range(3):
+            comm.barrier(mesh.pp)
+            begin = time.monotonic()
+            spans = execute(order, stage)
+            trials.append((begin, spans[-1][2]))
+            stage.settle()
+        walls.append(trials)
+    return walls
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("kind, v", [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("interleaved", 2)])
+def test_stages_work_at_the_same_time(ranks, kind, v):
+    overlaps(ranks, 4, kind, v, [4], times=(0.03, 0.04, 0.03))
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("pp, kind, v", CASES)
+def test_every_schedule_works_at_the_same_time(ranks, pp, kind, v):
+    ms = [m for m in MICROS if kind != "interleaved" or m % pp == 0]
+    overlaps(ranks, pp, kind, v, ms, times=(0.03, 0.04, 0.03))
+
+
+def overlaps(ranks, pp, kind, v, ms, times):
+    """Wall time within 8 % of the clock's, where stages sleep: two cores hold any number of sleepers."""
+    results = ranks(pp).run(timed_step, pp, kind, v, ms, times)
+    for i, m in enumerate(ms):
+        walls = [max(end for _, end in trial) - min(begin for begin, _ in trial)
+                 for trial in zip(*(result[i] for result in results))]
+        want = simulate(schedule(kind, pp, m, v), *(t / v for t in times)).step
+        print(f"{kind} pp {pp} m {m}: {want * 1e3:.1f} ms by the clock, {sorted(walls)[1] * 1e3:.1f} timed")
+        assert sorted(walls)[1] == pytest.approx(want, rel=0.08), (kind, pp, m, walls)
