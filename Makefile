@@ -7,7 +7,7 @@ SECONDS ?= 180
 PIP    := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test prove mutants lint lines lessons student grade lab speedrun bench figures test-gpu clean
+.PHONY: help demo test prove mutants lint lines lessons student grade lab speedrun bench matrix figures test-gpu clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ speedrun: $(VENV)/base  ## 60 s of training against the frozen loop's 120 s, thr
 
 bench: $(VENV)/base  ## against torch DDP and a plain torch loop, fifteen pairs each
 	$(BIN)/python scripts/bench/train.py
+
+matrix: $(VENV)/base  ## every technique with every other: gradients against one rank, bytes by axis
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py
 
 figures: $(VENV)/base  ## draw README's picture again
 	$(BIN)/python scripts/figures.py

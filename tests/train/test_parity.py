@@ -1,5 +1,6 @@
 """Through the command line's main: a run on N ranks is the run on one, in float64, to rounding."""
 import functools
+import random
 from itertools import product
 
 import pytest
@@ -34,6 +35,32 @@ EVERY_TENSOR = [
     (tp, dp, f"{sp} --zero {zero} --recompute {recompute}", 3, "adamw", untied)
     for tp, dp in ((2, 1), (4, 1), (2, 2), (2, 3), (4, 2)) for sp in ("", "--sp", "--sp --sp-keep")
     for zero in (0, 1, 2, 3) for recompute, untied in (("none", False), ("full", True)) if dp > 1 or not zero]
+PIPELINE_CASES = [  # pp, tp, dp, more flags, micro-batch, optimizer, untied; random ones under make prove
+    (2, 1, 1, "--schedule gpipe", 2, "adamw", False),
+    (2, 1, 1, "--schedule interleaved --virtual 2", 2, "sgd", True),
+    (4, 1, 1, "--schedule zb-h1", 3, "adamw", True), (2, 2, 1, "--sp --schedule zb-h1", 1, "adamw", False),
+    (2, 1, 2, "--zero 1 --recompute full", 1, "sgd", False)]
+
+
+def drawn(seed, n):
+    """n random compositions of three or more techniques, on up to 8 ranks."""
+    rng, found = random.Random(seed), []
+    while len(found) < n:
+        pp, tp, dp = (rng.choice(sizes) for sizes in ((1, 2, 4), (1, 2), (1, 2, 3)))
+        kind = rng.choice(["gpipe", "1f1b", "interleaved --virtual 2", "zb-h1"]) if pp > 1 else "1f1b"
+        sp = rng.choice(["", "--sp", "--sp --sp-keep"]) if tp > 1 else ""
+        zero = rng.choice([0, 1] if pp > 1 else [0, 1, 2, 3]) if dp > 1 else 0
+        recompute = rng.choice(["none", "full"]) if kind != "zb-h1" else "none"
+        micro = rng.choice([1, 2, 3])
+        if pp * tp * dp > 8 or (pp == 4 and "virtual" in kind) or (
+                "virtual" in kind and -(-7 // (micro * dp)) % pp) or sum(
+                [pp > 1, tp > 1, dp > 1, bool(sp), zero > 0, recompute != "none"]) < 3:
+            continue
+        found.append((pp, tp, dp, f"--schedule {kind} {sp} --zero {zero} --recompute {recompute}", micro,
+                      rng.choice(["adamw", "sgd"]), rng.choice([False, True])))
+    return found
+
+
 EVERY_ZERO = [*product((1, 2, 3), ("none", "full"), (2, 3, 4), (1, 3), ("adamw", "sgd"), (False, True))]
 
 
@@ -59,6 +86,19 @@ def test_tp_and_sp_change_no_loss_and_no_norm(ranks, tmp_path, tp, dp, more, mic
                 sized("test"), tp, rows, 23, 1, 8, 8, sp, recompute).items()}
         lines = metrics.read(tmp_path / "metrics.jsonl")
         assert {line["comm"]["tp"] for line in lines} == {sum(want.values())}
+
+
+@pytest.mark.parametrize("pp, tp, dp, more, micro, optimizer, untied", PIPELINE_CASES)
+def test_a_pipeline_changes_no_loss_and_no_norm(ranks, tmp_path, pp, tp, dp, more, micro, optimizer, untied):
+    compare(ranks, tmp_path, dp, micro, optimizer, untied, "--pp", pp, "--tp", tp, *more.split(),
+            world=pp * tp * dp)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("pp, tp, dp, more, micro, optimizer, untied", drawn(5, 24))
+def test_random_compositions(ranks, tmp_path, pp, tp, dp, more, micro, optimizer, untied):
+    compare(ranks, tmp_path, dp, micro, optimizer, untied, "--pp", pp, "--tp", tp, *more.split(),
+            world=pp * tp * dp)
 
 
 @pytest.mark.prove

@@ -1,0 +1,164 @@
+"""Every technique with every other: gradients in float64 against one rank's, and bytes sent on each axis.
+
+    python scripts/matrix.py             all pairs and a spread of triples, on up to 8 ranks: `make matrix`
+
+A row is one configuration; its number is the largest error of any parameter's gradient, as the design
+measures it: ||got - want|| / max(||want||, 1e-6 ||all gradients||), a rank's part against the whole. What does
+not exist is refused with the reason. Writes matrix.json and matrix.png; exits 1 where one is past 1e-10.
+"""
+import argparse
+import itertools
+import json
+import random
+import sys
+from math import inf, log10, prod
+from pathlib import Path
+
+import torch
+from matplotlib.patches import Rectangle
+from rich.console import Console
+from rich.table import Table
+
+from nanoinfra.data.source import IGNORE
+from nanoinfra.dist.mesh import Mesh
+from nanoinfra.dist.ranks import Ranks
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.lab import draw
+from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, PipelineFlags, TrainFlags, check
+from nanoinfra.train.replica import Replica
+from nanoinfra.train.step import execute
+
+TECHNIQUES = {                               # flags; two that set one flag differently exclude each other
+    "dp": {"dp": 2}, "ZeRO-1": {"dp": 2, "zero": 1}, "ZeRO-2": {"dp": 2, "zero": 2},
+    "ZeRO-3": {"dp": 2, "zero": 3}, "tp": {"tp": 2}, "sp": {"tp": 2, "sp": True},
+    "sp, kept": {"tp": 2, "sp": True, "sp_keep": True}, "gpipe": {"pp": 2, "schedule": "gpipe"},
+    "1f1b": {"pp": 2, "schedule": "1f1b"}, "zb-h1": {"pp": 2, "schedule": "zb-h1"},
+    "interleaved": {"pp": 2, "schedule": "interleaved", "virtual": 2}, "recompute": {"recompute": "full"},
+    "selective": {"recompute": "selective", "attention": "naive"}, "accumulation": {"micro_batch": 1},
+    "untied head": {"untied": True}}
+TOLERANCE = 1e-10
+G, T, V = 16, 11, 61                         # sequences of a step, tokens of one, vocabulary
+
+
+def flags_of(names: tuple[str, ...]) -> TrainFlags:
+    """The flags of a configuration. ValueError where it does not exist."""
+    given = {"dtype": "float64", "micro_batch": 2, "global_batch": G, "dp": 1}
+    given |= {flag: value for name in names for flag, value in TECHNIQUES[name].items()}
+    groups = [kind(**{flag: given[flag] for flag in kind.__dataclass_fields__ if flag in given})
+              for kind in (ModelFlags, DataFlags, MeshFlags, PipelineFlags)]
+    flags = TrainFlags(*groups)
+    check(flags, world(flags))
+    return flags
+
+
+def world(flags: TrainFlags) -> int:
+    return flags.mesh.dp * flags.mesh.pp * flags.mesh.tp
+
+
+def distinct(a: str, b: str) -> bool:
+    """Are `a` and `b` two techniques, neither a part of the other nor in its place?"""
+    one, two = TECHNIQUES[a], TECHNIQUES[b]
+    return all(one[flag] == two[flag] for flag in one.keys() & two.keys()) and not (
+        one.items() <= two.items() or two.items() <= one.items())
+
+
+def configurations(triples: int) -> list[tuple[str, ...]]:
+    """Each technique, all pairs, and `triples` triples."""
+    found = [[names for names in itertools.combinations(TECHNIQUES, n)
+              if all(distinct(*pair) for pair in itertools.combinations(names, 2))] for n in (1, 2, 3)]
+    return [*found[0], *found[1], *random.Random(0).sample(found[2], triples)]
+
+
+def step(flags: TrainFlags):
+    """One rank's part of a step: ({name: (its place, gradient)}, {axis: bytes sent})."""
+    mesh = Mesh(pp=flags.mesh.pp, dp=flags.mesh.dp, tp=flags.mesh.tp)
+    replica = Replica(ModelConfig(V, 16, 8, 4, 2, 4, 24, T, not flags.model.untied), flags, mesh)
+    x, y = torch.randint(V, (2, G, T), generator=torch.Generator().manual_seed(0))
+    for i in range(G):
+        y[i, :i % T] = IGNORE                                            # valid targets differ by sample
+    x, y = (part[mesh.data.rank::mesh.data.size].split(flags.data.micro_batch) for part in (x, y))
+    batches = list(zip(x, y))
+    mesh.ledger.take()
+    replica.begin(batches, sum(T - i % T for i in range(G)))
+    execute(replica.schedule(len(batches))[:-1], replica)                # all but the optimizer's step
+    sent, found = {}, {}
+    for row in mesh.ledger.take():
+        sent[row.axis] = sent.get(row.axis, 0) + row.payload * (row.op != "recv")
+    for name, grad in replica.grads.items():
+        box = replica.parallel.box(name)
+        size = [stop - start for start, stop in box]
+        found[name] = box, grad.reshape(-1)[:prod(size)].view(size).clone()      # ZeRO's last has zeros after
+    return found, sent
+
+
+def error(parts: list[dict], want: dict[str, torch.Tensor]) -> float:
+    """The largest error of a rank's part of any gradient; infinite where no rank has some part."""
+    everything = torch.stack([grad.norm() for grad in want.values()]).norm()
+    seen, worst = {name: torch.zeros(grad.shape) for name, grad in want.items()}, 0.0
+    for name, (box, part) in (item for found in parts for item in found.items()):
+        place = tuple(slice(*ends) for ends in box)
+        seen[name][place] = 1
+        scale = max(want[name].norm(), 1e-6 * everything)
+        worst = max(worst, float((part - want[name][place]).norm() / scale))
+    return worst if all(there.all() for there in seen.values()) else inf
+
+
+def measure(configs: list[tuple[str, ...]]) -> list[dict]:
+    """A row for each configuration."""
+    rows, pools = [], {n: Ranks(n) for n in (1, 2, 4, 8)}
+    alone = {untied: pools[1].run(step, flags_of(("untied head",) * untied))[0][0] for untied in (0, 1)}
+    for names in configs:
+        try:
+            flags = flags_of(names)
+        except ValueError as refused:
+            rows.append({"techniques": names, "refused": str(refused)})
+            continue
+        parts, sent = zip(*pools[world(flags)].run(step, flags))
+        want = {name: grad for name, (_, grad) in alone[flags.model.untied].items()}
+        most = {axis: max(s.get(axis, 0) for s in sent) for axis in sorted({a for s in sent for a in s})}
+        rows.append({"techniques": names, "ranks": world(flags), "error": error(parts, want), "bytes": most})
+    for pool in pools.values():
+        pool.close()
+    return rows
+
+
+def picture(rows: list[dict]) -> draw.Picture:
+    """The pairs as a triangle, each technique alone on its long side."""
+    names, title = list(TECHNIQUES), "largest gradient error against one rank, float64"
+    canvas, axes = draw.canvas(9.5, 6.6, f"every technique with every other: {title}")
+    for row in (row for row in rows if len(row["techniques"]) < 3):
+        x, y = sorted((names.index(row["techniques"][0]), names.index(row["techniques"][-1])))
+        worst = row.get("error")
+        colour = "#eeeeee" if worst is None else "#d5e8d4" if worst < TOLERANCE else draw.RED
+        said = "refused" if worst is None else "0" if worst == 0 else f"$10^{{{log10(worst):.0f}}}$"
+        axes.add_patch(Rectangle((x, y), 0.94, 0.9, color=colour))
+        axes.text(x + 0.47, y + 0.45, said, ha="center", va="center", fontsize=7 if worst is None else 9)
+    axes.set(xlim=(0, len(names)), ylim=(len(names), 0))
+    axes.set_xticks([k + 0.5 for k in range(len(names))], names, rotation=35, ha="right")
+    axes.set_yticks([k + 0.5 for k in range(len(names))], names)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    return canvas
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--triples", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=Path("lessons/results"))
+    options = parser.parse_args()
+    rows = measure(configurations(options.triples))
+    table = Table("configuration", "ranks", "error", "bytes a rank sends, by axis: the most of any")
+    for row in rows:
+        said = row.get("refused") or ", ".join(f"{axis} {n:,}" for axis, n in row["bytes"].items())
+        table.add_row(" + ".join(row["techniques"]), str(row.get("ranks", "")),
+                      f"{row['error']:.1e}" if "error" in row else "refused", said)
+    Console(width=150).print(table)
+    (options.out / "matrix.json").write_text(json.dumps(rows, indent=1) + "\n")
+    picture(rows).save(options.out / "matrix.png")
+    errors = [row["error"] for row in rows if "error" in row]
+    print(f"{len(errors)} configurations, {len(rows) - len(errors)} refused; largest error {max(errors):.1e}")
+    return max(errors) > TOLERANCE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
