@@ -41,6 +41,7 @@ from nanoinfra.lab.predict import predict
 from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
+from nanoinfra.parallel.clock import Task, replay
 from nanoinfra.parallel.data import DataParallel
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
@@ -287,24 +288,23 @@ def three_ways(trials):
             axes.barh(y + 0.2, -row.wait_s, left=row.end - start, color=draw.ORANGE, zorder=3, **bar)
         axes.text(row.end - start, y + 0.2, f"  waits {one['wait'] * 1e3:.0f} ms", va="center", fontsize=10)
     axes.set_yticks(range(len(trials)), ways)
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 1.18 * axes.get_xlim()[1]), xlabel="seconds since backward began")
+    axes.set(xlim=(0, 1.18 * axes.get_xlim()[1]), ylim=(2.5, -0.5), xlabel="seconds since backward began")
     return picture
 
 
 three_ways([results[way][0][-1] for way in ways])
 
 # %% [markdown]
-# **How large should a bucket be?** The line replays the schedule: one leaves when full, on a free wire.
+# **How large should a bucket be?** The line is the schedule on a clock: one leaves when full, on a free wire.
 
 # %%
 def exposed(bucket_bytes):
     params = [(name, p) for name, p in sleepy_model()[0].named_parameters() if p.requires_grad]
-    there = free = 0
+    tasks, at = {layer: Task("rank", C) for layer in range(1, L + 1)}, 0
     for size in (bucket.flat.nbytes for bucket in pack(params[::-1], bucket_bytes, None)):
-        there += size                                              # gradients of ceil(there / S) layers
-        free = max(free, ceil(there / S) * C) + ring_seconds("all_reduce", size, N, ALPHA, BETA)
-    return free - L * C
+        at += size                                              # gradients of ceil(at / S) layers
+        tasks["sum", at] = Task("wire", ring_seconds("all_reduce", size, N, ALPHA, BETA), (ceil(at / S),))
+    return max(end for _, end in replay(tasks).values()) - L * C
 
 
 sizes = [S // 12, S // 4, S, 2 * S, L * S][::2 if FAST else 1]

@@ -3,8 +3,8 @@
     python scripts/matrix.py             all pairs and a spread of triples, on up to 8 ranks: `make matrix`
 
 A row is one configuration; its number is the largest error of any parameter's gradient, as the design
-measures it: ||got - want|| / max(||want||, 1e-6 ||all gradients||), a rank's part against the whole. What does
-not exist is refused with the reason. Writes matrix.json and matrix.png; exits 1 where one is past 1e-10.
+measures it: ||got - want|| / max(||want||, 1e-6 ||all gradients||), a rank's part against the whole. What
+does not exist is refused with the reason. Writes matrix.json and matrix.png; exits 1 where one is past 1e-10.
 """
 import argparse
 import itertools
