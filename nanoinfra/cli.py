@@ -57,30 +57,32 @@ def _parse(argv):
 
 
 def _train(flags, argv):
-    from nanoinfra.train import config, launch
-    if not launch.is_rank() and not launch.joined():
-        world = config.ranks_wanted(flags.mesh)
+    from nanoinfra.train import config, rank
+    if not rank.is_rank() and not rank.joined():
+        world, run = config.ranks_wanted(flags.mesh), flags.run
         config.check(flags, world)
-        if world > 1:
-            return launch.launch(argv, world, flags.run.out)
+        if world > 1 or run.max_restarts:
+            from nanoinfra.train.launch import launch
+            return launch(argv, world, run.out, run.max_restarts)
     from nanoinfra.train.trainer import train
-    with launch.process_group(flags.mesh.device, flags.run.out):
+    with rank.process_group(flags.mesh.device, flags.run.out, flags.run.timeout):
         train(flags)
     return 0
 
 
 def _generate(options, argv):
-    from nanoinfra.train import launch
-    if options.tp > 1 and not launch.is_rank() and not launch.joined():
-        return launch.launch(argv, options.tp)
+    from nanoinfra.train import rank
+    if options.tp > 1 and not rank.is_rank() and not rank.joined():
+        from nanoinfra.train.launch import launch
+        return launch(argv, options.tp)
     from nanoinfra.serve.generate import main as generate
-    with launch.process_group("cpu"):
+    with rank.process_group("cpu"):
         return generate(options)
 
 
 def _mistake(message):
-    from nanoinfra.train import launch
-    if not launch.leave_error(message):
+    from nanoinfra.train import rank
+    if not rank.leave_error(message):
         print(f"nanoinfra: {message}", file=sys.stderr)
     return 2
 

@@ -17,6 +17,10 @@ from nanoinfra.dist.link import sleep_until
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
+class LostRank(RuntimeError):
+    """A collective that did not end: one of its ranks has died, or did not come in time."""
+
+
 class Pending:
     """A collective under way. `wait()` returns its result; a second call returns it again."""
 
@@ -29,14 +33,21 @@ class Pending:
         if self.finish:
             begin = time.monotonic()
             self.axis.ledger.wait(self.row)
-            for work in self.works:
-                work.wait()
-            work = self.works = ()           # a work holds what it sent
+            self._end_works()
+            self.works = ()                  # a work holds what it sent
             if self.transfer:
                 self.axis.link.sleep_until_done(self.transfer)
             self.result, self.finish = self.finish(), None
             self.axis.ledger.leave(self.row, time.monotonic() - begin)
         return self.result
+
+    def _end_works(self):
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as error:
+            row, reason = self.row, str(error).rpartition("] ")[2].partition(". This")[0]
+            raise LostRank(f"{row.op} #{row.seq} ({row.axis}) did not end: {reason}") from error
 
 
 def all_reduce(x: torch.Tensor, axis, tag: str = "", op: str = "sum", wait: bool = True):

@@ -7,6 +7,7 @@ whom, even if a rank was stopped or killed.
 """
 import json
 import mmap
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -89,6 +90,7 @@ class Board:
 
     def __init__(self, path: Path | str, world: int, rank: int | None = None):
         self.world, self.rank, self.entered = world, rank, Counter()
+        self.me = {"pid": os.getpid(), "host": os.uname().nodename}
         with open(path, "ab") as f:
             f.truncate(world * SLOT)
         with open(path, "r+b") as f:
@@ -96,7 +98,7 @@ class Board:
 
     def write(self, position: dict) -> None:
         """Say where this rank stands."""
-        text = json.dumps(position).encode() + b"\n"
+        text = json.dumps(position | self.me).encode() + b"\n"
         start = self.rank * SLOT
         self.map[start:start + 1] = b" "     # says nothing while half written, should this rank die just here
         self.map[start + 1:start + len(text)] = text[1:]
@@ -138,6 +140,14 @@ def hang_report(positions: list[dict], fate: Callable[[int], str] = lambda rank:
     return "\n".join(f"{line}; it {fate(rank)}" if fate(rank) else line for rank, line in enumerate(lines))
 
 
+def absent(rank: int, positions: list[dict]) -> list[int]:
+    """The ranks that `rank` waits for and that have not come; none where it does not wait."""
+    at = positions[rank]
+    if at.get("state") != "waits":
+        return []
+    return [r for r in at["ranks"] if positions[r].get("entered", {}).get(at["line"], 0) < at["count"]]
+
+
 def _stand(rank, at, positions):
     if not at:
         return f"rank {rank} has entered no collective"
@@ -146,7 +156,7 @@ def _stand(rank, at, positions):
         return f"rank {rank} last left {name}"
     if at["state"] == "started":
         return f"rank {rank} started {name} and went on"
-    missing = [r for r in at["ranks"] if positions[r].get("entered", {}).get(at["line"], 0) < at["count"]]
+    missing = absent(rank, positions)
     if not missing:
         return f"rank {rank} is in {name} with all its ranks"
     who = "rank " + str(missing[0]) if len(missing) == 1 else "ranks " + ", ".join(map(str, missing))

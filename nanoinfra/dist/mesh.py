@@ -6,6 +6,7 @@ in a plain process. The mesh is an argument everywhere; nothing in nanoinfra ask
 """
 import functools
 from dataclasses import dataclass, field
+from datetime import timedelta
 from math import prod
 
 import torch
@@ -41,14 +42,16 @@ class Mesh:
 
     `wire={"tp": (latency_s, bytes_per_s)}` emulates a wire on an axis (see link.py); `data` takes dp's. Where
     none is given, that of `emulate` holds, which a pool of ranks sets.
+    `timeout`, in s, is how long a collective may take: torch's own, unless given.
     Raises ValueError where pp x dp x cp x tp is not the number of ranks.
     """
 
     def __init__(self, pp: int = 1, dp: int = 1, cp: int = 1, tp: int = 1,
-                 wire: dict[str, tuple[float, float]] | None = None, device: str = "cpu"):
+                 wire: dict[str, tuple[float, float]] | None = None, device: str = "cpu",
+                 timeout: float | None = None):
         sizes = (pp, dp, cp, tp)
         check_fits(world_size(), pp, dp, cp, tp)
-        self.ledger, self.device = Ledger(), device
+        self.ledger, self.device, self._timeout = Ledger(), device, timeout
         wire = _wire if wire is None else wire
         check_wire(wire)
         self._wire = {"data": wire["dp"], **wire} if "dp" in wire else wire
@@ -82,7 +85,7 @@ class Mesh:
     def _own(self, name, lines, purpose):
         """This rank's row of `lines` (lines, ranks) as an axis with a group of its own."""
         lines = tuple(map(tuple, lines.tolist()))
-        group = _subgroup(lines, purpose, self._world) if len(lines[0]) > 1 else None
+        group = _subgroup(lines, purpose, self._timeout, self._world) if len(lines[0]) > 1 else None
         mine = [ranks for ranks in lines if self.rank in ranks]
         return self._axis(name, mine[0], group) if mine else None
 
@@ -137,8 +140,9 @@ def _groups(device, sizes, world_group):
 
 
 @functools.cache
-def _subgroup(lines, purpose, world_group):
-    return dist.new_subgroups_by_enumeration([list(ranks) for ranks in lines])[0]
+def _subgroup(lines, purpose, timeout, world_group):
+    limit = timedelta(seconds=timeout) if timeout else None
+    return dist.new_subgroups_by_enumeration([list(ranks) for ranks in lines], timeout=limit)[0]
 
 
 def _line(mesh):

@@ -32,7 +32,7 @@ def run(lab: ModuleType, model: str, broken: str = "") -> int:
     import torch
 
     from nanoinfra.dist.mesh import Mesh
-    from nanoinfra.train.launch import process_group
+    from nanoinfra.train.rank import process_group
     device = "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "cpu"
     torch.set_num_threads(1)                           # so that times on 1, 2, 4, 8 ranks compare
     with process_group(device, work()):

@@ -88,6 +88,8 @@ class RunFlags:
     out: Path = Path("runs/train")                       # run directory
     resume: bool = False                                 # go on from the newest good checkpoint in --out
     trace: Path | None = None                            # write a Perfetto timeline, one row a rank
+    max_restarts: int = 0                                # start failed ranks again, from the last checkpoint
+    timeout: float = 600                                 # seconds until a rank that does not come is lost
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ def check(flags: TrainFlags, world: int) -> None:
                 "--seq": (flags.data.seq, 1), "--steps": (flags.run.steps, 1), "--keep": (flags.run.keep, 1),
                 "--threads": (flags.mesh.threads, 1), "--vocab": (flags.model.vocab, 257),
                 "--warmup": (flags.optimizer.warmup, 0), "--clip": (flags.optimizer.clip, 0),
-                "--eval-every": (flags.run.eval_every, 0), "--save-every": (flags.run.save_every, 0)}
+                "--eval-every": (flags.run.eval_every, 0), "--save-every": (flags.run.save_every, 0),
+                "--max-restarts": (flags.run.max_restarts, 0), "--timeout": (flags.run.timeout, 1)}
     for flag, (value, least) in at_least.items():
         if value is not None and value < least:
             raise ValueError(f"{flag} {value} is too small; give at least {least}")

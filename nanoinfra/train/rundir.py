@@ -7,11 +7,12 @@ import json
 import sys
 from pathlib import Path
 
+from nanoinfra.model.text import read_json
 from nanoinfra.train import checkpoint, metrics
 from nanoinfra.train.config import TrainFlags, to_json
 from nanoinfra.train.inputs import Inputs
-from nanoinfra.train.launch import STOPPED, make_folder
 from nanoinfra.train.manifest import read_manifest
+from nanoinfra.train.rank import STOPPED, launch_id, make_folder, restarted
 from nanoinfra.train.replica import Replica
 
 
@@ -23,16 +24,23 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         make_folder(self.checkpoints)
 
-    def start_afresh(self) -> tuple[int, int]:
-        """0 steps, 0 samples; but a run that is there is nobody's to overwrite."""
+    def begin(self, inputs: Inputs, replica: Replica, resume: bool) -> dict:
+        """The state to go on from; of a new run {"step": 0, "consumed": 0}.
+
+        Ranks that the same launch has started again go on without being asked to.
+        """
         there = checkpoint.checkpoints(self.checkpoints)
+        config = read_json(self.path / "config.json")
+        again = restarted() or launch_id() is not None and config.get("launch") == launch_id()
+        if resume or (again and there):
+            return self._resume(inputs, replica)
         if there:
             raise ValueError(f"{self.path} holds a run already, with {there[-1].name}; go on from it with "
                              "--resume, name another --out, or remove that folder")
-        return 0, 0
+        return {"step": 0, "consumed": 0}
 
-    def resume(self, inputs: Inputs, replica: Replica) -> tuple[int, int]:
-        """Take the newest good checkpoint back into `replica`; (step, samples consumed)."""
+    def _resume(self, inputs, replica):
+        """Take the newest good checkpoint back into `replica`."""
         folder = self._newest()
         state = checkpoint.read_state(folder)
         for key, value in inputs.identity.items():
@@ -42,7 +50,7 @@ class RunDir:
         wanted = [piece for piece, _ in replica.pieces()]
         pieces = checkpoint.load(folder, wanted, read_manifest(folder))  # rank 0 has verified every byte
         replica.load(pieces, state)
-        return state["step"], state["consumed"]
+        return state
 
     def save(self, step: int, replica: Replica, state: dict, keep: int) -> None:
         """A checkpoint; each tensor, or part of one, is written by one of the ranks that hold it."""
@@ -56,7 +64,7 @@ class RunDir:
         if not self.first:
             return
         config = {"nanoinfra": 1, "model": inputs.model.to_dict(), "flags": to_json(flags),
-                  "inputs": inputs.identity}
+                  "inputs": inputs.identity, "launch": launch_id()}
         (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if inputs.source.tokenizer:
             inputs.source.tokenizer.save(self.path / "tokenizer")

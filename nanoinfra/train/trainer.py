@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -54,7 +55,8 @@ class Run:
     def __init__(self, flags: TrainFlags):
         check(flags, world_size())
         self.flags, wire = flags, parse_wire(flags.mesh.wire)
-        self.mesh = Mesh(**plan_mesh(flags.mesh, world_size()), wire=wire or None, device=flags.mesh.device)
+        self.mesh = Mesh(**plan_mesh(flags.mesh, world_size()), wire=wire or None, device=flags.mesh.device,
+                         timeout=flags.run.timeout)
         use_threads(flags.mesh.threads)
         self.dir = RunDir(flags.run.out, self.mesh)
         self.inputs = open_inputs(flags, self.mesh)
@@ -62,10 +64,12 @@ class Run:
         self.speaks = self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.mesh.pp.size - 1  # of a loss
         self.elapsed, self.stopping, self.asked_to_stop = 0.0, 0, 0
         self.lines, self.spans, self.rows = [], [], []
-        self.step, consumed = (self.dir.resume(self.inputs, self.replica) if flags.run.resume
-                               else self.dir.start_afresh())
+        state = self.dir.begin(self.inputs, self.replica, flags.run.resume)
+        self.step = state["step"]
+        G = flags.data.global_batch or state.get("global_batch")         # a run keeps it on any mesh
+        self.global_batch, _ = micro_batches(replace(flags.data, global_batch=G), self.mesh.data.size)
         self.dir.describe(flags, self.inputs)
-        self.loader = self._open_loader(consumed)
+        self.loader = self._open_loader(state["consumed"])
         self.first = self.mesh.rank == 0
         if self.first:
             self._introduce()
@@ -125,6 +129,7 @@ class Run:
     def save(self) -> None:
         """A checkpoint of this step, and the curve so far."""
         state = {**self.inputs.identity, **self.loader.state(), "threads": torch.get_num_threads(),
+                 "global_batch": self.global_batch,
                  "model": self.inputs.model.to_dict(), "flags": to_json(self.flags)}
         n = self.mesh.world.size
         with self._off_the_clock():
@@ -163,13 +168,13 @@ class Run:
 
     def _open_loader(self, consumed):
         data, flags = self.mesh.data, self.flags
-        G, _ = micro_batches(flags.data, data.size)
-        return Loader(self.inputs.source, seed=flags.model.seed, seq=self.inputs.seq, global_batch=G,
-                      micro_batch=flags.data.micro_batch, dp_rank=data.rank, dp_size=data.size,
-                      start=consumed)
+        return Loader(self.inputs.source, seed=flags.model.seed, seq=self.inputs.seq,
+                      global_batch=self.global_batch, micro_batch=flags.data.micro_batch, dp_rank=data.rank,
+                      dp_size=data.size, start=consumed)
 
     def _introduce(self):
-        G, m = micro_batches(self.flags.data, self.mesh.data.size)
+        G = self.global_batch
+        _, m = micro_batches(replace(self.flags.data, global_batch=G), self.mesh.data.size)
         memory = (f", {self.flags.pipeline.schedule}" * (self.mesh.pp.size > 1)
                   + ", sequence parallel" * self.flags.mesh.sp
                   + f", ZeRO-{self.flags.mesh.zero}" * bool(self.flags.mesh.zero))

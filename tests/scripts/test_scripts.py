@@ -14,6 +14,7 @@ SAME = ["--steps", "3", "--seq", "32", "--global-batch", "6", "--dtype", "float6
 SCRIPTS = {
     "data_parallel.py": (["--lr", "0.5"], ["--optimizer", "sgd", "--lr", "0.5", "--lr-schedule", "constant",
                                            "--warmup", "0", "--clip", "0"]),
+    "pipeline.py": ([], ["--lr-schedule", "constant", "--warmup", "0"]),
     "tensor_parallel.py": ([], ["--lr-schedule", "constant", "--warmup", "0"]),
     "train_gpt.py": (["--size", "test", "--data", "random", "--micro-batch", "2"], ["--micro-batch", "2"]),
     "zero.py": (["--stage", "3"], ["--lr-schedule", "constant", "--warmup", "0", "--zero", "3"]),
@@ -21,7 +22,8 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("script, world, more", [
-    ("train_gpt.py", 1, []), ("tensor_parallel.py", 2, ["--tp", "2", "--sp"])])
+    ("train_gpt.py", 1, []), ("tensor_parallel.py", 2, ["--tp", "2", "--sp"]),
+    ("pipeline.py", 2, ["--schedule", "zb-h1"])])
 def test_losses_are_the_command_lines(tmp_path, script, world, more):
     own, theirs = SCRIPTS[script]
     main(["train", "--model", "test", "--data", "random", "--out", str(tmp_path), "--threads", "1",
@@ -33,6 +35,8 @@ def test_losses_are_the_command_lines(tmp_path, script, world, more):
 @pytest.mark.prove
 @pytest.mark.parametrize("script, world, more", [
     ("data_parallel.py", 1, []), ("data_parallel.py", 2, []), ("data_parallel.py", 4, []),
+    ("pipeline.py", 1, []), ("pipeline.py", 2, ["--schedule", "gpipe", "--micro-batches", "3"]),
+    ("pipeline.py", 4, []), ("pipeline.py", 2, ["--schedule", "interleaved", "--chunks", "2"]),
     ("tensor_parallel.py", 1, []), ("tensor_parallel.py", 2, ["--tp", "2"]),
     ("tensor_parallel.py", 2, ["--sp"]), ("tensor_parallel.py", 4, ["--tp", "2", "--sp"]),
     ("train_gpt.py", 3, []), ("zero.py", 1, []), ("zero.py", 2, []), ("zero.py", 4, [])])

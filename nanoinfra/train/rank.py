@@ -1,0 +1,128 @@
+"""A rank's life: found by torchrun's variables, it joins the others and says where it stands.
+
+It dies with its launcher. Where a collective does not end, it says which rank has not come, and ends that one
+if it is on this host: a stopped process obeys no other signal. Started again by the same launch, it goes on
+from the newest good checkpoint (train/rundir.py asks `launch_id` and `restarted`).
+"""
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+OURS = "nanoinfra-"                          # how launches of train/launch.py are called
+BOARD = "where_ranks_stand"                  # ledger.Board of a run under way
+STOPPED = "stopped.json"                     # rank 0's note in the run directory: a signal ended the run
+
+
+def is_rank() -> bool:
+    """Was this process started by torchrun or by `launch`?"""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def joined() -> bool:
+    """Is this process a rank already, of a pool say?"""
+    distributed = sys.modules.get("torch.distributed")       # not imported for this: it takes a second
+    return distributed is not None and distributed.is_initialized()
+
+
+def launch_id() -> str | None:
+    """What all ranks of one launch share, started again or not; None where there is nothing of the kind."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name                  # torchrun's name for a launch without one
+
+
+def restarted() -> bool:
+    """Has this launch started its ranks before?"""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+@contextmanager
+def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
+    """This rank's life in torch.distributed, with a board in `out` that says where each rank stands.
+
+    A collective may take `timeout` seconds. A plain process, or a rank of a pool, stays what it is.
+    """
+    if joined() or not is_rank():
+        yield
+        return
+    end_with_parent()
+    import torch.distributed as dist
+
+    from nanoinfra.dist.comm import LostRank
+    from nanoinfra.dist.ledger import Board, report_to
+    if device == "cuda":
+        import torch
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"           # counts travel on the CPU
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    board, rank = None, dist.get_rank()
+    if out:
+        make_folder(out)
+        board = Board(out / BOARD, dist.get_world_size(), rank)
+        report_to(board)
+    try:
+        yield
+    except LostRank as lost:
+        print(f"nanoinfra: rank {rank}: {lost}{_who(board, rank, lost)}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)                          # what torch still holds waits for the lost one too
+    finally:
+        report_to(None)
+        dist.destroy_process_group()
+    if out:
+        (out / BOARD).unlink(missing_ok=True)                # kept after a failure, for the launcher to read
+
+
+def end_with_parent() -> None:
+    """Ask Linux to kill this process when its launcher dies; elsewhere nobody does."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)           # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)                      # it died just before
+
+
+def leave_error(message: str) -> bool:
+    """In a rank of `launch`, hand a user's mistake to the launcher, to print once. False under torchrun."""
+    ours = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS)
+    if ours:
+        note = json.dumps({"message": message, "timestamp": time.time()})
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(note)
+    return ours
+
+
+def make_folder(path: Path) -> None:
+    """A run directory, or a folder in it. Raises ValueError where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to --out {path}: {error.strerror}; "
+                         "name a folder that you may write to") from error
+
+
+def _who(board, rank, lost):
+    """Who did not come, in words. Where the time was up, those that are here and live are ended."""
+    from nanoinfra.dist.ledger import absent, hang_report
+    if board is None:
+        return ""
+    positions = board.positions()
+    said = f"; {hang_report(positions).splitlines()[rank]}"
+    for late in absent(rank, positions) if "imed out" in str(lost) else ():
+        where = positions[late]
+        if where.get("host") == board.me["host"] and end(where["pid"]):
+            said += f"; rank {late} (process {where['pid']}) was hung: ended it"
+    return said
+
+
+def end(pid: int) -> bool:
+    """SIGKILL for process `pid`; was there one?"""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True

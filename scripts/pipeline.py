@@ -1,0 +1,146 @@
+"""Pipeline parallelism in one file: a LLaMA in stages, a training loop, and lists that say who does what.
+
+    python scripts/pipeline.py
+    torchrun --nproc-per-node 2 scripts/pipeline.py
+    torchrun --nproc-per-node 4 scripts/pipeline.py --schedule zb-h1 --micro-batches 8
+    torchrun --nproc-per-node 2 scripts/pipeline.py --schedule interleaved --chunks 2
+
+Every rank is a stage, with --chunks of the model; of these there are at most 4, as many as layers. The losses
+are the same with any of these, and those of `nanoinfra train --model test --data random --lr-schedule
+constant --warmup 0 --global-batch 16 --pp RANKS --schedule SCHEDULE --virtual CHUNKS`.
+"""
+import argparse
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from nanoinfra.data.source import IGNORE, Random
+from nanoinfra.dist import comm
+from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.formulas.pipeline import split
+from nanoinfra.formulas.shape import SIZES
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.init import init_weights
+from nanoinfra.parallel.clock import simulate
+from nanoinfra.parallel.pipeline import PipelineStage, cut
+from nanoinfra.parallel.schedules import ORDERS, schedule
+from nanoinfra.train.step import execute
+
+
+class Stage(PipelineStage):
+    """One rank's chunks of a decoder. What it has to say of them; when each runs, the schedule says."""
+
+    def __init__(self, chunks, mesh, dtype, halves):
+        super().__init__(mesh.pp, mesh.twin("pp"), len(chunks), dtype, halves=halves)
+        self.chunks, self.width = chunks, chunks[0].config.width
+
+    def begin(self, x, y, micro_batches):
+        """A new step: (G, T) tokens and targets, which every stage knows; the stream it does not."""
+        self.x, self.y = x.tensor_split(micro_batches), y.tensor_split(micro_batches)
+        self.valid = int((y != IGNORE).sum())                        # of the step, known before any backward
+        self.loss = torch.zeros((), dtype=torch.float64)
+
+    def enter(self, micro):
+        return self.chunks[0].start(self.x[micro], torch.arange(self.x[micro].shape[1]))         # (B, T, C)
+
+    def run(self, chunk, x, micro):
+        model = self.chunks[chunk]
+        x = model.layers(x, torch.arange(x.shape[1]))                                            # (B, T, C)
+        if not model.head:
+            return x                                                 # on to the next chunk, wherever it is
+        logits, targets = model.head(x).flatten(0, 1), self.y[micro].flatten()                   # (B T, V)
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / self.valid
+        self.loss += loss.detach()
+        return loss
+
+    def stream(self, micro):
+        return *self.x[micro].shape, self.width                      # (B, T, C): known, not negotiated
+
+
+def samples(step, per_step, vocab, T, seed=0):
+    """The step's sequences (x, y), the same on every rank: documents of unequal length, drawn by number."""
+    numbers = range(step * per_step, (step + 1) * per_step)
+    pairs = [Random(vocab).sample(g, seed, T) for g in numbers]
+    return [torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1)]  # (G, T) each
+
+
+def clip(named, mesh, ends, limit=1.0):
+    """Scale the gradient, of which each stage holds a part, to a 2-norm of at most `limit`."""
+    again = ends and ends.rank > 0                                   # the tied weight is at both ends
+    squares = sum(p.grad.double().square().sum() for name, p in named.items()
+                  if not (again and name == "embed.weight"))
+    norm = comm.all_reduce(squares, mesh.pp, "norm").sqrt().item()
+    for p in named.values():
+        p.grad.mul_(min(1.0, limit / norm))
+
+
+def adamw(params, lr):
+    """Matrices decay, vectors do not."""
+    matrices, vectors = ([p for p in params if (p.dim() > 1) is many] for many in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def picture(lists):
+    """What the stages do, if each forward takes 1 and each half of a backward 1: F, B, W or an idle dot."""
+    marks = {"Forward": "F", "Backward": "BB", "BackwardInput": "B", "BackwardWeight": "W"}
+    for r, stage in enumerate(simulate(lists, 1, 1, 1).spans):
+        line = ""
+        for what, begin, _ in stage:
+            line = line.ljust(int(begin), ".") + marks[type(what).__name__]
+        yield f"stage {r}  {line}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schedule", choices=ORDERS, default="1f1b")
+    parser.add_argument("--chunks", type=int, default=1, help="of a stage; interleaved needs two or more")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--global-batch", type=int, default=16, help="sequences in one step")
+    parser.add_argument("--micro-batches", type=int, default=4, help="parts they go through the stages in")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seq", type=int, default=64)
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    args = parser.parse_args()
+
+    if "RANK" in os.environ:                 # torchrun started us
+        dist.init_process_group("gloo")
+    mesh, config = Mesh(pp=world_size()), SIZES["test"].model
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.pp.size))
+
+    p, dtype = mesh.pp.size, getattr(torch, args.dtype)
+    lists = schedule(args.schedule, p, args.micro_batches, args.chunks)     # of every stage
+    borders = split(config, p * args.chunks, args.seq)[mesh.pp.rank::p]     # layers of this one's chunks
+    chunks = [cut(init_weights(Decoder(config), seed=0).to(dtype), *border) for border in borders]
+    stage = Stage(chunks, mesh, dtype, halves=args.schedule == "zb-h1")
+    ends = mesh.ends("pp")                   # first and last stage: embedding and head are one weight
+    named = {name: param for chunk in chunks for name, param in chunk.named_parameters()}
+    optimizer = adamw(named.values(), args.lr)
+    if mesh.rank == 0:
+        print(*picture(lists), sep="\n")
+
+    for step in range(args.steps):
+        stage.begin(*samples(step, args.global_batch, config.vocab, args.seq), args.micro_batches)
+        execute(lists[mesh.pp.rank][:-2], stage)                     # all but its end, which is this:
+        stage.settle()                                               # what was sent has arrived
+        if ends and "embed.weight" in named:
+            comm.all_reduce(named["embed.weight"].grad, ends, "tied")
+        clip(named, mesh, ends)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        rows = [row for row in mesh.ledger.take() if row.op in ("send", "recv")]
+        total = comm.all_reduce(stage.loss, mesh.pp, "loss")         # the last stage's
+        if mesh.rank == 0:
+            sent, waited = sum(row.payload for row in rows if row.op == "send"), sum(r.wait_s for r in rows)
+            print(f"step {step + 1:3}  loss {total:.10f}; stage 0 sent {sent:,} bytes and waited "
+                  f"{waited * 1e3:.1f} ms", flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
