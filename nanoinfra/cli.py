@@ -1,4 +1,4 @@
-"""The command line: `nanoinfra train`, `nanoinfra generate`.
+"""The command line: `nanoinfra train`, `nanoinfra generate`, `nanoinfra doctor`.
 
 Flags are generated from dataclasses that import no torch, so `--help` answers at once. A user's mistake is
 one line on stderr with a fix that works, and exit code 2; an error that does not come from nanoinfra's own
@@ -15,11 +15,13 @@ from typing import Annotated
 
 import tyro
 
+from nanoinfra.lab.options import DoctorFlags
 from nanoinfra.serve.options import GenerateOptions
 from nanoinfra.train.config import TrainFlags
 
 Command = (Annotated[TrainFlags, tyro.conf.subcommand("train")]
-           | Annotated[GenerateOptions, tyro.conf.subcommand("generate")])
+           | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
+           | Annotated[DoctorFlags, tyro.conf.subcommand("doctor")])
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -29,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = _parse(argv)
-        return _train(options, argv) if isinstance(options, TrainFlags) else _generate(options, argv)
+        return COMMANDS[type(options)](options, argv)
     except ValueError as error:
         if not _ours(error):
             raise
@@ -78,6 +80,21 @@ def _generate(options, argv):
     from nanoinfra.serve.generate import main as generate
     with rank.process_group("cpu"):
         return generate(options)
+
+
+def _doctor(flags, argv):
+    from nanoinfra.lab.options import check
+    from nanoinfra.train import rank
+    if not rank.is_rank() and not rank.joined() and (world := check(flags)) > 1:
+        from nanoinfra.train.launch import launch
+        return launch(argv, world)
+    from nanoinfra.lab.doctor import doctor
+    with rank.process_group(flags.device):
+        doctor(flags)
+    return 0
+
+
+COMMANDS = {TrainFlags: _train, GenerateOptions: _generate, DoctorFlags: _doctor}
 
 
 def _mistake(message):

@@ -59,7 +59,16 @@ MISTAKES = {
     "an empty corpus": (["--data", "{tmp}/empty"], "empty"),
     "a sequence longer than the corpus": (["--data", "{tmp}/short", "--seq", "100000"], "--seq"),
     "a mesh that does not fit the ranks": (["--nproc", "3", "--dp", "2"], "try --dp 3"),
-    "an axis that is not built": (["--pp", "2"], "--pp 1"),
+    "an axis that is not built": (["--cp", "2"], "--cp 1"),
+    "more stages than layers": (["--pp", "8"], "at most 4"),
+    "chunks of a schedule that has none": (["--pp", "2", "--virtual", "2"], "--schedule interleaved"),
+    "an interleaved schedule that would hang": (
+        ["--pp", "2", "--schedule", "interleaved", "--virtual", "2", "--global-batch", "6"],
+        "try 4 micro-batches"),
+    "halves of a backward that one stage has not": (["--schedule", "zb-h1"], "try --pp 2"),
+    "halves of a backward that runs again": (
+        ["--pp", "2", "--schedule", "zb-h1", "--recompute", "full"], "--schedule 1f1b"),
+    "gradients cut with every micro-batch": (["--pp", "2", "--zero", "2"], "use --zero 1"),
     "more ranks than can share the heads": (["--tp", "3"], "try --tp 2"),
     "an axis without ranks": (["--tp", "0", "--nproc", "2"], "at least 1"),
     "fewer ranks than an axis has": (["--tp", "2", "--nproc", "1"], "try 2 ranks"),

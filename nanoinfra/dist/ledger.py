@@ -105,7 +105,7 @@ class Board:
         self.map[start:start + 1] = text[:1]
 
     def positions(self) -> list[dict]:
-        """What each rank last said; {} for one that has said nothing yet."""
+        """What each rank last said, with its "pid" and "host"; {} for one that has said nothing yet."""
         slots = [self._slot(rank).split(b"\n")[0] for rank in range(self.world)]
         return [json.loads(s) if s[:1] == b"{" else {} for s in slots]
 
@@ -149,7 +149,7 @@ def absent(rank: int, positions: list[dict]) -> list[int]:
 
 
 def _stand(rank, at, positions):
-    if not at:
+    if "op" not in at:
         return f"rank {rank} has entered no collective"
     name = f"{at['op']} #{at['seq']} ({at['axis']}{', ' + at['tag'] if at['tag'] else ''})"
     if at["state"] == "left":

@@ -2,9 +2,11 @@
 
 Payload S is the full tensor's bytes: what all-reduce sums, all-gather returns, reduce-scatter and all-to-all
 take. Ring, per rank: all-reduce 2 (n-1)/n S, all-gather, reduce-scatter, all-to-all (n-1)/n S, broadcast S.
-Seconds by the alpha-beta model (Hockney 1994): steps * alpha + bytes / beta.
+Seconds by the alpha-beta model (Hockney 1994): steps * alpha + bytes / beta; `fit` finds both from times.
 Rings: Patarasuk & Yuan 2009.  Trees: Thakur, Rabenseifner & Gropp 2005.
 """
+from dataclasses import dataclass
+from itertools import combinations
 from math import ceil, log2
 
 _SENT = {                                   # share of the payload that each of n ranks sends
@@ -54,3 +56,42 @@ def tree_bytes(payload: float, n: int) -> float:
 def tree_seconds(payload: float, n: int, latency: float, bandwidth: float) -> float:
     """Seconds of a binomial-tree all-reduce: 2 ceil(log2 n) messages of all the payload, one by one."""
     return 2 * ceil(log2(n)) * (latency + payload / bandwidth) if n > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """alpha and beta of a wire that was timed, and by what share the times miss that line."""
+    latency: float                           # s a message
+    bandwidth: float                         # bytes/s, one direction of a link
+    mean_miss: float
+    worst_miss: float
+
+
+def fit(op: str, n: int, seconds: dict[int, float]) -> Fit:
+    """The alpha and beta that come closest to the seconds of ring `op` on `n` ranks, by payload.
+
+    Closest: the least sum of relative misses, so a microsecond counts at 4 kB and a wild time bends nothing.
+    Such a line goes through two of the points (or one, at alpha = 0), so all of those are tried.
+    Raises ValueError where nothing was sent.
+    """
+    points = [(ring_steps(op, n), ring_bytes(op, payload, n), t) for payload, t in seconds.items()]
+    lines = [line for pair in combinations(points, 2) if (line := _through(*pair))]
+    lines += [(0.0, t / sent) for _, sent, t in points if sent]
+    if not lines:
+        raise ValueError(f"{op} on {n} ranks, timed at {list(seconds)} bytes, shows no bandwidth; time two "
+                         "sizes or more on two ranks or more")
+    alpha, inverse = min(lines, key=lambda line: sum(_misses(points, *line)))
+    misses = _misses(points, alpha, inverse)
+    return Fit(alpha, 1 / inverse, sum(misses) / len(misses), max(misses))
+
+
+def _through(a, b):
+    """(alpha, 1 / beta) of the line through two points; None unless both make sense."""
+    (steps, sent, t), (_, more, longer) = a, b
+    inverse = (longer - t) / (more - sent) if more != sent else 0.0
+    alpha = (t - sent * inverse) / steps if steps else 0.0
+    return (alpha, inverse) if inverse > 0 and alpha >= 0 else None
+
+
+def _misses(points, alpha, inverse):
+    return [abs(steps * alpha + sent * inverse - t) / t for steps, sent, t in points]

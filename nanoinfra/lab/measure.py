@@ -5,14 +5,13 @@ it.
 """
 import functools
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from nanoinfra.lab import predict as book
+from nanoinfra.lab.devices import processor
 from nanoinfra.lab.predict import quantity
 
 KINDS = ("counted", "timed", "modelled")
@@ -87,7 +86,4 @@ def _seconds(run):
 @functools.cache
 def machine() -> str:
     """This machine in words: cores and processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return f"{os.cpu_count()} cores, {name or platform.processor() or platform.machine()}"
+    return f"{os.cpu_count()} cores, {processor()}"

@@ -1,10 +1,11 @@
-"""Start N ranks of `nanoinfra train` on this host, with torch's elastic launcher, and report how they ended.
+"""Start N ranks of `nanoinfra train` on this host, with torch's elastic agent, and report how they ended.
 
 A rank is this same command line in a process of its own (train/rank.py). SIGTERM reaches every rank; they
 agree on a step, save, and stop, and then the launcher ends with 0. A user's mistake that only a rank could
 see comes back through its error file as one line. Where restarts are allowed, a failed rank ends all, and all
 are started again, from the last checkpoint.
 """
+import json
 import logging
 import os
 import shutil
@@ -16,9 +17,15 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanoinfra.train.rank import BOARD, OURS, STOPPED, make_folder
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-NOTES = ".ranks"                             # in a run's directory, while it runs
+from nanoinfra.train.rank import BOARD, NOTES, OURS, STOPPED, make_folder
+
+PATIENCE = 300                               # seconds that ranks have to save, when a signal stops the run
 
 
 def launch(argv: list[str], nproc: int, out: Path | None = None, max_restarts: int = 0) -> int:
@@ -26,27 +33,56 @@ def launch(argv: list[str], nproc: int, out: Path | None = None, max_restarts: i
 
     `out` is a run's directory, where there is one.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     if out:
         make_folder(out)
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    for logger in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    started = time.time()
-    name = OURS + uuid.uuid4().hex[:8]
+    started, name = time.time(), OURS + uuid.uuid4().hex[:8]
+    meeting = get_rendezvous_handler(RendezvousParameters("c10d", "localhost:0", name, 1, 1))
+    spec = WorkerSpec("rank", nproc, meeting, entrypoint=sys.executable, max_restarts=max_restarts,
+                      args=("-m", "nanoinfra.cli", *argv), monitor_interval=0.1)
     with _notes(out) as notes:
-        config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=name,
-                              rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=max_restarts,
-                              monitor_interval=0.1, shutdown_timeout=300,
-                              logs_specs=DefaultLogsSpecs(log_dir=str(notes)))
         try:
-            elastic_launch(config, sys.executable)("-m", "nanoinfra.cli", *argv)
-            return 0
+            failures = Agent(spec, DefaultLogsSpecs(str(notes)), out).run().failures
         except SignalException as stop:
             return _after_signal(stop, out, started)
-        except ChildFailedError as failed:
-            return _after_failure(failed, nproc, out)
+        finally:
+            meeting.shutdown()
+        return _after_failure(failures, nproc, out) if failures else 0
+
+
+class Agent(LocalElasticAgent):
+    """torch's agent, which watches the ranks and starts them again, and here says why."""
+
+    def __init__(self, spec: WorkerSpec, notes: DefaultLogsSpecs, out: Path | None):
+        super().__init__(spec, notes, shutdown_timeout=PATIENCE)
+        self.name, self.out = spec.rdzv_handler.get_run_id(), out
+
+    def _monitor_workers(self, group) -> RunResult:
+        result = super()._monitor_workers(group)
+        if result.state == WorkerState.FAILED and self._remaining_restarts:
+            rank = _cause(result.failures)
+            if _mistaken(result.failures[rank]) and not self._has_begun():
+                self._remaining_restarts = 0                 # it would fail again
+            else:
+                left = self._remaining_restarts - 1
+                print(f"nanoinfra: rank {rank} {_how(result.failures[rank])}; all ranks start again "
+                      f"({left} more restart{'s' * (left != 1)})", file=sys.stderr)
+        return result
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """Give the ranks time to end; a second signal to the launcher takes it from them."""
+        try:
+            super()._shutdown(signal.SIGTERM if death_sig == signal.SIGINT else death_sig, timeout)
+        except SignalException:
+            super()._shutdown(signal.SIGKILL, timeout)
+            raise
+
+    def _has_begun(self):
+        """Has an attempt of this launch come as far as to describe its run?"""
+        described = self.out / "config.json"
+        return described.exists() and json.loads(described.read_text()).get("launch") == self.name
 
 
 @contextmanager
@@ -70,22 +106,38 @@ def _after_signal(stop, out, started):
     return 128 + int(stop.sigval)
 
 
-def _after_failure(failed, world, out):
-    """A killed rank is the cause, whatever its neighbours died of; then a mistake that a rank found."""
-    killed = [r for r, f in failed.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
-    mistaken = [r for r, f in failed.failures.items() if f.exitcode == 2 and Path(f.error_file).exists()]
-    rank = (killed + mistaken + [failed.get_first_failure()[0]])[0]
-    failure = failed.failures[rank]
-    if rank in mistaken:
-        print(f"nanoinfra: {failure.message}", file=sys.stderr)
+def _after_failure(failures, world, out):
+    rank = _cause(failures)
+    if _mistaken(failures[rank]):
+        print(f"nanoinfra: {failures[rank].message}", file=sys.stderr)
         return 2
-    code = failure.exitcode
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
     remedy = "; --resume goes on from the last checkpoint" if out else ""
-    print(f"nanoinfra: rank {rank} {how}{remedy}", file=sys.stderr)
+    print(f"nanoinfra: rank {rank} {_how(failures[rank])}{remedy}", file=sys.stderr)
     if out and (out / BOARD).exists():
         from nanoinfra.dist.ledger import Board, hang_report
         positions = Board(out / BOARD, world).positions()
-        print(hang_report(positions, lambda r: "was killed" if r in killed else ""), file=sys.stderr)
+        fate = {r: "was killed" for r, failure in failures.items() if _killed(failure)}
+        print(hang_report(positions, lambda r: fate.get(r, "")), file=sys.stderr)
         (out / BOARD).unlink()
     return 1
+
+
+def _cause(failures):
+    """A killed rank is the cause, whatever its neighbours died of; then a mistake that a rank found."""
+    return min(failures, key=lambda r: (not _killed(failures[r]), not _mistaken(failures[r]),
+                                        failures[r].timestamp))
+
+
+def _killed(failure):
+    return failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+
+
+def _mistaken(failure):
+    return failure.exitcode == 2 and Path(failure.error_file).exists()
+
+
+def _how(failure):
+    if _mistaken(failure):
+        return f"failed: {failure.message}"
+    code = failure.exitcode
+    return f"was killed by signal {-code}" if code < 0 else f"ended with {code}"

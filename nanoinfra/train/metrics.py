@@ -5,6 +5,7 @@ timeline (https://perfetto.dev) has one row of instructions and one of collectiv
 """
 import json
 import math
+import os
 import resource
 import sys
 from itertools import accumulate
@@ -21,7 +22,7 @@ class Log:
     def __init__(self, path: Path, go_on_after: int = 0):
         lines = read(path) if path.exists() and go_on_after else []
         kept = [line for line in lines if line["step"] <= go_on_after]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        replace(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(path, "a")
 
     def write(self, line: dict) -> None:
@@ -31,10 +32,16 @@ class Log:
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; one that a crash cut short is left out."""
-    lines = path.read_text().splitlines()
-    whole = [line for line in lines if line.endswith("}")]
-    return [json.loads(line) for line in whole]
+    """The lines of a metrics.jsonl; one that a crash or a full disk cut short is left out."""
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a small file anew; a crash leaves the old one or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    os.replace(new, path)
 
 
 def sent(rows) -> dict[str, int]:

@@ -1,12 +1,14 @@
 """A rank's life: found by torchrun's variables, it joins the others and says where it stands.
 
-It dies with its launcher. Where a collective does not end, it says which rank has not come, and ends that one
-if it is on this host: a stopped process obeys no other signal. Started again by the same launch, it goes on
-from the newest good checkpoint (train/rundir.py asks `launch_id` and `restarted`).
+It dies with its launcher, and takes an interrupt for SIGTERM: save, then stop. Where a collective does not
+end, it says which rank has not come, and ends that one if it is on this host: a stopped process obeys no
+other signal. Started again by the same launch, it goes on from the newest good checkpoint (train/rundir.py
+asks `launch_id` and `restarted`).
 """
 import ctypes
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,7 +18,9 @@ from pathlib import Path
 
 OURS = "nanoinfra-"                          # how launches of train/launch.py are called
 BOARD = "where_ranks_stand"                  # ledger.Board of a run under way
+NOTES = ".ranks"                             # of our launcher in the run's directory, while the run lives
 STOPPED = "stopped.json"                     # rank 0's note in the run directory: a signal ended the run
+START = timedelta(seconds=300)               # that ranks may start one after the other
 
 
 def is_rank() -> bool:
@@ -48,6 +52,8 @@ def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
     A collective may take `timeout` seconds. A plain process, or a rank of a pool, stays what it is.
     """
     if joined() or not is_rank():
+        if out and out.is_dir() and not joined():
+            _tidy(out)
         yield
         return
     end_with_parent()
@@ -58,13 +64,15 @@ def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
     if device == "cuda":
         import torch
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"           # counts travel on the CPU
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    board, rank = None, dist.get_rank()
+    board, rank = None, int(os.environ["RANK"])
     if out:
         make_folder(out)
-        board = Board(out / BOARD, dist.get_world_size(), rank)
+        board = Board(out / BOARD, int(os.environ["WORLD_SIZE"]), rank)
+        board.write({})                      # over what an earlier attempt has left there
         report_to(board)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"           # counts travel on the CPU
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **_meet())
+    signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         yield
     except LostRank as lost:
@@ -76,6 +84,28 @@ def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
         dist.destroy_process_group()
     if out:
         (out / BOARD).unlink(missing_ok=True)                # kept after a failure, for the launcher to read
+
+
+def _meet():
+    """Wait until every rank is there: imports may take longer than a collective ever should.
+
+    A store that torchrun keeps from one attempt to the next still has the addresses of ranks that are dead.
+    """
+    from torch.distributed import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+    store, rank, world = next(rendezvous("env://", timeout=START))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        store = PrefixStore(f"attempt {attempt} of {world} ranks", store)
+    store.set(f"rank {rank}", "is there")
+    store.wait([f"rank {r}" for r in range(world)], START)
+    return {"store": store, "rank": rank, "world_size": world}
+
+
+def _tidy(out):
+    """Remove what the launcher of an earlier run could not, because it was killed."""
+    shutil.rmtree(out / NOTES, ignore_errors=True)
+    (out / BOARD).unlink(missing_ok=True)
 
 
 def end_with_parent() -> None:
@@ -106,17 +136,38 @@ def make_folder(path: Path) -> None:
 
 
 def _who(board, rank, lost):
-    """Who did not come, in words. Where the time was up, those that are here and live are ended."""
-    from nanoinfra.dist.ledger import absent, hang_report
+    """Who did not come, in words. The hung ones that are on this host are ended."""
+    from nanoinfra.dist.ledger import hang_report
     if board is None:
         return ""
     positions = board.positions()
     said = f"; {hang_report(positions).splitlines()[rank]}"
-    for late in absent(rank, positions) if "imed out" in str(lost) else ():
-        where = positions[late]
-        if where.get("host") == board.me["host"] and end(where["pid"]):
-            said += f"; rank {late} (process {where['pid']}) was hung: ended it"
+    hung = culprits(rank, positions) if "imed out" in str(lost) else []
+    for other, at in enumerate(positions):
+        if other != rank and at.get("host") == board.me["host"]:
+            state = "stopped" if is_stopped(at["pid"]) else "hung" if other in hung else ""
+            if state and end(at["pid"]):
+                said += f"; rank {other} (process {at['pid']}) was {state}: ended it"
     return said
+
+
+def culprits(rank: int, positions: list[dict]) -> list[int]:
+    """Whom `rank` waits for, directly or through others that wait, and who wait for nobody themselves."""
+    from nanoinfra.dist.ledger import absent
+    found, new = set(), {rank}
+    while new:
+        found |= new
+        new = {late for r in new for late in absent(r, positions)} - found
+    return sorted(r for r in found if positions[r].get("state") != "waits")
+
+
+def is_stopped(pid: int) -> bool:
+    """Has a signal stopped this process? Seen on Linux alone."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state == "T"
 
 
 def end(pid: int) -> bool:

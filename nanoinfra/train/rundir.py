@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from nanoinfra.dist import comm
 from nanoinfra.model.text import read_json
 from nanoinfra.train import checkpoint, metrics
 from nanoinfra.train.config import TrainFlags, to_json
@@ -30,14 +31,18 @@ class RunDir:
         Ranks that the same launch has started again go on without being asked to.
         """
         there = checkpoint.checkpoints(self.checkpoints)
-        config = read_json(self.path / "config.json")
-        again = restarted() or launch_id() is not None and config.get("launch") == launch_id()
-        if resume or (again and there):
+        if resume or (self._again() and there):
             return self._resume(inputs, replica)
         if there:
             raise ValueError(f"{self.path} holds a run already, with {there[-1].name}; go on from it with "
                              "--resume, name another --out, or remove that folder")
         return {"step": 0, "consumed": 0}
+
+    def _again(self):
+        """Has this launch had ranks before? One of them may be on a host that joins only now."""
+        earlier = read_json(self.path / "config.json").get("launch")
+        again = restarted() or launch_id() is not None and earlier == launch_id()
+        return any(comm.gather_objects(again, self.mesh.world, "checkpoint"))
 
     def _resume(self, inputs, replica):
         """Take the newest good checkpoint back into `replica`."""
@@ -65,7 +70,7 @@ class RunDir:
             return
         config = {"nanoinfra": 1, "model": inputs.model.to_dict(), "flags": to_json(flags),
                   "inputs": inputs.identity, "launch": launch_id()}
-        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        metrics.replace(self.path / "config.json", json.dumps(config, indent=2) + "\n")
         if inputs.source.tokenizer:
             inputs.source.tokenizer.save(self.path / "tokenizer")
         (self.path / STOPPED).unlink(missing_ok=True)
@@ -89,5 +94,7 @@ class RunDir:
         found = checkpoint.newest_of_all(self.checkpoints, self.mesh.world,
                                          say=lambda text: print(text, file=sys.stderr))
         if found is None:
-            raise ValueError(f"--resume: no good checkpoint in {self.checkpoints}; start without --resume")
+            there = checkpoint.checkpoints(self.checkpoints)
+            remedy = f"remove {self.checkpoints} to train anew" if there else "start without --resume"
+            raise ValueError(f"--resume: no good checkpoint in {self.checkpoints}; {remedy}")
         return found

@@ -67,8 +67,8 @@ class PeerSide:
         self.model = PeerStage(start, stop).to(dtype)
         self.names = {name: renamed()[name] for name in self.model.state_dict()}
         self.model.load_state_dict({theirs: first_weights(names) for theirs, names in self.names.items()})
-        stream, tokens = torch.empty(B // m, T, C, dtype=dtype), torch.zeros(B // m, T, dtype=torch.long)
-        logits = torch.empty(B // m, T, V, dtype=dtype)
+        tokens = torch.zeros(B // m, T, dtype=torch.long)
+        stream, logits = (torch.empty(B // m, T, n, dtype=dtype, requires_grad=True) for n in (C, V))
         first, last = self.rank == 0, self.rank == P - 1
         stage = PipelineStage(self.model, self.rank, P, torch.device("cpu"),
                               input_args=tokens if first else stream, output_args=logits if last else stream)

@@ -149,11 +149,11 @@ def test_report_counts_across_meshes(board):
 def test_a_half_written_position_says_nothing(tmp_path):
     board = Board(tmp_path / "board", 2, rank=1)
     board.write({"state": "left", "note": "x" * 3000})
-    assert board.positions() == [{}, {"state": "left", "note": "x" * 3000}]
+    assert board.positions() == [{}, {"state": "left", "note": "x" * 3000, **board.me}]
     Board(tmp_path / "board", 2).map[8192:8193] = b" "
     assert board.positions() == [{}, {}]
     board.write({"state": "left"})
-    assert board.positions()[1] == {"state": "left"}
+    assert board.positions()[1] == {"state": "left", **board.me}
     board.clear()
     assert board.positions() == [{}, {}]
 

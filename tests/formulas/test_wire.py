@@ -1,6 +1,6 @@
 import pytest
 
-from nanoinfra.formulas.wire import ring_bytes, ring_seconds, ring_steps, tree_bytes, tree_seconds
+from nanoinfra.formulas.wire import fit, ring_bytes, ring_seconds, ring_steps, tree_bytes, tree_seconds
 
 CHUNKED = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
@@ -73,3 +73,43 @@ def test_trees_win_when_small_and_rings_when_large():
     for payload, tree_first in ((1e3, True), (1e9, False)):
         tree = tree_seconds(payload, 64, 20e-6, 2e9)
         assert (tree < ring_seconds("all_reduce", payload, 64, 20e-6, 2e9)) == tree_first
+
+
+SIZES = [4096 * 4 ** k for k in range(8)]
+
+
+@pytest.mark.parametrize("op, n", [("all_reduce", 2), ("all_reduce", 5), ("send", 2), ("all_gather", 3)])
+@pytest.mark.parametrize("alpha, beta", [(20e-6, 1e9), (1e-3, 1e8), (0.0, 4e9)])
+def test_fit_finds_what_the_times_were_made_of(op, n, alpha, beta):
+    got = fit(op, n, {size: ring_seconds(op, size, n, alpha, beta) for size in SIZES})
+    assert got.latency == pytest.approx(alpha, rel=1e-6, abs=1e-12)
+    assert got.bandwidth == pytest.approx(beta, rel=1e-9)
+    assert got.worst_miss < 1e-9
+
+
+@pytest.mark.parametrize("wild", range(8))
+def test_a_wild_time_does_not_bend_the_fit(wild):
+    times = {size: ring_seconds("all_reduce", size, 2, 1e-3, 1e8) for size in SIZES}
+    times[SIZES[wild]] *= 10
+    got = fit("all_reduce", 2, times)
+    assert (got.latency, got.bandwidth) == pytest.approx((1e-3, 1e8), rel=1e-6)
+    assert got.worst_miss == pytest.approx(0.9) and got.mean_miss == pytest.approx(0.9 / 8)
+
+
+def test_a_small_payload_counts_as_much_as_a_large_one():
+    """A tenth of noise at each size: least squares in seconds would see the largest alone."""
+    noise = [1.1, 0.9, 1.1, 0.9, 1.1, 0.9, 1.1, 0.9]
+    times = {s: f * ring_seconds("all_reduce", s, 2, 1e-4, 1e9) for s, f in zip(SIZES, noise)}
+    got = fit("all_reduce", 2, times)
+    assert got.latency == pytest.approx(1e-4, rel=0.25) and got.bandwidth == pytest.approx(1e9, rel=0.25)
+    assert got.mean_miss <= 0.1 + 1e-9
+
+
+def test_latency_is_never_negative():
+    got = fit("all_reduce", 2, {1000: 1e-6, 2000: 4e-6})            # a line through both starts below 0
+    assert got.latency == 0.0 and got.bandwidth > 0
+
+
+def test_one_rank_has_no_wire_to_fit():
+    with pytest.raises(ValueError, match="shows no bandwidth; time two sizes"):
+        fit("all_reduce", 1, {1000: 1e-6, 2000: 2e-6})

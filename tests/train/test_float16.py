@@ -61,8 +61,8 @@ def test_the_nano_model_ends_where_float32_does(tmp_path):
 
 def flags(model, out: Path, zero, steps, dtype="float16", data="random", seq=16):
     return TrainFlags(ModelFlags(model=model, dtype=dtype), DataFlags(data=data, seq=seq, micro_batch=2),
-                      MeshFlags(dp=2, zero=zero, threads=1), OptimizerFlags(lr_schedule="constant"),
-                      RunFlags(steps=steps, out=out))
+                      MeshFlags(dp=2, zero=zero, threads=1),
+                      optimizer=OptimizerFlags(lr_schedule="constant"), run=RunFlags(steps=steps, out=out))
 
 
 def planted(flags, done=0):

@@ -21,7 +21,8 @@ def test_floats_survive_at_full_precision_and_each_line_is_there_at_once(tmp_pat
 
 def test_going_on_cuts_what_came_after_the_checkpoint(tmp_path):
     path = tmp_path / "m.jsonl"
-    path.write_text("".join(json.dumps(line(i)) + "\n" for i in (1, 2, 3)) + '{"step": 4, "lo')
+    whole = "".join(json.dumps(line(i)) + "\n" for i in (1, 2, 3))
+    path.write_text(whole + '{"step": 4, "sent": {"data": 4}')
     log = metrics.Log(path, go_on_after=2)
     log.write(line(3))
     log.file.close()
@@ -54,7 +55,8 @@ def test_trace_has_one_process_a_rank_in_microseconds():
     rows = [Row("all_reduce", "data", "grads", 2, 40, 1, begin=1.5, end=1.75, wait_s=0.125)]
     name, step, wire = metrics.trace_events(3, [(Forward(2), 1.0, 1.25)], rows)
     assert name["args"]["name"] == "rank 3" and {e["pid"] for e in (name, step, wire)} == {3}
-    assert (step["name"], step["ts"], step["dur"], step["args"]) == ("Forward", 1e6, 0.25e6, {"micro": 2})
+    assert (step["name"], step["ts"], step["dur"]) == ("Forward", 1e6, 0.25e6)
+    assert step["args"] == {"micro": 2, "chunk": 0}
     assert (wire["name"], wire["ts"], wire["args"]) == (
         "all_reduce", 1.5e6, {"tag": "grads", "payload_bytes": 40, "wait_ms": 125.0})
 

@@ -3,20 +3,26 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from nanoinfra.cli import main
 from nanoinfra.train import checkpoint, metrics
-
-STEPS = 12
-FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--seq", "24",
-         "--threads", "1", "--global-batch", "7", "--micro-batch", "2", "--save-every", "2",
-         "--steps", str(STEPS)]
+from tests.train.runs import (
+    FLAGS,
+    STEPS,
+    bits,
+    children,
+    close,
+    finish,
+    lines,
+    rank_of,
+    start,
+    undisturbed,
+    wait_for,
+    weights,
+)
 
 
 def test_resume_is_bitwise_and_cuts_the_lines_after_the_checkpoint(ranks, tmp_path):
@@ -39,6 +45,16 @@ def test_resume_on_another_mesh_continues_the_run(ranks, tmp_path):
     ranks(2).run(main, [*FLAGS, "--steps", "6", "--dp", "2", *constant])
     ranks(3).run(main, [*FLAGS, "--dp", "3", *constant, "--resume"])
     close(metrics.read(run / "metrics.jsonl"), want)
+
+
+def test_a_run_keeps_its_global_batch_on_fewer_ranks(ranks, tmp_path):
+    """Where none is given it follows from the mesh the run began on."""
+    argv = [flag for flag in FLAGS if flag not in ("--global-batch", "7")] + ["--lr-schedule", "constant"]
+    want, run = tmp_path / "want", tmp_path / "run"
+    assert main([*argv, "--global-batch", "6", "--out", str(want)]) == 0
+    ranks(3).run(main, [*argv, "--steps", "5", "--out", str(run)])           # 3 x --micro-batch 2
+    ranks(2).run(main, [*argv, "--resume", "--out", str(run)])
+    close(metrics.read(run / "metrics.jsonl"), metrics.read(want / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize("meshes", [
@@ -85,6 +101,7 @@ def test_resume_under_zero_is_bitwise(ranks, tmp_path, zero):
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+@pytest.mark.prove
 def test_killed_rank_then_resume_is_bitwise(ranks, tmp_path):
     kill_and_resume(ranks, tmp_path, [("step", 5, 1)], seed=0)
 
@@ -138,12 +155,6 @@ def kill_and_resume(ranks, tmp_path, moments, seed):
         assert weights(run) == weights(tmp_path / "undisturbed")
 
 
-def undisturbed(ranks, tmp_path):
-    out = tmp_path / "undisturbed"
-    ranks(2).run(main, [*FLAGS, "--dp", "2", "--lr-schedule", "constant", "--out", str(out)])
-    return metrics.read(out / "metrics.jsonl")
-
-
 def kill_at(run: Path, argv: list[str], kind: str, step: int, rank: int) -> str:
     """kill -9 `rank` once `step` steps are written, or at the first save after; what the launcher said."""
     process = start(argv)
@@ -155,57 +166,3 @@ def kill_at(run: Path, argv: list[str], kind: str, step: int, rank: int) -> str:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     return said
-
-
-def start(argv):
-    return subprocess.Popen([sys.executable, "-m", "nanoinfra.cli", *argv], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True)
-
-
-def finish(argv):
-    process = start(argv)
-    _, said = process.communicate(timeout=120)
-    print(said)
-    return process.returncode
-
-
-def wait_for(condition, process):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def lines(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return len(metrics.read(path)) if path.exists() else 0
-
-
-def children(pid: int) -> list[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in listed if rank_of(int(child)) is not None]
-
-
-def rank_of(pid: int) -> int | None:
-    """RANK of a process, from its environment."""
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    found = [int(v[5:]) for v in variables if v.startswith(b"RANK=")]
-    return found[0] if found else None
-
-
-def bits(lines):
-    return [(line["step"], line["loss"].hex(), line["grad_norm"].hex(), line["tokens"]) for line in lines]
-
-
-def close(got, want):
-    assert [line["step"] for line in got] == [line["step"] for line in want]
-    for g, w in zip(got, want):
-        assert g["loss"] == pytest.approx(w["loss"], rel=1e-8)
-        assert g["grad_norm"] == pytest.approx(w["grad_norm"], rel=1e-8)
-
-
-def weights(run: Path) -> dict:
-    manifest = json.loads((checkpoint.newest(run / "checkpoints") / "manifest.json").read_text())
-    return {name: listed["sha256"] for name, listed in manifest["files"].items()
-            if name.endswith(".safetensors")}

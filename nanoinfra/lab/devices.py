@@ -1,0 +1,59 @@
+"""What a machine is, in words and counts: processor, memory, devices and their links, versions."""
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+GIB = 2 ** 30
+
+
+def host() -> dict:
+    """{"name", "processor", "cores", "memory" in bytes, "load", "gpus": [{"name", "memory"}], "versions"}."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"name": platform.node(), "processor": processor(), "cores": usable,
+            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "load": os.getloadavg()[0],
+            "gpus": _gpus(), "versions": versions()}
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return name or platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """{"python", "torch", "triton", "cuda"}: "none" for what is not there."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "triton": _version("triton"),
+            "cuda": torch.version.cuda or "none"}
+
+
+def links() -> list[str]:
+    """How each two GPUs of this host are joined: "0-1 NV18"; [] where there are no two, or no nvidia-smi."""
+    if torch.cuda.device_count() < 2 or not shutil.which("nvidia-smi"):
+        return []
+    told = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True)
+    return parse_topology(told.stdout) if told.returncode == 0 else []
+
+
+def parse_topology(text: str) -> list[str]:
+    """["0-1 NV18", ...] from the matrix that `nvidia-smi topo -m` prints."""
+    rows = [line.split() for line in text.splitlines() if line.startswith("GPU")]
+    return [f"{i}-{j} {rows[i][1 + j]}" for i in range(len(rows)) for j in range(i + 1, len(rows))]
+
+
+def _gpus():
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [{"name": p.name, "memory": p.total_memory} for p in properties]
+
+
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

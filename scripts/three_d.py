@@ -1,0 +1,150 @@
+"""Three dimensions in one file: a LLaMA cut by layers, by tokens and inside each layer, and a training loop.
+
+    python scripts/three_d.py
+    torchrun --nproc-per-node 4 scripts/three_d.py --pp 2 --tp 2
+    torchrun --nproc-per-node 8 scripts/three_d.py --pp 2 --tp 2 --sp --micro-batches 2
+
+Ranks that --pp x --tp leave over are data parallelism. The losses are the same with any of these, and those
+of `nanoinfra train --model test --data random --lr-schedule constant --warmup 0 --global-batch 16 --pp PP
+--tp TP --dp DP [--sp]`.
+"""
+import argparse
+import os
+
+import torch
+import torch.distributed as dist
+
+from nanoinfra.data.source import IGNORE, Random
+from nanoinfra.dist import comm
+from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.formulas.pipeline import split
+from nanoinfra.formulas.shape import SIZES
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.init import init_weights
+from nanoinfra.parallel import pipeline
+from nanoinfra.parallel.data import DataParallel
+from nanoinfra.parallel.megatron import TensorParallel
+from nanoinfra.parallel.schedules import schedule
+from nanoinfra.parallel.vocabulary import HeadLoss
+from nanoinfra.train.step import execute
+
+LR, DECAY = 3e-3, 0.1                        # matrices decay, vectors do not
+
+
+class Stage(pipeline.PipelineStage):
+    """One rank's part of its layers. What it has to say of them; when they run, the schedule says."""
+
+    def __init__(self, model, mesh, dtype, sp):
+        super().__init__(mesh.pp, mesh.twin("pp"), dtype=dtype)
+        self.model = model                                           # some of the layers
+        self.tensor = TensorParallel(model, mesh, sp)                # of each of them a part
+        self.loss_of = HeadLoss(model.head) if model.head else None  # of the last stage
+        self.data = DataParallel(model, mesh.data)                   # sees fewer and smaller parameters
+        self.ends = mesh.ends("pp")          # first and last stage: embedding and head are one weight
+
+    def begin(self, x, y, valid, micro_batches):
+        """A new step: this data rank's (G/dp, T) tokens and targets; `valid` targets on all ranks."""
+        self.x, self.y, self.valid = x.tensor_split(micro_batches), y.tensor_split(micro_batches), valid
+        self.loss = torch.zeros((), dtype=torch.float64)
+        self.data.begin_step()
+
+    def enter(self, micro):
+        return self.model.start(self.x[micro], torch.arange(self.x[micro].shape[1]))             # (B, T, C)
+
+    def run(self, chunk, x, micro):
+        x = self.model.layers(x, torch.arange(self.x[micro].shape[1]))                           # (B, T, C)
+        if not self.loss_of:
+            return x                                                 # on to the next stage
+        loss = self.loss_of(x, self.y[micro], self.valid)
+        self.loss += loss.detach()
+        return loss
+
+    def stream(self, micro):
+        B, T = self.x[micro].shape                                   # known, not negotiated
+        return B, self.tensor.region.share(T), self.model.config.width           # (B, T, C), with sp T/t
+
+    def before_backward(self, chunk, last):
+        self.data.before_backward(last)                              # after the last, gradients may leave
+
+    def gradients(self):
+        """{name: this rank's part}, summed: over data, under sp norms' over tp, the tied weight's over pp."""
+        self.settle()                                                # what was sent has arrived
+        grads = self.tensor.finish(self.data.finish())
+        if self.ends and "embed.weight" in grads:
+            comm.all_reduce(grads["embed.weight"], self.ends, "tied")
+        return grads
+
+
+def samples(step, per_step, vocab, T, seed=0):
+    """The step's sequences (x, y), the same on every rank: documents of unequal length, drawn by number."""
+    pairs = [Random(vocab).sample(g, seed, T) for g in range(step * per_step, (step + 1) * per_step)]
+    return [torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1)]  # (G, T) each
+
+
+def clip(grads, mesh, ends, limit=1.0):
+    """Scale the gradient to a 2-norm of at most `limit`. What several ranks hold alike counts once."""
+    def mine(name):                          # norms are on all tp ranks, the tied weight at both ends
+        return ends.rank == 0 if name == "embed.weight" else mesh.tp.rank == 0 or "norm" not in name
+    squares = sum(grad.double().square().sum() for name, grad in grads.items() if mine(name))
+    for axis in (mesh.tp, mesh.pp):                                  # data ranks hold the same: no sum
+        squares = comm.all_reduce(squares, axis, "norm")
+    for grad in grads.values():
+        grad.mul_(min(1.0, limit / squares.sqrt().item()))
+
+
+def adamw(params, lr):
+    matrices, vectors = ([p for p in params if (p.dim() > 1) is many] for many in (True, False))
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pp", type=int, choices=(1, 2, 4), default=1, help="stages of layers")
+    parser.add_argument("--tp", type=int, choices=(1, 2), default=1, help="ranks that share a layer's heads")
+    parser.add_argument("--sp", action="store_true", help="cut the stream between matrices by tokens")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--global-batch", type=int, default=16, help="sequences in one step, over all ranks")
+    parser.add_argument("--micro-batches", type=int, default=3, help="parts a data rank's go through in")
+    parser.add_argument("--seq", type=int, default=64)
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    args = parser.parse_args()
+
+    if "RANK" in os.environ:                 # torchrun started us
+        dist.init_process_group("gloo")
+    mesh = Mesh(pp=args.pp, dp=world_size() // (args.pp * args.tp), tp=args.tp)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.world.size))
+
+    config, dtype = SIZES["test"].model, getattr(torch, args.dtype)
+    whole = init_weights(Decoder(config), seed=0).to(dtype)
+    layers = pipeline.cut(whole, *split(config, args.pp, args.seq)[mesh.pp.rank])
+    stage = Stage(layers, mesh, dtype, "gather" if args.sp else "none")
+    instructions = schedule("1f1b", args.pp, args.micro_batches)[mesh.pp.rank][:-2]      # all but the end
+    optimizer = adamw(list(stage.model.parameters()), LR)
+    mesh.ledger.take()
+
+    for step in range(args.steps):
+        x, y = samples(step, args.global_batch, config.vocab, args.seq)
+        mine = slice(mesh.dp.rank, None, mesh.dp.size)               # the same for all pp and tp ranks
+        stage.begin(x[mine], y[mine], int((y != IGNORE).sum()), args.micro_batches)
+        execute(instructions, stage)
+        grads = stage.gradients()
+        clip(grads, mesh, stage.ends)
+        for name, p in stage.model.named_parameters():
+            p.grad = grads[name].clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        sent = {axis: sum(row.payload for row in mesh.ledger.rows if row.axis == axis and row.op != "recv")
+                for axis in ("pp", "data", "tp")}
+        total = comm.all_reduce(comm.all_reduce(stage.loss, mesh.pp), mesh.data)     # the last stage's
+        if mesh.rank == 0:
+            said = ", ".join(f"{axis} {size:,}" for axis, size in sent.items())
+            print(f"step {step + 1:3}  loss {total:.10f}; rank 0 sent, in bytes: {said}", flush=True)
+        mesh.ledger.take()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

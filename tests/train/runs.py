@@ -1,0 +1,81 @@
+"""Runs as processes: start one, watch it, find its ranks, compare what it wrote."""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanoinfra.cli import main
+from nanoinfra.train import checkpoint, metrics
+
+STEPS = 12
+FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--seq", "24",
+         "--threads", "1", "--global-batch", "7", "--micro-batch", "2", "--save-every", "2",
+         "--steps", str(STEPS)]
+
+
+def undisturbed(ranks, tmp_path, *more):
+    """The lines of a run on two ranks that nothing disturbs; its directory is tmp_path / "undisturbed"."""
+    out = tmp_path / "undisturbed"
+    ranks(2).run(main, [*FLAGS, "--dp", "2", "--lr-schedule", "constant", *more, "--out", str(out)])
+    return metrics.read(out / "metrics.jsonl")
+
+
+def start(argv, **more):
+    """`nanoinfra ARGV`; `more` is for Popen, which gives its stderr unless told otherwise."""
+    more = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True} | more
+    return subprocess.Popen([sys.executable, "-m", "nanoinfra.cli", *argv], **more)
+
+
+def finish(argv):
+    process = start(argv)
+    _, said = process.communicate(timeout=120)
+    print(said)
+    return process.returncode
+
+
+def wait_for(condition, process=None):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "nothing happens"
+        time.sleep(0.01)
+
+
+def lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(metrics.read(path)) if path.exists() else 0
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in listed if rank_of(int(child)) is not None]
+
+
+def rank_of(pid: int) -> int | None:
+    """RANK of a process, from its environment; None where it has none or is gone."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    found = [int(v[5:]) for v in variables if v.startswith(b"RANK=")]
+    return found[0] if found else None
+
+
+def bits(lines):
+    return [(line["step"], line["loss"].hex(), line["grad_norm"].hex(), line["tokens"]) for line in lines]
+
+
+def close(got, want):
+    assert [line["step"] for line in got] == [line["step"] for line in want]
+    for g, w in zip(got, want):
+        assert g["loss"] == pytest.approx(w["loss"], rel=1e-8)
+        assert g["grad_norm"] == pytest.approx(w["grad_norm"], rel=1e-8)
+
+
+def weights(run: Path) -> dict:
+    manifest = json.loads((checkpoint.newest(run / "checkpoints") / "manifest.json").read_text())
+    return {name: listed["sha256"] for name, listed in manifest["files"].items()
+            if name.endswith(".safetensors")}

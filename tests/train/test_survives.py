@@ -1,0 +1,146 @@
+"""Ranks are killed, stopped, starved of disk; checkpoints are broken: the run ends as if nothing had been."""
+import os
+import random
+import signal
+
+import pytest
+
+from nanoinfra.train import metrics
+from nanoinfra.train.rank import culprits
+from tests.train.faults import (
+    CONSTANT,
+    FAULTS,
+    Survivor,
+    TorchrunSurvivor,
+    corrupt,
+    disturb,
+    fill_disk,
+    kill,
+    leaves_nothing,
+    needs_linux,
+    processes_of,
+    stop,
+)
+from tests.train.runs import FLAGS, bits, close, finish, start, undisturbed, wait_for, weights
+
+
+def survives(ranks, tmp_path, faults, draw, steps, kind=Survivor, **more) -> str:
+    """The run ends with the lines and the weights of one that nothing disturbs; what it said."""
+    want, shared = undisturbed(ranks, tmp_path, "--steps", str(steps)), set(os.listdir("/dev/shm"))
+    with kind(tmp_path / "disturbed", steps, len(faults), **more) as survivor:
+        disturb(survivor, faults, draw)
+        assert survivor.process.wait(300) == 0, survivor.said.read_text()
+    got = metrics.read(survivor.run / "metrics.jsonl")
+    assert bits(got) == bits(want)
+    assert weights(survivor.run) == weights(tmp_path / "undisturbed")
+    if kind is Survivor:                               # torchrun's own notes in TMPDIR are torchrun's
+        leaves_nothing(survivor, shared)
+    return survivor.said.read_text()
+
+
+@needs_linux
+def test_a_hung_rank_is_named_and_ended_and_the_run_goes_on(ranks, tmp_path):
+    said = survives(ranks, tmp_path, [stop], random.Random(3), steps=12)
+    assert "was stopped: ended it" in said
+    assert "was killed by signal 9; all ranks start again (0 more restarts)" in said
+
+
+@needs_linux
+@pytest.mark.prove
+@pytest.mark.timeout(1800)
+def test_a_hundred_faults_in_a_row(ranks, tmp_path):
+    """FAULTS=5 for fewer of them, SEED=1 to see the same ones again."""
+    n, seed = int(os.environ.get("FAULTS", "100")), int(os.environ.get("SEED", random.randrange(10**6)))
+    draw = random.Random(seed)
+    faults = [*FAULTS, *(draw.choice(FAULTS) for _ in range(n - len(FAULTS)))]
+    print(f"seed {seed}: " + ", ".join(f"{faults.count(fault)} {fault.__name__}" for fault in FAULTS))
+    said = survives(ranks, tmp_path, faults, draw, steps=8 * n + 50)
+    assert said.count("all ranks start again") == n
+    assert said.count("was stopped: ended it") == faults.count(stop)
+    assert said.count("refused checkpoint") > 0
+
+
+@needs_linux
+@pytest.mark.prove
+@pytest.mark.timeout(300)
+def test_under_torchrun_too(ranks, tmp_path):
+    faults = [*FAULTS, kill, stop]
+    said = survives(ranks, tmp_path, faults, random.Random(0), 100, kind=TorchrunSurvivor)
+    assert said.count("was stopped: ended it") == 2 and "refused checkpoint" in said
+
+
+@needs_linux
+@pytest.mark.prove
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mesh", ["--pp 2", "--tp 2 --sp", "--dp 2 --zero 3", "--dp 2 --pp 2"])
+def test_every_kind_of_mesh_survives(ranks, tmp_path, mesh):
+    """To rounding: the losses here are those of two data-parallel ranks."""
+    want = undisturbed(ranks, tmp_path, "--steps", "60")
+    with Survivor(tmp_path / "disturbed", 60, 3, mesh.split()) as survivor:
+        disturb(survivor, [kill, stop, fill_disk], random.Random(mesh))
+        assert survivor.process.wait(120) == 0, survivor.said.read_text()
+    close(metrics.read(survivor.run / "metrics.jsonl"), want)
+
+
+@needs_linux
+@pytest.mark.prove
+@pytest.mark.timeout(300)
+def test_the_launcher_is_killed_and_one_rank_is_left(ranks, tmp_path):
+    """Its ranks die with it; the run goes on with fewer, on the same global batch, and cleans up."""
+    want, shared = undisturbed(ranks, tmp_path, "--steps", "60"), set(os.listdir("/dev/shm"))
+    with Survivor(tmp_path / "disturbed", 60, restarts=9) as survivor:
+        disturb(survivor, [kill, corrupt], random.Random(1))
+        survivor.process.kill()
+        survivor.process.wait()
+        wait_for(lambda: not processes_of(survivor.run))
+    assert not list(survivor.tmp.glob("nanoinfra*"))
+    one = [*FLAGS, *CONSTANT, "--steps", "60", "--dp", "1", "--out", str(survivor.run)]
+    assert finish([*one, "--resume"]) == 0
+    close(metrics.read(survivor.run / "metrics.jsonl"), want)
+    leaves_nothing(survivor, shared)
+
+
+@needs_linux
+@pytest.mark.prove
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_nothing(tmp_path, sign):
+    shared = set(os.listdir("/dev/shm"))
+    with Survivor(tmp_path / "disturbed", 10**5, restarts=9) as survivor:
+        survivor.next_attempt(5)
+        survivor.process.send_signal(sign)
+        assert survivor.process.wait(60) == 0, survivor.said.read_text()
+        (survivor.run / "stopped.json").unlink()
+        leaves_nothing(survivor, shared)
+
+
+@needs_linux
+@pytest.mark.prove
+@pytest.mark.timeout(300)
+def test_no_restart_left_is_a_failure_that_leaves_nothing(tmp_path):
+    shared = set(os.listdir("/dev/shm"))
+    with Survivor(tmp_path / "disturbed", 10**5, restarts=0) as survivor:
+        survivor.next_attempt(3)
+        stop(survivor, random.Random(0))
+        assert survivor.process.wait(60) == 1
+        assert "--resume goes on from the last checkpoint" in survivor.said.read_text()
+        leaves_nothing(survivor, shared)
+
+
+@pytest.mark.prove
+def test_a_users_mistake_is_not_tried_again(tmp_path):
+    argv = [*FLAGS, "--dp", "2", "--out", str(tmp_path / "run"), "--resume", "--max-restarts", "5"]
+    process = start(argv)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert said.startswith("nanoinfra: --resume: no good checkpoint") and said.count("\n") == 1
+
+
+def test_the_culprit_waits_for_nobody():
+    """Rank 0 waits for 1, which waits for 2: rank 2 is the one that hangs."""
+    def waits(line, ranks):
+        return {"state": "waits", "line": line, "count": 1, "ranks": ranks, "entered": {line: 1}}
+    hangs = {"state": "left", "entered": {}}
+    assert culprits(0, [waits("pp 1>0", (1, 0)), waits("pp 2>1", (2, 1)), hangs]) == [2]
+    assert culprits(0, [waits("dp", (0, 1, 2)), hangs, {}]) == [1, 2]
+    assert culprits(0, [waits("a", (0, 1)), waits("b", (0, 1))]) == []          # each waits for the other
