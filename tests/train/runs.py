@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
+from nanoinfra.dist.ranks import Ranks
 from nanoinfra.train import checkpoint, metrics
 
 STEPS = 12
@@ -16,10 +17,11 @@ FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "
          "--steps", str(STEPS)]
 
 
-def undisturbed(ranks, tmp_path, *more):
+def undisturbed(tmp_path, *more):
     """The lines of a run on two ranks that nothing disturbs; its directory is tmp_path / "undisturbed"."""
     out = tmp_path / "undisturbed"
-    ranks(2).run(main, [*FLAGS, "--dp", "2", "--lr-schedule", "constant", *more, "--out", str(out)])
+    with Ranks(2, timeout=900) as two:
+        two.run(main, [*FLAGS, "--dp", "2", "--lr-schedule", "constant", *more, "--out", str(out)])
     return metrics.read(out / "metrics.jsonl")
 
 

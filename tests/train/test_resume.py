@@ -26,7 +26,7 @@ from tests.train.runs import (
 
 
 def test_resume_is_bitwise_and_cuts_the_lines_after_the_checkpoint(ranks, tmp_path):
-    want = undisturbed(ranks, tmp_path)
+    want = undisturbed(tmp_path)
     run = tmp_path / "run"
     ranks(2).run(main, [*FLAGS, "--steps", "7", "--dp", "2", "--lr-schedule", "constant", "--out", str(run)])
     lost = run / "checkpoints" / "step_00000007"
@@ -39,7 +39,7 @@ def test_resume_is_bitwise_and_cuts_the_lines_after_the_checkpoint(ranks, tmp_pa
 
 
 def test_resume_on_another_mesh_continues_the_run(ranks, tmp_path):
-    want = undisturbed(ranks, tmp_path)
+    want = undisturbed(tmp_path)
     run = tmp_path / "run"
     constant = ["--lr-schedule", "constant", "--out", str(run)]
     ranks(2).run(main, [*FLAGS, "--steps", "6", "--dp", "2", *constant])
@@ -61,7 +61,7 @@ def test_a_run_keeps_its_global_batch_on_fewer_ranks(ranks, tmp_path):
     ("--zero 3 --dp 3", "--zero 1 --dp 2 --tp 2 --sp", "--zero 2 --dp 4", "--tp 4"),
     pytest.param(("--dp 2", "--zero 3 --dp 4", "--zero 2 --dp 3", "--zero 1"), marks=pytest.mark.prove)])
 def test_any_mesh_goes_on_from_any_other(ranks, tmp_path, meshes):
-    want = undisturbed(ranks, tmp_path)
+    want = undisturbed(tmp_path)
     go_on(ranks, tmp_path / "run", meshes, every=3)
     close(metrics.read(tmp_path / "run" / "metrics.jsonl"), want)
 
@@ -102,25 +102,25 @@ def test_resume_under_zero_is_bitwise(ranks, tmp_path, zero):
 
 
 @pytest.mark.prove
-def test_killed_rank_then_resume_is_bitwise(ranks, tmp_path):
-    kill_and_resume(ranks, tmp_path, [("step", 5, 1)], seed=0)
+def test_killed_rank_then_resume_is_bitwise(tmp_path):
+    kill_and_resume(tmp_path, [("step", 5, 1)], seed=0)
 
 
 @pytest.mark.prove
 @pytest.mark.timeout(900)
-def test_ten_kills_at_random_moments(ranks, tmp_path):
+def test_ten_kills_at_random_moments(tmp_path):
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     draw = random.Random(seed)
     moments = [("save" if i % 3 == 2 else "step", draw.randint(3, STEPS - 1), draw.randrange(2))
                for i in range(10)]
-    kill_and_resume(ranks, tmp_path, moments, seed)
+    kill_and_resume(tmp_path, moments, seed)
 
 
 @pytest.mark.prove
 @pytest.mark.timeout(300)
-def test_killed_rank_then_resume_on_three_ranks(ranks, tmp_path):
-    want = undisturbed(ranks, tmp_path)
+def test_killed_rank_then_resume_on_three_ranks(tmp_path):
+    want = undisturbed(tmp_path)
     run = tmp_path / "run"
     constant = ["--lr-schedule", "constant", "--out", str(run)]
     kill_at(run, [*FLAGS, "--dp", "2", *constant], "step", 5, 0)
@@ -142,8 +142,8 @@ def test_sigterm_saves_and_ends_well(tmp_path):
     assert not (run / "where_ranks_stand").exists()
 
 
-def kill_and_resume(ranks, tmp_path, moments, seed):
-    want = undisturbed(ranks, tmp_path)
+def kill_and_resume(tmp_path, moments, seed):
+    want = undisturbed(tmp_path)
     for i, (kind, step, rank) in enumerate(moments):
         run = tmp_path / f"run{i}"
         argv = [*FLAGS, "--dp", "2", "--lr-schedule", "constant", "--out", str(run)]
