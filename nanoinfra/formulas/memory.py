@@ -28,6 +28,9 @@ def state_bytes(psi: int, precision: str = "float32", optimizer: str = "adamw",
     return held | {kind: max(4, own) * psi for kind in OPTIMIZER_STATES[optimizer]}
 
 
-def kv_cache_bytes_per_token(config: ModelConfig, dtype_bytes: int) -> int:
-    """Bytes of one cached token's keys and values, all layers: 2 L KV K numbers (Kwon et al. 2023)."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * dtype_bytes
+def kv_cache_bytes_per_token(config: ModelConfig, dtype_bytes: int, tp: int = 1) -> int:
+    """Bytes of one cached token's keys and values, all layers: 2 L KV K numbers (Kwon et al. 2023).
+
+    Each of `tp` ranks holds KV/tp of the heads, or a copy of one where there are fewer heads than ranks.
+    """
+    return 2 * config.layers * max(1, config.kv_heads // tp) * config.head_dim * dtype_bytes

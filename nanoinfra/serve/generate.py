@@ -1,9 +1,8 @@
 """Generation, one sequence at a time: prefill the prompt once, then one token a step over a KV cache.
 
 Without the cache, token n costs a forward over n tokens; with it, one token's forward and a read of the
-2 L KV K n numbers kept. Sampling: temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020), in
-this order. Composes with any Decoder: the cache is an argument of the call. For many sequences at once see
-the engine.
+2 L KV K n numbers kept. Composes with any Decoder: the cache is an argument of the call. For many sequences
+at once see engine.py; sampler.py draws the tokens.
 """
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,9 @@ from nanoinfra.model.fill import empty
 from nanoinfra.model.text import Text, render_chat
 from nanoinfra.parallel.compose import serving
 from nanoinfra.serve.options import GenerateOptions
+from nanoinfra.serve.requests import Request, Sampling, check
+from nanoinfra.serve.sampler import Sampler
+from nanoinfra.serve.writer import Stream
 from nanoinfra.train.pretrained import open_pretrained
 
 
@@ -27,20 +29,21 @@ def generate(model: Decoder, tokens: list[int], max_new: int, *, temperature: fl
     Temperature 0 is greedy; else the draws follow from `seed` alone. Raises ValueError for an empty prompt, a
     sampling option out of range, or a prompt whose continuation does not fit the model's context.
     """
-    _check(model, tokens, max_new, temperature, top_k, top_p)
-    return _generate(model, tokens, max_new, (temperature, top_k, top_p), seed, frozenset(ends))
+    how = Sampling(temperature, top_k, top_p, seed=seed)
+    check(Request("", tokens, how, max_new), model.config.context, model.config.vocab)
+    return _generate(model, tokens, max_new, Sampler(how, seed), frozenset(ends))
 
 
 @torch.inference_mode()
-def _generate(model, tokens, max_new, how, seed, ends):
-    device, draws = model.embed.weight.device, torch.Generator().manual_seed(seed)
+def _generate(model, tokens, max_new, sampler, ends):
+    device = model.embed.weight.device
     cache = KVCache(model.config.layers, len(tokens) + max_new)
     new = list(tokens)
     for _ in range(max_new):
         places = torch.arange(cache.length, cache.length + len(new), device=device)
         hidden = model.hidden(torch.tensor([new], device=device), places, cache)        # (1, T, C)
         cache.length += len(new)
-        token = sample(model.head(hidden[0, -1]), *how, draws)                          # of (V,) logits
+        token = sampler.draw(model.head(hidden[0, -1]))                                 # of (V,) logits
         if token in ends:
             return
         yield token
@@ -72,49 +75,6 @@ class KVCache:
         keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
         core = naive if T == 1 else sdpa  # for one query two matrix products beat the fused kernel on CPU
         return core(q, keys[:, :, :end], values[:, :, :end], slopes)
-
-
-def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, draws: torch.Generator) -> int:
-    """One token id from `logits` (V,). Drawn on the CPU, so that a seed means the same on any device."""
-    if temperature == 0:
-        return int(logits.argmax())
-    logits = logits.cpu().to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    best, ids = logits.sort(descending=True, stable=True)
-    best, ids = (best[:top_k], ids[:top_k]) if top_k else (best, ids)
-    chance = best.softmax(-1)
-    before = chance.cumsum(-1) - chance                                   # what the likelier ones make up
-    chance = chance.masked_fill(before >= top_p, 0.0)  # never the likeliest: before it is 0
-    return int(ids[torch.multinomial(chance, 1, generator=draws)])
-
-
-class Stream:
-    """Turns token ids into text as they come, never showing a part of a character.
-
-    One character may be spread over up to four tokens; until it is whole, `decode` ends in U+FFFD and that
-    is held.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str]):
-        self.decode, self.context, self.window, self.shown = decode, [], [], 0
-
-    def push(self, token: int) -> str:
-        """The text that is certain now and was not before."""
-        self.window.append(token)
-        text = self._text()
-        new = text.removesuffix("\ufffd")[self.shown:]
-        self.shown += len(new)
-        if self.shown == len(text):  # whole: it need not be decoded again
-            self.context, self.window, self.shown = self.window, [], 0
-        return new
-
-    def finish(self) -> str:
-        """What is left: U+FFFD where the text ends within a character."""
-        new = self._text()[self.shown:]
-        self.context, self.window, self.shown = [], [], 0
-        return new
-
-    def _text(self):
-        return self.decode(self.context + self.window)[len(self.decode(self.context)):]
 
 
 def main(options: GenerateOptions, write: Callable[[str], object] | None = None) -> int:
@@ -152,23 +112,6 @@ def _prompt(options, text, template):
         raise ValueError(f"{options.model} has no chat template; leave out --chat")
     messages = [{"role": "user", "content": options.prompt}]
     return text.encode(render_chat(template, messages, text), begin=False)
-
-
-def _check(model, tokens, max_new, temperature, top_k, top_p):
-    context, vocab = model.config.context, model.config.vocab
-    if not tokens:
-        raise ValueError("the prompt has no tokens; give at least one character")
-    if max(tokens) >= vocab:
-        raise ValueError(f"token {max(tokens)} is not in the model's vocabulary of {vocab}; this "
-                         "tokenizer is not the model's: use the one saved with it")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature}, top-k {top_k}, top-p {top_p}: the first two cannot be "
-                         "negative, the last is in (0, 1]; try --temperature 0.8 --top-k 50 --top-p 0.95")
-    if len(tokens) + max_new > context:
-        room = context - len(tokens)
-        remedy = f"try --max-new-tokens {room}" if room > 0 else f"shorten it to less than {context} tokens"
-        raise ValueError(f"a prompt of {len(tokens)} tokens and {max_new} new ones do not fit the model's "
-                         f"context of {context}; {remedy}")
 
 
 def _nowhere(piece):

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.hf import save_hf
 from nanoinfra.serve import generate as generation
-from nanoinfra.serve.generate import KVCache, Stream, generate, main, sample
+from nanoinfra.serve.generate import KVCache, generate, main
 from nanoinfra.serve.options import GenerateOptions
 from tests.model.test_decoder import config
 from tests.model.twins import FAMILIES, scrambled, tokens
@@ -72,57 +71,9 @@ def test_tokens_come_one_by_one():
     assert len(steps) == 2
 
 
-def counts(n=4000, **how):
-    logits = torch.tensor([0.1, 0.4, 0.2, 0.3, 0.0]).log()       # of probabilities
-    draws = torch.Generator().manual_seed(0)
-    how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how
-    got = Counter(sample(logits, **how, draws=draws) for _ in range(n))
-    return [got[i] / n for i in range(5)]
-
-
-@pytest.mark.parametrize("how, want", [
-    ({}, [0.1, 0.4, 0.2, 0.3, 0]), ({"temperature": 0.0}, [0, 1, 0, 0, 0]),
-    ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30, 0]),        # squares
-    ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7, 0]), ({"top_k": 99}, [0.1, 0.4, 0.2, 0.3, 0]),
-    ({"top_p": 0.5}, [0, 4 / 7, 0, 3 / 7, 0]), ({"top_p": 0.05}, [0, 1, 0, 0, 0]),
-    ({"top_k": 3, "top_p": 0.8}, [0, 4 / 9, 2 / 9, 3 / 9, 0]),
-    ({"top_k": 3, "top_p": 0.7}, [0, 4 / 7, 0, 3 / 7, 0])])               # 4/9 + 3/9 >= 0.7, of the three
-def test_sampling_has_the_probabilities_it_says(how, want):
-    got = counts(**how)
-    assert all(abs(g - w) < 0.035 for g, w in zip(got, want)), got
-    assert all((g > 0) == (w > 0) for g, w in zip(got, want))
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train(["one two three"] * 9, vocab=262)     # foreign characters are single bytes
-
-
-def test_no_part_of_a_character_is_ever_shown(tokenizer):
-    string = "one \u65e5\u672c \U0001f642\U0001f642 \ufffd two\ufffd\ufffd caf\xe9\ufffd"
-    ids, shown, whole = tokenizer.encode(string), Stream(tokenizer.decode), ""
-    assert len(ids) > len(string)
-    for token in ids:
-        whole += shown.push(token)
-        assert string.startswith(whole)
-    assert whole + shown.finish() == string
-
-
-def test_a_text_that_ends_within_a_character_says_so(tokenizer):
-    ids, shown = tokenizer.encode("a\U0001f642")[:-1], Stream(tokenizer.decode)
-    assert "".join(map(shown.push, ids)) == "a" and shown.finish() == "\ufffd"
-
-
-def test_decoding_a_stream_does_not_look_back_further_than_a_word(tokenizer):
-    asked = []
-
-    def decode(ids):
-        asked.append(len(ids))
-        return tokenizer.decode(ids)
-    shown = Stream(decode)
-    for token in tokenizer.encode("one two three " * 50):
-        shown.push(token)
-    assert max(asked) <= 2
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +106,10 @@ def test_main_streams_the_continuation(folder, tokenizer):
 
 @pytest.mark.parametrize("options, message", [
     ({"prompt": ""}, "the prompt has no tokens"), ({"chat": True}, "no chat template; leave out --chat"),
-    ({"max_new_tokens": 29}, "4 tokens and 29 new .* context of 32; try --max-new-tokens 28"),
+    ({"max_new_tokens": 29}, "4 tokens and 29 new .* context of 32; ask for at most 28"),
     ({"prompt": "xyz" * 20}, "prompt of 60 tokens and 9 new .* shorten it to less than 32 tokens"),
-    ({"temperature": -1.0}, "temperature -1.0, top-k 0, top-p 1.0: .*try --temperature 0.8"),
-    ({"top_p": 0.0}, "top-p 0.0"), ({"top_k": -5}, "top-k -5")])
+    ({"temperature": -1.0}, "temperature -1 is out of range; give 0 to 100"),
+    ({"top_p": 0.0}, "top_p 0 is out of range"), ({"top_k": -5}, "top_k -5 is out of range")])
 def test_mistakes_are_one_clear_error(folder, options, message):
     with pytest.raises(ValueError, match=message):
         say(model=str(folder), **options)
@@ -189,7 +140,7 @@ def test_ranks_that_share_the_model_say_the_same(ranks, tmp_path, tokenizer, fam
     save_hf(scrambled(Decoder(sizes)), tmp_path / "m", tmp_path / "tokenizer")
     for temperature in (0.0, 1.5):
         options = dict(model=str(tmp_path / "m"), prompt="one two", max_new_tokens=9, dtype="float64",
-                       temperature=temperature)
+                       temperature=temperature, seed=1)
         want = answer(**options)
         assert temperature == 0 or len({*want}) > 3
         assert ranks(tp).run(answer, **options, tp=tp) == [want] + [""] * (tp - 1)     # rank 0 alone speaks

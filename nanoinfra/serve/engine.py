@@ -1,0 +1,212 @@
+"""The engine: many requests through one decoder, step by step. What the server drives, and RL's rollouts.
+
+A step is a plan of the scheduler's: one row of tokens from all sequences goes through the trainer's own
+module, with the paged cache as an argument; where a sequence has caught up, its last logits give a token. The
+model's weights are only read, so whoever shares them trains on undisturbed. Under tensor parallelism every
+rank runs the same engine on the same requests: all have the same logits and draw the same tokens.
+"""
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from itertools import accumulate
+
+import torch
+
+from nanoinfra.formulas.memory import BYTES, kv_cache_bytes_per_token
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.fill import empty
+from nanoinfra.model.text import Text
+from nanoinfra.parallel.compose import serving
+from nanoinfra.serve.blocks import Blocks, root
+from nanoinfra.serve.paged import PagedKV
+from nanoinfra.serve.requests import Event, Logprob, Request, check
+from nanoinfra.serve.sampler import Sampler, logprobs
+from nanoinfra.serve.scheduler import Scheduler, Sequence
+from nanoinfra.serve.writer import Writer
+from nanoinfra.train.pretrained import open_pretrained
+
+
+class Run:
+    """One continuation of a request: its sequence, its draws, and what of its text may be shown."""
+
+    def __init__(self, request: Request, index: int, sequence: Sequence, text: Text | None):
+        self.request, self.index, self.sequence = request, index, sequence
+        seed = request.sampling.seed
+        own = request.id if seed is None else seed                       # the same on every rank
+        self.sampler = Sampler(request.sampling, own, index)
+        self.writer = Writer(text.decode, request.stop) if text else None
+        self.made = 0                        # tokens
+        self.prompt: list[Logprob] = []
+
+    def push(self, token: int, ends: Iterable[int], room: int) -> tuple[str, str | None]:
+        """(text that may be shown now, why it ends here if it does)."""
+        self.sequence.tokens.append(token)
+        self.made += 1
+        ended = token in ends and not self.request.ignore_eos
+        text = self.writer.push(token) if self.writer and not ended else ""
+        stopped = ended or bool(self.writer and self.writer.stopped)
+        finish = "stop" if stopped else "length" if min(self.request.max_tokens, room) <= self.made else None
+        return text + (self.writer.finish() if finish and self.writer else ""), finish
+
+
+class Engine:
+    """Requests in by `add`, a step at a time by `step`, which says what is new. Not for several threads.
+
+    `model` is a Decoder with its weights; `blocks` of `size` tokens are taken for keys and values, in its
+    dtype; `text` makes text of tokens, without it events have tokens alone. Further arguments: Scheduler's.
+    """
+
+    def __init__(self, model: Decoder, text: Text | None = None, *, blocks: int, size: int = 16, **limits):
+        self.model, self.text = model, text
+        self.kv, self.blocks = PagedKV(model, blocks, size), Blocks(blocks, size)
+        self.scheduler = Scheduler(self.blocks, **limits)
+        self.runs: dict[Sequence, Run] = {}
+        self.of: dict[str, list[Run]] = defaultdict(list)
+        self.version, self.counts, self.batch = 0, Counter(), []
+
+    @property
+    def busy(self) -> bool:
+        """Is there work?"""
+        return bool(self.runs)
+
+    def add(self, request: Request) -> None:
+        """Take a request. ValueError for one that cannot be answered; QueueFull where too much waits."""
+        check(request, self.model.config.context, self.model.config.vocab)
+        if request.id in self.of:
+            raise ValueError(f"request {request.id!r} is here already; give each an id of its own")
+        start = root(version=self.version, salt=request.salt)
+        sequence = Sequence(list(request.tokens), request.n, start, fresh=request.echo)
+        self.scheduler.add(sequence)
+        self.runs[sequence] = run = Run(request, 0, sequence, self.text)
+        self.of[request.id].append(run)
+
+    def abort(self, request: str) -> None:
+        """Forget a request; no event follows. An id that is not here is none."""
+        for run in self.of.pop(request, []):
+            if self.runs.pop(run.sequence, None):
+                self.scheduler.finish(run.sequence)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One step of the model for all that the scheduler plans; what is new, at most an event a run."""
+        plan, events = self.scheduler.plan(), []
+        if plan.work:
+            work, tokens, places = self.kv.begin(plan)
+            hidden = self.model.hidden(tokens, places, self.kv)[0]                       # (N, C)
+            self.scheduler.done(plan)
+            self._count(plan, work)
+            self._read_prompts(work, hidden)
+            events += self._write(work, hidden)
+        for sequence in plan.full:                                       # the pool is the limit
+            events.append(self._end(self.runs[sequence], "", [], [], "length"))
+        return events
+
+    def reset(self) -> None:
+        """New weights: what was computed with the old ones is known no more."""
+        self.version += 1
+        self.blocks.forget()
+
+    def info(self) -> dict:
+        """What does not change: context and vocabulary of the model, the KV memory's blocks."""
+        config = self.model.config
+        return {"context": config.context, "vocab": config.vocab, "blocks": len(self.blocks.holders),
+                "block_size": self.blocks.size}
+
+    def stats(self) -> dict:
+        """How it stands, and counts since the start; `batch` is who was in the last step."""
+        blocks, scheduler = self.blocks, self.scheduler
+        return {"running": len(scheduler.running), "waiting": len(scheduler.waiting),
+                "blocks": len(blocks.holders), "blocks_used": blocks.used, "blocks_known": len(blocks.known),
+                "blocks_shared": sum(holders > 1 for holders in blocks.holders), "block_size": blocks.size,
+                **{name: self.counts[name] for name in COUNTS}, "batch": self.batch}
+
+    def _count(self, plan, work):
+        counts, self.batch = self.counts, []
+        counts["steps"] += 1
+        counts["preemptions"] += len(plan.preempted)
+        for sequence, first, count in work:
+            run = self.runs[sequence]
+            if first == sequence.hit and not run.made and not sequence.preempted:
+                counts["prefix_queries"] += sequence.prompt
+                counts["prefix_hits"] += sequence.hit
+            counts["prompt_tokens"] += max(0, min(first + count, sequence.prompt) - first)
+            self.batch.append({"request": run.request.id, "index": run.index, "computed": first + count,
+                               "tokens": len(sequence.tokens), "new": count, "hit": sequence.hit})
+
+    def _read_prompts(self, work, hidden):
+        """Log-probabilities of prompts, chunk by chunk, for requests that echo."""
+        at = 0
+        for sequence, first, count in work:
+            run, rows = self.runs[sequence], hidden[at:at + count]
+            at += count
+            if run.request.echo:
+                run.prompt = run.prompt or [Logprob(sequence.tokens[0], None)]
+                known = len(run.prompt)                                  # past `first`, once preempted
+                ahead = sequence.tokens[known:min(first + count + 1, sequence.prompt)]
+                rows = rows[known - 1 - first:][:len(ahead)]
+                run.prompt += logprobs(self.model.head(rows), ahead, run.request.logprobs or 0)
+
+    def _write(self, work, hidden):
+        """A token for every sequence that has caught up; the event of each."""
+        lasts = [*accumulate((count for _, _, count in work), initial=-1)][1:]
+        ready = [(last, sequence) for last, (sequence, _, _) in zip(lasts, work)
+                 if sequence.computed == len(sequence.tokens)]
+        if not ready:
+            return []
+        logits = self.model.head(hidden[[last for last, _ in ready]])                    # (B, V)
+        likeliest = logits.argmax(-1).tolist()
+        return [self._say(run, logits[i], likeliest[i]) for i, (_, sequence) in enumerate(ready)
+                for run in self._forked(sequence)]
+
+    def _forked(self, sequence):
+        """The runs that go on from here: one, or once its prompt is computed all n of a request."""
+        first = self.runs[sequence]
+        if sequence.n == 1:
+            return [first]
+        for index in range(1, sequence.n):
+            twin = self.scheduler.fork(sequence)
+            run = Run(first.request, index, twin, self.text)
+            run.prompt = first.prompt
+            self.runs[twin] = run
+            self.of[first.request.id].append(run)
+        return list(self.of[first.request.id])
+
+    def _say(self, run, logits, likeliest):
+        """The next token of `run`, from its logits (V,); its event."""
+        request, sequence = run.request, run.sequence
+        if request.max_tokens == 0:                                      # the prompt alone was to be scored
+            return self._end(run, "", [], [], "length")
+        plain = run.sampler.plain
+        token = likeliest if plain else run.sampler.draw(logits, sequence.tokens, sequence.prompt)
+        said = [] if request.logprobs is None else logprobs(logits[None], [token], request.logprobs)
+        ends, room = self.text.ends if self.text else (), self.model.config.context - sequence.prompt
+        text, finish = run.push(token, ends, room)
+        self.counts["generation_tokens"] += 1
+        how = self._end if finish else self._event
+        return how(run, text, [token], said, finish)
+
+    def _end(self, run, text, tokens, said, finish):
+        self.scheduler.finish(run.sequence)
+        del self.runs[run.sequence]
+        if not any(other.sequence in self.runs for other in self.of[run.request.id]):
+            del self.of[run.request.id]
+        return self._event(run, text, tokens, said, finish)
+
+    def _event(self, run, text, tokens, said, finish=None):
+        prompt = run.prompt if run.made <= 1 else []
+        return Event(run.request.id, run.index, text, tokens, said, prompt, run.sequence.hit, finish)
+
+
+COUNTS = ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "steps")
+
+
+def open_engine(options, mesh) -> Engine:
+    """The engine of `nanoinfra serve` on this rank: weights, tokenizer, the blocks that --kv-memory holds."""
+    weights = open_pretrained(options.model, mesh.world)
+    model = serving(empty(weights.config), mesh, weights.read, getattr(torch, options.dtype))
+    each = options.block_size * kv_cache_bytes_per_token(weights.config, BYTES[options.dtype], mesh.tp.size)
+    n = options.kv_memory // each
+    if n < 2:
+        raise ValueError(f"--kv-memory {options.kv_memory} holds {n} blocks of {options.block_size} tokens, "
+                         f"{each} bytes each on a rank; give at least {2 * each}")
+    return Engine(model, weights.text, blocks=n, size=options.block_size, budget=options.budget,
+                  seats=options.seats, queue=options.queue, queue_tokens=options.queue_tokens)

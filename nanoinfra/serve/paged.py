@@ -1,0 +1,104 @@
+"""Paged attention: keys and values of all sequences in one pool of blocks, found through block tables.
+
+A step's tokens are one row, (1, N): first those of sequences with one token to compute, then longer chunks.
+For the first, all their blocks are gathered, a head's together, so that two batched products do the rest,
+padded to the longest; a chunk sees its own tokens and the blocks before by the plain core. The pool holds
+2 L KV K numbers a token. It is what a decoder takes as `cache`: paging is a property of the call, not of the
+model. PagedAttention: Kwon et al. 2023.
+N tokens of the step, H query heads, KV key heads, G = H/KV, K head_dim, S keys, B sequences, p block size.
+"""
+import math
+
+import torch
+
+from nanoinfra.model.attention import sdpa
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.layers import wide
+from nanoinfra.serve.scheduler import Plan, Sequence
+
+
+class PagedKV:
+    """`n` blocks of `size` tokens for `model`, or the part of it that this rank has."""
+
+    def __init__(self, model: Decoder, n: int, size: int):
+        weight, K = model.blocks[0].attn.k.weight, model.config.head_dim
+        self.size, self.KV = size, weight.shape[0] // K
+        self.pool = weight.new_zeros(len(model.blocks), 2 * self.KV, n, size, K)         # (L, 2 KV, n, p, K)
+
+    def begin(self, plan: Plan) -> tuple[list[tuple[Sequence, int, int]], torch.Tensor, torch.Tensor]:
+        """Prepare for a step: (its work in the order of the row, tokens (1, N), positions (1, N))."""
+        for source, to in plan.copies:
+            self.pool[:, :, to] = self.pool[:, :, source]
+        work = sorted(plan.work, key=lambda each: each[2] > 1)                           # stable
+        places = [range(first, first + count) for _, first, count in work]
+        slots = [sequence.table[i // self.size] * self.size + i % self.size
+                 for (sequence, _, _), span in zip(work, places) for i in span]
+        tokens = [token for sequence, first, count in work for token in sequence.tokens[first:first + count]]
+        self.slots = self._tensor(slots)                                                 # (N,)
+        ones = [(sequence.table, first + 1) for sequence, first, count in work if count == 1]
+        self.ones = self._gathering(ones) if ones else None
+        self.chunks = self._chunks(work[len(ones):], len(ones))
+        return work, self._tensor([tokens]), self._tensor([[i for span in places for i in span]])
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               slopes: tuple[float, ...] | None = None) -> torch.Tensor:
+        """Keep `k`, `v` (1, KV, N, K); let `q` (1, H, N, K) see its sequence's tokens up to itself."""
+        memory = self.pool[layer]                                                        # (2 KV, n, p, K)
+        memory.flatten(1, 2).index_copy_(1, self.slots, torch.cat([k[0], v[0]]))
+        parts = [self._attend_ones(memory, q, slopes)] if self.ones else []
+        for begin, sequences, count, blocks, S in self.chunks:
+            rows = slice(begin, begin + sequences * count)
+            queries = self._apart(q[0, :, rows], sequences)                              # (B, H, T, K)
+            if blocks is None:
+                keys, values = (self._apart(x[0, :, rows], sequences) for x in (k, v))
+            else:
+                keys, values = memory.index_select(1, blocks).flatten(1, 2)[None, :, :S].chunk(2, 1)
+            y = sdpa(queries, keys, values, slopes)                                      # (B, H, T, K)
+            parts.append(y.transpose(0, 1).flatten(1, 2)[None])                          # (1, H, B T, K)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _attend_ones(self, memory, q, slopes):
+        index, bias, places = self.ones
+        B, K = bias.shape[0], q.shape[-1]
+        both = memory.flatten(0, 1).flatten(1).index_select(0, index).view(2, self.KV, B, -1, K)
+        keys, values = both                                                              # (KV, B, S, K)
+        queries = q[0, :, :B].unflatten(0, (self.KV, -1)).transpose(1, 2)                # (KV, B, G, K)
+        scores = (queries @ keys.mT) * (1 / math.sqrt(K)) + bias                         # (KV, B, G, S)
+        if slopes is not None:
+            steep = torch.tensor(slopes, dtype=wide(q.dtype), device=q.device).view(self.KV, 1, -1, 1)
+            scores = scores + steep * places
+        y = scores.softmax(-1, wide(q.dtype)).to(q.dtype) @ values                       # (KV, B, G, K)
+        return y.transpose(1, 2).reshape(1, -1, B, K)                                    # (1, H, B, K)
+
+    def _gathering(self, ones):
+        """For [(table, S)]: rows of the pool, head by head; -inf past each one's end; key places less S."""
+        longest = max(len(table) for table, _ in ones)
+        padded = [table + [table[-1]] * (longest - len(table)) for table, _ in ones]
+        tables = self._tensor(padded).flatten()                                          # (B blocks,)
+        heads = torch.arange(2 * self.KV, device=tables.device) * self.pool.shape[2]
+        index = (heads[:, None] + tables).flatten()                                      # (2 KV B blocks,)
+        ends = self._tensor([[S] for _, S in ones])                                      # (B, 1)
+        places = torch.arange(longest * self.size, device=tables.device) - ends          # (B, S)
+        bias = torch.zeros(places.shape, dtype=self.pool.dtype, device=tables.device)
+        bias.masked_fill_(places >= 0, -math.inf)
+        return index, bias[:, None], places[:, None]                                     # (B, 1, S)
+
+    def _chunks(self, work, begin):
+        """(first row, sequences, tokens of each, blocks or None, keys), prompts of one length together."""
+        found = []
+        for sequence, first, count in work:
+            alike = found and found[-1][3] is None and not first and found[-1][2] == count
+            if alike:
+                found[-1][1] += 1
+            else:
+                blocks = self._tensor(sequence.table) if first else None
+                found.append([begin, 1, count, blocks, first + count])
+            begin += count
+        return found
+
+    def _apart(self, x, sequences):
+        """(heads, B T, K) -> (B, heads, T, K)."""
+        return x.unflatten(1, (sequences, -1)).transpose(0, 1)
+
+    def _tensor(self, values):
+        return torch.tensor(values, device=self.pool.device)

@@ -1,0 +1,57 @@
+"""What may be shown of a text that grows token by token: whole characters, and no part of a stop string.
+
+One character may be spread over up to four tokens; until it is whole, `decode` ends in U+FFFD and that is
+held. So is the longest end of the text with which a stop string might begin.
+"""
+from collections.abc import Callable
+
+
+class Stream:
+    """Turns token ids into text as they come, never showing a part of a character."""
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self.decode, self.context, self.window, self.shown = decode, [], [], 0
+
+    def push(self, token: int) -> str:
+        """The text that is certain now and was not before."""
+        self.window.append(token)
+        text = self._text()
+        new = text.removesuffix("\ufffd")[self.shown:]
+        self.shown += len(new)
+        if self.shown == len(text):  # whole: it need not be decoded again
+            self.context, self.window, self.shown = self.window, [], 0
+        return new
+
+    def finish(self) -> str:
+        """What is left: U+FFFD where the text ends within a character."""
+        new = self._text()[self.shown:]
+        self.context, self.window, self.shown = [], [], 0
+        return new
+
+    def _text(self):
+        return self.decode(self.context + self.window)[len(self.decode(self.context)):]
+
+
+class Writer:
+    """A Stream that ends before the first of the texts `stop`; `stopped` says that one has come."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()):
+        self.stream, self.stop, self.held, self.stopped = Stream(decode), stop, "", False
+
+    def push(self, token: int) -> str:
+        """The text that is certain now and was not before."""
+        return self._show(self.stream.push(token), last=False)
+
+    def finish(self) -> str:
+        """What is left, where no stop string has come."""
+        return self._show(self.stream.finish(), last=True)
+
+    def _show(self, new, last):
+        text = "" if self.stopped else self.held + new
+        if (found := [at for stop in self.stop if (at := text.find(stop)) >= 0]):
+            text, self.held, self.stopped = text[:min(found)], "", True
+            return text
+        hold = 0 if last else max((n for stop in self.stop for n in range(1, len(stop))
+                                   if text.endswith(stop[:n])), default=0)
+        self.held = text[len(text) - hold:]
+        return text[:len(text) - hold]

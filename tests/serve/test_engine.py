@@ -1,0 +1,297 @@
+"""Many requests at once say what each would alone; forks, seeds, logprobs; weights stay as they are."""
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanoinfra.dist.mesh import Mesh
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.fill import empty
+from nanoinfra.parallel.compose import serving
+from nanoinfra.serve.engine import Engine
+from nanoinfra.serve.generate import generate
+from nanoinfra.serve.requests import Request, Sampling
+from nanoinfra.serve.scheduler import QueueFull
+from tests.model.test_decoder import config
+from tests.model.twins import FAMILIES, scrambled
+
+GREEDY = Sampling(temperature=0)
+VOCAB = 97
+
+
+def tiny(family="llama", **changes):
+    return scrambled(Decoder(replace(config(family), **changes))).double()
+
+
+def prompt(seed, n):
+    return random.Random(seed).choices(range(VOCAB), k=n)
+
+
+def run(engine, most=3000):
+    """{(request, index): its tokens} of all that is in the engine; it ends with an empty pool."""
+    said = {}
+    for _ in range(most):
+        if not engine.busy:
+            break
+        for event in engine.step():
+            said.setdefault((event.request, event.index), []).extend(event.tokens)
+    assert not engine.busy and engine.blocks.used == 0 and not engine.of
+    engine.blocks.check([])
+    return said
+
+
+def alone(model, tokens, n):
+    return list(generate(model, tokens, n))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget, size, blocks", [(512, 16, 40), (5, 3, 60), (7, 4, 9), (1, 1, 30)])
+def test_greedy_is_what_each_says_alone(family, budget, size, blocks):
+    """Chunks, prefix hits, a pool so small that sequences are preempted, arrivals in between."""
+    model = tiny(family)
+    engine = Engine(model, blocks=blocks, size=size, budget=budget, seats=5)
+    asked = {f"r{i}": prompt(i % 3, 3 + 2 * i) for i in range(6)}          # three begin alike, twice
+    for i, (name, tokens) in enumerate(asked.items()):
+        engine.add(Request(name, tokens, GREEDY, max_tokens=8))
+        for _ in range(i % 3):
+            for event in engine.step():
+                asked.setdefault(name, tokens)
+                EARLY.setdefault((family, budget, event.request), []).extend(event.tokens)
+    said = run(engine)
+    for name, tokens in asked.items():
+        got = EARLY.pop((family, budget, name), []) + said.get((name, 0), [])
+        assert got == alone(model, tokens, 8), name
+    assert engine.stats()["generation_tokens"] == 48
+    if blocks == 9:
+        assert engine.stats()["preemptions"] > 0
+
+
+EARLY = {}
+
+
+@pytest.mark.parametrize("tp", [2, 6])
+def test_ranks_that_share_the_model_say_the_same(ranks, tp):
+    model = tiny()
+    want = [alone(model, prompt(i, 9), 6) for i in range(4)]
+    for got in ranks(tp).run(sharded, model.state_dict(), tp):
+        assert got[:4] == want
+        assert got[4] == got[5] and len(set(got[4])) > 2                   # drawn, from one seed
+
+
+def sharded(state, tp):
+    cfg = config("llama")
+    model = serving(empty(cfg), Mesh(tp=tp), lambda name, box=(): state[name][box], torch.float64)
+    engine = Engine(model, blocks=12, size=4, budget=6)
+    assert engine.kv.pool.shape[1] == 2 * max(1, cfg.kv_heads // tp)
+    for i in range(6):
+        drawn = Sampling(temperature=1.0, seed=7)
+        engine.add(Request(f"r{i}", prompt(min(i, 4), 9), GREEDY if i < 4 else drawn, max_tokens=6))
+    said = run(engine)
+    return [said[f"r{i}", 0] for i in range(6)]
+
+
+def test_forks_of_one_prompt_share_it_and_go_their_own_ways():
+    model, tokens = tiny(), prompt(0, 10)
+    engine = Engine(model, blocks=40, size=4)
+    engine.add(Request("r", tokens, Sampling(seed=5), max_tokens=7, n=3))
+    engine.step()
+    assert engine.stats()["blocks_used"] == 3 and engine.stats()["blocks_shared"] == 3
+    first = run(engine)
+    for index in range(3):                     # what a request of its own, drawn from the same, would say
+        other = Engine(model, blocks=40, size=4)
+        other.add(Request("r", tokens, Sampling(seed=5), max_tokens=7, n=index + 1))
+        everything = {}
+        while other.busy:
+            for event in other.step():
+                everything.setdefault(event.index, []).extend(event.tokens)
+        assert everything[index][1:] == first["r", index]
+    assert len({tuple(each) for each in first.values()}) == 3
+
+
+def test_greedy_forks_are_all_the_greedy_one():
+    model, tokens = tiny(), prompt(1, 11)
+    for blocks in (40, 7):                     # the second preempts
+        engine = Engine(model, blocks=blocks, size=4, budget=5)
+        engine.add(Request("r", tokens, GREEDY, max_tokens=6, n=3))
+        assert run(engine) == {("r", i): alone(model, tokens, 6) for i in range(3)}
+
+
+def test_draws_do_not_depend_on_what_else_is_in_the_batch():
+    model, tokens = tiny(), prompt(2, 6)
+    asked = Request("r", tokens, Sampling(temperature=1.3, top_p=0.9, seed=11), max_tokens=12)
+    lonely = Engine(model, blocks=40, size=4)
+    lonely.add(asked)
+    want = run(lonely)["r", 0]
+    crowded = Engine(model, blocks=14, size=4, budget=9)
+    for i in range(5):
+        crowded.add(Request(f"x{i}", prompt(i, 8), Sampling(seed=11), max_tokens=9))
+        if i == 2:
+            crowded.add(asked)
+    assert run(crowded)["r", 0] == want
+    assert want == list(generate(model, tokens, 12, temperature=1.3, top_p=0.9, seed=11))
+
+
+@torch.no_grad()
+def test_logprobs_of_prompt_and_answer_are_the_models():
+    model, tokens = tiny(), prompt(3, 9)
+    for blocks, budget in ((40, 512), (40, 4), (7, 3)):
+        engine = Engine(model, blocks=blocks, size=2, budget=budget)
+        engine.add(Request("x", prompt(9, 4), GREEDY, max_tokens=4))       # takes blocks, too
+        engine.add(Request("r", tokens, GREEDY, max_tokens=4, logprobs=2, echo=True))
+        events = []
+        while engine.busy:
+            events += [event for event in engine.step() if event.request == "r"]
+        whole = tokens + [token for event in events for token in event.tokens]
+        want = model(torch.tensor([whole]))[0].log_softmax(-1)
+        got = events[0].prompt + [each for event in events for each in event.logprobs]
+        assert len(events[0].prompt) == len(tokens) and not any(event.prompt for event in events[1:])
+        assert got[0].logprob is None and [each.token for each in got] == whole
+        for i, each in enumerate(got[1:]):
+            assert each.logprob == pytest.approx(want[i, each.token].item(), abs=1e-10)
+            assert [token for token, _ in each.top] == want[i].topk(2).indices.tolist()
+
+
+def test_a_prompt_alone_may_be_scored():
+    engine = Engine(tiny(), blocks=10, size=4)
+    engine.add(Request("r", prompt(0, 5), GREEDY, max_tokens=0, logprobs=0, echo=True))
+    [event] = engine.step()
+    assert (event.finish, event.tokens, len(event.prompt)) == ("length", [], 5) and not engine.busy
+
+
+def test_a_prefix_that_is_known_is_not_computed_again():
+    model, tokens, seen = tiny(), prompt(4, 12), []
+    model.embed.register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
+    engine = Engine(model, blocks=40, size=4)
+    for name in "ab":
+        engine.add(Request(name, tokens, GREEDY, max_tokens=1))
+        [event] = engine.step()
+    assert seen == [12, 4] and event.cached == 8
+    assert engine.stats()["prefix_queries"] == 24 and engine.stats()["prefix_hits"] == 8
+    engine.add(Request("c", tokens, GREEDY, max_tokens=1, salt="mine"))
+    engine.step()
+    engine.reset()
+    engine.add(Request("d", tokens, GREEDY, max_tokens=1))
+    engine.step()
+    assert seen == [12, 4, 12, 12]
+
+
+def test_an_end_of_text_stops_and_a_stop_string_too():
+    model, tokens = tiny(), prompt(5, 5)
+    want = alone(model, tokens, 12)
+
+    class Letters:
+        ends = frozenset({want[6]})
+
+        def decode(self, ids):
+            return "".join(chr(200 + token) for token in ids)
+    letters = Letters()
+    shown = letters.decode(want)
+    stop = shown[3:5]
+    for more, text, finish in (({}, shown[:want.index(want[6])], "stop"),
+                               ({"ignore_eos": True}, shown, "length"),
+                               ({"stop": (stop,)}, shown[:shown.index(stop)], "stop")):
+        engine = Engine(model, letters, blocks=10, size=4)
+        engine.add(Request("r", tokens, GREEDY, max_tokens=12, **more))
+        events = []
+        while engine.busy:
+            events += engine.step()
+        assert "".join(event.text for event in events) == text and events[-1].finish == finish
+        assert all(event.finish is None for event in events[:-1])
+
+
+def test_the_pool_is_the_limit_of_one_that_is_alone():
+    engine = Engine(tiny(), blocks=3, size=4)
+    engine.add(Request("r", prompt(0, 9), GREEDY, max_tokens=20))
+    events = []
+    while engine.busy:
+        events += engine.step()
+    assert events[-1].finish == "length" and sum(len(event.tokens) for event in events) == 4
+
+
+@pytest.mark.parametrize("more, says", [
+    ({"tokens": []}, "no tokens"), ({"tokens": [VOCAB]}, "token 97 is not"), ({"tokens": [-1]}, "token -1"),
+    ({"max_tokens": 0}, "at least 1"), ({"max_tokens": 99}, "ask for at most"), ({"n": 0}, "n 0"),
+    ({"n": 65}, "give 1 to 64"), ({"sampling": Sampling(temperature=-1)}, "temperature -1"),
+    ({"sampling": Sampling(top_p=0)}, "top_p 0"), ({"sampling": Sampling(min_p=2)}, "min_p 2"),
+    ({"sampling": Sampling(bias={VOCAB: 1.0})}, "logit_bias"), ({"logprobs": 999}, "logprobs 999"),
+    ({"sampling": Sampling(temperature=math.nan)}, "temperature nan")])
+def test_what_cannot_be_answered_is_refused(more, says):
+    engine = Engine(tiny(), blocks=10, size=4)
+    with pytest.raises(ValueError, match=says):
+        engine.add(Request(**{"id": "r", "tokens": [1, 2, 3]} | more))
+    assert not engine.busy
+
+
+def test_one_id_is_one_request_and_what_waits_is_bounded():
+    engine = Engine(tiny(), blocks=10, size=4, queue=2)
+    for name in "ab":
+        engine.add(Request(name, [1, 2]))
+    with pytest.raises(QueueFull):
+        engine.add(Request("c", [1, 2]))
+    with pytest.raises(ValueError, match="'a' is here already"):
+        engine.add(Request("a", [1, 2]))
+    for name in "abc":
+        engine.abort(name)
+    assert not engine.busy and not engine.of
+
+
+actions = st.lists(st.one_of(
+    st.tuples(st.just("add"), st.integers(0, 3), st.integers(1, 9), st.integers(1, 3)),
+    st.tuples(st.just("step")), st.tuples(st.just("step")), st.tuples(st.just("abort"), st.integers(0, 9))),
+    max_size=14)
+MODEL = tiny()
+
+
+@settings(max_examples=60, deadline=None)
+@given(actions, st.integers(6, 16), st.integers(1, 4), st.integers(1, 9))
+def test_any_interleaving_says_what_each_says_alone(todo, blocks, size, budget):
+    engine, asked, said = Engine(MODEL, blocks=blocks, size=size, budget=budget), {}, {}
+
+    def step():
+        for event in engine.step():
+            said.setdefault((event.request, event.index), []).extend(event.tokens)
+    for i, (what, *more) in enumerate(todo):
+        if what == "add":
+            seed, length, n = more
+            try:
+                engine.add(Request(f"r{i}", tokens := prompt(seed, length), GREEDY, max_tokens=4, n=n))
+                asked[f"r{i}"] = tokens, n
+            except ValueError as error:
+                assert "KV memory" in str(error)
+        elif what == "step":
+            step()
+        elif engine.of:
+            name = sorted(engine.of)[more[0] % len(engine.of)]
+            engine.abort(name)
+            del asked[name]
+    while engine.busy:
+        step()
+    assert engine.blocks.used == 0
+    for name, (tokens, n) in asked.items():
+        want = alone(MODEL, tokens, 4)
+        for index in range(n):
+            got = said[name, index]
+            assert got == want[:len(got)] and (len(got) == 4 or len(tokens) + len(got) > blocks * size)
+
+
+def test_training_beside_an_engine_is_bitwise_training_alone():
+    def train(with_engine):
+        torch.manual_seed(0)
+        model = tiny()
+        sgd, engine = torch.optim.SGD(model.parameters(), lr=0.1), Engine(model, blocks=20, size=4)
+        for step in range(4):
+            x = torch.tensor([prompt(step, 12)])
+            if with_engine:
+                engine.add(Request(f"r{step}", prompt(step, 6), Sampling(seed=1), max_tokens=4))
+                run(engine)
+            loss = torch.nn.functional.cross_entropy(model(x)[0, :-1], x[0, 1:])
+            loss.backward()
+            sgd.step()
+            sgd.zero_grad()
+            engine.reset()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.equal(train(True), train(False))
