@@ -115,4 +115,4 @@ def _cells(m, show):
 
 
 def _giga(value, unit):
-    return f"{value / 1e9:.3g} G{unit}"
+    return f"{value / 1e9:{',.0f' if value >= 1e12 else '.3g'}} G{unit}"

@@ -93,6 +93,7 @@ def curves(lines: dict[str, tuple], points: dict[str, tuple], x: str, y: str, ti
     if log:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=10)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_locator(NullLocator())

@@ -38,11 +38,7 @@ def gantt(panels: dict[str, Timeline], title: str = "", unit: str = "ms") -> dra
             ticks[top + r] = f"stage {r}"
         top += len(timeline.spans)
     _finish(axes, ticks, top, scale * longest, unit)
-    used = {type(what) for each in panels.values() for spans in each.spans for what, _, _ in spans}
-    for kind in (kind for kind in COLOURS if kind in used):
-        axes.barh(0, 0, color=COLOURS[kind], label=NAMES[kind])
-    axes.barh(0, 0, color=IDLE, label="idle")
-    picture.figure.legend(loc="outside lower center", ncols=5, fontsize=10, frameon=False)
+    _legend(picture, {what for each in panels.values() for spans in each.spans for what, _, _ in spans})
     return picture
 
 
@@ -78,3 +74,14 @@ def _finish(axes, ticks, bottom, right, unit):
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=9)
     axes.set(xlim=(0, right), ylim=(bottom - 0.4, -0.4), xlabel=unit)
     axes.grid(False, axis="y")
+
+
+def _legend(picture, drawn):
+    """Of the computations that were drawn; below the axes."""
+    axes, kinds = picture.figure.axes[0], {type(what) for what in drawn}
+    for kind in (kind for kind in COLOURS if kind in kinds):
+        axes.barh(0, 0, color=COLOURS[kind], label=NAMES[kind])
+    if any(what.chunk for what in drawn):
+        axes.barh(0, 0, color=draw._pale(draw.BLUE), label="pale: later chunks")
+    axes.barh(0, 0, color=IDLE, label="idle")
+    picture.figure.legend(loc="outside lower center", ncols=6, fontsize=9, frameon=False)

@@ -5,7 +5,7 @@ message carries the slot in which it left. So the ranks themselves count how man
 by what was really sent, beside the seconds that it took. `train` is a step of the real decoder.
 """
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -17,10 +17,25 @@ from nanoinfra.lab.kept import Kept
 from nanoinfra.parallel import tensor
 from nanoinfra.parallel.clock import chunks
 from nanoinfra.parallel.pipeline import PipelineStage
-from nanoinfra.parallel.schedules import Backward, BackwardInput, BackwardWeight, Forward, ReduceGrads, Step
+from nanoinfra.parallel.schedules import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    ReduceGrads,
+    Step,
+    mark_last,
+    with_messages,
+)
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
 from nanoinfra.train.replica import Replica
 from nanoinfra.train.step import execute
+
+
+def scheduled(order: Callable, p: int, m: int) -> list[list]:
+    """What each of p stages does, messages, reduction and step included, if `order(p, r, m)` computes."""
+    each = with_messages([list(order(p, r, m)) for r in range(p)], 1)
+    return [[*mark_last(stage), ReduceGrads(), Step()] for stage in each]
 
 
 class Sleeper(PipelineStage):
@@ -80,27 +95,39 @@ def rehearse(lists: list[list], times: Sequence[float], slot: float = 0.0, devic
 
 
 def train(config: ModelConfig, kind: str, p: int, v: int, batches: list, dtype: str = "float64",
-          device: str = "cpu", lists: list[list] | None = None) -> dict:
-    """On each rank, of one step of the trainer's own stage, its second: a dict of
+          device: str = "cpu", lists: list[list] | None = None, repeats: int = 1) -> dict:
+    """On each rank, of steps of the trainer's own stage, after one that warms up: a dict of
 
     loss (this rank's part), grads {name: tensor}, spans, rows (the ledger's), kept: the most bytes that its
-    layers kept at a time. `batches`: [(x, y)], (B, T) each. `lists` replace the schedule of that kind.
+    layers kept at a time; all of the last step. seconds: [of each]. `batches`: [(x, y)], (B, T) each. `lists`
+    replace the schedule of that kind. The optimizer does not step.
     """
     mesh = Mesh(pp=p, dp=world_size() // p, device=device)
     flags = TrainFlags(ModelFlags(dtype=dtype), mesh=MeshFlags(pp=p), pipeline=PipelineFlags(kind, v))
     replica = Replica(config, flags, mesh)
     order = (lists[mesh.pp.rank] if lists else replica.schedule(len(batches)))[:-1]      # all but the step
-    for _ in range(2):                       # the first one warms up
-        replica.begin(batches, sum(y.numel() for _, y in batches) * mesh.data.size)
-        comm.barrier(mesh.pp)
-        mesh.ledger.take()
-        kept = _Kept(parameter for chunk in replica.parallel.each for parameter in chunk.model.parameters())
-        hooks = [hook for chunk in replica.parallel.each for hook in _keeping(chunk.model.blocks, kept)]
-        spans = execute(order, replica)
-        for hook in hooks:
-            hook.remove()
+    _, *steps = [_step(mesh, replica, order, batches) for _ in range(1 + repeats)]
     return {"loss": replica.loss.item(), "grads": {name: g.cpu() for name, g in replica.grads.items()},
-            "spans": spans, "rows": mesh.ledger.take(), "kept": kept.peak}
+            **steps[-1], "seconds": [step["seconds"] for step in steps]}
+
+
+def _step(mesh, replica, order, batches):
+    """Gradients of one step, and what was seen meanwhile."""
+    replica.begin(batches, sum(y.numel() for _, y in batches) * mesh.data.size)
+    kept = _Kept(parameter for chunk in replica.parallel.each for parameter in chunk.model.parameters())
+    hooks = [hook for chunk in replica.parallel.each for hook in _keeping(chunk.model.blocks, kept)]
+    comm.barrier(mesh.pp)
+    mesh.ledger.take()
+    begin = time.monotonic()
+    spans = execute(order, replica)
+    if mesh.device == "cuda":
+        torch.cuda.synchronize()
+    rows = mesh.ledger.take()
+    comm.barrier(mesh.pp)
+    seconds = time.monotonic() - begin
+    for hook in hooks:
+        hook.remove()
+    return {"spans": spans, "rows": rows, "kept": kept.peak, "seconds": seconds}
 
 
 def _keeping(blocks, kept):

@@ -185,8 +185,8 @@ SPLIT = {never_puts_off: IDLE_TOO, puts_all_off_to_the_end: HELD_TOO, puts_off_b
          puts_off_by_p_less_r: HELD_TOO, forgets_what_it_put_off: HALVES, does_weights_first: HALVES,
          does_not_split: HALVES, puts_off_a_micro_batch_too_few: IDLE_TOO,
          does_inputs_when_all_is_forward: HELD_TOO, goes_forward_and_back_in_turn: IDLE_TOO}
-STAGE = {misses_a_micro_batch: ORDER, waits_for_all_after_each: BUSY, never_lets_go: FREED,
-         takes_them_one_at_a_time: ORDER, runs_all_forwards_first: ORDER, gives_no_history: ORDER,
+STAGE = {misses_a_micro_batch: ORDER, takes_them_one_at_a_time: ORDER, never_lets_go: FREED,
+         waits_for_all_after_each: BUSY, runs_all_forwards_first: ORDER, gives_no_history: ORDER,
          sends_in_float32: GRADS, sends_the_stream_back: GRADS, sends_no_gradient: GRADS,
          divides_what_comes_back: GRADS, forgets_earlier_micro_batches: GRADS, sends_everything_twice: SENT,
          waits_for_every_send: ORDER}

@@ -5,9 +5,10 @@ from nanoinfra.dist.ranks import RanksError
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.checks import pipeline_cases as cases
+from nanoinfra.lab.pipes import scheduled
 from nanoinfra.lab.same import same
 from nanoinfra.parallel.clock import in_flight, simulate
-from nanoinfra.parallel.schedules import Backward, BackwardInput, BackwardWeight, Forward, with_messages
+from nanoinfra.parallel.schedules import Backward, BackwardInput, BackwardWeight, Forward
 
 PREDICTIONS = {**{f"L06.idle_{what}": "slots" for what in ("1f1b", "interleaved", "zb", "zb_wide")},
                **{f"L06.{what}": "B" for what in ("held_gpipe", "held_1f1b", "sent_1f1b",
@@ -25,11 +26,6 @@ ENDED = {                                    # what is in a RanksError: the usua
                       "wait=False and wait for all of them at the end; or a message never leaves",
     "NoneType": "no gradient for what came over the wire? It has no history: .requires_grad_() it first",
     "a leaf Variable": "what came over the wire is written to after .requires_grad_()? Receive, then ask"}
-
-
-def lists(order, p: int, m: int) -> list[list]:
-    """The computations that `order` yields for each of p stages, with their messages: for the clock."""
-    return with_messages([list(order(p, r, m)) for r in range(p)], 1)
 
 
 @one_f_one_b.criterion("each micro-batch forward, then backward, once", "property")
@@ -87,12 +83,12 @@ def _(subject):
 def _(subject):
     for kind, n, m in STEPS:
         wants, first, last = cases.one_rank(m), cases.share(m, 0), cases.share(m, m - 1)
-        for rank, run in enumerate(_runs(subject, kind, n, m)):
+        for rank, run in reversed([*enumerate(_runs(subject, kind, n, m))]):
             for name, got in run["grads"].items():
                 want = wants[name]
                 causes = {"micro-batch 0 is not in it": want - first[name], "of the last alone?": last[name],
                           "divided by the micro-batches? The loss is divided already": want / m}
-                same(f"{name}.grad, stage {rank} of {n}, {kind}", got, want, rank, m, 1e-10, causes)
+                _same(f"{name}.grad, stage {rank} of {n}, {kind}", got, want, rank, m, causes, rank < n - 1)
 
 
 @run_stage.criterion("a message a border, there and back", "resource")
@@ -129,6 +125,15 @@ def _(subject):
             return
     raise Wrong(f"{m} micro-batches on {n} stages take {min(walls):.2f} s, {least:.2f} by the clock and "
                 f"{serial:.2f} one stage at a time: who waits for whom, without need?")
+
+
+def _same(name, got, want, rank, m, causes, behind):
+    """`behind`: there are stages behind this one, and theirs are right."""
+    try:
+        same(name, got, want, rank, m, 1e-10, causes)
+    except Wrong as wrong:
+        back = ": right on the stages behind: is x.grad what they send back?"
+        raise Wrong(f"{wrong}{back if behind and str(wrong).endswith(')') else ''}") from None
 
 
 def _once(subject, kinds):
@@ -178,7 +183,7 @@ def _order(subject, p, r, m):
 
 def _replayed(subject, p, m, times):
     try:
-        return simulate(lists(subject, p, m), *times)
+        return simulate(scheduled(subject, p, m), *times)
     except ValueError as error:
         raise Wrong(f"{p} stages, {m} micro-batches: {error} (stage, computation)") from error
 

@@ -1,0 +1,49 @@
+"""Weights in the order that the CPU's matrix units read: packed once by oneDNN, what reads one input together.
+
+At a few tokens a step, a product costs the reading of its weights, 2 Psi bytes in bf16 for all of them; plain
+linears arrange them anew each time. q, k and v become one product, and so do gate and up. For a server on one
+rank: the plain weights are given up, all but the embedding's.
+"""
+import torch
+from torch import nn
+
+from nanoinfra.model.decoder import Decoder
+
+DTYPES = torch.bfloat16, torch.float32
+TOKENS = 32                                  # in a call: what the layout is chosen for
+
+
+class Packed(nn.Module):
+    """What `linears` make of one input, (..., in) -> (..., sum of their outs). Not for training."""
+
+    def __init__(self, *linears: nn.Module):
+        super().__init__()
+        self.outs = [len(linear.weight) for linear in linears]
+        weight = torch.cat([linear.weight.detach() for linear in linears])               # (outs, in)
+        biases = [bias.detach() for linear in linears if (bias := getattr(linear, "bias", None)) is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TOKENS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def read(self, x: torch.Tensor, *_: nn.Module) -> tuple[torch.Tensor, ...]:
+        """The same, each linear's apart: takes the place of an attention's or an MLP's `read`."""
+        return self(x).split(self.outs, -1)
+
+
+def pack(model: Decoder) -> None:
+    """Let every product of `model`, filled and on the CPU in one of DTYPES, read packed weights."""
+    for block in model.blocks:
+        attn, mlp = block.attn, block.mlp
+        attn.read, attn.o = _together(attn.q, attn.k, attn.v).read, Packed(attn.o)
+        mlp.read, mlp.down = _together(*filter(None, (mlp.gate, mlp.up))).read, Packed(mlp.down)
+    model.head = Packed(model.head)
+
+
+def _together(*linears):
+    """All in one; the plain weights, of which nobody makes use any more, are let go."""
+    packed = Packed(*linears)
+    for linear in linears:
+        linear.weight = linear.bias = None
+    return packed
