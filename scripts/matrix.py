@@ -11,22 +11,19 @@ import itertools
 import json
 import random
 import sys
-from math import inf, log10, prod
+from math import log10
 from pathlib import Path
 
-import torch
 from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.table import Table
 
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist.mesh import Mesh
 from nanoinfra.dist.ranks import Ranks
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab import draw
+from nanoinfra.lab.axes import largest_error as error
+from nanoinfra.lab.axes import step_of
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, PipelineFlags, TrainFlags, check
-from nanoinfra.train.replica import Replica
-from nanoinfra.train.step import execute
 
 TECHNIQUES = {                               # flags; two that set one flag differently exclude each other
     "dp": {"dp": 2}, "ZeRO-1": {"dp": 2, "zero": 1}, "ZeRO-2": {"dp": 2, "zero": 2},
@@ -69,54 +66,35 @@ def configurations(triples: int) -> list[tuple[str, ...]]:
     return [*found[0], *found[1], *random.Random(0).sample(found[2], triples)]
 
 
-def step(flags: TrainFlags):
-    """One rank's part of a step: ({name: (its place, gradient)}, {axis: bytes sent})."""
-    mesh = Mesh(pp=flags.mesh.pp, dp=flags.mesh.dp, tp=flags.mesh.tp)
-    replica = Replica(ModelConfig(V, 16, 8, 4, 2, 4, 24, T, not flags.model.untied), flags, mesh)
-    x, y = torch.randint(V, (2, G, T), generator=torch.Generator().manual_seed(0))
-    for i in range(G):
-        y[i, :i % T] = IGNORE                                            # valid targets differ by sample
-    x, y = (part[mesh.data.rank::mesh.data.size].split(flags.data.micro_batch) for part in (x, y))
-    batches = list(zip(x, y))
-    mesh.ledger.take()
-    replica.begin(batches, sum(T - i % T for i in range(G)))
-    execute(replica.schedule(len(batches))[:-1], replica)                # all but the optimizer's step
-    sent, found = {}, {}
-    for row in mesh.ledger.take():
-        sent[row.axis] = sent.get(row.axis, 0) + row.payload * (row.op != "recv")
-    for name, grad in replica.grads.items():
-        box = replica.parallel.box(name)
-        size = [stop - start for start, stop in box]
-        found[name] = box, grad.reshape(-1)[:prod(size)].view(size).clone()      # ZeRO's last has zeros after
-    return found, sent
+def step(flags: TrainFlags) -> dict:
+    """One rank's part of a step: its gradients with their places, and what it sent."""
+    return step_of(ModelConfig(V, 16, 8, 4, 2, 4, 24, T, not flags.model.untied), flags, T)
 
 
-def error(parts: list[dict], want: dict[str, torch.Tensor]) -> float:
-    """The largest error of a rank's part of any gradient; infinite where no rank has some part."""
-    everything = torch.stack([grad.norm() for grad in want.values()]).norm()
-    seen, worst = {name: torch.zeros(grad.shape) for name, grad in want.items()}, 0.0
-    for name, (box, part) in (item for found in parts for item in found.items()):
-        place = tuple(slice(*ends) for ends in box)
-        seen[name][place] = 1
-        scale = max(want[name].norm(), 1e-6 * everything)
-        worst = max(worst, float((part - want[name][place]).norm() / scale))
-    return worst if all(there.all() for there in seen.values()) else inf
+def sent(rows: list) -> dict[str, int]:
+    """{axis: payload bytes} of a rank's ledger."""
+    found = {}
+    for row in rows:
+        found[row.axis] = found.get(row.axis, 0) + row.payload * (row.op != "recv")
+    return found
 
 
 def measure(configs: list[tuple[str, ...]]) -> list[dict]:
     """A row for each configuration."""
     rows, pools = [], {n: Ranks(n) for n in (1, 2, 4, 8)}
-    alone = {untied: pools[1].run(step, flags_of(("untied head",) * untied))[0][0] for untied in (0, 1)}
+    alone = {untied: pools[1].run(step, flags_of(("untied head",) * untied))[0] for untied in (0, 1)}
     for names in configs:
         try:
             flags = flags_of(names)
         except ValueError as refused:
             rows.append({"techniques": names, "refused": str(refused)})
             continue
-        parts, sent = zip(*pools[world(flags)].run(step, flags))
-        want = {name: grad for name, (_, grad) in alone[flags.model.untied].items()}
-        most = {axis: max(s.get(axis, 0) for s in sent) for axis in sorted({a for s in sent for a in s})}
-        rows.append({"techniques": names, "ranks": world(flags), "error": error(parts, want), "bytes": most})
+        runs = pools[world(flags)].run(step, flags)
+        want = {name: grad for name, (_, grad) in alone[flags.model.untied]["grads"].items()}
+        each = [sent(run["rows"]) for run in runs]
+        most = {axis: max(one.get(axis, 0) for one in each) for axis in sorted({*itertools.chain(*each)})}
+        worst = error([run["grads"] for run in runs], want)
+        rows.append({"techniques": names, "ranks": world(flags), "error": worst, "bytes": most})
     for pool in pools.values():
         pool.close()
     return rows

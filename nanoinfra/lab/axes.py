@@ -1,90 +1,126 @@
 """Three dimensions, run and drawn: what the trainer's own step sends on each axis, and where its axes lie.
 
-`step_of` and `paced` run inside each rank, on the real stage of the trainer (train/replica.py). The pictures
-are of coordinates and of counted bytes; an axis is as wide as what it carries. Predicted is a line.
+`step_of` and `paced` run inside each rank, on the real stage of the trainer (train/replica.py); what they
+return is compared with one rank's by `largest_error`, the design's measure of parity. The pictures are of
+coordinates and of counted bytes; an axis is as wide as what it carries. Predicted is a line.
 """
 import time
 from collections.abc import Callable, Sequence
-from math import prod
+from math import inf, prod
 
 import torch
 
 from nanoinfra.data.source import IGNORE
 from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab import draw
 from nanoinfra.lab.nap import emulate
 from nanoinfra.lab.predict import quantity
 from nanoinfra.parallel.schedules import ReduceGrads
-from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
+from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.replica import Replica
 from nanoinfra.train.step import execute
 
 COLOURS = {"tp": draw.BLUE, "pp": draw.ORANGE, "dp": draw.GREEN}
 WAYS = {"pp": (1.5, 0.0), "dp": (0.55, 0.5), "tp": (0.0, 1.0)}       # of an axis on paper, a place on it
+BETWEEN = (0, (1.2, 0.4))                                            # dashes of a line between nodes
 
 
-def step_of(config: ModelConfig, sizes: dict[str, int], batch: int, seq: int, sequences: int,
-            norm: Callable | None = None) -> dict:
-    """On each of pp x dp x tp ranks, of a step in float64: where it stands, what it has and what it sent.
+def flags_of(sizes: dict[str, int], batch: int, sequences: int) -> TrainFlags:
+    """A float64 step on pp x dp x tp ranks, `sizes`: `sequences` in micro-batches of `batch`."""
+    data = DataFlags(micro_batch=batch, global_batch=sequences)
+    return TrainFlags(ModelFlags(dtype="float64"), data, MeshFlags(**sizes))
 
-    A step is `sequences` in micro-batches of `batch`, of unequal valid tokens. "grads": {name: (box, part)};
-    "rows": the ledger's; `norm(grads, mesh, ends)` may say a norm of its own beside the trainer's.
+
+def step_of(config: ModelConfig, flags: TrainFlags, seq: int, norm: Callable | None = None) -> dict:
+    """On each of the ranks that `flags` name, of a step: where it stands, what it has and what it sent.
+
+    "grads": {name: (box, part)}; "rows": the ledger's, until all gradients are summed; "norm": the trainer's,
+    and "own" what `norm(grads, mesh, ends)` says of the same gradients.
     """
-    if world_size() != prod(sizes.values()):
-        raise ValueError(f"{sizes} is {prod(sizes.values())} ranks, and here are {world_size()}")
-    mesh = Mesh(**sizes)
-    replica, batches = _stage(config, mesh, batch, seq, sequences)
+    mesh = _mesh(flags)
+    replica, batches = stage_of(config, flags, mesh, seq)
     mesh.ledger.take()
-    replica.begin(batches, sum(seq - g % seq for g in range(sequences)))
+    replica.begin(batches, valid(flags.data.global_batch, seq))
     execute(replica.schedule(len(batches))[:-1], replica)                # all but the optimizer's step
-    grads = {name: (replica.parallel.box(name), grad.clone()) for name, grad in replica.grads.items()}
+    rows, grads = mesh.ledger.take(), {}
+    for name, grad in replica.grads.items():
+        box = replica.parallel.box(name)
+        size = [stop - start for start, stop in box]
+        grads[name] = box, grad.reshape(-1)[:prod(size)].view(size).clone()      # ZeRO's last has zeros after
     own = norm(replica.grads, mesh, mesh.ends("pp")) if norm else None
-    mesh.ledger.rows = [row for row in mesh.ledger.rows if row.tag in _TAGS]        # not those of `norm`
     replica.step()
-    return {"at": {axis: getattr(mesh, axis).rank for axis in sizes}, "grads": grads, "own": own,
-            "norm": replica.grad_norm, "loss": replica.loss.item(), "rows": mesh.ledger.take()}
+    return {"at": {axis: getattr(mesh, axis).rank for axis in COLOURS}, "grads": grads, "rows": rows,
+            "norm": replica.grad_norm, "own": own, "loss": replica.loss.item()}
 
 
-def paced(config: ModelConfig, sizes: dict[str, int], wire: dict[str, tuple[float, float]], seconds: float,
-          batch: int, seq: int, sequences: int, repeats: int) -> list[float]:
+def paced(config: ModelConfig, flags: TrainFlags, seq: int, wire: dict[str, tuple[float, float]],
+          seconds: float, repeats: int) -> list[float]:
     """On each rank: seconds of a step until gradients are summed, in each repeat, on an emulated wire.
 
     A layer sleeps `seconds` forward for a micro-batch and twice that back, as an accelerator would compute.
     """
-    mesh, trials = Mesh(**sizes, wire=wire), []
-    replica, batches = _stage(config, mesh, batch, seq, sequences)
-    emulate(replica.parallel.each[0].model.blocks, 2 * seconds / batch)
+    mesh, trials = _mesh(flags, wire), []
+    replica, batches = stage_of(config, flags, mesh, seq)
+    emulate(replica.parallel.each[0].model.blocks, 2 * seconds / flags.data.micro_batch)
+    order = replica.schedule(len(batches))
     for _ in range(repeats + 1):
         comm.barrier(mesh.world)
         begin = time.monotonic()
-        replica.begin(batches, sequences * seq)
-        order = replica.schedule(len(batches))
+        replica.begin(batches, valid(flags.data.global_batch, seq))
         execute(order[:order.index(ReduceGrads()) + 1], replica)
         trials.append(time.monotonic() - begin)
     return trials[1:]                                                    # the first one warms up
 
 
+def stage_of(config: ModelConfig, flags: TrainFlags, mesh, seq: int) -> tuple[Replica, list]:
+    """The trainer's stage of this rank, and its data rank's micro-batches [(x, y)], (B, T) each.
+
+    Sequence g of the step has `seq` - g % `seq` valid targets: data ranks have different numbers of them.
+    """
+    x, y = torch.randint(config.vocab, (2, flags.data.global_batch, seq),
+                         generator=torch.Generator().manual_seed(0))     # (G, T)
+    for g, row in enumerate(y):
+        row[:g % seq] = IGNORE
+    x, y = (part[mesh.data.rank::mesh.data.size].split(flags.data.micro_batch) for part in (x, y))
+    return Replica(config, flags, mesh), list(zip(x, y))
+
+
+def valid(sequences: int, seq: int) -> int:
+    """Valid targets of the step of `stage_of`, on all ranks."""
+    return sum(seq - g % seq for g in range(sequences))
+
+
 def bytes_by_axis(rows: Sequence) -> dict[str, int]:
     """{axis: payload bytes} of a rank's rows; a message counts where it is sent, the tied weight apart."""
-    found = {"tp": 0, "pp": 0, "dp": 0, "tied": 0, "scalars": 0}
+    found = {"tp": 0, "pp": 0, "dp": 0, "tied": 0}
     for row in rows:
-        key = row.tag if row.tag in found else {"data": "dp"}.get(row.axis, row.axis)
+        key = row.tag if row.tag == "tied" else {"data": "dp"}.get(row.axis, row.axis)
         found[key] += row.payload * (row.op != "recv")
     return found
 
 
-def largest_error(parts: Sequence[dict], want: dict) -> float:
-    """Of ranks' {name: (box, part)} against one rank's: ||got - want|| / max(||want||, 1e-6 ||all||)."""
-    whole, worst = {name: grad for name, (_, grad) in want.items()}, 0.0
-    least = 1e-6 * torch.stack([grad.norm() for grad in whole.values()]).norm()
-    seen = {name: torch.zeros(grad.shape) for name, grad in whole.items()}
-    for name, (box, part) in (item for found in parts for item in found.items()):
-        place = tuple(slice(*ends) for ends in box)
-        seen[name][place] = 1
-        worst = max(worst, float((part - whole[name][place]).norm() / max(whole[name].norm(), least)))
-    return worst if all(there.all() for there in seen.values()) else float("inf")
+def errors(parts: Sequence[dict], want: dict[str, torch.Tensor]) -> dict[str, float]:
+    """{name: the largest error of any rank's part of that gradient}: ||got - want|| / max(||want||, floor).
+
+    `parts` are ranks' {name: (box, part)}, `want` whole gradients. The floor, 1e-6 ||all||, is for those that
+    are zero but for rounding.
+    """
+    floor, found = 1e-6 * torch.stack([grad.norm() for grad in want.values()]).norm(), {}
+    for name, (box, part) in (item for each in parts for item in each.items()):
+        whole = want[name]
+        off = (part - whole[tuple(slice(*ends) for ends in box)]).norm() / max(whole.norm(), floor)
+        found[name] = max(off.item(), found.get(name, 0.0))
+    return found
+
+
+def largest_error(parts: Sequence[dict], want: dict[str, torch.Tensor]) -> float:
+    """The largest of `errors`; infinite where no rank has some part."""
+    seen = {name: torch.zeros(grad.shape) for name, grad in want.items()}
+    for name, (box, _) in (item for each in parts for item in each.items()):
+        seen[name][tuple(slice(*ends) for ends in box)] = 1
+    return max(errors(parts, want).values()) if all(there.all() for there in seen.values()) else inf
 
 
 def cubes(panels: dict[str, tuple[Callable, int, dict[str, float]]], sizes: dict[str, int],
@@ -93,28 +129,34 @@ def cubes(panels: dict[str, tuple[Callable, int, dict[str, float]]], sizes: dict
 
     A dot is a rank, in the colour of its node; a line is as wide as what travels on it, red between nodes.
     """
-    picture, axes = draw.canvas(3.4 * len(panels), 3.7, title)
+    right, top = _spot({axis: n - 1 for axis, n in sizes.items()})
+    wide, below = right + 1.35, 0.75 + 0.2 * max(label.count("\n") + 1 for label in panels)
+    picture, axes = draw.canvas(max(5.2, wide * len(panels)), top + below + 0.9, title)
     for i, (label, (where, node, sent)) in enumerate(panels.items()):
         at = {rank: where(rank) for rank in range(prod(sizes.values()))}
-        spot = {rank: _spot(place, 3.4 * i) for rank, place in at.items()}
-        for axis in sizes:
-            width = 1.2 + 9 * sent.get(axis, 0) / max([*sent.values(), 1])
-            for a, b in ((a, b) for a in at for b in at if _next(at[a], at[b], axis)):
-                colour = draw.RED if a // node != b // node else COLOURS[axis]
-                axes.plot(*zip(spot[a], spot[b]), color=colour, linewidth=width, zorder=1, alpha=0.75,
-                          solid_capstyle="butt", linestyle=(0, (1.2, 0.4)) if colour == draw.RED else "-")
-        for rank, (x, y) in spot.items():
+        _lines(axes, wide * i, at, node, sent)
+        for rank, place in at.items():
+            x, y = _spot(place, wide * i)
             axes.plot(x, y, "o", markersize=23, color=draw.COLOURS[::-1][rank // node % 6],
                       markeredgecolor="white", markeredgewidth=2, zorder=2)
             axes.text(x, y, str(rank), color="white", ha="center", va="center", weight="bold", zorder=3)
-        axes.text(3.4 * i + 1.0, -0.55, label, ha="center", va="top", fontsize=10.5)
-    for axis in sizes:
+        axes.text(wide * i - 0.2, -0.35, label, va="top", fontsize=10.5)
+    for axis in (axis for axis, n in sizes.items() if n > 1):
         axes.plot([], [], color=COLOURS[axis], linewidth=5, label=axis)
-    axes.plot([], [], color=draw.RED, linewidth=5, linestyle=(0, (1.2, 0.4)), label="leaves its node")
-    axes.legend(loc="upper left", bbox_to_anchor=(0.0, 1.06), ncols=4, fontsize=10, frameon=False)
-    axes.set(xlim=(-0.4, 3.4 * len(panels) - 0.9), ylim=(-1.15, 2.25))
+    axes.plot([], [], color=draw.RED, linewidth=5, linestyle=BETWEEN, label="leaves its node")
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, -0.03), ncols=4, fontsize=10, frameon=False)
+    axes.set(xlim=(-0.4, wide * len(panels) - 0.9), ylim=(-below, top + 0.3), aspect="equal", anchor="W")
     axes.axis("off")
     return picture
+
+
+def _lines(axes, left, at, node, sent):
+    """Between ranks that differ by one place on one axis."""
+    for axis, a, b in ((axis, a, b) for axis in COLOURS for a in at for b in at if _next(at[a], at[b], axis)):
+        away = a // node != b // node
+        axes.plot(*zip(_spot(at[a], left), _spot(at[b], left)), color=draw.RED if away else COLOURS[axis],
+                  linewidth=1.5 + 9 * sent.get(axis, 0) / max([*sent.values(), 1]), zorder=1, alpha=0.75,
+                  solid_capstyle="butt", linestyle=BETWEEN if away else "-")
 
 
 def axis_bars(rows: dict[str, dict[str, float]], predicted: dict[str, float], title: str, unit: str,
@@ -143,20 +185,11 @@ def axis_bars(rows: dict[str, dict[str, float]], predicted: dict[str, float], ti
     return picture
 
 
-_TAGS = ("layers", "ends", "loss", "tp grads", "grads", "tied", "activations", "gradients", "scalars")
+def _mesh(flags, wire=None):
+    return Mesh(flags.mesh.pp, flags.mesh.dp, tp=flags.mesh.tp, wire=wire)
 
 
-def _stage(config, mesh, batch, seq, sequences):
-    """The trainer's stage of this rank, and its data rank's micro-batches [(x, y)], (B, T) each."""
-    flags = TrainFlags(ModelFlags(dtype="float64"), mesh=MeshFlags(pp=mesh.pp.size, tp=mesh.tp.size))
-    x, y = torch.randint(config.vocab, (2, sequences, seq), generator=torch.Generator().manual_seed(0))
-    for g in range(sequences):
-        y[g, :g % seq] = IGNORE
-    x, y = (part[mesh.data.rank::mesh.data.size].split(batch) for part in (x, y))
-    return Replica(config, flags, mesh), list(zip(x, y))
-
-
-def _spot(place, left):
+def _spot(place, left=0.0):
     x, y = (sum(WAYS[axis][k] * n for axis, n in place.items()) for k in (0, 1))
     return left + x, y
 

@@ -88,10 +88,11 @@ class Chunks:
     """All of a model that one rank trains: its stage's chunks, each of them composed."""
 
     def __init__(self, config: ModelConfig, mesh, plan: Plan, read: Read):
-        p, r = mesh.pp.size, mesh.pp.rank
-        borders = split(config, p * plan.virtual, config.context)[r::p]
-        self.each = [Composed(pipeline.cut(empty(config, plan.attention).train(), *border), mesh, plan, read)
-                     for border in borders]
+        p, r, n = mesh.pp.size, mesh.pp.rank, mesh.pp.size * plan.virtual
+        borders = split(config, n, config.context)
+        parts = [pipeline.cut(empty(config, plan.attention).train(), *borders[i], last=i == n - 1)
+                 for i in range(r, n, p)]
+        self.each = [Composed(part, mesh, plan, read) for part in parts]
         self.mesh, self.plan = mesh, plan
         self.ends = mesh.ends("pp") if config.tied and p > 1 else None   # who share the tied weight
         self.shards = self._all("shards")

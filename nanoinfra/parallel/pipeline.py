@@ -120,19 +120,20 @@ class PipelineStage:
         return self.axis if source < to else self.back
 
 
-def cut(model: nn.Module, start: int, stop: int) -> nn.Module:
+def cut(model: nn.Module, start: int, stop: int, last: bool | None = None) -> nn.Module:
     """Leave a decoder its layers from `start` to `stop`, and of both ends what they need. Names stay.
 
-    A tied head on another stage than the embedding keeps the embedding's name.
+    A tied head on another stage than the embedding keeps the embedding's name. `last`: does the chunk end the
+    model? By default the one with the last layer does; but where a head stands alone, the one after it.
     """
-    layers, kept = len(model.blocks), nn.ModuleList()
+    last, kept = stop == len(model.blocks) if last is None else last, nn.ModuleList()
     for layer in range(start, stop):
         kept.add_module(str(layer), model.blocks[layer])
     model.blocks = kept
     if start > 0:
-        model.embed = model.head if stop == layers and model.config.tied else None
+        model.embed = model.head if last and model.config.tied else None
         model.positions = model.embed_norm = None
-    if stop < layers:
+    if not last:
         model.norm, model.head = nn.Identity(), None
     return model
 

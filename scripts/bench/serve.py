@@ -50,7 +50,7 @@ def vllm(folder):
                    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM, SamplingParams
     llm = LLM(str(folder), dtype="bfloat16", max_model_len=512, enable_prefix_caching=False,
-              max_num_batched_tokens=4096, disable_log_stats=True)
+              max_num_batched_tokens=4096, disable_log_stats=True, skip_tokenizer_init=True)
 
     def run(prompts, new):
         how = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)

@@ -91,6 +91,17 @@ def test_gradients_match_one_rank(ranks, pp, kind, v, family, tied):
         assert sum(len(one["grads"]) for one in got) == len(shapes(cfg)) + tied
 
 
+@pytest.mark.parametrize("kind, v", [("1f1b", 1), ("interleaved", 2)])
+def test_a_head_that_stands_alone_is_the_last_chunk_s_and_no_other_s(ranks, kind, v):
+    cfg = replace(config("llama"), vocab=2000, layers=4)
+    assert formulas.split(cfg, 2 * v, cfg.context)[-1] == (4, 4)
+    results = [result[4] for result in ranks(2).run(on_a_rank, cfg, 2, kind, v, [4])]
+    want = one_step(cfg, Mesh(), "1f1b", 1, [4])[4]
+    merged = {name: grad for one in results for name, grad in one["grads"].items()}
+    assert_same_gradients(merged, want["grads"], where=kind)
+    assert all(one["norm"] == pytest.approx(want["norm"], rel=1e-12) for one in results)
+
+
 @pytest.mark.parametrize("pp, kind, v", CASES)
 def test_it_sends_and_keeps_what_the_formulas_say(ranks, pp, kind, v):
     cfg, m = config("llama"), 4

@@ -142,7 +142,7 @@ def _(subject):
     for sizes in MESHES:
         for rank, run in enumerate(_runs(_norms, sizes, subject)):
             if not abs(run["norm"] / cases.norm(sizes) - 1) <= 1e-10:
-                _off(rank, run, sizes, cases.norm(sizes), "")
+                _off(rank, run, sizes, cases.norm(sizes), "want ")
 
 
 @grad_norm.criterion("one number on tp, one on pp", "resource")
@@ -196,6 +196,7 @@ def _on(sizes):
 def _off(rank, run, sizes, want, whose):
     causes = cases.norm_slips(sizes, run["at"]).items()
     why = next((f": {cause}" for cause, value in causes if abs(run["norm"] / value - 1) < 1e-9), "")
+    why = why or ": rounding: squared in a narrower dtype?" * (abs(run["norm"] / want - 1) < 1e-5)
     raise Wrong(f"rank {rank} {_on(sizes)}: {whose}{want:.10g}, got {run['norm']:.10g}{why}")
 
 

@@ -74,6 +74,7 @@ def slips(name: str, sizes: tuple[int, int, int], at: tuple[int, int, int]) -> d
     if name == TIED and pp > 1:
         own = [use for use, end in enumerate((0, pp - 1)) if end == stage]
         found["one end's use alone: sum the tied weight over `ends`"] = get(uses=own)
+        found["summed over `ends` twice?"] = 2 * get()
     return found
 
 
