@@ -4,6 +4,7 @@ One section a name (the first function or class of the cell), so a cell that run
 section. Checks, rank processes, labs and grading use that file, so an exercise imports all it needs. A cell
 with solution markers is the reference: it goes to `work/reference/`, never over a student's work.
 """
+import inspect
 import linecache
 import re
 from pathlib import Path
@@ -47,7 +48,7 @@ def load(file: Path | str) -> ModuleType:
 
 def source_of(subject) -> str:
     """Where a function was written, as a reader wants it: `work/L02.py`, or its module."""
-    code = getattr(subject, "__code__", None)
+    code = getattr(inspect.unwrap(subject), "__code__", None)         # as under @torch.no_grad()
     file = Path(code.co_filename) if code else Path("<none>")
     return shown(file) if file.is_file() else getattr(subject, "__module__", None) or "a notebook cell"
 

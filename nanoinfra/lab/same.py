@@ -40,9 +40,9 @@ def _telling(ratio):
 
 
 def _cause(got, want, n, rtol, causes):
-    usual = {**causes, "summed instead of averaged?": want * n, "averaged instead of summed?": want / n,
-             "still zero: never filled, or another tensor in its place?": torch.zeros_like(want),
-             "the sign?": -want}
+    shared = {"summed instead of averaged?": want * n, "averaged instead of summed?": want / n}
+    usual = {**causes, **(shared if n > 1 else {}), "the sign?": -want,
+             "still zero: never filled, or another tensor in its place?": torch.zeros_like(want)}
     close = max(rtol, 1e-6) * want.abs().max()
     if got.isnan().any():
         return "not a number: memory read before it was written?"
