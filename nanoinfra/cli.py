@@ -1,4 +1,4 @@
-"""The command line: `nanoinfra train`, `nanoinfra generate`, `nanoinfra doctor`.
+"""The command line: `nanoinfra train`, `nanoinfra generate`, `nanoinfra serve`, `nanoinfra doctor`.
 
 Flags are generated from dataclasses that import no torch, so `--help` answers at once. A user's mistake is
 one line on stderr with a fix that works, and exit code 2; an error that does not come from nanoinfra's own
@@ -16,11 +16,12 @@ from typing import Annotated
 import tyro
 
 from nanoinfra.lab.options import DoctorFlags
-from nanoinfra.serve.options import GenerateOptions
+from nanoinfra.serve.options import GenerateOptions, ServeOptions
 from nanoinfra.train.config import TrainFlags
 
 Command = (Annotated[TrainFlags, tyro.conf.subcommand("train")]
            | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
+           | Annotated[ServeOptions, tyro.conf.subcommand("serve")]
            | Annotated[DoctorFlags, tyro.conf.subcommand("doctor")])
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -82,6 +83,11 @@ def _generate(options, argv):
         return generate(options)
 
 
+def _serve(options, argv):
+    from nanoinfra.serve.host import main as serve
+    return serve(options)
+
+
 def _doctor(flags, argv):
     from nanoinfra.lab.options import check
     from nanoinfra.train import rank
@@ -94,7 +100,7 @@ def _doctor(flags, argv):
     return 0
 
 
-COMMANDS = {TrainFlags: _train, GenerateOptions: _generate, DoctorFlags: _doctor}
+COMMANDS = {TrainFlags: _train, GenerateOptions: _generate, ServeOptions: _serve, DoctorFlags: _doctor}
 
 
 def _mistake(message):

@@ -50,7 +50,7 @@ import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("triton", "jupyterlab", "jupytext", "nbgrader", "IPython",
-                                      "transformers", "gguf"):
+                                      "transformers", "gguf", "fastapi", "uvicorn", "prometheus_client"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 """

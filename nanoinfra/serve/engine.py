@@ -11,12 +11,15 @@ from itertools import accumulate
 
 import torch
 
-from nanoinfra.formulas.memory import BYTES, kv_cache_bytes_per_token
+from nanoinfra.dist.ledger import Ledger
+from nanoinfra.formulas.memory import kv_cache_bytes_per_token
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import empty
 from nanoinfra.model.text import Text
 from nanoinfra.parallel.compose import serving
+from nanoinfra.serve import packed
 from nanoinfra.serve.blocks import Blocks, root
+from nanoinfra.serve.options import EngineOptions
 from nanoinfra.serve.paged import PagedKV
 from nanoinfra.serve.requests import Event, Logprob, Request, check
 from nanoinfra.serve.sampler import Sampler, logprobs
@@ -52,11 +55,13 @@ class Engine:
     """Requests in by `add`, a step at a time by `step`, which says what is new. Not for several threads.
 
     `model` is a Decoder with its weights; `blocks` of `size` tokens are taken for keys and values, in its
-    dtype; `text` makes text of tokens, without it events have tokens alone. Further arguments: Scheduler's.
+    dtype; `text` makes text of tokens, without it events have tokens alone; `template` is for whoever renders
+    chats. Further arguments: Scheduler's. `ledger` holds the collectives of the last step.
     """
 
-    def __init__(self, model: Decoder, text: Text | None = None, *, blocks: int, size: int = 16, **limits):
-        self.model, self.text = model, text
+    def __init__(self, model: Decoder, text: Text | None = None, template: str | None = None, *, blocks: int,
+                 size: int = 16, ledger: Ledger | None = None, **limits):
+        self.model, self.text, self.template, self.ledger = model, text, template, ledger or Ledger()
         self.kv, self.blocks = PagedKV(model, blocks, size), Blocks(blocks, size)
         self.scheduler = Scheduler(self.blocks, **limits)
         self.runs: dict[Sequence, Run] = {}
@@ -89,6 +94,7 @@ class Engine:
     def step(self) -> list[Event]:
         """One step of the model for all that the scheduler plans; what is new, at most an event a run."""
         plan, events = self.scheduler.plan(), []
+        self.ledger.take()                   # a server's would grow for ever
         if plan.work:
             work, tokens, places = self.kv.begin(plan)
             hidden = self.model.hidden(tokens, places, self.kv)[0]                       # (N, C)
@@ -153,7 +159,7 @@ class Engine:
         if not ready:
             return []
         logits = self.model.head(hidden[[last for last, _ in ready]])                    # (B, V)
-        likeliest = logits.argmax(-1).tolist()
+        likeliest = logits.max(-1).indices.tolist()      # argmax is five times slower in bf16
         return [self._say(run, logits[i], likeliest[i]) for i, (_, sequence) in enumerate(ready)
                 for run in self._forked(sequence)]
 
@@ -199,14 +205,18 @@ class Engine:
 COUNTS = ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "steps")
 
 
-def open_engine(options, mesh) -> Engine:
+def open_engine(options: EngineOptions, mesh) -> Engine:
     """The engine of `nanoinfra serve` on this rank: weights, tokenizer, the blocks that --kv-memory holds."""
-    weights = open_pretrained(options.model, mesh.world)
-    model = serving(empty(weights.config), mesh, weights.read, getattr(torch, options.dtype))
-    each = options.block_size * kv_cache_bytes_per_token(weights.config, BYTES[options.dtype], mesh.tp.size)
+    weights, dtype = open_pretrained(options.model, mesh.world), getattr(torch, options.dtype)
+    each = options.block_size * kv_cache_bytes_per_token(weights.config, dtype.itemsize, mesh.tp.size)
     n = options.kv_memory // each
     if n < 2:
         raise ValueError(f"--kv-memory {options.kv_memory} holds {n} blocks of {options.block_size} tokens, "
                          f"{each} bytes each on a rank; give at least {2 * each}")
-    return Engine(model, weights.text, blocks=n, size=options.block_size, budget=options.budget,
-                  seats=options.seats, queue=options.queue, queue_tokens=options.queue_tokens)
+    model = serving(empty(weights.config), mesh, weights.read, dtype)
+    engine = Engine(model, weights.text, weights.template, blocks=n, size=options.block_size,
+                    ledger=mesh.ledger, budget=options.budget, seats=options.seats, queue=options.queue,
+                    queue_tokens=options.queue_tokens)
+    if mesh.device == "cpu" and mesh.tp.size == 1 and dtype in packed.DTYPES:
+        packed.pack(model)
+    return engine

@@ -1,4 +1,4 @@
-"""Weights in the order that the CPU's matrix units read: packed once by oneDNN, what reads one input together.
+"""Weights in the order that the CPU's matrix units read: packed once, and together what reads one input.
 
 At a few tokens a step, a product costs the reading of its weights, 2 Psi bytes in bf16 for all of them; plain
 linears arrange them anew each time. q, k and v become one product, and so do gate and up. For a server on one

@@ -28,10 +28,10 @@ def ours(folder):
 
     from nanoinfra.dist.mesh import Mesh
     from nanoinfra.serve.engine import open_engine
-    from nanoinfra.serve.options import ServeOptions
+    from nanoinfra.serve.options import EngineOptions
     from nanoinfra.serve.requests import Request, Sampling
     torch.set_num_threads(os.cpu_count())
-    engine = open_engine(ServeOptions(str(folder), dtype="bfloat16", budget=4096), Mesh())
+    engine = open_engine(EngineOptions(str(folder), dtype="bfloat16", budget=4096), Mesh())
 
     def run(prompts, new):
         for i, tokens in enumerate(prompts):

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import empty
+from nanoinfra.model.hf import load_hf, save_hf
 from nanoinfra.parallel.compose import serving
-from nanoinfra.serve.engine import Engine
+from nanoinfra.serve import packed
+from nanoinfra.serve.engine import Engine, open_engine
 from nanoinfra.serve.generate import generate
+from nanoinfra.serve.options import EngineOptions
 from nanoinfra.serve.requests import Request, Sampling
 from nanoinfra.serve.scheduler import QueueFull
 from tests.model.test_decoder import config
@@ -83,14 +86,15 @@ def test_ranks_that_share_the_model_say_the_same(ranks, tp):
 
 
 def sharded(state, tp):
-    cfg = config("llama")
-    model = serving(empty(cfg), Mesh(tp=tp), lambda name, box=(): state[name][box], torch.float64)
-    engine = Engine(model, blocks=12, size=4, budget=6)
+    cfg, mesh = config("llama"), Mesh(tp=tp)
+    model = serving(empty(cfg), mesh, lambda name, box=(): state[name][box], torch.float64)
+    engine = Engine(model, blocks=12, size=4, budget=6, ledger=mesh.ledger)
     assert engine.kv.pool.shape[1] == 2 * max(1, cfg.kv_heads // tp)
     for i in range(6):
         drawn = Sampling(temperature=1.0, seed=7)
         engine.add(Request(f"r{i}", prompt(min(i, 4), 9), GREEDY if i < 4 else drawn, max_tokens=6))
-    said = run(engine)
+    said, calls = run(engine), 2 * cfg.layers + 2                          # of one step: layers, and both ends
+    assert len(mesh.ledger.rows) == calls                                  # the last step's, no more
     return [said[f"r{i}", 0] for i in range(6)]
 
 
@@ -295,3 +299,26 @@ def test_training_beside_an_engine_is_bitwise_training_alone():
             engine.reset()
         return torch.cat([p.detach().flatten() for p in model.parameters()])
     assert torch.equal(train(True), train(False))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", packed.DTYPES)
+@torch.no_grad()
+def test_packed_weights_make_the_same_logits(family, dtype):
+    model, x = tiny(family).to(dtype), torch.tensor([prompt(0, 9), prompt(1, 9)])
+    want = model(x)
+    packed.pack(model)
+    assert model.blocks[0].attn.q.weight is None and model.embed.weight is not None
+    torch.testing.assert_close(model(x), want, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_an_engine_of_a_folder_has_the_blocks_that_its_memory_holds(tmp_path):
+    save_hf(tiny().float(), tmp_path)
+    options = EngineOptions(str(tmp_path), block_size=4, kv_memory=20_000)
+    engine, c = open_engine(options, Mesh()), config("llama")
+    each = 4 * 2 * c.layers * c.kv_heads * c.head_dim * 4
+    assert engine.info()["blocks"] == 20_000 // each and engine.kv.pool.nbytes <= 20_000
+    engine.add(Request("r", prompt(0, 5), GREEDY, max_tokens=3))
+    assert run(engine)["r", 0] == alone(load_hf(tmp_path), prompt(0, 5), 3)
+    with pytest.raises(ValueError, match=f"holds 1 blocks of 4 tokens, {each} bytes each on a rank"):
+        open_engine(replace(options, kv_memory=each), Mesh())

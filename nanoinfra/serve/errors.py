@@ -1,0 +1,21 @@
+"""What a client is told when it gets no answer: a status, and the reason in OpenAI's JSON."""
+
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error",
+         500: "server_error", 503: "service_unavailable_error"}
+
+
+class Refused(Exception):
+    """No answer: HTTP `status`, why, which parameter is to blame, and OpenAI's code where there is one."""
+
+    def __init__(self, status: int, why: str, param: str | None = None, code: str | None = None):
+        super().__init__(why)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict:
+        """The error as clients expect it."""
+        return {"error": {"message": str(self), "type": KINDS.get(self.status, "invalid_request_error"),
+                          "param": self.param, "code": self.code or self.status}}
+
+    def headers(self) -> dict[str, str]:
+        """When to come back, where that helps."""
+        return {"Retry-After": "1"} if self.status in (429, 503) else {}

@@ -1,0 +1,80 @@
+"""`nanoinfra serve`: one port, one server on it, and an end that lets running answers finish.
+
+SIGTERM or Ctrl-C: what runs may go on for a while, what is new is refused with 503; then the process ends
+with 0 and leaves nothing behind. A second signal takes the while away.
+"""
+import functools
+import os
+import socket
+import sys
+
+from nanoinfra.serve.options import EngineOptions, ServeOptions, check
+from nanoinfra.serve.team import Team
+
+BACKLOG = 2048                               # connections that may wait to be accepted
+NEEDS = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def main(options: ServeOptions, factory=None) -> int:
+    """Serve until a signal comes; returns 0. `factory(team)` makes the engine, by default as `options` say.
+
+    Raises ValueError for flags that cannot be, a port that is taken, a model that cannot be loaded.
+    """
+    check(options)
+    _check_extra()
+    from nanoinfra.serve.counters import Counters
+    from nanoinfra.serve.drain import Server
+    from nanoinfra.serve.server import build
+    from nanoinfra.serve.worker import Worker
+    name, tp = options.name or options.engine.model, options.engine.tp
+    worker = Worker(factory or functools.partial(open_ranked, options.engine), Counters(name), tp)
+    with listen(options.host, options.port) as listener:
+        host, port = listener.getsockname()[:2]
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"nanoinfra: {name} at {where}, once it is loaded", file=sys.stderr, flush=True)
+        Server(build(worker, name, options.api_key), options.drain).run(sockets=[listener])
+    if worker.failed:
+        raise ValueError(worker.failed)
+    return 0
+
+
+def open_ranked(options: EngineOptions, team: Team):
+    """The engine of one rank, in its own process."""
+    import torch
+
+    from nanoinfra.serve.engine import open_engine
+    torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) // options.tp))
+    engine = open_engine(options, team.mesh(options.tp))
+    if engine.text is None:
+        raise ValueError(f"{options.model} holds no tokenizer.json to talk with it; copy the one it was "
+                         "trained with into it")
+    return engine
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the port. Raises ValueError if it cannot be, before a model is loaded for nothing.
+
+    It says that it is TCP's: else asyncio leaves Nagle's algorithm on, and every answer takes 40 ms longer.
+    """
+    listener = None
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        return listener
+    except OSError as error:
+        if listener:
+            listener.close()
+        raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}; name another --host or "
+                         "--port; --port 0 finds one that is free") from error
+
+
+def _check_extra():
+    for package in NEEDS:
+        try:
+            __import__(package)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"the server needs the package {error.name}; "
+                             'pip install "nanoinfra[serve]"') from error

@@ -1,0 +1,106 @@
+"""One rank of the engine in a process of its own: hear commands, take a step, say what is new; again.
+
+Rank 0 talks with the API process, and shares each step's commands with the others, so that every rank runs
+the same requests through the same scheduler. While a step runs a thread listens, so the API never waits for
+the model. Started by worker.py, and dies with it.
+"""
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+
+from nanoinfra.model.text import Text
+from nanoinfra.serve.requests import Event
+from nanoinfra.serve.scheduler import QueueFull
+from nanoinfra.serve.team import Team
+from nanoinfra.train.rank import end_with_parent
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The engine is loaded: what the API must know of the model."""
+    info: dict                               # Engine.info()
+    text: Text
+    template: str | None = None              # chat template
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The engine cannot be loaded, and would not be the next time."""
+    why: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one turn of the loop has brought."""
+    stats: dict                              # Engine.stats(); "batch" is empty where nothing was computed
+    events: list[Event] = field(default_factory=list)
+    refused: list[tuple[str, int, str]] = field(default_factory=list)  # (request, HTTP status, why)
+    seconds: float = 0.0
+
+
+def main() -> None:
+    """Be the rank that the first message on pipe argv[1] says; further pipes lead to other ranks."""
+    end_with_parent()
+    for sign in (signal.SIGINT, signal.SIGTERM):             # meant for the API process, which lets work end
+        signal.signal(sign, signal.SIG_IGN)
+    pipe, *others = (Connection(int(descriptor)) for descriptor in sys.argv[1:])
+    rank, factory = pipe.recv()
+    team = Team(rank, others)
+    try:
+        engine = factory(team)
+    except ValueError as error:
+        return pipe.send(Failed(str(error)))
+    run(engine, team, pipe)
+
+
+def run(engine, team: Team, pipe: Connection) -> None:
+    """Turn until the pipe closes."""
+    inbox = None
+    if team.rank == 0:
+        pipe.send(Ready(engine.info(), engine.text, engine.template))
+        inbox = queue.SimpleQueue()
+        threading.Thread(target=_listen, args=(pipe, inbox), daemon=True).start()
+    while True:
+        step = turn(engine, team.share(inbox and _take(inbox, wait=not engine.busy)))
+        if inbox:
+            pipe.send(step)
+
+
+def turn(engine, commands: list[tuple]) -> Step:
+    """Obey `commands`, then take a step if there is work."""
+    refused = [no for command in commands if (no := _obey(engine, *command))]
+    begin, busy = time.monotonic(), engine.busy
+    events = engine.step() if busy else []
+    stats = engine.stats()
+    return Step(stats if busy else {**stats, "batch": []}, events, refused, time.monotonic() - begin)
+
+
+def _obey(engine, verb, value=None):
+    """("add", Request), ("abort", its id) or ("reset",): why not, if it cannot be."""
+    try:
+        {"add": engine.add, "abort": engine.abort, "reset": lambda _: engine.reset()}[verb](value)
+    except ValueError as error:
+        return value.id, 400, str(error)
+    except QueueFull as error:
+        return value.id, 429, str(error)
+
+
+def _listen(pipe, inbox):
+    try:
+        while True:
+            inbox.put(pipe.recv())
+    except (EOFError, OSError):                              # the API process is no more
+        os._exit(0)
+
+
+def _take(inbox, wait):
+    """All commands there are; at least one, if there is nothing else to do."""
+    commands = [inbox.get()] if wait else []
+    while not inbox.empty():
+        commands.append(inbox.get())
+    return commands

@@ -1,0 +1,96 @@
+"""A server for tests: the real app, worker and uvicorn, with the fake engine, on a port of its own."""
+import functools
+import re
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from nanoinfra.serve.counters import Counters
+from nanoinfra.serve.drain import Server
+from nanoinfra.serve.host import listen
+from nanoinfra.serve.server import build
+from nanoinfra.serve.worker import Worker
+from tests.serve.fake import fake
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = """
+import functools, sys
+from nanoinfra.serve.host import main
+from nanoinfra.serve.options import EngineOptions, ServeOptions
+from tests.serve.fake import fake
+options = ServeOptions(EngineOptions("fake", tp={tp}), port=0, drain={drain})
+sys.exit(main(options, functools.partial(fake, **{engine})))
+"""
+
+
+@contextmanager
+def serving(tp=1, key=None, hung=300.0, wait=True, factory=fake, **engine):
+    """(client, server) with `engine` for the fake's arguments; all is over when it is left."""
+    listener = listen("127.0.0.1", 0)
+    worker = Worker(functools.partial(factory, **engine), Counters("fake"), tp, hung)
+    server = Server(build(worker, "fake", key), limit=2.0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+            if wait:
+                until(lambda: client.get("/health").status_code == 200)
+            yield client, server
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@contextmanager
+def running(tp=1, drain=20.0, **engine):
+    """(process, client): what `nanoinfra serve` runs, in a process of its own."""
+    code = CODE.format(tp=tp, drain=drain, engine=engine)
+    with started([sys.executable, "-c", code]) as both:
+        yield both
+
+
+@contextmanager
+def started(command):
+    """(process, client) of a command that serves, once it is ready."""
+    with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE) as process:
+        try:
+            url = re.search(r"http://\S+\d", process.stderr.readline())[0]
+            with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+                until(lambda: client.get("/health").status_code == 200)
+                yield process, client
+        finally:
+            process.kill()
+
+
+def until(true, seconds=20.0):
+    """Wait for it. Raises TimeoutError."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if true():
+                return
+        except httpx.TransportError:         # before the port is open
+            pass
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {seconds} s")
+        time.sleep(0.01)
+
+
+def metric(client, name):
+    """The value of a metric without a further label, as Prometheus reads it."""
+    start = f'vllm:{name}{{model_name="fake"}}'
+    return next(float(line.split()[-1]) for line in client.get("/metrics").text.splitlines()
+                if line.startswith(start))
+
+
+def children(pid):
+    """Processes that this one has started."""
+    return [int(each) for each in Path(f"/proc/{pid}/task").glob("*/children")
+            for each in each.read_text().split()]

@@ -1,0 +1,178 @@
+"""Many clients at once, clients that go away, more than there is room for: nothing is lost or hangs."""
+import asyncio
+import json
+import os
+import random
+import signal
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.serve.host import children, metric, running, serving, until
+
+
+@asynccontextmanager
+async def asked(client, path, body=None):
+    """A reader of the answer, head and all; in the end the connection is closed, whatever has come."""
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    data = json.dumps(body).encode() if body else b""
+    head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    try:
+        yield reader
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+def body(i, tokens, **more):
+    return {"prompt": f"the prompt of {i} ", "max_tokens": tokens, "stream": True, **more}
+
+
+def expected(i, tokens):
+    prompt = f"the prompt of {i} "
+    return (prompt * (tokens // len(prompt) + 1))[:tokens]
+
+
+async def stream(client, i, tokens, leave=None):
+    """The text of a stream, which the client leaves after `leave` chunks; None where it shall come back."""
+    text, chunks, done = "", 0, False
+    async with asked(client, "/v1/completions", body(i, tokens)) as reader:
+        status = int((await reader.readline()).split()[1])
+        if status == 429:
+            return None
+        assert status == 200
+        while line := await reader.readline():
+            if line.startswith(b"data: {"):
+                text += json.loads(line[6:])["choices"][0]["text"]
+                chunks += 1
+            if leave is not None and chunks >= leave:
+                return text
+            done |= line.startswith(b"data: [DONE]")
+    assert done
+    return text
+
+
+async def health(client, times):
+    """Ask every 20 ms, for ever."""
+    while True:
+        begin = time.monotonic()
+        async with asked(client, "/health") as reader:
+            assert b" 200 " in await reader.read()
+        times.append(time.monotonic() - begin)
+        await asyncio.sleep(0.02)
+
+
+def is_empty(client):
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    until(lambda: not any(metric(client, name) for name in names))
+
+
+def test_two_hundred_streams_at_once():
+    """More than there are seats, in a pool too small for them: some wait, some are preempted."""
+    async def work():
+        return await asyncio.gather(*(stream(client, i, 24) for i in range(200)))
+    with serving(blocks=60, seats=32, budget=64) as (client, server):
+        assert asyncio.run(work()) == [expected(i, 24) for i in range(200)]
+        assert metric(client, "num_preemptions_total") > 0
+        is_empty(client)
+        assert not server.worker.jobs and not server.worker.watch.courses
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_goes_away_frees_what_it_held(streams):
+    async def ask(i):
+        async with asked(client, "/v1/completions", body(i, 480, stream=streams)) as reader:
+            await reader.read()
+
+    async def work():
+        asking = [asyncio.create_task(ask(i)) for i in range(3)]         # one runs, two wait
+        while len(server.worker.jobs) < 3 or not server.worker.stats.get("blocks_used"):
+            await asyncio.sleep(0.01)
+        for task in asking:
+            task.cancel()
+        await asyncio.wait(asking)
+    with serving(pause=0.005, seats=1) as (client, server):
+        asyncio.run(work())
+        until(lambda: not server.worker.jobs, 5)
+        is_empty(client)
+
+
+def test_too_much_is_a_429_and_the_rest_goes_on():
+    async def work():
+        return await asyncio.gather(*(stream(client, i, 20) for i in range(40)))
+    with serving(pause=0.002, seats=2, queue=4) as (client, _):
+        got = asyncio.run(work())
+        assert None in got and len(set(got)) > 3
+        assert all(text in (None, expected(i, 20)) for i, text in enumerate(got))
+        is_empty(client)
+
+
+def test_a_batch_of_which_one_is_refused_leaves_nothing():
+    with serving(queue=4, seats=1, pause=0.005) as (client, server):
+        got = client.post("/v1/completions", json={"prompt": ["ab"] * 9, "max_tokens": 50})
+        assert got.status_code == 429 and got.headers["Retry-After"] == "1"
+        assert got.json()["error"]["type"] == "rate_limit_error" and not server.worker.jobs
+        is_empty(client)
+
+
+def test_the_death_of_a_rank_is_an_error_and_the_server_goes_on():
+    with serving(tp=2, pause=0.01) as (client, server):
+        with client.stream("POST", "/v1/completions", json=body(1, 400)) as response:
+            begun = response.iter_lines()
+            next(begun)
+            os.kill(server.worker.life.processes[1].pid, signal.SIGKILL)
+            lines = [line for line in begun if line]
+        error = json.loads(lines[-2].removeprefix("data: "))["error"]
+        assert error["code"] == 503 and "SIGKILL" in error["message"] and lines[-1] == "data: [DONE]"
+        until(lambda: client.get("/health").status_code == 200)
+        again = client.post("/v1/completions", json=body(1, 3, stream=False)).json()
+        assert again["choices"][0]["text"] == "the"
+
+
+def test_while_it_loads_it_says_503():
+    with serving(factory=slow, wait=False) as (client, _):
+        until(lambda: client.get("/health").status_code == 503)
+        for got in (client.get("/v1/models"), client.post("/v1/completions", json=body(1, 3))):
+            assert got.status_code == 503 and got.headers["Retry-After"] and "being loaded" in got.text
+        assert client.get("/metrics").status_code == client.get("/").status_code == 200
+
+
+def slow(team):
+    time.sleep(60)
+
+
+def memory(pid):
+    """Resident bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.prove
+def test_two_thousand_requests_with_random_aborts():
+    draws, times = random.Random(0), []
+
+    async def one(i, gate):
+        async with gate:
+            tokens, leave = draws.randint(1, 60), draws.choice([None, None, draws.randint(0, 20)])
+            text, whole = await stream(client, i, tokens, leave), expected(i, tokens)
+            assert text == whole if leave is None else whole.startswith(text)
+
+    async def work(n):
+        watch, gate = asyncio.create_task(health(client, times)), asyncio.Semaphore(200)
+        await asyncio.gather(*(one(i, gate) for i in range(n)))
+        watch.cancel()
+        await asyncio.wait([watch])
+
+    with running(pause=0.01, blocks=200, seats=64, budget=256, queue=4096) as (process, client):
+        pids = [process.pid, *children(process.pid)]
+        asyncio.run(work(500))
+        before = [memory(pid) for pid in pids]
+        asyncio.run(work(2000))
+        grown = [memory(pid) - had for pid, had in zip(pids, before)]
+        p99 = sorted(times)[int(0.99 * len(times))]
+        print(f"/health: p99 {p99 * 1e3:.1f} ms of {len(times)}; API and engine grew by {grown} bytes")
+        is_empty(client)
+        assert p99 < 0.2 and max(grown) < 8 << 20
+        assert all(metric(client, f"request_{kind}_sum") > 0 for kind in ("queue_time_seconds", "params_n"))

@@ -1,0 +1,204 @@
+"""What clients may send, what the engine is asked then, and the shape of what they get; no server."""
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanoinfra.serve.answers import ChatAnswer, CompletionAnswer
+from nanoinfra.serve.errors import Refused
+from nanoinfra.serve.loop import Ready
+from nanoinfra.serve.protocol import HARMLESS, Chat, Completion, read, requests_of
+from nanoinfra.serve.requests import Event, Logprob, Sampling
+from tests.serve.fake import TEMPLATE, text
+
+READY = Ready({"context": 64, "vocab": 257}, text(), TEMPLATE)
+HI = [{"role": "user", "content": "hi"}]
+UNSUPPORTED = {
+    "best_of": 3, "suffix": "x", "response_format": {"type": "json_object"}, "tool_choice": "required",
+    "function_call": {"name": "f"}, "modalities": ["audio"], "audio": {}, "min_tokens": 4,
+    "use_beam_search": True, "length_penalty": 2, "stop_token_ids": [3], "bad_words": ["x"],
+    "allowed_token_ids": [1], "prompt_logprobs": 1, "truncate_prompt_tokens": 4, "guided_json": {},
+    "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "a", "structured_outputs": {},
+    "continue_final_message": True, "add_generation_prompt": False, "chat_template": "x",
+    "chat_template_kwargs": {"a": 1}, "documents": [{}], "skip_special_tokens": False,
+    "include_stop_str_in_output": True, "prompt_embeds": "x", "web_search_options": {}}
+
+
+def ids(said):
+    return READY.text.encode(said)
+
+
+def asked(kind, **body):
+    """The requests that a body becomes."""
+    return requests_of(read(kind, json.dumps(body).encode()), "name", READY)
+
+
+@pytest.mark.parametrize("prompt, want", [
+    ("ab", ["ab"]), (["ab", "c"], ["ab", "c"]), (ids("ab"), ["ab"]), ([ids("ab"), ids("c")], ["ab", "c"])])
+def test_a_prompt_has_four_forms(prompt, want):
+    requests = asked(Completion, prompt=prompt, n=3, max_tokens=2)
+    assert [(each.tokens, each.n, each.max_tokens) for each in requests] == [(ids(w), 3, 2) for w in want]
+    assert len({each.id for each in requests}) == len(want)
+
+
+def test_every_parameter_arrives():
+    request, = asked(Completion, prompt="ab", max_tokens=None, temperature=0.5, top_p=0.9, top_k=-1,
+                     min_p=0.1, presence_penalty=0.2, frequency_penalty=-0.3, repetition_penalty=1.1, seed=-7,
+                     logit_bias={"5": 2, "6": -100}, stop="x", ignore_eos=True, logprobs=3, echo=True,
+                     cache_salt="mine", user="me", never_heard_of_it=[1])
+    assert request.sampling == Sampling(0.5, 0, 0.9, 0.1, 0.2, -0.3, 1.1, {5: 2.0, 6: -100.0}, -7)
+    assert (request.max_tokens, request.stop, request.logprobs) == (16, ("x",), 3)
+    assert request.ignore_eos and request.echo and request.salt == "mine"
+
+
+def test_null_is_the_default():
+    names = [*Chat.model_fields, *HARMLESS]
+    assert asked(Chat, **{**dict.fromkeys(names), "messages": HI}) == asked(Chat, messages=HI)
+
+
+def test_a_chat_is_rendered_and_may_fill_the_context():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request, = asked(Chat, messages=[{"role": "system", "content": "be"}, {"role": "user", "content": parts},
+                                     {"role": "assistant", "content": None}], logprobs=True)
+    assert request.tokens == ids("s:be\nu:a\nb\na:\n")
+    assert request.max_tokens == 64 - len(request.tokens) and request.logprobs == 0
+    assert asked(Chat, messages=HI, logprobs=True, top_logprobs=4)[0].logprobs == 4
+    assert asked(Chat, messages=HI, max_tokens=3, max_completion_tokens=4)[0].max_tokens == 4
+    assert asked(Chat, messages=HI, max_tokens=3)[0].max_tokens == 3
+
+
+REFUSED = {
+    "no prompt": (Completion, {}, "prompt"),
+    "an empty prompt": (Completion, {"prompt": ""}, "no tokens"),
+    "no prompts": (Completion, {"prompt": []}, "prompt"),
+    "a prompt of both kinds": (Completion, {"prompt": [1, "a"]}, "token ids"),
+    "true for a token": (Completion, {"prompt": [True]}, "token ids"),
+    "a token that is none": (Completion, {"prompt": [257]}, "vocabulary of 257"),
+    "a negative token": (Completion, {"prompt": [-1]}, "vocabulary of 257"),
+    "a prompt too long": (Completion, {"prompt": "a" * 64, "max_tokens": 1}, "context of 64"),
+    "too many new tokens": (Completion, {"prompt": "a", "max_tokens": 64}, "at most 63"),
+    "no new tokens": (Completion, {"prompt": "a", "max_tokens": 0}, "at least 1"),
+    "n of 0": (Completion, {"prompt": "a", "n": 0}, "n 0"),
+    "a temperature below 0": (Completion, {"prompt": "a", "temperature": -1}, "temperature"),
+    "a temperature that is no number": (Completion, {"prompt": "a", "temperature": math.nan}, "temperature"),
+    "top_p of 0": (Completion, {"prompt": "a", "top_p": 0}, "top_p"),
+    "an empty stop string": (Completion, {"prompt": "a", "stop": ["x", ""]}, "stop"),
+    "stop strings that are none": (Completion, {"prompt": "a", "stop": {"a": 1}}, "stop"),
+    "a bias for a word": (Completion, {"prompt": "a", "logit_bias": {"word": 1}}, "logit_bias"),
+    "a bias for no token": (Completion, {"prompt": "a", "logit_bias": {"300": 1}}, "logit_bias"),
+    "a bias out of range": (Completion, {"prompt": "a", "logit_bias": {"3": 101}}, "logit_bias"),
+    "a seed out of range": (Completion, {"prompt": "a", "seed": 2 ** 63}, "seed"),
+    "too many log-probabilities": (Completion, {"prompt": "a", "logprobs": 101}, "logprobs"),
+    "no messages": (Chat, {"messages": []}, "messages"),
+    "a message without a role": (Chat, {"messages": [{"content": "a"}]}, "role"),
+    "a picture": (Chat, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text alone"),
+    "a role that the template refuses": (Chat, {"messages": [{"role": "odd"}]}, "no such role"),
+    "likeliest tokens without logprobs": (Chat, {"messages": HI, "top_logprobs": 2}, "logprobs: true"),
+    **{name: (Chat, {"messages": HI, name: value}, name) for name, value in UNSUPPORTED.items()}}
+
+
+@pytest.mark.parametrize("kind, body, says", REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_answered_is_refused_with_the_reason(kind, body, says):
+    with pytest.raises(Refused, match=says) as refused:
+        asked(kind, **body)
+    assert refused.value.status == 400
+
+
+def test_all_that_is_unsupported_is_tried():
+    assert UNSUPPORTED.keys() == HARMLESS.keys()
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"{", b"[1]", b"\xff", b'{"prompt": "\\ud800"}', b"[" * 100_000, b"1e999"])
+def test_what_is_no_json_object_is_refused(body):
+    with pytest.raises(Refused):
+        read(Completion, body)
+
+
+def test_a_model_without_a_template_says_what_to_use():
+    with pytest.raises(Refused, match="/v1/completions"):
+        requests_of(read(Chat, json.dumps({"messages": HI}).encode()), "name", Ready(READY.info, text()))
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+                    max_leaves=8)
+LIKELY = st.integers(-2, 70) | st.floats(-2, 2) | st.booleans() | st.text(max_size=5) | st.lists(
+    st.text(max_size=3) | st.integers(0, 300), max_size=3)
+NAMES = sorted({*Completion.model_fields, *Chat.model_fields, "tools"} | HARMLESS.keys())
+BODIES = st.dictionaries(st.sampled_from(NAMES), JSON | LIKELY, max_size=4).map(
+    lambda wrong: {"prompt": "a", "messages": HI, "max_tokens": 2} | wrong)
+
+
+@given(BODIES, st.sampled_from([Completion, Chat]))
+def test_any_json_is_a_question_or_a_400(body, kind):
+    try:
+        assert all(each.tokens for each in asked(kind, **body))
+    except Refused as refused:
+        assert refused.status == 400
+
+
+def answer(kind, form, **body):
+    question = read(kind, json.dumps(body).encode())
+    return form(question, "name", "model", requests_of(question, "name", READY), READY.text)
+
+
+def chunks(answer, events):
+    return [json.loads(said.removeprefix(b"data: ")) for event in events if (said := answer.chunk(event))]
+
+
+def test_a_stream_begins_with_the_role_and_ends_with_the_reason():
+    said = answer(Chat, ChatAnswer, messages=HI, stream=True)
+    got = chunks(said, [Event("name", tokens=[1]), Event("name", text="a", tokens=[2]),
+                        Event("name", text="b", tokens=[3], finish="stop")])
+    deltas = [each["choices"][0]["delta"] for each in got]
+    assert deltas == [{"role": "assistant", "content": "a"}, {"content": "b"}]
+    assert [each["choices"][0]["finish_reason"] for each in got] == [None, "stop"]
+    assert all(each["id"] == "name" and each["object"] == "chat.completion.chunk" for each in got)
+    assert "usage" not in got[0] and said.last() == b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_usage_comes_last_without_choices(always):
+    said = answer(Chat, ChatAnswer, messages=HI, stream=True,
+                  stream_options={"include_usage": True, "continuous_usage_stats": always})
+    got, = chunks(said, [Event("name", text="a", tokens=[1, 2], cached=99)])
+    last, done, _ = said.last().split(b"\n\n")
+    last = json.loads(last.removeprefix(b"data: "))
+    assert last["choices"] == [] and done == b"data: [DONE]"
+    assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7,
+                             "prompt_tokens_details": {"cached_tokens": 5}}
+    assert got["usage"] == (last["usage"] if always else None)
+
+
+def test_choices_of_several_prompts_are_in_order():
+    said = answer(Completion, CompletionAnswer, prompt=["a", "b"], n=2, echo=True, max_tokens=2)
+    events = [Event(f"name-{p}", i, f"{p}{i}", [1], finish="length") for i in (1, 0) for p in (1, 0)]
+    got = said.object([Event("name-1", 1, "first", [2]), *events])
+    assert [each["text"] for each in got["choices"]] == ["a00", "a01", "b10", "bfirst11"]
+    assert [each["index"] for each in got["choices"]] == [0, 1, 2, 3]
+    assert got["usage"]["completion_tokens"] == 5
+
+
+def test_log_probabilities_of_prompt_and_answer():
+    said = answer(Completion, CompletionAnswer, prompt="ab", echo=True, logprobs=2)
+    a, b = ids("ab")
+    strange = ids("é")[0]                    # half a character
+    prompt = [Logprob(a, None), Logprob(b, -1.0, [(a, -0.5), (b, -1.0)])]
+    made = [Logprob(a, -math.inf, [(strange, 0.0), (strange + 1, -1.0)])]
+    got, = said.object([Event("name-0", 0, "a", [a], made, prompt, finish="length")])["choices"]
+    assert got["text"] == "aba"
+    assert got["logprobs"] == {
+        "tokens": ["a", "b", "a"], "text_offset": [0, 1, 2], "token_logprobs": [None, -1.0, -9999.0],
+        "top_logprobs": [None, {"a": -0.5, "b": -1.0}, {"\ufffd": 0.0, "a": -9999.0}]}
+
+
+def test_log_probabilities_of_a_chat():
+    said = answer(Chat, ChatAnswer, messages=HI, logprobs=True, top_logprobs=1)
+    a, half = ids("a")[0], ids("é")[0]
+    got = said.object([Event("name", 0, "a", [a], [Logprob(a, -0.5, [(half, -0.25)])], finish="stop")])
+    assert got["choices"][0]["logprobs"]["content"] == [
+        {"token": "a", "logprob": -0.5, "bytes": [97],
+         "top_logprobs": [{"token": "\ufffd", "logprob": -0.25, "bytes": None}]}]

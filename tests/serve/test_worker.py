@@ -1,0 +1,203 @@
+"""The engine's processes: they start, die and start again, and whoever waits hears of it."""
+import asyncio
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nanoinfra.serve.counters import Counters
+from nanoinfra.serve.errors import Refused
+from nanoinfra.serve.requests import Request
+from nanoinfra.serve.worker import Worker
+from tests.serve.fake import Fake, fake, text
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def ids(said):
+    return text().encode(said)
+
+
+def following(team, **options):
+    """A fake engine whose step waits for all ranks, as a collective does."""
+    engine = Fake(**options)
+    step = engine.step
+
+    def together():
+        team.share()
+        return step()
+    engine.step = together
+    return engine
+
+
+def unloadable(team):
+    raise ValueError("no such model; name another")
+
+
+def crashing(team):
+    os._exit(7)
+
+
+@contextlib.asynccontextmanager
+async def working(factory=fake, world=1, hung=300.0, **options):
+    worker = Worker(functools.partial(factory, **options), Counters("fake"), world, hung)
+    worker.start()
+    try:
+        await reaches(worker, "ready", "failed")
+        yield worker
+    finally:
+        worker.stop()
+
+
+async def reaches(worker, *states):
+    async with asyncio.timeout(20):
+        while worker.state not in states:
+            await asyncio.sleep(0.005)
+
+
+async def said(job):
+    texts = {}
+    async for event in job:
+        texts[event.request, event.index] = texts.get((event.request, event.index), "") + event.text
+    return texts
+
+
+def pids(worker):
+    return [process.pid for process in worker.life.processes]
+
+
+def is_there(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_all_ranks_answer_together(world):
+    async def run():
+        async with working(following, world) as worker:
+            got = await said(worker.submit([Request("a", ids("ab"), max_tokens=4, n=2),
+                                            Request("b", ids("xyz"), max_tokens=2)]))
+            assert got == {("a", 0): "abab", ("a", 1): "abab", ("b", 0): "xy"}
+            assert not worker.jobs and worker.stats["blocks_used"] == 0
+            return pids(worker)
+    left = asyncio.run(run())
+    assert len(left) == world and not any(map(is_there, left))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_death_of_a_rank_is_an_error_and_a_restart(rank):
+    async def run():
+        async with working(following, 2, pause=0.01) as worker:
+            job = worker.submit([Request("a", ids("ab"), max_tokens=400)])
+            await anext(job)
+            before = pids(worker)
+            os.kill(before[rank], signal.SIGKILL)
+            with pytest.raises(Refused, match="of the engine") as refused:
+                await said(job)
+            assert refused.value.status == 503 and worker.state == "restarting"
+            with pytest.raises(Refused, match="of the engine"):
+                worker.submit([Request("b", ids("ab"))])
+            await reaches(worker, "ready")
+            assert await said(worker.submit([Request("c", ids("ab"), max_tokens=2)])) == {("c", 0): "ab"}
+            assert not any(map(is_there, before))
+    asyncio.run(run())
+
+
+def test_a_rank_that_hangs_is_started_again():
+    async def run():
+        async with working(following, 2, hung=0.3, pause=0.01) as worker:
+            job = worker.submit([Request("a", ids("ab"), max_tokens=400)])
+            os.kill(pids(worker)[1], signal.SIGSTOP)
+            with pytest.raises(Refused, match="said nothing for 0.3 s"):
+                await said(job)
+            await reaches(worker, "ready")
+    asyncio.run(run())
+
+
+def test_an_idle_engine_does_not_hang():
+    async def run():
+        async with working(hung=0.05) as worker:
+            before = pids(worker)
+            await asyncio.sleep(0.3)
+            assert worker.state == "ready" and pids(worker) == before
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("factory, says", [
+    (unloadable, "no such model; name another"), (crashing, "ended with 7")])
+def test_an_engine_that_cannot_be_loaded_is_not_tried_twice(factory, says):
+    async def run():
+        async with working(factory) as worker:
+            assert worker.state == "failed" and says in worker.failed
+            with pytest.raises(Refused, match=says):
+                worker.submit([Request("a", ids("ab"))])
+    asyncio.run(run())
+
+
+def test_what_the_engine_refuses_has_a_status():
+    async def run():
+        async with working(queue=1, seats=1, pause=0.01) as worker:
+            jobs = [worker.submit([Request(name, ids("ab"), max_tokens=20)]) for name in "abc"]
+            with pytest.raises(Refused, match="wait") as refused:
+                await said(jobs[2])
+            assert refused.value.status == 429
+            with pytest.raises(Refused, match="n = 2") as refused:
+                await said(worker.submit([Request("d", ids("ab"), n=2)]))
+            assert refused.value.status == 400
+            assert await said(jobs[0]) == {("a", 0): "ab" * 10}
+    asyncio.run(run())
+
+
+def test_who_is_given_up_frees_what_it_held():
+    async def run():
+        async with working(pause=0.005) as worker:
+            job = worker.submit([Request("a", ids("ab"), max_tokens=400, n=2), Request("b", ids("ab"))])
+            await anext(job)
+            job.close()
+            job.close()
+            assert not worker.jobs and not worker.watch.courses
+            async with asyncio.timeout(5):
+                while worker.stats["blocks_used"]:
+                    await asyncio.sleep(0.005)
+            assert b'finished_reason="abort",model_name="fake"} 2.0' in worker.watch.text()
+    asyncio.run(run())
+
+
+def test_stopping_while_it_loads_leaves_nothing():
+    async def run():
+        worker = Worker(functools.partial(fake), Counters("fake"), 2)
+        worker.start()
+        worker.stop()
+        worker.stop()
+        assert worker.state == "stopped"
+    before = threading.active_count()
+    asyncio.run(run())
+    assert threading.active_count() == before
+
+
+def test_ranks_die_with_the_api_process():
+    code = ("import asyncio, functools, time\nfrom tests.serve.test_worker import *\n"
+            "async def run():\n"
+            "    async with working(world=2) as worker:\n"
+            "        print(*pids(worker), flush=True)\n"
+            "        await asyncio.sleep(60)\n"
+            "asyncio.run(run())")
+    start = [sys.executable, "-c", code]
+    with subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        ranks = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(ranks) == 2 and all(map(is_there, ranks))
+        parent.kill()
+    end = time.monotonic() + 5
+    while any(map(is_there, ranks)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not any(map(is_there, ranks))
