@@ -61,3 +61,8 @@ def test_extract_takes_every_exercise_of_a_percent_file(course):
     (file,) = exercise.extract(source, course)
     assert list(exercise.sections(file.read_text())) == ["a", "b"]
     assert exercise.load(file).b() == 2
+
+
+def test_a_decorated_function_is_the_students_all_the_same(course):
+    file = exercise.export("L15", "import torch\n\n\n@torch.no_grad()\ndef generate(x):\n    return x\n")
+    assert exercise.source_of(exercise.load(file).generate) == "work/L15.py"
