@@ -1,8 +1,8 @@
 """Paged attention: keys and values of all sequences in one pool of blocks, found through block tables.
 
 A step's tokens are one row, (1, N): first those of sequences with one token to compute, then longer chunks.
-For the first, all their blocks are gathered, a head's together, so that two batched products do the rest,
-padded to the longest; a chunk sees its own tokens and the blocks before by the plain core. The pool holds
+For the first, all their blocks are gathered, a head's together and padded to the longest, so that one call
+attends for all; a chunk sees its own tokens and the blocks before by the plain core. The pool holds
 2 L KV K numbers a token. It is what a decoder takes as `cache`: paging is a property of the call, not of the
 model. PagedAttention: Kwon et al. 2023.
 N tokens of the step, H query heads, KV key heads, G = H/KV, K head_dim, S keys, B sequences, p block size.
@@ -10,6 +10,7 @@ N tokens of the step, H query heads, KV key heads, G = H/KV, K head_dim, S keys,
 import math
 
 import torch
+import torch.nn.functional as F
 
 from nanoinfra.model.attention import sdpa
 from nanoinfra.model.decoder import Decoder
@@ -58,17 +59,16 @@ class PagedKV:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def _attend_ones(self, memory, q, slopes):
-        index, bias, places = self.ones
-        B, K = bias.shape[0], q.shape[-1]
-        both = memory.flatten(0, 1).flatten(1).index_select(0, index).view(2, self.KV, B, -1, K)
-        keys, values = both                                                              # (KV, B, S, K)
-        queries = q[0, :, :B].unflatten(0, (self.KV, -1)).transpose(1, 2)                # (KV, B, G, K)
-        scores = (queries @ keys.mT) * (1 / math.sqrt(K)) + bias                         # (KV, B, G, S)
+        """A head's G queries are taken for a sequence's, each of which sees all its keys."""
+        index, mask, places = self.ones                                                  # (B, 1, 1, S)
+        queries = q[0, :, :len(mask)].unflatten(0, (self.KV, -1)).permute(2, 0, 1, 3)    # (B, KV, G, K)
+        both = memory.flatten(0, 1).flatten(1).index_select(0, index)
+        keys, values = both.view(2, self.KV, len(mask), -1, q.shape[-1]).transpose(1, 2)  # (B, KV, S, K)
         if slopes is not None:
-            steep = torch.tensor(slopes, dtype=wide(q.dtype), device=q.device).view(self.KV, 1, -1, 1)
-            scores = scores + steep * places
-        y = scores.softmax(-1, wide(q.dtype)).to(q.dtype) @ values                       # (KV, B, G, K)
-        return y.transpose(1, 2).reshape(1, -1, B, K)                                    # (1, H, B, K)
+            steep = torch.tensor(slopes, dtype=wide(q.dtype), device=q.device).view(self.KV, -1, 1)
+            mask = (mask + steep * places).to(q.dtype)                                   # (B, KV, G, S)
+        y = F.scaled_dot_product_attention(queries, keys, values, mask)                  # (B, KV, G, K)
+        return y.flatten(1, 2).transpose(0, 1)[None]                                     # (1, H, B, K)
 
     def _gathering(self, ones):
         """For [(table, S)]: rows of the pool, head by head; -inf past each one's end; key places less S."""
@@ -79,9 +79,9 @@ class PagedKV:
         index = (heads[:, None] + tables).flatten()                                      # (2 KV B blocks,)
         ends = self._tensor([[S] for _, S in ones])                                      # (B, 1)
         places = torch.arange(longest * self.size, device=tables.device) - ends          # (B, S)
-        bias = torch.zeros(places.shape, dtype=self.pool.dtype, device=tables.device)
-        bias.masked_fill_(places >= 0, -math.inf)
-        return index, bias[:, None], places[:, None]                                     # (B, 1, S)
+        mask = torch.zeros(places.shape, dtype=self.pool.dtype, device=tables.device)
+        mask.masked_fill_(places >= 0, -math.inf)
+        return index, mask[:, None, None], places[:, None, None]                         # (B, 1, 1, S)
 
     def _chunks(self, work, begin):
         """(first row, sequences, tokens of each, blocks or None, keys), prompts of one length together."""
