@@ -104,7 +104,7 @@ def test_check_says_what_is_missing_and_runs_nothing(lab, capsys):
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["76"], "there is no lab '76', but 06, 07, 08, 10, 77 in lessons/labs"),
+    (["76"], "there is no lab '76', but 06, 07, 08, 10, 16, 77 in lessons/labs"),
     (["77", "--break", "x"], "lab 77 knows no break 'x'; there are doubled, harmless"),
     (["77", "--model", "huge"], "lab 77 knows no model 'huge'; there are nano, test"),
     ([], "make lab L=08 N=4"),

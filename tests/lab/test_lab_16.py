@@ -1,0 +1,92 @@
+"""Lab 16: counts are the formulas' on any number of ranks, and each break turns its own rows red."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanoinfra.dist.mesh import Mesh
+from nanoinfra.formulas import paging
+from nanoinfra.lab import run
+from nanoinfra.lab.predict import predict
+
+ROOT = Path(__file__).parents[2]
+PROMPTLY = {f"{what}_{way}" for what in ("steps", "calls") for way in ("orca", "pages")}
+BYTES = {"bytes_static", "bytes_orca", "bytes_pages"}
+prove = pytest.mark.prove
+
+
+def small():
+    """The lab, of fewer requests than a class has, each served once."""
+    lab = run.find("16")
+    lab.JOBS, lab.REPEATS = lab.JOBS[:10], 1
+    lab.TRACE = lab.numbers(lab.JOBS)
+    return lab
+
+
+def measured(broken):
+    import torch.distributed as dist
+    return small().measure(Mesh(dp=dist.get_world_size()), "test", broken)
+
+
+def test_it_takes_predictions_beside_those_of_its_lesson(course, capsys):
+    for key, unit in run.find("16").PREDICTIONS.items():
+        predict(key, 1, unit)
+    assert run.main(["16", "--check"]) == 0
+    assert "12 of 12 predictions made" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n, broken, exposed", [
+    (1, "", set()), (2, "", set()), (2, "no-cache", BYTES), (2, "all-heads", {"memory"}),
+    pytest.param(2, "batches-after-all", PROMPTLY, marks=prove),
+    pytest.param(2, "coarse-blocks", {"waste_pages"}, marks=prove),
+    pytest.param(1, "batches-after-all", {"steps_orca", "steps_pages"}, marks=prove),
+    pytest.param(1, "coarse-blocks", {"waste_pages"}, marks=prove),
+    pytest.param(4, "all-heads", {"memory"}, marks=prove), pytest.param(4, "", set(), marks=prove),
+    pytest.param(8, "", set(), marks=prove), pytest.param(8, "no-cache", BYTES, marks=prove)])
+def test_it_counts_what_the_formulas_say_unless_it_is_broken(ranks, n, broken, exposed):
+    lab = small()
+    want = lab.expect(n, "test")
+    assert set(want) == set(lab.PREDICTIONS)
+    for got in ranks(n).run(measured, broken):
+        assert {key for key in want if got[key].value != want[key]} == {f"L16.lab_{key}" for key in exposed}
+        assert {key for key, m in got.items() if m.kind == "counted"} == set(want)
+        assert {key for key, m in got.items() if m.kind == "timed"} == {
+            f"L16.lab_speed_{way}" for way in lab.WAYS}
+
+
+def test_nobody_waits_for_a_page_be_blocks_as_large_again():
+    lab = run.find("16")
+    for size in (lab.SIZE, 2 * lab.SIZE):
+        assert paging.peak_blocks(lab.TRACE, size) <= lab.PLACES // size
+
+
+def test_the_numbers_of_the_handout():
+    lab, text = run.find("16"), (ROOT / "lessons" / "labs" / "16.md").read_text()
+    for n in (1, 2, 4, 8):
+        want = {key.removeprefix("L16.lab_"): value for key, value in lab.expect(n, "nano").items()}
+        for key, value in want.items():
+            assert f"{value:,}" in text, (n, key)
+
+
+@pytest.mark.parametrize("model", run.find("16").MODELS)
+def test_every_size_can_be_cut_eight_times(model):
+    from nanoinfra.formulas.tensor import check_heads
+    for n in (1, 2, 4, 8):
+        check_heads(run.find("16").shape(model), n)
+
+
+@prove
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_under_torchrun_it_prints_once_and_hands_in(course, n):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
+               "-m", "nanoinfra.lab.run", "16"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("0 of 12 predictions made") == 1
+    handed = json.loads((course / "work" / "lab16.json").read_text())
+    assert list(handed["runs"]) == [f"nano on {n} rank{'s' if n > 1 else ''}, cpu"]

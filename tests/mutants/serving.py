@@ -1,0 +1,327 @@
+"""Known-wrong servers: stale pages, blocks freed twice, hits too long, one seed for all, stops that leak.
+
+`serve` runs rounds of requests through the real engine; a mutant of the library is patched in while it runs.
+"""
+import functools
+import math
+import random
+
+import torch
+import torch.nn.functional as F
+
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.mutants import Mutant, patched
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.serve.blocks import Blocks, chain
+from nanoinfra.serve.engine import Engine
+from nanoinfra.serve.generate import generate
+from nanoinfra.serve.paged import PagedKV
+from nanoinfra.serve.requests import Request, Sampling
+from nanoinfra.serve.sampler import Sampler
+from nanoinfra.serve.scheduler import Scheduler
+from nanoinfra.serve.writer import Writer
+
+CONFIG = ModelConfig(vocab=97, width=24, layers=2, heads=4, kv_heads=2, head_dim=6, hidden=40, context=64)
+GREEDY, NEW, SEEDS = Sampling(temperature=0), 8, (0, 10, 20)
+serving = Check("serving")
+torch.set_num_threads(1)                     # in products as small as these, a second one is only waited for
+
+
+class Letters:
+    """A text of tokens: a letter each."""
+    ends = frozenset()
+
+    def decode(self, ids):
+        return "".join(chr(200 + token) for token in ids)
+
+
+@functools.cache
+def model(seed=0):
+    """float64; weights so wide that logits differ."""
+    net, draws = Decoder(CONFIG), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.uniform_(-0.4 if parameter.dim() > 1 else 0.5, 0.4 if parameter.dim() > 1 else 1.5,
+                               generator=draws)
+    return net.double()
+
+
+def prompt(seed, n):
+    return random.Random(seed).choices(range(CONFIG.vocab), k=n)
+
+
+def alone(tokens, new=NEW, weights=0, **how):
+    """What a request says that nobody else is beside."""
+    return list(generate(model(weights), tokens, new, **how))
+
+
+def ask(name, tokens, new=NEW, sampling=GREEDY, **more):
+    return Request(name, tokens, sampling, max_tokens=new, **more)
+
+
+def serve(rounds, text=None, renew=False, kind=Engine, **how):
+    """Each of `rounds`, requests that come together, runs to its end on one engine: what became of them.
+
+    tokens {(request, index): ids}, shown {the same: text}, and what the books of the blocks did not agree on.
+    `renew`: new weights between the rounds.
+    """
+    engine, tokens, shown, books = kind(model(0), text, **{"blocks": 40, "size": 4} | how), {}, {}, []
+    for i, requests in enumerate(rounds):
+        if renew and i:
+            engine.model = model(i)
+            engine.reset()
+        for request in requests:
+            engine.add(request)
+        while engine.busy:
+            for event in engine.step():
+                tokens.setdefault((event.request, event.index), []).extend(event.tokens)
+                shown[event.request, event.index] = shown.get((event.request, event.index), "") + event.text
+            tables = [each.table for each in (*engine.scheduler.running, *engine.scheduler.waiting)]
+            try:
+                engine.blocks.check(tables)
+            except AssertionError as error:
+                books.append(str(error))
+        if engine.blocks.used:
+            books.append(f"{engine.blocks.used} blocks are held, and nobody is here")
+    return {"tokens": tokens, "shown": shown, "books": books}
+
+
+@serving.criterion("a stop string is not shown, nor a part of it", "property")
+def _(subject):
+    tokens = prompt(5, 5)
+    text = Letters().decode(alone(tokens, 12))
+    stops = {"none": (), "at once": (text[0],), "of one": (text[4],), "of two": (text[3:5],),
+             "of four": (text[5:9],), "of two that end alike": (text[3] + "x", text[3:6])}
+    shown = {name: subject([[ask("r", tokens, 12, stop=stop)]], Letters())["shown"]["r", 0]
+             for name, stop in stops.items()}
+    for name, stop in stops.items():
+        whole = shown["none"]
+        want = whole[:min((at for each in stop if (at := whole.find(each)) >= 0), default=None)]
+        if shown[name] != want:
+            raise Wrong(f"stop {name}: {shown[name]!r} is shown of {whole!r}, want {want!r}")
+
+
+@serving.criterion("every block is given back once, by each that held it", "property")
+def _(subject):
+    tokens = prompt(7, 12)
+    sharing = [ask("a", tokens, 2), ask("b", [*tokens, 1], 9), ask("c", tokens, 5)]
+    for rounds in ([[ask("first", tokens)], sharing], [[ask("r", tokens, n=3), ask("s", prompt(8, 5), 3)]]):
+        if books := subject(rounds, blocks=14)["books"]:
+            raise Wrong(f"{books[0]}: given back for somebody else, or twice, or not at all?")
+
+
+@serving.criterion("requests side by side say what each says alone", "parity")
+def _(subject):
+    for seed in SEEDS:
+        _says(subject, [{f"r{i}": prompt(seed + i, 3 + 2 * i) for i in range(6)}])
+
+
+@serving.criterion("a chunk sees no later token, and all earlier ones", "parity")
+def _(subject):
+    for seed in SEEDS:
+        _says(subject, [{f"r{i}": prompt(seed + i, 13 + i) for i in range(3)}], budget=5)
+
+
+@serving.criterion("a block that is taken again is not what it was", "parity")
+def _(subject):
+    for seed in SEEDS:
+        first, other = prompt(seed, 9), prompt(seed + 1, 17)
+        _says(subject, [{"first": first}, {"other": other}, {"first again": first}], blocks=6)
+
+
+@serving.criterion("new weights read nothing that the old ones wrote", "parity")
+def _(subject):
+    for seed in SEEDS:
+        _says(subject, [{"old": prompt(seed, 9)}, {"new": prompt(seed, 9)}], renew=True)
+
+
+@serving.criterion("a prompt that is known says what it says alone", "parity")
+def _(subject):
+    for seed in SEEDS:
+        tokens, other = prompt(seed, 12), prompt(seed + 1, 6)
+        _says(subject, [{"first": tokens}, {"whole": tokens, "longer": [*tokens, 1, 2], "other": other}])
+        _says(subject, [{"first": tokens}, {"from its middle": [*tokens[4:], 3]}])
+
+
+@serving.criterion("forks go on from their prompt", "parity")
+def _(subject):
+    for seed in SEEDS:
+        _says(subject, [{"r": prompt(seed, 10)}], n=3)
+
+
+@serving.criterion("each draws from a seed of its own", "parity")
+def _(subject):
+    how, asked = {"temperature": 1.3, "seed": 11}, {f"r{i}": prompt(i, 4 + i) for i in range(4)}
+    drawn = Sampling(**how)
+    got = subject([[ask(name, tokens, sampling=drawn) for name, tokens in asked.items()]])["tokens"]
+    for name, tokens in asked.items():
+        if got[name, 0] != (want := alone(tokens, **how)):
+            raise Wrong(f"{name}, seed 11, beside three others draws {got[name, 0]}, alone {want}")
+    forks = subject([[ask("r", asked["r0"], sampling=drawn, n=3)]])["tokens"]
+    if len({tuple(each) for each in forks.values()}) < 3:
+        raise Wrong(f"n = 3 draws {list(forks.values())}: want three that differ")
+
+
+def _says(subject, rounds, n=1, renew=False, **how):
+    """All in `rounds`, {name: its prompt} each, say n times what they say alone."""
+    asked = [[ask(name, tokens, n=n) for name, tokens in each.items()] for each in rounds]
+    got = subject(asked, renew=renew, **how)["tokens"]
+    for i, each in enumerate(rounds):
+        for name, tokens in each.items():
+            want = alone(tokens, weights=i if renew else 0)
+            for index in range(n):
+                if got[name, index] != want:
+                    raise Wrong(f"{name} ({index} of {n}, round {i}) says {got[name, index]}, alone {want}")
+
+
+class NeverForgets(Blocks):                  # the contents of a block that is taken again stay known
+    def take(self):
+        block, _ = self.free.popitem(last=False)
+        self.holders[block] = 1
+        return block
+
+
+def of_its_own_tokens(keys, tokens, size):
+    """As if a block's keys and values were made of its own tokens alone."""
+    begins = range(size * (len(keys) - 1), len(tokens) - size + 1, size)
+    keys += [repr(tokens[begin:begin + size]).encode() for begin in begins]
+
+
+class HitsTheWholePrompt(Scheduler):         # nothing is left to compute, and nothing has logits
+    def _admit(self, left, plan):
+        sequence, size = self.waiting[0], self.blocks.size
+        chain(sequence.keys, sequence.tokens, size)
+        known = self.blocks.find(sequence.keys[1:1 + len(sequence.tokens) // size])
+        for block in known:
+            self.blocks.share(block)
+        sequence.table, sequence.computed = list(known), size * len(known)
+        count = min(left, len(sequence.tokens) - sequence.computed)
+        if not self._grow(sequence, count, plan):
+            self._release(sequence)
+            return None
+        self.waiting.popleft()
+        self.running.append(sequence)
+        sequence.hit = sequence.computed
+        return sequence, sequence.computed, count
+
+
+class FreesForAll(Blocks):                   # for whoever still reads it, too
+    def give_back(self, table):
+        for block in reversed(table):
+            self.holders[block] = max(0, self.holders[block] - 1)
+            self.free[block] = None
+
+
+class GivesBackTwice(Blocks):
+    def give_back(self, table):
+        super().give_back(table)
+        super().give_back([block for block in table if self.holders[block]])
+
+
+class KeepsTheLast(Blocks):
+    def give_back(self, table):
+        super().give_back(table[:-1])
+
+
+class OneForAll(Sampler):
+    draws = torch.Generator().manual_seed(11)
+
+    def __init__(self, how, seed, index=0):
+        super().__init__(how, seed, index)
+        del self.draws                       # the class's
+
+
+class SameForAllForks(Sampler):
+    def __init__(self, how, seed, index=0):
+        super().__init__(how, seed, 0)
+
+
+class HoldsNothing(Writer):
+    def _show(self, new, last):
+        return super()._show(new, True)
+
+
+class ShowsTheStop(Writer):
+    def _show(self, new, last):
+        before, whole = self.stopped, self.held + new
+        text = super()._show(new, last)
+        stop = next((stop for stop in self.stop if whole[len(text):].startswith(stop)), "")
+        return text + (stop if self.stopped and not before else "")
+
+
+class ShowsWhatItHeld(Writer):               # where one has come, too
+    def push(self, token):
+        text = super().push(token)
+        if self.stopped:
+            self.held = self.stop[0][:1]
+        return text
+
+    def finish(self):
+        return self.held
+
+
+class CopiesNothing(PagedKV):                # a block that others read is written to after all
+    def begin(self, plan):
+        plan.copies.clear()
+        return super().begin(plan)
+
+
+class BeginsEachChunkAt0(PagedKV):
+    def begin(self, plan):
+        work, tokens, places = super().begin(plan)
+        at = 0
+        for _, first, count in work:
+            if count > 1:
+                places[0, at:at + count] -= first
+            at += count
+        return work, tokens, places
+
+
+class ReadsPastTheEnd(PagedKV):              # what was in a block before
+    def _gathering(self, ones):
+        index, bias, places = super()._gathering(ones)
+        return index, bias.masked_fill(bias == -math.inf, 0.0), places
+
+
+class ForgetsToForget(Engine):
+    def reset(self):
+        pass
+
+
+def looks_ahead(q, k, v, slopes=None):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] == k.shape[2], enable_gqa=True)
+
+
+def aligns_at_the_start(q, k, v, slopes=None):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+STOP, BOOKS, BESIDE, CHUNK, STALE, NEWER, KNOWN, FORKS, SEED = (c.name for c in serving.criteria)
+VARIANTS = {
+    "a page is still known by what it held": (NeverForgets, STALE),
+    "a page is read past its sequence's end": (ReadsPastTheEnd, BESIDE),
+    "a hit covers the full prompt": (HitsTheWholePrompt, KNOWN),
+    "a shared block is freed with its first holder": (FreesForAll, BOOKS),
+    "a shared block is given back twice": (GivesBackTwice, BOOKS),
+    "a last block is never given back": (KeepsTheLast, BOOKS),
+    "one seed for the whole batch": (OneForAll, SEED),
+    "one seed for all forks": (SameForAllForks, SEED),
+    "the beginning of a stop string leaks": (HoldsNothing, STOP),
+    "a stop string is shown": (ShowsTheStop, STOP),
+    "what was held is shown after a stop": (ShowsWhatItHeld, STOP),
+    "a fork writes where others read": (CopiesNothing, FORKS),
+    "each chunk begins at place 0": (BeginsEachChunkAt0, CHUNK),
+}
+ENGINES = "nanoinfra.serve.engine"
+MUTANTS = [
+    *(Mutant(name, serving, patched(serve, f"{ENGINES}:{kind.__base__.__name__}", kind), rejected_by)
+      for name, (kind, rejected_by) in VARIANTS.items()),
+    Mutant("an acausal mask in a chunk", serving,
+           patched(serve, "nanoinfra.serve.paged:sdpa", looks_ahead), CHUNK),
+    Mutant("a chunk's mask begins at key 0", serving,
+           patched(serve, "nanoinfra.serve.paged:sdpa", aligns_at_the_start), CHUNK),
+    Mutant("a page is known by its own tokens alone", serving,
+           patched(serve, "nanoinfra.serve.scheduler:chain", of_its_own_tokens), KNOWN),
+    Mutant("old weights' keys stay known", serving, functools.partial(serve, kind=ForgetsToForget), NEWER),
+]
