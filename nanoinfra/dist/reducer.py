@@ -117,7 +117,8 @@ class Bucket:
 
     def put(self, param):
         """Lay the gradient in its column, or add it to what is there; the last ranks may have fewer rows."""
-        column, grad, param.grad = self.columns[param], param.grad.reshape(-1), None
+        column, grad, param.grad = self.columns[param], param.grad, None
+        grad = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
         if grad.numel() < column.numel():
             grad = F.pad(grad, (0, column.numel() - grad.numel()))
         rows = grad.view(column.shape)                                   # (N, piece)

@@ -74,8 +74,7 @@ class DataParallel:
         if self.launched > self.buckets.index(bucket):
             raise RuntimeError(f"a gradient of shape {list(p.shape)} came after its bucket had left: a "
                                'module is used twice under recompute; use how="buckets", or ZeRO')
-        into = bucket.views[p]
-        into.add_(p.grad) if p in bucket.filled else into.copy_(p.grad)
+        add(p.grad, bucket.views[p], first=p not in bucket.filled)
         p.grad = None
         bucket.filled.add(p)
         bucket.waiting.discard(p)
@@ -88,6 +87,17 @@ class DataParallel:
             bucket.views[p].zero_()
         bucket.pending = comm.all_reduce(bucket.flat, self.axis, "grads", wait=False)
         self.launched += 1
+
+
+def add(grad: torch.Tensor, into: torch.Tensor, first: bool) -> None:
+    """`grad` into its place. An embedding's is sparse: rows, of which the same may come twice."""
+    if grad.is_sparse:
+        into = into.zero_() if first else into
+        into.index_add_(0, grad._indices()[0], grad._values().to(into.dtype))
+    elif first:
+        into.copy_(grad)
+    else:
+        into.add_(grad)
 
 
 class Bucket:

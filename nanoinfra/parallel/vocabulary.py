@@ -68,7 +68,10 @@ def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of `weight` (n, C) at `places`; zeros at places that are not in it."""
+    """Rows of `weight` (n, C) at `places`; zeros at places that are not in it.
+
+    The gradient is sparse, the rows that were looked up: of V rows few are in a micro-batch.
+    """
 
     @staticmethod
     def forward(ctx, places, weight):
@@ -81,8 +84,9 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         places, = ctx.saved_tensors
-        rows = torch.ops.aten.embedding_dense_backward(grad, places, ctx.n + 1, ctx.n, False)  # n is skipped
-        return None, rows[:ctx.n]
+        mine = places < ctx.n
+        rows, shape = grad[mine], (ctx.n, grad.shape[-1])                    # (tokens that are mine, C)
+        return None, torch.sparse_coo_tensor(places[mine][None], rows, shape, check_invariants=False)
 
 
 class _AllColumns(torch.autograd.Function):

@@ -93,7 +93,7 @@ def sharded(state, tp):
     for i in range(6):
         drawn = Sampling(temperature=1.0, seed=7)
         engine.add(Request(f"r{i}", prompt(min(i, 4), 9), GREEDY if i < 4 else drawn, max_tokens=6))
-    said, calls = run(engine), 2 * cfg.layers + 2                          # of one step: layers, and both ends
+    said, calls = run(engine), 2 * cfg.layers + 2                          # of a step: layers, both ends
     assert len(mesh.ledger.rows) == calls                                  # the last step's, no more
     return [said[f"r{i}", 0] for i in range(6)]
 
