@@ -31,7 +31,7 @@ def ours(folder):
     from nanoinfra.serve.options import EngineOptions
     from nanoinfra.serve.requests import Request, Sampling
     torch.set_num_threads(os.cpu_count())
-    engine = open_engine(EngineOptions(str(folder), dtype="bfloat16", budget=4096), Mesh())
+    engine = open_engine(EngineOptions(str(folder), dtype="bfloat16", budget=1024), Mesh())
 
     def run(prompts, new):
         for i, tokens in enumerate(prompts):
