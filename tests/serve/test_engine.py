@@ -76,7 +76,7 @@ def test_greedy_is_what_each_says_alone(family, budget, size, blocks):
 EARLY = {}
 
 
-@pytest.mark.parametrize("tp", [2, 6])
+@pytest.mark.parametrize("tp", [2, pytest.param(6, marks=pytest.mark.prove)])
 def test_ranks_that_share_the_model_say_the_same(ranks, tp):
     model = tiny()
     want = [alone(model, prompt(i, 9), 6) for i in range(4)]
