@@ -15,7 +15,7 @@ help:  ## this list
 demo: $(VENV)/base  ## install, train a small code model on two ranks for three minutes, plot, complete, chat (SECONDS=180)
 	$(BIN)/python scripts/demo.py --seconds $(SECONDS) $(if $(OUT),--out $(OUT)) $(if $(HEADERS),--headers $(HEADERS))
 
-test: $(VENV)/dev  ## the CPU suite, at most 5 minutes on 2 cores
+test: $(VENV)/dev  ## the CPU suite, 7 minutes on 2 cores
 	$(BIN)/ruff check .
 	$(BIN)/python scripts/lines.py
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not timed and not prove and not gpu"

@@ -22,16 +22,20 @@ PROMPT, NEW, VOCAB = 128, 64, 49152
 MODEL = Path("runs/bench/smollm2-135m")
 
 
-def ours(folder):
-    """Requests of the engine, as `nanoinfra serve` makes it."""
+def engine_of(folder):
+    """The engine, as `nanoinfra serve` makes it."""
     import torch
 
     from nanoinfra.dist.mesh import Mesh
     from nanoinfra.serve.engine import open_engine
     from nanoinfra.serve.options import EngineOptions
-    from nanoinfra.serve.requests import Request, Sampling
     torch.set_num_threads(os.cpu_count())
-    engine = open_engine(EngineOptions(str(folder), dtype="bfloat16", budget=1024), Mesh())
+    return open_engine(EngineOptions(str(folder), dtype="bfloat16", budget=1024), Mesh())
+
+
+def ours(folder):
+    from nanoinfra.serve.requests import Request, Sampling
+    engine = engine_of(folder)
 
     def run(prompts, new):
         for i, tokens in enumerate(prompts):
@@ -140,6 +144,22 @@ def race(mine, peer, name, batch, pairs):
             for what, each in rates.items()]
 
 
+def prefix_hits(folder, length=1024, pairs=9):
+    """[(ms to the first token of a prompt that is new, of the same once more)], `length` tokens each."""
+    from nanoinfra.serve.requests import Request, Sampling
+    engine, draw, found = engine_of(folder), random.Random(0), []
+    for pair in range(-1, pairs):                                        # the first warms up
+        tokens, times = [draw.randrange(VOCAB) for _ in range(length)], []
+        for again in "ab":
+            begin = time.perf_counter()
+            engine.add(Request(f"{pair}{again}", tokens, Sampling(temperature=0), 1, ignore_eos=True))
+            while engine.busy:
+                engine.step()
+            times.append(1e3 * (time.perf_counter() - begin))
+        found.append(tuple(times))
+    return found[1:]
+
+
 def memory_bandwidth():
     """Bytes/s at which all cores read (timed, the best of 5)."""
     import torch
@@ -181,6 +201,11 @@ def main():
             print(f"  decoding reads {share:.0%} of {bandwidth / 1e9:.0f} GB/s, what the cores read at best")
         peer.close()
     mine.close()
+    times = prefix_hits(MODEL)
+    ratios = sorted(hit / miss for miss, hit in times)
+    print(f"\nfirst token of 1024, ms, new and known: {', '.join(f'{a:.0f} {b:.0f}' for a, b in times)}; "
+          f"ratio {ratios[len(ratios) // 2]:.3f}, at worst {ratios[-1]:.3f}")
+    results.append({"name": "first token of 1024, a prefix hit against a miss", "unit": "ms", "pairs": times})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"machine": f"{machine()}, torch {torch.__version__}", "results": results,
                                     "memory_bandwidth": bandwidth}, indent=1) + "\n")

@@ -1,6 +1,5 @@
 """Stages together are the model: gradients in float64, what is sent and kept, and time on the clock."""
 import functools
-import time
 from dataclasses import replace
 
 import pytest
@@ -11,10 +10,12 @@ from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.params import shapes
 from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.lab.gantt import measured
+from nanoinfra.lab.pipes import rehearse
 from nanoinfra.model.fill import empty
 from nanoinfra.parallel.clock import simulate
-from nanoinfra.parallel.pipeline import PipelineStage, cut
-from nanoinfra.parallel.schedules import ReduceGrads, Step, schedule
+from nanoinfra.parallel.pipeline import cut
+from nanoinfra.parallel.schedules import schedule
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
 from nanoinfra.train.optim import clip
 from nanoinfra.train.replica import Replica
@@ -25,6 +26,7 @@ V, C, T = 61, 12, 9
 MICROS = 1, 3, 4, 8
 CASES = [(pp, kind, v) for pp in (2, 4) for kind, v in (("gpipe", 1), ("1f1b", 1), ("zb-h1", 1),
                                                          ("interleaved", 2))]
+TIMES, SLOT = (3, 4, 3), 0.01                # slots of s: forward, backward to the input, to the weights
 
 
 def config(family, tied=True):
@@ -127,83 +129,25 @@ def test_chunks_keep_the_names_and_share_them_out():
     assert "embed.weight" not in dict(cut(empty(untied), 6, 8).named_parameters())
 
 
-class Sleeper(PipelineStage):
-    """A stage that sleeps where another would compute: forward F s, backward B + W s, all stages at once."""
-
-    def __init__(self, mesh, times, v, halves):
-        super().__init__(mesh.pp, mesh.twin("pp"), v, halves=halves)
-        self.times, self.weight = times, torch.nn.Parameter(torch.ones(4))
-
-    def enter(self, micro):
-        return torch.ones(1, 4, requires_grad=True)                       # as an embedding's would be
-
-    def stream(self, micro):
-        return 1, 4
-
-    def run(self, chunk, x, micro):
-        time.sleep(self.times[0])
-        y = _Slow.apply(x, self.weight, self.times)
-        return y.sum() if (self.axis.rank, chunk) == self.last else y
-
-    def reduce_grads(self):
-        self.settle()
-
-    def step(self):
-        pass
-
-
-class _Slow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, times):
-        ctx.times = times
-        return x * weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        from nanoinfra.parallel.tensor import needed
-        into, weights, _ = needed(ctx)
-        time.sleep(ctx.times[1] * into + ctx.times[2] * weights)
-        return grad, grad.sum(0), None
-
-
-def timed_step(pp, kind, v, ms, times):
-    """For each m this rank's (begin, end) of three steps, in s."""
-    from nanoinfra.dist import comm
-    mesh, walls = Mesh(pp=pp), []
-    stage = Sleeper(mesh, [t / v for t in times], v, kind == "zb-h1")
-    for m in ms:
-        order = [what for what in schedule(kind, pp, m, v)[mesh.pp.rank]
-                 if not isinstance(what, (ReduceGrads, Step))]
-        trials = []
-        for _ in range(3):
-            comm.barrier(mesh.pp)
-            begin = time.monotonic()
-            spans = execute(order, stage)
-            trials.append((begin, spans[-1][2]))
-            stage.settle()
-        walls.append(trials)
-    return walls
-
-
 @pytest.mark.timed
 @pytest.mark.parametrize("kind, v", [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("interleaved", 2)])
 def test_stages_work_at_the_same_time(ranks, kind, v):
-    overlaps(ranks, 4, kind, v, [4], times=(0.03, 0.04, 0.03))
+    overlaps(ranks, 4, kind, v, [4])
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize("pp, kind, v", CASES)
 def test_every_schedule_works_at_the_same_time(ranks, pp, kind, v):
     ms = [m for m in MICROS if kind != "interleaved" or m % pp == 0]
-    overlaps(ranks, pp, kind, v, ms, times=(0.03, 0.04, 0.03))
+    overlaps(ranks, pp, kind, v, ms)
 
 
-def overlaps(ranks, pp, kind, v, ms, times):
+def overlaps(ranks, pp, kind, v, ms):
     """Wall time within 8 % of the clock's, where stages sleep: two cores hold any number of sleepers."""
-    results = ranks(pp).run(timed_step, pp, kind, v, ms, times)
-    for i, m in enumerate(ms):
-        walls = [max(end for _, end in trial) - min(begin for begin, _ in trial)
-                 for trial in zip(*(result[i] for result in results))]
-        want = simulate(schedule(kind, pp, m, v), *(t / v for t in times)).step
-        print(f"{kind} pp {pp} m {m}: {want * 1e3:.1f} ms by the clock, {sorted(walls)[1] * 1e3:.1f} timed")
-        assert sorted(walls)[1] == pytest.approx(want, rel=0.08), (kind, pp, m, walls)
+    for m in ms:
+        lists = schedule(kind, pp, m, v)
+        stages = ranks(pp).run(rehearse, lists, TIMES, SLOT, repeats=3)
+        walls = sorted(measured([real for real, _ in trial]).step for trial in zip(*stages))
+        want = simulate(lists, *(t / v * SLOT for t in TIMES)).step
+        print(f"{kind} pp {pp} m {m}: {want * 1e3:.1f} ms by the clock, {walls[1] * 1e3:.1f} timed")
+        assert walls[1] == pytest.approx(want, rel=0.08), (kind, pp, m, walls)
