@@ -84,9 +84,9 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         places, = ctx.saved_tensors
-        mine = places < ctx.n
-        rows, shape = grad[mine], (ctx.n, grad.shape[-1])                    # (tokens that are mine, C)
-        return None, torch.sparse_coo_tensor(places[mine][None], rows, shape, check_invariants=False)
+        rows = grad.masked_fill((places == ctx.n)[..., None], 0).flatten(0, -2)              # (B T, C)
+        where = places.clamp(max=ctx.n - 1).view(1, -1)
+        return None, torch.sparse_coo_tensor(where, rows, (ctx.n, rows.shape[1]), check_invariants=False)
 
 
 class _AllColumns(torch.autograd.Function):
