@@ -134,9 +134,8 @@ def counts_padding(micro_batches, axis, *flags):
 
 
 class ResumesAtTheFirstSample(RunDir):
-    def resume(self, inputs, replica):
-        step, _ = super().resume(inputs, replica)
-        return step, 0
+    def begin(self, *given):
+        return super().begin(*given) | {"consumed": 0}
 
 
 PARITY, BYTES, OVERLAP = (criterion.name for criterion in training.criteria)

@@ -130,7 +130,7 @@ def losses(subject, dtype, lr=2.0):
     with tempfile.TemporaryDirectory() as out:
         sgd = OptimizerFlags("sgd", lr=lr, warmup=0, clip=0.2)
         flags = TrainFlags(ModelFlags(model="test", dtype=dtype), DataFlags("random", seq=16, micro_batch=4),
-                           MeshFlags(threads=1), sgd, RunFlags(steps=6, out=Path(out)))
+                           MeshFlags(threads=1), optimizer=sgd, run=RunFlags(steps=6, out=Path(out)))
         with contextlib.redirect_stdout(io.StringIO()):
             return [line["loss"] for line in subject(flags)]
 
