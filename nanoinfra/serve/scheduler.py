@@ -146,15 +146,14 @@ class Scheduler:
 
     def _admit(self, left, plan):
         """(the first that waits, its first token, how many), or None where there is no room for it."""
-        sequence, size = self.waiting[0], self.blocks.size
+        sequence = self.waiting[0]
         if sum(each.n for each in self.running) + sequence.n > self.seats:
             return None
-        chain(sequence.keys, sequence.tokens, size)
-        cap = 1 + (len(sequence.tokens) - 1) // size     # at least one token is computed: it has the logits
-        known = [] if sequence.fresh else self.blocks.find(sequence.keys[1:cap])
+        chain(sequence.keys, sequence.tokens, self.blocks.size)
+        known = [] if sequence.fresh else self.blocks.find(self._usable(sequence))
         for block in known:
             self.blocks.share(block)
-        sequence.table, sequence.computed = list(known), size * len(known)
+        sequence.table, sequence.computed = list(known), self.blocks.size * len(known)
         count = min(left, len(sequence.tokens) - sequence.computed)
         if not self._grow(sequence, count, plan):
             self._release(sequence)
@@ -163,6 +162,10 @@ class Scheduler:
         self.running.append(sequence)
         sequence.hit = sequence.computed
         return sequence, sequence.computed, count
+
+    def _usable(self, sequence):
+        """The keys of blocks that need not be computed. One token always is: it has the logits."""
+        return sequence.keys[1:1 + (len(sequence.tokens) - 1) // self.blocks.size]
 
     def _release(self, sequence):
         self.blocks.give_back(sequence.table)

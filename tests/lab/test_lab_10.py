@@ -1,8 +1,4 @@
 """Lab 10: counts are the formulas' on any number of ranks, and each break turns its own rows red."""
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +6,6 @@ import pytest
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas.params import parameters
 from nanoinfra.lab import run
-from nanoinfra.lab.predict import predict
 
 ROOT = Path(__file__).parents[2]
 CUBE = {"cube_tied", "off_cube", "norm_cube"}
@@ -50,27 +45,6 @@ def test_the_formulas_are_those_of_the_handout(n):
     norms = 8 * 17 * 128 * (t - 1)
     assert want["cube_dp"] == d * (8 * psi + ends * (p > 1) + norms) * (d > 1)
     assert want["cube_tied"] == 2 * d * ends * (p > 1)
-
-
-def test_it_takes_predictions_beside_those_of_its_lesson(course, capsys):
-    for key, unit in run.find("10").PREDICTIONS.items():
-        predict(key, 1, unit)
-    assert run.main(["10", "--check"]) == 0
-    assert "8 of 8 predictions made" in capsys.readouterr().out
-
-
-@prove
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("n", [1, 2, 4, 8])
-def test_under_torchrun_it_prints_once_and_hands_in(course, n):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
-               "-m", "nanoinfra.lab.run", "10"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("0 of 8 predictions made") == 1
-    runs = json.loads((course / "work" / "lab10.json").read_text())["runs"]
-    assert list(runs) == [f"nano on {n} rank{'s' if n > 1 else ''}, cpu"]
 
 
 def measured(n, broken):

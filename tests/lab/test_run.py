@@ -12,6 +12,7 @@ from nanoinfra.lab import run
 from nanoinfra.lab.predict import predict
 
 ROOT = Path(__file__).parents[2]
+LABS = [("06", 12), ("07", 12), ("08", 8), ("10", 8), ("16", 12)]           # and how many predictions
 LAB = '''
 from nanoinfra.lab.measure import counted, median
 from nanoinfra.dist import comm
@@ -125,7 +126,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(lab, capsys):
     assert "work/lab77.json cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number, n", [("07", 12), ("08", 8)])
+@pytest.mark.parametrize("number, n", LABS)
 def test_a_lab_takes_predictions_beside_those_of_its_lesson(course, capsys, number, n):
     for key, unit in run.find(number).PREDICTIONS.items():
         predict(key, 1, unit)
@@ -171,7 +172,7 @@ def test_a_rank_that_fails_says_so_in_one_line(lab):
 @pytest.mark.prove
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
-@pytest.mark.parametrize("number, asked", [("07", 12), ("08", 8)])
+@pytest.mark.parametrize("number, asked", LABS)
 def test_a_lab_under_torchrun_prints_once_and_hands_in(course, number, asked, n):
     file = course / "work" / f"lab{number}.json"
     done = torchrun(n, file, number)

@@ -13,7 +13,7 @@ from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.serve.blocks import Blocks, chain
+from nanoinfra.serve.blocks import Blocks
 from nanoinfra.serve.engine import Engine
 from nanoinfra.serve.generate import generate
 from nanoinfra.serve.paged import PagedKV
@@ -189,21 +189,8 @@ def of_its_own_tokens(keys, tokens, size):
 
 
 class HitsTheWholePrompt(Scheduler):         # nothing is left to compute, and nothing has logits
-    def _admit(self, left, plan):
-        sequence, size = self.waiting[0], self.blocks.size
-        chain(sequence.keys, sequence.tokens, size)
-        known = self.blocks.find(sequence.keys[1:1 + len(sequence.tokens) // size])
-        for block in known:
-            self.blocks.share(block)
-        sequence.table, sequence.computed = list(known), size * len(known)
-        count = min(left, len(sequence.tokens) - sequence.computed)
-        if not self._grow(sequence, count, plan):
-            self._release(sequence)
-            return None
-        self.waiting.popleft()
-        self.running.append(sequence)
-        sequence.hit = sequence.computed
-        return sequence, sequence.computed, count
+    def _usable(self, sequence):
+        return sequence.keys[1:1 + len(sequence.tokens) // self.blocks.size]
 
 
 class FreesForAll(Blocks):                   # for whoever still reads it, too

@@ -70,16 +70,16 @@ def started(command):
 
 
 def until(true, seconds=20.0):
-    """Wait for it. Raises TimeoutError."""
-    end = time.monotonic() + seconds
+    """Wait for it. Raises TimeoutError, from what the connection said last."""
+    end, why = time.monotonic() + seconds, None
     while True:
         try:
             if true():
                 return
-        except httpx.TransportError:         # before the port is open
-            pass
+        except httpx.TransportError as error:            # before the port is open
+            why = error
         if time.monotonic() > end:
-            raise TimeoutError(f"not within {seconds} s")
+            raise TimeoutError(f"not within {seconds} s") from why
         time.sleep(0.01)
 
 
