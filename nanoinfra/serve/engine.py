@@ -5,6 +5,7 @@ module, with the paged cache as an argument; where a sequence has caught up, its
 model's weights are only read, so whoever shares them trains on undisturbed. Under tensor parallelism every
 rank runs the same engine on the same requests: all have the same logits and draw the same tokens.
 """
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import accumulate
@@ -17,7 +18,7 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import empty
 from nanoinfra.model.text import Text
 from nanoinfra.parallel.compose import serving
-from nanoinfra.serve import packed
+from nanoinfra.serve import packed, passes
 from nanoinfra.serve.blocks import Blocks, root
 from nanoinfra.serve.options import EngineOptions
 from nanoinfra.serve.paged import PagedKV
@@ -218,5 +219,15 @@ def open_engine(options: EngineOptions, mesh) -> Engine:
                     ledger=mesh.ledger, budget=options.budget, seats=options.seats, queue=options.queue,
                     queue_tokens=options.queue_tokens)
     if mesh.device == "cpu" and mesh.tp.size == 1 and dtype in packed.DTYPES:
-        packed.pack(model)
+        hasten(engine)
     return engine
+
+
+def hasten(engine: Engine) -> None:
+    """On one CPU: packed weights and, where the model and the machine allow it, passes compiled from C."""
+    packed.pack(engine.model)
+    if passes.suit(engine.model.config):
+        try:
+            engine.kv = passes.install(engine.model, engine.kv)
+        except RuntimeError as error:
+            print(f"torch's operations it is, at half the speed: {error}", file=sys.stderr)

@@ -18,6 +18,18 @@ from nanoinfra.serve.loop import Failed, Ready
 START = "from nanoinfra.serve.loop import main; main()"      # not -m: its classes would be __main__'s
 
 
+def environment(world: int) -> dict[str, str]:
+    """What each of `world` ranks is started with, unless the user's environment says otherwise.
+
+    Its share of the cores; and, from glibc, memory in large pages, kept when freed: without, reading the
+    weights takes 6 % longer, and each large tensor of a prompt comes as new pages from the system.
+    """
+    keep = 1 << 40
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)),
+            "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={1 << 30}:"
+                              f"glibc.malloc.trim_threshold={keep}"}
+
+
 class Dead(Exception):
     """A rank is no more; the text says which, and how it ended."""
 
@@ -76,10 +88,9 @@ class Life:
     def _start(self, rank, world, factory, ends):
         mine, theirs = _pair()
         given = [end.fileno() for end in (theirs, *ends)]
-        share = str(max(1, (os.cpu_count() or 1) // world))
         self.processes.append(subprocess.Popen(
             [sys.executable, "-c", START, *map(str, given)], pass_fds=given, stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", share)}))
+            env={**environment(world), **os.environ}))
         theirs.close()                       # so that the pipe ends when the rank does
         self.pipes.append(mine)
         mine.send((rank, factory))

@@ -36,8 +36,9 @@ def pack(model: Decoder) -> None:
     """Let every product of `model`, filled and on the CPU in one of DTYPES, read packed weights."""
     for block in model.blocks:
         attn, mlp = block.attn, block.mlp
-        attn.read, attn.o = _together(attn.q, attn.k, attn.v).read, Packed(attn.o)
-        mlp.read, mlp.down = _together(*filter(None, (mlp.gate, mlp.up))).read, Packed(mlp.down)
+        attn.qkv, attn.o = _together(attn.q, attn.k, attn.v), Packed(attn.o)
+        mlp.gate_up, mlp.down = _together(*filter(None, (mlp.gate, mlp.up))), Packed(mlp.down)
+        attn.read, mlp.read = attn.qkv.read, mlp.gate_up.read
     model.head = Packed(model.head)
 
 

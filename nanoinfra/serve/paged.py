@@ -37,7 +37,7 @@ class PagedKV:
         tokens = [token for sequence, first, count in work for token in sequence.tokens[first:first + count]]
         self.slots = self._tensor(slots)                                                 # (N,)
         ones = [(sequence.table, first + 1) for sequence, first, count in work if count == 1]
-        self.ones = self._gathering(ones) if ones else None
+        self.ones = self.find(ones) if ones else None
         self.chunks = self._chunks(work[len(ones):], len(ones))
         return work, self._tensor([tokens]), self._tensor([[i for span in places for i in span]])
 
@@ -47,6 +47,12 @@ class PagedKV:
         memory = self.pool[layer]                                                        # (2 KV, n, p, K)
         memory.flatten(1, 2).index_copy_(1, self.slots, torch.cat([k[0], v[0]]))
         parts = [self._attend_ones(memory, q, slopes)] if self.ones else []
+        parts += self.see_chunks(memory, q, k, v, slopes)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def see_chunks(self, memory, q, k, v, slopes=None):
+        """What each chunk's queries see: [(1, H, B T, K)]."""
+        parts = []
         for begin, sequences, count, blocks, S in self.chunks:
             rows = slice(begin, begin + sequences * count)
             queries = self._apart(q[0, :, rows], sequences)                              # (B, H, T, K)
@@ -56,7 +62,7 @@ class PagedKV:
                 keys, values = memory.index_select(1, blocks).flatten(1, 2)[None, :, :S].chunk(2, 1)
             y = sdpa(queries, keys, values, slopes)                                      # (B, H, T, K)
             parts.append(y.transpose(0, 1).flatten(1, 2)[None])                          # (1, H, B T, K)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        return parts
 
     def _attend_ones(self, memory, q, slopes):
         """A head's G queries are taken for a sequence's, each of which sees all its keys."""
@@ -70,8 +76,8 @@ class PagedKV:
         y = F.scaled_dot_product_attention(queries, keys, values, mask)                  # (B, KV, G, K)
         return y.flatten(1, 2).transpose(0, 1)[None]                                     # (1, H, B, K)
 
-    def _gathering(self, ones):
-        """For [(table, S)]: rows of the pool, head by head; -inf past each one's end; key places less S."""
+    def find(self, ones):
+        """Where the keys of [(table, S)] are: rows of the pool, head by head; -inf past S; places less S."""
         longest = max(len(table) for table, _ in ones)
         padded = [table + [table[-1]] * (longest - len(table)) for table, _ in ones]
         tables = self._tensor(padded).flatten()                                          # (B blocks,)

@@ -30,7 +30,7 @@ def engine_of(folder):
     from nanoinfra.serve.engine import open_engine
     from nanoinfra.serve.options import EngineOptions
     torch.set_num_threads(os.cpu_count())
-    return open_engine(EngineOptions(str(folder), dtype="bfloat16", budget=1024), Mesh())
+    return open_engine(EngineOptions(str(folder), dtype="bfloat16", budget=4096), Mesh())
 
 
 def ours(folder):
@@ -100,9 +100,10 @@ class Side:
     """A side's process, asked from here."""
 
     def __init__(self, name, python):
-        command = [str(python), __file__, "--side", name]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
+        from nanoinfra.serve.life import environment
+        command, own = [str(python), __file__, "--side", name], environment(1) if name == "ours" else {}
+        self.process = subprocess.Popen(command, env={**own, **os.environ}, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         if self.process.stdout.readline() != "ready\n":
             raise SystemExit(f"{' '.join(command)} did not start; run it by itself to see why")
 

@@ -266,8 +266,8 @@ class BeginsEachChunkAt0(PagedKV):
 
 
 class ReadsPastTheEnd(PagedKV):              # what was in a block before
-    def _gathering(self, ones):
-        index, bias, places = super()._gathering(ones)
+    def find(self, ones):
+        index, bias, places = super().find(ones)
         return index, bias.masked_fill(bias == -math.inf, 0.0), places
 
 

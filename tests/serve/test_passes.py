@@ -1,0 +1,146 @@
+"""The passes compiled from C make what torch's operations make, in few operations, where pages lie."""
+import os
+import random
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.serve import engine as engines
+from nanoinfra.serve import packed, passes
+from nanoinfra.serve.engine import Engine
+from nanoinfra.serve.paged import PagedKV
+from nanoinfra.serve.requests import Request, Sampling
+from tests.model.test_decoder import config
+from tests.model.twins import FAMILIES, scrambled
+
+CC = os.environ.get("CC", "cc")
+pytestmark = pytest.mark.skipif(not shutil.which(CC), reason=f"there is no C compiler {CC} here")
+GREEDY, LLAMAS = Sampling(temperature=0), ("llama", "qwen3")
+
+
+def prompt(seed, n):
+    return random.Random(seed).choices(range(97), k=n)
+
+
+def made(family, dtype, fast, **how):
+    """An engine of the family's tiny model, with passes or with torch's operations."""
+    changes = {"head_dim": 10, "kv_heads": 3, "heads": 6, "context": 200}
+    engine = Engine(scrambled(Decoder(replace(config(family), **changes))).to(dtype), **how)
+    if fast:
+        engines.hasten(engine)
+        assert type(engine.kv) is passes.PagesInPlace
+    return engine
+
+
+def hiddens(engine, asked):
+    """What the final norm makes in each step of a run; prompts arrive one a step, all go on to their ends."""
+    found = []
+    engine.model.norm.register_forward_hook(lambda norm, x, y: found.append(y[0]))
+    for i, tokens in enumerate(asked):
+        engine.add(Request(f"r{i}", tokens, GREEDY, max_tokens=6, ignore_eos=True))
+        engine.step()
+    said = {}
+    while engine.busy:
+        for event in engine.step():
+            said.setdefault(event.request, []).extend(event.tokens)
+    return found, said
+
+
+@pytest.mark.parametrize("family", LLAMAS)
+@pytest.mark.parametrize("size, budget", [(16, 512), (1, 512), (3, 11), (5, 7)])
+@torch.inference_mode()
+def test_steps_of_all_kinds_are_torchs(family, size, budget):
+    """Prompts of one length at once, chunks with blocks before them, single tokens, all in one step."""
+    asked = [prompt(seed, n) for seed, n in enumerate((9, 33, 33, 1, 60, 17, 9))]
+    asked.append(asked[1][:20] + prompt(9, 5))                           # its prefix is known
+    how = {"blocks": 700 // size, "size": size, "budget": budget}
+    (want, told), (got, said) = (hiddens(made(family, torch.float32, fast, **how), asked)
+                                 for fast in (False, True))
+    assert said == told and len(got) == len(want)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", LLAMAS)
+@pytest.mark.parametrize("budget", [1, 40])              # a token at a time, or the whole prompt
+@torch.inference_mode()
+def test_bfloat16_is_no_further_from_float32_than_torchs(family, budget):
+    """Of the same weights, hidden states of a prompt."""
+    def hidden(dtype, fast):
+        engine = made(family, torch.bfloat16, fast and dtype == torch.bfloat16, blocks=40, budget=budget)
+        engine.model.to(dtype)
+        engine.kv.pool = engine.kv.pool.to(dtype)
+        return torch.cat(hiddens(engine, [prompt(0, 40)])[0][:40 // budget]).float()
+    exact = hidden(torch.float32, False)
+    torchs, ours = ((hidden(torch.bfloat16, fast) - exact).abs().mean() for fast in (False, True))
+    assert 0 < ours < 1.1 * torchs
+
+
+@torch.inference_mode()
+def test_residuals_are_torchs_to_the_bit():
+    """A third of these sums lie halfway between two bfloat16."""
+    engine = made("llama", torch.bfloat16, True, blocks=40)
+    draws = torch.Generator().manual_seed(0)
+    x, more = (torch.randint(256, 512, (1, 50, 30), generator=draws).bfloat16() for _ in "ab")
+    want = x + more
+    engine.model.blocks[0].norm2(x, more)
+    assert torch.equal(x, want)
+
+
+class Operations(TorchDispatchMode):
+    """Which of torch's operations run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def test_a_layer_takes_few_operations_and_puts_no_keys_together():
+    counts = {}
+    for layers in (1, 3):
+        engine = Engine(scrambled(Decoder(replace(config("llama"), layers=layers))), blocks=40)
+        engines.hasten(engine)
+        for i in range(4):
+            engine.add(Request(f"r{i}", prompt(i, 20), GREEDY, max_tokens=6, ignore_eos=True))
+        engine.step()
+        with Operations() as operations:
+            engine.step()
+        counts[layers] = len(operations.names)
+        assert operations.names.count("_linear_pointwise") == 4 * layers + 1
+        assert operations.names.count("index_select") <= 1               # the embedding
+    assert counts[3] - counts[1] <= 2 * 12
+
+
+@pytest.mark.parametrize("compiler, why", [("none", "No such file"), ("false", "does not compile")])
+@torch.inference_mode()
+def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch, capfd, compiler, why):
+    monkeypatch.setenv("CC", compiler)
+    engine = Engine(scrambled(Decoder(config("llama"))), blocks=40)
+    plain = Engine(scrambled(Decoder(config("llama"))), blocks=40)
+    engines.hasten(engine)
+    assert type(engine.kv) is PagedKV and why in capfd.readouterr().err
+    asked = [prompt(0, 9), prompt(1, 12)]
+    assert hiddens(engine, asked)[1] == hiddens(plain, asked)[1]
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(LLAMAS)))
+def test_other_families_keep_torchs_operations(family, capfd):
+    engine = Engine(scrambled(Decoder(config(family))), blocks=40)
+    engines.hasten(engine)
+    assert type(engine.kv) is PagedKV and isinstance(engine.model.blocks[0].attn.o, packed.Packed)
+    assert capfd.readouterr().err == ""
+
+
+def test_processes_that_load_it_keep_their_numbers_as_they_are():
+    """A library linked with -ffast-math would flush the process's small numbers to zero."""
+    passes.compiled(K=4, KV=1, G=1, BLOCK=4)
+    assert torch.tensor(1e-40).item() * 0.5 > 0 and (torch.full((8,), 1e-40) * 0.5).min().item() > 0
