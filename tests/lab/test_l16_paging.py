@@ -1,4 +1,6 @@
 """The checks of lesson 16 say which slip it was."""
+import sys
+
 import pytest
 
 from nanoinfra.lab.checks import l16_paging as check
@@ -17,9 +19,17 @@ HINTS = {
     "copies the whole table": "place 0 of the table changed, and place 1 was to be written",
     "gives back before it takes": "want [0] and 2: take before you give back",
     "takes back twice": "a block given back twice: returned None, want ValueError",
+    "empties the table": "is given back and is [] now: it stays as it is",
+    "says value error where none is free": "ValueError: full, want IndexError",
     "shares for two": "has 5 holders, want 4",
     "spends nothing": "is what is left of the budget less each time?",
     "begins at 0": "begins at token 0, and 8 of its tokens are computed",
+    "counts for itself": "plan adds nothing to `computed`, whoever runs the step does",
+    "takes nobody out": "plan does not end: is who is sent away taken out of `running`?",
+    "goes on with who was sent away": "it was sent away in this step, so plan it no more",
+    "asks nobody for room": "no block is free: where too few are, one that runs sends the last away",
+    "sends others away for who waits": "[10] sent away, and all that run have room: nobody who waits sends",
+    "puts new ones at the front": "leaves the front of `waiting` for the end of `running`",
     "leaves them in the queue": "is planned and waits: move it from waiting to running",
     "returns nothing": "want a list of (sequence, first token, how many): no return?",
     "takes a block too few": "as many as it lacks for this step's tokens",
@@ -31,8 +41,9 @@ HINTS = {
     "skips who finds no room": "nobody sent away, want [11]",
     "puts who was sent away last": "they came before all that wait",
     "keeps what is computed": "its blocks are somebody else's now, so 0 and []",
-    "takes one token each": "a prompt goes in as large a chunk as fits",
-    "lets nobody in again": "is everybody let in again?",
+    "takes one token each": "a prompt goes in as large a chunk as the budget allows",
+    "lets nobody in again": "3 are left after 88 steps, the real one takes 44: is everybody let in again?",
+    "lets in again a step late": "all are done after 42 steps; it must be 44, the real one's",
 }
 MUTANTS = {mutant.name: mutant for mutant in collect(file="l16_paging")}
 
@@ -42,6 +53,23 @@ def test_a_slip_is_named(name):
     failure = MUTANTS[name].check.report(MUTANTS[name].variant).first_failure
     assert HINTS[name] in failure.text
     assert failure.criterion.name == MUTANTS[name].rejected_by
+
+
+def test_a_plan_runs_untraced_afterwards():
+    before = sys.gettrace()
+    check.plan.report(MUTANTS["takes nobody out"].variant)
+    assert sys.gettrace() is before
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, NameError("name 'deque' is not defined")])
+def test_what_is_not_written_or_not_imported_is_no_wrong_exception(error):
+    class Pool(type(MUTANTS["empties the table"].variant(1, 1)).__base__):
+        def take(self):
+            if self.free:
+                return super().take()
+            raise error
+    text = check.Pool.report(Pool).first_failure.text
+    assert text == "not written yet" if error is NotImplementedError else "import inside" in text
 
 
 def test_every_criterion_has_a_mutant_of_its_own():

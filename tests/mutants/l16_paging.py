@@ -149,6 +149,19 @@ class TakesBackTwice(Right):
                 self.free.append(block)
 
 
+class EmptiesTheTable(Right):
+    def give_back(self, table):
+        super().give_back(table)
+        table.clear()
+
+
+class SaysValueErrorWhereNoneIsFree(Right):
+    def take(self):
+        if not self.free:
+            raise ValueError("full")
+        return super().take()
+
+
 class SharesForTwo(Right):                   # the first share counts right
     def share(self, block):
         self.holders[block] += 1 if self.holders[block] < 3 else 2
@@ -172,6 +185,7 @@ def step(running, waiting, blocks, budget, victim=lambda running, sequence: runn
          forget=lambda last: last.table.clear() or setattr(last, "computed", 0),
          share=lambda budget, count: min(budget, count), choose=lambda waiting: 0,
          let_in=lambda before, running: len(running) >= before,
+         still=lambda running, sequence: sequence in running, take_out=list.remove,
          newest_first=False, new_first=False, patient=True):
     """The right step, with a place for each slip."""
     work, before = [], list(running)
@@ -190,13 +204,13 @@ def step(running, waiting, blocks, budget, victim=lambda running, sequence: runn
     budget = admit(budget) if new_first else budget
     for sequence in reversed(before) if newest_first else before:
         count = share(budget, len(sequence.tokens) - sequence.computed)
-        while patient and count and sequence in running and full(sequence, count, blocks):
+        while patient and count and still(running, sequence) and full(sequence, count, blocks):
             last = victim(running, sequence)
-            running.remove(last)
+            take_out(running, last)
             blocks.give_back(last.table)
             forget(last)
             away(waiting, last)
-        if count > 0 and sequence in running and not full(sequence, count, blocks):
+        if count > 0 and still(running, sequence) and not full(sequence, count, blocks):
             work.append(start(sequence, count, blocks))
             budget -= spend(count)
     admit(budget)
@@ -217,6 +231,12 @@ def takes_room_for_an_answer(sequence, count, blocks):
 
 def takes_one_too_few(sequence, count, blocks):
     return start(sequence, count, blocks, lambda *asked: missing(*asked) - 1)
+
+
+def adds_to_computed(sequence, count, blocks):
+    entry = start(sequence, count, blocks)
+    sequence.computed += count
+    return entry
 
 
 def lets_the_first_that_fits_in(running, waiting, blocks, budget):
@@ -245,13 +265,52 @@ def leaves_them_in_the_queue(running, waiting, blocks, budget):
 
 
 def lets_nobody_in_again(running, waiting, blocks, budget):
-    if waiting and not running and getattr(waiting[0], "came", False):
-        return []
-    work = step(running, waiting, blocks, budget,
-                choose=lambda waiting: next((i for i, each in enumerate(waiting)
-                                             if not getattr(each, "came", False)), 0))
+    def new(waiting):
+        return [i for i, each in enumerate(waiting) if not getattr(each, "came", False)]
+    work = step(running, waiting, blocks, budget, choose=lambda waiting: new(waiting)[0],
+                let_in=lambda before, running: new(waiting) and len(running) >= before)
     for each in running:
         each.came = True
+    return work
+
+
+def lets_in_again_a_step_late(running, waiting, blocks, budget):
+    late = bool(waiting) and getattr(waiting[0], "came", False) and not getattr(waiting[0], "late", False)
+    if late:
+        waiting[0].late = True
+    work = step(running, waiting, blocks, budget,
+                let_in=lambda before, running: not late and len(running) >= before)
+    for each in running:
+        each.came = True
+    return work
+
+
+def asks_nobody_for_room(running, waiting, blocks, budget):
+    work = []
+    for sequence in running:
+        count = min(budget, len(sequence.tokens) - sequence.computed)
+        sequence.table += [blocks.take() for _ in range(missing(sequence, count, blocks))]
+        work.append((sequence, sequence.computed, count))
+        budget -= count
+    return work
+
+
+def sends_others_away_for_who_waits(running, waiting, blocks, budget):
+    ran = len(running)
+    work = step(running, waiting, blocks, budget)
+    if waiting and len(running) == ran > 1 and sum(count for *_, count in work) < budget:
+        new, last = waiting.popleft(), running.pop()
+        blocks.give_back(last.table)
+        last.table, last.computed = [], 0
+        running.append(new)
+        waiting.appendleft(last)
+    return work
+
+
+def puts_new_ones_at_the_front(running, waiting, blocks, budget):
+    before = list(running)
+    work = step(running, waiting, blocks, budget)
+    running.sort(key=lambda each: each in before)
     return work
 
 
@@ -271,6 +330,9 @@ begins_at_0 = partial(step, start=begins_anew)
 takes_a_block_too_many = partial(step, start=takes_one_more)
 reserves_the_whole_answer = partial(step, start=takes_room_for_an_answer)
 takes_a_block_too_few = partial(step, start=takes_one_too_few)
+counts_for_itself = partial(step, start=adds_to_computed)
+takes_nobody_out = partial(step, take_out=lambda *_: None)
+goes_on_with_who_was_sent_away = partial(step, still=lambda *_: True)
 skips_who_finds_no_room = partial(step, patient=False)
 
 TAKEN, FREED, OWN, NOTHING, TWICE, ORDER = (criterion.name for criterion in check.Pool.criteria)
@@ -279,7 +341,8 @@ POOLS = {LeavesItAmongTheFree: TAKEN, FreesWhatOthersRead: FREED, CountsNoHolder
          CountsOnTop: FREED, ForgetsAllHolders: FREED, NeverFrees: FREED, GivesBackTheFirstAlone: FREED,
          WritesWhereOthersRead: OWN, CopiesAlways: OWN, KeepsHoldingTheOld: OWN, CopiesTheWrongWay: OWN,
          CopiesTheWholeTable: OWN,
-         GivesBackBeforeItTakes: NOTHING, TakesBackTwice: TWICE, SharesForTwo: ORDER}
+         GivesBackBeforeItTakes: NOTHING, TakesBackTwice: TWICE, EmptiesTheTable: TWICE,
+         SaysValueErrorWhereNoneIsFree: TAKEN, SharesForTwo: ORDER}
 PLANS = {spends_nothing: BUDGET, sends_the_first_away: LAST, begins_at_0: BUDGET,
          leaves_them_in_the_queue: BUDGET, returns_nothing: BUDGET, takes_a_block_too_few: PLACES,
          keeps_its_table: PLACES,
@@ -287,7 +350,11 @@ PLANS = {spends_nothing: BUDGET, sends_the_first_away: LAST, begins_at_0: BUDGET
          lets_the_first_that_fits_in: FIRST, sends_itself_away: LAST, skips_who_finds_no_room: LAST,
          puts_who_was_sent_away_last: LAST, keeps_what_is_computed: LAST, lets_somebody_in_at_once: ALONE,
          takes_one_token_each: REAL, waits_until_a_prompt_fits_whole: BUDGET, forgets_to_let_in: REAL,
-         takes_a_block_too_many: PLACES, reserves_the_whole_answer: PLACES, lets_nobody_in_again: TRACE}
+         takes_a_block_too_many: PLACES, reserves_the_whole_answer: PLACES, lets_nobody_in_again: TRACE,
+         lets_in_again_a_step_late: TRACE, counts_for_itself: BUDGET, takes_nobody_out: BUDGET,
+         goes_on_with_who_was_sent_away: BUDGET,
+         asks_nobody_for_room: BUDGET, sends_others_away_for_who_waits: FIRST,
+         puts_new_ones_at_the_front: FIRST}
 
 
 def _words(name):

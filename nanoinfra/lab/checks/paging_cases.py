@@ -1,16 +1,19 @@
 """What lesson 16's checks are judged on: calls to a pool, and moments of the real scheduler's life."""
 import copy
 import functools
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
+from nanoinfra.lab.check import Wrong
 from nanoinfra.lab.replay import Ruled, Watched, draw_trace, replay
 from nanoinfra.serve.blocks import Blocks
 from nanoinfra.serve.scheduler import Sequence
 
 LONGEST = 32
+MOST_LINES = 100_000                         # a right plan of at most 12 sequences runs a few hundred
 POOLS = [(40, 4, 9), (40, 4, 200), (14, 4, 9), (14, 3, 200), (24, 1, 5), (9, 4, 6)]     # blocks, size, budget
 
 
@@ -36,8 +39,8 @@ class Moment:
     def __str__(self):
         runs = ", ".join(f"{self.names[s]} ({s.computed} of {len(s.tokens)})" for s in self.running)
         waits = ", ".join(f"{self.names[s]} ({len(s.tokens)})" for s in self.waiting)
-        return (f"budget {self.budget}, {len(self.blocks.free)} blocks of {self.blocks.size} free; runs: "
-                f"{runs or 'nobody'}; waits: {waits or 'nobody'}")
+        return (f"budget {self.budget}, {len(self.blocks.free)} blocks of {self.blocks.size} free; runs "
+                f"(computed of tokens): {runs or 'nobody'}; waits (tokens): {waits or 'nobody'}")
 
 
 class _Kept(Watched):
@@ -72,21 +75,52 @@ def moments() -> list[Moment]:
 @functools.lru_cache(maxsize=4)
 def planned(subject) -> list[tuple[Moment, Moment, list]]:
     """(before, after, its work) of `subject` at every moment."""
-    return [(moment, after, _work(subject, after)) for moment in moments() for after in [moment.fresh()]]
+    return [(moment, after, _work(subject, moment, after))
+            for moment in moments() for after in [moment.fresh()]]
 
 
-def _work(subject, after):
-    work = subject(after.running, after.waiting, after.blocks, after.budget)
+def _work(subject, before, after):
+    try:
+        work = ending(subject)(after.running, after.waiting, after.blocks, after.budget)
+    except IndexError as error:
+        why = ": where too few are, one that runs sends the last away, and one that waits waits"
+        raise Wrong(f"{before}: IndexError: {error}{why * ('no block' in str(error))}") from error
+    except Endless as endless:
+        raise Wrong(f"{before}: {endless}") from endless
     if work is None:
         raise TypeError("the plan is None, want a list of (sequence, first token, how many): no return?")
-    return list(work)
+    return work
+
+
+class Endless(Exception):
+    """A plan of more than MOST_LINES lines."""
+
+
+def ending(subject):
+    """`subject`, whose plan is a list; Endless where it has none."""
+    def ended(*args):
+        lines, old = 0, sys.gettrace()
+
+        def count(frame, event, _):
+            nonlocal lines
+            lines += event == "line"
+            if lines > MOST_LINES:
+                raise Endless("plan does not end: is who is sent away taken out of `running`?")
+            return count
+        sys.settrace(count)
+        try:
+            work = subject(*args)
+            return None if work is None else list(work)                  # a generator runs here
+        finally:
+            sys.settrace(old)
+    return ended
 
 
 def whole(subject, n: int, size: int, budget: int, seed: int) -> tuple[Watched, Watched]:
     """A trace planned by `subject`, and by the real scheduler. RuntimeError where it does not end."""
     jobs = draw_trace(12, LONGEST, 1.0, seed)
     want = replay(jobs, Watched(Blocks(n, size), budget), fresh=True)
-    return replay(jobs, Ruled(subject, Blocks(n, size), budget), until=2 * want.steps), want
+    return replay(jobs, Ruled(ending(subject), Blocks(n, size), budget), until=2 * want.steps), want
 
 
 def calls(seed: int, most: int = 60) -> Iterator[tuple[str, int]]:
