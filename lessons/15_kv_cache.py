@@ -76,8 +76,8 @@ Grid(f"one more token, by a forward over n, on one of {machine()}", ("n", "GFLOP
      [(str(n), f"{again_flops(n) / 1e9:.2f}", str(each)) for n, each in zip(ns, seconds)])
 
 # %% [markdown]
-# The n-th token costs n times the first, and all n of an answer n²/2 times. Nearly all of that was computed
-# before.
+# In FLOPs the n-th token costs n times the first, and all n of an answer n²/2 times; nearly all of that was
+# computed before. In seconds it was less: the first is slower than its FLOPs explain. Section 2 says why.
 #
 # ## 2. Predict
 # **The cache.** Attention is causal: a token that is there changes no more, in no layer. Of each, later ones
@@ -86,28 +86,27 @@ Grid(f"one more token, by a forward over n, on one of {machine()}", ("n", "GFLOP
 #
 # **Two phases.** *Prefill* runs all P tokens of a prompt in one call. *Decode* runs one token a call, which
 # looks at S, itself included. A token costs 2 FLOPs for each entry of its layers' matrices (lesson 00) and
-# 4·H·K·S a layer for scores and values; the head, 2·C·V, reads the last token alone.
+# 4·H·K·S a layer for scores and values, where S is the keys of the call: P in a prefill. The causal half is
+# not taken off. The head, 2·C·V, reads the last token alone.
 #
-# **Bytes.** A call reads d·Ψ bytes of weights, once, however many tokens run, and S cached tokens of each
-# sequence. FLOPs over these bytes are its *intensity*.
+# **Bytes.** A call reads d·Ψ bytes of weights (norms' too; of an untied embedding only a row a token), once,
+# however many tokens run, and S cached tokens of each sequence. FLOPs over these bytes are its *intensity*.
 #
 # **Ceilings.** With β bytes/s and π FLOP/s a call takes max(bytes/β, FLOPs/π) at least. Decoding B sequences
 # gives B tokens. All share the weights, nobody shares a cache.
 
 # %%
-NBYTES = 2**26 if FAST else 2**28
-rates = bandwidths(NBYTES)
+rates = bandwidths(NBYTES := 2**26 if FAST else 2**28)
 beta, pi = max(rates.values()), arithmetic()
 print(f"{V=} {C=} {L=} {H=} {K=} {F=}, a SwiGLU, a tied head, float32: d={D}; KV={KINDS}; {P=} {S=}\n"
       f"this machine, one core: beta={beta / 1e9:.1f} GB/s, pi={pi / 1e9:.0f} GFLOP/s, timed")
-Grid("reading a large tensor, the best of 7", ("how", "GB/s"),
-     [(how, f"{each / 1e9:.1f}") for how, each in rates.items()])
+Grid("reading a large tensor: best of 7", ("", "GB/s"), [(how, f"{x / 1e9:.1f}") for how, x in rates.items()])
 
 # %% [markdown]
-# Commit twelve numbers. *kv*: bytes that a token keeps, for three kinds. The rest is MHA. *FLOPs*: of a
-# prefill of P; of a decode at S, one sequence; of the same token by `again`. *Intensity* of that prefill, of
-# that decode. *Even*: how many sequences of S tokens make caches as large as the weights? Then the ceilings
-# in *tokens/s*: prefill of one prompt of P, decode at S of 1 and of 8 sequences. (Norms' weights count in Ψ.)
+# Commit twelve numbers. *kv*: bytes that a token keeps, for three kinds; the rest is MHA. *FLOPs*: of a
+# prefill of P, of a decode at S, one sequence, and of that token by `again`. *Intensity* of prefill, decode.
+# *Even*: how many sequences (a fraction) of S tokens have caches as large as the weights? Then the ceilings
+# in *tokens/s*: of one prompt's P tokens, while it is read; of decode at S, with 1 and with 8 sequences.
 
 # %% nbgrader={"grade_id": "predict", "solution": true}
 # predict("L15.kv_mha", <formula>, "B")                       and kv_gqa, kv_mqa
@@ -148,18 +147,16 @@ seen({"prefill": (6, 6), "a chunk": (3, 9), "decode": (1, 10)}, "three calls, on
 # %% [markdown]
 # **Exercise 1: attend.** A layer's memory is (2, B, KV, capacity, K), keys and values; `length` tokens are
 # there, the rest is not a number. Write `k` and `v` (B, KV, T, K) behind them, in place. Then each query of
-# `q` (B, H, T, K) sees all keys up to its own: with `length` 6 and T 3, row 0 sees keys 0 to 6, row 2 all 9.
+# `q` (B, H, T, K) sees all keys up to its own (with `length` 6 and T 3, row 0 sees keys 0 to 6, row 2 all 9)
+# and makes softmax of q·k/√K over them, times their values. Nine to fourteen lines.
 #
-# Query head h reads KV head h // G, with G = H/KV. Copy no keys for that: a copy moves as many bytes as the
-# cache was to spare. The G queries of a KV head can stand side by side: `q.unflatten(1, (KV, G))` is (B, KV,
-# G, T, K), and its `.flatten(2, 3)`, (B, KV, G·T, K), makes one product with keys (B, KV, S, K). Use plain
-# products, @: torch's counter knows those. (Masks: `torch.ones(T, S, dtype=torch.bool, device=q.device)` and
-# `.triu`.) Nine to fourteen lines.
+# Query head h reads KV head h // G, G = H/KV. Copy no keys for that: it moves what the cache was to spare.
+# The G queries of a KV head can stand side by side: `q.unflatten(1, (KV, G))` is (B, KV, G, T, K), and its
+# `.flatten(2, 3)`, (B, KV, G·T, K), makes one product with keys (B, KV, S, K), by @ or einsum, which torch's
+# counter knows. (Masks: `torch.ones(T, S, dtype=torch.bool, device=q.device)` and `.triu`.)
 
 # %% nbgrader={"grade_id": "attend", "solution": true}
 # %%exercise L15
-import math
-
 import torch
 
 
@@ -170,9 +167,9 @@ def attend(memory, length, q, k, v):
     memory[0, :, :, length:S], memory[1, :, :, length:S] = k, v
     keys, values = memory[:, :, :, :S]                             # (B, KV, S, K) each
     q = q.unflatten(1, (KV, -1)).flatten(2, 3)                     # (B, KV, G T, K)
-    scores = q @ keys.mT / math.sqrt(K)                            # (B, KV, G T, S)
+    scores = q @ keys.mT / K**0.5                                  # (B, KV, G T, S)
     later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(length + 1)
-    scores = scores.unflatten(2, (-1, T)).masked_fill(later, -math.inf)      # (B, KV, G, T, S)
+    scores = scores.unflatten(2, (-1, T)).masked_fill(later, -torch.inf)     # (B, KV, G, T, S)
     y = scores.softmax(-1).flatten(2, 3) @ values                  # (B, KV, G T, K)
     return y.unflatten(2, (-1, T)).flatten(1, 2)                   # (B, H, T, K)
     ### END SOLUTION
@@ -182,13 +179,16 @@ def attend(memory, length, q, k, v):
 check.attend(attend)
 
 # %% [markdown]
-# **Exercise 2: generate.** The loop. `cache = make(capacity)` gives a cache for so many tokens; how many of
-# an answer's are ever looked at? `model.hidden(tokens, places, cache)` is (B, T, C) for `tokens` (B, T) at
-# `places` (T,), and calls `cache.attend` in each layer. Afterwards add T to `cache.length`, which no one does
-# for you. `model.head` makes logits of the rows it is given. Greedy: `argmax`. Eight to twelve lines.
+# **Exercise 2: generate.** `cache = make(capacity)` gives a cache for so many tokens. Ask for as many as are
+# ever looked at: is that all of the answer? `model.hidden(tokens, places, cache)` is (B, T, C) for `tokens`
+# (B, T) at `places` (T,), and calls `cache.attend` in each layer. Then add T to `cache.length`, which no one
+# does for you. `model.head` makes logits of the rows it is given. Greedy: `argmax`. Eight to twelve lines.
 
 # %% nbgrader={"grade_id": "generate", "solution": true}
 # %%exercise L15
+import torch
+
+
 @torch.no_grad()
 def generate(model, prompt, n, make):
     """The n likeliest tokens, one after another, behind `prompt` (B, P): (B, n)."""
@@ -213,15 +213,15 @@ check.generate(generate)
 # a part for CPUs, `Packed`: what does it do with q, k and v, and why should that help decode the most?
 
 # %%
-for each in (real.KVCache, real._generate, Packed):
-    print(inspect.getsource(each))
+print(*map(inspect.getsource, (real.KVCache, real._generate)), inspect.getmodule(Packed).__doc__,
+      *map(inspect.getsource, (Packed, pack)), sep="\n")
 
 # %% [markdown]
 # ## 5. Measure, compare, explain
 # FLOPs and bytes are *counted*, on the meta device, with your `attend`: `Traffic` sees what each operator is
 # given of the weights and of the cache. Tokens/s are *timed*: your `attend`, packed weights, a cache that
-# holds S tokens already, one core. They are not judged, a ceiling is no estimate; an order is, below. (Above
-# the ceiling? Then the machine was busy with other things when you measured β.)
+# holds S tokens already, one core. A ceiling is no estimate, so they are not judged; an order is, below. (A
+# little above it? Then the machine was busy when you measured β. Ten times? Then look at your formula.)
 
 # %%
 wrote, was_read = {kind: {} for kind in KINDS}, {}
@@ -254,8 +254,7 @@ Grid("MHA, tokens/s, timed", ("", "more", "less", ""),
          ("8 over 1: writing gains more than reading", written[8] / written[1], read[8] / read[1]))])
 
 # %% [markdown]
-# **An answer.** The wall again, and your loop, FLOPs of a whole answer behind a prompt of 16. Dots were
-# counted.
+# **An answer.** The wall again, and your loop: FLOPs of a whole answer behind a prompt of 16. Dots: counted.
 
 # %%
 def answer_flops(n):
@@ -269,22 +268,23 @@ lines = {how: (many, [decoding.answer_flops(MHA, 16, n, how == "your cache") / 1
          for how in ("all tokens again", "your cache")}
 dots = {"all tokens again": (few, [sum(map(again_flops, range(16, 16 + n))) / 1e9 for n in few]),
         "your cache": (few, [answer_flops(n) / 1e9 for n in few])}
-draw.curves(lines, dots, "tokens of the answer", "GFLOPs, all of them", "what an answer costs", log=False)
+ratio = dots["all tokens again"][1][-1] / dots["your cache"][1][-1]
+draw.curves(lines, dots, "tokens of the answer", "GFLOPs, all of them",
+            f"what an answer costs; of {few[-1]} tokens {ratio:.0f} times as much without a cache", log=False)
 
 # %% [markdown]
-# **The batch.** Lines: what memory allows, for each kind, and what arithmetic allows, dashed. Dots: timed.
+# **The batch.** Lines: the lower of both ceilings, for each kind; dashed, MHA's arithmetic. Dots: timed.
 
 # %%
-smooth = [2 ** (i / 4) for i in range(29)]
-lines = {kind.upper(): (smooth, [decoding.ceiling(config, B, 1, S, D, beta) for B in smooth])
-         for kind, config in CONFIGS.items()}
-lines["arithmetic"] = smooth, [decoding.ceiling(MHA, 1, 1, S, D, peak=pi)] * len(smooth)
-dots = {kind.upper(): (BATCHES, [each[B].value for B in BATCHES]) for kind, each in wrote.items()}
+smooth = [2 ** (i / 8) for i in range(57)]
+lines = {kind.upper(): (smooth, [decoding.ceiling(config, B, 1, S, D, beta, pi) for B in smooth])
+         for kind, config in sorted(CONFIGS.items())}                # in this order: MHA is orange below too
+lines["arithmetic (MHA)"] = smooth, [decoding.ceiling(MHA, 1, 1, S, D, peak=pi)] * len(smooth)
+dots = {kind.upper(): (BATCHES, [each[B].value for B in BATCHES]) for kind, each in sorted(wrote.items())}
 batches(lines, dots, decoding.even_batch(MHA, S, D), f"writing at S = {S}, and two ceilings")
 
 # %% [markdown]
-# **The roofline.** The same calls by intensity, with their batch. Left of the edge memory is the limit, right
-# of it arithmetic.
+# **The roofline.** The same calls by intensity, with their batch. Memory limits them left of the edge.
 
 # %%
 calls = {f"{kind.upper()} decode": [(CONFIGS[kind], B, 1, S, each.value) for B, each in wrote[kind].items()]
@@ -306,7 +306,7 @@ def served(name, config, S=2048, beta=3.35e12, pi=989e12, memory=80e9):
 
 llama = ModelConfig(128256, 4096, 32, 32, 8, 128, 14336, 8192, tied=False)
 Grid("modelled: decode at 2048 tokens, on an H100",
-     ("model", "weights", "KV a token", "even", "sequences that fit", "tokens/s of 1", "of all that fit"),
+     ("model", "weights read", "KV a token", "even", "sequences that fit", "tokens/s of 1", "of all"),
      [served("OPT-13B, MHA", ModelConfig(50272, 5120, 40, 40, 40, 128, 20480, 2048, family="opt")),
       served("Llama-3-8B, GQA", llama), served("the same with MQA", replace(llama, kv_heads=1)),
       served("SmolLM2-135M, GQA", ModelConfig(49152, 576, 30, 9, 3, 64, 1536, 8192))])
@@ -321,30 +321,30 @@ Grid("modelled: decode at 2048 tokens, on an H100",
 # %% [markdown] nbgrader={"grade_id": "explain", "solution": true, "grade": true, "points": 5}
 # <!-- ### BEGIN SOLUTION -->
 # (a) A weight of 4 bytes does 2 FLOPs for each token of the call: 2·B/4, and 2·P/4; with 2 bytes both double.
-# (b) β/(S·kv): weights are shared by so many that only the caches count, and MQA's line is H times as high
-# there, above what arithmetic allows. (c) A prompt's P tokens share the weights already: it is at the right
-# of the roof's edge. (d) Memory for caches; what is kept free for an answer that ends early serves no one,
-# and lesson 16 cuts it into pages. (e) β is the best reading seen, a product's is slower; reading and
-# computing overlap in part, so near the edge both add up; activations, softmax, norms, Python come on top.
+# (b) β/(S·kv): weights are shared by so many that only caches count. MQA's would be H times as high, so
+# arithmetic ends it. (c) A prompt's P tokens share the weights already, right of the roof's edge. (d) Memory
+# for caches; what is kept free for an answer that ends early serves no one, and lesson 16 cuts it into pages.
+# (e) β is the best reading seen, a product's is slower; reading and computing overlap in part, so near the
+# edge both add up; activations, softmax, norms, Python come on top.
 # <!-- ### END SOLUTION -->
 
 # %% [markdown]
 # ## 6. Break it
-# One slip each (a few of them where LESSON_FAST is set). Which would you notice in what the model says?
+# One slip each (a few of them where LESSON_FAST is set). Which would you notice in what the model says? Your
+# own file, `work/L15.py`, is graded from a terminal in this project: `make grade L=15`.
 
 # %%
 mutants = collect(file="l15_kv_cache")
-for mutant in mutants[::5] if FAST else mutants:
-    failure = mutant.check.report(mutant.variant).first_failure
-    print(f"{mutant.check.name}: {mutant.name}\n    rejected by: {failure.criterion.name}")
-    print(f"    {failure.text}")
+for each in mutants[::5] if FAST else mutants:
+    failure = each.check.report(each.variant).first_failure
+    print(f"{each.check.name}: {each.name}\n    rejected by: {failure.criterion.name}\n    {failure.text}")
 
 # %% [markdown]
 # ## 7. What came next
 # The cache, not the weights, now fills the memory: pages waste less of it (lesson 16), GQA shares heads, MLA
-# (DeepSeek-V2) keeps one small vector a token from which all heads make theirs, and caches in 8 or 4 bits
-# halve it again. *Speculative decoding* fills the idle arithmetic: a small model guesses k tokens, and the
-# large one checks them all in one call, a chunk.
+# (DeepSeek-V2) keeps one small vector a token from which all heads make theirs, 8 or 4 bits halve it again.
+# *Speculative decoding* fills the idle arithmetic: a small model guesses k tokens, and the large one checks
+# them all in one call, a chunk.
 #
 # - Leviathan et al., *Fast inference from transformers via speculative decoding*, 2023.
 # - DeepSeek-AI, *DeepSeek-V2*, 2024 (multi-head latent attention).

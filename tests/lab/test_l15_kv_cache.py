@@ -4,12 +4,18 @@ import torch
 import torch.nn.functional as F
 
 from nanoinfra.lab.checks import l15_kv_cache as check
+from nanoinfra.lab.exercise import extract, load, sections
 from nanoinfra.lab.mutants import collect
+from nanoinfra.lab.where import project
 from nanoinfra.model.attention import naive
 from nanoinfra.serve.generate import generate
 
 HINTS = {
-    "sees later tokens": "changes what token 0 makes: it sees a later one. Query t sees keys 0 to 0 + t",
+    "sees later tokens": "changes what token 0 makes: it sees a later one (query t sees keys 0 to 0 + t)",
+    "masks its own key": "whatever the memory: it sees no key: is its own masked?",
+    "mixes up rows of G and T": "or rows of G and T are mixed up",
+    "cuts q as (G, KV)": "are q's heads cut as (KV, G), in this order?",
+    "divides by K": "divided by K, not by sqrt(K)?",
     "sees one token too many": "another token 3 changes what token 2 makes",
     "begins its mask at key 0": "the mask begins at key 0? The queries are the last T of S tokens",
     "sees one token too few": "itself is not seen? Query t sees key t",
@@ -41,6 +47,7 @@ HINTS = {
     "gives all sequences the first one's token": "sequence 1, new token 0",
     "reads the prompt token by token": "a call reads all weights, so the prompt goes in one",
     "takes the head of all rows": "the head reads [14, 2, 2, 2, 2] rows, want [2, 2, 2, 2, 2]",
+    "keeps room for the last token": "asks for caches of [12] tokens, want one of 11: the last token goes in",
     "takes memory for the context": "asks for caches of [32] tokens, want one of 11",
 }
 MUTANTS = {mutant.name: mutant for mutant in collect(file="l15_kv_cache")}
@@ -98,10 +105,17 @@ def test_the_real_loop_passes_one_sequence_at_a_time():
     assert got == check.cases.greedy(3, 5, 6).tolist()
 
 
+def test_each_exercise_stands_alone(tmp_path):
+    file, = extract(project() / "lessons" / "15_kv_cache.py", tmp_path)
+    for name, cell in sections(file.read_text()).items():
+        (tmp_path / "alone.py").write_text(cell)
+        assert callable(getattr(load(tmp_path / "alone.py"), name))
+
+
 def test_two_dims_of_places_and_a_whole_forward_are_fine_too():
     @torch.no_grad()
     def loop(model, prompt, n, make):
-        cache, made = make(prompt.shape[1] + n), [prompt]
+        cache, made = make(prompt.shape[1] + n - 1), [prompt]
         for _ in range(n):
             T = made[-1].shape[1]
             places = (torch.arange(T) + cache.length).expand(len(prompt), T)

@@ -82,6 +82,16 @@ def reads_all_of_the_memory(memory, length, q, k, v):
     return remembering(memory, length, q, k, v, write=write)
 
 
+def mixes_up_rows_of_g_and_t(memory, length, q, k, v):
+    y, (G, T) = remembering(memory, length, q, k, v), (q.shape[1] // k.shape[1], q.shape[2])
+    return y.unflatten(1, (-1, G)).flatten(2, 3).unflatten(2, (T, G)).transpose(2, 3).flatten(1, 2)
+
+
+def cuts_q_as_g_and_kv(memory, length, q, k, v):
+    q = q.unflatten(1, (-1, k.shape[1])).transpose(1, 2).flatten(1, 2)
+    return remembering(memory, length, q, k, v)
+
+
 def interleaves(H, KV):
     return [h * KV + kv for kv in range(KV) for h in range(H // KV)]
 
@@ -152,6 +162,9 @@ ATTEND = {
     "begins its mask at key 0": (slip(diagonal=lambda length, T: 0), PARITY),
     "returns nothing": (returns_nothing, ITSELF),
     "sees one token too few": (slip(diagonal=lambda length, T: max(length - 1, 0)), PARITY),
+    "masks its own key": (slip(diagonal=lambda length, T: length - 1), ITSELF),
+    "mixes up rows of G and T": (mixes_up_rows_of_g_and_t, LATER),
+    "cuts q as (G, KV)": (cuts_q_as_g_and_kv, PARITY),
     "sees one token too many": (slip(diagonal=lambda length, T: length + 1), LATER),
     "sees the new tokens alone": (lambda memory, length, *qkv: remembering(
         memory, length, *qkv, first=length, diagonal=lambda *_: 0), PARITY),
@@ -188,6 +201,7 @@ GENERATE = {
     "reads the prompt but for its last": (loop(first=lambda tokens: [
         part for part in (tokens[:, :-1], tokens[:, -1:]) if part.shape[1]]), CALLS),
     "takes the head of all rows": (loop(head=every_row), ROWS),
+    "keeps room for the last token": (loop(capacity=lambda P, n: P + n), MEMORY),
     "takes memory for the context": (loop(capacity=lambda P, n: 32), MEMORY),
 }
 MUTANTS = [Mutant(name, judge, *slipped)

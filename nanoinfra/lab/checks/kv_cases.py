@@ -25,13 +25,16 @@ def inputs(heads: int, kv: int, before: int, T: int, K: int = 6) -> tuple[torch.
 
 def slips(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: int, T: int) -> dict[str, torch.Tensor]:
     """What usual mistakes make of tokens `before` to `before + T` (all of q, k, v are given): {cause: y}."""
-    S, K = before + T, q.shape[-1]
+    S, K, H, KV = before + T, q.shape[-1], q.shape[1], k.shape[1]
+    dealt = [g * KV + kv for kv in range(KV) for g in range(H // KV)]
     mine, (keys, values) = q[:, :, before:S], (x[:, :, :S] for x in (k, v))
     return {"the mask begins at key 0? The queries are the last T of S tokens": _masked(
                 mine, keys, values, torch.ones(T, S, dtype=torch.bool).tril()),
             "the new tokens alone? What is kept belongs to it": naive(mine, keys[:, :, before:],
                                                                       values[:, :, before:]),
             "no division by sqrt(K)?": naive(mine * K**0.5, keys, values),
+            "divided by K, not by sqrt(K)?": naive(mine / K**0.5, keys, values),
+            "are q's heads cut as (KV, G), in this order?": naive(mine[:, dealt], keys, values),
             "itself is not seen? Query t sees key t": _masked(
                 mine, keys, values, torch.ones(T, S, dtype=torch.bool).tril(before - 1))}
 
