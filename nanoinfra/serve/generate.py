@@ -37,7 +37,7 @@ def generate(model: Decoder, tokens: list[int], max_new: int, *, temperature: fl
 @torch.inference_mode()
 def _generate(model, tokens, max_new, sampler, ends):
     device = model.embed.weight.device
-    cache = KVCache(model.config.layers, len(tokens) + max_new)
+    cache = KVCache(model.config.layers, len(tokens) + max_new - 1)          # nobody reads the last
     new = list(tokens)
     for _ in range(max_new):
         places = torch.arange(cache.length, cache.length + len(new), device=device)
