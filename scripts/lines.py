@@ -13,15 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(path: Path) -> tuple[int, list[int]]:
-    """(lines of the file, lines of each function)."""
+    """(lines of the file, lines of each function in Python)."""
     text = path.read_text()
+    if path.suffix == ".c":
+        return len(text.splitlines()), []
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
     return len(text.splitlines()), [node.end_lineno - node.lineno + 1 for node in functions]
 
 
 def count(path: Path) -> int:
-    """Lines of a file, or of all Python files in a folder."""
-    files = sorted(path.glob("*.py")) if path.is_dir() else [path]
+    """Lines of a file, or of all files of code in a folder."""
+    files = [*path.glob("*.py"), *path.glob("*.c")] if path.is_dir() else [path]
     return sum(len(file.read_text().splitlines()) for file in files)
 
 
@@ -36,8 +38,8 @@ def update_readme() -> None:
 def main() -> int:
     if "--readme" in sys.argv:
         update_readme()
-    files = sorted([*ROOT.glob("nanoinfra/**/*.py"), *ROOT.glob("kernels/*.py"),
-                    *ROOT.glob("scripts/**/*.py")])
+    files = sorted([*ROOT.glob("nanoinfra/**/*.py"), *ROOT.glob("nanoinfra/**/*.c"),
+                    *ROOT.glob("kernels/*.py"), *ROOT.glob("scripts/**/*.py")])
     rows = [(path.relative_to(ROOT), *measure(path)) for path in files if path.stat().st_size]
     if "--table" in sys.argv:
         print(f"{'file':44}{'lines':>6}{'functions':>11}{'median':>8}{'longest':>9}")

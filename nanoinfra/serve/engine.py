@@ -226,6 +226,7 @@ def open_engine(options: EngineOptions, mesh) -> Engine:
 def hasten(engine: Engine) -> None:
     """On one CPU: packed weights and, where the model and the machine allow it, passes compiled from C."""
     packed.pack(engine.model)
+    packed.warm(engine.model, engine.scheduler.budget, engine.scheduler.seats)
     if passes.suit(engine.model.config):
         try:
             engine.kv = passes.install(engine.model, engine.kv)

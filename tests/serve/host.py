@@ -18,6 +18,7 @@ from nanoinfra.serve.worker import Worker
 from tests.serve.fake import fake
 
 ROOT = Path(__file__).resolve().parents[2]
+SERVE = [sys.executable, "-m", "nanoinfra.cli", "serve", "--port", "0"]
 CODE = """
 import functools, sys
 from nanoinfra.serve.host import main

@@ -12,16 +12,9 @@ import httpx
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.data.tokenizer import Tokenizer
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.hf import save_hf
 from nanoinfra.serve.generate import main as generate
 from nanoinfra.serve.options import GenerateOptions, parse_bytes
-from tests.model.twins import scrambled
-from tests.serve.host import ROOT, children, metric, running, started, until
-
-SERVE = [sys.executable, "-m", "nanoinfra.cli", "serve", "--port", "0"]
+from tests.serve.host import ROOT, SERVE, children, metric, running, started, until
 
 
 def answer(client, tokens, into):
@@ -127,17 +120,6 @@ def test_bytes_are_spelled_in_several_ways():
             parse_bytes(wrong)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A folder with a model of nonsense and its tokenizer, both as Hugging Face keeps them."""
-    root = tmp_path_factory.mktemp("served")
-    tokenizer = Tokenizer.train(["one two three"] * 9, vocab=262)
-    tokenizer.save(root / "tokenizer")
-    save_hf(scrambled(Decoder(ModelConfig(tokenizer.vocab_size, 24, 2, 4, 2, 6, 40, 32))), root / "m",
-            root / "tokenizer")
-    return root / "m"
-
-
 @pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.prove)])
 def test_the_real_engine_says_what_generate_says(model, tp):
     """On two ranks the second is killed then: the next answer is the same again."""
@@ -145,7 +127,7 @@ def test_the_real_engine_says_what_generate_says(model, tp):
     generate(GenerateOptions(str(model), "one two", 9, dtype="float64"), said.append)
     with started([*SERVE, str(model), "--name", "tiny", "--dtype", "float64", "--tp", str(tp),
                   "--kv-memory", "1MiB"]) as (process, client):
-        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 32
+        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 128
         got = client.post("/v1/completions", json=body).json()
         assert got["model"] == "tiny" and got["choices"][0]["text"] + "\n" == "".join(said)
         if tp == 2:

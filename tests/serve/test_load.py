@@ -4,13 +4,15 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.serve.host import children, metric, running, serving, until
+from tests.serve.host import SERVE, children, metric, running, serving, started, until
 
 
 @asynccontextmanager
@@ -28,7 +30,7 @@ async def asked(client, path, body=None):
 
 
 def body(i, tokens, **more):
-    return {"prompt": f"the prompt of {i} ", "max_tokens": tokens, "stream": True, **more}
+    return {"prompt": f"the prompt of {i} ", "max_tokens": tokens, "stream": True, "temperature": 0, **more}
 
 
 def expected(i, tokens):
@@ -55,14 +57,30 @@ async def stream(client, i, tokens, leave=None):
     return text
 
 
-async def health(client, times):
-    """Ask every 20 ms, for ever."""
+POLL = """
+import http.client, json, sys, threading, time
+times = []
+def ask():
     while True:
-        begin = time.monotonic()
-        async with asked(client, "/health") as reader:
-            assert b" 200 " in await reader.read()
+        begin, connection = time.monotonic(), http.client.HTTPConnection(sys.argv[1], timeout=30)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
         times.append(time.monotonic() - begin)
-        await asyncio.sleep(0.02)
+        time.sleep(0.02)
+threading.Thread(target=ask, daemon=True).start()
+sys.stdin.read()
+print(json.dumps(times))
+"""
+
+
+@contextmanager
+def health(client):
+    """Asked every 20 ms by another process, whose own clients keep it from nothing; the times, in the end."""
+    times, host = [], f"{client.base_url.host}:{client.base_url.port}"
+    command = [sys.executable, "-c", POLL, host]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as asks:
+        yield times
+        times += json.loads(asks.communicate()[0])
 
 
 def is_empty(client):
@@ -79,6 +97,27 @@ def test_two_hundred_streams_at_once():
         assert metric(client, "num_preemptions_total") > 0
         is_empty(client)
         assert not server.worker.jobs and not server.worker.watch.courses
+
+
+def real(model, dtype, *more):
+    """`nanoinfra serve` of a model; its name is what `metric` asks for."""
+    return started([*SERVE, str(model), "--name", "fake", "--dtype", dtype, *more])
+
+
+def alone(client, lengths):
+    """{(i, tokens): text} of 16 prompts, one request at a time."""
+    return {(i, tokens): asyncio.run(stream(client, i, tokens)) for i in range(16) for tokens in lengths}
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.prove)])
+def test_two_hundred_streams_of_a_real_model_say_what_each_says_alone(model, dtype):
+    async def work():
+        return await asyncio.gather(*(stream(client, i % 16, 24) for i in range(200)))
+    with real(model, dtype, "--kv-memory", "128KiB", "--seats", "32", "--budget", "64") as (_, client):
+        want = alone(client, [24])
+        assert asyncio.run(work()) == [want[i % 16, 24] for i in range(200)] and len(set(want.values())) == 16
+        assert metric(client, "num_preemptions_total") > 0
+        is_empty(client)
 
 
 @pytest.mark.parametrize("streams", [True, False])
@@ -149,27 +188,32 @@ def memory(pid):
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+SERVERS = {"stand-in": lambda model: running(pause=0.01, blocks=200, seats=64, budget=256, queue=4096),
+           "float32": lambda model: real(model, "float32", "--kv-memory", "1MiB", "--queue", "4096"),
+           "float64": lambda model: real(model, "float64", "--kv-memory", "2MiB", "--queue", "4096")}
+
+
 @pytest.mark.prove
-def test_two_thousand_requests_with_random_aborts():
-    draws, times = random.Random(0), []
+@pytest.mark.parametrize("server", SERVERS)
+def test_two_thousand_requests_with_random_aborts(model, server):
+    draws, lengths = random.Random(0), (1, 24, 60)
 
     async def one(i, gate):
         async with gate:
-            tokens, leave = draws.randint(1, 60), draws.choice([None, None, draws.randint(0, 20)])
-            text, whole = await stream(client, i, tokens, leave), expected(i, tokens)
+            tokens, leave = draws.choice(lengths), draws.choice([None, None, draws.randint(0, 20)])
+            text, whole = await stream(client, i % 16, tokens, leave), want[i % 16, tokens]
             assert text == whole if leave is None else whole.startswith(text)
 
     async def work(n):
-        watch, gate = asyncio.create_task(health(client, times)), asyncio.Semaphore(200)
+        gate = asyncio.Semaphore(200)
         await asyncio.gather(*(one(i, gate) for i in range(n)))
-        watch.cancel()
-        await asyncio.wait([watch])
 
-    with running(pause=0.01, blocks=200, seats=64, budget=256, queue=4096) as (process, client):
-        pids = [process.pid, *children(process.pid)]
-        asyncio.run(work(500))
+    with SERVERS[server](model) as (process, client):
+        pids, want = [process.pid, *children(process.pid)], alone(client, lengths)
+        asyncio.run(work(2000))              # what is kept is kept now: a kernel for each number of rows
         before = [memory(pid) for pid in pids]
-        asyncio.run(work(2000))
+        with health(client) as times:
+            asyncio.run(work(2000))
         grown = [memory(pid) - had for pid, had in zip(pids, before)]
         p99 = sorted(times)[int(0.99 * len(times))]
         print(f"/health: p99 {p99 * 1e3:.1f} ms of {len(times)}; API and engine grew by {grown} bytes")

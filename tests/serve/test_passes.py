@@ -120,6 +120,31 @@ def test_a_layer_takes_few_operations_and_puts_no_keys_together():
     assert counts[3] - counts[1] <= 2 * 12
 
 
+@torch.inference_mode()
+def test_steps_of_any_size_find_their_products_compiled(monkeypatch):
+    """By the numbers of rows that oneDNN sees: few, and each before the first request."""
+    seen, product, draws = set(), packed.Packed._product, random.Random(0)
+    monkeypatch.setattr(packed.Packed, "_product", lambda self, x: (seen.add(len(x.view(-1, x.shape[-1]))),
+                                                                    product(self, x))[1])
+    engine = made("llama", torch.float32, True, blocks=300, budget=150, seats=20)
+    warmed, sizes = set(seen), set()
+    assert len(warmed) == 42 and max(warmed) == 160
+    for i in range(60):
+        engine.add(Request(f"r{i}", prompt(i, draws.randint(1, 60)), GREEDY, max_tokens=draws.randint(1, 9)))
+        engine.step()
+        sizes.add(sum(each["new"] for each in engine.stats()["batch"]))
+    assert seen == warmed and len(sizes - warmed) > 10
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 33, 100])
+@torch.inference_mode()
+def test_rows_that_fill_up_change_nothing(rows):
+    linear, x = torch.nn.Linear(12, 20), torch.randn(rows, 12)
+    torch.testing.assert_close(packed.Packed(linear)(x), linear(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed.Packed(linear)(x[None]), linear(x)[None], rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed.Packed(linear)(x[0]), linear(x[0]), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("compiler, why", [("none", "No such file"), ("false", "does not compile")])
 @torch.inference_mode()
 def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch, capfd, compiler, why):

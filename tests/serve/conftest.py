@@ -1,0 +1,19 @@
+"""What several tests of the server serve."""
+import pytest
+
+from nanoinfra.data.tokenizer import Tokenizer
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.hf import save_hf
+from tests.model.twins import scrambled
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A folder with a model of nonsense and its tokenizer, both as Hugging Face keeps them."""
+    root = tmp_path_factory.mktemp("served")
+    tokenizer = Tokenizer.train(["one two three"] * 9, vocab=262)
+    tokenizer.save(root / "tokenizer")
+    save_hf(scrambled(Decoder(ModelConfig(tokenizer.vocab_size, 24, 2, 4, 2, 6, 40, 128))), root / "m",
+            root / "tokenizer")
+    return root / "m"
