@@ -98,20 +98,17 @@ kept = [prompt + new - 1 for _, prompt, new in TRACE]
 predict("L16.waste_whole", sum(LONGEST - tokens for tokens in kept), "tokens")
 predict("L16.waste_pages", len(TRACE) * (SIZE - 1) / 2, "tokens")                  # on average
 predict("L16.waste_pages", sum(-tokens % SIZE for tokens in kept), "tokens")       # these
-
 end, left = 0, list(TRACE)
 while left:
     begin = max(end, left[0][0])
     batch = [new for arrival, _, new in left[:SEATS] if arrival <= begin]
     end, left = begin + max(batch), left[len(batch):]
 predict("L16.steps_static", end, "steps")
-
 ends = [0] * SEATS                                                   # when each seat is free
 for arrival, _, new in TRACE:
     ends.sort()
     ends[0] = max(arrival, ends[0]) + new
 predict("L16.steps_orca", max(ends), "steps")
-
 last = max(arrival + new for arrival, _, new in TRACE)
 predict("L16.steps_paged", last, "steps")
 predict("L16.peak", max(sum(-(-(prompt + step - arrival) // SIZE) for arrival, prompt, new in TRACE
@@ -121,21 +118,21 @@ predict("L16.saved", sum(arrival > 0 for arrival, *_ in TRACE) * (len(PREFIX) //
 
 # %% [markdown]
 # ## 3. Build
-# The pool as it lies after step 14 of the trace, and the *block table* of sequence 18: where its tokens are.
-# White blocks are free; pale is what a last block has left. Attention finds the blocks of a sequence through
-# its table, as a process finds its memory through an operating system's pages.
+# The pool after step 14 of the trace, and the *block table* of sequence 18 (both counted from 0): where its
+# tokens are. White blocks are free; pale is what a last block has left. Attention finds the blocks of a
+# sequence through its table, as a process finds its memory through an operating system's pages.
 
 # %%
 BY_14 = replay(JOBS, Watched(Blocks(PLACES // SIZE, SIZE)), until=15)
 print(*(sequence.table for sequence, job in BY_14.order.items() if job == 18))
-pool(BY_14, "64 blocks of 4 tokens; the number is the sequence")
+pool(BY_14, "64 blocks of 4 tokens; the number is the sequence (colours repeat)")
 
 # %% [markdown]
 # **Exercise 1: the pool.** A block has as many holders as there are tables with it: sequences that begin
 # alike share blocks, and so do several answers to one prompt. When one of them is about to *write* into a
 # block that another holds too, it gets a copy: `write(table, i)` puts a block of its own at `table[i]` and
-# returns (old, new), what to copy where; None where it was its writer's alone. With a pool of three and
-# table [2, 1], shared once, `write(table, 1)` makes it [2, 0] and returns (1, 0). 12 to 18 lines.
+# returns (old, new), what to copy where; None where it was its writer's alone. With a pool of three, table
+# [2, 1], and block 1 shared once, `write(table, 1)` makes it [2, 0] and returns (1, 0). 12 to 18 lines.
 
 # %% nbgrader={"grade_id": "pool", "solution": true}
 # %%exercise L16
@@ -160,7 +157,7 @@ class Pool:
         ### END SOLUTION
 
     def give_back(self, table):
-        """One holder less of each block. ValueError for one that nobody holds."""
+        """One holder less of each block. The table stays as it is. ValueError for one that nobody holds."""
         ### BEGIN SOLUTION
         for block in table:
             if self.holders[block] < 1:
@@ -187,14 +184,16 @@ check.Pool(Pool)
 
 # %% [markdown]
 # **Exercise 2: a step.** A sequence has `tokens`, of which the first `computed` are in the blocks of its
-# `table`. Prompt, answer, going on after it was sent away: all are one rule, *let computed catch up*. Hand
-# out `budget` tokens: to the list `running` in its order, as much as each lacks; then to the queue `waiting`
-# (a deque), first come, first served, which puts it at the end of `running`. A prompt may go in chunks.
+# `table`. Prompt, answer, going on after it was sent away: all are one rule, *let computed catch up*. `plan`
+# only plans; whoever runs the step adds to `computed`. Hand out `budget` tokens: to the list `running` in its
+# order, as much as each lacks; then to the deque `waiting` in its, and who comes in goes to the end of
+# `running`. A chunk is cut by budget alone: who waits and finds too few blocks `free` for it waits on.
 #
-# `missing` says how many blocks a sequence lacks, `start` takes them and makes the plan's entry. Where too
-# few are `free`, the *last* of the running gives its table back, forgets what was computed (`table = []`,
-# `computed = 0`) and becomes the first that waits; again, until this one has room or was itself the last.
-# Then nobody comes in, in this step. Nobody who waits sends anybody away. 15 to 20 lines.
+# `missing` says how many blocks a sequence lacks, `start` takes them and makes the plan's entry. Where one of
+# the running finds too few, their *last* gives its table back, forgets what was computed (`table = []`,
+# `computed = 0`) and becomes the first that waits; again, until this one has room or was itself the last. If
+# anybody was sent away, nobody comes in, in this step. Who waits sends nobody away, and nobody overtakes,
+# even one that would fit. 15 to 20 lines.
 
 # %% nbgrader={"grade_id": "plan", "solution": true}
 # %%exercise L16
@@ -272,12 +271,12 @@ compare(list(check.PREDICTIONS))
 timeline(RUNS, "24 requests, memory for 256 tokens")
 
 # %%
-memory(RUNS, "the same memory, and what it holds")
+memory(RUNS, "the same memory, and what it holds (in static batches also for those who are done)")
 
 # %% [markdown]
 # **Short of memory.** Less than half of the blocks, and 12 tokens a step: prompts go in chunks, and who came
 # last is sent away. Your `plan` on your `Pool`, and the real one, where a sequence that comes back may find
-# its own blocks still known.
+# its own blocks still known. In the table *a step* is of all that was computed, again or not.
 
 # %%
 YOURS = replay(JOBS, Ruled(plan, Pool(28, SIZE), budget=12))
@@ -287,11 +286,12 @@ timeline({"yours": YOURS, "the real one": REAL}, "28 blocks, 12 tokens a step")
 # %%
 APART = replay(ALIKE, Watched(Blocks(PLACES // SIZE, SIZE)), fresh=True)
 table(RUNS | {"yours, 28 blocks": YOURS, "real, 28 blocks": REAL, "prefix, not shared": APART,
-              "prefix, shared": SHARED}, "the log of each, counted")
+              "prefix, shared": SHARED}, "counted; a block of the first two rows has 64 places, else 4")
 
 # %% [markdown]
 # **The real engine** runs the same traces: a decoder, drawn at random, in float64. Its log must be the
-# replay's, step by step, and what each request says must be what it says alone.
+# replay's, step by step, and what each request says must be what it says alone. (`prefix_hits` counts as a
+# request comes in first, not as it comes back; `prompt_tokens` counts what is read again, too.)
 
 # %%
 model = init_weights(Decoder(sized("test")), seed=0).double()
@@ -305,7 +305,7 @@ for run in (ORCA, PAGES, REAL):
 
 # %% [markdown]
 # **More memory.** Many requests, all there at once. Memory times steps must hold everyone's blocks for as
-# long as they run: lines are that bound, dots are replays. And what blocks of other sizes leave empty.
+# long as they run: that bound is the lines, "at least"; dots are replays. And what other blocks leave empty.
 
 # %%
 MANY = draw_trace(60 if FAST else 400, LONGEST, gap=0, seed=3)
@@ -316,29 +316,32 @@ waste_by_size(MANY, 16 * LONGEST, (2, 4, 8, 16, 32))
 
 # %% [markdown]
 # **Explain.** Five sentences. (a) Static takes twice Orca's steps with the same four seats: what does each
-# add up? (b) Orca's dots lie on its bound, those of pages above theirs: what do pages pay where memory is
-# short? (c) Blocks of one token waste nothing: why are vLLM's 16 long? (d) Why is the *last* sent away, not
-# who has most blocks? (e) Three sequences computed all of the prefix, and all 24 its last two tokens: why?
+# add up? (b) In 128 places Orca's dot lies on its bound and that of pages 8 % above: what do pages pay where
+# memory is short? In 1,024 both lie higher, though few are sent away: what does a bound over all steps leave
+# out at a trace's end? (c) Blocks of one token waste nothing: why are vLLM's 16 long? (d) Why is the *last*
+# sent away, not who has most blocks? (e) Three computed all of the prefix, all 24 its last two tokens: why?
 
 # %% [markdown] nbgrader={"grade_id": "explain", "solution": true, "grade": true, "points": 5}
 # <!-- ### BEGIN SOLUTION -->
 # (a) Static the longest answer of each batch, Orca all answers over four seats, and some idle ones at the
-# end. (b) Nothing is reserved, so those who grow send others away, whose tokens are computed again. (c) Each
-# needs an entry, a look-up and a hash, kernels read whole blocks, and 7.5 places of hundreds are little. (d)
-# Who came first gets done, whatever comes later; else two could send each other away for ever. (e) They came
-# in one step, when nothing was known; 18 tokens fill four blocks, and only full ones have a key.
+# end. (b) Nothing is reserved, so who grows sends others away: their tokens are computed again, and what they
+# gave is free until the first that waits fits in. The bound has memory full to the end; the last answers run
+# there alone. (c) Each needs an entry, a look-up, a hash; kernels read whole blocks; 7.5 places of hundreds
+# are little. (d) Who came first gets done, whatever comes later; else two could send each other away for
+# ever. (e) They came in one step, when nothing was known; 18 tokens fill four blocks, only full ones have
+# keys.
 # <!-- ### END SOLUTION -->
 
 # %% [markdown]
 # ## 6. Break it
-# One slip each (a few of them where LESSON_FAST is set). Which of them would a user notice, and how?
+# One slip each (a few of them where LESSON_FAST is set). Which of them would a user notice, and how? Your own
+# file, `work/L16.py`, is graded from a terminal in this project: `make grade L=16`.
 
 # %%
 mutants = collect(file="l16_paging")
-for mutant in mutants[3::9] if FAST else mutants:
-    failure = mutant.check.report(mutant.variant).first_failure
-    print(f"{mutant.check.name}: {mutant.name}\n    rejected by: {failure.criterion.name}")
-    print(f"    {failure.text.splitlines()[0]}")
+for each in mutants[3::9] if FAST else mutants:
+    failure = each.check.report(each.variant).first_failure
+    print(f"{each.check.name}: {each.name}\n    rejected by: {failure.criterion.name}\n    {failure.text}")
 
 # %% [markdown]
 # ## 7. What came next

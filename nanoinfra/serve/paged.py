@@ -46,35 +46,33 @@ class PagedKV:
         """Keep `k`, `v` (1, KV, N, K); let `q` (1, H, N, K) see its sequence's tokens up to itself."""
         memory = self.pool[layer]                                                        # (2 KV, n, p, K)
         memory.flatten(1, 2).index_copy_(1, self.slots, torch.cat([k[0], v[0]]))
-        parts = [self._attend_ones(memory, q, slopes)] if self.ones else []
-        parts += self.see_chunks(memory, q, k, v, slopes)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                              # (N, heads, K)
+        parts = [self._see_ones(memory, q, slopes)] if self.ones else []
+        y = torch.cat(parts + self.see_chunks(memory, q, k, v, slopes))                  # (N, H, K)
+        return y.transpose(0, 1)[None]
 
     def see_chunks(self, memory, q, k, v, slopes=None):
-        """What each chunk's queries see: [(1, H, B T, K)]."""
+        """What each chunk's queries see, of `q` (N, H, K) and `k`, `v` (N, KV, K): [(B T, H, K)]."""
         parts = []
         for begin, sequences, count, blocks, S in self.chunks:
-            rows = slice(begin, begin + sequences * count)
-            queries = self._apart(q[0, :, rows], sequences)                              # (B, H, T, K)
-            if blocks is None:
-                keys, values = (self._apart(x[0, :, rows], sequences) for x in (k, v))
-            else:
+            queries, keys, values = (x[begin:begin + sequences * count].unflatten(0, (sequences, count))
+                                     .transpose(1, 2) for x in (q, k, v))                # (B, heads, T, K)
+            if blocks is not None:
                 keys, values = memory.index_select(1, blocks).flatten(1, 2)[None, :, :S].chunk(2, 1)
             y = sdpa(queries, keys, values, slopes)                                      # (B, H, T, K)
-            parts.append(y.transpose(0, 1).flatten(1, 2)[None])                          # (1, H, B T, K)
+            parts.append(y.transpose(1, 2).flatten(0, 1))
         return parts
 
-    def _attend_ones(self, memory, q, slopes):
-        """A head's G queries are taken for a sequence's, each of which sees all its keys."""
+    def _see_ones(self, memory, q, slopes):
+        """A head's G queries are taken for a sequence's, each of which sees all its keys: (B, H, K)."""
         index, mask, places = self.ones                                                  # (B, 1, 1, S)
-        queries = q[0, :, :len(mask)].unflatten(0, (self.KV, -1)).permute(2, 0, 1, 3)    # (B, KV, G, K)
+        queries = q[:len(mask)].unflatten(1, (self.KV, -1))                              # (B, KV, G, K)
         both = memory.flatten(0, 1).flatten(1).index_select(0, index)
         keys, values = both.view(2, self.KV, len(mask), -1, q.shape[-1]).transpose(1, 2)  # (B, KV, S, K)
         if slopes is not None:
             steep = torch.tensor(slopes, dtype=wide(q.dtype), device=q.device).view(self.KV, -1, 1)
             mask = (mask + steep * places).to(q.dtype)                                   # (B, KV, G, S)
-        y = F.scaled_dot_product_attention(queries, keys, values, mask)                  # (B, KV, G, K)
-        return y.flatten(1, 2).transpose(0, 1)[None]                                     # (1, H, B, K)
+        return F.scaled_dot_product_attention(queries, keys, values, mask).flatten(1, 2)
 
     def find(self, ones):
         """Where the keys of [(table, S)] are: rows of the pool, head by head; -inf past S; places less S."""
@@ -101,10 +99,6 @@ class PagedKV:
                 found.append([begin, 1, count, blocks, first + count])
             begin += count
         return found
-
-    def _apart(self, x, sequences):
-        """(heads, B T, K) -> (B, heads, T, K)."""
-        return x.unflatten(1, (sequences, -1)).transpose(0, 1)
 
     def _tensor(self, values):
         return torch.tensor(values, device=self.pool.device)

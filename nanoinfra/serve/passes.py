@@ -102,13 +102,14 @@ class PagesInPlace(PagedKV):
         parts = []
         if self.ones:
             tables, ends = self.ones
-            parts.append(qkv.new_empty(1, len(ends), H * K))
+            parts.append(qkv.new_empty(len(ends), H, K))
             self.passes.attend(parts[0].data_ptr(), qkv.data_ptr(), memory.data_ptr(), tables.data_ptr(),
                                ends.data_ptr(), *tables.shape, n)
         if self.chunks:
-            q, k, v = qkv.unflatten(2, (-1, K)).transpose(1, 2).split([H, self.KV, self.KV], 1)
-            parts += [y.transpose(1, 2).flatten(2) for y in self.see_chunks(memory, q, k, v)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            heads = qkv[0].unflatten(1, (-1, K)).split([H, self.KV, self.KV], 1)
+            parts += self.see_chunks(memory, *heads)
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)                            # (N, H, K)
+        return y.flatten(1)[None]
 
     def find(self, ones):
         """Where the keys of [(table, S)] are: tables (B, longest), each S (B,)."""
