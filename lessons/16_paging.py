@@ -48,8 +48,7 @@ PREFIX = tuple(range(18))                    # what a system prompt is made of
 # %% [markdown]
 # ## 1. The wall
 # Lesson 15 left a cache: one stretch of memory for each sequence. Nobody knows how long an answer will be, so
-# each is as long as the model's context. Take vLLM's example, OPT-13B in 16 bits on a GPU of 40 GB, where its
-# weights leave 12 GB.
+# each is as long as the model's context. vLLM's example: OPT-13B in 16 bits leaves 12 of a GPU's 40 GB.
 
 # %%
 OPT = ModelConfig(50272, 5120, 40, 40, 40, 128, 20480, context=2048, family="opt")
@@ -64,11 +63,9 @@ print(f"{whole / 2048:,.0f} bytes a token, {whole / 1e9:.2f} GB for 2048: {12e9 
 # %%
 STATIC = replay(JOBS, Watched(Blocks(SEATS, LONGEST)), static=SEATS)
 print(f"the first six requests, (arrival, prompt, new): {TRACE[:6]}")
-timeline({"static batches": STATIC}, "a batch leaves when its longest is done")
+timeline({"static batches": STATIC}, "a batch leaves when its longest is done: seats are kept, others wait")
 
 # %% [markdown]
-# Seats are kept by those who are done, and others wait in front of them.
-#
 # ## 2. Predict
 # A sequence of p prompt and o new tokens takes o steps: the first reads the prompt, and its last logits give
 # a token. In memory are p + o − 1 at the end (who would read the last one?).
@@ -87,7 +84,7 @@ timeline({"static batches": STATIC}, "a batch leaves when its longest is done")
 # Commit seven numbers, all from `TRACE`. *Waste*: places of its memory that a sequence has left empty when it
 # ends, added up, in stretches and in blocks. *Steps*: of the whole trace. *Peak*: blocks in use in the
 # fullest step, if nobody waits. Is it more than there are? *Saved*: blocks that sequences do not compute as
-# they come in, with `PREFIX` before every prompt.
+# they come in, with `PREFIX` before all prompts.
 
 # %% nbgrader={"grade_id": "predict", "solution": true}
 # predict("L16.waste_whole", <formula>, "tokens")    and waste_pages: on average, then once more exactly
@@ -241,12 +238,12 @@ check.plan(plan)
 
 # %% [markdown]
 # ## 4. Read the real one
-# What does `_admit` do that yours does not, and why may a hit not cover all of a prompt (`cap`)? Blocks stay
-# `known` by a hash of all tokens up to their end: why not of their own alone? In which order does `give_back`
-# free a table, and why?
+# What does `_admit` do that yours does not, and why may a hit not cover all of a prompt (`_usable`)? Blocks
+# stay `known` by a hash of all tokens up to their end: why not of their own alone? In which order does
+# `give_back` free a table, and why?
 
 # %%
-for it in (Scheduler.plan, Scheduler._admit, Scheduler._make_room, Blocks):
+for it in (Scheduler.plan, Scheduler._admit, Scheduler._usable, Scheduler._make_room, Blocks):
     print(inspect.getsource(it))
 
 # %% [markdown]
@@ -345,7 +342,7 @@ for each in mutants[3::9] if FAST else mutants:
 
 # %% [markdown]
 # ## 7. What came next
-# SGLang keeps known prefixes in a tree instead of a table of hashes, and takes first who shares most. A long
+# SGLang keeps known prefixes in a tree, not in a table of hashes, and takes first who shares most. A long
 # prompt still makes everyone else's token late: Sarathi's chunks bound that, DistServe gives prompts and
 # answers machines of their own. A thousand adapters can live in the same pages (lesson 17).
 #

@@ -105,7 +105,7 @@ def _(subject):
 @serving.criterion("every block is given back once, by each that held it", "property")
 def _(subject):
     tokens = prompt(7, 12)
-    sharing = [ask("a", tokens, 2), ask("b", [*tokens, 1], 9), ask("c", tokens, 5)]
+    sharing = [ask(name, [*tokens, i], new) for i, (name, new) in enumerate([("a", 2), ("b", 9), ("c", 5)])]
     for rounds in ([[ask("first", tokens)], sharing], [[ask("r", tokens, n=3), ask("s", prompt(8, 5), 3)]]):
         if books := subject(rounds, blocks=14)["books"]:
             raise Wrong(f"{books[0]}: given back for somebody else, or twice, or not at all?")
