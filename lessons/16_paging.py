@@ -184,7 +184,7 @@ check.Pool(Pool)
 # `table`. Prompt, answer, going on after it was sent away: all are one rule, *let computed catch up*. `plan`
 # only plans; whoever runs the step adds to `computed`. Hand out `budget` tokens: to the list `running` in its
 # order, as much as each lacks; then to the deque `waiting` in its, and who comes in goes to the end of
-# `running`. A chunk is cut by budget alone: who waits and finds too few blocks `free` for it waits on.
+# `running`. Prompts may go in chunks, cut by budget alone: who waits and finds too few `free` blocks waits on.
 #
 # `missing` says how many blocks a sequence lacks, `start` takes them and makes the plan's entry. Where one of
 # the running finds too few, their *last* gives its table back, forgets what was computed (`table = []`,
@@ -268,7 +268,7 @@ compare(list(check.PREDICTIONS))
 timeline(RUNS, "24 requests, memory for 256 tokens")
 
 # %%
-memory(RUNS, "the same memory, and what it holds (in static batches also for those who are done)")
+memory(RUNS, "the same memory, and what it holds: in static batches also tokens of who is done")
 
 # %% [markdown]
 # **Short of memory.** Less than half of the blocks, and 12 tokens a step: prompts go in chunks, and who came
@@ -302,7 +302,7 @@ for run in (ORCA, PAGES, REAL):
 
 # %% [markdown]
 # **More memory.** Many requests, all there at once. Memory times steps must hold everyone's blocks for as
-# long as they run: that bound is the lines, "at least"; dots are replays. And what other blocks leave empty.
+# long as they run: lines (predicted: at least) are that bound, dots replays. And what other sizes leave.
 
 # %%
 MANY = draw_trace(60 if FAST else 400, LONGEST, gap=0, seed=3)
