@@ -184,7 +184,7 @@ check.Pool(Pool)
 # `table`. Prompt, answer, going on after it was sent away: all are one rule, *let computed catch up*. `plan`
 # only plans; whoever runs the step adds to `computed`. Hand out `budget` tokens: to the list `running` in its
 # order, as much as each lacks; then to the deque `waiting` in its, and who comes in goes to the end of
-# `running`. Prompts may go in chunks, cut by budget alone: who waits and finds too few `free` blocks waits on.
+# `running`. Prompts may go in chunks, cut by budget alone: who waits and finds too few `free` waits on.
 #
 # `missing` says how many blocks a sequence lacks, `start` takes them and makes the plan's entry. Where one of
 # the running finds too few, their *last* gives its table back, forgets what was computed (`table = []`,
