@@ -170,5 +170,5 @@ def table(panels: dict[str, Watched], title: str = "") -> Grid:
              str(max(len(step.work) for step in each.log)), str(max(step.used for step in each.log)),
              str(sum(len(step.waiting) for step in each.log)), str(each.counts["preemptions"]))
             for name, each in panels.items()]
-    return Grid(title, ("", "steps", "tokens computed", "a step", "most in a batch", "most blocks",
+    return Grid(title, ("", "steps", "tokens computed", "computed a step", "most in a batch", "most blocks",
                         "steps waited, all", "sent away"), rows)

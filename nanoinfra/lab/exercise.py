@@ -47,8 +47,9 @@ def load(file: Path | str) -> ModuleType:
 
 
 def source_of(subject) -> str:
-    """Where a function was written, as a reader wants it: `work/L02.py`, or its module."""
-    code = getattr(inspect.unwrap(subject), "__code__", None)         # as under @torch.no_grad()
+    """Where a function or a class was written, as a reader wants it: `work/L02.py`, or its module."""
+    function = subject.__init__ if isinstance(subject, type) else inspect.unwrap(subject)
+    code = getattr(function, "__code__", None)                        # as under @torch.no_grad()
     file = Path(code.co_filename) if code else Path("<none>")
     return shown(file) if file.is_file() else getattr(subject, "__module__", None) or "a notebook cell"
 

@@ -148,3 +148,21 @@ void attend(number *to, const number *qkv, const number *pool, const long *table
                 for (long j = 0; j < K; j++) to[((b * KV + h) * G + g) * K + j] = put(y[g][j] / sum[g]);
         }
 }
+
+#ifdef BF16
+/* serve/packed.py, Packed, of a single row: to (out) = x (in) weight^T. oneDNN's order of the weight, AB16b32a2b,
+   has pairs of ins together and 32 outs side by side, so sums need no lane of another's; a block of outs is one
+   stretch of memory. */
+void row(number *to, const number *x, const uint32_t *weight, long in, long out) {
+#pragma omp parallel for
+    for (long first = 0; first < out; first += 32) {
+        const uint32_t *pairs = weight + first * in / 2;
+        float sum[32] = {0};
+        for (long i = 0; i < in; i += 2, pairs += 32) {
+            float even = get(x[i]), odd = get(x[i + 1]);
+            for (long o = 0; o < 32; o++) sum[o] += even * get(pairs[o]) + odd * get(pairs[o] >> 16);
+        }
+        for (long o = 0; o < 32; o++) to[first + o] = put(sum[o]);
+    }
+}
+#endif

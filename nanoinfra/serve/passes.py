@@ -18,13 +18,15 @@ from torch import nn
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model import decoder
 from nanoinfra.model.layers import RMSNorm
+from nanoinfra.serve.packed import Packed
 from nanoinfra.serve.paged import PagedKV
 
 POINTER, LONG, DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
 ARGUMENTS = {"add_norm": [POINTER] * 4 + [LONG] * 2 + [DOUBLE],
              "swiglu": [POINTER] * 2 + [LONG] * 2,
              "place": [POINTER] * 3 + [DOUBLE] + [POINTER] * 4 + [LONG] * 2,
-             "attend": [POINTER] * 5 + [LONG] * 3}
+             "attend": [POINTER] * 5 + [LONG] * 3,
+             "row": [POINTER] * 3 + [LONG] * 2}
 
 
 def compiled(**defined: int) -> ctypes.CDLL:
@@ -45,7 +47,8 @@ def compiled(**defined: int) -> ctypes.CDLL:
             raise RuntimeError(f"{compiler} does not compile {source.name}: {error.stderr}") from error
         passes = ctypes.CDLL(str(library))
     for name, arguments in ARGUMENTS.items():
-        getattr(passes, name).argtypes, getattr(passes, name).restype = arguments, None
+        if hasattr(passes, name):            # `row` is for bfloat16 alone
+            getattr(passes, name).argtypes, getattr(passes, name).restype = arguments, None
     return passes
 
 
@@ -63,24 +66,56 @@ class Norm(nn.Module):
         return y
 
 
+class Product(nn.Module):
+    """A packed product. A row alone, as of one who chats, is left to passes.c, which reads oneDNN's order."""
+
+    def __init__(self, packed: Packed, passes: ctypes.CDLL):
+        super().__init__()
+        self.many, self.passes, self.weight = packed.forward, passes, torch.ops.mkldnn.data_ptr(packed.packed)
+        self.ins, self.outs = packed.like.shape[-1], sum(packed.outs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x) if x.numel() == self.ins else self.many(x)
+
+    def one(self, x: torch.Tensor) -> torch.Tensor:
+        """Of `x` (..., ins) with a single row."""
+        y = x.new_empty(*x.shape[:-1], self.outs)
+        self.passes.row(y.data_ptr(), x.data_ptr(), self.weight, self.ins, self.outs)
+        return y
+
+
+def product(packed: Packed, passes: ctypes.CDLL) -> nn.Module:
+    """Product, where numbers are bfloat16 and in the order that it reads; else the packed one as it is."""
+    whole = packed.like.shape[-1] % 32 == sum(packed.outs) % 32 == 0
+    if not (whole and packed.bias is None and hasattr(passes, "row")):
+        return packed
+    own, x = Product(packed, passes), torch.randn_like(packed.like)
+    return own if torch.allclose(own.one(x).float(), packed(x).float(), rtol=0.02, atol=0.02) else packed
+
+
 class Block(nn.Module):
     """decoder.Block, made of the packed one that it replaces."""
 
     def __init__(self, block: decoder.Block, passes: ctypes.CDLL):
         super().__init__()
         self.attn, self.mlp, self.passes = block.attn, block.mlp, passes
+        attn, mlp = block.attn, block.mlp
+        attn.qkv, attn.o, mlp.gate_up, mlp.down = (
+            product(packed, passes) for packed in (attn.qkv, attn.o, mlp.gate_up, mlp.down))
         self.norm1, self.norm2 = Norm(block.norm1, passes), Norm(block.norm2, passes)
+        order = (self.norm1, attn.qkv, attn.o, self.norm2, mlp.gate_up, mlp.down)
+        self.steps = [module.forward for module in order]                # a Module's own call takes 1 us more
 
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor],
                 cache: "PagesInPlace") -> torch.Tensor:
         """`x` (1, N, C), whose memory is used again, -> (1, N, C)."""
-        attn, mlp = self.attn, self.mlp
-        qkv = attn.qkv(self.norm1(x))                                    # (1, N, (H + 2 KV) K)
-        y = attn.o(cache.see(attn, qkv, rope))                           # (1, N, C)
-        gate_up = mlp.gate_up(self.norm2(x, y))                          # (1, N, 2 F)
-        y = gate_up.new_empty(1, x.shape[1], gate_up.shape[2] // 2)      # (1, N, F)
-        self.passes.swiglu(y.data_ptr(), gate_up.data_ptr(), *y.shape[1:])
-        return x.add_(mlp.down(y))
+        norm1, read, write, norm2, gate_up, down = self.steps
+        qkv = read(norm1(x))                                             # (1, N, (H + 2 KV) K)
+        y = write(cache.see(self.attn, qkv, rope))                       # (1, N, C)
+        hidden = gate_up(norm2(x, y))                                    # (1, N, 2 F)
+        y = hidden.new_empty(1, x.shape[1], hidden.shape[2] // 2)        # (1, N, F)
+        self.passes.swiglu(y.data_ptr(), hidden.data_ptr(), *y.shape[1:])
+        return x.add_(down(y))
 
 
 class PagesInPlace(PagedKV):
@@ -133,5 +168,5 @@ def install(model: decoder.Decoder, kv: PagedKV) -> PagesInPlace:
     shape = {"K": config.head_dim, "KV": kv.KV, "G": config.heads // kv.KV, "BLOCK": kv.size}
     passes = compiled(**shape, **({"BF16": 1} if dtype == torch.bfloat16 else {}))
     model.blocks = nn.ModuleList(Block(block, passes) for block in model.blocks)
-    model.norm = Norm(model.norm, passes)
+    model.norm, model.head = Norm(model.norm, passes), product(model.head, passes)
     return PagesInPlace(kv, passes)

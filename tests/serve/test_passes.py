@@ -145,6 +145,56 @@ def test_rows_that_fill_up_change_nothing(rows):
     torch.testing.assert_close(packed.Packed(linear)(x[0]), linear(x[0]), rtol=0, atol=1e-5)
 
 
+WHOLE = {"width": 64, "hidden": 96, "head_dim": 32, "heads": 4, "kv_heads": 2, "vocab": 128}     # 32 divides
+
+
+@torch.inference_mode()
+def test_one_who_is_alone_is_read_in_onednns_order():
+    """Its logits, those of a model of torch's operations; no product is left to oneDNN."""
+    plain, fast = (Engine(scrambled(Decoder(replace(config("llama"), **WHOLE))).bfloat16(), blocks=40)
+                   for _ in "ab")
+    engines.hasten(fast)
+    found = []
+    for engine in (plain, fast):
+        logits = []
+        engine.model.head.register_forward_hook(lambda head, x, y, logits=logits: logits.append(y.float()))
+        engine.add(Request("r", prompt(0, 20), GREEDY, max_tokens=3, ignore_eos=True))
+        engine.step()
+        with Operations() as operations:
+            engine.step()
+        found.append(logits[1])
+        assert operations.names.count("_linear_pointwise") == 0
+    assert (found[1] - found[0]).abs().max() < 0.02 * found[0].abs().max()
+
+
+@pytest.mark.parametrize("ins, outs", [(64, 96), (32, 32), (96, 1024)])
+@torch.inference_mode()
+def test_a_row_times_a_weight(ins, outs):
+    quick = passes.compiled(K=4, KV=1, G=1, BLOCK=4, BF16=1)
+    linear = torch.nn.Linear(ins, outs, bias=False).bfloat16()
+    x = torch.randn(1, 1, ins).bfloat16()
+    own = passes.product(packed.Packed(linear), quick)
+    assert isinstance(own, passes.Product)
+    exact = x.double() @ linear.weight.double().T
+    assert ((own(x).double() - exact).abs() <= 2 ** -8 * exact.abs() + 1e-5).all()       # rounded once
+
+
+@pytest.mark.parametrize("ins, outs, bias", [(48, 96, False), (64, 40, False), (64, 96, True)])
+def test_what_is_in_no_such_order_is_left_to_onednn(ins, outs, bias):
+    quick, linear = passes.compiled(K=4, KV=1, G=1, BLOCK=4, BF16=1), torch.nn.Linear(ins, outs, bias=bias)
+    for dtype in packed.DTYPES:
+        own = packed.Packed(linear.to(dtype))
+        assert passes.product(own, quick) is own
+
+
+def test_another_order_than_expected_is_noticed(monkeypatch):
+    quick = passes.compiled(K=4, KV=1, G=1, BLOCK=4, BF16=1)
+    own = packed.Packed(torch.nn.Linear(64, 96, bias=False).bfloat16())
+    other = torch.randn(96, 64).bfloat16()
+    monkeypatch.setattr(torch.ops.mkldnn, "data_ptr", lambda _: other.data_ptr())
+    assert passes.product(own, quick) is own
+
+
 @pytest.mark.parametrize("compiler, why", [("none", "No such file"), ("false", "does not compile")])
 @torch.inference_mode()
 def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch, capfd, compiler, why):
