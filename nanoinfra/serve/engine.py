@@ -8,6 +8,7 @@ rank runs the same engine on the same requests: all have the same logits and dra
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -64,7 +65,7 @@ class Engine:
                  size: int = 16, ledger: Ledger | None = None, **limits):
         self.model, self.text, self.template, self.ledger = model, text, template, ledger or Ledger()
         self.kv, self.blocks = PagedKV(model, blocks, size), Blocks(blocks, size)
-        self.scheduler = Scheduler(self.blocks, **limits)
+        self.scheduler, self.likeliest = Scheduler(self.blocks, **limits), likeliest
         self.runs: dict[Sequence, Run] = {}
         self.of: dict[str, list[Run]] = defaultdict(list)
         self.version, self.counts, self.batch = 0, Counter(), []
@@ -160,7 +161,7 @@ class Engine:
         if not ready:
             return []
         logits = self.model.head(hidden[[last for last, _ in ready]])                    # (B, V)
-        likeliest = logits.max(-1).indices.tolist()      # argmax is five times slower in bf16
+        likeliest = self.likeliest(logits)
         return [self._say(run, logits[i], likeliest[i]) for i, (_, sequence) in enumerate(ready)
                 for run in self._forked(sequence)]
 
@@ -203,6 +204,11 @@ class Engine:
         return Event(run.request.id, run.index, text, tokens, said, prompt, run.sequence.hit, finish)
 
 
+def likeliest(logits: torch.Tensor) -> list[int]:
+    """The best of each row of `logits` (B, V), one token each."""
+    return logits.max(-1).indices.tolist()               # argmax is five times slower in bf16
+
+
 COUNTS = ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "steps")
 
 
@@ -230,5 +236,6 @@ def hasten(engine: Engine) -> None:
     if passes.suit(engine.model.config):
         try:
             engine.kv = passes.install(engine.model, engine.kv)
+            engine.likeliest = partial(passes.likeliest, engine.kv.passes)
         except RuntimeError as error:
             print(f"torch's operations it is, at half the speed: {error}", file=sys.stderr)

@@ -149,6 +149,24 @@ void attend(number *to, const number *qkv, const number *pool, const long *table
         }
 }
 
+/* serve/engine.py, likeliest: of each row of logits (N, V) the first of the largest. */
+void likeliest(long *to, const number *logits, long N, long V) {
+#pragma omp parallel for if (N * V > ENOUGH)
+    for (long n = 0; n < N; n++) {
+        const number *from = logits + n * V;
+        long stretch = 0, v;
+        float highest = -INFINITY;
+        for (long first = 0; first < V; first += 1024) {
+            long end = first + 1024 < V ? first + 1024 : V;
+            float high = get(from[first]);
+            for (v = first; v < end; v++) high = get(from[v]) > high ? get(from[v]) : high;
+            if (high > highest) highest = high, stretch = first;
+        }
+        for (v = stretch; v < V - 1 && get(from[v]) < highest; v++);
+        to[n] = v;
+    }
+}
+
 #ifdef BF16
 /* serve/packed.py, Packed, of a single row: to (out) = x (in) weight^T. oneDNN's order of the weight, AB16b32a2b,
    has pairs of ins together and 32 outs side by side, so sums need no lane of another's; a block of outs is one

@@ -26,6 +26,7 @@ ARGUMENTS = {"add_norm": [POINTER] * 4 + [LONG] * 2 + [DOUBLE],
              "swiglu": [POINTER] * 2 + [LONG] * 2,
              "place": [POINTER] * 3 + [DOUBLE] + [POINTER] * 4 + [LONG] * 2,
              "attend": [POINTER] * 5 + [LONG] * 3,
+             "likeliest": [POINTER] * 2 + [LONG] * 2,
              "row": [POINTER] * 3 + [LONG] * 2}
 
 
@@ -151,6 +152,13 @@ class PagesInPlace(PagedKV):
         longest = max(len(table) for table, _ in ones)
         tables = [table + [0] * (longest - len(table)) for table, _ in ones]
         return self._tensor(tables), self._tensor([S for _, S in ones])
+
+
+def likeliest(passes: ctypes.CDLL, logits: torch.Tensor) -> list[int]:
+    """engine.likeliest of `logits` (N, V)."""
+    found = torch.empty(len(logits), dtype=torch.int64)
+    passes.likeliest(found.data_ptr(), logits.data_ptr(), *logits.shape)
+    return found.tolist()
 
 
 def suit(config: ModelConfig) -> bool:

@@ -145,6 +145,16 @@ def test_rows_that_fill_up_change_nothing(rows):
     torch.testing.assert_close(packed.Packed(linear)(x[0]), linear(x[0]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("vocab", [1, 7, 1024, 1025, 5000])
+def test_the_likeliest_is_the_first_of_the_largest(dtype, vocab):
+    quick = passes.compiled(K=4, KV=1, G=1, BLOCK=4, **({"BF16": 1} if dtype == torch.bfloat16 else {}))
+    logits = torch.randint(-9, -3, (40, vocab), generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[3, vocab // 2] = 2.0
+    logits[4, vocab - 1] = 2.0
+    assert passes.likeliest(quick, logits) == logits.float().argmax(-1).tolist()
+
+
 WHOLE = {"width": 64, "hidden": 96, "head_dim": 32, "heads": 4, "kv_heads": 2, "vocab": 128}     # 32 divides
 
 
