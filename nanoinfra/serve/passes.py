@@ -1,8 +1,8 @@
 """What lies between the products, in one pass over memory each: passes.c, compiled when a model is opened.
 
-Where few tokens are computed, the 80 small operations of a layer in torch cost as much as reading its
-weights. Here a layer is four products and five passes, and attention reads keys and values in the pages where
-they lie: nothing puts a sequence's together first. For blocks of LLaMA's kind (RMSNorm, RoPE, SwiGLU; Qwen3's
+Where few tokens are computed, the 82 operations of a layer in torch cost as much as reading its weights. Here
+a layer is four products and five passes, and attention reads keys and values in the pages where they lie:
+nothing puts a sequence's together first. For blocks of LLaMA's kind (RMSNorm, RoPE, SwiGLU; Qwen3's
 norms of queries and keys too) with packed weights. What comes out is the same but for the order of sums.
 N tokens of the step, C width, F hidden width, H query heads, KV key heads, K head_dim.
 """
