@@ -6,7 +6,8 @@
 
 Each side is a process of its own that keeps its model, on all cores, with its prefix cache off; it answers
 one call at a time, so the other is idle meanwhile. A pair times both on fresh prompts, the same for both: t1
-for the prompts and one token each, t64 for all. Prefill is B 128 / t1, decode B 63 / (t64 - t1), in tokens/s.
+for the prompts and one token each, t64 for all. In tokens/s, prefill is B 128 / t1, decode B 63 / (t64 - t1)
+and generate, all together, B 64 / t64.
 Before that, both sides' first tokens are compared. Needs the embedded model (make .venv/base).
 """
 import argparse
@@ -128,9 +129,11 @@ def alike(mine, theirs):
 
 
 def race(mine, peer, name, batch, pairs):
-    """Summaries of prefill and decode, tokens/s, of `pairs` alternated pairs."""
+    """Summaries of prefill, generate and decode, tokens/s, of `pairs` alternated pairs."""
     from paired import summary
-    rates = {"prefill": [], "decode": []}
+    how = {"prefill": lambda t1, t: batch * PROMPT / t1, "generate": lambda t1, t: batch * NEW / t,
+           "decode": lambda t1, t: batch * (NEW - 1) / (t - t1)}
+    rates = {what: [] for what in how}
     for pair in range(-1, pairs):                                        # the first warms up
         asked, sides = prompts(batch, pair), [mine, peer]
         got = [side.ask(asked) for side in (sides if pair % 2 else sides[::-1])]
@@ -138,8 +141,7 @@ def race(mine, peer, name, batch, pairs):
         if pair < 0:
             print(f"\nbatch {batch}: {alike(*(each['tokens'] for each in got)):.0%} of first tokens agree")
             continue
-        for what, rate in (("prefill", lambda t1, t: batch * PROMPT / t1),
-                           ("decode", lambda t1, t: batch * (NEW - 1) / (t - t1))):
+        for what, rate in how.items():
             rates[what].append(tuple(rate(*each["times"]) for each in got))
     return [summary(f"{what} at batch {batch} against {name}", each, "tokens/s")
             for what, each in rates.items()]

@@ -89,7 +89,7 @@ def check(results):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_small_model_differs_only_where_two_tokens_tie(family):
-    check([compare(tiny(family, seed), tiny(family, seed), seed, 12, 60) for seed in range(10)])
+    check([compare(tiny(family, seed), tiny(family, seed), seed, 12, 60) for seed in range(6)])
 
 
 @pytest.mark.prove

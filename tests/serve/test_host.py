@@ -128,6 +128,8 @@ def test_the_real_engine_says_what_generate_says(model, tp):
     with started([*SERVE, str(model), "--name", "tiny", "--dtype", "float64", "--tp", str(tp),
                   "--kv-memory", "1MiB"]) as (process, client):
         assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 128
+        for rank in children(process.pid):
+            assert b"glibc.malloc.hugetlb=1" in Path(f"/proc/{rank}/environ").read_bytes()
         got = client.post("/v1/completions", json=body).json()
         assert got["model"] == "tiny" and got["choices"][0]["text"] + "\n" == "".join(said)
         if tp == 2:
