@@ -5,9 +5,10 @@
     python scripts/bench/serve.py --vllm PEER/bin/python [--pairs 9] [--batches 1 8 32]
 
 Each side is a process of its own that keeps its model, on all cores, with its prefix cache off; it answers
-one call at a time, so the other is idle meanwhile. A pair times both on fresh prompts, the same for both: t1
-for the prompts and one token each, t64 for all. In tokens/s, prefill is B 128 / t1, decode B 63 / (t64 - t1)
-and generate, all together, B 64 / t64.
+one call at a time, half a second after the other, so that this one's threads have stopped spinning, and after
+a call that is not timed, since the other's weights are in the caches. A pair times both on fresh prompts, the
+same for both: t1 for the prompts and one token each, t64 for all. In tokens/s, prefill is B 128 / t1, decode
+B 63 / (t64 - t1) and generate, all together, B 64 / t64.
 Before that, both sides' first tokens are compared. Needs the embedded model (make .venv/base).
 """
 import argparse
@@ -90,6 +91,7 @@ def answer(side, folder):
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         prompts, times = json.loads(line), []
+        run([tokens[::-1] for tokens in prompts], 2)
         for new in (1, NEW):
             begin = time.perf_counter()
             tokens = run(prompts, new)
@@ -109,6 +111,7 @@ class Side:
             raise SystemExit(f"{' '.join(command)} did not start; run it by itself to see why")
 
     def ask(self, prompts):
+        time.sleep(0.5)
         self.process.stdin.write(json.dumps(prompts) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
