@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HOME = Path(__file__).resolve().parents[2] / "nanoinfra"
 FILES = "parallel/schedules.py", "parallel/halves.py", "parallel/pipeline.py", "train/step.py"
 
 
+@pytest.mark.prove
 def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     shutil.copytree(HOME / "dist", tmp_path / "nanoinfra" / "dist",
                     ignore=shutil.ignore_patterns("__pycache__"))

@@ -48,6 +48,7 @@ def test_stage_3_keeps_no_parameter_of_any_family_whole():
         assert {p.untyped_storage().nbytes() for p in model.parameters()} == {0}
 
 
+@pytest.mark.prove
 def test_the_held_out_score_is_one_ranks_at_every_stage(ranks, tmp_path):
     for name in "abcdefgh":
         (tmp_path / f"{name}.txt").write_text(f"{name} is a letter of the alphabet.\n" * 40)

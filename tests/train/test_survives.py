@@ -39,6 +39,7 @@ def survives(tmp_path, faults, draw, steps, kind=Survivor, **more) -> str:
 
 
 @needs_linux
+@pytest.mark.prove
 def test_a_hung_rank_is_named_and_ended_and_the_run_goes_on(tmp_path):
     said = survives(tmp_path, [stop], random.Random(3), steps=12)
     assert "was stopped: ended it" in said
