@@ -91,6 +91,22 @@ def test_residuals_are_torchs_to_the_bit():
     assert torch.equal(x, want)
 
 
+@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("budget", [1, 3, 512])                          # chunks that end where rows are none
+@torch.inference_mode()
+def test_prompts_are_scored_as_torch_scores_them(dtype, budget):
+    scored = []
+    for fast in (False, True):
+        engine = made("llama", dtype, fast, blocks=40, budget=budget)
+        engine.add(Request("r", prompt(0, 20), GREEDY, max_tokens=2, echo=True, logprobs=2, ignore_eos=True))
+        events = []
+        while engine.busy:
+            events += engine.step()
+        scored.append([each.logprob for event in events for each in (*event.prompt, *event.logprobs)][1:])
+    near = 1e-4 if dtype == torch.float32 else 0.2
+    assert scored[0][0] < 0 and scored[1] == pytest.approx(scored[0], abs=near)
+
+
 class Operations(TorchDispatchMode):
     """Which of torch's operations run."""
 
