@@ -2,7 +2,7 @@
 import json
 import subprocess
 import sys
-import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,8 @@ import pytest
 from nanoinfra.cli import main
 from nanoinfra.dist.ranks import Ranks
 from nanoinfra.train import checkpoint, metrics
+from tests import processes
+from tests.processes import started
 
 STEPS = 12
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--seq", "24",
@@ -20,30 +22,21 @@ FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "
 def undisturbed(tmp_path, *more):
     """The lines of a run on two ranks that nothing disturbs; its directory is tmp_path / "undisturbed"."""
     out = tmp_path / "undisturbed"
-    with Ranks(2, timeout=900) as two:
+    with Ranks(2, timeout=3600) as two:
         two.run(main, [*FLAGS, "--dp", "2", "--lr-schedule", "constant", *more, "--out", str(out)])
     return metrics.read(out / "metrics.jsonl")
 
 
-def start(argv, **more):
-    """`nanoinfra ARGV`; `more` is for Popen, which gives its stderr unless told otherwise."""
+def start(argv, **more) -> AbstractContextManager[subprocess.Popen]:
+    """`nanoinfra ARGV`, which ends with the `with`; `more` is for Popen, which gives its stderr."""
     more = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True} | more
-    return subprocess.Popen([sys.executable, "-m", "nanoinfra.cli", *argv], **more)
+    return started([sys.executable, "-m", "nanoinfra.cli", *argv], **more)
 
 
 def finish(argv):
-    process = start(argv)
-    _, said = process.communicate(timeout=120)
-    print(said)
+    with start(argv) as process:
+        print(process.communicate()[1])
     return process.returncode
-
-
-def wait_for(condition, process=None):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process is None or process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "nothing happens"
-        time.sleep(0.01)
 
 
 def lines(run: Path) -> int:
@@ -52,8 +45,8 @@ def lines(run: Path) -> int:
 
 
 def children(pid: int) -> list[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in listed if rank_of(int(child)) is not None]
+    """The ranks that a launcher has started."""
+    return [child for child in processes.children(pid) if rank_of(child) is not None]
 
 
 def rank_of(pid: int) -> int | None:
