@@ -27,6 +27,7 @@ def ranks():
 
     def pool(n):
         pools[n] = shared(n)
+        pools[n].timeout = 500.0             # the report of who waits comes before pytest's own limit
         return pools[n]
     yield pool
     for each in pools.values():
