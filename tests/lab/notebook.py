@@ -1,4 +1,4 @@
-"""A lesson's notebook, run in a kernel as a student's is, or faster in this process, which has torch already."""
+"""A lesson's notebook, run in a kernel as a student's is, or faster in this process, which has torch."""
 import os
 import sys
 import warnings
