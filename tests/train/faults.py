@@ -1,6 +1,7 @@
 """What can happen to a run, and a run under which it happens: killed and stopped ranks, a full disk, broken
 checkpoints. Needs Linux: a run's ranks are found through /proc.
 """
+import getpass
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from tests.train.runs import FLAGS, children, start
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="finds a run's ranks through /proc")
 CONSTANT = ["--lr-schedule", "constant"]
-CACHES = {"torchinductor_" + (os.environ.get("USER") or "root"), "torchinductor_root"}  # torch's own, empty
+CACHES = {"torchinductor_" + getpass.getuser()}                # torch's own, empty
 
 
 class Survivor:
