@@ -15,14 +15,18 @@ help:  ## this list
 demo: $(VENV)/base  ## install, train a small code model on two ranks for three minutes, plot, complete, chat (SECONDS=180)
 	$(BIN)/python scripts/demo.py --seconds $(SECONDS) $(if $(OUT),--out $(OUT)) $(if $(HEADERS),--headers $(HEADERS))
 
-test: $(VENV)/dev  ## the CPU suite, 7 minutes on 2 cores
+SHORT := not timed and not prove and not gpu
+NARROW := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+
+test: $(VENV)/dev  ## the CPU suite, 5 minutes on 2 cores
 	$(BIN)/ruff check .
 	$(BIN)/python scripts/lines.py
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not timed and not prove and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "$(SHORT)"
 	$(BIN)/python -m pytest -q -m timed $$(grep -rl --include=*.py mark.timed tests)
 
-prove: $(VENV)/dev  ## the long proofs: 8 ranks, random faults, all lessons at full size
+prove: $(VENV)/dev  ## the long proofs: 8 ranks, random faults, all lessons at full size; the short ones on AVX2 alone
 	$(BIN)/python -m pytest -q -m prove
+	$(NARROW) $(BIN)/python -m pytest -q -n 2 --dist worksteal --allowance -m "$(SHORT)"
 
 mutants: $(VENV)/dev  ## show that every check rejects its known-wrong variants
 	$(BIN)/python -m nanoinfra.lab.mutants

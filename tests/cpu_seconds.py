@@ -61,9 +61,9 @@ def pytest_runtest_logreport(report):
 
 def pytest_terminal_summary(terminalreporter, config):
     folders = by_folder(TESTS)
-    say = terminalreporter.write_line
-    say("CPU seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in folders.items())
-        + f"; all {sum(folders.values()):.0f}")
+    each = ", ".join(f"{name} {seconds:.0f}" for name, seconds in folders.items())
+    if folders:
+        terminalreporter.write_line(f"CPU seconds: {each}; all {sum(folders.values()):.0f}")
 
 
 def pytest_sessionfinish(session):

@@ -170,6 +170,7 @@ def test_a_rank_that_fails_says_so_in_one_line(lab):
 
 
 @pytest.mark.prove
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 @pytest.mark.parametrize("number, asked", LABS)
 def test_a_lab_under_torchrun_prints_once_and_hands_in(course, number, asked, n):
@@ -192,4 +193,5 @@ def torchrun(n, file, *argv):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
                "-m", "nanoinfra.lab.run", *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=file.parents[1], env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=file.parents[1], env=environment, capture_output=True, text=True,
+                          timeout=280)

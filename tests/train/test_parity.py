@@ -27,6 +27,7 @@ ZERO_CASES = [  # zero, recompute, dp, micro-batch, optimizer, untied
     (3, "full", 3, 3, "adamw", True)]                            # all of them: make prove
 TENSOR_CASES = [  # tp, dp, more flags, micro-batch, optimizer, untied
     (2, 1, "", 3, "adamw", False), (4, 1, "--sp --sp-keep", 7, "sgd", True),
+    (2, 1, "--sp --recompute full", 3, "adamw", False),
     (2, 2, "--sp --zero 3 --recompute full", 3, "adamw", False)]           # and many more under make prove
 EVERY_TENSOR = [
     (tp, dp, f"{sp} --zero {zero} --recompute {recompute}", 3, "adamw", untied)
