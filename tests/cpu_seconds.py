@@ -22,13 +22,18 @@ class Meter:
     """A sum that does not shrink when a process ends that nobody waits for: note it while it still runs."""
 
     def __init__(self):
-        self.total, self.last = 0.0, 0.0
+        self.total, self.last, self.told = 0.0, 0.0, 0.0
 
     def note(self) -> float:
         """CPU seconds of this process and of all below it, as far as they were seen."""
         now = sum(os.times()[:2]) + below()
         self.total, self.last = self.total + max(0.0, now - self.last), now
         return self.total
+
+    def since(self) -> float:
+        """Those since this was asked last."""
+        before, self.told = self.told, self.note()
+        return self.told - before
 
 
 METER = Meter()
@@ -40,10 +45,8 @@ def add_option(parser):
                      "than pyproject.toml allows it")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    item.stash[BEGAN] = METER.note()
-    return (yield)
+def pytest_collection_finish():
+    METER.since()                            # what came before any test is none's
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -51,7 +54,7 @@ def pytest_runtest_teardown(item):
     try:
         return (yield)
     finally:
-        item.user_properties.append(("cpu_seconds", METER.note() - item.stash[BEGAN]))
+        item.user_properties.append(("cpu_seconds", METER.since()))
 
 
 def pytest_runtest_logreport(report):
@@ -106,5 +109,4 @@ def slowness() -> float:
     return max(1.0, min(spent() for _ in range(3)) / IMPORT_TORCH)
 
 
-BEGAN: pytest.StashKey[float] = pytest.StashKey()
 TESTS: dict[str, float] = {}

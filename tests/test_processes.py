@@ -94,7 +94,7 @@ def test_cpu_seconds_count_what_a_test_starts_and_do_not_shrink():
     before = meter.note()
     with started(SPIN) as process:
         until(lambda: meter.note() > before + 0.5, process)
-    assert meter.note() >= before + 0.5
+    assert meter.note() >= before + 0.5 and meter.since() > 0.5 > meter.since()
 
 
 def test_a_folder_that_takes_more_than_it_may_is_named():

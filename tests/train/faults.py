@@ -17,7 +17,7 @@ import pytest
 
 from nanoinfra.train import checkpoint
 from tests.processes import alive, started, until
-from tests.train.runs import FLAGS, children, start
+from tests.train.runs import FLAGS, children, running
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="finds a run's ranks through /proc")
 CONSTANT = ["--lr-schedule", "constant"]
@@ -38,7 +38,7 @@ class Survivor:
             self.process, self.end = stack.enter_context(run), stack.pop_all().close
 
     def start(self, argv, restarts, **more):
-        return start([*argv, "--max-restarts", str(restarts)], **more)
+        return running([*argv, "--max-restarts", str(restarts)], **more)
 
     def __enter__(self):
         return self

@@ -13,6 +13,7 @@ from nanoinfra.dist.ranks import shared
 from nanoinfra.train import checkpoint, metrics
 from tests import processes
 from tests.processes import started
+from tests.processes import until as wait_for  # noqa: F401  for those who import it from here
 
 STEPS = 12
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--seq", "24",
@@ -35,14 +36,22 @@ def _undisturbed(folder, *more):
     return out
 
 
-def start(argv, **more) -> AbstractContextManager[subprocess.Popen]:
+CLI = [sys.executable, "-m", "nanoinfra.cli"]
+SAID = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+
+
+def running(argv, **more) -> AbstractContextManager[subprocess.Popen]:
     """`nanoinfra ARGV`, which ends with the `with`; `more` is for Popen, which gives its stderr."""
-    more = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True} | more
-    return started([sys.executable, "-m", "nanoinfra.cli", *argv], **more)
+    return started([*CLI, *argv], **(SAID | more))
+
+
+def start(argv, **more) -> subprocess.Popen:
+    """`nanoinfra ARGV`, which whoever starts it has to end."""
+    return subprocess.Popen([*CLI, *argv], **(SAID | more))
 
 
 def finish(argv):
-    with start(argv) as process:
+    with running(argv) as process:
         print(process.communicate()[1])
     return process.returncode
 

@@ -19,7 +19,7 @@ from tests.train.runs import (
     finish,
     lines,
     rank_of,
-    start,
+    running,
     undisturbed,
     weights,
 )
@@ -129,7 +129,7 @@ def test_killed_rank_then_resume_on_three_ranks(tmp_path):
 def test_sigterm_saves_and_ends_well(tmp_path):
     run = tmp_path / "run"
     argv = [*FLAGS, "--steps", "100000", "--save-every", "0", "--dp", "2", "--out", str(run)]
-    with start(argv) as process:
+    with running(argv) as process:
         until(lambda: lines(run) >= 3, process)
         process.send_signal(signal.SIGTERM)
         said = process.communicate()[1]
@@ -155,7 +155,7 @@ def kill_and_resume(tmp_path, moments, seed):
 
 def kill_at(run: Path, argv: list[str], kind: str, step: int, rank: int) -> str:
     """kill -9 `rank` once `step` steps are written, or at the first save after; what the launcher said."""
-    with start(argv) as process:
+    with running(argv) as process:
         until(lambda: lines(run) >= step, process)
         if kind == "save":
             until(lambda: list((run / "checkpoints").glob("*.tmp")), process)

@@ -22,7 +22,7 @@ from tests.train.faults import (
     processes_of,
     stop,
 )
-from tests.train.runs import FLAGS, bits, close, finish, start, undisturbed, weights
+from tests.train.runs import FLAGS, bits, close, finish, running, undisturbed, weights
 
 
 def survives(tmp_path, faults, draw, steps, kind=Survivor, **more) -> str:
@@ -127,7 +127,7 @@ def test_no_restart_left_is_a_failure_that_leaves_nothing(tmp_path):
 @pytest.mark.prove
 def test_a_users_mistake_is_not_tried_again(tmp_path):
     argv = [*FLAGS, "--dp", "2", "--out", str(tmp_path / "run"), "--resume", "--max-restarts", "5"]
-    with start(argv) as process:
+    with running(argv) as process:
         said = process.communicate()[1]
     assert process.returncode == 2
     assert said.startswith("nanoinfra: --resume: no good checkpoint") and said.count("\n") == 1
