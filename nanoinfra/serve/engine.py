@@ -224,18 +224,31 @@ def open_engine(options: EngineOptions, mesh) -> Engine:
     engine = Engine(model, weights.text, weights.template, blocks=n, size=options.block_size,
                     ledger=mesh.ledger, budget=options.budget, seats=options.seats, queue=options.queue,
                     queue_tokens=options.queue_tokens)
-    if mesh.device == "cpu" and mesh.tp.size == 1 and dtype in packed.DTYPES:
-        hasten(engine)
+    alone_on_cpu = mesh.device == "cpu" and mesh.tp.size == 1 and dtype in packed.DTYPES
+    said = use_cpu_kernels(engine) if alone_on_cpu else "torch's operations compute everything"
+    if mesh.tp.rank == 0:
+        print(f"nanoinfra: {said}", file=sys.stderr, flush=True)
     return engine
 
 
-def hasten(engine: Engine) -> None:
-    """On one CPU: packed weights and, where the model and the machine allow it, passes compiled from C."""
-    packed.pack(engine.model)
-    packed.warm(engine.model, engine.scheduler.budget, engine.scheduler.seats)
-    if passes.suit(engine.model.config):
-        try:
-            engine.kv = passes.install(engine.model, engine.kv)
-            engine.likeliest = partial(passes.likeliest, engine.kv.passes)
-        except RuntimeError as error:
-            print(f"torch's operations it is, at half the speed: {error}", file=sys.stderr)
+def use_cpu_kernels(engine: Engine) -> str:
+    """On one CPU rank: packed weights and, as far as model and machine allow, passes compiled from C.
+
+    Returns in a sentence who computes what now.
+    """
+    model, dtype = engine.model, engine.model.embed.weight.dtype
+    try:
+        kernels, why = passes.compile_for(model, engine.kv), ""
+    except RuntimeError as error:
+        kernels, why = None, f", at half the speed: {error}"
+    packed.pack(model, kernels and kernels.gemv)
+    packed.warm(model, engine.scheduler.budget, engine.scheduler.seats)
+    between = "torch's operations"
+    if kernels and passes.suit(model.config):
+        engine.kv = passes.install(model, engine.kv, kernels)
+        engine.likeliest = partial(passes.likeliest, kernels)
+        between = "passes in C"
+    reason = packed.unpackable(dtype)
+    many = f"torch's linear (oneDNN does not pack: {reason})" if reason else "oneDNN's packed weights"
+    one = f"C ({kernels.instructions().decode()})" if kernels else "the same"
+    return f"products of many rows by {many}, of one by {one}, all between by {between}{why}"
