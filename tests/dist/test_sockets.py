@@ -28,12 +28,14 @@ ROOT = Path(__file__).parents[2]
 model = conftest.model                       # the fixture
 NANOINFRA = [sys.executable, "-m", "nanoinfra.cli"]
 POOL = """
+import time
 import torch
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.dist.ranks import Ranks
 with Ranks(3) as pool:
     pool.run(lambda: comm.all_reduce(torch.ones(1), Mesh(dp=3).dp))
+    pool.run(time.sleep, 1.0)                # to be looked at
 """
 
 
@@ -74,7 +76,7 @@ def watched(tmp_path):
             finally:
                 watch.end()
                 process.kill()
-        assert len(watch.listened) >= 3 and watch.open == set(), f"{watch.open} of {watch.listened}"
+        assert len(watch.listened) >= 2 and watch.open == set(), f"{watch.open} of {watch.listened}"
     return watch
 
 
@@ -104,7 +106,8 @@ def test_one_rank_that_may_be_started_again(watched):
 
 
 def test_generate_on_two_ranks(watched, model):
-    with watched([*NANOINFRA, "generate", str(model), "one two", "--tp", "2"]) as process:
+    argv = ["generate", str(model), "one two", "--tp", "2", "--max-new-tokens", "100"]
+    with watched([*NANOINFRA, *argv]) as process:
         end_well(process)
 
 
