@@ -44,8 +44,7 @@ grade: $(VENV)/base  ## grade work/LNN.py: make grade L=02
 	$(BIN)/python -m nanoinfra.lab.grade $(L)
 
 lab: $(VENV)/base  ## a lab on N ranks: make lab L=08 N=4 (and BREAK=, MODEL=: lessons/labs/)
-	@$(BIN)/python -m nanoinfra.lab.run $(L) $(LAB) --check
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=$(N) -m nanoinfra.lab.run $(L) $(LAB)
+	OMP_NUM_THREADS=1 $(BIN)/python -m nanoinfra.lab.run $(L) --nproc $(N) $(LAB)
 lab: LAB = $(if $(BREAK),--break $(BREAK)) $(if $(MODEL),--model $(MODEL))
 
 speedrun: $(VENV)/base  ## 60 s of training against the frozen loop's 120 s, three pairs
