@@ -208,10 +208,10 @@ def test_a_refusal_does_not_fail_itself(hasty, sends, caplog):
     assert not [each for each in caplog.records if each.exc_info or each.name == "asyncio"]
 
 
-def test_few_descriptors_are_enough(tmp_path):
-    """`ulimit -n 128`, and 150 that sent a byte: little is logged, and SIGTERM is not kept waiting by them."""
-    code = CODE.format(tp=1, drain=20, engine={})
-    with started(["sh", "-c", 'ulimit -n 128; exec "$@"', "sh", sys.executable, "-c", code]) as (process, client), \
+def test_few_descriptors_are_enough():
+    """`ulimit -n 128`, and 150 that sent a byte: little is logged, and SIGTERM does not wait for them."""
+    program = [sys.executable, "-c", CODE.format(tp=1, drain=20, engine={})]
+    with started(["sh", "-c", 'ulimit -n 128; exec "$@"', "sh", *program]) as (process, client), \
             opened(client, [b"G"] * 150 + [BODY + b"Content-Length: 9\r\n\r\n"] * 8):
         assert serves(client)
         ranks = children(process.pid)

@@ -47,7 +47,8 @@ def test_an_error_is_written_down_once_for_each_line_it_comes_from(log):
 
 def test_what_does_not_print_is_spelled():
     assert visible("déjà vu 你好 \\ '\"") == "déjà vu 你好 \\ '\""
-    assert visible("a\r\nb\x1b[2J\x00\x9b\u202e\u2028\ud800\t") == r"a\r\nb\x1b[2J\x00\x9b\u202e\u2028\ud800\t"
+    got = visible("a\r\nb\x1b[2J\x00\x9b\u202e\u2028\ud800\t")
+    assert got == r"a\r\nb\x1b[2J\x00\x9b\u202e\u2028\ud800\t"
 
 
 def test_a_client_cannot_write_a_line_of_its_own(log):
