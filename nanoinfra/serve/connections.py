@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanoinfra.serve.errors import Refused
 
+MOST_CONNECTIONS = 2048                      # unless the engine takes more requests
 BACKLOG = 2048                               # connections that may wait in the system to be accepted
 ACCEPTS = 8                                  # that asyncio accepts at a time
 RESERVED = 96                                # descriptors for all else: the engine's pipes, what is closing
@@ -34,10 +35,10 @@ class ConnectionLimits:
     client_header_timeout: float = 10.0      # for a head, since it was connected or the last answer ended
     client_body_timeout: float = 10.0        # for a body, and one more for each MIN_RATE bytes of it
     send_timeout: float = 60.0               # that a client may leave unread what it is sent
-    max_connections: int = 2048
+    max_connections: int = MOST_CONNECTIONS
 
 
-def limits_here(most: int = ConnectionLimits.max_connections) -> ConnectionLimits:
+def limits_here(most: int = MOST_CONNECTIONS) -> ConnectionLimits:
     """Limits with `most` connections, or as many as the system gives this process descriptors for.
 
     Raises the process's soft limit as far as that needs. Raises ValueError where hardly any are left.

@@ -24,7 +24,6 @@ def main(options: ServeOptions, factory=None) -> int:
     keys = read_keys(options)                # before the ranks inherit the environment
     _check_extra()
     from nanoinfra.serve.access import Access, is_loopback_address
-    from nanoinfra.serve.connections import limits_here
     from nanoinfra.serve.counters import Counters
     from nanoinfra.serve.drain import Server
     from nanoinfra.serve.server import build
@@ -35,7 +34,7 @@ def main(options: ServeOptions, factory=None) -> int:
         host, port = listener.getsockname()[:2]
         access = Access(keys, is_loopback_address(host), options.allow_origin, options.cache_salt_per_key)
         _say_where(name, host, port, access)
-        Server(build(worker, name, access), options.drain, limits_here()).run(sockets=[listener])
+        Server(build(worker, name, access), options.drain, _limits(options.engine)).run(sockets=[listener])
     if worker.failed:
         raise ValueError(worker.failed)
     return 0
@@ -72,6 +71,12 @@ def listen(host: str, port: int) -> socket.socket:
             listener.close()
         raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}; name another --host or "
                          "--port; --port 0 finds one that is free") from error
+
+
+def _limits(engine):
+    """More connections than requests that the engine takes, so that who comes then is told so."""
+    from nanoinfra.serve.connections import MOST_CONNECTIONS, limits_here
+    return limits_here(max(MOST_CONNECTIONS, 2 * (engine.seats + engine.queue)))
 
 
 def _say_where(name, host, port, access):

@@ -43,7 +43,7 @@ def read_keys(options: ServeOptions, environment: MutableMapping[str, str] = os.
 
 def _lines(file):
     try:
-        if os.name == "posix" and (mode := file.stat().st_mode) & 0o077:
+        if (mode := file.stat().st_mode) & 0o077:
             print(f"nanoinfra: others may use {file}, mode {mode & 0o777:03o}; chmod 600 it", file=sys.stderr)
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Known-wrong ways to let clients in: any Host, any Origin, forms, redirects, no CORS, keys misread or shared.
+"""Known-wrong ways to let clients in: any Host, any Origin, forms, redirects, no CORS, keys misread.
 
 `asked` sends requests to the app without a server; `found` reads a key from an environment.
 """

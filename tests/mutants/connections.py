@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 import threading
+from dataclasses import replace
 from time import monotonic, sleep
 
 import h11
@@ -137,7 +138,7 @@ class WaitsForBodies(Connection):
 
 class KeepsAll(Connection):
     def __init__(self, limits, *more, **uvicorns):
-        super().__init__(ConnectionLimits(), *more, **uvicorns)
+        super().__init__(replace(limits, max_connections=1 << 30), *more, **uvicorns)
 
 
 class AnyChunks(Framing):
