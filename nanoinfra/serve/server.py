@@ -57,7 +57,7 @@ def build(worker: Worker, name: str, access: Access | None = None) -> FastAPI:
         app.add_exception_handler(error, answer)
     if app.state.access.origins:
         app.add_middleware(CORSMiddleware, allow_origins=app.state.access.origins, allow_headers=["*"],
-                           allow_methods=["GET", "POST"], allow_private_network=True)
+                           allow_methods=["GET", "POST"])
     app.add_middleware(AccessMiddleware, access=app.state.access)        # the last is asked first
     return app
 

@@ -22,7 +22,7 @@ from nanoinfra.serve.server import build
 
 connections, logs = Check("connections"), Check("logs")
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-LATE = 3.0                                   # seconds after which what is to be closed is closed
+LATE = 5.0                                   # seconds after which what is to be closed is closed
 
 
 class Idle:
@@ -72,14 +72,14 @@ def left(sends, count=1, **limits):
 @connections.criterion("a head that does not come is not waited for", "property")
 def _(subject):
     for sends in (b"", b"G"):
-        if open_ := subject(sends, client_header_timeout=0.2):
-            raise Wrong(f"{open_} connection that sent {sends} is open after ten times what it may take")
+        if open_ := subject(sends, client_header_timeout=1.0):
+            raise Wrong(f"{open_} connection that sent {sends} is open long after the time it has")
 
 
 @connections.criterion("a body that does not come is not waited for", "property")
 def _(subject):
-    if open_ := subject(HEAD + b"Content-Length: 9\r\n\r\n", client_body_timeout=0.2):
-        raise Wrong(f"{open_} connection that sent a head is open after ten times what its body may take")
+    if open_ := subject(HEAD + b"Content-Length: 9\r\n\r\n", client_body_timeout=1.0):
+        raise Wrong(f"{open_} connection that sent a head is open long after the time its body has")
 
 
 @connections.criterion("the oldest make room for the newest", "property")
