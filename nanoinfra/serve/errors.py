@@ -1,7 +1,7 @@
 """What a client is told when it gets no answer: a status, and the reason in OpenAI's JSON."""
 
-KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error",
-         500: "server_error", 503: "service_unavailable_error"}
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+         429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
 
 
 class Refused(Exception):

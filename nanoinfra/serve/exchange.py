@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from nanoinfra.serve.answers import Answer, failed
 from nanoinfra.serve.errors import Refused
+from nanoinfra.serve.keys import salted
 from nanoinfra.serve.protocol import Question, read, requests_of
 from nanoinfra.serve.worker import Job, Worker
 
@@ -26,6 +27,7 @@ async def exchange(request: Request, kind: type[Question], form: type[Answer], p
     at_work(state)
     body = await _body(request)
     question, asked = await asyncio.to_thread(_asked, kind, body, name, state)
+    asked = salted(asked, request.state.salt)
     answer = form(question, name, state.name, asked, state.worker.ready.text)
     job = at_work(state).submit(asked)
     try:

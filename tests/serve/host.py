@@ -10,6 +10,8 @@ from pathlib import Path
 
 import httpx
 
+from nanoinfra.serve.access import Access
+from nanoinfra.serve.connections import ConnectionLimits
 from nanoinfra.serve.counters import Counters
 from nanoinfra.serve.drain import Server
 from nanoinfra.serve.host import listen
@@ -30,11 +32,12 @@ sys.exit(main(options, functools.partial(fake, **{engine})))
 
 
 @contextmanager
-def serving(tp=1, key=None, hung=300.0, wait=True, factory=fake, **engine):
+def serving(tp=1, key=None, hung=300.0, wait=True, factory=fake, access=None, limits=None, **engine):
     """(client, server) with `engine` for the fake's arguments; all is over when it is left."""
     listener = listen("127.0.0.1", 0)
     worker = Worker(functools.partial(factory, **engine), Counters("fake"), tp, hung)
-    server = Server(build(worker, "fake", key), limit=2.0)
+    access = access or Access((key,) if key else ())
+    server = Server(build(worker, "fake", access), 2.0, limits or ConnectionLimits())
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -58,9 +61,9 @@ def running(tp=1, drain=20.0, **engine):
 
 
 @contextmanager
-def started(command):
+def started(command, environment=None):
     """(process, client) of a command that serves, once it is ready."""
-    with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE) as process:
         try:
             url = re.search(r"http://\S+\d", process.stderr.readline())[0]
             with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
