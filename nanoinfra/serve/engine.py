@@ -146,11 +146,11 @@ class Engine:
         return events
 
     def _begin_again(self, run):
-        """What its blocks hold, nobody shares from now on. It is computed anew, once, and shares nothing."""
+        """What its blocks hold, nobody shares from now on. Once it is computed anew; then it fails."""
         self.blocks.evict(run.sequence.table)
         if run.again:
             return [self._fail(run, "the model's numbers for this sequence are not finite, computed twice")]
-        run.again = run.sequence.fresh = True
+        run.again = True
         self.scheduler.preempt(run.sequence)
         self.counts["preemptions"] += 1
         return []
