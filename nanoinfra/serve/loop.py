@@ -2,7 +2,8 @@
 
 Rank 0 talks with the API process, and shares each step's commands with the others, so that every rank runs
 the same requests through the same scheduler. While a step runs a thread listens, so the API never waits for
-the model. Started by worker.py, and dies with it.
+the model. Started by worker.py, and dies with it. What goes wrong with one request is said of that request;
+what goes wrong with a step, or on one rank alone, ends the rank and so all of them.
 """
 import os
 import queue
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
@@ -59,35 +61,46 @@ def main() -> None:
 
 
 def run(engine, team: Team, pipe: Connection) -> None:
-    """Turn until the pipe closes."""
-    inbox = None
+    """Turn until the pipe closes. RuntimeError where ranks disagree on what came to nothing in a turn."""
+    inbox, lost = None, []
     if team.rank == 0:
         pipe.send(Ready(engine.info(), engine.text, engine.template))
         inbox = queue.SimpleQueue()
         threading.Thread(target=_listen, args=(pipe, inbox), daemon=True).start()
     while True:
-        step = turn(engine, team.share(inbox and _take(inbox, wait=not engine.busy)))
+        commands, theirs = team.share(inbox and (_take(inbox, wait=not engine.busy), lost))
+        if lost != theirs:                                   # before a collective of the next step
+            raise RuntimeError(f"rank {team.rank} has ended {lost}, rank 0 {theirs}: they have parted")
+        step = turn(engine, commands)
+        lost = [(request, status) for request, status, _ in step.refused]
         if inbox:
             pipe.send(step)
 
 
 def turn(engine, commands: list[tuple]) -> Step:
-    """Obey `commands`, then take a step if there is work."""
+    """Obey `commands`, then take a step if there is work. A request that fails in it is among the refused."""
     refused = [no for command in commands if (no := _obey(engine, *command))]
     begin, busy = time.monotonic(), engine.busy
     events = engine.step() if busy else []
+    refused += [(event.request, 500, event.text) for event in events if event.finish == "error"]
+    events = [event for event in events if event.finish != "error"]
     stats = engine.stats()
     return Step(stats if busy else {**stats, "batch": []}, events, refused, time.monotonic() - begin)
 
 
 def _obey(engine, verb, value=None):
-    """("add", Request), ("abort", its id) or ("reset",): why not, if it cannot be."""
+    """("add", Request), ("abort", its id) or ("reset",): why not, if it cannot be added."""
+    if verb != "add":
+        return engine.reset() if verb == "reset" else engine.abort(value)
     try:
-        {"add": engine.add, "abort": engine.abort, "reset": lambda _: engine.reset()}[verb](value)
+        engine.add(value)
     except ValueError as error:
         return value.id, 400, str(error)
     except QueueFull as error:
         return value.id, 429, str(error)
+    except Exception as error:                               # a mistake of the engine's: it has not taken it
+        traceback.print_exc()
+        return value.id, 500, f"the engine failed on this request: {type(error).__name__}: {error}"
 
 
 def _listen(pipe, inbox):

@@ -1,9 +1,12 @@
 """What may be shown of a text that grows token by token: whole characters, and no part of a stop string.
 
 One character may be spread over up to four tokens; until it is whole, `decode` ends in U+FFFD and that is
-held. So is the longest end of the text with which a stop string might begin.
+held. So is the longest end of the text with which a stop string might begin. What a token costs does not grow
+with the text.
 """
 from collections.abc import Callable
+
+LONGEST = 4                                  # bytes of a character, and so its tokens at most
 
 
 class Stream:
@@ -20,6 +23,8 @@ class Stream:
         self.shown += len(new)
         if self.shown == len(text):  # whole: it need not be decoded again
             self.context, self.window, self.shown = self.window, [], 0
+        elif len(self.window) >= 4 * LONGEST:  # bytes that are no character, one after another
+            self._shorten()
         return new
 
     def finish(self) -> str:
@@ -28,8 +33,44 @@ class Stream:
         self.context, self.window, self.shown = [], [], 0
         return new
 
+    def _shorten(self):
+        """Take all but the last tokens, with which a character may begin, for context."""
+        before, last = self.window[:-LONGEST], self.window[-LONGEST:]
+        passed = len(self.decode(self.context + before)) - len(self.decode(self.context))
+        if passed <= self.shown:             # the rest has a text of its own
+            self.context, self.window, self.shown = before, last, self.shown - passed
+
     def _text(self):
         return self.decode(self.context + self.window)[len(self.decode(self.context)):]
+
+
+class Match:
+    """With how much of `stop` a text ends: `length` characters. Knuth, Morris and Pratt 1977.
+
+    What a mismatch falls back to is computed as far as the text has come.
+    """
+
+    def __init__(self, stop: str):
+        self.stop, self.length, self.falls = stop, 0, [0]
+
+    def push(self, text: str) -> bool:
+        """Add `text`, up to where `stop` is whole. Is it?"""
+        for letter in text:
+            self.length = self._next(self.length, letter)
+            if self.length == len(self.stop):
+                return True
+        return False
+
+    def _next(self, length, letter):
+        while length and self.stop[length] != letter:
+            length = self._fall(length)
+        return length + (self.stop[length] == letter)
+
+    def _fall(self, length):
+        """The longest end of stop[:length], less than all of it, that `stop` begins with."""
+        while len(self.falls) < length:
+            self.falls.append(self._next(self.falls[-1], self.stop[len(self.falls)]))
+        return self.falls[length - 1]
 
 
 class Writer:
@@ -37,6 +78,7 @@ class Writer:
 
     def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()):
         self.stream, self.stop, self.held, self.stopped = Stream(decode), stop, "", False
+        self.matches = [Match(each) for each in stop]
 
     def push(self, token: int) -> str:
         """The text that is certain now and was not before."""
@@ -47,11 +89,13 @@ class Writer:
         return self._show(self.stream.finish(), last=True)
 
     def _show(self, new, last):
-        text = "" if self.stopped else self.held + new
-        if (found := [at for stop in self.stop if (at := text.find(stop)) >= 0]):
-            text, self.held, self.stopped = text[:min(found)], "", True
-            return text
-        hold = 0 if last else max((n for stop in self.stop for n in range(1, len(stop))
-                                   if text.endswith(stop[:n])), default=0)
+        if self.stopped:
+            return ""
+        text = self.held + new
+        if any([match.push(new) for match in self.matches]):             # all of them see it
+            begins = min(at for stop in self.stop if (at := text.find(stop)) >= 0)
+            self.held, self.stopped = "", True
+            return text[:begins]
+        hold = 0 if last else max((match.length for match in self.matches), default=0)
         self.held = text[len(text) - hold:]
         return text[:len(text) - hold]
