@@ -51,7 +51,15 @@ class Writer:
         if (found := [at for stop in self.stop if (at := text.find(stop)) >= 0]):
             text, self.held, self.stopped = text[:min(found)], "", True
             return text
-        hold = 0 if last else max((n for stop in self.stop for n in range(1, len(stop))
-                                   if text.endswith(stop[:n])), default=0)
+        hold = 0 if last else max((_overlap(text, stop) for stop in self.stop), default=0)
         self.held = text[len(text) - hold:]
         return text[:len(text) - hold]
+
+
+def _overlap(text, stop):
+    """Characters of the longest end of `text` that `stop` begins with, all of it apart.
+
+    `text` is what was held and little more, so what is not held costs nothing.
+    """
+    most = min(len(text), len(stop) - 1)
+    return next((n for n in range(most, 0, -1) if stop.startswith(text[len(text) - n:])), 0)
