@@ -13,12 +13,13 @@ from nanoinfra.serve.requests import Request
 MOST_BYTES = 1 << 19                         # of a body; a context longer than 65,536 tokens gives 8 a token
 MOST_PROMPTS = 1024                          # in one HTTP request; and choices in one answer
 MOST_MESSAGES = 4096
+MOST_TOOL_CALLS = 128                        # of one message
 MOST_STOPS = 64
 MOST_STOP_CHARS = 1024                       # of all of them: each is looked for at every token
 MOST_BIASES = 1024                           # tokens in logit_bias
 MOST_LOGPROBS = 1 << 16                      # in one answer; some 400 bytes each while it is written
 ANSWERS = 64                                 # that fill the context, in one: tokens said and echoed
-PIECE = 1 << 17                              # characters tokenized at once: some 200 bytes each meanwhile
+PIECE = 1 << 16                              # characters tokenized at once: some 200 bytes each meanwhile
 
 
 def most_bytes(context: int) -> int:

@@ -20,11 +20,11 @@ from nanoinfra.serve.requests import Request, Sampling, check
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Render = Callable[[str, list[dict], Text], str]              # (template, messages, text): the prompt
 
+
 class StreamOptions(Lenient):
     """What a stream says beside the text."""
     include_usage: bool = False              # in a last chunk without choices
     continuous_usage_stats: bool = False     # and in every other
-
 
 
 class Question(Unsupported):
@@ -86,7 +86,7 @@ class Message(Lenient):
     content: Annotated[str, BeforeValidator(fields.content)] = ""
     name: str | None = None                  # these three for templates that ask for them
     tool_call_id: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: Annotated[list[Any], Field(max_length=limits.MOST_TOOL_CALLS)] | None = None
 
 
 class Chat(Question):
@@ -111,7 +111,7 @@ class Chat(Question):
         return [self._request(name, tokens, most, logprobs)]
 
     def _rendered(self, ready, render):
-        messages = [message.model_dump(exclude_none=True) for message in self.messages]
+        messages = [{name: value for name, value in message if value is not None} for message in self.messages]
         size = sum(len(message.role) + len(message.content) for message in self.messages)
         limits.check_chars(size, ready.info["context"], ready.text.max_chars_per_token)
         try:

@@ -1,7 +1,7 @@
 """Chat templates rendered in a child process: they are programs, and a thread cannot be ended.
 
-A child has SECONDS of processor time for a chat and MEMORY bytes; one that takes more is ended, and the next
-chat starts another. What it hears and says is JSON, so nothing of a stranger's is unpickled here.
+A child has some seconds of processor time for each chat, and MEMORY bytes; one that takes more is ended, and
+the next chat starts another. What it hears and says is JSON, so nothing of a stranger's is unpickled here.
 """
 import json
 import resource
@@ -25,14 +25,19 @@ START = "from nanoinfra.serve.templates import main; main()"
 
 
 class TemplateProcess:
-    """A child that renders chats, one at a time, for one thread: Linux ends the child with that thread."""
+    """A child that renders chats for one thread: Linux ends the child with that thread.
 
-    def __init__(self):
-        self.process, self.pipe = None, None
+    Each chat has `seconds` of the processor.
+    """
+
+    def __init__(self, seconds: float = SECONDS):
+        self.seconds, self.process, self.pipe = seconds, None, None
 
     def render(self, template: str, messages: list[dict], text: Text) -> str:
         """What render_chat(template, messages, text) returns. Raises ValueError where it fails or ends."""
         try:
+            if self.process and self.process.poll() is not None:         # killed by somebody, between chats
+                self._end()
             if self.process is None:
                 self._start()
             self.pipe.send_bytes(json.dumps([template, messages, text.bos, text.eos]).encode())
@@ -60,8 +65,9 @@ class TemplateProcess:
         with mine, theirs:
             for way in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):         # a stopped child reads nothing
                 mine.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", PATIENCE, 0))
-            self.process = subprocess.Popen([sys.executable, "-c", START, str(theirs.fileno())],
-                                            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen([sys.executable, "-c", START, str(theirs.fileno()),
+                                             str(self.seconds)], pass_fds=[theirs.fileno()],
+                                            stdin=subprocess.DEVNULL)
             self.pipe = Connection(mine.detach())
         self._hear(STARTING)
 
@@ -80,23 +86,23 @@ class TemplateProcess:
         self.pipe.close()
         code, self.process, self.pipe = self.process.returncode, None, None
         if alive or code == -signal.SIGPROF:
-            return f"it took more than {SECONDS:g} s for these messages"
+            return f"it took more than {self.seconds:g} s for these messages"
         return f"its process ended with {code}"
 
 
 def main() -> None:
-    """Be the child: chats come through pipe argv[1], one after the other."""
+    """Be the child: chats come through pipe argv[1], each has argv[2] seconds of the processor."""
     end_with_parent()
     for sign in (signal.SIGINT, signal.SIGTERM):             # meant for the server, which ends this one
         signal.signal(sign, signal.SIG_IGN)
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    pipe = Connection(int(sys.argv[1]))
+    pipe, seconds = Connection(int(sys.argv[1])), float(sys.argv[2])
     pipe.send_bytes(b"ready")
     with suppress(EOFError, OSError):                        # the server is no more
         while True:
             asked = json.loads(pipe.recv_bytes())
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)    # then SIGPROF ends the process
+            signal.setitimer(signal.ITIMER_PROF, seconds)    # then SIGPROF ends the process
             said = answer(*asked)
             signal.setitimer(signal.ITIMER_PROF, 0)
             pipe.send_bytes(said)
