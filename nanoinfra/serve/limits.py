@@ -84,7 +84,9 @@ def answer_size(requests: Sequence[Request], echo: bool) -> tuple[int, int]:
 
 def most_tokens(context: int, n: int, logprobs: int | None) -> int:
     """New tokens for each of `n` choices, where the client leaves it open."""
-    return context if logprobs is None else most_logprobs(context) // (max(1, n) * (1 + max(0, logprobs)))
+    n = max(1, n)
+    most = ANSWERS * context // n
+    return most if logprobs is None else min(most, most_logprobs(context) // (n * (1 + max(0, logprobs))))
 
 
 def check_answer(requests: Sequence[Request], echo: bool, context: int) -> None:

@@ -111,7 +111,8 @@ class Chat(Question):
         return [self._request(name, tokens, most, logprobs)]
 
     def _rendered(self, ready, render):
-        messages = [{name: value for name, value in message if value is not None} for message in self.messages]
+        messages = [{name: value for name, value in message if value is not None}
+                    for message in self.messages]
         size = sum(len(message.role) + len(message.content) for message in self.messages)
         limits.check_chars(size, ready.info["context"], ready.text.max_chars_per_token)
         try:

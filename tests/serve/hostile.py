@@ -145,7 +145,8 @@ def _answers(draws, context, vocab):
     """Large in n, echo and log-probabilities; some may be answered."""
     return COMPLETIONS, body(prompt=[7] * draws.choice([1, 9, context // 4]),
                              n=draws.choice([1, 2, 64, 65, 1000]), echo=draws.random() < 0.5,
-                             logprobs=draws.choice([None, 1, 100, 101]), max_tokens=draws.choice([0, 1, 2]), stream=draws.random() < 0.5)
+                             logprobs=draws.choice([None, 1, 100, 101]),
+                             max_tokens=draws.choice([0, 1, 2]), stream=draws.random() < 0.5)
 
 
 def _chats(draws, context, vocab):
