@@ -20,6 +20,7 @@ from nanoinfra.serve.answers import ChatAnswer, CompletionAnswer, sent
 from nanoinfra.serve.errors import Refused
 from nanoinfra.serve.exchange import at_work, exchange
 from nanoinfra.serve.keys import key_of, salt_of
+from nanoinfra.serve.preprocess import Preprocessor
 from nanoinfra.serve.protocol import Chat, Completion
 from nanoinfra.serve.worker import Worker
 
@@ -40,10 +41,12 @@ def build(worker: Worker, name: str, access: Access | None = None) -> FastAPI:
         worker.start()
         yield
         worker.stop()
+        app.state.preprocessor.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
                   redirect_slashes=False)    # it would redirect to whatever the client calls Host
     app.state.worker, app.state.name, app.state.access = worker, name, access or Access()
+    app.state.preprocessor = Preprocessor()
     app.state.draining, app.state.since, app.state.watchers = False, int(time.time()), 0
     for path, answer in {"/health": _health, "/metrics": _metrics, "/stats": _stats, "/": _page}.items():
         app.add_api_route(path, answer)

@@ -44,41 +44,11 @@ class Stream:
         return self.decode(self.context + self.window)[len(self.decode(self.context)):]
 
 
-class Match:
-    """With how much of `stop` a text ends: `length` characters. Knuth, Morris and Pratt 1977.
-
-    What a mismatch falls back to is computed as far as the text has come.
-    """
-
-    def __init__(self, stop: str):
-        self.stop, self.length, self.falls = stop, 0, [0]
-
-    def push(self, text: str) -> bool:
-        """Add `text`, up to where `stop` is whole. Is it?"""
-        for letter in text:
-            self.length = self._next(self.length, letter)
-            if self.length == len(self.stop):
-                return True
-        return False
-
-    def _next(self, length, letter):
-        while length and self.stop[length] != letter:
-            length = self._fall(length)
-        return length + (self.stop[length] == letter)
-
-    def _fall(self, length):
-        """The longest end of stop[:length], less than all of it, that `stop` begins with."""
-        while len(self.falls) < length:
-            self.falls.append(self._next(self.falls[-1], self.stop[len(self.falls)]))
-        return self.falls[length - 1]
-
-
 class Writer:
     """A Stream that ends before the first of the texts `stop`; `stopped` says that one has come."""
 
     def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()):
         self.stream, self.stop, self.held, self.stopped = Stream(decode), stop, "", False
-        self.matches = [Match(each) for each in stop]
 
     def push(self, token: int) -> str:
         """The text that is certain now and was not before."""
@@ -89,13 +59,19 @@ class Writer:
         return self._show(self.stream.finish(), last=True)
 
     def _show(self, new, last):
-        if self.stopped:
-            return ""
-        text = self.held + new
-        if any([match.push(new) for match in self.matches]):             # all of them see it
-            begins = min(at for stop in self.stop if (at := text.find(stop)) >= 0)
-            self.held, self.stopped = "", True
-            return text[:begins]
-        hold = 0 if last else max((match.length for match in self.matches), default=0)
+        text = "" if self.stopped else self.held + new
+        if (found := [at for stop in self.stop if (at := text.find(stop)) >= 0]):
+            text, self.held, self.stopped = text[:min(found)], "", True
+            return text
+        hold = 0 if last else max((_overlap(text, stop) for stop in self.stop), default=0)
         self.held = text[len(text) - hold:]
         return text[:len(text) - hold]
+
+
+def _overlap(text, stop):
+    """Characters of the longest end of `text` that `stop` begins with, all of it apart.
+
+    `text` is what was held and little more, so what is not held costs nothing.
+    """
+    most = min(len(text), len(stop) - 1)
+    return next((n for n in range(most, 0, -1) if stop.startswith(text[len(text) - n:])), 0)

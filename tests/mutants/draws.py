@@ -14,7 +14,7 @@ from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve import requests
 from nanoinfra.serve.requests import Request, Sampling, check
 from nanoinfra.serve.sampler import Adjustment, Sampler, adjusted
-from nanoinfra.serve.writer import Match, Stream, Writer
+from nanoinfra.serve.writer import Stream, Writer
 
 sampler, refusal, shown = Check("sampler"), Check("refusal"), Check("shown")
 
@@ -198,15 +198,8 @@ class CutsCharacters(Stream):                # as if no character could be under
         self.context, self.window, self.shown = self.window, [], 0
 
 
-class StartsAgain(Match):                    # at a mismatch, from nothing
-    def _fall(self, length):
-        return 0
-
-
-class ForgetsAtEachToken(Match):
-    def push(self, text):
-        self.length = 0
-        return super().push(text)
+def shortest_overlap(text, stop):
+    return next((n for n in range(1, len(stop)) if text.endswith(stop[:n])), 0)
 
 
 def takes_any_bias(request, vocab, ranges=requests._check_ranges):
@@ -231,9 +224,10 @@ MUTANTS = [
     Mutant("looks at no ranges", refusal,
            patched(refuse, f"{REQUESTS}:_check_ranges", lambda request, vocab: None), WORDS),
     Mutant("takes any bias", refusal, patched(refuse, f"{REQUESTS}:_check_ranges", takes_any_bias), RANGES),
-    Mutant("a mismatch begins from nothing", shown, patched(write, f"{WRITER}:Match", StartsAgain), STOP),
+    Mutant("the shortest overlap is held", shown,
+           patched(write, f"{WRITER}:_overlap", shortest_overlap), STOP),
     Mutant("a stop string is sought token by token", shown,
-           patched(write, f"{WRITER}:Match", ForgetsAtEachToken), STOP),
+           patched(write, f"{WRITER}:_overlap", lambda text, stop: 0), STOP),
     Mutant("bytes without characters pile up", shown,
            patched(write, f"{WRITER}:Stream", NeverShortens), SHORT),
     Mutant("a character is cut", shown, patched(write, f"{WRITER}:Stream", CutsCharacters), WHOLE),
