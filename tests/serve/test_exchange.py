@@ -70,7 +70,7 @@ def test_a_chat_that_goes_on_and_on_keeps_nobody_waiting(served):
     thread = threading.Thread(target=lambda: said.append(client.post(hostile.CHATS, json=loop)))
     thread.start()
     try:
-        until(lambda: preprocessor(served[1].state).waiting["chats"])
+        until(lambda: served[1].state.preprocessor.waiting["chats"])
         for _ in range(5):
             assert client.post(hostile.COMPLETIONS, json=HELLO).status_code == 200
             assert client.post(hostile.CHATS, json=CHAT).status_code == 200
