@@ -198,3 +198,14 @@ def test_forks_and_scored_prompts_too(case):
     breaks(engine)
     bad = asked("bad", [*prompt(2, 5), 96, 3], echo=True, logprobs=2)
     assert serve(engine, [bad, *requests()])[0] == want
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("place", [0, 50, 96])
+def test_the_likeliest_of_a_row_with_nan_is_in_range_and_the_other_rows_are_right(case, place):
+    engine = made(case)
+    rows = torch.randn(4, 97, generator=torch.Generator().manual_seed(0)).to(CASES[case][0])
+    want = rows.float().argmax(-1).tolist()
+    rows[1, place], rows[3] = float("nan"), float("nan")
+    got = engine.likeliest(rows)
+    assert [got[0], got[2]] == [want[0], want[2]] and all(0 <= each < 97 for each in got)
