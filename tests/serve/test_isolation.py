@@ -147,12 +147,13 @@ def test_logits_that_are_not_finite_fail_one_request(case, value):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_token_whose_embedding_is_broken_fails_who_uses_it(case):
-    """Its blocks are free afterwards, and taken by others; the prefix it shared is not."""
+@pytest.mark.parametrize("budget", [5, 60])              # in chunks; or beside one of its length, in one call
+def test_a_token_whose_embedding_is_broken_fails_who_uses_it(case, budget):
+    """Its blocks are free afterwards, and taken by others; those that begin as it does are not its like."""
     shared = prompt(1, 12)
-    good = [asked("a", [*shared, 1]), asked("b", [*shared, 2, 3])]
+    good = [asked("alike", prompt(5, 12)), asked("a", [*shared, 1]), asked("b", [*shared, 2, 3])]
     want, _ = serve(made(case), good)
-    engine = made(case, blocks=12, budget=5)
+    engine = made(case, blocks=14, budget=budget)
     breaks(engine)
     bad = asked("x", [*shared[:8], 96, *shared[9:]], n=2)
     said, failed = serve(engine, [bad, *good])
