@@ -8,6 +8,7 @@ V vocabulary.
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 
@@ -44,9 +45,9 @@ class Sampler:
         `tokens` are those of the last call, and more. Raises ValueError where a logit is NaN, or the largest
         is infinite.
         """
-        largest = logits.max()                                            # NaN where one is
-        if not largest.isfinite():
-            raise ValueError(f"the largest logit is {largest.item()}: no token can be drawn")
+        largest = logits.max().item()                                     # NaN where one is
+        if not isfinite(largest):
+            raise ValueError(f"the largest logit is {largest}: no token can be drawn")
         if self.adjustment:
             logits = self.adjustment(logits, tokens, prompt)
         return int(logits.max(-1).indices) if self.greedy else sample(logits, self.how, self.draws)
@@ -114,7 +115,7 @@ class Adjustment:
 
 def finite(rows: torch.Tensor) -> list[bool]:
     """Of each of `rows` (N, V), are all its numbers finite? One pass where they are: a sum keeps a NaN."""
-    if rows.sum().isfinite():
+    if isfinite(rows.sum().item()):
         return [True] * len(rows)
     return rows.isfinite().all(-1).tolist()
 

@@ -147,12 +147,13 @@ def test_logits_that_are_not_finite_fail_one_request(case, value):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_token_whose_embedding_is_broken_fails_who_uses_it(case):
-    """Its blocks are free afterwards, and taken by others; the prefix it shared is not."""
+@pytest.mark.parametrize("budget", [5, 60])              # in chunks; or beside one of its length, in one call
+def test_a_token_whose_embedding_is_broken_fails_who_uses_it(case, budget):
+    """Its blocks are free afterwards, and taken by others; those that begin as it does are not its like."""
     shared = prompt(1, 12)
-    good = [asked("a", [*shared, 1]), asked("b", [*shared, 2, 3])]
+    good = [asked("alike", prompt(5, 12)), asked("a", [*shared, 1]), asked("b", [*shared, 2, 3])]
     want, _ = serve(made(case), good)
-    engine = made(case, blocks=12, budget=5)
+    engine = made(case, blocks=14, budget=budget)
     breaks(engine)
     bad = asked("x", [*shared[:8], 96, *shared[9:]], n=2)
     said, failed = serve(engine, [bad, *good])
@@ -198,3 +199,14 @@ def test_forks_and_scored_prompts_too(case):
     breaks(engine)
     bad = asked("bad", [*prompt(2, 5), 96, 3], echo=True, logprobs=2)
     assert serve(engine, [bad, *requests()])[0] == want
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("place", [0, 50, 96])
+def test_the_likeliest_of_a_row_with_nan_is_in_range_and_the_other_rows_are_right(case, place):
+    engine = made(case)
+    rows = torch.randn(4, 97, generator=torch.Generator().manual_seed(0)).to(CASES[case][0])
+    want = rows.float().argmax(-1).tolist()
+    rows[1, place], rows[3] = float("nan"), float("nan")
+    got = engine.likeliest(rows)
+    assert [got[0], got[2]] == [want[0], want[2]] and all(0 <= each < 97 for each in got)
