@@ -78,7 +78,8 @@ def check_prompt_tokens(tokens: int, context: int) -> None:
 def answer_size(requests: Sequence[Request], echo: bool) -> tuple[int, int]:
     """(tokens, log-probabilities) that the answer to `requests` can come to."""
     tokens = sum(r.n * (r.max_tokens + echo * len(r.tokens)) for r in requests)
-    each = 0 if requests[0].logprobs is None else 1 + requests[0].logprobs
+    first = requests[0]
+    each = (1 + (first.logprobs or 0)) if first.echo or first.logprobs is not None else 0
     return tokens, each * tokens
 
 

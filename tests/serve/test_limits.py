@@ -130,6 +130,13 @@ def test_a_full_context_can_always_be_scored():
     assert limits.most_bytes(context) >= len(json.dumps({"prompt": [12345] * context}).replace(" ", ""))
 
 
+def test_a_prompt_that_is_scored_counts_though_nobody_asked_for_log_probabilities():
+    body = {"prompt": [7] * 2048, "max_tokens": 0, "echo": True}
+    assert asked(Completion, ready(8192), **body, n=32)[0].echo
+    with pytest.raises(Refused, match="67584 log-probabilities"):
+        asked(Completion, ready(8192), **body, n=33)
+
+
 def test_an_echo_is_no_larger_than_a_body():
     body = {"prompt": [[256] * 60, "<end>" * 60], "add_special_tokens": False, "echo": True, "max_tokens": 1}
     model, most = ready(), limits.MOST_BYTES
