@@ -59,6 +59,15 @@ def encode(text: str, tokenizer: Text, context: int, begin: bool = True) -> list
     a few tokens, so that only twice the context refuses.
     """
     check_chars(len(text), context, tokenizer.max_chars_per_token)
+    try:
+        return _encode(text, tokenizer, context, begin)
+    except Refused:
+        raise
+    except Exception as error:               # a tokenizer without a token for what it does not know
+        raise Refused(400, f"the model's tokenizer does not take this text: {error}", "prompt") from error
+
+
+def _encode(text, tokenizer, context, begin):
     ends, count = range(PIECE, len(text) + PIECE, PIECE) if len(text) > PIECE else (), 0
     for end in ends:
         count += len(tokenizer.encode(text[end - PIECE:end], False))
