@@ -59,6 +59,15 @@ def encode(text: str, tokenizer: Text, context: int, begin: bool = True) -> list
     a few tokens, so that only twice the context refuses.
     """
     check_chars(len(text), context, tokenizer.max_chars_per_token)
+    try:
+        return _encode(text, tokenizer, context, begin)
+    except Refused:
+        raise
+    except Exception as error:               # a tokenizer without a token for what it does not know
+        raise Refused(400, f"the model's tokenizer does not take this text: {error}", "prompt") from error
+
+
+def _encode(text, tokenizer, context, begin):
     ends, count = range(PIECE, len(text) + PIECE, PIECE) if len(text) > PIECE else (), 0
     for end in ends:
         count += len(tokenizer.encode(text[end - PIECE:end], False))
@@ -78,7 +87,8 @@ def check_prompt_tokens(tokens: int, context: int) -> None:
 def answer_size(requests: Sequence[Request], echo: bool) -> tuple[int, int]:
     """(tokens, log-probabilities) that the answer to `requests` can come to."""
     tokens = sum(r.n * (r.max_tokens + echo * len(r.tokens)) for r in requests)
-    each = 0 if requests[0].logprobs is None else 1 + requests[0].logprobs
+    first = requests[0]
+    each = (1 + (first.logprobs or 0)) if first.echo or first.logprobs is not None else 0
     return tokens, each * tokens
 
 

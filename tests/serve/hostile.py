@@ -131,7 +131,7 @@ def _stops(draws, context, vocab):
 
 def _biases(draws, context, vocab):
     size = 10 ** draws.randint(0, 5)
-    keys = {draws.choice([i % vocab, vocab + i, -i, f"w{i}", DIGITS + i]) for i in range(min(size, 30_000))}
+    keys = {draws.choice([i % vocab, vocab + i, -i, f"w{i}", DIGITS + i]) for i in range(min(size, 3000))}
     return COMPLETIONS, body(logit_bias={str(key): draws.choice([1, -100, 1e300, 101]) for key in keys})
 
 
@@ -151,9 +151,10 @@ def _answers(draws, context, vocab):
 
 def _chats(draws, context, vocab):
     parts = [{"type": "text", "text": "x"}] * 99
-    content = draws.choice([_text(draws, 10 ** draws.randint(1, 6)), None, [], parts])
+    content = draws.choice([_text(draws, 10 ** draws.randint(1, 5)), None, [], parts])
     role = draws.choice(["user", "system", "odd", "", "{{ 7 * 7 }}", "\0", "r" * 999])
-    return CHATS, chat(messages=[{"role": role, "content": content}] * draws.choice([1, 1, 3, 5000]))
+    count = draws.choice([1, 3, 5000]) if len(content or "") < 100 else 1
+    return CHATS, chat(messages=[{"role": role, "content": content}] * count)
 
 
 def _bytes(draws, context, vocab):

@@ -3,9 +3,11 @@ import json
 import tracemalloc
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
+from nanoinfra.model.text import Text
 from nanoinfra.serve import limits
 from nanoinfra.serve.answers import ChatAnswer, CompletionAnswer, written
 from nanoinfra.serve.choice import FlatLogprobs
@@ -16,6 +18,7 @@ from nanoinfra.serve.requests import Event, Logprob
 from nanoinfra.serve.writer import Writer
 from tests.serve.fake import TEMPLATE, text
 
+few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CONTEXT, LONGEST = 64, len("<end>")
 HI = {"role": "user", "content": "hi"}
 
@@ -109,6 +112,13 @@ def test_a_long_text_is_given_up_with_its_first_piece_that_is_too_many_tokens(mo
     assert asked(Completion, ready(), prompt=fits, max_tokens=1)[0].tokens == [256] * 60
 
 
+def test_a_text_that_the_tokenizer_does_not_take_is_refused():
+    words = Text(Tokenizer(models.WordLevel({"a": 0, "long enough": 1}, unk_token="nowhere")))
+    with pytest.raises(Refused, match="tokenizer does not take this text") as refused:
+        asked(Completion, Ready(ready().info, words), prompt="b")
+    assert refused.value.status == 400
+
+
 def test_prompts_are_given_up_where_they_are_too_many_tokens():
     model = ready(context=128)
     with pytest.raises(Refused, match="8200 tokens in one request"):
@@ -128,6 +138,13 @@ def test_a_full_context_can_always_be_scored():
     body = {"prompt": [7] * (context - 1), "max_tokens": 1, "logprobs": 1, "echo": True}
     assert len(asked(Completion, ready(context), **body)[0].tokens) == context - 1
     assert limits.most_bytes(context) >= len(json.dumps({"prompt": [12345] * context}).replace(" ", ""))
+
+
+def test_a_prompt_that_is_scored_counts_though_nobody_asked_for_log_probabilities():
+    body = {"prompt": [7] * 2048, "max_tokens": 0, "echo": True}
+    assert asked(Completion, ready(8192), **body, n=32)[0].echo
+    with pytest.raises(Refused, match="67584 log-probabilities"):
+        asked(Completion, ready(8192), **body, n=33)
 
 
 def test_an_echo_is_no_larger_than_a_body():
@@ -185,7 +202,7 @@ LOGPROBS = st.lists(st.builds(Logprob, st.integers(0, 2 ** 31 - 1), st.floats(al
 
 
 @given(st.lists(LOGPROBS, max_size=3))
-@settings(max_examples=40)
+@few
 def test_flat_log_probabilities_are_what_they_were(several):
     flat = FlatLogprobs()
     for each in several:
@@ -212,7 +229,7 @@ VALUES = st.none() | st.booleans() | st.integers() | FINITE | st.text()
 
 
 @given(st.recursive(VALUES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
-@settings(max_examples=40)
+@few
 def test_json_that_is_written_piece_by_piece_is_the_same(data):
     assert json.loads(written({"data": data})) == {"data": data}
 
