@@ -9,12 +9,14 @@ import socket
 import sys
 
 from nanoinfra.serve.options import EngineOptions, ServeOptions, check
+from nanoinfra.serve.signals import end_with_0
 from nanoinfra.serve.team import Team
 
 BACKLOG = 2048                               # connections that may wait to be accepted
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 
+@end_with_0
 def main(options: ServeOptions, factory=None) -> int:
     """Serve until a signal comes; returns 0. `factory(team)` makes the engine, by default as `options` say.
 

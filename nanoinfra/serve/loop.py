@@ -2,7 +2,7 @@
 
 Rank 0 talks with the API process, and shares each step's commands with the others, so that every rank runs
 the same requests through the same scheduler. While a step runs a thread listens, so the API never waits for
-the model. Started by worker.py, and dies with it.
+the model; the engine does wait for an API process that is stopped. Started by worker.py, and dies with it.
 """
 import os
 import queue
@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 from multiprocessing.connection import Connection
 
 from nanoinfra.model.text import Text
@@ -19,6 +20,9 @@ from nanoinfra.serve.scheduler import QueueFull
 from nanoinfra.serve.team import Team
 from nanoinfra.train.rank import end_with_parent
 
+MEANT_FOR_API = (signal.SIGINT, signal.SIGTERM)              # which lets work end; ranks ignore them
+BURST = (1024, 1 << 20)                      # requests and tokens that may be on their way, at the least
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -26,6 +30,7 @@ class Ready:
     info: dict                               # Engine.info()
     text: Text
     template: str | None = None              # chat template
+    room: tuple[float, float] = (inf, inf)   # requests and tokens that may be on their way to it
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,20 @@ class Step:
     events: list[Event] = field(default_factory=list)
     refused: list[tuple[str, int, str]] = field(default_factory=list)  # (request, HTTP status, why)
     seconds: float = 0.0
+    taken: int = 0                           # commands that the engine has taken from its pipe
 
 
 def main() -> None:
-    """Be the rank that the first message on pipe argv[1] says; further pipes lead to other ranks."""
-    end_with_parent()
-    for sign in (signal.SIGINT, signal.SIGTERM):             # meant for the API process, which lets work end
+    """Be the rank that the first message on pipe argv[2] says; further pipes lead to other ranks.
+
+    argv[1] is the process id of the API, which has blocked the signals that are meant for it (life.py).
+    """
+    parent, *descriptors = map(int, sys.argv[1:])
+    end_with_parent(parent)
+    for sign in MEANT_FOR_API:
         signal.signal(sign, signal.SIG_IGN)
-    pipe, *others = (Connection(int(descriptor)) for descriptor in sys.argv[1:])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANT_FOR_API)
+    pipe, *others = map(Connection, descriptors)
     rank, factory = pipe.recv()
     team = Team(rank, others)
     try:
@@ -62,13 +73,16 @@ def run(engine, team: Team, pipe: Connection) -> None:
     """Turn until the pipe closes."""
     inbox = None
     if team.rank == 0:
-        pipe.send(Ready(engine.info(), engine.text, engine.template))
+        limits = engine.scheduler
+        room = max(BURST[0], limits.seats + limits.queue), max(BURST[1], limits.queue_tokens)
+        pipe.send(Ready(engine.info(), engine.text, engine.template, room))
         inbox = queue.SimpleQueue()
         threading.Thread(target=_listen, args=(pipe, inbox), daemon=True).start()
     while True:
-        step = turn(engine, team.share(inbox and _take(inbox, wait=not engine.busy)))
+        commands = team.share(inbox and _take(inbox, wait=not engine.busy))
+        step = turn(engine, commands)
         if inbox:
-            pipe.send(step)
+            pipe.send(replace(step, taken=len(commands)))
 
 
 def turn(engine, commands: list[tuple]) -> Step:

@@ -35,6 +35,7 @@ def build(worker: Worker, name: str, api_key: str | None = None) -> FastAPI:
         worker.start()
         yield
         worker.stop()
+        await worker.join()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.worker, app.state.name, app.state.key = worker, name, api_key

@@ -54,6 +54,7 @@ async def working(factory=fake, world=1, hung=300.0, **options):
         yield worker
     finally:
         worker.stop()
+        await worker.join()
 
 
 async def reaches(worker, *states):
@@ -178,7 +179,9 @@ def test_stopping_while_it_loads_leaves_nothing():
         worker = Worker(functools.partial(fake), Counters("fake"), 2)
         worker.start()
         worker.stop()
+        await worker.join()
         worker.stop()
+        await worker.join()
         assert worker.state == "stopped"
     before = threading.active_count()
     asyncio.run(run())
