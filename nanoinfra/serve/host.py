@@ -1,7 +1,8 @@
 """`nanoinfra serve`: one port, one server on it, and an end that lets running answers finish.
 
 SIGTERM or Ctrl-C: what runs may go on for a while, what is new is refused with 503; then the process ends
-with 0 and leaves nothing behind. A second signal takes the while away.
+with 0 and leaves nothing behind, also while it loads or when the engine hangs. A second signal takes the
+while away. Before `main`, in Python's first tenths of a second, a signal does what it does to any program.
 """
 import functools
 import os

@@ -150,7 +150,17 @@ class Worker:
         self.timer = self.loop.call_later(self.hung / TICKS, self._tick)
 
     def _keep(self):
-        """The keeper's work: one life of the ranks after the other."""
+        """The keeper's work."""
+        try:
+            self._live()
+        except Exception as bug:
+            self._post(self._lost, "failed", f"the engine cannot be kept running: {bug!r}")
+            raise
+        finally:
+            self._post(self.gone.set)
+
+    def _live(self):
+        """One life of the ranks after the other."""
         pause, loaded = 0.0, False
         while not self.ended.wait(pause):
             self.newest = life = Life(self.factory, self.world)
@@ -161,9 +171,8 @@ class Worker:
             loaded |= life.ready
             self._post(self._lost, "restarting" if loaded else "failed", why)
             if not loaded:
-                break                        # the next would end as this one has
+                return                       # the next would end as this one has
             pause = 0.0 if life.served else min(PAUSE, 2 * pause + 0.1)
-        self._post(self.gone.set)
 
     def _hear(self, life):
         """Pass on what the ranks say until they are no more; why that is."""

@@ -129,8 +129,8 @@ def test_a_rank_whose_parent_died_before_it_could_ask_ends():
             "from tests.serve.fake import fake\nlife = Life(functools.partial(fake, load=600), 2)\n"
             "print(*[each.pid for each in life.processes], flush=True)\n"
             "os.kill(os.getpid(), signal.SIGKILL)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE)
-    ranks = [int(each) for each in done.stdout.split()]
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as parent:
+        ranks = [int(each) for each in parent.stdout.readline().split()]     # its end would be theirs
     try:
         assert len(ranks) == 2
         until(lambda: not any(map(is_there, ranks)))

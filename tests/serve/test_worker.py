@@ -17,6 +17,7 @@ from nanoinfra.serve.errors import Refused
 from nanoinfra.serve.requests import Request
 from nanoinfra.serve.worker import Worker
 from tests.serve.fake import Fake, fake, text
+from tests.serve.host import is_there
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,14 +73,6 @@ async def said(job):
 
 def pids(worker):
     return [process.pid for process in worker.life.processes]
-
-
-def is_there(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -148,14 +141,14 @@ def test_an_engine_that_cannot_be_loaded_is_not_tried_twice(factory, says):
 def test_what_the_engine_refuses_has_a_status():
     async def run():
         async with working(queue=1, seats=1, pause=0.01) as worker:
-            jobs = [worker.submit([Request(name, ids("ab"), max_tokens=20)]) for name in "abc"]
+            jobs = [worker.submit([Request(name, ids("ab"), max_tokens=200)]) for name in "abc"]
             with pytest.raises(Refused, match="wait") as refused:
                 await said(jobs[2])
             assert refused.value.status == 429
             with pytest.raises(Refused, match="n = 2") as refused:
                 await said(worker.submit([Request("d", ids("ab"), n=2)]))
             assert refused.value.status == 400
-            assert await said(jobs[0]) == {("a", 0): "ab" * 10}
+            assert await said(jobs[0]) == {("a", 0): "ab" * 100}
     asyncio.run(run())
 
 
@@ -189,9 +182,10 @@ def test_stopping_while_it_loads_leaves_nothing():
 
 
 def test_ranks_die_with_the_api_process():
-    code = ("import asyncio, functools, time\nfrom tests.serve.test_worker import *\n"
+    code = ("import asyncio\nfrom tests.serve.fake import meeting\nfrom tests.serve.test_worker import *\n"
             "async def run():\n"
-            "    async with working(world=2) as worker:\n"
+            "    async with working(meeting, world=2) as worker:\n"
+            "        await said(worker.submit([Request('a', ids('ab'))]))\n"      # by all of them
             "        print(*pids(worker), flush=True)\n"
             "        await asyncio.sleep(60)\n"
             "asyncio.run(run())")
