@@ -1,7 +1,8 @@
 """`nanoinfra serve`: one port, one server on it, and an end that lets running answers finish.
 
 SIGTERM or Ctrl-C: what runs may go on for a while, what is new is refused with 503; then the process ends
-with 0 and leaves nothing behind. A second signal takes the while away.
+with 0 and leaves nothing behind, also while it loads or when the engine hangs. A second signal takes the
+while away. Before `main`, in Python's first tenths of a second, a signal does what it does to any program.
 """
 import functools
 import os
@@ -10,11 +11,13 @@ import sys
 
 from nanoinfra.serve.keys import VARIABLE, read_keys
 from nanoinfra.serve.options import EngineOptions, ServeOptions, check
+from nanoinfra.serve.signals import end_with_0
 from nanoinfra.serve.team import Team
 
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 
+@end_with_0
 def main(options: ServeOptions, factory=None) -> int:
     """Serve until a signal comes; returns 0. `factory(team)` makes the engine, by default as `options` say.
 

@@ -42,6 +42,7 @@ def build(worker: Worker, name: str, access: Access | None = None) -> FastAPI:
         yield
         worker.stop()
         app.state.preprocessor.close()
+        await worker.join()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
                   redirect_slashes=False)    # it would redirect to whatever the client calls Host

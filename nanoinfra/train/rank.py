@@ -92,13 +92,16 @@ def _tidy(out):
     (out / BOARD).unlink(missing_ok=True)
 
 
-def end_with_parent() -> None:
-    """Ask Linux to kill this process when its launcher dies; elsewhere nobody does."""
+def end_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when its launcher dies; elsewhere nobody does.
+
+    `parent` is the launcher's process id: who knows it notices that the launcher has died already.
+    """
     if sys.platform == "linux":
-        parent = os.getppid()
+        parent = parent or os.getppid()
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)           # PR_SET_PDEATHSIG
         if os.getppid() != parent:
-            os._exit(1)                      # it died just before
+            os._exit(1)                      # it died before
 
 
 def leave_error(message: str) -> bool:

@@ -131,6 +131,22 @@ def _logprob(place, token, top):
     return Logprob(token, -0.25, likely[:top])
 
 
-def fake(team, **options):
-    """The factory: every rank says that it is there, as a collective would."""
+def fake(team, load=0.0, **options):
+    """The factory, which takes `load` seconds."""
+    time.sleep(load)
     return Fake(**options)
+
+
+def meeting(team, **options):
+    """A factory of engines each of whose steps waits for all ranks, as collectives do."""
+    engine = Fake(**options)
+    step = engine.step
+
+    def together():
+        for pipe in team.pipes:
+            pipe.send("here")
+        for pipe in team.pipes:
+            pipe.recv()
+        return step()
+    engine.step = together
+    return engine

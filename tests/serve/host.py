@@ -1,11 +1,13 @@
 """A server for tests: the real app, worker and uvicorn, with the fake engine, on a port of its own."""
 import functools
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -25,9 +27,9 @@ CODE = """
 import functools, sys
 from nanoinfra.serve.host import main
 from nanoinfra.serve.options import EngineOptions, ServeOptions
-from tests.serve.fake import fake
+from tests.serve.fake import {factory}
 options = ServeOptions(EngineOptions("fake", tp={tp}), port=0, drain={drain})
-sys.exit(main(options, functools.partial(fake, **{engine})))
+sys.exit(main(options, functools.partial({factory}, **{engine})))
 """
 
 
@@ -53,27 +55,35 @@ def serving(tp=1, key=None, hung=300.0, wait=True, factory=fake, access=None, li
 
 
 @contextmanager
-def running(tp=1, drain=20.0, **engine):
+def running(tp=1, drain=20.0, factory=fake, ready=True, **engine):
     """(process, client): what `nanoinfra serve` runs, in a process of its own."""
-    code = CODE.format(tp=tp, drain=drain, engine=engine)
-    with started([sys.executable, "-c", code]) as both:
+    code = CODE.format(tp=tp, drain=drain, factory=factory.__name__, engine=engine)
+    with started([sys.executable, "-c", code], ready) as both:
         yield both
 
 
 @contextmanager
-def started(command, environment=None):
-    """(process, client) of a command that serves, once it is ready."""
-    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE) as process:
+def started(command, ready=True, environment=None):
+    """(process, client) of a command that serves, once it is `ready`, or says where it will be.
+
+    It leads a process group, as it does in a terminal. However this ends, nothing of it is left.
+    """
+    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE,
+                          process_group=0) as process:
         try:
-            url = re.search(r"http://\S+\d", process.stderr.readline())[0]
-            with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
-                until(lambda: client.get("/health").status_code == 200)
+            said = process.stderr.readline()
+            if not (url := re.search(r"http://\S+\d", said)):
+                raise RuntimeError(f"{command[-1]} says no address, but {said!r}")
+            with httpx.Client(base_url=url[0], timeout=30, trust_env=False) as client:
+                if ready:
+                    until(lambda: client.get("/health").status_code == 200)
                 yield process, client
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)       # the ranks too
 
 
-def until(true, seconds=20.0):
+def until(true, seconds=60.0):
     """Wait for it. Raises TimeoutError, from what the connection said last."""
     end, why = time.monotonic() + seconds, None
     while True:
@@ -98,3 +108,10 @@ def children(pid):
     """Processes that this one has started."""
     return [int(each) for each in Path(f"/proc/{pid}/task").glob("*/children")
             for each in each.read_text().split()]
+
+
+def is_there(pid):
+    """Does this process live? A dead one whose parent has not asked yet does not."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False

@@ -59,8 +59,9 @@ def test_whatever_strangers_send_ordinary_clients_are_served(model, n):
             report, served = asyncio.run(beside(client, want, n, os.environ.get("FUZZ_SEED", "0")))
         grown, times = memory(process.pid) - before, sorted(times)
         p99, worst = times[int(0.99 * len(times))], times[-1]
-        print(f"{json.dumps(report['statuses'])}\n/health: p99 {p99 * 1e3:.0f}, worst {worst * 1e3:.0f} ms of "
-              f"{len(times)}; {served} ordinary answers; the API grew by {grown / 2 ** 20:.1f} MB")
+        print(json.dumps(report["statuses"]))
+        print(f"/health: p99 {p99:.3f}, worst {worst:.3f} s of {len(times)}; {served} ordinary answers; "
+              f"the API grew by {grown / 2 ** 20:.1f} MB")
         counts = [sum(each.values()) for each in report["statuses"].values()]
         assert report["bad"] == [] and sum(counts) == n and len(counts) == len(fuzz.KINDS)
         assert min(counts) >= min(fuzz.LEAST, n // len(fuzz.KINDS)) and served >= CLIENTS
