@@ -136,7 +136,7 @@ def test_a_key_does_not_learn_what_another_sent(apart):
 
 def test_a_key_stays_in_the_servers_own_process():
     """From the environment: its ranks do not inherit it, and nothing that it answers or says shows it."""
-    command = [sys.executable, "-c", CODE.format(tp=1, drain=1, engine={})]
+    command = [sys.executable, "-c", CODE.format(tp=1, drain=1, factory="fake", engine={})]
     with started(command, environment={**os.environ, VARIABLE: SECRET}) as (process, client):
         assert client.get("/v1/models").status_code == 401
         assert client.get("/v1/models", headers={"Authorization": f"bearer {SECRET}"}).status_code == 200
