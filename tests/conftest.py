@@ -1,13 +1,23 @@
-"""What all tests share: pools of rank processes, started once a session; one torch thread."""
+"""What all tests share: pools of ranks, started once a session; one torch thread; what watches the tests."""
 import os
 
 import pytest
 import torch
 
 from nanoinfra.dist.ranks import shared
+from tests import cpu_seconds, leftovers, timed
 
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}       # of the programs that tests start
+
+
+def pytest_configure(config):
+    for plugin in (cpu_seconds, leftovers, timed):
+        config.pluginmanager.register(plugin)
+
+
+def pytest_addoption(parser):
+    cpu_seconds.add_option(parser)
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +27,7 @@ def ranks():
 
     def pool(n):
         pools[n] = shared(n)
+        pools[n].timeout = 500.0             # the report of who waits comes before pytest's own limit
         return pools[n]
     yield pool
     for each in pools.values():

@@ -10,6 +10,7 @@ the check; blocked (no GPU) is never a pass. checks/lNN_topic.py holds a lesson'
 """
 import functools
 import importlib
+import os
 import pkgutil
 import re
 from collections.abc import Callable
@@ -138,10 +139,19 @@ def judge(criterion: Criterion, subject: Callable) -> Verdict:
     return Verdict(criterion, "pass")
 
 
-@functools.cache
 def ranks(n: int) -> Ranks:
     """The pool of `n` ranks that all checks share. It has little patience: what hangs ends after 15 s."""
-    return Ranks(n, timeout=15.0)
+    pool = shared(n)
+    pool.timeout = patience(15.0)
+    return pool
+
+
+shared = functools.cache(Ranks)
+
+
+def patience(seconds: float) -> float:
+    """How long to wait for what takes at most `seconds` on an idle machine: longer, the higher the load."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def modules() -> dict[str, str]:

@@ -110,7 +110,7 @@ def test_batches_are_made_ahead_in_a_thread():
     source = Watched()
     loader = Loader(source, seed=0, seq=4, micro_batch=4, prefetch=3)
     loader.next()
-    assert source.ahead.wait(timeout=30)                      # samples 8.. belong to the third step
+    assert source.ahead.wait()                      # samples 8.. belong to the third step
     assert source.threads == {"loader_0"} and loader.state()["consumed"] == 4
     loader.close()
     assert source.made == list(range(12))

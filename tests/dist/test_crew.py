@@ -17,6 +17,7 @@ import torch
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh, world_size
 from nanoinfra.dist.ranks import Ranks, RanksError
+from tests.processes import gone, until
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes through /proc")
 
@@ -24,23 +25,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks a
 @pytest.fixture
 def pool():
     """Three ranks that may fail: `pool.pids()` names the processes of now."""
-    with Ranks(3, timeout=20) as pool:
+    with Ranks(3, timeout=300) as pool:
         pool.pids = lambda: pool.run(os.getpid)
         yield pool
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):          # gone, or going just now
-        return False
-
-
-def await_end(pids, seconds=10.0):
-    end = time.monotonic() + seconds
-    while any(map(alive, pids)) and time.monotonic() < end:
-        time.sleep(0.02)
-    return [pid for pid in pids if alive(pid)]
 
 
 def at_collective(third, act):
@@ -102,7 +89,7 @@ def test_a_rank_that_is_stopped(pool):
     assert text.startswith("3 of 3 ranks gave no answer within 1 s\n")
     assert "rank 1 last left all_reduce #2 (tp, warm); it is stopped" in text
     assert WAITS.format(2) in text
-    assert await_end(pids) == []
+    assert gone(pids) == []
 
 
 def stay_away():
@@ -140,7 +127,7 @@ def test_a_message_that_never_comes(pool):
 def test_after_a_failure_the_old_ranks_are_gone_and_new_ones_work(pool):
     old = pool.pids()
     report_of(pool, fall)
-    assert await_end(old) == []
+    assert gone(old) == []
     new = pool.pids()
     assert not set(old) & set(new)
     assert pool.pids() == new                # and stay
@@ -150,9 +137,7 @@ def test_after_a_failure_the_old_ranks_are_gone_and_new_ones_work(pool):
 def test_a_rank_killed_between_calls_is_replaced(pool):
     old = pool.pids()
     os.kill(old[0], signal.SIGKILL)
-    end = time.monotonic() + 10
-    while Path(f"/proc/{old[0]}").exists() and time.monotonic() < end:          # until its last thread ends
-        time.sleep(0.02)
+    until(lambda: not Path(f"/proc/{old[0]}").exists())                        # until its last thread ends
     assert len(set(pool.pids()) - set(old)) == 3
 
 
@@ -165,7 +150,7 @@ def test_an_interrupt_ends_the_ranks(pool):
     with pytest.raises(KeyboardInterrupt):
         pool.run(time.sleep, 30)
     timer.join()
-    assert await_end(pids) == []
+    assert gone(pids) == []
     assert pool.run(world_size) == [3] * 3
 
 
@@ -181,7 +166,7 @@ def test_close_leaves_nothing(tmp_path, monkeypatch):
     with Ranks(2) as pool:
         pids = pool.run(os.getpid)
         assert list(tmp_path.glob("tmp*")) == []
-    assert await_end(pids) == []
+    assert gone(pids) == []
     pool.close()
     assert sockets() <= before
 
@@ -219,7 +204,7 @@ def run_script(folder, how):
         pids = [int(pid) for pid in got.stdout.split()]
         assert (len(pids), got.stderr) == (2, "")
         files = [path.name for path in Path(temp).iterdir()]
-        return got.returncode, await_end(pids), [f for f in files if not f.startswith("torchinductor_")]
+        return got.returncode, gone(pids), [f for f in files if not f.startswith("torchinductor_")]
 
 
 @needs_proc
@@ -238,4 +223,4 @@ def test_ranks_end_when_their_pipe_closes(pool):
     pids = pool.pids()
     for pipe in pool._crew.pipes:
         pipe.close()
-    assert await_end(pids) == []
+    assert gone(pids) == []

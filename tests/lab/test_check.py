@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nanoinfra.lab.check import Blocked, Check, Failed, Wrong, lesson
+from nanoinfra.lab.check import Blocked, Check, Failed, Wrong, lesson, ranks
 from nanoinfra.lab.same import same
 
 
@@ -97,3 +97,10 @@ def test_same_allows_rounding_only_where_told():
     same("w", got, want, rank=0, rtol=1e-8)
     with pytest.raises(Wrong):
         same("w", got, want, rank=0)
+
+
+def test_a_loaded_machine_is_waited_for_longer(monkeypatch):
+    for load, want in ((0.5, 15.0), (20.0, 15.0 * 20 / 4)):
+        monkeypatch.setattr("os.cpu_count", lambda: 4)
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert ranks(1).timeout == want and ranks(1) is ranks(1)

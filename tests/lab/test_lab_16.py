@@ -27,7 +27,7 @@ def measured(broken):
 
 
 @pytest.mark.parametrize("n, broken, exposed", [
-    (1, "", set()), (2, "", set()), (2, "no-cache", BYTES),
+    (1, "", set()), (2, "", set()), pytest.param(2, "no-cache", BYTES, marks=prove),
     pytest.param(2, "all-heads", {"memory"}, marks=prove),
     pytest.param(2, "batches-after-all", PROMPTLY, marks=prove),
     pytest.param(2, "coarse-blocks", {"waste_pages"}, marks=prove),

@@ -85,7 +85,9 @@ def test_a_job_that_the_pool_cannot_hold_ends_where_the_pool_does():
 
 
 @pytest.mark.parametrize("blocks, size, limits", [
-    (64, 4, {}), (4, 64, {}), (28, 4, {"budget": 12}), (30, 3, {"budget": 7, "seats": 5}), (200, 1, {})])
+    pytest.param(64, 4, {}, marks=pytest.mark.prove), (4, 64, {}),
+    pytest.param(28, 4, {"budget": 12}, marks=pytest.mark.prove),
+    (30, 3, {"budget": 7, "seats": 5}), (200, 1, {})])
 def test_the_engine_does_what_the_replay_does(blocks, size, limits):
     for jobs in (JOBS, [Job(job.arrival, (1,) * 9 + job.tokens[:9], min(job.new, 30)) for job in JOBS]):
         want = replay(jobs, Watched(Blocks(blocks, size), **limits))

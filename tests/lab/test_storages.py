@@ -146,7 +146,7 @@ def gather_under_way():
         storages.mark("computes")
         pending.wait()
         del pending
-        deadline = time.monotonic() + 10           # gloo's thread lets go of the buffers a moment later
+        deadline = time.monotonic() + 50           # gloo's thread lets go of the buffers a moment later
         while storages.held() and time.monotonic() < deadline:
             time.sleep(0.001)
         storages.mark("done")

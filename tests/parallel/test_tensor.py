@@ -96,6 +96,7 @@ def test_a_width_that_the_ranks_cannot_share_is_refused():
         cut(nn.Linear(8, 6), 1, axis)
 
 
+@pytest.mark.prove
 def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     for room in ("nanoinfra/dist", "nanoinfra/formulas"):
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))

@@ -151,6 +151,7 @@ def test_prefetch_hides_what_the_schedule_says(ranks):
     assert got == pytest.approx(want, rel=0.1)
 
 
+@pytest.mark.prove
 def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     home = Path(__file__).resolve().parents[2] / "nanoinfra"
     shutil.copytree(home / "dist", tmp_path / "nanoinfra" / "dist")

@@ -19,7 +19,8 @@ def demo():
     return module
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.prove
+@pytest.mark.timeout(3600)
 def test_make_demo_runs_for_five_seconds(tmp_path):
     done = subprocess.run(["make", "demo", "SECONDS=5", f"OUT={tmp_path}", "HEADERS=3"], cwd=ROOT,
                           capture_output=True, text=True)

@@ -64,7 +64,6 @@ def losses(script, world, argv):
     alone = [sys.executable, ROOT / "scripts" / script]
     many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
             ROOT / "scripts" / script]
-    done = subprocess.run([*(alone if world == 1 else many), *argv], capture_output=True, text=True,
-                          timeout=110)
+    done = subprocess.run([*(alone if world == 1 else many), *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [float(text) for text in re.findall(r"loss (\d+\.\d+)", done.stdout)]

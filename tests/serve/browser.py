@@ -56,7 +56,7 @@ def opened(url, folder, *flags, width=1280, height=800):
             port = Path(folder, "DevToolsActivePort")
             until(lambda: port.exists() and port.read_text().count("\n"))
             address = _address(int(port.read_text().split()[0]))
-            with closing(websocket.create_connection(address, timeout=20)) as socket:
+            with closing(websocket.create_connection(address, timeout=300)) as socket:
                 page = Page(socket)
                 for domain in ("Runtime", "Log", "Page"):
                     page.call(f"{domain}.enable")

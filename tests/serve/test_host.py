@@ -14,6 +14,7 @@ import pytest
 from nanoinfra.cli import main
 from nanoinfra.serve.generate import main as generate
 from nanoinfra.serve.options import GenerateOptions, parse_bytes
+from tests.processes import gone
 from tests.serve.host import ROOT, SERVE, children, metric, running, started, until
 
 
@@ -37,24 +38,24 @@ def test_a_signal_lets_running_answers_end(sign):
         assert refused.status_code == 503 and "about to end" in refused.text
         thread.join()
         assert got[0].status_code == 200 and got[0].json()["usage"]["completion_tokens"] == 60
-        assert process.wait(10) == 0
-        assert len(ranks) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+        assert process.wait() == 0
+        assert len(ranks) == 2 and gone(ranks) == []
         with pytest.raises(httpx.ConnectError):
             client.get("/health")
         assert "Traceback" not in process.stderr.read()
 
 
-@pytest.mark.parametrize("drain, signals", [(0.2, 1), (30, 2)])
+@pytest.mark.parametrize("drain, signals", [(0.2, 1), (3600, 2)])
 def test_what_does_not_end_in_time_gets_an_error(drain, signals):
     with running(2, drain, pause=0.02) as (process, client):
-        got, begin = [], time.monotonic()
+        got = []
         thread = answer(client, 500, got)
         for _ in range(signals):
             process.send_signal(signal.SIGTERM)
             time.sleep(0.1)
         thread.join()
         assert got[0].status_code == 503 and "the server ends" in got[0].text
-        assert process.wait(10) == 0 and time.monotonic() - begin < 8
+        assert process.wait() == 0
 
 
 def test_the_page_that_watches_does_not_keep_it_alive():
@@ -63,7 +64,7 @@ def test_the_page_that_watches_does_not_keep_it_alive():
         next(lines)
         process.send_signal(signal.SIGTERM)
         list(lines)                          # it ends
-        assert process.wait(10) == 0
+        assert process.wait() == 0
 
 
 MISTAKES = {
@@ -152,7 +153,7 @@ def test_the_real_engine_says_what_generate_says(model, tp):
             until(lambda: client.get("/health").status_code == 200)
             assert client.post("/v1/completions", json=body).json()["choices"] == got["choices"]
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait() == 0
 
 
 @pytest.mark.prove
@@ -163,4 +164,4 @@ def test_a_chat_model_knows_the_capital_of_france(tp):
         got = client.post("/v1/chat/completions", json=body).json()["choices"][0]
         assert "Paris" in got["message"]["content"] and got["finish_reason"] == "stop"
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait() == 0

@@ -63,7 +63,7 @@ import http.client, json, sys, threading, time
 times = []
 def ask():
     while True:
-        begin, connection = time.monotonic(), http.client.HTTPConnection(sys.argv[1], timeout=30)
+        begin, connection = time.monotonic(), http.client.HTTPConnection(sys.argv[1], timeout=300)
         connection.request("GET", "/health")
         assert connection.getresponse().status == 200
         times.append(time.monotonic() - begin)
@@ -136,7 +136,7 @@ def test_a_client_that_goes_away_frees_what_it_held(streams):
         await asyncio.wait(asking)
     with serving(pause=0.005, seats=1) as (client, server):
         asyncio.run(work())
-        until(lambda: not server.worker.jobs, 5)
+        until(lambda: not server.worker.jobs)
         is_empty(client)
 
 

@@ -1,6 +1,7 @@
 """What can happen to a run, and a run under which it happens: killed and stopped ranks, a full disk, broken
 checkpoints. Needs Linux: a run's ranks are found through /proc.
 """
+import getpass
 import json
 import os
 import random
@@ -9,40 +10,41 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from nanoinfra.train import checkpoint
-from tests.train.runs import FLAGS, children, start, wait_for
+from tests.processes import alive, started, until
+from tests.train.runs import FLAGS, children, running
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="finds a run's ranks through /proc")
 CONSTANT = ["--lr-schedule", "constant"]
-CACHES = {"torchinductor_" + (os.environ.get("USER") or "root"), "torchinductor_root"}  # torch's own, empty
+CACHES = {"torchinductor_" + getpass.getuser()}                # torch's own, empty
 
 
 class Survivor:
     """A run, restarts allowed, in a world of its own for temporary files. `with` ends whatever is left."""
 
-    def __init__(self, folder: Path, steps: int, restarts: int, mesh=("--dp", "2"), timeout: float = 3):
+    def __init__(self, folder: Path, steps: int, restarts: int, mesh=("--dp", "2"), timeout: float = 10):
         self.run, self.tmp, self.said, self.attempts = folder / "run", folder / "tmp", folder / "said", 0
         self.tmp.mkdir(parents=True)
         argv = [*FLAGS, *CONSTANT, *mesh, "--steps", str(steps), "--timeout", str(timeout),
                 "--out", str(self.run)]
-        with open(self.said, "w") as said:
-            self.process = self.start(argv, restarts, stdout=said, stderr=subprocess.STDOUT,
-                                      env={**os.environ, "TMPDIR": str(self.tmp)})
+        with ExitStack() as stack, open(self.said, "w") as said:
+            run = self.start(argv, restarts, stdout=said, stderr=subprocess.STDOUT,
+                             env={**os.environ, "TMPDIR": str(self.tmp)})
+            self.process, self.end = stack.enter_context(run), stack.pop_all().close
 
     def start(self, argv, restarts, **more):
-        return start([*argv, "--max-restarts", str(restarts)], **more)
+        return running([*argv, "--max-restarts", str(restarts)], **more)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
-        wait_for(lambda: not processes_of(self.run))
+        self.end()
 
     def went_on_after(self) -> list[int]:
         """Of each attempt so far the step it went on after."""
@@ -52,10 +54,10 @@ class Survivor:
     def next_attempt(self, steps: int) -> int:
         """Wait until one more attempt has made `steps` steps; the step it went on after."""
         self.attempts += 1
-        wait_for(lambda: len(self.went_on_after()) >= self.attempts, self)
+        until(lambda: len(self.went_on_after()) >= self.attempts, self)
         assert len(self.went_on_after()) == self.attempts, f"one more died:\n{self.said.read_text()}"
         before = self.went_on_after()[-1]
-        wait_for(lambda: self.last_step() >= before + steps, self)
+        until(lambda: self.last_step() >= before + steps, self)
         return before
 
     def last_step(self) -> int:
@@ -87,7 +89,7 @@ class TorchrunSurvivor(Survivor):
     def start(self, argv, restarts, **more):
         torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node", "2",
                     "--monitor-interval", "0.1", "--max-restarts", str(restarts)]
-        return subprocess.Popen([*torchrun, "-m", "nanoinfra.cli", *argv], **more)
+        return started([*torchrun, "-m", "nanoinfra.cli", *argv], **more)
 
 
 def kill(survivor, draw):
@@ -139,9 +141,9 @@ def disturb(survivor: Survivor, faults, draw: random.Random) -> None:
         before = survivor.next_attempt(draw.randint(1, 6))
         assert before >= must, f"fault {i}: attempt went on after step {before}, {must} was saved"
         time.sleep(0.1 * draw.random())                                    # anywhere in a step or a save
-        ranks = set(survivor.ranks())
+        ranks = survivor.ranks()
         fault(survivor, draw)
-        wait_for(lambda gone=ranks: not gone & set(survivor.ranks()), survivor)
+        until(lambda old=ranks: not any(map(alive, old)), survivor)
         must = survivor.saved()                                            # while the next import torch
     survivor.next_attempt(1)
 

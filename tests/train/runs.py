@@ -1,15 +1,19 @@
 """Runs as processes: start one, watch it, find its ranks, compare what it wrote."""
+import functools
 import json
 import subprocess
 import sys
-import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.dist.ranks import Ranks
+from nanoinfra.dist.ranks import shared
 from nanoinfra.train import checkpoint, metrics
+from tests import processes
+from tests.processes import started
+from tests.processes import until as wait_for  # noqa: F401  for those who import it from here
 
 STEPS = 12
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--seq", "24",
@@ -19,31 +23,37 @@ FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "
 
 def undisturbed(tmp_path, *more):
     """The lines of a run on two ranks that nothing disturbs; its directory is tmp_path / "undisturbed"."""
-    out = tmp_path / "undisturbed"
-    with Ranks(2, timeout=900) as two:
-        two.run(main, [*FLAGS, "--dp", "2", "--lr-schedule", "constant", *more, "--out", str(out)])
-    return metrics.read(out / "metrics.jsonl")
+    (tmp_path / "undisturbed").symlink_to(_undisturbed(tmp_path.parent, *more))
+    return metrics.read(tmp_path / "undisturbed" / "metrics.jsonl")
 
 
-def start(argv, **more):
-    """`nanoinfra ARGV`; `more` is for Popen, which gives its stderr unless told otherwise."""
-    more = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True} | more
-    return subprocess.Popen([sys.executable, "-m", "nanoinfra.cli", *argv], **more)
+@functools.cache
+def _undisturbed(folder, *more):
+    out = folder / " ".join(("undisturbed", *more))
+    two = shared(2)
+    two.timeout = 3600
+    two.run(main, [*FLAGS, "--dp", "2", "--lr-schedule", "constant", *more, "--out", str(out)])
+    return out
+
+
+CLI = [sys.executable, "-m", "nanoinfra.cli"]
+SAID = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+
+
+def running(argv, **more) -> AbstractContextManager[subprocess.Popen]:
+    """`nanoinfra ARGV`, which ends with the `with`; `more` is for Popen, which gives its stderr."""
+    return started([*CLI, *argv], **(SAID | more))
+
+
+def start(argv, **more) -> subprocess.Popen:
+    """`nanoinfra ARGV`, which whoever starts it has to end."""
+    return subprocess.Popen([*CLI, *argv], **(SAID | more))
 
 
 def finish(argv):
-    process = start(argv)
-    _, said = process.communicate(timeout=120)
-    print(said)
+    with running(argv) as process:
+        print(process.communicate()[1])
     return process.returncode
-
-
-def wait_for(condition, process=None):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process is None or process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "nothing happens"
-        time.sleep(0.01)
 
 
 def lines(run: Path) -> int:
@@ -52,8 +62,8 @@ def lines(run: Path) -> int:
 
 
 def children(pid: int) -> list[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in listed if rank_of(int(child)) is not None]
+    """The ranks that a launcher has started."""
+    return [child for child in processes.children(pid) if rank_of(child) is not None]
 
 
 def rank_of(pid: int) -> int | None:

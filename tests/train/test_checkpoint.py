@@ -33,9 +33,9 @@ class Line:
 
     def meet(self, value):
         self.slots[self.rank] = json.dumps(value)
-        self.barrier.wait(20)
+        self.barrier.wait(300)
         got = [json.loads(text) for text in self.slots]
-        self.barrier.wait(20)
+        self.barrier.wait(300)
         return got
 
 

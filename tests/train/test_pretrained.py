@@ -79,7 +79,9 @@ def test_whatever_else_can_be_loaded_is_opened_too(run, tmp_path):
 
 def test_export_is_loaded_by_transformers_and_never_holds_more_than_a_block(ranks, tmp_path):
     import transformers
-    flags = ["--data", "stdlib", "--vocab", "300", "--seq", "16", "--micro-batch", "2", "--threads", "1"]
+    text = tmp_path / "text"
+    text.write_text("".join(f"{i} letters and {i * i} words\n\n" for i in range(4000)))
+    flags = ["--data", str(text), "--vocab", "300", "--seq", "16", "--micro-batch", "2", "--threads", "1"]
     out = tmp_path / "run"
     argv = ["train", "--model", "test", *flags, "--steps", "2", "--zero", "3", "--dp", "3", "--out", str(out)]
     assert ranks(3).run(main, argv) == [0, 0, 0]

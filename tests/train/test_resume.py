@@ -9,6 +9,7 @@ import pytest
 
 from nanoinfra.cli import main
 from nanoinfra.train import checkpoint, metrics
+from tests.processes import until
 from tests.train.runs import (
     FLAGS,
     STEPS,
@@ -18,9 +19,8 @@ from tests.train.runs import (
     finish,
     lines,
     rank_of,
-    start,
+    running,
     undisturbed,
-    wait_for,
     weights,
 )
 
@@ -67,7 +67,6 @@ def test_any_mesh_goes_on_from_any_other(ranks, tmp_path, meshes):
 
 
 @pytest.mark.prove
-@pytest.mark.timeout(600)
 def test_a_tour_of_all_pairs_of_meshes(ranks, tmp_path):
     meshes = ("--dp 1", "--tp 2", "--tp 4 --sp", "--tp 2 --sp --sp-keep --dp 3 --zero 3",
               "--dp 2 --tp 2 --zero 1", "--dp 2 --tp 4 --zero 2 --sp", "--dp 3 --zero 3")
@@ -107,7 +106,7 @@ def test_killed_rank_then_resume_is_bitwise(tmp_path):
 
 
 @pytest.mark.prove
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_ten_kills_at_random_moments(tmp_path):
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
@@ -118,7 +117,6 @@ def test_ten_kills_at_random_moments(tmp_path):
 
 
 @pytest.mark.prove
-@pytest.mark.timeout(300)
 def test_killed_rank_then_resume_on_three_ranks(tmp_path):
     want = undisturbed(tmp_path)
     run = tmp_path / "run"
@@ -131,10 +129,10 @@ def test_killed_rank_then_resume_on_three_ranks(tmp_path):
 def test_sigterm_saves_and_ends_well(tmp_path):
     run = tmp_path / "run"
     argv = [*FLAGS, "--steps", "100000", "--save-every", "0", "--dp", "2", "--out", str(run)]
-    process = start(argv)
-    wait_for(lambda: lines(run) >= 3, process)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    with running(argv) as process:
+        until(lambda: lines(run) >= 3, process)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate()[1]
     assert process.returncode == 0, said
     saved = checkpoint.newest(run / "checkpoints")
     step = json.loads((run / "stopped.json").read_text())["step"]
@@ -157,12 +155,12 @@ def kill_and_resume(tmp_path, moments, seed):
 
 def kill_at(run: Path, argv: list[str], kind: str, step: int, rank: int) -> str:
     """kill -9 `rank` once `step` steps are written, or at the first save after; what the launcher said."""
-    process = start(argv)
-    wait_for(lambda: lines(run) >= step, process)
-    if kind == "save":
-        wait_for(lambda: list((run / "checkpoints").glob("*.tmp")), process)
-    pids = {rank_of(pid): pid for pid in children(process.pid)}
-    os.kill(pids[rank], signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
+    with running(argv) as process:
+        until(lambda: lines(run) >= step, process)
+        if kind == "save":
+            until(lambda: list((run / "checkpoints").glob("*.tmp")), process)
+        pids = {rank_of(pid): pid for pid in children(process.pid)}
+        os.kill(pids[rank], signal.SIGKILL)
+        said = process.communicate()[1]
     assert process.returncode == 1
     return said

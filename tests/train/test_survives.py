@@ -7,6 +7,7 @@ import pytest
 
 from nanoinfra.train import metrics
 from nanoinfra.train.rank import culprits
+from tests.processes import until
 from tests.train.faults import (
     CONSTANT,
     FAULTS,
@@ -21,7 +22,7 @@ from tests.train.faults import (
     processes_of,
     stop,
 )
-from tests.train.runs import FLAGS, bits, close, finish, start, undisturbed, wait_for, weights
+from tests.train.runs import FLAGS, bits, close, finish, running, undisturbed, weights
 
 
 def survives(tmp_path, faults, draw, steps, kind=Survivor, **more) -> str:
@@ -29,7 +30,7 @@ def survives(tmp_path, faults, draw, steps, kind=Survivor, **more) -> str:
     want, shared = undisturbed(tmp_path, "--steps", str(steps)), set(os.listdir("/dev/shm"))
     with kind(tmp_path / "disturbed", steps, len(faults), **more) as survivor:
         disturb(survivor, faults, draw)
-        assert survivor.process.wait(300) == 0, survivor.said.read_text()
+        assert survivor.process.wait() == 0, survivor.said.read_text()
     got = metrics.read(survivor.run / "metrics.jsonl")
     assert bits(got) == bits(want)
     assert weights(survivor.run) == weights(tmp_path / "undisturbed")
@@ -63,7 +64,6 @@ def test_a_hundred_faults_in_a_row(tmp_path):
 
 @needs_linux
 @pytest.mark.prove
-@pytest.mark.timeout(300)
 def test_under_torchrun_too(tmp_path):
     faults = [*FAULTS, kill, stop]
     said = survives(tmp_path, faults, random.Random(0), 100, kind=TorchrunSurvivor)
@@ -72,20 +72,18 @@ def test_under_torchrun_too(tmp_path):
 
 @needs_linux
 @pytest.mark.prove
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mesh", ["--pp 2", "--tp 2 --sp", "--dp 2 --zero 3", "--dp 2 --pp 2"])
 def test_every_kind_of_mesh_survives(tmp_path, mesh):
     """To rounding: the losses here are those of two data-parallel ranks."""
     want = undisturbed(tmp_path, "--steps", "60")
     with Survivor(tmp_path / "disturbed", 60, 3, mesh.split()) as survivor:
         disturb(survivor, [kill, stop, fill_disk], random.Random(mesh))
-        assert survivor.process.wait(120) == 0, survivor.said.read_text()
+        assert survivor.process.wait() == 0, survivor.said.read_text()
     close(metrics.read(survivor.run / "metrics.jsonl"), want)
 
 
 @needs_linux
 @pytest.mark.prove
-@pytest.mark.timeout(300)
 def test_the_launcher_is_killed_and_one_rank_is_left(tmp_path):
     """Its ranks die with it; the run goes on with fewer, on the same global batch, and cleans up."""
     want, shared = undisturbed(tmp_path, "--steps", "60"), set(os.listdir("/dev/shm"))
@@ -93,7 +91,7 @@ def test_the_launcher_is_killed_and_one_rank_is_left(tmp_path):
         disturb(survivor, [kill, corrupt], random.Random(1))
         survivor.process.kill()
         survivor.process.wait()
-        wait_for(lambda: not processes_of(survivor.run))
+        until(lambda: not processes_of(survivor.run))
     assert not list(survivor.tmp.glob("nanoinfra*"))
     one = [*FLAGS, *CONSTANT, "--steps", "60", "--dp", "1", "--out", str(survivor.run)]
     assert finish([*one, "--resume"]) == 0
@@ -103,27 +101,25 @@ def test_the_launcher_is_killed_and_one_rank_is_left(tmp_path):
 
 @needs_linux
 @pytest.mark.prove
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_leaves_nothing(tmp_path, sign):
     shared = set(os.listdir("/dev/shm"))
     with Survivor(tmp_path / "disturbed", 10**5, restarts=9) as survivor:
         survivor.next_attempt(5)
         survivor.process.send_signal(sign)
-        assert survivor.process.wait(60) == 0, survivor.said.read_text()
+        assert survivor.process.wait() == 0, survivor.said.read_text()
         (survivor.run / "stopped.json").unlink()
         leaves_nothing(survivor, shared)
 
 
 @needs_linux
 @pytest.mark.prove
-@pytest.mark.timeout(300)
 def test_no_restart_left_is_a_failure_that_leaves_nothing(tmp_path):
     shared = set(os.listdir("/dev/shm"))
     with Survivor(tmp_path / "disturbed", 10**5, restarts=0) as survivor:
         survivor.next_attempt(3)
         stop(survivor, random.Random(0))
-        assert survivor.process.wait(60) == 1
+        assert survivor.process.wait() == 1
         assert "--resume goes on from the last checkpoint" in survivor.said.read_text()
         leaves_nothing(survivor, shared)
 
@@ -131,8 +127,8 @@ def test_no_restart_left_is_a_failure_that_leaves_nothing(tmp_path):
 @pytest.mark.prove
 def test_a_users_mistake_is_not_tried_again(tmp_path):
     argv = [*FLAGS, "--dp", "2", "--out", str(tmp_path / "run"), "--resume", "--max-restarts", "5"]
-    process = start(argv)
-    _, said = process.communicate(timeout=60)
+    with running(argv) as process:
+        said = process.communicate()[1]
     assert process.returncode == 2
     assert said.startswith("nanoinfra: --resume: no good checkpoint") and said.count("\n") == 1
 

@@ -5,7 +5,7 @@ import time
 import torch
 
 from nanoinfra.dist.mesh import Mesh, world_size
-from nanoinfra.lab.check import Check, Wrong, ranks
+from nanoinfra.lab.check import Check, Wrong, patience, ranks
 from nanoinfra.lab.checks import zero_cases as cases
 from nanoinfra.lab.checks.zero_cases import MICRO_BATCHES, SHAPES, STEPS
 from nanoinfra.lab.same import same
@@ -189,7 +189,7 @@ def _micro_batch(net, x, step, run):
 
 def _held(storages, limit, patient):
     """Bytes alive. Above `limit` look again: gloo's own thread lets go of what it sent a moment after."""
-    until = time.monotonic() + 0.3 * patient
+    until = time.monotonic() + patience(0.3) * patient
     while (held := storages.held()) > limit and time.monotonic() < until:
         time.sleep(1e-3)
     return held
