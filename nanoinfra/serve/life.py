@@ -49,7 +49,7 @@ class Life:
             for rank in range(world):
                 ends = [mine for mine, _ in wires] if rank == 0 else [wires[rank - 1][1]]
                 self._start(rank, world, factory, ends)
-        except OSError as error:
+        except Exception as error:           # also of a factory that cannot be pickled
             self.kill(f"the engine could not be started: {error}")
         for end in [end for wire in wires for end in wire]:
             end.close()                      # the ranks have them now

@@ -184,6 +184,20 @@ def test_an_end_while_it_loads_is_no_failure():
     asyncio.run(run())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_in_the_keeper_is_an_engine_that_cannot_be_had(monkeypatch):
+    """And not one that loads for ever."""
+    async def run():
+        worker = Worker(fake, Counters("fake"))
+        worker.start()
+        await reaches(worker, "failed")
+        assert "cannot be kept running" in worker.failed
+        worker.stop()
+        await worker.join()
+    monkeypatch.setattr(module, "Life", None)
+    asyncio.run(run())
+
+
 def test_pauses_grow_only_between_lives_that_served_nobody(monkeypatch):
     """Each letter is a life: d(ies while it loads), r(eady, no more), s(erved)."""
     lives, pauses = iter("s" + "d" * 8 + "sds" + "rr"), []

@@ -13,7 +13,7 @@ from nanoinfra.serve.life import Life
 from nanoinfra.serve.loop import MEANT_FOR_API, Ready
 from nanoinfra.serve.signals import ENDING, end_with_0
 from tests.serve.fake import fake, meeting
-from tests.serve.host import ROOT, children, is_there, running, until
+from tests.serve.host import ROOT, SERVE, children, is_there, running, started, until
 
 DRAIN, MARGIN = 0.5, 60.0                    # seconds; the second for a machine that is busy
 SIGNALS = {"SIGTERM": (os.kill, signal.SIGTERM), "SIGTERM to all": (os.killpg, signal.SIGTERM),
@@ -68,6 +68,23 @@ def test_while_it_streams(sign, stopped):
             *_, error, done = lines
             assert "the server ends" in json.loads(error.removeprefix("data: "))["error"]["message"]
             assert done == "data: [DONE]"
+
+
+@pytest.mark.prove
+@every()
+@pytest.mark.parametrize("stopped", [None, 1])
+def test_the_real_engine_while_it_streams(model, sign, stopped):
+    """Its ranks wait for each other in a collective, and none says that it has lost another."""
+    body = {"prompt": "one two", "max_tokens": 100, "stream": True, "ignore_eos": True}
+    flags = ["--name", "tiny", "--tp", "2", "--kv-memory", "1MiB", "--drain", "0.1"]
+    with (started([*SERVE, str(model), *flags]) as (process, client),
+          client.stream("POST", "/v1/completions", json=body) as response):
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+        if stopped is not None:
+            os.kill(children(process.pid)[stopped], signal.SIGSTOP)
+        for _ in ends(process, sign):
+            assert [*lines][-1] == "data: [DONE]"            # with all of it, or an error
 
 
 @pytest.mark.prove

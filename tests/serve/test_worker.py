@@ -128,7 +128,8 @@ def test_an_idle_engine_does_not_hang():
 
 
 @pytest.mark.parametrize("factory, says", [
-    (unloadable, "no such model; name another"), (crashing, "ended with 7")])
+    (unloadable, "no such model; name another"), (crashing, "ended with 7"),
+    (lambda team: None, "could not be started: Can't pickle")])
 def test_an_engine_that_cannot_be_loaded_is_not_tried_twice(factory, says):
     async def run():
         async with working(factory) as worker:
