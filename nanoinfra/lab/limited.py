@@ -170,7 +170,7 @@ def _memory(process, exact):
 
 def _signal(processes, number):
     for process in processes:
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):                   # gone, or another user's: then it is said at the end
             process.send_signal(number)
 
 
