@@ -53,13 +53,13 @@ class Match:
     def __init__(self, stop: str):
         self.stop, self.length, self.falls = stop, 0, [0]
 
-    def push(self, text: str) -> bool:
-        """Add `text`, up to where `stop` is whole. Is it?"""
-        for letter in text:
+    def push(self, text: str) -> int:
+        """Add `text`: after how many of its characters `stop` is whole for the first time; 0, it is not."""
+        for at, letter in enumerate(text, 1):
             self.length = self._next(self.length, letter)
             if self.length == len(self.stop):
-                return True
-        return False
+                return at
+        return 0
 
     def _next(self, length, letter):
         while length and self.stop[length] != letter:
@@ -91,11 +91,11 @@ class Writer:
     def _show(self, new, last):
         if self.stopped:
             return ""
-        text = self.held + new
-        if any([match.push(new) for match in self.matches]):             # all of them see it
-            begins = min(at for stop in self.stop if (at := text.find(stop)) >= 0)
+        text, before = self.held + new, len(self.held)
+        begins = [before + at - len(match.stop) for match in self.matches if (at := match.push(new))]
+        if begins:
             self.held, self.stopped = "", True
-            return text[:begins]
+            return text[:min(begins)]
         hold = 0 if last else max((match.length for match in self.matches), default=0)
         self.held = text[len(text) - hold:]
         return text[:len(text) - hold]
