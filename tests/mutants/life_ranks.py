@@ -19,8 +19,9 @@ from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve import life, worker
 from nanoinfra.serve.counters import Counters
 from nanoinfra.serve.requests import Request
+from tests.processes import alive
 from tests.serve.fake import fake
-from tests.serve.host import ROOT, is_there
+from tests.serve.host import ROOT
 
 PATIENCE = 30.0                              # seconds for what takes less than one
 LONG = functools.partial(fake, context=1 << 18, blocks=1 << 15)          # takes long prompts
@@ -75,7 +76,7 @@ def _(subject):
                 "print(one.processes[0].pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)")
         with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as parent:
             pid = int(parent.stdout.readline())              # its end would be the orphan's
-        if left := not until(lambda: not is_there(pid), 5.0):
+        if left := not until(lambda: not alive(pid), 5.0):
             os.kill(pid, signal.SIGKILL)
         return left
     if subject(orphan):
@@ -101,7 +102,7 @@ def started(then):
     if not until(lambda: "pid" in facts):
         raise Wrong("no engine")
     facts["in time"] = until(lambda: "stopped" in facts, 3.0)
-    facts["left"] = not until(lambda: not is_there(facts["pid"]), 3.0)
+    facts["left"] = not until(lambda: not alive(facts["pid"]), 3.0)
     with contextlib.redirect_stderr(io.StringIO()):
         for process in kept[0].newest.processes:             # a mutant may wait for its end
             process.kill()

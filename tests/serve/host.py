@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from nanoinfra.serve.drain import Server
 from nanoinfra.serve.host import listen
 from nanoinfra.serve.server import build
 from nanoinfra.serve.worker import Worker
+from tests import processes
 from tests.serve.fake import fake
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,18 +83,13 @@ def started(command, ready=True, environment=None):
                 os.killpg(process.pid, signal.SIGKILL)       # the ranks too
 
 
-def until(true, seconds=60.0):
-    """Wait for it. Raises TimeoutError, from what the connection said last."""
-    end, why = time.monotonic() + seconds, None
-    while True:
-        try:
-            if true():
-                return
-        except httpx.TransportError as error:            # before the port is open
-            why = error
-        if time.monotonic() > end:
-            raise TimeoutError(f"not within {seconds} s") from why
-        time.sleep(0.01)
+def until(true):
+    """Wait for it, as tests.processes.until does. A connection that cannot be made, or ends, is a no."""
+    def holds():
+        with suppress(httpx.TransportError):             # before the port is open
+            return true()
+        return False
+    processes.until(holds)
 
 
 def metric(client, name):
@@ -102,16 +97,3 @@ def metric(client, name):
     start = f'vllm:{name}{{model_name="fake"}}'
     return next(float(line.split()[-1]) for line in client.get("/metrics").text.splitlines()
                 if line.startswith(start))
-
-
-def children(pid):
-    """Processes that this one has started."""
-    return [int(each) for each in Path(f"/proc/{pid}/task").glob("*/children")
-            for each in each.read_text().split()]
-
-
-def is_there(pid):
-    """Does this process live? A dead one whose parent has not asked yet does not."""
-    with suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False

@@ -11,7 +11,8 @@ import pytest
 
 from nanoinfra.serve.connections import MIN_CHUNK, MOST_HEAD, ConnectionLimits, Framing, limits_here
 from nanoinfra.serve.server import MOST_WATCHERS
-from tests.serve.host import CODE, children, serving, started, until
+from tests.processes import children
+from tests.serve.host import CODE, serving, started, until
 
 BODY = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 CHUNKED = BODY + b"Transfer-Encoding: chunked\r\n\r\n"

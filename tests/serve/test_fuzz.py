@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from tests.processes import children
 from tests.serve import fuzz
-from tests.serve.host import ROOT, children
+from tests.serve.host import ROOT
 from tests.serve.test_load import alone, health, is_empty, memory, real, stream
 
 CLIENTS, LENGTHS, VOCAB = 20, (1, 24, 60), 262       # conftest.py's model

@@ -14,8 +14,8 @@ import pytest
 from nanoinfra.cli import main
 from nanoinfra.serve.generate import main as generate
 from nanoinfra.serve.options import GenerateOptions, parse_bytes
-from tests.processes import gone
-from tests.serve.host import ROOT, SERVE, children, metric, running, started, until
+from tests.processes import children, gone
+from tests.serve.host import ROOT, SERVE, metric, running, started, until
 
 
 def answer(client, tokens, into):

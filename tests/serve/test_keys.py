@@ -10,7 +10,8 @@ from nanoinfra.serve.access import Access
 from nanoinfra.serve.keys import VARIABLE, key_of, read_keys, salt_of, salted
 from nanoinfra.serve.options import EngineOptions, ServeOptions
 from nanoinfra.serve.requests import Request
-from tests.serve.host import CODE, children, serving, started
+from tests.processes import children
+from tests.serve.host import CODE, serving, started
 
 SECRET = "sk-do-not-show-this"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.host import SERVE, children, metric, running, serving, started, until
+from tests.processes import children
+from tests.serve.host import SERVE, metric, running, serving, started, until
 
 
 @asynccontextmanager

@@ -12,8 +12,9 @@ import pytest
 from nanoinfra.serve.life import Life
 from nanoinfra.serve.loop import MEANT_FOR_API, Ready
 from nanoinfra.serve.signals import ENDING, end_with_0
+from tests.processes import alive, children
 from tests.serve.fake import fake, meeting
-from tests.serve.host import ROOT, SERVE, children, is_there, running, started, until
+from tests.serve.host import ROOT, SERVE, running, started, until
 
 DRAIN, MARGIN = 0.5, 60.0                    # seconds; the second for a machine that is busy
 SIGNALS = {"SIGTERM": (os.kill, signal.SIGTERM), "SIGTERM to all": (os.killpg, signal.SIGTERM),
@@ -33,7 +34,7 @@ def ends(process, sign):
     send(process.pid, which)
     yield                                    # for what clients see meanwhile
     assert process.wait(DRAIN + MARGIN) == 0
-    assert ranks and not any(map(is_there, ranks))
+    assert ranks and not any(map(alive, ranks))
     assert "Traceback" not in process.stderr.read()
 
 
@@ -150,7 +151,7 @@ def test_a_rank_whose_parent_died_before_it_could_ask_ends():
         ranks = [int(each) for each in parent.stdout.readline().split()]     # its end would be theirs
     try:
         assert len(ranks) == 2
-        until(lambda: not any(map(is_there, ranks)))
+        until(lambda: not any(map(alive, ranks)))
     finally:
-        for pid in filter(is_there, ranks):
+        for pid in filter(alive, ranks):
             os.kill(pid, signal.SIGKILL)

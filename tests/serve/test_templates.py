@@ -10,9 +10,10 @@ import pytest
 from nanoinfra.model.text import Text, render_chat
 from nanoinfra.serve import templates
 from nanoinfra.serve.templates import TemplateProcess
+from tests.processes import children
 from tests.serve.beating import LOOP
 from tests.serve.fake import TEMPLATE
-from tests.serve.host import ROOT, children, until
+from tests.serve.host import ROOT, until
 
 TEXT = Text(None, bos="<s>", eos="</s>")
 HI = [{"role": "user", "content": "h\u00e9 \U0001f642 {{ 7 * 7 }}"}]

@@ -16,8 +16,8 @@ from nanoinfra.serve.counters import Counters
 from nanoinfra.serve.errors import Refused
 from nanoinfra.serve.requests import Request
 from nanoinfra.serve.worker import Worker
+from tests.processes import alive
 from tests.serve.fake import Fake, fake, text
-from tests.serve.host import is_there
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,7 +85,7 @@ def test_all_ranks_answer_together(world):
             assert not worker.jobs and worker.stats["blocks_used"] == 0
             return pids(worker)
     left = asyncio.run(run())
-    assert len(left) == world and not any(map(is_there, left))
+    assert len(left) == world and not any(map(alive, left))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -103,7 +103,7 @@ def test_the_death_of_a_rank_is_an_error_and_a_restart(rank):
                 worker.submit([Request("b", ids("ab"))])
             await reaches(worker, "ready")
             assert await said(worker.submit([Request("c", ids("ab"), max_tokens=2)])) == {("c", 0): "ab"}
-            assert not any(map(is_there, before))
+            assert not any(map(alive, before))
     asyncio.run(run())
 
 
@@ -193,10 +193,10 @@ def test_ranks_die_with_the_api_process():
     start = [sys.executable, "-c", code]
     with subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         ranks = [int(pid) for pid in parent.stdout.readline().split()]
-        assert len(ranks) == 2 and all(map(is_there, ranks))
+        assert len(ranks) == 2 and all(map(alive, ranks))
         os.kill(ranks[1], signal.SIGSTOP)    # no hindrance
         parent.kill()
     end = time.monotonic() + 60
-    while any(map(is_there, ranks)) and time.monotonic() < end:
+    while any(map(alive, ranks)) and time.monotonic() < end:
         time.sleep(0.01)
-    assert not any(map(is_there, ranks))
+    assert not any(map(alive, ranks))
