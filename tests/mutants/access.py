@@ -165,7 +165,8 @@ VARIANTS = [
 MUTANTS = [
     *(Mutant(name, access, patched(asked, target, wrong), rejected_by)
       for name, target, wrong, rejected_by in VARIANTS),
-    Mutant("the ranks inherit the key", keys, patched(found, f"{KEYS}:read_keys", only_looked_at), NO_FURTHER),
+    Mutant("the ranks inherit the key", keys, patched(found, f"{KEYS}:read_keys", only_looked_at),
+           NO_FURTHER),
     Mutant("a key is its own salt", keys, patched(found, f"{KEYS}:salt_of", str), SALTS),
     Mutant("a client's salt replaces its key's", keys, patched(found, f"{KEYS}:salted", replaced), SALTS),
 ]
