@@ -90,9 +90,9 @@ def _(subject):
         _expect(subject, [("POST", RESET, {"Authorization": key}, b"")], status, keys=("k", "l"))
 
 
-def found(variable, salts, kind=dict):
+def found(variable, salts):
     """(the keys in the environment, what is left there, {(key, a request's own salt): its salt})."""
-    environment = kind({library.VARIABLE: variable})
+    environment = {library.VARIABLE: variable}
     got = library.read_keys(ServeOptions(EngineOptions("m")), environment)
     made = {(key, own): library.salted([Request("r", [1], salt=own)], library.salt_of(key))[0].salt
             for key, own in salts}
@@ -140,13 +140,8 @@ def replaced(requests, salt):
     return [Request("r", [1], salt=each.salt or salt) for each in requests]
 
 
-class ReadsOnly(dict):                       # an environment that keeps what is taken out
-    def pop(self, name, default=None):
-        return self.get(name, default)
-
-
-def keeps(variable, salts):
-    return found(variable, salts, ReadsOnly)
+def only_looked_at(options, environment):
+    return (environment[library.VARIABLE],)
 
 
 HOST, ORIGIN, FORM, ELSEWHERE, PREFLIGHT, BEARER = (c.name for c in access.criteria)
@@ -170,7 +165,8 @@ VARIANTS = [
 MUTANTS = [
     *(Mutant(name, access, patched(asked, target, wrong), rejected_by)
       for name, target, wrong, rejected_by in VARIANTS),
-    Mutant("the ranks inherit the key", keys, keeps, NO_FURTHER),
+    Mutant("the ranks inherit the key", keys, patched(found, f"{KEYS}:read_keys", only_looked_at),
+           NO_FURTHER),
     Mutant("a key is its own salt", keys, patched(found, f"{KEYS}:salt_of", str), SALTS),
     Mutant("a client's salt replaces its key's", keys, patched(found, f"{KEYS}:salted", replaced), SALTS),
 ]
