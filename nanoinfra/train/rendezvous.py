@@ -39,7 +39,7 @@ def meet() -> dict:
 
 
 def on_one_host() -> bool:
-    """Are all ranks on this host? They are if they meet on loopback, or if its launcher has them all."""
+    """Are all ranks on this host? They are if they meet on loopback, or if one launcher has all."""
     here, all_ranks = os.environ.get("LOCAL_WORLD_SIZE"), os.environ["WORLD_SIZE"]
     return is_loopback(os.environ["MASTER_ADDR"]) or here == all_ranks
 

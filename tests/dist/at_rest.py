@@ -30,7 +30,7 @@ from nanoinfra.train.rank import end_with_parent, process_group
 from tests.dist.sockets import another_interface, listening
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT              # torch's agent takes them
-SECONDS = 120.0                              # that ranks may take to be there
+SECONDS = 300.0                              # that ranks may take to be there
 
 
 def launched(look, *without: str) -> bool:

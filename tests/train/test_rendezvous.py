@@ -75,7 +75,7 @@ def test_a_run_of_two_ranks_is_on_loopback_and_loads_no_planted_pickle(tmp_path)
         before = lines(run)
         wait_for(lambda: lines(run) >= before + 20, process)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=600)
         assert (process.returncode, said) == (0, "")
     finally:
         process.kill()
