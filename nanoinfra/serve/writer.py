@@ -24,7 +24,7 @@ class Stream:
         if self.shown == len(text):  # whole: it need not be decoded again
             self.context, self.window, self.shown = self.window, [], 0
         elif len(self.window) >= 4 * LONGEST:  # bytes that are no character, one after another
-            self._shorten()
+            new += self._shorten(text)
         return new
 
     def finish(self) -> str:
@@ -33,12 +33,16 @@ class Stream:
         self.context, self.window, self.shown = [], [], 0
         return new
 
-    def _shorten(self):
-        """Take all but the last tokens, with which a character may begin, for context."""
+    def _shorten(self, text):
+        """Take all but the last tokens, with which a character may begin, for context. What that shows."""
         before, last = self.window[:-LONGEST], self.window[-LONGEST:]
         passed = len(self.decode(self.context + before)) - len(self.decode(self.context))
-        if passed <= self.shown:             # the rest has a text of its own
+        if passed <= self.shown:
             self.context, self.window, self.shown = before, last, self.shown - passed
+            return ""
+        rest = text[self.shown:]             # the last have no text: what is held was begun long before
+        self.context, self.window, self.shown = self.window, [], 0
+        return rest
 
     def _text(self):
         return self.decode(self.context + self.window)[len(self.decode(self.context)):]

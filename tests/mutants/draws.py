@@ -189,13 +189,14 @@ class OneByOne(Adjustment):
 
 
 class NeverShortens(Stream):
-    def _shorten(self):
-        pass
+    def _shorten(self, text):
+        return ""
 
 
 class CutsCharacters(Stream):                # as if no character could be under way
-    def _shorten(self):
-        self.context, self.window, self.shown = self.window, [], 0
+    def _shorten(self, text):
+        rest, self.context, self.window, self.shown = text[self.shown:], self.window, [], 0
+        return rest
 
 
 def shortest_overlap(text, stop):

@@ -1,5 +1,6 @@
 """A NaN in one sequence, in logits, keys or values, changes no other's tokens."""
 import functools
+import random
 from unittest import mock
 
 import pytest
@@ -11,7 +12,7 @@ from nanoinfra.parallel.compose import serving
 from nanoinfra.serve import engine as engines
 from nanoinfra.serve import passes
 from nanoinfra.serve.engine import Engine
-from nanoinfra.serve.requests import Request
+from nanoinfra.serve.requests import Request, Sampling
 from tests.model.test_decoder import config
 from tests.serve.test_engine import GREEDY, prompt, tiny
 
@@ -210,3 +211,24 @@ def test_the_likeliest_of_a_row_with_nan_is_in_range_and_the_other_rows_are_righ
     rows[1, place], rows[3] = float("nan"), float("nan")
     got = engine.likeliest(rows)
     assert [got[0], got[2]] == [want[0], want[2]] and all(0 <= each < 97 for each in got)
+
+
+def extreme(draw):
+    """Sampling at the ends of what is taken."""
+    def pick(*values):
+        return draw.choice(values)
+    ids = draw.sample(range(97), pick(0, 1, 97))
+    return Sampling(pick(0.0, 1e-40, 5e-324, 1e-5, 1.0, 100.0), pick(0, 1, 97), pick(1e-9, 0.5, 1.0),
+                    pick(0.0, 1e-300, 1.0), pick(-2, 0, 2), pick(-2, 0, 2), pick(1e-9, 1.0, 100.0),
+                    {token: pick(-100, 100, 1e-300) for token in ids}, pick(None, -2 ** 63, 2 ** 63 - 1))
+
+
+@pytest.mark.parametrize("case", ["torch", "passes in bfloat16"])
+def test_no_sampling_that_is_taken_fails_or_is_felt_by_others(case):
+    want, _ = serve(made(case), batch(3))
+    draw = random.Random(0)
+    odd = [asked(f"x{i}", prompt(i, 1 + i % 20), new=1 + i % 4, sampling=extreme(draw), n=draw.choice([1, 3]),
+                 logprobs=draw.choice([None, 97]), echo=i % 5 == 0) for i in range(60)]
+    said, failed = serve(made(case), [*odd[:30], *batch(3), *odd[30:]])
+    assert not failed and all(said[name] == tokens for name, tokens in want.items())
+    assert {name for name, _ in said} >= {each.id for each in odd}

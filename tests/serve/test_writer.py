@@ -52,6 +52,17 @@ def test_bytes_that_are_no_characters_are_shown_and_cost_no_more_the_longer_it_g
     assert max(asked[:-1], default=0) <= 28
 
 
+def test_tokens_without_a_text_after_a_part_of_a_character_do_not_pile_up():
+    asked = []
+
+    def decode(ids):
+        asked.append(len(ids))
+        return bytes(each for each in ids if each < 256).decode(errors="replace")
+    shown = Stream(decode)
+    ids = [*b"ab", 0xf0, *[300] * 100, *"c\U0001f642".encode()]
+    assert "".join(map(shown.push, ids)) + shown.finish() == "ab\ufffdc\U0001f642" and max(asked) <= 40
+
+
 def test_a_stop_string_costs_as_much_as_what_comes_and_not_as_it_is_long():
     """Counted in comparisons: 500 letters, all of which might begin one of 64 stop strings."""
     class Counted(str):
