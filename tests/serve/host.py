@@ -63,9 +63,9 @@ def running(tp=1, drain=20.0, factory=fake, ready=True, **engine):
 def started(command, ready=True):
     """(process, client) of a command that serves, once it is `ready`, or says where it will be.
 
-    It leads a process group, as it does in a terminal. However this ends, nothing of it is left.
+    However this ends, nothing of it is left.
     """
-    with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, process_group=0) as process:
+    with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE) as process:
         try:
             said = process.stderr.readline()
             if not (url := re.search(r"http://\S+\d", said)):
@@ -75,8 +75,9 @@ def started(command, ready=True):
                     until(lambda: client.get("/health").status_code == 200)
                 yield process, client
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)       # the ranks too
+            for pid in (*descendants(process.pid), process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def until(true, seconds=60.0):
@@ -104,6 +105,11 @@ def children(pid):
     """Processes that this one has started."""
     return [int(each) for each in Path(f"/proc/{pid}/task").glob("*/children")
             for each in each.read_text().split()]
+
+
+def descendants(pid):
+    """These, and what they have started, and so on."""
+    return [each for child in children(pid) for each in (child, *descendants(child))]
 
 
 def is_there(pid):
