@@ -78,11 +78,16 @@ class Life:
         return news
 
     def kill(self, why: str = "") -> None:
-        """End the ranks now, from any thread, and without waiting; `why` is what `hear` then raises."""
+        """End the ranks now, and what they have started, say a compiler; `why` is what `hear` then raises.
+
+        From any thread, and without waiting.
+        """
         self.why = self.why or why
         for sign in (signal.SIGSTOP, signal.SIGKILL):        # none should see another's end, and complain
             for process in self.processes:
-                process.send_signal(sign)
+                with suppress(ProcessLookupError, PermissionError):      # macOS's word for one just dead
+                    if process.poll() is None:
+                        os.killpg(process.pid, sign)
 
     def end(self) -> None:
         """Leave nothing of them."""
@@ -105,8 +110,9 @@ class Life:
         given = [end.fileno() for end in (theirs, *ends)]
         command = [sys.executable, "-c", START, *map(str, (os.getpid(), *given))]
         with blocked(MEANT_FOR_API):
-            self.processes.append(subprocess.Popen(command, pass_fds=given, stdin=subprocess.DEVNULL,
-                                                   env={**environment(world), **os.environ}))
+            self.processes.append(subprocess.Popen(
+                command, pass_fds=given, stdin=subprocess.DEVNULL, start_new_session=True,
+                env={**environment(world), **os.environ}))   # a session, so a group, of its own: for `kill`
         theirs.close()                       # so that the pipe ends when the rank does
         self.pipes.append(mine)
         mine.send((rank, factory))
@@ -124,7 +130,7 @@ class Life:
 def blocked(signals):
     """Processes that this thread starts meanwhile have `signals` blocked: none ends them before they say how.
 
-    A terminal sends Ctrl-C, and systemd SIGTERM, to all processes at once, however young they are.
+    systemd, say, sends SIGTERM to all processes of a service at once, however young they are.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:

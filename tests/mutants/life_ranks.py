@@ -19,8 +19,8 @@ from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve import life, worker
 from nanoinfra.serve.counters import Counters
 from nanoinfra.serve.requests import Request
-from tests.processes import alive
-from tests.serve.fake import fake
+from tests.processes import alive, children
+from tests.serve.fake import compiling, fake
 from tests.serve.host import ROOT
 
 PATIENCE = 30.0                              # seconds for what takes less than one
@@ -81,6 +81,20 @@ def _(subject):
         return left
     if subject(orphan):
         raise Wrong("it goes on without a parent: did it compare who started it with whom it has?")
+
+
+@leaving.criterion("what a rank has started ends with it", "property")
+def _(subject):
+    def compile():
+        one = life.Life(compiling, 1)
+        until(lambda: children(one.processes[0].pid))
+        [program] = children(one.processes[0].pid)
+        one.end()
+        if left := not until(lambda: not alive(program), 2.0):
+            os.kill(program, signal.SIGKILL)
+        return left
+    if subject(compile):
+        raise Wrong("a compiler goes on when its rank has ended; want both gone")
 
 
 def started(then):
@@ -145,6 +159,12 @@ class SendsItself(life.Life):
             self.pipes[0].send(command)
 
 
+class KillsRanksAlone(life.Life):
+    def kill(self, why=""):
+        for process in self.processes:
+            process.kill()
+
+
 class KillsNobody(life.Life):
     def kill(self, why=""):
         pass
@@ -152,13 +172,15 @@ class KillsNobody(life.Life):
 
 ASKS_NOBODY = ("from nanoinfra.serve import loop; ask = loop.end_with_parent\n"
                "loop.end_with_parent = lambda parent: ask()\nloop.main()")
-YOUNG, ORPHAN, STOPPED, NOTHING = (criterion.name for criterion in leaving.criteria)
+YOUNG, ORPHAN, CHILD, STOPPED, NOTHING = (criterion.name for criterion in leaving.criteria)
 WORKER, LIFE = "nanoinfra.serve.worker:Worker", "nanoinfra.serve.worker:Life"
 MUTANTS = [
     Mutant("Ctrl-C ends a young rank", leaving,
            patched(ranks, "nanoinfra.serve.life:blocked", lambda signals: contextlib.nullcontext()), YOUNG),
     Mutant("a rank asks too late who its parent is", leaving,
            patched(ranks, "nanoinfra.serve.life:START", ASKS_NOBODY), ORPHAN),
+    Mutant("a compiler goes on", leaving,
+           patched(ranks, "nanoinfra.serve.life:Life", KillsRanksAlone), CHILD),
     Mutant("the event loop writes to the pipe", leaving, patched(ranks, LIFE, SendsItself), STOPPED),
     Mutant("ranks are not killed", leaving, patched(ranks, LIFE, KillsNobody), NOTHING),
     Mutant("the event loop waits for the end of ranks", leaving,

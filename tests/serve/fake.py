@@ -4,6 +4,7 @@ Tokens are bytes. What it says follows from the request alone, so every test kno
 the process, and `pause` is how long a step takes.
 """
 import os
+import subprocess
 import time
 from collections import Counter
 
@@ -135,6 +136,11 @@ def fake(team, load=0.0, **options):
     """The factory, which takes `load` seconds."""
     time.sleep(load)
     return Fake(**options)
+
+
+def compiling(team):
+    """A factory that waits for a program."""
+    subprocess.run(["sleep", "600"])
 
 
 def meeting(team, **options):

@@ -2,7 +2,6 @@
 import functools
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -66,21 +65,17 @@ def running(tp=1, drain=20.0, factory=fake, ready=True, **engine):
 def started(command, ready=True, environment=None):
     """(process, client) of a command that serves, once it is `ready`, or says where it will be.
 
-    It leads a process group, as it does in a terminal. However this ends, nothing of it is left.
+    However this ends, nothing of it is left.
     """
-    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE,
-                          process_group=0) as process:
-        try:
-            said = process.stderr.readline()
-            if not (url := re.search(r"http://\S+\d", said)):
-                raise RuntimeError(f"{command[-1]} says no address, but {said!r}")
-            with httpx.Client(base_url=url[0], timeout=30, trust_env=False) as client:
-                if ready:
-                    until(lambda: client.get("/health").status_code == 200)
-                yield process, client
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)       # the ranks too
+    with processes.started(command, cwd=ROOT, env=environment or os.environ, text=True,
+                           stderr=subprocess.PIPE) as process:
+        said = process.stderr.readline()
+        if not (url := re.search(r"http://\S+\d", said)):
+            raise RuntimeError(f"{command[-1]} says no address, but {said!r}")
+        with httpx.Client(base_url=url[0], timeout=30, trust_env=False) as client:
+            if ready:
+                until(lambda: client.get("/health").status_code == 200)
+            yield process, client
 
 
 def until(true):

@@ -4,7 +4,10 @@ import functools
 import os
 import signal
 import socket
+import struct
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -147,6 +150,29 @@ def test_an_engine_that_was_stopped_while_idle_is_started_again():
                 await said(worker.submit([Request("a", ids("ab"))]))
             await reaches(worker, "ready")
     asyncio.run(run())
+
+
+def halfway(team):
+    os.write(int(sys.argv[2]), struct.pack("!i", 1000) + b"the beginning")
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_rank_that_was_stopped_while_it_spoke_can_be_ended():
+    """Whoever hears it waits for the rest of a message."""
+    life, heard = Life(halfway, 1), []
+
+    def hear():
+        try:
+            life.hear()
+        except Dead as dead:
+            heard.append(str(dead))
+    thread = threading.Thread(target=hear)
+    thread.start()
+    until(lambda: Path(f"/proc/{life.processes[0].pid}/stat").read_text().split()[2] == "T")
+    life.kill("it is silent")
+    thread.join(60)
+    life.end()
+    assert heard == ["it is silent"]
 
 
 def test_what_cannot_be_killed_is_left_and_said(monkeypatch, capsys):

@@ -12,13 +12,21 @@ import pytest
 from nanoinfra.serve.life import Life
 from nanoinfra.serve.loop import MEANT_FOR_API, Ready
 from nanoinfra.serve.signals import ENDING, end_with_0
-from tests.processes import alive, children
-from tests.serve.fake import fake, meeting
+from tests.processes import alive, children, descendants
+from tests.serve.fake import compiling, fake, meeting
 from tests.serve.host import ROOT, SERVE, running, started, until
 
 DRAIN, MARGIN = 0.5, 60.0                    # seconds; the second for a machine that is busy
-SIGNALS = {"SIGTERM": (os.kill, signal.SIGTERM), "SIGTERM to all": (os.killpg, signal.SIGTERM),
-           "Ctrl-C": (os.killpg, signal.SIGINT)}             # a terminal's goes to the whole group
+
+
+def to_all(pid, sign):
+    """As systemd sends SIGTERM, and a terminal Ctrl-C."""
+    for each in (*descendants(pid), pid):
+        os.kill(each, sign)
+
+
+SIGNALS = {"SIGTERM": (os.kill, signal.SIGTERM), "SIGTERM to all": (to_all, signal.SIGTERM),
+           "Ctrl-C": (to_all, signal.SIGINT)}
 
 
 def every(*quick):
@@ -30,7 +38,7 @@ def every(*quick):
 
 def ends(process, sign):
     """The signal, and then the end: code 0 in time, no process left, no traceback."""
-    ranks, (send, which) = children(process.pid), sign
+    ranks, (send, which) = descendants(process.pid), sign
     send(process.pid, which)
     yield                                    # for what clients see meanwhile
     assert process.wait(DRAIN + MARGIN) == 0
@@ -38,10 +46,18 @@ def ends(process, sign):
     assert "Traceback" not in process.stderr.read()
 
 
-@every("SIGTERM to all", "Ctrl-C")
-def test_while_it_loads(sign):
+@every("SIGTERM to all")
+def test_while_ranks_begin(sign):
     with running(2, DRAIN, load=600, ready=False) as (process, _):
-        until(lambda: len(children(process.pid)) == 2)       # and have just begun
+        until(lambda: len(children(process.pid)) == 2)
+        list(ends(process, sign))
+
+
+@every("Ctrl-C")
+def test_while_it_loads(sign):
+    """Each rank waits for a program that it has started: nothing of that is left either."""
+    with running(2, DRAIN, compiling, ready=False) as (process, _):
+        until(lambda: len(descendants(process.pid)) == 4)
         list(ends(process, sign))
 
 
