@@ -4,8 +4,8 @@
     @ring_all_reduce.criterion("every rank has the sum", "property")
     def _(subject): ...        # raises Wrong(text) or Blocked(text)
 
-In a notebook `ring_all_reduce(fn)` raises on failure; pytest and grade use `.report(fn)`. What is wrong ends
-the check; blocked (no GPU) is never a pass. checks/lNN_topic.py holds a lesson's CHECKS and PREDICTIONS:
+In a notebook `ring_all_reduce(fn)` raises on failure; tests use `.report(fn)`, grade `judge`. What is wrong
+ends the check; blocked (no GPU) is never a pass. checks/lNN_topic.py holds a lesson's CHECKS and PREDICTIONS:
 {key: unit}, or keys alone.
 """
 import functools

@@ -1,9 +1,9 @@
 """The process in which `grade` has a hand-in judged: a line of JSON for each criterion, on a pipe.
 
-What ends or hangs this process costs the criterion that was asked, and each check's later ones. The hand-in
-runs in the same interpreter as the criteria: a file that replaces what they call, or finds the pipe and the
-nonce in memory, can forge its verdicts. Against accidents and plain tricks the criteria and `judge` are taken
-before its first line runs, and a line without the nonce is no verdict.
+What ends or hangs this process costs the criterion that was asked and the later ones of its check. Not held:
+the hand-in runs in the same interpreter as the criteria, so a file that replaces what they call, or finds the
+pipe and the nonce in memory, can forge its verdicts. Against accidents and plain tricks the criteria and
+`judge` are taken before its first line runs, and a line without the nonce is no verdict.
 """
 import json
 import os

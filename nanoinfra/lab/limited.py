@@ -23,7 +23,8 @@ DIES_WITH_ITS_PARENT, ADOPTS_ORPHANS = 1, 36           # of Linux's prctl
 LOOK = 0.25                                            # seconds between two looks at time and memory
 END_SECONDS = 30.0                                     # for killed processes to be gone
 NEEDED = {"PATH", "HOME", "LANG", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
-NEEDED_FAMILIES = ("LC_", "PYTHON", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "ATEN_", "TORCH", "CUDA_")
+NEEDED_FAMILIES = ("LC_", "PYTHON", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "ATEN_", "TORCH",
+                   "TRITON_", "CUDA_", "NCCL_")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Limited:
     def __enter__(self):
         self._others = set(psutil.Process().children())
         prctl(ADOPTS_ORPHANS, 1)
-        self._folder = tempfile.TemporaryDirectory(prefix="g-", ignore_cleanup_errors=True)
+        self._folder = tempfile.TemporaryDirectory(prefix="g-", ignore_cleanup_errors=True)   # sockets: short
         self._pipe, theirs = os.pipe()
         self._process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
