@@ -13,8 +13,6 @@ import sys
 import threading
 import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
@@ -100,33 +98,6 @@ class Live:
             return refused.status, endless.sent
         return 200, endless.sent
 
-    def stuck(self, what):
-        """How it ends where a body does not come, or a client does not read: "given up", or it "waits"."""
-        class Never:
-            async def stream(self):
-                yield b"{"
-                await asyncio.Event().wait()
-
-            async def pieces(self):
-                yield b"a"
-
-        async def send(message):
-            await asyncio.Event().wait()
-
-        async def wait():
-            job = mock.Mock()
-            sent = exchange.Sent(job, Never().pieces(), "text/plain", {})
-            work = (exchange._body(Never(), 9, None) if what == "body" else
-                    sent({"type": "http", "asgi": {"spec_version": "2.4"}}, None, send))
-            with contextlib.suppress(Refused):
-                await asyncio.wait_for(work, 1.0)
-        with mock.patch.multiple(exchange, SENDING=0.1, READING=0.1):
-            try:
-                asyncio.run(wait())
-            except TimeoutError:
-                return "waits"
-        return "given up"
-
     def freed(self, *guards):
         """Bytes that four threads keep of 24 MB which each has freed, in a process without `guards`."""
         without = "".join(f"preprocess.{guard} = lambda: None\n" for guard in guards)
@@ -205,8 +176,6 @@ FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
 BESIDE = _must("a slow chat keeps no text waiting", "beside", ("chats", "texts"), bool, "both")
 LARGE = _must("few large bodies are taken at once", "large", (9,), lambda n: n == 4, 4)
 BODY = _must("a body without end is refused", "body", (99,), lambda got: got == (413, 17 * 99), "413")
-LATE = _must("a body that does not come is given up", "stuck", ("body",), "given up".__eq__, "given up")
-READS = _must("who reads nothing is given up", "stuck", ("answer",), "given up".__eq__, "given up")
 KEPT = _must("a log-probability is kept in 12 bytes", "kept", (200, 50), lambda size: size < 20, "< 20")
 LOOKS = _must("a stop string costs as much as the text", "looks", ("a" * 1000,), lambda n: n <= 60, "<= 60")
 FREED = _must("what is freed is given back", "freed", (), lambda size: size < 8 << 20, "< 8 MB")
@@ -233,20 +202,6 @@ class KeepsEvents(Choice):
         self.events = [*getattr(self, "events", []), event]
 
 
-@contextlib.asynccontextmanager
-async def at_any_time(seconds):
-    yield
-
-
-async def in_any_time(work, seconds):
-    return await work
-
-
-def without_clock(**instead):
-    """asyncio, with something instead of one of its clocks."""
-    return SimpleNamespace(**vars(asyncio) | instead)
-
-
 def looks_at_every_beginning(text, stop):
     return max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
 
@@ -261,8 +216,6 @@ RUNNING = {
     "a child has all the memory": ("templates:START", child("resource.setrlimit", "lambda *_: None"), GROWS),
     "a rendered chat has any length": ("templates:START", child("MOST_RENDERED", "1 << 40"), LONG),
     "a body is kept to its end": ("exchange:_refusal", lambda *_: None, BODY),
-    "a body has all the time": ("exchange:asyncio", without_clock(timeout=at_any_time), LATE),
-    "a client has all the time": ("exchange:asyncio", without_clock(wait_for=in_any_time), READS),
     "events are kept as they come": ("answers:Choice", KeepsEvents, KEPT),
     "each beginning of a stop string is tried": ("writer:_overlap", looks_at_every_beginning, LOOKS)}
 MUTANTS = [
