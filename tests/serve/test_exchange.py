@@ -2,8 +2,6 @@
 import asyncio
 import json
 import socket
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -17,7 +15,7 @@ from nanoinfra.serve.limits import MOST_BYTES
 from nanoinfra.serve.preprocess import LARGE, MOST_LARGE, Preprocessor
 from tests.serve import hostile
 from tests.serve.beating import beating, looping
-from tests.serve.host import ROOT, metric, serving, until
+from tests.serve.host import metric, serving, until
 
 CONTEXT, VOCAB = 8192, 257
 KINDS = list(hostile.KINDS)
@@ -175,29 +173,6 @@ def test_large_answers_are_written_in_a_thread():
         assert "answers" in asyncio.run(who(10)) and "answers" not in asyncio.run(who(9))
     finally:
         threads.close()
-
-
-FILL = """
-from nanoinfra.serve.preprocess import Preprocessor
-threads = Preprocessor()
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-def fill():
-    for _ in range(3):
-        bytearray(b"x") * (24 << 20)
-before = resident()
-for pool in threads.threads.values():
-    pool.submit(fill).result()
-threads.close()
-print(resident() - before)
-"""
-
-
-def test_threads_keep_no_memory_that_they_have_freed():
-    """glibc's own thresholds would keep some 24 MB in each of the four."""
-    got = subprocess.run([sys.executable, "-c", FILL], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(got.stdout) < 8 << 20
 
 
 @pytest.mark.prove
