@@ -4,6 +4,7 @@ Each kind of work has threads of its own, and only so much of it may wait: whoev
 template goes on and on, a body of half a megabyte) keeps only others of that kind waiting.
 """
 import asyncio
+import ctypes
 import gc
 import threading
 from collections import Counter
@@ -20,12 +21,14 @@ LARGE = 1 << 16                              # bytes of a body
 THREADS = {"texts": 2, "chats": 2, "large": 1, "answers": 1}
 MOST_WAITING = 1024                          # of a kind
 MOST_LARGE = 4                               # large bodies that are read, or wait
+MALLOC = {"M_ARENA_MAX": (-8, 2), "M_MMAP_THRESHOLD": (-3, 1 << 17), "M_TRIM_THRESHOLD": (-1, 1 << 17)}
 
 
 class Preprocessor:
     """The threads of one server, and the processes that render its chats."""
 
     def __init__(self):
+        release_freed_memory()
         self.threads = {kind: ThreadPoolExecutor(n, f"nanoinfra {kind}") for kind, n in THREADS.items()}
         self.waiting, self.large = Counter(), 0
         self.mine, self.templates = threading.local(), []
@@ -86,6 +89,16 @@ class Preprocessor:
             self.mine.child = TemplateProcess()
             self.templates.append(self.mine.child)
         return self.mine.child.render(*chat)
+
+
+def release_freed_memory() -> None:
+    """Let glibc give memory back to the system when it is freed, and threads share two arenas.
+
+    Left alone, its thresholds grow with the largest thing that was freed, and every thread keeps up to 64 MB.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)    # other systems have none
+    for option, value in MALLOC.values() if mallopt else ():
+        mallopt(option, value)
 
 
 @contextmanager

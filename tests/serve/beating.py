@@ -22,10 +22,13 @@ LOOP = ("{% for m in messages if m.role == 'loop' %}{% for i in range(99999) %}{
         "{% endfor %}{% endfor %}{% endfor %}" + TEMPLATE)
 
 
-def looping(team, template=LOOP, **options):
-    """The fake engine, with a template that goes on and on where a role is "loop"."""
+def looping(team, template=LOOP, model=None, **options):
+    """The fake engine with a `model`'s tokenizer, and a template that goes on where a role is "loop"."""
     engine = Fake(**options)
     engine.template = template
+    if model:
+        from nanoinfra.model.load import open_weights  # in the engine's process alone: it imports torch
+        engine.text = open_weights(model).text
     return engine
 
 

@@ -160,7 +160,8 @@ def test_large_answers_are_written_in_a_thread():
 @pytest.mark.timeout(900)
 def test_hostile_requests_leave_the_api_process_as_large_as_it_was():
     """At most 64 MB more than after 200 ordinary requests, with eight strangers at once."""
-    with beating(context=CONTEXT, blocks=4096, size=16) as (process, client), ThreadPoolExecutor(8) as crowd:
+    with (beating(context=CONTEXT, blocks=4096, size=16, model="smollm2-135m") as (process, client),
+          ThreadPoolExecutor(8) as crowd):
         for i in range(100):
             client.post(hostile.COMPLETIONS, json={"prompt": f"hello {i}", "max_tokens": 16})
             client.post(hostile.CHATS, json=CHAT)
