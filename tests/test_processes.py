@@ -84,7 +84,11 @@ def test_a_timed_test_is_measured_again_and_no_other_is(monkeypatch):
         return timed.pytest_pyfunc_call(item), len(seen)
     assert tries(timed.TRIES - 1, True) == (True, timed.TRIES)
     assert tries(0, None) == (None, 0)
+    monkeypatch.setattr(timed, "crowded", lambda: 1.0)
     with pytest.raises(AssertionError):
+        tries(timed.TRIES, True)
+    monkeypatch.setattr(timed, "crowded", lambda: 3.2)
+    with pytest.raises(pytest.skip.Exception, match="a CPU second takes 3.2 s here: needs an idle core"):
         tries(timed.TRIES, True)
 
 

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_tensors_are_written_from_their_own_memory_one_at_a_time(tmp_path, monke
     assert got == [x.data_ptr() for x in tensors.values()]
 
 
-def test_write_all_goes_on_after_a_short_write_and_meets_a_full_disk():
+def test_write_all_goes_on_after_a_short_write():
     class Slow:
         def __init__(self):
             self.got = b""
@@ -61,6 +62,10 @@ def test_write_all_goes_on_after_a_short_write_and_meets_a_full_disk():
     file = Slow()
     disk.write_all(file, b"0123456789")
     assert file.got == b"0123456789"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which Linux has")
+def test_write_all_meets_a_full_disk():
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError) as caught:
         disk.write_all(full, b"1")
     assert caught.value.errno == errno.ENOSPC
