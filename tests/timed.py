@@ -25,7 +25,7 @@ def pytest_pyfunc_call(pyfuncitem):
             return True
         except AssertionError:
             if not left and (share := crowded()) > QUIET:
-                pytest.skip(f"measures seconds, and a CPU second takes {share:.1f} s here: needs an idle core")
+                pytest.skip(f"measures seconds, and one of a CPU takes {share:.1f} here: needs an idle core")
             if not left:
                 raise
             time.sleep(PAUSE)
