@@ -15,9 +15,9 @@ FLOORS = [{"formulas", "kernels"}, {"dist"}, {"model", "data"}, {"memory"}, {"pa
 BEFORE = {room: set().union(*FLOORS[:i]) for i, floor in enumerate(FLOORS) for room in floor}
 BEFORE["model"] -= {"dist"}                  # the model knows nothing of ranks
 BEFORE["serve"] |= {"train"}                 # whose checkpoints it opens
-SETUP = {"PrefixStore", "ReduceOp", "TCPStore", "device_mesh", "destroy_process_group", "elastic",
-         "get_backend", "get_rank", "get_world_size", "group", "init_process_group", "is_initialized",
-         "new_subgroups_by_enumeration", "rendezvous", "run"}
+SETUP = {"HashStore", "PrefixStore", "ReduceOp", "Store", "TCPStore", "device_mesh", "destroy_process_group",
+         "elastic", "get_backend", "get_rank", "get_world_size", "group", "init_process_group",
+         "is_initialized", "new_subgroups_by_enumeration", "rendezvous", "run"}
 DOOR = {"dist/comm.py": {"all_reduce", "all_gather_single", "all_gather_into_tensor", "reduce_scatter_single",
                          "reduce_scatter_tensor", "all_to_all_single", "broadcast", "isend", "irecv"}}
 FILES = sorted(HOUSE.rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))

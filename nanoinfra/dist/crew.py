@@ -1,8 +1,8 @@
 """The processes of one life of a pool of ranks: start, ask, listen, and say who failed and where all stood.
 
 They fork from multiprocessing's forkserver, which holds no thread and no socket of torch. Nothing outlives
-the crew: the rendezvous port is this process's own, the board's file is unlinked once every rank has it open,
-and a rank whose pipe closes ends itself.
+the crew: the store is this process's own, on loopback, the board's file is unlinked once every rank has it
+open, and a rank whose pipe closes ends itself. What is unpickled comes from pipes that no other process has.
 """
 import atexit
 import multiprocessing
@@ -16,9 +16,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import cloudpickle
-import torch.distributed as dist
 
 from nanoinfra.dist.ledger import Board, hang_report
+from nanoinfra.dist.loopback import master_store
 from nanoinfra.dist.worker import serve
 
 # Every torch optimizer imports torch._dynamo, which takes seconds: once in the server, not once in each rank.
@@ -37,7 +37,7 @@ class Crew:
 
     def __init__(self, n: int):
         self.processes, self.pipes = [], []
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = master_store()
         atexit.register(self.end)
         try:
             with tempfile.TemporaryDirectory() as folder:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch.nn.modules import module
 
 from nanoinfra.dist.ledger import Board, report_to
+from nanoinfra.dist.loopback import bind_to_loopback, client_store
 from nanoinfra.dist.mesh import emulate
 
 
@@ -57,9 +58,8 @@ def serve(pipe, rank: int, world: int, port: int, board: str) -> None:
 
 
 def _join(rank, world, port):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    bind_to_loopback()
+    dist.init_process_group("gloo", store=client_store(port), rank=rank, world_size=world)
 
 
 def _listen(pipe, calls):

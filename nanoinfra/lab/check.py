@@ -4,8 +4,8 @@
     @ring_all_reduce.criterion("every rank has the sum", "property")
     def _(subject): ...        # raises Wrong(text) or Blocked(text)
 
-In a notebook `ring_all_reduce(fn)` raises on failure; pytest and grade use `.report(fn)`. What is wrong ends
-the check; blocked (no GPU) is never a pass. checks/lNN_topic.py holds a lesson's CHECKS and PREDICTIONS:
+In a notebook `ring_all_reduce(fn)` raises on failure; tests use `.report(fn)`, grade `judge`. What is wrong
+ends the check; blocked (no GPU) is never a pass. checks/lNN_topic.py holds a lesson's CHECKS and PREDICTIONS:
 {key: unit}, or keys alone.
 """
 import functools
@@ -102,11 +102,16 @@ class Check:
         """Judge `subject`, criterion after criterion, until one is wrong."""
         verdicts = []
         for criterion in self.criteria:
-            ended = any(v.state == "wrong" for v in verdicts)
-            verdicts.append(Verdict(criterion, "not run") if ended else _judge(criterion, subject))
+            verdicts.append(judge(criterion, subject))
+            if verdicts[-1].state == "wrong":
+                break
+        return self.table(verdicts, source_of(subject))
+
+    def table(self, verdicts: list[Verdict], source: str) -> Report:
+        """The report of `verdicts` on what was written in `source`; further criteria were not run."""
+        verdicts = [*verdicts, *(Verdict(c, "not run") for c in self.criteria[len(verdicts):])]
         rows = [(v.criterion.name, v.criterion.layer, v.state) for v in verdicts]
-        title = f"{self.name} of {source_of(subject)}"
-        return Report(title, ("criterion", "layer", "verdict"), rows, tuple(verdicts))
+        return Report(f"{self.name} of {source}", ("criterion", "layer", "verdict"), rows, tuple(verdicts))
 
     def __call__(self, subject: Callable) -> Report:
         """Judge `subject`; raises Failed with the table and the reason unless every criterion is met."""
@@ -117,14 +122,15 @@ class Check:
         return report
 
 
-def _judge(criterion, subject):
+def judge(criterion: Criterion, subject: Callable) -> Verdict:
+    """How `subject` meets one criterion."""
     try:
         criterion.test(subject)
     except Blocked as reason:
         return Verdict(criterion, "blocked", str(reason))
     except Wrong as reason:
         return Verdict(criterion, "wrong", str(reason))
-    except Exception as error:                       # whatever a student's code raises is a verdict
+    except (Exception, SystemExit) as error:         # whatever a student's code raises is a verdict
         unwritten = isinstance(error, NotImplementedError) or "raise NotImplementedError" in str(error)
         kind = "" if isinstance(error, RanksError) else f"{type(error).__name__}: "
         text = "not written yet" if unwritten else f"{kind}{error}"

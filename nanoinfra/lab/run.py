@@ -1,4 +1,4 @@
-"""Run a lab on several ranks: `torchrun --standalone --nproc-per-node=4 -m nanoinfra.lab.run 08`.
+"""Run a lab on several ranks: `python -m nanoinfra.lab.run 08 --nproc 4`, or under torchrun on a cluster.
 
 A lab is lessons/labs/NN_topic.py: PREDICTIONS {key: unit}, QUESTIONS, BREAKS, MODELS, `expect(n, model)` by
 formula, and `measure(mesh, model, broken)`, a Measurement a key. Rank 0 prints what was predicted beside what
@@ -23,8 +23,9 @@ from nanoinfra.lab.measure import Measurement, machine
 from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
 from nanoinfra.lab.where import project, root, shown, work
+from nanoinfra.train.rank import is_rank
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # the launcher's
 
 
 def run(lab: ModuleType, model: str, broken: str = "") -> int:
@@ -141,8 +142,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _arguments(argv):
-    parser = _Parser(prog="python -m nanoinfra.lab.run", description="run a lab on the ranks of torchrun")
+    parser = _Parser(prog="python -m nanoinfra.lab.run", description="run a lab on some ranks")
     parser.add_argument("lab", help="its number, as 08")
+    parser.add_argument("--nproc", type=int, default=1, help="ranks to start here; torchrun has its own word")
     parser.add_argument("--model", default="", help="a size of the model's dial; default the lab's first")
     parser.add_argument("--break", dest="broken", default="", help="run a known-wrong variant")
     parser.add_argument("--check", action="store_true", help="say which predictions are made; run nothing")
@@ -152,6 +154,8 @@ def _arguments(argv):
 def _checked(given):
     """The lab and the model, once all that can be wrong before it runs is not."""
     lab = find(given.lab)
+    if given.nproc < 1:
+        raise ValueError(f"--nproc {given.nproc} is too small; give at least 1")
     for what, value, known in (("break", given.broken, lab.BREAKS), ("model", given.model, lab.MODELS)):
         if value and value not in known:
             raise ValueError(f"lab {_number(lab)} knows no {what} {value!r}; there are {', '.join(known)}")
@@ -170,6 +174,7 @@ def _failure(lab, error):
 
 def main(argv: list[str] | None = None) -> int:
     """The command line of every rank: one of them speaks, and a failing rank says so in one line."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
         given = _arguments(argv)
         lab, model = _checked(given)
@@ -180,9 +185,13 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(2)                              # torchrun ends all as soon as one has ended
         return 2
     try:
+        if not is_rank():
+            print(_progress(lab), flush=True)
         if given.check:
-            print(_progress(lab))
             return 0
+        if given.nproc > 1 and not is_rank():
+            from nanoinfra.train.launch import launch
+            return launch(argv, given.nproc, module="nanoinfra.lab.run")
         return run(lab, model, given.broken)
     except Exception as error:
         print(_failure(lab, error), file=sys.stderr)

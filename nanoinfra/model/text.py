@@ -7,6 +7,7 @@ Feeds serve/generate.py and the server; training tokenizers live in data/.
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -22,11 +23,16 @@ class Text:
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
         """Ids of `text`, special tokens recognised by name; with `begin`, opened as the model was trained."""
-        return self.backend.encode(text, add_special_tokens=begin).ids
+        return self.backend.encode_batch([text], add_special_tokens=begin)[0].ids    # other threads go on
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    @cached_property
+    def max_chars_per_token(self) -> int:
+        """Characters of the longest token as the vocabulary spells it: no token stands for more."""
+        return max(map(len, self.backend.get_vocab()))
 
 
 def read_text(folder: str | Path) -> Text | None:
@@ -62,6 +68,16 @@ def render_chat(template: str, messages: list[dict], text: Text) -> str:
     that is not valid jinja2, that refuses the messages, or that reaches for what the sandbox forbids.
     """
     jinja2 = optional("jinja2", "chat templates")
+    try:
+        return _compiled(template).render(
+            messages=messages, add_generation_prompt=True, bos_token=text.bos, eos_token=text.eos)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the model's chat template cannot render these messages: {error}") from error
+
+
+@lru_cache(maxsize=4)                        # compiling takes longer than most chats
+def _compiled(template):
+    import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message):
@@ -71,11 +87,7 @@ def render_chat(template: str, messages: list[dict], text: Text) -> str:
                                             extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     sandbox.globals["raise_exception"] = refuse
-    try:
-        return sandbox.from_string(template).render(
-            messages=messages, add_generation_prompt=True, bos_token=text.bos, eos_token=text.eos)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the model's chat template cannot render these messages: {error}") from error
+    return sandbox.from_string(template)
 
 
 def optional(package: str, purpose: str):

@@ -6,15 +6,18 @@ usage in a last chunk whose list of choices is empty, if asked for. Load generat
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from io import StringIO
 from math import isfinite
 
 from nanoinfra.model.text import Text
+from nanoinfra.serve import limits
+from nanoinfra.serve.choice import Choice
 from nanoinfra.serve.errors import Refused
 from nanoinfra.serve.protocol import Question
 from nanoinfra.serve.requests import Event, Logprob, Request
 
 DONE = b"data: [DONE]\n\n"
+MOST_AT_ONCE = 2048                          # tokens and log-probabilities written without leave for others
 
 
 def sent(data: dict) -> bytes:
@@ -27,40 +30,69 @@ def failed(why: Refused) -> bytes:
     return sent(why.body()) + DONE
 
 
+def written(data: dict) -> bytes:
+    """`data` as JSON. Other threads may go on meanwhile, as json.dumps does not let them; it is slower."""
+    out = StringIO()
+    out.writelines(json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).iterencode(data))
+    return out.getvalue().encode()
+
+
 class Answer:
     """The answer to `question`, which the engine was asked as `requests`.
 
-    Choice i x n + j is the j-th continuation of prompt i.
+    Choice i x n + j is the j-th continuation of prompt i. Raises Refused where it would be too large.
     """
     whole, part = "", ""                     # what OpenAI calls the object at the end, and a chunk
 
     def __init__(self, question: Question, name: str, model: str, requests: Sequence[Request], text: Text):
-        self.question, self.text = question, text
+        self.question, self.text, self.spelled = question, text, {}
         self.head = {"id": name, "created": int(time.time()), "model": model}
         self.first = {request.id: i * question.n for i, request in enumerate(requests)}
         self.requests = {request.id: request for request in requests}
-        self.made, self.cached, self.begun = 0, {}, set()
+        self.given = sum(len(request.tokens) for request in requests)
+        self.made, self.cached, self.begun, self.choices = 0, {}, set(), {}
 
     def chunk(self, event: Event) -> bytes:
         """What a stream says of an event; nothing where there is no news."""
         self._count(event)
         if not (event.text or event.logprobs or event.finish or self._echoes(event)):
             return b""
-        return sent(self._chunk([self._piece(event)], self.question.stream_options.continuous_usage_stats))
+        chunk = self._chunk([self._piece(event)], self.question.stream_options.continuous_usage_stats)
+        return b"data: " + written(chunk) + b"\n\n" if event.prompt else sent(chunk)
 
     def last(self) -> bytes:
         """The end of a stream."""
         return (sent(self._chunk([], True)) if self.question.stream_options.include_usage else b"") + DONE
 
-    def object(self, events: Sequence[Event]) -> dict:
-        """All of it at once."""
-        choices = {}
+    def add(self, event: Event) -> None:
+        """News for the object."""
+        self._count(event)
+        place = event.request, event.index
+        if place not in self.choices:
+            self.choices[place] = Choice(event)
+        self.choices[place].add(event)
+
+    def object(self, events: Sequence[Event] = ()) -> dict:
+        """All that was added, and `events`, at once."""
         for event in events:
-            self._count(event)
-            choices.setdefault((event.request, event.index), []).append(event)
-        whole = [self._choice(_merged(news)) for news in choices.values()]
+            self.add(event)
+        whole = [self._choice(choice.event()) for choice in self.choices.values()]
         return {**self.head, "object": self.whole, "choices": sorted(whole, key=lambda each: each["index"]),
                 "usage": self._usage()}
+
+    def body(self) -> bytes:
+        """The same as JSON."""
+        return written(self.object())
+
+    @property
+    def places(self) -> int:
+        """Tokens in the object, those of prompts that were scored too, and its choices."""
+        return self.made + sum(1 + len(choice.first.prompt) for choice in self.choices.values())
+
+    def is_long(self, places: int) -> bool:
+        """Would others wait too long while so many tokens are written, with their log-probabilities?"""
+        logprobs = next(iter(self.requests.values())).logprobs
+        return places * (1 if logprobs is None else 2 + logprobs) > MOST_AT_ONCE
 
     def _chunk(self, choices, usage):
         chunk = {**self.head, "object": self.part, "choices": choices}
@@ -73,8 +105,8 @@ class Answer:
         self.cached.setdefault(event.request, min(event.cached, len(self.requests[event.request].tokens)))
 
     def _usage(self):
-        given = sum(len(request.tokens) for request in self.requests.values())
-        return {"prompt_tokens": given, "completion_tokens": self.made, "total_tokens": given + self.made,
+        return {"prompt_tokens": self.given, "completion_tokens": self.made,
+                "total_tokens": self.given + self.made,
                 "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())}}
 
     def _begins(self, event):
@@ -87,7 +119,9 @@ class Answer:
         return self.first[event.request] + event.index
 
     def _spell(self, token):
-        return self.text.backend.decode([token], skip_special_tokens=False)
+        if token not in self.spelled:
+            self.spelled[token] = self.text.backend.decode([token], skip_special_tokens=False)
+        return self.spelled[token]
 
 
 class CompletionAnswer(Answer):
@@ -97,6 +131,9 @@ class CompletionAnswer(Answer):
     def __init__(self, *given):
         super().__init__(*given)
         self.shown = {}                      # characters of the tokens that a choice has reported
+        self.prompts = [each if isinstance(each, str) else self.text.decode(each)
+                        for each in self.question.prompt] if self.question.echo else []
+        limits.check_echo(sum(map(len, self.prompts)), self.question.n)
 
     def _echoes(self, event):
         return self.question.echo and self._place(event) not in self.begun
@@ -104,15 +141,11 @@ class CompletionAnswer(Answer):
     def _piece(self, event):
         text = event.text
         if self._begins(event) and self.question.echo:
-            text = self._prompt(event) + text
+            text = self.prompts[self.first[event.request] // self.question.n] + text
         return {"index": self._place(event), "text": text, "logprobs": self._logprobs(event),
                 "finish_reason": event.finish}
 
     _choice = _piece
-
-    def _prompt(self, event):
-        given = self.question.prompt[self.first[event.request] // self.question.n]
-        return given if isinstance(given, str) else self.text.decode(given)
 
     def _logprobs(self, event):
         if self.question.logprobs is None:
@@ -168,10 +201,3 @@ class ChatAnswer(Answer):
 def _finite(logprob):
     """OpenAI's word for never: JSON has none for infinity."""
     return logprob if logprob is None or isfinite(logprob) else -9999.0
-
-
-def _merged(news: Sequence[Event]) -> Event:
-    """All events of a choice as one."""
-    return replace(news[0], text="".join(each.text for each in news), finish=news[-1].finish,
-                   tokens=[token for each in news for token in each.tokens],
-                   logprobs=[logprob for each in news for logprob in each.logprobs])

@@ -30,7 +30,7 @@ class Blocks:
         if not self.free:
             raise IndexError("no block is free")
         block, _ = self.free.popitem(last=False)
-        self.known.pop(self.key_of.pop(block, b""), None)
+        self.evict([block])
         self.holders[block] = 1
         return block
 
@@ -63,6 +63,11 @@ class Blocks:
                 break
             found.append(self.known[key])
         return found
+
+    def evict(self, table: Iterable[int]) -> None:
+        """Know no more what these blocks hold. Who holds them keeps them."""
+        for block in table:
+            self.known.pop(self.key_of.pop(block, b""), None)
 
     def forget(self) -> None:
         """Know no contents any more, as after a change of weights."""

@@ -3,11 +3,15 @@
 Uvicorn's own way closes the port at once, so that clients and load balancers see no 503, and ends the process
 by the signal that it got.
 """
+import socket
 import sys
 from time import monotonic
 
 import uvicorn
 from fastapi import FastAPI
+
+from nanoinfra.serve.connections import ACCEPTS, BACKLOG, ConnectionLimits, protocol_with
+from nanoinfra.serve.logs import counted_logs, visible
 
 CLOSING = 5                                  # seconds that connections have to close when all is said
 
@@ -15,12 +19,25 @@ CLOSING = 5                                  # seconds that connections have to 
 class Server(uvicorn.Server):
     """Serves `app` (server.build) until a signal comes and nothing runs, or `limit` seconds after it."""
 
-    def __init__(self, app: FastAPI, limit: float):
-        super().__init__(uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_config=None,
-                                        log_level="warning", access_log=False,
+    def __init__(self, app: FastAPI, limit: float, connections: ConnectionLimits | None = None):
+        connections = connections or ConnectionLimits()
+        super().__init__(uvicorn.Config(app, http=protocol_with(connections), ws="none", lifespan="on",
+                                        log_config=None, log_level="warning", access_log=False,
+                                        backlog=ACCEPTS, timeout_keep_alive=connections.client_header_timeout,
                                         timeout_graceful_shutdown=CLOSING))
         self.state, self.worker, self.limit = app.state, app.state.worker, limit
         self.deadline, self.said = float("inf"), self.worker.state
+
+    def run(self, sockets: list[socket.socket]) -> None:
+        """Serve on `sockets`."""
+        with counted_logs():
+            super().run(sockets)
+
+    async def startup(self, sockets: list[socket.socket]) -> None:
+        """Uvicorn's, which has told the system to hold no more connections than are accepted at a time."""
+        await super().startup(sockets)
+        for each in sockets:
+            each.listen(BACKLOG)
 
     def handle_exit(self, sig: int, frame) -> None:
         """A signal: let running requests end. A second one: do not."""
@@ -31,7 +48,10 @@ class Server(uvicorn.Server):
         """Ten times a second: is it over? Also says how the engine stands, when that changes."""
         if self.worker.state != self.said and self.worker.state != "failed":
             self.said = self.worker.state
-            print("nanoinfra:", self.worker.why or "ready", file=sys.stderr, flush=True)
+            print("nanoinfra:", visible(self.worker.why) or "ready", file=sys.stderr, flush=True)
+        if counter % 10 == 0:
+            for connection in list(self.server_state.connections):
+                connection.check(monotonic())
         over = self.state.draining and not self.worker.jobs
         if over or self.worker.failed or monotonic() > self.deadline:
             self.worker.stop()               # who still waits for an answer gets an error now

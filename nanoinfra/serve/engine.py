@@ -3,11 +3,13 @@
 A step is a plan of the scheduler's: one row of tokens from all sequences goes through the trainer's own
 module, with the paged cache as an argument; where a sequence has caught up, its last logits give a token. The
 model's weights are only read, so whoever shares them trains on undisturbed. Under tensor parallelism every
-rank runs the same engine on the same requests: all have the same logits and draw the same tokens.
+rank runs the same engine on the same requests: all have the same logits and draw the same tokens. What goes
+wrong with one request ends that request; only the model's own pass is everybody's.
 """
 import sys
+import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 
@@ -24,33 +26,11 @@ from nanoinfra.serve.blocks import Blocks, root
 from nanoinfra.serve.options import EngineOptions
 from nanoinfra.serve.paged import PagedKV
 from nanoinfra.serve.requests import Event, Logprob, Request, check
-from nanoinfra.serve.sampler import Sampler, logprobs
+from nanoinfra.serve.run import Run
+from nanoinfra.serve.sampler import Sampler, finite, logprobs
 from nanoinfra.serve.scheduler import Scheduler, Sequence
 from nanoinfra.serve.writer import Writer
 from nanoinfra.train.pretrained import open_pretrained
-
-
-class Run:
-    """One continuation of a request: its sequence, its draws, and what of its text may be shown."""
-
-    def __init__(self, request: Request, index: int, sequence: Sequence, text: Text | None):
-        self.request, self.index, self.sequence = request, index, sequence
-        seed = request.sampling.seed
-        own = request.id if seed is None else seed                       # the same on every rank
-        self.sampler = Sampler(request.sampling, own, index)
-        self.writer = Writer(text.decode, request.stop) if text else None
-        self.made = 0                        # tokens
-        self.prompt: list[Logprob] = []
-
-    def push(self, token: int, ends: Iterable[int], room: int) -> tuple[str, str | None]:
-        """(text that may be shown now, why it ends here if it does)."""
-        self.sequence.tokens.append(token)
-        self.made += 1
-        ended = token in ends and not self.request.ignore_eos
-        text = self.writer.push(token) if self.writer and not ended else ""
-        stopped = ended or bool(self.writer and self.writer.stopped)
-        finish = "stop" if stopped else "length" if min(self.request.max_tokens, room) <= self.made else None
-        return text + (self.writer.finish() if finish and self.writer else ""), finish
 
 
 class Engine:
@@ -82,9 +62,9 @@ class Engine:
             raise ValueError(f"request {request.id!r} is here already; give each an id of its own")
         start = root(version=self.version, salt=request.salt)
         sequence = Sequence(list(request.tokens), request.n, start, fresh=request.echo)
-        self.scheduler.add(sequence)
-        self.runs[sequence] = run = Run(request, 0, sequence, self.text)
-        self.of[request.id].append(run)
+        run = self._run(request, 0, sequence)
+        self.scheduler.add(sequence)                                     # the last that may raise
+        self._enter(run)
 
     def abort(self, request: str) -> None:
         """Forget a request; no event follows. An id that is not here is none."""
@@ -94,7 +74,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One step of the model for all that the scheduler plans; what is new, at most an event a run."""
+        """One step of the model for all that the scheduler plans; what is new, at most an event a run.
+
+        A request that fails ends with an event whose `finish` is "error": an exception was raised while it
+        alone was handled, or its numbers are not finite, even computed a second time from its tokens.
+        """
         plan, events = self.scheduler.plan(), []
         self.ledger.take()                   # a server's would grow for ever
         if plan.work:
@@ -102,10 +86,12 @@ class Engine:
             hidden = self.model.hidden(tokens, places, self.kv)[0]                       # (N, C)
             self.scheduler.done(plan)
             self._count(plan, work)
-            self._read_prompts(work, hidden)
+            events += self._mend(work, hidden)
+            events += self._read_prompts(work, hidden)
             events += self._write(work, hidden)
         for sequence in plan.full:                                       # the pool is the limit
-            events.append(self._end(self.runs[sequence], "", [], [], "length"))
+            if sequence in self.runs:                                    # else a twin's failure has ended it
+                events.append(self._end(self.runs[sequence], "", [], [], "length"))
         return events
 
     def reset(self) -> None:
@@ -127,6 +113,16 @@ class Engine:
                 "blocks_shared": sum(holders > 1 for holders in blocks.holders), "block_size": blocks.size,
                 **{name: self.counts[name] for name in COUNTS}, "batch": self.batch}
 
+    def _run(self, request, index, sequence):
+        seed = request.sampling.seed
+        sampler = Sampler(request.sampling, request.id if seed is None else seed, index)
+        writer = Writer(self.text.decode, request.stop) if self.text else None
+        return Run(request, index, sequence, sampler, writer)
+
+    def _enter(self, run):
+        self.runs[run.sequence] = run
+        self.of[run.request.id].append(run)
+
     def _count(self, plan, work):
         counts, self.batch = self.counts, []
         counts["steps"] += 1
@@ -140,30 +136,75 @@ class Engine:
             self.batch.append({"request": run.request.id, "index": run.index, "computed": first + count,
                                "tokens": len(sequence.tokens), "new": count, "hit": sequence.hit})
 
-    def _read_prompts(self, work, hidden):
-        """Log-probabilities of prompts, chunk by chunk, for requests that echo."""
-        at = 0
-        for sequence, first, count in work:
-            run, rows = self.runs[sequence], hidden[at:at + count]
+    def _mend(self, work, hidden):
+        """Who has rows of `hidden` (N, C) that are not finite begins again; the events of those who did."""
+        sound, events, at = finite(hidden), [], 0
+        for sequence, _, count in work:
+            if not all(sound[at:at + count]) and sequence in self.runs:
+                events += self._begin_again(self.runs[sequence])
             at += count
-            if run.request.echo:
+        return events
+
+    def _begin_again(self, run):
+        """What its blocks hold, nobody shares from now on. Once it is computed anew; then it fails."""
+        self.blocks.evict(run.sequence.table)
+        if run.again:
+            return [self._fail(run, "the model's numbers for this sequence are not finite, computed twice")]
+        run.again = True
+        self.scheduler.preempt(run.sequence)
+        self.counts["preemptions"] += 1
+        return []
+
+    def _fail(self, run, why):
+        self.abort(run.request.id)
+        return Event(run.request.id, run.index, why, finish="error")
+
+    def _guarded(self, run: Run, handle: Callable[..., list[Event]], *args) -> list[Event]:
+        """`handle(run, *args)`; an exception ends the request. No collective: one rank may be alone in it."""
+        if run.sequence not in self.runs:                                # ended by a twin's failure
+            return []
+        try:
+            return handle(run, *args)
+        except Exception as error:
+            traceback.print_exc()
+            return [self._fail(run, f"the engine failed on this request: {type(error).__name__}: {error}")]
+
+    def _read_prompts(self, work, hidden):
+        """Log-probabilities of prompts, chunk by chunk, for requests that echo; events of those that fail."""
+        at, events = 0, []
+        for sequence, first, count in work:
+            rows, run = hidden[at:at + count], self.runs.get(sequence)
+            at += count
+            if run and run.request.echo and sequence.computed:           # 0: it begins again
                 run.prompt = run.prompt or [Logprob(sequence.tokens[0], None)]
                 known = len(run.prompt)                                  # past `first`, once preempted
                 ahead = sequence.tokens[known:min(first + count + 1, sequence.prompt)]
-                rows = rows[known - 1 - first:][:len(ahead)]
-                run.prompt += logprobs(self.model.head(rows), ahead, run.request.logprobs or 0)
+                logits = self.model.head(rows[known - 1 - first:][:len(ahead)])          # (T, V)
+                events += self._guarded(run, self._read_prompt, logits, ahead)
+        return events
+
+    def _read_prompt(self, run, logits, ahead):
+        if not all(finite(logits)):
+            return self._begin_again(run)
+        run.prompt += logprobs(logits, ahead, run.request.logprobs or 0)
+        return []
 
     def _write(self, work, hidden):
-        """A token for every sequence that has caught up; the event of each."""
+        """A token for every sequence that has caught up; the events of all."""
         lasts = [*accumulate((count for _, _, count in work), initial=-1)][1:]
         ready = [(last, sequence) for last, (sequence, _, _) in zip(lasts, work)
                  if sequence.computed == len(sequence.tokens)]
         if not ready:
             return []
         logits = self.model.head(hidden[[last for last, _ in ready]])                    # (B, V)
-        likeliest = self.likeliest(logits)
-        return [self._say(run, logits[i], likeliest[i]) for i, (_, sequence) in enumerate(ready)
-                for run in self._forked(sequence)]
+        sound, likeliest, events = finite(logits), self.likeliest(logits), []
+        for i, (_, sequence) in enumerate(ready):
+            if sequence in self.runs and not sound[i]:
+                events += self._begin_again(self.runs[sequence])
+            elif sequence in self.runs:
+                for run in self._forked(sequence):
+                    events += self._guarded(run, self._say, logits[i], likeliest[i])
+        return events
 
     def _forked(self, sequence):
         """The runs that go on from here: one, or once its prompt is computed all n of a request."""
@@ -171,18 +212,17 @@ class Engine:
         if sequence.n == 1:
             return [first]
         for index in range(1, sequence.n):
-            twin = self.scheduler.fork(sequence)
-            run = Run(first.request, index, twin, self.text)
+            run = self._run(first.request, index, self.scheduler.fork(sequence))
             run.prompt = first.prompt
-            self.runs[twin] = run
-            self.of[first.request.id].append(run)
+            run.sampler.share(first.sampler)
+            self._enter(run)
         return list(self.of[first.request.id])
 
     def _say(self, run, logits, likeliest):
         """The next token of `run`, from its logits (V,); its event."""
         request, sequence = run.request, run.sequence
         if request.max_tokens == 0:                                      # the prompt alone was to be scored
-            return self._end(run, "", [], [], "length")
+            return [self._end(run, "", [], [], "length")]
         plain = run.sampler.plain
         token = likeliest if plain else run.sampler.draw(logits, sequence.tokens, sequence.prompt)
         said = [] if request.logprobs is None else logprobs(logits[None], [token], request.logprobs)
@@ -190,7 +230,7 @@ class Engine:
         text, finish = run.push(token, ends, room)
         self.counts["generation_tokens"] += 1
         how = self._end if finish else self._event
-        return how(run, text, [token], said, finish)
+        return [how(run, text, [token], said, finish)]
 
     def _end(self, run, text, tokens, said, finish):
         self.scheduler.finish(run.sequence)
@@ -224,18 +264,31 @@ def open_engine(options: EngineOptions, mesh) -> Engine:
     engine = Engine(model, weights.text, weights.template, blocks=n, size=options.block_size,
                     ledger=mesh.ledger, budget=options.budget, seats=options.seats, queue=options.queue,
                     queue_tokens=options.queue_tokens)
-    if mesh.device == "cpu" and mesh.tp.size == 1 and dtype in packed.DTYPES:
-        hasten(engine)
+    alone_on_cpu = mesh.device == "cpu" and mesh.tp.size == 1 and dtype in packed.DTYPES
+    said = use_cpu_kernels(engine) if alone_on_cpu else "torch's operations compute everything"
+    if mesh.tp.rank == 0:
+        print(f"nanoinfra: {said}", file=sys.stderr, flush=True)
     return engine
 
 
-def hasten(engine: Engine) -> None:
-    """On one CPU: packed weights and, where the model and the machine allow it, passes compiled from C."""
-    packed.pack(engine.model)
-    packed.warm(engine.model, engine.scheduler.budget, engine.scheduler.seats)
-    if passes.suit(engine.model.config):
-        try:
-            engine.kv = passes.install(engine.model, engine.kv)
-            engine.likeliest = partial(passes.likeliest, engine.kv.passes)
-        except RuntimeError as error:
-            print(f"torch's operations it is, at half the speed: {error}", file=sys.stderr)
+def use_cpu_kernels(engine: Engine) -> str:
+    """On one CPU rank: packed weights and, as far as model and machine allow, passes compiled from C.
+
+    Returns in a sentence who computes what now.
+    """
+    model, dtype = engine.model, engine.model.embed.weight.dtype
+    try:
+        kernels, why = passes.compile_for(model, engine.kv), ""
+    except RuntimeError as error:
+        kernels, why = None, f", at half the speed: {error}"
+    packed.pack(model, kernels and kernels.gemv)
+    packed.warm(model, engine.scheduler.budget, engine.scheduler.seats)
+    between = "torch's operations"
+    if kernels and passes.suit(model.config):
+        engine.kv = passes.install(model, engine.kv, kernels)
+        engine.likeliest = partial(passes.likeliest, kernels)
+        between = "passes in C"
+    reason = packed.unpackable(dtype)
+    many = f"torch's linear (oneDNN does not pack: {reason})" if reason else "oneDNN's packed weights"
+    one = f"C ({kernels.instructions().decode()})" if kernels else "the same"
+    return f"products of many rows by {many}, of one by {one}, all between by {between}{why}"

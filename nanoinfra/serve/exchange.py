@@ -1,20 +1,28 @@
 """One exchange with a client: read what it asks, let the engine answer, say it at once or as it comes.
 
-A client that goes away frees what it held, whether it waits for a first word or for the last.
+A client that goes away frees what it held, whether it waits for a first word or for the last; one that sends
+or reads nothing for too long is made to (connections.py).
 """
 import asyncio
+import functools
 import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from nanoinfra.serve.answers import Answer, failed
 from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.protocol import Question, read, requests_of
+from nanoinfra.serve.keys import salted
+from nanoinfra.serve.limits import most_bytes
+from nanoinfra.serve.preprocess import LARGE, Preprocessor
+from nanoinfra.serve.protocol import Question
+from nanoinfra.serve.requests import Event
 from nanoinfra.serve.worker import Job, Worker
 
-MOST_BYTES = 8 << 20                         # of a request's body
+PIECE = 1 << 16                              # bytes of an answer sent at once
 
 
 async def exchange(request: Request, kind: type[Question], form: type[Answer], prefix: str) -> Response:
@@ -23,19 +31,23 @@ async def exchange(request: Request, kind: type[Question], form: type[Answer], p
     The first word is waited for: until then an error can still have a status.
     """
     state, name = request.app.state, prefix + uuid.uuid4().hex
-    at_work(state)
-    body = await _body(request)
-    question, asked = await asyncio.to_thread(_asked, kind, body, name, state)
-    answer = form(question, name, state.name, asked, state.worker.ready.text)
-    job = at_work(state).submit(asked)
+    threads, ready = state.preprocessor, at_work(state).ready
+    with ExitStack() as places:
+        body = await _body(request, most_bytes(ready.info["context"]),
+                           lambda: places.enter_context(threads.place_for_large()))
+        answer = await threads.prepare(kind, form, body, name, state.name, ready)
+    job = at_work(state).submit(salted([*answer.requests.values()], request.state.salt))
     try:
-        first = await _unless_gone(request, _collect(job, 1 if question.stream else None))
-        if not question.stream:
-            return JSONResponse(answer.object(first))
+        if answer.question.stream:
+            first = await _unless_gone(request, anext(job))
+            return Sent(job, _chunks(answer, job, first, threads), "text/event-stream",
+                        {"Cache-Control": "no-cache"})
+        await _unless_gone(request, _gather(answer, job))
+        whole = await threads.write(answer.places, answer.body, answer)
+        return Sent(job, _pieces(whole), "application/json", {"Content-Length": str(len(whole))})
     except BaseException:
         job.close()
         raise
-    return Stream(job, _chunks(answer, job, first))
 
 
 def at_work(state) -> Worker:
@@ -47,11 +59,11 @@ def at_work(state) -> Worker:
     return state.worker
 
 
-class Stream(StreamingResponse):
-    """Server-sent events; however it ends, the job is closed."""
+class Sent(StreamingResponse):
+    """An answer on its way, as fast as the client reads; however it ends, the job is closed."""
 
-    def __init__(self, job, chunks):
-        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    def __init__(self, job: Job, pieces: AsyncIterator[bytes], kind: str, headers: dict[str, str]):
+        super().__init__(pieces, media_type=kind, headers=headers)
         self.job = job
 
     async def __call__(self, scope, receive, send):
@@ -61,27 +73,32 @@ class Stream(StreamingResponse):
             self.job.close()
 
 
-def _asked(kind, body, name, state):
-    """In a thread: parsing and tokenizing a long prompt take their time."""
-    question = read(kind, body)
-    if question.model not in (None, state.name):
-        raise Refused(404, f"there is no model {question.model!r} here; there is {state.name!r}", "model",
-                      "model_not_found")
-    return question, requests_of(question, name, state.worker.ready)
+async def _body(request, most: int, grows: Callable[[], None]):
+    """The request's body; `grows` is called once it is LARGE. Raises Refused where it is too large.
 
-
-async def _body(request):
-    """The request's body. Raises Refused for one that is too large; no more than that is kept of it."""
-    body, size = bytearray(), 0
+    What is refused is read to its end, or 16 times what may be: few clients listen before.
+    """
+    body, size, refused = bytearray(), 0, None
     async for piece in request.stream():
-        size += len(piece)
-        if size <= MOST_BYTES:
-            body += piece
-        elif size > 16 * MOST_BYTES:         # up to there it is read to its end: few clients listen before
+        was, size = size, size + len(piece)
+        refused = refused or _refusal(was, size, most, grows)
+        if size > 16 * most:
             break
-    if size > MOST_BYTES:
-        raise Refused(413, f"the body is larger than {MOST_BYTES} bytes; send less at once")
+        body += b"" if refused else piece
+    if refused:
+        raise refused
     return bytes(body)
+
+
+def _refusal(was, size, most, grows):
+    if size > most:
+        return Refused(413, f"the body is larger than {most} bytes; send less at once")
+    try:
+        if was <= LARGE < size:
+            grows()
+    except Refused as why:
+        return why
+    return None
 
 
 async def _unless_gone(request, work):
@@ -99,24 +116,23 @@ async def _unless_gone(request, work):
         await asyncio.wait(tasks)
 
 
-async def _collect(job: Job, most: int | None):
-    """The next `most` events; all there are, if None."""
-    events = []
-    while most is None or len(events) < most:
-        try:
-            events.append(await anext(job))
-        except StopAsyncIteration:
-            break
-    return events
+async def _gather(answer: Answer, job: Job):
+    async for event in job:
+        answer.add(event)
 
 
-async def _chunks(answer: Answer, job: Job, first):
+async def _chunks(answer: Answer, job: Job, first: Event, threads: Preprocessor):
     try:
-        for event in first:
-            yield answer.chunk(event)
-        async for event in job:
-            yield answer.chunk(event)
+        event = first
+        while event:
+            yield await threads.write(len(event.prompt), functools.partial(answer.chunk, event), answer)
             await asyncio.sleep(0)           # however much has come: others have their turn
+            event = await anext(job, None)
         yield answer.last()
     except Refused as why:                   # too late for a status
         yield failed(why)
+
+
+async def _pieces(whole: bytes):
+    for at in range(0, len(whole), PIECE):
+        yield whole[at:at + PIECE]

@@ -1,27 +1,32 @@
 """`nanoinfra serve`: one port, one server on it, and an end that lets running answers finish.
 
 SIGTERM or Ctrl-C: what runs may go on for a while, what is new is refused with 503; then the process ends
-with 0 and leaves nothing behind. A second signal takes the while away.
+with 0 and leaves nothing behind, also while it loads or when the engine hangs. A second signal takes the
+while away. Before `main`, in Python's first tenths of a second, a signal does what it does to any program.
 """
 import functools
 import os
 import socket
 import sys
 
+from nanoinfra.serve.keys import VARIABLE, read_keys
 from nanoinfra.serve.options import EngineOptions, ServeOptions, check
+from nanoinfra.serve.signals import end_with_0
 from nanoinfra.serve.team import Team
 
-BACKLOG = 2048                               # connections that may wait to be accepted
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 
+@end_with_0
 def main(options: ServeOptions, factory=None) -> int:
     """Serve until a signal comes; returns 0. `factory(team)` makes the engine, by default as `options` say.
 
     Raises ValueError for flags that cannot be, a port that is taken, a model that cannot be loaded.
     """
     check(options)
+    keys = read_keys(options)                # before the ranks inherit the environment
     _check_extra()
+    from nanoinfra.serve.access import Access, is_loopback_address
     from nanoinfra.serve.counters import Counters
     from nanoinfra.serve.drain import Server
     from nanoinfra.serve.server import build
@@ -30,9 +35,9 @@ def main(options: ServeOptions, factory=None) -> int:
     worker = Worker(factory or functools.partial(open_ranked, options.engine), Counters(name), tp)
     with listen(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
-        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        print(f"nanoinfra: {name} at {where}, once it is loaded", file=sys.stderr, flush=True)
-        Server(build(worker, name, options.api_key), options.drain).run(sockets=[listener])
+        access = Access(keys, is_loopback_address(host), options.allow_origin, options.cache_salt_per_key)
+        _say_where(name, host, port, access)
+        Server(build(worker, name, access), options.drain, _limits(options.engine)).run(sockets=[listener])
     if worker.failed:
         raise ValueError(worker.failed)
     return 0
@@ -62,13 +67,27 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, proto)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(BACKLOG)
+        listener.listen()
         return listener
     except OSError as error:
         if listener:
             listener.close()
         raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}; name another --host or "
                          "--port; --port 0 finds one that is free") from error
+
+
+def _limits(engine):
+    """More connections than requests that the engine takes, so that who comes then is told so."""
+    from nanoinfra.serve.connections import MOST_CONNECTIONS, limits_here
+    return limits_here(max(MOST_CONNECTIONS, 2 * (engine.seats + engine.queue)))
+
+
+def _say_where(name, host, port, access):
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"nanoinfra: {name} at {where}, once it is loaded", file=sys.stderr, flush=True)
+    if not access.loopback and not access.keys:
+        print(f"nanoinfra: whoever reaches port {port} of this machine may use it, web pages too; to ask for "
+              f"a key, set {VARIABLE}", file=sys.stderr, flush=True)
 
 
 def _check_extra():

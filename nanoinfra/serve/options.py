@@ -1,6 +1,7 @@
 """The flags of `nanoinfra generate` and `nanoinfra serve`. No torch here: `--help` must answer at once."""
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -64,7 +65,10 @@ class ServeOptions:
     host: str = "127.0.0.1"                  # who may connect: this machine alone; 0.0.0.0: everybody
     port: int = 8000                         # 0: one that is free
     name: str | None = None                  # what clients call the model; default: as given
-    api_key: str | None = None               # which clients must send; default: none
+    api_key_file: Path | None = None         # keys, one a line; default: NANOINFRA_API_KEY
+    api_key: str | None = field(default=None, repr=False)    # a key, which ps shows to everybody here
+    allow_origin: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # of web pages that may ask; *: all
+    cache_salt_per_key: bool = False         # nobody learns from cached_tokens what other keys' prompts share
     drain: float = 30.0                      # seconds that running requests have, when a signal ends it
 
 
@@ -80,5 +84,7 @@ def check(options: ServeOptions) -> None:
             raise ValueError(f"{flag} {value} is too small; give at least {lowest}")
     if options.port > 65535:
         raise ValueError(f"--port {options.port} is too large; give at most 65535, or 0 for one that is free")
-    if options.api_key == "":
-        raise ValueError("--api-key is empty; leave it out to serve whoever connects")
+    for origin in options.allow_origin:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
+            raise ValueError(f"--allow-origin {origin} is no origin; give a scheme and a host, without a "
+                             "path, as https://example.com or http://localhost:3000, or * for all")

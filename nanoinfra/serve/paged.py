@@ -30,6 +30,7 @@ class PagedKV:
         """Prepare for a step: (its work in the order of the row, tokens (1, N), positions (1, N))."""
         for source, to in plan.copies:
             self.pool[:, :, to] = self.pool[:, :, source]
+        self._clean(plan.work)
         work = sorted(plan.work, key=lambda each: each[2] > 1)                           # stable
         places = [range(first, first + count) for _, first, count in work]
         slots = [sequence.table[i // self.size] * self.size + i % self.size
@@ -99,6 +100,16 @@ class PagedKV:
                 found.append([begin, 1, count, blocks, first + count])
             begin += count
         return found
+
+    def _clean(self, work):
+        """Past a sequence's end lie zeros, nobody else's numbers: a NaN is still one when it is masked."""
+        begun = []
+        for sequence, first, count in work:
+            block, past = divmod(first + count, self.size)
+            if past and first <= block * self.size:          # begun in this step, and not filled
+                begun.append(sequence.table[block])
+        if begun:
+            self.pool.index_fill_(2, self._tensor(begun), 0)
 
     def _tensor(self, values):
         return torch.tensor(values, device=self.pool.device)

@@ -167,20 +167,33 @@ void likeliest(long *to, const number *logits, long N, long V) {
     }
 }
 
-#ifdef BF16
-/* serve/packed.py, Packed, of a single row: to (out) = x (in) weight^T. oneDNN's order of the weight, AB16b32a2b,
-   has pairs of ins together and 32 outs side by side, so sums need no lane of another's; a block of outs is one
-   stretch of memory. */
-void row(number *to, const number *x, const uint32_t *weight, long in, long out) {
-#pragma omp parallel for
-    for (long first = 0; first < out; first += 32) {
-        const uint32_t *pairs = weight + first * in / 2;
-        float sum[32] = {0};
-        for (long i = 0; i < in; i += 2, pairs += 32) {
-            float even = get(x[i]), odd = get(x[i + 1]);
-            for (long o = 0; o < 32; o++) sum[o] += even * get(pairs[o]) + odd * get(pairs[o] >> 16);
-        }
-        for (long o = 0; o < 32; o++) to[first + o] = put(sum[o]);
+/* serve/packed.py, Packed, of a single row: to (out) = x (in) weight^T, plus bias (out) unless it is null.
+   The order of the weights is our own and the plainest, on every processor: (out, in), row after row, as a
+   checkpoint has them. A row is one stretch of memory and one sum, so that a compiler needs no more than its
+   widest registers (AVX-512, AVX2, NEON) and a core waits for memory alone. */
+void gemv(number *to, const number *x, const number *weight, const number *bias, long in, long out) {
+    float wide[in];                          /* x, converted once for all rows */
+    for (long i = 0; i < in; i++) wide[i] = get(x[i]);
+#pragma omp parallel for if (in * out > ENOUGH)
+    for (long o = 0; o < out; o++) {
+        const number *row = weight + o * in;
+        float sum = 0;
+        for (long i = 0; i < in; i++) sum += get(row[i]) * wide[i];
+        to[o] = put(bias ? sum + get(bias[o]) : sum);
     }
 }
+
+/* What all of this was compiled for. */
+const char *instructions(void) {
+#if defined __AVX512F__
+    return "AVX-512";
+#elif defined __AVX2__
+    return "AVX2";
+#elif defined __ARM_NEON
+    return "NEON";
+#elif defined __SSE2__
+    return "SSE2";
+#else
+    return "no vectors";
 #endif
+}

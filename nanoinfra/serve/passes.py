@@ -8,6 +8,7 @@ N tokens of the step, C width, F hidden width, H query heads, KV key heads, K he
 """
 import ctypes
 import os
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,7 +19,6 @@ from torch import nn
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model import decoder
 from nanoinfra.model.layers import RMSNorm
-from nanoinfra.serve.packed import Packed
 from nanoinfra.serve.paged import PagedKV
 
 POINTER, LONG, DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
@@ -27,14 +27,21 @@ ARGUMENTS = {"add_norm": [POINTER] * 4 + [LONG] * 2 + [DOUBLE],
              "place": [POINTER] * 3 + [DOUBLE] + [POINTER] * 4 + [LONG] * 2,
              "attend": [POINTER] * 5 + [LONG] * 3,
              "likeliest": [POINTER] * 2 + [LONG] * 2,
-             "row": [POINTER] * 3 + [LONG] * 2}
+             "gemv": [POINTER] * 4 + [LONG] * 2,
+             "instructions": []}
 
 
-def compiled(**defined: int) -> ctypes.CDLL:
-    """passes.c with these names defined, by $CC or cc. Raises RuntimeError where that cannot be."""
+def compiled(dtype: torch.dtype, **defined: int) -> ctypes.CDLL:
+    """passes.c for numbers of `dtype`, bfloat16 or float32, with these names defined.
+
+    By $CC or cc, for this processor unless $CFLAGS says otherwise (-march=haswell). Raises RuntimeError where
+    there is no C compiler with OpenMP.
+    """
     source, compiler = Path(__file__).with_suffix(".c"), os.environ.get("CC", "cc")
     flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC"]
+    flags += shlex.split(os.environ.get("CFLAGS", ""))                   # the last -march counts
     flags += [f"-D{name}={value}" for name, value in defined.items()]
+    flags += ["-DBF16"] if dtype == torch.bfloat16 else []
     with tempfile.TemporaryDirectory() as folder:
         middle, library = Path(folder, "passes.o"), Path(folder, "passes.so")
         to_object = ["-c", *flags, source, "-o", middle]
@@ -48,8 +55,8 @@ def compiled(**defined: int) -> ctypes.CDLL:
             raise RuntimeError(f"{compiler} does not compile {source.name}: {error.stderr}") from error
         passes = ctypes.CDLL(str(library))
     for name, arguments in ARGUMENTS.items():
-        if hasattr(passes, name):            # `row` is for bfloat16 alone
-            getattr(passes, name).argtypes, getattr(passes, name).restype = arguments, None
+        getattr(passes, name).argtypes, getattr(passes, name).restype = arguments, None
+    passes.instructions.restype = ctypes.c_char_p
     return passes
 
 
@@ -67,33 +74,6 @@ class Norm(nn.Module):
         return y
 
 
-class Product(nn.Module):
-    """A packed product. A row alone, as of one who chats, is left to passes.c, which reads oneDNN's order."""
-
-    def __init__(self, packed: Packed, passes: ctypes.CDLL):
-        super().__init__()
-        self.many, self.passes, self.weight = packed.forward, passes, torch.ops.mkldnn.data_ptr(packed.packed)
-        self.ins, self.outs = packed.like.shape[-1], sum(packed.outs)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.one(x) if x.numel() == self.ins else self.many(x)
-
-    def one(self, x: torch.Tensor) -> torch.Tensor:
-        """Of `x` (..., ins) with a single row."""
-        y = x.new_empty(*x.shape[:-1], self.outs)
-        self.passes.row(y.data_ptr(), x.data_ptr(), self.weight, self.ins, self.outs)
-        return y
-
-
-def product(packed: Packed, passes: ctypes.CDLL) -> nn.Module:
-    """Product, where numbers are bfloat16 and in the order that it reads; else the packed one as it is."""
-    whole = packed.like.shape[-1] % 32 == sum(packed.outs) % 32 == 0
-    if not (whole and packed.bias is None and hasattr(passes, "row")):
-        return packed
-    own, x = Product(packed, passes), torch.randn_like(packed.like)
-    return own if torch.allclose(own.one(x).float(), packed(x).float(), rtol=0.02, atol=0.02) else packed
-
-
 class Block(nn.Module):
     """decoder.Block, made of the packed one that it replaces."""
 
@@ -101,8 +81,6 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp, self.passes = block.attn, block.mlp, passes
         attn, mlp = block.attn, block.mlp
-        attn.qkv, attn.o, mlp.gate_up, mlp.down = (
-            product(packed, passes) for packed in (attn.qkv, attn.o, mlp.gate_up, mlp.down))
         self.norm1, self.norm2 = Norm(block.norm1, passes), Norm(block.norm2, passes)
         order = (self.norm1, attn.qkv, attn.o, self.norm2, mlp.gate_up, mlp.down)
         self.steps = [module.forward for module in order]                # a Module's own call takes 1 us more
@@ -167,14 +145,14 @@ def suit(config: ModelConfig) -> bool:
     return (parts.norm, parts.position, parts.mlp) == ("rms", "rope", "swiglu")
 
 
-def install(model: decoder.Decoder, kv: PagedKV) -> PagesInPlace:
-    """Let `model`, packed, compute so from here on, with the cache that is returned in `kv`'s place.
+def compile_for(model: decoder.Decoder, kv: PagedKV) -> ctypes.CDLL:
+    """passes.c for `model` and its cache. Raises RuntimeError where there is no C compiler with OpenMP."""
+    dtype, config = model.embed.weight.dtype, model.config
+    return compiled(dtype, K=config.head_dim, KV=kv.KV, G=config.heads // kv.KV, BLOCK=kv.size)
 
-    Raises RuntimeError, and changes nothing, where there is no C compiler with OpenMP.
-    """
-    config, dtype = model.config, model.embed.weight.dtype
-    shape = {"K": config.head_dim, "KV": kv.KV, "G": config.heads // kv.KV, "BLOCK": kv.size}
-    passes = compiled(**shape, **({"BF16": 1} if dtype == torch.bfloat16 else {}))
+
+def install(model: decoder.Decoder, kv: PagedKV, passes: ctypes.CDLL) -> PagesInPlace:
+    """Let `model`, packed, compute so from here on, with the cache that is returned in `kv`'s place."""
     model.blocks = nn.ModuleList(Block(block, passes) for block in model.blocks)
-    model.norm, model.head = Norm(model.norm, passes), product(model.head, passes)
+    model.norm = Norm(model.norm, passes)
     return PagesInPlace(kv, passes)

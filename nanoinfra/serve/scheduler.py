@@ -106,6 +106,13 @@ class Scheduler:
         self.running.insert(self.running.index(sequence) + 1, twin)
         return twin
 
+    def preempt(self, sequence: Sequence) -> None:
+        """It runs, gives its blocks back and is the next to begin again."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.preempted += 1
+        self.waiting.appendleft(sequence)
+
     def finish(self, sequence: Sequence) -> None:
         """It needs nothing any more, wherever it is."""
         if sequence in self.running:
@@ -120,10 +127,8 @@ class Scheduler:
             if self.running == [sequence]:
                 plan.full.append(sequence)
                 return False
-            victim = self.running.pop()
-            self._release(victim)
-            victim.preempted += 1
-            self.waiting.appendleft(victim)
+            victim = self.running[-1]
+            self.preempt(victim)
             plan.preempted.append(victim)
             if victim is sequence:
                 return False

@@ -1,10 +1,10 @@
 """The HTTP server: OpenAI's API over a Worker, metrics, and a page to chat and to watch the scheduler.
 
-Whatever a client sends is answered: 400 with the reason, 401, 404, 413; 429 where too much waits; 503 while
-the engine loads, starts again or the server ends. No key is needed for health, metrics and the page.
+Whatever a client sends is answered: 400 with the reason, 401, 404, 413; 403 and 415 by access.py; 429 where
+too much waits; 503 while the engine loads, starts again or the server ends. No key is needed for health,
+metrics and the page.
 """
 import asyncio
-import hmac
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,21 +12,27 @@ from pathlib import Path
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from nanoinfra.serve.access import Access, AccessMiddleware
 from nanoinfra.serve.answers import ChatAnswer, CompletionAnswer, sent
 from nanoinfra.serve.errors import Refused
 from nanoinfra.serve.exchange import at_work, exchange
+from nanoinfra.serve.keys import key_of, salt_of
+from nanoinfra.serve.preprocess import Preprocessor
 from nanoinfra.serve.protocol import Chat, Completion
 from nanoinfra.serve.worker import Worker
 
 PULSE = 0.2                                  # seconds from one look at the scheduler to the next
+MOST_WATCHERS = 32                           # who look at the same time; a look has no end
 PAGE = Path(__file__).with_name("page.html")
-OFFLINE = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src data:"}
+ALONE = {"Content-Security-Policy":          # it loads nothing from elsewhere, and no other page frames it
+         "default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'"}
 
 
-def build(worker: Worker, name: str, api_key: str | None = None) -> FastAPI:
-    """The app, which starts and stops `worker`; clients call the model `name`.
+def build(worker: Worker, name: str, access: Access | None = None) -> FastAPI:
+    """The app, which starts and stops `worker`; clients call the model `name`, `access` says who may.
 
     Set `app.state.draining`, and what is new is refused.
     """
@@ -35,10 +41,14 @@ def build(worker: Worker, name: str, api_key: str | None = None) -> FastAPI:
         worker.start()
         yield
         worker.stop()
+        app.state.preprocessor.close()
+        await worker.join()
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.worker, app.state.name, app.state.key = worker, name, api_key
-    app.state.draining, app.state.since = False, int(time.time())
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
+                  redirect_slashes=False)    # it would redirect to whatever the client calls Host
+    app.state.worker, app.state.name, app.state.access = worker, name, access or Access()
+    app.state.preprocessor = Preprocessor()
+    app.state.draining, app.state.since, app.state.watchers = False, int(time.time()), 0
     for path, answer in {"/health": _health, "/metrics": _metrics, "/stats": _stats, "/": _page}.items():
         app.add_api_route(path, answer)
     known = [Depends(_known)]
@@ -49,7 +59,23 @@ def build(worker: Worker, name: str, api_key: str | None = None) -> FastAPI:
     for error, answer in {Refused: _refused, HTTPException: _http, ClientDisconnect: _gone,
                           Exception: _bug}.items():
         app.add_exception_handler(error, answer)
+    if app.state.access.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=app.state.access.origins, allow_headers=["*"],
+                           allow_methods=["GET", "POST"])
+    app.add_middleware(AccessMiddleware, access=app.state.access)        # the last is asked first
     return app
+
+
+class Watched(StreamingResponse):
+    """A stream that is counted while it lasts."""
+
+    async def __call__(self, scope, receive, send):
+        state = scope["app"].state
+        state.watchers += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            state.watchers -= 1
 
 
 async def _completions(request: Request):
@@ -89,20 +115,27 @@ async def _stats(request: Request):
             chat = worker.ready is None or worker.ready.template is not None
             yield sent({"model": state.name, "state": worker.state, "chat": chat, **worker.stats})
             await asyncio.sleep(PULSE)
-    return StreamingResponse(looks(request.app.state), media_type="text/event-stream",
-                             headers={"Cache-Control": "no-cache"})
+    if request.app.state.watchers >= MOST_WATCHERS:
+        raise Refused(503, f"{MOST_WATCHERS} watch already; close one of their pages")
+    return Watched(looks(request.app.state), media_type="text/event-stream",
+                   headers={"Cache-Control": "no-cache"})
 
 
 async def _page(request: Request):
-    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=OFFLINE)
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=ALONE)
 
 
 async def _known(request: Request):
-    """Does the client have the key?"""
-    key, given = request.app.state.key, request.headers.get("authorization", "")
-    if key and not hmac.compare_digest(f"Bearer {key}".encode(), given.encode("latin-1")):
+    """Does the client have a key? It may come with a salt, for what its requests share."""
+    access, request.state.salt = request.app.state.access, ""
+    if not access.keys:
+        return
+    key = key_of(access.keys, request.headers.get("authorization", ""))
+    if key is None:
         raise Refused(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                       code="invalid_api_key")
+    if access.salt_per_key:
+        request.state.salt = salt_of(key)
 
 
 async def _refused(request, why: Refused):
@@ -110,7 +143,7 @@ async def _refused(request, why: Refused):
 
 
 async def _http(request, error: HTTPException):
-    why = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    why = Refused(error.status_code, f"{request.method} {request.scope['path']}: {error.detail}")
     return JSONResponse(why.body(), why.status, error.headers)
 
 

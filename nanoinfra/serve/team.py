@@ -3,8 +3,6 @@
 Commands go through pipes, not collectives: a collective has to end in time, and an idle server waits for
 ever. So a late collective always means a rank that died or hangs, and the engine is started again.
 """
-import os
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -30,13 +28,12 @@ class Team:
         """A Mesh of `tp` ranks, all of this team's. Every rank calls it."""
         import torch.distributed as dist
 
+        from nanoinfra.dist.loopback import bind_to_loopback, client_store, master_store
         from nanoinfra.dist.mesh import Mesh
         if tp > 1:
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-            store = None
-            if self.rank == 0:
-                store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            bind_to_loopback()
+            store = master_store() if self.rank == 0 else None
             port = self.share(store and store.port)
-            store = store or dist.TCPStore("127.0.0.1", port, is_master=False)
+            store = store or client_store(port)
             dist.init_process_group("gloo", timeout=PATIENCE, store=store, rank=self.rank, world_size=tp)
         return Mesh(tp=tp)

@@ -17,19 +17,21 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch.distributed import HashStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
+from nanoinfra.dist.loopback import HOST, master_store
 from nanoinfra.train.rank import BOARD, NOTES, OURS, STOPPED, make_folder
 
 PATIENCE = 300                               # seconds that ranks have to save, when a signal stops the run
 
 
-def launch(argv: list[str], nproc: int, out: Path | None = None, max_restarts: int = 0) -> int:
-    """Run `nanoinfra ARGV` on `nproc` ranks. Exit code 0, 2 for a user's mistake, 1 for a failed rank.
+def launch(argv: list[str], nproc: int, out: Path | None = None, max_restarts: int = 0,
+           module: str = "nanoinfra.cli") -> int:
+    """Run `python -m MODULE ARGV` on `nproc` ranks. Exit code 0, 2 for a user's mistake, 1 for a failed rank.
 
     `out` is a run's directory, where there is one.
     """
@@ -38,10 +40,9 @@ def launch(argv: list[str], nproc: int, out: Path | None = None, max_restarts: i
     for logger in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    started, name = time.time(), OURS + uuid.uuid4().hex[:8]
-    meeting = get_rendezvous_handler(RendezvousParameters("c10d", "localhost:0", name, 1, 1))
+    started, meeting = time.time(), LoopbackRendezvous(OURS + uuid.uuid4().hex[:8])
     spec = WorkerSpec("rank", nproc, meeting, entrypoint=sys.executable, max_restarts=max_restarts,
-                      args=("-m", "nanoinfra.cli", *argv), monitor_interval=0.1)
+                      args=("-m", module, *argv), monitor_interval=0.1)
     with _notes(out) as notes:
         try:
             failures = Agent(spec, DefaultLogsSpecs(str(notes)), out).run().failures
@@ -50,6 +51,40 @@ def launch(argv: list[str], nproc: int, out: Path | None = None, max_restarts: i
         finally:
             meeting.shutdown()
         return _after_failure(failures, nproc, out) if failures else 0
+
+
+class LoopbackRendezvous(RendezvousHandler):
+    """The rendezvous of one agent: its ranks meet at a store on loopback, which the agent does not read.
+
+    torch's own c10d rendezvous listens on every interface and unpickles what it finds in its store.
+    """
+    use_agent_store = True                   # the ranks take the store that is here, and start none
+
+    def __init__(self, run_id: str):
+        self.run_id, self.store = run_id, master_store()
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Rank 0 of 1 agents, which keeps its own notes in memory; the ranks learn the store's address."""
+        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(HOST, self.store.port))
+
+    def get_run_id(self) -> str:
+        return self.run_id
+
+    def get_backend(self) -> str:
+        return "loopback"
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def is_closed(self) -> bool:
+        return self.store is None
+
+    def set_closed(self) -> None:
+        self.store = None
+
+    def shutdown(self) -> bool:
+        self.set_closed()
+        return True
 
 
 class Agent(LocalElasticAgent):

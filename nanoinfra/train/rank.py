@@ -20,7 +20,6 @@ OURS = "nanoinfra-"                          # how launches of train/launch.py a
 BOARD = "where_ranks_stand"                  # ledger.Board of a run under way
 NOTES = ".ranks"                             # of our launcher in the run's directory, while the run lives
 STOPPED = "stopped.json"                     # rank 0's note in the run directory: a signal ended the run
-START = timedelta(seconds=300)               # that ranks may start one after the other
 
 
 def is_rank() -> bool:
@@ -61,6 +60,7 @@ def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
 
     from nanoinfra.dist.comm import LostRank
     from nanoinfra.dist.ledger import Board, report_to
+    from nanoinfra.train.rendezvous import meet
     if device == "cuda":
         import torch
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -71,7 +71,7 @@ def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
         board.write({})                      # over what an earlier attempt has left there
         report_to(board)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"           # counts travel on the CPU
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **_meet())
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **meet())
     signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         yield
@@ -86,35 +86,22 @@ def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
         (out / BOARD).unlink(missing_ok=True)                # kept after a failure, for the launcher to read
 
 
-def _meet():
-    """Wait until every rank is there: imports may take longer than a collective ever should.
-
-    A store that torchrun keeps from one attempt to the next still has the addresses of ranks that are dead.
-    """
-    from torch.distributed import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
-    store, rank, world = next(rendezvous("env://", timeout=START))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-        store = PrefixStore(f"attempt {attempt} of {world} ranks", store)
-    store.set(f"rank {rank}", "is there")
-    store.wait([f"rank {r}" for r in range(world)], START)
-    return {"store": store, "rank": rank, "world_size": world}
-
-
 def _tidy(out):
     """Remove what the launcher of an earlier run could not, because it was killed."""
     shutil.rmtree(out / NOTES, ignore_errors=True)
     (out / BOARD).unlink(missing_ok=True)
 
 
-def end_with_parent() -> None:
-    """Ask Linux to kill this process when its launcher dies; elsewhere nobody does."""
+def end_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when its launcher dies; elsewhere nobody does.
+
+    `parent` is the launcher's process id: who knows it notices that the launcher has died already.
+    """
     if sys.platform == "linux":
-        parent = os.getppid()
+        parent = parent or os.getppid()
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)           # PR_SET_PDEATHSIG
         if os.getppid() != parent:
-            os._exit(1)                      # it died just before
+            os._exit(1)                      # it died before
 
 
 def leave_error(message: str) -> bool:

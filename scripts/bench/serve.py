@@ -9,7 +9,7 @@ one call at a time, half a second after the other, so that this one's threads ha
 a call that is not timed, since the other's weights are in the caches. A pair times both on fresh prompts, the
 same for both: t1 for the prompts and one token each, t64 for all. In tokens/s, prefill is B 128 / t1, decode
 B 63 / (t64 - t1) and generate, all together, B 64 / t64.
-Before that, both sides' first tokens are compared. Needs the embedded model (make .venv/base).
+Before that, both sides' first tokens are compared. Needs the embedded model (make .venv/installed).
 """
 import argparse
 import json

@@ -1,7 +1,8 @@
 """ZeRO against DeepSpeed's (stages 1 to 3) and torch's FSDP2 (stage 3): pace, bytes sent, peak memory.
 
     python3 -m venv PEERS
-    PEERS/bin/pip install -c constraints.txt -e . setuptools wheel ninja
+    PEERS/bin/pip install --no-deps --require-hashes -r requirements.lock
+    PEERS/bin/pip install --no-build-isolation torch==2.13.0 -e . wheel ninja
     PEERS/bin/pip install --no-build-isolation deepspeed==0.19.8
     PEERS/bin/python scripts/bench/zero.py [--pairs 9] [--against deepspeed fsdp2] [--stages 1 2 3] [--memory]
 

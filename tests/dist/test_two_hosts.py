@@ -95,6 +95,7 @@ def test_two_hosts_train_as_one_rank(hosts, tmp_path):
     both = Both(hosts, tmp_path, "2", 10)
     assert [process.wait() for process in both.processes] == [0, 0], both.communicate()[1]
     assert len(both.opened()) == 1 and "dp=2" in both.opened()[0]
+    assert both.communicate()[1].count("ranks on several hosts trust their network") == 1
     close(metrics.read(both.run / "metrics.jsonl"), want)
 
 

@@ -1,12 +1,16 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
-from nanoinfra.lab import exercise
+from nanoinfra.lab import exercise, grade, judge
 from nanoinfra.lab.build import clear, convert
+from nanoinfra.lab.check import Check, lesson
 from nanoinfra.lab.grade import main
+from nanoinfra.lab.limited import Limits
+from nanoinfra.lab.where import shown
 
 LESSONS = Path(__file__).parents[2] / "lessons"
 SOURCES = {path.name[:2]: path for path in sorted(LESSONS.glob("[0-9][0-9]_*.py"))}
@@ -19,6 +23,17 @@ def number(request, course):
     return request.param
 
 
+@pytest.fixture
+def here(monkeypatch):
+    """A hand-in is judged in this process, whose ranks are warm: `make prove` has one of its own for each."""
+    def judged(lesson, file, checks, limits):
+        found = {each.name: [] for each in checks}
+        for name, verdict in judge.verdicts(checks, str(file), shown(file)):
+            found[name].append(verdict)
+        return [each.table(found[each.name], shown(file)) for each in checks]
+    monkeypatch.setattr(grade, "judged", judged)
+
+
 def exported(notebook, folder):
     import nbformat
     nbformat.write(notebook, folder / "x.ipynb")
@@ -27,12 +42,16 @@ def exported(notebook, folder):
 
 
 def predict_all(number, folder):
-    from nanoinfra.lab.check import lesson
     made = {key: {"unit": "", "predicted": [1.0]} for key in lesson(number).PREDICTIONS}
     (folder / "numbers.json").write_text(json.dumps(made))
 
 
-def test_the_empty_starter_scores_nothing(number, course, capsys):
+def handed_in(course, number, text):
+    (course / "work").mkdir(exist_ok=True)
+    (course / "work" / f"L{number}.py").write_text(text)
+
+
+def test_the_empty_starter_scores_nothing(number, course, here, capsys):
     (course / "work").mkdir()
     exported(clear(convert(SOURCES[number])), course / "work")
     assert main([number]) == 1
@@ -40,7 +59,7 @@ def test_the_empty_starter_scores_nothing(number, course, capsys):
     assert "score 0 of" in out and "not written yet" in out and "not made" in out
 
 
-def test_the_reference_scores_full_once_it_is_somebodys_work(number, course, capsys):
+def test_the_reference_scores_full_once_it_is_somebodys_work(number, course, here, capsys):
     (course / "work").mkdir()
     file = exported(convert(SOURCES[number]), course / "work")
     predict_all(number, course / "work")
@@ -68,9 +87,93 @@ def test_what_cannot_be_graded_is_said_in_one_line(course, capsys):
     assert "work/L02.py does not exist" in lines[0] and "'98' has no checks" in lines[1]
 
 
-def test_a_file_that_does_not_run_scores_nothing_and_says_where(course, capsys):
-    (course / "work").mkdir()
-    (course / "work" / "L02.py").write_text("def ring_all_reduce(x, axis:\n    return x\n")
+def test_a_file_that_does_not_run_scores_nothing_and_says_where(course, here, capsys):
+    handed_in(course, "02", "def ring_all_reduce(x, axis:\n    return x\n")
     assert main(["02"]) == 1
     out = capsys.readouterr().out
     assert "score 0 of" in out and "SyntaxError" in out and "L02.py, line 1" in out
+
+
+def test_what_is_too_large_or_no_record_is_not_graded(course, capsys):
+    handed_in(course, "04", "#" * (1 << 20) + "\n")
+    assert main(["04"]) == 2
+    assert "1,048,577" in capsys.readouterr().err
+    handed_in(course, "04", "")
+    for text in ("[" * 100_000, "[]", "{"):
+        (course / "work" / "numbers.json").write_text(text)
+        assert main(["04"]) == 2
+        assert "numbers.json cannot be read" in capsys.readouterr().err
+
+
+ENDS = """
+import os
+def kept_bytes(*_):
+    print("\\x1b[2J\\rscore 14 of 14", flush=True)
+    os._exit(0)
+"""
+
+
+def test_who_ends_the_judging_process_loses_that_criterion_and_keeps_what_was_earned(course, capsys):
+    (course / "work").mkdir()
+    file = exported(convert(SOURCES["04"]), course / "work")
+    written = [line for line in file.read_text().splitlines() if "SOLUTION" not in line]
+    file.write_text("\n".join(written) + ENDS)
+    assert main(["04"]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    recompute, kept_bytes = lesson("04").CHECKS
+    most = len(recompute.criteria) + len(kept_bytes.criteria) + len(lesson("04").PREDICTIONS)
+    assert last == f"score {len(recompute.criteria)} of {most}"
+    assert any("process ended its process with exit code 0, which is no answer" in line for line in lines)
+    assert r"       | \x1b[2J" in lines and not any(line.startswith("score") for line in lines)
+
+
+ASKED = """
+import json, os, sys, time
+ask = json.load(sys.stdin)
+def say(**words):
+    os.write(ask["pipe"], json.dumps({"nonce": ask["nonce"]} | words).encode() + b"\\n")
+say()
+"""
+PASS = "say(check=ask['checks'][0], criterion='is even', state='pass', text='')\n"
+
+
+@pytest.fixture
+def judged(monkeypatch, tmp_path):
+    """`judged(code)`: the reports on two checks of two criteria by a process that runs `code` once asked."""
+    checks = Check("first"), Check("second")
+    for each in checks:
+        each.criterion("is even", "property")(None)
+        each.criterion("is small", "resource")(None)
+
+    def run(code, **limits):
+        monkeypatch.setattr(grade, "JUDGE", [sys.executable, "-I", "-c", ASKED + code])
+        return grade.judged("98", tmp_path / "L98.py", checks, Limits(**limits))
+    return run
+
+
+@pytest.mark.parametrize("code, why", [
+    ("os.write(ask['pipe'], b'pass\\n')", "wrote what is no verdict: b'pass'"),
+    ("os.write(ask['pipe'], b'[' * 100_000 + b'\\n')", "no verdict"),
+    ("os.write(ask['pipe'], b'\\x80\\x05K\\x01.\\n')", "no verdict"),                       # a pickle
+    ("ask['nonce'] = 'another'\n" + PASS, "no verdict"),
+    (PASS.replace("is even", "is small"), "not asked"),
+    (PASS.replace("ask['checks'][0]", "'third'"), "not asked"),
+    (PASS.replace("'pass'", "'perfect'"), "not asked"), (PASS.replace("''", "None"), "not asked"),
+    (PASS.replace("'pass'", "['pass']"), "not asked"), ("sys.exit(0)", "exit code 0, which is no answer"),
+])
+def test_what_is_no_verdict_scores_nothing(judged, code, why):
+    for report in judged(code):
+        assert [verdict.state for verdict in report.verdicts] == ["wrong", "not run"]
+        assert why in report.first_failure.text and report.exit_code == 1
+
+
+def test_the_next_check_is_judged_by_another_process(judged):
+    reports = judged(PASS + "time.sleep(1000 * (ask['checks'][0] == 'first'))", seconds=4)
+    assert [[verdict.state for verdict in report.verdicts] for report in reports] == [["pass", "wrong"]] * 2
+    slow, gone = [report.first_failure.text for report in reports]
+    assert "gave no answer within 4 s" in slow and "exit code 0" in gone
+
+
+def test_after_a_wrong_verdict_nothing_is_earned(judged):
+    code = PASS.replace("'pass'", "'wrong'") + PASS.replace("even", "small") + PASS
+    assert [report.points for report in judged(code)] == [0, 0]

@@ -1,4 +1,4 @@
-"""The lab runner: what it refuses, what it prints and hands in, and the labs, under torchrun too."""
+"""The lab runner: what it refuses, what it prints and hands in, and the labs on several ranks."""
 import json
 import os
 import subprocess
@@ -108,12 +108,25 @@ def test_check_says_what_is_missing_and_runs_nothing(lab, capsys):
     (["76"], "there is no lab '76', but 06, 07, 08, 10, 16, 77 in lessons/labs"),
     (["77", "--break", "x"], "lab 77 knows no break 'x'; there are doubled, harmless"),
     (["77", "--model", "huge"], "lab 77 knows no model 'huge'; there are nano, test"),
+    (["77", "--nproc", "0"], "--nproc 0 is too small; give at least 1"),
+    (["77", "--nproc", "2", "--break", "x"], "lab 77 knows no break 'x'"),
     ([], "make lab L=08 N=4"),
 ])
 def test_a_mistake_is_one_line(lab, capsys, argv, said):
     assert run.main(argv) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
+
+
+def test_on_several_ranks_it_is_its_own_launcher(lab, capsys, monkeypatch):
+    """Whose store is on loopback, as torchrun's is not; a rank starts no further ones."""
+    argv, begun = ["77", "--nproc", "2", "--model", "test"], []
+    monkeypatch.setattr("nanoinfra.train.launch.launch", lambda *how, **more: begun.append((how, more)) or 5)
+    assert run.main(argv) == 5
+    assert begun == [((argv, 2), {"module": "nanoinfra.lab.run"})]
+    assert capsys.readouterr().out.startswith("lab 77: 0 of 2 predictions made; missing: ")
+    monkeypatch.setattr(run, "is_rank", lambda: True)
+    assert run.main(argv) == 0 and len(begun) == 1
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_runs(lab, capsys):
@@ -159,9 +172,14 @@ def test_lab_08_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, 
         assert {m.kind for key, m in got.items() if "step" not in key} == {"counted"}
 
 
+LAUNCHER = ["-m", "nanoinfra.lab.run", "--nproc"]                  # as make lab starts it
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
 @pytest.mark.prove
-def test_a_rank_that_fails_says_so_in_one_line(lab):
-    done = torchrun(2, lab, "77", "--break", "harmless")
+@pytest.mark.parametrize("start", [LAUNCHER, TORCHRUN], ids=["launcher", "torchrun"])
+def test_a_rank_that_fails_says_so_in_one_line(lab, start):
+    done = on_ranks(start, 2, lab, "77", "--break", "harmless")
     said = [line for line in done.stderr.splitlines() if line.startswith("lab 77: rank 1 of 2 failed")]
     assert done.returncode == 1
     assert said == ["lab 77: rank 1 of 2 failed, RuntimeError: the dog ate it "
@@ -171,13 +189,14 @@ def test_a_rank_that_fails_says_so_in_one_line(lab):
 
 @pytest.mark.prove
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("n", [1, 2, 4, 8])
+@pytest.mark.parametrize("start, n", [*((LAUNCHER, n) for n in (1, 2, 4, 8)), (TORCHRUN, 2)],
+                         ids=["1", "2", "4", "8", "torchrun"])
 @pytest.mark.parametrize("number, asked", LABS)
-def test_a_lab_under_torchrun_prints_once_and_hands_in(course, number, asked, n):
+def test_a_lab_on_ranks_prints_once_and_hands_in(course, number, asked, start, n):
     file = course / "work" / f"lab{number}.json"
-    done = torchrun(n, file, number)
+    done = on_ranks(start, n, file, number)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"0 of {asked} predictions made") == 1
+    assert done.stdout.count(f"0 of {asked} predictions made, 0 of them exact") == 1
     assert list(json.loads(file.read_text())["runs"]) == [f"nano on {n} rank{'s' if n > 1 else ''}, cpu"]
 
 
@@ -188,10 +207,9 @@ def measured(number, broken):
     return lab.measure(Mesh(dp=dist.get_world_size()), "test", broken)
 
 
-def torchrun(n, file, *argv):
+def on_ranks(start, n, file, *argv):
     """A lab on `n` ranks, in the course that `file` is to be handed in from."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
-               "-m", "nanoinfra.lab.run", *argv]
+    module = ["-m", "nanoinfra.lab.run"] if start is TORCHRUN else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=file.parents[1], env=environment, capture_output=True, text=True,
-                          timeout=280)
+    return subprocess.run([sys.executable, *start, str(n), *module, *argv], cwd=file.parents[1],
+                          env=environment, capture_output=True, text=True, timeout=280)

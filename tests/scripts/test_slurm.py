@@ -9,19 +9,19 @@ from nanoinfra.cli import _parse
 
 SLURM = Path(__file__).resolve().parents[2] / "scripts" / "slurm"
 STANDINS = {"scontrol": "echo nodeA; echo nodeB", "hostname": "echo nodeB",
-            "srun": 'while [ "$1" != bash ]; do shift; done; exec "$@"'}
+            "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"'}
 
 
 @pytest.fixture
 def run(tmp_path):
-    """What torchrun would be given on the second node, word by word."""
+    """What torchrun, or Python, would be given on the second node, word by word."""
     for name, text in STANDINS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    torchrun = tmp_path / ".venv" / "bin" / "torchrun"
-    torchrun.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
-    torchrun.chmod(0o755)
+    for program in ("torchrun", "python"):
+        (tmp_path / ".venv" / "bin" / program).write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+        (tmp_path / ".venv" / "bin" / program).chmod(0o755)
 
     def words(script, *argv, **slurm):
         env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **slurm}
@@ -41,3 +41,9 @@ def test_training_meets_at_the_first_node_and_may_lose_the_other(run, gpus, devi
     assert flags["rdzv-conf"].startswith("is_host=false,")
     ours = _parse(got[got.index("nanoinfra.cli") + 1:])                  # as nanoinfra understands it
     assert (ours.mesh.device, ours.model.model, str(ours.run.out)) == (device, "small", "runs/a b")
+
+
+def test_a_lab_starts_its_ranks_itself_on_loopback(run):
+    got = run("lab.sbatch", "06", "--break", "held", SLURM_GPUS_ON_NODE="4")
+    assert got == ["-m", "nanoinfra.lab.run", "--nproc", "4", "06", "--break", "held"]
+    assert run("lab.sbatch", SLURM_GPUS_ON_NODE="")[-2:] == ["2", "08"]

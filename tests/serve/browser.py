@@ -47,10 +47,10 @@ class Page:
 
 
 @contextmanager
-def opened(url, folder, width=1280, height=800):
-    """The page at `url`; `folder` is for the browser's own files."""
+def opened(url, folder, *flags, width=1280, height=800):
+    """The page at `url`; `folder` is for the browser's own files, `flags` are more for Chromium."""
     import websocket
-    command = [CHROMIUM, *FLAGS, f"--window-size={width},{height}", f"--user-data-dir={folder}"]
+    command = [CHROMIUM, *FLAGS, *flags, f"--window-size={width},{height}", f"--user-data-dir={folder}"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as browser:
         try:
             port = Path(folder, "DevToolsActivePort")

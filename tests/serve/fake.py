@@ -4,6 +4,7 @@ Tokens are bytes. What it says follows from the request alone, so every test kno
 the process, and `pause` is how long a step takes.
 """
 import os
+import subprocess
 import time
 from collections import Counter
 
@@ -131,6 +132,27 @@ def _logprob(place, token, top):
     return Logprob(token, -0.25, likely[:top])
 
 
-def fake(team, **options):
-    """The factory: every rank says that it is there, as a collective would."""
+def fake(team, load=0.0, **options):
+    """The factory, which takes `load` seconds."""
+    time.sleep(load)
     return Fake(**options)
+
+
+def compiling(team):
+    """A factory that waits for a program."""
+    subprocess.run(["sleep", "600"])
+
+
+def meeting(team, **options):
+    """A factory of engines each of whose steps waits for all ranks, as collectives do."""
+    engine = Fake(**options)
+    step = engine.step
+
+    def together():
+        for pipe in team.pipes:
+            pipe.send("here")
+        for pipe in team.pipes:
+            pipe.recv()
+        return step()
+    engine.step = together
+    return engine

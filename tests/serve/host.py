@@ -1,20 +1,23 @@
 """A server for tests: the real app, worker and uvicorn, with the fake engine, on a port of its own."""
 import functools
+import os
 import re
 import subprocess
 import sys
 import threading
-import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 
+from nanoinfra.serve.access import Access
+from nanoinfra.serve.connections import ConnectionLimits
 from nanoinfra.serve.counters import Counters
 from nanoinfra.serve.drain import Server
 from nanoinfra.serve.host import listen
 from nanoinfra.serve.server import build
 from nanoinfra.serve.worker import Worker
+from tests import processes
 from tests.serve.fake import fake
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,18 +26,19 @@ CODE = """
 import functools, sys
 from nanoinfra.serve.host import main
 from nanoinfra.serve.options import EngineOptions, ServeOptions
-from tests.serve.fake import fake
+from tests.serve.fake import {factory}
 options = ServeOptions(EngineOptions("fake", tp={tp}), port=0, drain={drain})
-sys.exit(main(options, functools.partial(fake, **{engine})))
+sys.exit(main(options, functools.partial({factory}, **{engine})))
 """
 
 
 @contextmanager
-def serving(tp=1, key=None, hung=300.0, wait=True, factory=fake, **engine):
+def serving(tp=1, key=None, hung=300.0, wait=True, factory=fake, access=None, limits=None, **engine):
     """(client, server) with `engine` for the fake's arguments; all is over when it is left."""
     listener = listen("127.0.0.1", 0)
     worker = Worker(functools.partial(factory, **engine), Counters("fake"), tp, hung)
-    server = Server(build(worker, "fake", key), limit=2.0)
+    access = access or Access((key,) if key else ())
+    server = Server(build(worker, "fake", access), 2.0, limits or ConnectionLimits())
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -50,38 +54,37 @@ def serving(tp=1, key=None, hung=300.0, wait=True, factory=fake, **engine):
 
 
 @contextmanager
-def running(tp=1, drain=20.0, **engine):
+def running(tp=1, drain=20.0, factory=fake, ready=True, **engine):
     """(process, client): what `nanoinfra serve` runs, in a process of its own."""
-    code = CODE.format(tp=tp, drain=drain, engine=engine)
-    with started([sys.executable, "-c", code]) as both:
+    code = CODE.format(tp=tp, drain=drain, factory=factory.__name__, engine=engine)
+    with started([sys.executable, "-c", code], ready) as both:
         yield both
 
 
 @contextmanager
-def started(command):
-    """(process, client) of a command that serves, once it is ready."""
-    with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE) as process:
-        try:
-            url = re.search(r"http://\S+\d", process.stderr.readline())[0]
-            with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+def started(command, ready=True, environment=None):
+    """(process, client) of a command that serves, once it is `ready`, or says where it will be.
+
+    However this ends, nothing of it is left.
+    """
+    with processes.started(command, cwd=ROOT, env=environment or os.environ, text=True,
+                           stderr=subprocess.PIPE) as process:
+        said = process.stderr.readline()
+        if not (url := re.search(r"http://\S+\d", said)):
+            raise RuntimeError(f"{command[-1]} says no address, but {said!r}")
+        with httpx.Client(base_url=url[0], timeout=30, trust_env=False) as client:
+            if ready:
                 until(lambda: client.get("/health").status_code == 200)
-                yield process, client
-        finally:
-            process.kill()
+            yield process, client
 
 
-def until(true, seconds=20.0):
-    """Wait for it. Raises TimeoutError, from what the connection said last."""
-    end, why = time.monotonic() + seconds, None
-    while True:
-        try:
-            if true():
-                return
-        except httpx.TransportError as error:            # before the port is open
-            why = error
-        if time.monotonic() > end:
-            raise TimeoutError(f"not within {seconds} s") from why
-        time.sleep(0.01)
+def until(true):
+    """Wait for it, as tests.processes.until does. A connection that cannot be made, or ends, is a no."""
+    def holds():
+        with suppress(httpx.TransportError):             # before the port is open
+            return true()
+        return False
+    processes.until(holds)
 
 
 def metric(client, name):
@@ -89,9 +92,3 @@ def metric(client, name):
     start = f'vllm:{name}{{model_name="fake"}}'
     return next(float(line.split()[-1]) for line in client.get("/metrics").text.splitlines()
                 if line.startswith(start))
-
-
-def children(pid):
-    """Processes that this one has started."""
-    return [int(each) for each in Path(f"/proc/{pid}/task").glob("*/children")
-            for each in each.read_text().split()]

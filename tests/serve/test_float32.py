@@ -13,7 +13,7 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import empty
 from nanoinfra.model.load import open_weights
 from nanoinfra.parallel.compose import serving
-from nanoinfra.serve.engine import Engine, hasten
+from nanoinfra.serve.engine import Engine, use_cpu_kernels
 from nanoinfra.serve.generate import generate
 from nanoinfra.serve.requests import Request, Sampling
 from tests.model.test_decoder import config
@@ -67,7 +67,7 @@ def compare(plain, fast, seed, new, longest):
     need = max(len(prompt) + n * (new + size) for prompt, n in requests)
     blocks = draws.choice((1, 4)) * need // size + 3
     engine = Engine(fast, blocks=blocks, size=size, budget=budget, seats=draws.choice((3, 12)))
-    hasten(engine)
+    use_cpu_kernels(engine)
     found = said(engine, dict(enumerate(requests)), new, draws)
     assert engine.blocks.used == 0 and len(found) == sum(n for _, n in requests)
     gaps, alone = [], [list(generate(plain, prompt, new)) for prompt, _ in requests]

@@ -14,8 +14,8 @@ import pytest
 from nanoinfra.cli import main
 from nanoinfra.serve.generate import main as generate
 from nanoinfra.serve.options import GenerateOptions, parse_bytes
-from tests.processes import gone
-from tests.serve.host import ROOT, SERVE, children, metric, running, started, until
+from tests.processes import children, gone
+from tests.serve.host import ROOT, SERVE, metric, running, started, until
 
 
 def answer(client, tokens, into):
@@ -74,6 +74,11 @@ MISTAKES = {
     "a port that is none": (["m", "--port", "70000"], "at most 65535"),
     "bytes that are none": (["m", "--kv-memory", "lots"], "512MiB"),
     "an empty key": (["m", "--api-key", ""], "leave it out"),
+    "a key's file that is not there": (["m", "--api-key-file", "nowhere"], "-file nowhere: No such"),
+    "salts without keys": (["m", "--cache-salt-per-key"], "give --api-key-file"),
+    "an origin with a path": (["m", "--allow-origin", "https://a.com/"], "https://example.com"),
+    "an origin that is a host": (["m", "--allow-origin", "*", "--allow-origin", "a.com"], "a.com is no"),
+    "an origin that all have": (["m", "--allow-origin", "null"], "* for all"),
     "a host that is another's": (["m", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1")}
 
 
@@ -82,6 +87,15 @@ def test_a_mistake_is_one_line_with_a_remedy(argv, says, capsys):
     assert main(["serve", *argv, *([] if "--port" in argv else ["--port", "0"])]) == 2
     *_, said = capsys.readouterr().err.splitlines()
     assert said.startswith("nanoinfra: ") and says in said, said
+
+
+def test_a_server_for_all_says_so_where_it_asks_for_no_key(capsys, monkeypatch):
+    argv = ["serve", "nowhere", "--port", "0", "--host"]
+    for host, key, warned in (("127.0.0.1", None, False), ("0.0.0.0", None, True), ("0.0.0.0", "k", False)):
+        if key:
+            monkeypatch.setenv("NANOINFRA_API_KEY", key)
+        assert main([*argv, host]) == 2      # there is no such model
+        assert ("whoever reaches port" in capsys.readouterr().err) == warned
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys):

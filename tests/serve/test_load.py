@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.host import SERVE, children, metric, running, serving, started, until
+from tests.processes import children
+from tests.serve.host import SERVE, metric, running, serving, started, until
 
 
 @asynccontextmanager
@@ -20,8 +21,9 @@ async def asked(client, path, body=None):
     """A reader of the answer, head and all; in the end the connection is closed, whatever has come."""
     reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
     data = json.dumps(body).encode() if body else b""
-    head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    kind = f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n" if body else ""
+    writer.write(f"{head}{kind}\r\n".encode() + data)
     try:
         yield reader
     finally:

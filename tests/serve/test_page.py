@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from nanoinfra.serve.access import Access
 from nanoinfra.serve.server import PAGE
 from tests.serve.browser import CHROMIUM, opened
-from tests.serve.host import ROOT, serving, until
+from tests.serve.host import ROOT, metric, serving, until
 from tests.serve.test_load import stream
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -65,6 +66,28 @@ def test_stop_frees_what_the_answer_held(tmp_path):
         page.run("document.getElementById('form').requestSubmit()")
         until(lambda: text(page, "send") == "Send" and not server.worker.jobs)
         assert page.run("document.querySelectorAll('.error').length") == 0
+
+
+POST = """fetch("{url}/v1/completions", {{
+    method: "POST", mode: "{mode}", headers: {{"Content-Type": "{kind}"}},
+    body: '{{"prompt": "ab", "max_tokens": 2}}'}}).then(got => got.text(), error => "" + error)"""
+
+
+@needs_chromium
+@pytest.mark.prove
+@pytest.mark.parametrize("origins", [(), ("*",)])
+def test_the_page_of_another_site_asks_in_vain_unless_it_is_named(tmp_path, origins):
+    """First under a name of its own that was rebound to this machine, then at the server's address."""
+    with serving(access=Access(origins=origins)) as (client, _):
+        url, evil = (f"http://{host}:{client.base_url.port}" for host in ("127.0.0.1", "evil.example"))
+        with opened(f"{evil}/", tmp_path, "--host-resolver-rules=MAP evil.example 127.0.0.1") as page:
+            assert "evil.example" in page.run("document.body.textContent")
+            for address, mode, kind in ((evil, "cors", "application/json"), (url, "no-cors", "text/plain")):
+                assert "abab" not in page.run(POST.format(url=address, mode=mode, kind=kind))
+            assert metric(client, "prompt_tokens_total") == 0
+            got = page.run(POST.format(url=url, mode="cors", kind="application/json"))
+            assert ('"text":"ab"' in got) == bool(origins), got
+            assert metric(client, "prompt_tokens_total") == (2 if origins else 0)
 
 
 def test_the_page_needs_nothing_from_elsewhere():

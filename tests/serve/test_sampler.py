@@ -1,10 +1,14 @@
 """The sampler draws with the probabilities it says, from its own seed alone; penalties; log-probabilities."""
+import math
 from collections import Counter
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoinfra.serve.requests import Sampling
+from nanoinfra.serve.requests import Request, Sampling, check
 from nanoinfra.serve.sampler import Sampler, adjusted, logprobs
 
 
@@ -62,3 +66,98 @@ def test_logprobs_are_the_models_and_the_likeliest_come_first():
     assert first.token == 2 and first.logprob == pytest.approx(-1.6094, abs=1e-3)
     assert [token for token, _ in first.top] == [1, 3] and second.top[0] == (0, pytest.approx(second.logprob))
     assert logprobs(logits[:1], [2], top=0)[0].top == [] and logprobs(logits, [], 5) == []
+
+
+def sampled(logits, n=8, **how):
+    sampler = Sampler(Sampling(**how), seed=0)
+    return [sampler.draw(logits, [1, 2, 1], 1) for _ in range(n)]
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-9, 9.9e-6, -0.0, 0.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_below_a_floor_it_is_greedy_to_the_bit(temperature, dtype):
+    logits = torch.tensor([1.0, 2.0, 2.0, 2.0 - 2 ** -7], dtype=dtype)
+    assert set(sampled(logits, temperature=temperature)) == {1}
+    assert Sampler(Sampling(temperature), 0).plain
+
+
+def test_just_above_it_the_largest_still_wins_and_a_tie_is_drawn():
+    assert set(sampled(torch.tensor([1.0, 2.0, 1.999]), 40, temperature=1e-5)) == {1}
+    assert set(sampled(torch.tensor([3e38, 3e38, -3e38]), 40, temperature=1e-5)) == {0, 1}
+
+
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+penalty = st.floats(-2, 2)
+ways = st.builds(Sampling, temperature=st.floats(0, 100) | st.floats(0, 1e-4), top_k=st.integers(0, 5),
+                 top_p=st.floats(1e-9, 1), min_p=st.floats(0, 1), presence=penalty, frequency=penalty,
+                 repetition=st.floats(1e-9, 100), seed=st.none() | st.integers(-2 ** 63, 2 ** 63 - 1),
+                 bias=st.dictionaries(st.integers(0, 4), st.floats(-100, 100)))
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(ways, st.sampled_from(DTYPES), st.lists(st.floats(-1, 1), min_size=5, max_size=5),
+       st.integers(0, 2047), st.lists(st.integers(0, 4), max_size=6), st.integers(0, 3))
+def test_what_is_asked_for_is_always_drawn(how, dtype, units, power, tokens, prompt):
+    """With all values that `check` lets pass, of logits as large as the dtype has them."""
+    check(Request("r", [0], how), context=99, vocab=5)
+    most = torch.finfo(dtype).max
+    logits = (torch.tensor(units, dtype=torch.float64) * min(2.0 ** (power / 2), most)).clamp(-most, most)
+    sampler = Sampler(how, seed=0)
+    for _ in range(3):
+        assert 0 <= sampler.draw(logits.to(dtype), tokens, prompt) < 5
+        tokens = [*tokens, 4]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.0, "bias": {0: 1.0}}, {"top_k": 1}, {"frequency": 1}])
+def test_no_token_is_drawn_from_what_is_not_finite(how, value):
+    with pytest.raises(ValueError, match=f"the largest logit is {value}: no token can be drawn"):
+        sampled(torch.tensor([0.0, value, 1.0]), **how)
+    with pytest.raises(ValueError, match="-inf"):
+        sampled(torch.full((3,), -math.inf), **how)
+    assert set(sampled(torch.tensor([-math.inf, 1.0, 1.0]), 40, **{"temperature": 100.0} | how)) <= {1, 2}
+
+
+@pytest.mark.parametrize("how", [{"presence": 0.5, "frequency": -0.25}, {"repetition": 1.7},
+                                 {"repetition": 0.5, "presence": 1.0, "bias": {2: 3.0, 4: -1.5}}])
+def test_token_by_token_it_is_what_it_is_of_the_whole_text(how):
+    sampler, how, draws = Sampler(Sampling(**how), 0), Sampling(**how), torch.Generator().manual_seed(0)
+    tokens, logits = [3, 4, 1], torch.randn(6, generator=draws)
+    for new in (2, 2, 4, 0, 2, 5, 5, 5):
+        got = sampler.adjustment(logits, tokens, 3)
+        torch.testing.assert_close(got, adjusted(logits, how, tokens, 3), rtol=0, atol=1e-6)
+        tokens.append(new)
+
+
+class Counting(TorchDispatchMode):
+    """How many of torch's operations run, and how many numbers they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.numbers = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.calls += 1
+        self.numbers += made.numel() if isinstance(made, torch.Tensor) else 0
+        return made
+
+
+@pytest.mark.parametrize("how", [{"bias": {i: i % 7 - 3.0 for i in range(5000)}}, {"repetition": 1.1},
+                                 {"presence": 0.1, "frequency": 0.1}])
+def test_what_a_token_costs_grows_neither_with_the_bias_nor_with_the_text(how):
+    """Counted in operations and numbers: after 10 tokens as after 4,000. Continuations share the bias."""
+    def work(sampler, tokens):
+        with Counting() as seen:
+            sampler.draw(logits, tokens, 2)
+        return seen.calls, seen.numbers
+    logits, first, twin = torch.zeros(5000), *(Sampler(Sampling(0.0, **how), 0, i) for i in range(2))
+    twin.share(first)
+    start, text = work(first, [1] * 10), list(range(4000))
+    assert start[0] < 30
+    sampler = Sampler(Sampling(0.0, **how), 0)
+    sampler.draw(logits, text[:-2], 2)
+    more = [work(sampler, text[:-1]), work(sampler, text)]
+    assert more[0] == more[1] and more[0][0] <= 30 and more[0][1] < 40_000
+    if how.get("bias"):
+        assert work(twin, [1] * 10)[0] < start[0] and twin.adjustment.bias is None

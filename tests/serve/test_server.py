@@ -7,10 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.serve.exchange import MOST_BYTES
+from nanoinfra.serve.limits import MOST_BYTES
 from tests.serve.host import metric, serving
 from tests.serve.test_protocol import BODIES
 
+JSON = {"Content-Type": "application/json"}
 RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.json"))
 
 
@@ -163,7 +164,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("status, sent, says", ERRORS.values(), ids=ERRORS.keys())
 def test_an_error_has_a_status_and_a_reason(client, status, sent, says):
-    got = client.post("/v1/completions", **sent)
+    got = client.post("/v1/completions", headers=JSON, **sent)
     assert got.status_code == status
     assert got.json()["error"].keys() == {"message", "type", "param", "code"}
     assert says in got.json()["error"]["message"]
@@ -184,14 +185,14 @@ def test_openai_raises_its_own_errors(ai):
 @given(ANY, st.sampled_from(["/v1/completions", "/v1/chat/completions"]))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nothing_a_client_sends_is_a_500(client, body, path):
-    assert client.post(path, content=body).status_code in (200, 400, 404)
+    assert client.post(path, content=body, headers=JSON).status_code in (200, 400, 404)
 
 
 @pytest.mark.prove
 @given(ANY, st.sampled_from(["/v1/completions", "/v1/chat/completions"]))
 @settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nothing_that_many_clients_send_is_a_500(client, body, path):
-    assert client.post(path, content=body).status_code in (200, 400, 404)
+    assert client.post(path, content=body, headers=JSON).status_code in (200, 400, 404)
 
 
 def test_metrics_have_vllms_names(client):

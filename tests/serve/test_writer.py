@@ -39,6 +39,44 @@ def test_decoding_a_stream_does_not_look_back_further_than_a_word(tokenizer):
     assert max(asked) <= 2
 
 
+@given(st.lists(st.integers(0, 255) | st.sampled_from([0x9f, 0xf0, 0xe6]), max_size=60),
+       st.integers(0, 40), st.integers(0, 255))
+def test_bytes_that_are_no_characters_are_shown_and_cost_no_more_the_longer_it_goes_on(ids, times, byte):
+    asked = []
+
+    def decode(ids):
+        asked.append(len(ids))
+        return bytes(ids).decode(errors="replace")
+    shown, ids = Stream(decode), [*ids, *[byte] * times, *"\u65e5\U0001f642".encode()]
+    assert "".join(map(shown.push, ids)) + shown.finish() == decode(ids)
+    assert max(asked[:-1], default=0) <= 28
+
+
+def test_tokens_without_a_text_after_a_part_of_a_character_do_not_pile_up():
+    asked = []
+
+    def decode(ids):
+        asked.append(len(ids))
+        return bytes(each for each in ids if each < 256).decode(errors="replace")
+    shown = Stream(decode)
+    ids = [*b"ab", 0xf0, *[300] * 100, *"c\U0001f642".encode()]
+    assert "".join(map(shown.push, ids)) + shown.finish() == "ab\ufffdc\U0001f642" and max(asked) <= 40
+
+
+def test_a_stop_string_costs_as_much_as_what_comes_and_not_as_it_is_long():
+    """Counted in comparisons: 500 letters, all of which might begin one of 64 stop strings."""
+    class Counted(str):
+        def __getitem__(self, at):
+            compared.append(at)
+            return super().__getitem__(at)
+    compared, stops = [], [Counted("a" * (400 + i) + "b") for i in range(64)]
+    writer = Writer(letters, tuple(stops))
+    for _ in range(500):
+        writer.push(ord("a"))
+    assert not writer.stopped and len(writer.held) == 463 and len(compared) < 5 * 64 * 500
+    assert writer.push(ord("b")) == "" and writer.stopped
+
+
 def letters(ids):
     return "".join(map(chr, ids))
 

@@ -1,0 +1,68 @@
+"""How the ranks of a run find each other, by the variables that their launcher gave them.
+
+On one host all is on loopback (dist/loopback.py), and our own launcher reads nothing that a rank or a
+stranger wrote. Several hosts need a network that you trust: their store and their connections have no secret
+and no cipher, and torchrun, which starts ranks there, listens on every interface and unpickles what it finds
+at its c10d rendezvous: whoever reaches that port runs code of his own. Rank 0 says so on start.
+"""
+import os
+import sys
+from datetime import timedelta
+
+from torch.distributed import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from nanoinfra.dist.loopback import bind_to_loopback, client_store, is_loopback, master_store
+from nanoinfra.train.rank import OURS, restarted
+
+START = timedelta(seconds=300)               # that ranks may start one after the other
+
+
+def meet() -> dict:
+    """Wait until every rank is there: imports may take longer than a collective ever should.
+
+    Returns what init_process_group takes: store, rank and world_size. A store that torchrun keeps from one
+    attempt to the next still has the addresses of ranks that are dead.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if on_one_host():
+        bind_to_loopback()
+    if rank == 0 and not restarted() and (risk := exposure()):
+        print(f"nanoinfra: {risk}", file=sys.stderr, flush=True)
+    store = _store(rank)
+    if _launcher_has_store():
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        store = PrefixStore(f"attempt {attempt} of {world} ranks", store)
+    store.set(f"rank {rank}", "is there")
+    store.wait([f"rank {r}" for r in range(world)], START)
+    return {"store": store, "rank": rank, "world_size": world}
+
+
+def on_one_host() -> bool:
+    """Are all ranks on this host? They are if they meet on loopback, or if one launcher has all."""
+    here, all_ranks = os.environ.get("LOCAL_WORLD_SIZE"), os.environ["WORLD_SIZE"]
+    return is_loopback(os.environ["MASTER_ADDR"]) or here == all_ranks
+
+
+def exposure() -> str:
+    """What another host could do to this run, in one line; "" where none can reach it."""
+    if not on_one_host():
+        return ("ranks on several hosts trust their network: whoever reaches their ports can change this run "
+                "and run code in torchrun; keep strangers off it, by a firewall or a network of its own")
+    ours = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS)
+    if ours or (is_loopback(os.environ["MASTER_ADDR"]) and not _launcher_has_store()):
+        return ""
+    return ("torchrun listens on every interface and trusts whoever connects; on one host, nanoinfra starts "
+            "the ranks itself, on loopback: nanoinfra train --dp 2, or make lab")
+
+
+def _store(rank: int) -> Store:
+    """The launcher's, or one that rank 0 has: on loopback where the ranks meet there."""
+    port = int(os.environ["MASTER_PORT"])
+    if _launcher_has_store() or not is_loopback(os.environ["MASTER_ADDR"]):
+        return next(rendezvous("env://", timeout=START))[0]
+    return master_store(port) if rank == 0 else client_store(port)
+
+
+def _launcher_has_store():
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -1,0 +1,241 @@
+"""Known-wrong servers in which one request is everybody's trouble: NaN that travels, exceptions that spread.
+
+`serve` runs requests through the real engine while keys, values or logits are spoiled; a mutant of the
+library is patched in while it runs.
+"""
+import contextlib
+import functools
+import io
+import random
+from unittest import mock
+
+import torch
+
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.mutants import Mutant, patched
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.serve import engine as engines
+from nanoinfra.serve.engine import Engine
+from nanoinfra.serve.paged import PagedKV
+from nanoinfra.serve.requests import Request, Sampling
+from nanoinfra.serve.sampler import Sampler
+
+CONFIG = ModelConfig(vocab=97, width=24, layers=2, heads=4, kv_heads=2, head_dim=6, hidden=40, context=64)
+GREEDY, NEW, NAN = Sampling(temperature=0), 8, float("nan")
+isolation = Check("isolation")
+torch.set_num_threads(1)                     # in products as small as these, a second one is only waited for
+
+
+@functools.cache
+def model():
+    net, draws = Decoder(CONFIG), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.uniform_(-0.4 if parameter.dim() > 1 else 0.5, 0.4 if parameter.dim() > 1 else 1.5,
+                               generator=draws)
+    return net.double()
+
+
+def ask(seed, length, name="", **more):
+    tokens = random.Random(seed).choices(range(CONFIG.vocab), k=length)
+    return Request(name or f"r{seed}", tokens, more.pop("sampling", GREEDY), max_tokens=NEW, **more)
+
+
+def batch():
+    return [ask(seed, 5 + 3 * seed) for seed in range(4)]
+
+
+def serve(requests, spoil=None, kept=None, kind=Engine):
+    """What became of `requests`, with `spoil(engine, step)` before each step. The engine stays in `kept`."""
+    kept, said, failed, books = {} if kept is None else kept, {}, {}, []
+    engine = kept.setdefault("engine", kind(model(), blocks=40, size=4))
+    for request in requests:
+        engine.add(request)
+    for step in range(60):
+        if spoil:
+            spoil(engine, step)
+        for event in engine.step() if engine.busy else []:
+            if event.request in failed:
+                books.append(f"{event.request} has failed and goes on")
+            if event.finish == "error":
+                failed[event.request] = event.text
+            said.setdefault((event.request, event.index), []).extend(event.tokens)
+        tables = [each.table for each in (*engine.scheduler.running, *engine.scheduler.waiting)]
+        try:
+            engine.blocks.check(tables)
+        except AssertionError as error:
+            books.append(str(error))
+    if engine.busy or engine.blocks.used:
+        books.append(f"{len(engine.runs)} never end, {engine.blocks.used} blocks are held")
+    return {"said": said, "failed": failed, "books": books, "stats": engine.stats()}
+
+
+def beside(subject, requests, spoil=None, bad=()):
+    """All of `requests` but those in `bad` say what they say alone, those fail, and the books are right."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):                  # the engine shows what it has caught
+            got = subject(requests, spoil)
+    except Exception as error:
+        raise Wrong(f"the step raises {type(error).__name__}: {error}") from error
+    want = _unspoiled()
+    for name, tokens in want.items():
+        if name[0] not in bad and got["said"].get(name) != tokens:
+            raise Wrong(f"{name[0]} says {got['said'].get(name)}, alone {tokens}")
+    if set(got["failed"]) != set(bad):
+        raise Wrong(f"{set(got['failed'])} fail, want {set(bad)}")
+    if got["books"]:
+        raise Wrong(got["books"][0])
+
+
+@functools.cache
+def _unspoiled():
+    return serve(batch())["said"]
+
+
+@isolation.criterion("an exception with one request ends it alone, whole", "property")
+def _(subject):
+    bad = ask(9, 9, "bad", sampling=Sampling(seed=13), n=3)
+    with mock.patch.object(engines, "Sampler", _Raises):
+        beside(subject, [*batch()[:2], bad, *batch()[2:]], bad=["bad"])
+
+
+class _Raises(Sampler):                      # the second continuation, with seed 13
+    def __init__(self, how, seed, index=0):
+        super().__init__(how, seed, index)
+        self.raises = (seed, index) == (13, 1)
+
+    def draw(self, *given):
+        if self.raises:
+            raise ArithmeticError("nobody has thought of this")
+        return super().draw(*given)
+
+
+@isolation.criterion("what was in a block before reaches nobody", "parity")
+def _(subject):
+    beside(subject, batch(), lambda engine, step: _poison(engine, engine.blocks.free))
+
+
+@isolation.criterion("what was poisoned is known no more", "parity")
+def _(subject):
+    kept = {}
+    subject(batch(), kept=kept)
+    _poison(kept["engine"], kept["engine"].blocks.known.values())
+    first, again = (subject(batch(), kept=kept) for _ in "ab")
+    if again["said"] != _unspoiled():
+        raise Wrong("a prefix that was found to hold NaN changes what is said after that")
+    if again["stats"]["preemptions"] > first["stats"]["preemptions"]:
+        raise Wrong("a prefix that was found to hold NaN is shared once more")
+
+
+@isolation.criterion("a poisoned block changes nobody's tokens", "parity")
+def _(subject):
+    def spoil(engine, step):
+        if step == 3:
+            _poison(engine, engine.of["r2"][0].sequence.table)
+    beside(subject, batch(), spoil)
+
+
+@isolation.criterion("logits that are not finite fail one request", "parity")
+def _(subject):
+    def spoil(engine, step):
+        if step == 0:
+            head = engine.model.head
+            engine.model = _Spoiled(engine.model, lambda x: _nan_of(engine, "r1", head(x)))
+    beside(subject, batch(), spoil, bad=["r1"])
+
+
+def _poison(engine, blocks):
+    engine.kv.pool[:, :, list(blocks)] = NAN
+
+
+class _Spoiled:
+    """The model with another head."""
+
+    def __init__(self, model, head):
+        self.hidden, self.config, self.head = model.hidden, model.config, head
+
+
+def _nan_of(engine, name, logits):
+    caught_up = [each for each in engine.batch if each["computed"] == each["tokens"]]
+    for i, each in enumerate(caught_up):
+        if each["request"] == name:
+            logits[i, 5] = NAN
+    return logits
+
+
+class LeavesNumbers(PagedKV):
+    def _clean(self, work):
+        pass
+
+
+class CleansValuesAlone(PagedKV):            # a key that is masked is NaN, too
+    def _clean(self, work):
+        keys = self.pool[:, :self.KV].clone()
+        super()._clean(work)
+        self.pool[:, :self.KV] = keys
+
+
+class SpreadsExceptions(Engine):
+    def _guarded(self, run, handle, *args):
+        return handle(run, *args)
+
+
+class GoesOnWithTwins(Engine):               # of a request that has failed
+    def _guarded(self, run, handle, *args):
+        try:
+            return handle(run, *args)
+        except ArithmeticError as error:
+            return [self._fail(run, str(error))]
+
+
+class KeepsTheBlocks(Engine):                # of a request that has failed
+    def abort(self, request):
+        for run in self.of.pop(request, []):
+            if self.runs.pop(run.sequence, None):
+                self.scheduler.running.remove(run.sequence)
+
+
+class TriesForEver(Engine):
+    def _begin_again(self, run):
+        run.again = False
+        return super()._begin_again(run)
+
+
+class NeverTriesAgain(Engine):
+    def _begin_again(self, run):
+        run.again = True
+        return super()._begin_again(run)
+
+
+class StaysKnown(Engine):
+    def _begin_again(self, run):
+        with mock.patch.object(self.blocks, "evict", lambda table: None):
+            return super()._begin_again(run)
+
+
+def one_for_all(rows):
+    return [bool(rows.isfinite().all())] * len(rows)
+
+
+ALONE, STALE, KNOWN, BLOCK, LOGITS = (c.name for c in isolation.criteria)
+ENGINES = {
+    "an exception with one request is everybody's": (SpreadsExceptions, ALONE),
+    "a request that fails goes on with its other continuations": (GoesOnWithTwins, ALONE),
+    "a request that fails keeps its blocks": (KeepsTheBlocks, ALONE),
+    "what is not finite is computed again for ever": (TriesForEver, LOGITS),
+    "what is not finite is never computed again": (NeverTriesAgain, BLOCK),
+    "a prefix that held NaN stays known": (StaysKnown, KNOWN),
+}
+MUTANTS = [
+    *(Mutant(name, isolation, functools.partial(serve, kind=kind), rejected_by)
+      for name, (kind, rejected_by) in ENGINES.items()),
+    Mutant("a block is taken as it was", isolation,
+           patched(serve, "nanoinfra.serve.engine:PagedKV", LeavesNumbers), STALE),
+    Mutant("a block's keys are as they were", isolation,
+           patched(serve, "nanoinfra.serve.engine:PagedKV", CleansValuesAlone), STALE),
+    Mutant("nobody looks whether logits are finite", isolation,
+           patched(serve, "nanoinfra.serve.engine:finite", lambda rows: [True] * len(rows)), KNOWN),
+    Mutant("one row that is not finite fails all", isolation,
+           patched(serve, "nanoinfra.serve.engine:finite", one_for_all), LOGITS),
+]

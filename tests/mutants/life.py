@@ -1,0 +1,141 @@
+"""Known-wrong keepers of the engine: memory without end, hangs that are none, pauses that grow.
+
+`books` is a Worker without processes, whose engine is a list.
+"""
+import asyncio
+import contextlib
+import functools
+from unittest import mock
+
+from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.mutants import Mutant, patched
+from nanoinfra.serve import life, worker
+from nanoinfra.serve.counters import Counters
+from nanoinfra.serve.errors import Refused
+from nanoinfra.serve.loop import Ready
+from nanoinfra.serve.requests import Request
+from tests.serve.fake import fake, text
+
+BOUND = 8                                    # commands that may wait
+waiting = Check("waiting for the engine")
+
+
+class Paper:
+    """A life on paper: it writes down what it is told."""
+
+    def __init__(self, factory=None, world=1, served=True):
+        self.sent, self.killed, self.ready, self.served = [], 0, True, served
+
+    def send(self, command):
+        self.sent.append(command)
+
+    def kill(self, why=""):
+        self.killed += 1
+
+    def hear(self):
+        raise life.Dead("it died")
+
+    def end(self):
+        pass
+
+
+def books(act):
+    """What `act` finds in a Worker that is ready, in its event loop."""
+    async def run():
+        one = worker.Worker(fake, Counters("fake"), hung=3600.0)
+        one.loop = asyncio.get_running_loop()
+        one._on(Paper(), Ready({"blocks": 1, "block_size": 1}, text(), None, (BOUND, 1 << 20)))
+        one._tick()
+        try:
+            return act(one)
+        finally:
+            one.timer.cancel()
+    return asyncio.run(run())
+
+
+@waiting.criterion("what waits for an engine that takes nothing is bounded", "property")
+def _(subject):
+    def hammer(one):
+        for i in range(10 * BOUND):
+            one.submit([Request(f"r{i}", [1])]).close()
+        with contextlib.suppress(Refused):
+            one.reset()
+        return len(one.life.sent)
+    if (got := subject(hammer)) > 2 * BOUND:
+        raise Wrong(f"{got} commands wait, want {BOUND}, and an abort of each")
+
+
+@waiting.criterion("an engine hangs that is silent and has work", "property")
+def _(subject):
+    def still(one, work):
+        for _ in range(3 * worker.TICKS):
+            one._tick()
+        idle = one.life.killed
+        setattr(one, work, {"a": 0})
+        for _ in range(worker.TICKS + 1):
+            one._tick()
+        setattr(one, work, {})
+        return idle, one.life.killed
+    for work in ("jobs", "untaken"):
+        if (got := subject(functools.partial(still, work=work))) != (0, 1):
+            raise Wrong(f"{work}: ended {got} times, idle and with work; want (0, 1)")
+
+
+@waiting.criterion("an end that was asked for is no failure", "property")
+def _(subject):
+    def stop(one):
+        one.stop()
+        one._lost("failed", "rank 0 was killed by SIGKILL")
+        return one.state, one.failed
+    if (got := subject(stop)) != ("stopped", ""):
+        raise Wrong(f"it is {got[0]}, failed by {got[1]!r}; want stopped, by nothing")
+
+
+@waiting.criterion("a pause grows where no life serves, up to a load's time", "property")
+def _(subject):
+    for served, want in ((True, [0.0] * 12), (False, [0, .1, .3, .7, 1.5, 3.1] + [5.0] * 6)):
+        def keep(one, served=served):
+            pauses = []
+            one.ended.wait = lambda pause: pauses.append(round(pause, 2)) or len(pauses) == 12
+            with mock.patch.object(worker, "Life", functools.partial(Paper, served=served)):
+                one._keep()
+            return pauses
+        if (got := subject(keep)) != want:
+            raise Wrong(f"lives that served {served}: pauses {got}, want {want}")
+
+
+class AlwaysHasRoom(worker.Worker):
+    def _has_room(self, tokens):
+        return True
+
+
+class CountsIdleTime(worker.Worker):
+    def _tick(self):
+        silent = self.silent
+        super()._tick()
+        self.silent = silent + 1
+
+
+class SeesOpenAnswersAlone(worker.Worker):   # whoever gives up takes the evidence along
+    def _tick(self):
+        super()._tick()
+        self.silent *= bool(self.jobs)
+
+
+class TakesItsOwnKillForADeath(worker.Worker):
+    def _lost(self, state, why):
+        self.failed = why if state == "failed" else self.failed
+        super()._lost(state, why)
+
+
+BOUNDED, HANGS, ASKED, PAUSES = (criterion.name for criterion in waiting.criteria)
+WORKER = "nanoinfra.serve.worker:Worker"
+MUTANTS = [
+    Mutant("whatever comes waits", waiting, patched(books, WORKER, AlwaysHasRoom), BOUNDED),
+    Mutant("an idle engine hangs", waiting, patched(books, WORKER, CountsIdleTime), HANGS),
+    Mutant("an engine that only loses its clients", waiting,
+           patched(books, WORKER, SeesOpenAnswersAlone), HANGS),
+    Mutant("a rank that the server has ended is a failure", waiting,
+           patched(books, WORKER, TakesItsOwnKillForADeath), ASKED),
+    Mutant("pauses of up to 30 s", waiting, patched(books, "nanoinfra.serve.worker:PAUSE", 30.0), PAUSES),
+]

@@ -1,0 +1,91 @@
+"""Known-wrong turns of the engine's loop: one request ends the rank, a failure is an answer, ranks part.
+
+`drive` calls the loop with an engine and a team that follow a script.
+"""
+import contextlib
+import io
+
+from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.mutants import Mutant, patched
+from nanoinfra.serve import loop
+from nanoinfra.serve.requests import Event, Request
+
+turns, NAMES = Check("turns"), ("odd", "bad", "good")
+
+
+def drive(what, *given):
+    return getattr(loop, what)(*given)
+
+
+class _Scripted:
+    """An engine that fails with "bad" and takes no "odd"."""
+
+    def __init__(self):
+        self.busy, self.stats = False, dict
+
+    def add(self, request):
+        if request.id == "odd":
+            raise ArithmeticError("nobody has thought of this")
+        self.busy = True
+
+    def step(self):
+        return [Event("bad", 0, "why", finish="error"), Event("good", 0, "a")]
+
+
+class _Parted:
+    rank, turns = 1, 0
+
+    def share(self, value=None):
+        self.turns += 1
+        if self.turns > 3:
+            raise EOFError
+        return [("add", Request("good", [1]))], [("x", 500)]
+
+
+@turns.criterion("who fails is refused, and nobody else", "property")
+def _(subject):
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):                  # the loop shows what it has caught
+            step = subject("turn", _Scripted(), [("add", Request(name, [1])) for name in NAMES])
+    except ArithmeticError as error:
+        raise Wrong(f"the rank dies of one request: {error}") from error
+    if [(name, status) for name, status, _ in step.refused] != [("odd", 500), ("bad", 500)]:
+        raise Wrong(f"{step.refused} are refused")
+    if [event.request for event in step.events] != ["good"]:
+        raise Wrong(f"events of {[event.request for event in step.events]}, want good's alone")
+
+
+@turns.criterion("ranks that disagree do not go on", "property")
+def _(subject):
+    try:
+        subject("run", _Scripted(), _Parted(), None)
+    except RuntimeError:
+        return
+    except EOFError:
+        raise Wrong("rank 0 has lost a request that rank 1 has not, and both go on") from None
+
+
+def obeys_or_dies(engine, verb, value=None):
+    try:
+        {"add": engine.add, "abort": engine.abort, "reset": lambda _: engine.reset()}[verb](value)
+    except ValueError as error:
+        return value.id, 400, str(error)
+
+
+def answers_all(engine, commands):
+    refused = [no for command in commands if (no := loop._obey(engine, *command))]
+    return loop.Step(engine.stats(), engine.step(), refused)
+
+
+def runs_on(engine, team, pipe):
+    while True:
+        loop.turn(engine, team.share()[0])
+
+
+REFUSED, PARTED = (c.name for c in turns.criteria)
+MUTANTS = [
+    Mutant("a rank dies of what it is asked", turns,
+           patched(drive, "nanoinfra.serve.loop:_obey", obeys_or_dies), REFUSED),
+    Mutant("who fails is answered", turns, patched(drive, "nanoinfra.serve.loop:turn", answers_all), REFUSED),
+    Mutant("ranks that disagree go on", turns, patched(drive, "nanoinfra.serve.loop:run", runs_on), PARTED),
+]

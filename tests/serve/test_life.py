@@ -1,0 +1,251 @@
+"""An engine that takes nothing, says nothing, or does not die: the event loop goes on, memory is bounded."""
+import asyncio
+import functools
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from nanoinfra.lab.mutants import collect
+from nanoinfra.serve import worker as module
+from nanoinfra.serve.counters import Counters
+from nanoinfra.serve.errors import Refused
+from nanoinfra.serve.life import Dead, Life
+from nanoinfra.serve.loop import BURST
+from nanoinfra.serve.requests import Request
+from nanoinfra.serve.worker import TICKS, Worker
+from tests.serve.fake import fake
+from tests.serve.host import serving, until
+from tests.serve.test_worker import ids, pids, reaches, said, working
+
+LARGE = {"context": 1 << 18, "blocks": 1 << 15}              # 100 kB of a prompt are 100,000 tokens
+
+
+async def empty(worker):
+    async with asyncio.timeout(60):
+        while worker.untaken or worker.stats["blocks_used"]:
+            await asyncio.sleep(0.005)
+
+
+async def answers(worker):
+    assert await said(worker.submit([Request("after", ids("ab"), max_tokens=2)])) == {("after", 0): "ab"}
+
+
+def test_a_stopped_engine_keeps_nobody_waiting():
+    """Prompts of more than a pipe holds: as many as may wait do, the others are told; given up, none is."""
+    async def run():
+        async with working(**LARGE) as worker:
+            pid, = pids(worker)
+            os.kill(pid, signal.SIGSTOP)
+            jobs = [worker.submit([Request(f"r{i}", [7] * 100_000)]) for i in range(64)]
+            assert len(worker.jobs) == BURST[1] // 100_000 == len(worker.untaken)
+            with pytest.raises(Refused, match="10 of 1000000 tokens wait for it") as refused:
+                await said(jobs[-1])
+            assert refused.value.status == 429
+            for job in jobs:
+                job.close()
+            os.kill(pid, signal.SIGCONT)
+            await empty(worker)
+            await answers(worker)
+    asyncio.run(run())
+
+
+def test_commands_that_wait_are_bounded():
+    async def run():
+        async with working() as worker:
+            pid, = pids(worker)
+            os.kill(pid, signal.SIGSTOP)
+            for i in range(3 * BURST[0]):
+                worker.submit([Request(f"r{i}", ids("ab"))]).close()
+            assert BURST[0] <= len(worker.untaken) < 2 * BURST[0] >= worker.life.commands.qsize()
+            with pytest.raises(Refused, match="takes no requests now") as refused:
+                worker.reset()
+            assert refused.value.status == 429
+            os.kill(pid, signal.SIGCONT)
+            await empty(worker)
+            worker.reset()
+            await answers(worker)
+    asyncio.run(run())
+
+
+def test_health_answers_while_64_clients_ask_a_stopped_engine():
+    """10 of their prompts may wait for it. 30 s are for a busy machine: what hangs, hangs for ever."""
+    body = b'{"prompt": "%s"}' % (b"a" * 100_000)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serving(**LARGE) as (client, server):
+        where = server.servers[0].sockets[0].getsockname()
+        os.kill(*pids(server.worker), signal.SIGSTOP)
+        clients = [socket.create_connection(where) for _ in range(64)]
+        try:
+            for each in clients:
+                each.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            until(lambda: len(server.worker.jobs) == 10 and client.get("/health").status_code == 200)
+            waits = [each for each in clients if not _answered(each)]
+            assert client.get("/health", timeout=30).status_code == 200
+            until(lambda: sum(map(_answered, clients)) == 54)
+            assert len(waits) >= 10
+        finally:
+            for each in clients:
+                each.close()
+
+
+def _answered(client):
+    client.setblocking(False)
+    try:
+        return client.recv(99, socket.MSG_PEEK).startswith(b"HTTP/1.1 429")
+    except BlockingIOError:
+        return False
+
+
+@pytest.mark.prove
+def test_the_library_passes_the_checks_that_its_mutants_fail():
+    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in collect(file="life*")}
+    for check, subject in subjects.values():
+        assert check.report(subject).exit_code == 0
+
+
+class Silent:
+    """A life that says nothing, and writes down how it ends."""
+
+    def __init__(self):
+        self.ends = []
+
+    def send(self, command):
+        pass
+
+    def kill(self, why=""):
+        self.ends.append(why)
+
+
+def test_only_an_engine_with_work_hangs():
+    async def run():
+        worker = Worker(fake, Counters("fake"), hung=3600.0)
+        worker.loop, worker.life = asyncio.get_running_loop(), Silent()
+        for work in ("jobs", "untaken"):
+            for _ in range(3 * TICKS):
+                worker._tick()
+            setattr(worker, work, {"a": None})
+            for _ in range(TICKS):
+                worker._tick()
+            assert worker.life.ends == []    # however long it was idle
+            worker._tick()
+            assert worker.life.ends.pop() == "the engine has said nothing for 3600 s"
+            setattr(worker, work, {})
+        worker.timer.cancel()
+    asyncio.run(run())
+
+
+def test_an_engine_that_was_stopped_while_idle_is_started_again():
+    async def run():
+        async with working(hung=0.3) as worker:
+            os.kill(*pids(worker), signal.SIGSTOP)
+            await asyncio.sleep(0.5)
+            assert worker.state == "ready"
+            with pytest.raises(Refused, match="said nothing for 0.3 s"):
+                await said(worker.submit([Request("a", ids("ab"))]))
+            await reaches(worker, "ready")
+    asyncio.run(run())
+
+
+def halfway(team):
+    os.write(int(sys.argv[2]), struct.pack("!i", 1000) + b"the beginning")
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_rank_that_was_stopped_while_it_spoke_can_be_ended():
+    """Whoever hears it waits for the rest of a message."""
+    life, heard = Life(halfway, 1), []
+
+    def hear():
+        try:
+            life.hear()
+        except Dead as dead:
+            heard.append(str(dead))
+    thread = threading.Thread(target=hear)
+    thread.start()
+    until(lambda: Path(f"/proc/{life.processes[0].pid}/stat").read_text().split()[2] == "T")
+    life.kill("it is silent")
+    thread.join(60)
+    life.end()
+    assert heard == ["it is silent"]
+
+
+def test_what_cannot_be_killed_is_left_and_said(monkeypatch, capsys):
+    """As a process is that waits for a disk."""
+    monkeypatch.setattr(module, "KILLED", 0.1)
+    end, released = Life.end, threading.Event()
+    monkeypatch.setattr(Life, "end", lambda life: (released.wait(60), end(life)))
+    monkeypatch.setattr(Life, "kill", lambda life, why="": None)
+
+    async def run():
+        worker = Worker(fake, Counters("fake"))
+        worker.start()
+        await reaches(worker, "ready")
+        worker.stop()
+        await worker.join()
+        assert f"process {pids(worker)[0]}\n" in capsys.readouterr().err
+        monkeypatch.undo()
+        worker.newest.kill()
+        released.set()
+        await worker.join()
+    asyncio.run(run())
+
+
+def test_an_end_while_it_loads_is_no_failure():
+    async def run():
+        worker = Worker(functools.partial(fake, load=600), Counters("fake"), 2)
+        worker.start()
+        async with asyncio.timeout(60):
+            while not worker.newest:
+                await asyncio.sleep(0.005)
+        worker.stop()
+        await worker.join()
+        await asyncio.sleep(0)
+        assert (worker.state, worker.failed) == ("stopped", "")
+    asyncio.run(run())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_in_the_keeper_is_an_engine_that_cannot_be_had(monkeypatch):
+    """And not one that loads for ever."""
+    async def run():
+        worker = Worker(fake, Counters("fake"))
+        worker.start()
+        await reaches(worker, "failed")
+        assert "cannot be kept running" in worker.failed
+        worker.stop()
+        await worker.join()
+    monkeypatch.setattr(module, "Life", None)
+    asyncio.run(run())
+
+
+def test_pauses_grow_only_between_lives_that_served_nobody(monkeypatch):
+    """Each letter is a life: d(ies while it loads), r(eady, no more), s(erved)."""
+    lives, pauses = iter("s" + "d" * 8 + "sds" + "rr"), []
+
+    class Short:
+        def __init__(self, factory, world):
+            self.how = next(lives, "")
+            self.ready, self.served = self.how in "rs", self.how == "s"
+
+        def hear(self):
+            raise Dead("it died")
+
+        def end(self):
+            if not self.how:
+                worker.ended.set()
+
+    async def run():
+        worker.loop, wait = asyncio.get_running_loop(), worker.ended.wait
+        monkeypatch.setattr(worker.ended, "wait", lambda pause: pauses.append(pause) or wait(0))
+        worker._keep()
+    monkeypatch.setattr(module, "Life", Short)
+    worker = Worker(fake, Counters("fake"))
+    asyncio.run(run())
+    assert [round(pause, 2) for pause in pauses[:-1]] == [
+        0, 0, 0.1, 0.3, 0.7, 1.5, 3.1, 5, 5, 5, 0, 0.1, 0, 0.1, 0.3]

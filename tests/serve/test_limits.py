@@ -1,0 +1,251 @@
+"""What is too large is refused before any work; what is as large as may be is answered."""
+import json
+import tracemalloc
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+
+from nanoinfra.model.text import Text
+from nanoinfra.serve import limits
+from nanoinfra.serve.answers import ChatAnswer, CompletionAnswer, written
+from nanoinfra.serve.choice import FlatLogprobs
+from nanoinfra.serve.errors import MOST_CHARS, Refused
+from nanoinfra.serve.loop import Ready
+from nanoinfra.serve.protocol import Chat, Completion, read, requests_of
+from nanoinfra.serve.requests import Event, Logprob
+from nanoinfra.serve.writer import Writer
+from tests.serve.fake import TEMPLATE, text
+
+few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CONTEXT, LONGEST = 64, len("<end>")
+HI = {"role": "user", "content": "hi"}
+
+
+class Counting:
+    """A backend that counts the characters it has tokenized."""
+
+    def __init__(self, backend):
+        self.backend, self.chars = backend, 0
+
+    def encode_batch(self, texts, add_special_tokens):
+        self.chars += sum(map(len, texts))
+        return self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+
+def ready(context=CONTEXT):
+    tokenizer = text()
+    return Ready({"context": context, "vocab": 257}, type(tokenizer)(Counting(tokenizer.backend)), TEMPLATE)
+
+
+def asked(kind, model=None, **body):
+    return requests_of(read(kind, json.dumps(body).encode()), "name", model or ready())
+
+
+LARGE = {"n": 64, "max_tokens": 16}
+SCORED = {"n": 64, "max_tokens": 1, "logprobs": 63, "echo": True}
+LIMITS = {                                   # name: (endpoint, what just fits, what does not, why)
+    "stop strings": (Completion, {"prompt": "a", "stop": ["a" * 512, "b" * 512]},
+                     {"prompt": "a", "stop": ["a" * 512, "b" * 513]}, "1025 characters"),
+    "their number": (Completion, {"prompt": "a", "stop": ["a"] * 64},
+                     {"prompt": "a", "stop": ["a"] * 65}, "64"),
+    "biases": (Completion, {"prompt": "a", "logit_bias": dict.fromkeys(range(257), 1)},
+               {"prompt": "a", "logit_bias": dict.fromkeys(range(1025), 1)}, "1025 tokens"),
+    "prompts": (Completion, {"prompt": ["a"] * 1024, "max_tokens": 1},
+                {"prompt": ["a"] * 1025, "max_tokens": 1}, "1025 prompts"),
+    "choices": (Completion, {"prompt": ["a"] * 16, "n": 64, "max_tokens": 1},
+                {"prompt": ["a"] * 17, "n": 64, "max_tokens": 1}, "1088 choices"),
+    "tokens of all prompts": (Completion, {"prompt": [[7] * 32] * 128, "max_tokens": 1},
+                              {"prompt": [[7] * 33] * 125, "max_tokens": 1}, "64 contexts of 64, 4096"),
+    "tokens said": (Completion, {"prompt": ["a"] * 128, "max_tokens": 32},
+                    {"prompt": ["a"] * 128, "max_tokens": 33}, "4224 tokens; ask for at most 64 contexts"),
+    "tokens echoed": (Completion, {"prompt": ["a"] * 128, "max_tokens": 31, "echo": True},
+                      {"prompt": ["a"] * 128, "max_tokens": 32, "echo": True}, "4224 tokens"),
+    "log-probabilities": (Completion, {"prompt": "a", **LARGE, "logprobs": 63},
+                          {"prompt": "a", **LARGE, "logprobs": 64}, "66560 log-probabilities"),
+    "those of prompts": (Completion, {"prompt": [7] * 15, **SCORED}, {"prompt": [7] * 16, **SCORED}, "65536"),
+    "those of a chat": (Chat, {"messages": [HI], **LARGE, "logprobs": True, "top_logprobs": 63},
+                        {"messages": [HI], **LARGE, "logprobs": True, "top_logprobs": 64}, "66560 log-prob"),
+    "choices of a chat": (Chat, {"messages": [HI], "n": 1000}, {"messages": [HI], "n": 1025}, "1025 choices"),
+    "calls": (Chat, {"messages": [{**HI, "tool_calls": [1] * 128}]},
+              {"messages": [{**HI, "tool_calls": [1] * 129}]}, "128 items"),
+    "messages": (Chat, {"messages": [HI]}, {"messages": [HI] * 4097}, "4096 items")}
+
+
+@pytest.mark.parametrize("kind, fits, does_not, says", LIMITS.values(), ids=LIMITS.keys())
+def test_a_limit_is_where_it_is_said_to_be(kind, fits, does_not, says):
+    assert asked(kind, **fits)
+    with pytest.raises(Refused, match=says) as refused:
+        asked(kind, **does_not)
+    assert refused.value.status == 400
+
+
+def test_a_text_that_no_context_spells_is_not_tokenized():
+    model, longest = ready(), CONTEXT * LONGEST
+    for kind, body in ((Completion, {"prompt": "a" * (longest + 1)}),
+                       (Chat, {"messages": [{"role": "user", "content": "a" * longest}]})):
+        with pytest.raises(Refused, match=f"context of {CONTEXT} tokens of at most {LONGEST} characters"):
+            asked(kind, model, **body)
+    assert model.text.backend.chars == 0
+    assert asked(Completion, model, prompt="<end>" * (CONTEXT - 1), max_tokens=1)[0].tokens == [256] * 63
+
+
+def test_nothing_is_rendered_that_is_too_long():
+    def render(*_):
+        raise AssertionError("rendered")
+    question = read(Chat, json.dumps({"messages": [HI] * 80}).encode())
+    with pytest.raises(Refused, match="cannot fit"):
+        requests_of(question, "name", ready(), render)
+
+
+def test_a_long_text_is_given_up_with_its_first_piece_that_is_too_many_tokens(monkeypatch):
+    monkeypatch.setattr(limits, "PIECE", 200)
+    model = ready()
+    with pytest.raises(Refused, match="first 200 characters of the prompt are 200 tokens"):
+        asked(Completion, model, prompt="7" * 300)
+    assert model.text.backend.chars == 200
+    fits = "<end>" * 60                      # 300 characters, cut within a token
+    assert asked(Completion, ready(), prompt=fits, max_tokens=1)[0].tokens == [256] * 60
+
+
+def test_a_text_that_the_tokenizer_does_not_take_is_refused():
+    words = Text(Tokenizer(models.WordLevel({"a": 0, "long enough": 1}, unk_token="nowhere")))
+    with pytest.raises(Refused, match="tokenizer does not take this text") as refused:
+        asked(Completion, Ready(ready().info, words), prompt="b")
+    assert refused.value.status == 400
+
+
+def test_prompts_are_given_up_where_they_are_too_many_tokens():
+    model = ready(context=128)
+    with pytest.raises(Refused, match="8200 tokens in one request"):
+        asked(Completion, model, prompt=["a" * 100] * 1024, max_tokens=1)
+    assert model.text.backend.chars == 8200
+
+
+def test_a_chat_that_leaves_the_length_open_gets_what_may_be_asked():
+    request, = asked(Chat, ready(context=8192), messages=[HI], logprobs=True, top_logprobs=20)
+    assert request.max_tokens == 65536 // 21
+    request, = asked(Chat, ready(context=8192), messages=[HI], logprobs=True, top_logprobs=5)
+    assert request.max_tokens == 8192 - len(request.tokens)
+
+
+def test_a_full_context_can_always_be_scored():
+    context = 100_000
+    body = {"prompt": [7] * (context - 1), "max_tokens": 1, "logprobs": 1, "echo": True}
+    assert len(asked(Completion, ready(context), **body)[0].tokens) == context - 1
+    assert limits.most_bytes(context) >= len(json.dumps({"prompt": [12345] * context}).replace(" ", ""))
+
+
+def test_a_prompt_that_is_scored_counts_though_nobody_asked_for_log_probabilities():
+    body = {"prompt": [7] * 2048, "max_tokens": 0, "echo": True}
+    assert asked(Completion, ready(8192), **body, n=32)[0].echo
+    with pytest.raises(Refused, match="67584 log-probabilities"):
+        asked(Completion, ready(8192), **body, n=33)
+
+
+def test_an_echo_is_no_larger_than_a_body():
+    body = {"prompt": [[256] * 60, "<end>" * 60], "add_special_tokens": False, "echo": True, "max_tokens": 1}
+    model, most = ready(), limits.MOST_BYTES
+
+    def answer(n, prompt):
+        question = read(Completion, json.dumps({**body, "n": n, "prompt": prompt}).encode())
+        return CompletionAnswer(question, "name", "model", requests_of(question, "name", model), model.text)
+    assert answer(8, ["a" * 60]).prompts == ["a" * 60]
+    with pytest.raises(Refused, match=f"{most // 4 + 1} characters 4 times"):
+        limits.check_echo(most // 4 + 1, 4)
+    limits.check_echo(most // 4, 4)
+
+
+def test_what_nobody_knows_is_not_kept():
+    question = read(Chat, json.dumps({"messages": [{**HI, "x": [1]}], "y": {"z": 1},
+                                      "stream_options": {"w": 1}}).encode())
+    assert not question.model_extra and not question.stream_options.model_extra
+    assert not question.messages[0].model_extra and "z" not in repr(question)
+
+
+def test_templates_get_names_and_calls():
+    seen, tool = [], {"role": "tool", "tool_calls": [{"id": 1}]}
+    messages = [{**HI, "name": "me", "x": 1}, {**tool, "content": None}]
+    question = read(Chat, json.dumps({"messages": messages}).encode())
+    requests_of(question, "name", ready(), lambda template, messages, text: seen.extend(messages) or "a")
+    assert seen == [{**HI, "name": "me"}, {**tool, "content": ""}]
+
+
+def test_a_reason_is_short_whatever_was_sent():
+    long = "m" * 100_000
+    for body in ({"prompt": "a", "logit_bias": {long: 1}}, {"prompt": "a", "documents": long},
+                 {"prompt": [int("7" * 4000)]}, {"prompt": [1, long]}):
+        with pytest.raises(Refused) as refused:
+            asked(Completion, **body)
+        assert len(json.dumps(refused.value.body())) < 2 * MOST_CHARS + 200
+
+
+@pytest.mark.parametrize("name", [
+    "n", "top_k", "logprobs", "max_tokens", "seed", "temperature", "top_p", "min_p", "presence_penalty",
+    "repetition_penalty", "best_of", "min_tokens", "prompt"])
+@pytest.mark.parametrize("digits", ["9" * 400, "-" + "9" * 400, "9" * 5000, "1e400", "-1e400"])
+def test_a_number_of_400_digits_is_a_400(name, digits):
+    for kind, body in ((Completion, {"prompt": "a"}), (Chat, {"messages": [HI]})):
+        body = json.dumps({**body, "logprobs": kind is Chat or 1, name: "here"}).replace('"here"', digits)
+        if kind is Completion or name != "prompt":
+            with pytest.raises(Refused) as refused:
+                requests_of(read(kind, body.encode()), "name", ready())
+            assert refused.value.status == 400
+
+
+LOGPROBS = st.lists(st.builds(Logprob, st.integers(0, 2 ** 31 - 1), st.floats(allow_nan=False), st.lists(
+    st.tuples(st.integers(0, 2 ** 31 - 1), st.floats(allow_nan=False)), max_size=3)))
+
+
+@given(st.lists(LOGPROBS, max_size=3))
+@few
+def test_flat_log_probabilities_are_what_they_were(several):
+    flat = FlatLogprobs()
+    for each in several:
+        flat.extend(each)
+    want = [each for logprobs in several for each in logprobs]
+    assert list(flat) == want and len(flat) == len(want)
+
+
+def test_an_answer_that_is_kept_takes_12_bytes_a_log_probability():
+    question = read(Chat, json.dumps({"messages": [HI], "logprobs": True, "top_logprobs": 100}).encode())
+    answer = ChatAnswer(question, "name", "model", requests_of(question, "name", ready(8192)), text())
+    tracemalloc.start()
+    for _ in range(300):
+        said = Logprob(7, -0.25, [(1000 + i, -0.25 - i) for i in range(100)])
+        answer.add(Event("name", 0, "a", [7], [said]))
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 300 * 101 * 12 * 1.3 + 20_000
+    assert len(answer.object()["choices"][0]["logprobs"]["content"]) == 300
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+VALUES = st.none() | st.booleans() | st.integers() | FINITE | st.text()
+
+
+@given(st.recursive(VALUES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@few
+def test_json_that_is_written_piece_by_piece_is_the_same(data):
+    assert json.loads(written({"data": data})) == {"data": data}
+
+
+class Counted(str):
+    """A stop string that counts how often a text is held against it."""
+    looks = 0
+
+    def startswith(self, *given):
+        self.looks += 1
+        return super().startswith(*given)
+
+
+def test_a_long_stop_string_costs_no_more_than_the_text_that_waits_for_it():
+    stop = Counted("a" * 1000)
+    writer = Writer(lambda ids: "".join(map(chr, ids)), (stop,))
+    for letter in "bcd" * 20:
+        assert writer.push(ord(letter)) == letter
+    assert stop.looks <= 60

@@ -1,0 +1,146 @@
+"""The engine's loop: what goes wrong with one request is said of that request, and of no other."""
+import asyncio
+from unittest import mock
+
+import pytest
+
+from nanoinfra.serve import engine as engines
+from nanoinfra.serve import loop
+from nanoinfra.serve.errors import Refused
+from nanoinfra.serve.requests import Request, Sampling
+from nanoinfra.serve.sampler import Sampler, logprobs
+from nanoinfra.serve.scheduler import QueueFull
+from nanoinfra.serve.writer import Writer
+from tests.serve.failing import Failing, failing
+from tests.serve.fake import Fake
+from tests.serve.test_engine import prompt
+from tests.serve.test_isolation import asked, batch, made, serve
+from tests.serve.test_worker import ids, pids, said, working
+
+
+class Letters:
+    """A text of tokens: a letter each."""
+    ends = frozenset()
+
+    def decode(self, ids):
+        return "".join(chr(200 + token) for token in ids)
+
+
+class Odd(Exception):
+    """What nobody has thought of."""
+
+
+class DrawFails(Sampler):
+    def draw(self, *given):
+        if self.how.seed == 13:
+            raise Odd("a draw")
+        return super().draw(*given)
+
+
+class TextFails(Writer):
+    def push(self, token):
+        if "boom" in self.stop:
+            raise Odd("a text")
+        return super().push(token)
+
+
+class LateForkFails(Sampler):
+    def __init__(self, how, seed, index=0):
+        super().__init__(how, seed, index)
+        self.left = 3 if seed == 13 and index == 1 else 1000
+
+    def draw(self, *given):
+        self.left -= 1
+        if not self.left:
+            raise Odd("a draw of a fork")
+        return super().draw(*given)
+
+
+def scores_fail(logits, tokens, top):
+    if top == 7:
+        raise Odd("log-probabilities")
+    return logprobs(logits, tokens, top)
+
+
+@pytest.mark.parametrize("target, broken, more, says", [
+    ("Sampler", DrawFails, {"sampling": Sampling(seed=13)}, "Odd: a draw"),
+    ("Sampler", LateForkFails, {"sampling": Sampling(seed=13), "n": 3}, "Odd: a draw of a fork"),
+    ("Writer", TextFails, {"stop": ("boom",)}, "Odd: a text"),
+    ("logprobs", scores_fail, {"logprobs": 7}, "Odd: log-probabilities"),
+    ("logprobs", scores_fail, {"logprobs": 7, "echo": True, "n": 2}, "Odd: log-probabilities")])
+def test_an_exception_with_one_request_ends_it_alone(target, broken, more, says, capsys):
+    """Its blocks are given back and the books are right; the others never know. It is on stderr."""
+    want, _ = serve(made("torch"), batch())
+    engine = made("torch", budget=9)
+    engine.text = Letters()
+    with mock.patch.object(engines, target, broken):
+        said, failed = serve(engine, [*batch(3), asked("bad", prompt(7, 9), **more), *batch()[3:]])
+    assert {name: tokens for name, tokens in said.items() if name[0] != "bad"} == want
+    assert list(failed) == ["bad"] and says in failed["bad"] and says in capsys.readouterr().err
+
+
+def test_an_exception_in_the_models_pass_is_everybodys():
+    engine = made("torch")
+    engine.add(batch()[0])
+    engine.model.norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+
+
+def test_what_is_refused_or_fails_on_its_way_in_leaves_nothing():
+    engine = made("torch", queue=1)
+    engine.add(batch()[0])
+    huge = Sampling(seed=10 ** 5000)
+    for bad, error in ((batch()[1], QueueFull), (asked("x", [1], sampling=huge), ValueError),
+                       (asked("x", [1, None]), TypeError), (Request("x", [1], None), AttributeError)):
+        with pytest.raises(error):
+            engine.add(bad)
+        assert len(engine.scheduler.waiting) == len(engine.runs) == len(engine.of) == 1
+    assert list(serve(engine, [])[0]) == [("r0", 0)]
+
+
+def test_a_turn_tells_who_failed_from_who_is_answered():
+    engine = Failing()
+    for name in ("good", "bad"):
+        engine.add(Request(name, ids(name), max_tokens=3))
+    steps = [loop.turn(engine, [("add", Request("odd", ids("odd")))] if i == 0 else []) for i in range(3)]
+    assert steps[0].refused == [("odd", 500, "the engine failed on this request: RuntimeError: it is odd")]
+    assert steps[2].refused == [("bad", 500, "it is bad")]
+    assert [event.request for event in steps[2].events] == ["good"] and steps[2].events[0].finish == "length"
+
+
+def test_a_request_that_fails_has_a_status_and_the_engine_lives_on():
+    async def run():
+        async with working(failing, 2) as worker:
+            before = pids(worker)
+            jobs = [worker.submit([Request(name, ids(name), max_tokens=9)])
+                    for name in ("good", "bad", "odd")]
+            for job, why in ((jobs[1], "it is bad"), (jobs[2], "RuntimeError: it is odd")):
+                with pytest.raises(Refused, match=why) as refused:
+                    await said(job)
+                assert refused.value.status == 500
+            assert await said(jobs[0]) == {("good", 0): "goodgoodg"}
+            assert pids(worker) == before and not worker.stats["blocks_used"]
+    asyncio.run(run())
+
+
+class Parted:
+    """Rank 1 of a team whose rank 0 has lost another request than this one in the last turn."""
+    rank = 1
+
+    def share(self, value=None):
+        return [], [("x", 500)]
+
+
+def test_ranks_that_part_do_not_go_on():
+    with pytest.raises(RuntimeError, match="rank 1 has ended .*, rank 0 .*'x', 500.* they have parted"):
+        loop.run(Fake(), Parted(), None)
+
+
+def test_books_that_are_wrong_end_the_rank():
+    """An abort that raises is nobody's request; what it leaves is unknown."""
+    engine = Fake()
+    engine.add(Request("a", ids("a")))
+    engine.scheduler.waiting.clear()
+    with pytest.raises(ValueError):
+        loop.turn(engine, [("abort", "a")])

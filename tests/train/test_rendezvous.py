@@ -1,0 +1,88 @@
+"""How ranks meet: on loopback where one host has them all; on several, rank 0 says what they trust."""
+import os
+import signal
+import socket
+from unittest import mock
+
+import pytest
+from torch.distributed import HashStore, PrefixStore
+
+from nanoinfra.train import rendezvous
+from tests.dist.sockets import another_interface, beyond_loopback, family, listening, needs_linux, plant
+from tests.dist.stranger import KNOWN
+from tests.train.runs import FLAGS, children, lines, start, wait_for
+
+OURS = {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "nanoinfra-1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True"}
+TORCHRUN = {**OURS, "MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "none"}
+BY_HAND = {"MASTER_ADDR": "127.0.0.1"}
+SEVERAL = "ranks on several hosts trust their network"
+ONE = "torchrun listens on every interface"
+
+
+@pytest.mark.parametrize("told, one_host, says", [
+    (OURS, True, ""), (BY_HAND, True, ""), (TORCHRUN, True, ONE),
+    (TORCHRUN | {"MASTER_ADDR": "node1"}, True, ONE),
+    ({"MASTER_ADDR": "node1", "LOCAL_WORLD_SIZE": "2"}, True, ONE),
+    (TORCHRUN | {"MASTER_ADDR": "node1", "LOCAL_WORLD_SIZE": "1"}, False, SEVERAL),
+    ({"MASTER_ADDR": "10.0.0.1"}, False, SEVERAL)])
+def test_what_is_said_of_the_network(told, one_host, says):
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "2", **told}, clear=True):
+        assert rendezvous.on_one_host() == one_host
+        got = rendezvous.exposure()
+    assert got.startswith(says) and bool(got) == bool(says) and "\n" not in got
+
+
+@needs_linux
+def test_a_rank_started_by_hand_has_its_store_on_loopback(capsys):
+    port = free_port()
+    told = {**BY_HAND, "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(port)}
+    with mock.patch.dict(os.environ, told):
+        met = rendezvous.meet()
+    assert [at for at in listening([os.getpid()]) if at[1] == port] == [("127.0.0.1", port)]
+    assert (met["rank"], met["world_size"], met["store"].get("rank 0")) == (0, 1, b"is there")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("rank, attempt, lines", [("0", "0", 1), ("1", "0", 0), ("0", "1", 0)])
+def test_on_several_hosts_the_users_interface_stays_and_rank_0_says_once_what_they_trust(
+        capsys, monkeypatch, rank, attempt, lines):
+    store = HashStore()
+    for r in range(2):
+        PrefixStore(f"attempt {attempt} of 2 ranks", store).set(f"rank {r}", "is there")
+    monkeypatch.setattr(rendezvous, "_store", lambda rank: store)
+    told = {**TORCHRUN, "MASTER_ADDR": "node1", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2", "RANK": rank,
+            "GLOO_SOCKET_IFNAME": "ib0", "TORCHELASTIC_RESTART_COUNT": attempt}
+    with mock.patch.dict(os.environ, told):
+        rendezvous.meet()
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0" and "NCCL_SOCKET_IFNAME" not in os.environ
+    assert capsys.readouterr().err.count(f"nanoinfra: {SEVERAL}") == lines
+
+
+@needs_linux
+def test_a_run_of_two_ranks_is_on_loopback_and_loads_no_planted_pickle(tmp_path):
+    run, ran = tmp_path / "run", tmp_path / "ran"
+    argv = [*FLAGS, "--steps", "100000", "--save-every", "0", "--dp", "2", "--max-restarts", "1",
+            "--out", str(run)]
+    process = start(argv, env={**os.environ, "GLOO_SOCKET_IFNAME": another_interface()})
+    try:
+        wait_for(lambda: lines(run) >= 1, process)
+        ranks = children(process.pid)
+        assert len(ranks) == 2 and all(listening([rank]) for rank in ranks)
+        assert beyond_loopback(family(process.pid)) == []
+        stores = [port for _, port in listening([process.pid])]
+        assert sum(len(plant(port, ran, KNOWN)) for port in stores) > len(KNOWN)
+        before = lines(run)
+        wait_for(lambda: lines(run) >= before + 20, process)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=600)
+        assert (process.returncode, said) == (0, "")
+    finally:
+        process.kill()
+        process.wait()
+    assert not ran.exists()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
