@@ -88,7 +88,7 @@ def test_a_timed_test_is_measured_again_and_no_other_is(monkeypatch):
     with pytest.raises(AssertionError):
         tries(timed.TRIES, True)
     monkeypatch.setattr(timed, "crowded", lambda: 3.2)
-    with pytest.raises(pytest.skip.Exception, match="a CPU second takes 3.2 s here: needs an idle core"):
+    with pytest.raises(pytest.skip.Exception, match="a CPU second takes 3.2 s: needs an idle core"):
         tries(timed.TRIES, True)
 
 
