@@ -116,8 +116,10 @@ class Crew:
 
     def _explain(self, results, failures, timeout):
         n = len(self.processes)
-        fates = [_fate(p, rank in results, failures.get(rank)) for rank, p in enumerate(self.processes)]
         dead = [rank for rank, trace in failures.items() if trace is None]
+        for rank in dead:
+            self.processes[rank].join(10.0)  # its pipe has closed; on a busy machine the end comes later
+        fates = [_fate(p, rank in results, failures.get(rank)) for rank, p in enumerate(self.processes)]
         if dead:                             # first, because it makes the collectives of the others fail
             head = f"rank {dead[0]} of {n} {fates[dead[0]]}"
         elif failures:
