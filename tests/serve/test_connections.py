@@ -204,7 +204,7 @@ def test_a_refusal_does_not_fail_itself(patient, sends, caplog):
 
 def test_few_descriptors_are_enough():
     """`ulimit -n 128`, and 200 that sent a little: little is logged, and SIGTERM does not wait for them."""
-    program = [sys.executable, "-c", CODE.format(tp=1, drain=20, engine={})]
+    program = [sys.executable, "-c", CODE.format(tp=1, drain=20, factory="fake", engine={})]
     sends = [b"G"] * 150 + [b"no HTTP\r\n\r\n"] * 50 + [BODY + b"Content-Length: 9\r\n\r\n"] * 8
     with started(["sh", "-c", 'ulimit -n 128; exec "$@"', "sh", *program]) as (process, client), \
             opened(client, sends):
