@@ -74,8 +74,8 @@ def test_commands_that_wait_are_bounded():
 
 
 def test_health_answers_while_64_clients_ask_a_stopped_engine():
-    """10 of their prompts may wait for it. 30 s are for a busy machine: what hangs, hangs for ever."""
-    body = b'{"prompt": "%s"}' % (b"a" * 100_000)
+    """17 of their prompts may wait for it. 30 s are for a busy machine: what hangs, hangs for ever."""
+    body = b'{"prompt": "%s"}' % (b"a" * 60_000)     # of larger bodies the API itself takes few at once
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with serving(**LARGE) as (client, server):
         where = server.servers[0].sockets[0].getsockname()
@@ -84,11 +84,11 @@ def test_health_answers_while_64_clients_ask_a_stopped_engine():
         try:
             for each in clients:
                 each.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            until(lambda: len(server.worker.jobs) == 10 and client.get("/health").status_code == 200)
+            until(lambda: len(server.worker.jobs) == 17 and client.get("/health").status_code == 200)
             waits = [each for each in clients if not _answered(each)]
             assert client.get("/health", timeout=30).status_code == 200
-            until(lambda: sum(map(_answered, clients)) == 54)
-            assert len(waits) >= 10
+            until(lambda: sum(map(_answered, clients)) == 47)
+            assert len(waits) >= 17
         finally:
             for each in clients:
                 each.close()
