@@ -1,12 +1,16 @@
 """What all tests share: pools of ranks, started once a session; one torch thread; what watches the tests."""
 import os
 
+import hypothesis
 import pytest
 import torch
 
 from nanoinfra.dist.ranks import shared
 from tests import cpu_seconds, leftovers, timed
 
+hypothesis.settings.register_profile("patient", deadline=None,     # a slow machine is no fault
+                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}       # of the programs that tests start
 

@@ -16,6 +16,7 @@ MOST_MESSAGES = 4096
 MOST_TOOL_CALLS = 128                        # of one message
 MOST_STOPS = 64
 MOST_STOP_CHARS = 1024                       # of all of them: each is looked for at every token
+MOST_SALT_CHARS = 1024
 MOST_BIASES = 1024                           # tokens in logit_bias
 MOST_LOGPROBS = 1 << 16                      # in one answer; some 400 bytes each while it is written
 ANSWERS = 64                                 # that fill the context, in one: tokens said and echoed

@@ -45,7 +45,7 @@ class Question(Unsupported):
     logit_bias: Annotated[dict[int, Bias], BeforeValidator(fields.biases)] = {}
     seed: Integer | None = None
     ignore_eos: bool = False
-    cache_salt: str = ""
+    cache_salt: Annotated[str, Field(max_length=limits.MOST_SALT_CHARS)] = ""
 
     def _request(self, name, tokens, max_tokens, logprobs, echo=False) -> Request:
         if "" in self.stop:

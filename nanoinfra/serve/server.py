@@ -41,7 +41,7 @@ def build(worker: Worker, name: str, access: Access | None = None) -> FastAPI:
         worker.start()
         yield
         worker.stop()
-        app.state.preprocessor.close()
+        await asyncio.to_thread(app.state.preprocessor.close)
         await worker.join()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,

@@ -142,9 +142,13 @@ def test_an_engine_that_cannot_be_loaded_is_not_tried_twice(factory, says):
 def test_what_the_engine_refuses_has_a_status():
     async def run():
         async with working(queue=1, seats=1, pause=0.01) as worker:
-            jobs = [worker.submit([Request(name, ids("ab"), max_tokens=200)]) for name in "abc"]
+            jobs = []
+            for name, stands in ("a", "running"), ("b", "waiting"):
+                jobs.append(worker.submit([Request(name, ids("ab"), max_tokens=200)]))
+                while not worker.stats.get(stands):
+                    await asyncio.sleep(0.001)
             with pytest.raises(Refused, match="wait") as refused:
-                await said(jobs[2])
+                await said(worker.submit([Request("c", ids("ab"))]))
             assert refused.value.status == 429
             with pytest.raises(Refused, match="n = 2") as refused:
                 await said(worker.submit([Request("d", ids("ab"), n=2)]))

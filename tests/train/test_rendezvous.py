@@ -73,7 +73,7 @@ def test_a_run_of_two_ranks_is_on_loopback_and_loads_no_planted_pickle(tmp_path)
         stores = [port for _, port in listening([process.pid])]
         assert sum(len(plant(port, ran, KNOWN)) for port in stores) > len(KNOWN)
         before = lines(run)
-        wait_for(lambda: lines(run) >= before + 20, process)
+        wait_for(lambda: lines(run) >= before + 3, process)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=600)
         assert (process.returncode, said) == (0, "")
