@@ -16,7 +16,7 @@ help:  ## this list
 demo: $(VENV)/installed  ## install, train a small code model on two ranks for three minutes, plot, complete, chat (SECONDS=180)
 	$(BIN)/python scripts/demo.py --seconds $(SECONDS) $(if $(OUT),--out $(OUT)) $(if $(HEADERS),--headers $(HEADERS))
 
-SHORT  := $(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not timed and not prove and not gpu"
+SHORT  := $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not timed and not prove and not gpu"
 TIMED  := $(BIN)/python -m pytest -q -m timed $$(grep -rl --include=*.py mark.timed tests)
 NARROW := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 

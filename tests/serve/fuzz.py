@@ -96,7 +96,7 @@ async def say(target, data, last=False) -> int:
             head = await reader.readline()
             while await reader.read(1 << 16):
                 pass                         # to the end
-        except (ConnectionResetError, BrokenPipeError):
+        except OSError:                      # reset, or closed before all was sent
             return 0
         return int(head.split()[1]) if head.startswith(b"HTTP/1.1 ") else 0
 
