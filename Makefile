@@ -20,7 +20,7 @@ SHORT  := $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not timed and not
 TIMED  := $(BIN)/python -m pytest -q -m timed $$(grep -rl --include=*.py mark.timed tests)
 NARROW := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 
-test: $(VENV)/installed  ## the CPU suite, 6 minutes on 2 cores
+test: $(VENV)/installed  ## the CPU suite, 8 minutes on 2 cores
 	$(BIN)/ruff check .
 	$(BIN)/python scripts/lines.py
 	$(SHORT)

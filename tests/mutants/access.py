@@ -12,22 +12,13 @@ from nanoinfra.serve.access import Access
 from nanoinfra.serve.options import EngineOptions, ServeOptions
 from nanoinfra.serve.requests import Request
 from nanoinfra.serve.server import build
+from tests.serve.fake import Idle
 
 access, keys = Check("access"), Check("keys")
 JSON, OWN, EVIL = {"Content-Type": "application/json"}, "http://localhost:8000", "http://evil.example"
 WANTS = {"Access-Control-Request-Method": "POST",
          "Access-Control-Request-Headers": "authorization,content-type"}
 RESET = "/reset_prefix_cache"
-
-
-class Idle:
-    """A worker that is asked nothing but to reset and to end."""
-    state, why, failed, jobs, stats, ready = "ready", "", "", {}, {}, None
-
-    def reset(self):
-        pass
-
-    start = stop = reset
 
 
 def asked(requests, **how):

@@ -19,20 +19,11 @@ from nanoinfra.serve.drain import Server
 from nanoinfra.serve.host import listen
 from nanoinfra.serve.logs import CountRepeats, counted_logs
 from nanoinfra.serve.server import build
+from tests.serve.fake import Idle
 
 connections, logs = Check("connections"), Check("logs")
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 LATE = 5.0                                   # seconds after which what is to be closed is closed
-
-
-class Idle:
-    """A worker that is asked nothing but to begin and to end."""
-    state, why, failed, jobs, stats, ready = "ready", "", "", {}, {}, None
-
-    def start(self):
-        pass
-
-    stop = start
 
 
 @contextlib.contextmanager

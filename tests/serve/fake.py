@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from nanoinfra.model.text import Text
 from nanoinfra.serve.blocks import Blocks, root
+from nanoinfra.serve.loop import Ready
 from nanoinfra.serve.requests import Event, Logprob, check
 from nanoinfra.serve.scheduler import Scheduler, Sequence
 from nanoinfra.serve.writer import Writer
@@ -130,6 +131,20 @@ def _logprob(place, token, top):
         return Logprob(token, None)
     likely = [(token, -0.25), *(((token + i) % END, -0.25 - i) for i in range(1, top or 0))]
     return Logprob(token, -0.25, likely[:top])
+
+
+class Idle:
+    """A worker without an engine, which is asked nothing but to begin, to reset and to end."""
+    state, why, failed, jobs, stats = "ready", "", "", {}, {}
+    ready = Ready({"context": 512, "vocab": END + 1}, text(), TEMPLATE)
+
+    def reset(self):
+        pass
+
+    start = stop = reset
+
+    async def join(self):
+        pass
 
 
 def fake(team, load=0.0, **options):
