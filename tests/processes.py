@@ -14,6 +14,7 @@ from pathlib import Path
 
 MARK = "NANOINFRA_TEST"                      # names the test in the environment of all that it starts
 PATIENCE = 60.0                              # seconds without any work that are a hang
+ENDS = 5.0                                   # seconds without any in which a process that ends has ended
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -55,9 +56,13 @@ def alive(pid: int) -> bool:
 
 def gone(pids: list[int], work: float = math.inf) -> list[int]:
     """Wait for the end of `pids` while they work, but no more than `work` CPU seconds; those that stay."""
-    most = work + sum(map(_spent, pids))
-    with suppress(AssertionError):
-        until(lambda: not any(map(alive, pids)) or sum(map(_spent, pids)) > most)
+    most, last, since = work + sum(map(_spent, pids)), -1.0, time.monotonic()
+    while any(map(alive, pids)):
+        if (spent := sum(map(_spent, pids))) > last:
+            last, since = spent, time.monotonic()
+        if spent > most or time.monotonic() > since + ENDS:
+            break
+        time.sleep(0.01)
     return [pid for pid in pids if alive(pid)]
 
 

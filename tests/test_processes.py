@@ -36,7 +36,7 @@ def test_what_is_started_ends_with_all_below_it(fails):
     lambda: subprocess.run(ORPHAN, stdout=subprocess.PIPE, check=True)],
     ids=["child", "busy child", "pool", "orphan"])
 def test_what_outlives_a_test_is_its_error_and_killed(start, monkeypatch):
-    monkeypatch.setattr(processes, "PATIENCE", 0.5)
+    monkeypatch.setattr(processes, "ENDS", 0.5)
     kept = []
     with pytest.raises(AssertionError, match="leaves processes") as caught, nothing_stays("this one"):
         kept.append(start())
