@@ -115,7 +115,7 @@ def test_a_server_of_two_ranks(watched, model):
     with watched([*SERVE, str(model), "--name", "tiny", "--tp", "2"]) as process:
         url = re.search(r"http://\S+\d", process.stderr.readline())[0]
         with httpx.Client(base_url=url, timeout=200, trust_env=False) as client:
-            until(lambda: client.get("/health").status_code == 200, seconds=200)
+            until(lambda: client.get("/health").status_code == 200)
             asked = {"model": "tiny", "prompt": "one two", "max_tokens": 8}
             assert client.post("/v1/completions", json=asked).status_code == 200
         process.send_signal(signal.SIGTERM)
