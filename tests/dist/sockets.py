@@ -8,6 +8,7 @@ import os
 import pickle
 import stat
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -97,11 +98,9 @@ def _children(pid):
 def _sockets(pid):
     """Inodes of a process's sockets, as text."""
     found = set()
-    try:
+    with suppress(FileNotFoundError, ProcessLookupError):              # it has ended meanwhile
         for file in Path(f"/proc/{pid}/fd").iterdir():
             found.add(os.readlink(file))
-    except (FileNotFoundError, ProcessLookupError):
-        pass
     return {name[8:-1] for name in found if name.startswith("socket:[")}
 
 

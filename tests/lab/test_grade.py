@@ -11,6 +11,7 @@ from nanoinfra.lab.check import Check, lesson
 from nanoinfra.lab.grade import main
 from nanoinfra.lab.limited import Limits
 from nanoinfra.lab.where import shown
+from tests.lab.judging import BEGIN, PASS
 
 LESSONS = Path(__file__).parents[2] / "lessons"
 SOURCES = {path.name[:2]: path for path in sorted(LESSONS.glob("[0-9][0-9]_*.py"))}
@@ -131,16 +132,6 @@ def test_who_ends_the_judging_process_loses_that_criterion_and_keeps_what_was_ea
     assert r"       | \x1b[2J" in lines and not any(line.startswith("score") for line in lines)
 
 
-ASKED = """
-import json, os, sys, time
-ask = json.load(sys.stdin)
-def say(**words):
-    os.write(ask["pipe"], json.dumps({"nonce": ask["nonce"]} | words).encode() + b"\\n")
-say()
-"""
-PASS = "say(check=ask['checks'][0], criterion='is even', state='pass', text='')\n"
-
-
 @pytest.fixture
 def judged(monkeypatch, tmp_path):
     """`judged(code)`: the reports on two checks of two criteria by a process that runs `code` once asked."""
@@ -150,7 +141,7 @@ def judged(monkeypatch, tmp_path):
         each.criterion("is small", "resource")(None)
 
     def run(code, **limits):
-        monkeypatch.setattr(grade, "JUDGE", [sys.executable, "-I", "-c", ASKED + code])
+        monkeypatch.setattr(grade, "JUDGE", [sys.executable, "-I", "-c", BEGIN + code])
         return grade.judged("98", tmp_path / "L98.py", checks, Limits(**limits))
     return run
 

@@ -12,15 +12,8 @@ from nanoinfra.lab import check, grade, judge
 from nanoinfra.lab.check import Blocked, Check, Verdict, Wrong
 from nanoinfra.lab.limited import Limited, Limits
 from nanoinfra.lab.mutants import Mutant, patched
+from tests.lab.judging import BEGIN, PASS
 
-BEGIN = """
-import json, os, sys, time
-ask = json.load(sys.stdin)
-def say(**words):
-    os.write(ask["pipe"], json.dumps({"nonce": ask["nonce"]} | words).encode() + b"\\n")
-say()
-"""
-PASS = "say(check=ask['checks'][0], criterion='is even', state='pass', text='')\n"
 FORGED = {"no nonce": "ask['nonce'] = ''\n" + PASS, "another criterion": PASS.replace("even", "odd"),
           "another check": PASS.replace("ask['checks'][0]", "'third'"), "an exit": "sys.exit(0)"}
 ORPHAN = """
