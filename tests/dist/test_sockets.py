@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests import processes
 from tests.dist.sockets import (
     another_interface,
     beyond_loopback,
@@ -68,14 +69,13 @@ def watched(tmp_path):
     @contextmanager
     def watch(command):
         own = {"GLOO_SOCKET_IFNAME": another_interface(), "PYTHONPATH": str(ROOT)}
-        with subprocess.Popen(command, env={**os.environ, **own}, cwd=tmp_path, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE, text=True) as process:
+        with processes.started(command, env={**os.environ, **own}, cwd=tmp_path, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True) as process:
             watch = Watch(process.pid)
             try:
                 yield process
             finally:
                 watch.end()
-                process.kill()
         assert len(watch.listened) >= 2 and watch.open == set(), f"{watch.open} of {watch.listened}"
     return watch
 
