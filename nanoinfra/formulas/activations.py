@@ -13,7 +13,6 @@ from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.formulas.tensor import padded_seq, part
 
 SQUARES = ("mask", "softmax", "weights")     # the terms that grow with T^2
-MLP_HIDDEN = {"relu": 1, "gelu": 2, "swiglu": 4}     # relu(up); up, gelu(up); gate, silu(gate), up, product
 
 
 def activation_bytes(config: ModelConfig, batch: int, seq: int, dtype_bytes: int, attention: str = "sdpa",
@@ -137,8 +136,13 @@ def _layer(config, tokens, d, attention):
         **_core(config, tokens.batch, tokens.seq, d, attention),
         "o_input": tokens.all * queries * d,
         "mlp_input": tokens.read * config.width * d,
-        "mlp_hidden": tokens.all * MLP_HIDDEN[config.parts.mlp] * config.hidden * d,
+        "mlp_hidden": tokens.all * _mlp_tensors(config) * config.hidden * d,
     }
+
+
+def _mlp_tensors(config):
+    """Tensors (B, T, F): gelu(up) and up, or relu(up) alone; behind a gate also up and the product."""
+    return (1 if config.act == "relu" else 2) + (2 if config.parts.gated else 0)
 
 
 def _norms(config, n, tokens, d):

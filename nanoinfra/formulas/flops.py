@@ -25,7 +25,7 @@ def forward_flops(config: ModelConfig, seq: int, causal: bool = False) -> dict[s
         "qkvo": 2 * L * C * (2 * queries + 2 * keys),
         "scores": square,
         "values": square,
-        "mlp": 2 * L * C * config.hidden * (3 if config.parts.mlp == "swiglu" else 2),
+        "mlp": 2 * L * C * config.hidden * (3 if config.parts.gated else 2),
         "head": 2 * C * config.vocab,
     }
 

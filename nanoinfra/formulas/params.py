@@ -60,14 +60,14 @@ def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.parts.qk_norm:
         found |= {"attn.q_norm.weight": (K,), "attn.k_norm.weight": (K,)}
     found |= _norm("norm2", config)
-    if config.parts.mlp == "swiglu":
+    if config.parts.gated:
         found |= _linear("mlp.gate", F, C, config)
     return found | _linear("mlp.up", F, C, config) | _linear("mlp.down", C, F, config)
 
 
 def _linear(name, outputs, inputs, config):
     weight = {f"{name}.weight": (outputs, inputs)}
-    return weight | {f"{name}.bias": (outputs,)} if config.parts.bias else weight
+    return weight | {f"{name}.bias": (outputs,)} if config.has_bias(name.split(".")[1]) else weight
 
 
 def _norm(name, config):

@@ -1,31 +1,59 @@
-"""The shape of a decoder: the twelve numbers from which parameters, FLOPs and bytes follow.
+"""The shape of a decoder: the numbers from which parameters, FLOPs and bytes follow.
 
 `ModelConfig` is all that formulas, model, checkpoints and planner know of a model; `SIZES` is the one dial
 of the command line. A family says which parts a decoder is made of: GPT-2 (Radford et al. 2019), LLaMA
-(Touvron et al. 2023; SmolLM2 is one), Qwen3 (2025: LLaMA with normed queries and keys), OPT (Zhang et al.
-2022: GPT-2 with ReLU), BLOOM (2022: GPT-2 with ALiBi and normed embeddings).
+(Touvron et al. 2023; SmolLM2 is one), Qwen2 (2024: LLaMA with biases of q, k, v), Qwen3 (2025: LLaMA with
+normed queries and keys), Mistral (Jiang et al. 2023: LLaMA with a sliding window), Phi-3 (Abdin et al. 2024:
+the same), OPT (Zhang et al. 2022: GPT-2 with ReLU), BLOOM (2022: GPT-2 with ALiBi and normed embeddings).
 """
 from dataclasses import asdict, dataclass, replace
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")          # gelu is exact (erf), gelu_tanh GPT-2's formula
+ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
 class Family:
     """The parts a decoder is made of. Adding a family is adding a row to `FAMILIES`."""
     norm: str                  # "layer" (weight and bias) or "rms" (weight)
-    mlp: str                   # "gelu", "relu" (up, down) or "swiglu" (gate, up, down)
+    gated: bool                # has the MLP a gate: down(act(gate(x)) * up(x)) instead of down(act(up(x)))
+    activation: str            # one of ACTIVATIONS, unless the configuration names another
     position: str              # "learned", "rope" or "alibi"
-    bias: bool                 # do the linear layers of a block have biases
+    biases: tuple[str, ...] = ()   # linear layers of a block that have one, unless the configuration says
     qk_norm: bool = False      # RMS norm over each head of q and of k, before RoPE
     embed_norm: bool = False   # a norm after the embedding
 
 
+LLAMA = Family(norm="rms", gated=True, activation="silu", position="rope")
+GPT2 = Family(norm="layer", gated=False, activation="gelu_tanh", position="learned", biases=ATTENTION + MLP)
 FAMILIES = {
-    "gpt2": Family(norm="layer", mlp="gelu", position="learned", bias=True),
-    "llama": Family(norm="rms", mlp="swiglu", position="rope", bias=False),
-    "qwen3": Family(norm="rms", mlp="swiglu", position="rope", bias=False, qk_norm=True),
-    "opt": Family(norm="layer", mlp="relu", position="learned", bias=True),
-    "bloom": Family(norm="layer", mlp="gelu", position="alibi", bias=True, embed_norm=True),
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "phi3": LLAMA,
+    "qwen2": replace(LLAMA, biases=("q", "k", "v")),
+    "qwen3": replace(LLAMA, qk_norm=True),
+    "opt": replace(GPT2, activation="relu"),
+    "bloom": replace(GPT2, position="alibi", embed_norm=True),
 }
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's frequencies are stretched for longer sequences than a model was first trained with.
+
+    The formulas, and which of the numbers each kind reads, are in model/rope.py.
+    """
+    kind: str                              # "linear", "dynamic", "yarn", "llama3" or "factors"
+    factor: float = 1.0
+    original_context: int = 0              # the length the model was first trained with; all but linear
+    low_freq_factor: float = 1.0           # llama3
+    high_freq_factor: float = 4.0          # llama3
+    beta_fast: float = 32.0                # yarn
+    beta_slow: float = 1.0                 # yarn
+    attention_factor: float = 1.0          # yarn: cos and sin are multiplied by it
+    truncate: bool = True                  # yarn: whole pairs as borders
+    factors: tuple[float, ...] = ()        # factors: what each pair's frequency is divided by, (K/2,)
 
 
 @dataclass(frozen=True)
@@ -43,6 +71,12 @@ class ModelConfig:
     family: str = "llama"      # a key of FAMILIES
     eps: float = 1e-5          # inside the norms
     theta: float = 10000.0     # RoPE base
+    rope_scaling: RopeScaling | None = None
+    window: int | None = None  # tokens that a query sees, itself included; None: all before it
+    full_layers: int = 0       # the first layers, which have no window
+    activation: str | None = None          # of the MLP; None: the family's
+    attention_bias: bool | None = None     # have q, k, v and o biases; None: as the family
+    mlp_bias: bool | None = None           # have the MLP's linear layers biases; None: as the family
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -52,11 +86,38 @@ class ModelConfig:
                        if self.heads % d == 0 and d <= max(1, self.kv_heads))
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} KV heads evenly; "
                              f"try kv_heads={fits}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window of {self.window} tokens shows a query nothing; try window=1 or None")
+        if self.act not in ACTIVATIONS:
+            raise ValueError(f"activation {self.act!r} is not one of {', '.join(ACTIVATIONS)}")
+        if isinstance(self.rope_scaling, dict):                          # from JSON
+            scaling = self.rope_scaling | {"factors": tuple(self.rope_scaling["factors"])}
+            object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
 
     @property
     def parts(self) -> Family:
         """The parts this decoder is made of."""
         return FAMILIES[self.family]
+
+    @property
+    def act(self) -> str:
+        """The MLP's activation."""
+        return self.activation or self.parts.activation
+
+    @property
+    def cached_context(self) -> int:
+        """The longest sequence whose keys may be kept: past it dynamic scaling turns all of them anew."""
+        scaling = self.rope_scaling
+        return scaling.original_context if scaling and scaling.kind == "dynamic" else self.context
+
+    def has_bias(self, linear: str) -> bool:
+        """Has this linear layer of a block ("q", "k", "v", "o", "gate", "up", "down") a bias?"""
+        said = self.attention_bias if linear in ATTENTION else self.mlp_bias
+        return linear in self.parts.biases if said is None else said
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a query of this layer sees, itself included; None: all before it."""
+        return None if layer < self.full_layers else self.window
 
     def to_dict(self) -> dict:
         """The fields by name, for JSON."""

@@ -10,7 +10,7 @@ import torch
 
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab import draw
-from nanoinfra.model.attention import future
+from nanoinfra.model.attention import hidden_keys
 
 
 class Cache:
@@ -24,8 +24,8 @@ class Cache:
         self.core, self.length = attend, 0
         self.memory = torch.full((L, 2, batch, KV, capacity, K), math.nan, dtype=dtype)
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes=None):
-        """What a decoder calls; `slopes`, ALiBi's, are left out."""
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None):
+        """What a decoder calls; `mask`, ALiBi's slopes or a window, is left out."""
         return self.core(self.memory[layer], self.length, q, k, v)
 
 
@@ -35,7 +35,7 @@ def seen(calls: dict[str, tuple[int, int]], title: str) -> draw.Picture:
     kinds = {"key was kept": draw.SKY, "key is new": draw.BLUE, "key is later, not seen": "#e8e8e8"}
     left = 0
     for name, (T, S) in calls.items():
-        hidden = future(T, S, torch.device("cpu")).tolist()
+        hidden = hidden_keys(T, S, torch.device("cpu")).tolist()
         for t in range(T):
             for s in range(S):
                 kind = [*kinds][2 if hidden[t][s] else int(s >= S - T)]

@@ -1,9 +1,8 @@
 """The decoder: embed the tokens, L blocks of attention and MLP around a residual stream, norm, head.
 
-GPT-2 (Radford et al. 2019), LLaMA (Touvron et al. 2023; SmolLM2 is one), Qwen3 (2025), OPT (Zhang et al.
-2022) and BLOOM (2022) by configuration alone. GPT-2's block has 12 C^2 parameters in its matrices. Nothing
-here knows of ranks, of pages or of a training loop: parallelism replaces linears and attention cores from
-outside, a KV cache is an argument.
+GPT-2, LLaMA, Mistral, Phi-3, Qwen2, Qwen3, OPT and BLOOM by configuration alone (formulas/shape.py says who
+they are). GPT-2's block has 12 C^2 parameters in its matrices. Nothing here knows of ranks, of pages or of a
+training loop: parallelism replaces linears and attention cores from outside, a KV cache is an argument.
 B sequences, T tokens, C width, V vocabulary, K head_dim.
 """
 import torch
@@ -11,7 +10,8 @@ from torch import nn
 
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.attention import Attention
-from nanoinfra.model.layers import MLP, make_norm, rope_angles
+from nanoinfra.model.layers import MLP, make_norm
+from nanoinfra.model.rope import rope_angles
 
 
 class Block(nn.Module):
@@ -78,9 +78,7 @@ class Decoder(nn.Module):
 
     def angles(self, positions: torch.Tensor, dtype: torch.dtype):
         """RoPE's angles at `positions`, for all blocks; None where the family has no RoPE."""
-        config = self.config
-        rope = config.parts.position == "rope"
-        return rope_angles(positions, config.head_dim, config.theta, dtype) if rope else None
+        return rope_angles(positions, self.config, dtype) if self.config.parts.position == "rope" else None
 
     def places(self, tokens: torch.Tensor) -> torch.Tensor:
         """0..T-1 for `tokens` (B, T). Raises ValueError past the model's context."""

@@ -77,8 +77,8 @@ class TensorParallel:
         attn, mlp, heads = block.attn, block.mlp, block.attn.o.weight.shape[1] // block.attn.head_dim
         attn.read = mlp.read = self.region.read
         attn.o, mlp.down = RowLinear(attn.o, self.region), RowLinear(mlp.down, self.region)
-        if attn.slopes is not None:                                          # ALiBi's, one a query head
-            attn.slopes = attn.slopes[self.axis.rank * heads:][:heads]
+        if slopes := attn.mask.slopes:                                       # ALiBi's, one a query head
+            attn.mask = attn.mask._replace(slopes=slopes[self.axis.rank * heads:][:heads])
 
     def _mine(self, name, p):
         if not p.is_meta:

@@ -57,7 +57,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Take a request. ValueError for one that cannot be answered; QueueFull where too much waits."""
-        check(request, self.model.config.context, self.model.config.vocab)
+        check(request, self.model.config.cached_context, self.model.config.vocab)
         if request.id in self.of:
             raise ValueError(f"request {request.id!r} is here already; give each an id of its own")
         start = root(version=self.version, salt=request.salt)
@@ -102,7 +102,7 @@ class Engine:
     def info(self) -> dict:
         """What does not change: context and vocabulary of the model, the KV memory's blocks."""
         config = self.model.config
-        return {"context": config.context, "vocab": config.vocab, "blocks": len(self.blocks.holders),
+        return {"context": config.cached_context, "vocab": config.vocab, "blocks": len(self.blocks.holders),
                 "block_size": self.blocks.size}
 
     def stats(self) -> dict:
@@ -226,7 +226,7 @@ class Engine:
         plain = run.sampler.plain
         token = likeliest if plain else run.sampler.draw(logits, sequence.tokens, sequence.prompt)
         said = [] if request.logprobs is None else logprobs(logits[None], [token], request.logprobs)
-        ends, room = self.text.ends if self.text else (), self.model.config.context - sequence.prompt
+        ends, room = self.text.ends if self.text else (), self.model.config.cached_context - sequence.prompt
         text, finish = run.push(token, ends, room)
         self.counts["generation_tokens"] += 1
         how = self._end if finish else self._event

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from nanoinfra.dist.mesh import Mesh
-from nanoinfra.model.attention import naive, sdpa
+from nanoinfra.model.attention import CAUSAL, Mask, naive, sdpa
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import empty
 from nanoinfra.model.text import Text, render_chat
@@ -30,7 +30,7 @@ def generate(model: Decoder, tokens: list[int], max_new: int, *, temperature: fl
     sampling option out of range, or a prompt whose continuation does not fit the model's context.
     """
     how = Sampling(temperature, top_k, top_p, seed=seed)
-    check(Request("", tokens, how, max_new), model.config.context, model.config.vocab)
+    check(Request("", tokens, how, max_new), model.config.cached_context, model.config.vocab)
     return _generate(model, tokens, max_new, Sampler(how, seed), frozenset(ends))
 
 
@@ -61,11 +61,8 @@ class KVCache:
         self.layers, self.capacity, self.length = [None] * layers, capacity, 0
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               slopes: tuple[float, ...] | None = None) -> torch.Tensor:
-        """Keep `k`, `v` (B, KV, T, K) and let `q` (B, H, T, K) see them and all before: (B, H, T, K).
-
-        `slopes` are ALiBi's, one for each head.
-        """
+               mask: Mask = CAUSAL) -> torch.Tensor:
+        """Keep `k`, `v` (B, KV, T, K) and let `q` (B, H, T, K) see of all so far what `mask` says."""
         (B, KV, T, K), end = k.shape, self.length + k.shape[2]
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit a KV cache for {self.capacity}; make a larger one")
@@ -74,7 +71,7 @@ class KVCache:
         keys, values = self.layers[layer]                                 # (B, KV, capacity, K) each
         keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
         core = naive if T == 1 else sdpa  # for one query two matrix products beat the fused kernel on CPU
-        return core(q, keys[:, :, :end], values[:, :, :end], slopes)
+        return core(q, keys[:, :, :end], values[:, :, :end], mask)
 
 
 def main(options: GenerateOptions, write: Callable[[str], object] | None = None) -> int:

@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.model.attention import sdpa
+from nanoinfra.model.attention import CAUSAL, Mask, sdpa
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.layers import wide
 from nanoinfra.serve.scheduler import Plan, Sequence
@@ -43,16 +43,16 @@ class PagedKV:
         return work, self._tensor([tokens]), self._tensor([[i for span in places for i in span]])
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               slopes: tuple[float, ...] | None = None) -> torch.Tensor:
-        """Keep `k`, `v` (1, KV, N, K); let `q` (1, H, N, K) see its sequence's tokens up to itself."""
+               mask: Mask = CAUSAL) -> torch.Tensor:
+        """Keep `k`, `v` (1, KV, N, K); let `q` (1, H, N, K) see of its sequence so far what `mask` says."""
         memory = self.pool[layer]                                                        # (2 KV, n, p, K)
         memory.flatten(1, 2).index_copy_(1, self.slots, torch.cat([k[0], v[0]]))
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                              # (N, heads, K)
-        parts = [self._see_ones(memory, q, slopes)] if self.ones else []
-        y = torch.cat(parts + self.see_chunks(memory, q, k, v, slopes))                  # (N, H, K)
+        parts = [self._see_ones(memory, q, mask)] if self.ones else []
+        y = torch.cat(parts + self.see_chunks(memory, q, k, v, mask))                    # (N, H, K)
         return y.transpose(0, 1)[None]
 
-    def see_chunks(self, memory, q, k, v, slopes=None):
+    def see_chunks(self, memory, q, k, v, mask):
         """What each chunk's queries see, of `q` (N, H, K) and `k`, `v` (N, KV, K): [(B T, H, K)]."""
         parts = []
         for begin, sequences, count, blocks, S in self.chunks:
@@ -60,20 +60,22 @@ class PagedKV:
                                      .transpose(1, 2) for x in (q, k, v))                # (B, heads, T, K)
             if blocks is not None:
                 keys, values = memory.index_select(1, blocks).flatten(1, 2)[None, :, :S].chunk(2, 1)
-            y = sdpa(queries, keys, values, slopes)                                      # (B, H, T, K)
+            y = sdpa(queries, keys, values, mask)                                        # (B, H, T, K)
             parts.append(y.transpose(1, 2).flatten(0, 1))
         return parts
 
-    def _see_ones(self, memory, q, slopes):
-        """A head's G queries are taken for a sequence's, each of which sees all its keys: (B, H, K)."""
-        index, mask, places = self.ones                                                  # (B, 1, 1, S)
-        queries = q[:len(mask)].unflatten(1, (self.KV, -1))                              # (B, KV, G, K)
+    def _see_ones(self, memory, q, mask):
+        """A head's G queries are taken for a sequence's, which see its keys, or the window's: (B, H, K)."""
+        index, bias, places = self.ones                                                  # (B, 1, 1, S)
+        queries = q[:len(bias)].unflatten(1, (self.KV, -1))                              # (B, KV, G, K)
         both = memory.flatten(0, 1).flatten(1).index_select(0, index)
-        keys, values = both.view(2, self.KV, len(mask), -1, q.shape[-1]).transpose(1, 2)  # (B, KV, S, K)
-        if slopes is not None:
-            steep = torch.tensor(slopes, dtype=wide(q.dtype), device=q.device).view(self.KV, -1, 1)
-            mask = (mask + steep * places).to(q.dtype)                                   # (B, KV, G, S)
-        return F.scaled_dot_product_attention(queries, keys, values, mask).flatten(1, 2)
+        keys, values = both.view(2, self.KV, len(bias), -1, q.shape[-1]).transpose(1, 2)  # (B, KV, S, K)
+        if mask.window is not None:
+            bias = bias.masked_fill(places < -mask.window, -math.inf)
+        if mask.slopes is not None:
+            steep = torch.tensor(mask.slopes, dtype=wide(q.dtype), device=q.device).view(self.KV, -1, 1)
+            bias = (bias + steep * places).to(q.dtype)                                   # (B, KV, G, S)
+        return F.scaled_dot_product_attention(queries, keys, values, bias).flatten(1, 2)
 
     def find(self, ones):
         """Where the keys of [(table, S)] are: rows of the pool, head by head; -inf past S; places less S."""

@@ -98,31 +98,32 @@ static inline void soon(const number *page) {
     for (long i = 0; i < BLOCK * K; i += 64 / sizeof *page) __builtin_prefetch(page + i);
 }
 
-/* serve/paged.py, PagedKV, sequences with one query. Each of B rows sees its `ends[b]` keys where they lie,
-   block by block in the order of its row of `tables` (B, width). The softmax goes along (Milakov & Gimelshein
+/* serve/paged.py, PagedKV, sequences with one query. Each of B rows sees the last `window` of its `ends[b]` keys
+   where they lie, block by block in the order of its row of `tables` (B, width). The softmax goes along (Milakov & Gimelshein
    2018): y and sum are those of the keys so far, relative to the highest score so far. to (B, KV G K);
    `pool` (2 KV, blocks, BLOCK, K). */
 void attend(number *to, const number *qkv, const number *pool, const long *tables, const long *ends, long B,
-            long width, long blocks) {
+            long width, long blocks, long window) {
     const long values = KV * blocks * BLOCK * K;                     /* from a key to its value */
 #pragma omp parallel for collapse(2) schedule(dynamic) if (B > 1)
     for (long b = 0; b < B; b++)
         for (long h = 0; h < KV; h++) {
             const number *heads = qkv + (b * (KV * G + 2 * KV) + h * G) * K, *own = pool + h * blocks * BLOCK * K;
-            const long *table = tables + b * width;
+            long begin = ends[b] > window ? ends[b] - window : 0, skipped = begin / BLOCK;
+            const long *table = tables + b * width + skipped;
             float q[G][K], y[G][K], score[G][BLOCK], sum[G], top[G], one[K];
             for (long g = 0; g < G; g++) {
                 for (long j = 0; j < K; j++) q[g][j] = get(heads[g * K + j]) / sqrtf(K), y[g][j] = 0;
                 sum[g] = 0, top[g] = -1e30;
             }
-            for (long first = 0; first < ends[b]; first += BLOCK) {
+            for (long first = skipped * BLOCK; first < ends[b]; first += BLOCK) {
                 const number *page = own + *table++ * BLOCK * K;
-                long count = ends[b] - first < BLOCK ? ends[b] - first : BLOCK;
+                long count = ends[b] - first < BLOCK ? ends[b] - first : BLOCK, i0 = begin > first ? begin - first : 0;
                 if (first + BLOCK < ends[b]) {
                     soon(own + *table * BLOCK * K);
                     soon(own + *table * BLOCK * K + values);
                 }
-                for (long i = 0; i < count; i++) {
+                for (long i = i0; i < count; i++) {
                     for (long j = 0; j < K; j++) one[j] = get(page[i * K + j]);
                     for (long g = 0; g < G; g++) {
                         float dot = 0;
@@ -132,13 +133,13 @@ void attend(number *to, const number *qkv, const number *pool, const long *table
                 }
                 for (long g = 0; g < G; g++) {
                     float high = top[g], more = 0;
-                    for (long i = 0; i < count; i++) high = score[g][i] > high ? score[g][i] : high;
-                    for (long i = 0; i < count; i++) more += score[g][i] = expf(score[g][i] - high);
+                    for (long i = i0; i < count; i++) high = score[g][i] > high ? score[g][i] : high;
+                    for (long i = i0; i < count; i++) more += score[g][i] = expf(score[g][i] - high);
                     float shrink = expf(top[g] - high);
                     for (long j = 0; j < K; j++) y[g][j] *= shrink;
                     sum[g] = sum[g] * shrink + more, top[g] = high;
                 }
-                for (long i = 0; i < count; i++) {
+                for (long i = i0; i < count; i++) {
                     for (long j = 0; j < K; j++) one[j] = get(page[values + i * K + j]);
                     for (long g = 0; g < G; g++)
                         for (long j = 0; j < K; j++) y[g][j] += score[g][i] * one[j];

@@ -21,11 +21,12 @@ from nanoinfra.model import decoder
 from nanoinfra.model.layers import RMSNorm
 from nanoinfra.serve.paged import PagedKV
 
+EVERYTHING = 1 << 40                         # tokens: a window that hides nothing
 POINTER, LONG, DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
 ARGUMENTS = {"add_norm": [POINTER] * 4 + [LONG] * 2 + [DOUBLE],
              "swiglu": [POINTER] * 2 + [LONG] * 2,
              "place": [POINTER] * 3 + [DOUBLE] + [POINTER] * 4 + [LONG] * 2,
-             "attend": [POINTER] * 5 + [LONG] * 3,
+             "attend": [POINTER] * 5 + [LONG] * 4,
              "likeliest": [POINTER] * 2 + [LONG] * 2,
              "gemv": [POINTER] * 4 + [LONG] * 2,
              "instructions": []}
@@ -118,10 +119,10 @@ class PagesInPlace(PagedKV):
             tables, ends = self.ones
             parts.append(qkv.new_empty(len(ends), H, K))
             self.passes.attend(parts[0].data_ptr(), qkv.data_ptr(), memory.data_ptr(), tables.data_ptr(),
-                               ends.data_ptr(), *tables.shape, n)
+                               ends.data_ptr(), *tables.shape, n, attn.mask.window or EVERYTHING)
         if self.chunks:
             heads = qkv[0].unflatten(1, (-1, K)).split([H, self.KV, self.KV], 1)
-            parts += self.see_chunks(memory, *heads)
+            parts += self.see_chunks(memory, *heads, attn.mask)
         y = parts[0] if len(parts) == 1 else torch.cat(parts)                            # (N, H, K)
         return y.flatten(1)[None]
 
@@ -142,7 +143,7 @@ def likeliest(passes: ctypes.CDLL, logits: torch.Tensor) -> list[int]:
 def suit(config: ModelConfig) -> bool:
     """Is it a model of this kind?"""
     parts = config.parts
-    return (parts.norm, parts.position, parts.mlp) == ("rms", "rope", "swiglu")
+    return (parts.norm, parts.position, parts.gated, config.act) == ("rms", "rope", True, "silu")
 
 
 def compile_for(model: decoder.Decoder, kv: PagedKV) -> ctypes.CDLL:

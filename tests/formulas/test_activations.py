@@ -14,7 +14,7 @@ from nanoinfra.formulas.activations import (
     table_2,
     working_bytes,
 )
-from nanoinfra.formulas.shape import FAMILIES, ModelConfig, sized
+from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.formulas.tensor import SP
 from nanoinfra.lab.kept import Kept
 from nanoinfra.memory.recompute import apply
@@ -22,6 +22,7 @@ from nanoinfra.model.decoder import Block, Decoder
 from nanoinfra.parallel.megatron import TensorParallel
 from nanoinfra.parallel.vocabulary import HeadLoss
 from nanoinfra.train.loss import cross_entropy
+from tests.families import KINDS
 
 HOW = [("naive", "none"), ("sdpa", "none"), ("naive", "selective"), ("naive", "full"), ("sdpa", "full")]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -74,7 +75,7 @@ def test_backward_works_with_one_layer_at_a_time(configs, data, batch, seq, dtyp
     assert want <= got <= want + (copies if recompute == "selective" else 0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_what_recompute_keeps_is_gone_while_one_layer_works(family, dtype):
     """The working set is freed before the next layer runs: at no moment are there two."""
@@ -96,7 +97,7 @@ def test_what_recompute_keeps_is_gone_while_one_layer_works(family, dtype):
     assert kept < max(peaks) <= kept + working_bytes(config, 2, 11, dtype.itemsize, "naive")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("attention", ["naive", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_keeps_the_sum_of_its_terms(family, attention, dtype):
@@ -137,7 +138,7 @@ def test_a_rank_of_t_keeps_its_share(shared_configs, first_of, data, batch, seq,
     assert kept == activation_bytes(config, batch, seq, dtype.itemsize, attention, recompute, t, sp)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("sp", SP)
 def test_a_rank_of_t_works_with_one_layer_at_a_time(first_of, family, sp):
     config = ModelConfig(61, 24, 4, 6, 3, 10, 40, 16, family=family)

@@ -25,8 +25,8 @@ class Memory:
         shape = config.layers, 2, batch, config.kv_heads, total, config.head_dim
         self.memory = torch.zeros(shape, dtype=dtype)
 
-    def attend(self, layer, q, k, v, slopes=None):
-        return naive(q, *self.memory[layer], slopes)
+    def attend(self, layer, q, k, v, mask=None):
+        return naive(q, *self.memory[layer], mask)
 
 
 @settings(max_examples=40, deadline=None)

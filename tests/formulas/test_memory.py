@@ -57,9 +57,9 @@ class Counting:
     """A KV cache that only counts what it would hold."""
     held = 0
 
-    def attend(self, layer, q, k, v, slopes=None):
+    def attend(self, layer, q, k, v, mask=None):
         self.held += k.nbytes + v.nbytes
-        return naive(q, k, v, slopes)
+        return naive(q, k, v, mask)
 
 
 @settings(max_examples=30, deadline=None)

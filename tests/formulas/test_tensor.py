@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoinfra.formulas.params import shapes
-from nanoinfra.formulas.shape import FAMILIES, ModelConfig, sized
+from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.formulas.tensor import (
     SP,
     box,
@@ -29,6 +29,7 @@ from nanoinfra.memory.recompute import apply
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel.megatron import TensorParallel
 from nanoinfra.parallel.vocabulary import HeadLoss
+from tests.families import KINDS
 
 SMOLLM2 = ModelConfig(100, 36, 2, 9, 3, 4, 26, 64)
 SHARED = (".attn.k.", ".attn.v.")
@@ -142,7 +143,7 @@ def test_what_is_summed_once_a_step_by_hand():
         6 * 2 * 36 + 2 * 2 * 36, 2 * 2 * (4 * 36 + 4)]                       # and biases; embed_norm
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_what_is_partial_is_whole_on_every_rank(family):
     config = ModelConfig(61, 24, 2, 6, 3, 10, 40, 16, family=family, tied=False)
     whole = [name for name in shapes(config) if cut_dim(name) is None]

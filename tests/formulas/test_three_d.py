@@ -4,9 +4,10 @@ from dataclasses import replace
 import pytest
 
 from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import FAMILIES, ModelConfig, sized
+from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.formulas.tensor import tensor_sent
 from nanoinfra.formulas.three_d import held, sent
+from tests.families import KINDS
 
 CONFIG = ModelConfig(vocab=61, width=16, layers=6, heads=4, kv_heads=2, head_dim=4, hidden=24, context=8)
 
@@ -17,7 +18,7 @@ def total(config, p, d, t, m):
     return {axis: d * sum(each[axis] for each in ranks) for axis in ranks[0]}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_stages_and_tensor_ranks_hold_the_model_once_but_for_what_everyone_has(family, tied):
     config = replace(CONFIG, family=family, tied=tied, kv_heads=4)

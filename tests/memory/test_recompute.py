@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.shape import FAMILIES, ModelConfig, sized
+from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.memory import recompute
 from nanoinfra.model import attention
 from nanoinfra.model.decoder import Block, Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.data import DataParallel
 from nanoinfra.train.loss import cross_entropy
+from tests.families import KINDS
 from tests.parity import assert_same_gradients
 
 CASES = [("naive", "selective"), ("naive", "full"), ("sdpa", "full")]
@@ -40,7 +41,7 @@ def gradients(model, micro_batches=2):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("attention, how", CASES)
 def test_recompute_matches_plain(family, attention, how):
     want = gradients(decoder(attention, family=family))

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.model.attention import Attention, alibi_slopes, naive, sdpa
+from nanoinfra.model.attention import CAUSAL, Attention, Mask, alibi_slopes, naive, sdpa
 
 
 def heads(T=5, S=5, dtype=torch.float64):
@@ -36,7 +36,7 @@ def test_cores_match_attention_by_hand(core, T, S):
 def test_cores_match_alibi_by_hand(core, T, S):
     q, k, v = heads(T, S)
     want = by_hand(q, k, v, alibi_slopes(6))
-    torch.testing.assert_close(core(q, k, v, alibi_slopes(6)), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(core(q, k, v, Mask(slopes=alibi_slopes(6))), want, rtol=1e-12, atol=1e-12)
     assert (core(q, k, v) - want).abs().max() > 0.05
 
 
@@ -54,13 +54,29 @@ def test_alibi_in_bfloat16_loses_less_than_transformers_does(core):
     """Theirs rounds slope * place to 16 bits: at place 1500 and slope 1/2 to a multiple of 4."""
     draws, slopes = torch.Generator().manual_seed(0), alibi_slopes(8)
     q, k, v = (torch.randn(1, 8, n, 16, generator=draws, dtype=torch.bfloat16) for n in (8, 1500, 1500))
-    want = naive(q.double(), k.double(), v.double(), slopes)
+    want = naive(q.double(), k.double(), v.double(), Mask(slopes=slopes))
     places = (torch.tensor(slopes)[:, None] * torch.arange(1500)).bfloat16()              # (H, S)
     future = torch.ones(8, 1500, dtype=torch.bool).triu(1493)
     scores = (q @ k.mT / 4 + places[:, None]).masked_fill(future, -math.inf)
     theirs = scores.softmax(-1, dtype=torch.float32).bfloat16() @ v
-    lost, ours = ((x - want).abs().max() for x in (theirs, core(q, k, v, slopes)))
+    lost, ours = ((x - want).abs().max() for x in (theirs, core(q, k, v, Mask(slopes=slopes))))
     assert ours < 0.05 < 0.5 < lost
+
+
+@pytest.mark.parametrize("core", [naive, sdpa])
+@pytest.mark.parametrize("T", [1, 4, 9])
+@pytest.mark.parametrize("slopes", [None, alibi_slopes(6)])
+def test_a_window_is_as_if_the_keys_before_it_were_not_there(core, T, slopes):
+    draws = torch.Generator().manual_seed(0)
+    shapes = (2, 6, T, 4), (2, 3, 9, 4), (2, 3, 9, 4)
+    q, k, v = (torch.randn(shape, generator=draws, dtype=torch.float64) for shape in shapes)
+    for window in (1, 3, 8, 9, 20):
+        got = core(q, k, v, Mask(window, slopes))
+        for t in range(T):
+            end = 9 - T + t + 1
+            near = slice(max(0, end - window), end)
+            want = naive(q[:, :, t:t + 1], k[:, :, near], v[:, :, near], Mask(slopes=slopes))
+            torch.testing.assert_close(got[:, :, t:t + 1], want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("core", [naive, sdpa])
@@ -71,12 +87,12 @@ def test_no_query_sees_the_future(core):
     torch.testing.assert_close(core(q, k, v)[:, :, :3], want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("slopes", [None, alibi_slopes(6)])
-def test_gradients_of_both_cores_agree(slopes):
+@pytest.mark.parametrize("mask", [CAUSAL, Mask(slopes=alibi_slopes(6)), Mask(window=3)])
+def test_gradients_of_both_cores_agree(mask):
     grads = []
     for core in (naive, sdpa):
         q, k, v = (x.requires_grad_() for x in heads())
-        core(q, k, v, slopes).square().sum().backward()
+        core(q, k, v, mask).square().sum().backward()
         grads.append([x.grad for x in (q, k, v)])
     for got, want in zip(*grads):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)

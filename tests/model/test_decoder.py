@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.model.attention import CAUSAL, Mask
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from tests.model.twins import FAMILIES, tokens
@@ -32,7 +33,8 @@ def test_parameters_have_the_agreed_names(family, tied):
     want = ["embed.weight"] + ["positions.weight"] * (family in ("gpt2", "opt"))
     want += ["embed_norm.weight", "embed_norm.bias"] * (family == "bloom")
     want += [f"blocks.{i}.{name}" for i in range(2) for name in NAMES[family].split()]
-    want += ["norm.weight"] + ["norm.bias"] * model.config.parts.bias + ["head.weight"] * (not tied)
+    want += ["norm.weight"] + ["norm.bias"] * (model.config.parts.norm == "layer")
+    want += ["head.weight"] * (not tied)
     assert [name for name, _ in model.named_parameters()] == want
     assert (model.head.weight is model.embed.weight) == tied
     assert not list(model.buffers())
@@ -65,9 +67,9 @@ def test_cores_and_caches_are_seen_by_every_layer():
     class Cache:
         seen = []
 
-        def attend(self, layer, q, k, v, slopes):
+        def attend(self, layer, q, k, v, mask):
             self.seen.append((layer, tuple(q.shape), tuple(k.shape), tuple(v.shape)))
-            assert slopes is None
+            assert mask == CAUSAL
             return torch.zeros_like(q)
 
     Decoder(config("llama"))(tokens(97, (2, 5)), cache=Cache())
@@ -92,7 +94,7 @@ def test_slopes_are_numbers_that_a_rank_can_slice():
         for linear in (half.q, half.k, half.v):
             linear.weight.data, linear.bias.data = linear.weight.data[rows], linear.bias.data[rows]
         half.o.weight.data = half.o.weight.data[:, rows]
-        half.slopes = half.slopes[rows.start // 5:rows.stop // 5]
+        half.mask = Mask(slopes=half.mask.slopes[rows.start // 5:rows.stop // 5])
         halves.append(half(x))
     torch.testing.assert_close(sum(halves) - attn.o.bias, want, rtol=1e-10, atol=1e-12)
 

@@ -276,11 +276,11 @@ class ForgetsToForget(Engine):
         pass
 
 
-def looks_ahead(q, k, v, slopes=None):
+def looks_ahead(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] == k.shape[2], enable_gqa=True)
 
 
-def aligns_at_the_start(q, k, v, slopes=None):
+def aligns_at_the_start(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 

@@ -19,11 +19,12 @@ from nanoinfra.parallel.sequence import SP, CutPositions
 from nanoinfra.parallel.tensor import RowLinear
 from nanoinfra.parallel.vocabulary import VocabEmbedding, VocabHead
 from nanoinfra.train.loss import count_valid, cross_entropy
+from tests.families import KINDS
 from tests.parity import assert_same_gradients
 
 T, SEED = 7, 3                                         # 7 tokens: neither 2 nor 4 ranks share them evenly
 SMOLLM = dict(width=18, heads=9, kv_heads=3, head_dim=2, hidden=13)
-CASES = [(family, tp, sp, True) for family in FAMILIES for tp in (2, 4) for sp in SP]
+CASES = [(family, tp, sp, True) for family in KINDS for tp in (2, 4) for sp in SP]
 CASES += [("llama", 2, "gather", False), ("opt", 4, "none", False), ("llama-9/3", 3, "none", True),
           ("llama-9/3", 3, "gather", False), ("qwen3-9/3", 3, "keep", True)]
 MESHES = [  # family, dp, tp, sp, zero, recompute, micro-batch: every two of them somewhere
@@ -47,7 +48,7 @@ def test_gradients_match_one_rank_beside_data_parallelism(ranks, family, dp, tp,
 
 @pytest.mark.prove
 @pytest.mark.parametrize("family, tp, sp, zero", [
-    *product(FAMILIES, (2, 4), SP, (0, 1, 2, 3)),
+    *product(KINDS, (2, 4), SP, (0, 1, 2, 3)),
     *product(["llama-9/3", "qwen3-9/3"], [3], SP, (0, 1, 2, 3))])
 def test_every_combination_matches_one_rank(ranks, family, tp, sp, zero):
     for tied, recompute in ((True, "none"), (False, "selective"), (True, "full")):

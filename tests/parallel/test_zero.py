@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas import zero as formulas
-from nanoinfra.formulas.shape import FAMILIES, ModelConfig, sized
+from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.formulas.wire import ring_seconds
 from nanoinfra.lab.storages import Storages
 from nanoinfra.memory import recompute
@@ -24,6 +24,7 @@ from nanoinfra.parallel.vocabulary import HeadLoss
 from nanoinfra.parallel.zero import Zero
 from nanoinfra.train.loss import count_valid
 from nanoinfra.train.optim import Optimizer, clip
+from tests.families import KINDS
 from tests.parallel.test_data import batches, gradients_alone, model
 from tests.parity import assert_same_gradients
 
@@ -96,7 +97,7 @@ def test_a_unit_that_is_partly_frozen_stays_whole_until_backward_has_left_it(ran
             assert sent == {1: 8 * (16 + 16 + 8), 3: 0}[stage], rank           # the frozen 16 not again
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_units_are_what_the_formula_takes_for_units(family):
     config = ModelConfig(63, 16, 2, 4, 4, 4, 24, 12, tied=False, family=family)
     net = Decoder(config)
@@ -194,6 +195,7 @@ from torch import nn
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.dist.ranks import Ranks
 from nanoinfra.parallel.zero import Zero
+from tests.families import KINDS
 
 x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
 
