@@ -25,7 +25,7 @@ def spm(keys, tokens: list[str], special: Set[str]) -> Tokenizer:
         raise ValueError(f"its tokenizer lacks the token {missing[0]} for a byte, without which not every "
                          "text can be written")
     whole = [token for token in tokens if token not in special or SPACE in token]
-    if out := [token for token in whole if len(token) > 1 and not ids.keys() >= set(token)]:
+    if out := [token for token in whole if _joins_no_token(token, ids)]:
         raise ValueError(f"its tokenizer has {out[0]!r}, but not every character of it as a token")
     merges = merges_by_score(whole, scores, ids)
     backend = Tokenizer(models.BPE(ids, merges, byte_fallback=True))
@@ -51,6 +51,12 @@ def merges_by_score(tokens: list[str], scores: list[float], ids: dict[str, int])
     found.sort(key=lambda way: (-way[0], -len(way[1]), -len(way[2])))
     _check_ties(found)
     return [(left, right) for _, left, right in found]
+
+
+def _joins_no_token(token, ids):
+    """Would sentencepiece make this token of a character that is no token? `tokenizers` makes bytes of those."""
+    cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+    return any({len(part) for part in cut if part not in ids} == {1} for cut in cuts)
 
 
 def _check_ties(found):
