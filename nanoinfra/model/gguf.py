@@ -105,9 +105,6 @@ def _fetch(opened, name, stored, box, config, architecture):
         return torch.empty([part.stop - part.start for part in box])
     if architecture != "llama" or name.split(".")[-2] not in ("attn_q", "attn_k"):
         return opened.read(stored, box)
-    if len(box) == 1:                                                     # a bias is no row of blocks
-        whole = opened.read(stored, (slice(0, stored.shape[0]),))
-        return halves_from_pairs(whole, config.head_dim)[box]
     (start, stop), K = (box[0].start, box[0].stop), config.head_dim
     first = start // K * K
     heads = opened.read(stored, (slice(first, -(-stop // K) * K), *box[1:]))   # a row's place is its head's
@@ -115,6 +112,9 @@ def _fetch(opened, name, stored, box, config, architecture):
 
 
 def halves_from_pairs(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of q or k (heads * K, C) back from llama.cpp's order (0, K/2, 1, K/2 + 1, ...) of each head."""
+    """Rows of q or k (heads * K, C) back from llama.cpp's order (0, K/2, 1, K/2 + 1, ...) of each head.
+
+    A bias (heads * K,) likewise.
+    """
     pairs = x.view(-1, head_dim // 2, 2, *x.shape[1:])                    # (H, K/2, 2, C)
     return pairs.transpose(1, 2).reshape(x.shape)                         # (H, 2, K/2, C)

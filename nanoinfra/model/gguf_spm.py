@@ -54,14 +54,14 @@ def merges_by_score(tokens: list[str], scores: list[float], ids: dict[str, int])
 
 
 def _joins_no_token(token, ids):
-    """Would sentencepiece make this token of a character that is no token? `tokenizers` makes bytes of those."""
+    """Would sentencepiece make this token of a character that is none? `tokenizers` makes it bytes first."""
     cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
     return any({len(part) for part in cut if part not in ids} == {1} for cut in cuts)
 
 
 def _check_ties(found):
-    """A part that one token would take from its right and another from its left, with the same score."""
-    left_of = {}                             # (score, its left part) -> a token that is no run of one character
+    """ValueError for a part that two tokens of one score would take, one as its end, one as its begin."""
+    left_of = {}                             # (score, left part) -> a token that is no run of one character
     for score, left, right in found:
         if len(set(left + right)) > 1:
             left_of.setdefault((score, left), left + right)

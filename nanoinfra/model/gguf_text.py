@@ -74,7 +74,7 @@ def _special(tokens, kinds):
 
 
 def _id(keys, name, count, default):
-    got = keys.get(f"{name}_token_id", int, default)
+    got = keys.get(f"{name}_token_id", int, default if default is not None and default < count else None)
     if got is not None and not 0 <= got < count:
         raise ValueError(f"tokenizer.ggml.{name}_token_id is {got}, but there are {count} tokens")
     return got

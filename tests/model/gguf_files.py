@@ -51,11 +51,15 @@ def models():
 
 
 def write_model(path, architecture, fields=None, biases=(), fused=False, tied=None, factors=(), kind="F32",
-                tokenizer=None, general=None):
-    """A model of random weights; `fields` without the architecture's name, None drops one."""
+                tokenizer=None, general=None, said=None):
+    """A model of random weights of the sizes in `fields`; where `said` has one, the file claims that.
+
+    Keys stand without the architecture's name; None drops one.
+    """
     shape = (GPT2 if architecture == "gpt2" else BASE) | (fields or {})
     writer = gguf.GGUFWriter(path, architecture)
-    add(writer, {f"{architecture}.{key}": value for key, value in shape.items()} | (general or {}))
+    add(writer, {f"{architecture}.{key}": value for key, value in (shape | (said or {})).items()})
+    add(writer, general or {})
     add(writer, tokenizer or names(VOCAB))
     draws = np.random.RandomState(7)
     tied = architecture == "gpt2" if tied is None else tied
@@ -107,8 +111,8 @@ def drawn(draws, name, size, stored):
         return gguf.quantize(x.astype(np.float32), stored)
     block, nbytes = gguf.GGML_QUANT_SIZES[stored]
     x = draws.randint(0, 256, (*size[:-1], size[-1] // block, nbytes)).astype(np.uint8)
-    small = {"Q8_0": 1e-3, "Q6_K": 5e-5, "Q4_K": 3e-4, "Q5_K": 2e-4, "Q2_K": 5e-3, "Q3_K": 2e-3, "IQ4_XS": 5e-5,
-             "IQ4_NL": 1e-3, "Q5_1": 5e-3, "Q4_1": 5e-3}
+    small = {"Q8_0": 1e-3, "Q6_K": 5e-5, "Q4_K": 3e-4, "Q5_K": 2e-4, "Q2_K": 5e-3, "Q3_K": 2e-3,
+             "IQ4_XS": 5e-5, "IQ4_NL": 1e-3, "Q5_1": 5e-3, "Q4_1": 5e-3}
     for place in SCALES[stored.name]:
         scale = draws.uniform(0.5, 1.5, x.shape[:-1]) * small.get(stored.name, 0.02)
         x[..., place:place + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
@@ -120,7 +124,9 @@ def add(writer, fields):
     kinds = {bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32, str: writer.add_string,
              list: writer.add_array}
     for key, value in fields.items():
-        if value is not None:
+        if key == "general.alignment":
+            writer.add_custom_alignment(value)
+        elif value is not None:
             kinds[type(value)](key, value)
 
 
