@@ -96,7 +96,7 @@ def read_config(fields: Mapping[str, object], tensors: Mapping[str, object], rop
     config = replace(config, eps=keys.positive(EPS[config.parts.norm]), window=_window(keys, architecture))
     if config.parts.position == "rope":
         config = replace(config, rope_scaling=_rope_scaling(keys, config, rope_factors))
-    return config
+    return _biased(config, set(tensors))
 
 
 def architecture_of(fields: Mapping[str, object]) -> str:
@@ -111,22 +111,6 @@ def architecture_of(fields: Mapping[str, object]) -> str:
     if name not in ARCHITECTURES:
         raise ValueError(f"architecture {name!r} is unknown; known are {', '.join(ARCHITECTURES)}")
     return name
-
-
-def biased(config: ModelConfig, names: set[str]) -> ModelConfig:
-    """`config` with the biases that its file's linear layers have, told from the first layer's `names`.
-
-    llama.cpp takes a bias where there is one. LLaMA with biases of q, k and v alone is Qwen2.
-    """
-    there = {x for x, theirs in LINEAR.items() if f"blk.0.{theirs}.bias" in names}
-    families = (config.family, "qwen2") if config.family == "llama" else (config.family,)
-    for family in families:
-        for attention in (None, True, False):
-            for mlp in (None, True, False):
-                found = replace(config, family=family, attention_bias=attention, mlp_bias=mlp)
-                if {x for x in LINEAR if found.has_bias(x)} == there:
-                    return found
-    return config                            # whoever checks the names says which are too many
 
 
 def _heads(keys, heads, width):
@@ -160,6 +144,24 @@ def _window(keys, architecture):
     if architecture not in WINDOW:
         return None
     return keys.get("attention.sliding_window", int, 0) or None
+
+
+def _biased(config, names):
+    """`config` with the biases that its file's linear layers have, as the first layer's `names` say.
+
+    llama.cpp takes a bias where there is one. LLaMA with biases of q, k and v alone is Qwen2.
+    """
+    layers = [x for x in LINEAR if x != "gate" or config.parts.gated]
+    there = {x for x in layers if f"blk.0.{LINEAR[x]}.bias" in names}
+    there |= set("qkv") if "blk.0.attn_qkv.bias" in names else set()
+    families = (config.family, "qwen2") if config.family == "llama" else (config.family,)
+    for family in families:
+        for attention in (None, True, False):
+            for mlp in (None, True, False):
+                found = replace(config, family=family, attention_bias=attention, mlp_bias=mlp)
+                if {x for x in layers if found.has_bias(x)} == there:
+                    return found
+    return config                            # whoever checks the names says which are too many
 
 
 def _rope_scaling(keys, config, rope_factors):

@@ -40,11 +40,6 @@ class Stored(NamedTuple):
         """Bytes of all."""
         return prod(self.shape[:-1]) * self.row_bytes()
 
-    def rows(self, first: int, count: int) -> "Stored":
-        """The `count` rows from `first` on, as a tensor of their own; of a bias, its numbers."""
-        width = self.row_bytes() if len(self.shape) > 1 else block_of(self.kind)[1]
-        return Stored(self.kind, (count, *self.shape[1:]), self.start + first * width)
-
 
 class GGUFFile(NamedTuple):
     """A GGUF file, opened: `data` is the mapped file."""
@@ -52,9 +47,10 @@ class GGUFFile(NamedTuple):
     tensors: dict[str, Stored]
     data: np.ndarray
 
-    def read(self, tensor: Stored, box: Box) -> torch.Tensor:
+    def read(self, name: str, box: Box) -> torch.Tensor:
         """The part `box` of a tensor, float32, dequantised from no more blocks than hold it."""
         import gguf
+        tensor = self.tensors[name]
         kind, (size, nbytes) = gguf.GGMLQuantizationType(tensor.kind), block_of(tensor.kind)
         *rows, columns = box
         first = columns.start // size

@@ -33,8 +33,8 @@ CONTROL, USER_DEFINED, UNKNOWN, BYTE, NORMAL = 3, 4, 2, 6, 1
 MARKS = {"<s>": CONTROL, "</s>": CONTROL, "<|user|>": CONTROL, "<|end|>": CONTROL, "<|endoftext|>": CONTROL,
          "<tool>": USER_DEFINED, "</tool>": USER_DEFINED}
 NAMED = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|eom_id|>", "<EOT>", "[EOS]", "<|end_of_text|>",
-         "<eos>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>",
-         "<|im_start|>")
+         "<eos>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|fim_prefix|>", "<|fim_suffix|>",
+         "<|fim_middle|>", "<|im_start|>")
 PRE = ("gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx", "tekken", "gpt-4o", "default")
 
 
