@@ -6,7 +6,6 @@ hf_names.py's.
 """
 import json
 import re
-import shutil
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -20,12 +19,10 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import Weights, check_names, filled, reader
 from nanoinfra.model.hf_config import config_from, config_to
 from nanoinfra.model.hf_names import DIALECTS, HEAD
+from nanoinfra.model.hf_text import clear_text, copy_text, kept_ids
 from nanoinfra.model.safe import INDEX, SINGLE, Tensors
 from nanoinfra.model.source import joined, sources
-from nanoinfra.model.text import read_json, read_text
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "chat_template.jinja")
+from nanoinfra.model.text import read_json
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Decoder:
@@ -95,11 +92,8 @@ def write_hf(config: ModelConfig, read: Callable[[str], torch.Tensor], dtype: to
         places = {theirs: file for file, shard in zip(names, shards, strict=True) for theirs in shard}
         index = json.dumps({"metadata": {}, "weight_map": places}, indent=2)
         (folder / INDEX).write_text(index, encoding="utf-8")
-    if tokenizer is not None:
-        for path in (Path(tokenizer, name) for name in TOKENIZER_FILES):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-    theirs_config |= _own(dtype, folder)
+    theirs_config |= _own(dtype, tokenizer)
+    clear_text(folder) if tokenizer is None else copy_text(tokenizer, folder)
     (folder / "config.json").write_text(json.dumps(theirs_config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -139,12 +133,7 @@ def _join(config, read, dtype, parts):
     return joined(parts[0][1], config.head_dim, [read(ours).to("cpu", dtype) for ours, _ in parts])
 
 
-def _own(dtype, folder):
+def _own(dtype, tokenizer):
     """What config.json says beside the shape: the dtype, and the tokenizer's first and last token."""
-    text = read_text(folder)
-    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    if text is not None:
-        ids |= {key: text.backend.token_to_id(name) for key, name in
-                (("bos_token_id", text.bos), ("eos_token_id", text.eos)) if name}
     name = str(dtype).removeprefix("torch.")
-    return ids | {"dtype": name, "torch_dtype": name}
+    return kept_ids(tokenizer) | {"dtype": name, "torch_dtype": name}

