@@ -80,8 +80,8 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> "Tokenizer":
         """The tokenizer saved in `folder`. Raises ValueError where it holds none that was trained here."""
         if not cls.is_own(folder):
-            raise ValueError(f"{folder} holds no tokenizer saved by nanoinfra; train one, or name the model it "
-                             "belongs to as --model")
+            raise ValueError(f"{folder} holds no tokenizer saved by nanoinfra; train one, or name the model "
+                             "it belongs to as --model")
         try:
             backend = tokenizers.Tokenizer.from_file(str(Path(folder, VOCABULARY)))
         except Exception as error:           # the package has no other kind

@@ -14,8 +14,8 @@ from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import Weights, check_names, filled, reader
 from nanoinfra.model.gguf_text import build_text
-from nanoinfra.model.source import Box, Source, sources
 from nanoinfra.model.hub import optional
+from nanoinfra.model.source import Box, Source, sources
 from nanoinfra.model.text import Text
 
 KEYS = {"width": "embedding_length", "layers": "block_count", "heads": "attention.head_count",

@@ -1,9 +1,9 @@
-"""The text files of a Hugging Face folder: opened, copied to where they are kept, and written for a GGUF model.
+"""The text files of a Hugging Face folder: opened, copied to where they are kept, written for a GGUF model.
 
-What they mean is what transformers' AutoTokenizer makes of them: a tokenizer of the `tokenizers` package, special
-tokens by name, a chat template. So a run that starts from such a folder keeps exact copies, config.json with
-them (AutoTokenizer looks there too), and its export has them again. A tokenizer that was trained here
-(data/tokenizer.py) is read with `tokenizers` alone.
+What they mean is what transformers' AutoTokenizer makes of them: a tokenizer of the `tokenizers` package,
+special tokens by name, a chat template. So a run that starts from such a folder keeps exact copies,
+config.json with them (AutoTokenizer looks there too), and its export has them again. A tokenizer that was
+trained here (data/tokenizer.py) is read with `tokenizers` alone.
 """
 import json
 import shutil
@@ -17,7 +17,7 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", 
                 "sentencepiece.bpe.model", "tiktoken.model", "tekken.json")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
           "chat_template.jinja", "generation_config.json")
-TEMPLATES = "chat_templates"                 # the folder of further ones
+TEMPLATES = "additional_chat_templates"                 # the folder of further ones
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")       # config.json has them, and our configuration not
 KEPT = (*IDS, "tokenizer_class")
 MOST_BYTES = 1 << 28                         # of a file; the largest vocabularies take 40 MB
@@ -35,6 +35,9 @@ def open_text(folder: str | Path) -> tuple[Text | None, str | None]:
         return None, None
     library = hub.transformers("the tokenizers of Hugging Face folders")
     _check_files(folder)
+    if not (folder / "tokenizer.json").is_file() and any(folder.glob("*.model")):
+        for package in ("sentencepiece", "google.protobuf"):             # else transformers asks for tiktoken
+            hub.optional(package, f"{folder}: tokenizers that are not tokenizer.json")
     try:
         theirs = hub.asked(str(folder), library.AutoTokenizer.from_pretrained, str(folder),
                            local_files_only=True, trust_remote_code=False)
@@ -47,7 +50,7 @@ def open_text(folder: str | Path) -> tuple[Text | None, str | None]:
 
 
 def copy_text(source: str | Path, folder: str | Path, config: bool = False) -> None:
-    """Make the text files of `folder` those of `source`, with `config` config.json too; others do not stay."""
+    """Make the text files of `folder` those of `source`, with `config` config.json too; no others stay."""
     source, folder = Path(source), Path(folder)
     if source.resolve() == folder.resolve():
         return
@@ -60,7 +63,7 @@ def copy_text(source: str | Path, folder: str | Path, config: bool = False) -> N
 
 
 def clear_text(folder: str | Path, config: bool = False) -> None:
-    """Remove the text files of a folder, and with `config` config.json: what is written next is all there is."""
+    """Remove the text files of a folder, and with `config` config.json: what is written next is all of it."""
     for path in _files(Path(folder), config):
         path.unlink()
     shutil.rmtree(Path(folder, TEMPLATES), ignore_errors=True)
@@ -76,7 +79,8 @@ def write_text(text: Text, template: str | None, folder: str | Path) -> None:
     _write(folder / "tokenizer_config.json", config | text.special_tokens)
     ids = {f"{name}_id": text.backend.token_to_id(token) for name, token in text.special_tokens.items()}
     ids = {name: ids.get(name) for name in IDS} | {"eos_token_id": sorted(text.ends) or None}
-    _write(folder / "generation_config.json", {name: found for name, found in ids.items() if found is not None})
+    known = {name: found for name, found in ids.items() if found is not None}
+    _write(folder / "generation_config.json", known)
     _write(folder / "config.json", ids)
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -111,7 +115,8 @@ def _ids(given, path):
     """The ids of an eos_token_id: one, several, or none."""
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(type(i) is int for i in ids):
-        raise ValueError(f"{path}: eos_token_id is {given!r:.80}; it must be the number of a token, or a list of such")
+        raise ValueError(f"{path}: eos_token_id is {given!r:.80}; it must be the number of a token, or "
+                         "a list of such")
     return set(ids)
 
 
@@ -126,7 +131,8 @@ def _template(theirs, folder):
 def _files(folder, config=False):
     """Those that are there, of all that AutoTokenizer reads."""
     names = (*VOCABULARIES, *BESIDE, *["config.json"] * config)
-    return [path for path in {*map(folder.joinpath, names), *folder.glob("tokenizer.*.json")} if path.is_file()]
+    paths = {*map(folder.joinpath, names), *folder.glob("tokenizer.*.json")}
+    return [path for path in paths if path.is_file()]
 
 
 def _check_files(folder):
@@ -135,7 +141,7 @@ def _check_files(folder):
             raise ValueError(f"{path} has {size} bytes; a tokenizer's file has at most {MOST_BYTES}")
         with open(path, "rb") as file:
             if file.read(64).startswith(b"version https://git-lfs"):
-                raise ValueError(f"{path} is a Git LFS pointer and not the file; run `git lfs pull` in {folder}")
+                raise ValueError(f"{path} is a Git LFS pointer and not the file; run `git lfs pull` there")
     added = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
     if isinstance(added, dict) and any(len(i) > 9 or i.isdecimal() and int(i) >= MOST_TOKENS for i in added):
         raise ValueError(f"{folder}/tokenizer_config.json: added_tokens_decoder has ids above {MOST_TOKENS}")
@@ -146,8 +152,8 @@ def _check_kind(theirs, base, folder):
     kind = type(theirs)
     other = [name for name in METHODS if getattr(kind, name) is not getattr(base, name, None)]
     if other or not getattr(theirs, "is_fast", False):
-        raise ValueError(f"{folder}: its tokenizer, transformers' {kind.__name__}, is not one of the tokenizers package "
-                         f"alone; save one that is as tokenizer.json, with tokenizer_class PreTrainedTokenizerFast")
+        raise ValueError(f"{folder}: its tokenizer, transformers' {kind.__name__}, is not one of the "
+                         "tokenizers package alone; save one that is, with tokenizer_class PreTrainedTokenizerFast")
 
 
 def _write(path, content):

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from nanoinfra.model import hub
 
-CLEAN_UP = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't",       # one after another,
-            " 'm": "'m", " 's": "'s", " 've": "'ve", " 're": "'re"}                      # as transformers does
+CLEAN_UP = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't", " 'm": "'m", " 's": "'s",
+            " 've": "'ve", " 're": "'re"}    # to be replaced one after another, as transformers does
 
 # decoders, of which none changes text that lies further back than the last token, or the last run of bytes
 LOCAL = re.compile("|ByteLevel|Metaspace|WordPiece|BPEDecoder|((Replace|ByteFallback) ?)*(Fuse( Strip)?)?")
@@ -63,7 +63,7 @@ class Text:
 
     @cached_property
     def is_local(self) -> bool:
-        """Is the text of a token settled once the next one's is known, or a character or run of bytes ends?"""
+        """Is a token's text settled once the next one's is known, or a character or run of bytes ends?"""
         last, stop = (self._decoders or [{}])[-1], 0
         if last.get("type") == "Strip":
             stop = 2 * last["stop"] + last["start"]

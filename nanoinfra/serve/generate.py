@@ -82,7 +82,8 @@ def main(options: GenerateOptions, write: Callable[[str], object] | None = None)
         raise ValueError(f"--tp {options.tp}: a model is cut over at least 1 rank; leave it out")
     mesh = Mesh(tp=options.tp)
     weights = open_pretrained(options.model, mesh.world)
-    model, text = serving(empty(weights.config), mesh, weights.read, getattr(torch, options.dtype)), weights.text
+    text, dtype = weights.text, getattr(torch, options.dtype)
+    model = serving(empty(weights.config), mesh, weights.read, dtype)
     write = write or _to_stdout if mesh.rank == 0 else _nowhere               # the ranks draw the same tokens
     for piece in stream(model, text, _prompt(options, text, weights.template), options):
         write(piece)

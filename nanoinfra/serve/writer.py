@@ -1,9 +1,9 @@
 """What may be shown of a text that grows token by token: whole characters, and no part of a stop string.
 
-What is shown, joined, is the text of all tokens decoded at once. `tokenizers`' DecodeStream shows a token when
-the text no longer ends in U+FFFD, as it does within a character; three things it cannot know are done around it
-here. Held besides is the longest end of the text with which a stop string might begin. What a token costs does
-not grow with the text.
+What is shown, joined, is the text of all tokens decoded at once. `tokenizers`' DecodeStream shows a token
+when the text no longer ends in U+FFFD, as it does within a character; what it cannot know is done around it
+here. Held besides is the longest end of the text with which a stop string might begin. What a token costs
+does not grow with the text.
 """
 import re
 
@@ -19,9 +19,9 @@ class Stream:
     """Turns token ids into text as they come, never showing a part of a character.
 
     A run of byte tokens waits for its end: one byte too many, and all of it decodes to U+FFFD, the characters
-    before as well. A text that goes on and on ending in U+FFFD is cut, for DecodeStream would decode all of it
-    again with every token. And ids that have no text never reach it. A decoder that may change what lies far
-    back (text.py lists those that do not) gives all at the end.
+    before as well. A text that goes on and on ending in U+FFFD is cut, for DecodeStream would decode all of
+    it again with every token. And ids that have no text never reach it. A decoder that may change what lies
+    far back (text.py lists those that do not) gives all at the end.
     """
 
     def __init__(self, text: Text):

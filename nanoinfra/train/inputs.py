@@ -58,12 +58,12 @@ def _tokenizer(flags, weights):
     """The tokenizer that came with the weights. ValueError where none did, or one of another model."""
     name, text, vocab = flags.model.model, weights.text, weights.config.vocab
     if text is None:
-        raise ValueError(f"{name} holds no tokenizer to read --data with; copy the files of the one it was trained "
-                         "with into it, or try --data random")
+        raise ValueError(f"{name} holds no tokenizer to read --data with; copy the files of the one it was "
+                         "trained with into it, or try --data random")
     token, last = max(text.backend.get_vocab().items(), key=lambda entry: entry[1])
     if last >= vocab:
-        raise ValueError(f"the tokenizer of {name} goes up to {last} ({token!r}), but the model knows the ids below "
-                         f"{vocab} alone: they do not belong together, or its embedding must be made larger first")
+        raise ValueError(f"the tokenizer of {name} goes up to {last} ({token!r}), but the model knows ids "
+                         f"below {vocab} alone; take the tokenizer that it was trained with")
     names = (text.backend.id_to_token(i) for i in sorted(text.ends))
     return Tokenizer(text.backend, text.eos or next(filter(None, names), ""))
 

@@ -67,7 +67,7 @@ def export(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float
 
 
 def keep_text(weights: Weights, folder: str | Path) -> None:
-    """Leave the tokenizer and chat template of `weights` in `folder` as they are, for a run that starts from them."""
+    """Leave tokenizer and chat template of `weights` in `folder`, for a run that starts from them."""
     if weights.files is not None:
         copy_text(weights.files, folder, config=True)
     elif weights.text is not None:

@@ -82,7 +82,8 @@ def test_the_end_of_text_may_have_another_name(tmp_path):
     lambda folder: (folder / "chat_template.jinja").write_text("x"),
     lambda folder: (folder / "tokenizer_config.json").write_text("{}"),
     lambda folder: (folder / "tokenizer_config.json").write_text("["),
-    lambda folder: (folder / "tokenizer.json").write_text("{"), lambda folder: (folder / "tokenizer.json").unlink()])
+    lambda folder: (folder / "tokenizer.json").write_text("{"),
+    lambda folder: (folder / "tokenizer.json").unlink()])
 def test_one_that_was_changed_is_none_of_ours(tmp_path, change):
     BYTES.save(tmp_path)
     change(tmp_path)

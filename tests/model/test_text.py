@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import sys
 import types
 
 import pytest
@@ -12,7 +13,7 @@ from nanoinfra.data import tokenizer as own
 from nanoinfra.model import hf_text
 from nanoinfra.model.hf_text import open_text
 from nanoinfra.model.text import Text, render_chat
-from tests.model.tokenizer_kinds import KINDS, STRINGS, save
+from tests.model.tokenizer_kinds import CORPUS, KINDS, STRINGS, save
 
 ASK = [{"role": "user", "content": "<b>2 & 2</b>"}]
 QWEN = """{%- if tools %}{{- '<tools>' }}{%- endif %}
@@ -26,9 +27,10 @@ QWEN = """{%- if tools %}{{- '<tools>' }}{%- endif %}
 TEMPLATES = [
     QWEN, "{{ bos_token }}{{ messages | tojson }}{{ pad_token }}{{ unk_token is defined }}{{ eos_token }}",
     "{{ tools }}{{ documents }}{{ strftime_now('%Y') | length }}{{ messages | tojson(indent=2) }}",
-    "{%- for m in messages %}\n    {% if m.role != 'user' %}{% continue %}{% endif %}\n{{ m.content }}\n{% endfor %}",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ nothing }}",
-    "{{ messages[0].nothing.more }}", "{% if %}", "{{ raise_exception('roles must alternate') }}", "{{ 1 // 0 }}",
+    "{%- for m in messages %}\n    {% if m.role != 'user' %}{% continue %}{% endif %}\n{{ m.content }}\n"
+    "{% endfor %}",
+    "{% set s = namespace(n=0) %}{% for m in messages %}{% set s.n = s.n + 1 %}{% endfor %}{{ s.n }}{{ nothing }}", "{{ messages[0].nothing.more }}", "{% if %}", "{{ 1 // 0 }}",
+    "{{ raise_exception('roles must alternate') }}",
     "{{ nothing + 'x' }}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"]
 CHATS = [ASK, [{"role": "system", "content": "s"}, *ASK, {"role": "assistant", "content": " a "}, *ASK],
          [{"role": "user", "content": ""}], [{"role": "tool", "content": "{}", "tool_call_id": "1"}]]
@@ -41,8 +43,8 @@ def folder(tmp_path):
 
 def put(folder, **files):
     for name, content in files.items():
-        before = json.loads((folder / f"{name}.json").read_text()) if (folder / f"{name}.json").exists() else {}
-        (folder / f"{name}.json").write_text(json.dumps(before | content))
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | content))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -53,7 +55,8 @@ def test_ids_and_text_are_those_of_transformers(name, tmp_path):
         for string in STRINGS:
             ids = want(string).input_ids
             assert text.encode(string) == ids, string
-            assert text.encode(string, begin=False) == want(string, add_special_tokens=False).input_ids, string
+            plain = want(string, add_special_tokens=False).input_ids
+            assert text.encode(string, begin=False) == plain, string
             assert text.decode(ids) == want.decode(ids, skip_special_tokens=True), string
     assert (got.bos, got.eos) == (want.bos_token or "", want.eos_token or "")
     assert got.special_tokens == want.special_tokens_map and want.eos_token_id in got.ends
@@ -76,7 +79,7 @@ def test_every_id_that_ends_a_text_is_found(folder):
     assert open_text(folder)[0].ends == {1, 2, 3, 4}
     for wrong in ("2", True, 1.5, [[2]], {}):
         put(folder, generation_config={"eos_token_id": wrong})
-        with pytest.raises(ValueError, match="generation_config.json: eos_token_id is .* the number of a token"):
+        with pytest.raises(ValueError, match="generation_config.json: eos_token_id is .* number of a token"):
             open_text(folder)
 
 
@@ -91,8 +94,8 @@ def test_the_template_is_found_where_transformers_finds_it(folder):
         put(folder, tokenizer_config={"chat_template": given})
         assert open_text(folder)[1] == want
     (folder / "chat_template.jinja").write_text("file")
-    (folder / "chat_templates").mkdir()
-    (folder / "chat_templates" / "tool.jinja").write_text("t")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("t")
     assert open_text(folder)[1] == "file"
 
 
@@ -136,8 +139,8 @@ DEEP = "[" * 100_000 + "]" * 100_000
     ("tokenizer_config.json", '{"tokenizer_class": 7}', "does not read it"),
     ("tokenizer_config.json", '{"tokenizer_class": "CodeGenTokenizer"}', "CodeGenTokenizer, is not one of"),
     ("tokenizer_config.json", '{"tokenizer_class": "ByT5Tokenizer"}', "ByT5Tokenizer, is not one of"),
-    ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}', "does not read|custom code"),
-    ("tokenizer_config.json", json.dumps({"added_tokens_decoder": {"1" * 12: {"content": "x"}}}), "ids above"),
+    ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}', "does not read"),
+    ("tokenizer_config.json", json.dumps({"added_tokens_decoder": {"1" * 12: {}}}), "ids above"),
     ("generation_config.json", "{", "generation_config.json is not valid JSON"),
     ("special_tokens_map.json", "{", "special_tokens_map.json is not valid JSON"),
     ("added_tokens.json", "7", "added_tokens.json holds a int")])
@@ -156,20 +159,36 @@ def test_a_huge_file_is_refused_before_it_is_read(folder):
         open_text(folder)
 
 
-def test_a_slow_tokenizer_that_cannot_be_converted_is_refused(folder):
+def test_a_slow_tokenizer_that_cannot_be_converted_is_refused(folder, monkeypatch):
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")       # no sentencepiece model
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match="need the package sentencepiece"):
+        open_text(folder)
+    monkeypatch.setitem(sys.modules, "sentencepiece", sys)
+    monkeypatch.setitem(sys.modules, "google.protobuf", sys)
     with pytest.raises(ValueError, match="transformers does not read it"):
         open_text(folder)
+
+
+def test_a_sentencepiece_model_is_converted(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is in the hub extra")
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS * 5), model_writer=file, vocab_size=330, model_type="bpe",
+            byte_fallback=True, hard_vocab_limit=False)
+    put(tmp_path, config={"model_type": "llama"}, tokenizer_config={"tokenizer_class": "LlamaTokenizer"})
+    want, got = transformers.AutoTokenizer.from_pretrained(tmp_path), open_text(tmp_path)[0]
+    assert all(got.encode(string) == want(string).input_ids for string in STRINGS)
+    assert len(got.encode("the cat")) < 5
 
 
 @pytest.mark.parametrize("there, says", [
     (None, r"need the package transformers; pip install 'nanoinfra\[hub\]'"),
     (types.SimpleNamespace(__version__="4.57.0"), "need transformers 5 or newer, here is 4.57.0")])
-def test_without_transformers_5_a_folder_is_refused_and_a_tokenizer_of_our_own_is_read(monkeypatch, tmp_path, there,
-                                                                                      says):
+def test_without_transformers_5_a_folder_is_refused_and_our_own_is_read(monkeypatch, tmp_path, there, says):
     own.Tokenizer.train(["one two"] * 9, vocab=258).save(tmp_path / "own")
     save("gpt2", tmp_path / "theirs")
-    monkeypatch.setitem(__import__("sys").modules, "transformers", there)
+    monkeypatch.setitem(sys.modules, "transformers", there)
     text, template = open_text(tmp_path / "own")
     assert text.decode(text.encode("two")) == "two" and template is None and text.ends == {0}
     with pytest.raises(ValueError, match=says):
@@ -186,6 +205,6 @@ def test_a_tokenizer_of_our_own_that_was_changed_is_read_by_transformers(tmp_pat
 
 
 def test_jinja2_is_named_where_it_is_missing(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ValueError, match=r"need the package jinja2; pip install 'nanoinfra\[hub\]'"):
         render_chat("", ASK, Text(Tokenizer(models.BPE())))

@@ -3,12 +3,25 @@ import functools
 import json
 import os
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-CORPUS = ["the cat sat on the mat , didn't it ? i 've seen it . we 're here !", "def f(x):\n    return x + 1\n",
-          "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e the end of the end", "2024 was 12 months ; the one 's two \ufffd"] * 4
-GPT4 = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CORPUS = ["the cat sat on the mat , didn't it ? i 've seen it . we 're here !",
+          "def f(x):\n    return x + 1\n",
+          "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e the end of the end",
+          "2024 was 12 months ; the one 's two \ufffd"] * 4
+GPT4 = (r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+")
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<|end|>"]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -23,8 +36,9 @@ def byte_level(prefix=False, split=(), normalizer=None, processor=None, use_rege
     made.normalizer, made.decoder = normalizer, decoders.ByteLevel()
     byte = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=use_regex)
     made.pre_tokenizer = pre_tokenizers.Sequence([*split, byte]) if split else byte
-    made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=330, special_tokens=SPECIAL, show_progress=False,
-                                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    made.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=330, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     if processor:
         made.post_processor = processor
     return made
@@ -37,8 +51,9 @@ def pieces(kind, normalizer=None, pre_tokenizer=None, decoder=None, processor=BO
     special = [*SPECIAL, *BYTES] if bytes else SPECIAL
     trainer = trainers.BpeTrainer if kind is models.BPE else trainers.UnigramTrainer
     how = {} if kind is models.BPE else {"unk_token": "<unk>"}
-    learn.train_from_iterator([text.replace("\u65e5\u672c\u8a9e", "") for text in CORPUS],
-                              trainer(vocab_size=len(special) + 90, special_tokens=special, show_progress=False, **how))
+    texts = [text.replace("\u65e5\u672c\u8a9e", "") for text in CORPUS]
+    how |= {"vocab_size": len(special) + 90, "special_tokens": special, "show_progress": False}
+    learn.train_from_iterator(texts, trainer(**how))
     state = json.loads(learn.to_str())
     state["model"]["byte_fallback"] = bytes
     state["model"] |= more
@@ -51,19 +66,20 @@ def pieces(kind, normalizer=None, pre_tokenizer=None, decoder=None, processor=BO
 
 
 def llama2():
-    return pieces(models.BPE, normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]),
-                  None, decoders.Sequence([*LLAMA, STRIP]), fuse_unk=True)
+    begin = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    return pieces(models.BPE, begin, None, decoders.Sequence([*LLAMA, STRIP]), fuse_unk=True)
 
 
 def gemma():
-    return pieces(models.BPE, normalizers.Replace(" ", "\u2581"), pre_tokenizers.Split(" ", "merged_with_previous"),
-                  decoders.Sequence(LLAMA))
+    split = pre_tokenizers.Split(" ", "merged_with_previous")
+    return pieces(models.BPE, normalizers.Replace(" ", "\u2581"), split, decoders.Sequence(LLAMA))
 
 
 def metaspace(scheme, kind=models.BPE, processor=BOS, bytes=True):
     space = {"replacement": "\u2581", "prepend_scheme": scheme}
     decoder = decoders.Sequence([*LLAMA, STRIP]) if bytes else decoders.Metaspace(**space)
-    return pieces(kind, None, pre_tokenizers.Metaspace(split=kind is not models.BPE, **space), decoder, processor, bytes)
+    split = pre_tokenizers.Metaspace(split=kind is not models.BPE, **space)
+    return pieces(kind, None, split, decoder, processor, bytes)
 
 
 def word_piece():
@@ -72,7 +88,8 @@ def word_piece():
     made.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=SPECIAL,
                                                                show_progress=False))
     made.decoder = decoders.WordPiece()
-    made.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    both = [("<s>", 0), ("</s>", 1)]
+    made.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=both)
     return made
 
 
@@ -87,8 +104,8 @@ def word_level(decoder=None):
 def word_ends():
     made = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
-    made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=150, special_tokens=SPECIAL, show_progress=False,
-                                                         end_of_word_suffix="</w>"))
+    made.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=150, special_tokens=SPECIAL, show_progress=False, end_of_word_suffix="</w>"))
     made.decoder = decoders.BPEDecoder("</w>")
     return made
 
@@ -96,7 +113,8 @@ def word_ends():
 def added():
     made = byte_level()
     made.add_special_tokens([AddedToken("<|user|>", special=True, lstrip=True), "<|tool|>"])
-    made.add_tokens([AddedToken("<think>", normalized=False), AddedToken("sat", single_word=True, rstrip=True)])
+    made.add_tokens([AddedToken("<think>", normalized=False),
+                     AddedToken("sat", single_word=True, rstrip=True)])
     return made
 
 
@@ -107,9 +125,9 @@ def cut_short():
     return made
 
 
-KINDS = {                                    # name: (tokenizer, tokenizer_config.json, class to save it with)
+KINDS = {                                    # name: (tokenizer, tokenizer_config.json)
     "gpt2": (byte_level, {}),
-    "gpt2 with prefix space, cleaned": (lambda: byte_level(prefix=True), {"clean_up_tokenization_spaces": True}),
+    "gpt2 with prefix space": (lambda: byte_level(prefix=True), {"clean_up_tokenization_spaces": True}),
     "gpt2 class": (byte_level, {"tokenizer_class": "GPT2Tokenizer"}),
     "llama3": (lambda: byte_level(split=[pre_tokenizers.Split(Regex(GPT4), "isolated")], processor=BOS,
                                   use_regex=False), {}),
@@ -133,14 +151,14 @@ KINDS = {                                    # name: (tokenizer, tokenizer_confi
     "added tokens": (added, {"extra_special_tokens": ["<|tool|>"]}),
     "special tokens split": (added, {"split_special_tokens": True}),
     "truncation and padding": (cut_short, {}),
-    "far-reaching decoder": (lambda: _decoded(decoders.Sequence([decoders.ByteLevel(), decoders.Replace("e ", "E")])), {}),
+    "far-reaching decoder": (lambda: _decoded(decoders.ByteLevel(), decoders.Replace("e ", "E")), {}),
     "ctc": (lambda: word_level(decoders.CTC("<pad>", "the", False)), {"unk_token": "<unk>"}),
 }
 
 
-def _decoded(decoder):
+def _decoded(*parts):
     made = byte_level()
-    made.decoder = decoder
+    made.decoder = decoders.Sequence(list(parts))
     return made
 
 
@@ -161,16 +179,18 @@ def save(name, folder, **config):
 
 
 STRINGS = [
-    "", " ", "  ", "\n", "\n\n", "\t", " \n ", "\r\n", "a", " a", "a ", "  a  b  ", "the cat sat", "The Cat SAT",
-    "didn't it ? i 've seen . we 're", " ' ' ' ", " n't 'm 's", "a , b ! c .", "x  .", "hello , world", "end .",
-    "na\u00efve caf\u00e9", "cafe\u0301", "e\u0301\u0302\u0303", "\u212b \ufb01 \uff21", "\u65e5\u672c\u8a9e",
-    "\u4f60\u597d\uff0c\u4e16\u754c", "\ud55c\uad6d\uc5b4", "\u0e44\u0e17\u0e22", "\u05e9\u05dc\u05d5\u05dd",
-    "\u0645\u0631\u062d\u0628\u0627 abc", "\u202eabc\u202c", "\U0001f642", "a\U0001f642b\u20acc", "\U0001f642\U0001f642",
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f1e9\U0001f1ea", "\u2764\ufe0f", "\U0001d54f", "\ufffd", "a\ufffd",
-    "\ufffd\ufffdb", "\u0000", "a\u0000b", "\u001b[0m", "\u007f", "\u0085", "\u00a0", "a\u00a0b", "\u2028", "\u200b", "\ufeff",
-    "\u3000", "\u2581", "a\u2581b", "\u2581\u2581", "<s>", "</s>", "a</s>b", "<s>a", " </s> ", "<unk>", "<pad>", "<|end|>",
-    "x <|end|> y", "<|end|>\n", "<|user|>hi", "<|tool|>", "<think>x</think>", "sat satsat sat", "<0x41>", "<0xE2>",
-    "##a", "a##b", "</w>", "1234567890", "3.14", "2024-01-01", "0x1F", "a_b", "a-b", "x+=1;", "{'a': [1, 2]}", "\\n",
-    "http://a.b/c?d=e", "def f(x):\n    return x\n", "\tif x:\n\t\ty", "a\n\n\nb", "...", "!!!", "?!", "''", "\"\"",
-    "the " * 40, "a" * 300, "\U0001f642" * 30, " " * 50, "\n" * 20, "\u0301" * 9, "I'm you're we've they'll he'd",
-    "\u00df\u017f\u0130\u0131", "\u01c5", "ab" * 64, "\u20ac" * 17]
+    "", " ", "  ", "\n", "\n\n", "\t", " \n ", "\r\n", "a", " a", "a ", "  a  b  ", "the cat sat",
+    "The Cat SAT", "didn't it ? i 've seen . we 're", " ' ' ' ", " n't 'm 's", "a , b ! c .", "x  .",
+    "hello , world", "end .", "na\u00efve caf\u00e9", "cafe\u0301", "e\u0301\u0302\u0303",
+    "\u212b \ufb01 \uff21", "\u65e5\u672c\u8a9e", "\u4f60\u597d\uff0c\u4e16\u754c", "\ud55c\uad6d\uc5b4",
+    "\u0e44\u0e17\u0e22", "\u05e9\u05dc\u05d5\u05dd", "\u0645\u0631\u062d\u0628\u0627 abc",
+    "\u202eabc\u202c", "\U0001f642", "a\U0001f642b\u20acc", "\U0001f642\U0001f642",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f1e9\U0001f1ea", "\u2764\ufe0f", "\U0001d54f",
+    "\ufffd", "a\ufffd", "\ufffd\ufffdb", "\u0000", "a\u0000b", "\u001b[0m", "\u007f", "\u0085", "\u00a0",
+    "a\u00a0b", "\u2028", "\u200b", "\ufeff", "\u3000", "\u2581", "a\u2581b", "\u2581\u2581", "<s>", "</s>",
+    "a</s>b", "<s>a", " </s> ", "<unk>", "<pad>", "<|end|>", "x <|end|> y", "<|end|>\n", "<|user|>hi",
+    "<|tool|>", "<think>x</think>", "sat satsat sat", "<0x41>", "<0xE2>", "##a", "a##b", "</w>",
+    "1234567890", "3.14", "2024-01-01", "0x1F", "a_b", "a-b", "x+=1;", "{'a': [1, 2]}", "\\n",
+    "http://a.b/c?d=e", "def f(x):\n    return x\n", "\tif x:\n\t\ty", "a\n\n\nb", "...", "!!!", "?!", "''",
+    "\"\"", "the " * 40, "a" * 300, "\U0001f642" * 30, " " * 50, "\n" * 20, "\u0301" * 9,
+    "I'm you're we've they'll he'd", "\u00df\u017f\u0130\u0131", "\u01c5", "ab" * 64, "\u20ac" * 17]

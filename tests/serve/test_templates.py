@@ -105,7 +105,8 @@ def test_the_child_dies_with_its_server():
 def test_the_child_does_without_torch_and_unpickles_nothing():
     code = ("import pickle, sys\nimport nanoinfra.serve.templates as t\nassert 'torch' not in sys.modules\n"
             "t.without_torch()\nt.renderer()\npickle.loads = pickle.Unpickler = None\n"
-            "assert t.answer('{{ messages }}{{ pad_token }}', [], {'pad_token': 'p'}) == b'{\"text\": \"[]p\"}'\n"
+            "said = t.answer('{{ messages }}{{ pad_token }}', [], {'pad_token': 'p'})\n"
+            "assert said == b'{\"text\": \"[]p\"}'\n"
             "peak = int(open('/proc/self/status').read().split('VmPeak:')[1].split()[0]) * 1024\n"
             "assert sys.modules['torch'] is None and 4 * peak < t.MEMORY, peak")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -163,10 +163,11 @@ QUICK = ["--seq", "16", "--micro-batch", "2", "--threads", "1", "--steps", "1"]
 
 def chat_model(folder, kind, vocab=420, **ids):
     """A chat model's folder as transformers writes it, and a text to train it on."""
-    config = transformers.LlamaConfig(vocab_size=vocab, pad_token_id=3, bos_token_id=0, eos_token_id=[1, 4], **TINY)
+    config = transformers.LlamaConfig(vocab_size=vocab, pad_token_id=3, bos_token_id=0, eos_token_id=[1, 4],
+                                      **TINY)
     model = transformers.LlamaForCausalLM(config)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=[1, 4], pad_token_id=3, temperature=0.7,
-                                                            do_sample=True)
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=[1, 4], pad_token_id=3, temperature=0.7, do_sample=True)
     save(kind, folder / "kind")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "kind")
     tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "{{ tools }}"}
@@ -194,19 +195,20 @@ def assert_same_text(source, folder):
 
 
 def test_a_chat_model_that_was_trained_on_is_still_one(tmp_path):
-    """The issue's way: train, export, and load in transformers; and again, from the run, into the same folder."""
+    """Train, export, and load in transformers; and again, from the run, into the same folder."""
     source, run, out = chat_model(tmp_path, "llama2 class"), tmp_path / "run", tmp_path / "out"
     data = ["--data", str(tmp_path / "text")]
     assert main(["train", "--model", str(source), *data, *QUICK, "--out", str(run)]) == 0
     weights, (want, template) = open_pretrained(run), open_text(source)
     assert weights.template == template == TEMPLATE and weights.text.ends == {1, 4}
     assert weights.text.special_tokens == want.special_tokens
-    (out / "chat_templates").mkdir(parents=True)
-    for stale in ("vocab.json", "tokenizer.model", "chat_templates/old.jinja"):
-        (out / stale).write_text("stale")
+    (out / "additional_chat_templates").mkdir(parents=True)
+    stale = [out / "vocab.json", out / "tokenizer.model", out / "additional_chat_templates" / "old.jinja"]
+    for path in stale:
+        path.write_text("stale")
     export(run, out)
     assert_same_text(source, out)
-    assert not any((out / stale).exists() for stale in ("vocab.json", "tokenizer.model", "chat_templates/old.jinja"))
+    assert not any(path.exists() for path in stale)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     x = torch.arange(7)[None]
     torch.testing.assert_close(theirs(x).logits, pretrained(run)[0](x), rtol=1e-4, atol=1e-5)
@@ -223,7 +225,8 @@ def test_the_text_of_every_kind_is_kept(kind, tmp_path):
     weights = Weights(config("llama"), None, *open_text(source), source)
     keep_text(weights, tmp_path / "run")
     copy_text(tmp_path / "run", tmp_path / "out")
-    (tmp_path / "out" / "config.json").write_text(json.dumps({"model_type": "llama", **kept_ids(tmp_path / "run")}))
+    theirs = {"model_type": "llama", **kept_ids(tmp_path / "run")}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(theirs))
     assert_same_text(source, tmp_path / "run")
     assert_same_text(source, tmp_path / "out")
 
@@ -232,8 +235,8 @@ def test_the_text_of_a_gguf_model_is_written_as_transformers_reads_it(tmp_path):
     weights = open_weights("smollm2-135m")
     keep_text(weights, tmp_path)
     text, template = open_text(tmp_path)
-    assert (text.ends, text.bos, text.eos, template) == (weights.text.ends, weights.text.bos, weights.text.eos,
-                                                         weights.template)
+    assert (text.ends, text.bos, text.eos) == (weights.text.ends, weights.text.bos, weights.text.eos)
+    assert template == weights.template
     for string in STRINGS:
         assert text.encode(string) == weights.text.encode(string)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -245,7 +248,7 @@ def test_the_text_of_a_gguf_model_is_written_as_transformers_reads_it(tmp_path):
 def test_text_is_not_trained_on_with_the_tokenizer_of_another(tmp_path):
     source = chat_model(tmp_path, "gpt2", vocab=320)
     data = ["--data", str(tmp_path / "text"), *QUICK, "--out", str(tmp_path / "run")]
-    with pytest.raises(ValueError, match="goes up to 3.. .*, but the model knows the ids below 320 alone"):
+    with pytest.raises(ValueError, match="goes up to 3.. .*, but the model knows ids below 320 alone"):
         open_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
     clear_text(source)
     with pytest.raises(ValueError, match="holds no tokenizer to read --data with; .* or try --data random"):
