@@ -2,8 +2,8 @@
 
 The 256 bytes and `<|endoftext|>` are always there, so every text has tokens and 257 is the smallest
 vocabulary; each further entry merges the most frequent pair. Sennrich et al. 2016; over bytes: Radford et al.
-2019 (GPT-2). Cached by corpus hash and vocabulary. Feeds source.py; `load` reads any folder with a
-tokenizer.json.
+2019 (GPT-2). Cached by corpus hash and vocabulary. Feeds source.py. What comes with other models is read by
+model/hf_text.py.
 """
 import hashlib
 import json
@@ -19,6 +19,7 @@ from nanoinfra.data.cache import cached_folder
 from nanoinfra.data.corpus import Corpus
 
 END_OF_TEXT = "<|endoftext|>"
+VOCABULARY, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SMALLEST = 257                               # 256 bytes and the end of text
 
 
@@ -68,17 +69,24 @@ class Tokenizer:
             vocab_size=vocab, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False))
         return cls(backend)
 
+    @staticmethod
+    def is_own(folder: str | Path) -> bool:
+        """Does `folder` hold what `save` writes, and nothing beside it that would change what it means?"""
+        names = (path.name for path in Path(folder).glob("*"))
+        config = _read(folder)
+        return sorted(names) == [VOCABULARY, CONFIG] and config == _config(config.get("eos_token"))
+
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """The tokenizer saved in `folder` by us or by transformers. Raises ValueError where it holds none."""
-        path = Path(folder, "tokenizer.json")
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no tokenizer.json; give a folder saved by nanoinfra or by "
-                             "transformers' save_pretrained")
-        config = Path(folder, "tokenizer_config.json")
-        end = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
-        end = end["content"] if isinstance(end, dict) else end
-        return cls(tokenizers.Tokenizer.from_file(str(path)), end or END_OF_TEXT)
+        """The tokenizer saved in `folder`. Raises ValueError where it holds none that was trained here."""
+        if not cls.is_own(folder):
+            raise ValueError(f"{folder} holds no tokenizer saved by nanoinfra; train one, or name the model "
+                             "it belongs to as --model")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(Path(folder, VOCABULARY)))
+        except Exception as error:           # the package has no other kind
+            raise ValueError(f"{folder}/{VOCABULARY} is not what was saved: {error}") from error
+        return cls(backend, _read(folder)["eos_token"])
 
     @property
     def hash(self) -> str:
@@ -105,10 +113,8 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into `folder`, made if needed."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_of_text,
-                  "bos_token": self.end_of_text, "clean_up_tokenization_spaces": False}
-        Path(folder, "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        Path(folder, VOCABULARY).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        Path(folder, CONFIG).write_text(json.dumps(_config(self.end_of_text), indent=2), encoding="utf-8")
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
@@ -121,3 +127,16 @@ def _check_vocab(vocab: int) -> None:
     if vocab < SMALLEST:
         raise ValueError(f"a vocabulary of {vocab} cannot hold the 256 bytes and the end of text; "
                          f"try --vocab {SMALLEST} or more")
+
+
+def _config(end_of_text):
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text,
+            "bos_token": end_of_text, "clean_up_tokenization_spaces": False}
+
+
+def _read(folder):
+    try:
+        found = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -5,6 +5,7 @@ place. Names are ours here; who opens a file has checked that all are there in t
 that a rank can read its part of each and no more (source.py knows how parts lie).
 """
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ class Weights(NamedTuple):
     read: Read
     text: Text | None = None         # tokenizer
     template: str | None = None      # chat template
+    files: Path | None = None        # the folder whose files say all that (hf_text.py); None: of a GGUF file
 
 
 def filled(config: ModelConfig, attention: str, dtype: torch.dtype, read: Read) -> Decoder:

@@ -6,7 +6,6 @@ hf_names.py's, configurations hf_config.py's.
 """
 import json
 import re
-import shutil
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -20,13 +19,10 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import Weights, check_names, filled, reader
 from nanoinfra.model.hf_config import config_to, read_config
 from nanoinfra.model.hf_names import HEAD, NAMES
+from nanoinfra.model.hf_text import TEXT_FILES, copy_text, kept_ids
 from nanoinfra.model.safe import INDEX, SINGLE, Tensors
 from nanoinfra.model.source import joined, sources
 from nanoinfra.model.swap import replaced
-from nanoinfra.model.text import read_text
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "chat_template.jinja")
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Decoder:
@@ -76,12 +72,11 @@ def write_hf(config: ModelConfig, read: Callable[[str], torch.Tensor], dtype: to
 
     Past `shard_bytes` they go into several files and an index, each file written before the next is read.
     """
-    folder, theirs = Path(folder), config_to(config)
-    with replaced(folder, TOKENIZER_FILES if tokenizer is not None else ()) as new:
+    folder, theirs = Path(folder), config_to(config) | _own(dtype, tokenizer)
+    with replaced(folder, TEXT_FILES) as new:
         _write_weights(config, read, dtype, new, shard_bytes)
         if tokenizer is not None:
-            _copy_text(Path(tokenizer), new)
-        theirs |= _own(dtype, folder if tokenizer is None else new)
+            copy_text(tokenizer, new)
         (new / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
 
 
@@ -96,13 +91,6 @@ def _write_weights(config, read, dtype, folder, shard_bytes):
         places = {theirs: file for file, shard in zip(names, shards, strict=True) for theirs in shard}
         index = json.dumps({"metadata": {}, "weight_map": places}, indent=2)
         (folder / INDEX).write_text(index, encoding="utf-8")
-
-
-def _copy_text(tokenizer, folder):
-    """The files of the folder `tokenizer` that belong to an export."""
-    for path in (tokenizer / name for name in TOKENIZER_FILES):
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
 
 
 def _checked(weights, tensors, folder):
@@ -142,12 +130,7 @@ def _join(config, read, dtype, parts):
     return joined(parts[0][1], config.head_dim, [read(ours).to("cpu", dtype) for ours, _ in parts])
 
 
-def _own(dtype, folder):
+def _own(dtype, tokenizer):
     """What config.json says beside the shape: the dtype, and the tokenizer's first and last token."""
-    text = read_text(folder)
-    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    if text is not None:
-        ids |= {key: text.backend.token_to_id(name) for key, name in
-                (("bos_token_id", text.bos), ("eos_token_id", text.eos)) if name}
     name = str(dtype).removeprefix("torch.")
-    return ids | {"dtype": name, "torch_dtype": name}
+    return kept_ids(tokenizer) | {"dtype": name, "torch_dtype": name}

@@ -50,7 +50,9 @@ def asked(where: str, call: Callable, *args, **options):
     try:
         with _silent():
             return call(*args, **options)
-    except Exception as error:               # of any kind: files come from anywhere
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:           # of any kind: files come from anywhere; Rust panics over some
         lines = str(error).strip().splitlines() or [""]
         why = " ".join(line.strip() for line in lines)[:300]
         raise ValueError(f"{where}: transformers does not read it: {why or type(error).__name__}") from error

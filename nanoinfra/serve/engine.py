@@ -116,7 +116,7 @@ class Engine:
     def _run(self, request, index, sequence):
         seed = request.sampling.seed
         sampler = Sampler(request.sampling, request.id if seed is None else seed, index)
-        writer = Writer(self.text.decode, request.stop) if self.text else None
+        writer = Writer(self.text, request.stop) if self.text else None
         return Run(request, index, sequence, sampler, writer)
 
     def _enter(self, run):

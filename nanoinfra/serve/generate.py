@@ -81,10 +81,11 @@ def main(options: GenerateOptions, write: Callable[[str], object] | None = None)
     if options.tp < 1:
         raise ValueError(f"--tp {options.tp}: a model is cut over at least 1 rank; leave it out")
     mesh = Mesh(tp=options.tp)
-    config, read, text, template = open_pretrained(options.model, mesh.world)
-    model = serving(empty(config), mesh, read, getattr(torch, options.dtype))
+    weights = open_pretrained(options.model, mesh.world)
+    text, dtype = weights.text, getattr(torch, options.dtype)
+    model = serving(empty(weights.config), mesh, weights.read, dtype)
     write = write or _to_stdout if mesh.rank == 0 else _nowhere               # the ranks draw the same tokens
-    for piece in stream(model, text, _prompt(options, text, template), options):
+    for piece in stream(model, text, _prompt(options, text, weights.template), options):
         write(piece)
     write("\n")
     return 0
@@ -92,7 +93,7 @@ def main(options: GenerateOptions, write: Callable[[str], object] | None = None)
 
 def stream(model: Decoder, text: Text, prompt: list[int], options: GenerateOptions) -> Iterator[str]:
     """The continuation of `prompt` (token ids) as pieces of text."""
-    shown = Stream(text.decode)
+    shown = Stream(text)
     how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
     for token in generate(model, prompt, options.max_new_tokens, ends=text.ends, **how):
         yield shown.push(token)
@@ -101,8 +102,8 @@ def stream(model: Decoder, text: Text, prompt: list[int], options: GenerateOptio
 
 def _prompt(options, text, template):
     if text is None:
-        raise ValueError(f"{options.model} holds no tokenizer.json to read the prompt with; copy "
-                         "the one it was trained with into it")
+        raise ValueError(f"{options.model} holds no tokenizer to read the prompt with; copy the "
+                         "files of the one it was trained with into it")
     if not options.chat:
         return text.encode(options.prompt)
     if template is None:

@@ -13,7 +13,8 @@ import sys
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
-from nanoinfra.model.text import Text, render_chat
+from nanoinfra.model.hub import without_torch
+from nanoinfra.model.text import Text, render_chat, renderer
 from nanoinfra.train.rank import end_with_parent
 
 SECONDS = 2.0                                # of the processor, for one chat
@@ -40,7 +41,7 @@ class TemplateProcess:
                 self._end()
             if self.process is None:
                 self._start()
-            self.pipe.send_bytes(json.dumps([template, messages, text.bos, text.eos]).encode())
+            self.pipe.send_bytes(json.dumps([template, messages, text.special_tokens]).encode())
             said = json.loads(self._hear(PATIENCE))
         except (EOFError, OSError) as error:
             raise ValueError(self._end() if self.process else str(error)) from error
@@ -97,6 +98,9 @@ def main() -> None:
         signal.signal(sign, signal.SIG_IGN)
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    without_torch()
+    with suppress(ValueError):               # it is said of the first chat
+        renderer()
     pipe, seconds = Connection(int(sys.argv[1])), float(sys.argv[2])
     pipe.send_bytes(b"ready")
     with suppress(EOFError, OSError):                        # the server is no more
@@ -108,10 +112,10 @@ def main() -> None:
             pipe.send_bytes(said)
 
 
-def answer(template: str, messages: list[dict], bos: str, eos: str) -> bytes:
+def answer(template: str, messages: list[dict], special_tokens: dict[str, str]) -> bytes:
     """JSON: the text, or the error that messages make of a template."""
     try:
-        said = {"text": render_chat(template, messages, Text(None, bos=bos, eos=eos))}
+        said = {"text": render_chat(template, messages, Text(None, named=special_tokens))}
         if len(said["text"].encode()) > MOST_RENDERED:       # raises for half a surrogate pair
             said = {"error": f"it makes more than {MOST_RENDERED} bytes of them"}
     except Exception as error:               # a template may fail in every way a program can

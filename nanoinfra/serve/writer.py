@@ -1,58 +1,110 @@
 """What may be shown of a text that grows token by token: whole characters, and no part of a stop string.
 
-One character may be spread over up to four tokens; until it is whole, `decode` ends in U+FFFD and that is
-held. So is the longest end of the text with which a stop string might begin. What a token costs does not grow
-with the text.
+What is shown, joined, is the text of all tokens decoded at once. `tokenizers`' DecodeStream shows a token
+when the text no longer ends in U+FFFD, as it does within a character; what it cannot know is done around it
+here. Held besides is the longest end of the text with which a stop string might begin. What a token costs
+does not grow with the text.
 """
-from collections.abc import Callable
+import re
+
+from tokenizers.decoders import DecodeStream
+
+from nanoinfra.model.text import CLEAN_UP, Text
 
 LONGEST = 4                                  # bytes of a character, and so its tokens at most
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")      # a token that stands for a byte, where the decoder says so
 
 
 class Stream:
-    """Turns token ids into text as they come, never showing a part of a character."""
+    """Turns token ids into text as they come, never showing a part of a character.
 
-    def __init__(self, decode: Callable[[list[int]], str]):
-        self.decode, self.context, self.window, self.shown = decode, [], [], 0
+    A run of byte tokens waits for its end: one byte too many, and all of it decodes to U+FFFD, the characters
+    before as well. A text that goes on and on ending in U+FFFD is cut, for DecodeStream would decode all of
+    it again with every token. And ids that have no text never reach it. A decoder that may change what lies
+    far back (text.py lists those that do not) gives all at the end.
+    """
+
+    def __init__(self, text: Text):
+        self.text, self.stream = text, DecodeStream(skip_special_tokens=True)
+        self.context, self.held = [], []     # ids that DecodeStream has shown last; that it has and holds
+        self.run, self.skip = [], 0          # ids that it has not seen; characters shown of what it holds
+        self.cleaners = [Replacer(*pair) for pair in CLEAN_UP.items()] if text.clean_up else []
 
     def push(self, token: int) -> str:
         """The text that is certain now and was not before."""
-        self.window.append(token)
-        text = self._text()
-        new = text.removesuffix("\ufffd")[self.shown:]
-        self.shown += len(new)
-        if self.shown == len(text):  # whole: it need not be decoded again
-            self.context, self.window, self.shown = self.window, [], 0
-        elif len(self.window) >= 4 * LONGEST:  # bytes that are no character, one after another
-            new += self._shorten(text)
-        return new
+        spelled = self.text.backend.id_to_token(token)
+        if spelled is None or token in self.text.special_ids:
+            return ""
+        self.run.append(token)
+        if not self.text.is_local or self.text.has_bytes and BYTE.fullmatch(spelled):
+            return ""
+        ids, self.run = self.run, []
+        self.held += ids
+        if new := self.stream.step(self.text.backend, ids) or "":
+            new, self.skip = new[self.skip:], 0
+            self.context, self.held = self.held, []
+        elif len(self.held) >= 4 * LONGEST:
+            new = self._cut()
+        return self._clean(new)
 
     def finish(self) -> str:
         """What is left: U+FFFD where the text ends within a character."""
-        new = self._text()[self.shown:]
-        self.context, self.window, self.shown = [], [], 0
+        new = self._behind(self.context, self.held + self.run)[self.skip:]
+        self.context, self.held, self.run, self.skip = [], [], [], 0
+        return self._clean(new, last=True)
+
+    def _cut(self):
+        """Let DecodeStream begin anew with the last tokens: what comes before them is certain.
+
+        A character may lie across the cut. Its bytes behind it are no character by themselves, a U+FFFD each
+        at the most: so many are skipped as make both parts the whole.
+        """
+        whole, last, anchor = self._behind(self.context, self.held), self.held[-LONGEST:], self.text.anchor
+        rest = self._behind(anchor, last)
+        for skip in range(LONGEST):
+            if whole.endswith(rest[skip:]):
+                shown = whole[self.skip:len(whole) - len(rest) + skip]
+                self.stream = DecodeStream(ids=anchor, skip_special_tokens=True)
+                self.stream.step(self.text.backend, last)                # None: it ends as the whole does
+                self.context, self.held, self.skip = anchor, last, skip
+                return shown
+        return ""
+
+    def _behind(self, context, ids):
+        """The text of `ids` behind `context`."""
+        decode = self.text.backend.decode
+        return decode(context + ids)[len(decode(context)):]
+
+    def _clean(self, new, last=False):
+        for cleaner in self.cleaners:
+            new = cleaner.push(new) + (cleaner.finish() if last else "")
         return new
 
-    def _shorten(self, text):
-        """Take all but the last tokens, with which a character may begin, for context. What that shows."""
-        before, last = self.window[:-LONGEST], self.window[-LONGEST:]
-        passed = len(self.decode(self.context + before)) - len(self.decode(self.context))
-        if passed <= self.shown:
-            self.context, self.window, self.shown = before, last, self.shown - passed
-            return ""
-        rest = text[self.shown:]             # the last have no text: what is held was begun long before
-        self.context, self.window, self.shown = self.window, [], 0
-        return rest
 
-    def _text(self):
-        return self.decode(self.context + self.window)[len(self.decode(self.context)):]
+class Replacer:
+    """`str.replace(old, new)` of a text that comes in pieces."""
+
+    def __init__(self, old: str, new: str):
+        self.old, self.new, self.held = old, new, ""
+
+    def push(self, piece: str) -> str:
+        """What is certain now and was not before."""
+        *before, rest = (self.held + piece).split(self.old)
+        shown = len(rest) - _overlap(rest, self.old)
+        self.held = rest[shown:]
+        return self.new.join([*before, rest[:shown]])
+
+    def finish(self) -> str:
+        """What is left."""
+        rest, self.held = self.held, ""
+        return rest
 
 
 class Writer:
     """A Stream that ends before the first of the texts `stop`; `stopped` says that one has come."""
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()):
-        self.stream, self.stop, self.held, self.stopped = Stream(decode), stop, "", False
+    def __init__(self, text: Text, stop: tuple[str, ...] = ()):
+        self.stream, self.stop, self.held, self.stopped = Stream(text), stop, "", False
 
     def push(self, token: int) -> str:
         """The text that is certain now and was not before."""

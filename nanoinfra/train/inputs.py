@@ -11,7 +11,7 @@ from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.dist import comm
 from nanoinfra.formulas.shape import SIZES, ModelConfig, sized
 from nanoinfra.formulas.tensor import check_heads
-from nanoinfra.model.fill import Read
+from nanoinfra.model.fill import Read, Weights
 from nanoinfra.train.config import TrainFlags
 from nanoinfra.train.pretrained import open_pretrained
 
@@ -25,8 +25,13 @@ class Inputs:
     seq: int
     held_out: HeldOut | None
     model: ModelConfig
-    read: Read | None                        # weights to start from; None: draw them
+    weights: Weights | None                  # to start from; None: draw them
     identity: dict                           # what a run that goes on must find again
+
+    @property
+    def read(self) -> Read | None:
+        """How to read the weights to start from."""
+        return self.weights and self.weights.read
 
 
 def open_inputs(flags: TrainFlags, mesh) -> Inputs:
@@ -35,7 +40,7 @@ def open_inputs(flags: TrainFlags, mesh) -> Inputs:
     size = weights.config if weights else SIZES[flags.model.model].model
     check_heads(size, mesh.tp.size)
     seq = flags.data.seq or min(size.context, LONGEST if weights else size.context)
-    tokenizer = Tokenizer(weights.text.backend, weights.text.eos) if weights and weights.text else None
+    tokenizer = _tokenizer(flags, weights) if weights and flags.data.data != "random" else None
     vocab = flags.model.vocab or size.vocab
     source = _first_on_rank_0(mesh, lambda: open_source(flags.data.data, vocab, tokenizer))
     source.check(seq)
@@ -46,7 +51,21 @@ def open_inputs(flags: TrainFlags, mesh) -> Inputs:
     identity = {"seed": flags.model.seed, "seq": seq,
                 "corpus": source.corpus.hash if source.corpus else "random",
                 "tokenizer": source.tokenizer.hash if source.tokenizer else f"vocabulary {config.vocab}"}
-    return Inputs(source, seq, held_out, config, weights and weights.read, identity)
+    return Inputs(source, seq, held_out, config, weights, identity)
+
+
+def _tokenizer(flags, weights):
+    """The tokenizer that came with the weights. ValueError where none did, or one of another model."""
+    name, text, vocab = flags.model.model, weights.text, weights.config.vocab
+    if text is None:
+        raise ValueError(f"{name} holds no tokenizer to read --data with; copy the files of the one it was "
+                         "trained with into it, or try --data random")
+    token, last = max(text.backend.get_vocab().items(), key=lambda entry: entry[1])
+    if last >= vocab:
+        raise ValueError(f"the tokenizer of {name} goes up to {last} ({token!r}), but the model knows ids "
+                         f"below {vocab} alone; take the tokenizer that it was trained with")
+    names = (text.backend.id_to_token(i) for i in sorted(text.ends))
+    return Tokenizer(text.backend, text.eos or next(filter(None, names), ""))
 
 
 def _config(flags, source, size, seq, weights):

@@ -16,9 +16,10 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.files import read_json
 from nanoinfra.model.fill import Weights, filled
 from nanoinfra.model.hf import write_hf
+from nanoinfra.model.hf_text import copy_text, open_text, write_text
 from nanoinfra.model.load import open_weights
 from nanoinfra.model.source import bounds
-from nanoinfra.model.text import Text, read_text
+from nanoinfra.model.text import Text
 from nanoinfra.train import checkpoint
 from nanoinfra.train.manifest import read_manifest
 from nanoinfra.train.pieces import Piece
@@ -50,7 +51,7 @@ def open_pretrained(name: str | Path, axis: Axis | None = None) -> Weights:
 def open_run(folder: str | Path, axis: Axis | None = None) -> Weights:
     """The newest weights of a run directory. Raises ValueError where no checkpoint in it is whole."""
     folder = Path(folder)
-    return Weights(*_newest(folder, axis), read_text(folder / "tokenizer"))
+    return Weights(*_newest(folder, axis), *open_text(folder / "tokenizer"), folder / "tokenizer")
 
 
 def export(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -61,6 +62,14 @@ def export(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float
     config, read = _newest(Path(run))
     block = sum(prod(shape) for shape in block_shapes(config).values()) * dtype.itemsize
     write_hf(config, read, dtype, folder, Path(run) / "tokenizer", shard_bytes=block)
+
+
+def keep_text(weights: Weights, folder: str | Path) -> None:
+    """Leave tokenizer and chat template of `weights` in `folder`, for a run that starts from them."""
+    if weights.files is not None:
+        copy_text(weights.files, folder, config=True)
+    elif weights.text is not None:
+        write_text(weights.text, weights.template, folder)
 
 
 def _newest(folder, axis=None):

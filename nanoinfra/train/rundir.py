@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 from nanoinfra.dist import comm
-from nanoinfra.model.text import read_json
+from nanoinfra.model.files import read_json
+from nanoinfra.model.hf_text import clear_text
 from nanoinfra.train import checkpoint, metrics
 from nanoinfra.train.config import TrainFlags, to_json
 from nanoinfra.train.inputs import Inputs
 from nanoinfra.train.manifest import read_manifest
+from nanoinfra.train.pretrained import keep_text
 from nanoinfra.train.rank import STOPPED, launch_id, make_folder, restarted
 from nanoinfra.train.replica import Replica
 
@@ -71,7 +73,10 @@ class RunDir:
         config = {"nanoinfra": 1, "model": inputs.model.to_dict(), "flags": to_json(flags),
                   "inputs": inputs.identity, "launch": launch_id()}
         metrics.replace(self.path / "config.json", json.dumps(config, indent=2) + "\n")
-        if inputs.source.tokenizer:
+        if inputs.weights:
+            keep_text(inputs.weights, self.path / "tokenizer")
+        elif inputs.source.tokenizer:
+            clear_text(self.path / "tokenizer", config=True)
             inputs.source.tokenizer.save(self.path / "tokenizer")
         (self.path / STOPPED).unlink(missing_ok=True)
 

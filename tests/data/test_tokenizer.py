@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -59,24 +57,38 @@ def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
 
 def test_transformers_loads_it(tokenizer, tmp_path, corpus):
     from transformers import AutoTokenizer
-    tokenizer.save(tmp_path)
-    want = AutoTokenizer.from_pretrained(tmp_path)
+    folder = tmp_path / "own"
+    tokenizer.save(folder)
+    want = AutoTokenizer.from_pretrained(folder)
     assert (len(want), want.eos_token_id, want.eos_token) == (300, tokenizer.eot, END_OF_TEXT)
     for text in TEXTS + [document.text for document in corpus.train]:
         assert tokenizer.encode(text, specials=True) == want(text)["input_ids"]
         assert want.decode(tokenizer.encode(text)) == text
     want.save_pretrained(tmp_path / "again")
-    assert Tokenizer.load(tmp_path / "again").encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+    assert Tokenizer.is_own(folder) and not Tokenizer.is_own(tmp_path / "again")
+    with pytest.raises(ValueError, match="holds no tokenizer saved by nanoinfra"):
+        Tokenizer.load(tmp_path / "again")
 
 
 def test_the_end_of_text_may_have_another_name(tmp_path):
     backend = tokenizers.Tokenizer.from_str(BYTES.backend.to_str().replace(END_OF_TEXT, "</s>"))
-    backend.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="no token '<|endoftext|>'"):
+    with pytest.raises(ValueError, match=r"no token '<\|endoftext\|>' to end a document with"):
+        Tokenizer(backend)
+    Tokenizer(backend, "</s>").save(tmp_path)
+    assert Tokenizer.load(tmp_path).eot == BYTES.eot
+
+
+@pytest.mark.parametrize("change", [
+    lambda folder: (folder / "chat_template.jinja").write_text("x"),
+    lambda folder: (folder / "tokenizer_config.json").write_text("{}"),
+    lambda folder: (folder / "tokenizer_config.json").write_text("["),
+    lambda folder: (folder / "tokenizer.json").write_text("{"),
+    lambda folder: (folder / "tokenizer.json").unlink()])
+def test_one_that_was_changed_is_none_of_ours(tmp_path, change):
+    BYTES.save(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match="holds no tokenizer saved by nanoinfra|is not what was saved"):
         Tokenizer.load(tmp_path)
-    for end in ("</s>", {"content": "</s>"}):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
-        assert Tokenizer.load(tmp_path).eot == BYTES.eot
 
 
 def test_it_is_trained_once(corpus, tmp_path):
@@ -93,5 +105,5 @@ def test_a_vocabulary_below_the_bytes(corpus, vocab, tmp_path):
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match="holds no tokenizer.json"):
+    with pytest.raises(ValueError, match="holds no tokenizer saved by nanoinfra"):
         Tokenizer.load(tmp_path)

@@ -15,6 +15,7 @@ from nanoinfra.serve import requests
 from nanoinfra.serve.requests import Request, Sampling, check
 from nanoinfra.serve.sampler import Adjustment, Sampler, adjusted
 from nanoinfra.serve.writer import Stream, Writer
+from tests.serve.letters import byte_text
 
 sampler, refusal, shown = Check("sampler"), Check("refusal"), Check("shown")
 
@@ -117,16 +118,12 @@ def _(subject):
 
 
 def write(text, stop):
-    """(what is shown, the most tokens decoded at once) of a text of byte tokens."""
-    most = []
-
-    def decode(ids):
-        most.append(len(ids))
-        return bytes(ids).decode(errors="replace")
-    writer, said = Writer(decode, stop), ""
+    """(what is shown, the most tokens that are held at once) of a text of byte tokens."""
+    writer, said, most = Writer(byte_text(), stop), "", 0
     for byte in text:
         said += writer.push(byte)
-    return said + writer.finish(), max(most)
+        most = max(most, len(writer.stream.held))
+    return said + writer.finish(), most
 
 
 @shown.criterion("a text ends before its stop string", "property")
@@ -188,15 +185,16 @@ class OneByOne(Adjustment):
         return super().__call__(logits, tokens, prompt)
 
 
-class NeverShortens(Stream):
-    def _shorten(self, text):
+class NeverCuts(Stream):
+    def _cut(self):
         return ""
 
 
 class CutsCharacters(Stream):                # as if no character could be under way
-    def _shorten(self, text):
-        rest, self.context, self.window, self.shown = text[self.shown:], self.window, [], 0
-        return rest
+    def _cut(self):
+        shown = self._behind(self.context, self.held)[self.skip:]
+        self.__init__(self.text)
+        return shown
 
 
 def shortest_overlap(text, stop):
@@ -230,6 +228,6 @@ MUTANTS = [
     Mutant("a stop string is sought token by token", shown,
            patched(write, f"{WRITER}:_overlap", lambda text, stop: 0), STOP),
     Mutant("bytes without characters pile up", shown,
-           patched(write, f"{WRITER}:Stream", NeverShortens), SHORT),
+           patched(write, f"{WRITER}:Stream", NeverCuts), SHORT),
     Mutant("a character is cut", shown, patched(write, f"{WRITER}:Stream", CutsCharacters), WHOLE),
 ]

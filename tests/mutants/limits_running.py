@@ -26,6 +26,7 @@ from nanoinfra.serve.protocol import Chat, read
 from nanoinfra.serve.requests import Event, Logprob, Request
 from nanoinfra.serve.templates import TemplateProcess
 from nanoinfra.serve.writer import Writer
+from tests.serve.letters import letters
 
 HI = [{"role": "user", "content": "hi"}]
 running = Check("limits while it runs")
@@ -130,7 +131,7 @@ class Live:
                 self.count += 1
                 return super().__getitem__(part)
         counted = Counted(stop)
-        writer = Writer(lambda ids: "b" * len(ids), (counted,))
+        writer = Writer(letters(first=97, n=2), (counted,))
         for _ in range(60):
             writer.push(1)
         return counted.count

@@ -21,19 +21,12 @@ from nanoinfra.serve.requests import Request, Sampling
 from nanoinfra.serve.sampler import Sampler
 from nanoinfra.serve.scheduler import Scheduler
 from nanoinfra.serve.writer import Writer
+from tests.serve.letters import letters
 
 CONFIG = ModelConfig(vocab=97, width=24, layers=2, heads=4, kv_heads=2, head_dim=6, hidden=40, context=64)
 GREEDY, NEW, SEEDS = Sampling(temperature=0), 8, (0, 10, 20)
 serving = Check("serving")
 torch.set_num_threads(1)                     # in products as small as these, a second one is only waited for
-
-
-class Letters:
-    """A text of tokens: a letter each."""
-    ends = frozenset()
-
-    def decode(self, ids):
-        return "".join(chr(200 + token) for token in ids)
 
 
 @functools.cache
@@ -90,10 +83,10 @@ def serve(rounds, text=None, renew=False, kind=Engine, **how):
 @serving.criterion("a stop string is not shown, nor a part of it", "property")
 def _(subject):
     tokens = prompt(5, 5)
-    text = Letters().decode(alone(tokens, 12))
+    text = letters().decode(alone(tokens, 12))
     stops = {"none": (), "at once": (text[0],), "of one": (text[4],), "of two": (text[3:5],),
              "of four": (text[5:9],), "of two that end alike": (text[3] + "x", text[3:6])}
-    shown = {name: subject([[ask("r", tokens, 12, stop=stop)]], Letters())["shown"]["r", 0]
+    shown = {name: subject([[ask("r", tokens, 12, stop=stop)]], letters())["shown"]["r", 0]
              for name, stop in stops.items()}
     for name, stop in stops.items():
         whole = shown["none"]

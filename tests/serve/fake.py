@@ -50,7 +50,7 @@ class Fake:
         check(request, self.context, END + 1)
         sequence = Sequence(list(request.tokens), request.n, root(version=self.version, salt=request.salt))
         self.scheduler.add(sequence)
-        self.runs[sequence] = (request, 0, Writer(self.text.decode, request.stop))
+        self.runs[sequence] = (request, 0, Writer(self.text, request.stop))
         if "die" in self.text.decode(request.tokens):
             os._exit(3)
 
@@ -93,7 +93,7 @@ class Fake:
         request, *_ = self.runs[sequence]
         twins = [self.scheduler.fork(sequence) for _ in range(1, sequence.n)]
         for index, twin in enumerate(twins, 1):
-            self.runs[twin] = (request, index, Writer(self.text.decode, request.stop))
+            self.runs[twin] = (request, index, Writer(self.text, request.stop))
         return [sequence, *twins]
 
     def _say(self, sequence):

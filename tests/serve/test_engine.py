@@ -22,6 +22,7 @@ from nanoinfra.serve.scheduler import QueueFull
 from tests.families import VARIANTS
 from tests.model.test_decoder import config
 from tests.model.twins import FAMILIES, scrambled
+from tests.serve.letters import letters
 
 GREEDY = Sampling(temperature=0)
 VOCAB = 97
@@ -187,24 +188,18 @@ def test_a_prefix_that_is_known_is_not_computed_again():
 def test_an_end_of_text_stops_and_a_stop_string_too():
     model, tokens = tiny(), prompt(5, 5)
     want = alone(model, tokens, 12)
-
-    class Letters:
-        ends = frozenset({want[6]})
-
-        def decode(self, ids):
-            return "".join(chr(200 + token) for token in ids)
-    letters = Letters()
-    shown = letters.decode(want)
+    text = letters(ends={want[6]})
+    shown = text.decode(want)
     stop = shown[3:5]
-    for more, text, finish in (({}, shown[:want.index(want[6])], "stop"),
+    for more, said, finish in (({}, shown[:want.index(want[6])], "stop"),
                                ({"ignore_eos": True}, shown, "length"),
                                ({"stop": (stop,)}, shown[:shown.index(stop)], "stop")):
-        engine = Engine(model, letters, blocks=10, size=4)
+        engine = Engine(model, text, blocks=10, size=4)
         engine.add(Request("r", tokens, GREEDY, max_tokens=12, **more))
         events = []
         while engine.busy:
             events += engine.step()
-        assert "".join(event.text for event in events) == text and events[-1].finish == finish
+        assert "".join(event.text for event in events) == said and events[-1].finish == finish
         assert all(event.finish is None for event in events[:-1])
 
 

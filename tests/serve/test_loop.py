@@ -13,17 +13,10 @@ from nanoinfra.serve.scheduler import QueueFull
 from nanoinfra.serve.writer import Writer
 from tests.serve.failing import Failing, failing
 from tests.serve.fake import Fake
+from tests.serve.letters import letters
 from tests.serve.test_engine import prompt
 from tests.serve.test_isolation import asked, batch, made, serve
 from tests.serve.test_worker import ids, pids, said, working
-
-
-class Letters:
-    """A text of tokens: a letter each."""
-    ends = frozenset()
-
-    def decode(self, ids):
-        return "".join(chr(200 + token) for token in ids)
 
 
 class Odd(Exception):
@@ -72,7 +65,7 @@ def test_an_exception_with_one_request_ends_it_alone(target, broken, more, says,
     """Its blocks are given back and the books are right; the others never know. It is on stderr."""
     want, _ = serve(made("torch"), batch())
     engine = made("torch", budget=9)
-    engine.text = Letters()
+    engine.text = letters()
     with mock.patch.object(engines, target, broken):
         said, failed = serve(engine, [*batch(3), asked("bad", prompt(7, 9), **more), *batch()[3:]])
     assert {name: tokens for name, tokens in said.items() if name[0] != "bad"} == want

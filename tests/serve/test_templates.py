@@ -19,6 +19,14 @@ TEXT = Text(None, bos="<s>", eos="</s>")
 HI = [{"role": "user", "content": "h\u00e9 \U0001f642 {{ 7 * 7 }}"}]
 
 
+@pytest.fixture(scope="module")
+def shared():
+    """One for the tests after which it goes on."""
+    child = TemplateProcess()
+    yield child
+    child.close()
+
+
 @pytest.fixture
 def child():
     child = TemplateProcess()
@@ -26,20 +34,20 @@ def child():
     child.close()
 
 
-def test_it_renders_as_render_chat_does_again_and_again(child):
+def test_it_renders_as_render_chat_does_again_and_again(shared):
     for template in (TEMPLATE, "{{ bos_token }}{{ messages | tojson }}{{ eos_token }}", "one"):
-        assert child.render(template, HI, TEXT) == render_chat(template, HI, TEXT)
-    assert child.process.poll() is None
+        assert shared.render(template, HI, TEXT) == render_chat(template, HI, TEXT)
+    assert shared.process.poll() is None
 
 
 @pytest.mark.parametrize("template, says", [
     ("{{ raise_exception('no such role') }}", "no such role"), ("{% if %}", "cannot render"),
     ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ 1 // 0 }}", "division"), ("{{ 'x' * 2 ** 40 }}", "Memory"),
     ("{{ 'x' * 2 ** 22 }}", "more than 2097152 bytes"), ("{{ '\\ud800' }}", "surrogates")])
-def test_a_template_that_fails_says_why_and_the_next_chat_is_rendered(child, template, says):
+def test_a_template_that_fails_says_why_and_the_next_chat_is_rendered(shared, template, says):
     with pytest.raises(ValueError, match=says):
-        child.render(template, HI, TEXT)
-    assert child.render("{{ messages[0].role }}", HI, TEXT) == "user"
+        shared.render(template, HI, TEXT)
+    assert shared.render("{{ messages[0].role }}", HI, TEXT) == "user"
 
 
 def test_one_that_goes_on_and_on_is_ended_and_the_next_chat_has_another():
@@ -95,7 +103,18 @@ def test_the_child_dies_with_its_server():
 
 
 def test_the_child_does_without_torch_and_unpickles_nothing():
-    code = ("import pickle, sys\npickle.loads = pickle.Unpickler = None\n"
-            "import nanoinfra.serve.templates as t\nassert 'torch' not in sys.modules\n"
-            "assert t.answer('{{ messages }}', [], '', '') == b'{\"text\": \"[]\"}'")
+    code = ("import pickle, sys\nimport nanoinfra.serve.templates as t\nassert 'torch' not in sys.modules\n"
+            "t.without_torch()\nt.renderer()\npickle.loads = pickle.Unpickler = None\n"
+            "said = t.answer('{{ messages }}{{ pad_token }}', [], {'pad_token': 'p'})\n"
+            "assert said == b'{\"text\": \"[]p\"}'\n"
+            "peak = int(open('/proc/self/status').read().split('VmPeak:')[1].split()[0]) * 1024\n"
+            "assert sys.modules['torch'] is None and 4 * peak < t.MEMORY, peak")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_without_the_hub_extra_a_chat_is_refused_in_one_line():
+    code = ("import sys\nsys.modules['transformers'] = None\nimport nanoinfra.serve.templates as t\n"
+            "print(t.answer('{{ messages }}', [], {}).decode())")
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert said.stdout.strip() == ('{"error": "chat templates need the package transformers; '
+                                   'pip install \'nanoinfra[hub]\'"}')

@@ -1,20 +1,29 @@
 """Text as it may be shown: whole characters, never a part of a stop string."""
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanoinfra.data.tokenizer import Tokenizer
-from nanoinfra.serve.writer import Stream, Writer
+from nanoinfra.model.hf_text import open_text
+from nanoinfra.model.text import CLEAN_UP, Text
+from nanoinfra.serve.writer import LONGEST, Replacer, Stream, Writer
+from tests.model.tokenizer_kinds import BYTES as HEX
+from tests.model.tokenizer_kinds import KINDS, STRINGS, save
+from tests.serve.letters import byte_text, letters
+
+BYTES, LETTERS = byte_text(["<end>"]), letters(first=0, n=128)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(["one two three"] * 9, vocab=262)     # foreign characters are single bytes
+def text():
+    return Text(Tokenizer.train(["one two three"] * 9, vocab=262).backend)       # others are single bytes
 
 
-def test_no_part_of_a_character_is_ever_shown(tokenizer):
+def test_no_part_of_a_character_is_ever_shown(text):
     string = "one \u65e5\u672c \U0001f642\U0001f642 \ufffd two\ufffd\ufffd caf\xe9\ufffd"
-    ids, shown, whole = tokenizer.encode(string), Stream(tokenizer.decode), ""
+    ids, shown, whole = text.encode(string), Stream(text), ""
     assert len(ids) > len(string)
     for token in ids:
         whole += shown.push(token)
@@ -22,45 +31,72 @@ def test_no_part_of_a_character_is_ever_shown(tokenizer):
     assert whole + shown.finish() == string
 
 
-def test_a_text_that_ends_within_a_character_says_so(tokenizer):
-    ids, shown = tokenizer.encode("a\U0001f642")[:-1], Stream(tokenizer.decode)
+def test_a_text_that_ends_within_a_character_says_so(text):
+    ids, shown = text.encode("a\U0001f642")[:-1], Stream(text)
     assert "".join(map(shown.push, ids)) == "a" and shown.finish() == "\ufffd"
 
 
-def test_decoding_a_stream_does_not_look_back_further_than_a_word(tokenizer):
-    asked = []
-
-    def decode(ids):
-        asked.append(len(ids))
-        return tokenizer.decode(ids)
-    shown = Stream(decode)
-    for token in tokenizer.encode("one two three " * 50):
-        shown.push(token)
-    assert max(asked) <= 2
+def test_a_stream_holds_no_more_than_a_word(text):
+    shown = Stream(text)
+    for token in text.encode("one two three " * 50):
+        assert shown.push(token) and len(shown.context) <= 2 and not shown.held
 
 
 @given(st.lists(st.integers(0, 255) | st.sampled_from([0x9f, 0xf0, 0xe6]), max_size=60),
        st.integers(0, 40), st.integers(0, 255))
 def test_bytes_that_are_no_characters_are_shown_and_cost_no_more_the_longer_it_goes_on(ids, times, byte):
-    asked = []
-
-    def decode(ids):
-        asked.append(len(ids))
-        return bytes(ids).decode(errors="replace")
-    shown, ids = Stream(decode), [*ids, *[byte] * times, *"\u65e5\U0001f642".encode()]
-    assert "".join(map(shown.push, ids)) + shown.finish() == decode(ids)
-    assert max(asked[:-1], default=0) <= 28
+    shown, ids, said = Stream(BYTES), [*ids, *[byte] * times, *"\u65e5\U0001f642".encode()], ""
+    for token in ids:
+        said += shown.push(token)
+        assert len(shown.held) < 4 * LONGEST
+    assert said + shown.finish() == bytes(ids).decode(errors="replace")
 
 
-def test_tokens_without_a_text_after_a_part_of_a_character_do_not_pile_up():
-    asked = []
+@pytest.mark.parametrize("odd", [256, 999])
+def test_ids_without_a_text_after_a_part_of_a_character_do_not_pile_up(odd):
+    """A special token; one that the model knows and the tokenizer does not."""
+    shown, said = Stream(byte_text(["<end>"])), ""
+    for token in [*b"ab", 0xf0, *[odd] * 100, *"c\U0001f642".encode()]:
+        said += shown.push(token)
+        assert len(shown.held) <= LONGEST
+    assert said + shown.finish() == "ab\ufffdc\U0001f642"
 
-    def decode(ids):
-        asked.append(len(ids))
-        return bytes(each for each in ids if each < 256).decode(errors="replace")
-    shown = Stream(decode)
-    ids = [*b"ab", 0xf0, *[300] * 100, *"c\U0001f642".encode()]
-    assert "".join(map(shown.push, ids)) + shown.finish() == "ab\ufffdc\U0001f642" and max(asked) <= 40
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_shown_is_the_text_of_the_whole(name, tmp_path):
+    assert_streams_exactly(name, tmp_path, 30)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_shown_is_the_text_of_the_whole_always(name, tmp_path):
+    assert_streams_exactly(name, tmp_path, 20000)
+
+
+def assert_streams_exactly(name, folder, times):
+    """Ids of strings, cut anywhere; any ids; a few again and again; and with all of them no more is held."""
+    text, draws = open_text(save(name, folder))[0], random.Random(name)
+    bytes = [i for token, i in text.backend.get_vocab().items() if len(token) == 1 or token in HEX]
+    ids = [text.encode(string) for string in STRINGS]
+    ids += [one[:draws.randrange(len(one))] for one in ids if one]
+    every = range(text.backend.get_vocab_size() + 9)
+    for _ in range(times):
+        some = draws.choice([bytes or every, every, draws.choices(bytes or every, k=3)])
+        ids.append(draws.choices(some, k=draws.choice([3, 10, 80])))
+    for one in ids:
+        shown = Stream(text)
+        got = "".join(map(shown.push, one)) + shown.finish()
+        assert got == text.decode(one), one
+        assert len(shown.held) < 4 * LONGEST
+
+
+@given(st.text("a '.n", max_size=20), st.lists(st.integers(0, 20), max_size=4))
+def test_a_replacer_is_str_replace_in_pieces(text, cuts):
+    ends = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    for old, new in CLEAN_UP.items():
+        replacer = Replacer(old, new)
+        got = [replacer.push(text[a:b]) for a, b in zip(ends, ends[1:])]
+        assert "".join(got) + replacer.finish() == text.replace(old, new)
 
 
 def test_a_stop_string_costs_as_much_as_what_comes_and_not_as_it_is_long():
@@ -70,20 +106,16 @@ def test_a_stop_string_costs_as_much_as_what_comes_and_not_as_it_is_long():
             compared.append(at)
             return super().__getitem__(at)
     compared, stops = [], [Counted("a" * (400 + i) + "b") for i in range(64)]
-    writer = Writer(letters, tuple(stops))
+    writer = Writer(LETTERS, tuple(stops))
     for _ in range(500):
         writer.push(ord("a"))
     assert not writer.stopped and len(writer.held) == 463 and len(compared) < 5 * 64 * 500
     assert writer.push(ord("b")) == "" and writer.stopped
 
 
-def letters(ids):
-    return "".join(map(chr, ids))
-
-
 def write(text, stop):
     """(all that was shown, the pieces, was it stopped) of a text whose tokens are letters."""
-    writer, pieces = Writer(letters, tuple(stop)), []
+    writer, pieces = Writer(LETTERS, tuple(stop)), []
     for letter in text:
         pieces.append(writer.push(ord(letter)))
         if writer.stopped:

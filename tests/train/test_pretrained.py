@@ -4,6 +4,8 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
+import tyro
 from safetensors.torch import load_file
 
 from nanoinfra.cli import main
@@ -12,12 +14,19 @@ from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.fill import Weights
 from nanoinfra.model.hf import save_hf
+from nanoinfra.model.hf_text import clear_text, copy_text, kept_ids, open_text
+from nanoinfra.model.load import open_weights
+from nanoinfra.model.text import read_json
 from nanoinfra.train import checkpoint, metrics
+from nanoinfra.train.config import TrainFlags
+from nanoinfra.train.inputs import open_inputs
 from nanoinfra.train.pieces import Piece
-from nanoinfra.train.pretrained import export, open_pretrained, pretrained
+from nanoinfra.train.pretrained import export, keep_text, open_pretrained, pretrained
 from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, counting
 from tests.model.test_decoder import config
+from tests.model.tokenizer_kinds import KINDS, STRINGS, save
 from tests.model.twins import scrambled
 
 
@@ -78,7 +87,6 @@ def test_whatever_else_can_be_loaded_is_opened_too(run, tmp_path):
 
 
 def test_export_is_loaded_by_transformers_and_never_holds_more_than_a_block(ranks, tmp_path):
-    import transformers
     text = tmp_path / "text"
     text.write_text("".join(f"{i} letters and {i * i} words\n\n" for i in range(4000)))
     flags = ["--data", str(text), "--vocab", "300", "--seq", "16", "--micro-batch", "2", "--threads", "1"]
@@ -136,7 +144,6 @@ def test_training_goes_on_from_the_weights_of_a_run(tmp_path):
 
 def test_a_run_goes_out_to_transformers(run, tmp_path):
     """As README shows it: weights and tokenizer."""
-    transformers = pytest.importorskip("transformers", reason="transformers is in the dev extra")
     model, text, _ = pretrained(run)
     save_hf(model, tmp_path / "exported", tokenizer=run / "tokenizer")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
@@ -145,3 +152,117 @@ def test_a_run_goes_out_to_transformers(run, tmp_path):
     assert tokenizer("one two one")["input_ids"] == ids
     x = torch.arange(7)[None]                                              # (1, T)
     torch.testing.assert_close(theirs(x).logits, model(x), rtol=1e-4, atol=1e-5)
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+CHAT = [{"role": "user", "content": "the cat <|end|> \U0001f642"}]
+TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+        "max_position_embeddings": 64}
+QUICK = ["--seq", "16", "--micro-batch", "2", "--threads", "1", "--steps", "1"]
+
+
+def chat_model(folder, kind, vocab=420, **ids):
+    """A chat model's folder as transformers writes it, and a text to train it on."""
+    config = transformers.LlamaConfig(vocab_size=vocab, pad_token_id=3, bos_token_id=0, eos_token_id=[1, 4],
+                                      **TINY)
+    model = transformers.LlamaForCausalLM(config)
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=[1, 4], pad_token_id=3, temperature=0.7, do_sample=True)
+    save(kind, folder / "kind")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "kind")
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "{{ tools }}"}
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "text").write_text("".join(f"{i} cats sat on {i * i} mats\n\n" for i in range(4000)))
+    return folder / "model"
+
+
+def assert_same_text(source, folder):
+    """transformers makes of `folder` what it makes of `source`."""
+    want, got = (transformers.AutoTokenizer.from_pretrained(each) for each in (source, folder))
+    for string in STRINGS:
+        assert got(string).input_ids == want(string).input_ids
+    assert got.special_tokens_map == want.special_tokens_map and got.all_special_ids == want.all_special_ids
+    assert type(got) is type(want) and got.added_tokens_decoder == want.added_tokens_decoder
+    assert got.chat_template == want.chat_template
+    if want.chat_template:
+        assert got.apply_chat_template(CHAT) == want.apply_chat_template(CHAT)
+    want, got = (read_json(each / "generation_config.json") for each in (source, folder))
+    assert got == want
+    want, got = (transformers.AutoConfig.from_pretrained(each) for each in (source, folder))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(got, name) == getattr(want, name), name
+
+
+def test_a_chat_model_that_was_trained_on_is_still_one(tmp_path):
+    """Train, export, and load in transformers; and again, from the run, into the same folder."""
+    source, run, out = chat_model(tmp_path, "llama2 class"), tmp_path / "run", tmp_path / "out"
+    data = ["--data", str(tmp_path / "text")]
+    assert main(["train", "--model", str(source), *data, *QUICK, "--out", str(run)]) == 0
+    weights, (want, template) = open_pretrained(run), open_text(source)
+    assert weights.template == template == TEMPLATE and weights.text.ends == {1, 4}
+    assert weights.text.special_tokens == want.special_tokens
+    (out / "additional_chat_templates").mkdir(parents=True)
+    stale = [out / "vocab.json", out / "tokenizer.model", out / "additional_chat_templates" / "old.jinja"]
+    for path in stale:
+        path.write_text("stale")
+    export(run, out)
+    assert_same_text(source, out)
+    assert not any(path.exists() for path in stale)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    x = torch.arange(7)[None]
+    torch.testing.assert_close(theirs(x).logits, pretrained(run)[0](x), rtol=1e-4, atol=1e-5)
+    assert theirs.generation_config.eos_token_id == [1, 4]
+    again = tmp_path / "again"
+    assert main(["train", "--model", str(run), "--data", "random", *QUICK, "--out", str(again)]) == 0
+    export(again, out)
+    assert_same_text(source, out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_text_of_every_kind_is_kept(kind, tmp_path):
+    source = save(kind, tmp_path / "source", eos_token_id=1, bos_token_id=0)
+    weights = Weights(config("llama"), None, *open_text(source), source)
+    keep_text(weights, tmp_path / "run")
+    copy_text(tmp_path / "run", tmp_path / "out")
+    theirs = {"model_type": "llama", **kept_ids(tmp_path / "run")}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(theirs))
+    assert_same_text(source, tmp_path / "run")
+    assert_same_text(source, tmp_path / "out")
+
+
+def test_the_text_of_a_gguf_model_is_written_as_transformers_reads_it(tmp_path):
+    weights = open_weights("smollm2-135m")
+    keep_text(weights, tmp_path)
+    text, template = open_text(tmp_path)
+    assert (text.ends, text.bos, text.eos) == (weights.text.ends, weights.text.bos, weights.text.eos)
+    assert template == weights.template
+    for string in STRINGS:
+        assert text.encode(string) == weights.text.encode(string)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.chat_template == template and theirs.bos_token == text.bos
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == sorted(text.ends)
+    assert kept_ids(tmp_path)["eos_token_id"] == sorted(text.ends) and weights.files is None
+
+
+def test_text_is_not_trained_on_with_the_tokenizer_of_another(tmp_path):
+    source = chat_model(tmp_path, "gpt2", vocab=320)
+    data = ["--data", str(tmp_path / "text"), *QUICK, "--out", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="goes up to 3.. .*, but the model knows ids below 320 alone"):
+        open_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
+    clear_text(source)
+    with pytest.raises(ValueError, match="holds no tokenizer to read --data with; .* or try --data random"):
+        open_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
+    data[1] = "random"
+    inputs = open_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
+    assert inputs.source.tokenizer is None and inputs.weights.text is None
+
+
+def test_a_run_that_kept_no_text_of_another_leaves_none(run, tmp_path):
+    """Its folder was that of a chat model's run before."""
+    save("gpt2", tmp_path / "other" / "tokenizer")
+    (tmp_path / "other" / "tokenizer" / "chat_template.jinja").write_text("x")
+    keep_text(open_pretrained(run), tmp_path / "other" / "tokenizer")
+    assert open_text(tmp_path / "other" / "tokenizer")[1] is None
+    assert sorted(path.name for path in (tmp_path / "other" / "tokenizer").iterdir()) == sorted(
+        path.name for path in (run / "tokenizer").iterdir())

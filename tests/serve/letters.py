@@ -1,0 +1,23 @@
+"""Texts for tests that know every token: one that is a letter, or one that is a byte."""
+from tokenizers import Tokenizer, decoders, models
+
+from nanoinfra.model.text import Text
+
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]        # as GPT-2 spells bytes
+
+
+def letters(ends=(), first=200, n=97) -> Text:
+    """Token i is the character first + i."""
+    backend = Tokenizer(models.WordLevel({chr(first + i): i for i in range(n)}, unk_token=chr(first)))
+    backend.decoder = decoders.Fuse()
+    return Text(backend, frozenset(ends))
+
+
+def byte_text(special=()) -> Text:
+    """Token i is the byte i; `special` ones come behind, from 256."""
+    others = [byte for byte in range(256) if byte not in PRINTABLE]
+    spelled = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    backend = Tokenizer(models.BPE(spelled, []))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(special))
+    return Text(backend)
