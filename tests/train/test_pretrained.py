@@ -14,11 +14,11 @@ from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.files import read_json
 from nanoinfra.model.fill import Weights
 from nanoinfra.model.hf import save_hf
 from nanoinfra.model.hf_text import clear_text, copy_text, kept_ids, open_text
 from nanoinfra.model.load import open_weights
-from nanoinfra.model.text import read_json
 from nanoinfra.train import checkpoint, metrics
 from nanoinfra.train.config import TrainFlags
 from nanoinfra.train.inputs import open_inputs
