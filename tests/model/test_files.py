@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from nanoinfra.lab.mutants import collect
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.files import LARGEST, read_json
 from nanoinfra.model.hf import INDEX, SINGLE, load_hf, save_hf
@@ -80,6 +81,13 @@ def test_what_is_broken_is_named_in_a_line(tmp_path, folder, how, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_hf(tmp_path / "m")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.prove
+def test_the_library_passes_the_checks_that_its_mutants_fail():
+    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in collect(file="folders")}
+    for check, subject in subjects.values():
+        assert check.report(subject).exit_code == 0
 
 
 def test_json_that_is_absent_is_empty_and_what_cannot_be_read_is_named(tmp_path, monkeypatch):
