@@ -94,19 +94,19 @@ def _checked(theirs):
 
 
 def _attributes(asking, theirs):
-    """The attributes of transformers' configuration, and those of one that says nothing."""
+    """The attributes of transformers' configuration, and the declared ones of one that says nothing."""
     family = theirs["model_type"]
     given = {key: deepcopy(value) for key, value in theirs.items()          # transformers writes into it
              if key not in ("model_type", "auto_map")}
     plain = asking(family)
-    named = {field.name for field in fields(plain)} | {*plain.attribute_map, *SETTABLE, "_name_or_path"}
-    for key in given.keys() - named:
+    declared = {field.name: getattr(plain, field.name) for field in fields(plain)}
+    for key in given.keys() - {*declared, *plain.attribute_map, *SETTABLE}:
         if hasattr(plain, key):
             raise ValueError(f"the key {key!r} would replace a part of transformers' own class")
     config = asking(family, **given)
     if hasattr(config, "rope_parameters"):
         config.standardize_rope_params()     # once more, as before RoPE is computed: all attributes are there
-    return vars(config), vars(plain)
+    return vars(config), declared
 
 
 def _refuse_others(table, read, plain):
