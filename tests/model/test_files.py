@@ -66,6 +66,7 @@ BROKEN = {
     "no safetensors": (moved("pytorch_model.bin"), "lists 'pytorch_model.bin', which is no safetensors file"),
     "absent": (moved("model-9.safetensors"), "lists model-9.safetensors, which is not in the folder"),
     "empty shard": (lambda f: shard(f).write_bytes(b""), f"{SHARD}.* cannot be read as safetensors"),
+    "an adapter": (written("adapter_config.json", b"{}"), "adapter_config.json says that an adapter"),
     "no weights": (lambda f: [path.unlink() for path in f.glob("model*")], f"holds neither {SINGLE} nor"),
 }
 
