@@ -5,6 +5,7 @@ Sizes are looked at before, since AutoConfig makes lists as long as they say. Wh
 decoder does not have is refused by name, never dropped; so is, on the way out, what their format has no key
 for. transformers is imported when a folder is read, and only then; torch is not needed.
 """
+import math
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -50,7 +51,8 @@ def config_from(theirs: dict, where: str) -> ModelConfig:
         _refuse_others(table, read, plain)
         return _model(theirs["model_type"], table, read)
     except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+        said = str(error).startswith(f"{where}: ")                         # by `asked`
+        raise ValueError(str(error) if said else f"{where}: {error}") from error
 
 
 def config_to(config: ModelConfig) -> dict:
@@ -94,19 +96,19 @@ def _checked(theirs):
 
 
 def _attributes(asking, theirs):
-    """The attributes of transformers' configuration, and those of one that says nothing."""
+    """The attributes of transformers' configuration, and the declared ones of one that says nothing."""
     family = theirs["model_type"]
     given = {key: deepcopy(value) for key, value in theirs.items()          # transformers writes into it
              if key not in ("model_type", "auto_map")}
     plain = asking(family)
-    named = {field.name for field in fields(plain)} | {*plain.attribute_map, *SETTABLE, "_name_or_path"}
-    for key in given.keys() - named:
+    declared = {field.name: getattr(plain, field.name) for field in fields(plain)}
+    for key in given.keys() - {*declared, *plain.attribute_map, *SETTABLE}:
         if hasattr(plain, key):
             raise ValueError(f"the key {key!r} would replace a part of transformers' own class")
     config = asking(family, **given)
     if hasattr(config, "rope_parameters"):
         config.standardize_rope_params()     # once more, as before RoPE is computed: all attributes are there
-    return vars(config), vars(plain)
+    return vars(config), declared
 
 
 def _refuse_others(table, read, plain):
@@ -122,8 +124,9 @@ def _refuse_others(table, read, plain):
         if read[key] not in allowed:
             raise ValueError(f"{key} is {_shown(read[key])}, but this decoder has only {allowed[0]!r}")
     for key in RANDOM & plain.keys():        # transformers builds no model with others
-        if read[key] is not None and not 0 <= read[key] <= 1:
-            raise ValueError(f"{key} is {_shown(read[key])}, which must be a number from 0 to 1")
+        most = 1 if "drop" in key else math.inf
+        if read[key] is not None and not 0 <= read[key] <= most:
+            raise ValueError(f"{key} is {_shown(read[key])}, which must be a number from 0 to {most}")
     pad, vocab = read["pad_token_id"], read["vocab_size"]
     if table.pads and pad is not None and not -vocab <= pad < vocab:
         raise ValueError(f"pad_token_id is {_shown(pad)}, which is no token of {vocab}")

@@ -32,7 +32,7 @@ UNDECLARED = {
     **dict.fromkeys(("dtype", "torch_dtype"), (None, "float64", "float32", "float16", "bfloat16"))}
 # Names of transformers' class, beside its fields, that a configuration may have a value for.
 SETTABLE = ("rope_scaling", "num_labels", "torch_dtype", "output_attentions", "attn_implementation",
-            "_attn_implementation", "name_or_path")
+            "_attn_implementation", "name_or_path", "_name_or_path", "per_layer_config")
 # How a family has sliding windows: in all layers, or by layers; the attributes that say so.
 WINDOWS = {None: (), "all": ("sliding_window",),
            "layered": ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")}

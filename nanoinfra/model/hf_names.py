@@ -83,7 +83,7 @@ def _bloom():
     return tensors
 
 
-_LLAMA = Names("model.", _llama(), r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_LLAMA = Names("model.", _llama(), r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 NAMES = {
     "gpt2": Names("transformer.", _gpt2(), r"h\.\d+\.attn\.(bias|masked_bias)"),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),

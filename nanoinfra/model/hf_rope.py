@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from nanoinfra.formulas.shape import ModelConfig, RopeScaling
 
+LONGEST = 2**31
 ORIGINAL = "original_max_position_embeddings"
 KINDS = {                                    # RopeScaling's fields -> theirs
     "linear": {"factor": "factor"},
@@ -50,7 +51,10 @@ def rope_from(rope: Mapping, longest: int, head_dim: int) -> tuple[float, RopeSc
         if head_dim == 2:
             raise ValueError("rope_type 'dynamic' divides by head_dim - 2, which is 0 here")
         given["original_context"] = longest
-    return theta, RopeScaling(kind, **given), _context(kind, given, longest)
+    context = _context(kind, given, longest)
+    if context > LONGEST:
+        raise ValueError(f"factor is {given['factor']}, which makes the context longer than {LONGEST}")
+    return theta, RopeScaling(kind, **given), context
 
 
 def rope_to(config: ModelConfig) -> dict:
@@ -85,9 +89,9 @@ def plain_scaling(config: ModelConfig) -> RopeScaling | None:
 
 
 def number(theirs: Mapping, key: str) -> float | int:
-    """The number under `key`, more than 0. ValueError for anything else."""
+    """The number under `key`, more than 0, and one that float32 holds. ValueError for anything else."""
     value = theirs.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-30 < value < 1e30:
         raise ValueError(f"{key} is {str(value)[:40]!r}, which must be a number more than 0")
     return value
 

@@ -54,7 +54,10 @@ def _opened(file):
 
 def _files(folder):
     """The files that hold the folder's weights. ValueError where there are none, or two sets of them."""
-    single, index = folder / SINGLE, folder / INDEX
+    single, index, adapter = folder / SINGLE, folder / INDEX, folder / "adapter_config.json"
+    if adapter.exists():
+        raise ValueError(f"{adapter} says that an adapter (LoRA) belongs to the weights; merge it into them "
+                         "with peft's merge_and_unload and save_pretrained, or remove that file")
     if single.exists() and index.exists():
         older = min(single, index, key=lambda path: path.stat().st_mtime)
         raise ValueError(f"{folder} holds both {SINGLE} and {INDEX}, two sets of weights; remove the stale "

@@ -44,6 +44,8 @@ def sources(config: ModelConfig, table: dict[str, Source]) -> dict[str, Source]:
 
 def made_shape(source: Source, stored: Sequence[int]) -> tuple:
     """The shape of our parameter in a tensor of shape `stored`; broken where it holds no three of them."""
+    if not stored:
+        return ()
     rows, *rest = reversed(stored) if source.transposed else stored
     if source.turn is not None:
         rows = rows // 3 if rows % 3 == 0 else rows / 3

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from nanoinfra.lab.mutants import collect
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.files import LARGEST, read_json
 from nanoinfra.model.hf import INDEX, SINGLE, load_hf, save_hf
@@ -65,6 +66,7 @@ BROKEN = {
     "no safetensors": (moved("pytorch_model.bin"), "lists 'pytorch_model.bin', which is no safetensors file"),
     "absent": (moved("model-9.safetensors"), "lists model-9.safetensors, which is not in the folder"),
     "empty shard": (lambda f: shard(f).write_bytes(b""), f"{SHARD}.* cannot be read as safetensors"),
+    "an adapter": (written("adapter_config.json", b"{}"), "adapter_config.json says that an adapter"),
     "no weights": (lambda f: [path.unlink() for path in f.glob("model*")], f"holds neither {SINGLE} nor"),
 }
 
@@ -80,6 +82,13 @@ def test_what_is_broken_is_named_in_a_line(tmp_path, folder, how, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_hf(tmp_path / "m")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.prove
+def test_the_library_passes_the_checks_that_its_mutants_fail():
+    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in collect(file="folders")}
+    for check, subject in subjects.values():
+        assert check.report(subject).exit_code == 0
 
 
 def test_json_that_is_absent_is_empty_and_what_cannot_be_read_is_named(tmp_path, monkeypatch):

@@ -210,6 +210,7 @@ TENSORS = {
               r"layers.1.input_layernorm.weight makes blocks.1.norm1.weight of .*\(35,\), .* \(36,\)"),
     "head": (lambda t: t.update({"lm_head.weight": torch.zeros(101, 36)}), "lm_head.weight differs"),
     "layer": (lambda t: t.update({NORM.replace("1", "3"): torch.ones(36)}), "beside what .*, layers.3.input"),
+    "scalar": (lambda t: t.update({NORM: torch.ones(())}), r"makes blocks.1.norm1.weight of shape \(\),"),
     "quantised": (lambda t: t.update({NORM: torch.ones(36, dtype=torch.int8)}), "stored as I8, but"),
     "float8": (lambda t: t.update({NORM: torch.ones(36).to(torch.float8_e4m3fn)}), "stored as F8_E4M3"),
 }

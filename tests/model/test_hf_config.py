@@ -65,8 +65,8 @@ def test_what_changes_the_maths_is_read_and_written(tmp_path, family, changes, s
 
 def refused(family, change, message):
     with pytest.raises(ValueError, match=message) as caught:
-        config_from({"model_type": family, **CONFIGS[family], **change}, "here")
-    assert str(caught.value).startswith("here") and "\n" not in str(caught.value)
+        config_from({"model_type": family, **CONFIGS[family], **change}, "h")
+    assert str(caught.value).startswith("h: ") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("family, change, message", [
@@ -112,11 +112,23 @@ def test_no_key_replaces_a_part_of_transformers_class(key):
     refused("llama", {key: {"hidden_size": "vocab_size"}}, f"{key}' would replace a part of")
 
 
+def test_what_configurations_of_the_hub_have_beside_changes_nothing():
+    hub = {"_name_or_path": "./x", "torch_dtype": "float16", "transformers_version": "4.41.0", "n_ctx": 1024,
+           "use_cache": True, "task_specific_params": {"text-generation": {"max_length": 50}},
+           "output_attentions": True, "gradient_checkpointing": False, "masked_softmax_fusion": True,
+           "attention_softmax_in_fp32": True, "bos_token_id": 1, "eos_token_id": [1, 2], "max_length": 20,
+           "architectures": ["X"], "id2label": {"0": "LABEL_0"}, "_commit_hash": "0", "prefix": "</s>",
+           "initializer_range": 0.1}
+    for family, theirs_config in CONFIGS.items():
+        plain = {"model_type": family, **theirs_config}
+        assert config_from(plain | hub, "here") == config_from(plain, "here")
+
+
 def test_other_keys_are_ignored_and_words_of_the_call_are_no_way_in():
     want = config_from({"model_type": "llama", **SIZES}, "here")
     for change in ({"foo": {"bar": [1]}}, {"where": 1, "call": 2}, {"num_labels": 7, "id2label": None},
                    {"dtype": "bfloat16", "attention_dropout": 0.5, "use_cache": False, "is_causal": True},
-                   {"rope_scaling": None}, {"auto_map": {"AutoConfig": "code.Config"}}):
+                   {"rope_scaling": None}, {"per_layer_config": {}}, {"auto_map": {"AutoConfig": "x.Y"}}):
         assert config_from({"model_type": "llama", **SIZES, **change}, "here") == want
     refused("llama", {"cls": 1}, "transformers does not read it")
 
@@ -146,6 +158,8 @@ def test_sizes_are_looked_at_before_transformers_is_asked(family, key):
     (YARN | {"truncate": None}, "truncate is None, which must be true or false"),
     (YARN | {"original_max_position_embeddings": 12.5}, "embeddings is 12.5, no whole number"),
     (YARN | {"beta_fast": -1}, "beta_fast is '-1'"),
+    (YARN | {"factor": 1e12}, "the context longer than"),
+    ({"rope_theta": 10**400}, "rope_theta is '1000"),
     (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor is 1.0, which must be more than low_freq_factor"),
     (LLAMA3 | {"low_freq_factor": 0}, "low_freq_factor is '0'")])
 def test_scalings_that_cannot_be_computed_are_refused(change, message):

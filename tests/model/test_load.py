@@ -8,7 +8,7 @@ import torch
 from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.hf import save_hf
-from nanoinfra.model.load import load, open_weights, packaged
+from nanoinfra.model.load import load, located, open_weights, packaged
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled
 
@@ -38,6 +38,23 @@ def test_smollm2_is_the_real_one(smollm2):
 def test_unknown_names_are_refused_with_what_would_do(tmp_path):
     with pytest.raises(ValueError, match="no model 'gpt-5': give a Hugging Face folder, a .gguf"):
         load("gpt-5")
+    with pytest.raises(ValueError, match="has it: hf download org/gpt-5 --local-dir gpt-5, then give gpt-5"):
+        load("org/gpt-5")
+    with pytest.raises(ValueError, match="cannot be opened: File name too long"):
+        load("x" * 5000)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="model.safetensors is a file, but no .gguf file; give the folder"):
+        load(tmp_path / "model.safetensors")
+
+
+def test_a_folder_with_nothing_but_one_gguf_file_is_that_file(tmp_path):
+    (tmp_path / "a.gguf").touch()
+    assert located(tmp_path) == tmp_path / "a.gguf"
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(ValueError, match="holds 2 models: give one of .*a.gguf, .*b.gguf"):
+        located(tmp_path)
+    (tmp_path / "config.json").touch()
+    assert located(tmp_path) == tmp_path
 
 
 def test_a_missing_package_comes_with_its_command(monkeypatch):
