@@ -3,6 +3,7 @@
 Merges are learned across spaces and digits, so that a text cut in another way than llama.cpp's has other ids.
 """
 from collections import Counter
+from functools import cache
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 STRINGS = (
@@ -38,6 +39,7 @@ NAMED = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|eom_id|>", "<EOT>", "[E
 PRE = ("gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx", "tekken", "gpt-4o", "default")
 
 
+@cache
 def tokenizers():
     """{name: what `write_model` is given} of every tokenizer that is tried."""
     found = {f"bpe, {pre}": {"tokenizer": bpe(pre)} for pre in PRE}
@@ -54,8 +56,8 @@ def tokenizers():
 def bpe(pre, marks=MARKS, **more):
     """Byte-level BPE, with `marks` after its own tokens."""
     letters = alphabet()
-    merges = learned([letters[b] for b in CORPUS.encode()], 260)
-    tokens = [*letters.values(), *(a + b for a, b in merges)]
+    merges = learned(tuple(letters[b] for b in CORPUS.encode()), 260)
+    tokens = [*letters.values(), *(a + b for a, b in merges), letters[32] + "quick"]     # no merge makes this
     return keys("gpt2", tokens, [NORMAL] * len(tokens), more | {
         "pre": pre, "merges": [f"{a} {b}" for a, b in merges], "bos_token_id": len(tokens),
         "eos_token_id": len(tokens) + 1}, marks)
@@ -66,12 +68,12 @@ def spm(**more):
     text = CORPUS.replace(" ", SPACE)
     few = SPACE + "\u00e9\u043f\u0440"       # other characters become bytes
     letters = sorted({c for c in text if c.isascii() and c.isprintable() or c in few})
-    merges = [pair for pair in learned(list(text), 300) if set("".join(pair)) <= set(letters)]
+    merges = [pair for pair in learned(tuple(text), 300) if set("".join(pair)) <= set(letters)]
     unions = list(dict.fromkeys(a + b for a, b in merges))
-    unions = [SPACE * n for n in range(2, 9)] + [union for union in unions if union.strip(SPACE)]
+    unions = [SPACE * n for n in range(2, 8)] + [union for union in unions if union.strip(SPACE)]
     tokens = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), *unions, *letters]
     kinds = [UNKNOWN, *[BYTE] * 256, *[NORMAL] * (len(unions) + len(letters))]
-    scores = [0.0] * 257 + [-1e9] * 7 + [-float(i) for i in range(1, len(unions) + len(letters) - 6)]
+    scores = [0.0] * 257 + [-1e9] * 6 + [-float(i) for i in range(1, len(unions) + len(letters) - 5)]
     marks = {"scores": scores + [0.0] * len(MARKS), "bos_token_id": len(tokens),
              "eos_token_id": len(tokens) + 1, "unknown_token_id": 0, "pre": "default"}
     return keys("llama", tokens, kinds, more | marks)
@@ -89,6 +91,7 @@ def alphabet():
     return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(rest)}
 
 
+@cache
 def learned(parts, count):
     """The `count` most frequent neighbours, one after the other, each joined before the next is sought."""
     merges = []

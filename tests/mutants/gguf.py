@@ -1,0 +1,274 @@
+"""Known-wrong readings of GGUF files: rows in another order, keys passed over, text cut or joined otherwise.
+
+`model` computes logits of a small file, `text` makes ids of strings: both against llama.cpp's recorded
+answers. `opens` says why a file is refused. A mutant of the library is patched in meanwhile.
+"""
+import json
+import struct
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import normalizers
+
+from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.mutants import Mutant, patched
+from nanoinfra.model import gguf, gguf_bpe, gguf_config, gguf_file, gguf_spm
+from nanoinfra.model.gguf import FUSED, load_gguf, open_gguf
+from nanoinfra.model.gguf_text import build_text
+from tests.model.gguf_files import FACTORS, MODELS, names, prompt, write_model
+from tests.model.gguf_tokenizers import STRINGS, tokenizers
+from tests.model.record_llama_cpp import RECORDED, SHOWN
+
+models, texts, files = Check("a GGUF model"), Check("a GGUF tokenizer"), Check("a GGUF file that is refused")
+WANT = json.loads(RECORDED.read_text())
+
+
+def model(name):
+    """Logits (T, SHOWN) of a small file."""
+    architecture, how = MODELS[name]
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = write_model(Path(folder, "m.gguf"), architecture, **how)
+        return load_gguf(path)[0](torch.tensor([prompt()]))[0, :, :SHOWN]
+
+
+def text(name):
+    """(ids of all strings, ids that end an answer)."""
+    how = tokenizers()[name]
+    built = build_text(how["tokenizer"] | how.get("general", {}) | {
+        f"tokenizer.ggml.{key}": np.array(how["tokenizer"][f"tokenizer.ggml.{key}"])
+        for key in ("token_type", "scores") if f"tokenizer.ggml.{key}" in how["tokenizer"]})
+    return [built.encode(string) for string in STRINGS], sorted(built.ends)
+
+
+def opens(**how):
+    """Why a small LLaMA is refused, or None; `change` is made of its bytes."""
+    change = how.pop("change", bytes)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_model(Path(folder, "m.gguf"), "llama", **how)
+        path.write_bytes(change(path.read_bytes()))
+        try:
+            open_gguf(path)
+        except ValueError as error:
+            return str(error)
+
+
+def _computes(name):
+    @models.criterion(name, "parity")
+    def _(subject):
+        far = (subject(name) - torch.tensor(WANT[f"logits {name}"])).abs().max().item()
+        if not far <= 5e-3:                  # GPT-2's GELU is a table of float16 there
+            raise Wrong(f"{name}: logits differ from llama.cpp's by {far:.2g}")
+
+
+def _spells(name):
+    @texts.criterion(name, "parity")
+    def _(subject):
+        ids, ends = subject(name)
+        for string, want, got in zip(STRINGS, WANT[f"ids {name}"], ids):
+            if got != want:
+                raise Wrong(f"{name}: {string!r} is {got}, llama.cpp's ids are {want}")
+        if ends != WANT[f"ends {name}"]:
+            raise Wrong(f"{name}: {ends} end an answer, in llama.cpp it is {WANT[f'ends {name}']}")
+
+
+def _refuses(name, says, **how):
+    @files.criterion(name, "property")
+    def _(subject):
+        why = subject(**how)
+        if says not in (why or ""):
+            raise Wrong(f"want a refusal with {says!r}, got {why!r}")
+
+
+for each in MODELS:
+    _computes(each)
+for each in tokenizers():
+    _spells(each)
+
+
+def cut(data):
+    return data[:-64]
+
+
+def moved(data):
+    """Its second tensor lies where the first does."""
+    at = data.index(struct.pack("<Q", 18) + b"output_norm.weight") + 8 + 18 + 4 + 8 + 4
+    return data[:at] + struct.pack("<Q", 0) + data[at + 8:]
+
+
+def versioned(data):
+    return data[:4] + struct.pack("<I", 1) + data[8:]
+
+
+def crowded(data):
+    return data[:8] + struct.pack("<Q", 2 ** 60) + data[16:]
+
+
+def spoiled(**header):
+    """The small sentencepiece tokenizer, with other keys."""
+    other = {f"tokenizer.ggml.{key}": value for key, value in header.items()}
+    return tokenizers()["spm"]["tokenizer"] | other
+
+
+COUNT = len(spoiled()["tokenizer.ggml.tokens"])
+STRANGE = spoiled()["tokenizer.ggml.tokens"][:-1] + ["a\u0416"]           # the latter half is no token
+_refuses("cut off", "the file is cut off", change=cut)
+_refuses("one tensor in another", "inside another one", change=moved)
+_refuses("version 1", "GGUF version 1", change=versioned)
+_refuses("counts without end", "claims 1152921504606846976 tensors", change=crowded)
+_refuses("a piece of a model", "one of 3 pieces", general={"split.count": 3})
+_refuses("keys that change the maths", "llama.expert_count = 8", said={"expert_count": 8})
+_refuses("heads that RoPE turns in part", "RoPE turns 4", said={"rope.dimension_count": 4})
+_refuses("layers that differ", "layers differ", said={"attention.head_count_kv": [2, 1]})
+_refuses("numbers that are none", "not a finite number", said={"rope.freq_base": float("nan")})
+_refuses("longrope", "rope.scaling.type = longrope", said={"rope.scaling.type": "longrope"})
+_refuses("layers without tensors", "too few for 4000000000 layers", said={"block_count": 4_000_000_000})
+_refuses("scores that say nothing", "the same score", tokenizer=spoiled(scores=[-1.0] * COUNT))
+_refuses("a token of what is none", "not every character", tokenizer=spoiled(
+    tokens=STRANGE, token_type=[*spoiled()["tokenizer.ggml.token_type"][:-1], 1]))
+_refuses("an unknown pre-tokeniser", "is unknown", tokenizer=names(64) | {"tokenizer.ggml.pre": "viking"})
+
+
+def fetches(wrong):
+    """Read tensors as if the file's architecture was `wrong(name, architecture)`."""
+    right = gguf._fetch
+    return patched(model, "nanoinfra.model.gguf:_fetch",
+                   lambda *args: right(*args[:4], wrong(args[1], args[4])))
+
+
+def scaled(change):
+    """RoPE's scaling with a slip; `change` is made of the right one."""
+    right = gguf_config._rope_scaling
+    return patched(model, "nanoinfra.model.gguf_config:_rope_scaling",
+                   lambda keys, config, factors: change(right(keys, config, factors), factors))
+
+
+def only(kind, **change):
+    return lambda scaling, _: replace(scaling, **change) if scaling and scaling.kind == kind else scaling
+
+
+def pre(**other):
+    """With other splits of some names."""
+    return patched(text, "nanoinfra.model.gguf_bpe:PRE", gguf_bpe.PRE | {
+        name.replace("_", "-"): splits for name, splits in other.items()})
+
+
+def composed(tokens, merges, name):
+    backend = gguf_bpe.byte_level_bpe(tokens, merges, name)
+    backend.normalizer = normalizers.NFC()
+    return backend
+
+
+def shortest_first(tokens, scores, ids):
+    right = merges_by_score(tokens, scores, ids)
+    return sorted(right, key=lambda pair: (-scores[ids["".join(pair)]], len(pair[0])))
+
+
+def unplaced(listed, end, alignment, size):
+    start = -(-end // alignment) * alignment
+    return {name: gguf_file.Stored(kind, shape, start + offset)
+            for name, (shape, kind, offset) in listed.items()}
+
+
+def placed_anywhere(listed, end, alignment, size):
+    """Only the end is looked at."""
+    found = unplaced(listed, end, alignment, size)
+    if any(tensor.start + tensor.nbytes() > size for tensor in found.values()):
+        raise ValueError(gguf_file.CUT)
+    return found
+
+
+class Believing(gguf_file._Header):
+    def count(self, what, least, most=2 ** 64):
+        return self.number("Q")
+
+
+class First(gguf_config.Keys):
+    def size(self, key, *default):
+        got = self.fields.get(self.prefix + key, *default)
+        return got[0].item() if isinstance(got, np.ndarray) else got
+
+
+class Careless(gguf_config.Keys):
+    def positive(self, key, *default):
+        return self.get(key, float, *default)
+
+
+def whole_model(fields):
+    return fields["general.architecture"]
+
+
+def all_turned(keys, heads, width):
+    return {"head_dim": width // heads, "kv_heads": keys.size("attention.head_count_kv", heads)}
+
+
+merges_by_score, THREES = gguf_spm.merges_by_score, gguf_bpe.PRE["dbrx"]
+FILE, CONFIG = "nanoinfra.model.gguf_file:", "nanoinfra.model.gguf_config:"
+SPM, TEXT = "nanoinfra.model.gguf_spm:", "nanoinfra.model.gguf_text:"
+
+MUTANTS = [
+    Mutant("pairs are left as llama.cpp has them", models,
+           patched(model, "nanoinfra.model.gguf:halves_from_pairs", lambda x, K: x), "llama"),
+    Mutant("pairs are undone in every architecture", models, fetches(lambda name, said: "llama"), "qwen2"),
+    Mutant("pairs of fused tensors are left", models,
+           fetches(lambda name, said: "qwen2" if "attn_qkv" in name else said), "llama, fused"),
+    Mutant("pairs of biases are left", models,
+           fetches(lambda name, said: "qwen2" if name.endswith("bias") else said), "llama, all biases"),
+    Mutant("up before gate", models,
+           patched(model, "nanoinfra.model.gguf:FUSED", FUSED | {"ffn_up": ("mlp.up", "mlp.gate")}), "phi3"),
+    Mutant("biases are those of the family", models,
+           patched(model, CONFIG + "_biased", lambda config, names: config), "llama, all biases"),
+    Mutant("no scaling", models, scaled(lambda scaling, _: None), "llama, linear"),
+    Mutant("yarn without its longer cos and sin", models, scaled(only("yarn", attention_factor=1.0)),
+           "llama, yarn"),
+    Mutant("attn_factor is passed over", models, scaled(only("yarn", attention_factor=1.1386294361119891)),
+           "llama, yarn and a factor"),
+    Mutant("factors without the linear one", models,
+           scaled(lambda scaling, factors: replace(scaling, factors=tuple(factors)) if factors else scaling),
+           "llama, factors and linear"),
+    Mutant("factors multiply", models, scaled(only("factors", factors=tuple(1 / x for x in FACTORS))),
+           "llama, factors"),
+
+    Mutant("text is composed", texts, patched(text, TEXT + "byte_level_bpe", composed),
+           "bpe, gpt-2"),
+    Mutant("ends by key alone", texts, patched(text, TEXT + "ENDS", set()), "bpe, gpt-2"),
+    Mutant("tokens of filling in never end", texts, patched(text, TEXT + "FILL_ENDS", ()),
+           "bpe, ends by name and by key"),
+    Mutant("digits stay together", texts, pre(smollm=gguf_bpe.PRE["gpt-2"]), "bpe, smollm"),
+    Mutant("whole words are merged too", texts, pre(llama_bpe=THREES._replace(bos=True)), "bpe, llama-bpe"),
+    Mutant("no first token where nothing is said", texts,
+           patched(text, TEXT + "opens_with_bos", lambda pre: False), "bpe, llama-bpe"),
+    Mutant("shortest left part first", texts,
+           patched(text, SPM + "merges_by_score", shortest_first), "spm"),
+    Mutant("lowest score first", texts,
+           patched(text, SPM + "merges_by_score", lambda *args: merges_by_score(*args)[::-1]), "spm"),
+    Mutant("the space after a special token stays", texts,
+           patched(text, TEXT + "_name", lambda fields: ""), "spm, phi-3"),
+
+    Mutant("tensors lie where they say", files, patched(opens, FILE + "_placed", unplaced), "cut off"),
+    Mutant("tensors lie anywhere in the file", files, patched(opens, FILE + "_placed", placed_anywhere),
+           "one tensor in another"),
+    Mutant("any version", files, patched(opens, FILE + "VERSIONS", (1, 2, 3)), "version 1"),
+    Mutant("counts are believed", files, patched(opens, FILE + "_Header", Believing), "counts without end"),
+    Mutant("pieces are wholes", files, patched(patched(
+        opens, CONFIG + "architecture_of", whole_model), "nanoinfra.model.gguf:architecture_of", whole_model),
+        "a piece of a model"),
+    Mutant("unknown keys are passed over", files,
+           patched(opens, CONFIG + "_check_keys", lambda keys, config: None), "keys that change the maths"),
+    Mutant("RoPE turns all of a head", files, patched(opens, CONFIG + "_heads", all_turned),
+           "heads that RoPE turns in part"),
+    Mutant("layers are as the first", files, patched(opens, CONFIG + "Keys", First), "layers that differ"),
+    Mutant("any number will do", files, patched(opens, CONFIG + "Keys", Careless), "numbers that are none"),
+    Mutant("no scaling is asked for", files,
+           patched(opens, CONFIG + "_rope_scaling", lambda keys, config, factors: None), "longrope"),
+    Mutant("equal scores in any order", files,
+           patched(opens, SPM + "_check_ties", lambda found: None), "scores that say nothing"),
+    Mutant("unknown characters join", files,
+           patched(opens, SPM + "_joins_no_token", lambda token, ids: False),
+           "a token of what is none"),
+    Mutant("an unknown pre-tokeniser is GPT-2's", files,
+           patched(opens, "nanoinfra.model.gguf_bpe:PRE", gguf_bpe.PRE | {"viking": gguf_bpe.PRE["gpt-2"]}),
+           "an unknown pre-tokeniser"),
+]
