@@ -141,7 +141,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
     ("tokenizer_config.json", '{"tokenizer_class": "CodeGenTokenizer"}', "CodeGenTokenizer, is not one of"),
     ("tokenizer_config.json", '{"tokenizer_class": "ByT5Tokenizer"}', "ByT5Tokenizer, is not one of"),
     ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}', "does not read"),
-    ("tokenizer_config.json", json.dumps({"added_tokens_decoder": {"1" * 12: {}}}), "ids of more than 8 digits"),
+    ("tokenizer_config.json", json.dumps({"added_tokens_decoder": {"1" * 12: {}}}), "more than 8 digits"),
     ("generation_config.json", "{", "generation_config.json is not valid JSON"),
     ("special_tokens_map.json", "{", "special_tokens_map.json is not valid JSON"),
     ("added_tokens.json", "7", "added_tokens.json holds a int")])
