@@ -23,7 +23,7 @@ TEXT_FILES = (*VOCABULARIES, "tokenizer.*.json", *BESIDE, TEMPLATES)            
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")       # config.json has them, and our configuration not
 KEPT = (*IDS, "tokenizer_class")
 MOST_BYTES = 1 << 28                         # of a file; the largest vocabularies take 40 MB
-MOST_TOKENS = 1 << 24
+MOST_DIGITS = 8                              # of an id: transformers counts up to it
 METHODS = ("__call__", "encode", "_encode_plus", "decode", "_decode", "clean_up_tokenization")
 
 
@@ -145,8 +145,9 @@ def _check_files(folder):
             if file.read(64).startswith(b"version https://git-lfs"):
                 raise ValueError(f"{path} is a Git LFS pointer and not the file; run `git lfs pull` there")
     added = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
-    if isinstance(added, dict) and any(len(i) > 9 or i.isdecimal() and int(i) >= MOST_TOKENS for i in added):
-        raise ValueError(f"{folder}/tokenizer_config.json: added_tokens_decoder has ids above {MOST_TOKENS}")
+    if isinstance(added, dict) and any(len(i) > MOST_DIGITS for i in added):
+        raise ValueError(f"{folder}/tokenizer_config.json: added_tokens_decoder has ids of more than "
+                         f"{MOST_DIGITS} digits")
 
 
 def _check_kind(theirs, base, folder):
@@ -155,7 +156,7 @@ def _check_kind(theirs, base, folder):
     other = [name for name in METHODS if getattr(kind, name) is not getattr(base, name, None)]
     if other or not getattr(theirs, "is_fast", False):
         raise ValueError(f"{folder}: its tokenizer, transformers' {kind.__name__}, is not one of the "
-                         "tokenizers package alone; save one that is, with tokenizer_class PreTrainedTokenizerFast")
+                         "tokenizers package alone; save it as a PreTrainedTokenizerFast")
 
 
 def _write(path, content):

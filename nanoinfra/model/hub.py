@@ -1,7 +1,7 @@
 """The one door to transformers, the library that defines what the files of a Hugging Face folder mean.
 
 It is asked for configurations, tokenizers and chat templates, never for weights or code: nothing is fetched
-from a network (`local_files_only`) and no code of a folder is run (`trust_remote_code` is never set). What
+from a network (`local_files_only`) and no code of a folder is run (`trust_remote_code` is never true). What
 it raises, and it raises everything, becomes one line that names the file. Part of the hub extra; whoever
 only reads runs of our own, or trains by size, needs none of it.
 """

@@ -63,10 +63,10 @@ class Text:
     @cached_property
     def is_local(self) -> bool:
         """Is a token's text settled once the next one's is known, or a character or run of bytes ends?"""
-        last, stop = (self._decoders or [{}])[-1], 0
-        if last.get("type") == "Strip":
-            stop = 2 * last["stop"] + last["start"]
-        return LOCAL.fullmatch(" ".join(each["type"] for each in self._decoders)) is not None and stop <= 1
+        last = (self._decoders or [{}])[-1]  # Strip: what is more than one may be others' text
+        strips = last.get("start", 0) > 1 or last.get("stop", 0) > 0
+        names = " ".join(each["type"] for each in self._decoders)
+        return not strips and LOCAL.fullmatch(names) is not None
 
     @cached_property
     def has_bytes(self) -> bool:

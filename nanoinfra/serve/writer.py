@@ -65,7 +65,8 @@ class Stream:
             if whole.endswith(rest[skip:]):
                 shown = whole[self.skip:len(whole) - len(rest) + skip]
                 self.stream = DecodeStream(ids=anchor, skip_special_tokens=True)
-                self.stream.step(self.text.backend, last)                # None: it ends as the whole does
+                if new := self.stream.step(self.text.backend, last):     # by itself it ends otherwise
+                    anchor, last, shown, skip = last, [], shown + new[skip:], 0
                 self.context, self.held, self.skip = anchor, last, skip
                 return shown
         return ""
@@ -73,7 +74,7 @@ class Stream:
     def _behind(self, context, ids):
         """The text of `ids` behind `context`."""
         decode = self.text.backend.decode
-        return decode(context + ids)[len(decode(context)):]
+        return decode(context + ids)[len(decode(context)) if context else 0:]
 
     def _clean(self, new, last=False):
         for cleaner in self.cleaners:

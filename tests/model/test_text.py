@@ -29,7 +29,8 @@ TEMPLATES = [
     "{{ tools }}{{ documents }}{{ strftime_now('%Y') | length }}{{ messages | tojson(indent=2) }}",
     "{%- for m in messages %}\n    {% if m.role != 'user' %}{% continue %}{% endif %}\n{{ m.content }}\n"
     "{% endfor %}",
-    "{% set s = namespace(n=0) %}{% for m in messages %}{% set s.n = s.n + 1 %}{% endfor %}{{ s.n }}{{ nothing }}", "{{ messages[0].nothing.more }}", "{% if %}", "{{ 1 // 0 }}",
+    "{% set s = namespace(n=0) %}{% for m in messages %}{% set s.n = s.n + 1 %}{% endfor %}{{ s.n }}{{ no }}",
+    "{{ messages[0].nothing.more }}", "{% if %}", "{{ 1 // 0 }}",
     "{{ raise_exception('roles must alternate') }}",
     "{{ nothing + 'x' }}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"]
 CHATS = [ASK, [{"role": "system", "content": "s"}, *ASK, {"role": "assistant", "content": " a "}, *ASK],
@@ -140,7 +141,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
     ("tokenizer_config.json", '{"tokenizer_class": "CodeGenTokenizer"}', "CodeGenTokenizer, is not one of"),
     ("tokenizer_config.json", '{"tokenizer_class": "ByT5Tokenizer"}', "ByT5Tokenizer, is not one of"),
     ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}', "does not read"),
-    ("tokenizer_config.json", json.dumps({"added_tokens_decoder": {"1" * 12: {}}}), "ids above"),
+    ("tokenizer_config.json", json.dumps({"added_tokens_decoder": {"1" * 12: {}}}), "more than 8 digits"),
     ("generation_config.json", "{", "generation_config.json is not valid JSON"),
     ("special_tokens_map.json", "{", "special_tokens_map.json is not valid JSON"),
     ("added_tokens.json", "7", "added_tokens.json holds a int")])

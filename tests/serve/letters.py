@@ -13,10 +13,12 @@ def letters(ends=(), first=200, n=97) -> Text:
     return Text(backend, frozenset(ends))
 
 
-def byte_text(special=()) -> Text:
-    """Token i is the byte i; `special` ones come behind, from 256."""
+def byte_text(special=(), several=()) -> Text:
+    """Token i is the byte i; those of `several` bytes come behind, from 256, and then `special` ones."""
     others = [byte for byte in range(256) if byte not in PRINTABLE]
     spelled = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    names = {byte: name for name, byte in spelled.items()}
+    spelled |= {"".join(names[byte] for byte in each): 256 + i for i, each in enumerate(several)}
     backend = Tokenizer(models.BPE(spelled, []))
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(special))

@@ -119,7 +119,7 @@ def test_mistakes_are_one_clear_error(folder, options, message):
 def test_a_tokenizer_of_another_model_and_none_at_all_are_refused(folder, tmp_path):
     model = scrambled(Decoder(config("llama")))
     save_hf(model, tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no tokenizer.json"):
+    with pytest.raises(ValueError, match="holds no tokenizer to read the prompt with"):
         say(model=str(tmp_path / "none"))
     save_hf(model, tmp_path / "other", folder)
     with pytest.raises(ValueError, match="not in the model's vocabulary of 97"):

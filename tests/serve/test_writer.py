@@ -2,8 +2,10 @@
 import random
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 
 from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.model.hf_text import open_text
@@ -88,6 +90,37 @@ def assert_streams_exactly(name, folder, times):
         got = "".join(map(shown.push, one)) + shown.finish()
         assert got == text.decode(one), one
         assert len(shown.held) < 4 * LONGEST
+
+
+PARTS = {"space": decoders.Replace("\u2581", " "), "none": decoders.Replace("a", ""),
+         "more": decoders.Replace("a", "xyz"), "bytes": decoders.ByteFallback(), "fuse": decoders.Fuse(),
+         "strip": decoders.Strip(" ", 1, 0), "strip a": decoders.Strip("a", 2, 0), "level": decoders.ByteLevel(),
+         "words": decoders.WordPiece(),
+         "metaspace": decoders.Metaspace(), "never": decoders.Metaspace(prepend_scheme="never"),
+         "ends": decoders.BPEDecoder("</w>"), "ctc": decoders.CTC()}
+TOKENS = ["a", "b", " ", "  ", "\u2581", "\u2581a", "<0xE2>", "<0x82>", "<0xAC>", "<0x20>", "##a", "a</w>",
+          "</w>", "\ufffd", "\xe9", "\u0120a", "\xe2", "\u0124", "\xac", "\xf0\u0141", "<pad>", "|", ".", "'", "n't",
+          "", "</s>", "e\u0301"]
+
+
+@pytest.mark.parametrize("times", [300, pytest.param(30_000, marks=pytest.mark.prove)])
+def test_any_decoder_shows_the_text_of_the_whole(times):
+    draws, local = random.Random(times), 0
+    for _ in range(times):
+        parts = draws.choices([*PARTS], k=draws.randrange(5))
+        parts = draws.choice([parts, ["space", "bytes", "fuse", "strip"]])
+        backend = tokenizers.Tokenizer(models.WordLevel({t: i for i, t in enumerate(TOKENS)}, unk_token="a"))
+        backend.add_special_tokens(["</s>"])
+        backend.decoder = decoders.Sequence([PARTS[part] for part in parts]) if parts else None
+        text = Text(backend, clean_up=draws.random() < 0.2)
+        for k in (2, 5, 12, 40):
+            some = draws.choices(range(len(TOKENS)), k=2)
+            some = draws.choice([range(len(TOKENS) + 1), some, [0, 6, 7, 8]])
+            ids, shown = draws.choices(some, k=k), Stream(text)
+            got = "".join(map(shown.push, ids)) + shown.finish()
+            assert got == text.decode(ids), (parts, [TOKENS[i:i + 1] for i in ids])
+        local += text.is_local
+    assert 0.3 < local / times < 0.95
 
 
 @given(st.text("a '.n", max_size=20), st.lists(st.integers(0, 20), max_size=4))

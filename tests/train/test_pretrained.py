@@ -24,6 +24,7 @@ from nanoinfra.train.config import TrainFlags
 from nanoinfra.train.inputs import open_inputs
 from nanoinfra.train.pieces import Piece
 from nanoinfra.train.pretrained import export, keep_text, open_pretrained, pretrained
+from tests.model.chat_model import TEMPLATE, chat_model
 from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, counting
 from tests.model.test_decoder import config
 from tests.model.tokenizer_kinds import KINDS, STRINGS, save
@@ -154,27 +155,8 @@ def test_a_run_goes_out_to_transformers(run, tmp_path):
     torch.testing.assert_close(theirs(x).logits, model(x), rtol=1e-4, atol=1e-5)
 
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
 CHAT = [{"role": "user", "content": "the cat <|end|> \U0001f642"}]
-TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
-        "max_position_embeddings": 64}
 QUICK = ["--seq", "16", "--micro-batch", "2", "--threads", "1", "--steps", "1"]
-
-
-def chat_model(folder, kind, vocab=420, **ids):
-    """A chat model's folder as transformers writes it, and a text to train it on."""
-    config = transformers.LlamaConfig(vocab_size=vocab, pad_token_id=3, bos_token_id=0, eos_token_id=[1, 4],
-                                      **TINY)
-    model = transformers.LlamaForCausalLM(config)
-    model.generation_config = transformers.GenerationConfig(
-        eos_token_id=[1, 4], pad_token_id=3, temperature=0.7, do_sample=True)
-    save(kind, folder / "kind")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "kind")
-    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "{{ tools }}"}
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "text").write_text("".join(f"{i} cats sat on {i * i} mats\n\n" for i in range(4000)))
-    return folder / "model"
 
 
 def assert_same_text(source, folder):
