@@ -14,6 +14,7 @@ FLOORS = [{"formulas", "kernels"}, {"dist"}, {"model", "data"}, {"memory"}, {"pa
           {"tune"}, {"plan"}, {"lab"}, {"cli"}]
 BEFORE = {room: set().union(*FLOORS[:i]) for i, floor in enumerate(FLOORS) for room in floor}
 BEFORE["model"] -= {"dist"}                  # the model knows nothing of ranks
+BEFORE["model"] |= {"data"}                  # whose tokenizers a run's folder has
 BEFORE["serve"] |= {"train"}                 # whose checkpoints it opens
 SETUP = {"HashStore", "PrefixStore", "ReduceOp", "Store", "TCPStore", "device_mesh", "destroy_process_group",
          "elastic", "get_backend", "get_rank", "get_world_size", "group", "init_process_group",

@@ -53,9 +53,12 @@ def asked(where: str, call: Callable, *args, **options):
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:           # of any kind: files come from anywhere; Rust panics over some
-        lines = str(error).strip().splitlines() or [""]
-        why = " ".join(line.strip() for line in lines)[:300]
-        raise ValueError(f"{where}: transformers does not read it: {why or type(error).__name__}") from error
+        raise ValueError(f"{where}: transformers does not read it: {in_one_line(error)}") from error
+
+
+def in_one_line(error: BaseException) -> str:
+    """What `error` says, or its kind where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager

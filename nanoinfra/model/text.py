@@ -110,12 +110,13 @@ def render_chat(template: str, messages: list[dict], text: Text) -> str:
     that is not valid jinja2, that refuses the messages, or that reaches for what the sandbox forbids.
     """
     render = renderer()
+    said = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        return render(conversations=[messages], chat_template=template, add_generation_prompt=True,
+        return render(conversations=[said], chat_template=template, add_generation_prompt=True,
                       **text.special_tokens)[0][0]
     except Exception as error:               # a template may fail in every way a program can
-        why = str(error) or type(error).__name__
-        raise ValueError(f"the model's chat template cannot render these messages: {why}") from error
+        raise ValueError("the model's chat template cannot render these messages: "
+                         f"{hub.in_one_line(error)}") from error
 
 
 def renderer():
