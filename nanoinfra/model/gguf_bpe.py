@@ -31,6 +31,11 @@ _THREES = Splits((WORDS + r"\p{N}{1,3}" + REST,))
 _LLAMA3 = _THREES._replace(whole_words=True, bos=True)
 _TEKKEN = Splits(("|".join([*CASES, r"\p{N}"]) + CASES_REST,), True, True)
 _GPT4O = Splits(("|".join([f"{case}{CONTRACTIONS}?" for case in CASES] + [r"\p{N}{1,3}"]) + CASES_REST,))
+_QWEN35 = Splits((CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+                  + REST.replace(r"\s\p{L}", r"\s\p{L}\p{M}"),))
+_SEED = Splits((WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",))
+_DEEPSEEK = Splits((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+",
+                    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"))
 _DEFAULT = Splits((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))
 PRE = {
     "default": _DEFAULT,
@@ -39,7 +44,7 @@ PRE = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "megrez", "stablelm2"), _QWEN2),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _LLAMA3),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _THREES),
-    "tekken": _TEKKEN,
+    "tekken": _TEKKEN, "qwen35": _QWEN35, "seed-coder": _SEED, "deepseek-coder": _DEEPSEEK,
     **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
 }
 

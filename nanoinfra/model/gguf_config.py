@@ -30,7 +30,7 @@ NEUTRAL = {                                  # key -> the values with which it c
     # llama.cpp reads what follows for other architectures only
     "rope.scaling.yarn_ext_factor": (1,), "rope.scaling.yarn_beta_fast": (32,),
     "rope.scaling.yarn_beta_slow": (1,), "rope.scaling.yarn_log_multiplier": (0,),
-    "rope.scaling.yarn_attn_factor": (1,), "rope.scaling.alpha": (0,)}
+    "rope.scaling.alpha": (0,)}
 
 
 LINEAR = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
@@ -140,7 +140,10 @@ def _check_keys(keys, config):
 
 
 def _window(keys, architecture):
-    """The sliding window, itself included, that a file of Phi-3's says; 0 is none."""
+    """The sliding window, the query included, that a file of Phi-3's says; 0 is none.
+
+    transformers has it so; llama.cpp gives every query all keys, and warns that this may be worse.
+    """
     if architecture not in WINDOW:
         return None
     return keys.get("attention.sliding_window", int, 0) or None

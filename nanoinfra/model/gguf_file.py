@@ -22,7 +22,7 @@ STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 MAX_DIMS = 4
 CUT = "the file is cut off or damaged, fetch it again"
-MOST_STRINGS = 2 ** 24                       # in an array: no vocabulary has more tokens or merges
+MOST_STRINGS = 2 ** 21                       # in an array: no vocabulary has more tokens or merges
 
 
 class Stored(NamedTuple):

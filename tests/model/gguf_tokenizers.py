@@ -36,7 +36,8 @@ MARKS = {"<s>": CONTROL, "</s>": CONTROL, "<|user|>": CONTROL, "<|end|>": CONTRO
 NAMED = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|eom_id|>", "<EOT>", "[EOS]", "<|end_of_text|>",
          "<eos>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|fim_prefix|>", "<|fim_suffix|>",
          "<|fim_middle|>", "<|im_start|>")
-PRE = ("gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx", "tekken", "gpt-4o", "default")
+PRE = ("gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx", "tekken", "gpt-4o", "qwen35", "seed-coder",
+       "deepseek-coder", "default")
 
 
 @cache

@@ -3,6 +3,7 @@
 Recorded by record_llama_cpp.py; `make prove` asks anew where llama.cpp is installed.
 """
 import json
+import pickle
 
 import pytest
 import torch
@@ -40,9 +41,10 @@ def test_logits_are_llama_cpps(tmp_path, name):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """{name: Text} of all small tokenizers."""
+    """{name: Text} of all small tokenizers, as they come to another process."""
     path = tmp_path_factory.mktemp("tokenizers") / "t.gguf"
-    return {name: open_gguf(write_model(path, "llama", **how)).text for name, how in tokenizers().items()}
+    return {name: pickle.loads(pickle.dumps(open_gguf(write_model(path, "llama", **how)).text))
+            for name, how in tokenizers().items()}
 
 
 @pytest.mark.parametrize("name", tokenizers())
