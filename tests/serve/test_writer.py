@@ -94,12 +94,14 @@ def assert_streams_exactly(name, folder, times):
 
 PARTS = {"space": decoders.Replace("\u2581", " "), "none": decoders.Replace("a", ""),
          "more": decoders.Replace("a", "xyz"), "bytes": decoders.ByteFallback(), "fuse": decoders.Fuse(),
-         "strip": decoders.Strip(" ", 1, 0), "strip a": decoders.Strip("a", 2, 0), "level": decoders.ByteLevel(),
+         "strip": decoders.Strip(" ", 1, 0),
+         "strip a": decoders.Strip("a", 2, 0), "level": decoders.ByteLevel(),
          "words": decoders.WordPiece(),
          "metaspace": decoders.Metaspace(), "never": decoders.Metaspace(prepend_scheme="never"),
          "ends": decoders.BPEDecoder("</w>"), "ctc": decoders.CTC()}
 TOKENS = ["a", "b", " ", "  ", "\u2581", "\u2581a", "<0xE2>", "<0x82>", "<0xAC>", "<0x20>", "##a", "a</w>",
-          "</w>", "\ufffd", "\xe9", "\u0120a", "\xe2", "\u0124", "\xac", "\xf0\u0141", "<pad>", "|", ".", "'", "n't",
+          "</w>", "\ufffd", "\xe9", "\u0120a", "\xe2", "\u0124", "\xac", "\xf0\u0141", "<pad>",
+          "|", ".", "'", "n't",
           "", "</s>", "e\u0301"]
 
 
