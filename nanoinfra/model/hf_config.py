@@ -71,7 +71,7 @@ def config_to(config: ModelConfig) -> dict:
     if table.windows:
         theirs |= _windows_to(table, config)
     if config.parts.position == "rope":
-        theirs |= rope_to(config)
+        theirs |= rope_to(config if table.scaled else replace(config, rope_scaling=None))
     _check_back(config, _model(family, table, theirs))
     return {"model_type": family, "architectures": [table.architecture], **theirs}
 

@@ -50,6 +50,7 @@ class Table:
     harmless: frozenset[str] = frozenset()   # what else changes no logits
     same: dict[str, str] = field(default_factory=dict)    # attribute -> the one that it must be equal to
     whole_heads: bool = False                # must the heads divide the width? transformers refuses others
+    scaled: bool = True                      # can RoPE be stretched? Phi-3's by longrope alone, which is not ours
     pads: bool = True                        # must the pad token be one of the vocabulary? as above
 
 
@@ -75,7 +76,7 @@ TABLES = {
         biases={"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}),
     "mistral": Table("MistralForCausalLM", _LLAMA, "hidden_act", windows="all"),
     "phi3": Table(
-        "Phi3ForCausalLM", _LLAMA, "hidden_act", windows="all",
+        "Phi3ForCausalLM", _LLAMA, "hidden_act", windows="all", scaled=False,
         harmless=frozenset(("original_max_position_embeddings",))),       # for longrope alone
     "qwen2": Table("Qwen2ForCausalLM", _LLAMA, "hidden_act", windows="layered"),
     "qwen3": Table(

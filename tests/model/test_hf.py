@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanoinfra.data.tokenizer import Tokenizer
+from nanoinfra.formulas.shape import RopeScaling
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.hf import INDEX, SINGLE, load_hf, open_hf, save_hf
 from nanoinfra.model.init import init_weights
@@ -140,6 +141,8 @@ def test_what_hugging_face_cannot_hold_is_refused(tmp_path):
                                     ("bloom", {"hidden": 50}, "cannot hold hidden=50: .* try hidden=120"),
                                     ("bloom", {"kv_heads": 3}, "cannot hold kv_heads=3: .*; try kv_heads=6"),
                                     ("qwen3", {"mlp_bias": True}, "cannot hold mlp_bias=True"),
+                                    ("phi3", {"rope_scaling": RopeScaling("linear", 2.0)},
+                                     "phi3 cannot hold rope_scaling=.* as None"),
                                     ("llama", {"window": 8}, "llama cannot hold window=8")):
         with pytest.raises(ValueError, match=message):
             save_hf(Decoder(replace(config(family), **change)), tmp_path / "m")
