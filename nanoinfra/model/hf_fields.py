@@ -50,8 +50,8 @@ class Table:
     harmless: frozenset[str] = frozenset()   # what else changes no logits
     same: dict[str, str] = field(default_factory=dict)    # attribute -> the one that it must be equal to
     whole_heads: bool = False                # must the heads divide the width? transformers refuses others
-    scaled: bool = True                      # can RoPE be stretched? Phi-3's by longrope alone, which is not ours
     pads: bool = True                        # must the pad token be one of the vocabulary? as above
+    scaled: bool = True                      # can RoPE be stretched? (Phi-3's by longrope alone)
 
 
 _SIZES = {"vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
