@@ -48,12 +48,21 @@ def without_torch() -> None:
 def asked(where: str, call: Callable, *args, **options):
     """`call(*args, **options)`, one of transformers'. What it raises becomes a ValueError about `where`."""
     try:
-        with _silent():
+        with _silent(), panics_as_errors():
             return call(*args, **options)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:           # of any kind: files come from anywhere; Rust panics over some
+    except Exception as error:               # of any kind: files come from anywhere
         raise ValueError(f"{where}: transformers does not read it: {in_one_line(error)}") from error
+
+
+@contextmanager
+def panics_as_errors():
+    """A panic of a package written in Rust, no Exception to Python, becomes a RuntimeError."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise RuntimeError(f"it panicked: {panic}") from panic
 
 
 def in_one_line(error: BaseException) -> str:

@@ -38,14 +38,16 @@ class Text:
         Raises ValueError for what the tokenizer has no ids for: half a surrogate pair, an unknown word.
         """
         try:
-            return self.backend.encode_batch([text], add_special_tokens=begin)[0].ids    # other threads go on
+            with hub.panics_as_errors():     # in a batch, for other threads go on then
+                return self.backend.encode_batch([text], add_special_tokens=begin)[0].ids
         except Exception as error:           # TypeError for surrogates, Exception for the rest
             why = "half of a surrogate pair is no text" if isinstance(error, TypeError) else error
             raise ValueError(f"the model's tokenizer does not take this text: {why}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        text = self.backend.decode(list(ids), skip_special_tokens=True)
+        with hub.panics_as_errors():
+            text = self.backend.decode(list(ids), skip_special_tokens=True)
         for old, new in CLEAN_UP.items() if self.clean_up else ():
             text = text.replace(old, new)
         return text

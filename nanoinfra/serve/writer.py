@@ -9,6 +9,7 @@ import re
 
 from tokenizers.decoders import DecodeStream
 
+from nanoinfra.model.hub import panics_as_errors
 from nanoinfra.model.text import CLEAN_UP, Text
 
 LONGEST = 4                                  # bytes of a character, and so its tokens at most
@@ -40,7 +41,7 @@ class Stream:
             return ""
         ids, self.run = self.run, []
         self.held += ids
-        if new := self.stream.step(self.text.backend, ids) or "":
+        if new := self._step(ids):
             new, self.skip = new[self.skip:], 0
             self.context, self.held = self.held, []
         elif len(self.held) >= 4 * LONGEST:
@@ -65,7 +66,7 @@ class Stream:
             if whole.endswith(rest[skip:]):
                 shown = whole[self.skip:len(whole) - len(rest) + skip]
                 self.stream = DecodeStream(ids=anchor, skip_special_tokens=True)
-                if new := self.stream.step(self.text.backend, last):     # by itself it ends otherwise
+                if new := self._step(last):                              # by itself it ends otherwise
                     anchor, last, shown, skip = last, [], shown + new[skip:], 0
                 self.context, self.held, self.skip = anchor, last, skip
                 return shown
@@ -74,7 +75,13 @@ class Stream:
     def _behind(self, context, ids):
         """The text of `ids` behind `context`."""
         decode = self.text.backend.decode
-        return decode(context + ids)[len(decode(context)) if context else 0:]
+        with panics_as_errors():
+            return decode(context + ids)[len(decode(context)) if context else 0:]
+
+    def _step(self, ids):
+        """What DecodeStream shows for `ids`."""
+        with panics_as_errors():
+            return self.stream.step(self.text.backend, ids) or ""
 
     def _clean(self, new, last=False):
         for cleaner in self.cleaners:

@@ -7,12 +7,13 @@ import types
 
 import pytest
 import transformers
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 
 from nanoinfra.data import tokenizer as own
 from nanoinfra.model import hf_text
 from nanoinfra.model.hf_text import open_text
 from nanoinfra.model.text import Text, render_chat
+from nanoinfra.serve.writer import Stream
 from tests.model.tokenizer_kinds import CORPUS, KINDS, STRINGS, save
 
 ASK = [{"role": "user", "content": "<b>2 & 2</b>"}]
@@ -209,3 +210,16 @@ def test_jinja2_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ValueError, match=r"need the package jinja2; pip install 'nanoinfra\[hub\]'"):
         render_chat("", ASK, Text(Tokenizer(models.BPE())))
+
+
+def test_a_panic_of_the_tokenizers_package_is_an_error_of_that_text():
+    """Its Strip decoder panics over a token of which nothing is left."""
+    backend = Tokenizer(models.WordLevel({"a": 0, " ": 1}, unk_token="a"))
+    backend.decoder = decoders.Strip(" ", 1, 2)
+    text = Text(backend)
+    assert text.decode([0]) == "a"
+    with pytest.raises(RuntimeError, match="panicked"):
+        text.decode([1])
+    stream = Stream(text)
+    with pytest.raises(RuntimeError, match="panicked"):
+        stream.push(1) + stream.finish()
