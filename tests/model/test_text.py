@@ -133,7 +133,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
     ("chat_template.jinja", LFS, "a Git LFS pointer"),
     ("tokenizer.json", "", "tokenizer.json is not valid JSON"), ("tokenizer.json", "{", "is not valid JSON"),
     ("tokenizer.json", "{}", "transformers does not read it"), ("tokenizer.json", "[]", "holds a list"),
-    ("tokenizer.json", "\x00\xff", "not valid JSON"), ("tokenizer.json", DEEP, "not valid JSON|recursion"),
+    ("tokenizer.json", "\x00\xff", "no text in UTF-8"), ("tokenizer.json", DEEP, "not valid JSON|recursion"),
     ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
     ("tokenizer_config.json", "[]", "tokenizer_config.json holds a list"),
     ("tokenizer_config.json", '{"eos_token": 7}', "transformers does not read it"),
