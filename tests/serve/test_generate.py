@@ -12,6 +12,7 @@ from nanoinfra.model.hf import save_hf
 from nanoinfra.serve import generate as generation
 from nanoinfra.serve.generate import KVCache, generate, main
 from nanoinfra.serve.options import GenerateOptions
+from tests.families import VARIANTS
 from tests.model.test_decoder import config
 from tests.model.twins import FAMILIES, scrambled, tokens
 
@@ -20,7 +21,7 @@ def tiny(family="llama", **changes):
     return scrambled(Decoder(replace(config(family), **changes))).double()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
 @torch.no_grad()
 def test_cached_decoding_is_the_full_forward(family):
     model, x = tiny(family), tokens(97, (2, 20))

@@ -17,6 +17,7 @@ from nanoinfra.serve.engine import Engine
 from nanoinfra.serve.options import EngineOptions
 from nanoinfra.serve.paged import PagedKV
 from nanoinfra.serve.requests import Request, Sampling
+from tests.families import VARIANTS
 from tests.model.test_decoder import config
 from tests.model.twins import FAMILIES, scrambled
 
@@ -59,7 +60,7 @@ def hiddens(engine, asked):
     return found, said
 
 
-@pytest.mark.parametrize("family", LLAMAS)
+@pytest.mark.parametrize("family", [*LLAMAS, *VARIANTS])
 @pytest.mark.parametrize("size, budget", [(16, 512), (1, 512), (3, 11), (5, 7)])
 @torch.inference_mode()
 def test_steps_of_all_kinds_are_torchs(family, size, budget):

@@ -1,0 +1,41 @@
+"""The JSON files of a model's folder, read so that whatever is wrong with one is a line that names it.
+
+Needs neither torch nor transformers.
+"""
+import json
+from pathlib import Path
+
+POINTER = b"version https://git-lfs"         # how the text begins that Git LFS leaves in a file's place
+LARGEST = 64 * 2**20                         # bytes of JSON: a hundred times what any index has
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`, {} where there is no such file. Raises ValueError for anything else."""
+    try:
+        if not path.exists():
+            return {}
+        check_content(path)
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, too many for what it should hold")
+        got = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is not valid JSON: its values nest too deep") from error
+    if not isinstance(got, dict):
+        raise ValueError(f"{path} holds a {type(got).__name__} where a JSON object belongs")
+    return got
+
+
+def check_content(path: Path) -> None:
+    """Raise ValueError where `path` is no file, or is the pointer that Git LFS leaves in a file's place."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself; fetch it with git lfs pull, "
+                             "or the whole folder with hf download")

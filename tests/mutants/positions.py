@@ -1,0 +1,182 @@
+"""Known-wrong windows and stretched RoPEs.
+
+`attend` is a core on keys whose values say which they are, `serve` an engine's answer beside the model's own,
+`turn` the angles of one position; a mutant of the library is patched in.
+"""
+import math
+from dataclasses import replace
+
+import torch
+
+from nanoinfra.formulas.shape import ModelConfig, RopeScaling
+from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.mutants import Mutant, patched
+from nanoinfra.model import attention, rope
+from nanoinfra.model.attention import Mask
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.serve.engine import Engine, use_cpu_kernels
+from nanoinfra.serve.generate import generate
+from nanoinfra.serve.paged import PagedKV
+from nanoinfra.serve.passes import PagesInPlace
+from nanoinfra.serve.requests import Request, Sampling
+
+window, pages, stretch = Check("window"), Check("pages"), Check("stretch")
+SMALL = ModelConfig(31, 16, 2, 2, 1, 8, 24, 64)
+K, THETA, FIRST = 16, 5000.0, 256            # head_dim, base, original context
+
+
+def attend(core, T, S, W):
+    """(T, S): how much of each key each query sees, all keys being alike."""
+    q, k, v = torch.zeros(1, 1, T, S), torch.zeros(1, 1, S, S), torch.eye(S)[None, None]
+    return getattr(attention, core)(q, k, v, Mask(W))[0, 0]
+
+
+@window.criterion("a query sees the last W keys up to its own, itself included", "property")
+def _(subject):
+    for core in ("naive", "sdpa"):
+        for T, S, W in ((6, 6, 3), (1, 6, 3), (2, 6, 1), (6, 6, 6), (6, 6, 9), (3, 6, 5)):
+            for t, seen in enumerate((subject(core, T, S, W) > 1e-6).tolist()):
+                at = S - T + t
+                if seen != [at - W < s <= at for s in range(S)]:
+                    raise Wrong(f"{core}: query {at} of window {W} sees keys {seen}")
+
+
+def serve(kernels):
+    """(what an engine says to a prompt longer than its window, what it should)."""
+    torch.manual_seed(0)
+    model = Decoder(replace(SMALL, window=6, full_layers=1)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    tokens = [5 * i % 31 for i in range(20)]
+    want = list(generate(model, tokens, 12))
+    engine, said = Engine(model, blocks=20, size=4, budget=7), []
+    if kernels:
+        use_cpu_kernels(engine)
+    engine.add(Request("r", tokens, Sampling(temperature=0), max_tokens=12))
+    while engine.busy:
+        said += [token for event in engine.step() for token in event.tokens]
+    return said, want
+
+
+@pages.criterion("an engine says what the model says alone", "parity")
+def _(subject):
+    for kernels in (False, True):
+        said, want = subject(kernels)
+        if said != want:
+            raise Wrong(f"{'C passes' if kernels else 'torch'}: {said}, want {want}")
+
+
+def turn(scaling, length=FIRST):
+    """Angle of each pair at position 1 of a sequence of `length`, and what cos and sin are multiplied by."""
+    config = replace(SMALL, head_dim=K, theta=THETA, rope_scaling=scaling)
+    cos, sin = rope.rope_angles(torch.arange(length), config, torch.float64)
+    return torch.atan2(sin[0, 1], cos[0, 1]).tolist(), float(torch.hypot(sin[0, 1], cos[0, 1])[0])
+
+
+def plain(theta=THETA):
+    return [theta ** (-2 * j / K) for j in range(K // 2)]
+
+
+def near(got, want, what):
+    for j, (a, b) in enumerate(zip(got, want, strict=True)):
+        if abs(a - b) > 1e-9 * b:
+            raise Wrong(f"{what}: pair {j} turns by {a}, want {b}")
+
+
+@stretch.criterion("linear scaling divides every pair", "property")
+def _(subject):
+    near(subject(RopeScaling("linear", 4.0))[0], [f / 4 for f in plain()], "linear")
+
+
+@stretch.criterion("dynamic scaling begins past the original context, by the sequence's length", "property")
+def _(subject):
+    for length in (10, FIRST, FIRST + 1, 3 * FIRST):
+        grown = (2.0 * max(1, length / FIRST) - 1) ** (K / (K - 2))
+        near(subject(RopeScaling("dynamic", 2.0, FIRST), length)[0], plain(THETA * grown), f"length {length}")
+
+
+@stretch.criterion("yarn's ramp goes along the pairs between two numbers of turns", "property")
+def _(subject):
+    low, high = (K / 2 * math.log(FIRST / (2 * math.pi * turns)) / math.log(THETA) for turns in (16.0, 2.0))
+    for truncate in (True, False):
+        a, b = (math.floor(low), math.ceil(high)) if truncate else (low, high)
+        ramp = [min(1, max(0, (j - max(0, a)) / (b - max(0, a)))) for j in range(K // 2)]
+        want = [f / 4 * r + f * (1 - r) for f, r in zip(plain(), ramp)]
+        got, factor = subject(RopeScaling("yarn", 4.0, FIRST, beta_fast=16.0, beta_slow=2.0,
+                                          attention_factor=1.25, truncate=truncate))
+        near(got, want, f"yarn, truncate {truncate}")
+        if abs(factor - 1.25) > 1e-12:
+            raise Wrong(f"cos and sin are multiplied by {factor}, want 1.25")
+
+
+@stretch.criterion("llama3's ramp goes along the number of turns", "property")
+def _(subject):
+    kept = [min(1, max(0, (FIRST * f / (2 * math.pi) - 1) / 3)) for f in plain()]
+    want = [f * k + f / 8 * (1 - k) for f, k in zip(plain(), kept)]
+    near(subject(RopeScaling("llama3", 8.0, FIRST))[0], want, "llama3")
+
+
+def wider(T, S, device, window=None, hidden=attention.hidden_keys):
+    return hidden(T, S, device, window and window + 1)
+
+
+def without_window(T, S, device, window=None, hidden=attention.hidden_keys):
+    return hidden(T, S, device)
+
+
+class BlindAlone(PagedKV):
+    def _see_ones(self, memory, q, mask):
+        return super()._see_ones(memory, q, Mask())
+
+
+class BlindInC(PagesInPlace):
+    def see(self, attn, qkv, rope):
+        attn.mask = Mask()
+        return super().see(attn, qkv, rope)
+
+
+def all_factors(frequency, scaling, theta):
+    return frequency / scaling.factor
+
+
+def pairs_from_the_front(frequency, scaling, theta, right=rope._yarn):
+    return right(frequency, replace(scaling, beta_fast=scaling.beta_slow, beta_slow=scaling.beta_fast), theta)
+
+
+def always_whole(frequency, scaling, theta, right=rope._yarn):
+    return right(frequency, replace(scaling, truncate=True), theta)
+
+
+def swapped(frequency, scaling, theta, right=rope._llama3):
+    return right(frequency, replace(scaling, low_freq_factor=scaling.low_freq_factor * 2), theta)
+
+
+def by_factor_alone(scaling, theta, head_dim, length):
+    return theta * scaling.factor ** (head_dim / (head_dim - 2))
+
+
+def stretched(**kinds):
+    return patched(turn, "nanoinfra.model.rope:STRETCHED", {**rope.STRETCHED, **kinds})
+
+
+SEES, = (c.name for c in window.criteria)
+SAYS, = (c.name for c in pages.criteria)
+LINEAR, DYNAMIC, YARN, LLAMA3 = (c.name for c in stretch.criteria)
+HIDDEN = "nanoinfra.model.attention:hidden_keys"
+MUTANTS = [
+    Mutant("a window is one key too wide", window, patched(attend, HIDDEN, wider), SEES),
+    Mutant("a window hides nothing", window, patched(attend, HIDDEN, without_window), SEES),
+    Mutant("chunks see past their window", pages, patched(serve, HIDDEN, without_window), SAYS),
+    Mutant("single queries see past their window", pages,
+           patched(serve, "nanoinfra.serve.engine:PagedKV", BlindAlone), SAYS),
+    Mutant("the C passes know no window", pages,
+           patched(serve, "nanoinfra.serve.passes:PagesInPlace", BlindInC), SAYS),
+    Mutant("linear divides nothing", stretch, stretched(linear=lambda f, scaling, theta: f), LINEAR),
+    Mutant("dynamic grows by its factor at once", stretch,
+           patched(turn, "nanoinfra.model.rope:dynamic_theta", by_factor_alone), DYNAMIC),
+    Mutant("yarn divides every pair", stretch, stretched(yarn=all_factors), YARN),
+    Mutant("yarn's borders are swapped", stretch, stretched(yarn=pairs_from_the_front), YARN),
+    Mutant("yarn's borders are always whole", stretch, stretched(yarn=always_whole), YARN),
+    Mutant("llama3 divides every pair", stretch, stretched(llama3=all_factors), LLAMA3),
+    Mutant("llama3's lower border is elsewhere", stretch, stretched(llama3=swapped), LLAMA3),
+]
