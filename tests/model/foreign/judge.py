@@ -7,6 +7,7 @@ that hangs or dies takes only itself along.
 import multiprocessing
 import resource
 import shutil
+import signal
 import traceback
 import warnings
 import zlib
@@ -41,7 +42,7 @@ class Fault(Exception):
 
 class Verdict(NamedTuple):
     name: str
-    what: str                                # "equal", "refused" or "fault"
+    what: str                                # "equal", "opened" (nothing to compare with), "refused" or "fault"
     why: str = ""
     well: bool = False
 
@@ -94,30 +95,37 @@ def judge_all(cases: Iterable[Case], root: Path, seconds: float = SECONDS) -> li
     cases, verdicts, worker = list(cases), [], None
     assert len({case.name for case in cases}) == len(cases), "two cases of one name"
     for at, case in enumerate(cases):
-        worker = worker or _Worker(cases, root)
-        worker.pipe.send(at)
-        try:
-            if not worker.pipe.poll(seconds):
-                raise TimeoutError(f"hang: no end after {seconds} s")
-            verdicts.append(worker.pipe.recv())
-        except (EOFError, TimeoutError, ConnectionError) as error:
-            worker.end()
-            worker = None
-            verdicts.append(Verdict(case.name, "fault", str(error) or "its process died"))
+        worker = worker or _Worker(cases, root, seconds)
+        if verdict := worker.judge(at):
+            verdicts.append(verdict)
+            continue
+        worker.end()
+        ended = "hang" if worker.process.exitcode in (-signal.SIGPROF, -signal.SIGKILL) else "its process died"
+        verdicts.append(Verdict(case.name, "fault", f"{ended}, exit code {worker.process.exitcode}"))
+        worker = None
     if worker:
         worker.end()
     return verdicts
 
 
 class _Worker:
-    """A forked process that judges the cases whose numbers it is sent."""
+    """A forked process that judges the cases whose numbers it is sent, in `seconds` of the processor each."""
 
-    def __init__(self, cases, root):
+    def __init__(self, cases, root, seconds):
         fork = multiprocessing.get_context("fork")
         self.pipe, theirs = fork.Pipe()
-        self.process = fork.Process(target=_work, args=(cases, root, theirs), daemon=True)
+        self.process, self.patience = fork.Process(target=_work, args=(cases, root, theirs, seconds)), 10 * seconds
         self.process.start()
         theirs.close()
+
+    def judge(self, at):
+        """The verdict, or None where the process ends first, or neither."""
+        try:
+            self.pipe.send(at)
+            return self.pipe.recv() if self.pipe.poll(self.patience) else None
+        except (EOFError, ConnectionError):
+            self.process.join(1)             # so that its own end is seen, not the one it is given
+            return None
 
     def end(self):
         self.process.kill()
@@ -125,16 +133,16 @@ class _Worker:
         self.pipe.close()
 
 
-def _work(cases, root, pipe):
+def _work(cases, root, pipe, seconds):
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity(50)
     transformers.utils.logging.disable_progress_bar()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    while True:
-        at = pipe.recv()
+    while (at := pipe.recv()) is not None:
+        signal.setitimer(signal.ITIMER_PROF, seconds)                    # then SIGPROF ends the process
         try:
             verdict = judged(cases[at], root / str(at))
-        except BaseException as error:       # the case's own code, or transformers where ours has opened
+        except BaseException as error:       # the case's own code
             where = traceback.format_exc().strip().splitlines()[-3:]
             verdict = Verdict(cases[at].name, "fault", f"the judge failed: {error!r} {' '.join(where)}"[:600])
         pipe.send(verdict)
@@ -142,16 +150,16 @@ def _work(cases, root, pipe):
 
 def table(kinds: dict[str, list[Verdict]]) -> str:
     """A row a kind of case: how many, their verdicts, the share of the well-formed ones that open."""
-    lines = [f"{'':16}{'cases':>7}{'equal':>7}{'refused':>9}{'faults':>8}{'well-formed':>13}{'opened':>8}"]
+    lines = [f"{'':16}{'cases':>7}{'equal':>7}{'opened':>8}{'refused':>9}{'faults':>8}{'well-formed':>13}{'opened':>8}"]
     for kind, verdicts in {**kinds, "all": sum(kinds.values(), [])}.items():
         count = Counter(verdict.what for verdict in verdicts)
         well = [verdict for verdict in verdicts if verdict.well]
-        lines.append(f"{kind:16}{len(verdicts):7}{count['equal']:7}{count['refused']:9}{count['fault']:8}"
+        lines.append(f"{kind:16}{len(verdicts):7}{count['equal']:7}{count['opened']:8}{count['refused']:9}{count['fault']:8}"
                      f"{len(well):13}{share_opened(verdicts):8.1%}")
     return "\n".join(lines)
 
 
 def share_opened(verdicts: list[Verdict]) -> float:
     """The share of well-formed cases that were opened."""
-    well = [verdict.what == "equal" for verdict in verdicts if verdict.well]
+    well = [verdict.what != "refused" for verdict in verdicts if verdict.well]
     return sum(well) / max(1, len(well))
