@@ -27,7 +27,7 @@ NAMES = {"model.": "", "transformer.": "", "embed_tokens": "token_embd", "wte": 
          "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_1": "attn_norm", "ln_2": "ffn_norm", "mlp.":
          "ffn_", "_proj": ""}
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "phi3")
-PIECES = [f"t{i}" for i in range(61)]
+PIECES = ["t", "1", *(f"t{i}" for i in range(59))]
 
 
 def gguf_cases() -> list[Case]:
