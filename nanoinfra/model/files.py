@@ -11,18 +11,14 @@ LARGEST = 64 * 2**20                         # bytes of JSON: a hundred times wh
 
 def read_json(path: Path) -> dict:
     """The JSON object in `path`, {} where there is no such file. Raises ValueError for anything else."""
+    content = _content(path)
+    if content is None:
+        return {}
     try:
-        if not path.exists():
-            return {}
-        check_content(path)
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, too many for what it should hold")
-        got = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+        got = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:              # of numbers with too many digits, too
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is not valid JSON: its values nest too deep") from error
@@ -39,3 +35,15 @@ def check_content(path: Path) -> None:
         if file.read(len(POINTER)) == POINTER:
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself; fetch it with git lfs pull, "
                              "or the whole folder with hf download")
+
+
+def _content(path):
+    try:
+        if not path.exists():
+            return None
+        check_content(path)
+        if (size := path.stat().st_size) > LARGEST:
+            raise ValueError(f"{path} has {size} bytes, too many for what it should hold")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error

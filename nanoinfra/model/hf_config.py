@@ -5,19 +5,30 @@ Sizes are looked at before, since AutoConfig makes lists as long as they say. Wh
 decoder does not have is refused by name, never dropped; so is, on the way out, what their format has no key
 for. transformers is imported when a folder is read, and only then; torch is not needed.
 """
+from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
 
 from nanoinfra.formulas.shape import ATTENTION, FAMILIES, MLP, ModelConfig
 from nanoinfra.model.files import read_json
-from nanoinfra.model.hf_fields import ACTIVATIONS, HARMLESS, SKIPPED, TABLES, UNDECLARED, WINDOWS, WRITTEN
+from nanoinfra.model.hf_fields import (
+    ACTIVATIONS,
+    HARMLESS,
+    RANDOM,
+    SETTABLE,
+    TABLES,
+    UNDECLARED,
+    WINDOWS,
+    WRITTEN,
+)
 from nanoinfra.model.hf_rope import number, plain_scaling, rope_from, rope_to
 from nanoinfra.model.hub import asked, transformers
 
 LARGEST = {"num_hidden_layers": 4096, "n_layer": 4096, "max_position_embeddings": 2**31, "n_positions": 2**31,
            "seq_length": 2**31, "original_max_position_embeddings": 2**31, "vocab_size": 2**26,
            **dict.fromkeys(("hidden_size", "n_embd", "n_embed", "intermediate_size", "ffn_dim", "n_inner",
-                            "num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), 2**20)}
+                            "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "num_labels"),
+                           2**20)}
 BLOOM_CONTEXT = 2048                         # it has no longest sequence: this is what BLOOM was trained with
 
 
@@ -73,9 +84,11 @@ def _checked(theirs):
         value = theirs.get(key)
         if value is not None and (type(value) is not int or not 1 <= value <= most):
             raise ValueError(f"{key} is {_shown(value)}, which must be a whole number from 1 to {most}")
+    if not isinstance(theirs.get("auto_map", {}), dict):
+        raise ValueError(f"auto_map is {_shown(theirs['auto_map'])}, which must be an object")
     declared = WINDOWS[table.windows]
     for key, allowed in UNDECLARED.items():
-        if key in theirs and key not in declared and theirs[key] not in allowed:
+        if key in theirs and key not in declared and not _among(theirs[key], allowed):
             raise ValueError(f"{key} is {_shown(theirs[key])}, which this decoder does not have")
     return table
 
@@ -83,11 +96,12 @@ def _checked(theirs):
 def _attributes(asking, theirs):
     """The attributes of transformers' configuration, and those of one that says nothing."""
     family = theirs["model_type"]
-    given = {key: value for key, value in theirs.items() if key not in SKIPPED and key != "model_type"}
+    given = {key: deepcopy(value) for key, value in theirs.items()          # transformers writes into it
+             if key not in ("model_type", "auto_map")}
     plain = asking(family)
-    named = {*vars(plain), *plain.attribute_map, "rope_scaling"} - {"_post_init_done"}
-    for key in given:
-        if hasattr(plain, key) and (key not in named or key.startswith("__")):
+    named = {field.name for field in fields(plain)} | {*plain.attribute_map, *SETTABLE, "_name_or_path"}
+    for key in given.keys() - named:
+        if hasattr(plain, key):
             raise ValueError(f"the key {key!r} would replace a part of transformers' own class")
     config = asking(family, **given)
     if hasattr(config, "rope_parameters"):
@@ -98,7 +112,7 @@ def _attributes(asking, theirs):
 def _refuse_others(table, read, plain):
     """Raise ValueError for an attribute that changes the mathematics and is not at what the decoder has."""
     known = {*table.fields.values(), table.activation, *table.biases.values(), *WINDOWS[table.windows],
-             *table.same, *HARMLESS, *table.harmless, "rope_parameters"}
+             *table.same, *HARMLESS, *RANDOM, *table.harmless, "rope_parameters"}
     for key, other in table.same.items():
         if read[key] != read[other]:
             raise ValueError(f"{key} is {_shown(read[key])}, but this decoder has only {read[other]}, as "
@@ -107,6 +121,9 @@ def _refuse_others(table, read, plain):
         allowed = table.fixed.get(key, (plain[key],))
         if read[key] not in allowed:
             raise ValueError(f"{key} is {_shown(read[key])}, but this decoder has only {allowed[0]!r}")
+    for key in RANDOM & plain.keys():        # transformers builds no model with others
+        if read[key] is not None and not 0 <= read[key] <= 1:
+            raise ValueError(f"{key} is {_shown(read[key])}, which must be a number from 0 to 1")
     pad, vocab = read["pad_token_id"], read["vocab_size"]
     if table.pads and pad is not None and not -vocab <= pad < vocab:
         raise ValueError(f"pad_token_id is {_shown(pad)}, which is no token of {vocab}")
@@ -116,10 +133,10 @@ def _model(family, table, read):
     """The ModelConfig of a configuration's attributes."""
     width, heads = (_whole(read, table.fields[ours]) for ours in ("width", "heads"))
     silent = {"kv_heads": heads, "head_dim": width // heads, "hidden": 4 * width, "context": BLOOM_CONTEXT}
-    if table.whole_heads and width % heads:
+    if width < heads or table.whole_heads and width % heads:
         raise ValueError(f"{heads} heads do not divide the width of {width}")
     given = silent | {ours: _whole(read, key) for ours, key in table.fields.items()
-                      if ours not in ("eps", "tied") and not _absent(read, ours, key)}
+                      if ours not in ("eps", "tied") and not _absent(read, key)}
     given |= {"tied": read["tie_word_embeddings"], **{ours: read[key] for ours, key in table.biases.items()}}
     if "eps" in table.fields:
         given["eps"] = float(number(read, table.fields["eps"]))
@@ -133,9 +150,9 @@ def _model(family, table, read):
     return _plain(ModelConfig(family=family, **given))
 
 
-def _absent(read, ours, key):
-    """Is what this field means left to the family? GPT-2's n_inner and BLOOM's seq_length may be null."""
-    return key not in read or (read[key] is None and ours in ("hidden", "context"))
+def _absent(read, key):
+    """Is what this attribute means left to the family? GPT-2's n_inner and BLOOM's seq_length may be null."""
+    return key not in read or (read[key] is None and key in ("n_inner", "seq_length"))
 
 
 def _activation(key, name):
@@ -187,7 +204,7 @@ def _plain(config):
     return replace(config, activation=None if config.act == parts.activation else config.act,
                    window=config.window if sliding else None,
                    full_layers=config.full_layers if sliding else 0,
-                   rope_scaling=plain_scaling(config.rope_scaling), **biases)
+                   rope_scaling=plain_scaling(config), **biases)
 
 
 def _whole(read, key):
@@ -195,6 +212,11 @@ def _whole(read, key):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{key} is {_shown(value)}, which must be a whole number more than 0")
     return value
+
+
+def _among(value, allowed):
+    """(True is 1 in Python.)"""
+    return any(type(value) is type(one) and value == one for one in allowed)
 
 
 def _shown(value):

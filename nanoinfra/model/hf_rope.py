@@ -59,21 +59,25 @@ def rope_to(config: ModelConfig) -> dict:
     if scaling is None:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": config.theta},
                 "max_position_embeddings": longest}
-    if scaling.kind == "factors":
-        scaling = _named(config)
     rope = {"rope_type": scaling.kind, "rope_theta": config.theta}
     rope |= {key: getattr(scaling, ours) for ours, key in KINDS[scaling.kind].items()}
     if scaling.kind == "dynamic":
         longest = scaling.original_context
     elif scaling.kind == "linear":
-        longest = round(longest / max(scaling.factor, 1.0))
+        longest = _divided(longest, max(scaling.factor, 1.0))
     return {"rope_parameters": rope, "max_position_embeddings": longest}
 
 
-def plain_scaling(scaling: RopeScaling | None) -> RopeScaling | None:
-    """`scaling` without numbers that its kind does not read."""
-    if scaling is None or scaling.kind not in KINDS:
-        return scaling
+def plain_scaling(config: ModelConfig) -> RopeScaling | None:
+    """The scaling of `config` by a kind that they have, without numbers that it does not read.
+
+    Raises ValueError for factors by pair that are not those of Llama 3.
+    """
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    if scaling.kind == "factors":
+        return _named(config)
     kept = {ours: getattr(scaling, ours) for ours in KINDS[scaling.kind]}
     if scaling.kind == "dynamic":
         kept["original_context"] = scaling.original_context
@@ -86,6 +90,12 @@ def number(theirs: Mapping, key: str) -> float | int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{key} is {str(value)[:40]!r}, which must be a number more than 0")
     return value
+
+
+def _divided(context, factor):
+    """The length that `factor` makes `context` of, where one is."""
+    near = int(context / factor)
+    return next((n for n in range(near, near + 3) if int(n * factor) == context), near)
 
 
 def _context(kind, given, longest):

@@ -41,7 +41,7 @@ def counting(counts):
     """A stand-in for `safe_open` that appends to `counts` the elements each slice gave."""
     class Slice:
         def __init__(self, whole):
-            self.whole, self.get_shape = whole, whole.get_shape
+            self.whole, self.get_shape, self.get_dtype = whole, whole.get_shape, whole.get_dtype
 
         def __getitem__(self, box):
             counts.append(self.whole[box].numel())

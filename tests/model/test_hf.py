@@ -14,7 +14,7 @@ from nanoinfra.model.hf import INDEX, SINGLE, load_hf, open_hf, save_hf
 from nanoinfra.model.init import init_weights
 from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, counting, parts
 from tests.model.test_decoder import config
-from tests.model.twins import FAMILIES, difference, scrambled, theirs, tokens
+from tests.model.twins import READ, difference, scrambled, theirs, tokens
 
 FILE = "model.safetensors"
 
@@ -23,23 +23,24 @@ FILE = "model.safetensors"
 def saved(tmp_path_factory):
     """Tied folders as transformers saves them, one a family."""
     root = tmp_path_factory.mktemp("hf")
-    for family in FAMILIES:
+    for family in READ:
         theirs(family).save_pretrained(root / family)
     return root
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", READ)
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("core", ["naive", "sdpa"])
-def test_logits_of_a_loaded_folder_are_transformers_own(tmp_path, family, tied, core):
+def test_logits_of_a_loaded_folder_are_transformers_own(tmp_path, family, tied):
+    """33 tokens: past the windows of 9 and 11."""
     other = theirs(family, tied)
     other.save_pretrained(tmp_path)
-    model = load_hf(tmp_path, attention=core)
-    assert model.config.tied == tied and model.config.family == family
-    assert difference(model, other) <= 1e-4
+    for core in ("naive", "sdpa"):
+        model = load_hf(tmp_path, attention=core)
+        assert model.config.tied == tied and model.config.family == family
+        assert difference(model, other) <= 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", READ)
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_loads_what_we_save(tmp_path, family, tied):
     model = scrambled(Decoder(config(family, tied)))
@@ -53,7 +54,7 @@ def test_transformers_loads_what_we_save(tmp_path, family, tied):
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "bloom"])
 def test_shards_and_their_index_go_both_ways(tmp_path, family):
     other = theirs(family)
     other.save_pretrained(tmp_path / "theirs", max_shard_size="12KB")
@@ -68,7 +69,7 @@ def test_shards_and_their_index_go_both_ways(tmp_path, family):
     assert all(sum(size) <= 12_000 or len(size) == 1 for size in sizes)
 
 
-@pytest.mark.parametrize("family, t", list(zip(FAMILIES, (5, 3, 6, 3, 3), strict=True)))
+@pytest.mark.parametrize("family, t", [("gpt2", 5), ("llama", 3), ("phi3", 6), ("qwen3", 6), ("bloom", 3)])
 @pytest.mark.parametrize("shards", [False, True])
 def test_parts_of_all_ranks_make_the_whole(tmp_path, family, t, shards):
     """97 or 101 rows of the vocabulary and 44 or 50 hidden units over 3, 5 or 6 ranks; KV heads twice."""
@@ -76,7 +77,7 @@ def test_parts_of_all_ranks_make_the_whole(tmp_path, family, t, shards):
     assert_parts_make_the_whole(open_hf(tmp_path), load_hf(tmp_path), t)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi3", "opt", "bloom"])
 def test_a_rank_reads_its_part_of_the_files(tmp_path, monkeypatch, family):
     counts = []
     monkeypatch.setattr("nanoinfra.model.safe.safe_open", counting(counts))
@@ -133,11 +134,13 @@ def test_bfloat16_goes_out_as_bfloat16_and_in_as_asked(tmp_path):
 
 
 def test_what_hugging_face_cannot_hold_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="6 heads and 2 KV heads of 8 do not each make 30"):
+    with pytest.raises(ValueError, match="gpt2 cannot hold kv_heads=2: .*; try kv_heads=6"):
         save_hf(Decoder(replace(config("llama"), family="gpt2")), tmp_path / "m")
-    for family, change, message in (("opt", {"eps": 1e-6}, "opt has no key for eps.* 1e-06: try eps=1e-05"),
-                                    ("bloom", {"hidden": 50}, "no key for hidden.*: try hidden=120"),
-                                    ("bloom", {"kv_heads": 3}, "BLOOM has one width: 6 heads and 3 KV")):
+    for family, change, message in (("opt", {"eps": 1e-6}, "opt cannot hold eps=1e-06: .* try eps=1e-05"),
+                                    ("bloom", {"hidden": 50}, "cannot hold hidden=50: .* try hidden=120"),
+                                    ("bloom", {"kv_heads": 3}, "cannot hold kv_heads=3: .*; try kv_heads=6"),
+                                    ("qwen3", {"mlp_bias": True}, "cannot hold mlp_bias=True"),
+                                    ("llama", {"window": 8}, "llama cannot hold window=8")):
         with pytest.raises(ValueError, match=message):
             save_hf(Decoder(replace(config(family), **change)), tmp_path / "m")
     assert not (tmp_path / "m").exists()
@@ -165,9 +168,11 @@ def test_older_blooms_use_other_names_and_no_prefix(tmp_path, saved):
         bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
         tensors.clear()
         tensors.update(bare)
-    old = {"n_embed": 30, "hidden_size": None, "num_attention_heads": 6, "n_head": None,
-           "num_hidden_layers": 3, "n_layer": None, "n_inner": None, "seq_length": 64}
-    broken(tmp_path, saved / "bloom", change, old)
+    broken(tmp_path, saved / "bloom", change)
+    path = tmp_path / "config.json"
+    new = json.loads(path.read_text())
+    old = {"hidden_size": "n_embed", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
+    path.write_text(json.dumps({old.get(key, key): new[key] for key in new} | {"seq_length": 64}))
     model = load_hf(tmp_path)
     assert model.config.context == 64 and load_hf(saved / "bloom").config.context == 2048
     assert difference(model, theirs("bloom")) <= 1e-4
@@ -204,21 +209,10 @@ TENSORS = {
     "shape": (lambda t: t.update({NORM: torch.ones(35)}),
               r"layers.1.input_layernorm.weight makes blocks.1.norm1.weight of .*\(35,\), .* \(36,\)"),
     "head": (lambda t: t.update({"lm_head.weight": torch.zeros(101, 36)}), "lm_head.weight differs"),
+    "layer": (lambda t: t.update({NORM.replace("1", "3"): torch.ones(36)}), "beside what .*, layers.3.input"),
+    "quantised": (lambda t: t.update({NORM: torch.ones(36, dtype=torch.int8)}), "stored as I8, but"),
+    "float8": (lambda t: t.update({NORM: torch.ones(36).to(torch.float8_e4m3fn)}), "stored as F8_E4M3"),
 }
-CONFIGS = {
-    "family": ({"model_type": "mamba"}, "model_type 'mamba' is unknown; known are gpt2, llama, qwen3"),
-    "activation": ({"hidden_act": "relu"}, "hidden_act is 'relu', but this decoder has only 'silu'"),
-    "bias": ({"attention_bias": True}, "attention_bias is True"),
-    "rope": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "scaled .'llama3'"),
-    "old rope": ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "scaled .'linear'"),
-    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config is"),
-    "silent": ({"rms_norm_eps": None}, "does not say rms_norm_eps"),
-    "layers": ({"num_hidden_layers": 2}, "beside what the model needs, .*layers.2.* and 4 more"),
-    "untied": ({"tie_word_embeddings": False}, "lacks lm_head.weight"),
-    "heads": ({"num_key_value_heads": 4}, "6 query heads cannot share 4 KV heads"),
-}
-
-
 @pytest.mark.parametrize("change, message", TENSORS.values(), ids=TENSORS)
 def test_wrong_tensors_are_named(tmp_path, saved, change, message):
     broken(tmp_path, saved / "llama", tensors=change)
@@ -226,41 +220,12 @@ def test_wrong_tensors_are_named(tmp_path, saved, change, message):
         load_hf(tmp_path)
 
 
-@pytest.mark.parametrize("family, change, message", [
-    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False, but .* only True"),
-    ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim is 16, but this decoder has only 30"),
-    ("opt", {"activation_function": "gelu"}, "activation_function is 'gelu', but .* only 'relu'"),
-    ("opt", {"enable_bias": False}, "enable_bias is False"),
-    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine is False"),
-    ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is True"),
-    ("opt", {"max_position_embeddings": 36}, r"positions.weight makes positions.weight .*\(37, 30\)"),
-    ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm is True"),
-    ("bloom", {"n_inner": 60}, "n_inner is 60, but this decoder has only 120"),
-    ("bloom", {"n_head": None}, "does not say n_head")])
-def test_options_of_opt_and_bloom_that_we_lack_are_named(tmp_path, saved, family, change, message):
-    broken(tmp_path, saved / family, config=change)
-    with pytest.raises(ValueError, match=message):
-        load_hf(tmp_path)
-
-
-@pytest.mark.parametrize("change, message", CONFIGS.values(), ids=CONFIGS)
-def test_wrong_configurations_are_named(tmp_path, saved, change, message):
-    broken(tmp_path, saved / "llama", config=change)
-    with pytest.raises(ValueError, match=message):
-        load_hf(tmp_path)
-
-
-def test_older_files_keep_theta_beside_the_rest(tmp_path, saved):
-    broken(tmp_path, saved / "llama", config={"rope_parameters": None, "rope_theta": 500.0})
-    assert load_hf(tmp_path).config.theta == 500.0
-
-
 def test_unreadable_folders_are_named(tmp_path, saved):
     with pytest.raises(ValueError, match="holds no config.json"):
         load_hf(tmp_path)
     shutil.copytree(saved / "gpt2", tmp_path / "pickled")
     (tmp_path / "pickled" / FILE).rename(tmp_path / "pickled" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="neither model.safetensors nor .* pickles and not read"):
+    with pytest.raises(ValueError, match="neither model.safetensors nor .* pickles, which are not read"):
         load_hf(tmp_path / "pickled")
     shutil.copytree(saved / "gpt2", tmp_path / "cut")
     (tmp_path / "cut" / FILE).write_bytes((saved / "gpt2" / FILE).read_bytes()[:-9])

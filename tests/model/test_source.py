@@ -5,28 +5,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.model.source import Source, bounds, joined, made_shape, read_box
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.model.hf_names import NAMES
+from nanoinfra.model.source import Source, bounds, joined, made_shape, read_box, sources
 
 K = 4
-SOURCES = {"plain": Source("w"), "turned": Source("w", transposed=True), "thirds": Source("w", third=0),
-           "turned thirds": Source("w", transposed=True, third=0),
-           "by head": Source("w", third=0, by_head=True), "skipped": Source("w", skip=2)}
+SOURCES = {"plain": Source("w"), "turned": Source("w", transposed=True), "fused": Source("w", fused="qkv"),
+           "turned and fused": Source("w", transposed=True, fused="qkv"),
+           "by head": Source("w", turn=0), "rows before": Source("w", before=2)}
 
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), heads=st.integers(1, 4), columns=st.integers(0, 5))
 def test_any_box_is_that_part_of_the_whole_and_reads_no_more(source, data, heads, columns):
-    shape = (heads * K, columns) if columns or source.transposed else (heads * K,)
-    ours = [torch.randn(shape) for _ in range(1 if source.third is None else 3)]
+    columns = (columns,) if columns or source.transposed else ()
+    kv_heads = data.draw(st.integers(1, 4)) if source.fused else heads           # Phi-3's parts are unequal
+    each = [heads, kv_heads, kv_heads] if source.fused or source.turn is not None else [heads]
+    ours = [torch.randn(n * K, *columns) for n in each]
     stored, fetched = joined(source, K, ours), []
 
     def fetch(name, box):
         fetched.append(stored[box].numel())
         return stored[box]
 
-    for third, want in enumerate(ours):
-        mine = source._replace(third=third) if source.third is not None else source
+    for turn, want in enumerate(ours):
+        shape, rows = tuple(want.shape), [n * K for n in each]
+        mine = source._replace(turn=turn) if source.turn is not None else source
+        if source.fused:
+            mine = source._replace(before=sum(rows[:turn]), after=sum(rows[turn + 1:]))
         assert made_shape(mine, stored.shape) == shape
         pairs = [sorted(data.draw(st.tuples(*[st.integers(0, size)] * 2))) for size in shape]
         box = tuple(slice(*pair) for pair in pairs)
@@ -38,14 +45,27 @@ def test_any_box_is_that_part_of_the_whole_and_reads_no_more(source, data, heads
 
 def test_blooms_rows_go_by_turns_and_opts_positions_begin_with_two_of_zeros():
     q, k, v = (torch.arange(4.0) + 10 * i for i in range(3))     # two heads of 2
-    got = joined(Source("w", third=0, by_head=True), 2, [q, k, v])
+    got = joined(Source("w", turn=0), 2, [q, k, v])
     assert got.tolist() == [0, 1, 10, 11, 20, 21, 2, 3, 12, 13, 22, 23]
-    got = joined(Source("w", skip=2), 2, [torch.ones(3, 1)])
+    got = joined(Source("w", before=2), 2, [torch.ones(3, 1)])
     assert got.flatten().tolist() == [0, 0, 1, 1, 1]
 
 
 def test_a_fused_tensor_that_is_no_three_fits_no_shape():
-    assert made_shape(Source("w", third=1), (10, 4)) not in {(3, 4), (4, 4)}
+    assert made_shape(Source("w", turn=1), (10, 4)) not in {(3, 4), (4, 4)}
+
+
+def test_rows_beside_ours_are_counted_from_the_configuration():
+    """8 heads that share 2 KV heads of 4, side by side: 32, 8 and 8 rows."""
+    config = ModelConfig(vocab=9, width=6, layers=2, heads=8, kv_heads=2, head_dim=4, hidden=10, context=9,
+                         family="phi3")
+    found = sources(config, NAMES["phi3"].tensors)
+    for x, want in {"attn.q": (0, 16), "attn.k": (32, 8), "attn.v": (40, 0), "mlp.gate": (0, 10),
+                    "mlp.up": (10, 0)}.items():
+        source = found[f"blocks.1.{x}.weight"]
+        assert (source.before, source.after) == want and source.name.startswith("layers.1.")
+    assert made_shape(found["blocks.0.attn.k.weight"], (48, 6)) == (8, 6)
+    assert made_shape(found["blocks.0.attn.k.weight"], (47, 6)) != (8, 6)
 
 
 @pytest.mark.parametrize("box", [(slice(0, 5), slice(None)), (slice(0, 2),), (slice(0, 4, 2), slice(None)),
