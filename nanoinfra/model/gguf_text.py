@@ -1,57 +1,114 @@
-"""The tokenizer inside a GGUF file: byte-level BPE from its tokens and merges, split as its `pre` says.
+"""The tokenizer inside a GGUF file, as llama.cpp reads it: its kind, its special tokens, what ends an answer.
 
-Merges never cross a split, so a wrong pre-tokeniser gives other ids for the same text: SmolLM2 reads "2024"
-as four digits. The file only names the rule (tokenizer.ggml.pre); known here are four that llama.cpp and
-the models' own tokenizer.json agree on, any other is refused.
+`tokenizer.ggml.model` is "gpt2" (byte-level BPE, gguf_bpe.py) or "llama" (sentencepiece's BPE by scores,
+gguf_spm.py). Special tokens are found in text before anything else. llama.cpp knows more ends than the file
+names: tokens called <|eot_id|>, <|im_end|> and so on (src/llama-vocab.cpp, special_eog_ids).
 """
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from collections.abc import Mapping, Sequence
 
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, processors
+
+from nanoinfra.model.gguf_bpe import byte_level_bpe, opens_with_bos
+from nanoinfra.model.gguf_config import Keys
+from nanoinfra.model.gguf_spm import spm
 from nanoinfra.model.text import Text
 
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PRE = {                                     # GGUF's name -> the splits before the bytes
-    "gpt-2": (),                            # ByteLevel's own expression
-    "smollm": (pre_tokenizers.Digits(individual_digits=True),),
-    "qwen2": (pre_tokenizers.Split(Regex(WORDS + r"\p{N}" + REST), "isolated"),),
-    "llama-bpe": (pre_tokenizers.Split(Regex(WORDS + r"\p{N}{1,3}" + REST), "isolated"),),
-}
-OWN_WORDS = ("gpt-2", "smollm")             # these leave the words to ByteLevel's expression
-CONTROL, USER_DEFINED = 3, 4                # tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4     # tokenizer.ggml.token_type
+ENDS = {                                     # what these are called ends an answer
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+    "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
+    "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    "<｜end▁of▁sentence｜>", "[e~["}
+FILL = {                                     # of filling in the middle; the first three end an answer too
+    "fim_pad": {"<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"},
+    "fim_rep": {"<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"},
+    "fim_sep": {"<|file_sep|>"},
+    "fim_pre": {"<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>",
+                "<|code_prefix|>", "<|prefix|>"},
+    "fim_suf": {"<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>",
+                "<|code_suffix|>", "<|suffix|>"},
+    "fim_mid": {"<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>",
+                "<|code_middle|>", "<|middle|>"}}
+FILL_ENDS = ("fim_pad", "fim_rep", "fim_sep")
+IDS = {"gpt2": {}, "llama": {"bos": 1, "eos": 2}}       # where the file does not say
+NO_STRIP = ("<unk>", "<s>", "<|endoftext|>")            # Phi-3's others swallow the space after them
 
 
-def build_text(fields: dict) -> Text:
-    """The tokenizer of an open GGUF file's `fields` ({key: function}). ValueError if unknown."""
-    def get(key, default=None):
-        return fields[f"tokenizer.ggml.{key}"]() if f"tokenizer.ggml.{key}" in fields else default
+def build_text(fields: Mapping[str, object]) -> Text:
+    """The tokenizer of an open GGUF file's `fields`. Raises ValueError for one that is unknown or broken."""
+    keys = Keys(fields, "tokenizer.ggml.")
+    model = keys.get("model", str)
+    if model not in IDS:
+        raise ValueError(f"its tokenizer is a {model!r}, but only {' and '.join(map(repr, IDS))} are known")
+    tokens, kinds = _tokens(keys)
+    ids = {name: _id(keys, name, len(tokens), IDS[model].get(name))
+           for name in ("bos", "eos", "eot", "eom", *FILL)}
+    if model == "llama":
+        backend, begins = spm(keys, tokens, _special(tokens, kinds)), True
+    else:
+        pre = keys.get("pre", str, None)
+        backend, begins = byte_level_bpe(tokens, keys.get("merges", list, []), pre), opens_with_bos(pre)
+    ends = _ends(tokens, ids)
+    _add_tokens(backend, tokens, kinds, "phi-3" in _name(fields) or "phi3" in _name(fields))
+    _surround(backend, keys, ids, begins)
+    bos, eos = ("" if ids[name] is None else tokens[ids[name]] for name in ("bos", "eos"))
+    return Text(backend, frozenset(ends), bos, eos)
 
-    if get("model") != "gpt2":
-        raise ValueError(f"its tokenizer is a {get('model')!r}, but only byte-level BPE ('gpt2') is known")
-    tokens, pre = get("tokens"), get("pre", "default")
-    backend = byte_level_bpe(tokens, get("merges", []), pre)
-    kinds = get("token_type", [])
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                                for token, kind in zip(tokens, kinds) if kind == CONTROL])
-    backend.add_tokens([AddedToken(token, normalized=False)
-                        for token, kind in zip(tokens, kinds) if kind == USER_DEFINED])
-    bos, eos = get("bos_token_id"), get("eos_token_id")
-    if bos is not None and get("add_bos_token", pre == "llama-bpe"):
+
+def _tokens(keys):
+    """Names and kinds of all tokens; llama.cpp names what is empty, and takes some for control tokens."""
+    tokens = keys.get("tokens", list)
+    kinds = keys.get("token_type", np.ndarray, np.full(len(tokens), NORMAL)).tolist()
+    if len(kinds) < len(tokens):
+        raise ValueError(f"its tokenizer has {len(tokens)} tokens, but {len(kinds)} types of tokens")
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+    if not tokens or len(set(tokens)) < len(tokens):
+        raise ValueError("its tokenizer has no tokens, or two of one name")
+    named = ENDS.union(*FILL.values())
+    return tokens, [CONTROL if token in named else kind for token, kind in zip(tokens, kinds)]
+
+
+def _special(tokens, kinds):
+    return {token for token, kind in zip(tokens, kinds) if kind in (UNKNOWN, CONTROL, USER_DEFINED)}
+
+
+def _id(keys, name, count, default):
+    got = keys.get(f"{name}_token_id", int, default if default is not None and default < count else None)
+    if got is not None and not 0 <= got < count:
+        raise ValueError(f"tokenizer.ggml.{name}_token_id is {got}, but there are {count} tokens")
+    return got
+
+
+def _ends(tokens, ids):
+    """Ids that end an answer."""
+    place = {token: i for i, token in enumerate(tokens)}
+    found = {ids[name] for name in ("eos", "eot", "eom", *FILL_ENDS)} - {None}
+    named = ENDS.union(*(FILL[name] for name in FILL_ENDS if ids[name] is None))
+    return found | {place[name] for name in named if name in place}
+
+
+def _add_tokens(backend: Tokenizer, tokens: Sequence[str], kinds: Sequence[int], strips: bool) -> None:
+    """Special tokens are found in text by name; those that the user defined are text all the same."""
+    for special, wanted in ((True, (UNKNOWN, CONTROL)), (False, (USER_DEFINED,))):
+        found = [AddedToken(token, special=special, normalized=False, rstrip=strips and token not in NO_STRIP)
+                 for token, kind in zip(tokens, kinds) if kind in wanted]
+        (backend.add_special_tokens if special else backend.add_tokens)(found)
+
+
+def _surround(backend, keys, ids, begins):
+    """The first and the last token, where the file asks for them."""
+    names = []
+    for name, default in (("bos", begins), ("eos", False)):
+        if keys.get(f"add_{name}_token", bool, default):
+            if ids[name] is None:
+                raise ValueError(f"its tokenizer asks for a {name} token with every text, but names none")
+            names.append(name)
+    if names:
+        single = " ".join((["bos"] if "bos" in names else []) + ["$A"] + (["eos"] if "eos" in names else []))
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)])
-    ends = {eos, get("eot_token_id")} - {None}
-    return Text(backend, frozenset(ends), *("" if i is None else tokens[i] for i in (bos, eos)))
+            single=single, special_tokens=[(name, ids[name]) for name in names])
 
 
-def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
-    """Byte-level BPE with the splits that `pre` names."""
-    if pre not in PRE:
-        raise ValueError(f"its pre-tokeniser {pre!r} is unknown (known: {', '.join(PRE)}), and "
-                         "another would split text differently than the model was trained on")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs,
-                                   ignore_merges=pre == "llama-bpe"))
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in OWN_WORDS)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*PRE[pre], bytes_])
-    backend.normalizer = normalizers.NFC() if pre == "qwen2" else None
-    backend.decoder = decoders.ByteLevel()
-    return backend
+def _name(fields):
+    return Keys(fields).get("general.name", str, "").lower()
