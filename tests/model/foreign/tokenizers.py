@@ -232,7 +232,7 @@ def _judge_ends(folder, text, other):
 
 def streamed(text, ids) -> str:
     """The text of `ids` shown token by token."""
-    stream = Stream(text.decode)
+    stream = Stream(text)
     return "".join([stream.push(token) for token in ids] + [stream.finish()])
 
 

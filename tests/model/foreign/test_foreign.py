@@ -1,0 +1,84 @@
+"""Foreign model files against transformers: a cut in `make test`, all cases in `make prove`."""
+import pytest
+import torch
+
+from nanoinfra.model import attention, rope
+from tests.model.foreign import models
+from tests.model.foreign.broken import broken_cases
+from tests.model.foreign.configs import config_case, config_cases
+from tests.model.foreign.exports import export_cases
+from tests.model.foreign.folders import named_cases
+from tests.model.foreign.ggufs import gguf_cases
+from tests.model.foreign.judge import Case, Fault, Refused, judge_all, judged, ours, share_opened, table
+from tests.model.foreign.templates import template_cases
+from tests.model.foreign.tokenizers import WRITERS, text_cases
+from tests.model.foreign.weights import weight_cases
+
+KINDS = {"named": named_cases, "configurations": config_cases, "weights": weight_cases, "text": text_cases,
+         "templates": template_cases, "exports": export_cases, "GGUF": gguf_cases,
+         "broken files": lambda: broken_cases(WRITERS)}
+CUT = {"named": 30, "configurations": 45, "weights": 25, "text": 14, "templates": 30, "exports": 20, "GGUF": 30,
+       "broken files": 25}
+
+
+def faults(kinds):
+    return [f"{verdict.name}: {verdict.why}" for verdicts in kinds.values() for verdict in verdicts
+            if verdict.what == "fault"]
+
+
+def test_a_cut_of_all_foreign_files_is_equal_or_refused(tmp_path):
+    cases = [case for kind, make in KINDS.items() for case in spread(make(), CUT[kind])]
+    found = {"a cut": judge_all(cases, tmp_path)}
+    assert not faults(found), "\n".join(faults(found))
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_foreign_file_is_equal_or_refused(kind, tmp_path, record_property):
+    found = {kind: judge_all(KINDS[kind](), tmp_path)}
+    print(table(found))
+    assert not faults(found), table(found) + "\n" + "\n".join(faults(found))
+    assert share_opened(found[kind]) >= 0.9, table(found)
+
+
+def spread(cases, most):
+    """`most` cases, evenly over all."""
+    return cases[::max(1, len(cases) // most)][:most]
+
+
+WRONG = {
+    "RoPE unscaled": (rope, "rotate", lambda x, angles: x),
+    "the last layer of the window gone": (attention, "visible", None),
+}
+
+
+def test_the_judge_catches_a_silent_difference(tmp_path, monkeypatch):
+    honest = rope.rotate
+    case = config_case("llama", num_key_value_heads=1)
+    assert judged(case, tmp_path / "a").what == "equal"
+    monkeypatch.setattr("nanoinfra.model.attention.rotate", lambda x, angles: honest(x, angles) * (1 + 1e-4))
+    verdict = judged(case, tmp_path / "b")
+    assert verdict.what == "fault" and "silent difference" in verdict.why
+
+
+@pytest.mark.parametrize("raised, what", [(ValueError("no such key"), "refused"), (ValueError("two\nlines"), "fault"),
+                                          (KeyError("x"), "fault"), (UnicodeDecodeError("utf-8", b"", 0, 1, "x"), "fault")])
+def test_one_line_is_refused_and_anything_else_a_fault(tmp_path, raised, what):
+    def judge(folder):
+        def opened():
+            raise raised
+        return ours(opened)
+    assert judged(Case("raises", lambda folder: None, judge), tmp_path / "it").what == what
+
+
+def test_a_case_that_hangs_or_dies_is_a_fault_and_the_next_one_goes_on(tmp_path):
+    def hang(folder):
+        while True:
+            pass
+
+    def die(folder):
+        import os
+        os._exit(3)
+    cases = [Case(name, lambda folder: None, judge) for name, judge in
+             (("hangs", hang), ("dies", die), ("opens", lambda folder: "equal"))]
+    assert [verdict.what for verdict in judge_all(cases, tmp_path, seconds=0.5)] == ["fault", "fault", "equal"]
