@@ -179,9 +179,9 @@ WRITERS = {kind: partial(write_text, kind=kind) for kind in KINDS}
 def text_cases() -> list[Case]:
     """Every kind as it is and with every change; folders without tokenizer.json."""
     made = [_case(kind, partial(write_text, kind=kind), must=True) for kind in KINDS]
-    made += [_case(f"{kind} {name}", partial(write_text, kind=kind, change=change))
+    made += [_case(f"{kind}, {name}", partial(write_text, kind=kind, change=change))
              for kind in KINDS for name, change in CHANGES.items()]
-    made += [_case(f"{kind} {name}", partial(_beside, kind=kind, files=files))
+    made += [_case(f"{kind}, {name}", partial(_beside, kind=kind, files=files))
              for kind in ("gpt2", "llama2", "llama3", "qwen2") for name, files in BESIDE.items()]
     return made + [_case(f"slow {name}", partial(_beside, kind=None, files=files)) for name, files in SLOW.items()]
 
