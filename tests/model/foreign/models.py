@@ -69,7 +69,7 @@ def built(config: dict):
 def theirs(folder: Path):
     """transformers' model of a folder. Fault where weights were missing, surplus or misshapen."""
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False,
         output_loading_info=True)
     for key in ("missing_keys", "mismatched_keys"):
         if report[key]:

@@ -10,7 +10,7 @@ from nanoinfra.model.text import render_chat
 from nanoinfra.serve.templates import TemplateProcess
 from tests.model.foreign.judge import Case, Fault, Refused, ours, same
 from tests.model.foreign.models import raw, write_model
-from tests.model.foreign.tokenizers import write_text
+from tests.model.foreign.tokenizers import ASKED, write_text
 
 SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 😀 <b>&\"'\n"}
 ANSWER, CALL = {"role": "assistant", "content": " Hello. "}, {"role": "assistant", "content": None, "tool_calls": [
@@ -169,7 +169,7 @@ def _judge(folder, messages, hostile):
 
 
 def _there(folder, messages):
-    other = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    other = AutoTokenizer.from_pretrained(folder, **ASKED)
     return other.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 

@@ -127,6 +127,7 @@ ENDOFTEXT = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_to
 CHATML = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None}
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+ASKED = {"local_files_only": True, "trust_remote_code": False}
 KINDS: dict[str, tuple[Callable[[], Tokenizer], dict]] = {
     "gpt2": (_byte_level, ENDOFTEXT | {"tokenizer_class": "GPT2Tokenizer"}),
     "gpt2 fast": (_byte_level, ENDOFTEXT | FAST),
@@ -197,7 +198,7 @@ def judge_text(folder) -> str:
     """The judge of a folder's text."""
     _, text, _ = ours(load, folder)
     try:
-        other = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        other = AutoTokenizer.from_pretrained(folder, **ASKED)
     except Exception as error:
         if text is None:
             return "equal"
@@ -238,7 +239,7 @@ def streamed(text, ids) -> str:
 
 def _reads_there(folder):
     try:
-        AutoTokenizer.from_pretrained(folder, local_files_only=True)("a b")
+        AutoTokenizer.from_pretrained(folder, **ASKED)("a b")
         return True
     except Exception:
         return False
