@@ -103,7 +103,7 @@ def config_cases(most_of_a_group: int = 30) -> list[Case]:
     for family in BASES:
         for draw in (_alone, _wrong, _ropes) if family in ROTARY else (_alone, _wrong):
             cases = list(draw(family))
-            most = len(cases) if family == "llama" or draw is _alone else 120
+            most = len(cases) if family == "llama" or draw is _alone else 60
             made += random.Random(family).sample(cases, min(most, len(cases)))
         made += _together(family, most_of_a_group)
     return list({case.name: case for case in made}.values())

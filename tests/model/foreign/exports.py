@@ -52,7 +52,7 @@ def export_cases() -> list[Case]:
         made += [_again(f"{family} {shard} then {then} bytes", family, shard, then)
                  for shard, then in ((3000, 10**9), (10**9, 3000), (3000, 9000), (9000, 3000))]
     made += [_case(f"llama as {dtype}", "llama", {}, True, dtype) for dtype in DTYPES]
-    made += [_case(f"llama into a folder with {name}", "llama", {}, "a" not in name.split(), before=before)
+    made += [_case(f"llama into a folder with {name}", "llama", {}, name not in ("a .bin", "an adapter"), before=before)
              for name, before in BEFORE.items()]
     return made
 

@@ -1,22 +1,22 @@
 """Foreign model files against transformers: a cut in `make test`, all cases in `make prove`."""
-import pytest
-import torch
+import os
 
-from nanoinfra.model import attention, rope
-from tests.model.foreign import models
+import pytest
+
+from nanoinfra.model import rope
 from tests.model.foreign.broken import broken_cases
 from tests.model.foreign.configs import config_case, config_cases
 from tests.model.foreign.exports import export_cases
 from tests.model.foreign.folders import named_cases
 from tests.model.foreign.ggufs import gguf_cases
-from tests.model.foreign.judge import Case, Fault, Refused, judge_all, judged, ours, share_opened, table
+from tests.model.foreign.judge import Case, judge_all, judged, ours, share_opened, table
 from tests.model.foreign.templates import template_cases
-from tests.model.foreign.tokenizers import WRITERS, text_cases
+from tests.model.foreign.tokenizers import text_cases
 from tests.model.foreign.weights import weight_cases
 
 KINDS = {"named": named_cases, "configurations": config_cases, "weights": weight_cases, "text": text_cases,
          "templates": template_cases, "exports": export_cases, "GGUF": gguf_cases,
-         "broken files": lambda: broken_cases(WRITERS)}
+         "broken files": broken_cases}
 CUT = {"named": 30, "configurations": 45, "weights": 25, "text": 14, "templates": 30, "exports": 20, "GGUF": 30,
        "broken files": 25}
 
@@ -34,7 +34,7 @@ def test_a_cut_of_all_foreign_files_is_equal_or_refused(tmp_path):
 
 @pytest.mark.prove
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_foreign_file_is_equal_or_refused(kind, tmp_path, record_property):
+def test_every_foreign_file_is_equal_or_refused(kind, tmp_path):
     found = {kind: judge_all(KINDS[kind](), tmp_path)}
     print(table(found))
     assert not faults(found), table(found) + "\n" + "\n".join(faults(found))
@@ -44,12 +44,6 @@ def test_every_foreign_file_is_equal_or_refused(kind, tmp_path, record_property)
 def spread(cases, most):
     """`most` cases, evenly over all."""
     return cases[::max(1, len(cases) // most)][:most]
-
-
-WRONG = {
-    "RoPE unscaled": (rope, "rotate", lambda x, angles: x),
-    "the last layer of the window gone": (attention, "visible", None),
-}
 
 
 def test_the_judge_catches_a_silent_difference(tmp_path, monkeypatch):
@@ -77,7 +71,6 @@ def test_a_case_that_hangs_or_dies_is_a_fault_and_the_next_one_goes_on(tmp_path)
             pass
 
     def die(folder):
-        import os
         os._exit(3)
     cases = [Case(name, lambda folder: None, judge) for name, judge in
              (("hangs", hang), ("dies", die), ("opens", lambda folder: "equal"))]
