@@ -22,7 +22,8 @@ LEGAL = {
     "head_dim": [None, 8, 16, 6], "hidden_act": ACTIVATIONS, "activation_function": ACTIVATIONS,
     "max_position_embeddings": [16, 64, 4096], "n_positions": [16, 64], "rms_norm_eps": [1e-6, 1e-3, 1],
     "layer_norm_epsilon": [1e-6, 1e-3], "tie_word_embeddings": [True, False], "attention_bias": [True, False],
-    "mlp_bias": [True, False], "initializer_range": [0.02, 0.5], "init_std": [0.1], "use_cache": [True, False],
+    "mlp_bias": [True, False], "initializer_range": [0.02, 0.5], "init_std": [0.1], "use_cache": [True,
+        False],
     "attention_dropout": [0, 0.1], "hidden_dropout": [0.1], "dropout": [0.0, 0.2], "resid_pdrop": [0.0, 0.1],
     "embd_pdrop": [0.1], "attn_pdrop": [0.1], "layerdrop": [0.0, 0.1], "pretraining_tp": [1, 2],
     "pad_token_id": [None, 0, 3, -1], "bos_token_id": [None, 3], "eos_token_id": [None, 3, [2, 3]],
@@ -50,12 +51,15 @@ LEGAL = {
     "auto_map": [{"AutoModelForCausalLM": "modeling_x.Model"}], "transformers_weights": ["other.safetensors"],
     "attn_implementation": ["eager", "flash_attention_2"], "_attn_implementation": ["sdpa"],
     "_name_or_path": ["x/y"], "name_or_path": ["x"], "max_length": [20], "top_p": [0.5], "temperature": [0.1],
-    "num_experts": [4], "logits_soft_cap": [30.0], "attn_logit_softcapping": [50.0], "final_logit_softcapping":
+    "num_experts": [4], "logits_soft_cap": [30.0], "attn_logit_softcapping": [50.0],
+        "final_logit_softcapping":
         [30.0], "scale_embedding": [True], "residual_multiplier": [2.0], "num_labels": [3],
     "embd_layer_norm": [True], "gradient_checkpointing": [True], "rope_interleaved": [True, False],
-    "rope_scaling": [None], "rope_parameters": [None, {}], "unheard_of": [1], "model_type": ["mixtral", "LLAMA"],
+    "rope_scaling": [None], "rope_parameters": [None, {}], "unheard_of": [1], "model_type": ["mixtral",
+        "LLAMA"],
 }
-NEUTRAL = ("dtype", "torch_dtype", "architectures", "transformers_version", "output_hidden_states", "return_dict",
+NEUTRAL = ("dtype", "torch_dtype", "architectures", "transformers_version", "output_hidden_states",
+    "return_dict",
            "output_attentions", "problem_type", "id2label", "label2id", "is_encoder_decoder", "_name_or_path",
            "name_or_path", "max_length", "top_p", "temperature", "num_labels", "unheard_of", "auto_map")
 WRONG = ["7", "x", 7.5, -1, 0, None, [], [1], {}, True, 10**12, 10**400, float("nan"), float("inf"), -0.5]
@@ -80,9 +84,11 @@ PAIRS = [                                    # fields that interact, with the va
     {"head_dim": [ABSENT, None, 8, 10], "num_attention_heads": [4, 2, 6], "num_key_value_heads": [
         ABSENT, None, 2, 1, 3], "hidden_size": [32, 36, 30]},
     {"sliding_window": [ABSENT, None, 6, 1], "use_sliding_window": [ABSENT, True, False],
-     "max_window_layers": [ABSENT, 0, 1, 5], "layer_types": LEGAL["layer_types"] + [ABSENT, ["sliding_attention"]]},
+     "max_window_layers": [ABSENT, 0, 1, 5], "layer_types": LEGAL["layer_types"] + [ABSENT,
+     ["sliding_attention"]]},
     {"tie_word_embeddings": [ABSENT, True, False, None], "vocab_size": [61, 64], "hidden_size": [32, 64]},
-    {"attention_bias": [ABSENT, True, False], "mlp_bias": [ABSENT, True, False], "hidden_act": ["silu", "gelu"],
+    {"attention_bias": [ABSENT, True, False], "mlp_bias": [ABSENT, True, False], "hidden_act": ["silu",
+        "gelu"],
      "num_key_value_heads": [4, 1]},
     {"sliding_window": [None, 6], "rope_scaling": [None, {"type": "linear", "factor": 2.0}],
      "max_position_embeddings": [16, 40]},
@@ -148,8 +154,10 @@ def _ropes(family):
     """Scaled RoPE in the new spelling and both old ones, at the top, inside and on either side."""
     for kind, given in ROPES.items():
         new = {"rope_type": kind, "rope_theta": 500.0, **given}
-        for edits in ({"rope_parameters": new, "rope_theta": ABSENT}, {"rope_parameters": new, "rope_theta": 9.0},
-                      {"rope_scaling": {"rope_type": kind, **given}}, {"rope_scaling": {"type": kind, **given}},
+        for edits in ({"rope_parameters": new, "rope_theta": ABSENT}, {"rope_parameters": new,
+        "rope_theta": 9.0},
+                      {"rope_scaling": {"rope_type": kind, **given}}, {"rope_scaling": {"type": kind,
+                          **given}},
                       {"rope_scaling": {"type": kind, **given}, "rope_theta": ABSENT},
                       {"rope_scaling": {"type": kind, **given}, "rope_parameters": {"rope_type": "default",
                                                                                  "rope_theta": 100.0}},

@@ -42,13 +42,13 @@ class Fault(Exception):
 
 class Verdict(NamedTuple):
     name: str
-    what: str                                # "equal", "opened" (nothing to compare with), "refused" or "fault"
+    what: str                                # "equal", "opened" (nothing to compare), "refused" or "fault"
     why: str = ""
     well: bool = False
 
 
 def ours(call: Callable, *args, **options):
-    """`call(*args)`, one of our doors. Refused for a ValueError in one line, Fault for any other exception."""
+    """`call(*args)`, one of our doors. Refused for a ValueError in one line, Fault for anything else."""
     try:
         return call(*args, **options)
     except ValueError as error:
@@ -100,7 +100,8 @@ def judge_all(cases: Iterable[Case], root: Path, seconds: float = SECONDS) -> li
             verdicts.append(verdict)
             continue
         worker.end()
-        ended = "hang" if worker.process.exitcode in (-signal.SIGPROF, -signal.SIGKILL) else "its process died"
+        ended = "hang" if worker.process.exitcode in (-signal.SIGPROF,
+            -signal.SIGKILL) else "its process died"
         verdicts.append(Verdict(case.name, "fault", f"{ended}, exit code {worker.process.exitcode}"))
         worker = None
     if worker:
@@ -114,7 +115,8 @@ class _Worker:
     def __init__(self, cases, root, seconds):
         fork = multiprocessing.get_context("fork")
         self.pipe, theirs = fork.Pipe()
-        self.process, self.patience = fork.Process(target=_work, args=(cases, root, theirs, seconds)), 10 * seconds
+        self.process, self.patience = fork.Process(target=_work, args=(cases, root, theirs,
+            seconds)), 10 * seconds
         self.process.start()
         theirs.close()
 
@@ -150,7 +152,8 @@ def _work(cases, root, pipe, seconds):
 
 def table(kinds: dict[str, list[Verdict]]) -> str:
     """A row a kind of case: how many, their verdicts, the share of the well-formed ones that open."""
-    lines = [f"{'':16}{'cases':>7}{'equal':>7}{'opened':>8}{'refused':>9}{'faults':>8}{'well-formed':>13}{'opened':>8}"]
+    heads = {"": 16, "cases": 7, "equal": 7, "opened": 8, "refused": 9, "faults": 8, "well-formed": 13, "open": 8}
+    lines = ["".join(f"{head:>{width}}" for head, width in heads.items())]
     for kind, verdicts in {**kinds, "all": sum(kinds.values(), [])}.items():
         count = Counter(verdict.what for verdict in verdicts)
         well = [verdict for verdict in verdicts if verdict.well]

@@ -69,7 +69,8 @@ def built(config: dict):
 def theirs(folder: Path):
     """transformers' model of a folder. Fault where weights were missing, surplus or misshapen."""
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False,
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
+        trust_remote_code=False,
         output_loading_info=True)
     for key in ("missing_keys", "mismatched_keys"):
         if report[key]:
@@ -120,5 +121,5 @@ def same_logits(folder: Path, at_least: int = 0) -> str:
     except Fault:
         raise
     except Exception as error:
-        raise Fault(f"opened, where transformers fails: {type(error).__name__}: {str(error)[:120]}") from error
+        raise Fault(f"opened, where transformers fails: {str(error)[:150] or type(error)}") from error
     return compare(model, other, at_least)

@@ -54,7 +54,8 @@ x\ny\n\nz\n\n\n
 ٣٤٥ १२३
 ǆ Ǆ ǅ
 """.strip("\n").split("\n")
-SPACES = ["", " ", "  ", "\n", "\t", "\r\n", " \n ", "   a", "a   ", "\n a", "a\n", "\u3000", "a b", "ab ", ".", " ."]
+SPACES = ["", " ", "  ", "\n", "\t", "\r\n", " \n ", "   a", "a   ", "\n a", "a\n", "\u3000", "a b", "ab ",
+    ".", " ."]
 
 
 def hundred() -> list[str]:

@@ -11,13 +11,14 @@ from tests.model.foreign.folders import named_cases
 from tests.model.foreign.ggufs import gguf_cases
 from tests.model.foreign.judge import Case, judge_all, judged, ours, share_opened, table
 from tests.model.foreign.templates import template_cases
-from tests.model.foreign.tokenizers import text_cases
+from tests.model.foreign.texts import text_cases
 from tests.model.foreign.weights import weight_cases
 
 KINDS = {"named": named_cases, "configurations": config_cases, "weights": weight_cases, "text": text_cases,
          "templates": template_cases, "exports": export_cases, "GGUF": gguf_cases,
          "broken files": broken_cases}
-CUT = {"named": 30, "configurations": 45, "weights": 25, "text": 14, "templates": 30, "exports": 20, "GGUF": 30,
+CUT = {"named": 30, "configurations": 45, "weights": 25, "text": 14, "templates": 30, "exports": 20,
+    "GGUF": 30,
        "broken files": 25}
 
 
@@ -55,8 +56,10 @@ def test_the_judge_catches_a_silent_difference(tmp_path, monkeypatch):
     assert verdict.what == "fault" and "silent difference" in verdict.why
 
 
-@pytest.mark.parametrize("raised, what", [(ValueError("no such key"), "refused"), (ValueError("two\nlines"), "fault"),
-                                          (KeyError("x"), "fault"), (UnicodeDecodeError("utf-8", b"", 0, 1, "x"), "fault")])
+@pytest.mark.parametrize("raised, what", [(ValueError("no such key"), "refused"), (ValueError("two\nlines"),
+    "fault"),
+                                          (KeyError("x"), "fault"), (UnicodeDecodeError("utf-8", b"", 0, 1,
+                                          "x"), "fault")])
 def test_one_line_is_refused_and_anything_else_a_fault(tmp_path, raised, what):
     def judge(folder):
         def opened():
@@ -74,4 +77,5 @@ def test_a_case_that_hangs_or_dies_is_a_fault_and_the_next_one_goes_on(tmp_path)
         os._exit(3)
     cases = [Case(name, lambda folder: None, judge) for name, judge in
              (("hangs", hang), ("dies", die), ("opens", lambda folder: "equal"))]
-    assert [verdict.what for verdict in judge_all(cases, tmp_path, seconds=0.5)] == ["fault", "fault", "equal"]
+    assert [verdict.what for verdict in judge_all(cases, tmp_path, seconds=0.5)] == ["fault", "fault",
+        "equal"]

@@ -16,7 +16,8 @@ from tests.model.foreign.models import BASES, opens_there, raw, same_logits, wri
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64, "int8": torch.int8,
-          "int64": torch.int64, "bool": torch.bool, "uint8": torch.uint8, "float8_e4m3fn": torch.float8_e4m3fn,
+          "int64": torch.int64, "bool": torch.bool, "uint8": torch.uint8,
+          "float8_e4m3fn": torch.float8_e4m3fn,
           "float8_e5m2": torch.float8_e5m2, "complex64": torch.complex64}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 4096\n"
 WELL = {"as float16", "as bfloat16", "as float64", "norms as float16", "norms as float64", "1. as bfloat16",
@@ -73,17 +74,21 @@ def _changes(tied):
     every |= {f"{part} as bfloat16": cast(torch.bfloat16, part) for part in ("1.", "embed", "mlp")}
     every |= {
         "without prefix": lambda all_: {_bare(name): x for name, x in all_.items()},
-        "all prefixed": lambda all_: {name if name != HEAD else "model." + name: x for name, x in all_.items()},
+        "all prefixed": lambda all_: {name if name != HEAD else "model." + name: x for name,
+        x in all_.items()},
         "twice prefixed": lambda all_: {"model." + name: x for name, x in all_.items()},
         "both spellings": lambda all_: all_ | {_bare(name): x.clone() for name, x in all_.items()},
         "both spellings, one differs": lambda all_: all_ | {_bare(name): x + 1 for name, x in all_.items()},
-        "surplus": put("surplus.weight", "weight"), "surplus layer": put("model.layers.9.mlp.up_proj.weight", "1."),
+        "surplus": put("surplus.weight", "weight"), "surplus layer": put("model.layers.9.mlp.up_proj.weight",
+        "1."),
         "inv_freq stored": put("model.layers.0.self_attn.rotary_emb.inv_freq", "weight"),
         "causal mask stored": put("transformer.h.0.attn.bias", "weight"),
         "masked_bias stored": put("transformer.h.0.attn.masked_bias", "weight"),
         "missing layer": lambda all_: {name: x for name, x in all_.items() if ".1." not in name},
-        "missing embedding": drop(EMBED), "missing norm": drop(("norm.weight", "ln_f.weight", "norm1.weight")),
-        "missing bias": drop(("bias",)), "nothing": lambda all_: {}, "scalar": put("x", "weight", lambda x: x.sum()),
+        "missing embedding": drop(EMBED), "missing norm": drop(("norm.weight", "ln_f.weight",
+        "norm1.weight")),
+        "missing bias": drop(("bias",)), "nothing": lambda all_: {}, "scalar": put("x", "weight",
+        lambda x: x.sum()),
         "nan": lambda all_: {name: x * float("nan") for name, x in all_.items()},
         "embedding longer": lambda all_: all_ | {_one(all_, EMBED): torch.randn(64, 32)},
         "embedding shorter": lambda all_: all_ | {_one(all_, EMBED): torch.randn(60, 32)},
@@ -93,11 +98,13 @@ def _changes(tied):
         "quantised beside": put("model.layers.0.mlp.up_proj.weight_scale", "weight"),
     }
     if tied:
-        every |= {"head stored": put(HEAD, EMBED), "head stored, bfloat16": put(HEAD, EMBED, torch.Tensor.bfloat16),
+        every |= {"head stored": put(HEAD, EMBED), "head stored, bfloat16": put(HEAD, EMBED,
+            torch.Tensor.bfloat16),
                   "head stored, differs": put(HEAD, EMBED, lambda x: x + 1),
                   "head stored, misshapen": put(HEAD, EMBED, lambda x: x[:-1])}
     else:
-        every |= {"head missing": drop((HEAD,)), "head longer": lambda all_: all_ | {HEAD: torch.randn(62, 32)},
+        every |= {"head missing": drop((HEAD,)), "head longer": lambda all_: all_ | {HEAD: torch.randn(62,
+            32)},
                   "head bias": put("lm_head.bias", "weight", lambda x: x[0])}
     return every
 
@@ -105,7 +112,8 @@ def _changes(tied):
 def _one(tensors, ends):
     """The first tensor whose name ends so, or has it in its middle."""
     ends = (ends,) if isinstance(ends, str) else ends
-    return next((name for end in ends for name in sorted(tensors) if name.endswith(end) or f".{end}" in name), "")
+    return next((name for end in ends for name in sorted(tensors) if name.endswith(end) or f".{end}" in name),
+        "")
 
 
 def _bare(name):
@@ -118,7 +126,8 @@ def _shard(folder, shards=3):
     names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     places = {name: names[i % shards] for i, name in enumerate(sorted(tensors))}
     for file in names:
-        save_file({name: tensors[name] for name, at in places.items() if at == file}, folder / file, {"format": "pt"})
+        save_file({name: tensors[name] for name, at in places.items() if at == file}, folder / file,
+            {"format": "pt"})
     return {"metadata": {"total_size": 1}, "weight_map": places}
 
 
@@ -137,7 +146,8 @@ def _mapped(change):
 def _stale(folder):
     """A single file with other weights beside an index."""
     _index(folder, keep_single=True)
-    save_file({name: x + 1 for name, x in load_file(folder / SINGLE).items()}, folder / SINGLE, {"format": "pt"})
+    save_file({name: x + 1 for name, x in load_file(folder / SINGLE).items()}, folder / SINGLE,
+        {"format": "pt"})
 
 
 def _pickled(folder, name="pytorch_model.bin", keep=False):
@@ -178,21 +188,28 @@ def _moved(name):
 FILES = {
     "sharded": _index, "both, index whole": partial(_index, keep_single=True), "both, index stale": _stale,
     "bin only": _pickled, "bin beside": partial(_pickled, keep=True), "shard gone": _shard_gone,
-    "bin shards": partial(_pickled, name="pytorch_model-00001-of-00001.bin"), "original": _moved("consolidated.pth"),
+    "bin shards": partial(_pickled, name="pytorch_model-00001-of-00001.bin"),
+        "original": _moved("consolidated.pth"),
     "index lacks one": _mapped(lambda places: dict(list(places.items())[1:])),
     "index has one more": _mapped(lambda places: places | {"more": "model-00001-of-00003.safetensors"}),
     "index points out": _mapped(lambda places: dict.fromkeys(places, "../../../etc/passwd")),
     "index points at a folder": _mapped(lambda places: dict.fromkeys(places, ".")),
     "index points wrong": _mapped(lambda places: dict.fromkeys(places, "model-00001-of-00003.safetensors")),
     "index of numbers": _mapped(lambda places: dict.fromkeys(places, 7)),
-    "index of a list": _mapped(list), "index without map": partial(_index, change=lambda index: {"metadata": {}}),
-    "index a list": partial(_index, change=lambda index: [1]), "index no JSON": partial(_index, change=lambda x: "{"),
-    "index empty": partial(_index, change=lambda x: ""), "index null": partial(_index, change=lambda x: "null"),
+    "index of a list": _mapped(list), "index without map": partial(_index,
+        change=lambda index: {"metadata": {}}),
+    "index a list": partial(_index, change=lambda index: [1]), "index no JSON": partial(_index,
+        change=lambda x: "{"),
+    "index empty": partial(_index, change=lambda x: ""), "index null": partial(_index,
+        change=lambda x: "null"),
     "pointer": _written(SINGLE, POINTER), "text": _written(SINGLE, "x" * 100), "folder": lambda folder: (
         (folder / SINGLE).unlink(), (folder / SINGLE).mkdir()), "index pointer": _written(INDEX, POINTER),
     "no weights": lambda folder: (folder / SINGLE).unlink(), "other name": _moved("weights.safetensors"),
     "one of one": _moved("model-00001-of-00001.safetensors"), "no config": lambda folder: (
-        folder / "config.json").unlink(), "adapter": lambda folder: write_config(folder, {"peft_type": "LORA"}),
-    "adapter beside": _written("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "x/y"}'),
-    "dangling link": lambda folder: ((folder / SINGLE).unlink(), (folder / SINGLE).symlink_to(Path("nowhere"))),
+        folder / "config.json").unlink(), "adapter": lambda folder: write_config(folder,
+        {"peft_type": "LORA"}),
+    "adapter beside": _written("adapter_config.json",
+        '{"peft_type": "LORA", "base_model_name_or_path": "x/y"}'),
+    "dangling link": lambda folder: ((folder / SINGLE).unlink(),
+        (folder / SINGLE).symlink_to(Path("nowhere"))),
 }
