@@ -19,17 +19,18 @@ from typing import NamedTuple
 import transformers
 
 SECONDS = 20
-MEMORY = 12 * 2**30                          # address space of the process that runs cases
-CLOSE = 1e-4                                 # largest absolute difference of float32 logits
+MEMORY = 12 * 2**30  # address space of the process that runs cases
+CLOSE = 1e-4  # largest absolute difference of float32 logits
 
 
 class Case(NamedTuple):
     """`make(folder)` writes what is brought, `judge(folder)` says "equal" or raises Refused or Fault."""
+
     name: str
     make: Callable[[Path], None]
     judge: Callable[[Path], str]
-    well: Callable[[Path], bool] | bool = False      # is it well-formed; asked where it was refused
-    must: bool = False                               # refused is a fault
+    well: Callable[[Path], bool] | bool = False  # is it well-formed; asked where it was refused
+    must: bool = False  # refused is a fault
 
 
 class Refused(Exception):
@@ -42,7 +43,7 @@ class Fault(Exception):
 
 class Verdict(NamedTuple):
     name: str
-    what: str                                # "equal", "opened" (nothing to compare), "refused" or "fault"
+    what: str  # "equal", "opened" (nothing to compare), "refused" or "fault"
     why: str = ""
     well: bool = False
 
@@ -58,8 +59,10 @@ def ours(call: Callable, *args, **options):
         raise Refused(said) from error
     except Exception as error:
         *_, last = traceback.extract_tb(error.__traceback__)
-        raise Fault(f"traceback: {type(error).__name__}: {str(error)[:200]} "
-                    f"({Path(last.filename).name}:{last.lineno})") from error
+        raise Fault(
+            f"traceback: {type(error).__name__}: {str(error)[:200]} "
+            f"({Path(last.filename).name}:{last.lineno})"
+        ) from error
 
 
 def same(got, want, what: str) -> None:
@@ -100,8 +103,9 @@ def judge_all(cases: Iterable[Case], root: Path, seconds: float = SECONDS) -> li
             verdicts.append(verdict)
             continue
         worker.end()
-        ended = "hang" if worker.process.exitcode in (-signal.SIGPROF,
-            -signal.SIGKILL) else "its process died"
+        ended = (
+            "hang" if worker.process.exitcode in (-signal.SIGPROF, -signal.SIGKILL) else "its process died"
+        )
         verdicts.append(Verdict(case.name, "fault", f"{ended}, exit code {worker.process.exitcode}"))
         worker = None
     if worker:
@@ -115,8 +119,10 @@ class _Worker:
     def __init__(self, cases, root, seconds):
         fork = multiprocessing.get_context("fork")
         self.pipe, theirs = fork.Pipe()
-        self.process, self.patience = fork.Process(target=_work, args=(cases, root, theirs,
-            seconds)), 10 * seconds
+        self.process, self.patience = (
+            fork.Process(target=_work, args=(cases, root, theirs, seconds)),
+            10 * seconds,
+        )
         self.process.start()
         theirs.close()
 
@@ -126,7 +132,7 @@ class _Worker:
             self.pipe.send(at)
             return self.pipe.recv() if self.pipe.poll(self.patience) else None
         except (EOFError, ConnectionError):
-            self.process.join(1)             # so that its own end is seen, not the one it is given
+            self.process.join(1)  # so that its own end is seen, not the one it is given
             return None
 
     def end(self):
@@ -141,10 +147,10 @@ def _work(cases, root, pipe, seconds):
     transformers.utils.logging.disable_progress_bar()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     while (at := pipe.recv()) is not None:
-        signal.setitimer(signal.ITIMER_PROF, seconds)                    # then SIGPROF ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # then SIGPROF ends the process
         try:
             verdict = judged(cases[at], root / str(at))
-        except BaseException as error:       # the case's own code
+        except BaseException as error:  # the case's own code
             where = traceback.format_exc().strip().splitlines()[-3:]
             verdict = Verdict(cases[at].name, "fault", f"the judge failed: {error!r} {' '.join(where)}"[:600])
         pipe.send(verdict)
@@ -152,13 +158,24 @@ def _work(cases, root, pipe, seconds):
 
 def table(kinds: dict[str, list[Verdict]]) -> str:
     """A row a kind of case: how many, their verdicts, the share of the well-formed ones that open."""
-    heads = {"": 16, "cases": 7, "equal": 7, "opened": 8, "refused": 9, "faults": 8, "well-formed": 13, "open": 8}
+    heads = {
+        "": 16,
+        "cases": 7,
+        "equal": 7,
+        "opened": 8,
+        "refused": 9,
+        "faults": 8,
+        "well-formed": 13,
+        "open": 8,
+    }
     lines = ["".join(f"{head:>{width}}" for head, width in heads.items())]
     for kind, verdicts in {**kinds, "all": sum(kinds.values(), [])}.items():
         count = Counter(verdict.what for verdict in verdicts)
         well = [verdict for verdict in verdicts if verdict.well]
-        lines.append(f"{kind:16}{len(verdicts):7}{count['equal']:7}{count['opened']:8}{count['refused']:9}{count['fault']:8}"
-                     f"{len(well):13}{share_opened(verdicts):8.1%}")
+        lines.append(
+            f"{kind:16}{len(verdicts):7}{count['equal']:7}{count['opened']:8}{count['refused']:9}{count['fault']:8}"
+            f"{len(well):13}{share_opened(verdicts):8.1%}"
+        )
     return "\n".join(lines)
 
 

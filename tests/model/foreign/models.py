@@ -12,26 +12,61 @@ from nanoinfra.model.load import load
 from tests.model.foreign.judge import CLOSE, Fault, ours
 from tests.model.twins import scrambled
 
-ABSENT = object()                            # a key that config.json lacks
-LLAMA = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40,
-         "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
-         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+ABSENT = object()  # a key that config.json lacks
+LLAMA = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 40,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 BASES = {
-    "gpt2": {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "n_inner": 44,
-             "bos_token_id": 1, "eos_token_id": 2},
+    "gpt2": {
+        "vocab_size": 61,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 40,
+        "n_inner": 44,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "llama": LLAMA | {"rope_theta": 500.0},
     "mistral": LLAMA | {"rope_theta": 500.0, "sliding_window": 9},
     "phi3": LLAMA | {"rope_theta": 500.0, "original_max_position_embeddings": 40},
     "qwen2": LLAMA | {"rope_theta": 500.0},
     "qwen3": LLAMA | {"rope_theta": 500.0, "head_dim": 12},
-    "opt": {"vocab_size": 61, "hidden_size": 32, "ffn_dim": 44, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "max_position_embeddings": 40, "word_embed_proj_dim": 32,
-            "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1},
-    "bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1,
-              "eos_token_id": 2, "seq_length": 40},
+    "opt": {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "ffn_dim": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 40,
+        "word_embed_proj_dim": 32,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    },
+    "bloom": {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "seq_length": 40,
+    },
 }
-_weights = {}                                # family -> state of a model of BASES[family]
+_weights = {}  # family -> state of a model of BASES[family]
 
 
 def raw(family: str, **edits) -> dict:
@@ -69,9 +104,13 @@ def built(config: dict):
 def theirs(folder: Path):
     """transformers' model of a folder. Fault where weights were missing, surplus or misshapen."""
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
         trust_remote_code=False,
-        output_loading_info=True)
+        output_loading_info=True,
+    )
     for key in ("missing_keys", "mismatched_keys"):
         if report[key]:
             raise Fault(f"opened, where transformers has {key}: {sorted(map(str, report[key]))[:3]}")

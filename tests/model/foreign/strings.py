@@ -54,8 +54,24 @@ x\ny\n\nz\n\n\n
 ٣٤٥ १२३
 ǆ Ǆ ǅ
 """.strip("\n").split("\n")
-SPACES = ["", " ", "  ", "\n", "\t", "\r\n", " \n ", "   a", "a   ", "\n a", "a\n", "\u3000", "a b", "ab ",
-    ".", " ."]
+SPACES = [
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\r\n",
+    " \n ",
+    "   a",
+    "a   ",
+    "\n a",
+    "a\n",
+    "\u3000",
+    "a b",
+    "ab ",
+    ".",
+    " .",
+]
 
 
 def hundred() -> list[str]:
@@ -63,9 +79,9 @@ def hundred() -> list[str]:
     texts = [line.encode("latin-1", "backslashreplace").decode("unicode_escape") for line in PLAIN] + SPACES
     draws = random.Random(14)
     while len(texts) < 100:
-        plane = draws.choice([128, 256, 0x3000, 0xd800, 0x110000])
+        plane = draws.choice([128, 256, 0x3000, 0xD800, 0x110000])
         codes = [draws.randrange(plane) for _ in range(draws.randrange(1, 30))]
-        texts.append("".join(chr(code) for code in codes if not 0xd800 <= code < 0xe000))
+        texts.append("".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000))
     return texts[:100]
 
 
@@ -78,4 +94,3 @@ def id_lists(size: int, special: list[int]) -> list[list[int]]:
             ids.insert(draws.randrange(len(ids)), draws.choice(special))
         found.append(ids)
     return found
-

@@ -14,17 +14,35 @@ from tests.model.foreign.templates import template_cases
 from tests.model.foreign.texts import text_cases
 from tests.model.foreign.weights import weight_cases
 
-KINDS = {"named": named_cases, "configurations": config_cases, "weights": weight_cases, "text": text_cases,
-         "templates": template_cases, "exports": export_cases, "GGUF": gguf_cases,
-         "broken files": broken_cases}
-CUT = {"named": 30, "configurations": 45, "weights": 25, "text": 14, "templates": 30, "exports": 20,
+KINDS = {
+    "named": named_cases,
+    "configurations": config_cases,
+    "weights": weight_cases,
+    "text": text_cases,
+    "templates": template_cases,
+    "exports": export_cases,
+    "GGUF": gguf_cases,
+    "broken files": broken_cases,
+}
+CUT = {
+    "named": 30,
+    "configurations": 45,
+    "weights": 25,
+    "text": 14,
+    "templates": 30,
+    "exports": 20,
     "GGUF": 30,
-       "broken files": 25}
+    "broken files": 25,
+}
 
 
 def faults(kinds):
-    return [f"{verdict.name}: {verdict.why}" for verdicts in kinds.values() for verdict in verdicts
-            if verdict.what == "fault"]
+    return [
+        f"{verdict.name}: {verdict.why}"
+        for verdicts in kinds.values()
+        for verdict in verdicts
+        if verdict.what == "fault"
+    ]
 
 
 def test_a_cut_of_all_foreign_files_is_equal_or_refused(tmp_path):
@@ -44,7 +62,7 @@ def test_every_foreign_file_is_equal_or_refused(kind, tmp_path):
 
 def spread(cases, most):
     """`most` cases, evenly over all."""
-    return cases[::max(1, len(cases) // most)][:most]
+    return cases[:: max(1, len(cases) // most)][:most]
 
 
 def test_the_judge_catches_a_silent_difference(tmp_path, monkeypatch):
@@ -56,15 +74,22 @@ def test_the_judge_catches_a_silent_difference(tmp_path, monkeypatch):
     assert verdict.what == "fault" and "silent difference" in verdict.why
 
 
-@pytest.mark.parametrize("raised, what", [(ValueError("no such key"), "refused"), (ValueError("two\nlines"),
-    "fault"),
-                                          (KeyError("x"), "fault"), (UnicodeDecodeError("utf-8", b"", 0, 1,
-                                          "x"), "fault")])
+@pytest.mark.parametrize(
+    "raised, what",
+    [
+        (ValueError("no such key"), "refused"),
+        (ValueError("two\nlines"), "fault"),
+        (KeyError("x"), "fault"),
+        (UnicodeDecodeError("utf-8", b"", 0, 1, "x"), "fault"),
+    ],
+)
 def test_one_line_is_refused_and_anything_else_a_fault(tmp_path, raised, what):
     def judge(folder):
         def opened():
             raise raised
+
         return ours(opened)
+
     assert judged(Case("raises", lambda folder: None, judge), tmp_path / "it").what == what
 
 
@@ -75,7 +100,13 @@ def test_a_case_that_hangs_or_dies_is_a_fault_and_the_next_one_goes_on(tmp_path)
 
     def die(folder):
         os._exit(3)
-    cases = [Case(name, lambda folder: None, judge) for name, judge in
-             (("hangs", hang), ("dies", die), ("opens", lambda folder: "equal"))]
-    assert [verdict.what for verdict in judge_all(cases, tmp_path, seconds=0.5)] == ["fault", "fault",
-        "equal"]
+
+    cases = [
+        Case(name, lambda folder: None, judge)
+        for name, judge in (("hangs", hang), ("dies", die), ("opens", lambda folder: "equal"))
+    ]
+    assert [verdict.what for verdict in judge_all(cases, tmp_path, seconds=0.5)] == [
+        "fault",
+        "fault",
+        "equal",
+    ]
