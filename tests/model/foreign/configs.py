@@ -55,7 +55,8 @@ def _alone(family):
     yield config_case(family)
     for field in sorted(fields | (set(LEGAL) if family == "llama" else set(LEGAL) - set(NEUTRAL))):
         if field in fields:
-            yield config_case(family, **{field: ABSENT})
+            large = field in BASES[family] and isinstance(BASES[family][field], int)     # by default
+            yield config_case(family, build=not large, **{field: ABSENT})
         for value in LEGAL.get(field, []):
             yield config_case(family, **{field: value})
 
