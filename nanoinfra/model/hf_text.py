@@ -34,6 +34,9 @@ def open_text(folder: str | Path) -> tuple[Text | None, str | None]:
         own = Tokenizer.load(folder)
         return Text(own.backend, frozenset({own.eot}), own.end_of_text, own.end_of_text), None
     if not any((folder / name).is_file() for name in VOCABULARIES):
+        if (folder / "tokenizer_config.json").exists():
+            raise ValueError(f"{folder} holds a tokenizer_config.json, but no tokenizer.json "
+                             "or other vocabulary; fetch what is missing, or remove it, to use weights alone")
         return None, None
     library = hub.transformers("the tokenizers of Hugging Face folders")
     _check_files(folder)

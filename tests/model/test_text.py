@@ -86,8 +86,11 @@ def test_every_id_that_ends_a_text_is_found(folder):
 
 
 def test_a_folder_without_a_tokenizer_has_no_text(tmp_path):
-    put(tmp_path, config={"model_type": "llama"}, tokenizer_config={"tokenizer_class": "LlamaTokenizer"})
+    put(tmp_path, config={"model_type": "llama"})
     assert open_text(tmp_path) == (None, None)
+    put(tmp_path, tokenizer_config={"tokenizer_class": "ByT5Tokenizer"})     # which needs none
+    with pytest.raises(ValueError, match="holds a tokenizer_config.json, but no tokenizer.json"):
+        open_text(tmp_path)
 
 
 def test_the_template_is_found_where_transformers_finds_it(folder):
