@@ -73,7 +73,7 @@ torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.tp.size))
 
 # Model: each rank reads its part
 try:
-    config, read, text, _ = drawn() if args.model == "test" else open_pretrained(args.model, mesh.world)
+    config, read, text, *_ = drawn() if args.model == "test" else open_pretrained(args.model, mesh.world)
     model = serving(empty(config), mesh, read, getattr(torch, args.dtype))
     lines = args.file.read_text().splitlines() if args.file else []
     prompts = args.prompts + [line for line in lines if line]
@@ -89,9 +89,9 @@ try:
     for prompt, sequence in zip(prompts, sequences):
         if args.max_tokens < 1:
             raise ValueError(f"--max-tokens {args.max_tokens} leaves nothing to do; ask for at least 1")
-        if sequence.prompt + args.max_tokens > config.context:
+        if sequence.prompt + args.max_tokens > config.cached_context:
             raise ValueError(f"{prompt[:30]!r} has {sequence.prompt} tokens: with {args.max_tokens} new ones "
-                             f"they do not fit the context of {config.context}; give a smaller --max-tokens")
+                             f"they do not fit the context of {config.cached_context}; lower --max-tokens")
         scheduler.add(sequence)
 except ValueError as mistake:
     refuse(mistake)
