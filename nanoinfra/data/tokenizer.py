@@ -137,6 +137,6 @@ def _config(end_of_text):
 def _read(folder):
     try:
         found = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):            # none of ours, whatever it is
         return {}
     return found if isinstance(found, dict) else {}
