@@ -1,8 +1,9 @@
-"""The JSON files of a model's folder, read so that whatever is wrong with one is a line that names it.
+"""The files of a model's folder: JSON, read so that whatever is wrong with one is a line that names it.
 
 Needs neither torch nor transformers.
 """
 import json
+import os
 from pathlib import Path
 
 POINTER = b"version https://git-lfs"         # how the text begins that Git LFS leaves in a file's place
@@ -47,3 +48,12 @@ def _content(path):
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def sync(path: Path) -> None:
+    """Make what is in a file or a folder durable: a file is lost with its name in the folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanoinfra.model.files import read_json
+from nanoinfra.model.files import read_json, sync
 
 CONFIG, NEW = "config.json", ".new"
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")    # replaced
@@ -32,17 +32,17 @@ def replaced(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
     try:
         yield new
         for path in new.iterdir():
-            _sync(path)
+            sync(path)
         (folder / CONFIG).unlink(missing_ok=True)
-        _sync(folder)
+        sync(folder)
         for path in [*_found(folder, WEIGHTS), *_found(folder, stale)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in list(new.iterdir()):
             if path.name != CONFIG:
                 os.replace(path, folder / path.name)
-        _sync(folder)
+        sync(folder)
         os.replace(new / CONFIG, folder / CONFIG)
-        _sync(folder)
+        sync(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -60,11 +60,3 @@ def _check(folder):
 
 def _found(folder, patterns):
     return [path for pattern in patterns for path in folder.glob(pattern)]
-
-
-def _sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

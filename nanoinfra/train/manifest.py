@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from nanoinfra.model.files import sync
 from nanoinfra.train.pieces import CheckpointError, Piece, check_cover
 
 FORMAT = "nanoinfra checkpoint 1"
@@ -120,13 +121,9 @@ def write_all(file, data) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the folder's entries durable: the bytes of a file are lost with its name."""
+    """Make the folder's entries durable."""
     with naming(folder):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(folder)
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
