@@ -26,7 +26,8 @@ from nanoinfra.model.hf_rope import number, plain_scaling, rope_from, rope_to
 from nanoinfra.model.hub import asked, transformers
 
 LARGEST = {"num_hidden_layers": 4096, "n_layer": 4096, "max_position_embeddings": 2**31, "n_positions": 2**31,
-           "seq_length": 2**31, "original_max_position_embeddings": 2**31, "vocab_size": 2**26,
+           "seq_length": 2**31, "sliding_window": 2**31, "original_max_position_embeddings": 2**31,
+           "vocab_size": 2**26,
            **dict.fromkeys(("hidden_size", "n_embd", "n_embed", "intermediate_size", "ffn_dim", "n_inner",
                             "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "num_labels"),
                            2**20)}
@@ -89,7 +90,8 @@ def _checked(theirs):
     if not isinstance(theirs.get("auto_map", {}), dict):
         raise ValueError(f"auto_map is {_shown(theirs['auto_map'])}, which must be an object")
     declared = WINDOWS[table.windows]
-    for key, allowed in UNDECLARED.items():
+    cores = dict.fromkeys(("attn_implementation", "_attn_implementation"), (None, *table.cores))
+    for key, allowed in (UNDECLARED | cores).items():
         if key in theirs and key not in declared and not _among(theirs[key], allowed):
             raise ValueError(f"{key} is {_shown(theirs[key])}, which this decoder does not have")
     return table

@@ -28,7 +28,6 @@ UNDECLARED = {
     "quantization_config": (None,), "compression_config": (None,), "fusion_config": (None,),
     "transformers_weights": (None,), "configuration_files": (), "output_hidden_states": (None, True, False),
     **dict.fromkeys(("text_config", "text_encoder", "decoder", "generator"), (None,)),
-    **dict.fromkeys(("attn_implementation", "_attn_implementation"), (None, "eager", "sdpa")),
     **dict.fromkeys(("dtype", "torch_dtype"), (None, "float64", "float32", "float16", "bfloat16"))}
 # Names of transformers' class, beside its fields, that a configuration may have a value for.
 SETTABLE = ("rope_scaling", "num_labels", "torch_dtype", "output_attentions", "attn_implementation",
@@ -50,6 +49,7 @@ class Table:
     harmless: frozenset[str] = frozenset()   # what else changes no logits
     same: dict[str, str] = field(default_factory=dict)    # attribute -> the one that it must be equal to
     whole_heads: bool = False                # must the heads divide the width? transformers refuses others
+    cores: tuple = ("eager", "sdpa")         # what attn_implementation may be: transformers has them
     pads: bool = True                        # must the pad token be one of the vocabulary? as above
     scaled: bool = True                      # can RoPE be stretched? (Phi-3's by longrope alone)
 
@@ -89,6 +89,6 @@ TABLES = {
         fixed={"do_layer_norm_before": (True,), "_remove_final_layer_norm": (False,),
                "layer_norm_elementwise_affine": (True,)}),          # and eps is torch's 1e-5
     "bloom": Table(
-        "BloomForCausalLM", _BLOOM, whole_heads=True, pads=False,
+        "BloomForCausalLM", _BLOOM, whole_heads=True, pads=False, cores=("eager",),
         fixed={"apply_residual_connection_post_layernorm": (False,), "slow_but_exact": (False,)}),
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.model import hub
-from nanoinfra.model.files import read_json
+from nanoinfra.model.files import check_content, read_json
 from nanoinfra.model.text import Text
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "spm.model",
@@ -142,11 +142,9 @@ def _files(folder, config=False):
 
 def _check_files(folder):
     for path in _files(folder):
+        check_content(path)
         if (size := path.stat().st_size) > MOST_BYTES:
             raise ValueError(f"{path} has {size} bytes; a tokenizer's file has at most {MOST_BYTES}")
-        with open(path, "rb") as file:
-            if file.read(64).startswith(b"version https://git-lfs"):
-                raise ValueError(f"{path} is a Git LFS pointer and not the file; run `git lfs pull` there")
     added = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
     if isinstance(added, dict) and any(len(i) > MOST_DIGITS for i in added):
         raise ValueError(f"{folder}/tokenizer_config.json: added_tokens_decoder has ids of more than "

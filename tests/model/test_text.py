@@ -131,7 +131,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("tokenizer.json", LFS, "a Git LFS pointer and not the file; run `git lfs pull`"),
+    ("tokenizer.json", LFS, "a Git LFS pointer, not the file itself; fetch it"),
     ("tokenizer_config.json", LFS, "a Git LFS pointer"), ("vocab.json", LFS, "a Git LFS pointer"),
     ("chat_template.jinja", LFS, "a Git LFS pointer"),
     ("tokenizer.json", "", "tokenizer.json is not valid JSON"), ("tokenizer.json", "{", "is not valid JSON"),
