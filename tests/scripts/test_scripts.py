@@ -23,7 +23,8 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("script, world, more", [
-    ("train_gpt.py", 1, []), ("pipeline.py", 2, ["--schedule", "zb-h1"])])
+    ("train_gpt.py", 1, []),
+    pytest.param("pipeline.py", 2, ["--schedule", "zb-h1"], marks=pytest.mark.prove)])
 def test_losses_are_the_command_lines(tmp_path, script, world, more):
     own, theirs = SCRIPTS[script]
     main(["train", "--model", "test", "--data", "random", "--out", str(tmp_path), "--threads", "1",

@@ -111,7 +111,8 @@ def alone(client, lengths):
     return {(i, tokens): asyncio.run(stream(client, i, tokens)) for i in range(16) for tokens in lengths}
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.prove)])
+@pytest.mark.prove
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_two_hundred_streams_of_a_real_model_say_what_each_says_alone(model, dtype):
     async def work():
         return await asyncio.gather(*(stream(client, i % 16, 24) for i in range(200)))
