@@ -58,7 +58,7 @@ def open_to_others(pids: list[int]) -> list[str]:
 
 def stranger(port: int) -> dist.TCPStore:
     """A client of the store at `port`, as anybody on this host can make one."""
-    return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
+    return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=300))
 
 
 class Payload:

@@ -21,7 +21,7 @@ from tests.dist.sockets import (
     open_to_others,
 )
 from tests.serve import conftest
-from tests.serve.host import SERVE, until
+from tests.serve.host import PATIENCE, SERVE, until
 from tests.train.runs import FLAGS, children, lines, wait_for
 
 pytestmark = [needs_linux, pytest.mark.prove, pytest.mark.timeout(600)]
@@ -114,7 +114,7 @@ def test_generate_on_two_ranks(watched, model):
 def test_a_server_of_two_ranks(watched, model):
     with watched([*SERVE, str(model), "--name", "tiny", "--tp", "2"]) as process:
         url = re.search(r"http://\S+\d", process.stderr.readline())[0]
-        with httpx.Client(base_url=url, timeout=200, trust_env=False) as client:
+        with httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False) as client:
             until(lambda: client.get("/health").status_code == 200)
             asked = {"model": "tiny", "prompt": "one two", "max_tokens": 8}
             assert client.post("/v1/completions", json=asked).status_code == 200

@@ -22,6 +22,8 @@ from tests.serve.fake import fake
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE = [sys.executable, "-m", "nanoinfra.cli", "serve", "--port", "0"]
+PATIENCE = 300.0                             # seconds for an answer: a loaded machine is slow, and not wrong
+
 CODE = """
 import functools, sys
 from nanoinfra.serve.host import main
@@ -43,7 +45,7 @@ def serving(tp=1, key=None, hung=300.0, wait=True, factory=fake, access=None, li
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
-        with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+        with httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False) as client:
             if wait:
                 until(lambda: client.get("/health").status_code == 200)
             yield client, server
@@ -72,7 +74,7 @@ def started(command, ready=True, environment=None):
         said = process.stderr.readline()
         if not (url := re.search(r"http://\S+\d", said)):
             raise RuntimeError(f"{command[-1]} says no address, but {said!r}")
-        with httpx.Client(base_url=url[0], timeout=30, trust_env=False) as client:
+        with httpx.Client(base_url=url[0], timeout=PATIENCE, trust_env=False) as client:
             if ready:
                 until(lambda: client.get("/health").status_code == 200)
             yield process, client

@@ -12,7 +12,7 @@ import pytest
 from nanoinfra.serve.connections import MIN_CHUNK, MOST_HEAD, ConnectionLimits, Framing, limits_here
 from nanoinfra.serve.server import MOST_WATCHERS
 from tests.processes import children
-from tests.serve.host import CODE, serving, started, until
+from tests.serve.host import CODE, PATIENCE, serving, started, until
 
 BODY = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 CHUNKED = BODY + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -47,7 +47,7 @@ def said(connection):
 
 def serves(client):
     """Are others answered, on connections of their own?"""
-    with httpx.Client(base_url=client.base_url, timeout=60, trust_env=False) as other:
+    with httpx.Client(base_url=client.base_url, timeout=PATIENCE, trust_env=False) as other:
         got = other.post("/v1/completions", json=ASKED)
         assert got.status_code == 200, got.text
         return other.get("/health").status_code == 200 and got.json()["choices"][0]["text"] == "abab"
