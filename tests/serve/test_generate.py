@@ -132,7 +132,8 @@ def answer(**options):
     return "".join(said)
 
 
-@pytest.mark.parametrize("family, tp", [*((family, 2) for family in FAMILIES), ("llama", 6), ("qwen3", 3)])
+@pytest.mark.parametrize("family, tp", [
+    *((family, 2) for family in FAMILIES), pytest.param("llama", 6, marks=pytest.mark.prove), ("qwen3", 3)])
 def test_ranks_that_share_the_model_say_the_same(ranks, tmp_path, tokenizer, family, tp):
     """6 query heads, and 2 KV heads under RoPE (on 6 ranks three neighbours share one): drawn tokens too."""
     more = {"kv_heads": 6} if tp == 3 else {}

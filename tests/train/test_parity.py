@@ -146,6 +146,7 @@ def _alone(optimizer, untied, folder):
     return metrics.read(out / "metrics.jsonl")
 
 
+@pytest.mark.prove
 def test_a_pretrained_model_with_nine_heads_on_three_ranks(ranks, tmp_path):
     """SmolLM2's 9 query and 3 KV heads, from a Hugging Face folder and out to one again."""
     config = ModelConfig(97, 36, 2, 9, 3, 4, 50, 32, family="llama")
