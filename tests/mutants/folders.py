@@ -132,7 +132,7 @@ def exported(folder, sizes, calls=10**6):
         if left[0] < 0:
             raise InterruptedError
         replace(*paths)
-    with mock.patch.object(os, "replace", counted), suppress(InterruptedError):      # the stop that is asked for
+    with mock.patch.object(os, "replace", counted), suppress(InterruptedError):
         save_hf(models[1], folder, shard_bytes=sizes[1])
     return models
 
