@@ -58,6 +58,11 @@ sys.meta_path.insert(0, Absent())
 """
 
 MISTAKES = {
+    "decay of sgd": (["--optimizer", "sgd", "--weight-decay", "0.1"], "--weight-decay: of AdamW's step"),
+    "betas": (["--betas", "0.9", "1.0"], "each is at least 0 and below 1; try --betas 0.9 0.95"),
+    "minimum above peak": (["--lr", "1e-3", "--min-lr", "0.01"], "--min-lr 0.01 is above the peak"),
+    "minimum of a constant": (["--min-lr", "0", "--lr-schedule", "constant"], "leave one of them out"),
+    "frozen by no name": (["--freeze", "layers.0.*"], "they are embed.weight, blocks.N."),
     "an empty corpus": (["--data", "{tmp}/empty"], "empty"),
     "a sequence longer than the corpus": (["--data", "{tmp}/short", "--seq", "100000"], "--seq"),
     "a mesh that does not fit the ranks": (["--nproc", "3", "--dp", "2"], "try --dp 3"),

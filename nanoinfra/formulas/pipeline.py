@@ -10,6 +10,7 @@ B sequences, T tokens, C width.
 from itertools import accumulate
 
 from nanoinfra.formulas.flops import forward_flops
+from nanoinfra.formulas.params import shapes
 from nanoinfra.formulas.shape import ModelConfig
 
 
@@ -33,6 +34,21 @@ def split(config: ModelConfig, n: int, seq: int) -> list[tuple[int, int]]:
     last = min(range(L - n + 2), key=costs)
     ends = [*accumulate(_share(L - last, n - 1)), L]
     return list(zip([0, *ends], ends))
+
+
+def chunk_names(config: ModelConfig, n: int, seq: int) -> list[list[str]]:
+    """The names of the parameters of each of `n` chunks; a tied matrix is the first's and the last's."""
+    borders, names = split(config, n, seq), [[] for _ in range(n)]
+    for name in shapes(config):
+        head, layer = name.split(".")[:2]
+        if head == "blocks":
+            chunk = next(i for i, (_, stop) in enumerate(borders) if int(layer) < stop)
+        else:
+            chunk = n - 1 if head in ("norm", "head") else 0
+        names[chunk].append(name)
+    if config.tied and n > 1:
+        names[-1].append("embed.weight")
+    return names
 
 
 def chunk_flops(config: ModelConfig, n: int, seq: int) -> list[float]:

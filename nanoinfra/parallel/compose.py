@@ -37,17 +37,21 @@ class Plan:
     grad_dtype: torch.dtype | None = None
     virtual: int = 1                         # chunks of the model a pipeline's stage has
     attention: str = "sdpa"
+    frozen: frozenset[str] = frozenset()     # names of parameters that are not trained
 
 
 class Composed:
     """`model`, a decoder or a pipeline's chunk of one, so far without storage: a rank's part of a training.
 
     `loss` ends the chunk that has the head. `read(name, part)` gives the first weights. What `masters`
-    holds, {name: float32 tensor}, or where that is None the `shards`, is the optimizer's to move.
+    holds, {name: float32 tensor}, or where that is None the `shards`, is the optimizer's to move; what is
+    `frozen`, {name: tensor}, nobody's.
     """
 
     def __init__(self, model: Decoder, mesh, plan: Plan, read: Read):
         self.model, self.zero = model, plan.zero
+        for name, p in model.named_parameters():
+            p.requires_grad_(name not in plan.frozen)
         self.tensor = TensorParallel(model, mesh, plan.sp)
         self.loss, self.masters = HeadLoss(model.head) if model.head else None, None
         recompute.apply(model, plan.recompute)
@@ -60,10 +64,10 @@ class Composed:
         else:
             exchange(model, lambda name, p: nn.Parameter(source(name), p.requires_grad))
             if plan.dtype.itemsize < 4:
-                self.masters = {name: p.detach() for name, p in model.named_parameters()}
+                self.masters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
             exchange(model, lambda name, p: nn.Parameter(p.detach().to(plan.dtype), p.requires_grad))
             self.data = DataParallel(model, mesh.data, plan.data_parallel, grad_dtype=plan.grad_dtype)
-        self.shards = self.data.shards
+        self.shards, self.frozen = self.data.shards, self.data.frozen
 
     def run(self, x: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
         """What the layers make of the stream `x` at `places` (T,); with the head their loss, ()."""
@@ -76,7 +80,7 @@ class Composed:
         return self.tensor.finish(self.data.finish())
 
     def box(self, name: str) -> tuple[tuple[int, int], ...]:
-        """The part of the logical parameter `name` that this rank's optimizer moves: (start, stop) by dim."""
+        """The part of the logical parameter `name` that this rank keeps, and moves: (start, stop) by dim."""
         box = self.tensor.boxes[name]
         if not self.zero or not box:
             return box
@@ -97,6 +101,7 @@ class Chunks:
         self.ends = mesh.ends("pp") if config.tied and p > 1 else None   # who share the tied weight
         self.shards = self._all("shards")
         self.masters = self._all("masters") if self.each[0].masters else None
+        self.frozen = self._all("frozen")
 
     def begin_step(self) -> None:
         """Forget the last step's gradients."""
@@ -110,10 +115,10 @@ class Chunks:
             comm.all_reduce(grads[TIED], self.ends, "tied")
         return grads
 
-    def publish(self) -> None:
-        """After the optimizer's step: whole weights follow the shards."""
+    def publish(self, frozen: bool = False) -> None:
+        """After the optimizer's step: whole weights follow the shards. After a load, `frozen` ones too."""
         for chunk in self.each:
-            chunk.data.publish()
+            chunk.data.publish(frozen)
 
     def norm_axes(self) -> list:
         """The axes whose ranks hold different gradients: their norms add up over these."""
@@ -126,7 +131,7 @@ class Chunks:
 
     def box(self, name: str) -> tuple[tuple[int, int], ...]:
         """`Composed.box` of the chunk that has it."""
-        return next(chunk for chunk in self.each if name in chunk.shards).box(name)
+        return next(chunk for chunk in self.each if name in chunk.shards | chunk.frozen).box(name)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All they hold between steps."""

@@ -33,6 +33,7 @@ class DataParallel:
         self.axis, self.overlap, self.model = axis, how == "overlap", model
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.shards = dict(named)                                            # whole, unlike ZeRO's
+        self.frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
         self.buckets = pack(named[::-1], 0 if how == "each" else bucket_bytes, grad_dtype)
         self.home = {p: bucket for bucket in self.buckets for p in bucket.views}
         self.grads = {name: self.home[p].views[p] for name, p in named}
@@ -61,7 +62,7 @@ class DataParallel:
             bucket.pending.wait()
         return self.grads
 
-    def publish(self) -> None:
+    def publish(self, frozen: bool = False) -> None:
         """After the optimizer's step: nothing to do, every rank has moved all weights alike."""
 
     def tensors(self) -> Iterator[torch.Tensor]:

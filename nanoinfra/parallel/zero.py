@@ -41,7 +41,8 @@ class Zero:
         self.parts = cut(model, axis, groups, dtype, source)
         trained = [part for part in self.parts if part.param.requires_grad]
         self.shards = {part.name: part.shard for part in trained}
-        self.rows = {part.name: part.rows for part in trained}
+        self.frozen = {part.name: part.shard for part in self.parts if not part.param.requires_grad}
+        self.rows = {part.name: part.rows for part in self.parts}
         self.shapes = {part.name: part.param.shape for part in trained}
         self.units = [Unit(group, parts, axis) for i, group in enumerate(groups)
                       if (parts := [part for part in self.parts if part.unit == i])]
@@ -53,10 +54,10 @@ class Zero:
         self.going_back = False
         self._hook()
         stay = {id(part.whole): part for part in self.parts if part.unit is None}.values()
-        for kept in stay, [part for part in stay if part.param.requires_grad]:
-            self.resident = [Bundle(group, axis) for group in pack(kept, Part.measure, bucket_bytes)]
-            if kept is stay:                                             # what is frozen, only once
-                self.publish()
+        moves = [part for part in stay if part.param.requires_grad]
+        self.resident = self._bundles(moves, bucket_bytes)
+        self.still = self._bundles([part for part in stay if part not in moves], bucket_bytes)
+        self.publish(frozen=True)
 
     def begin_step(self) -> None:
         """Forget the last step's gradients."""
@@ -73,13 +74,17 @@ class Zero:
         self._leave()
         return self.reducer.finish()
 
-    def publish(self) -> None:
-        """After the optimizer's step: gather anew what is kept whole. A unit is when it is next entered."""
+    def publish(self, frozen: bool = False) -> None:
+        """After the optimizer's step: gather anew what is kept whole. A unit is when it is next entered.
+
+        What is `frozen` is gathered only once, and when it has been loaded.
+        """
         self._leave()
         if self.coming:                                                  # stale now
             self.coming = self.coming.drop()
-        for i, bundle in enumerate(self.resident):
-            for near in self.resident[i:i + 2]:                          # two on their way
+        bundles = [*self.resident, *(self.still if frozen else ())]
+        for i, bundle in enumerate(bundles):
+            for near in bundles[i:i + 2]:                                # two on their way
                 near.launch()
             bundle.land()
 
@@ -88,6 +93,9 @@ class Zero:
         yield from self.reducer.grads.values()
         for part in self.parts:
             yield from (part.whole, part.shard)
+
+    def _bundles(self, parts, bucket_bytes):
+        return [Bundle(group, self.axis) for group in pack(parts, Part.measure, bucket_bytes)]
 
     def _hook(self):
         for param in self.reducer.home:

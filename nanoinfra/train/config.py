@@ -18,6 +18,7 @@ from nanoinfra.parallel import schedules
 
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]              # a group's flags carry no prefix
+FINE_TUNING_LR = 1e-4                                    # where weights are given, and no --lr
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
 
@@ -31,6 +32,7 @@ class ModelFlags:
     recompute: Literal["none", "selective", "full"] = "none"  # what to run again in backward, not keep
     dtype: Dtype = "float32"                             # to compute in; 16 bits have float32 masters
     grad_dtype: Dtype | None = None                      # to sum gradients in; default: at least float32
+    freeze: tuple[str, ...] = ()                         # parameters to leave as they are: 'embed.*', ...
     seed: int = 0                                        # of weights and of the order of samples
 
 
@@ -73,7 +75,10 @@ class OptimizerFlags:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float | None = None                              # peak; default: the size's
     warmup: int = 10                                     # steps of linear warm-up
-    lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine ends at a tenth of the peak
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    min_lr: float | None = None                          # where cosine ends; default: a tenth of the peak
+    betas: tuple[float, float] | None = None             # adamw's decay of its moments; default: 0.9 0.95
+    weight_decay: float | None = None                    # adamw's, of matrices alone; default: 0.1
     clip: float = 1.0                                    # largest global gradient norm; 0: never clip
 
 
@@ -147,6 +152,8 @@ def check(flags: TrainFlags, world: int) -> None:
                 "--seq": (flags.data.seq, 1), "--steps": (flags.run.steps, 1), "--keep": (flags.run.keep, 1),
                 "--threads": (flags.mesh.threads, 1), "--vocab": (flags.model.vocab, 257),
                 "--warmup": (flags.optimizer.warmup, 0), "--clip": (flags.optimizer.clip, 0),
+                "--lr": (flags.optimizer.lr, 0), "--min-lr": (flags.optimizer.min_lr, 0),
+                "--weight-decay": (flags.optimizer.weight_decay, 0),
                 "--eval-every": (flags.run.eval_every, 0), "--save-every": (flags.run.save_every, 0),
                 "--max-restarts": (flags.run.max_restarts, 0), "--timeout": (flags.run.timeout, 1)}
     for flag, (value, least) in at_least.items():
@@ -155,7 +162,24 @@ def check(flags: TrainFlags, world: int) -> None:
     if flags.run.seconds is not None and flags.run.seconds <= 0:
         raise ValueError(f"--seconds {flags.run.seconds} leaves no time for a step; try --seconds 60")
     _check_model(flags.model, flags.mesh.tp)
+    _check_optimizer(flags.optimizer, peak_lr(flags))
     _check_pipeline(flags, mesh["dp"])
+
+
+def _check_optimizer(flags, peak):
+    given = [name for name, value in (("--betas", flags.betas), ("--weight-decay", flags.weight_decay))
+             if value is not None]
+    if flags.optimizer == "sgd" and given:
+        raise ValueError(f"{' and '.join(given)}: of AdamW's step, and --optimizer sgd is plain; leave it "
+                         "out, or use --optimizer adamw")
+    if flags.betas and not all(0 <= beta < 1 for beta in flags.betas):
+        raise ValueError(f"--betas {flags.betas[0]} {flags.betas[1]}: each is at least 0 and below 1; "
+                         "try --betas 0.9 0.95")
+    if flags.min_lr is not None and flags.lr_schedule == "constant":
+        raise ValueError("--min-lr is where a cosine ends, and --lr-schedule constant does not fall; leave "
+                         "one of them out")
+    if flags.min_lr is not None and flags.min_lr > peak:
+        raise ValueError(f"--min-lr {flags.min_lr} is above the peak, --lr {peak}; give at most that")
 
 
 def _check_memory(flags):
@@ -197,6 +221,13 @@ def _check_model(flags, tp):
     if flags.vocab or flags.untied:
         raise ValueError(f"--vocab and --untied shape a model that is drawn; {flags.model} has its shape "
                          "already: leave them out")
+
+
+def peak_lr(flags: TrainFlags) -> float:
+    """--lr, or the size's own; of given weights FINE_TUNING_LR."""
+    size = SIZES.get(flags.model.model)
+    usual = size.lr if size else FINE_TUNING_LR
+    return usual if flags.optimizer.lr is None else flags.optimizer.lr
 
 
 def micro_batches(flags: DataFlags, dp: int) -> tuple[int, int]:

@@ -15,14 +15,15 @@ BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-8, 0.1        # GPT-3's (Brown et al.
 
 
 class Optimizer:
-    """`name` is "adamw" or "sgd" (plain). Matrices decay under AdamW, vectors do not.
+    """`name` is "adamw" or "sgd" (plain). Matrices decay by `weight_decay` under AdamW, vectors do not.
 
     It moves a model's trainable parameters, or a rank's shards, {name: tensor}. `masters` may be given,
     {name: float32 tensor}, where the weights were drawn in more bits than the model keeps; it moves these.
     """
 
     def __init__(self, model: torch.nn.Module | dict[str, torch.Tensor], name: str = "adamw",
-                 masters: dict[str, torch.Tensor] | None = None):
+                 masters: dict[str, torch.Tensor] | None = None, betas: tuple[float, float] = BETAS,
+                 weight_decay: float = WEIGHT_DECAY):
         named = model.items() if isinstance(model, dict) else model.named_parameters()
         self.params = {n: p for n, p in named if isinstance(model, dict) or p.requires_grad}
         self.masters = {n: _master(p, (masters or {}).get(n)) for n, p in self.params.items()}
@@ -30,8 +31,8 @@ class Optimizer:
         matrices = [m for m in self.masters.values() if m.dim() >= 2]
         if name == "adamw":
             groups = [{"params": g, "weight_decay": d}
-                      for g, d in ((matrices, WEIGHT_DECAY), (vectors, 0.0)) if g]
-            self.torch = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
+                      for g, d in ((matrices, weight_decay), (vectors, 0.0)) if g]
+            self.torch = torch.optim.AdamW(groups, betas=betas, eps=EPS, fused=True)
         elif name == "sgd":
             self.torch = torch.optim.SGD(list(self.masters.values()), fused=True)
         else:
@@ -113,11 +114,15 @@ def clip(grads: dict[str, torch.Tensor], limit: float, scale: float = 1.0, axes:
     return norm
 
 
-def learning_rate(step: int, progress: float, warmup: int, peak: float, schedule: str = "cosine") -> float:
+def learning_rate(step: int, progress: float, warmup: int, peak: float, schedule: str = "cosine",
+                  lowest: float | None = None) -> float:
     """The rate of `step` (from 1) at `progress` (0 to 1) of the run.
 
-    Linear up over `warmup` steps, times a cosine that ends at a tenth of the peak, or times 1 ("constant").
+    Linear up over `warmup` steps, times a cosine's path from `peak` to `lowest` (default: a tenth of it), or
+    times `peak` ("constant").
     """
     rise = min(1.0, step / warmup) if warmup else 1.0
-    fall = 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress)) if schedule == "cosine" else 1.0
-    return peak * rise * fall
+    if schedule == "constant":
+        return peak * rise
+    lowest = peak / 10 if lowest is None else lowest
+    return rise * (lowest + (peak - lowest) * (1 + math.cos(math.pi * min(1.0, progress))) / 2)

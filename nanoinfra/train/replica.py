@@ -18,7 +18,8 @@ from nanoinfra.parallel import schedules
 from nanoinfra.parallel.compose import Chunks, Plan
 from nanoinfra.parallel.pipeline import PipelineStage
 from nanoinfra.train.config import TrainFlags
-from nanoinfra.train.optim import Optimizer, clip
+from nanoinfra.train.freeze import frozen_names
+from nanoinfra.train.optim import BETAS, WEIGHT_DECAY, Optimizer, clip
 from nanoinfra.train.pieces import Piece
 from nanoinfra.train.scale import LossScale
 from nanoinfra.train.step import execute
@@ -35,9 +36,11 @@ class Replica(PipelineStage):
         self.mesh, self.shapes, self.width = mesh, shapes(config), config.width
         self.kind, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual
         dtype = getattr(torch, flags.model.dtype)
-        self.parallel = Chunks(config, mesh, plan(flags), read or drawn(config, flags.model.seed))
+        self.parallel = Chunks(config, mesh, plan(flags, config), read or drawn(config, flags.model.seed))
         super().__init__(mesh.pp, mesh.twin("pp"), self.virtual, dtype, mesh.device, self.kind == "zb-h1")
-        self.optimizer = Optimizer(self.parallel.shards, flags.optimizer.optimizer, self.parallel.masters)
+        o = flags.optimizer
+        self.optimizer = Optimizer(self.parallel.shards, o.optimizer, self.parallel.masters, o.betas or BETAS,
+                                   WEIGHT_DECAY if o.weight_decay is None else o.weight_decay)
         self.limit, self.scale = flags.optimizer.clip, LossScale() if dtype == torch.float16 else None
         self.forwards = schedules.evaluate(mesh.pp.size, self.virtual)[mesh.pp.rank]
 
@@ -120,8 +123,9 @@ class Replica(PipelineStage):
         yield from self.optimizer.state().values()
 
     def pieces(self) -> list[tuple[Piece, torch.Tensor]]:
-        """What a checkpoint keeps of this rank: its parts of the tensors of the optimizer's state."""
-        pairs = [self._piece(key, tensor) for key, tensor in self.optimizer.state().items()]
+        """What a checkpoint keeps of this rank: its parts of the optimizer's state, and of what is frozen."""
+        kept = self.optimizer.state() | self.parallel.frozen
+        pairs = [self._piece(key, tensor) for key, tensor in kept.items()]
         return [(piece, tensor) for piece, tensor in pairs if tensor.numel()]
 
     def state(self) -> dict:
@@ -130,10 +134,14 @@ class Replica(PipelineStage):
 
     def load(self, pairs: Iterable[tuple[Piece, torch.Tensor]], state: dict) -> None:
         """Take back what `pieces` and `state` gave, whatever ranks wrote it."""
-        self.optimizer.load({piece.name: tensor for piece, tensor in pairs}, state["updates"])
+        tensors = {piece.name: tensor for piece, tensor in pairs}
+        for name in tensors.keys() & self.parallel.frozen.keys():
+            tensor = tensors.pop(name)
+            self.parallel.frozen[name].view(-1)[:tensor.numel()].copy_(tensor.view(-1))
+        self.optimizer.load(tensors, state["updates"])
         if self.scale and state["scale"]:
             self.scale.load(state["scale"])
-        self.parallel.publish()
+        self.parallel.publish(frozen=True)
 
     def _piece(self, key, tensor):
         name = key.rpartition("/")[2]
@@ -142,14 +150,15 @@ class Replica(PipelineStage):
         piece = Piece(key, tuple(start for start, _ in box), size, self.shapes[name])
         return piece, tensor.view(-1)[:math.prod(size)].view(size)         # zeros follow in ZeRO's last
 
-def plan(flags: TrainFlags) -> Plan:
+def plan(flags: TrainFlags, config: ModelConfig) -> Plan:
     """What the flags ask for besides the mesh; gradients are summed in at least float32 by default."""
     dtype, asked = getattr(torch, flags.model.dtype), flags.model.grad_dtype
     grad_dtype = getattr(torch, asked) if asked else torch.promote_types(dtype, torch.float32)
     mesh = flags.mesh
     sp = "none" if not mesh.sp else "keep" if mesh.sp_keep else "gather"
+    frozen = frozen_names(flags.model.freeze, config, mesh.pp * flags.pipeline.virtual)
     return Plan(sp, mesh.zero, flags.model.recompute, mesh.data_parallel, dtype, grad_dtype,
-                flags.pipeline.virtual, flags.model.attention)
+                flags.pipeline.virtual, flags.model.attention, frozen)
 
 
 def drawn(config: ModelConfig, seed: int) -> Read:

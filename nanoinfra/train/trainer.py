@@ -18,17 +18,15 @@ from nanoinfra.data.loader import Loader
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh, world_size
 from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import SIZES
 from nanoinfra.train import metrics
-from nanoinfra.train.config import TrainFlags, check, micro_batches, parse_wire, plan_mesh, to_json
+from nanoinfra.train.config import TrainFlags, check, micro_batches, parse_wire, peak_lr, plan_mesh, to_json
+from nanoinfra.train.freeze import trained_parameters
 from nanoinfra.train.inputs import open_inputs
 from nanoinfra.train.loss import count_valid
 from nanoinfra.train.optim import learning_rate
 from nanoinfra.train.replica import Replica
 from nanoinfra.train.rundir import RunDir
 from nanoinfra.train.step import execute
-
-FINE_TUNING_LR = 1e-4                        # where weights are given, and no --lr
 
 
 def train(flags: TrainFlags) -> list[dict]:
@@ -89,10 +87,7 @@ class Run:
         """For the step about to be taken."""
         o, run = self.flags.optimizer, self.flags.run
         progress = self.elapsed / run.seconds if run.seconds else self.step / run.steps
-        size = SIZES.get(self.flags.model.model)
-        usual = size.lr if size else FINE_TUNING_LR
-        peak = usual if o.lr is None else o.lr
-        return learning_rate(self.step + 1, progress, o.warmup, peak, o.lr_schedule)
+        return learning_rate(self.step + 1, progress, o.warmup, peak_lr(self.flags), o.lr_schedule, o.min_lr)
 
     def due(self, every: int) -> bool:
         """Is this step one of each `every`? Never where that is 0."""
@@ -179,7 +174,9 @@ class Run:
                   + ", sequence parallel" * self.flags.mesh.sp
                   + f", ZeRO-{self.flags.mesh.zero}" * bool(self.flags.mesh.zero))
         going_on = f", going on after step {self.step}" if self.step else ""
-        print(f"{self.flags.model.model}: {parameters(self.inputs.model):,} parameters, "
+        freeze = self.flags.model.freeze
+        trained = f" ({trained_parameters(freeze, self.inputs.model):,} of them trained)" if freeze else ""
+        print(f"{self.flags.model.model}: {parameters(self.inputs.model):,} parameters{trained}, "
               f"{self.flags.model.dtype}, {self.mesh}{memory}; "
               f"{G} x {self.inputs.seq} tokens a step in {m} micro-batches a rank; "
               f"into {self.dir.path}{going_on}", flush=True)

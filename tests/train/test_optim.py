@@ -104,3 +104,15 @@ def test_rate_rises_in_a_line_and_falls_along_a_cosine_to_a_tenth(step, progress
     assert learning_rate(step, progress, warmup=10, peak=1.0) == pytest.approx(want)
     assert learning_rate(step, progress, 10, 1.0, "constant") == pytest.approx(min(1, step / 10))
     assert math.isclose(learning_rate(1, 0, 0, 3.0, "constant"), 3.0)
+
+
+def test_a_cosine_ends_where_it_is_told_to():
+    assert learning_rate(99, 1.0, 10, 1.0, lowest=0.3) == pytest.approx(0.3)
+    assert learning_rate(99, 0.5, 10, 1.0, lowest=0.0) == pytest.approx(0.5)
+    assert learning_rate(5, 0.0, 10, 1.0, lowest=0.3) == pytest.approx(0.5)
+
+
+def test_betas_and_decay_are_those_given():
+    group, vectors = Optimizer(net(), betas=(0.8, 0.99), weight_decay=0.3).torch.param_groups
+    assert group["betas"] == vectors["betas"] == (0.8, 0.99)
+    assert (group["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
