@@ -13,10 +13,10 @@ def describe_data(source: Packed, seq: int) -> str:
     corpus, tokens = source.corpus, len(source.tokens)
     train, held_out = corpus.bytes
     windows = source.windows(seq)
-    over = tokens - 1 - windows * seq
+    over = f", the last {over:,} are in none" if (over := tokens - 1 - windows * seq) else ""
     return (f"--data {corpus.name}: {len(corpus.train)} documents ({_size(train)}) to train on, "
-            f"{len(corpus.held_out)} ({_size(held_out)}) held out; {tokens:,} tokens make {windows:,} samples "
-            f"of {seq}" + f", the last {over:,} are in none" * bool(over))
+            f"{len(corpus.held_out)} ({_size(held_out)}) held out; "
+            f"{tokens:,} tokens make {windows:,} samples of {seq}{over}")
 
 
 def data_warnings(source: Packed, seq: int, vocab: int | None, global_batch: int) -> list[str]:
@@ -27,8 +27,8 @@ def data_warnings(source: Packed, seq: int, vocab: int | None, global_batch: int
     if corpus.skipped:
         found.append(left_out(corpus))
     if held_out > train:
-        found.append(f"--data {corpus.name} holds out {_size(held_out)}, more than the {_size(train)} to train "
-                     "on: a file's name decides its side; give one file, which is split by pieces, or more")
+        found.append(f"--data {corpus.name} holds out {_size(held_out)}, more than the {_size(train)} to "
+                     "train on: a file's name decides its side; give one file, which is cut, or more files")
     if vocab and source.tokenizer.vocab_size < vocab:
         found.append(f"the vocabulary has {source.tokenizer.vocab_size} entries of the {vocab} wanted: no "
                      "further pair of them repeats in the text")

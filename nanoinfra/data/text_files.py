@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+
 class Skipped(NamedTuple):
     """A file, folder or link that is left out."""
     path: str                  # relative to the corpus, with /

@@ -118,8 +118,8 @@ def test_a_good_entry_is_read_where_nothing_can_be_written(tmp_path, monkeypatch
     assert (cached_folder("x", None, tmp_path) / "a").read_text() == "whole"
 
 
-@pytest.mark.parametrize("xdg, want", [(None, "home/.cache"), ("", "home/.cache"), ("relative", "home/.cache"),
-                                       ("{tmp}/xdg", "xdg")])
+@pytest.mark.parametrize("xdg, want", [
+    (None, "home/.cache"), ("", "home/.cache"), ("relative", "home/.cache"), ("{tmp}/xdg", "xdg")])
 def test_the_default_is_the_users_cache(tmp_path, monkeypatch, xdg, want):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

@@ -144,9 +144,10 @@ def test_names_that_are_no_text_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("content, want", [
-    (b"\xef\xbb\xbfcaf\xc3\xa9", "café"), (b"\xef\xbb\xbf", ""), ("café".encode("utf-16"), "UTF-16, not UTF-8 text"),
-    ("caf\xe9".encode("utf-16-be"), "not UTF-8 text"), (codecs.BOM_UTF16_BE + b"\0a", "UTF-16, not UTF-8 text"),
-    ("plain".encode("utf-16-le"), "binary, not text")])
+    (b"\xef\xbb\xbfcaf\xc3\xa9", "café"), (b"\xef\xbb\xbf", ""),
+    (codecs.BOM_UTF16_LE + b"a\0", "UTF-16, not UTF-8 text"),
+    (codecs.BOM_UTF16_BE + b"\0a", "UTF-16, not UTF-8 text"),
+    ("café".encode("utf-16-be"), "not UTF-8 text"), ("plain".encode("utf-16-le"), "binary, not text")])
 def test_a_byte_order_mark_is_no_text(tmp_path, content, want):
     corpus = load_corpus(write(tmp_path, {"a.txt": content, "b.txt": b"one", "c.txt": b"two"}))
     assert {d.path: d.text for d in (*corpus.train, *corpus.held_out)} | dict(corpus.skipped) == {

@@ -109,7 +109,8 @@ def test_a_sequence_longer_than_the_corpus():
 
 def damage(cache):
     """4 kB of the tokens are zeros, as a disk that lost power may leave them, and the tokenizer is cut."""
-    (tokens,), (tokenizer,) = cache.glob("*/tokens-*/*/tokens.npy"), cache.glob("*/tokenizer-*/*/tokenizer.json")
+    tokens, = cache.glob("*/tokens-*/*/tokens.npy")
+    tokenizer, = cache.glob("*/tokenizer-*/*/tokenizer.json")
     with tokens.open("r+b") as file:
         file.seek(4096)
         file.write(bytes(4096))
