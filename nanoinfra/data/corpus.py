@@ -2,18 +2,19 @@
 
 A file is held out when sha256(its relative path) % 20 == 0, a piece of a single file when sha256(its content)
 % 20 == 0: never by position, so that adding a file moves no other and equal pieces stay on one side. The
-embedded corpus is this machine's Python standard library (it differs by Python version: name the hash). Feeds
-tokenizer.py and source.py.
+embedded corpus is this machine's Python standard library (it differs by Python version: name the hash). Files
+are read by text_files.py. Feeds tokenizer.py and source.py.
 """
 import hashlib
-import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
+
+from nanoinfra.data.text_files import Skipped, read_folder, read_text, reasons
 
 HELD_OUT = 20                  # one document in so many is held out
 PIECE = 8192                   # characters after which a single file is cut, at the next blank line
@@ -27,11 +28,11 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, split; both sides hold text. `skipped` names each file left out, so that a run can tell."""
+    """Documents, split; both sides hold text. `skipped` is what was left out, so that a run can tell."""
     name: str                                # as given to --data
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
-    skipped: tuple[str, ...] = ()            # "path: reason"
+    skipped: tuple[Skipped, ...] = ()
 
     @cached_property
     def hash(self) -> str:
@@ -72,17 +73,22 @@ def utf8_bytes(documents: Iterable[Document]) -> int:
 def _stdlib() -> Corpus:
     def enter(folder: str) -> bool:
         return folder not in ("site-packages", "dist-packages", "test", "tests", "idle_test")
-    documents, skipped = _read_tree(Path(sysconfig.get_path("stdlib")), enter, suffix=".py")
-    return _split("stdlib", documents, [_sha256(d.path) for d in documents], skipped)
+    found, skipped = read_folder(Path(sysconfig.get_path("stdlib")), enter, suffix=".py", follow=False)
+    return _split("stdlib", *_by_path(found), skipped)
 
 
 def _folder(root: Path) -> Corpus:
-    documents, skipped = _read_tree(root, enter=lambda folder: not folder.startswith("."))
-    return _split(str(root), documents, [_sha256(d.path) for d in documents], skipped)
+    found, skipped = read_folder(root, enter=lambda folder: not folder.startswith("."))
+    return _split(str(root), *_by_path(found), skipped)
+
+
+def _by_path(found):
+    documents = [Document(path, text) for path, text in found]
+    return documents, [_sha256(d.path) for d in documents]
 
 
 def _file(path: Path) -> Corpus:
-    pieces = [Document(f"{path.name}#{i}", piece) for i, piece in enumerate(cut(_read_text(path)), 1)]
+    pieces = [Document(f"{path.name}#{i}", piece) for i, piece in enumerate(cut(read_text(path)), 1)]
     return _split(str(path), pieces, [_sha256(d.text) for d in pieces], [])
 
 
@@ -103,7 +109,7 @@ def cut(text: str, size: int = PIECE) -> Iterator[str]:
 def _split(name: str, documents: list[Document], hashes: list[bytes], skipped: list[str]) -> Corpus:
     full = [(document, h) for document, h in zip(documents, hashes) if document.text]
     if not full:
-        hint = f" ({len(skipped)} files skipped, e.g. {skipped[0]})" if skipped else ""
+        hint = f" (left out: {reasons(skipped)})" if skipped else ""
         raise ValueError(f"the corpus {name} is empty{hint}; --data needs text: try --data stdlib")
     out = {h for h in hashes if int.from_bytes(h) % HELD_OUT == 0}
     if not 0 < sum(h in out for _, h in full) < len(full):
@@ -120,31 +126,3 @@ def _split(name: str, documents: list[Document], hashes: list[bytes], skipped: l
 
 def _sha256(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
-
-
-def _read_tree(root: Path, enter: Callable[[str], bool], suffix: str = ""):
-    documents, skipped = [], []
-    os.listdir(root)                                 # raises where the root cannot be read
-    walk = os.walk(root, onerror=lambda error: skipped.append(f"{error.filename}: {error.strerror}"))
-    for folder, inner, files in walk:                # errors of inner folders go to `skipped`
-        inner[:] = sorted(filter(enter, inner))
-        for path in (Path(folder, name) for name in sorted(files) if name.endswith(suffix)):
-            name = path.relative_to(root).as_posix()
-            try:
-                documents.append(Document(name, _read_text(path)))
-            except OSError as error:
-                skipped.append(f"{name}: {error.strerror}")
-    return sorted(documents), skipped
-
-
-def _read_text(path: Path) -> str:
-    if path.exists() and not path.is_file():
-        raise OSError(0, "not a regular file")       # a pipe would wait for a writer for ever
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise OSError(0, "not UTF-8 text") from error
-    if "\0" in text:
-        raise OSError(0, "binary, not text")
-    return text

@@ -21,6 +21,7 @@ from nanoinfra.data.corpus import Corpus
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SMALLEST = 257                               # 256 bytes and the end of text
+LONGEST_WORD = 256                           # bytes of a word that training looks at in one piece
 
 
 def tokenizer_for(corpus: Corpus, vocab: int = 4096, cache: str | Path | None = None) -> "Tokenizer":
@@ -59,14 +60,21 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab: int) -> "Tokenizer":
-        """Learn `vocab` entries from `texts`; fewer where the texts have no more pairs that repeat."""
+        """Learn `vocab` entries from `texts`; fewer where the texts have no more pairs that repeat.
+
+        A merge costs the whole length of each word it occurs in, so a word of n bytes costs n^2. A run of
+        letters, signs or spaces may be a whole file: it is learned from in parts, and encoded in one piece,
+        which takes n log n.
+        """
         _check_vocab(vocab)
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_WORD)])
         backend.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         backend.train_from_iterator(texts, trainers.BpeTrainer(
             vocab_size=vocab, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False))
+        backend.pre_tokenizer = words
         return cls(backend)
 
     @staticmethod

@@ -3,6 +3,7 @@
 Not every combination has to exist at once; `check` refuses one that does not, with the reason, before any
 rank starts. Sizes, learning rates and contexts that are not given follow from --model.
 """
+import os
 from dataclasses import dataclass, field, fields
 from math import ceil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+from nanoinfra.data.cache import check_cache
 from nanoinfra.dist.fits import check_fits
 from nanoinfra.formulas.pipeline import split
 from nanoinfra.formulas.shape import SIZES
@@ -161,6 +163,7 @@ def check(flags: TrainFlags, world: int) -> None:
             raise ValueError(f"{flag} {value} is too small; give at least {least}")
     if flags.run.seconds is not None and flags.run.seconds <= 0:
         raise ValueError(f"--seconds {flags.run.seconds} leaves no time for a step; try --seconds 60")
+    _check_data(flags.data.data, flags.run)
     _check_model(flags.model, flags.mesh.tp)
     _check_optimizer(flags.optimizer, peak_lr(flags))
     _check_pipeline(flags, mesh["dp"])
@@ -180,6 +183,20 @@ def _check_optimizer(flags, peak):
                          "one of them out")
     if flags.min_lr is not None and flags.min_lr > peak:
         raise ValueError(f"--min-lr {flags.min_lr} is above the peak, --lr {peak}; give at most that")
+
+
+def _check_data(data, run):
+    if data == "random":
+        if run.eval_every:
+            raise ValueError(f"--eval-every {run.eval_every} scores text that is held out, and --data random "
+                             "has none; leave it out, or give --data stdlib, a text file or a folder")
+        return
+    if data != "stdlib" and os.path.isdir(data):
+        below = os.path.relpath(os.path.realpath(run.out), os.path.realpath(data))
+        if below == "." or not any(part.startswith(".") for part in below.split(os.sep)):    # .. and hidden
+            raise ValueError(f"--out {run.out} lies in --data {data}, so the run would read what it writes; "
+                             "name an --out outside of it")
+    check_cache()
 
 
 def _check_memory(flags):

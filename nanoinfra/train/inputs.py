@@ -3,16 +3,18 @@
 A size takes the vocabulary of the corpus's own tokenizer; pretrained weights bring theirs.
 Rank 0 builds the caches, then the others read them.
 """
+import sys
 from dataclasses import dataclass
 
 from nanoinfra.data.loader import HeldOut
 from nanoinfra.data.source import Packed, Random, open_source
+from nanoinfra.data.summary import data_warnings, describe_data
 from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.dist import comm
 from nanoinfra.formulas.shape import SIZES, ModelConfig, sized
 from nanoinfra.formulas.tensor import check_heads
 from nanoinfra.model.fill import Read, Weights
-from nanoinfra.train.config import TrainFlags
+from nanoinfra.train.config import TrainFlags, micro_batches
 from nanoinfra.train.pretrained import open_pretrained
 
 LONGEST = 1024                               # tokens in a sample where pretrained weights would allow more
@@ -44,6 +46,9 @@ def open_inputs(flags: TrainFlags, mesh) -> Inputs:
     vocab = flags.model.vocab or size.vocab
     source = _first_on_rank_0(mesh, lambda: open_source(flags.data.data, vocab, tokenizer))
     source.check(seq)
+    if source.corpus:
+        _check_same(mesh, source)
+        _say(flags, mesh, source, seq)
     config = _config(flags, source, size, seq, weights)
     held_out = None
     if source.corpus and flags.run.eval_every:
@@ -53,6 +58,25 @@ def open_inputs(flags: TrainFlags, mesh) -> Inputs:
                 "tokenizer": source.tokenizer.hash if source.tokenizer else f"vocabulary {config.vocab}",
                 "freeze": list(flags.model.freeze)}
     return Inputs(source, seq, held_out, config, weights, identity)
+
+
+def _check_same(mesh, source):
+    """Raise ValueError, on every rank, where one has read another corpus than rank 0."""
+    found = comm.gather_objects([source.corpus.hash, source.tokenizer.hash], mesh.world, "caches")
+    other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
+    if other is not None:
+        raise ValueError(f"rank {other} has read another --data {source.corpus.name} than rank 0: corpus "
+                         f"{found[other][0][:12]}, not {found[0][0][:12]}; its files must be the same on "
+                         "every host (stdlib is that of each host's Python), and nobody may write them now")
+
+
+def _say(flags, mesh, source, seq):
+    """What is read, once: the news to stdout, and what may not be meant to stderr."""
+    if mesh.rank == 0:
+        batch, _ = micro_batches(flags.data, mesh.data.size)
+        print(describe_data(source, seq), flush=True)
+        for warning in data_warnings(source, seq, flags.model.vocab, batch):
+            print(f"nanoinfra: {warning}", file=sys.stderr, flush=True)
 
 
 def _tokenizer(flags, weights):

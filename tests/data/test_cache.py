@@ -1,10 +1,16 @@
+import os
+import pwd
+import shutil
+from pathlib import Path
+
 import pytest
 
-from nanoinfra.data.cache import FORMAT, cached_folder
+from nanoinfra.data import cache
+from nanoinfra.data.cache import CONTENT, FORMAT, SUMS, cached_folder, check_cache
 
 
-def entries(cache):
-    return sorted(path.name for path in (cache / FORMAT).iterdir())
+def entries(root):
+    return sorted(path.name for path in (root / FORMAT).iterdir())
 
 
 def test_an_entry_is_made_once(tmp_path):
@@ -39,9 +45,113 @@ def test_a_failure_half_way_leaves_no_entry(tmp_path):
     assert entries(tmp_path) == []
 
 
-def test_the_default_is_in_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cached_folder("x", lambda folder: None) == tmp_path / ".cache" / "nanoinfra" / FORMAT / "x"
+DAMAGE = {
+    "a page of zeros": lambda entry: zero(entry / CONTENT / "a", 4096, 4096),
+    "a truncated file": lambda entry: os.truncate(entry / CONTENT / "a", 4096),
+    "a longer file": lambda entry: (entry / CONTENT / "a").write_bytes(b"whole" * 4096 + b"x"),
+    "a missing file": lambda entry: (entry / CONTENT / "a").unlink(),
+    "another file beside it": lambda entry: (entry / CONTENT / "b").write_text("x"),
+    "a folder in a file's place": lambda entry: in_its_place(entry / CONTENT / "a", Path.mkdir),
+    "a pointer to nowhere": lambda entry: in_its_place(entry / CONTENT / "a", lambda a: a.symlink_to("gone")),
+    "no list": lambda entry: (entry / SUMS).unlink(),
+    "a cut list": lambda entry: os.truncate(entry / SUMS, 20),
+    "a list of zeros": lambda entry: zero(entry / SUMS, 0, 60),
+    "another kind of list": lambda entry: (entry / SUMS).write_text('["a"]'),
+    "no text": lambda entry: (entry / SUMS).write_bytes(b"\xff"),
+    "no content": lambda entry: shutil.rmtree(entry / CONTENT),
+    "an empty folder": lambda entry: in_its_place(entry, Path.mkdir),
+    "the files of an older version": lambda entry: (shutil.rmtree(entry), entry.mkdir(),
+                                                    (entry / "a").write_text("old")),
+    "a file": lambda entry: in_its_place(entry, lambda path: path.write_text("x")),
+    "a link to nowhere": lambda entry: in_its_place(entry, lambda path: path.symlink_to("gone"))}
+
+
+def zero(path, start, count):
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(count))
+
+
+def in_its_place(path, make):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    make(path)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_not_as_it_was_written_is_made_again_and_said_once(tmp_path, capfd, damage):
+    def fill(folder):
+        (folder / "a").write_bytes(b"whole" * 4096)
+
+    cached_folder("x", fill, tmp_path)
+    DAMAGE[damage](tmp_path / FORMAT / "x")
+    for _ in range(2):
+        assert (cached_folder("x", fill, tmp_path) / "a").read_bytes() == b"whole" * 4096
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith(f"nanoinfra: {tmp_path / FORMAT / 'x'} ")
+    assert said[0].endswith("; it is made again") and entries(tmp_path) == ["x"]
+
+
+def test_an_entry_that_another_has_mended_meanwhile_stays(tmp_path, monkeypatch):
+    def fill(folder):
+        (folder / "a").write_text("whole")
+
+    cached_folder("x", fill, tmp_path)
+    DAMAGE["a file"](tmp_path / FORMAT / "x")
+    find, mended = cache._fault, []
+
+    def slowly(entry):
+        fault = find(entry)
+        if not mended:                       # as long as this one looks, another makes it
+            mended.append(True)
+            mended.append(cached_folder("x", fill, tmp_path).stat().st_ino)
+        return fault
+
+    monkeypatch.setattr(cache, "_fault", slowly)
+    got = cached_folder("x", lambda folder: (folder / "a").write_text("mine"), tmp_path)
+    assert got.stat().st_ino == mended[1] and (got / "a").read_text() == "whole"
+
+
+def test_a_good_entry_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    cached_folder("x", lambda folder: (folder / "a").write_text("whole"), tmp_path)
+    monkeypatch.setattr(cache, "TemporaryDirectory", None)
+    monkeypatch.setattr(Path, "mkdir", None)
+    assert (cached_folder("x", None, tmp_path) / "a").read_text() == "whole"
+
+
+@pytest.mark.parametrize("xdg, want", [
+    (None, "home/.cache"), ("", "home/.cache"), ("relative", "home/.cache"), ("{tmp}/xdg", "xdg")])
+def test_the_default_is_the_users_cache(tmp_path, monkeypatch, xdg, want):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if xdg is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", xdg.format(tmp=tmp_path))
+    got = cached_folder("x", lambda folder: None)
+    assert got == tmp_path / want / "nanoinfra" / FORMAT / "x" / CONTENT and got.is_dir()
+    check_cache()
+
+
+def test_a_user_without_a_home_is_told_which_variable_helps(monkeypatch, tmp_path):
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])    # as the system does for an unknown one
+    for look in (lambda: cached_folder("x", None), check_cache):
+        with pytest.raises(ValueError, match="no home folder .*; set XDG_CACHE_HOME or HOME to a folder"):
+            look()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cached_folder("x", lambda folder: None).is_relative_to(tmp_path)
+
+
+def test_a_cache_that_cannot_be_made_is_refused_before_it_is_wanted(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "in"))
+    with pytest.raises(ValueError, match="cannot be made in .*file: that is no folder; set XDG_CACHE_HOME"):
+        check_cache()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "closed" / "in"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)       # root may everything
+    with pytest.raises(ValueError, match="cannot be made in .*: you may not write there; set XDG_CACHE_HOME"):
+        check_cache()
+    (tmp_path / "closed" / "in" / "nanoinfra" / FORMAT).mkdir(parents=True)
+    check_cache()                            # what is wanted may be in it
 
 
 def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path):

@@ -1,3 +1,4 @@
+import codecs
 import hashlib
 import os
 import random
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoinfra.data.corpus import cut, load_corpus
+from nanoinfra.data.text_files import reasons
 
 TESTS = "test", "tests", "idle_test"
 
@@ -107,8 +109,49 @@ def test_what_is_not_text_is_skipped_and_named(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     got = load_corpus(tmp_path)
     assert {d.path for d in (*got.train, *got.held_out)} == {"a.txt", "b.txt"}
-    assert sorted(got.skipped) == ["gone.txt: No such file or directory", "latin.txt: not UTF-8 text",
-                                   "picture.gif: binary, not text", "pipe: not a regular file"]
+    assert sorted(got.skipped) == [
+        (".git", "a hidden folder"), ("gone.txt", "No such file or directory"),
+        ("latin.txt", "not UTF-8 text"), ("picture.gif", "binary, not text"), ("pipe", "not a regular file")]
+
+
+def names(corpus):
+    return {d.path for d in (*corpus.train, *corpus.held_out)}
+
+
+def test_links_are_followed_and_no_file_is_read_twice(tmp_path):
+    write(tmp_path, {"texts/a.txt": b"one", "texts/deep/b.txt": b"two", "else/c.txt": b"three",
+                     "else/in/d.txt": b"four", "else/in/.hidden/e.txt": b"five", "far/f.txt": b"six"})
+    for link, target in (("texts/else", "else"), ("texts/twice", "else"), ("texts/inner", "else/in"),
+                         ("texts/again.txt", "texts/a.txt"), ("texts/deep/same.txt", "else/c.txt"),
+                         ("texts/f.txt", "far/f.txt"), ("texts/g.txt", "far/f.txt"),
+                         ("texts/loop", "texts"), ("texts/deep/up", "."), ("else/in/back", "else"),
+                         ("else/home", "texts"), ("texts/.far", "far")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    got = load_corpus(tmp_path / "texts")
+    assert names(got) == {"a.txt", "deep/b.txt", "else/c.txt", "else/in/d.txt", "f.txt"}
+    already, above = "a link to what is read already", "a link to a folder above it"
+    assert dict(got.skipped) == {
+        "twice": already, "inner": already, "again.txt": already, "deep/same.txt": already, "g.txt": already,
+        "else/home": already, "loop": above, "deep/up": above, "else/in/back": above,
+        ".far": "a hidden folder", "else/in/.hidden": "a hidden folder"}
+
+
+def test_names_that_are_no_text_are_told(tmp_path):
+    write(tmp_path, {"a.txt": b"one", "b.txt": b"two"})
+    with open(os.fsencode(tmp_path) + b"/caf\xe9\n.txt", "wb") as file:
+        file.write(b"\xe9")
+    assert reasons(load_corpus(tmp_path).skipped) == r"1 not UTF-8 text (e.g. 'caf\udce9\n.txt')"
+
+
+@pytest.mark.parametrize("content, want", [
+    (b"\xef\xbb\xbfcaf\xc3\xa9", "café"), (b"\xef\xbb\xbf", ""),
+    (codecs.BOM_UTF16_LE + b"a\0", "UTF-16, not UTF-8 text"),
+    (codecs.BOM_UTF16_BE + b"\0a", "UTF-16, not UTF-8 text"),
+    ("café".encode("utf-16-be"), "not UTF-8 text"), ("plain".encode("utf-16-le"), "binary, not text")])
+def test_a_byte_order_mark_is_no_text(tmp_path, content, want):
+    corpus = load_corpus(write(tmp_path, {"a.txt": content, "b.txt": b"one", "c.txt": b"two"}))
+    assert {d.path: d.text for d in (*corpus.train, *corpus.held_out)} | dict(corpus.skipped) == {
+        "a.txt": want, "b.txt": "one", "c.txt": "two"}
 
 
 def test_an_inner_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -121,13 +164,13 @@ def test_an_inner_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", closed)
-    assert load_corpus(tmp_path).skipped == (f"{tmp_path}/closed: Permission denied",)
+    assert load_corpus(tmp_path).skipped == ((f"{tmp_path}/closed", "Permission denied"),)
 
 
 @pytest.mark.parametrize("files, match", [
     ({}, "corpus .* is empty; "),
     ({"a.txt": b"", "b.txt": b""}, "corpus .* is empty; "),
-    ({"a.bin": b"\0"}, r"is empty \(1 files skipped, e.g. a.bin: binary, not text\)"),
+    ({"a.bin": b"\0"}, r"is empty \(left out: 1 binary, not text \(e.g. 'a.bin'\)\)"),
     ({"a.txt": b"alone"}, "no held-out documents: its 5 bytes .* folder of two files"),
 ])
 def test_a_folder_with_too_little(tmp_path, files, match):

@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
@@ -106,11 +107,35 @@ def test_a_sequence_longer_than_the_corpus():
     assert Packed(np.arange(100), np.array([1])).windows(10) == 9      # the last target needs a token too
 
 
+def damage(cache):
+    """4 kB of the tokens are zeros, as a disk that lost power may leave them, and the tokenizer is cut."""
+    tokens, = cache.glob("*/tokens-*/*/tokens.npy")
+    tokenizer, = cache.glob("*/tokenizer-*/*/tokenizer.json")
+    with tokens.open("r+b") as file:
+        file.seek(4096)
+        file.write(bytes(4096))
+    os.truncate(tokenizer, 1000)
+
+
+def test_damaged_tokens_and_tokenizers_are_made_again(corpus, tmp_path, capfd):
+    want = pack(corpus, tokenizer_for(corpus, 280, tmp_path), tmp_path)
+    tokens = np.array(want.tokens)
+    damage(tmp_path)
+    got = pack(corpus, tokenizer_for(corpus, 280, tmp_path), tmp_path)
+    assert got.tokenizer.hash == want.tokenizer.hash and np.array_equal(got.tokens, tokens)
+    said = capfd.readouterr().err.splitlines()
+    assert [line.rpartition(" is not as it was written: ")[2] for line in said] == [
+        "tokenizer.json changed; it is made again", "tokens.npy changed; it is made again"]
+
+
 def racer(folder, cache, barrier, queue):
     corpus = load_corpus(folder)
-    barrier.wait()
-    source = pack(corpus, tokenizer_for(corpus, 290, cache), cache)
-    queue.put((source.tokenizer.hash, int(source.tokens.sum()), len(source.tokens)))
+    for damaged in (False, True):
+        if barrier.wait() == 0 and damaged:
+            damage(cache)
+        barrier.wait()
+        source = pack(corpus, tokenizer_for(corpus, 290, cache), cache)
+        queue.put((source.tokenizer.hash, int(source.tokens.sum()), len(source.tokens)))
 
 
 def test_processes_may_race_for_the_cache(folder, tmp_path):
@@ -121,7 +146,7 @@ def test_processes_may_race_for_the_cache(folder, tmp_path):
         process.start()
     for process in racers:
         process.join()                       # first: from one that has failed nothing would come
-    got = {queue.get() for process in racers if process.exitcode == 0}
+    got = {queue.get() for process in racers if process.exitcode == 0 for _ in range(2)}
     assert [process.exitcode for process in racers] == [0, 0, 0] and len(got) == 1
     names = sorted(path.name.split("-")[0] for path in (tmp_path / FORMAT).iterdir())
     assert names == ["tokenizer", "tokens"]

@@ -1,9 +1,16 @@
+import json
+import random
+import time
+
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.data.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_for
+from nanoinfra.data.corpus import load_corpus
+from nanoinfra.data.loader import HeldOut
+from nanoinfra.data.source import pack
+from nanoinfra.data.tokenizer import END_OF_TEXT, LONGEST_WORD, Tokenizer, tokenizer_for
 
 BYTES = Tokenizer.train(["ab " * 1000], 257)
 TEXTS = ["", "def f(x):\n    return x\n", "naïve 日本 🙂\r\n\t", "a\0b \x7f", "  two  spaces  "]
@@ -107,3 +114,40 @@ def test_a_vocabulary_below_the_bytes(corpus, vocab, tmp_path):
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="holds no tokenizer saved by nanoinfra"):
         Tokenizer.load(tmp_path)
+
+
+LETTERS = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=250_000))
+
+
+def cpu_seconds(data, cache):
+    """To read `data`, learn 512 entries and encode both sides of it; the threads of all cores count."""
+    begin = time.process_time()
+    corpus = load_corpus(data)
+    source = pack(corpus, tokenizer_for(corpus, 512, cache), cache)
+    HeldOut(corpus.held_out, source.tokenizer, 128)
+    return time.process_time() - begin
+
+
+def test_a_folder_with_one_long_line_takes_at_most_twice_the_files_time(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "line.txt").write_text(LETTERS)
+    (tmp_path / "folder" / "91.txt").write_text("held out")
+    (tmp_path / "line").write_text(LETTERS)
+    file = cpu_seconds(tmp_path / "line", tmp_path / "1")
+    assert cpu_seconds(tmp_path / "folder", tmp_path / "2") <= 2 * file
+
+
+@pytest.mark.parametrize("run", [LETTERS[:9_999], " " * 9_999, "\n" * 9_999, "=+/" * 3_333, "12" * 4_999])
+def test_a_long_word_is_learned_from_in_parts_and_encoded_whole(run, tmp_path):
+    got = Tokenizer.train([f"a {run}", "b"], 300)
+    parts = [run[i:i + LONGEST_WORD] for i in range(0, len(run), LONGEST_WORD)]
+    first = [f" {run}"[i:i + LONGEST_WORD] for i in range(0, len(run) + 1, LONGEST_WORD)]
+    assert got.hash in {Tokenizer.train(["a", *own, "b"], 300).hash for own in (parts, first)}
+    assert json.loads(got.backend.to_str())["pre_tokenizer"]["type"] == "ByteLevel"
+    assert got.decode(got.encode(run)) == run
+
+
+def test_a_text_without_long_words_teaches_what_it_always_did():
+    texts = [f"def f{i}(x):\n    return '{'x' * i}', {{'a':[{i},{i + 1}]}}\n\n" for i in range(200)]
+    got = Tokenizer.train(texts, 300)
+    assert got.hash == "8572ea8ac3b4acc4d16c8d99be6c91d2259a7974a0bb7ec90d0cc0ca8d7f1352"
