@@ -23,6 +23,7 @@ from nanoinfra.train import metrics
 from nanoinfra.train.config import TrainFlags, check, micro_batches, parse_wire, plan_mesh, to_json
 from nanoinfra.train.inputs import open_inputs
 from nanoinfra.train.loss import count_valid
+from nanoinfra.train.memory_check import check_memory, describe_memory
 from nanoinfra.train.optim import learning_rate
 from nanoinfra.train.replica import Replica
 from nanoinfra.train.rundir import RunDir
@@ -54,6 +55,7 @@ class Run:
 
     def __init__(self, flags: TrainFlags):
         check(flags, world_size())
+        check_memory(flags, world_size())
         self.flags, wire = flags, parse_wire(flags.mesh.wire)
         self.mesh = Mesh(**plan_mesh(flags.mesh, world_size()), wire=wire or None, device=flags.mesh.device,
                          timeout=flags.run.timeout)
@@ -182,6 +184,7 @@ class Run:
         print(f"{self.flags.model.model}: {parameters(self.inputs.model):,} parameters, "
               f"{self.flags.model.dtype}, {self.mesh}{memory}; "
               f"{G} x {self.inputs.seq} tokens a step in {m} micro-batches a rank; "
+              f"{describe_memory(self.flags, self.mesh.world.size, self.inputs.model)}; "
               f"into {self.dir.path}{going_on}", flush=True)
 
     def _resources(self, spans):
