@@ -81,7 +81,7 @@ def moments(config: ModelConfig, layout: Layout, recipe: Recipe,
 def model_states(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int = 0) -> dict[str, int]:
     """Bytes of "weights", "gradients" and "optimizer" (masters and moments) between steps."""
     held = held_shapes(config, layout.pp, layout.tp, stage, v=layout.virtual)
-    used = [*held.values(), *[held[TIED]] * (config.tied and layout.pp == 1)]
+    used = [*held.values(), *([held[TIED]] if config.tied and layout.pp == 1 else [])]
     found = states_bytes(held.values(), used, layout.dp, layout.zero, recipe.dtype, recipe.optimizer,
                          BYTES[recipe.grad_dtype])
     weights, gradients = found.pop("weights"), found.pop("gradients")
@@ -118,8 +118,8 @@ def last_ends(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:
 def loss_work(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:
     """In hand around the loss: rows of wide logits, or both gradients of the head and its scaled input."""
     d, tokens = recipe.itemsize, recipe.micro_batch * recipe.seq
-    rows = 2 * min(ROWS_BYTES, tokens * part(config, layout.tp).vocab * max(4, d))
-    return max(rows, 2 * tokens * config.width * d + _head(config, layout, recipe))
+    rows = min(ROWS_BYTES, tokens * part(config, layout.tp).vocab * max(4, d))
+    return max(rows * (2 if d < 4 else 1), 2 * tokens * config.width * d + _head(config, layout, recipe))
 
 
 def layer_work(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:

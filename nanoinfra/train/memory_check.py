@@ -9,21 +9,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from nanoinfra.dist.host_memory import free_memory, host_memory
+from nanoinfra.dist.host_memory import free_memory, host_memory, resident_peak
 from nanoinfra.formulas.footprint import Layout, Recipe, footprint
+from nanoinfra.formulas.memory import BYTES
 from nanoinfra.formulas.shape import SIZES, ModelConfig, sized
 from nanoinfra.train.config import TrainFlags, check, micro_batches, plan_mesh
 
 PROCESS, LIBRARIES = 260 << 20, 150 << 20    # of a rank without tensors; what a machine's ranks share of it
 CONTEXT = 600 << 20                          # of a rank on its card: CUDA's, cuBLAS's and NCCL's own
 HOLES = 0.15                                 # of what a step makes anew: free blocks that glibc's heap keeps
+LARGEST_IN_HEAP = 32 << 20                   # glibc's DEFAULT_MMAP_THRESHOLD_MAX
 STDLIB = 12 << 20                            # text of the embedded corpus
 
 
 def check_memory(flags: TrainFlags, world: int, config: ModelConfig | None = None) -> None:
     """Raise ValueError, with flags that would fit, where this machine cannot hold its ranks of the run.
 
-    `config` is the model's where --model names weights: of those nothing is known until they are opened.
+    `config` is the model's where --model names weights: of those nothing is known until they are opened. Then
+    `flags` must say how long a sample is.
     """
     config = config or drawn_config(flags)
     if config is None or (there := capacity(flags)) is None:
@@ -38,11 +41,9 @@ def check_memory(flags: TrainFlags, world: int, config: ModelConfig | None = Non
 def describe_memory(flags: TrainFlags, world: int, config: ModelConfig) -> str:
     """What this machine's ranks hold together, as the line that introduces a run says it."""
     parts, there, many = need(flags, world, config), capacity(flags), len(ranks_here(flags, world)) > 1
-    total = sum(parts.values())
-    of = f" of {there / 1e9:,.1f}" if there else ""
-    short = flags.mesh.device == "cpu" and total > (free := free_memory())
-    now = f" ({_gb(free)} free now)" if short else ""
-    return f"{'ranks hold' if many else 'holds'} {total / 1e9:,.1f}{of} GB{now}, modelled: {_largest(parts)}"
+    of, total = f" of {there / 1e9:,.1f}" if there else "", sum(parts.values())
+    return (f"{'ranks hold' if many else 'holds'} {total / 1e9:,.1f}{of} GB{_others(flags, world, total)}, "
+            f"modelled: {_largest(parts)}")
 
 
 def need(flags: TrainFlags, world: int, config: ModelConfig) -> dict[str, int]:
@@ -61,10 +62,18 @@ def rank_parts(flags: TrainFlags, world: int, config: ModelConfig, rank: int = 0
     if flags.mesh.device == "cuda":
         return parts | {"data": 0, "processes": CONTEXT}
     text = text_bytes(flags.data.data)
-    made = sum(parts.get(name, 0) for name in ("activations", "work", "buffers"))
-    training = parts | {"fragmentation": int(HOLES * made), "text": text, "processes": PROCESS}
-    reading = {"text": 2 * text, "processes": PROCESS}                     # once as read, once in documents
+    training = parts | {"fragmentation": fragmentation(parts, flags, mesh["tp"], config), "text": text,
+                        "processes": PROCESS}
+    reading = {"text": 2 * text, "processes": PROCESS}                 # once as read, once in documents
     return max(training, reading, key=lambda each: sum(each.values()))
+
+
+def fragmentation(parts: dict[str, int], flags: TrainFlags, tp: int, config: ModelConfig) -> int:
+    """Bytes of free blocks between others in glibc's heap; it has none of 32 MiB, those are mapped alone."""
+    tokens = flags.data.micro_batch * (flags.data.seq or config.context)
+    block = tokens * config.hidden // tp * BYTES[flags.model.dtype]
+    made = sum(parts.get(name, 0) for name in ("activations", "work", "buffers"))
+    return int(HOLES * made) if block < LARGEST_IN_HEAP else 0
 
 
 def layout(flags: TrainFlags, mesh: dict[str, int]) -> Layout:
@@ -92,11 +101,10 @@ def drawn_config(flags: TrainFlags) -> ModelConfig | None:
 
 def ranks_here(flags: TrainFlags, world: int) -> range:
     """The ranks that share this machine's memory; with GPUs, the one that has this card."""
-    here = {name: int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    if flags.mesh.device == "cuda":
-        return range(here["RANK"], here["RANK"] + 1)
-    first = here["RANK"] - here["LOCAL_RANK"]
-    return range(first, first + (here["LOCAL_WORLD_SIZE"] or world))
+    if "LOCAL_WORLD_SIZE" not in os.environ:                             # none has been started yet, or by us
+        return range(1 if flags.mesh.device == "cuda" else world)
+    rank, place, many = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return range(rank, rank + 1) if flags.mesh.device == "cuda" else range(rank - place, rank - place + many)
 
 
 def capacity(flags: TrainFlags) -> int | None:
@@ -104,7 +112,8 @@ def capacity(flags: TrainFlags) -> int | None:
     if flags.mesh.device == "cpu":
         return host_memory()
     import torch
-    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+    card = int(os.environ.get("LOCAL_RANK", 0))                          # asked without a context of its own
+    return torch.cuda.get_device_properties(card).total_memory if card < torch.cuda.device_count() else None
 
 
 def text_bytes(data: str | Path) -> int:
@@ -170,6 +179,12 @@ def _works(flags, world):
 def _fits(flags, world, config, there):
     config = drawn_config(flags) or config
     return sum(need(flags, world, config).values()) <= there
+
+
+def _others(flags, world, total):
+    """A warning where so much is not free at present, besides what the ranks have by now, all alike."""
+    free = free_memory() + len(ranks_here(flags, world)) * resident_peak()
+    return f" ({_gb(free)} free at present)" if flags.mesh.device == "cpu" and total > free else ""
 
 
 def _largest(parts):
