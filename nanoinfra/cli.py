@@ -61,9 +61,11 @@ def _parse(argv):
 
 def _train(flags, argv):
     from nanoinfra.train import config, rank
+    from nanoinfra.train.memory_check import check_memory
     if not rank.is_rank() and not rank.joined():
         world, run = config.ranks_wanted(flags.mesh), flags.run
         config.check(flags, world)
+        check_memory(flags, world)
         if world > 1 or run.max_restarts:
             from nanoinfra.train.launch import launch
             return launch(argv, world, run.out, run.max_restarts)

@@ -7,6 +7,7 @@ B sequences, T tokens, V vocabulary, C width, L layers, H query heads, KV key he
 Of t ranks it is rank 0's that is counted, the largest where a cut does not come out even.
 """
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,11 +21,19 @@ SQUARES = ("mask", "softmax", "weights")     # the terms that grow with T^2
 def activation_bytes(config: ModelConfig, batch: int, seq: int, dtype_bytes: int, attention: str = "sdpa",
                      recompute: str = "none", tp: int = 1, sp: str = "none") -> int:
     """Bytes that forward leaves for backward, from tokens to loss, of `batch` sequences of `seq` tokens."""
-    windows = Counter(map(config.window_of, range(config.layers)))
-    layers = {window: activation_terms(replace(config, window=window), batch, seq, dtype_bytes, attention,
-                                       recompute, tp, sp) for window in windows}
+    every = range(config.layers)
     ends = end_terms(config, batch, seq, dtype_bytes, tp, sp)
-    return sum(n * sum(layers[window].values()) for window, n in windows.items()) + sum(ends.values())
+    return sum(ends.values()) + layers_bytes(config, every, batch, seq, dtype_bytes, attention, recompute, tp,
+                                             sp)
+
+
+def layers_bytes(config: ModelConfig, layers: Iterable[int], batch: int, seq: int, dtype_bytes: int,
+                 attention: str = "sdpa", recompute: str = "none", tp: int = 1, sp: str = "none") -> int:
+    """Bytes that the forward of `layers`, the numbers of some, leaves for backward: what is at no end."""
+    windows = Counter(map(config.window_of, layers))
+    terms = {window: activation_terms(replace(config, window=window), batch, seq, dtype_bytes, attention,
+                                      recompute, tp, sp) for window in windows}
+    return sum(n * sum(terms[window].values()) for window, n in windows.items())
 
 
 def activation_terms(config: ModelConfig, batch: int, seq: int, dtype_bytes: int, attention: str = "sdpa",

@@ -58,6 +58,11 @@ def boxes(config: ModelConfig, t: int, rank: int) -> dict[str, Box]:
     return found
 
 
+def extent(box: Box) -> tuple[int, ...]:
+    """The shape of what lies in `box`."""
+    return tuple(stop - start for start, stop in box)
+
+
 def cut_dim(name: str) -> int | None:
     """The dim along which parameter `name` is cut, or None: 0 is outputs, 1 inputs."""
     if name.endswith(INPUTS):

@@ -11,24 +11,33 @@ from math import prod
 
 from nanoinfra.formulas.pipeline import message_bytes, split
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.tensor import boxes, check_heads, grad_sums, layer_calls
+from nanoinfra.formulas.tensor import boxes, check_heads, extent, grad_sums, layer_calls
 
 TIED = "embed.weight"
 
 
 def held(config: ModelConfig, p: int, t: int, stage: int = 0, rank: int = 0) -> dict[str, int]:
     """{parameter: numbers of it} that tensor rank `rank` of a stage has. Raises ValueError as `sent` does."""
+    return {name: prod(shape) for name, shape in held_shapes(config, p, t, stage, rank).items()}
+
+
+def held_shapes(config: ModelConfig, p: int, t: int, stage: int = 0, rank: int = 0,
+                v: int = 1) -> dict[str, tuple[int, ...]]:
+    """{parameter: the shape of its part} that tensor rank `rank` of a stage of `v` chunks has."""
     check_heads(config, t)
-    start, stop = split(config, p, config.context)[stage]
-    layers = {f"blocks.{i}" for i in range(start, stop)}
+    layers = {f"blocks.{i}" for start, stop in chunks(config, p, stage, v) for i in range(start, stop)}
     first = ("embed", "positions", "embed_norm") if stage == 0 else ()
     last = ("norm", "head", *["embed"] * config.tied) if stage == p - 1 else ()
 
     def here(name):
         top, layer, *_ = name.split(".")
         return f"{top}.{layer}" in layers or top in (*first, *last)
-    return {name: prod(end - begin for begin, end in box)
-            for name, box in boxes(config, t, rank).items() if here(name)}
+    return {name: extent(box) for name, box in boxes(config, t, rank).items() if here(name)}
+
+
+def chunks(config: ModelConfig, p: int, stage: int, v: int = 1) -> list[tuple[int, int]]:
+    """(first layer, one past the last) of each of a stage's `v` chunks: every p-th of the model's."""
+    return split(config, p * v, config.context)[stage::p]
 
 
 def sent(config: ModelConfig, p: int, d: int, t: int, batch: int, seq: int, micro_batches: int,

@@ -12,6 +12,9 @@ from math import ceil, prod
 from nanoinfra.formulas.memory import BYTES, OPTIMIZER_STATES
 from nanoinfra.formulas.params import shapes
 from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.formulas.tensor import boxes, extent
+
+BUCKET_BYTES = 25 << 20                      # of gradients or weights that travel together
 
 
 def padded(shape: tuple[int, ...], n: int) -> int:
@@ -26,22 +29,30 @@ def zero_bytes(config: ModelConfig, n: int, stage: int, precision: str = "float3
 
     Stage 0 keeps everything whole. At stage 1 gradients are whole until the last micro-batch's backward.
     """
+    used = [shape for _, shape in _named_uses(config)]
+    return states_bytes(shapes(config).values(), used, n, stage, precision, optimizer, grad_bytes)
+
+
+def states_bytes(held: Iterable[tuple[int, ...]], used: Iterable[tuple[int, ...]], n: int, stage: int,
+                 precision: str = "float32", optimizer: str = "adamw",
+                 grad_bytes: int | None = None) -> dict[str, int]:
+    """`zero_bytes` of a rank that without ZeRO has parameters of shapes `held`; `used`: one for each use."""
     own = BYTES[precision]
     wide, grad = max(4, own), own if grad_bytes is None else grad_bytes
-    whole, used = sum(_sizes(config, n)), sum(_uses(config, n))
+    whole, uses = (sum(padded(shape, n) for shape in some) for some in (held, used))
     if stage == 0:
-        whole = used = sum(_sizes(config, 1))
+        whole = uses = sum(map(prod, held))
     cut = whole // n if stage else whole
     weights = whole if stage < 3 else cut if own == wide else 0
-    held = {"weights": own * weights, "gradients": grad * (used if stage < 2 else used // n)}
+    states = {"weights": own * weights, "gradients": grad * (uses if stage < 2 else uses // n)}
     if own < 4:
-        held["master"] = 4 * cut
-    return held | {kind: wide * cut for kind in OPTIMIZER_STATES[optimizer]}
+        states["master"] = 4 * cut
+    return states | {kind: wide * cut for kind in OPTIMIZER_STATES[optimizer]}
 
 
 def zero_buffers(config: ModelConfig, n: int, stage: int, precision: str = "float32",
-                 grad_bytes: int | None = None, bucket_bytes: int = 25 << 20) -> int:
-    """The most bytes on their way at a time, beside `zero_bytes`.
+                 grad_bytes: int | None = None, bucket_bytes: int = BUCKET_BYTES, tp: int = 1) -> int:
+    """The most bytes on their way at a time, beside `zero_bytes`, on the first of `tp` ranks.
 
     Gradients: two buckets (or twice the largest parameter); at stage 3 two units', and two units of weights.
     Stages 1 and 2 gather weights when no gradient is under way, also by two buckets.
@@ -49,9 +60,9 @@ def zero_buffers(config: ModelConfig, n: int, stage: int, precision: str = "floa
     own = BYTES[precision]
     grad = own if grad_bytes is None else grad_bytes
     if stage == 3:
-        largest = max(sum(padded(shape, n) for shape in unit) for unit in units(config))
+        largest = max(sum(padded(shape, n) for shape in unit) for unit in units(config, tp))
         return 2 * largest * (own + grad)
-    largest = max(_sizes(config, n)) * max(own, grad)
+    largest = max(padded(shape, n) for _, shape in _named_uses(config, tp)) * max(own, grad)
     return 2 * max(bucket_bytes, largest)
 
 
@@ -68,7 +79,7 @@ def zero_payload(config: ModelConfig, n: int, stage: int, micro_batches: int = 1
 
 
 def zero_calls(config: ModelConfig, n: int, stage: int, micro_batches: int = 1, precision: str = "float32",
-               grad_bytes: int | None = None, bucket_bytes: int = 25 << 20,
+               grad_bytes: int | None = None, bucket_bytes: int = BUCKET_BYTES,
                copies: int = 2) -> dict[str, int]:
     """Collectives of a step of stage 1 to 3.
 
@@ -86,19 +97,22 @@ def zero_calls(config: ModelConfig, n: int, stage: int, micro_batches: int = 1, 
     return {"reduce_scatter": buckets * (1 if stage == 1 else a), "all_gather": gathers}
 
 
-def units(config: ModelConfig) -> list[list[tuple[int, ...]]]:
-    """The shapes that stage 3 gathers together: embeddings, each block, the last norm and the head."""
+def units(config: ModelConfig, tp: int = 1) -> list[list[tuple[int, ...]]]:
+    """The shapes that stage 3 gathers together: embeddings, each block, the last norm and the head.
+
+    They are those of the first of `tp` ranks.
+    """
     found, unit_of = {}, dict.fromkeys(("embed", "positions", "embed_norm"), "first")
     unit_of |= {"norm": "last", "head": "last"}
-    for name, shape in _named_uses(config):
+    for name, shape in _named_uses(config, tp):
         top, layer, *_ = name.split(".")
         found.setdefault(unit_of.get(top, layer), []).append(shape)
     return list(found.values())
 
 
-def _named_uses(config):
-    named = list(shapes(config).items())
-    return named + [("head.weight", (config.vocab, config.width))] if config.tied else named
+def _named_uses(config, tp=1):
+    named = [(name, extent(box)) for name, box in boxes(config, tp, 0).items()]
+    return named + [("head.weight", named[0][1])] if config.tied else named      # the embedding's, again
 
 
 def _uses(config, n):

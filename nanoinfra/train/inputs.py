@@ -15,6 +15,7 @@ from nanoinfra.formulas.shape import SIZES, ModelConfig, sized
 from nanoinfra.formulas.tensor import check_heads
 from nanoinfra.model.fill import Read, Weights
 from nanoinfra.train.config import TrainFlags, micro_batches
+from nanoinfra.train.memory_check import changed, check_memory
 from nanoinfra.train.pretrained import open_pretrained
 
 LONGEST = 1024                               # tokens in a sample where pretrained weights would allow more
@@ -42,6 +43,8 @@ def open_inputs(flags: TrainFlags, mesh) -> Inputs:
     size = weights.config if weights else SIZES[flags.model.model].model
     check_heads(size, mesh.tp.size)
     seq = flags.data.seq or min(size.context, LONGEST if weights else size.context)
+    if weights:
+        check_memory(changed(flags, seq=seq), mesh.world.size, size)
     tokenizer = _tokenizer(flags, weights) if weights and flags.data.data != "random" else None
     vocab = flags.model.vocab or size.vocab
     source = _first_on_rank_0(mesh, lambda: open_source(flags.data.data, vocab, tokenizer))

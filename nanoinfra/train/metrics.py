@@ -6,7 +6,6 @@ timeline (https://perfetto.dev) has one row of instructions and one of collectiv
 import json
 import math
 import os
-import resource
 import sys
 from itertools import accumulate
 from pathlib import Path
@@ -56,11 +55,6 @@ def sent(rows) -> dict[str, int]:
 def largest(numbers: list[float], axis) -> list[float]:
     """Each number's largest value on any rank."""
     return comm.all_reduce(torch.tensor(numbers, dtype=torch.float64), axis, "scalars", op="max").tolist()
-
-
-def resident_peak() -> int:
-    """The most memory this process ever held, in bytes, as the operating system counts it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def held(tensors) -> int:

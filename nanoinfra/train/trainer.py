@@ -16,6 +16,7 @@ import torch
 
 from nanoinfra.data.loader import Loader
 from nanoinfra.dist import comm
+from nanoinfra.dist.host_memory import resident_peak
 from nanoinfra.dist.mesh import Mesh, world_size
 from nanoinfra.formulas.params import parameters
 from nanoinfra.train import metrics
@@ -23,6 +24,7 @@ from nanoinfra.train.config import TrainFlags, check, micro_batches, parse_wire,
 from nanoinfra.train.freeze import trained_parameters
 from nanoinfra.train.inputs import open_inputs
 from nanoinfra.train.loss import count_valid
+from nanoinfra.train.memory_check import changed, check_memory, describe_memory
 from nanoinfra.train.optim import learning_rate
 from nanoinfra.train.replica import Replica
 from nanoinfra.train.rundir import RunDir
@@ -52,6 +54,7 @@ class Run:
 
     def __init__(self, flags: TrainFlags):
         check(flags, world_size())
+        check_memory(flags, world_size())
         self.flags, wire = flags, parse_wire(flags.mesh.wire)
         self.mesh = Mesh(**plan_mesh(flags.mesh, world_size()), wire=wire or None, device=flags.mesh.device,
                          timeout=flags.run.timeout)
@@ -173,12 +176,15 @@ class Run:
         memory = (f", {self.flags.pipeline.schedule}" * (self.mesh.pp.size > 1)
                   + ", sequence parallel" * self.flags.mesh.sp
                   + f", ZeRO-{self.flags.mesh.zero}" * bool(self.flags.mesh.zero))
+        held = describe_memory(changed(self.flags, seq=self.inputs.seq), self.mesh.world.size,
+                               self.inputs.model)
         going_on = f", going on after step {self.step}" if self.step else ""
         freeze = self.flags.model.freeze
         trained = f" ({trained_parameters(freeze, self.inputs.model):,} of them trained)" if freeze else ""
         print(f"{self.flags.model.model}: {parameters(self.inputs.model):,} parameters{trained}, "
               f"{self.flags.model.dtype}, {self.mesh}{memory}; "
               f"{G} x {self.inputs.seq} tokens a step in {m} micro-batches a rank; "
+              f"{held}; "
               f"into {self.dir.path}{going_on}", flush=True)
 
     def _resources(self, spans):
@@ -187,7 +193,7 @@ class Run:
         if self.flags.run.trace:
             self.spans, self.rows = self.spans + spans, self.rows + rows
         sent = metrics.sent(rows)
-        numbers = [metrics.held(self.replica.tensors()), metrics.resident_peak(), *sent.values()]
+        numbers = [metrics.held(self.replica.tensors()), resident_peak(), *sent.values()]
         held, rss, *most_sent = map(int, metrics.largest(numbers, self.mesh.world))
         self.mesh.ledger.take()
         return {"peak_bytes": {"counted": held, "rss": rss}, "comm": dict(zip(sent, most_sent))}
