@@ -13,7 +13,8 @@ from nanoinfra.dist import comm
 
 SIZES = tuple(4096 * 4 ** k for k in range(8))   # bytes: 4 KiB to 64 MiB
 SAMPLE = 5e-3                                # s that a sample lasts at least
-TOO_LONG = 0.3                               # s that a call may last; nothing larger is tried
+TOO_LONG = 0.3                               # s that a call may last; nothing larger is tried, but two sizes,
+                                             #   since a line goes through two points
 
 
 def wire_times(mesh, axis, op: str = "all_reduce", rounds: int = 7) -> dict[int, list[float]]:
@@ -28,7 +29,7 @@ def wire_times(mesh, axis, op: str = "all_reduce", rounds: int = 7) -> dict[int,
         _sample(mesh, call, 2)                                   # buffers are made, connections are opened
         calls = max(1, min(100, round(SAMPLE / _sample(mesh, call, 2))))
         times[size] = [_sample(mesh, call, calls) / _TRIPS[op] for _ in range(rounds)]
-        if 4 * _TRIPS[op] * median(times[size]) > TOO_LONG:
+        if len(times) > 1 and 4 * _TRIPS[op] * median(times[size]) > TOO_LONG:
             break                                                # the next size has four times the bytes
     return times
 

@@ -52,8 +52,9 @@ def test_messages_go_there_and_back_and_an_odd_rank_waits(ranks):
 
 def test_a_payload_that_would_take_too_long_is_not_tried(ranks):
     never = ("nanoinfra.dist.probe", "TOO_LONG", 0.0)
-    assert [list(times) for times, _ in ranks(2).run(probed, "dp", "all_reduce", mutants=(never, SIZES))] \
-        == [[4096], [4096]]
+    sizes = ("nanoinfra.dist.probe", "SIZES", (4096, 16384, 65536))          # two, for a line
+    assert [list(times) for times, _ in ranks(2).run(probed, "dp", "all_reduce", mutants=(never, sizes))] \
+        == [[4096, 16384], [4096, 16384]]
 
 
 def test_the_matmul_rate_counts_two_flops_a_multiply_add(monkeypatch):
