@@ -57,8 +57,8 @@ def save(root: str | Path, step: int, tensors: Pairs, state: dict, axis, keep: i
 def newest(root: str | Path, say: Say = print) -> Path | None:
     """The newest checkpoint in `root` that verifies, or None; `say` is told each one refused, and why.
 
-    Reads every byte of what it tries: on N ranks call `newest_of_all`. Raises OtherVersion for a whole one that
-    another version of nanoinfra wrote: to take an older one would lose it.
+    Reads every byte of what it tries: on N ranks call `newest_of_all`. Raises OtherVersion for a whole one
+    that another version of nanoinfra wrote: to take an older one would lose it.
     """
     for folder in reversed(checkpoints(root)):
         try:

@@ -19,9 +19,9 @@ Say = Callable[[str], object]
 
 
 def checkpoints(root: str | Path) -> list[Path]:
-    """The finished checkpoints in `root`, oldest first, good or not; step_{n}.old counts as older than step_{n}.
+    """The finished checkpoints in `root`, oldest first, good or not; a file of such a name is none.
 
-    A file of such a name is none.
+    step_{n}.old counts as older than step_{n}.
     """
     root = Path(root)
     if not root.exists():
@@ -59,7 +59,7 @@ def sweep(root: Path, say: Say) -> None:
 
 
 def make_way(path: Path, word: str) -> Path | None:
-    """Give what is called `path` another name, `path`.word or one that is free; returns it, None if no need."""
+    """Give what is called `path` a free name, `path`.word if that is; returns it, None if nothing is there."""
     if not os.path.lexists(path):
         return None
     names = (path.with_name(f"{path.name}.{word}{i or ''}") for i in count())

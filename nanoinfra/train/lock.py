@@ -1,8 +1,8 @@
 """One run at a time in a run's directory: a lock that ends with its process, kill -9 included.
 
-It is flock(2) on a file that says who holds it. A launcher holds it for its ranks, those it starts again among
-them; under torchrun rank 0 does, and one that is started again waits for the rank 0 before it. Who only reads
-a run takes no lock: a finished checkpoint is never written to.
+It is flock(2) on a file that says who holds it. A launcher holds it for its ranks, those it starts again
+among them; under torchrun rank 0 does, and one that is started again waits for the rank 0 before it. Who only
+reads a run takes no lock: a finished checkpoint is never written to.
 """
 import fcntl
 import json
@@ -25,7 +25,7 @@ POLL = 0.1                                   # seconds
 
 @contextmanager
 def locked(out: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold the run directory `out`, which is made. Raises ValueError, which names the holder, where another does.
+    """Hold the run directory `out`, which is made. Raises ValueError where another does, and names it.
 
     A holder of this same launch may take `patience` seconds to end. Inside another `locked`, and in a rank
     whose launcher holds the lock, this does nothing; on a file system without locks it warns.

@@ -23,7 +23,7 @@ def check_out(run: RunFlags) -> None:
     out, resuming = run.out, run.resume or run.resume_from is not None
     try:
         if resuming and not out.exists():
-            raise ValueError(f"--resume: there is no {out}; look for the run's --out, or start without --resume")
+            raise ValueError(f"--resume: there is no {out}; give the run's --out, or start without --resume")
         _check_place(out.resolve())
         if out.is_dir():
             _check_kinds(out)
@@ -65,20 +65,20 @@ def _check_place(out):
         raise ValueError(f"--out {out} is the whole file system; name a folder, --out runs/mine")
     for run in (out.parent, out.parent.parent):
         if out.relative_to(run).parts[0] in FOLDERS and "nanoinfra" in last_config(run):
-            raise ValueError(f"--out {out} is a part of the run in {run}; give --out {run} to go on with that "
-                             "one, or a folder outside it")
+            raise ValueError(f"--out {out} is a part of the run in {run}; give --out {run} to go on with it, "
+                             "or a folder outside")
 
 
 def _check_kinds(out):
     for name in FILES:
         if (out / name).is_dir():
-            raise ValueError(f"--out {out} holds a folder {name}, where a run writes a file; name another --out")
+            raise ValueError(f"--out {out} holds a folder {name}, where a run has a file; name another --out")
     for name in FOLDERS:
         if os.path.lexists(out / name) and not (out / name).is_dir():
-            raise ValueError(f"--out {out} holds a file {name}, where a run makes a folder; name another --out")
+            raise ValueError(f"--out {out} holds a file {name}, where a run has a folder; name another --out")
     if (out / "tokenizer").is_symlink():
-        raise ValueError(f"{out / 'tokenizer'} is a link, and a run writes a tokenizer of its own there; remove "
-                         "the link, or name another --out")
+        raise ValueError(f"{out / 'tokenizer'} is a link, and a run writes a tokenizer of its own there; "
+                         "remove the link, or name another --out")
 
 
 def _check_owner(out):
@@ -88,20 +88,20 @@ def _check_owner(out):
     if "nanoinfra" in config:
         _check_version(config, out)
     elif config or there and not ours:
-        raise ValueError(f"--out {out} holds {', '.join(there)}, which are not a run's of nanoinfra and would be "
-                         "overwritten; name another --out")
+        raise ValueError(f"--out {out} holds {', '.join(there)}, which would be overwritten and are not of a "
+                         "run of nanoinfra; name another --out")
 
 
 def _check_version(config, run):
     if (version := config.get("nanoinfra")) != VERSION:
-        raise ValueError(f"{run} holds a run of another version of nanoinfra: its format is {version}, and this "
-                         f"version reads {VERSION}; use the version that wrote it")
+        raise ValueError(f"{run} holds a run of another version of nanoinfra: its format is {version}, and "
+                         f"this version reads {VERSION}; use the version that wrote it")
 
 
 def _check_trace(trace, out):
     own = [out / name for name in (*FILES, *FOLDERS)]
     if any(path.resolve() in (trace.resolve(), *trace.resolve().parents) for path in own):
-        raise ValueError(f"--trace {trace} is a name that the run itself writes to; try --trace {out}/trace.json")
+        raise ValueError(f"--trace {trace}: the run itself writes to that; try --trace {out}/trace.json")
     if trace.exists():
         if trace.is_dir():
             raise ValueError(f"--trace {trace} is a folder; name a file in it")

@@ -11,7 +11,8 @@ from nanoinfra.train.config import TrainFlags, to_json
 from nanoinfra.train.inputs import Inputs
 
 NEEDED = ("step", "consumed", "updates", "scale", "seed", "seq", "corpus", "tokenizer", "model", "flags")
-SAID = {"model": ("model", "dtype", "grad_dtype"), "optimizer": None, "run": ("steps", "seconds")}  # None: all
+SAID = {"model": ("model", "dtype", "grad_dtype", "freeze"), "optimizer": None,      # None: all of them
+        "run": ("steps", "seconds")}
 
 
 def described(inputs: Inputs) -> dict:
@@ -25,14 +26,14 @@ def described(inputs: Inputs) -> dict:
 
 
 def check_same(run: Path, state: dict, inputs: Inputs, flags: TrainFlags, text: dict) -> None:
-    """Raise ValueError, which says what is another and what to do, unless `flags` go on with the run of `state`.
+    """Raise ValueError, which says what is another and what to do, unless `flags` go on with `state`.
 
     `text` is what `described` gives of `inputs`.
     """
     if missing := [key for key in NEEDED if key not in state]:
-        raise ValueError(f"--resume: the checkpoint of {run} says nothing of {', '.join(missing)}, so another "
-                         "version of nanoinfra wrote it; go on with that one, or start a run of its own from "
-                         f"its weights: --model {run} --out another")
+        raise ValueError(f"--resume: the checkpoint of {run} says nothing of {', '.join(missing)}, so "
+                         "another version of nanoinfra wrote it; go on with that one, or start a run of its "
+                         f"own from its weights: --model {run} --out another")
     was, now = state["flags"]["model"], to_json(flags)["model"]
     if was["model"] != now["model"] and {was["model"], now["model"]} & SIZES.keys():
         raise ValueError(f"--resume: the run in {run} trains --model {was['model']}, this is --model "
@@ -47,11 +48,11 @@ def check_same(run: Path, state: dict, inputs: Inputs, flags: TrainFlags, text: 
 
 
 def changed_flags(state: dict, flags: TrainFlags, threads: int, global_batch: int) -> list[str]:
-    """["--steps 800 (500 before)", ...]: what moves the losses and is not as it was when `state` was saved."""
+    """["--steps 800 (500 before)", ...]: what moves the losses and is not as when `state` was saved."""
     was, now, said = state["flags"], to_json(flags), []
     for group, names in SAID.items():
         for name in names or now[group]:
-            before, here = _plain(was[group].get(name)), _plain(now[group][name])
+            before, here = _plain(was[group].get(name)), _plain(now[group].get(name))
             if before != here:
                 said.append(f"--{name.replace('_', '-')} {_word(here)} ({_word(before)} before)")
     for word, before, here in (("--global-batch", state.get("global_batch"), global_batch),

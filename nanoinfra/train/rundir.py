@@ -8,7 +8,6 @@ identity of what it reads. Rank 0 writes the small files; every rank its part of
 import json
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 from nanoinfra.dist import comm
 from nanoinfra.model.hf_text import clear_text
@@ -85,8 +84,8 @@ class RunDir:
             try:
                 metrics.plot(self.path / "metrics.jsonl", self.path / "loss.png", title)
             except OSError as error:
-                self.warn(f"cannot write {self.path / 'loss.png'}: {error.strerror or error}; the run goes on "
-                          "without it")
+                self.warn(f"cannot write {self.path / 'loss.png'}: {error.strerror or error}; the run goes "
+                          "on without it")
 
     def warn(self, text: str) -> None:
         """Say once what does not end the run."""
@@ -117,7 +116,7 @@ class RunDir:
         make_folder(self.checkpoints)
 
     def _again(self):
-        """Has this launch had ranks before, that went on from here? One may be on a host that joins only now."""
+        """Has this launch had ranks before, that went on from here? One may be on a host that joins now."""
         config, start = last_config(self.path), self.run.resume_from
         again = restarted() or launch_id() is not None and config.get("launch") == launch_id()
         if start is not None:                # else they died before later checkpoints were abandoned
@@ -125,7 +124,7 @@ class RunDir:
         return any(comm.gather_objects(again, self.mesh.world, "checkpoint"))
 
     def _chosen(self, again):
-        """The name of the checkpoint to go on from; None for a new run. ValueError where there is none such."""
+        """The name of the checkpoint to go on from, None for a new run. ValueError where neither may be."""
         there = checkpoint.checkpoints(self.checkpoints)
         if self.run.resume_from is not None and not again:
             return self._asked_for(there)
@@ -135,8 +134,9 @@ class RunDir:
             raise ValueError(f"{self.path} holds a run already, with {there[-1].name}; go on from it with "
                              "--resume, or name another --out")
         if not again and (lines := metrics.read(self.path / "metrics.jsonl")):
-            raise ValueError(f"{self.path} holds the metrics of {len(lines)} steps of a run that has no checkpoint "
-                             "to go on from; name another --out, or remove its metrics.jsonl to begin anew")
+            raise ValueError(f"{self.path} holds the metrics of {len(lines)} steps of a run that has no "
+                             "checkpoint to go on from; name another --out, or remove its metrics.jsonl to "
+                             "begin anew")
         return None
 
     def _asked_for(self, there):
@@ -151,11 +151,11 @@ class RunDir:
     def _newest(self, there):
         found = checkpoint.newest(self.checkpoints, self.warn)
         if found is None:
-            remedy = "fetch a copy of one, or train anew into another --out" if there else "start without --resume"
+            remedy = "train anew into another --out" if there else "start without --resume"
             raise ValueError(f"--resume: no good checkpoint in {self.checkpoints}; {remedy}")
         return found.name
 
     def _abandon_after(self, step):
         for path in kept.abandon_after(self.checkpoints, step):
-            print(f"{path.with_suffix('').name} is set aside as {path.name}: --resume will not take it; remove "
-                  "it when you need it no more", flush=True)
+            print(f"{path.with_suffix('').name} is set aside as {path.name}: --resume will not take it; "
+                  "remove it when you need it no more", flush=True)

@@ -132,7 +132,7 @@ class Run:
         return held_out.bits_per_byte(total.item())
 
     def save(self) -> None:
-        """A checkpoint of this step, and the curve so far. ValueError where weights are no numbers any more."""
+        """A checkpoint of this step, and the curve so far. ValueError where a weight is no finite number."""
         state = {**self.inputs.identity, **self.loader.state(), "threads": torch.get_num_threads(),
                  "global_batch": self.global_batch, "elapsed": self.elapsed,
                  "lr": self.replica.lr, "next_lr": self.learning_rate(),
@@ -203,7 +203,7 @@ class Run:
             print(f"other than before: {', '.join(changed)}{rate}", flush=True)
         if not self.going():
             run = self.flags.run
-            done = f"{self.elapsed:.0f} of --seconds {run.seconds:g}" if run.seconds else f"--steps {run.steps}"
+            done = f"--seconds {run.seconds:g}" if run.seconds else f"--steps {run.steps}"
             print(f"nothing is left to do: the run has had {done} already; give more to go on", flush=True)
 
     def _resources(self, spans):
@@ -223,11 +223,11 @@ class Run:
             raise ValueError(f"step {self.step}: loss {loss}, gradient norm {norm}; {self._remedy()}")
 
     def _check_weights(self):
-        """The loss that says so comes a step after the update, and a checkpoint between them would be spoilt."""
+        """The loss that says so comes a step after the update; a checkpoint in between would be spoilt."""
         [bad] = metrics.largest([float(not self.replica.is_finite())], self.mesh.world)
         if bad:
-            raise ValueError(f"step {self.step}: its update made weights that are no finite numbers, which are "
-                             f"not saved; {self._remedy()}")
+            raise ValueError(f"step {self.step}: its update made weights that are no finite numbers, which "
+                             f"are not saved; {self._remedy()}")
 
     def _remedy(self):
         return f"{self.dir.last_good()}; try --lr {self.replica.lr / 3:.2g} or a longer --warmup"
