@@ -60,14 +60,18 @@ def newest(root: str | Path, say: Say = print) -> Path | None:
     Reads every byte of what it tries: on N ranks call `newest_of_all`. Raises OtherVersion for a whole one
     that another version of nanoinfra wrote: to take an older one would lose it.
     """
-    for folder in reversed(checkpoints(root)):
+    refused = set()
+    while left := [folder for folder in checkpoints(root) if folder not in refused]:
+        folder = left[-1]                    # looked for anew: a run may go on there, and let go of old ones
         try:
             verify(folder)
             return folder
         except OtherVersion:
             raise
         except CheckpointError as reason:
-            say(f"refused checkpoint {folder.name}: {reason}")
+            refused.add(folder)
+            if folder.exists():
+                say(f"refused checkpoint {folder.name}: {reason}")
     return None
 
 
@@ -106,7 +110,9 @@ def load(folder: str | Path, wanted: Iterable[Piece],
     with ExitStack() as stack:
         @functools.cache
         def opened(file):
-            return stack.enter_context(safe_open(folder / file, framework="pt"))
+            with disk.naming(folder / file, FileNotFoundError="is gone: the run there has let it go since; "
+                                                              "start again, which takes a newer one"):
+                return stack.enter_context(safe_open(folder / file, framework="pt"))
         for piece in wanted:
             yield piece, _read(piece, _entry(piece, entries, folder), opened)
 

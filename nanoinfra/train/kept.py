@@ -59,7 +59,7 @@ def sweep(root: Path, say: Say) -> None:
 
 
 def make_way(path: Path, word: str) -> Path | None:
-    """Give what is called `path` a free name, `path`.word if that is; returns it, None if nothing is there."""
+    """Give what is called `path` a free name, `path`.word if it is; returns it, None if nothing is there."""
     if not os.path.lexists(path):
         return None
     names = (path.with_name(f"{path.name}.{word}{i or ''}") for i in count())

@@ -4,6 +4,7 @@ A run writes config.json, metrics.jsonl, loss.png, tokenizer/ and checkpoints/. 
 no run's are refused, before anything is written. No torch here: the answer comes before ranks start.
 """
 import os
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -50,6 +51,15 @@ def model_of(run: Path) -> ModelConfig:
         return ModelConfig(**model)
     except TypeError as error:
         raise ValueError(f"{path} does not describe a whole model: {error}") from error
+
+
+def remove_run(out: Path) -> None:
+    """Delete what a run has written into `out`, and nothing else; of a link, the link alone."""
+    for path in (out / name for name in (*FILES, *FOLDERS)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def last_config(run: Path) -> dict:

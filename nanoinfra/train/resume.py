@@ -51,8 +51,8 @@ def changed_flags(state: dict, flags: TrainFlags, threads: int, global_batch: in
     """["--steps 800 (500 before)", ...]: what moves the losses and is not as when `state` was saved."""
     was, now, said = state["flags"], to_json(flags), []
     for group, names in SAID.items():
-        for name in names or now[group]:
-            before, here = _plain(was[group].get(name)), _plain(now[group].get(name))
+        for name in [name for name in names or now[group] if name in was[group].keys() & now[group].keys()]:
+            before, here = was[group][name], _plain(now[group][name])
             if before != here:
                 said.append(f"--{name.replace('_', '-')} {_word(here)} ({_word(before)} before)")
     for word, before, here in (("--global-batch", state.get("global_batch"), global_batch),

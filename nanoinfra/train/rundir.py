@@ -17,6 +17,7 @@ from nanoinfra.train.inputs import Inputs
 from nanoinfra.train.lock import locked
 from nanoinfra.train.manifest import read_manifest
 from nanoinfra.train.outdir import VERSION, check_out, last_config
+from nanoinfra.train.pieces import CheckpointError
 from nanoinfra.train.pretrained import keep_text
 from nanoinfra.train.rank import STOPPED, launch_id, make_folder, restarted
 from nanoinfra.train.replica import Replica
@@ -140,12 +141,15 @@ class RunDir:
         return None
 
     def _asked_for(self, there):
-        folder = kept.folder_of(self.checkpoints, self.run.resume_from)
+        step, folder = self.run.resume_from, kept.folder_of(self.checkpoints, self.run.resume_from)
+        steps = [str(kept.step_of(path)) for path in there if path != folder]
+        others = f"; there are those of steps {', '.join(steps)}" if steps else "; there is no other"
         if folder not in there:
-            steps = ", ".join(str(kept.step_of(path)) for path in there) or "none at all"
-            raise ValueError(f"--resume-from {self.run.resume_from}: there is no such checkpoint in "
-                             f"{self.checkpoints}, but {steps}")
-        checkpoint.verify(folder)
+            raise ValueError(f"--resume-from {step}: {self.checkpoints} has no checkpoint of it{others}")
+        try:
+            checkpoint.verify(folder)
+        except CheckpointError as error:
+            raise ValueError(f"--resume-from {step}: {error}{others}") from error
         return folder.name
 
     def _newest(self, there):

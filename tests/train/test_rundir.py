@@ -158,10 +158,11 @@ def test_going_on_from_an_earlier_step_leaves_later_checkpoints_behind(run, caps
 
 def test_a_step_that_was_not_saved_is_answered_with_those_that_were(run, capsys):
     assert resume("--resume-from", "7") == 2
-    assert "there is no such checkpoint in" in (said := capsys.readouterr().err) and "but 1, 2, 3" in said
+    assert "no checkpoint of it; there are those of steps 1, 2, 3" in capsys.readouterr().err
     (run / "checkpoints" / "step_00000002" / "state.json").write_text("{")
     assert resume("--resume-from", "2") == 2
-    assert "state.json: is truncated" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "state.json: is truncated" in said and said.endswith("; there are those of steps 1, 3\n")
     assert saved(run) == ["step_00000001", "step_00000002", "step_00000003"]
 
 
