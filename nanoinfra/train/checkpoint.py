@@ -85,13 +85,13 @@ def newest_of_all(root: str | Path, axis, say: Say = print) -> Path | None:
 
 
 def ask_first(axis, work: Callable[[], object]):
-    """What `work()` (for JSON) gives on the axis's first rank, on every rank; its ValueError, all raise."""
+    """What `work()` (for JSON) gives on the axis's first rank, on every rank; all raise its ValueError."""
     answer, failure = {}, None
     if axis.rank == 0:
         try:
             answer = {"done": work()}
-        except ValueError as error:
-            failure, answer = error, {"wrong": str(error)}
+        except (OSError, ValueError) as error:
+            failure, answer = error, {"wrong": _reason(error)}
     answer = comm.gather_objects(answer, axis, "checkpoint")[0]
     if "wrong" in answer:
         raise ValueError(answer["wrong"]) from failure

@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -37,7 +37,8 @@ def locked(out: Path, patience: float = 0.0) -> Iterator[None]:
         yield
     finally:
         if file is not None:
-            (out / NAME).unlink(missing_ok=True)         # while it is still ours
+            with suppress(OSError):                      # a file that stays is as free as none
+                (out / NAME).unlink()                    # while it is still ours
             os.close(file)
 
 

@@ -97,9 +97,12 @@ def _text_remedy(run, was, text):
 
 def _check_model(run, state, inputs):
     was, now = state["model"], _plain(inputs.model.to_dict())
-    other = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    if unknown := was.keys() - now.keys():
+        raise ValueError(f"--resume: the model of the run in {run} has {', '.join(sorted(unknown))}, which "
+                         "this version of nanoinfra does not know; go on with the version that wrote it")
+    other = [key for key in now if was.get(key) != now[key]]
     if other:
-        differs = ", ".join(f"{key} {was.get(key)} (here {now.get(key)})" for key in other)
+        differs = ", ".join(f"{key} {was.get(key)} (here {now[key]})" for key in other)
         raise ValueError(f"--resume: the model of the run in {run} has {differs}; give {_model_flags(state)}")
 
 

@@ -155,7 +155,8 @@ class RunDir:
     def _newest(self, there):
         found = checkpoint.newest(self.checkpoints, self.warn)
         if found is None:
-            remedy = "train anew into another --out" if there else "start without --resume"
+            begun = there or metrics.read(self.path / "metrics.jsonl")
+            remedy = "train anew into another --out" if begun else "start without --resume"
             raise ValueError(f"--resume: no good checkpoint in {self.checkpoints}; {remedy}")
         return found.name
 

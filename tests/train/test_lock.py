@@ -5,14 +5,16 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from nanoinfra.cli import main
 from nanoinfra.train import lock
 from nanoinfra.train.lock import locked
-from tests.processes import started
-from tests.train.runs import FLAGS
+from tests.processes import started, until
+from tests.train.faults import needs_linux, processes_of
+from tests.train.runs import CLI, FLAGS, SAID, lines
 
 HOLD = """
 import sys
@@ -47,6 +49,22 @@ def test_a_second_run_is_one_line_that_names_the_first_until_that_is_killed(tmp_
         with locked(out):
             assert f'"process": ["{lock.ME}", {os.getpid()}]' in (out / lock.NAME).read_text()
     assert list(out.iterdir()) == []
+
+
+@needs_linux
+@pytest.mark.prove
+@pytest.mark.parametrize("launcher", [CLI, [Path(sys.executable).parent / "torchrun", "--standalone",
+                                            "--nproc-per-node", "2", "-m", "nanoinfra.cli"]])
+def test_a_run_on_two_ranks_holds_it_until_it_is_killed(tmp_path, launcher, capsys):
+    """By our launcher, and by torchrun, where rank 0 does."""
+    argv = [*FLAGS, "--dp", "2", "--out", str(tmp_path / "run"), "--lr-schedule", "constant"]
+    with started([*launcher, *argv, "--steps", "100000"], **SAID) as first:
+        until(lambda: lines(tmp_path / "run") >= 5, first)
+        assert main([*argv, "--resume"]) == 2 and "is in use: process " in capsys.readouterr().err
+        first.kill()
+        until(lambda: not processes_of(tmp_path / "run"))
+    assert main([*argv[:-2], "--dp", "1", "--steps", "7", "--resume"]) == 0
+    assert not (tmp_path / "run" / lock.NAME).exists()
 
 
 def test_every_rank_of_a_second_run_refuses(ranks, tmp_path):

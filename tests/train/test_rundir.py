@@ -9,8 +9,9 @@ import pytest
 
 from nanoinfra.cli import main
 from nanoinfra.dist.mesh import Mesh
+from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.train import checkpoint, metrics, trainer
-from nanoinfra.train.config import RunFlags
+from nanoinfra.train.config import ModelFlags, RunFlags, TrainFlags
 from nanoinfra.train.optim import Optimizer
 from nanoinfra.train.resume import check_same
 from nanoinfra.train.rundir import RunDir
@@ -61,7 +62,8 @@ def test_a_run_without_a_checkpoint_is_not_wiped(run, capsys):
     want = (run / "metrics.jsonl").read_bytes()
     assert main(ARGV) == 2
     assert "the metrics of 3 steps of a run that has no checkpoint" in capsys.readouterr().err
-    assert resume() == 2 and (run / "metrics.jsonl").read_bytes() == want
+    assert resume() == 2 and "train anew into another --out" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == want
 
 
 CHANGED = {
@@ -95,6 +97,15 @@ def test_another_run_is_refused_in_words(run, capsys, what):
 def test_what_a_checkpoint_of_another_version_lacks_is_named(run):
     with pytest.raises(ValueError, match="says nothing of consumed, .* another version .*--out another"):
         check_same(run, {"step": 3}, None, None, {})
+
+
+def test_what_a_checkpoint_of_a_later_version_has_is_named(run):
+    state = checkpoint.read_state(run / "checkpoints" / "step_00000003")
+    state["model"]["sinks"] = 4
+    model = ModelConfig(**json.loads((run / "config.json").read_text())["model"])
+    flags = TrainFlags(model=ModelFlags("test"))
+    with pytest.raises(ValueError, match="has sinks, which this version of nanoinfra does not know"):
+        check_same(run, state, SimpleNamespace(identity=state, model=model), flags, {})
 
 
 def test_flags_that_may_change_are_said_with_what_they_do_to_the_rate(run, capsys):
