@@ -539,3 +539,17 @@ def test_a_whole_checkpoint_of_another_version_is_neither_refused_as_bad_nor_pas
     path.write_bytes(disk.seal(body))
     with pytest.raises(disk.OtherVersion, match="holds tensors of F8_E4M3"):
         newest(tmp_path)
+
+
+def test_a_reader_beside_a_run_that_lets_checkpoints_go(tmp_path, monkeypatch):
+    save_all(tmp_path, 1, tensors(1))
+    old, said = verify(tmp_path / "step_00000001"), []
+
+    def slowly(folder):
+        if folder.name == "step_00000001":
+            save_all(tmp_path, 2, tensors(2))                              # meanwhile
+        return verify(folder)
+    monkeypatch.setattr(checkpoint, "verify", slowly)
+    assert newest(tmp_path, say=said.append) == tmp_path / "step_00000002" and said == []
+    with pytest.raises(CheckpointError, match="rank0.safetensors: is gone: .* start again"):
+        list(load(tmp_path / "step_00000001", [Piece.whole("w", (7, 3))], old))
