@@ -61,16 +61,28 @@ def _parse(argv):
 
 def _train(flags, argv):
     from nanoinfra.train import config, rank
+    from nanoinfra.train.lock import locked
     from nanoinfra.train.memory_check import check_memory
-    if not rank.is_rank() and not rank.joined():
-        world, run = config.ranks_wanted(flags.mesh), flags.run
-        config.check(flags, world)
-        check_memory(flags, world)
+    from nanoinfra.train.outdir import check_out
+    if rank.joined():
+        return _train_here(flags)
+    check_out(flags.run)
+    if rank.is_rank():
+        return _train_here(flags)
+    world, run = config.ranks_wanted(flags.mesh), flags.run
+    config.check(flags, world)
+    check_memory(flags, world)
+    with locked(run.out):
         if world > 1 or run.max_restarts:
             from nanoinfra.train.launch import launch
             return launch(argv, world, run.out, run.max_restarts)
+        return _train_here(flags)
+
+
+def _train_here(flags):
+    from nanoinfra.train.rank import process_group
     from nanoinfra.train.trainer import train
-    with rank.process_group(flags.mesh.device, flags.run.out, flags.run.timeout):
+    with process_group(flags.mesh.device, flags.run.out, flags.run.timeout):
         train(flags)
     return 0
 

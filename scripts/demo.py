@@ -9,7 +9,6 @@ import argparse
 import ast
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +23,9 @@ from nanoinfra.serve.generate import generate
 from nanoinfra.serve.generate import main as answer
 from nanoinfra.serve.options import GenerateOptions
 from nanoinfra.train import metrics
+from nanoinfra.train.config import RunFlags
+from nanoinfra.train.lock import locked
+from nanoinfra.train.outdir import check_out, remove_run
 from nanoinfra.train.pretrained import pretrained
 
 HEADERS, NEW_TOKENS, STATEMENTS = 40, 96, 3
@@ -52,8 +54,13 @@ def main():
 
 
 def train(args):
-    """Two ranks of the command line."""
-    shutil.rmtree(args.out, ignore_errors=True)
+    """Two ranks of the command line, anew: an earlier demo's run goes, and nothing else does."""
+    try:
+        check_out(RunFlags(out=args.out))
+        with locked(args.out):
+            remove_run(args.out)
+    except ValueError as error:
+        sys.exit(f"demo: {error}")
     print(f"1. Training on two ranks for {args.seconds:.0f} s", flush=True)
     every = max(5, int(args.seconds))        # steps: the curve gets a few points of held-out bits per byte
     done = subprocess.run([sys.executable, "-m", "nanoinfra.cli", "train", "--model", "nano",

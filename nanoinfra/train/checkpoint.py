@@ -9,7 +9,6 @@ of equal pieces the first rank's is kept. Nothing is pickled. Composes with ever
 import functools
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -20,56 +19,83 @@ import torch
 from safetensors import safe_open
 
 from nanoinfra.dist import comm
+from nanoinfra.train import kept
 from nanoinfra.train import manifest as disk
-from nanoinfra.train.manifest import verify
+from nanoinfra.train.kept import Say, checkpoints, folder_of
+from nanoinfra.train.manifest import OtherVersion, verify
 from nanoinfra.train.pieces import CheckpointError, Piece, check_cover
 
 Pairs = Mapping[Piece, torch.Tensor] | Iterable[tuple[Piece, torch.Tensor]]
 
 
-def save(root: str | Path, step: int, tensors: Pairs, state: dict, axis, keep: int = 2) -> Path:
+def save(root: str | Path, step: int, tensors: Pairs, state: dict, axis, keep: int = 2,
+         say: Say = print) -> Path:
     """Save each rank's pieces and rank 0's `state` (for JSON) in the folder `root`/step_{step}; returns it.
 
-    Every rank of `axis` calls it. Afterwards the newest `keep` checkpoints up to this step remain. Where any
-    rank fails, all raise one CheckpointError; the unfinished is removed, what was there before is untouched.
+    Every rank of `axis` calls it. Afterwards the newest `keep` checkpoints up to this step remain; `say` is
+    told what of the others cannot be deleted. Where any rank fails, all raise one CheckpointError; the
+    unfinished is removed, what was there before is untouched.
     """
     if keep < 1:
         raise ValueError(f"keep={keep} would delete the checkpoint just saved; keep at least 1")
-    final = Path(root) / f"step_{step:08d}"
+    final = folder_of(root, step)
     tmp, me = final.with_suffix(".tmp"), f"rank{axis.rank}.safetensors"
     pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
     try:
-        entries = _deal(_together(axis, lambda: _prepare(tmp, pairs, axis.rank)))
+        entries = _deal(_together(axis, lambda: _prepare(tmp, pairs, axis.rank, say)))
         mine = [pair for pair in pairs if (me, pair[0]) in disk.sources(pair[0].name, entries[pair[0].name])]
         written = _together(axis, lambda: disk.write_tensors(tmp / me, mine))
         files = {f"rank{rank}.safetensors": listed for rank, listed in enumerate(written)}
         body = {"format": disk.FORMAT, "step": step, "files": files, "tensors": entries}
-        _together(axis, lambda: axis.rank == 0 and _publish(tmp, final, body, state, keep))
+        _together(axis, lambda: axis.rank == 0 and _publish(tmp, final, body, state, keep, say))
     except CheckpointError as failure:
         left = _together(axis, lambda: axis.rank == 0 and _give_up(tmp))[0]
         raise CheckpointError(f"cannot save step {step}: {failure}; {left}") from failure
     return final
 
 
-def newest(root: str | Path, say: Callable[[str], object] = print) -> Path | None:
+def newest(root: str | Path, say: Say = print) -> Path | None:
     """The newest checkpoint in `root` that verifies, or None; `say` is told each one refused, and why.
 
-    Reads every byte of what it tries: on N ranks call `newest_of_all`.
+    Reads every byte of what it tries: on N ranks call `newest_of_all`. Raises OtherVersion for a whole one
+    that another version of nanoinfra wrote: to take an older one would lose it.
     """
-    for folder in reversed(checkpoints(root)):
+    refused = set()
+    while left := [folder for folder in checkpoints(root) if folder not in refused]:
+        folder = left[-1]                    # looked for anew: a run may go on there, and let go of old ones
         try:
             verify(folder)
             return folder
+        except OtherVersion:
+            raise
         except CheckpointError as reason:
-            say(f"refused checkpoint {folder.name}: {reason}")
+            refused.add(folder)
+            if folder.exists():
+                say(f"refused checkpoint {folder.name}: {reason}")
     return None
 
 
-def newest_of_all(root: str | Path, axis, say: Callable[[str], object] = print) -> Path | None:
+def newest_of_all(root: str | Path, axis, say: Say = print) -> Path | None:
     """`newest` as the axis's first rank finds it; the others take its word."""
-    found = newest(root, say) if axis.rank == 0 else None
-    name = comm.gather_objects(found and found.name, axis, "checkpoint")[0]
-    return Path(root) / name if name else None
+    def name():
+        found = newest(root, say)
+        return found and found.name
+    found = ask_first(axis, name)
+    return Path(root) / found if found else None
+
+
+def ask_first(axis, work: Callable[[], object]):
+    """What `work()` (for JSON) gives on the axis's first rank, on every rank; all raise its ValueError."""
+    answer, failure = {}, None
+    if axis.rank == 0:
+        try:
+            answer = {"done": work()}
+        except (OSError, ValueError) as error:
+            failure, answer = error, {"wrong": _reason(error)}
+    answer = comm.gather_objects(answer, axis, "checkpoint")[0]
+    if "wrong" in answer:
+        raise ValueError(answer["wrong"]) from failure
+    return answer["done"]
 
 
 def load(folder: str | Path, wanted: Iterable[Piece],
@@ -84,7 +110,9 @@ def load(folder: str | Path, wanted: Iterable[Piece],
     with ExitStack() as stack:
         @functools.cache
         def opened(file):
-            return stack.enter_context(safe_open(folder / file, framework="pt"))
+            with disk.naming(folder / file, FileNotFoundError="is gone: the run there has let it go since; "
+                                                              "start again, which takes a newer one"):
+                return stack.enter_context(safe_open(folder / file, framework="pt"))
         for piece in wanted:
             yield piece, _read(piece, _entry(piece, entries, folder), opened)
 
@@ -100,19 +128,6 @@ def read_state(folder: str | Path) -> dict:
     path = Path(folder) / "state.json"
     disk.check_file(path, disk.read_manifest(path.parent)["files"][path.name])
     return json.loads(path.read_bytes())
-
-
-def checkpoints(root: str | Path) -> list[Path]:
-    """The finished checkpoints in `root`, oldest first, good or not.
-
-    step_00000012.old is one that a second save of step 12 set aside; it counts as older than step_00000012.
-    """
-    root = Path(root)
-    if not root.exists():
-        return []
-    with disk.naming(root):
-        found = [path for path in root.iterdir() if re.fullmatch(r"step_\d{8,}(\.old)?", path.name)]
-    return sorted(found, key=lambda path: (_step(path), path.suffix != ".old"))
 
 
 def _together(axis, work):
@@ -135,16 +150,15 @@ def _reason(error):
     return f"{error.filename}: {error.strerror}" if named else str(error)
 
 
-def _prepare(tmp, pairs, rank):
+def _prepare(tmp, pairs, rank, say):
     """Rank 0 makes an empty folder; each rank tells what it holds."""
     if rank == 0:
         root = tmp.parent
         if not root.exists():
             root.mkdir(parents=True)
             disk.fsync_folder(root.parent)
-        for path in root.iterdir():
-            if re.fullmatch(r"step_\d{8,}(\.old)?\.tmp", path.name):          # a crash cut that save short
-                shutil.rmtree(path)
+        kept.sweep(root, say)
+        kept.make_way(tmp, "left")           # what could not be deleted
         tmp.mkdir()
     return [[piece.name, piece.offset, piece.size, piece.full, disk.dtype_name(x)] for piece, x in pairs]
 
@@ -166,50 +180,28 @@ def _deal(held):
     return entries
 
 
-def _publish(tmp, final, body, state, keep):
+def _publish(tmp, final, body, state, keep, say):
     """Complete the folder, make it durable, give it its name, and only then let old ones go."""
     text = json.dumps(state, indent=1).encode()
     body["files"]["state.json"] = disk.write_file(tmp / "state.json", [text])
     disk.write_file(tmp / "manifest.json", [disk.seal(body)])
     disk.fsync_folder(tmp)
-    if final.exists():
-        _set_aside(final)
+    if os.path.lexists(final):
+        kept.set_aside(final, say)           # still a checkpoint, should the next line not run
     os.rename(tmp, final)
     disk.fsync_folder(final.parent)
-    _prune(final, keep)
-
-
-def _set_aside(final):
-    old = final.with_suffix(".old")
-    if old.exists():
-        _discard(old)
-    os.rename(final, old)                              # still a checkpoint, should the next line not run
-
-
-def _prune(final, keep):
-    past = [path for path in checkpoints(final.parent) if _step(path) <= _step(final)]
-    replaced = [path for path in past if path.suffix == ".old" and path.with_suffix("") in past]
-    current = [path for path in past if path not in replaced]
-    for path in replaced + current[:-keep]:
-        _discard(path)
-
-
-def _discard(folder):
-    gone = folder.with_name(f"{folder.name}.tmp")      # half deleted, it is no checkpoint
-    os.rename(folder, gone)
-    shutil.rmtree(gone)
+    kept.prune(final, keep, say)
 
 
 def _give_up(tmp):
     """Remove what was begun; returns what is left, in words."""
     shutil.rmtree(tmp, ignore_errors=True)
-    good = newest(tmp.parent, say=lambda refused: None)
+    try:
+        good = newest(tmp.parent, say=lambda refused: None)
+    except OtherVersion as reason:
+        return str(reason)
     left = f"the last good checkpoint is {good}" if good else f"there is no good checkpoint in {tmp.parent}"
     return f"{left}; delete {tmp} by hand" if tmp.exists() else left
-
-
-def _step(folder):
-    return int(folder.stem.removeprefix("step_"))
 
 
 def _entry(piece, entries, folder):

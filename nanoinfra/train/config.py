@@ -94,6 +94,7 @@ class RunFlags:
     keep: int = 2                                        # checkpoints kept
     out: Path = Path("runs/train")                       # run directory
     resume: bool = False                                 # go on from the newest good checkpoint in --out
+    resume_from: int | None = None                       # go on from this step's; later ones are set aside
     trace: Path | None = None                            # write a Perfetto timeline, one row a rank
     max_restarts: int = 0                                # start failed ranks again, from the last checkpoint
     timeout: float = 600                                 # seconds until a rank that does not come is lost
@@ -157,6 +158,7 @@ def check(flags: TrainFlags, world: int) -> None:
                 "--lr": (flags.optimizer.lr, 0), "--min-lr": (flags.optimizer.min_lr, 0),
                 "--weight-decay": (flags.optimizer.weight_decay, 0),
                 "--eval-every": (flags.run.eval_every, 0), "--save-every": (flags.run.save_every, 0),
+                "--resume-from": (flags.run.resume_from, 1),
                 "--max-restarts": (flags.run.max_restarts, 0), "--timeout": (flags.run.timeout, 1)}
     for flag, (value, least) in at_least.items():
         if value is not None and value < least:

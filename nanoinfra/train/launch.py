@@ -5,7 +5,6 @@ agree on a step, save, and stop, and then the launcher ends with 0. A user's mis
 see comes back through its error file as one line. Where restarts are allowed, a failed rank ends all, and all
 are started again, from the last checkpoint.
 """
-import json
 import logging
 import os
 import shutil
@@ -24,6 +23,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from nanoinfra.dist.loopback import HOST, master_store
+from nanoinfra.train.outdir import last_config
 from nanoinfra.train.rank import BOARD, NOTES, OURS, STOPPED, make_folder
 
 PATIENCE = 300                               # seconds that ranks have to save, when a signal stops the run
@@ -116,8 +116,7 @@ class Agent(LocalElasticAgent):
 
     def _has_begun(self):
         """Has an attempt of this launch come as far as to describe its run?"""
-        described = self.out / "config.json"
-        return described.exists() and json.loads(described.read_text()).get("launch") == self.name
+        return last_config(self.out).get("launch") == self.name
 
 
 @contextmanager

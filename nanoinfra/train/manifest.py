@@ -17,7 +17,7 @@ import torch
 from nanoinfra.model.files import sync
 from nanoinfra.train.pieces import CheckpointError, Piece, check_cover
 
-FORMAT = "nanoinfra checkpoint 1"
+FORMAT = "nanoinfra checkpoint 1"            # of another version another one, sealed as this one is
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
@@ -40,18 +40,29 @@ def verify(folder: str | Path) -> dict:
     return manifest
 
 
+class OtherVersion(CheckpointError):
+    """A checkpoint, whole, that another version of nanoinfra wrote and can read."""
+
+
 def read_manifest(folder: Path) -> dict:
-    """The manifest, itself checked; the files it lists are not."""
+    """The manifest, itself checked; the files it lists are not. Raises OtherVersion where it is not ours."""
     path = folder / "manifest.json"
     with naming(path, FileNotFoundError="is missing, so the checkpoint is incomplete"):
         text = path.read_bytes()
     try:
         manifest = json.loads(text)
-        whole = manifest["format"] == FORMAT and seal(manifest) == text
-    except (ValueError, TypeError, KeyError) as error:
+        written, whole = manifest["format"], seal(manifest) == text
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path}: is altered or truncated: {error}") from error
+    versions = f"its format is {written!r}, and this version of nanoinfra reads {FORMAT!r}"
+    if whole and written != FORMAT:
+        raise OtherVersion(f"{path}: {versions}; go on with the version that wrote it, or name another --out")
     if not whole:
-        raise CheckpointError(f"{path}: is altered, or not a {FORMAT!r}: its SHA-256 is not that of its text")
+        or_other = f", or of another version: {versions}" if written != FORMAT else ""
+        raise CheckpointError(f"{path}: is altered: its SHA-256 is not that of its text{or_other}")
+    if unknown := {entry["dtype"] for entry in manifest["tensors"].values()} - {*DTYPES.values()}:
+        raise OtherVersion(f"{path}: holds tensors of {', '.join(sorted(unknown))}, which this version of "
+                           f"nanoinfra ({FORMAT!r}) does not read; use the version that wrote it")
     return manifest
 
 

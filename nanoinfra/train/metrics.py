@@ -16,11 +16,18 @@ from nanoinfra.dist import comm
 
 
 class Log:
-    """metrics.jsonl of a run directory; `go_on_after` keeps the lines up to that step and drops the rest."""
+    """metrics.jsonl of a run directory; `go_on_after` keeps the lines up to that step and drops the rest.
+
+    `lost` says in words which of them are not there; it is empty where all are.
+    """
 
     def __init__(self, path: Path, go_on_after: int = 0):
-        lines = read(path) if path.exists() and go_on_after else []
+        lines, bad = _sorted_out(path) if go_on_after else ([], 0)
         kept = [line for line in lines if line["step"] <= go_on_after]
+        self.lost = ""
+        if bad or len(kept) < go_on_after:
+            self.lost = (f"{path.name} holds {len(kept)} of the {go_on_after} steps so far"
+                         + f"; {bad} lines that are no step's are dropped" * bool(bad))
         replace(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(path, "a")
 
@@ -31,9 +38,27 @@ class Log:
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; one that a crash or a full disk cut short is left out."""
-    whole, _, _ = path.read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    """The steps of a metrics.jsonl, in order; what a crash, a full disk or a hand has broken is left out."""
+    return _sorted_out(path)[0]
+
+
+def _sorted_out(path):
+    """(lines of steps, number of lines that are none); an end without a newline is a line not yet written."""
+    whole, _, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
+    texts = whole.split(b"\n") if whole else []
+    steps = {line["step"]: line for text in texts if (line := _step(text))}          # the last one of a step
+    return [steps[step] for step in sorted(steps)], len(texts) - len(steps)
+
+
+def _step(text):
+    """A line of metrics.jsonl, None unless it is a step's."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(line, dict) and type(line.get("step")) is int and line["step"] >= 0
+    numbers = [line.get("loss"), line.get("tokens"), line.get("held_out_bpb", 0.0)] if whole else [None]
+    return line if all(type(x) in (int, float) and math.isfinite(x) for x in numbers) else None
 
 
 def replace(path: Path, text: str) -> None:
@@ -66,7 +91,7 @@ def held(tensors) -> int:
 class Bar:
     """A live line on a terminal; a plain one every ten seconds elsewhere."""
 
-    def __init__(self, steps: int, seconds: float | None, start: int):
+    def __init__(self, steps: int, seconds: float | None, start: int, elapsed: float = 0.0):
         self.seconds, self.bar, self.spoke = seconds, None, -math.inf
         if sys.stderr.isatty():
             from rich.console import Console
@@ -74,8 +99,8 @@ class Bar:
             self.bar = Progress(TextColumn("step {task.fields[step]}"), BarColumn(),
                                 TextColumn("{task.description}"),
                                 TimeRemainingColumn(elapsed_when_finished=True), console=Console(stderr=True))
-            self.task = self.bar.add_task("", total=seconds or steps, completed=0 if seconds else start,
-                                          step=start)
+            self.task = self.bar.add_task("", total=seconds or steps, step=start,
+                                          completed=elapsed if seconds else start)
             self.bar.start()
 
     def show(self, line: dict, elapsed: float, last: bool = False) -> None:
@@ -116,7 +141,9 @@ def plot(path: Path, png: Path, title: str = "") -> None:
     scores = [(x, line["held_out_bpb"]) for x, line in zip(millions, lines) if "held_out_bpb" in line]
     if scores:
         _plot_scores(axes.twinx(), scores)
-    figure.savefig(png, dpi=120)
+    new = png.with_name(png.name + ".new")
+    figure.savefig(new, dpi=120, format="png")
+    os.replace(new, png)
 
 
 def _plot_scores(axes, scores):

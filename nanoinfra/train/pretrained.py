@@ -11,7 +11,6 @@ import torch
 
 from nanoinfra.dist.mesh import Axis, alone
 from nanoinfra.formulas.params import block_shapes, shapes
-from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.files import read_json
 from nanoinfra.model.fill import Weights, filled
@@ -22,6 +21,7 @@ from nanoinfra.model.source import bounds
 from nanoinfra.model.text import Text
 from nanoinfra.train import checkpoint
 from nanoinfra.train.manifest import read_manifest
+from nanoinfra.train.outdir import model_of
 from nanoinfra.train.pieces import Piece
 
 
@@ -74,7 +74,7 @@ def keep_text(weights: Weights, folder: str | Path) -> None:
 
 def _newest(folder, axis=None):
     """Configuration, and how to read parameters from the newest checkpoint that verifies."""
-    config = ModelConfig(**read_json(folder / "config.json")["model"])
+    config = model_of(folder)
     step = checkpoint.newest_of_all(folder / "checkpoints", axis or alone("world"),
                                     say=lambda text: print(text, file=sys.stderr))
     if step is None:

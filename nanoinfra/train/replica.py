@@ -128,6 +128,10 @@ class Replica(PipelineStage):
         pairs = [self._piece(key, tensor) for key, tensor in kept.items()]
         return [(piece, tensor) for piece, tensor in pairs if tensor.numel()]
 
+    def is_finite(self) -> bool:
+        """Are all weights of this rank finite numbers?"""
+        return all(bool(master.isfinite().all()) for master in self.optimizer.masters.values())
+
     def state(self) -> dict:
         """What else a run needs to go on: the optimizer's count of steps, float16's scale."""
         return {"updates": self.optimizer.steps, "scale": self.scale.state() if self.scale else None}

@@ -1,77 +1,76 @@
 """The directory of a run: config.json, tokenizer/, metrics.jsonl, loss.png, checkpoints/.
 
-What a run must remember is its checkpoint: weights, optimizer, step, samples consumed, and the identity of
-what it reads. Rank 0 writes the small files; every rank its part of a checkpoint (train/checkpoint.py).
+What a run must remember is its checkpoint: weights, optimizer, step, samples consumed, seconds spent, and the
+identity of what it reads. Rank 0 writes the small files; every rank its part of a checkpoint
+(train/checkpoint.py). One run at a time has it (train/lock.py), and none but a run's is taken
+(train/outdir.py).
 """
 import json
 import sys
-from pathlib import Path
+from contextlib import ExitStack
 
 from nanoinfra.dist import comm
-from nanoinfra.model.files import read_json
 from nanoinfra.model.hf_text import clear_text
-from nanoinfra.train import checkpoint, metrics
-from nanoinfra.train.config import TrainFlags, to_json
+from nanoinfra.train import checkpoint, kept, metrics
+from nanoinfra.train.config import RunFlags, TrainFlags, to_json
 from nanoinfra.train.inputs import Inputs
+from nanoinfra.train.lock import locked
 from nanoinfra.train.manifest import read_manifest
+from nanoinfra.train.outdir import VERSION, check_out, last_config
+from nanoinfra.train.pieces import CheckpointError
 from nanoinfra.train.pretrained import keep_text
 from nanoinfra.train.rank import STOPPED, launch_id, make_folder, restarted
 from nanoinfra.train.replica import Replica
+from nanoinfra.train.resume import check_same, described
 
 
 class RunDir:
-    """One rank's view of it. Raises ValueError where it cannot be written."""
+    """One rank's view of it, open inside `with`. Raises ValueError where it is another's or in use."""
 
-    def __init__(self, path: Path, mesh):
-        self.path, self.mesh, self.first = path, mesh, mesh.rank == 0
-        self.checkpoints = path / "checkpoints"
-        make_folder(self.checkpoints)
+    def __init__(self, run: RunFlags, mesh):
+        self.run, self.mesh, self.first = run, mesh, mesh.rank == 0
+        self.path, self.checkpoints = run.out, run.out / "checkpoints"
+        self.held, self.said = ExitStack(), set()
 
-    def begin(self, inputs: Inputs, replica: Replica, resume: bool) -> dict:
+    def __enter__(self):
+        checkpoint.ask_first(self.mesh.world, self._take)
+        return self
+
+    def __exit__(self, *_):
+        self.held.close()
+
+    def begin(self, inputs: Inputs, replica: Replica, flags: TrainFlags) -> dict:
         """The state to go on from; of a new run {"step": 0, "consumed": 0}.
 
         Ranks that the same launch has started again go on without being asked to.
         """
-        there = checkpoint.checkpoints(self.checkpoints)
-        if resume or (self._again() and there):
-            return self._resume(inputs, replica)
-        if there:
-            raise ValueError(f"{self.path} holds a run already, with {there[-1].name}; go on from it with "
-                             "--resume, name another --out, or remove that folder")
-        return {"step": 0, "consumed": 0}
-
-    def _again(self):
-        """Has this launch had ranks before? One of them may be on a host that joins only now."""
-        earlier = read_json(self.path / "config.json").get("launch")
-        again = restarted() or launch_id() is not None and earlier == launch_id()
-        return any(comm.gather_objects(again, self.mesh.world, "checkpoint"))
-
-    def _resume(self, inputs, replica):
-        """Take the newest good checkpoint back into `replica`."""
-        folder = self._newest()
+        again, self.text = self._again(), described(inputs)
+        name = checkpoint.ask_first(self.mesh.world, lambda: self._chosen(again))
+        if name is None:
+            return {"step": 0, "consumed": 0}
+        folder = self.checkpoints / name
         state = checkpoint.read_state(folder)
-        for key, value in inputs.identity.items():
-            if state[key] != value:
-                raise ValueError(f"--resume: the run in {self.path} has {key} {state[key]}, this one {value};"
-                                 " give the flags it was started with, which are in its config.json")
+        check_same(self.path, state, inputs, flags, self.text)
         wanted = [piece for piece, _ in replica.pieces()]
         pieces = checkpoint.load(folder, wanted, read_manifest(folder))  # rank 0 has verified every byte
         replica.load(pieces, state)
+        if self.run.resume_from is not None and not again:
+            checkpoint.ask_first(self.mesh.world, lambda: self._abandon_after(state["step"]))
         return state
 
     def save(self, step: int, replica: Replica, state: dict, keep: int) -> None:
         """A checkpoint; each tensor, or part of one, is written by one of the ranks that hold it."""
         data, pieces = self.mesh.data, replica.pieces()
         mine = pieces if replica.parallel.plan.zero else pieces[data.rank::data.size]
-        state = {"step": step, **replica.state(), **state}
-        checkpoint.save(self.checkpoints, step, mine, state, self.mesh.world, keep)
+        state = {"step": step, "text": self.text, **replica.state(), **state}
+        checkpoint.save(self.checkpoints, step, mine, state, self.mesh.world, keep, self.warn)
 
     def describe(self, flags: TrainFlags, inputs: Inputs) -> None:
         """Leave config.json and the tokenizer for whoever loads the run."""
         if not self.first:
             return
-        config = {"nanoinfra": 1, "model": inputs.model.to_dict(), "flags": to_json(flags),
-                  "inputs": inputs.identity, "launch": launch_id()}
+        config = {"nanoinfra": VERSION, "model": inputs.model.to_dict(), "flags": to_json(flags),
+                  "inputs": inputs.identity, "text": self.text, "launch": launch_id()}
         metrics.replace(self.path / "config.json", json.dumps(config, indent=2) + "\n")
         if inputs.weights:
             keep_text(inputs.weights, self.path / "tokenizer")
@@ -81,9 +80,19 @@ class RunDir:
         (self.path / STOPPED).unlink(missing_ok=True)
 
     def plot(self, title: str) -> None:
-        """loss.png from metrics.jsonl."""
+        """loss.png from metrics.jsonl, if it can be written: the run does not need it."""
         if self.first:
-            metrics.plot(self.path / "metrics.jsonl", self.path / "loss.png", title)
+            try:
+                metrics.plot(self.path / "metrics.jsonl", self.path / "loss.png", title)
+            except OSError as error:
+                self.warn(f"cannot write {self.path / 'loss.png'}: {error.strerror or error}; the run goes "
+                          "on without it")
+
+    def warn(self, text: str) -> None:
+        """Say once what does not end the run."""
+        if text not in self.said:
+            self.said.add(text)
+            print(f"nanoinfra: {text}", file=sys.stderr, flush=True)
 
     def say_stopped(self, step: int) -> None:
         """Tell the launcher that a signal's stop was a good one."""
@@ -91,15 +100,67 @@ class RunDir:
             (self.path / STOPPED).write_text(json.dumps({"step": step}))
 
     def last_good(self) -> str:
-        """The newest checkpoint, in words."""
+        """The newest checkpoint, and how to go on from one before it, in words."""
         saved = checkpoint.checkpoints(self.checkpoints)
-        return f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
+        if not saved:
+            return "no checkpoint was saved yet"
+        newest, before = saved[-1], [kept.step_of(path) for path in saved[:-1]]
+        earlier = (f"go on from there with --resume, or, if that is spoilt already, from an earlier one with "
+                   f"--resume-from {' or '.join(map(str, before))}" if before
+                   else "go on from there with --resume; no earlier one is left (--save-every, --keep)")
+        return f"the last checkpoint is {newest}: {earlier}"
 
-    def _newest(self):
-        found = checkpoint.newest_of_all(self.checkpoints, self.mesh.world,
-                                         say=lambda text: print(text, file=sys.stderr))
+    def _take(self):
+        """Rank 0 looks whose folder it is, and keeps other runs out of it."""
+        check_out(self.run)
+        self.held.enter_context(locked(self.path, patience=self.run.timeout / 2))
+        make_folder(self.checkpoints)
+
+    def _again(self):
+        """Has this launch had ranks before, that went on from here? One may be on a host that joins now."""
+        config, start = last_config(self.path), self.run.resume_from
+        again = restarted() or launch_id() is not None and config.get("launch") == launch_id()
+        if start is not None:                # else they died before later checkpoints were abandoned
+            again = again and config.get("flags", {}).get("run", {}).get("resume_from") == start
+        return any(comm.gather_objects(again, self.mesh.world, "checkpoint"))
+
+    def _chosen(self, again):
+        """The name of the checkpoint to go on from, None for a new run. ValueError where neither may be."""
+        there = checkpoint.checkpoints(self.checkpoints)
+        if self.run.resume_from is not None and not again:
+            return self._asked_for(there)
+        if self.run.resume or again and there:
+            return self._newest(there)
+        if there:
+            raise ValueError(f"{self.path} holds a run already, with {there[-1].name}; go on from it with "
+                             "--resume, or name another --out")
+        if not again and (lines := metrics.read(self.path / "metrics.jsonl")):
+            raise ValueError(f"{self.path} holds the metrics of {len(lines)} steps of a run that has no "
+                             "checkpoint to go on from; name another --out, or remove its metrics.jsonl to "
+                             "begin anew")
+        return None
+
+    def _asked_for(self, there):
+        step, folder = self.run.resume_from, kept.folder_of(self.checkpoints, self.run.resume_from)
+        steps = [str(kept.step_of(path)) for path in there if path != folder]
+        others = f"; there are those of steps {', '.join(steps)}" if steps else "; there is no other"
+        if folder not in there:
+            raise ValueError(f"--resume-from {step}: {self.checkpoints} has no checkpoint of it{others}")
+        try:
+            checkpoint.verify(folder)
+        except CheckpointError as error:
+            raise ValueError(f"--resume-from {step}: {error}{others}") from error
+        return folder.name
+
+    def _newest(self, there):
+        found = checkpoint.newest(self.checkpoints, self.warn)
         if found is None:
-            there = checkpoint.checkpoints(self.checkpoints)
-            remedy = f"remove {self.checkpoints} to train anew" if there else "start without --resume"
+            begun = there or metrics.read(self.path / "metrics.jsonl")
+            remedy = "train anew into another --out" if begun else "start without --resume"
             raise ValueError(f"--resume: no good checkpoint in {self.checkpoints}; {remedy}")
-        return found
+        return found.name
+
+    def _abandon_after(self, step):
+        for path in kept.abandon_after(self.checkpoints, step):
+            print(f"{path.with_suffix('').name} is set aside as {path.name}: --resume will not take it; "
+                  "remove it when you need it no more", flush=True)

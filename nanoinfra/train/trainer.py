@@ -27,58 +27,62 @@ from nanoinfra.train.loss import count_valid
 from nanoinfra.train.memory_check import changed, check_memory, describe_memory
 from nanoinfra.train.optim import learning_rate
 from nanoinfra.train.replica import Replica
+from nanoinfra.train.resume import changed_flags
 from nanoinfra.train.rundir import RunDir
 from nanoinfra.train.step import execute
 
 
 def train(flags: TrainFlags) -> list[dict]:
     """Train as `flags` say, on this rank of the run; returns the lines of metrics. Every rank calls it."""
-    run = Run(flags)
-    try:
-        while run.going():
-            batches = run.loader.next()
-            seen = batches if run.speaks else ()
-            valid, run.stopping = count_valid(seen, run.mesh.world, run.asked_to_stop)
-            run.replica.begin(batches, valid, run.learning_rate())
-            spans = execute(run.replica.schedule(len(batches)), run.replica)
-            run.report(valid, spans)
-            if run.due(flags.run.save_every) or not run.going():
-                run.save()
-        return run.end()
-    finally:
-        run.close()
+    check(flags, world_size())
+    wire = parse_wire(flags.mesh.wire)
+    mesh = Mesh(**plan_mesh(flags.mesh, world_size()), wire=wire or None, device=flags.mesh.device,
+                timeout=flags.run.timeout)
+    use_threads(flags.mesh.threads)
+    with RunDir(flags.run, mesh) as folder:
+        run = Run(flags, mesh, folder)
+        try:
+            while run.going():
+                batches = run.loader.next()
+                seen = batches if run.speaks else ()
+                valid, run.stopping = count_valid(seen, mesh.world, run.asked_to_stop)
+                run.replica.begin(batches, valid, run.learning_rate())
+                spans = execute(run.replica.schedule(len(batches)), run.replica)
+                run.report(valid, spans)
+                if run.due(flags.run.save_every) or not run.going():
+                    run.save()
+            return run.end()
+        finally:
+            run.close()
 
 
 class Run:
     """All that a run holds on one rank. `step` counts finished steps, `elapsed` is rank 0's clock."""
 
-    def __init__(self, flags: TrainFlags):
-        check(flags, world_size())
-        check_memory(flags, world_size())
-        self.flags, wire = flags, parse_wire(flags.mesh.wire)
-        self.mesh = Mesh(**plan_mesh(flags.mesh, world_size()), wire=wire or None, device=flags.mesh.device,
-                         timeout=flags.run.timeout)
-        use_threads(flags.mesh.threads)
-        self.dir = RunDir(flags.run.out, self.mesh)
+    def __init__(self, flags: TrainFlags, mesh: Mesh, folder: RunDir):
+        self.flags, self.mesh, self.dir = flags, mesh, folder
         self.inputs = open_inputs(flags, self.mesh)
         self.replica = Replica(self.inputs.model, flags, self.mesh, self.inputs.read)
         self.speaks = self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.mesh.pp.size - 1  # of a loss
-        self.elapsed, self.stopping, self.asked_to_stop = 0.0, 0, 0
+        self.stopping, self.asked_to_stop = 0, 0
         self.lines, self.spans, self.rows = [], [], []
-        state = self.dir.begin(self.inputs, self.replica, flags.run.resume)
-        self.step = state["step"]
+        state = self.dir.begin(self.inputs, self.replica, flags)
+        self.step, self.elapsed = state["step"], state.get("elapsed", 0.0)
         G = flags.data.global_batch or state.get("global_batch")         # a run keeps it on any mesh
         self.global_batch, _ = micro_batches(replace(flags.data, global_batch=G), self.mesh.data.size)
         self.dir.describe(flags, self.inputs)
         self.loader = self._open_loader(state["consumed"])
         self.first = self.mesh.rank == 0
         if self.first:
-            self._introduce()
+            self._introduce(state)
             self.log = metrics.Log(self.dir.path / "metrics.jsonl", self.step)
-            self.bar = metrics.Bar(flags.run.steps, flags.run.seconds, self.step)
+            if self.log.lost:
+                self.dir.warn(self.log.lost)
+            self.bar = metrics.Bar(flags.run.steps, flags.run.seconds, self.step, self.elapsed)
         self.old_handler = on_sigterm(self._ask_to_stop)
         self.mesh.ledger.take()
-        self.began = self.mark = time.monotonic()
+        self.mark = time.monotonic()
+        self.began = self.mark - self.elapsed
 
     def going(self) -> bool:
         """Is there another step? Every rank answers alike."""
@@ -125,12 +129,14 @@ class Run:
         return held_out.bits_per_byte(total.item())
 
     def save(self) -> None:
-        """A checkpoint of this step, and the curve so far."""
+        """A checkpoint of this step, and the curve so far. ValueError where a weight is no finite number."""
         state = {**self.inputs.identity, **self.loader.state(), "threads": torch.get_num_threads(),
-                 "global_batch": self.global_batch,
+                 "global_batch": self.global_batch, "elapsed": self.elapsed,
+                 "lr": self.replica.lr, "next_lr": self.learning_rate(),
                  "model": self.inputs.model.to_dict(), "flags": to_json(self.flags)}
         n = self.mesh.world.size
         with self._off_the_clock():
+            self._check_weights()
             self.dir.save(self.step, self.replica, state, self.flags.run.keep)
             self.dir.plot(f"{self.flags.model.model}, {parameters(self.inputs.model):,} parameters, "
                           f"{self.flags.model.dtype}, {n} rank{'s' * (n > 1)}")
@@ -170,7 +176,7 @@ class Run:
                       global_batch=self.global_batch, micro_batch=flags.data.micro_batch, dp_rank=data.rank,
                       dp_size=data.size, start=consumed)
 
-    def _introduce(self):
+    def _introduce(self, state):
         G = self.global_batch
         _, m = micro_batches(replace(self.flags.data, global_batch=G), self.mesh.data.size)
         memory = (f", {self.flags.pipeline.schedule}" * (self.mesh.pp.size > 1)
@@ -186,6 +192,21 @@ class Run:
               f"{G} x {self.inputs.seq} tokens a step in {m} micro-batches a rank; "
               f"{held}; "
               f"into {self.dir.path}{going_on}", flush=True)
+        if self.step:
+            self._say_what_changed(state)
+
+    def _say_what_changed(self, state):
+        """Which flags are not as they were when the checkpoint was saved, and what that does to the rate."""
+        changed = changed_flags(state, self.flags, torch.get_num_threads(), self.global_batch)
+        was, now = state.get("next_lr"), self.learning_rate()
+        jumps = was is not None and self.going() and not math.isclose(was, now, rel_tol=1e-6)
+        rate = f": the learning rate goes from {state['lr']:.3g} to {now:.3g}" if jumps else ""
+        if changed or rate:
+            print(f"other than before: {', '.join(changed)}{rate}", flush=True)
+        if not self.going():
+            run = self.flags.run
+            done = f"--seconds {run.seconds:g}" if run.seconds else f"--steps {run.steps}"
+            print(f"nothing is left to do: the run has had {done} already; give more to go on", flush=True)
 
     def _resources(self, spans):
         """Bytes held and sent, the largest of any rank; the report's own traffic is left out."""
@@ -199,10 +220,19 @@ class Run:
         return {"peak_bytes": {"counted": held, "rss": rss}, "comm": dict(zip(sent, most_sent))}
 
     def _check_finite(self, loss):
-        norm, lr = self.replica.grad_norm, self.replica.lr
+        norm = self.replica.grad_norm
         if not (math.isfinite(loss) and (math.isfinite(norm) or self.replica.skipped)):
-            raise ValueError(f"step {self.step}: loss {loss}, gradient norm {norm}; {self.dir.last_good()}; "
-                             f"try --lr {lr / 3:.2g} or a longer --warmup")
+            raise ValueError(f"step {self.step}: loss {loss}, gradient norm {norm}; {self._remedy()}")
+
+    def _check_weights(self):
+        """The loss that says so comes a step after the update; a checkpoint in between would be spoilt."""
+        [bad] = metrics.largest([float(not self.replica.is_finite())], self.mesh.world)
+        if bad:
+            raise ValueError(f"step {self.step}: its update made weights that are no finite numbers, which "
+                             f"are not saved; {self._remedy()}")
+
+    def _remedy(self):
+        return f"{self.dir.last_good()}; try --lr {self.replica.lr / 3:.2g} or a longer --warmup"
 
     def _ask_to_stop(self, *_):
         self.asked_to_stop = 1

@@ -3,6 +3,7 @@ import importlib.util
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,6 +33,22 @@ def test_make_demo_runs_for_five_seconds(tmp_path):
     answer = done.stdout.partition("SmolLM2-135M, asked")[2].partition("s in all")[0]
     assert len(answer.split()) > 20                                        # the question, and an answer
     assert done.stdout.count("nanoinfra ") >= 2 and "make lessons" in done.stdout
+
+
+def test_the_demo_deletes_an_earlier_run_and_nothing_else(demo, tmp_path, monkeypatch):
+    def ends(*_):
+        raise InterruptedError
+    monkeypatch.setattr(demo.subprocess, "run", ends)
+    args = SimpleNamespace(out=tmp_path, seconds=1)
+    for name, text in {"config.json": '{"nanoinfra": 1}', "metrics.jsonl": "", "notes": "mine"}.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InterruptedError):
+        demo.train(args)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(SystemExit, match="not of a run of nanoinfra"):
+        demo.train(args)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes", "config.json"}
 
 
 @pytest.mark.parametrize("text, whole", [

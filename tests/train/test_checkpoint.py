@@ -486,3 +486,70 @@ def test_a_root_that_cannot_be_used_is_one_line(tmp_path):
         newest(tmp_path / "file")
     with pytest.raises(CheckpointError, match="rank 0: .*file.*: (Not a directory|File exists)"):
         save(tmp_path / "file", 1, {}, {}, Mesh().world)
+
+
+def test_what_has_an_old_checkpoints_name_ends_no_save_and_loses_nothing(tmp_path):
+    """A link to another run's, one to nowhere, a file, at the name of an old one, of this, of its rest."""
+    root, theirs = tmp_path / "root", tmp_path / "theirs"
+    save_all(theirs, 1, tensors(1))
+    root.mkdir()
+    (root / "step_00000001").symlink_to(theirs / "step_00000001")
+    (root / "step_00000002.tmp").symlink_to(theirs / "step_00000001")
+    (root / "step_00000003").symlink_to("nowhere")
+    for name in ("step_00000002", "step_00000004", "step_00000005.tmp"):
+        (root / name).write_text(name)
+    for step in range(2, 7):
+        assert save_all(root, step, tensors(step)) == [root / f"step_0000000{step}"] * 2
+    assert same(load_all(theirs / "step_00000001"), tensors(1))
+    assert checkpoints(root) == [root / "step_00000006"]
+    files = {path.read_text() for path in root.iterdir() if path.is_file()}
+    assert files == {"step_00000002", "step_00000004", "step_00000005.tmp"}
+
+
+def test_what_cannot_be_deleted_is_said_and_left(tmp_path, monkeypatch):
+    real, said = shutil.rmtree, []
+
+    def rmtree(path, **more):
+        if "step_00000001" in path.name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        real(path, **more)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    for step in (1, 2, 3, 1, 1, 4):
+        assert save(tmp_path, step, {}, {}, Mesh().world, keep=1, say=said.append).exists()
+    assert checkpoints(tmp_path) == [tmp_path / "step_00000004"]
+    assert set(said) == {f"cannot delete {tmp_path}/{name}: Permission denied; the run goes on without that"
+                         for name in ("step_00000001.tmp", "step_00000001.old.tmp")}
+
+
+def test_a_whole_checkpoint_of_another_version_is_neither_refused_as_bad_nor_passed_over(tmp_path):
+    for step in (1, 2):
+        save_all(tmp_path, step, tensors(step), keep=2)
+    path = tmp_path / "step_00000002" / "manifest.json"
+    body = json.loads(path.read_bytes())
+    path.write_bytes(disk.seal({**body, "format": "nanoinfra checkpoint 2"}))
+    says = "'nanoinfra checkpoint 2', and this version of nanoinfra reads 'nanoinfra checkpoint 1'; go on"
+    with pytest.raises(disk.OtherVersion, match=says):
+        newest(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"checkpoint 2", b"checkpoint 3"))        # sealed otherwise
+    refused = []
+    assert newest(tmp_path, say=refused.append) == tmp_path / "step_00000001"
+    assert "is altered" in refused[0]
+    assert "or of another version: its format is 'nanoinfra checkpoint 3'" in refused[0]
+    next(iter(body["tensors"].values()))["dtype"] = "F8_E4M3"
+    path.write_bytes(disk.seal(body))
+    with pytest.raises(disk.OtherVersion, match="holds tensors of F8_E4M3"):
+        newest(tmp_path)
+
+
+def test_a_reader_beside_a_run_that_lets_checkpoints_go(tmp_path, monkeypatch):
+    save_all(tmp_path, 1, tensors(1))
+    old, said = verify(tmp_path / "step_00000001"), []
+
+    def slowly(folder):
+        if folder.name == "step_00000001":
+            save_all(tmp_path, 2, tensors(2))                              # meanwhile
+        return verify(folder)
+    monkeypatch.setattr(checkpoint, "verify", slowly)
+    assert newest(tmp_path, say=said.append) == tmp_path / "step_00000002" and said == []
+    with pytest.raises(CheckpointError, match="rank0.safetensors: is gone: .* start again"):
+        list(load(tmp_path / "step_00000001", [Piece.whole("w", (7, 3))], old))

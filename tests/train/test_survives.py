@@ -126,6 +126,8 @@ def test_no_restart_left_is_a_failure_that_leaves_nothing(tmp_path):
 
 @pytest.mark.prove
 def test_a_users_mistake_is_not_tried_again(tmp_path):
+    """One that only ranks see: the launcher would have said that there is no such folder."""
+    (tmp_path / "run").mkdir()
     argv = [*FLAGS, "--dp", "2", "--out", str(tmp_path / "run"), "--resume", "--max-restarts", "5"]
     with running(argv) as process:
         said = process.communicate()[1]
