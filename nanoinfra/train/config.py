@@ -56,7 +56,7 @@ class MeshFlags:
     zero: Literal[0, 1, 2, 3] = 0                        # cut over dp: 1 optimizer, 2 gradients, 3 weights
     data_parallel: Literal["each", "buckets", "overlap"] = "overlap"  # when gradients leave, at --zero 0
     device: Literal["cpu", "cuda"] = "cpu"
-    threads: int | None = None                           # a rank; default: cores / ranks on this host
+    threads: int | None = None                           # a rank; default: OMP_NUM_THREADS, or cores / ranks
     wire: tuple[str, ...] = ()                           # emulate AXIS=LATENCY,BANDWIDTH, in s and bytes/s
 
 

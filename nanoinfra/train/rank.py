@@ -1,9 +1,8 @@
 """A rank's life: found by torchrun's variables, it joins the others and says where it stands.
 
-It dies with its launcher, and takes an interrupt for SIGTERM: save, then stop. Where a collective does not
-end, it says which rank has not come, and ends that one if it is on this host: a stopped process obeys no
-other signal. Started again by the same launch, it goes on from the newest good checkpoint (train/rundir.py
-asks `launch_id` and `restarted`).
+It dies with its launcher. Where a collective does not end, it says which rank has not come, and ends that one
+if it is on this host: a stopped process obeys no other signal. Started again by the same launch, it goes on
+from the newest good checkpoint (train/rundir.py asks `launch_id` and `restarted`).
 """
 import ctypes
 import json
@@ -11,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +25,11 @@ STOPPED = "stopped.json"                     # rank 0's note in the run director
 def is_rank() -> bool:
     """Was this process started by torchrun or by `launch`?"""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launched_by_us() -> bool:
+    """Is this a rank of train/launch.py, which speaks for it?"""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS)
 
 
 def joined() -> bool:
@@ -72,7 +77,6 @@ def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
         report_to(board)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"           # counts travel on the CPU
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **meet())
-    signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         yield
     except LostRank as lost:
@@ -106,7 +110,7 @@ def end_with_parent(parent: int | None = None) -> None:
 
 def leave_error(message: str) -> bool:
     """In a rank of `launch`, hand a user's mistake to the launcher, to print once. False under torchrun."""
-    ours = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS)
+    ours = launched_by_us()
     if ours:
         note = json.dumps({"message": message, "timestamp": time.time()})
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(note)
@@ -120,6 +124,24 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         raise ValueError(f"cannot write to --out {path}: {error.strerror}; "
                          "name a folder that you may write to") from error
+
+
+def check_can_write(out: Path, trace: Path | None) -> None:
+    """Raise ValueError, before a rank starts, where a run's directory or timeline could not be written."""
+    make_folder(out)
+    with _writing(f"--out {out}"), tempfile.TemporaryFile(dir=out):      # root, say, on a read-only disk
+        pass
+    if trace:
+        with _writing(f"--trace {trace}"), open(trace, "a"):
+            pass
+
+
+@contextmanager
+def _writing(flag):
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write to {flag}: {error.strerror}; give one that can be written") from None
 
 
 def _who(board, rank, lost):

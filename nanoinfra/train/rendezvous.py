@@ -13,7 +13,7 @@ from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from nanoinfra.dist.loopback import bind_to_loopback, client_store, is_loopback, master_store
-from nanoinfra.train.rank import OURS, restarted
+from nanoinfra.train.rank import launched_by_us, restarted
 
 START = timedelta(seconds=300)               # that ranks may start one after the other
 
@@ -49,8 +49,7 @@ def exposure() -> str:
     if not on_one_host():
         return ("ranks on several hosts trust their network: whoever reaches their ports can change this run "
                 "and run code in torchrun; keep strangers off it, by a firewall or a network of its own")
-    ours = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS)
-    if ours or (is_loopback(os.environ["MASTER_ADDR"]) and not _launcher_has_store()):
+    if launched_by_us() or (is_loopback(os.environ["MASTER_ADDR"]) and not _launcher_has_store()):
         return ""
     return ("torchrun listens on every interface and trusts whoever connects; on one host, nanoinfra starts "
             "the ranks itself, on loopback: nanoinfra train --dp 2, or make lab")

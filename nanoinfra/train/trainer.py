@@ -5,9 +5,6 @@ samples are dealt from one global order, the loss is normalised once.
 """
 import json
 import math
-import os
-import signal
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +14,7 @@ import torch
 from nanoinfra.data.loader import Loader
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.dist.threads import use_threads
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import SIZES
 from nanoinfra.train import metrics
@@ -24,8 +22,10 @@ from nanoinfra.train.config import TrainFlags, check, micro_batches, parse_wire,
 from nanoinfra.train.inputs import open_inputs
 from nanoinfra.train.loss import count_valid
 from nanoinfra.train.optim import learning_rate
+from nanoinfra.train.rank import is_rank
 from nanoinfra.train.replica import Replica
 from nanoinfra.train.rundir import RunDir
+from nanoinfra.train.signals import StopRequest
 from nanoinfra.train.step import execute
 
 FINE_TUNING_LR = 1e-4                        # where weights are given, and no --lr
@@ -38,7 +38,7 @@ def train(flags: TrainFlags) -> list[dict]:
         while run.going():
             batches = run.loader.next()
             seen = batches if run.speaks else ()
-            valid, run.stopping = count_valid(seen, run.mesh.world, run.asked_to_stop)
+            valid, run.stopping = count_valid(seen, run.mesh.world, run.request.asked)
             run.replica.begin(batches, valid, run.learning_rate())
             spans = execute(run.replica.schedule(len(batches)), run.replica)
             run.report(valid, spans)
@@ -62,7 +62,7 @@ class Run:
         self.inputs = open_inputs(flags, self.mesh)
         self.replica = Replica(self.inputs.model, flags, self.mesh, self.inputs.read)
         self.speaks = self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.mesh.pp.size - 1  # of a loss
-        self.elapsed, self.stopping, self.asked_to_stop = 0.0, 0, 0
+        self.elapsed, self.stopping = 0.0, 0
         self.lines, self.spans, self.rows = [], [], []
         state = self.dir.begin(self.inputs, self.replica, flags.run.resume)
         self.step = state["step"]
@@ -75,7 +75,8 @@ class Run:
             self._introduce()
             self.log = metrics.Log(self.dir.path / "metrics.jsonl", self.step)
             self.bar = metrics.Bar(flags.run.steps, flags.run.seconds, self.step)
-        self.old_handler = on_sigterm(self._ask_to_stop)
+        self.request = StopRequest(lone=not is_rank())
+        self.request.start()
         self.mesh.ledger.take()
         self.began = self.mark = time.monotonic()
 
@@ -145,7 +146,7 @@ class Run:
             if self.first:
                 every = [event for events in ranks for event in events]
                 self.flags.run.trace.write_text(json.dumps({"traceEvents": every}))
-        if self.stopping:
+        if self.stopping or self.request.asked:                          # or in its very last step
             self.dir.say_stopped(self.step)
         return self.lines
 
@@ -155,7 +156,7 @@ class Run:
         if self.first:
             self.bar.close()
             self.log.file.close()
-        on_sigterm(self.old_handler)
+        self.request.stop()
 
     @contextmanager
     def _off_the_clock(self):
@@ -200,21 +201,3 @@ class Run:
         if not (math.isfinite(loss) and (math.isfinite(norm) or self.replica.skipped)):
             raise ValueError(f"step {self.step}: loss {loss}, gradient norm {norm}; {self.dir.last_good()}; "
                              f"try --lr {lr / 3:.2g} or a longer --warmup")
-
-    def _ask_to_stop(self, *_):
-        self.asked_to_stop = 1
-
-
-def use_threads(wanted: int | None) -> None:
-    """`wanted` threads for this rank, or its share of this host's cores."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    threads = wanted or max(1, (os.cpu_count() or 1) // ranks_here)
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
-
-
-def on_sigterm(handler):
-    """Install `handler` and return the old one; signals reach the main thread alone."""
-    if threading.current_thread() is threading.main_thread():
-        return signal.signal(signal.SIGTERM, handler)
-    return None
