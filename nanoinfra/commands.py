@@ -79,11 +79,14 @@ def flag_names(options: type) -> Iterator[str]:
 
 
 def _train(flags, argv):
-    from nanoinfra.train import config, rank, stopping
-    if not rank.is_rank() and not rank.joined():
+    from nanoinfra.train import config, preflight, rank, stopping
+    if rank.is_rank() and not rank.launched_by_us():
+        preflight.check_rank(lambda world: config.check(flags, world))
+    elif not rank.is_rank() and not rank.joined():
         world, run = config.ranks_wanted(flags.mesh), flags.run
         config.check(flags, world)
-        rank.check_can_write(run.out, run.trace)
+        preflight.check_paths(run.out, run.trace)
+        preflight.check_device(flags.mesh.device, world)
         if world > 1 or run.max_restarts:
             from nanoinfra.train.launch import launch
             return launch(argv, world, run.out, run.max_restarts)
@@ -111,10 +114,12 @@ def _serve(options, argv):
 
 def _doctor(flags, argv):
     from nanoinfra.lab.options import check
-    from nanoinfra.train import rank
-    if not rank.is_rank() and not rank.joined() and (world := check(flags)) > 1:
-        from nanoinfra.train.launch import launch
-        return launch(argv, world)
+    from nanoinfra.train import preflight, rank
+    if not rank.is_rank() and not rank.joined():
+        preflight.check_device(flags.device, world := check(flags))
+        if world > 1:
+            from nanoinfra.train.launch import launch
+            return launch(argv, world)
     from nanoinfra.lab.doctor import doctor
     with rank.process_group(flags.device):
         doctor(flags)

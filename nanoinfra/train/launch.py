@@ -21,6 +21,7 @@ from pathlib import Path
 from torch.distributed import HashStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.events import Event, EventSource
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
@@ -124,8 +125,9 @@ class Agent(LocalElasticAgent):
             for pid in self._pcontext.pids().values():
                 end(pid)
 
-    def _record_worker_events(self, result: RunResult) -> None:
-        """Nobody reads torch's events, and each looks up this host's name, which may take a minute."""
+    def _construct_event(self, state: str, source: EventSource, *details, **more) -> Event:
+        """Without what nobody reads: for each event torch looks up this host's name, for a minute or more."""
+        return Event(f"torchelastic.worker.status.{state}", source)
 
     def _monitor_workers(self, group) -> RunResult:
         result = super()._monitor_workers(group)

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,6 +31,11 @@ def launched_by_us() -> bool:
     return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS)
 
 
+def local_rank() -> int:
+    """This rank's place on its host, by LOCAL_RANK; who starts ranks by hand may leave it out on one host."""
+    return int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+
+
 def joined() -> bool:
     """Is this process a rank already, of a pool say?"""
     distributed = sys.modules.get("torch.distributed")       # not imported for this: it takes a second
@@ -40,13 +44,13 @@ def joined() -> bool:
 
 def launch_id() -> str | None:
     """What all ranks of one launch share, started again or not; None where there is nothing of the kind."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none") if is_rank() else "none"    # or left in a shell
     return None if name == "none" else name                  # torchrun's name for a launch without one
 
 
 def restarted() -> bool:
     """Has this launch started its ranks before?"""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return is_rank() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 @contextmanager
@@ -68,7 +72,7 @@ def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
     from nanoinfra.train.rendezvous import meet
     if device == "cuda":
         import torch
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local_rank())
     board, rank = None, int(os.environ["RANK"])
     if out:
         make_folder(out)
@@ -110,7 +114,7 @@ def end_with_parent(parent: int | None = None) -> None:
 
 def leave_error(message: str) -> bool:
     """In a rank of `launch`, hand a user's mistake to the launcher, to print once. False under torchrun."""
-    ours = launched_by_us()
+    ours = is_rank() and launched_by_us()
     if ours:
         note = json.dumps({"message": message, "timestamp": time.time()})
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(note)
@@ -124,24 +128,6 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         raise ValueError(f"cannot write to --out {path}: {error.strerror}; "
                          "name a folder that you may write to") from error
-
-
-def check_can_write(out: Path, trace: Path | None) -> None:
-    """Raise ValueError, before a rank starts, where a run's directory or timeline could not be written."""
-    make_folder(out)
-    with _writing(f"--out {out}"), tempfile.TemporaryFile(dir=out):      # root, say, on a read-only disk
-        pass
-    if trace:
-        with _writing(f"--trace {trace}"), open(trace, "a"):
-            pass
-
-
-@contextmanager
-def _writing(flag):
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"cannot write to {flag}: {error.strerror}; give one that can be written") from None
 
 
 def _who(board, rank, lost):
