@@ -55,8 +55,8 @@ def _ours(error):
 
 def run() -> None:
     """The console script."""
-    signals.Hearing(signals.end_at_once).start()
     streams.prepare(lasting=sys.argv[1:2] == ["train"])
+    signals.Hearing(signals.end_at_once).start()
     code = main()
     signals.ignore_from_here_on()
     sys.exit(code)

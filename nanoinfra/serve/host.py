@@ -2,7 +2,7 @@
 
 SIGTERM or Ctrl-C: what runs may go on for a while, what is new is refused with 503; then the process ends
 with 0 and leaves nothing behind, also while it loads or when the engine hangs. A second signal takes the
-while away. Before `main`, in Python's first tenths of a second, a signal does what it does to any program.
+while away. Before `main`, while Python begins, a signal ends it with one line (train/signals.py).
 """
 import functools
 import socket

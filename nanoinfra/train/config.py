@@ -4,6 +4,7 @@ Not every combination has to exist at once; `check` refuses one that does not, w
 rank starts. Sizes, learning rates and contexts that are not given follow from --model.
 """
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -192,8 +193,10 @@ def _check_model(flags, tp):
         check_heads(SIZES[flags.model].model, tp)
         return
     if flags.model != "smollm2-135m" and not Path(flags.model).exists():
+        close = get_close_matches(flags.model, [*SIZES, "smollm2-135m"], n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"--model {flags.model!r} is neither a size ({', '.join(SIZES)}), nor smollm2-135m, "
-                         "nor a folder or .gguf file that is there")
+                         f"nor a folder or .gguf file that is there{meant}")
     if flags.vocab or flags.untied:
         raise ValueError(f"--vocab and --untied shape a model that is drawn; {flags.model} has its shape "
                          "already: leave them out")

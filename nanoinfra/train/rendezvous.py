@@ -10,7 +10,7 @@ import sys
 import time
 from datetime import timedelta
 
-from torch.distributed import DistError, DistStoreError, PrefixStore, Store
+from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from nanoinfra.dist.loopback import bind_to_loopback, client_store, is_loopback, master_store
@@ -52,7 +52,7 @@ def _wait_for_all(store, rank, world):
               f"{by_environment()}: unset them if no launcher has set them", file=sys.stderr, flush=True)
     try:
         store.wait(everybody, START)
-    except DistStoreError as error:
+    except RuntimeError as error:
         there = [r for r in range(world) if store.check([f"rank {r}"])]
         raise ValueError(f"of {world} ranks only {there} came within {START.seconds} s; "
                          f"{by_environment()}") from error
@@ -84,7 +84,7 @@ def _store(rank: int) -> Store:
         return master_store(port) if rank == 0 else client_store(port)
     except OSError as error:
         raise ValueError(f"MASTER_PORT {port}: {error.strerror}; {by_environment()}") from error
-    except DistError as error:
+    except RuntimeError as error:
         raise ValueError(f"there is no rank 0 at port {port} of this host; {by_environment()}") from error
 
 
