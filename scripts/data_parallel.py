@@ -16,6 +16,7 @@ import torch.distributed as dist
 from nanoinfra.data.source import IGNORE, Random
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh
+from nanoinfra.dist.threads import use_threads
 from nanoinfra.formulas.shape import SIZES
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
@@ -43,7 +44,7 @@ def main():
     if "RANK" in os.environ:                 # torchrun started us
         dist.init_process_group("gloo")
     mesh = Mesh(dp=dist.get_world_size() if dist.is_initialized() else 1)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.dp.size))
+    use_threads()
 
     size = SIZES["test"]
     model = init_weights(Decoder(size.model), seed=0).to(getattr(torch, args.dtype))

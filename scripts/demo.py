@@ -27,6 +27,8 @@ from nanoinfra.train.config import RunFlags
 from nanoinfra.train.lock import locked
 from nanoinfra.train.outdir import check_out, remove_run
 from nanoinfra.train.pretrained import pretrained
+from nanoinfra.train.rank import STOPPED
+from nanoinfra.train.signals import Hearing, end_at_once
 
 HEADERS, NEW_TOKENS, STATEMENTS = 40, 96, 3
 QUESTION = "In one sentence: why are large language models trained on many GPUs?"
@@ -63,12 +65,17 @@ def train(args):
         sys.exit(f"demo: {error}")
     print(f"1. Training on two ranks for {args.seconds:.0f} s", flush=True)
     every = max(5, int(args.seconds))        # steps: the curve gets a few points of held-out bits per byte
-    done = subprocess.run([sys.executable, "-m", "nanoinfra.cli", "train", "--model", "nano",
-                           "--dtype", "bfloat16", "--dp", "2", "--micro-batch", "8",
-                           "--seconds", str(args.seconds), "--eval-every", str(every),
-                           "--save-every", str(every), "--out", str(args.out)])
-    if done.returncode:
-        sys.exit(done.returncode)
+    command = [sys.executable, "-m", "nanoinfra.cli", "train", "--model", "nano",
+               "--dtype", "bfloat16", "--dp", "2", "--micro-batch", "8",
+               "--seconds", str(args.seconds), "--eval-every", str(every),
+               "--save-every", str(every), "--out", str(args.out)]
+    with subprocess.Popen(command) as run:
+        stop = Hearing(run.send_signal)      # it saves, and says how to go on
+        stop.start()
+        code = run.wait()
+        stop.stop()
+    if code or (args.out / STOPPED).exists():
+        sys.exit(code)
     lines = metrics.read(args.out / "metrics.jsonl")
     tokens = sum(line["tokens"] for line in lines)
     print(f"   {len(lines)} steps, {tokens:,} tokens: loss {lines[0]['loss']:.2f} -> "
@@ -131,4 +138,5 @@ def chat():
 
 
 if __name__ == "__main__":
+    Hearing(end_at_once).start()
     main()

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from nanoinfra.data.source import IGNORE, Random
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.dist.threads import use_threads
 from nanoinfra.formulas.pipeline import split
 from nanoinfra.formulas.shape import SIZES
 from nanoinfra.model.decoder import Decoder
@@ -109,7 +110,7 @@ def main():
     if "RANK" in os.environ:                 # torchrun started us
         dist.init_process_group("gloo")
     mesh, config = Mesh(pp=world_size()), SIZES["test"].model
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.pp.size))
+    use_threads()
 
     p, dtype = mesh.pp.size, getattr(torch, args.dtype)
     lists = schedule(args.schedule, p, args.micro_batches, args.chunks)     # of every stage

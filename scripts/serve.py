@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.dist.threads import use_threads
 from nanoinfra.formulas.params import parameters, shapes
 from nanoinfra.formulas.shape import sized
 from nanoinfra.model.fill import Weights, empty
@@ -69,7 +70,7 @@ def refuse(mistake):
 if "RANK" in os.environ:                     # torchrun started us
     dist.init_process_group("gloo")
 mesh = Mesh(tp=world_size())
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.tp.size))
+use_threads()
 
 # Model: each rank reads its part
 try:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from nanoinfra.data.source import IGNORE, Random
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.dist.threads import use_threads
 from nanoinfra.formulas.shape import SIZES
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
@@ -101,7 +102,7 @@ def main():
     if "RANK" in os.environ:                 # torchrun started us
         dist.init_process_group("gloo")
     mesh = Mesh(dp=world_size() // args.tp, tp=args.tp)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.world.size))
+    use_threads()
 
     config = SIZES["test"].model             # 4 query heads, 2 KV heads: for at most 2 ranks
     region = Cut(mesh.tp, keep=False) if args.sp else Whole(mesh.tp)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from nanoinfra.data.source import IGNORE, Random
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.dist.threads import use_threads
 from nanoinfra.formulas.pipeline import split
 from nanoinfra.formulas.shape import SIZES
 from nanoinfra.model.decoder import Decoder
@@ -114,7 +115,7 @@ def main():
     if "RANK" in os.environ:                 # torchrun started us
         dist.init_process_group("gloo")
     mesh = Mesh(pp=args.pp, dp=world_size() // (args.pp * args.tp), tp=args.tp)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.world.size))
+    use_threads()
 
     config, dtype = SIZES["test"].model, getattr(torch, args.dtype)
     whole = init_weights(Decoder(config), seed=0).to(dtype)

@@ -18,6 +18,7 @@ from nanoinfra.data.loader import HeldOut, Loader
 from nanoinfra.data.source import open_source
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh
+from nanoinfra.dist.threads import use_threads
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import SIZES, sized
 from nanoinfra.model.decoder import Decoder
@@ -46,7 +47,7 @@ args = parser.parse_args()
 if "RANK" in os.environ:                     # torchrun started us
     dist.init_process_group("gloo")
 mesh = Mesh(dp=dist.get_world_size() if dist.is_initialized() else 1)
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.dp.size))
+use_threads()
 
 # Data: one global order of samples, dealt to the ranks
 size = SIZES[args.size]

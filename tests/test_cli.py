@@ -27,7 +27,8 @@ def test_help_takes_less_than_a_second():
 
 
 def test_help_imports_no_torch():
-    code = "import sys, nanoinfra.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = ("import sys, nanoinfra.cli, nanoinfra.commands\n"
+            "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -82,7 +83,18 @@ MISTAKES = {
     "a stream cut over one rank": (["--sp"], "give --tp 2"),
     "kept, what is not gathered": (["--sp-keep", "--tp", "2"], "give --sp too"),
     "an unknown model": (["--model", "gigantic"], "test, nano, micro"),
-    "an unknown flag": (["--modle", "nano"], "--modle"),
+    "an unknown flag": (["--modle", "nano"], "did you mean --model? see nanoinfra train --help"),
+    "a flag cut short": (["--step", "5"], "option --step; did you mean --steps? see nanoinfra train --help"),
+    "a flag with its value": (["--max_restart=1"], "did you mean --max-restarts?"),
+    "a switch": (["--resum"], "did you mean --resume?"),
+    "a misspelt choice": (["--schedule", "1fb1"], "did you mean 1f1b? see nanoinfra train --help"),
+    "a choice of another range": (["--zero", "4"], "'3'); see nanoinfra train --help"),
+    "a misspelt model": (["--model", "nanoo"], "did you mean nano?"),
+    "a device that is not there": (["--device", "cuda"], "no CUDA device here"),
+    "a device that is not there, for two ranks": (["--device", "cuda", "--dp", "2"], "no CUDA device here"),
+    "an --out below a file": (["--out", "{tmp}/binary/run", "--dp", "2"], "Not a directory"),
+    "a --trace in no folder": (["--trace", "{tmp}/none/trace.json"], "cannot write to --trace"),
+    "a --trace in no folder, of two ranks": (["--trace", "{tmp}/none/t.json", "--dp", "2"], "--trace"),
     "a value of the wrong kind": (["--steps", "many"], "--steps"),
     "a folder that is not there": (["--data", "{tmp}/nowhere"], "nowhere"),
     "a file that is no text": (["--data", "{tmp}/binary"], "UTF-8"),
@@ -107,6 +119,71 @@ def test_a_mistake_is_one_line_with_a_remedy(tmp_path, capsys, argv, says):
     assert main([*QUICK, "--steps", "2", "--out", str(tmp_path / "out"), *given]) == 2
     out = capsys.readouterr()
     assert out.err.count("\n") == 1 and out.err.startswith("nanoinfra: ") and says in out.err, out.err
+
+
+COMMANDS = {
+    "trian --steps 2": "unrecognized command trian; did you mean train? see nanoinfra --help",
+    "serv m": "unrecognized command serv; did you mean serve? see nanoinfra --help",
+    "serve m --sets 4 --foo": "unrecognized option --sets; did you mean --seats? see nanoinfra serve --help",
+    "generate m p --tempreature 2": "did you mean --temperature? see nanoinfra generate --help",
+    "generate m p --dtype bflot16": "did you mean bfloat16? see nanoinfra generate --help",
+    "doctor --devise cpu": "did you mean --device? see nanoinfra doctor --help",
+    "doctor --device cuda": "no CUDA device here",
+    "xyz": "unrecognized command xyz; see nanoinfra --help",
+}
+
+
+@pytest.mark.parametrize("line, says", COMMANDS.items(), ids=COMMANDS.keys())
+def test_a_misspelt_word_says_what_was_meant(capsys, line, says):
+    assert main(line.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nanoinfra: ") and says in said and said.count("\n") == 1, said
+
+
+def test_a_disk_that_takes_nothing_is_seen_before_ranks_start(tmp_path, monkeypatch, capsys):
+    """As root sees a file system that is mounted read-only: the folder is there, no file can be made."""
+    def refuses(*args, **more):
+        raise OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr("tempfile.TemporaryFile", refuses)
+    assert main([*QUICK, "--dp", "2", "--out", str(tmp_path)]) == 2
+    assert "cannot write to --out" in (said := capsys.readouterr().err) and "Read-only" in said
+
+
+@pytest.mark.parametrize("code, says", [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "cannot write")])
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, code, says):
+    def refuses(argv):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr("nanoinfra.commands.run_command", refuses)
+    assert main(["train"]) == 2
+    assert says in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+LEFT = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
+
+
+@pytest.mark.parametrize("left, argv, says", [
+    ({"RANK": "0", "WORLD_SIZE": "2"}, [], "but MASTER_ADDR and MASTER_PORT are not set"),
+    ({"RANK": "0", "WORLD_SIZE": "1", **LEFT}, ["--dp", "2"], "unset them if no launcher has set them"),
+    ({"RANK": "2", "WORLD_SIZE": "2", **LEFT}, [], "ranks of 2 count from 0"),
+    ({"RANK": "a", "WORLD_SIZE": "2", **LEFT}, [], "RANK=a is no number")])
+def test_what_is_left_in_a_shell_is_named_that_makes_a_process_a_rank(
+        tmp_path, monkeypatch, capsys, left, argv, says):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert main([*QUICK, *argv, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert says in said and f"RANK={left['RANK']} and WORLD_SIZE={left['WORLD_SIZE']}" in said
+    assert said.count("\n") == 1, said
+
+
+def test_what_is_left_of_a_launcher_without_a_rank_changes_nothing(tmp_path, monkeypatch, capsys):
+    left = {"TORCHELASTIC_RUN_ID": "nanoinfra-0", "TORCHELASTIC_RESTART_COUNT": "2", "LOCAL_RANK": "1",
+            "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error"), "RANK": "1", **LEFT}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert main([*QUICK, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
+    assert main([*QUICK, "--steps", "2", "--out", str(tmp_path / "run")]) == 2
+    assert "--resume" in capsys.readouterr().err and not (tmp_path / "error").exists()
 
 
 def test_a_mistake_only_ranks_can_see_is_one_line_too(tmp_path):

@@ -11,7 +11,7 @@ import nanoinfra
 HOUSE = Path(nanoinfra.__file__).parent
 ROOT = HOUSE.parent
 FLOORS = [{"formulas", "kernels"}, {"dist"}, {"model", "data"}, {"memory"}, {"parallel"}, {"train", "serve"},
-          {"tune"}, {"plan"}, {"lab"}, {"cli"}]
+          {"tune"}, {"plan"}, {"lab"}, {"commands"}, {"cli"}]
 BEFORE = {room: set().union(*FLOORS[:i]) for i, floor in enumerate(FLOORS) for room in floor}
 BEFORE["model"] -= {"dist"}                  # the model knows nothing of ranks
 BEFORE["model"] |= {"data"}                  # whose tokenizers a run's folder has

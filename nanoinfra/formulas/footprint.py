@@ -17,7 +17,7 @@ from nanoinfra.formulas.pipeline import in_flight, message_bytes
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.formulas.tensor import padded_seq, part
 from nanoinfra.formulas.three_d import TIED, chunks, held_shapes
-from nanoinfra.formulas.zero import states_bytes, zero_buffers
+from nanoinfra.formulas.zero import padded, states_bytes, zero_buffers
 
 ROWS_BYTES = 2 << 20                         # of logits worked on at a time, as parallel/vocabulary.py does
 PREFETCH = 2                                 # steps that the loader makes ahead
@@ -44,6 +44,7 @@ class Recipe(NamedTuple):
     optimizer: str = "adamw"
     attention: str = "sdpa"
     recompute: str = "none"
+    frozen: frozenset[str] = frozenset()     # names of parameters that are not trained
 
     @property
     def itemsize(self) -> int:
@@ -79,12 +80,18 @@ def moments(config: ModelConfig, layout: Layout, recipe: Recipe,
 
 
 def model_states(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int = 0) -> dict[str, int]:
-    """Bytes of "weights", "gradients" and "optimizer" (masters and moments) between steps."""
+    """Bytes of "weights", "gradients" and "optimizer" (masters and moments) between steps.
+
+    What is frozen has weights alone, cut by ZeRO-3.
+    """
     held = held_shapes(config, layout.pp, layout.tp, stage, v=layout.virtual)
-    used = [*held.values(), *([held[TIED]] if config.tied and layout.pp == 1 else [])]
-    found = states_bytes(held.values(), used, layout.dp, layout.zero, recipe.dtype, recipe.optimizer,
-                         BYTES[recipe.grad_dtype])
+    trained = {name: shape for name, shape in held.items() if name not in recipe.frozen}
+    tied = [held[TIED]] if config.tied and layout.pp == 1 and TIED in trained else []
+    found = states_bytes(trained.values(), [*trained.values(), *tied], layout.dp, layout.zero, recipe.dtype,
+                         recipe.optimizer, BYTES[recipe.grad_dtype])
     weights, gradients = found.pop("weights"), found.pop("gradients")
+    frozen = sum(padded(held[name], layout.dp if layout.zero else 1) for name in held.keys() - trained.keys())
+    weights += recipe.itemsize * (frozen // layout.dp if layout.zero == 3 else frozen)
     return {"weights": weights, "gradients": gradients, "optimizer": sum(found.values())}
 
 

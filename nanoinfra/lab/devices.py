@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
+from nanoinfra.dist.threads import usable_cores
+
 GIB = 2 ** 30
 
 
 def host() -> dict:
     """{"name", "processor", "cores", "memory" in bytes, "load", "gpus": [{"name", "memory"}], "versions"}."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": platform.node(), "processor": processor(), "cores": usable,
+    return {"name": platform.node(), "processor": processor(), "cores": usable_cores(),
             "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "load": os.getloadavg()[0],
             "gpus": _gpus(), "versions": versions()}
 

@@ -13,6 +13,7 @@ import torch
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import AXES, Mesh, world_size
 from nanoinfra.dist.probe import matmul_rate, wire_times
+from nanoinfra.dist.threads import use_threads
 from nanoinfra.formulas.wire import fit
 from nanoinfra.lab import devices
 from nanoinfra.lab.measure import median
@@ -20,7 +21,6 @@ from nanoinfra.lab.options import DoctorFlags
 from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
 from nanoinfra.train.config import parse_wire, plan_mesh
-from nanoinfra.train.trainer import use_threads
 
 DTYPES = ("float32", "bfloat16")
 

@@ -15,7 +15,7 @@ class DoctorFlags:
     cp: int = 1                              # context parallel
     tp: int = 1                              # tensor parallel
     device: Literal["cpu", "cuda"] = "cpu"
-    threads: int | None = None               # a rank; default: cores / ranks on this host
+    threads: int | None = None               # a rank; default: OMP_NUM_THREADS, or cores / ranks
     wire: tuple[str, ...] = ()               # emulate AXIS=LATENCY,BANDWIDTH, in s and bytes/s
     out: Path | None = None                  # write the numbers here too, as JSON
 

@@ -24,6 +24,7 @@ from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
 from nanoinfra.lab.where import project, root, shown, work
 from nanoinfra.train.rank import is_rank
+from nanoinfra.train.signals import Hearing, end_at_once
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # the launcher's
 
@@ -199,4 +200,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    Hearing(end_at_once).start()
     sys.exit(main())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from nanoinfra.dist.mesh import Mesh
+from nanoinfra.dist.threads import use_threads
 from nanoinfra.model.attention import CAUSAL, Mask, naive, sdpa
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.fill import empty
@@ -76,8 +77,7 @@ class KVCache:
 
 def main(options: GenerateOptions, write: Callable[[str], object] | None = None) -> int:
     """Write the continuation of a prompt, or the answer to it, to `write` (stdout) as it grows; returns 0."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads, options.tp)
     if options.tp < 1:
         raise ValueError(f"--tp {options.tp}: a model is cut over at least 1 rank; leave it out")
     mesh = Mesh(tp=options.tp)

@@ -2,13 +2,13 @@
 
 SIGTERM or Ctrl-C: what runs may go on for a while, what is new is refused with 503; then the process ends
 with 0 and leaves nothing behind, also while it loads or when the engine hangs. A second signal takes the
-while away. Before `main`, in Python's first tenths of a second, a signal does what it does to any program.
+while away. Before `main`, while Python begins, a signal ends it with one line (train/signals.py).
 """
 import functools
-import os
 import socket
 import sys
 
+from nanoinfra.dist.threads import use_threads
 from nanoinfra.serve.keys import VARIABLE, read_keys
 from nanoinfra.serve.options import EngineOptions, ServeOptions, check
 from nanoinfra.serve.signals import end_with_0
@@ -45,10 +45,8 @@ def main(options: ServeOptions, factory=None) -> int:
 
 def open_ranked(options: EngineOptions, team: Team):
     """The engine of one rank, in its own process."""
-    import torch
-
     from nanoinfra.serve.engine import open_engine
-    torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) // options.tp))
+    use_threads(options.threads, options.tp)
     engine = open_engine(options, team.mesh(options.tp))
     if engine.text is None:
         raise ValueError(f"{options.model} holds no tokenizer.json to talk with it; copy the one it was "

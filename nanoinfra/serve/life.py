@@ -14,6 +14,7 @@ import threading
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 
+from nanoinfra.dist.threads import default_threads
 from nanoinfra.serve.loop import MEANT_FOR_API, Failed, Ready, Step
 
 START = "from nanoinfra.serve.loop import main; main()"      # not -m: its classes would be __main__'s
@@ -26,7 +27,7 @@ def environment(world: int) -> dict[str, str]:
     weights takes 6 % longer, and each large tensor of a prompt comes as new pages from the system.
     """
     keep = 1 << 40
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)),
+    return {"OMP_NUM_THREADS": str(default_threads(world)),
             "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={1 << 30}:"
                               f"glibc.malloc.trim_threshold={keep}"}
 

@@ -40,7 +40,7 @@ class GenerateOptions:
     chat: bool = False                       # put the prompt into the model's chat template
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # to compute in
     tp: int = 1                              # cut the model over so many ranks, started here
-    threads: int | None = None               # a rank; default: torch's own choice, or cores / ranks
+    threads: int | None = None               # a rank; default: OMP_NUM_THREADS, or cores / ranks
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class EngineOptions:
     model: tyro.conf.Positional[str]  # a run directory, a Hugging Face folder, a .gguf file, smollm2-135m
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # to compute in
     tp: int = 1                              # cut the model over so many ranks, started here
-    threads: int | None = None               # a rank; default: cores / ranks
+    threads: int | None = None               # a rank; default: OMP_NUM_THREADS, or cores / ranks
     kv_memory: Bytes = 1 << 30               # for keys and values, on each rank
     block_size: int = 16                     # tokens whose keys and values lie together
     budget: int = 512                        # tokens in one step, of all sequences

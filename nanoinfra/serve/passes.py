@@ -36,29 +36,51 @@ def compiled(dtype: torch.dtype, **defined: int) -> ctypes.CDLL:
     """passes.c for numbers of `dtype`, bfloat16 or float32, with these names defined.
 
     By $CC or cc, for this processor unless $CFLAGS says otherwise (-march=haswell). Raises RuntimeError where
-    there is no C compiler with OpenMP.
+    there is no C compiler with OpenMP, or no folder from which code may be loaded.
     """
-    source, compiler = Path(__file__).with_suffix(".c"), os.environ.get("CC", "cc")
     flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC"]
     flags += shlex.split(os.environ.get("CFLAGS", ""))                   # the last -march counts
     flags += [f"-D{name}={value}" for name, value in defined.items()]
     flags += ["-DBF16"] if dtype == torch.bfloat16 else []
-    with tempfile.TemporaryDirectory() as folder:
-        middle, library = Path(folder, "passes.o"), Path(folder, "passes.so")
-        to_object = ["-c", *flags, source, "-o", middle]
-        to_library = ["-shared", "-fopenmp", middle, "-o", library, "-lm"]
-        try:                                 # in two steps: a linker told of -ffast-math sets it for all
-            for step in to_object, to_library:
-                subprocess.run([compiler, *step], check=True, capture_output=True, text=True)
-        except OSError as error:
-            raise RuntimeError(f"{compiler}: {error.strerror}") from error
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"{compiler} does not compile {source.name}: {error.stderr}") from error
-        passes = ctypes.CDLL(str(library))
+    passes = _loaded(flags)
     for name, arguments in ARGUMENTS.items():
         getattr(passes, name).argtypes, getattr(passes, name).restype = arguments, None
     passes.instructions.restype = ctypes.c_char_p
     return passes
+
+
+def _loaded(flags):
+    """The library, from the first folder from which code may be loaded."""
+    said = []
+    for folder in _folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                return ctypes.CDLL(str(_compile(flags, Path(own))))
+        except OSError as error:
+            said.append(f"{folder} ({error.strerror or str(error).rpartition(': ')[2]})")
+    raise RuntimeError(f"code cannot be loaded from {' or '.join(said)}; set TMPDIR to a folder that is not "
+                       "mounted noexec")
+
+
+def _folders():
+    yield Path(tempfile.gettempdir())        # may be mounted noexec
+    yield Path.home() / ".cache" / "nanoinfra"
+
+
+def _compile(flags, folder):
+    source, compiler = Path(__file__).with_suffix(".c"), os.environ.get("CC", "cc")
+    middle, library = folder / "passes.o", folder / "passes.so"
+    to_object = ["-c", *flags, source, "-o", middle]
+    to_library = ["-shared", "-fopenmp", middle, "-o", library, "-lm"]
+    try:                                     # in two steps: a linker told of -ffast-math sets it for all
+        for step in to_object, to_library:
+            subprocess.run([compiler, *step], check=True, capture_output=True, text=True)
+    except OSError as error:
+        raise RuntimeError(f"{compiler}: {error.strerror}") from error
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"{compiler} does not compile {source.name}: {error.stderr}") from error
+    return library
 
 
 class Norm(nn.Module):

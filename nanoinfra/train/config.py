@@ -5,6 +5,7 @@ rank starts. Sizes, learning rates and contexts that are not given follow from -
 """
 import os
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -60,7 +61,7 @@ class MeshFlags:
     zero: Literal[0, 1, 2, 3] = 0                        # cut over dp: 1 optimizer, 2 gradients, 3 weights
     data_parallel: Literal["each", "buckets", "overlap"] = "overlap"  # when gradients leave, at --zero 0
     device: Literal["cpu", "cuda"] = "cpu"
-    threads: int | None = None                           # a rank; default: cores / ranks on this host
+    threads: int | None = None                           # a rank; default: OMP_NUM_THREADS, or cores / ranks
     wire: tuple[str, ...] = ()                           # emulate AXIS=LATENCY,BANDWIDTH, in s and bytes/s
 
 
@@ -235,8 +236,10 @@ def _check_model(flags, tp):
         check_heads(SIZES[flags.model].model, tp)
         return
     if flags.model != "smollm2-135m" and not Path(flags.model).exists():
+        close = get_close_matches(flags.model, [*SIZES, "smollm2-135m"], n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"--model {flags.model!r} is neither a size ({', '.join(SIZES)}), nor smollm2-135m, "
-                         "nor a folder or .gguf file that is there")
+                         f"nor a folder or .gguf file that is there{meant}")
     if flags.vocab or flags.untied:
         raise ValueError(f"--vocab and --untied shape a model that is drawn; {flags.model} has its shape "
                          "already: leave them out")

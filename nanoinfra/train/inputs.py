@@ -58,8 +58,7 @@ def open_inputs(flags: TrainFlags, mesh) -> Inputs:
         held_out = HeldOut(source.corpus.held_out, source.tokenizer, seq)
     identity = {"seed": flags.model.seed, "seq": seq,
                 "corpus": source.corpus.hash if source.corpus else "random",
-                "tokenizer": source.tokenizer.hash if source.tokenizer else f"vocabulary {config.vocab}",
-                "freeze": list(flags.model.freeze)}
+                "tokenizer": source.tokenizer.hash if source.tokenizer else f"vocabulary {config.vocab}"}
     return Inputs(source, seq, held_out, config, weights, identity)
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from contextlib import contextmanager
@@ -19,12 +20,17 @@ from pathlib import Path
 from torch.distributed import HashStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.events import Event, EventSource
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from nanoinfra.dist.loopback import HOST, master_store
+from nanoinfra.dist.threads import default_threads
+from nanoinfra.train.checkpoint import checkpoints
 from nanoinfra.train.outdir import last_config
-from nanoinfra.train.rank import BOARD, NOTES, OURS, STOPPED, make_folder
+from nanoinfra.train.rank import BOARD, NOTES, OURS, STOPPED, end, make_folder
+from nanoinfra.train.signals import announce, is_another, not_ignored, say
+from nanoinfra.train.stopping import how_to_go_on, say_where
 
 PATIENCE = 300                               # seconds that ranks have to save, when a signal stops the run
 
@@ -39,15 +45,17 @@ def launch(argv: list[str], nproc: int, out: Path | None = None, max_restarts: i
         make_folder(out)
     for logger in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(default_threads(nproc)))
     started, meeting = time.time(), LoopbackRendezvous(OURS + uuid.uuid4().hex[:8])
     spec = WorkerSpec("rank", nproc, meeting, entrypoint=sys.executable, max_restarts=max_restarts,
                       args=("-m", module, *argv), monitor_interval=0.1)
     with _notes(out) as notes:
+        agent = Agent(spec, DefaultLogsSpecs(str(notes)), out)
         try:
-            failures = Agent(spec, DefaultLogsSpecs(str(notes)), out).run().failures
+            with agent.taking_signals():
+                failures = agent.run().failures
         except SignalException as stop:
-            return _after_signal(stop, out, started)
+            return _after_signal(stop.sigval, out, argv, started)
         finally:
             meeting.shutdown()
         return _after_failure(failures, nproc, out) if failures else 0
@@ -92,7 +100,34 @@ class Agent(LocalElasticAgent):
 
     def __init__(self, spec: WorkerSpec, notes: DefaultLogsSpecs, out: Path | None):
         super().__init__(spec, notes, shutdown_timeout=PATIENCE)
-        self.name, self.out = spec.rdzv_handler.get_run_id(), out
+        self.name, self.out, self.stopped = spec.rdzv_handler.get_run_id(), out, 0.0
+
+    @contextmanager
+    def taking_signals(self):
+        """Here the first signal lets the ranks save and end, and a second one kills them."""
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""                # torch's own handlers stay out
+        mine = threading.current_thread() is threading.main_thread()     # which alone hears signals
+        before = {sign: signal.signal(sign, self._signalled) for sign in not_ignored() if mine}
+        try:
+            yield
+        finally:
+            for sign, handler in before.items():
+                signal.signal(sign, handler)
+
+    def _signalled(self, sign, frame):
+        sign = signal.Signals(sign)
+        if not self.stopped:
+            self.stopped = time.monotonic()
+            if self.out:
+                announce(sign)
+            raise SignalException("", sign)
+        if is_another(sign, self.stopped) and self._pcontext:
+            for pid in self._pcontext.pids().values():
+                end(pid)
+
+    def _construct_event(self, state: str, source: EventSource, *details, **more) -> Event:
+        """Without what nobody reads: for each event torch looks up this host's name, for a minute or more."""
+        return Event(f"torchelastic.worker.status.{state}", source)
 
     def _monitor_workers(self, group) -> RunResult:
         result = super()._monitor_workers(group)
@@ -107,12 +142,8 @@ class Agent(LocalElasticAgent):
         return result
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        """Give the ranks time to end; a second signal to the launcher takes it from them."""
-        try:
-            super()._shutdown(signal.SIGTERM if death_sig == signal.SIGINT else death_sig, timeout)
-        except SignalException:
-            super()._shutdown(signal.SIGKILL, timeout)
-            raise
+        """SIGTERM for the ranks, whatever the launcher got, and time to end."""
+        super()._shutdown(signal.SIGTERM, timeout)
 
     def _has_begun(self):
         """Has an attempt of this launch come as far as to describe its run?"""
@@ -131,13 +162,18 @@ def _notes(out):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _after_signal(stop, out, started):
-    note = out and out / STOPPED
-    if note and note.exists() and note.stat().st_mtime >= started:
+def _after_signal(sign, out, argv, started):
+    if out is None:
+        say(f"stopped by {sign.name}")
+    elif (note := out / STOPPED).exists() and note.stat().st_mtime >= started:
+        say_where(out, argv)
         return 0
-    late = " before the ranks could save" if out else ""
-    print(f"nanoinfra: stopped by signal {int(stop.sigval)}{late}", file=sys.stderr)
-    return 128 + int(stop.sigval)
+    else:
+        saved = checkpoints(out / "checkpoints")
+        left = f"the last checkpoint is {saved[-1]}, go on with: {how_to_go_on(argv)}" if saved else (
+            "nothing is saved yet")
+        say(f"stopped by {sign.name} before the ranks could save; {left}")
+    return 128 + sign
 
 
 def _after_failure(failures, world, out):

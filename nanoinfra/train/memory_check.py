@@ -14,6 +14,7 @@ from nanoinfra.formulas.footprint import Layout, Recipe, footprint
 from nanoinfra.formulas.memory import BYTES
 from nanoinfra.formulas.shape import SIZES, ModelConfig, sized
 from nanoinfra.train.config import TrainFlags, check, micro_batches, plan_mesh
+from nanoinfra.train.freeze import frozen_names
 
 PROCESS, LIBRARIES = 260 << 20, 150 << 20    # of a rank without tensors; what a machine's ranks share of it
 CONTEXT = 600 << 20                          # of a rank on its card: CUDA's, cuBLAS's and NCCL's own
@@ -88,7 +89,8 @@ def recipe(flags: TrainFlags, dp: int, config: ModelConfig) -> Recipe:
     model, (G, m) = flags.model, micro_batches(flags.data, dp)
     grad_dtype = model.grad_dtype or ("float64" if model.dtype == "float64" else "float32")
     return Recipe(flags.data.seq or config.context, min(flags.data.micro_batch, -(-G // dp)), m, model.dtype,
-                  grad_dtype, flags.optimizer.optimizer, model.attention, model.recompute)
+                  grad_dtype, flags.optimizer.optimizer, model.attention, model.recompute,
+                  frozen_names(model.freeze, config))
 
 
 def drawn_config(flags: TrainFlags) -> ModelConfig | None:

@@ -1,9 +1,8 @@
 """A rank's life: found by torchrun's variables, it joins the others and says where it stands.
 
-It dies with its launcher, and takes an interrupt for SIGTERM: save, then stop. Where a collective does not
-end, it says which rank has not come, and ends that one if it is on this host: a stopped process obeys no
-other signal. Started again by the same launch, it goes on from the newest good checkpoint (train/rundir.py
-asks `launch_id` and `restarted`).
+It dies with its launcher. Where a collective does not end, it says which rank has not come, and ends that one
+if it is on this host: a stopped process obeys no other signal. Started again by the same launch, it goes on
+from the newest good checkpoint (train/rundir.py asks `launch_id` and `restarted`).
 """
 import ctypes
 import json
@@ -27,6 +26,16 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def launched_by_us() -> bool:
+    """Is this a rank of train/launch.py, which speaks for it?"""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS)
+
+
+def local_rank() -> int:
+    """This rank's place on its host, by LOCAL_RANK; who starts ranks by hand may leave it out on one host."""
+    return int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+
+
 def joined() -> bool:
     """Is this process a rank already, of a pool say?"""
     distributed = sys.modules.get("torch.distributed")       # not imported for this: it takes a second
@@ -35,13 +44,13 @@ def joined() -> bool:
 
 def launch_id() -> str | None:
     """What all ranks of one launch share, started again or not; None where there is nothing of the kind."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none") if is_rank() else "none"    # or left in a shell
     return None if name == "none" else name                  # torchrun's name for a launch without one
 
 
 def restarted() -> bool:
     """Has this launch started its ranks before?"""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return is_rank() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 @contextmanager
@@ -63,7 +72,7 @@ def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
     from nanoinfra.train.rendezvous import meet
     if device == "cuda":
         import torch
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local_rank())
     board, rank = None, int(os.environ["RANK"])
     if out:
         make_folder(out)
@@ -72,7 +81,6 @@ def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
         report_to(board)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"           # counts travel on the CPU
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **meet())
-    signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         yield
     except LostRank as lost:
@@ -106,7 +114,7 @@ def end_with_parent(parent: int | None = None) -> None:
 
 def leave_error(message: str) -> bool:
     """In a rank of `launch`, hand a user's mistake to the launcher, to print once. False under torchrun."""
-    ours = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS)
+    ours = is_rank() and launched_by_us()
     if ours:
         note = json.dumps({"message": message, "timestamp": time.time()})
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(note)

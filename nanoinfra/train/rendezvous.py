@@ -7,15 +7,18 @@ at its c10d rendezvous: whoever reaches that port runs code of his own. Rank 0 s
 """
 import os
 import sys
+import time
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from nanoinfra.dist.loopback import bind_to_loopback, client_store, is_loopback, master_store
-from nanoinfra.train.rank import OURS, restarted
+from nanoinfra.train.preflight import by_environment
+from nanoinfra.train.rank import launched_by_us, restarted
 
 START = timedelta(seconds=300)               # that ranks may start one after the other
+SOON = 20.0                                  # seconds in which they do unless one is missing
 
 
 def meet() -> dict:
@@ -34,8 +37,25 @@ def meet() -> dict:
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
         store = PrefixStore(f"attempt {attempt} of {world} ranks", store)
     store.set(f"rank {rank}", "is there")
-    store.wait([f"rank {r}" for r in range(world)], START)
+    _wait_for_all(store, rank, world)
     return {"store": store, "rank": rank, "world_size": world}
+
+
+def _wait_for_all(store, rank, world):
+    """Until every rank is in `store`; who is started by hand, or by what is left in a shell, is told why."""
+    everybody = [f"rank {r}" for r in range(world)]
+    soon = time.monotonic() + SOON
+    while not store.check(everybody) and time.monotonic() < soon:
+        time.sleep(0.02)
+    if not store.check(everybody) and not launched_by_us():
+        print(f"nanoinfra: rank {rank} waits for the other ranks of {world}, {START.seconds} s at most; "
+              f"{by_environment()}: unset them if no launcher has set them", file=sys.stderr, flush=True)
+    try:
+        store.wait(everybody, START)
+    except RuntimeError as error:
+        there = [r for r in range(world) if store.check([f"rank {r}"])]
+        raise ValueError(f"of {world} ranks only {there} came within {START.seconds} s; "
+                         f"{by_environment()}") from error
 
 
 def on_one_host() -> bool:
@@ -49,8 +69,7 @@ def exposure() -> str:
     if not on_one_host():
         return ("ranks on several hosts trust their network: whoever reaches their ports can change this run "
                 "and run code in torchrun; keep strangers off it, by a firewall or a network of its own")
-    ours = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS)
-    if ours or (is_loopback(os.environ["MASTER_ADDR"]) and not _launcher_has_store()):
+    if launched_by_us() or (is_loopback(os.environ["MASTER_ADDR"]) and not _launcher_has_store()):
         return ""
     return ("torchrun listens on every interface and trusts whoever connects; on one host, nanoinfra starts "
             "the ranks itself, on loopback: nanoinfra train --dp 2, or make lab")
@@ -61,7 +80,12 @@ def _store(rank: int) -> Store:
     port = int(os.environ["MASTER_PORT"])
     if _launcher_has_store() or not is_loopback(os.environ["MASTER_ADDR"]):
         return next(rendezvous("env://", timeout=START))[0]
-    return master_store(port) if rank == 0 else client_store(port)
+    try:
+        return master_store(port) if rank == 0 else client_store(port)
+    except OSError as error:
+        raise ValueError(f"MASTER_PORT {port}: {error.strerror}; {by_environment()}") from error
+    except RuntimeError as error:
+        raise ValueError(f"there is no rank 0 at port {port} of this host; {by_environment()}") from error
 
 
 def _launcher_has_store():

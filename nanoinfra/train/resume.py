@@ -11,7 +11,7 @@ from nanoinfra.train.config import TrainFlags, to_json
 from nanoinfra.train.inputs import Inputs
 
 NEEDED = ("step", "consumed", "updates", "scale", "seed", "seq", "corpus", "tokenizer", "model", "flags")
-SAID = {"model": ("model", "dtype", "grad_dtype", "freeze"), "optimizer": None,      # None: all of them
+SAID = {"model": ("model", "dtype", "grad_dtype"), "optimizer": None,      # None: all of them
         "run": ("steps", "seconds")}
 
 
@@ -45,6 +45,7 @@ def check_same(run: Path, state: dict, inputs: Inputs, flags: TrainFlags, text: 
     _check_text(run, state, inputs, text)
     _check_model(run, state, inputs)
     _check_optimizer(run, state, flags)
+    _check_frozen(run, state, flags)
 
 
 def changed_flags(state: dict, flags: TrainFlags, threads: int, global_batch: int) -> list[str]:
@@ -112,6 +113,18 @@ def _check_optimizer(run, state, flags):
         raise ValueError(f"--resume: the run in {run} has the state of --optimizer {was}, which {now} cannot "
                          f"use; give --optimizer {was}, or start a run of its own from its weights: --model "
                          f"{run} --out another")
+
+
+def _check_frozen(run, state, flags):
+    was, now = (" ".join(given) for given in (state["flags"]["model"].get("freeze", []), flags.model.freeze))
+    if was != now:
+        raise ValueError(f"--resume: the run in {run} trains with {_freeze(was)}, this is {_freeze(now)}, and "
+                         f"what was frozen has no optimizer state; give it {_freeze(was)}, or start a run of "
+                         f"its own from its weights: --model {run} --out another")
+
+
+def _freeze(patterns):
+    return f"--freeze {patterns}" if patterns else "no --freeze"
 
 
 def _model_flags(state):

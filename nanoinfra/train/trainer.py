@@ -5,9 +5,6 @@ samples are dealt from one global order, the loss is normalised once.
 """
 import json
 import math
-import os
-import signal
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +15,7 @@ from nanoinfra.data.loader import Loader
 from nanoinfra.dist import comm
 from nanoinfra.dist.host_memory import resident_peak
 from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.dist.threads import use_threads
 from nanoinfra.formulas.params import parameters
 from nanoinfra.train import metrics
 from nanoinfra.train.config import TrainFlags, check, micro_batches, parse_wire, peak_lr, plan_mesh, to_json
@@ -26,15 +24,18 @@ from nanoinfra.train.inputs import open_inputs
 from nanoinfra.train.loss import count_valid
 from nanoinfra.train.memory_check import changed, check_memory, describe_memory
 from nanoinfra.train.optim import learning_rate
+from nanoinfra.train.rank import is_rank
 from nanoinfra.train.replica import Replica
 from nanoinfra.train.resume import changed_flags
 from nanoinfra.train.rundir import RunDir
+from nanoinfra.train.signals import StopRequest
 from nanoinfra.train.step import execute
 
 
 def train(flags: TrainFlags) -> list[dict]:
     """Train as `flags` say, on this rank of the run; returns the lines of metrics. Every rank calls it."""
     check(flags, world_size())
+    check_memory(flags, world_size())
     wire = parse_wire(flags.mesh.wire)
     mesh = Mesh(**plan_mesh(flags.mesh, world_size()), wire=wire or None, device=flags.mesh.device,
                 timeout=flags.run.timeout)
@@ -45,7 +46,7 @@ def train(flags: TrainFlags) -> list[dict]:
             while run.going():
                 batches = run.loader.next()
                 seen = batches if run.speaks else ()
-                valid, run.stopping = count_valid(seen, mesh.world, run.asked_to_stop)
+                valid, run.stopping = count_valid(seen, mesh.world, run.request.asked)
                 run.replica.begin(batches, valid, run.learning_rate())
                 spans = execute(run.replica.schedule(len(batches)), run.replica)
                 run.report(valid, spans)
@@ -64,7 +65,7 @@ class Run:
         self.inputs = open_inputs(flags, self.mesh)
         self.replica = Replica(self.inputs.model, flags, self.mesh, self.inputs.read)
         self.speaks = self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.mesh.pp.size - 1  # of a loss
-        self.stopping, self.asked_to_stop = 0, 0
+        self.stopping = 0
         self.lines, self.spans, self.rows = [], [], []
         state = self.dir.begin(self.inputs, self.replica, flags)
         self.step, self.elapsed = state["step"], state.get("elapsed", 0.0)
@@ -79,7 +80,8 @@ class Run:
             if self.log.lost:
                 self.dir.warn(self.log.lost)
             self.bar = metrics.Bar(flags.run.steps, flags.run.seconds, self.step, self.elapsed)
-        self.old_handler = on_sigterm(self._ask_to_stop)
+        self.request = StopRequest(lone=not is_rank())
+        self.request.start()
         self.mesh.ledger.take()
         self.mark = time.monotonic()
         self.began = self.mark - self.elapsed
@@ -149,7 +151,7 @@ class Run:
             if self.first:
                 every = [event for events in ranks for event in events]
                 self.flags.run.trace.write_text(json.dumps({"traceEvents": every}))
-        if self.stopping:
+        if self.stopping or self.request.asked:                          # or in its very last step
             self.dir.say_stopped(self.step)
         return self.lines
 
@@ -159,7 +161,7 @@ class Run:
         if self.first:
             self.bar.close()
             self.log.file.close()
-        on_sigterm(self.old_handler)
+        self.request.stop()
 
     @contextmanager
     def _off_the_clock(self):
@@ -233,21 +235,3 @@ class Run:
 
     def _remedy(self):
         return f"{self.dir.last_good()}; try --lr {self.replica.lr / 3:.2g} or a longer --warmup"
-
-    def _ask_to_stop(self, *_):
-        self.asked_to_stop = 1
-
-
-def use_threads(wanted: int | None) -> None:
-    """`wanted` threads for this rank, or its share of this host's cores."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    threads = wanted or max(1, (os.cpu_count() or 1) // ranks_here)
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
-
-
-def on_sigterm(handler):
-    """Install `handler` and return the old one; signals reach the main thread alone."""
-    if threading.current_thread() is threading.main_thread():
-        return signal.signal(signal.SIGTERM, handler)
-    return None

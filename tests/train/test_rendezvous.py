@@ -60,11 +60,13 @@ def test_on_several_hosts_the_users_interface_stays_and_rank_0_says_once_what_th
 
 
 @needs_linux
-def test_a_run_of_two_ranks_is_on_loopback_and_loads_no_planted_pickle(tmp_path):
+def test_a_run_of_two_ranks_is_on_loopback_loads_no_planted_pickle_and_saves_when_asked(tmp_path):
+    """Started by nohup, which ignores SIGHUP."""
     run, ran = tmp_path / "run", tmp_path / "ran"
     argv = [*FLAGS, "--steps", "100000", "--save-every", "0", "--dp", "2", "--max-restarts", "1",
             "--out", str(run)]
-    process = start(argv, env={**os.environ, "GLOO_SOCKET_IFNAME": another_interface()})
+    process = start(argv, env={**os.environ, "GLOO_SOCKET_IFNAME": another_interface()},
+                    preexec_fn=ignore_hangups)
     try:
         wait_for(lambda: lines(run) >= 1, process)
         ranks = children(process.pid)
@@ -72,15 +74,26 @@ def test_a_run_of_two_ranks_is_on_loopback_and_loads_no_planted_pickle(tmp_path)
         assert beyond_loopback(family(process.pid)) == []
         stores = [port for _, port in listening([process.pid])]
         assert sum(len(plant(port, ran, KNOWN)) for port in stores) > len(KNOWN)
+        for pid in (process.pid, *ranks):
+            os.kill(pid, signal.SIGHUP)      # its terminal is closed
         before = lines(run)
         wait_for(lambda: lines(run) >= before + 3, process)
-        process.send_signal(signal.SIGTERM)
+        for _ in range(2):                   # as `timeout` sends it
+            process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=600)
-        assert (process.returncode, said) == (0, "")
+        asked, stopped = said.splitlines()
+        assert process.returncode == 0 and "nanoinfra: SIGTERM: the run stops after this step" in asked
+        assert stopped == (f"nanoinfra: stopped after step {lines(run)}; saved in {run}/checkpoints/"
+                           f"step_{lines(run):08d}; go on with: nanoinfra {' '.join(argv)} --resume")
     finally:
         process.kill()
         process.wait()
     assert not ran.exists()
+
+
+def ignore_hangups():
+    """As nohup does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def free_port():
