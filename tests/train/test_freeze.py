@@ -7,19 +7,23 @@ import torch
 
 from nanoinfra.cli import main
 from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.formulas.footprint import Layout, Recipe, model_states
 from nanoinfra.formulas.params import shapes
 from nanoinfra.formulas.pipeline import chunk_names
 from nanoinfra.formulas.shape import sized
+from nanoinfra.parallel.schedules import accumulate
 from nanoinfra.train import checkpoint, metrics
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.freeze import frozen_names
 from nanoinfra.train.pretrained import pretrained
 from nanoinfra.train.replica import Replica, drawn
+from nanoinfra.train.step import execute
 
 PATTERNS = ["embed.*", "blocks.0.*", "*.attn.k.weight"]
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--steps", "3", "--seq", "23",
          "--global-batch", "7", "--micro-batch", "2", "--warmup", "1", "--clip", "0.4", "--threads", "1",
          "--untied", "--freeze", *PATTERNS]
+UNTIED = sized("test", tied=False)
 CASES = ["--dp 2 --zero 3 --recompute full", "--tp 2 --sp", "--pp 2 --schedule zb-h1"]
 MORE = ["--dp 2", "--dp 2 --zero 1", "--dp 2 --zero 2 --recompute full", "--tp 2 --recompute full",
         "--pp 2 --schedule gpipe", "--pp 2 --dp 2 --zero 1",
@@ -126,11 +130,25 @@ def test_a_run_goes_on_with_what_it_has_frozen_and_with_nothing_else(tmp_path, c
     assert main([*argv, "--resume"]) == 0
 
 
-def test_only_what_trains_costs_memory():
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_only_what_trains_costs_memory(zero):
+    """As formulas/footprint.py counts it."""
     def bytes_held(*freeze):
-        flags = TrainFlags(ModelFlags(dtype="bfloat16", freeze=freeze))
-        return metrics.held(Replica(sized("test"), flags, Mesh()).tensors())
-    psi = sum(torch.Size(shape).numel() for shape in shapes(sized("test")).values())
-    embed = 257 * 32
-    assert bytes_held() == psi * (2 + 4 + 12)              # weights, gradients, masters and two moments
-    assert bytes_held("embed.*") == psi * 2 + (psi - embed) * 16
+        flags = TrainFlags(ModelFlags(dtype="bfloat16", freeze=freeze), mesh=MeshFlags(zero=zero))
+        recipe = Recipe(8, 1, dtype="bfloat16", frozen=frozen_names(freeze, UNTIED))
+        replica = stepped(flags)
+        held = metrics.held([*replica.tensors(), *replica.grads.values()])
+        assert held == sum(model_states(UNTIED, Layout(zero=zero), recipe).values())
+        return held
+    blocks = sum(torch.Size(shape).numel() for name, shape in shapes(UNTIED).items() if ".0." in name)
+    saved = blocks * (16 if zero < 3 else 14)              # masters, two moments, gradients; the weights stay
+    assert bytes_held() - bytes_held("blocks.0.*") == saved
+
+
+def stepped(flags):
+    """One rank's replica after a step's backward, its gradients in hand."""
+    replica = Replica(UNTIED, flags, Mesh())
+    x = torch.ones(2, 8, dtype=torch.long)
+    replica.begin([(x, x)], 16, lr=1e-3)
+    execute(accumulate(1), replica)
+    return replica
