@@ -142,16 +142,18 @@ def test_a_user_without_a_home_is_told_which_variable_helps(monkeypatch, tmp_pat
 
 
 def test_a_cache_that_cannot_be_made_is_refused_before_it_is_wanted(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "in"))
-    with pytest.raises(ValueError, match="cannot be made in .*file: that is no folder; set XDG_CACHE_HOME"):
+    def closed(path, mode):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "mkdir", closed)                     # root may everything
+    with pytest.raises(ValueError, match=r"cannot be written \(Permission denied\); .* set XDG_CACHE_HOME"):
         check_cache()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "closed" / "in"))
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)       # root may everything
-    with pytest.raises(ValueError, match="cannot be made in .*: you may not write there; set XDG_CACHE_HOME"):
-        check_cache()
-    (tmp_path / "closed" / "in" / "nanoinfra" / FORMAT).mkdir(parents=True)
-    check_cache()                            # what is wanted may be in it
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    check_cache()
+    monkeypatch.setattr(os, "mkdir", closed)
+    check_cache()                                                # what is wanted may be in it
 
 
 def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path):

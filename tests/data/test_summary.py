@@ -96,7 +96,7 @@ def test_ranks_that_read_other_files_are_refused(mixed, monkeypatch):
                                                 "random has none; leave it out, or give --data stdlib"),
     (["--data", "{tmp}", "--out", "{tmp}/runs/x"], "lies in --data {tmp}, so the run would read what it"),
     (["--data", "{tmp}/link", "--out", "{tmp}"], "lies in --data {tmp}/link"),
-    (["--data", "{tmp}"], "cannot be made in {tmp}/file: that is no folder; set XDG_CACHE_HOME to a")])
+    (["--data", "{tmp}"], "cannot be written (Not a directory); make room there, or set XDG_CACHE_HOME")])
 def test_what_is_refused_before_ranks_start(tmp_path, monkeypatch, capsys, argv, says):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path)
