@@ -118,6 +118,18 @@ def test_a_good_entry_is_read_where_nothing_can_be_written(tmp_path, monkeypatch
     assert (cached_folder("x", None, tmp_path) / "a").read_text() == "whole"
 
 
+def test_a_damaged_entry_where_nothing_can_be_written_is_a_clear_error(tmp_path, monkeypatch):
+    entry = cached_folder("x", lambda folder: (folder / "a").write_text("whole"), tmp_path).parent
+    in_its_place(entry, lambda path: path.write_text("x"))
+
+    def closed(dir):
+        raise OSError(30, "Read-only file system", dir)
+
+    monkeypatch.setattr(cache, "TemporaryDirectory", closed)
+    with pytest.raises(ValueError, match=r"cannot be written \(Read-only file system\); .*XDG_CACHE_HOME"):
+        cached_folder("x", None, tmp_path)
+
+
 @pytest.mark.parametrize("xdg, want", [
     (None, "home/.cache"), ("", "home/.cache"), ("relative", "home/.cache"), ("{tmp}/xdg", "xdg")])
 def test_the_default_is_the_users_cache(tmp_path, monkeypatch, xdg, want):
