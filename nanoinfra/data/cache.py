@@ -33,8 +33,7 @@ def cached_folder(name: str, fill: Callable[[Path], None], cache: str | Path | N
                 _write(Path(own) / name, fill)
                 _put(Path(own) / name, entry)
     except OSError as error:
-        raise ValueError(f"the cache {root} cannot be written ({error.strerror or error}); make room there, "
-                         "or set XDG_CACHE_HOME to a folder that can be written") from error
+        raise _unwritable(root, error) from error
     return entry / CONTENT
 
 
@@ -56,13 +55,17 @@ def cache_root(cache: str | Path | None = None) -> Path:
 
 
 def check_cache() -> None:
-    """Raise ValueError where the cache is not there and cannot be made, before anybody waits for it."""
+    """Make the folder of the cache. Raises ValueError where it is not there and cannot be made."""
     root = cache_root()
-    there = next(folder for folder in (root, *root.parents) if os.path.lexists(folder))
-    if not there.is_dir() or there != root and not os.access(there, os.W_OK | os.X_OK):
-        reason = "you may not write there" if there.is_dir() else "that is no folder"
-        raise ValueError(f"the cache {root} cannot be made in {there}: {reason}; set XDG_CACHE_HOME to a "
-                         "folder that can be written")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(root, error) from error
+
+
+def _unwritable(root, error):
+    return ValueError(f"the cache {root} cannot be written ({error.strerror or error}); make room there, "
+                      "or set XDG_CACHE_HOME to a folder that can be written")
 
 
 def _write(entry, fill):

@@ -104,13 +104,13 @@ def _config(flags, source, size, seq, weights):
 
 def _first_on_rank_0(mesh, work):
     """`work()` of every rank, after rank 0's has filled the caches; what is wrong there, all ranks raise."""
-    problem = None
+    problem = done = None
     if mesh.rank == 0:
         try:
-            work()
+            done = work()
         except ValueError as error:
             problem = str(error)
     problem = comm.gather_objects(problem, mesh.world, "caches")[0]
     if problem:
         raise ValueError(problem)
-    return work()
+    return work() if mesh.rank else done

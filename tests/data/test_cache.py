@@ -118,6 +118,18 @@ def test_a_good_entry_is_read_where_nothing_can_be_written(tmp_path, monkeypatch
     assert (cached_folder("x", None, tmp_path) / "a").read_text() == "whole"
 
 
+def test_a_damaged_entry_where_nothing_can_be_written_is_a_clear_error(tmp_path, monkeypatch):
+    entry = cached_folder("x", lambda folder: (folder / "a").write_text("whole"), tmp_path).parent
+    in_its_place(entry, lambda path: path.write_text("x"))
+
+    def closed(dir):
+        raise OSError(30, "Read-only file system", dir)
+
+    monkeypatch.setattr(cache, "TemporaryDirectory", closed)
+    with pytest.raises(ValueError, match=r"cannot be written \(Read-only file system\); .*XDG_CACHE_HOME"):
+        cached_folder("x", None, tmp_path)
+
+
 @pytest.mark.parametrize("xdg, want", [
     (None, "home/.cache"), ("", "home/.cache"), ("relative", "home/.cache"), ("{tmp}/xdg", "xdg")])
 def test_the_default_is_the_users_cache(tmp_path, monkeypatch, xdg, want):
@@ -142,16 +154,18 @@ def test_a_user_without_a_home_is_told_which_variable_helps(monkeypatch, tmp_pat
 
 
 def test_a_cache_that_cannot_be_made_is_refused_before_it_is_wanted(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "in"))
-    with pytest.raises(ValueError, match="cannot be made in .*file: that is no folder; set XDG_CACHE_HOME"):
+    def closed(path, mode):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "mkdir", closed)                     # root may everything
+    with pytest.raises(ValueError, match=r"cannot be written \(Permission denied\); .* set XDG_CACHE_HOME"):
         check_cache()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "closed" / "in"))
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)       # root may everything
-    with pytest.raises(ValueError, match="cannot be made in .*: you may not write there; set XDG_CACHE_HOME"):
-        check_cache()
-    (tmp_path / "closed" / "in" / "nanoinfra" / FORMAT).mkdir(parents=True)
-    check_cache()                            # what is wanted may be in it
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    check_cache()
+    monkeypatch.setattr(os, "mkdir", closed)
+    check_cache()                                                # what is wanted may be in it
 
 
 def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path):
