@@ -126,4 +126,4 @@ def _plain(value):
 
 
 def _word(value):
-    return "default" if value is None else value
+    return "not given" if value is None else value

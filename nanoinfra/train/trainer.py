@@ -230,7 +230,7 @@ class Run:
                              f"are not saved; {self._remedy()}")
 
     def _remedy(self):
-        return f"{self.dir.last_good()}; try --lr {self.replica.lr / 3:.2g} or a longer --warmup"
+        return f"{self.dir.last_good(self.step)}; try --lr {self.replica.lr / 3:.2g} or a longer --warmup"
 
     def _ask_to_stop(self, *_):
         self.asked_to_stop = 1
