@@ -139,4 +139,4 @@ def _plain(value):
 
 
 def _word(value):
-    return "default" if value is None else value
+    return "not given" if value is None else value

@@ -30,7 +30,7 @@ class RunDir:
     def __init__(self, run: RunFlags, mesh):
         self.run, self.mesh, self.first = run, mesh, mesh.rank == 0
         self.path, self.checkpoints = run.out, run.out / "checkpoints"
-        self.held, self.said = ExitStack(), set()
+        self.held, self.said, self.went_on_after = ExitStack(), set(), 0
 
     def __enter__(self):
         checkpoint.ask_first(self.mesh.world, self._take)
@@ -54,6 +54,7 @@ class RunDir:
         wanted = [piece for piece, _ in replica.pieces()]
         pieces = checkpoint.load(folder, wanted, read_manifest(folder))  # rank 0 has verified every byte
         replica.load(pieces, state)
+        self.went_on_after = state["step"]
         if self.run.resume_from is not None and not again:
             checkpoint.ask_first(self.mesh.world, lambda: self._abandon_after(state["step"]))
         return state
@@ -99,16 +100,21 @@ class RunDir:
         if self.first:
             (self.path / STOPPED).write_text(json.dumps({"step": step}))
 
-    def last_good(self) -> str:
-        """The newest checkpoint, and how to go on from one before it, in words."""
+    def last_good(self, step: int) -> str:
+        """What to go on from after a loss or weights of `step` that are no numbers, in words.
+
+        The first step of a resumed run has seen no update: its numbers are the checkpoint's own.
+        """
         saved = checkpoint.checkpoints(self.checkpoints)
         if not saved:
             return "no checkpoint was saved yet"
-        newest, before = saved[-1], [kept.step_of(path) for path in saved[:-1]]
-        earlier = (f"go on from there with --resume, or, if that is spoilt already, from an earlier one with "
-                   f"--resume-from {' or '.join(map(str, before))}" if before
-                   else "go on from there with --resume; no earlier one is left (--save-every, --keep)")
-        return f"the last checkpoint is {newest}: {earlier}"
+        *before, newest = saved
+        earlier = f"--resume-from {' or '.join(str(kept.step_of(path)) for path in before)}"
+        if step == self.went_on_after + 1 == kept.step_of(newest) + 1:
+            way = f"go on from an earlier one with {earlier}" if before else "no earlier one is left"
+            return f"the last checkpoint is {newest}, which is spoilt already; {way}"
+        way = f", or, if that is spoilt already, from an earlier one with {earlier}" if before else ""
+        return f"the last checkpoint is {newest}: go on from there with --resume{way}"
 
     def _take(self):
         """Rank 0 looks whose folder it is, and keeps other runs out of it."""

@@ -234,4 +234,4 @@ class Run:
                              f"are not saved; {self._remedy()}")
 
     def _remedy(self):
-        return f"{self.dir.last_good()}; try --lr {self.replica.lr / 3:.2g} or a longer --warmup"
+        return f"{self.dir.last_good(self.step)}; try --lr {self.replica.lr / 3:.2g} or a longer --warmup"

@@ -111,7 +111,7 @@ def test_what_a_checkpoint_of_a_later_version_has_is_named(run):
 def test_flags_that_may_change_are_said_with_what_they_do_to_the_rate(run, capsys):
     assert resume("--steps", "4", "--clip", "2", "--lr-schedule", "constant", "--lr", "0.5") == 0
     said, rates = capsys.readouterr().out, [line["lr"] for line in lines(run)]
-    assert ("other than before: --lr 0.5 (default before), --lr-schedule constant (cosine before), --clip "
+    assert ("other than before: --lr 0.5 (not given before), --lr-schedule constant (cosine before), --clip "
             "2.0 (1.0 before), --steps 4 (3 before): the learning rate goes from "
             f"{rates[2]:.3g} to 0.5\n") in said, said
     assert rates[3] == 0.5
@@ -203,6 +203,18 @@ def test_weights_that_are_no_numbers_are_not_saved(run, capsys, monkeypatch):
     assert "step_00000004: go on from there with --resume, or, if that is spoilt already, from an earlier " \
            "one with --resume-from 1 or 2 or 3; try --lr" in said
     assert saved(run)[-1] == "step_00000004"
+
+
+def test_a_checkpoint_that_is_spoilt_is_told_from_the_one_before_it(run, capsys, monkeypatch):
+    load = Optimizer.load
+
+    def spoilt(self, tensors, steps):
+        load(self, tensors, steps)
+        next(iter(self.masters.values())).data[:] = math.nan
+    monkeypatch.setattr(Optimizer, "load", spoilt)
+    assert resume("--steps", "9") == 2
+    says = "step_00000003, which is spoilt already; go on from an earlier one with --resume-from 1 or 2; try"
+    assert says in capsys.readouterr().err
 
 
 def test_broken_lines_of_metrics_are_dropped_and_counted(run, capsys):
