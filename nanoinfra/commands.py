@@ -6,7 +6,6 @@ in a box; they leave here as one line, with the name that was meant where there 
 import contextlib
 import difflib
 import io
-import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -45,11 +44,13 @@ def parse(argv: list[str]):
 
 def _in_one_line(box, argv):
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    message = " ".join(itertools.takewhile(lambda line: line and line[0] not in "─╰", lines)).strip(" .")
+    rules = [i for i, line in enumerate(lines) if not line.strip("─-╰╯")]    # ASCII where it has to be
+    begin = 1 if rules[0] == 0 else 0
+    message = " ".join(lines[begin:rules[begin]]).strip(" .")
     command = argv[0] if argv and argv[0] in _kinds() else ""
     meant = ";"
-    if message.startswith("Unrecognized options: "):
-        word = message.removeprefix("Unrecognized options: ").split(",")[0].partition("=")[0]
+    if unknown := re.match(r"Unrecognized(?: or misplaced)? options: ([^\s,=]+)", message):
+        word = unknown[1]
         message = f"unrecognized {'option' if word[:1] == '-' or command else 'command'} {word}"
         meant = _similar(word, flag_names(_kinds()[command]) if command else _kinds())
     elif choice := re.match(r"invalid choice '(.*?)' .*Expected one of \((.*)\)", message):

@@ -269,6 +269,23 @@ def test_compiled_for_another_processor_it_computes_the_same(monkeypatch, flags,
     assert got[1] == want[1] and all((a - b).abs().max() < 2e-5 for a, b in zip(got[0], want[0]))
 
 
+def test_where_tmpdir_is_mounted_noexec_they_are_loaded_from_the_cache(monkeypatch, tmp_path):
+    load, refused = passes.ctypes.CDLL, [tmp_path / "tmp"]
+
+    def mounted(path):
+        if any(path.startswith(str(folder)) for folder in refused):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+    monkeypatch.setattr(passes.ctypes, "CDLL", mounted)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert compiled(torch.float32).instructions()
+    assert [*(tmp_path / "home" / ".cache" / "nanoinfra").iterdir()] == []
+    refused.append(tmp_path)
+    with pytest.raises(RuntimeError, match="failed to map.*home.*set TMPDIR to a folder that is not mounted"):
+        compiled(torch.float32)
+
+
 @pytest.mark.parametrize("compiler, why", [("none", "No such file"), ("false", "does not compile")])
 @torch.inference_mode()
 def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch, compiler, why):
