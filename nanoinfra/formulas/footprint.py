@@ -109,10 +109,12 @@ def activations(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int 
 
 def last_ends(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:
     """Bytes of logits, final norm and what the head read, of the micro-batches that the last stage has."""
-    p, v = layout.pp, layout.virtual
-    flying = in_flight(layout.schedule, p, p - 1, recipe.micro_batches, v)
-    each = end_terms(config, recipe.micro_batch, recipe.seq, recipe.itemsize, layout.tp, layout.sp)
-    return -(-flying // v) * sum(each.values())
+    return _flying_ends(layout, recipe) * sum(_end_terms(config, layout, recipe).values())
+
+
+def logits_bytes(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:
+    """Those of the logits alone."""
+    return _flying_ends(layout, recipe) * _end_terms(config, layout, recipe)["logits"]
 
 
 def loss_work(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:
@@ -173,6 +175,16 @@ def batches(recipe: Recipe) -> int:
 def _how(layout, recipe):
     return (recipe.micro_batch, recipe.seq, recipe.itemsize, recipe.attention, recipe.recompute, layout.tp,
             layout.sp)
+
+
+def _end_terms(config, layout, recipe):
+    return end_terms(config, recipe.micro_batch, recipe.seq, recipe.itemsize, layout.tp, layout.sp)
+
+
+def _flying_ends(layout, recipe):
+    """How many micro-batches the last stage has under way in its last chunk."""
+    flying = in_flight(layout.schedule, layout.pp, layout.pp - 1, recipe.micro_batches, layout.virtual)
+    return -(-flying // layout.virtual)
 
 
 def _head(config, layout, recipe):
