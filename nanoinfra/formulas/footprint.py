@@ -63,8 +63,8 @@ def moments(config: ModelConfig, layout: Layout, recipe: Recipe,
     states = model_states(config, layout, recipe, stage)
     whole, travelling = states.pop("gradients"), buffers(config, layout, recipe, stage)
     last = stage == layout.pp - 1
-    kept, ends = activations(config, layout, recipe, stage), last_ends(config, layout, recipe) if last else 0
-    held = gradients_held(layout, recipe, whole)
+    kept, held = activations(config, layout, recipe, stage), gradients_held(layout, recipe, whole)
+    ends = sum(_end_terms(config, layout, recipe).values()) if last else 0
     common = states | {"data": batches(recipe)}
     tied = _head(config, layout, recipe) if config.tied and layout.zero == 0 and last and not stage else 0
     return {
@@ -79,10 +79,14 @@ def moments(config: ModelConfig, layout: Layout, recipe: Recipe,
 
 
 def model_states(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int = 0) -> dict[str, int]:
-    """Bytes of "weights", "gradients" and "optimizer" (masters and moments) between steps."""
+    """Bytes of "weights", "gradients" and "optimizer" (masters and moments), all gradients in hand.
+
+    ZeRO-1 keeps gradients whole from micro-batch to micro-batch; of a single one they leave as in stage 2.
+    """
+    zero = 2 if layout.zero == 1 and recipe.micro_batches == 1 else layout.zero
     held = held_shapes(config, layout.pp, layout.tp, stage, v=layout.virtual)
     used = [*held.values(), *([held[TIED]] if config.tied and layout.pp == 1 else [])]
-    found = states_bytes(held.values(), used, layout.dp, layout.zero, recipe.dtype, recipe.optimizer,
+    found = states_bytes(held.values(), used, layout.dp, zero, recipe.dtype, recipe.optimizer,
                          BYTES[recipe.grad_dtype])
     weights, gradients = found.pop("weights"), found.pop("gradients")
     return {"weights": weights, "gradients": gradients, "optimizer": sum(found.values())}

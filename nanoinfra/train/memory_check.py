@@ -3,6 +3,7 @@
 Refused is only what exceeds all that the machine, or the card, has. The numbers are modelled: tensors are
 counted, the process was measured once, as the constants here say, and so was the heap (formulas/heap.py).
 """
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -106,6 +107,7 @@ def capacity(flags: TrainFlags) -> int | None:
     return torch.cuda.get_device_properties(card).total_memory if card < torch.cuda.device_count() else None
 
 
+@functools.cache
 def text_bytes(data: str | Path) -> int:
     """Bytes of the text that --data names, which a rank keeps besides its tokens. What is not there has 0."""
     if str(data) in ("random", "stdlib"):

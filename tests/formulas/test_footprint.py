@@ -72,7 +72,7 @@ def test_a_stage_keeps_the_micro_batches_that_its_schedule_has_under_way(schedul
 def test_states_are_those_of_zero(zero, dtype):
     config, n = sized("nano"), 4
     want = zero_bytes(config, n, zero, dtype, grad_bytes=4)
-    got = model_states(config, Layout(dp=n, zero=zero), Recipe(256, 8, dtype=dtype))
+    got = model_states(config, Layout(dp=n, zero=zero), Recipe(256, 8, 2, dtype))
     assert sum(got.values()) == sum(want.values()) and got["gradients"] == want["gradients"]
 
 
