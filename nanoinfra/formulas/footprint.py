@@ -64,8 +64,8 @@ def moments(config: ModelConfig, layout: Layout, recipe: Recipe,
     states = model_states(config, layout, recipe, stage)
     whole, travelling = states.pop("gradients"), buffers(config, layout, recipe, stage)
     last = stage == layout.pp - 1
-    kept, ends = activations(config, layout, recipe, stage), last_ends(config, layout, recipe) if last else 0
-    held = gradients_held(layout, recipe, whole)
+    kept, held = activations(config, layout, recipe, stage), gradients_held(layout, recipe, whole)
+    ends = sum(_end_terms(config, layout, recipe).values()) if last else 0
     common = states | {"data": batches(recipe)}
     tied = _head(config, layout, recipe) if config.tied and layout.zero == 0 and last and not stage else 0
     return {
@@ -80,14 +80,16 @@ def moments(config: ModelConfig, layout: Layout, recipe: Recipe,
 
 
 def model_states(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int = 0) -> dict[str, int]:
-    """Bytes of "weights", "gradients" and "optimizer" (masters and moments) between steps.
+    """Bytes of "weights", "gradients" and "optimizer" (masters and moments), all gradients in hand.
 
+    ZeRO-1 keeps gradients whole from micro-batch to micro-batch; of a single one they leave as in stage 2.
     What is frozen has weights alone, cut by ZeRO-3.
     """
+    zero = 2 if layout.zero == 1 and recipe.micro_batches == 1 else layout.zero
     held = held_shapes(config, layout.pp, layout.tp, stage, v=layout.virtual)
     trained = {name: shape for name, shape in held.items() if name not in recipe.frozen}
     tied = [held[TIED]] if config.tied and layout.pp == 1 and TIED in trained else []
-    found = states_bytes(trained.values(), [*trained.values(), *tied], layout.dp, layout.zero, recipe.dtype,
+    found = states_bytes(trained.values(), [*trained.values(), *tied], layout.dp, zero, recipe.dtype,
                          recipe.optimizer, BYTES[recipe.grad_dtype])
     weights, gradients = found.pop("weights"), found.pop("gradients")
     frozen = sum(padded(held[name], layout.dp if layout.zero else 1) for name in held.keys() - trained.keys())
@@ -116,10 +118,12 @@ def activations(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int 
 
 def last_ends(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:
     """Bytes of logits, final norm and what the head read, of the micro-batches that the last stage has."""
-    p, v = layout.pp, layout.virtual
-    flying = in_flight(layout.schedule, p, p - 1, recipe.micro_batches, v)
-    each = end_terms(config, recipe.micro_batch, recipe.seq, recipe.itemsize, layout.tp, layout.sp)
-    return -(-flying // v) * sum(each.values())
+    return _flying_ends(layout, recipe) * sum(_end_terms(config, layout, recipe).values())
+
+
+def logits_bytes(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:
+    """Those of the logits alone."""
+    return _flying_ends(layout, recipe) * _end_terms(config, layout, recipe)["logits"]
 
 
 def loss_work(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:
@@ -180,6 +184,16 @@ def batches(recipe: Recipe) -> int:
 def _how(layout, recipe):
     return (recipe.micro_batch, recipe.seq, recipe.itemsize, recipe.attention, recipe.recompute, layout.tp,
             layout.sp)
+
+
+def _end_terms(config, layout, recipe):
+    return end_terms(config, recipe.micro_batch, recipe.seq, recipe.itemsize, layout.tp, layout.sp)
+
+
+def _flying_ends(layout, recipe):
+    """How many micro-batches the last stage has under way in its last chunk."""
+    flying = in_flight(layout.schedule, layout.pp, layout.pp - 1, recipe.micro_batches, layout.virtual)
+    return -(-flying // layout.virtual)
 
 
 def _head(config, layout, recipe):

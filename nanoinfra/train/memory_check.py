@@ -1,8 +1,9 @@
 """Will the run's memory be had? formulas/footprint.py says what each rank holds, the machine what there is.
 
 Refused is only what exceeds all that the machine, or the card, has. The numbers are modelled: tensors are
-counted, the process and the allocator's holes were measured once, as the constants here say.
+counted, the process was measured once, as the constants here say, and so was the heap (formulas/heap.py).
 """
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -11,15 +12,13 @@ from pathlib import Path
 
 from nanoinfra.dist.host_memory import free_memory, host_memory, resident_peak
 from nanoinfra.formulas.footprint import Layout, Recipe, footprint
-from nanoinfra.formulas.memory import BYTES
+from nanoinfra.formulas.heap import heap_rest
 from nanoinfra.formulas.shape import SIZES, ModelConfig, sized
 from nanoinfra.train.config import TrainFlags, check, micro_batches, plan_mesh
 from nanoinfra.train.freeze import frozen_names
 
 PROCESS, LIBRARIES = 260 << 20, 150 << 20    # of a rank without tensors; what a machine's ranks share of it
 CONTEXT = 600 << 20                          # of a rank on its card: CUDA's, cuBLAS's and NCCL's own
-HOLES = 0.15                                 # of what a step makes anew: free blocks that glibc's heap keeps
-LARGEST_IN_HEAP = 32 << 20                   # glibc's DEFAULT_MMAP_THRESHOLD_MAX
 STDLIB = 12 << 20                            # text of the embedded corpus
 
 
@@ -59,22 +58,14 @@ def rank_parts(flags: TrainFlags, world: int, config: ModelConfig, rank: int = 0
     """Bytes that a rank holds at its worst moment, by part, but for the libraries that it shares."""
     mesh = plan_mesh(flags.mesh, world)
     stage = rank // (world // mesh["pp"])                                # pp is the outermost axis
-    parts = footprint(config, layout(flags, mesh), recipe(flags, mesh["dp"], config), stage)
+    what = config, layout(flags, mesh), recipe(flags, mesh["dp"], config), stage
+    parts = footprint(*what)
     if flags.mesh.device == "cuda":
         return parts | {"data": 0, "processes": CONTEXT}
     text = text_bytes(flags.data.data)
-    training = parts | {"fragmentation": fragmentation(parts, flags, mesh["tp"], config), "text": text,
-                        "processes": PROCESS}
+    training = parts | {"fragmentation": heap_rest(*what), "text": text, "processes": PROCESS}
     reading = {"text": 2 * text, "processes": PROCESS}                 # once as read, once in documents
     return max(training, reading, key=lambda each: sum(each.values()))
-
-
-def fragmentation(parts: dict[str, int], flags: TrainFlags, tp: int, config: ModelConfig) -> int:
-    """Bytes of free blocks between others in glibc's heap; it has none of 32 MiB, those are mapped alone."""
-    tokens = flags.data.micro_batch * (flags.data.seq or config.context)
-    block = tokens * config.hidden // tp * BYTES[flags.model.dtype]
-    made = sum(parts.get(name, 0) for name in ("activations", "work", "buffers"))
-    return int(HOLES * made) if block < LARGEST_IN_HEAP else 0
 
 
 def layout(flags: TrainFlags, mesh: dict[str, int]) -> Layout:
@@ -118,6 +109,7 @@ def capacity(flags: TrainFlags) -> int | None:
     return torch.cuda.get_device_properties(card).total_memory if card < torch.cuda.device_count() else None
 
 
+@functools.cache
 def text_bytes(data: str | Path) -> int:
     """Bytes of the text that --data names, which a rank keeps besides its tokens. What is not there has 0."""
     if str(data) in ("random", "stdlib"):

@@ -184,8 +184,8 @@ class Run:
         memory = (f", {self.flags.pipeline.schedule}" * (self.mesh.pp.size > 1)
                   + ", sequence parallel" * self.flags.mesh.sp
                   + f", ZeRO-{self.flags.mesh.zero}" * bool(self.flags.mesh.zero))
-        held = describe_memory(changed(self.flags, seq=self.inputs.seq), self.mesh.world.size,
-                               self.inputs.model)
+        asked = changed(self.flags, seq=self.inputs.seq, global_batch=G)
+        held = describe_memory(asked, self.mesh.world.size, self.inputs.model)
         going_on = f", going on after step {self.step}" if self.step else ""
         freeze = self.flags.model.freeze
         trained = f" ({trained_parameters(freeze, self.inputs.model):,} of them trained)" if freeze else ""

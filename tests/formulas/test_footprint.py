@@ -60,7 +60,7 @@ def test_one_rank_keeps_what_one_forward_leaves():
 @pytest.mark.parametrize("schedule, flying", [("gpipe", [6, 6]), ("1f1b", [2, 1]), ("zb-h1", [2, 2])])
 def test_a_stage_keeps_the_micro_batches_that_its_schedule_has_under_way(schedule, flying):
     config, recipe = sized("nano", tied=False), Recipe(256, 8, 6)
-    border, layers = 4 * 8 * 256 * 128, range(3)                        # of four layers, the head being two
+    border, layers = 4 * 8 * 256 * 128, range(3)                           # of four: the head is like two
     first = activations(config, Layout(pp=2, schedule=schedule), recipe, 0)
     assert first == flying[0] * (layers_bytes(config, layers, 8, 256, 4) + 2 * border)
     last = activations(config, Layout(pp=2, schedule=schedule), recipe, 1)
@@ -72,7 +72,7 @@ def test_a_stage_keeps_the_micro_batches_that_its_schedule_has_under_way(schedul
 def test_states_are_those_of_zero(zero, dtype):
     config, n = sized("nano"), 4
     want = zero_bytes(config, n, zero, dtype, grad_bytes=4)
-    got = model_states(config, Layout(dp=n, zero=zero), Recipe(256, 8, dtype=dtype))
+    got = model_states(config, Layout(dp=n, zero=zero), Recipe(256, 8, 2, dtype))
     assert sum(got.values()) == sum(want.values()) and got["gradients"] == want["gradients"]
 
 

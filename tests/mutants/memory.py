@@ -1,0 +1,86 @@
+"""Known-wrong sayings of what a run will hold.
+
+`keep` gives what a stage keeps for backward, `refuse` what is said of a run on a machine of so many bytes,
+"" where it fits; a mutant of the library is patched in.
+"""
+import re
+from unittest import mock
+
+from nanoinfra import cli
+from nanoinfra.formulas import footprint, pipeline
+from nanoinfra.formulas.activations import activation_bytes, end_terms
+from nanoinfra.formulas.footprint import Layout, Recipe
+from nanoinfra.formulas.shape import sized
+from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.mutants import Mutant, patched
+from nanoinfra.train import config, memory_check
+
+kept, refusal = Check("kept"), Check("refusal")
+CONFIG, RECIPE = sized("nano", tied=False), Recipe(256, 8, 6)
+TWO = "--model nano --dp 2 --micro-batch 64"
+
+
+def keep(layout, stage=0):
+    return footprint.activations(CONFIG, layout, RECIPE, stage)
+
+
+@kept.criterion("one rank keeps what one forward leaves", "parity")
+def _(subject):
+    want = activation_bytes(CONFIG, 8, 256, 4)
+    if (got := subject(Layout())) != want:
+        raise Wrong(f"{got} bytes, want {want}")
+
+
+@kept.criterion("a stage keeps the micro-batches that its schedule has under way", "parity")
+def _(subject):
+    one = subject(Layout(pp=2, schedule="1f1b")) / 2                       # at the first stage of two
+    if (got := subject(Layout(pp=2, schedule="gpipe"))) != 6 * one:
+        raise Wrong(f"gpipe keeps {got} bytes of six micro-batches of {one}")
+
+
+def refuse(line, has):
+    flags = cli._parse(["train", *line.split()])
+    with mock.patch.object(memory_check, "host_memory", lambda: int(has)):
+        try:
+            memory_check.check_memory(flags, config.ranks_wanted(flags.mesh))
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+@refusal.criterion("all ranks of this machine count", "property")
+def _(subject):
+    two, eight = (subject(f"--model test --data random --dp {n}", 1e9) for n in (2, 8))
+    if two or not eight:
+        raise Wrong("a gigabyte holds two processes, and not eight")
+
+
+@refusal.criterion("what is to be tried fits", "property")
+def _(subject):
+    for has in (3e9, 1.5e9, 0.9e9):
+        tried = re.search("; try (.*)", subject(TWO, has))
+        kept = "" if tried and "--micro-batch" in tried[1] else "--micro-batch 64"
+        if not tried or refuse(f"--model nano --dp 2 {kept} {tried[1]}", has):
+            raise Wrong(f"on a machine of {has} bytes {tried and tried[1]}")
+
+
+def without_logits(*args):
+    return {**end_terms(*args), "logits": 0}
+
+
+def one_at_a_time(kind, p, r, m, v=1):
+    return pipeline.in_flight("1f1b", p, r, m)
+
+
+ALONE, UNDER_WAY = (c.name for c in kept.criteria)
+EVERY, FITS = (c.name for c in refusal.criteria)
+MUTANTS = [
+    Mutant("logits are forgotten", kept,
+           patched(keep, "nanoinfra.formulas.footprint:end_terms", without_logits), ALONE),
+    Mutant("every schedule keeps what 1f1b does", kept,
+           patched(keep, "nanoinfra.formulas.footprint:in_flight", one_at_a_time), UNDER_WAY),
+    Mutant("one rank stands for all", refusal,
+           patched(refuse, "nanoinfra.train.memory_check:ranks_here", lambda *_: range(1)), EVERY),
+    Mutant("the first remedy will do", refusal,
+           patched(refuse, "nanoinfra.train.memory_check:_fits", lambda *_: True), FITS),
+]
