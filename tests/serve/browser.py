@@ -70,7 +70,11 @@ class Page:
     def enter(self, modifiers=0):
         """The key, with `modifiers`."""
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, modifiers=modifiers, **ENTER)
+            self.press(kind, modifiers)
+
+    def press(self, kind, modifiers=0):
+        """A half of `enter`: "keyDown" or "keyUp"."""
+        self.call("Input.dispatchKeyEvent", type=kind, modifiers=modifiers, **ENTER)
 
     def resize(self, width, height=800, dark=False):
         """Be a window of another size, or of a user who likes it dark."""
