@@ -125,7 +125,8 @@ function broken(error, question, asked, turn) {
   for (const each of [asked, turn]) each.classList.add(content ? "broken" : "unheard")
   const line = turn.appendChild(make("span", "error"))
   line.role = "alert"
-  line.textContent = `No answer: ${reason(error)}. Your question is back in the box.`
+  const what = content ? "It breaks off here" : "No answer"
+  line.textContent = `${what}: ${reason(error)}. Your question is back in the box.`
   requestAnimationFrame(follow)
 }
 

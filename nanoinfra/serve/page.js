@@ -18,7 +18,7 @@ export class Lost extends Error {}
 // What a stream of server-sent events brings, as it comes, until it says that it is done.
 // Throws Refused, Lost, and after an abort the reason of it.
 export async function* events(path, options) {
-  const lost = why => error => { throw options.signal.aborted ? error : new Lost(why) }
+  const { signal } = options, lost = why => () => { throw signal.aborted ? signal.reason : new Lost(why) }
   const response = await fetch(path, options).catch(lost("the server cannot be reached"))
   if (!response.ok) throw await refusal(response)
   const decoder = new TextDecoder(), reader = response.body.getReader(), broken = lost("the connection broke")

@@ -52,15 +52,15 @@ class Page:
         until(lambda: self.run(f"location.href.startsWith({url!r}) && document.readyState == 'complete'"))
 
     def click(self, name, count=1):
-        """Click `count` times, one directly after the other, into the middle of the element of this id."""
-        x, y = self.run(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({named(name)}.getBoundingClientRect())")
+        """Click `count` times, one directly after the other, on the element of this id."""
+        x, y = self._middle(name)
         for clicks in range(1, count + 1):
             for kind in ("mousePressed", "mouseReleased"):
                 self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=clicks)
 
     def scroll(self, name, by):
         """Turn the wheel over an element, by so many pixels."""
-        x, y = self.run(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({named(name)}.getBoundingClientRect())")
+        x, y = self._middle(name)
         self.call("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=by)
 
     def type(self, text):
@@ -87,12 +87,20 @@ class Page:
         """A PNG of it."""
         return base64.b64decode(self.call("Page.captureScreenshot")["data"])
 
+    def _middle(self, name):
+        middle = "(box => [box.x + box.width / 2, box.y + box.height / 2])"
+        return self.run(f"{middle}({named(name)}.getBoundingClientRect())")
+
 
 class Browser:
     """A browser that listens on a port for what it shall do."""
 
     def __init__(self, port):
         self.api = httpx.Client(base_url=f"http://127.0.0.1:{port}/json", timeout=300, trust_env=False)
+
+    def close(self):
+        """Say no more to it."""
+        self.api.close()
 
     @contextmanager
     def tab(self, url, width=1280, height=800):
@@ -122,6 +130,7 @@ def started(folder, *flags):
         try:
             port = Path(folder, "DevToolsActivePort")
             until(lambda: port.exists() and port.read_text().count("\n"))
-            yield Browser(int(port.read_text().split()[0]))
+            with closing(Browser(int(port.read_text().split()[0]))) as running:
+                yield running
         finally:
             os.killpg(browser.pid, signal.SIGKILL)

@@ -26,7 +26,8 @@ window.end = () => { stream.enqueue(bytes("data: [DONE]\\n\\n")); stream.close()
 
 
 def text(page, name):
-    return page.run(f"{named(name)}.textContent")
+    """Of the element of this id; None while there is no such."""
+    return page.run(f"{named(name)}?.textContent")
 
 
 def box(page):
@@ -66,8 +67,9 @@ def streams(client, count):
     """So many requests that are being answered, of two kinds that begin alike."""
     with ExitStack() as stack:
         for i in range(count):
-            body = json.dumps({"prompt": "a long beginning " * 2 + f"of {i % 2}", "max_tokens": 9999, "stream": True})
+            prompt = "a long beginning " * 2 + f"of {i % 2}"
+            body = json.dumps({"prompt": prompt, "max_tokens": 9999, "stream": True})
             wire = stack.enter_context(socket.create_connection(("127.0.0.1", client.base_url.port)))
-            wire.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
-                         f"Content-Type: application/json\r\n\r\n{body}".encode())
+            wire.sendall("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                         f"Content-Length: {len(body)}\r\nContent-Type: application/json\r\n\r\n{body}".encode())
         yield
