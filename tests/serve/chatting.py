@@ -70,6 +70,7 @@ def streams(client, count):
             prompt = "a long beginning " * 2 + f"of {i % 2}"
             body = json.dumps({"prompt": prompt, "max_tokens": 9999, "stream": True})
             wire = stack.enter_context(socket.create_connection(("127.0.0.1", client.base_url.port)))
-            wire.sendall("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-                         f"Content-Length: {len(body)}\r\nContent-Type: application/json\r\n\r\n{body}".encode())
+            head = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json",
+                    f"Content-Length: {len(body)}")
+            wire.sendall("\r\n".join((*head, "", body)).encode())
         yield

@@ -151,7 +151,7 @@ def test_a_question_that_was_refused_is_back_in_the_box(page):
         answer = f"new Response({json.dumps(body)}, {{ status: {status} }})" if status else UNREACHABLE
         page.run(f"refusal = () => {answer}; 0")
         page.enter()
-        until(lambda: words in text(page, "turns"))          # noqa: B023
+        until(lambda words=words: words in text(page, "turns"))
         assert box(page) == "why?" and text(page, "send") == "Send" and told(page) == ["why?"]
         assert turns(page) == [""] and text(page, "turns").endswith("Your question is back in the box.")
     page.enter()
@@ -172,9 +172,9 @@ def test_an_answer_that_breaks_off_stays_to_be_read(page):
         begun(page)
         assert told(page) == ["why?"] and box(page) == "" and text(page, "send") == "Stop"
         page.run("say('because')")
-        until(lambda: turns(page) == ["why?", "because"] * i)              # noqa: B023
+        until(lambda i=i: turns(page) == ["why?", "because"] * i)
         page.run(how)
-        until(lambda: words in text(page, "turns"))                        # noqa: B023
+        until(lambda words=words: words in text(page, "turns"))
         assert turns(page) == ["why?", "because"] * i and box(page) == "why?" and text(page, "send") == "Send"
     assert page.run("document.querySelectorAll('.broken').length") == 2 * len(BREAKS)
 
@@ -284,7 +284,7 @@ def test_a_key_is_asked_for_and_a_reload_keeps_it_and_the_conversation(page, ser
     for key, words in (("", "a key is needed; give it below"), ("wrong", "this key is not right")):
         page.run(f"{named('key')}.value = {key!r}")
         answered(page, "" if box(page) else "open")
-        until(lambda: words in text(page, "turns"))        # noqa: B023
+        until(lambda words=words: words in text(page, "turns"))
         assert page.run("document.activeElement.id") == "key" and box(page) == "open"
     page.run(f"{named('key')}.value = ''")
     page.type("clé")
@@ -322,8 +322,9 @@ def test_nothing_is_wider_than_a_phone(page, served, monkeypatch):
     run = {"request": "cmpl-0123456789", "index": 3, "computed": 11111, "tokens": 22222, "new": 256, "hit": 9}
     monkeypatch.setitem(server.state._state, "name", "/home/somebody/" + "m" * 200)
     monkeypatch.setattr(server.worker, "stats", {
-        **server.worker.stats, "running": 1000, "waiting": 100_000, "preemptions": 1_000_000,
-        "batch": [run] * 1000, "blocks": 1_000_000, "blocks_used": 999_999, "blocks_shared": 9})
+        "running": 1000, "waiting": 100_000, "preemptions": 1_000_000, "batch": [run] * 1000,
+        "blocks": 1_000_000, "blocks_used": 999_999, "blocks_shared": 9, "blocks_known": 7, "block_size": 8,
+        "prefix_queries": 3, "prefix_hits": 1, "generation_tokens": 0, "prompt_tokens": 0})
     until(lambda: text(page, "more") == "and 936 more" and text(page, "running") == "1000")
     assert "    def f(" in turns(page)[1] and page.run("document.querySelectorAll('.run').length") == 64
     assert text(page, "own") == "999990 by one" and text(page, "free") == "1 free"
