@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -27,8 +27,9 @@ from nanoinfra.serve.worker import Worker
 PULSE = 0.2                                  # seconds from one look at the scheduler to the next
 MOST_WATCHERS = 32                           # who look at the same time; a look has no end
 PAGE = Path(__file__).with_name("page.html")
+PAGES = {"/": PAGE.name, **{f"/{name}": name for name in ("page.css", "page.js", "chat.js", "scheduler.js")}}
 ALONE = {"Content-Security-Policy":          # it loads nothing from elsewhere, and no other page frames it
-         "default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'"}
+         "default-src 'self'; img-src data:; frame-ancestors 'none'", "Cache-Control": "no-cache"}
 
 
 def build(worker: Worker, name: str, access: Access | None = None) -> FastAPI:
@@ -49,7 +50,8 @@ def build(worker: Worker, name: str, access: Access | None = None) -> FastAPI:
     app.state.worker, app.state.name, app.state.access = worker, name, access or Access()
     app.state.preprocessor = Preprocessor()
     app.state.draining, app.state.since, app.state.watchers = False, int(time.time()), 0
-    for path, answer in {"/health": _health, "/metrics": _metrics, "/stats": _stats, "/": _page}.items():
+    for path, answer in {"/health": _health, "/metrics": _metrics, "/stats": _stats,
+                         **dict.fromkeys(PAGES, _page)}.items():
         app.add_api_route(path, answer)
     known = [Depends(_known)]
     app.add_api_route("/v1/models", _models, dependencies=known)
@@ -122,7 +124,7 @@ async def _stats(request: Request):
 
 
 async def _page(request: Request):
-    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=ALONE)
+    return FileResponse(PAGE.with_name(PAGES[request.scope["path"]]), headers=ALONE)
 
 
 async def _known(request: Request):

@@ -35,10 +35,11 @@ sys.exit(main(options, functools.partial({factory}, **{engine})))
 
 
 @contextmanager
-def serving(tp=1, key=None, hung=300.0, wait=True, factory=fake, access=None, limits=None, **engine):
+def serving(tp=1, key=None, hung=300.0, wait=True, factory=fake, access=None, limits=None, port=0,
+            worker=None, **engine):
     """(client, server) with `engine` for the fake's arguments; all is over when it is left."""
-    listener = listen("127.0.0.1", 0)
-    worker = Worker(functools.partial(factory, **engine), Counters("fake"), tp, hung)
+    listener = listen("127.0.0.1", port)
+    worker = worker or Worker(functools.partial(factory, **engine), Counters("fake"), tp, hung)
     access = access or Access((key,) if key else ())
     server = Server(build(worker, "fake", access), 2.0, limits or ConnectionLimits())
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
