@@ -25,11 +25,6 @@ def sent(data: dict) -> bytes:
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
-def failed(why: Refused) -> bytes:
-    """The end of a stream that cannot go on."""
-    return sent(why.body()) + DONE
-
-
 def written(data: dict) -> bytes:
     """`data` as JSON. Other threads may go on meanwhile, as json.dumps does not let them; it is slower."""
     out = StringIO()
@@ -43,6 +38,7 @@ class Answer:
     Choice i x n + j is the j-th continuation of prompt i. Raises Refused where it would be too large.
     """
     whole, part = "", ""                     # what OpenAI calls the object at the end, and a chunk
+    places_at_end = 0                        # tokens that `last` writes
 
     def __init__(self, question: Question, name: str, model: str, requests: Sequence[Request], text: Text):
         self.question, self.text, self.spelled = question, text, {}
@@ -63,6 +59,10 @@ class Answer:
     def last(self) -> bytes:
         """The end of a stream."""
         return (sent(self._chunk([], True)) if self.question.stream_options.include_usage else b"") + DONE
+
+    def failed(self, why: Refused) -> bytes:
+        """The end of a stream that cannot go on."""
+        return sent(why.body()) + DONE
 
     def add(self, event: Event) -> None:
         """News for the object."""

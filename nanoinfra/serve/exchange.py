@@ -13,7 +13,7 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from nanoinfra.serve.answers import Answer, failed
+from nanoinfra.serve.answers import Answer
 from nanoinfra.serve.errors import Refused
 from nanoinfra.serve.keys import salted
 from nanoinfra.serve.limits import most_bytes
@@ -128,9 +128,9 @@ async def _chunks(answer: Answer, job: Job, first: Event, threads: Preprocessor)
             yield await threads.write(len(event.prompt), functools.partial(answer.chunk, event), answer)
             await asyncio.sleep(0)           # however much has come: others have their turn
             event = await anext(job, None)
-        yield answer.last()
+        yield await threads.write(answer.places_at_end, answer.last, answer)
     except Refused as why:                   # too late for a status
-        yield failed(why)
+        yield answer.failed(why)
 
 
 async def _pieces(whole: bytes):

@@ -22,10 +22,13 @@ from nanoinfra.serve.exchange import at_work, exchange
 from nanoinfra.serve.keys import key_of, salt_of
 from nanoinfra.serve.preprocess import Preprocessor
 from nanoinfra.serve.protocol import Chat, Completion
+from nanoinfra.serve.responses import ResponsesRequest
+from nanoinfra.serve.responses_answer import ResponsesAnswer
 from nanoinfra.serve.worker import Worker
 
 PULSE = 0.2                                  # seconds from one look at the scheduler to the next
 MOST_WATCHERS = 32                           # who look at the same time; a look has no end
+STORED = {"{name}": ["GET", "DELETE"], "{name}/input_items": ["GET"], "{name}/cancel": ["POST"]}
 PAGE = Path(__file__).with_name("page.html")
 ALONE = {"Content-Security-Policy":          # it loads nothing from elsewhere, and no other page frames it
          "default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'"}
@@ -54,8 +57,10 @@ def build(worker: Worker, name: str, access: Access | None = None) -> FastAPI:
     known = [Depends(_known)]
     app.add_api_route("/v1/models", _models, dependencies=known)
     for path, answer in {"/v1/completions": _completions, "/v1/chat/completions": _chat,
-                         "/reset_prefix_cache": _reset}.items():
+                         "/v1/responses": _responses, "/reset_prefix_cache": _reset}.items():
         app.add_api_route(path, answer, methods=["POST"], dependencies=known)
+    for path, methods in STORED.items():
+        app.add_api_route(f"/v1/responses/{path}", _not_stored, methods=methods, dependencies=known)
     for error, answer in {Refused: _refused, HTTPException: _http, ClientDisconnect: _gone,
                           Exception: _bug}.items():
         app.add_exception_handler(error, answer)
@@ -84,6 +89,15 @@ async def _completions(request: Request):
 
 async def _chat(request: Request):
     return await exchange(request, Chat, ChatAnswer, "chatcmpl-")
+
+
+async def _responses(request: Request):
+    return await exchange(request, ResponsesRequest, ResponsesAnswer, "resp_")
+
+
+async def _not_stored(request: Request):
+    raise Refused(404, f"there is no response {request.path_params['name']!r:.200} here: answers are not "
+                       "stored; send the turns themselves as input")
 
 
 async def _models(request: Request):
