@@ -23,7 +23,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PROGRAMS = Path(__file__).resolve().with_name("chat_clients")
-PATIENCE = 1200                              # seconds for all cases of a client
 
 
 @contextmanager
@@ -68,22 +67,25 @@ def _node(folder):
 
 def cases(client: str, command: list[str], url: str, name: str, folder: Path) -> Iterator[dict]:
     """What a client's program prints, a case each; where it ends too early, that is a wrong one."""
-    done = subprocess.run([*command, url, name], cwd=folder, capture_output=True, text=True,
-                          timeout=PATIENCE)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    head, *lines = found or [{"client": client, "version": "?"}]
-    for line in lines:
-        yield head | line
-    if done.returncode and not any("wrong" in line for line in lines) or not lines:
-        why = f"it ended with {done.returncode}: {done.stderr[-500:]}"
-        yield head | {"case": "the program", "wrong": why}
+    head, wrong, cases = {"client": client, "version": "?"}, 0, 0
+    with (tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
+            [*command, url, name], cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True) as process):
+        for line in map(json.loads, process.stdout):
+            if "version" in line:
+                head = line
+            else:
+                cases, wrong = cases + 1, wrong + ("wrong" in line)
+                yield head | line
+        code = process.wait()
+        errors.seek(0)
+        if code != int(wrong > 0) or not cases:
+            yield head | {"case": "the program", "wrong": f"it ended with {code}: {errors.read()[-500:]}"}
 
 
-def table(rows: list[dict]) -> None:
-    """client, version, case, what came."""
-    for row in rows:
-        said = row.get("result") or row.get("missing") or f"WRONG: {row['wrong']}"
-        print(f"{row['client']:17}{row.get('version', ''):9}{row['case']:32}{said!r:.110}", flush=True)
+def show(row: dict) -> None:
+    """A line of the table: client, version, case, what came."""
+    said = row.get("result") or row.get("missing") or f"WRONG: {row['wrong']}"
+    print(f"{row['client']:17}{row.get('version', ''):9}{row['case']:32}{said!r:.110}", flush=True)
 
 
 def run(url: str, name: str, langchain: str | None) -> list[dict]:
@@ -91,10 +93,11 @@ def run(url: str, name: str, langchain: str | None) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for client, command, remedy in commands(langchain, Path(folder)):
-            found = list(cases(client, command, url, name, Path(folder))) if command else [
+            found = cases(client, command, url, name, Path(folder)) if command else [
                 {"client": client, "case": "not run", "missing": remedy}]
-            table(found)
-            rows += found
+            for row in found:
+                show(row)
+                rows.append(row)
     return rows
 
 

@@ -6,9 +6,9 @@ import OpenAI from "openai";
 
 const [url, model] = process.argv.slice(2);
 const ai = new OpenAI({ baseURL: `${url}/v1`, apiKey: "none", maxRetries: 0 });
-const question = "Name three colours.";
-const chat = { model, messages: [{ role: "user", content: question }], temperature: 0, max_tokens: 12 };
-const response = { model, input: question, temperature: 0, max_output_tokens: 12 };
+const question = "What is 2+2? Answer with a number alone.";
+const chat = { model, messages: [{ role: "user", content: question }], temperature: 0, max_tokens: 4 };
+const response = { model, input: question, temperature: 0, max_output_tokens: 4 };
 const answer = async () => (await ai.chat.completions.create(chat)).choices[0].message.content;
 
 async function refusal(call, status, says) {
@@ -30,7 +30,7 @@ const cases = {
     return found[0];
   },
   async completions() {
-    const asked = { model, prompt: "The capital of France is", max_tokens: 8, temperature: 0 };
+    const asked = { model, prompt: "The capital of France is", max_tokens: 4, temperature: 0 };
     const whole = (await ai.completions.create(asked)).choices[0].text;
     let text = "";
     for await (const part of await ai.completions.create({ ...asked, stream: true })) text += part.choices[0].text;
@@ -60,7 +60,7 @@ const cases = {
     }
     assert.equal(text, await answer());
     assert.equal(last.type, "response.incomplete");
-    const final = await ai.responses.stream({ ...response, max_output_tokens: 200 }).finalResponse();
+    const final = await ai.responses.stream({ ...response, max_output_tokens: 60 }).finalResponse();
     assert.equal(final.status, "completed");
     assert.ok(final.output_text.startsWith(text));
     return `the same text; by the helper ${final.usage.output_tokens} tokens to the end`;

@@ -7,8 +7,8 @@ from report import report
 
 URL, MODEL = sys.argv[1:]
 ASKED = {"model": MODEL, "temperature": 0}
-CHAT = {**ASKED, "messages": [{"role": "user", "content": "Name three colours."}], "max_tokens": 12}
-RESPONSE = {**ASKED, "input": "Name three colours.", "max_output_tokens": 12}
+CHAT = {**ASKED, "messages": [{"role": "user", "content": "What is 2+2? Answer with a number alone."}], "max_tokens": 4}
+RESPONSE = {**ASKED, "input": "What is 2+2? Answer with a number alone.", "max_output_tokens": 4}
 
 
 def curl(path, body):
