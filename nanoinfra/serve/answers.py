@@ -39,6 +39,7 @@ class Answer:
     Choice i x n + j is the j-th continuation of prompt i. Raises Refused where it would be too large.
     """
     whole, part = "", ""                     # what OpenAI calls the object at the end, and a chunk
+    places_at_end = 0                        # tokens that `last` writes
 
     def __init__(self, question: Question, name: str, model: str, requests: Sequence[Request], text: Text):
         self.question, self.text, self.spelling = question, text, Spelling(text)
