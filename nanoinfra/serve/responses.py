@@ -4,56 +4,82 @@ Nothing is stored, so that a request brings all turns. A parameter that would ch
 followed is refused by its name, with the reason; those about storing, caching, paying and safety change none.
 What comes back is in responses_answer.py.
 """
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, field_validator, model_validator
 
-from nanoinfra.serve import limits
-from nanoinfra.serve.fields import Integer, Lenient
-from nanoinfra.serve.protocol import Chat, Message
+from nanoinfra.serve import fields, limits
+from nanoinfra.serve.chats import Message
+from nanoinfra.serve.fields import Integer, Lenient, unsupported
+from nanoinfra.serve.protocol import Chat
 
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 TEXTS = ("input_text", "output_text", "text")                # parts that a message may have
 LOGPROBS = "message.output_text.logprobs"                    # what `include` may name, beside others' work
-ITEMS = {"item_reference": "nothing is stored here; send the turn itself, as clients do after store: false",
-         "function_call": "calls of tools are not supported here", "function_call_output": "the same"}
+NOT_STORED = "nothing is stored here; send all turns as input"
+NO_TURNS = {"item_reference": f"{NOT_STORED}, as clients do that are told store: false"}
 
 Name = Annotated[str, Field(max_length=limits.MOST_SALT_CHARS)]
 Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]
 
 
-def messages_of(given: Any) -> list[dict]:
-    """`input` as the messages of a chat: a text is the user's; of a list each item is a turn."""
+def turns_of(given: Any) -> list[dict]:
+    """`input` as the turns of a chat: a text is the user's; of a list each item is one, or a call of one."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise ValueError("give a text or a list of messages")
     if len(given) > limits.MOST_MESSAGES:
         raise ValueError(f"{len(given)} items; give at most {limits.MOST_MESSAGES}")
-    return [_message(item, i) for i, item in enumerate(given)]
+    turns = []
+    for i, item in enumerate(given):
+        turn = _turn(item, i)
+        if "tool_calls" in turn and turns and turns[-1]["role"] == "assistant":
+            turns[-1].setdefault("tool_calls", []).extend(turn["tool_calls"])
+        else:
+            turns.append(turn)
+    return turns
 
 
-def _message(item, i):
+def _turn(item, i):
     kind = (item.get("type") or "message") if isinstance(item, dict) else type(item).__name__
+    if kind == "function_call":
+        function = {name: item.get(name) for name in ("name", "arguments")}
+        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        return {"role": "assistant", "tool_calls": [call]}
+    if kind == "function_call_output":
+        return {"role": "tool", "tool_call_id": item.get("call_id"), "content": _texts(item.get("output"), i)}
     if kind != "message":
-        why = ITEMS.get(str(kind), "this model reads messages alone")
+        why = NO_TURNS.get(str(kind), "this model reads messages and calls of functions alone")
         raise ValueError(f"item {i} is a {kind!r:.80}: {why}")
     role = item.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"item {i} is of the role {role!r:.80}; give one of {', '.join(ROLES)}")
-    content = item.get("content")
-    if isinstance(content, list):
-        content = [_text_part(part, i) for part in content]
-    elif content is not None and not isinstance(content, str):
-        raise ValueError(f"the content of item {i} is no text and no list of parts")
-    return {"role": ROLES[role], "content": content}
+    return {"role": ROLES[role], "content": _texts(item.get("content"), i)}
 
 
-def _text_part(part, i):
-    if not isinstance(part, dict) or part.get("type") not in TEXTS or not isinstance(part.get("text"), str):
-        raise ValueError(f"item {i} has a part that is no text, and this model reads text alone; give parts "
-                         'as {"type": "input_text", "text": "..."}')
-    return {"type": "text", "text": part["text"]}
+def _texts(given, i):
+    """The content of an item as a chat has it."""
+    if given is None or isinstance(given, str):
+        return given
+    parts = given if isinstance(given, list) else [given]
+    if all(isinstance(part, dict) and part.get("type") in TEXTS and isinstance(part.get("text"), str)
+           for part in parts):
+        return [{"type": "text", "text": part["text"]} for part in parts]
+    raise ValueError(f"item {i} has a part that is no text, and this model reads text alone; give parts as "
+                     '{"type": "input_text", "text": "..."}')
+
+
+def tools_of(given: Any) -> list[dict]:
+    """`tools` as a chat has them: what is said of a function lies in an object of its own."""
+    return fields.tools([_nested(tool) for tool in given] if isinstance(given, list) else given)
+
+
+def _nested(tool):
+    if not isinstance(tool, dict) or tool.get("type") != "function" or "function" in tool:
+        return tool
+    function = {name: value for name, value in tool.items() if name != "type" and value is not None}
+    return {"type": "function", "function": function}
 
 
 def includes_logprobs(given: Any) -> bool:
@@ -63,60 +89,48 @@ def includes_logprobs(given: Any) -> bool:
     return LOGPROBS in given
 
 
-def only(*values: Any, why: str) -> BeforeValidator:
-    """Refuses, with `why`, what is none of `values`, with which an answer is as it is without."""
-    def check(given):
-        if given not in values:
-            kind = given.get("type") if isinstance(given, dict) else given
-            named = f"{kind!r:.80} is" if isinstance(kind, str | int | float) else "it is"
-            raise ValueError(f"{named} not supported: {why}")
-        return given
-    return BeforeValidator(check)
-
-
 class Reasoning(Lenient):
     """How a model should think: this one says all that it thinks."""
-    effort: Annotated[Any, only("none", why="this model does not think before it answers")] = None
+    effort: unsupported("none", why="the model has no efforts to choose from") = None
 
 
 class CacheOptions(Lenient):
     """Of the prompt cache, which is always on."""
-    prewarm: Annotated[Any, only(False, why="each request is answered")] = None
+    prewarm: unsupported(False, why="each request is answered") = None
 
 
 class TextFormat(Lenient):
     """The form of the text."""
-    type: Annotated[Any, only("text", why="nothing keeps the model to a form; ask for it in words")] = "text"
+    type: unsupported("text", why=fields.NO_FORM) = "text"
 
 
 class TextOptions(Lenient):
     """What the text should be like."""
     format: TextFormat = TextFormat()
-    verbosity: Annotated[Any, only("medium", why="ask for it in words, or set max_output_tokens")] = None
+    verbosity: unsupported("medium", why="ask for it in words") = None
 
 
 class ResponsesRequest(Chat):
     """The body of /v1/responses. What a chat takes beside OpenAI's parameters, this takes too."""
-    messages: Annotated[list[Message], FailFast(), BeforeValidator(messages_of)] = Field(alias="input")
+    spelled: ClassVar[dict[str, str]] = {"prompt": "input", "messages": "input", "logprobs": "top_logprobs",
+                                         "max_tokens": "max_output_tokens"}
+    messages: Annotated[list[Message], FailFast(), BeforeValidator(turns_of)] = Field(alias="input")
     max_completion_tokens: Integer | None = Field(None, alias="max_output_tokens")
     logprobs: Annotated[bool, BeforeValidator(includes_logprobs)] = Field(False, alias="include")
-    top_logprobs: Integer | None = None
     n: Literal[1] = 1
     instructions: str | None = None
+    tools: Annotated[list[dict], BeforeValidator(tools_of)] = []
     text: TextOptions = TextOptions()
     reasoning: Reasoning = Reasoning()
     prompt_cache_options: CacheOptions = CacheOptions()
-    tools: Annotated[Any, only([], why="describe what the model may do in the instructions")] = None
-    background: Annotated[Any, only(False, why="ask for a stream")] = None
-    context_management: Annotated[Any, only([], why="shorten the input yourself")] = None
-    conversation: Annotated[Any, only(why="nothing is stored here; send all turns as input")] = None
-    moderation: Annotated[Any, only(why="no moderation model is here")] = None
-    previous_response_id: Annotated[Any, only(why="nothing is stored here; send all turns as input")] = None
-    prompt: Annotated[Any, only(why="no prompts are stored here; send the text as input")] = None
-    truncation: Annotated[Any, only("disabled", why="shorten the input yourself")] = None
+    background: unsupported(False, why="ask for a stream") = None
+    context_management: unsupported([], why="shorten the input yourself") = None
+    conversation: unsupported(why=NOT_STORED) = None
+    previous_response_id: unsupported(why=NOT_STORED) = None
+    prompt: unsupported(why="no prompts are stored here; send the text as input") = None
+    truncation: unsupported("disabled", why="shorten the input yourself") = None
     max_tool_calls: Integer | None = None                    # these are said again, no more
     metadata: Annotated[Metadata, Field(max_length=16)] = {}
-    parallel_tool_calls: bool = True
     prompt_cache_key: Name | None = None
     safety_identifier: Name | None = None
     user: Name | None = None
@@ -134,13 +148,22 @@ class ResponsesRequest(Chat):
             self.messages.insert(0, Message(role="system", content=self.instructions))
         return self
 
+    def to_blame(self, param: str | None) -> str | None:
+        """The field that the client knows for a parameter of the engine's."""
+        return self.spelled.get(param, param)
+
     def echoed_fields(self) -> dict:
         """What a response says again of its request."""
-        given = ("instructions", "max_tool_calls", "metadata", "parallel_tool_calls", "prompt_cache_key",
-                 "safety_identifier", "temperature", "top_p", "user")
+        given = ("instructions", "max_tool_calls", "metadata", "prompt_cache_key", "safety_identifier",
+                 "temperature", "top_p", "user")
         return {**{name: getattr(self, name) for name in given},
                 "max_output_tokens": self.max_completion_tokens, "top_logprobs": self.top_logprobs or 0,
-                "tool_choice": self.tool_choice or "auto", "tools": self.tools or [], "background": False,
-                "previous_response_id": None, "reasoning": {"effort": None, "summary": None},
-                "service_tier": "default", "store": False, "truncation": "disabled",
-                "text": {"format": {"type": "text"}, "verbosity": "medium"}}
+                "tool_choice": self.tool_choice or "auto", "tools": [_flat(tool) for tool in self.tools],
+                "parallel_tool_calls": True, "background": False, "previous_response_id": None,
+                "reasoning": {"effort": None, "summary": None}, "service_tier": "default", "store": False,
+                "truncation": "disabled", "text": {"format": {"type": "text"}, "verbosity": "medium"}}
+
+
+def _flat(tool):
+    """A function as the Responses API has it."""
+    return {"description": None, "parameters": None, "strict": False, **tool["function"], "type": "function"}

@@ -16,9 +16,14 @@ from tests.serve.fake import TEMPLATE, text
 READY = Ready({"context": 64, "vocab": 257}, text(), TEMPLATE)
 HI = [{"role": "user", "content": "hi"}]
 UNSUPPORTED = {
-    "best_of": 3, "suffix": "x", "response_format": {"type": "json_object"}, "tool_choice": "required",
-    "function_call": {"name": "f"}, "modalities": ["audio"], "audio": {}, "min_tokens": 4,
-    "use_beam_search": True, "length_penalty": 2, "stop_token_ids": [3], "bad_words": ["x"],
+    "best_of": 3, "suffix": "x", "response_format": {"type": "json_object"}, "modalities": ["audio"],
+    "audio": {}, "use_beam_search": True, "length_penalty": 2, "bad_words": ["x"],
+    "parallel_tool_calls": False, "reasoning_effort": "low", "reasoning": {"effort": "low"},
+    "verbosity": "low", "moderation": {}, "include_reasoning": False, "thinking_token_budget": 9,
+    "repetition_detection": {}, "logits_processors": ["x"], "return_tokens_as_token_ids": True,
+    "return_token_ids": True, "priority": 1, "kv_transfer_params": {}, "vllm_xargs": {"a": 1}, "regex": "a",
+    "ebnf": "a", "grammar": "a", "json_schema": {}, "n_predict": 4, "max_new_tokens": 4, "typical_p": 0.5,
+    "repeat_penalty": 2, "mirostat": 2, "dry_multiplier": 0.8, "xtc_probability": 0.5,
     "allowed_token_ids": [1], "prompt_logprobs": 1, "truncate_prompt_tokens": 4, "guided_json": {},
     "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "a", "structured_outputs": {},
     "continue_final_message": True, "add_generation_prompt": False, "chat_template": "x",
@@ -79,7 +84,10 @@ REFUSED = {
     "a negative token": (Completion, {"prompt": [-1]}, "vocabulary of 257"),
     "a prompt too long": (Completion, {"prompt": "a" * 64, "max_tokens": 1}, "context of 64"),
     "too many new tokens": (Completion, {"prompt": "a", "max_tokens": 64}, "at most 63"),
-    "no new tokens": (Completion, {"prompt": "a", "max_tokens": 0}, "at least 1"),
+    "less than no new tokens": (Completion, {"prompt": "a", "max_tokens": -1}, "at least 0"),
+    "more tokens at least than at most": (Completion, {"prompt": "a", "min_tokens": 17}, "give 0 to 16"),
+    "a stop token that is none": (Completion, {"prompt": "a", "stop_token_ids": [257]}, "0 to 256"),
+    "its own turn to go on with": (Chat, {"messages": [*HI, {"role": "assistant", "prefix": True}]}, "prefix"),
     "n of 0": (Completion, {"prompt": "a", "n": 0}, "n 0"),
     "a temperature below 0": (Completion, {"prompt": "a", "temperature": -1}, "temperature"),
     "a temperature that is no number": (Completion, {"prompt": "a", "temperature": math.nan}, "temperature"),
@@ -201,4 +209,4 @@ def test_log_probabilities_of_a_chat():
     got = said.object([Event("name", 0, "a", [a], [Logprob(a, -0.5, [(half, -0.25)])], finish="stop")])
     assert got["choices"][0]["logprobs"]["content"] == [
         {"token": "a", "logprob": -0.5, "bytes": [97],
-         "top_logprobs": [{"token": "\ufffd", "logprob": -0.25, "bytes": None}]}]
+         "top_logprobs": [{"token": "\ufffd", "logprob": -0.25, "bytes": [0xc3]}]}]

@@ -14,11 +14,13 @@ from pydantic import TypeAdapter
 
 from nanoinfra.serve.errors import Refused
 from nanoinfra.serve.limits import MOST_MESSAGES
+from nanoinfra.serve.loop import Ready
+from nanoinfra.serve.protocol import read, requests_of
 from nanoinfra.serve.requests import Event, Logprob
 from nanoinfra.serve.responses import LOGPROBS, ResponsesRequest
 from nanoinfra.serve.responses_answer import ResponsesAnswer
 from tests.serve.host import serving
-from tests.serve.test_protocol import JSON, LIKELY, answer, asked, ids
+from tests.serve.test_protocol import JSON, LIKELY, READY, answer, asked, ids
 
 HI = "u:hi\n"                                # what the fake's template makes of the text "hi"
 OPENING = ["response.created", "response.in_progress", "response.output_item.added",
@@ -90,7 +92,7 @@ HARMLESS = {                                 # the answer's text is what it is w
     "access_programs": {"cyber": "standard"}, "background": False,
     "background_options": {"continuation_id": "x"}, "context_management": [],
     "image": {"context_compression": "auto"}, "include": ["reasoning.encrypted_content"],
-    "max_tool_calls": 3, "metadata": {"a": "b"}, "model": "model", "parallel_tool_calls": False,
+    "max_tool_calls": 3, "metadata": {"a": "b"}, "model": "model", "parallel_tool_calls": True,
     "prompt_cache_key": "x", "prompt_cache_options": {"mode": "implicit"}, "prompt_cache_retention": "24h",
     "reasoning": {"effort": "none", "summary": "auto"}, "safety_identifier": "x", "service_tier": "flex",
     "store": True, "stream": False, "stream_options": {"include_obfuscation": True}, "top_logprobs": 0,
@@ -103,16 +105,17 @@ REFUSED = {                                  # each by its name, with a reason
     "conversation": ("conv_1", "nothing is stored"),
     "include": ("all", "list of texts"),
     "input": (3, "a text or a list"),
-    "max_output_tokens": (0, "at least 1"),
+    "max_output_tokens": (-1, "-1"),
     "metadata": ({"a": "b" * 513}, "512"),
-    "moderation": ({"model": "omni"}, "no moderation model"),
+    "moderation": ({"model": "omni"}, "not supported"),
     "previous_response_id": ("resp_1", "send all turns as input"),
     "prompt": ({"id": "pmpt_1"}, "no prompts are stored"),
     "prompt_cache_options": ({"prewarm": True}, "each request is answered"),
-    "reasoning": ({"effort": "high"}, "'high' is not supported: this model does not think"),
-    "text": ({"format": SCHEMA}, "'json_schema' is not supported: nothing keeps the model to a form"),
+    "parallel_tool_calls": (False, "comes as text"),
+    "reasoning": ({"effort": "high"}, "'high' is not supported: the model has no efforts"),
+    "text": ({"format": SCHEMA}, "'json_schema' is not supported: nothing here holds a model to a form"),
     "tool_choice": ("required", "not supported"),
-    "tools": ([{"type": "function", "name": "f", "parameters": {}}], "not supported"),
+    "tools": ([{"type": "web_search"}], "'web_search' is not supported; give functions alone"),
     "top_logprobs": (2, LOGPROBS),
     "truncation": ("auto", "shorten the input")}
 
@@ -138,7 +141,7 @@ def test_what_would_change_the_answer_is_refused_by_its_name(name):
     value, says = REFUSED[name]
     with pytest.raises(Refused, match=says) as refused:
         request(**{name: value})
-    assert refused.value.status == 400 and (refused.value.param or name).split(".")[0] == name
+    assert refused.value.status == 400 and refused.value.param.split(".")[0] == name
 
 
 ITEMS = {
@@ -146,13 +149,13 @@ ITEMS = {
     "a file": ({"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}, "text alone"),
     "a refusal": ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "text alone"),
     "a part without text": ({"role": "user", "content": [{"type": "input_text"}]}, "text alone"),
-    "a number for content": ({"role": "user", "content": 3}, "no text"),
+    "a number for content": ({"role": "user", "content": 3}, "text alone"),
     "a role nobody has": ({"role": "critic", "content": "a"}, "'critic'"),
     "no role": ({"content": "a"}, "role None"),
     "a reference": ({"type": "item_reference", "id": "msg_1"}, "store: false"),
-    "a call": ({"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}, "function_call"),
+    "a call of something else": ({"type": "web_search_call", "id": "1"}, "'web_search_call'"),
     "thoughts": ({"type": "reasoning", "id": "rs_1", "summary": []}, "'reasoning'"),
-    "a type that is none": ({"type": [1]}, "messages alone"),
+    "a type that is none": ({"type": [1]}, "messages and calls"),
     "no object": (3, "'int'")}
 
 
@@ -161,6 +164,34 @@ def test_an_item_that_is_no_text_is_refused_with_its_place(item, says):
     with pytest.raises(Refused, match=says) as refused:
         request(input=[{"role": "user", "content": "a"}, item])
     assert "item 1" in str(refused.value) and refused.value.param == "input"
+
+
+TOOLS = ("{% for t in tools or [] %}{{ t.function | tojson }}\n{% endfor %}{% for m in messages %}"
+         "{{ m.role[0] }}:{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+         "[{{ c.id }} {{ c.function.name }} {{ c.function.arguments.a }}]{% endfor %}{{ '\n' }}{% endfor %}")
+CALLED = [{"role": "user", "content": "hi"},
+          {"type": "function_call", "call_id": "1", "name": "f", "arguments": '{"a": 2}', "id": "fc_1"},
+          {"type": "function_call", "call_id": "2", "name": "g", "arguments": '{"a": 3}'},
+          {"type": "function_call_output", "call_id": "1", "output": "4"},
+          {"type": "function_call_output", "call_id": "2", "output": [{"type": "input_text", "text": "5"}]}]
+FUNCTION = {"type": "function", "name": "f", "description": "d", "parameters": {}, "strict": None}
+
+
+def test_tools_and_calls_are_rendered_as_a_chats():
+    body = {"input": CALLED, "tools": [FUNCTION], "max_output_tokens": 1}
+    question = read(ResponsesRequest, json.dumps(body).encode())
+    made, = requests_of(question, "name", Ready({**READY.info, "context": 128}, READY.text, TOOLS))
+    assert READY.text.decode(made.tokens) == (
+        '{"name": "f", "description": "d", "parameters": {}}\nu:hi\na:[1 f 2][2 g 3]\nt:4\nt:5\n')
+    got = valid(ResponsesAnswer(question, "name", "model", [made], READY.text)._response("in_progress"))
+    assert [(tool.name, tool.description, tool.strict) for tool in got.tools] == [("f", "d", False)]
+
+
+@pytest.mark.parametrize("body, param", [({"tools": [FUNCTION]}, "tools"), ({"input": CALLED}, "input")])
+def test_tools_and_calls_that_the_template_would_not_show_are_refused(body, param):
+    with pytest.raises(Refused, match="no place for tool") as refused:
+        request(**body)
+    assert refused.value.param == param
 
 
 def test_items_are_counted_before_they_are_read():

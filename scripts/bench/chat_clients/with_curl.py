@@ -6,9 +6,10 @@ import sys
 from report import report
 
 URL, MODEL = sys.argv[1:]
+QUESTION = "What is 2+2? Answer with a number alone."
 ASKED = {"model": MODEL, "temperature": 0}
-CHAT = {**ASKED, "messages": [{"role": "user", "content": "What is 2+2? Answer with a number alone."}], "max_tokens": 4}
-RESPONSE = {**ASKED, "input": "What is 2+2? Answer with a number alone.", "max_output_tokens": 4}
+CHAT = {**ASKED, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4}
+RESPONSE = {**ASKED, "input": QUESTION, "max_output_tokens": 4}
 
 
 def curl(path, body):
