@@ -29,9 +29,10 @@ class Run:
         self.sequence.tokens.append(token)
         self.made += 1
         request, early = self.request, self.made <= self.request.min_tokens
-        ended = token in ends and not request.ignore_eos
+        ended = token in ends and not request.ignore_eos and not early
         text = self._write(token, early) if self.writer and not ended else ""
-        stopped = ended or token in request.stop_token_ids or bool(self.writer and self.writer.stopped)
+        stopped = ended or not early and (token in request.stop_token_ids
+                                          or bool(self.writer and self.writer.stopped))
         finish = "stop" if stopped else "length" if min(request.max_tokens, room) <= self.made else None
         return text + (self.writer.finish() if finish and self.writer else ""), finish
 

@@ -9,10 +9,11 @@ from tests.serve.fake import Idle
 
 JSON = {"Content-Type": "application/json"}
 ANSWERS = {"an answer": ("GET", "/health", {}, 200), "no such path": ("GET", "/nothing", {}, 404),
-           "no such method": ("PUT", "/health", {}, 405), "another's page": ("GET", "/", {"Origin": "x"}, 403),
+           "no such method": ("PUT", "/health", {}, 405),
+           "another's page": ("GET", "/", {"Origin": "x"}, 403),
            "no JSON": ("POST", "/v1/completions", {"Content-Type": "text/plain"}, 415),
-           "a wrong body": ("POST", "/v1/completions", JSON, 400), "nothing here": ("GET", "/v1/files", {}, 404),
-           "which methods": ("OPTIONS", "/health", {}, 204)}
+           "a wrong body": ("POST", "/v1/completions", JSON, 400),
+           "not served here": ("GET", "/v1/files", {}, 404), "which methods": ("OPTIONS", "/health", {}, 204)}
 
 
 class Broken(Idle):
