@@ -23,7 +23,8 @@ BODIES = {Completion: {"prompt": "ab"}, Chat: {"messages": HI}}
 ASKED = {                                    # what the engine is asked otherwise
     "max_tokens": 3, "max_completion_tokens": 3, "n": 2, "stop": "x", "temperature": 0.5, "top_p": 0.5,
     "top_k": 5, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 1.1,
-    "seed": 7, "logit_bias": {"5": 1}, "ignore_eos": True, "min_tokens": 2, "stop_token_ids": [7], "cache_salt": "mine"}
+    "seed": 7, "logit_bias": {"5": 1}, "ignore_eos": True, "min_tokens": 2, "stop_token_ids": [7],
+    "cache_salt": "mine"}
 ALONE = {Completion: {"prompt": "abc", "logprobs": 2}, Chat: {"messages": [*HI, *HI], "logprobs": True}}
 SAID = {                                     # what is said otherwise, or to whom
     "model": "m", "stream": True, "stream_options": {"include_usage": True}}
