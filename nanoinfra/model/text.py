@@ -63,6 +63,16 @@ class Text:
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Tokens that stand for their names, letter by letter, whatever the decoder does to others."""
+        return frozenset(self.backend.get_added_tokens_decoder())
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Does each letter of a token's name stand for a byte?"""
+        return any(each["type"] == "ByteLevel" for each in self._decoders)
+
+    @cached_property
     def is_local(self) -> bool:
         """Is a token's text settled once the next one's is known, or a character or run of bytes ends?"""
         last = (self._decoders or [{}])[-1]  # Strip: what is more than one may be others' text
@@ -105,17 +115,18 @@ class Text:
             self.backend.encode_special_tokens = True
 
 
-def render_chat(template: str, messages: list[dict], text: Text) -> str:
+def render_chat(template: str, messages: list[dict], text: Text, tools: list[dict] | None = None) -> str:
     """`messages` ({role, content} each) as one prompt, opened for the assistant's turn.
 
-    Encode it with `begin=False`: the template writes its own first token. Raises ValueError for a template
-    that is not valid jinja2, that refuses the messages, or that reaches for what the sandbox forbids.
+    `tools` are OpenAI's, for a template that has a place for them. What the template sees is what
+    transformers' apply_chat_template(messages, tools) shows it, a None as None. Encode it with `begin=False`:
+    the template writes its own first token. Raises ValueError for a template that is not valid jinja2, that
+    refuses the messages, or that reaches for what the sandbox forbids.
     """
     render = renderer()
-    said = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        return render(conversations=[said], chat_template=template, add_generation_prompt=True,
-                      **text.special_tokens)[0][0]
+        return render(conversations=[messages], tools=tools, chat_template=template,
+                      add_generation_prompt=True, **text.special_tokens)[0][0]
     except Exception as error:               # a template may fail in every way a program can
         raise ValueError("the model's chat template cannot render these messages: "
                          f"{hub.in_one_line(error)}") from error

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanoinfra.serve.errors import Refused
+from nanoinfra.serve.routes import check_path
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Access:
 
 
 class AccessMiddleware:
-    """Refuses, before any work, what `check_sender` refuses."""
+    """Refuses, before any work, what none of those who may ask would send."""
 
     def __init__(self, app: ASGIApp, access: Access):
         self.app, self.access = app, access
@@ -35,13 +36,16 @@ class AccessMiddleware:
         app = self.app
         if scope["type"] == "http":
             try:
-                check_sender(scope["method"], scope["scheme"], Headers(scope=scope), self.access)
+                headers = Headers(scope=scope)
+                check_sender(scope["scheme"], headers, self.access)
+                check_path(scope["path"])    # some of OpenAI's take forms
+                check_body(scope["method"], headers)
             except Refused as why:
                 app = JSONResponse(why.body(), why.status)
         await app(scope, receive, send)
 
 
-def check_sender(method: str, scheme: str, headers: Headers, access: Access) -> None:
+def check_sender(scheme: str, headers: Headers, access: Access) -> None:
     """Raise Refused for a request that a web page of somebody else's may have sent."""
     host, origins = headers.get("host", ""), headers.getlist("origin")
     if access.loopback and not is_loopback(host):
@@ -50,6 +54,10 @@ def check_sender(method: str, scheme: str, headers: Headers, access: Access) -> 
     if not all(is_allowed(origin, scheme, host, access.origins) for origin in origins):
         raise Refused(403, f"a page of {origins[0][:80]!r} may not ask this server; start it with "
                       "--allow-origin and that origin to let it")
+
+
+def check_body(method: str, headers: Headers) -> None:
+    """Raise Refused for what a page may send without a preflight."""
     if method == "POST" and not is_json(headers):
         raise Refused(415, "the body must be JSON and say so; send it with Content-Type: application/json")
 

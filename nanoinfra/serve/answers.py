@@ -15,6 +15,7 @@ from nanoinfra.serve.choice import Choice
 from nanoinfra.serve.errors import Refused
 from nanoinfra.serve.protocol import Question
 from nanoinfra.serve.requests import Event, Logprob, Request
+from nanoinfra.serve.spelling import Offsets, Spelling
 
 DONE = b"data: [DONE]\n\n"
 MOST_AT_ONCE = 2048                          # tokens and log-probabilities written without leave for others
@@ -23,11 +24,6 @@ MOST_AT_ONCE = 2048                          # tokens and log-probabilities writ
 def sent(data: dict) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
-
-
-def failed(why: Refused) -> bytes:
-    """The end of a stream that cannot go on."""
-    return sent(why.body()) + DONE
 
 
 def written(data: dict) -> bytes:
@@ -43,9 +39,10 @@ class Answer:
     Choice i x n + j is the j-th continuation of prompt i. Raises Refused where it would be too large.
     """
     whole, part = "", ""                     # what OpenAI calls the object at the end, and a chunk
+    places_at_end = 0                        # tokens that `last` writes
 
     def __init__(self, question: Question, name: str, model: str, requests: Sequence[Request], text: Text):
-        self.question, self.text, self.spelled = question, text, {}
+        self.question, self.text, self.spelling = question, text, Spelling(text)
         self.head = {"id": name, "created": int(time.time()), "model": model}
         self.first = {request.id: i * question.n for i, request in enumerate(requests)}
         self.requests = {request.id: request for request in requests}
@@ -63,6 +60,10 @@ class Answer:
     def last(self) -> bytes:
         """The end of a stream."""
         return (sent(self._chunk([], True)) if self.question.stream_options.include_usage else b"") + DONE
+
+    def failed(self, why: Refused) -> bytes:
+        """The end of a stream that cannot go on."""
+        return sent(why.body()) + DONE
 
     def add(self, event: Event) -> None:
         """News for the object."""
@@ -118,11 +119,6 @@ class Answer:
     def _place(self, event):
         return self.first[event.request] + event.index
 
-    def _spell(self, token):
-        if token not in self.spelled:
-            self.spelled[token] = self.text.backend.decode([token], skip_special_tokens=False)
-        return self.spelled[token]
-
 
 class CompletionAnswer(Answer):
     """Of /v1/completions."""
@@ -130,7 +126,7 @@ class CompletionAnswer(Answer):
 
     def __init__(self, *given):
         super().__init__(*given)
-        self.shown = {}                      # characters of the tokens that a choice has reported
+        self.offsets = {}                    # of the tokens that a choice has reported
         self.prompts = [each if isinstance(each, str) else self.text.decode(each)
                         for each in self.question.prompt] if self.question.echo else []
         limits.check_echo(sum(map(len, self.prompts)), self.question.n)
@@ -150,22 +146,23 @@ class CompletionAnswer(Answer):
     def _logprobs(self, event):
         if self.question.logprobs is None:
             return None
-        every = [*event.prompt, *event.logprobs]
-        spelled, at = [self._spell(each.token) for each in every], self.shown.get(self._place(event), 0)
-        offsets = []
-        for token in spelled:
-            offsets.append(at)
-            at += len(token)
-        self.shown[self._place(event)] = at
-        return {"tokens": spelled, "token_logprobs": [_finite(each.logprob) for each in every],
-                "top_logprobs": [self._top(each) for each in every], "text_offset": offsets}
+        every, place = [*event.prompt, *event.logprobs], self._place(event)
+        if place not in self.offsets:
+            echoed = self.prompts[place // self.question.n] if self.question.echo else ""
+            self.offsets[place] = Offsets(self.spelling, len(echoed))
+        offsets = self.offsets[place]
+        return {"tokens": [self.spelling.token(each.token) for each in every],
+                "token_logprobs": [_finite(each.logprob) for each in every],
+                "top_logprobs": [self._top(each) for each in every],
+                "text_offset": offsets.of_prompt([each.token for each in event.prompt])
+                + [offsets.next(each.token) for each in event.logprobs]}
 
     def _top(self, each: Logprob):
         if each.logprob is None:
             return None
         likely = {}                          # two tokens may be spelled alike: the likelier stays
         for token, logprob in [*each.top, (each.token, each.logprob)]:
-            likely.setdefault(self._spell(token), _finite(logprob))
+            likely.setdefault(self.spelling.token(token), _finite(logprob))
         return likely
 
 
@@ -193,9 +190,8 @@ class ChatAnswer(Answer):
                             for each in event.logprobs]}
 
     def _say(self, token, logprob):
-        spelled = self._spell(token)
-        return {"token": spelled, "logprob": _finite(logprob),
-                "bytes": None if "\ufffd" in spelled else list(spelled.encode())}  # a part of a character
+        return {"token": self.spelling.token(token), "logprob": _finite(logprob),
+                "bytes": list(self.spelling.bytes(token))}               # also of a part of a character
 
 
 def _finite(logprob):

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanoinfra.serve.errors import Refused
+from nanoinfra.serve.request_ids import HEADER, request_id
 
 MOST_CONNECTIONS = 2048                      # unless the engine takes more requests
 BACKLOG = 2048                               # connections that may wait in the system to be accepted
@@ -32,9 +33,10 @@ logger = logging.getLogger("nanoinfra.serve")
 @dataclass(frozen=True)
 class ConnectionLimits:
     """What a connection may take of the server's time, in seconds, and how many there may be."""
-    client_header_timeout: float = 10.0      # for a head, since it was connected or the last answer ended
+    client_header_timeout: float = 10.0      # for a head, since it was connected or its first byte came
     client_body_timeout: float = 10.0        # for a body, and one more for each MIN_RATE bytes of it
     send_timeout: float = 60.0               # that a client may leave unread what it is sent
+    keepalive_timeout: float = 75.0          # for another request: more than pools and proxies (60) keep it
     max_connections: int = MOST_CONNECTIONS
 
 
@@ -67,6 +69,7 @@ class Connection(H11Protocol):
         self.conn = Framing(h11.SERVER, MOST_HEAD)
         self.limits, self.waiting = limits, waiting
         self.state, self.since = None, 0.0   # of the client, as h11 has it
+        self.kept = False                    # between two requests, of which the next has not begun
         self.unread_since = None             # when the client stopped to read what it is sent
 
     def connection_made(self, transport):
@@ -84,6 +87,9 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data):
+        if self.kept:                        # the next request begins: now it has the time of a head
+            self.kept, self.since = False, monotonic()
+            self.waiting[self] = self.waiting.pop(self, None)
         for begin in range(0, len(data), MOST_HEAD):         # h11 measures a head only while it is incomplete
             if not self.transport.is_closing():
                 super().data_received(data[begin:begin + MOST_HEAD])
@@ -125,7 +131,9 @@ class Connection(H11Protocol):
         """Close the connection. The client is told why, unless its answer has begun."""
         self.waiting.pop(self, None)
         if why and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self._write(JSONResponse(why.body(), why.status, why.headers() | {"Connection": "close"}))
+            name = request_id(self.headers or () if self.state is h11.SEND_BODY else ())
+            self._write(JSONResponse(why.body(), why.status, why.headers() | {"Connection": "close",
+                                                                              HEADER: name}))
         if self.cycle and not self.cycle.response_complete:              # its handler learns of it
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -135,14 +143,16 @@ class Connection(H11Protocol):
         """Is the client asking, and since when?"""
         if self.conn.their_state is self.state or self.transport.is_closing():
             return
+        answered = self.state is not None
         self.state, self.since = self.conn.their_state, monotonic()
+        self.kept = answered and self.state is h11.IDLE and not self.conn.trailing_data[0]
         self.waiting.pop(self, None)
         if self.state in (h11.IDLE, h11.SEND_BODY):
             self.waiting[self] = None
 
     def _allowed(self):
         if self.state is h11.IDLE:
-            return self.limits.client_header_timeout
+            return self.limits.keepalive_timeout if self.kept else self.limits.client_header_timeout
         return self.limits.client_body_timeout + self.conn.size / MIN_RATE
 
     def _write(self, response):

@@ -23,7 +23,7 @@ class Server(uvicorn.Server):
         connections = connections or ConnectionLimits()
         super().__init__(uvicorn.Config(app, http=protocol_with(connections), ws="none", lifespan="on",
                                         log_config=None, log_level="warning", access_log=False,
-                                        backlog=ACCEPTS, timeout_keep_alive=connections.client_header_timeout,
+                                        backlog=ACCEPTS, timeout_keep_alive=connections.keepalive_timeout,
                                         timeout_graceful_shutdown=CLOSING))
         self.state, self.worker, self.limit = app.state, app.state.worker, limit
         self.deadline, self.said = float("inf"), self.worker.state

@@ -27,7 +27,7 @@ from nanoinfra.serve.options import EngineOptions
 from nanoinfra.serve.paged import PagedKV
 from nanoinfra.serve.requests import Event, Logprob, Request, check
 from nanoinfra.serve.run import Run
-from nanoinfra.serve.sampler import Sampler, finite, logprobs
+from nanoinfra.serve.sampler import Sampler, finite, logprobs, without
 from nanoinfra.serve.scheduler import Scheduler, Sequence
 from nanoinfra.serve.writer import Writer
 from nanoinfra.train.pretrained import open_pretrained
@@ -91,7 +91,8 @@ class Engine:
             events += self._write(work, hidden)
         for sequence in plan.full:                                       # the pool is the limit
             if sequence in self.runs:                                    # else a twin's failure has ended it
-                events.append(self._end(self.runs[sequence], "", [], [], "length"))
+                run = self.runs[sequence]
+                events.append(self._end(run, run.writer.finish() if run.writer else "", [], [], "length"))
         return events
 
     def reset(self) -> None:
@@ -223,11 +224,12 @@ class Engine:
         request, sequence = run.request, run.sequence
         if request.max_tokens == 0:                                      # the prompt alone was to be scored
             return [self._end(run, "", [], [], "length")]
-        plain = run.sampler.plain
-        token = likeliest if plain else run.sampler.draw(logits, sequence.tokens, sequence.prompt)
+        ends = self.text.ends if self.text else frozenset()
+        banned, plain = run.banned(ends), run.sampler.plain
+        token = likeliest if plain and not banned else run.sampler.draw(
+            without(logits, banned), sequence.tokens, sequence.prompt)
         said = [] if request.logprobs is None else logprobs(logits[None], [token], request.logprobs)
-        ends, room = self.text.ends if self.text else (), self.model.config.cached_context - sequence.prompt
-        text, finish = run.push(token, ends, room)
+        text, finish = run.push(token, ends, self.model.config.cached_context - sequence.prompt)
         self.counts["generation_tokens"] += 1
         how = self._end if finish else self._event
         return [how(run, text, [token], said, finish)]

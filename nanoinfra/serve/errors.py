@@ -3,11 +3,15 @@
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
 
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"          # OpenAI's code, by which clients know to shorten
 MOST_CHARS = 1000                            # of a reason: it may say what a stranger has sent
 
 
 class Refused(Exception):
-    """No answer: HTTP `status`, why, which parameter is to blame, and OpenAI's code where there is one."""
+    """No answer: HTTP `status`, why, which parameter is to blame, and OpenAI's code where there is one.
+
+    A code is a word and never a number: clients compare it with words such as CONTEXT_LENGTH_EXCEEDED.
+    """
 
     def __init__(self, status: int, why: str, param: str | None = None, code: str | None = None):
         super().__init__(shortened(why))
@@ -16,7 +20,7 @@ class Refused(Exception):
     def body(self) -> dict:
         """The error as clients expect it."""
         return {"error": {"message": str(self), "type": KINDS.get(self.status, "invalid_request_error"),
-                          "param": self.param, "code": self.code or self.status}}
+                          "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         """When to come back, where that helps."""

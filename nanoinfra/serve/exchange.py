@@ -1,7 +1,9 @@
 """One exchange with a client: read what it asks, let the engine answer, say it at once or as it comes.
 
 A client that goes away frees what it held, whether it waits for a first word or for the last; one that sends
-or reads nothing for too long is made to (connections.py).
+or reads nothing for too long is made to (connections.py). Clients, and proxies on the way, give up where
+nothing comes for long: an answer begins in time, with a status that says nothing yet, and says now and then
+that it is still on its way.
 """
 import asyncio
 import functools
@@ -13,22 +15,30 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from nanoinfra.serve.answers import Answer, failed
+from nanoinfra.serve.answers import Answer
 from nanoinfra.serve.errors import Refused
 from nanoinfra.serve.keys import salted
 from nanoinfra.serve.limits import most_bytes
 from nanoinfra.serve.preprocess import LARGE, Preprocessor
 from nanoinfra.serve.protocol import Question
+from nanoinfra.serve.request_ids import log_failure
 from nanoinfra.serve.requests import Event
 from nanoinfra.serve.worker import Job, Worker
 
 PIECE = 1 << 16                              # bytes of an answer sent at once
+STREAM_BEGINS = 10.0                         # seconds after which a stream begins, without a word
+OBJECT_BEGINS = 50.0                         # and an object: later, for errors want a status; nginx waits 60
+PULSE = 15.0                                 # seconds from one sign of life to the next: event streams' own
+STREAM_PULSE, OBJECT_PULSE = b": keep-alive\n\n", b" "  # a comment, and a space, which JSON may begin with
+
+
+SILENCE = object()                           # in place of news
 
 
 async def exchange(request: Request, kind: type[Question], form: type[Answer], prefix: str) -> Response:
     """Answer a body of `kind` in `form`; ids begin with `prefix`. Raises Refused, ClientDisconnect.
 
-    The first word is waited for: until then an error can still have a status.
+    The first word is waited for, though not for ever: until then an error can still have a status.
     """
     state, name = request.app.state, prefix + uuid.uuid4().hex
     threads, ready = state.preprocessor, at_work(state).ready
@@ -39,10 +49,11 @@ async def exchange(request: Request, kind: type[Question], form: type[Answer], p
     job = at_work(state).submit(salted([*answer.requests.values()], request.state.salt))
     try:
         if answer.question.stream:
-            first = await _unless_gone(request, anext(job))
-            return Sent(job, _chunks(answer, job, first, threads), "text/event-stream",
-                        {"Cache-Control": "no-cache"})
-        await _unless_gone(request, _gather(answer, job))
+            first = await _unless_gone(request, anext(job), STREAM_BEGINS)
+            chunks = _chunks(answer, job, first, threads, request.scope)
+            return Sent(job, chunks, "text/event-stream", {"Cache-Control": "no-cache"})
+        if not await _unless_gone(request, _gather(answer, job), OBJECT_BEGINS):
+            return Sent(job, _late(answer, job, threads, request.scope), "application/json", {})
         whole = await threads.write(answer.places, answer.body, answer)
         return Sent(job, _pieces(whole), "application/json", {"Content-Length": str(len(whole))})
     except BaseException:
@@ -69,6 +80,8 @@ class Sent(StreamingResponse):
     async def __call__(self, scope, receive, send):
         try:
             await super().__call__(scope, receive, send)
+        except Refused:                      # is in the log; uvicorn breaks what is not complete
+            pass
         finally:
             self.job.close()
 
@@ -101,15 +114,17 @@ def _refusal(was, size, most, grows):
     return None
 
 
-async def _unless_gone(request, work):
-    """What `work` comes to. Raises ClientDisconnect if the client goes away before."""
+async def _unless_gone(request, work, seconds):
+    """What `work` comes to; None where it takes longer. Raises ClientDisconnect if the client goes away."""
     leaves = request.receive()               # after the body comes nothing but this
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(leaves)]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        if tasks[1].done():
             raise ClientDisconnect
-        return tasks[0].result()
+        return None                          # what it waits for stays in the job's queue
     finally:
         for task in tasks:
             task.cancel()
@@ -117,20 +132,49 @@ async def _unless_gone(request, work):
 
 
 async def _gather(answer: Answer, job: Job):
+    """Add all that comes; True. What has been added stays so where this is cancelled."""
     async for event in job:
         answer.add(event)
+    return True
 
 
-async def _chunks(answer: Answer, job: Job, first: Event, threads: Preprocessor):
+async def _chunks(answer: Answer, job: Job, first: Event | None, threads: Preprocessor, scope):
     try:
-        event = first
+        event = first or SILENCE
         while event:
-            yield await threads.write(len(event.prompt), functools.partial(answer.chunk, event), answer)
-            await asyncio.sleep(0)           # however much has come: others have their turn
-            event = await anext(job, None)
-        yield answer.last()
+            if event is SILENCE:
+                yield STREAM_PULSE
+            else:
+                yield await threads.write(len(event.prompt), functools.partial(answer.chunk, event), answer)
+                await asyncio.sleep(0)       # however much has come: others have their turn
+            event = await _soon(anext(job, None))
+        yield await threads.write(answer.places_at_end, answer.last, answer)
     except Refused as why:                   # too late for a status
-        yield failed(why)
+        log_failure(scope, why)
+        yield answer.failed(why)
+
+
+async def _late(answer: Answer, job: Job, threads: Preprocessor, scope):
+    """The object, and before it spaces for as long as it takes."""
+    try:
+        yield OBJECT_PULSE
+        while await _soon(_gather(answer, job)) is SILENCE:
+            yield OBJECT_PULSE
+        whole = await threads.write(answer.places, answer.body, answer)
+    except Refused as why:                   # the connection breaks, for an object that is none would be read
+        log_failure(scope, why)
+        raise
+    async for piece in _pieces(whole):
+        yield piece
+
+
+async def _soon(work):
+    """What `work` comes to, or SILENCE after PULSE seconds."""
+    try:
+        async with asyncio.timeout(PULSE):
+            return await work
+    except TimeoutError:
+        return SILENCE
 
 
 async def _pieces(whole: bytes):

@@ -7,12 +7,13 @@ with log-probabilities written, while no other thread of the API process runs.
 from collections.abc import Sequence
 
 from nanoinfra.model.text import Text
-from nanoinfra.serve.errors import Refused
+from nanoinfra.serve.errors import CONTEXT_LENGTH_EXCEEDED, Refused
 from nanoinfra.serve.requests import Request
 
 MOST_BYTES = 1 << 19                         # of a body; a context longer than 65,536 tokens gives 8 a token
 MOST_PROMPTS = 1024                          # in one HTTP request; and choices in one answer
 MOST_MESSAGES = 4096
+MOST_TOOLS = 128                             # OpenAI's limit
 MOST_TOOL_CALLS = 128                        # of one message
 MOST_STOPS = 64
 MOST_STOP_CHARS = 1024                       # of all of them: each is looked for at every token
@@ -43,7 +44,17 @@ def check_chars(chars: int, context: int, max_chars_per_token: int) -> None:
     """Raise Refused for a text of so many characters that no context of tokens can spell."""
     if chars > (most := context * max_chars_per_token):
         raise Refused(400, f"a text of {chars} characters cannot fit the model's context of {context} tokens "
-                           f"of at most {max_chars_per_token} characters; shorten it to less than {most}")
+                           f"of at most {max_chars_per_token} characters; shorten it to less than {most}",
+                      "prompt", CONTEXT_LENGTH_EXCEEDED)
+
+
+def check_memory(request: Request, info: dict) -> None:
+    """Raise Refused for a prompt that the KV memory of the engine (`info`: Engine.info()) cannot hold."""
+    room = info.get("blocks", 0) * info.get("block_size", 0)
+    if room and len(request.tokens) >= room:
+        raise Refused(400, f"a prompt of {len(request.tokens)} tokens and one more do not fit the KV memory, "
+                           f"which holds {room}; shorten it, or give the server more memory", "prompt",
+                      CONTEXT_LENGTH_EXCEEDED)
 
 
 def check_choices(prompts: int, n: int) -> None:
@@ -74,7 +85,8 @@ def _encode(text, tokenizer, context, begin):
         count += len(tokenizer.encode(text[end - PIECE:end], False))
         if count > 2 * context:
             raise Refused(400, f"the first {min(end, len(text))} characters of the prompt are {count} tokens "
-                               f"and the model's context is {context}; shorten it")
+                               f"and the model's context is {context}; shorten it", "prompt",
+                          CONTEXT_LENGTH_EXCEEDED)
     return tokenizer.encode(text, begin)
 
 
@@ -105,7 +117,7 @@ def check_answer(requests: Sequence[Request], echo: bool, context: int) -> None:
     tokens, logprobs = answer_size(requests, echo)
     if tokens > (most := ANSWERS * context):
         raise Refused(400, f"the answer may come to {tokens} tokens; ask for at most {ANSWERS} contexts of "
-                           f"{context}, {most}: lower max_tokens or n")
+                           f"{context}, {most}: lower max_tokens or n", "max_tokens")
     if logprobs > (most := most_logprobs(context)):
         raise Refused(400, f"the answer may come to {logprobs} log-probabilities, {logprobs // tokens} for "
                            f"each of {tokens} tokens; ask for {most}: lower max_tokens, n or logprobs")

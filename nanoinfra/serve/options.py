@@ -47,7 +47,8 @@ class GenerateOptions:
 class EngineOptions:
     """The engine: what it computes in, and how much it takes on."""
     model: tyro.conf.Positional[str]  # a run directory, a Hugging Face folder, a .gguf file, smollm2-135m
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # to compute in
+    # to compute in; in bfloat16 who else asks may decide between two tokens that are nearly as likely
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     tp: int = 1                              # cut the model over so many ranks, started here
     threads: int | None = None               # a rank; default: OMP_NUM_THREADS, or cores / ranks
     kv_memory: Bytes = 1 << 30               # for keys and values, on each rank

@@ -4,6 +4,8 @@ At a few tokens a step a product costs the reading of its weights, 2 Psi bytes i
 row: `gemv` of passes.c, from weights in the plain order. Of more: oneDNN, from weights packed once in the
 order that its matrix units read, where it packs this dtype (bf16: not with AVX2 alone); else torch's linear.
 So where both are at hand the weights lie in memory twice, all but a tied head's.
+The two sum in different orders: nearly every output differs in float32, in its last bits; in bf16 1 to 5 of
+10,000 do, by 1/256. So there a request's greedy tokens may depend on who is computed beside it.
 
 oneDNN compiles a product anew for each number of rows, which takes longer than the product, and keeps what it
 compiled, up to 1 MB each. A server's steps are of any size; so rows are filled up to one of 8 numbers an

@@ -80,8 +80,7 @@ class Preprocessor:
         with _collector_waits() if large else nullcontext():
             question = read(kind, body)
         if question.model not in (None, model):
-            raise Refused(404, f"there is no model {question.model!r:.200} here; there is {model!r}", "model",
-                          "model_not_found")
+            raise no_such_model(question.model, model)
         return form(question, name, model, requests_of(question, name, ready, self._render), ready.text)
 
     def _render(self, *chat):
@@ -89,6 +88,12 @@ class Preprocessor:
             self.mine.child = TemplateProcess()
             self.templates.append(self.mine.child)
         return self.mine.child.render(*chat)
+
+
+def no_such_model(asked: str, served: str) -> Refused:
+    """Why a client that asks for another model gets no answer."""
+    return Refused(404, f"there is no model {asked!r:.200} here; there is {served!r}", "model",
+                   "model_not_found")
 
 
 def release_freed_memory() -> None:

@@ -1,24 +1,23 @@
 """What clients of OpenAI's API send to its two endpoints, and what the engine is asked then.
 
 Taken from what real clients send. A null means the default; a field that is not known is dropped unread; one
-that is known, not supported, and would change the answer is refused. Which numbers are possible the engine's
-own check says (requests.py), how much of everything limits.py.
+that is known, not supported, and would change the answer is refused (fields.py). Which numbers are possible
+the engine's own check says (requests.py), how much of everything limits.py, what a chat becomes chats.py.
 """
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationError
 
 from nanoinfra.model.text import Text, render_chat
 from nanoinfra.serve import fields, limits
+from nanoinfra.serve.chats import Message, Render, render_prompt
 from nanoinfra.serve.errors import Refused
 from nanoinfra.serve.fields import HARMLESS as HARMLESS
-from nanoinfra.serve.fields import Integer, Lenient, Unsupported
+from nanoinfra.serve.fields import Integer, Lenient, Unsupported, unsupported
 from nanoinfra.serve.loop import Ready
-from nanoinfra.serve.requests import Request, Sampling, check
+from nanoinfra.serve.requests import Request, Sampling, Unanswerable, check
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
-Render = Callable[[str, list[dict], Text], str]              # (template, messages, text): the prompt
 
 
 class StreamOptions(Lenient):
@@ -29,8 +28,10 @@ class StreamOptions(Lenient):
 
 class Question(Unsupported):
     """What both endpoints take. The defaults are OpenAI's."""
+    spelled: ClassVar[dict[str, str]] = {}   # what a parameter of the engine's is called here
     model: str | None = None
     max_tokens: Integer | None = None
+    max_completion_tokens: Integer | None = None             # its new name, which clients send to both
     n: Integer = 1
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -43,18 +44,39 @@ class Question(Unsupported):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Annotated[dict[int, Bias], BeforeValidator(fields.biases)] = {}
-    seed: Integer | None = None
+    seed: Integer | None = None              # null or -1: another each time
     ignore_eos: bool = False
+    min_tokens: Integer = 0
+    stop_token_ids: Annotated[list[Integer], Field(max_length=limits.MOST_STOPS)] = []
     cache_salt: Annotated[str, Field(max_length=limits.MOST_SALT_CHARS)] = ""
 
-    def _request(self, name, tokens, max_tokens, logprobs, echo=False) -> Request:
+    @property
+    def most(self) -> int | None:
+        """How many tokens may come, if the client says so."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def to_blame(self, param: str | None) -> str | None:
+        """The field that the client knows for a parameter of the engine's."""
+        if param == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return self.spelled.get(param, param)
+
+    def _request(self, name, tokens, max_tokens, logprobs, text: Text, echo=False) -> Request:
         if "" in self.stop:
             raise Refused(400, "a stop string is empty; leave it out", "stop")
         sampling = Sampling(self.temperature, max(0, self.top_k), self.top_p, self.min_p,
                             self.presence_penalty, self.frequency_penalty, self.repetition_penalty,
-                            self.logit_bias, self.seed)
+                            self.logit_bias, None if self.seed == -1 else self.seed)
         return Request(name, tokens, sampling, max_tokens, self.n, tuple(self.stop), self.ignore_eos,
-                       logprobs, echo, self.cache_salt)
+                       logprobs, echo, self.cache_salt, self._stop_token_ids(text), self.min_tokens)
+
+    def _stop_token_ids(self, text):
+        """Those asked for, and of stop strings that are special tokens: no text ever shows these."""
+        named = (text.backend.token_to_id(stop) for stop in self.stop)
+        return (*self.stop_token_ids, *(token for token in named if token in text.special_ids))
+
+
+ONLY_CHATS = "tools are for /v1/chat/completions"
 
 
 class Completion(Question):
@@ -63,12 +85,17 @@ class Completion(Question):
     logprobs: Integer | None = None
     echo: bool = False
     add_special_tokens: bool = True
+    top_logprobs: unsupported(why="here logprobs is their number") = None
+    tools: unsupported([], why=ONLY_CHATS) = None
+    functions: unsupported([], why=ONLY_CHATS) = None
+    tool_choice: unsupported(*fields.CALLS, why=ONLY_CHATS) = None
+    function_call: unsupported(*fields.CALLS, why=ONLY_CHATS) = None
 
     def requests(self, name: str, ready: Ready, render: Render) -> list[Request]:
         """One for each prompt."""
         limits.check_choices(len(self.prompt), self.n)
         context = ready.info["context"]
-        most = 16 if self.max_tokens is None else self.max_tokens
+        most = 16 if self.most is None else self.most
         scored = self.echo and (self.logprobs is not None or most == 0)
         made, size = [], 0
         for i, given in enumerate(self.prompt):
@@ -76,49 +103,43 @@ class Completion(Question):
                                                                          self.add_special_tokens)
             size += len(tokens)
             limits.check_prompt_tokens(size, context)
-            made.append(self._request(f"{name}-{i}", tokens, most, self.logprobs, scored))
+            made.append(self._request(f"{name}-{i}", tokens, most, self.logprobs, ready.text, scored))
         return made
 
 
-class Message(Lenient):
-    """One turn of a chat."""
-    role: str
-    content: Annotated[str, BeforeValidator(fields.content)] = ""
-    name: str | None = None                  # these three for templates that ask for them
-    tool_call_id: str | None = None
-    tool_calls: Annotated[list[Any], Field(max_length=limits.MOST_TOOL_CALLS)] | None = None
-
-
 class Chat(Question):
-    """The body of /v1/chat/completions."""
+    """The body of /v1/chat/completions. What the model says comes as text, calls of tools too."""
+    spelled: ClassVar[dict[str, str]] = {"prompt": "messages", "logprobs": "top_logprobs"}
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=limits.MOST_MESSAGES)]
-    max_completion_tokens: Integer | None = None
     logprobs: bool = False
     top_logprobs: Integer | None = None
+    tools: Annotated[list[dict], BeforeValidator(fields.tools)] = []
+    functions: Annotated[list[dict], BeforeValidator(fields.functions)] = []         # their old name
+    tool_choice: unsupported(*fields.CALLS, why=fields.NO_FORM) = None
+    function_call: unsupported(*fields.CALLS, why=fields.NO_FORM) = None
+    echo: unsupported(False) = False
+    add_special_tokens: unsupported(False) = False
 
     def requests(self, name: str, ready: Ready, render: Render) -> list[Request]:
         """One, of all messages in the model's template; by default it may fill the model's context."""
         if ready.template is None:
             raise Refused(400, "this model has no chat template; use /v1/completions")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise Refused(400, "top_logprobs needs logprobs: true", "top_logprobs")
         limits.check_choices(1, self.n)
         context, logprobs = ready.info["context"], (self.top_logprobs or 0) if self.logprobs else None
-        tokens = limits.encode(self._rendered(ready, render), ready.text, context, begin=False)
-        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        prompt = render_prompt(self.messages, self._offered(), ready, render)
+        tokens, most = limits.encode(prompt, ready.text, context, begin=False), self.most
         if most is None:
             most = max(1, min(context - len(tokens), limits.most_tokens(context, self.n, logprobs)))
-        return [self._request(name, tokens, most, logprobs)]
+        return [self._request(name, tokens, most, logprobs, ready.text)]
 
-    def _rendered(self, ready, render):
-        messages = [{name: value for name, value in message if value is not None}
-                    for message in self.messages]
-        size = sum(len(message.role) + len(message.content) for message in self.messages)
-        limits.check_chars(size, ready.info["context"], ready.text.max_chars_per_token)
-        try:
-            return render(ready.template, messages, ready.text)
-        except Exception as error:           # a template is a program: these messages have made it fail
-            raise Refused(400, f"the chat template does not take these: {error}", "messages") from error
+    def _offered(self) -> list[dict] | None:
+        """Tools that the model is shown: none where it may call none."""
+        if self.tools and self.functions:
+            raise Refused(400, "functions is the old name of tools; give one of them", "functions")
+        choice = self.function_call if self.functions else self.tool_choice
+        return None if choice == "none" else self.tools or self.functions or None
 
 
 def read(kind: type[Question], body: bytes) -> Question:
@@ -136,13 +157,16 @@ def read(kind: type[Question], body: bytes) -> Question:
 def requests_of(question: Question, name: str, ready: Ready, render: Render = render_chat) -> list[Request]:
     """What the engine is asked. Raises Refused for what no engine with this model could answer.
 
-    `render(template, messages, text)` makes a prompt of a chat.
+    `render(template, messages, text, tools)` makes a prompt of a chat.
     """
-    requests = question.requests(name, ready, render)
-    for request in requests:
-        try:
+    try:
+        requests = question.requests(name, ready, render)
+        for request in requests:
             check(request, ready.info["context"], ready.info["vocab"])
-        except ValueError as error:
-            raise Refused(400, str(error)) from None
-    limits.check_answer(requests, getattr(question, "echo", False), ready.info["context"])
-    return requests
+            limits.check_memory(request, ready.info)
+        limits.check_answer(requests, getattr(question, "echo", False), ready.info["context"])
+        return requests
+    except Unanswerable as why:
+        raise Refused(400, str(why), question.to_blame(why.param), why.code) from None
+    except Refused as why:
+        raise Refused(why.status, str(why), question.to_blame(why.param), why.code) from why.__cause__

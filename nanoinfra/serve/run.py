@@ -1,5 +1,5 @@
 """One continuation of a request in the engine: its sequence, its draws, and what of its text may be shown."""
-from collections.abc import Iterable
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from nanoinfra.serve.requests import Logprob, Request
@@ -20,12 +20,22 @@ class Run:
     made: int = 0                            # tokens
     again: bool = False                      # has it been computed anew, after numbers that were not finite?
 
-    def push(self, token: int, ends: Iterable[int], room: int) -> tuple[str, str | None]:
+    def banned(self, ends: Set[int]) -> list[int]:
+        """Tokens that may not come next: all that would end a text of which `min_tokens` must come."""
+        return sorted({*ends, *self.request.stop_token_ids}) if self.made < self.request.min_tokens else []
+
+    def push(self, token: int, ends: Set[int], room: int) -> tuple[str, str | None]:
         """(text that may be shown now, why it ends here if it does)."""
         self.sequence.tokens.append(token)
         self.made += 1
-        ended = token in ends and not self.request.ignore_eos
-        text = self.writer.push(token) if self.writer and not ended else ""
-        stopped = ended or bool(self.writer and self.writer.stopped)
-        finish = "stop" if stopped else "length" if min(self.request.max_tokens, room) <= self.made else None
+        request, early = self.request, self.made <= self.request.min_tokens
+        ended = token in ends and not request.ignore_eos and not early
+        text = self._write(token, early) if self.writer and not ended else ""
+        stopped = ended or not early and (token in request.stop_token_ids
+                                          or bool(self.writer and self.writer.stopped))
+        finish = "stop" if stopped else "length" if min(request.max_tokens, room) <= self.made else None
         return text + (self.writer.finish() if finish and self.writer else ""), finish
+
+    def _write(self, token, early):
+        self.writer.passes = early
+        return self.writer.push(token)

@@ -113,6 +113,15 @@ class Adjustment:
             self.offset[token] = self.how.bias.get(token, 0.0) - penalty
 
 
+def without(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    """`logits` (V,) with which none of `tokens` is drawn, unless there is no other."""
+    if not tokens:
+        return logits
+    out = torch.zeros_like(logits, dtype=torch.bool)                      # (V,)
+    out[torch.tensor(tokens, device=out.device)] = True
+    return logits.masked_fill(out, torch.finfo(logits.dtype).min)
+
+
 def finite(rows: torch.Tensor) -> list[bool]:
     """Of each of `rows` (N, V), are all its numbers finite? One pass where they are: a sum keeps a NaN."""
     if isfinite(rows.sum().item()):

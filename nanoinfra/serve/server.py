@@ -2,7 +2,7 @@
 
 Whatever a client sends is answered: 400 with the reason, 401, 404, 413; 403 and 415 by access.py; 429 where
 too much waits; 503 while the engine loads, starts again or the server ends. No key is needed for health,
-metrics and the page.
+metrics and the page. Every answer has an x-request-id (request_ids.py).
 """
 import asyncio
 import time
@@ -20,12 +20,18 @@ from nanoinfra.serve.answers import ChatAnswer, CompletionAnswer, sent
 from nanoinfra.serve.errors import Refused
 from nanoinfra.serve.exchange import at_work, exchange
 from nanoinfra.serve.keys import key_of, salt_of
-from nanoinfra.serve.preprocess import Preprocessor
+from nanoinfra.serve.preprocess import Preprocessor, no_such_model
 from nanoinfra.serve.protocol import Chat, Completion
+from nanoinfra.serve.request_ids import HEADER, RequestIdMiddleware, log_failure
+from nanoinfra.serve.responses import ResponsesRequest
+from nanoinfra.serve.responses_answer import ResponsesAnswer
+from nanoinfra.serve.routes import where_else
 from nanoinfra.serve.worker import Worker
 
 PULSE = 0.2                                  # seconds from one look at the scheduler to the next
 MOST_WATCHERS = 32                           # who look at the same time; a look has no end
+READ = ["GET", "HEAD"]
+STORED = {"{name}": [*READ, "DELETE"], "{name}/input_items": READ, "{name}/cancel": ["POST"]}
 PAGE = Path(__file__).with_name("page.html")
 PAGES = {"/": PAGE.name, **{f"/{name}": name for name in ("page.css", "page.js", "chat.js", "scheduler.js")}}
 ALONE = {"Content-Security-Policy":          # it loads nothing from elsewhere, and no other page frames it
@@ -52,19 +58,24 @@ def build(worker: Worker, name: str, access: Access | None = None) -> FastAPI:
     app.state.draining, app.state.since, app.state.watchers = False, int(time.time()), 0
     for path, answer in {"/health": _health, "/metrics": _metrics, "/stats": _stats,
                          **dict.fromkeys(PAGES, _page)}.items():
-        app.add_api_route(path, answer)
+        app.add_api_route(path, answer, methods=READ)
     known = [Depends(_known)]
-    app.add_api_route("/v1/models", _models, dependencies=known)
+    for path, answer in {"/v1/models": _models, "/v1/models/{id:path}": _model}.items():
+        app.add_api_route(path, answer, methods=READ, dependencies=known)
     for path, answer in {"/v1/completions": _completions, "/v1/chat/completions": _chat,
-                         "/reset_prefix_cache": _reset}.items():
+                         "/v1/responses": _responses, "/reset_prefix_cache": _reset}.items():
         app.add_api_route(path, answer, methods=["POST"], dependencies=known)
+    for path, methods in STORED.items():
+        app.add_api_route(f"/v1/responses/{path}", _not_stored, methods=methods, dependencies=known)
     for error, answer in {Refused: _refused, HTTPException: _http, ClientDisconnect: _gone,
                           Exception: _bug}.items():
         app.add_exception_handler(error, answer)
+    app.state.paths = [route.path for route in app.routes if "{" not in route.path]
     if app.state.access.origins:
         app.add_middleware(CORSMiddleware, allow_origins=app.state.access.origins, allow_headers=["*"],
-                           allow_methods=["GET", "POST"])
-    app.add_middleware(AccessMiddleware, access=app.state.access)        # the last is asked first
+                           allow_methods=[*READ, "POST"], expose_headers=[HEADER])
+    app.add_middleware(AccessMiddleware, access=app.state.access)
+    app.add_middleware(RequestIdMiddleware)                              # the last is asked first
     return app
 
 
@@ -88,12 +99,29 @@ async def _chat(request: Request):
     return await exchange(request, Chat, ChatAnswer, "chatcmpl-")
 
 
+async def _responses(request: Request):
+    return await exchange(request, ResponsesRequest, ResponsesAnswer, "resp_")
+
+
+async def _not_stored(request: Request):
+    raise Refused(404, f"there is no response {request.path_params['name']!r:.200} here: answers are not "
+                       "stored; send the turns themselves as input")
+
+
 async def _models(request: Request):
-    state = request.app.state
-    context = at_work(state).ready.info["context"]
-    return JSONResponse({"object": "list", "data": [{
-        "id": state.name, "object": "model", "created": state.since, "owned_by": "nanoinfra",
-        "root": state.name, "parent": None, "max_model_len": context}]})
+    return JSONResponse({"object": "list", "data": [_described(request.app.state)]})
+
+
+async def _model(request: Request):
+    asked, served = request.path_params["id"], request.app.state.name
+    if asked != served:
+        raise no_such_model(asked, served)
+    return JSONResponse(_described(request.app.state))
+
+
+def _described(state):
+    return {"id": state.name, "object": "model", "created": state.since, "owned_by": "nanoinfra",
+            "root": state.name, "parent": None, "max_model_len": at_work(state).ready.info["context"]}
 
 
 async def _reset(request: Request):
@@ -119,8 +147,8 @@ async def _stats(request: Request):
             await asyncio.sleep(PULSE)
     if request.app.state.watchers >= MOST_WATCHERS:
         raise Refused(503, f"{MOST_WATCHERS} watch already; close one of their pages")
-    return Watched(looks(request.app.state), media_type="text/event-stream",
-                   headers={"Cache-Control": "no-cache"})
+    how = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-cache"}}
+    return Response(**how) if request.method == "HEAD" else Watched(looks(request.app.state), **how)
 
 
 async def _page(request: Request):
@@ -141,12 +169,22 @@ async def _known(request: Request):
 
 
 async def _refused(request, why: Refused):
+    if why.status == 500:
+        log_failure(request.scope, why)
     return JSONResponse(why.body(), why.status, why.headers())
 
 
 async def _http(request, error: HTTPException):
-    why = Refused(error.status_code, f"{request.method} {request.scope['path']}: {error.detail}")
-    return JSONResponse(why.body(), why.status, error.headers)
+    """A path or a method that is not there."""
+    path, headers, detail = request.scope["path"], dict(error.headers or {}), error.detail
+    if "Allow" in headers:
+        headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"Allow": f"{headers['Allow']}, OPTIONS"})
+    if error.status_code == 404:
+        detail = f"not found; {where_else(path, request.app.state.paths)}"
+    why = Refused(error.status_code, f"{request.method} {path}: {detail}")
+    return JSONResponse(why.body(), why.status, headers)
 
 
 async def _gone(request, error):
@@ -154,5 +192,7 @@ async def _gone(request, error):
 
 
 async def _bug(request, error):
-    """Our mistake; uvicorn writes down where."""
-    return JSONResponse(Refused(500, "the server made a mistake; its log says more").body(), 500)
+    """Our mistake; uvicorn writes down where. No middleware sees this answer."""
+    why = Refused(500, "the server made a mistake; its log says more")
+    log_failure(request.scope, why)
+    return JSONResponse(why.body(), 500, {HEADER: request.scope["state"][HEADER]})

@@ -34,14 +34,14 @@ class TemplateProcess:
     def __init__(self, seconds: float = SECONDS):
         self.seconds, self.process, self.pipe = seconds, None, None
 
-    def render(self, template: str, messages: list[dict], text: Text) -> str:
-        """What render_chat(template, messages, text) returns. Raises ValueError where it fails or ends."""
+    def render(self, template: str, messages: list[dict], text: Text, tools: list[dict] | None = None) -> str:
+        """What render_chat returns for the same. Raises ValueError where it fails or ends."""
         try:
             if self.process and self.process.poll() is not None:         # killed by somebody, between chats
                 self._end()
             if self.process is None:
                 self._start()
-            self.pipe.send_bytes(json.dumps([template, messages, text.special_tokens]).encode())
+            self.pipe.send_bytes(json.dumps([template, messages, text.special_tokens, tools]).encode())
             said = json.loads(self._hear(PATIENCE))
         except (EOFError, OSError) as error:
             raise ValueError(self._end() if self.process else str(error)) from error
@@ -112,10 +112,11 @@ def main() -> None:
             pipe.send_bytes(said)
 
 
-def answer(template: str, messages: list[dict], special_tokens: dict[str, str]) -> bytes:
+def answer(template: str, messages: list[dict], special_tokens: dict[str, str],
+           tools: list[dict] | None = None) -> bytes:
     """JSON: the text, or the error that messages make of a template."""
     try:
-        said = {"text": render_chat(template, messages, Text(None, named=special_tokens))}
+        said = {"text": render_chat(template, messages, Text(None, named=special_tokens), tools)}
         if len(said["text"].encode()) > MOST_RENDERED:       # raises for half a surrogate pair
             said = {"error": f"it makes more than {MOST_RENDERED} bytes of them"}
     except Exception as error:               # a template may fail in every way a program can

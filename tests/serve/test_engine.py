@@ -214,7 +214,7 @@ def test_the_pool_is_the_limit_of_one_that_is_alone():
 
 @pytest.mark.parametrize("more, says", [
     ({"tokens": []}, "no tokens"), ({"tokens": [VOCAB]}, "token 97 is not"), ({"tokens": [-1]}, "token -1"),
-    ({"max_tokens": 0}, "at least 1"), ({"max_tokens": 99}, "ask for at most"), ({"n": 0}, "n 0"),
+    ({"max_tokens": -1}, "at least 0"), ({"max_tokens": 99}, "ask for at most"), ({"n": 0}, "n 0"),
     ({"n": 65}, "give 1 to 64"), ({"sampling": Sampling(temperature=-1)}, "temperature -1"),
     ({"sampling": Sampling(top_p=0)}, "top_p 0"), ({"sampling": Sampling(min_p=2)}, "min_p 2"),
     ({"sampling": Sampling(bias={VOCAB: 1.0})}, "logit_bias"), ({"logprobs": 999}, "logprobs 999"),

@@ -172,7 +172,7 @@ def test_templates_get_names_and_calls():
     seen, tool = [], {"role": "tool", "tool_calls": [{"id": 1}]}
     messages = [{**HI, "name": "me", "x": 1}, {**tool, "content": None}]
     question = read(Chat, json.dumps({"messages": messages}).encode())
-    requests_of(question, "name", ready(), lambda template, messages, text: seen.extend(messages) or "a")
+    requests_of(question, "name", ready(), lambda template, messages, *_: seen.extend(messages) or "a")
     assert seen == [{**HI, "name": "me"}, {**tool, "content": ""}]
 
 

@@ -16,9 +16,14 @@ from tests.serve.fake import TEMPLATE, text
 READY = Ready({"context": 64, "vocab": 257}, text(), TEMPLATE)
 HI = [{"role": "user", "content": "hi"}]
 UNSUPPORTED = {
-    "best_of": 3, "suffix": "x", "response_format": {"type": "json_object"}, "tool_choice": "required",
-    "function_call": {"name": "f"}, "modalities": ["audio"], "audio": {}, "min_tokens": 4,
-    "use_beam_search": True, "length_penalty": 2, "stop_token_ids": [3], "bad_words": ["x"],
+    "best_of": 3, "suffix": "x", "response_format": {"type": "json_object"}, "modalities": ["audio"],
+    "audio": {}, "use_beam_search": True, "length_penalty": 2, "bad_words": ["x"],
+    "parallel_tool_calls": False, "reasoning_effort": "low", "reasoning": {"effort": "low"},
+    "verbosity": "low", "moderation": {}, "include_reasoning": False, "thinking_token_budget": 9,
+    "repetition_detection": {}, "logits_processors": ["x"], "return_tokens_as_token_ids": True,
+    "return_token_ids": True, "priority": 1, "kv_transfer_params": {}, "vllm_xargs": {"a": 1}, "regex": "a",
+    "ebnf": "a", "grammar": "a", "json_schema": {}, "n_predict": 4, "max_new_tokens": 4, "typical_p": 0.5,
+    "repeat_penalty": 2, "mirostat": 2, "dry_multiplier": 0.8, "xtc_probability": 0.5,
     "allowed_token_ids": [1], "prompt_logprobs": 1, "truncate_prompt_tokens": 4, "guided_json": {},
     "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "a", "structured_outputs": {},
     "continue_final_message": True, "add_generation_prompt": False, "chat_template": "x",
@@ -79,7 +84,10 @@ REFUSED = {
     "a negative token": (Completion, {"prompt": [-1]}, "vocabulary of 257"),
     "a prompt too long": (Completion, {"prompt": "a" * 64, "max_tokens": 1}, "context of 64"),
     "too many new tokens": (Completion, {"prompt": "a", "max_tokens": 64}, "at most 63"),
-    "no new tokens": (Completion, {"prompt": "a", "max_tokens": 0}, "at least 1"),
+    "less than no new tokens": (Completion, {"prompt": "a", "max_tokens": -1}, "at least 0"),
+    "more tokens at least than at most": (Completion, {"prompt": "a", "min_tokens": 17}, "give 0 to 16"),
+    "a stop token that is none": (Completion, {"prompt": "a", "stop_token_ids": [257]}, "0 to 256"),
+    "a turn to go on with": (Chat, {"messages": [*HI, {"role": "assistant", "prefix": True}]}, "prefix"),
     "n of 0": (Completion, {"prompt": "a", "n": 0}, "n 0"),
     "a temperature below 0": (Completion, {"prompt": "a", "temperature": -1}, "temperature"),
     "a temperature that is no number": (Completion, {"prompt": "a", "temperature": math.nan}, "temperature"),
@@ -104,6 +112,65 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(kind, body, says):
     with pytest.raises(Refused, match=says) as refused:
         asked(kind, **body)
     assert refused.value.status == 400
+
+
+LONG = [{"role": "user", "content": "a" * 64}]
+OVERFLOWS = {                                # {name: (endpoint, body, the parameter that is to blame)}
+    "a prompt": (Completion, {"prompt": "a" * 65}, "prompt"),
+    "ids": (Completion, {"prompt": [7] * 64}, "prompt"),
+    "a prompt that is read alone": (Completion, {"prompt": "a" * 65, "max_tokens": 0}, "prompt"),
+    "a text that no context spells": (Completion, {"prompt": "a" * 400}, "prompt"),
+    "new tokens": (Completion, {"prompt": "a", "max_tokens": 64}, "max_tokens"),
+    "new tokens by their new name": (Completion, {"prompt": "a", "max_completion_tokens": 64},
+                                     "max_completion_tokens"),
+    "messages": (Chat, {"messages": LONG}, "messages"),
+    "messages that no context spells": (Chat, {"messages": LONG * 9}, "messages"),
+    "a chat's new tokens": (Chat, {"messages": HI, "max_tokens": 60}, "max_tokens"),
+    "those by their new name": (Chat, {"messages": HI, "max_completion_tokens": 60, "max_tokens": 1},
+                                "max_completion_tokens")}
+
+
+@pytest.mark.parametrize("kind, body, param", OVERFLOWS.values(), ids=OVERFLOWS.keys())
+def test_what_overflows_the_context_has_openais_code(kind, body, param):
+    with pytest.raises(Refused) as refused:
+        asked(kind, **body)
+    error = refused.value.body()["error"]
+    assert (refused.value.status, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+    assert error["type"] == "invalid_request_error"
+
+
+def test_the_kv_memory_is_a_context_too():
+    ready = Ready({**READY.info, "blocks": 4, "block_size": 8}, READY.text, TEMPLATE)
+    assert requests_of(read(Completion, json.dumps({"prompt": "a" * 31}).encode()), "name", ready)
+    for kind, body, param in ((Completion, {"prompt": "a" * 32}, "prompt"),
+                              (Chat, {"messages": [{"role": "user", "content": "a" * 40}]}, "messages")):
+        with pytest.raises(Refused, match="KV memory, which holds 32") as refused:
+            requests_of(read(kind, json.dumps(body).encode()), "name", ready)
+        assert (refused.value.code, refused.value.param) == ("context_length_exceeded", param)
+
+
+@pytest.mark.parametrize("kind, body, param", [
+    (Completion, {"prompt": "a", "top_p": 2}, "top_p"), (Completion, {"prompt": ""}, "prompt"),
+    (Chat, {"messages": HI, "logprobs": True, "top_logprobs": 101, "max_tokens": 1}, "top_logprobs"),
+    (Completion, {"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids"),
+    (Completion, {"prompt": "a", "logit_bias": {"300": 1}}, "logit_bias")])
+def test_a_refusal_names_the_clients_parameter(kind, body, param):
+    with pytest.raises(Refused) as refused:
+        asked(kind, **body)
+    assert refused.value.body()["error"]["param"] == param and refused.value.code is None
+
+
+def test_a_code_is_a_word_or_nothing():
+    for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503):
+        assert Refused(status, "why").body()["error"]["code"] is None
+    assert Refused(404, "why", code="model_not_found").body()["error"]["code"] == "model_not_found"
+
+
+def test_a_stop_string_that_is_a_special_token_is_sought_among_tokens():
+    for kind, body in ((Completion, {"prompt": "a"}), (Chat, {"messages": HI})):
+        request, = asked(kind, **body, stop=["x", "<end>"], stop_token_ids=[7])
+        assert request.stop == ("x", "<end>") and request.stop_token_ids == (7, 256)
+        assert asked(kind, **body, stop="<en")[0].stop_token_ids == ()
 
 
 def test_all_that_is_unsupported_is_tried():
@@ -201,4 +268,4 @@ def test_log_probabilities_of_a_chat():
     got = said.object([Event("name", 0, "a", [a], [Logprob(a, -0.5, [(half, -0.25)])], finish="stop")])
     assert got["choices"][0]["logprobs"]["content"] == [
         {"token": "a", "logprob": -0.5, "bytes": [97],
-         "top_logprobs": [{"token": "\ufffd", "logprob": -0.25, "bytes": None}]}]
+         "top_logprobs": [{"token": "\ufffd", "logprob": -0.25, "bytes": [0xc3]}]}]

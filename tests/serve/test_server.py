@@ -42,6 +42,10 @@ def hello(**more):
 def test_openai_lists_the_model(ai):
     first, = ai.models.list().data
     assert (first.id, first.object, first.max_model_len) == ("fake", "model", 512)
+    assert ai.models.retrieve("fake") == first
+    with pytest.raises(openai.NotFoundError, match="there is 'fake'") as other:
+        ai.models.retrieve("gpt/4")
+    assert other.value.code == "model_not_found" and other.value.param == "model"
 
 
 def test_openai_chats(ai):
@@ -86,6 +90,31 @@ def test_the_model_may_end_by_itself(client):
     assert (got["text"], got["finish_reason"]) == ("ab", "stop")
     got = client.post("/v1/completions", json=hello(prompt="ab<end>", ignore_eos=True)).json()["choices"][0]
     assert (got["text"], got["finish_reason"]) == ("ababab", "length")
+
+
+def test_a_prompt_alone_may_be_read(client):
+    got = client.post("/v1/completions", json=hello(max_tokens=0)).json()
+    assert (got["choices"][0]["text"], got["choices"][0]["finish_reason"]) == ("", "length")
+    assert (got["usage"]["prompt_tokens"], got["usage"]["completion_tokens"]) == (6, 0)
+    with client.stream("POST", "/v1/completions", json=hello(max_tokens=0, stream=True)) as response:
+        first, done = [line for line in response.iter_lines() if line]
+    assert json.loads(first[6:])["choices"][0]["finish_reason"] == "length" and done == "data: [DONE]"
+
+
+def test_a_stop_string_that_is_a_special_token_stops(client):
+    for more in ({"stop": "<end>"}, {"stop": ["x", "<end>"]}, {"stop_token_ids": [256]}):
+        body = hello(prompt="ab<end>", ignore_eos=True, **more)
+        got = client.post("/v1/completions", json=body).json()
+        assert (got["choices"][0]["text"], got["choices"][0]["finish_reason"]) == ("ab", "stop")
+        assert got["usage"]["completion_tokens"] == 3
+
+
+def test_head_is_get_without_a_body(client):
+    for path in ("/", "/health", "/metrics", "/v1/models", "/v1/models/fake", "/stats"):
+        head = client.head(path)
+        assert head.status_code == 200 and not head.content, path
+        if path not in ("/stats", "/metrics"):               # which has no end; which changes
+            assert head.headers["content-length"] == client.get(path).headers["content-length"]
 
 
 def test_a_prefix_that_was_known_is_told(client):
@@ -167,6 +196,7 @@ def test_an_error_has_a_status_and_a_reason(client, status, sent, says):
     got = client.post("/v1/completions", headers=JSON, **sent)
     assert got.status_code == status
     assert got.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert isinstance(got.json()["error"]["code"], str | None)           # clients compare it with words
     assert says in got.json()["error"]["message"]
 
 

@@ -1,0 +1,91 @@
+"""Known-wrong translations between the Responses API and a chat: roles, calls, how an answer has ended.
+
+`turns` makes the turns of an input, `ended` says of a stream's last event what became of the response; a
+mutant of the library is patched in meanwhile.
+"""
+import json
+
+from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.mutants import Mutant, patched
+from nanoinfra.serve import responses
+from nanoinfra.serve.errors import Refused
+from nanoinfra.serve.loop import Ready
+from nanoinfra.serve.protocol import read, requests_of
+from nanoinfra.serve.requests import Event
+from nanoinfra.serve.responses import ResponsesRequest, turns_of
+from nanoinfra.serve.responses_answer import ResponsesAnswer
+from tests.serve.letters import byte_text
+
+shape, ends = Check("turns of a response's input"), Check("the end of a response")
+TEXT = byte_text(["<end>"])
+CALL = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+
+
+def turns(items):
+    """The turns of a chat."""
+    return turns_of(items)
+
+
+def ended(*events, why=None):
+    """The response in a stream's last event, after `events` and, perhaps, a failure."""
+    question = read(ResponsesRequest, b'{"input": "a", "stream": true}')
+    ready = Ready({"context": 64, "vocab": 257}, TEXT, "template")
+    asked = requests_of(question, "r", ready, lambda *chat: "a")
+    answer = ResponsesAnswer(question, "r", "m", asked, TEXT)
+    said = b"".join(map(answer.chunk, events)) + (answer.failed(why) if why else answer.last())
+    return json.loads(said.strip().split(b"\ndata: ")[-1])["response"]
+
+
+@shape.criterion("a developer speaks for the system", "property")
+def _(subject):
+    if (got := subject([{"role": "developer", "content": "be"}])[0]["role"]) != "system":
+        raise Wrong(f"a developer's turn is one of {got!r}, a role that few templates know")
+
+
+@shape.criterion("calls are one turn, each with its id", "property")
+def _(subject):
+    said = {"type": "function_call_output", "call_id": "1", "output": "a"}
+    got = subject([CALL, CALL | {"call_id": "2"}, said])
+    ids = [[call["id"] for call in turn.get("tool_calls", [])] or turn["tool_call_id"] for turn in got]
+    if ids != [["1", "2"], "1"]:
+        raise Wrong(f"two calls and the first one's output have the ids {ids}")
+
+
+@ends.criterion("what is cut is incomplete", "property")
+def _(subject):
+    for finish, want in (("stop", "completed"), ("length", "incomplete")):
+        if (got := subject(Event("r", text="a", tokens=[1], finish=finish))["status"]) != want:
+            raise Wrong(f"a text that ended by {finish} is {got}")
+
+
+@ends.criterion("a full queue is a rate limit", "property")
+def _(subject):
+    if (got := subject(why=Refused(429, "full"))["error"]["code"]) != "rate_limit_exceeded":
+        raise Wrong(f"of a full queue a client reads {got}")
+
+
+@ends.criterion("the text comes again", "property")
+def _(subject):
+    response = subject(Event("r", text="a"), Event("r", text="b", finish="stop"))
+    if (got := response["output"][0]["content"][0]["text"]) != "ab":
+        raise Wrong(f"a and b end as {got!r}")
+
+
+def _forgetful(item, i, _turn=responses._turn):
+    turn = _turn(item, i)
+    for call in turn.get("tool_calls", []):
+        call["id"] = None
+    return turn
+
+
+MUTANTS = [
+    Mutant("roles as they are", shape, patched(turns, "nanoinfra.serve.responses:ROLES",
+                                               {"developer": "developer"}),
+           "a developer speaks for the system"),
+    Mutant("calls without ids", shape, patched(turns, "nanoinfra.serve.responses:_turn", _forgetful),
+           "calls are one turn, each with its id"),
+    Mutant("all is completed", ends, patched(ended, "nanoinfra.serve.responses_answer:STATUS",
+                                             dict.fromkeys(("stop", "length"), "completed")),
+           "what is cut is incomplete"),
+    Mutant("every failure is the server's", ends,
+           patched(ended, "nanoinfra.serve.responses_answer:CODES", {}), "a full queue is a rate limit")]
