@@ -86,7 +86,7 @@ async function answer(told, turn, signal) {
     for (const choice of chunk.choices) {
       first ??= performance.now()
       finish = choice.finish_reason
-      const text = (chats ? choice.delta.content : choice.text) ?? ""
+      const text = choice.delta?.content ?? choice.text ?? ""
       said.content += text
       turn.firstChild.append(text)           // and never all of it again
       requestAnimationFrame(follow)
