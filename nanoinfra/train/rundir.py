@@ -33,7 +33,9 @@ class RunDir:
         self.held, self.said, self.went_on_after = ExitStack(), set(), 0
 
     def __enter__(self):
-        checkpoint.ask_first(self.mesh.world, self._take)
+        with self.held:                      # let go of, unless all is well
+            checkpoint.ask_first(self.mesh.world, self._take)
+            self.held = self.held.pop_all()
         return self
 
     def __exit__(self, *_):
