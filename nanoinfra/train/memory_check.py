@@ -19,6 +19,7 @@ from nanoinfra.train.freeze import frozen_names
 
 PROCESS, LIBRARIES = 260 << 20, 150 << 20    # of a rank without tensors; what a machine's ranks share of it
 CONTEXT = 600 << 20                          # of a rank on its card: CUDA's, cuBLAS's and NCCL's own
+PLACE = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")                       # torchrun's variables
 STDLIB = 12 << 20                            # text of the embedded corpus
 
 
@@ -64,7 +65,7 @@ def rank_parts(flags: TrainFlags, world: int, config: ModelConfig, rank: int = 0
         return parts | {"data": 0, "processes": CONTEXT}
     text = text_bytes(flags.data.data)
     training = parts | {"fragmentation": heap_rest(*what), "text": text, "processes": PROCESS}
-    reading = {"text": 2 * text, "processes": PROCESS}                 # once as read, once in documents
+    reading = {"text": 2 * text, "processes": PROCESS}                     # once as read, once in documents
     return max(training, reading, key=lambda each: sum(each.values()))
 
 
@@ -94,9 +95,9 @@ def drawn_config(flags: TrainFlags) -> ModelConfig | None:
 
 def ranks_here(flags: TrainFlags, world: int) -> range:
     """The ranks that share this machine's memory; with GPUs, the one that has this card."""
-    if "LOCAL_WORLD_SIZE" not in os.environ:                             # none has been started yet, or by us
+    if not os.environ.keys() >= set(PLACE):                              # none has been started yet
         return range(1 if flags.mesh.device == "cuda" else world)
-    rank, place, many = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    rank, place, many = (int(os.environ[name]) for name in PLACE)
     return range(rank, rank + 1) if flags.mesh.device == "cuda" else range(rank - place, rank - place + many)
 
 
