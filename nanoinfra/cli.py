@@ -11,6 +11,7 @@ from pathlib import Path
 from nanoinfra.train import signals, streams
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 
@@ -25,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _mistake(str(error))
     except BrokenPipeError:
+        if streams.stdout_is_read():
+            raise                            # it was another pipe
         return streams.give_up_stdout()
     except OSError as error:
         return _mistake(_of_the_system(error))
@@ -35,6 +38,8 @@ def _of_the_system(error):
     where = f"{error.filename or 'to disk'}: {error.strerror}"
     if error.errno in DISK:
         return f"cannot write {where}; make room or name another --out"
+    if error.errno in GONE and error.filename:
+        return f"{where}; was it removed or moved meanwhile?"
     if error.errno in TOO_MANY_FILES:
         return f"{error.strerror}, more than this process may; raise the limit, say by ulimit -n 4096"
     raise error

@@ -149,10 +149,11 @@ def test_a_disk_that_takes_nothing_is_seen_before_ranks_start(tmp_path, monkeypa
     assert "cannot write to --out" in (said := capsys.readouterr().err) and "Read-only" in said
 
 
-@pytest.mark.parametrize("code, says", [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "cannot write")])
+@pytest.mark.parametrize("code, says", [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "cannot write"),
+                                        (errno.ENOENT, "was it removed or moved meanwhile?")])
 def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, code, says):
     def refuses(argv):
-        raise OSError(code, os.strerror(code))
+        raise OSError(code, os.strerror(code), "runs/a")
     monkeypatch.setattr("nanoinfra.commands.run_command", refuses)
     assert main(["train"]) == 2
     assert says in (said := capsys.readouterr().err) and said.count("\n") == 1

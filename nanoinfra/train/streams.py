@@ -5,6 +5,7 @@ write for whoever reads: they end where nobody does.
 """
 import io
 import os
+import select
 import signal
 import sys
 
@@ -24,6 +25,13 @@ def prepare(lasting: bool) -> None:
             stream = io.TextIOWrapper(raw, stream.encoding, line_buffering=True)
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
+
+
+def stdout_is_read() -> bool:
+    """Is there somebody at the other end?"""
+    states = select.poll()
+    states.register(1, 0)
+    return not any(state & (select.POLLERR | select.POLLHUP) for _, state in states.poll(0))
 
 
 def give_up_stdout() -> int:

@@ -2,12 +2,13 @@
 import os
 import random
 import signal
+import time
 
 import pytest
 
 from nanoinfra.train import metrics
 from nanoinfra.train.rank import culprits
-from tests.processes import until
+from tests.processes import alive, until
 from tests.train.faults import (
     CONSTANT,
     FAULTS,
@@ -22,7 +23,7 @@ from tests.train.faults import (
     processes_of,
     stop,
 )
-from tests.train.runs import FLAGS, bits, close, finish, running, undisturbed, weights
+from tests.train.runs import FLAGS, bits, children, close, finish, running, undisturbed, weights
 
 
 def survives(tmp_path, faults, draw, steps, kind=Survivor, **more) -> str:
@@ -110,6 +111,48 @@ def test_a_stopped_run_leaves_nothing(tmp_path, sign):
         assert survivor.process.wait() == 0, survivor.said.read_text()
         (survivor.run / "stopped.json").unlink()
         leaves_nothing(survivor, shared)
+
+
+@needs_linux
+@pytest.mark.prove
+@pytest.mark.parametrize("mesh", ["--dp 1", "--dp 2"])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_any_moment_is_one_rule(tmp_path, mesh, sign):
+    """From Python's first imports to the middle of steps and saves: saved and 0, or one line and 128 + n."""
+    draw = random.Random(f"{mesh} {sign}")
+    for i in range(10):
+        run = tmp_path / str(i)
+        with running([*FLAGS, *mesh.split(), "--steps", "100000", "--out", str(run)]) as process:
+            time.sleep(0.5)                            # until Python runs a line of ours
+            for _ in range(draw.randrange(40)):
+                time.sleep(0.25 * (process.poll() is None))
+            process.send_signal(sign)
+            said = process.communicate()[1].splitlines()
+        assert all("nanoinfra: " in line for line in said if line), said
+        saved = process.returncode == 0
+        assert process.returncode in (0, 128 + sign) and (" saved in " if saved else "stopped by") in said[-1]
+        assert saved == (run / "stopped.json").exists()
+
+
+@needs_linux
+@pytest.mark.prove
+@pytest.mark.parametrize("mesh", ["--dp 1", "--dp 2"])
+def test_a_second_signal_ends_it_at_once(tmp_path, mesh):
+    """Though a step takes long, or a rank is stopped and would never save."""
+    with running([*FLAGS, *mesh.split(), "--seq", "4000", "--micro-batch", "64", "--global-batch", "128",
+                  "--steps", "100000", "--out", str(tmp_path)]) as process:
+        until((tmp_path / "config.json").exists, process)
+        ranks = children(process.pid)
+        if ranks:
+            os.kill(ranks[1], signal.SIGSTOP)
+        time.sleep(2)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(1.5)
+        asked, stopped = process.communicate()[1].splitlines()
+    assert process.returncode == 130 and "SIGINT: the run stops after this step" in asked
+    assert stopped.startswith("nanoinfra: stopped by SIGINT")
+    assert not any(map(alive, ranks))
 
 
 @needs_linux
