@@ -26,5 +26,5 @@ def test_a_row_alone_is_seldom_rounded_otherwise_than_among_others_and_by_one_st
     among, alone = fast(x), torch.cat([fast(row[None]) for row in x])
     differ = among != alone
     assert 0 < differ.float().mean() < 1e-3
-    step = torch.finfo(dtype).eps * alone[differ].abs()      # eps: between neighbours, of the lower power of 2
+    step = torch.finfo(dtype).eps * alone[differ].abs()      # at the most, from one number to the next
     assert ((among[differ] - alone[differ]).abs() <= step + 1e-5).all()
