@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
+from pydantic_core import from_json
 
 from nanoinfra.model.text import Text
 from nanoinfra.serve import fields, limits
@@ -89,8 +90,8 @@ def _with_arguments_read(call):
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except (ValueError, RecursionError):     # the model's own mistake, which it may see again
+        arguments = from_json(function["arguments"] or "{}")
+    except ValueError:                       # the model's own mistake, which it may see again; or too deep
         return call
     return {**call, "function": {**function, "arguments": arguments}}
 

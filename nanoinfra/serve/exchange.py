@@ -30,8 +30,6 @@ STREAM_BEGINS = 10.0                         # seconds after which a stream begi
 OBJECT_BEGINS = 50.0                         # and an object: later, for errors want a status; nginx waits 60
 PULSE = 15.0                                 # seconds from one sign of life to the next: event streams' own
 STREAM_PULSE, OBJECT_PULSE = b": keep-alive\n\n", b" "  # a comment, and a space, which JSON may begin with
-
-
 SILENCE = object()                           # in place of news
 
 

@@ -13,6 +13,7 @@ from nanoinfra.serve.responses import ResponsesRequest
 
 STATUS = {"stop": "completed", "length": "incomplete"}       # of a response, by the engine's reason to end
 CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}  # of a failure; all else is a server_error
+MOST_ECHOED = 1 << 14                        # bytes of the request said again without leave for others
 
 
 class ResponsesAnswer(ChatAnswer):
@@ -23,6 +24,7 @@ class ResponsesAnswer(ChatAnswer):
         self.head = {"id": name, "object": "response", "created_at": int(time.time()), "model": model}
         self.item, self.count = "msg_" + name.removeprefix("resp_"), 0   # events of the stream so far
         self.echoed = question.echoed_fields()
+        self.echoes_much = len(written(self.echoed)) > MOST_ECHOED
 
     def object(self, events: Sequence[Event] = ()) -> dict:
         """All that was added, and `events`, at once."""
@@ -61,6 +63,10 @@ class ResponsesAnswer(ChatAnswer):
     def places_at_end(self) -> int:
         """Tokens that `last` writes."""
         return self.places
+
+    def is_long(self, places: int) -> bool:
+        """Would others wait too long while so many tokens are written, or what the request has brought?"""
+        return self.echoes_much or super().is_long(places)
 
     def _opening(self):
         begun = self._response("in_progress")

@@ -119,8 +119,8 @@ def _check_frozen(run, state, flags):
     was, now = (" ".join(given) for given in (state["flags"]["model"].get("freeze", []), flags.model.freeze))
     if was != now:
         raise ValueError(f"--resume: the run in {run} trains with {_freeze(was)}, this with {_freeze(now)}, "
-                         f"and what was frozen has no optimizer state; give {_freeze(was)}, or start a run of "
-                         f"its own from its weights: --model {run} --out another")
+                         f"and what was frozen has no optimizer state; give {_freeze(was)}, or start a run "
+                         f"of its own from its weights: --model {run} --out another")
 
 
 def _freeze(patterns):

@@ -24,7 +24,7 @@ def chat(template, **body):
     """The prompt, as JSON of what `template` shows, or the reason why there is none."""
     def render(template, messages, text, tools):
         shown = messages if "calls" in template else [message["role"] for message in messages]
-        return json.dumps([shown, tools if "tools" in template else None])
+        return json.dumps([shown, tools if "tools" in template else None], separators=(",", ":"))
     try:
         body = json.dumps({"messages": [{"role": "user", "content": "a"}], **body}).encode()
         ready = Ready({"context": 512, "vocab": 257}, TEXT, template)
@@ -43,7 +43,7 @@ def _(subject):
 
 @tools.criterion("arguments are an object", "property")
 def _(subject):
-    if '"arguments": {"city": "x"}' not in (got := subject("calls", messages=[CALLS])):
+    if '"arguments":{"city":"x"}' not in (got := subject("calls", messages=[CALLS])):
         raise Wrong(f"a template that writes arguments as JSON makes {got} of them")
 
 

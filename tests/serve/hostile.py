@@ -70,7 +70,8 @@ def cases(context: int, vocab: int) -> dict[str, tuple[str, bytes, int]]:
         "top_logprobs of 400 digits": (chat(logprobs=True, top_logprobs=DIGITS), 400),
         "n of 400 digits": (chat(n=DIGITS), 400),
         "many answers with log-probabilities": (
-            chat(n=64, logprobs=True, top_logprobs=min(100, vocab), max_tokens=context // 2), 400)}
+            chat(n=64, logprobs=True, top_logprobs=min(100, vocab), max_tokens=context // 2), 400),
+        "tools without end": (chat(tools=[{"type": "function", "function": {"name": "f"}}] * 5000), 400)}
     return ({name: (COMPLETIONS, *case) for name, case in completions.items()}
             | {name: (CHATS, *case) for name, case in chats.items()})
 
@@ -82,7 +83,7 @@ def allowed(context: int, vocab: int) -> dict[str, tuple[str, bytes]]:
         "unknown fields": (COMPLETIONS, body(x=[[]] * (most // 3))),
         "unknown names": (COMPLETIONS, body(**{f"x{i}": 1 for i in range(30_000)})),
         "unknown fields of a message": (CHATS, chat(messages=[{**HI[0], "x": [[]] * 120_000}])),
-        "calls of a message": (CHATS, chat(messages=[{**HI[0], "tool_calls": [[[]] * 120_000]}])),
+        "calls of a message": (CHATS, chat(messages=[{**HI[0], "tool_calls": [[[]] * (context // 2)]}])),
         "all log-probabilities at once": (
             COMPLETIONS, body(prompt=[7] * 600, echo=True, logprobs=min(100, vocab), max_tokens=1)),
         "the same in a stream": (

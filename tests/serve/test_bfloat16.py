@@ -25,6 +25,6 @@ def test_a_row_alone_is_seldom_rounded_otherwise_than_among_others_and_by_one_st
     x = torch.randn(16, 576).to(dtype)
     among, alone = fast(x), torch.cat([fast(row[None]) for row in x])
     differ = among != alone
-    assert differ.float().mean() < 0.01                     # 7e-5 on AVX2; which order others sum in is theirs
-    step = torch.finfo(dtype).eps * alone[differ].abs()     # eps: between neighbours, of the lower power of 2
+    assert differ.float().mean() < 0.01                      # 7e-5 on AVX2; how others sum is theirs
+    step = torch.finfo(dtype).eps * alone[differ].abs()      # at the most, from one number to the next
     assert ((among[differ] - alone[differ]).abs() <= step + 1e-5).all()

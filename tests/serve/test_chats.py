@@ -65,7 +65,8 @@ def test_a_turn_of_calls_and_their_answer_are_rendered():
     assert prompt(messages=[HI, old, ANSWER]) == got
 
 
-@pytest.mark.parametrize("arguments, want", [("", {}), ("{", "{"), ("[1]", [1]), ({"a": 1}, {"a": 1})])
+@pytest.mark.parametrize("arguments, want", [
+    ("", {}), ("{", "{"), ("[1]", [1]), ({"a": 1}, {"a": 1}), ("[" * 900 + "]" * 900,) * 2])
 def test_arguments_that_are_no_json_stay_text(arguments, want):
     call = {"function": {"name": "f", "arguments": arguments}}
     said = Message(role="assistant", tool_calls=[call]).for_template()

@@ -110,8 +110,11 @@ def test_between_two_requests_there_is_more_time_than_for_one(patient):
     assert ConnectionLimits().keepalive_timeout == 75.0
     with serving(limits=ConnectionLimits(600)) as (client, server), opened(client) as (one,):
         assert server.config.timeout_keep_alive == 75.0
-        connection = next(each for each in server.server_state.connections
-                          if each.client[1] == one.getsockname()[1])
+        def found():
+            port, every = one.getsockname()[1], list(server.server_state.connections)
+            return next((each for each in every if each.client and each.client[1] == port), None)
+        until(found)
+        connection = found()
         assert (connection.kept, connection._allowed()) == (False, 600)
         for end in (b"\r\n\r\n", b"\r\n\r\n"):
             one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost" + end)

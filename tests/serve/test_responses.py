@@ -292,6 +292,13 @@ def test_the_end_of_a_long_stream_is_known_to_be_long():
     assert said.is_long(said.places_at_end)
 
 
+def test_what_says_much_of_its_request_again_is_written_where_nobody_waits():
+    for size, want in ((100, False), (20_000, True)):
+        body = json.dumps({"input": "hi", "instructions": "a" * size}).encode()
+        said = ResponsesAnswer(read(ResponsesRequest, body), "name", "model", [request()], READY.text)
+        assert said.is_long(1) == want
+
+
 def test_openai_creates_a_response(ai):
     got = ai.responses.create(model="fake", input="hi", max_output_tokens=4, metadata={"a": "b"})
     assert valid(got.to_dict()).output_text == "u:hi" and got.id.startswith("resp_")
