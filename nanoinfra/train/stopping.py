@@ -17,5 +17,7 @@ def say_where(out: Path, argv: list[str]) -> None:
 
 
 def how_to_go_on(argv: list[str]) -> str:
-    """The command that resumes the run of `nanoinfra ARGV`."""
-    return shlex.join(["nanoinfra", *argv, *["--resume"] * ("--resume" not in argv)])
+    """The command that resumes the run of `nanoinfra ARGV`; one that went back does not go back again."""
+    kept = [word for before, word in zip(["", *argv], argv) if "--resume-from" not in (before, word)
+            and not word.startswith("--resume-from=")]
+    return shlex.join(["nanoinfra", *kept, *["--resume"] * ("--resume" not in kept)])

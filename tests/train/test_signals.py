@@ -11,6 +11,7 @@ import pytest
 from nanoinfra.cli import main
 from nanoinfra.train import checkpoint, metrics, signals, trainer
 from nanoinfra.train.signals import ENDING, SAME, Hearing, StopRequest
+from nanoinfra.train.stopping import how_to_go_on
 from tests.processes import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +105,15 @@ def test_what_nohup_ignores_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("given, want", [
+    ("train --out x", "nanoinfra train --out x --resume"),
+    ("train --resume --out x", "nanoinfra train --resume --out x"),
+    ("train --resume-from 4 --out x", "nanoinfra train --out x --resume"),
+    ("train --resume-from=4 --resume", "nanoinfra train --resume")])
+def test_the_command_that_goes_on_does_not_go_back(given, want):
+    assert how_to_go_on(given.split()) == want
 
 
 @one
