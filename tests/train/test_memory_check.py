@@ -59,7 +59,7 @@ def test_what_cannot_be_had_is_refused_before_anything_is_begun(machine, untouch
 REMEDIES = {
     "--model nano --attention naive --seq 1024 --micro-batch 16": (2.5 * GB, "--attention sdpa"),
     "--model nano --micro-batch 64": (1.3 * GB, "--recompute full"),
-    "--model small --dp 2 --micro-batch 1 --seq 64 --recompute full": (4.5 * GB, "--zero 2"),
+    "--model small --dp 2 --micro-batch 1 --seq 64 --recompute full": (4.5 * GB, "--zero 1"),
     "--model micro --micro-batch 64 --recompute full": (1.5 * GB, "--micro-batch 32 --global-batch 64"),
     "--model micro --micro-batch 16 --seq 16384": (3 * GB, "--recompute full --micro-batch 2 --global-batch"),
     "--model small --pp 2 --schedule zb-h1": (9 * GB, "--micro-batch"),    # which runs no block again
@@ -132,7 +132,7 @@ RUNS = ["--model nano --micro-batch 32",
         "--model nano --micro-batch 24 --dp 2 --zero 2",
         "--model nano --micro-batch 24 --tp 2 --attention naive",
         "--model nano --micro-batch 12 --global-batch 48 --pp 2 --untied",
-        "--model micro --micro-batch 16 --seq 256 --dp 2 --zero 3 --recompute full",
+        "--model nano --micro-batch 24 --dp 2 --zero 3",
         "--model micro --micro-batch 4 --seq 256 --tp 2 --sp",
         "--model small --micro-batch 1 --seq 128 --dp 2 --zero 1 --recompute full"]
 
