@@ -1,16 +1,21 @@
 """How ranks meet: on loopback where one host has them all; on several, rank 0 says what they trust."""
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import time
 from unittest import mock
 
 import pytest
 from torch.distributed import HashStore, PrefixStore
+from torch.distributed.elastic.events import EventSource
 
 from nanoinfra.train import rendezvous
+from nanoinfra.train.launch import Agent
 from tests.dist.sockets import another_interface, beyond_loopback, family, listening, needs_linux, plant
 from tests.dist.stranger import KNOWN
-from tests.train.runs import FLAGS, children, lines, start, wait_for
+from tests.train.runs import CLI, FLAGS, children, lines, start, wait_for
 
 OURS = {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "nanoinfra-1",
         "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -99,3 +104,27 @@ def ignore_hangups():
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
+
+
+def test_the_launcher_looks_up_no_name_for_what_nobody_reads(monkeypatch):
+    """torch's agent records an event for each rank, with the host's full name: a minute where it has none."""
+    for lookup in ("getfqdn", "gethostbyaddr", "gethostbyname", "getaddrinfo"):
+        monkeypatch.setattr(socket, lookup, mock.Mock(side_effect=AssertionError(lookup)))
+    event = Agent._construct_event(mock.Mock(), "SUCCEEDED", EventSource.AGENT)
+    assert event.source == EventSource.AGENT and event.name.endswith("SUCCEEDED")
+
+
+@pytest.mark.prove
+@needs_linux
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"),
+                    reason="a host name of its own needs root and util-linux's unshare")
+def test_a_host_name_that_nobody_knows_is_no_hindrance(tmp_path):
+    """Where it does not resolve, two ranks take as long as elsewhere; once they took 75 s longer."""
+    took = {}
+    for name in ("localhost", "nowhere.invalid"):
+        argv = ["unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "-", *CLI, *FLAGS, "--dp", "2",
+                "--steps", "2", "--out", str(tmp_path / name)]
+        begin = time.monotonic()
+        subprocess.run(argv, check=True, timeout=540)
+        took[name] = time.monotonic() - begin
+    assert took["nowhere.invalid"] < 2 * took["localhost"] + 10
