@@ -183,9 +183,9 @@ def _others(flags, world, total):
 
 
 def _largest(parts):
-    """The four largest of them, in words."""
+    """The four largest of them, in words; what is less than can be seen is left out."""
     first = sorted(parts.items(), key=lambda part: -part[1])[:4]
-    return ", ".join(f"{name} {_gb(n)}" for name, n in first if n)
+    return ", ".join(f"{name} {_gb(n)}" for name, n in first if n >= 0.05e9)
 
 
 def _gb(n):
