@@ -50,8 +50,8 @@ class Composed:
 
     def __init__(self, model: Decoder, mesh, plan: Plan, read: Read):
         self.model, self.zero = model, plan.zero
-        for name, p in model.named_parameters():
-            p.requires_grad_(name not in plan.frozen)
+        for name in plan.frozen & dict(model.named_parameters()).keys():
+            model.get_parameter(name).requires_grad_(False)
         self.tensor = TensorParallel(model, mesh, plan.sp)
         self.loss, self.masters = HeadLoss(model.head) if model.head else None, None
         recompute.apply(model, plan.recompute)
