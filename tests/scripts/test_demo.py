@@ -38,7 +38,7 @@ def test_make_demo_runs_for_five_seconds(tmp_path):
 def test_the_demo_deletes_an_earlier_run_and_nothing_else(demo, tmp_path, monkeypatch):
     def ends(*_):
         raise InterruptedError
-    monkeypatch.setattr(demo.subprocess, "run", ends)
+    monkeypatch.setattr(demo.subprocess, "Popen", ends)
     args = SimpleNamespace(out=tmp_path, seconds=1)
     for name, text in {"config.json": '{"nanoinfra": 1}', "metrics.jsonl": "", "notes": "mine"}.items():
         (tmp_path / name).write_text(text)
