@@ -92,10 +92,10 @@ def _train(flags, argv):
         return _train_here(flags, argv)
     world, run = config.ranks_wanted(flags.mesh), flags.run
     config.check(flags, world)
-    check_out(run)
-    preflight.check_paths(run.out, run.trace)
     preflight.check_device(flags.mesh.device, world)
     check_memory(flags, world)
+    check_out(run)
+    preflight.check_paths(run.out, run.trace)                # makes the folder
     with locked(run.out):
         if world > 1 or run.max_restarts:
             from nanoinfra.train.launch import launch

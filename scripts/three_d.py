@@ -111,7 +111,6 @@ def main():
     parser.add_argument("--seq", type=int, default=64)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     args = parser.parse_args()
-
     if "RANK" in os.environ:                 # torchrun started us
         dist.init_process_group("gloo")
     mesh = Mesh(pp=args.pp, dp=world_size() // (args.pp * args.tp), tp=args.tp)

@@ -14,7 +14,8 @@ hypothesis.settings.register_profile("patient", deadline=None,     # a slow mach
 hypothesis.settings.load_profile("patient")
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}       # of the programs that tests start
-signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs, and theirs, ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs, and theirs, ignore it,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)               # and what nohup starts this one
 
 
 def pytest_configure(config):

@@ -93,7 +93,7 @@ MISTAKES = {
     "a device that is not there": (["--device", "cuda"], "no CUDA device here"),
     "a device that is not there, for two ranks": (["--device", "cuda", "--dp", "2"], "no CUDA device here"),
     "an --out below a file": (["--out", "{tmp}/binary/run", "--dp", "2"], "Not a directory"),
-    "a --trace in no folder": (["--trace", "{tmp}/none/trace.json"], "cannot write to --trace"),
+    "a --trace in no folder": (["--trace", "{tmp}/none/trace.json"], "there is no folder"),
     "a --trace in no folder, of two ranks": (["--trace", "{tmp}/none/t.json", "--dp", "2"], "--trace"),
     "a value of the wrong kind": (["--steps", "many"], "--steps"),
     "a folder that is not there": (["--data", "{tmp}/nowhere"], "nowhere"),

@@ -119,13 +119,14 @@ def render_chat(template: str, messages: list[dict], text: Text, tools: list[dic
     """`messages` ({role, content} each) as one prompt, opened for the assistant's turn.
 
     `tools` are OpenAI's, for a template that has a place for them. What the template sees is what
-    transformers' apply_chat_template(messages, tools) shows it, a None as None. Encode it with `begin=False`:
-    the template writes its own first token. Raises ValueError for a template that is not valid jinja2, that
-    refuses the messages, or that reaches for what the sandbox forbids.
+    transformers' apply_chat_template(messages, tools) shows it, of which what is None is left out. Encode it
+    with `begin=False`: the template writes its own first token. Raises ValueError for a template that is not
+    valid jinja2, that refuses the messages, or that reaches for what the sandbox forbids.
     """
     render = renderer()
+    said = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        return render(conversations=[messages], tools=tools, chat_template=template,
+        return render(conversations=[said], tools=tools, chat_template=template,
                       add_generation_prompt=True, **text.special_tokens)[0][0]
     except Exception as error:               # a template may fail in every way a program can
         raise ValueError("the model's chat template cannot render these messages: "

@@ -1,7 +1,7 @@
 """The turns of a chat and the tools that a model may call, as its chat template sees them.
 
-That is what transformers' apply_chat_template(messages, tools) would be given: the arguments of a call as an
-object, where OpenAI's clients send JSON text, and null as None where a turn has nothing but calls. A template
+That is what transformers' apply_chat_template(messages, tools) would show it: the arguments of a call as an
+object, where OpenAI's clients send JSON text, and no content where a turn has nothing but calls. A template
 that takes neither tools nor calls leaves them out and says nothing: so it renders twice, and what makes no
 difference is refused.
 """
@@ -41,8 +41,8 @@ class Message(Lenient):
                                     if self.function_call else None)
         if calls:
             said["tool_calls"] = [_with_arguments_read(call) for call in calls]
-        alone = bool(calls) and self.role == "assistant"     # OpenAI: such a turn needs no content
-        return {"role": said.pop("role"), "content": None if alone else "", **said}
+        needless = bool(calls) and self.role == "assistant"  # OpenAI: such a turn may have no content
+        return {"role": said.pop("role"), **({} if needless else {"content": ""}), **said}
 
 
 LEFT_OUT = ("function_call", "audio", "prefix")
@@ -51,7 +51,7 @@ LEFT_OUT = ("function_call", "audio", "prefix")
 def render_prompt(messages: list[Message], tools: list[dict] | None, ready: Ready, render: Render) -> str:
     """The prompt that the model's template makes. Raises Refused for what it does not take, or not show."""
     turns = [message.for_template() for message in messages]
-    size = sum(len(turn["role"]) + len(turn["content"] or "") for turn in turns)
+    size = sum(len(turn["role"]) + len(turn.get("content", "")) for turn in turns)
     size += sum(_size(turn["tool_calls"]) for turn in turns if "tool_calls" in turn)
     limits.check_chars(size + _size(tools), ready.info["context"], ready.text.max_chars_per_token)
 

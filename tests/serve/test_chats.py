@@ -73,13 +73,13 @@ def test_arguments_that_are_no_json_stay_text(arguments, want):
     assert said["tool_calls"] == [{"function": {"name": "f", "arguments": want}}]
 
 
-SHOWS = ("{% for m in messages %}{{ m.role }}={{ 'null' if m.content is none else m.content }}"
+SHOWS = ("{% for m in messages %}{{ m.role }}={{ m.content if m.content is defined else 'nothing' }}"
          "{{ m.tool_calls }};{{ m.reasoning_content }}{% endfor %}")
 
 
-def test_null_is_null_where_a_turn_has_nothing_but_calls_and_empty_elsewhere():
+def test_null_is_nothing_where_a_turn_has_calls_alone_and_empty_elsewhere():
     turns = [{**CALLS, "tool_calls": [1]}, {"role": "assistant"}, {"role": "user", "content": None}]
-    assert prompt(SHOWS, messages=turns) == "assistant=null[1];assistant=;user=;"
+    assert prompt(SHOWS, messages=turns) == "assistant=nothing[1];assistant=;user=;"
     turns[0]["content"] = ""
     assert prompt(SHOWS, messages=turns) == "assistant=[1];assistant=;user=;"
     assert prompt(SHOWS, messages=[{"role": "assistant", "reasoning_content": "hm"}]) == "assistant=;hm"

@@ -26,10 +26,13 @@ with locked(Path(sys.argv[1])):
 """
 
 
+RANK = {"RANK": "0", "WORLD_SIZE": "1"}          # of a launcher's process
+
+
 @contextmanager
 def another(out, launch="none"):
     """A process of its own that holds the lock of `out`, in the launch of that name."""
-    env = {**os.environ, "TORCHELASTIC_RUN_ID": launch}
+    env = {**os.environ, **RANK, "TORCHELASTIC_RUN_ID": launch}
     with started([sys.executable, "-c", HOLD, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                  env=env) as process:
         assert process.stdout.readline() == b"held\n"
@@ -84,7 +87,8 @@ def test_the_lock_is_one_for_a_process_and_for_the_ranks_of_its_launch(tmp_path,
 
 
 def test_a_rank_that_starts_again_waits_for_the_one_before_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "same")
+    for name, value in (RANK | {"TORCHELASTIC_RUN_ID": "same"}).items():
+        monkeypatch.setenv(name, value)
     with another(tmp_path, "same") as before:
         monkeypatch.setattr(lock.time, "sleep", lambda seconds: before.kill())
         with locked(tmp_path, patience=600):

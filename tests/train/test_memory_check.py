@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from nanoinfra import cli
 from nanoinfra.cli import main
+from nanoinfra.commands import parse
 from nanoinfra.formulas.shape import sized
 from nanoinfra.train import config, memory_check, metrics
 from nanoinfra.train.memory_check import LIBRARIES, PROCESS, check_memory, drawn_config, need, rank_parts
@@ -16,7 +16,7 @@ GB = 1e9
 
 def asked(line):
     """(flags, ranks) of `nanoinfra train LINE`, as the command line has them."""
-    flags = cli._parse(["train", *line.split()])
+    flags = parse(["train", *line.split()])
     world = config.ranks_wanted(flags.mesh)
     config.check(flags, world)
     return flags, world

@@ -180,7 +180,8 @@ def test_a_step_that_was_not_saved_is_answered_with_those_that_were(run, capsys)
 def test_ranks_that_start_again_do_not_go_back_once_more(run, monkeypatch):
     """But they do where the attempt before died ere it had left later checkpoints behind."""
     flags = RunFlags(out=run, resume_from=1)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("TORCHELASTIC_RESTART_COUNT", "1")):
+        monkeypatch.setenv(name, value)
     again = RunDir(flags, Mesh())
     assert again._chosen(again._again()) == "step_00000001"
     config = json.loads((run / "config.json").read_text())
