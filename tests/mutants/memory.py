@@ -6,7 +6,7 @@
 import re
 from unittest import mock
 
-from nanoinfra import cli
+from nanoinfra.commands import parse
 from nanoinfra.formulas import footprint, pipeline
 from nanoinfra.formulas.activations import activation_bytes, end_terms
 from nanoinfra.formulas.footprint import Layout, Recipe
@@ -39,7 +39,7 @@ def _(subject):
 
 
 def refuse(line, has):
-    flags = cli._parse(["train", *line.split()])
+    flags = parse(["train", *line.split()])
     with mock.patch.object(memory_check, "host_memory", lambda: int(has)):
         try:
             memory_check.check_memory(flags, config.ranks_wanted(flags.mesh))

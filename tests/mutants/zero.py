@@ -160,9 +160,9 @@ class UnshardedOptimizer(Zero):
         whole = {name: comm.all_gather(grad, self.axis, "weights") for name, grad in found.items()}
         return {name: grad.flatten(0, 1) for name, grad in whole.items()}
 
-    def publish(self):
+    def publish(self, frozen=False):
         if self.stage == 3 or not hasattr(self, "published"):
-            super().publish()
+            super().publish(frozen)
         self.published = True
 
 
@@ -212,9 +212,9 @@ class NeverFrees(module.Unit):
 
 
 class StaleWeights(Zero):
-    def publish(self):
+    def publish(self, frozen=False):
         if not hasattr(self, "published") or self.stage == 3:
-            super().publish()
+            super().publish(frozen)
         self.published = True
 
 
