@@ -107,6 +107,8 @@ MUTANTS = [
     Mutant("gloo left to itself", of_engine, leaves_gloo_alone(teamed, "nanoinfra.dist.loopback"), LOOPBACK),
     Mutant("two hosts taken for one", warning,
            patched(exposure, f"{MODULE}:on_one_host", lambda: True), HOSTS),
-    Mutant("every launcher taken for ours", warning, patched(exposure, f"{MODULE}:OURS", ""), TORCHRUN),
-    Mutant("our launcher taken for torchrun", warning, patched(exposure, f"{MODULE}:OURS", "ours"), QUIET),
+    Mutant("every launcher taken for ours", warning,
+           patched(exposure, f"{MODULE}:launched_by_us", lambda: True), TORCHRUN),
+    Mutant("our launcher taken for torchrun", warning,
+           patched(exposure, f"{MODULE}:launched_by_us", lambda: False), QUIET),
 ]
