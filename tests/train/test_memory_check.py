@@ -140,7 +140,7 @@ RUNS = ["--model nano --micro-batch 32",
 @pytest.mark.prove
 @pytest.mark.parametrize("line", RUNS)
 def test_what_is_said_is_what_is_held(tmp_path, line):
-    """Of the rank that holds the most; without what each process has, which hides errors, within a quarter."""
+    """Of the rank that holds the most; and, since it hides errors, without the process within a quarter."""
     line = f"{line} --data random --steps 3 --threads 1"
     flags, world = asked(line)
     said = max(sum(rank_parts(flags, world, drawn_config(flags), rank).values()) for rank in range(world))
