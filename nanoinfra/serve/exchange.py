@@ -78,8 +78,8 @@ class Sent(StreamingResponse):
     async def __call__(self, scope, receive, send):
         try:
             await super().__call__(scope, receive, send)
-        except Refused:                      # is in the log; uvicorn breaks what is not complete
-            pass
+        except Refused:                      # _late has logged it; returning here, uvicorn breaks what is
+            pass                             #   not complete, which is how the client learns of it
         finally:
             self.job.close()
 

@@ -134,13 +134,15 @@ RUNS = ["--model nano --micro-batch 32",
         "--model nano --micro-batch 12 --global-batch 48 --pp 2 --untied",
         "--model nano --micro-batch 24 --dp 2 --zero 3",
         "--model micro --micro-batch 4 --seq 256 --tp 2 --sp",
-        "--model small --micro-batch 1 --seq 128 --dp 2 --zero 1 --recompute full"]
+        "--model small --micro-batch 1 --seq 128 --dp 2 --zero 1 --recompute full",
+        pytest.param("--model micro --micro-batch 16 --seq 256 --dp 2 --zero 3 --recompute full",
+                     marks=pytest.mark.xfail(reason="said 0.84 of the peak: holes in the heap, not modelled"))]
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize("line", RUNS)
 def test_what_is_said_is_what_is_held(tmp_path, line):
-    """Of the rank that holds the most; and, since it hides errors, without the process within a quarter."""
+    """Of the rank that holds the most; and so it is without what every process has."""
     line = f"{line} --data random --steps 3 --threads 1"
     flags, world = asked(line)
     said = max(sum(rank_parts(flags, world, drawn_config(flags), rank).values()) for rank in range(world))
@@ -149,7 +151,7 @@ def test_what_is_said_is_what_is_held(tmp_path, line):
     print(f"said {said / 1e6:,.0f} MB, had {got / 1e6:,.0f} MB, {said / got:.2f}; without the process "
           f"{(said - PROCESS) / (got - PROCESS):.2f}: {line}")
     assert said == pytest.approx(got, rel=0.15)
-    assert said - PROCESS == pytest.approx(got - PROCESS, rel=0.25)        # the heap differs from run to run
+    assert said - PROCESS == pytest.approx(got - PROCESS, rel=0.15)
 
 
 def test_weights_are_looked_at_before_the_corpus_is_read(machine, untouched, monkeypatch, capsys, tmp_path):
