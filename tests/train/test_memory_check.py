@@ -136,7 +136,7 @@ RUNS = ["--model nano --micro-batch 32",
         "--model micro --micro-batch 4 --seq 256 --tp 2 --sp",
         "--model small --micro-batch 1 --seq 128 --dp 2 --zero 1 --recompute full",
         pytest.param("--model micro --micro-batch 16 --seq 256 --dp 2 --zero 3 --recompute full",
-                     marks=pytest.mark.xfail(reason="said 0.84 of the peak: holes in the heap are not known"))]
+                     marks=pytest.mark.xfail(reason="said 0.84 of the peak: holes in the heap, most likely"))]
 
 
 @pytest.mark.prove
