@@ -16,6 +16,7 @@ MARK = "NANOINFRA_TEST"                      # names the test in the environment
 PATIENCE = 60.0                              # seconds without any work that are a hang
 ENDS = 5.0                                   # seconds without any in which a process that ends has ended
 TICKS = os.sysconf("SC_CLK_TCK")
+KERNEL = 0x00200000                          # PF_KTHREAD: a thread of the kernel has no environment
 
 
 @contextmanager
@@ -96,11 +97,21 @@ def running() -> set[int]:
 
 def marked(pid: int, mark: str) -> bool:
     """Has `pid` `mark`, or one that begins with it, in its environment?"""
-    try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:                          # it is no more, or another user's
-        return False
-    return any(variable.startswith(f"{MARK}={mark}".encode()) for variable in variables)
+    return any(variable.startswith(f"{MARK}={mark}".encode()) for variable in _environment(pid).split(b"\0"))
+
+
+def _environment(pid):
+    """What /proc says. It says nothing for a moment, while a program starts in the place of another."""
+    for _ in range(100):
+        try:
+            found = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:                      # it is no more, or another user's
+            return b""
+        stat = _stat(pid)
+        if found or not stat or stat[0] in "ZX" or int(stat[6]) & KERNEL:
+            break
+        time.sleep(0.001)
+    return found
 
 
 def parent(pid: int) -> int | None:

@@ -1,6 +1,7 @@
 """The tests' own helpers: what is started ends, what is left is named and killed, waiting is by progress."""
 import ast
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 from nanoinfra.dist.ranks import Ranks
 from tests import cpu_seconds, processes, timed
 from tests.leftovers import nothing_stays
-from tests.processes import MARK, alive, children, gone, started, until
+from tests.processes import MARK, alive, children, gone, marked, started, until
 
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="finds processes through /proc")
 TREE = ["bash", "-c", "setsid sleep 1000 & sleep 1000 & wait"]
@@ -44,6 +45,16 @@ def test_what_outlives_a_test_is_its_error_and_killed(start, monkeypatch):
     assert left and not any(map(alive, left))
     for each in kept:
         each.close() if isinstance(each, Ranks) else getattr(each, "wait", int)()
+
+
+@needs_proc
+def test_a_process_is_found_while_it_starts_a_program(monkeypatch):
+    monkeypatch.setenv(MARK, "just started")
+    for _ in range(100):
+        pid = int(subprocess.run(ORPHAN, stdout=subprocess.PIPE, check=True).stdout)
+        found = marked(pid, "just started")
+        os.kill(pid, signal.SIGKILL)
+        assert found
 
 
 @needs_proc

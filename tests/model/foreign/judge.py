@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import transformers
 
 SECONDS = 20
@@ -143,6 +144,7 @@ class _Worker:
 
 def _work(cases, root, pipe, seconds):
     warnings.simplefilter("ignore")
+    torch.set_num_threads(torch.get_num_threads())  # makes the forked pool anew; two threads may not
     transformers.utils.logging.set_verbosity(50)
     transformers.utils.logging.disable_progress_bar()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
