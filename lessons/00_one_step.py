@@ -27,8 +27,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanoinfra.formulas import flops, params
-from nanoinfra.formulas.shape import SIZES, ModelConfig, sized
+from nanoinfra.config import SIZES, ModelConfig, sized
+from nanoinfra.formulas import flops
+from nanoinfra.formulas import parameters as params
 from nanoinfra.lab import draw
 from nanoinfra.lab.checks import l00_cost as check
 from nanoinfra.lab.compare import compare
@@ -39,7 +40,7 @@ from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.train.loss import cross_entropy
-from nanoinfra.train.optim import Optimizer
+from nanoinfra.train.optimizer import Optimizer
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 BATCHES = {"test": (8, 64), "nano": (2, 128)} | ({} if FAST else {"nano": (4, 256), "micro": (2, 512)})

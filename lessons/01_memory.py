@@ -25,10 +25,10 @@ from dataclasses import replace
 
 import torch
 
+from nanoinfra.config import ModelConfig, sized
 from nanoinfra.formulas.activations import activation_bytes
-from nanoinfra.formulas.memory import state_bytes
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.formulas.model_states import state_bytes
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab.checks import l01_memory as check
 from nanoinfra.lab.compare import compare
 from nanoinfra.lab.held import against_float16, during, losses, over_step, stacked
@@ -41,8 +41,8 @@ from nanoinfra.lab.text import batch
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.train.loss import cross_entropy
-from nanoinfra.train.optim import Optimizer
-from nanoinfra.train.scale import LossScale
+from nanoinfra.train.loss_scale import LossScale
+from nanoinfra.train.optimizer import Optimizer
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 V, C, L, H, T, MEMORY = (512, 128, 2, 4, 64, 16e6) if FAST else (2048, 256, 4, 8, 256, 112e6)

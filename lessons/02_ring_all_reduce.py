@@ -27,10 +27,10 @@ import time
 
 import torch
 
-from nanoinfra.dist import comm, rings
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
-from nanoinfra.formulas.wire import ring_seconds, tree_seconds
+from nanoinfra.distributed import comm, rings
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.formulas.collectives import ring_seconds, tree_seconds
 from nanoinfra.lab import draw
 from nanoinfra.lab.checks import l02_ring as check
 from nanoinfra.lab.compare import compare
@@ -137,7 +137,7 @@ predict("L02.seconds", 2 * (N - 1) * (ALPHA + S / N / BETA), "s")
 
 # %% [markdown]
 # ## 3. Build
-# You get one primitive: `exchange(x, axis)` from `dist/comm.py` gives `x` to the right neighbour and
+# You get one primitive: `exchange(x, axis)` from `distributed/comm.py` gives `x` to the right neighbour and
 # returns what the left neighbour gave, a tensor of the same shape. All ranks call it together.
 # `axis.rank` is your place, `axis.size` is N.
 #
@@ -168,7 +168,7 @@ draw.ring(summed, sent=[(rank - 2) % 4 for rank in range(4)], title="after step 
 
 # %% nbgrader={"grade_id": "reduce_scatter", "solution": true}
 # %%exercise L02
-from nanoinfra.dist.comm import exchange
+from nanoinfra.distributed.comm import exchange
 
 
 def ring_reduce_scatter(x, axis):
@@ -254,7 +254,7 @@ draw.timeline([ledger for _, ledger in results], "one ring all-reduce in each ra
 # %% [markdown]
 # **Is the ring always best?** It sends few bytes but many messages. A binomial tree sends 2·log₂N
 # messages one after another, each the whole tensor: 2·log₂N·(α + S/β) seconds (`tree_seconds` in
-# `formulas/wire.py`). Small tensors pay for messages, large ones for bytes, so somewhere the curves
+# `formulas/collectives.py`). Small tensors pay for messages, large ones for bytes, so somewhere the curves
 # cross. With 4 ranks the tree and the plain way need the same time: 2·log₂4 = 4.
 
 # %%

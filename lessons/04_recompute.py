@@ -26,8 +26,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab import draw
 from nanoinfra.lab.checks import l04_recompute as check
 from nanoinfra.lab.compare import compare

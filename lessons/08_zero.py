@@ -23,12 +23,12 @@ import os
 
 import torch
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
-from nanoinfra.formulas.memory import state_bytes
-from nanoinfra.formulas.params import parameters, shapes
-from nanoinfra.formulas.shape import ModelConfig, sized
-from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.model_states import state_bytes
+from nanoinfra.formulas.parameters import parameters, shapes
 from nanoinfra.formulas.zero import padded
 from nanoinfra.lab import predict as book
 from nanoinfra.lab.checks import l08_zero as check
@@ -144,7 +144,7 @@ shard_map(world.run(cuts), {name: shapes(CONFIG)[name] for name in first})
 # %%exercise L08
 from math import ceil
 
-from nanoinfra.dist.comm import all_gather, reduce_scatter
+from nanoinfra.distributed.comm import all_gather, reduce_scatter
 
 
 def zero1_step(params, grads, axis, state, make):

@@ -21,12 +21,12 @@
 import inspect
 import os
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
-from nanoinfra.formulas.params import parameters
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.formulas.pipeline import split
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.wire import ring_seconds
 from nanoinfra.lab import predict as book
 from nanoinfra.lab.axes import axis_bars, bytes_by_axis, cubes, flags_of, largest_error, paced, step_of
 from nanoinfra.lab.checks import l10_three_d as check
@@ -36,9 +36,9 @@ from nanoinfra.lab.measure import counted, measure, median
 from nanoinfra.lab.mutants import collect
 from nanoinfra.lab.predict import predict, quantity
 from nanoinfra.lab.table import Grid
-from nanoinfra.parallel import compose
-from nanoinfra.parallel.clock import simulate
-from nanoinfra.parallel.schedules import schedule
+from nanoinfra.parallel import parallelize
+from nanoinfra.parallel.pipeline.schedules import schedule
+from nanoinfra.parallel.pipeline.simulator import simulate
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 AXES = {"pp": 2, "dp": 2, "tp": 2}
@@ -179,7 +179,7 @@ check.neighbours(neighbours)
 
 # %% nbgrader={"grade_id": "gradients", "solution": true}
 # %%exercise L10
-from nanoinfra.dist.comm import all_reduce
+from nanoinfra.distributed.comm import all_reduce
 
 
 def sum_gradients(micro, mesh, ends):
@@ -217,8 +217,9 @@ check.grad_norm(grad_norm)
 # under ZeRO (lesson 08), which axis does a norm add up over besides, and why?
 
 # %%
-for it in (compose.Chunks.__init__, compose.Composed.__init__, compose.Composed.finish, compose.Chunks.finish,
-           compose.Chunks.norm_axes, compose.Chunks.counts):
+for it in (parallelize.Chunks.__init__, parallelize.Composed.__init__, parallelize.Composed.finish,
+           parallelize.Chunks.finish,
+           parallelize.Chunks.norm_axes, parallelize.Chunks.counts):
     print(inspect.getsource(it))
 
 # %% [markdown]

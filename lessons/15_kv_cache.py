@@ -26,10 +26,10 @@ from dataclasses import replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nanoinfra.config import ModelConfig
 from nanoinfra.formulas import decoding
-from nanoinfra.formulas.memory import kv_cache_bytes_per_token
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab import draw
 from nanoinfra.lab.caches import Cache, seen
 from nanoinfra.lab.calls import arithmetic, bandwidths, batches, counts, rate, roof
@@ -42,7 +42,7 @@ from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.serve import generate as real
-from nanoinfra.serve.packed import Packed, pack
+from nanoinfra.serve.engine.packed_linear import Packed, pack
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 V, C, L, H, F, P, S = (4096, 512, 2, 8, 1408, 32, 128) if FAST else (4096, 1024, 4, 16, 2816, 128, 512)

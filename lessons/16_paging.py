@@ -22,8 +22,8 @@ import inspect
 import os
 from dataclasses import replace
 
-from nanoinfra.formulas.memory import kv_cache_bytes_per_token
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.lab.batches import memory, pool, steps_by_memory, table, timeline, waste_by_size
 from nanoinfra.lab.checks import l16_paging as check
 from nanoinfra.lab.compare import compare
@@ -34,9 +34,9 @@ from nanoinfra.lab.replay import Ruled, Watched, draw_trace, numbers, policies, 
 from nanoinfra.lab.served import serve
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.serve.blocks import Blocks
+from nanoinfra.serve.engine.block_pool import Blocks
+from nanoinfra.serve.engine.scheduler import Scheduler
 from nanoinfra.serve.generate import generate
-from nanoinfra.serve.scheduler import Scheduler
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 LONGEST, SEATS, SIZE = 64, 4, 4              # tokens a sequence may have; caches that fit; tokens of a block

@@ -1,6 +1,6 @@
 """Three dimensions, run and drawn: what the trainer's own step sends on each axis, and where its axes lie.
 
-`step_of` and `paced` run inside each rank, on the real stage of the trainer (train/replica.py); what they
+`step_of` and `paced` run inside each rank, on the real stage of the trainer (train/train_stage.py); what they
 return is compared with one rank's by `largest_error`, the design's measure of parity. The pictures are of
 coordinates and of counted bytes; an axis is as wide as what it carries. Predicted is a line.
 """
@@ -10,17 +10,17 @@ from math import inf, prod
 
 import torch
 
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
+from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.lab import draw
 from nanoinfra.lab.nap import emulate
 from nanoinfra.lab.predict import quantity
-from nanoinfra.parallel.schedules import ReduceGrads
+from nanoinfra.parallel.pipeline.schedules import ReduceGrads
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, TrainFlags
-from nanoinfra.train.replica import Replica
 from nanoinfra.train.step import execute
+from nanoinfra.train.train_stage import Replica
 
 COLOURS = {"tp": draw.BLUE, "pp": draw.ORANGE, "dp": draw.GREEN}
 WAYS = {"pp": (1.5, 0.0), "dp": (0.55, 0.5), "tp": (0.0, 1.0)}       # of an axis on paper, a place on it

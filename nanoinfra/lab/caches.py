@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
 from nanoinfra.lab import draw
 from nanoinfra.model.attention import hidden_keys
 

@@ -11,8 +11,8 @@ from itertools import pairwise
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.decoding import call_flops, intensity
-from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab import draw
 from nanoinfra.lab.caches import Cache
 from nanoinfra.lab.measure import Measurement, median, timed

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 
-from nanoinfra.dist.crew import RanksError
-from nanoinfra.dist.ranks import Ranks
+from nanoinfra.distributed.pool.rank_processes import RanksError
+from nanoinfra.distributed.pool.ranks import Ranks
 from nanoinfra.lab import checks
 from nanoinfra.lab.exercise import source_of
 from nanoinfra.lab.table import Grid

@@ -23,8 +23,8 @@ from nanoinfra.lab.measure import Measurement, machine
 from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
 from nanoinfra.lab.where import project, root, shown, work
-from nanoinfra.train.rank import is_rank
-from nanoinfra.train.signals import Hearing, end_at_once
+from nanoinfra.train.launch.elastic_rank import is_rank
+from nanoinfra.train.launch.signals import Hearing, end_at_once
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # the launcher's
 
@@ -33,8 +33,8 @@ def run(lab: ModuleType, model: str, broken: str = "") -> int:
     """Measure on the ranks of this run; rank 0 prints and writes. Returns the exit code."""
     import torch
 
-    from nanoinfra.dist.mesh import Mesh
-    from nanoinfra.train.rank import process_group
+    from nanoinfra.distributed.mesh import Mesh
+    from nanoinfra.train.launch.elastic_rank import process_group
     device = "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "cpu"
     torch.set_num_threads(1)                           # so that times on 1, 2, 4, 8 ranks compare
     with process_group(device, work()):
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         if given.check:
             return 0
         if given.nproc > 1 and not is_rank():
-            from nanoinfra.train.launch import launch
+            from nanoinfra.train.launch.launcher import launch
             return launch(argv, given.nproc, module="nanoinfra.lab.run")
         return run(lab, model, given.broken)
     except Exception as error:

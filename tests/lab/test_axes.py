@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
-from nanoinfra.dist.ledger import Row
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.three_d import sent
-from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed.ledger import Row
+from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.traffic_by_axis import sent
 from nanoinfra.lab import draw
 from nanoinfra.lab.axes import axis_bars, bytes_by_axis, cubes, flags_of, largest_error, paced, step_of
 from nanoinfra.lab.clusters import COLUMNS, TRIALS, bloom_trials, gpt3_on

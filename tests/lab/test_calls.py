@@ -2,8 +2,8 @@
 import pytest
 import torch
 
+from nanoinfra.config import sized
 from nanoinfra.formulas import decoding
-from nanoinfra.formulas.shape import sized
 from nanoinfra.lab.caches import Cache, seen
 from nanoinfra.lab.calls import arithmetic, bandwidths, batches, counts, rate, roof
 from nanoinfra.model.attention import naive

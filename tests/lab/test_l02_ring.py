@@ -1,6 +1,6 @@
 import pytest
 
-from nanoinfra.dist.comm import exchange
+from nanoinfra.distributed.comm import exchange
 from nanoinfra.lab.checks import l02_ring as check
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from nanoinfra.lab.checks import l06_pipeline as check
 from nanoinfra.lab.mutants import collect
-from nanoinfra.parallel.schedules import one_f_one_b, zb_h1
+from nanoinfra.parallel.pipeline.schedules import one_f_one_b, zb_h1
 
 HINTS = {
     "is gpipe": "all forwards first, as GPipe? Stage r goes p - 1 - r forwards ahead",

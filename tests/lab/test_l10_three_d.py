@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from nanoinfra.dist import comm
-from nanoinfra.formulas.params import shapes
-from nanoinfra.formulas.three_d import held
+from nanoinfra.distributed import comm
+from nanoinfra.formulas.parameters import shapes
+from nanoinfra.formulas.traffic_by_axis import held
 from nanoinfra.lab.checks import l10_three_d as check
 from nanoinfra.lab.checks import three_d_cases as cases
 from nanoinfra.lab.mutants import collect

@@ -1,8 +1,8 @@
 """What the lesson on ZeRO counts and times is what the formulas say; a picture shows what it was given."""
 import pytest
 
-from nanoinfra.formulas.shape import sized
-from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.config import sized
+from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.formulas.zero import zero_bytes, zero_payload
 from nanoinfra.lab.maps import held_bars, shard_map, stack_timeline
 from nanoinfra.lab.shards import KINDS, exposed, held_and_sent, stack_step

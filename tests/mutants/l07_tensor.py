@@ -4,7 +4,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.dist import comm
+from nanoinfra.distributed import comm
 from nanoinfra.lab.checks import l07_tensor as check
 from nanoinfra.lab.mutants import Mutant
 

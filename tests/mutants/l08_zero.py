@@ -3,7 +3,7 @@ from math import ceil
 
 import torch
 
-from nanoinfra.dist import comm
+from nanoinfra.distributed import comm
 from nanoinfra.lab.checks import l08_zero as check
 from nanoinfra.lab.checks.zero_cases import cut
 from nanoinfra.lab.mutants import Mutant

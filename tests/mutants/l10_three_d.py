@@ -4,7 +4,7 @@ from math import prod
 
 import torch
 
-from nanoinfra.dist import comm
+from nanoinfra.distributed import comm
 from nanoinfra.lab.checks import l10_three_d as check
 from nanoinfra.lab.checks.three_d_cases import MICRO_BATCHES, TIED, is_norm
 from nanoinfra.lab.mutants import Mutant

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.checks import adam_cases as cases
 from nanoinfra.lab.checks.adam_cases import BETAS, EPS, SHAPES
@@ -13,7 +13,7 @@ from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.train.loss import cross_entropy
-from nanoinfra.train.scale import LossScale
+from nanoinfra.train.loss_scale import LossScale
 
 PREDICTIONS = {"L01.states": "B", "L01.layer_float32": "B", "L01.layer_bfloat16": "B",
                "L01.skipped": "steps"}

@@ -1,9 +1,9 @@
 """Lesson 02, the ring from send and receive: sums, in place, bits, messages, bytes, only `exchange`."""
 import torch
 
-from nanoinfra.dist.crew import RanksError
-from nanoinfra.dist.mesh import Mesh, world_size
-from nanoinfra.formulas.wire import ring_bytes, ring_steps
+from nanoinfra.distributed.mesh import Mesh, world_size
+from nanoinfra.distributed.pool.rank_processes import RanksError
+from nanoinfra.formulas.collectives import ring_bytes, ring_steps
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.parts import counts, label, words
 from nanoinfra.lab.same import same

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.kept import Kept
 from nanoinfra.lab.same import same

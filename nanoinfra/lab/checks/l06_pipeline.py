@@ -1,14 +1,14 @@
 """Lesson 06, pipelines: two orders of work, judged on the clock, and an executor, judged on real ranks."""
 import functools
 
-from nanoinfra.dist.ranks import RanksError
+from nanoinfra.distributed.pool.ranks import RanksError
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.checks import pipeline_cases as cases
 from nanoinfra.lab.pipes import scheduled
 from nanoinfra.lab.same import same
-from nanoinfra.parallel.clock import in_flight, simulate
-from nanoinfra.parallel.schedules import Backward, BackwardInput, BackwardWeight, Forward
+from nanoinfra.parallel.pipeline.schedules import Backward, BackwardInput, BackwardWeight, Forward
+from nanoinfra.parallel.pipeline.simulator import in_flight, simulate
 
 PREDICTIONS = {**{f"L06.idle_{what}": "slots" for what in ("1f1b", "interleaved", "zb", "zb_wide")},
                **{f"L06.{what}": "B" for what in ("held_gpipe", "held_1f1b", "sent_1f1b",

@@ -4,9 +4,9 @@ from math import ceil
 
 import torch
 
-from nanoinfra.dist.ledger import Ledger
-from nanoinfra.dist.mesh import Axis
-from nanoinfra.dist.ranks import RanksError
+from nanoinfra.distributed.ledger import Ledger
+from nanoinfra.distributed.mesh import Axis
+from nanoinfra.distributed.pool.ranks import RanksError
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.checks import tensor_cases as cases
 from nanoinfra.lab.checks.tensor_cases import CUT, HIDDEN, NAMES, ROWS, VOCAB, B, C, T

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.lab.check import Check, Wrong, patience, ranks
 from nanoinfra.lab.checks import zero_cases as cases
 from nanoinfra.lab.checks.zero_cases import MICRO_BATCHES, SHAPES, STEPS

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import RanksError
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import RanksError
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.checks import three_d_cases as cases
 from nanoinfra.lab.checks.three_d_cases import MESHES, TIED
