@@ -45,7 +45,7 @@ static inline void normed(number *to, const number *x, const number *weight, lon
 }
 
 /* model/decoder.py, Block: x = x + more, unless there is none; to = norm(x). All (N, C). */
-void add_norm(number *x, const number *more, number *to, const number *weight, long N, long C, double eps) {
+void add_rms_norm(number *x, const number *more, number *to, const number *weight, long N, long C, double eps) {
 #pragma omp parallel for if (N * C > ENOUGH)
     for (long n = 0; n < N; n++) {
         number *row = x + n * C;
@@ -79,7 +79,7 @@ static inline void rotated(number *a, const float *cosine, const float *sine) {
 /* model/attention.py, Attention, before its core: norms of queries and keys (none where null), both rotated, in
    place; then, as serve/engine/paged_attention.py, keys and values into their slots of `pool` (2 KV, all, K). cosine and sine
    are (N, K/2). */
-void place(number *qkv, const number *q_norm, const number *k_norm, double eps, const float *cosine,
+void rope_and_cache(number *qkv, const number *q_norm, const number *k_norm, double eps, const float *cosine,
            const float *sine, number *pool, const long *slots, long N, long all) {
 #pragma omp parallel for if (N * KV * G * K > ENOUGH)
     for (long n = 0; n < N; n++) {
@@ -102,7 +102,7 @@ static inline void soon(const number *page) {
    where they lie, block by block in the order of its row of `tables` (B, width). The softmax goes along (Milakov & Gimelshein
    2018): y and sum are those of the keys so far, relative to the highest score so far. to (B, KV G K);
    `pool` (2 KV, blocks, BLOCK, K). */
-void attend(number *to, const number *qkv, const number *pool, const long *tables, const long *ends, long B,
+void paged_attention(number *to, const number *qkv, const number *pool, const long *tables, const long *ends, long B,
             long width, long blocks, long window) {
     const long values = KV * blocks * BLOCK * K;                     /* from a key to its value */
 #pragma omp parallel for collapse(2) schedule(dynamic) if (B > 1)
@@ -151,7 +151,7 @@ void attend(number *to, const number *qkv, const number *pool, const long *table
 }
 
 /* serve/engine/engine.py, likeliest: of each row of logits (N, V) the first of the largest. */
-void likeliest(long *to, const number *logits, long N, long V) {
+void argmax(long *to, const number *logits, long N, long V) {
 #pragma omp parallel for if (N * V > ENOUGH)
     for (long n = 0; n < N; n++) {
         const number *from = logits + n * V;
@@ -185,7 +185,7 @@ void gemv(number *to, const number *x, const number *weight, const number *bias,
 }
 
 /* What all of this was compiled for. */
-const char *instructions(void) {
+const char *instruction_set(void) {
 #if defined __AVX512F__
     return "AVX-512";
 #elif defined __AVX2__

@@ -25,7 +25,7 @@ from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.distributed.pool import rank_main
 from nanoinfra.distributed.pool.rank_processes import PRELOAD, RanksError
 from nanoinfra.distributed.pool.ranks import Ranks
-from nanoinfra.serve.processes.tp_group import Team
+from nanoinfra.serve.processes.tp_group import TensorParallelGroup
 from nanoinfra.train.launch.elastic_rank import end_with_parent, process_group
 from nanoinfra.train.launch.launcher import launch
 from tests.distributed.sockets import another_interface, listening
@@ -110,7 +110,7 @@ def teamed(look, *without: str, store=master_store) -> bool:
             rank.close()
 
 
-class _Reports(Team):
+class _Reports(TensorParallelGroup):
     """Remembers the last thing shared: the store's port."""
     def share(self, value=None):
         self.port = super().share(value)

@@ -64,9 +64,9 @@ def test_a_plan_runs_untraced_afterwards():
 @pytest.mark.parametrize("error", [NotImplementedError, NameError("name 'deque' is not defined")])
 def test_what_is_not_written_or_not_imported_is_no_wrong_exception(error):
     class Pool(type(MUTANTS["empties the table"].variant(1, 1)).__base__):
-        def take(self):
-            if self.free:
-                return super().take()
+        def allocate(self):
+            if self.free_blocks:
+                return super().allocate()
             raise error
     text = check.Pool.report(Pool).first_failure.text
     assert text == "not written yet" if error is NotImplementedError else "import inside" in text
@@ -88,6 +88,6 @@ def test_the_moments_are_of_all_kinds():
 
 
 def test_to_judge_changes_no_moment():
-    before = [(str(moment), [s.table for s in moment.running]) for moment in cases.moments()]
+    before = [(str(moment), [s.block_table for s in moment.running]) for moment in cases.moments()]
     check.plan.report(MUTANTS["spends nothing"].variant)
-    assert before == [(str(moment), [s.table for s in moment.running]) for moment in cases.moments()]
+    assert before == [(str(moment), [s.block_table for s in moment.running]) for moment in cases.moments()]

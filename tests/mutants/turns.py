@@ -7,7 +7,7 @@ import io
 
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve.engine.requests import Event, Request
+from nanoinfra.serve.engine.requests import Request, RequestOutput
 from nanoinfra.serve.processes import engine_loop
 
 turns, NAMES = Check("turns"), ("odd", "bad", "good")
@@ -21,21 +21,21 @@ class _Scripted:
     """An engine that fails with "bad" and takes no "odd"."""
 
     def __init__(self):
-        self.busy, self.stats = False, dict
+        self.has_unfinished_requests, self.stats = False, dict
 
-    def add(self, request):
-        if request.id == "odd":
+    def add_request(self, request):
+        if request.request_id == "odd":
             raise ArithmeticError("nobody has thought of this")
-        self.busy = True
+        self.has_unfinished_requests = True
 
     def step(self):
-        return [Event("bad", 0, "why", finish="error"), Event("good", 0, "a")]
+        return [RequestOutput("bad", 0, "why", finish_reason="error"), RequestOutput("good", 0, "a")]
 
 
 class _Parted:
     rank, turns = 1, 0
 
-    def share(self, value=None):
+    def broadcast(self, value=None):
         self.turns += 1
         if self.turns > 3:
             raise EOFError
@@ -46,19 +46,19 @@ class _Parted:
 def _(subject):
     try:
         with contextlib.redirect_stderr(io.StringIO()):                  # the loop shows what it has caught
-            step = subject("turn", _Scripted(), [("add", Request(name, [1])) for name in NAMES])
+            step = subject("execute_commands_and_step", _Scripted(), [("add", Request(name, [1])) for name in NAMES])
     except ArithmeticError as error:
         raise Wrong(f"the rank dies of one request: {error}") from error
-    if [(name, status) for name, status, _ in step.refused] != [("odd", 500), ("bad", 500)]:
-        raise Wrong(f"{step.refused} are refused")
-    if [event.request for event in step.events] != ["good"]:
-        raise Wrong(f"events of {[event.request for event in step.events]}, want good's alone")
+    if [(name, status) for name, status, _ in step.refused_requests] != [("odd", 500), ("bad", 500)]:
+        raise Wrong(f"{step.refused_requests} are refused")
+    if [event.request_id for event in step.outputs] != ["good"]:
+        raise Wrong(f"events of {[event.request_id for event in step.outputs]}, want good's alone")
 
 
 @turns.criterion("ranks that disagree do not go on", "property")
 def _(subject):
     try:
-        subject("run", _Scripted(), _Parted(), None)
+        subject("run_busy_loop", _Scripted(), _Parted(), None)
     except RuntimeError:
         return
     except EOFError:
@@ -67,27 +67,26 @@ def _(subject):
 
 def obeys_or_dies(engine, verb, value=None):
     try:
-        {"add": engine.add, "abort": engine.abort, "reset": lambda _: engine.reset()}[verb](value)
+        {"add": engine.add_request, "abort": engine.abort_request,
+         "reset": lambda _: engine.reset_prefix_cache()}[verb](value)
     except ValueError as error:
-        return value.id, 400, str(error)
+        return value.request_id, 400, str(error)
 
 
 def answers_all(engine, commands):
-    refused = [no for command in commands if (no := engine_loop._obey(engine, *command))]
-    return engine_loop.Step(engine.stats(), engine.step(), refused)
+    refused = [no for command in commands if (no := engine_loop._execute(engine, *command))]
+    return engine_loop.EngineStepResult(engine.stats(), engine.step(), refused)
 
 
 def runs_on(engine, team, pipe):
     while True:
-        engine_loop.turn(engine, team.share()[0])
+        engine_loop.execute_commands_and_step(engine, team.broadcast()[0])
 
 
 REFUSED, PARTED = (c.name for c in turns.criteria)
 MUTANTS = [
     Mutant("a rank dies of what it is asked", turns,
-           patched(drive, "nanoinfra.serve.processes.engine_loop:_obey", obeys_or_dies), REFUSED),
-    Mutant("who fails is answered", turns, patched(drive, "nanoinfra.serve.processes.engine_loop:turn",
-                                                   answers_all), REFUSED),
-    Mutant("ranks that disagree go on", turns, patched(drive, "nanoinfra.serve.processes.engine_loop:run",
-                                                       runs_on), PARTED),
+           patched(drive, "nanoinfra.serve.processes.engine_loop:_execute", obeys_or_dies), REFUSED),
+    Mutant("who fails is answered", turns, patched(drive, "nanoinfra.serve.processes.engine_loop:execute_commands_and_step", answers_all), REFUSED),
+    Mutant("ranks that disagree go on", turns, patched(drive, "nanoinfra.serve.processes.engine_loop:run_busy_loop", runs_on), PARTED),
 ]
