@@ -93,8 +93,9 @@ try:
         if args.max_tokens < 1:
             raise ValueError(f"--max-tokens {args.max_tokens} leaves nothing to do; ask for at least 1")
         if sequence.num_prompt_tokens + args.max_tokens > config.cached_context:
-            raise ValueError(f"{prompt[:30]!r} has {sequence.num_prompt_tokens} tokens: with {args.max_tokens} new ones "
-                             f"they do not fit the context of {config.cached_context}; lower --max-tokens")
+            raise ValueError(f"{prompt[:30]!r} has {sequence.num_prompt_tokens} tokens: with "
+                             f"{args.max_tokens} new ones they do not fit the context of "
+                             f"{config.cached_context}; lower --max-tokens")
         scheduler.add_sequence(sequence)
 except ValueError as mistake:
     refuse(mistake)
@@ -102,23 +103,23 @@ except ValueError as mistake:
 ends = text.ends if text else ()
 began, steps, most, hits, preempted = time.perf_counter(), 0, 0, 0, 0
 while scheduler.running or scheduler.waiting:
-    plan = scheduler.schedule()                                      # who computes how many tokens
-    for sequence in plan.out_of_blocks:                                   # alone, and memory is full: it ends here
+    plan = scheduler.schedule()                                  # who computes how many tokens
+    for sequence in plan.out_of_blocks:                          # alone, and memory is full: it ends here
         scheduler.finish_sequence(sequence)
     if not plan.scheduled_chunks:
         continue
     with torch.inference_mode():
-        work, tokens,
-        places = kv.prepare_inputs(plan)                    # (1, N) of all sequences, one after another
-        hidden = model.hidden(tokens, places, kv)[0]             # (N, C); attention finds its blocks in kv
+        chunks, tokens, positions = kv.prepare_inputs(plan)      # (1, N) of all sequences, one after another
+        hidden = model.hidden(tokens, positions, kv)[0]          # (N, C); attention finds its blocks in kv
         scheduler.mark_computed(plan)
-        lasts = [end - 1 for end in accumulate(count for _, _, count in work)]
-        ready = [(row, each) for row, (each, _, _) in zip(lasts, work) if each.num_computed_tokens == len(each.tokens)]
+        lasts = [end - 1 for end in accumulate(count for _, _, count in chunks)]
+        ready = [(row, each) for row, (each, _, _) in zip(lasts, chunks)
+                 if each.num_computed_tokens == len(each.tokens)]
         rows = hidden[[row for row, _ in ready]]                 # (B, C) of those that have caught up
         tokens = model.head(rows).argmax(-1).tolist() if ready else []
 
-    hits += sum(each.num_cached_tokens for each, first,
-                _ in work if first == each.num_cached_tokens < each.num_prompt_tokens)
+    hits += sum(each.num_cached_tokens for each, first, _ in chunks
+                if first == each.num_cached_tokens < each.num_prompt_tokens)
     steps, most, preempted = steps + 1, max(most, blocks.num_used_blocks), preempted + len(plan.preempted)
     for token, (_, sequence) in zip(tokens, ready):
         if token not in ends:

@@ -59,8 +59,8 @@ def _load(flags):
                 return ctypes.CDLL(str(_compile(flags, Path(own))))
         except OSError as error:
             refusals.append(f"{folder} ({error.strerror or str(error).rpartition(': ')[2]})")
-    raise RuntimeError(f"code cannot be loaded from {' or '.join(refusals)}; set TMPDIR to a folder that is not "
-                       "mounted noexec")
+    raise RuntimeError(f"code cannot be loaded from {' or '.join(refusals)}; set TMPDIR to a folder that is "
+                       "not mounted noexec")
 
 
 def _folders():

@@ -65,7 +65,8 @@ class Watched(Scheduler):
         work = {self.order[each]: (first, count, _kind(each, first, count))
                 for each, first, count in plan.scheduled_chunks}
         idle = tuple(self.order[each] for each in self.running if self.order[each] not in work)
-        waiting = {self.order[each]: "preempted" if each.num_preemptions else "waiting" for each in self.waiting}
+        waiting = {self.order[each]: "preempted" if each.num_preemptions else "waiting"
+                   for each in self.waiting}
         waiting |= dict.fromkeys(self.outside, "waiting")
         sent_away = tuple(self.order[each] for each in plan.preempted)
         empty = sum(map(self._empty, self.running))

@@ -67,7 +67,7 @@ class KVCache:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                mask: Mask = CAUSAL) -> torch.Tensor:
-        """Store `k`, `v` (B, KV, T, K), and attend for `q` to all keys so far, as `mask` says: (B, H, T, K)."""
+        """Store `k`, `v` (B, KV, T, K); attend with `q` to all keys so far, as `mask` says: (B, H, T, K)."""
         (B, KV, T, K), end = k.shape, self.length + k.shape[2]
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit a KV cache for {self.capacity}; make a larger one")

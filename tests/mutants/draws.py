@@ -67,7 +67,8 @@ def _(subject):
 
 @sampler.criterion("penalties are those of the text so far", "property")
 def _(subject):
-    for how in (SamplingParams(0, presence_penalty=0.5, frequency_penalty=0.5), SamplingParams(0, repetition_penalty=2.0),
+    for how in (SamplingParams(0, presence_penalty=0.5, frequency_penalty=0.5),
+                SamplingParams(0, repetition_penalty=2.0),
                 SamplingParams(0, presence_penalty=1.0, logit_bias={2: 3.0})):
         logits, tokens = torch.tensor([2.0, 1.5, 0.0, 1.0]), [0, 3]
         said, _ = drawn(subject, logits, how, tokens)
@@ -81,7 +82,8 @@ def _(subject):
 @sampler.criterion("work grows neither with the text nor with the bias", "resource")
 def _(subject):
     logits = torch.zeros(3000)
-    for how in (SamplingParams(0, logit_bias=dict.fromkeys(range(3000), 1.0)), SamplingParams(0, frequency_penalty=2.0)):
+    for how in (SamplingParams(0, logit_bias=dict.fromkeys(range(3000), 1.0)),
+                SamplingParams(0, frequency_penalty=2.0)):
         if (calls := drawn(subject, logits, how, [1], 40)[1]) > 30:
             raise Wrong(f"{calls} operations for a token, {len(how.logit_bias)} biases, 40 tokens of text")
 

@@ -60,8 +60,8 @@ def serve(rounds, text=None, renew=False, kind=Engine, **how):
     tokens {(request, index): ids}, shown {the same: text}, and what the books of the blocks did not agree on.
     `renew`: new weights between the rounds.
     """
-    engine, tokens, shown, books = kind(model(0), text, **{"num_blocks": 40, "block_size": 4} | how), {}, {},
-    []
+    engine = kind(model(0), text, **{"num_blocks": 40, "block_size": 4} | how)
+    tokens, shown, books = {}, {}, []
     for i, requests in enumerate(rounds):
         if renew and i:
             engine.model = model(i)

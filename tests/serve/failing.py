@@ -14,7 +14,8 @@ class Failing(Fake):
 
     def _say(self, sequence):
         request, *_ = self.runs[sequence]
-        if "bad" in self.tokenizer.decode(request.prompt_token_ids) and len(sequence.tokens) > sequence.num_prompt_tokens + 1:
+        bad = "bad" in self.tokenizer.decode(request.prompt_token_ids)
+        if bad and len(sequence.tokens) > sequence.num_prompt_tokens + 1:
             self.abort_request(request.request_id)
             return RequestOutput(request.request_id, 0, "it is bad", finish_reason="error")
         return super()._say(sequence)

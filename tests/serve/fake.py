@@ -48,7 +48,8 @@ class Fake:
 
     def add_request(self, request):
         check_request(request, self.context, END + 1)
-        sequence = Sequence(list(request.prompt_token_ids), request.n, root_block_hash(weights_version=self.weights_version, cache_salt=request.cache_salt))
+        root = root_block_hash(weights_version=self.weights_version, cache_salt=request.cache_salt)
+        sequence = Sequence(list(request.prompt_token_ids), request.n, root)
         self.scheduler.add_sequence(sequence)
         self.runs[sequence] = (request, 0, StopStringDetokenizer(self.tokenizer, request.stop))
         if "die" in self.tokenizer.decode(request.prompt_token_ids):
@@ -82,7 +83,8 @@ class Fake:
         self.counts.update(steps=1, preemptions=len(plan.preempted))
         for sequence, first, count in plan.scheduled_chunks:
             request, index, _ = self.runs[sequence]
-            if first == sequence.num_cached_tokens and len(sequence.tokens) == sequence.num_prompt_tokens and not sequence.num_preemptions:
+            if (first == sequence.num_cached_tokens and len(sequence.tokens) == sequence.num_prompt_tokens
+                    and not sequence.num_preemptions):
                 self.counts.update(prefix_queries=sequence.num_prompt_tokens,
                                    prefix_hits=sequence.num_cached_tokens)
             self.counts["prompt_tokens"] += max(0, min(first + count, sequence.num_prompt_tokens) - first)

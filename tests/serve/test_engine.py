@@ -46,7 +46,8 @@ def run(engine, most=3000):
             break
         for event in engine.step():
             said.setdefault((event.request_id, event.index), []).extend(event.token_ids)
-    assert not engine.has_unfinished_requests and engine.block_pool.num_used_blocks == 0 and not engine.states_of_request
+    assert not engine.has_unfinished_requests and not engine.states_of_request
+    assert engine.block_pool.num_used_blocks == 0
     check_ref_counts(engine.block_pool, [])
     return said
 
@@ -156,7 +157,8 @@ def test_logprobs_of_prompt_and_answer_are_the_models():
         whole = tokens + [token for event in events for token in event.token_ids]
         want = model(torch.tensor([whole]))[0].log_softmax(-1)
         got = events[0].prompt_logprobs + [each for event in events for each in event.logprobs]
-        assert len(events[0].prompt_logprobs) == len(tokens) and not any(event.prompt_logprobs for event in events[1:])
+        assert len(events[0].prompt_logprobs) == len(tokens)
+        assert not any(event.prompt_logprobs for event in events[1:])
         assert got[0].logprob is None and [each.token for each in got] == whole
         for i, each in enumerate(got[1:]):
             assert each.logprob == pytest.approx(want[i, each.token].item(), abs=1e-10)
@@ -167,7 +169,8 @@ def test_a_prompt_alone_may_be_scored():
     engine = Engine(tiny(), num_blocks=10, block_size=4)
     engine.add_request(Request("r", prompt(0, 5), GREEDY, max_tokens=0, logprobs=0, prompt_logprobs=True))
     [event] = engine.step()
-    assert (event.finish_reason, event.token_ids, len(event.prompt_logprobs)) == ("length", [], 5) and not engine.has_unfinished_requests
+    assert (event.finish_reason, event.token_ids, len(event.prompt_logprobs)) == ("length", [], 5)
+    assert not engine.has_unfinished_requests
 
 
 def test_a_prefix_that_is_known_is_not_computed_again():
@@ -253,8 +256,8 @@ MODEL = tiny()
 @settings(max_examples=60, deadline=None)
 @given(actions, st.integers(6, 16), st.integers(1, 4), st.integers(1, 9))
 def test_any_interleaving_says_what_each_says_alone(todo, blocks, size, budget):
-    engine, asked, said = Engine(MODEL, num_blocks=blocks, block_size=size, max_num_batched_tokens=budget),
-    {}, {}
+    engine = Engine(MODEL, num_blocks=blocks, block_size=size, max_num_batched_tokens=budget)
+    asked, said = {}, {}
 
     def step():
         for event in engine.step():

@@ -57,7 +57,8 @@ def serve(engine, requests, meddle=lambda step: None):
                 said.setdefault((event.request_id, event.index), []).extend(event.token_ids)
         check_ref_counts(engine.block_pool, [each.block_table for each in (*engine.scheduler.running,
                                                                            *engine.scheduler.waiting)])
-    assert not engine.has_unfinished_requests and not engine.states_of_request and not engine.block_pool.num_used_blocks
+    assert not engine.has_unfinished_requests and not engine.states_of_request
+    assert not engine.block_pool.num_used_blocks
     return said, failed
 
 

@@ -244,7 +244,8 @@ def test_usage_comes_last_without_choices(always):
 
 def test_choices_of_several_prompts_are_in_order():
     said = answer(Completion, CompletionAnswer, prompt=["a", "b"], n=2, echo=True, max_tokens=2)
-    events = [RequestOutput(f"name-{p}", i, f"{p}{i}", [1], finish_reason="length") for i in (1, 0) for p in (1, 0)]
+    events = [RequestOutput(f"name-{p}", i, f"{p}{i}", [1], finish_reason="length")
+              for i in (1, 0) for p in (1, 0)]
     got = said.object([RequestOutput("name-1", 1, "first", [2]), *events])
     assert [each["text"] for each in got["choices"]] == ["a00", "a01", "b10", "bfirst11"]
     assert [each["index"] for each in got["choices"]] == [0, 1, 2, 3]

@@ -25,9 +25,11 @@ def refused(**more):
 
 @pytest.mark.parametrize("name, more", [
     ("n", {"n": HUGE}), ("n", {"n": -HUGE}), ("logprobs", {"logprobs": HUGE}), ("new", {"max_tokens": HUGE}),
-    ("new", {"max_tokens": -HUGE}), ("token", {"prompt_token_ids": [HUGE]}), ("token", {"prompt_token_ids": [1, -HUGE]}),
-    ("top_k", {"sampling_params": SamplingParams(top_k=HUGE)}), ("seed", {"sampling_params": SamplingParams(seed=HUGE)}),
-    ("seed", {"sampling_params": SamplingParams(seed=-2 ** 63 - 1)}), ("temperature", {"sampling_params": SamplingParams(HUGE)}),
+    ("new", {"max_tokens": -HUGE}), ("token", {"prompt_token_ids": [HUGE]}),
+    ("token", {"prompt_token_ids": [1, -HUGE]}), ("top_k", {"sampling_params": SamplingParams(top_k=HUGE)}),
+    ("seed", {"sampling_params": SamplingParams(seed=HUGE)}),
+    ("seed", {"sampling_params": SamplingParams(seed=-2 ** 63 - 1)}),
+    ("temperature", {"sampling_params": SamplingParams(HUGE)}),
     ("logit_bias", {"sampling_params": SamplingParams(logit_bias={HUGE: 1.0})}),
     ("logit_bias", {"sampling_params": SamplingParams(logit_bias={1: HUGE})})])
 def test_a_number_of_400_digits_is_refused_in_few_words(name, more):
@@ -59,7 +61,8 @@ def test_what_would_make_logits_infinite_is_refused(how, says):
 def test_an_empty_stop_string_is_refused_and_the_ends_of_all_ranges_are_not():
     assert refused(stop=("a", "")) == "a stop string is empty; leave it out"
     ends = SamplingParams(-0.0, VOCAB, 1e-9, -0.0, -2, 2, 1e-9, {0: -100, VOCAB - 1: 100}, -2 ** 63)
-    assert refused(sampling_params=ends) is None and refused(sampling_params=SamplingParams(100, seed=2 ** 63 - 1)) is None
+    assert refused(sampling_params=ends) is None
+    assert refused(sampling_params=SamplingParams(100, seed=2 ** 63 - 1)) is None
 
 
 whole = st.integers() | st.sampled_from([HUGE, -HUGE, 2 ** 63, -2 ** 63])

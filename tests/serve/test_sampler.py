@@ -69,8 +69,10 @@ def test_logprobs_are_the_models_and_the_likeliest_come_first():
     logits = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.7, 0.1, 0.1, 0.1]]).log()
     first, second = gather_logprobs(logits, [2, 0], num_logprobs=2)
     assert first.token == 2 and first.logprob == pytest.approx(-1.6094, abs=1e-3)
-    assert [token for token, _ in first.top_logprobs] == [1, 3] and second.top_logprobs[0] == (0, pytest.approx(second.logprob))
-    assert gather_logprobs(logits[:1], [2], num_logprobs=0)[0].top_logprobs == [] and gather_logprobs(logits, [], 5) == []
+    assert [token for token, _ in first.top_logprobs] == [1, 3]
+    assert second.top_logprobs[0] == (0, pytest.approx(second.logprob))
+    assert gather_logprobs(logits[:1], [2], num_logprobs=0)[0].top_logprobs == []
+    assert gather_logprobs(logits, [], 5) == []
 
 
 def sampled(logits, n=8, **how):
@@ -127,7 +129,8 @@ def test_no_token_is_drawn_from_what_is_not_finite(how, value):
 
 @pytest.mark.parametrize("how", [{"presence_penalty": 0.5, "frequency_penalty": -0.25},
                                  {"repetition_penalty": 1.7},
-                                 {"repetition_penalty": 0.5, "presence_penalty": 1.0, "logit_bias": {2: 3.0, 4: -1.5}}])
+                                 {"repetition_penalty": 0.5, "presence_penalty": 1.0,
+                                  "logit_bias": {2: 3.0, 4: -1.5}}])
 def test_token_by_token_it_is_what_it_is_of_the_whole_text(how):
     sampler, how, draws = Sampler(SamplingParams(**how), 0), SamplingParams(**how),
     torch.Generator().manual_seed(0)

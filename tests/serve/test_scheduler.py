@@ -117,7 +117,8 @@ def test_one_token_is_computed_even_if_all_are_known(tokens, hit):
     assert again.num_cached_tokens == hit
 
 
-@pytest.mark.parametrize("one, other", [(root_block_hash("a"), root_block_hash("b")), (root_block_hash("", 1), root_block_hash("", 2)),
+@pytest.mark.parametrize("one, other", [(root_block_hash("a"), root_block_hash("b")),
+                                        (root_block_hash("", 1), root_block_hash("", 2)),
                                         (root_block_hash("", 0, "x"), root_block_hash("", 0, "y")),
                                         (root_block_hash("a", 1), root_block_hash("a1"))])
 def test_adapters_versions_and_salts_share_nothing(one, other):
@@ -152,7 +153,8 @@ def test_the_longest_unused_goes_first_and_a_sequences_end_before_its_start():
     blocks.free(table)
     assert list(blocks.free_blocks) == [3, 2, 1, 0]                               # unknown, then tail to head
     assert blocks.allocate() == 3 and blocks.allocate() == 2
-    assert blocks.find_longest_cache_hit([b"a", b"b", b"c"]) == [0, 1] and blocks.find_longest_cache_hit([b"c", b"a"]) == []
+    assert blocks.find_longest_cache_hit([b"a", b"b", b"c"]) == [0, 1]
+    assert blocks.find_longest_cache_hit([b"c", b"a"]) == []
 
 
 def test_a_block_given_back_twice_is_refused():
@@ -198,8 +200,9 @@ def test_forks_share_all_until_they_write():
     a, b, c = engine.scheduler.running
     assert a.block_table == b.block_table == c.block_table and engine.block_pool.num_used_blocks == 2
     plan = engine.step()
-    assert len(plan.blocks_to_copy) == 2 and engine.block_pool.num_used_blocks == 4               # the full block stays shared
-    assert a.block_table[0] == b.block_table[0] == c.block_table[0] and len({each.block_table[1] for each in (a, b, c)}) == 3
+    assert len(plan.blocks_to_copy) == 2 and engine.block_pool.num_used_blocks == 4  # the full one is shared
+    assert a.block_table[0] == b.block_table[0] == c.block_table[0]
+    assert len({each.block_table[1] for each in (a, b, c)}) == 3
     assert sorted(each.tokens[5] for each in (a, b, c)) == [1000, 1001, 1002]
 
 

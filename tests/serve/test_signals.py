@@ -160,8 +160,10 @@ def test_a_rank_ignores_them_from_its_first_moment(capfd):
 
 
 def test_a_rank_whose_parent_died_before_it_could_ask_ends():
-    code = ("import functools, os, signal\nfrom nanoinfra.serve.processes.engine_processes import EngineProcesses\n"
-            "from tests.serve.fake import fake\nlife = EngineProcesses(functools.partial(fake, load=600), 2)\n"
+    code = ("import functools, os, signal\n"
+            "from nanoinfra.serve.processes.engine_processes import EngineProcesses\n"
+            "from tests.serve.fake import fake\n"
+            "life = EngineProcesses(functools.partial(fake, load=600), 2)\n"
             "print(*[each.pid for each in life.processes], flush=True)\n"
             "os.kill(os.getpid(), signal.SIGKILL)")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as parent:

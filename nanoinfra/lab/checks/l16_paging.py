@@ -95,8 +95,8 @@ def _(subject):
             _holders(pool, dict(enumerate(ledger.holders)), where)
             free = [block for block, holders in enumerate(ledger.holders) if not holders]
             if sorted(pool.free_blocks) != free:
-                raise Wrong(f"{where}: blocks {sorted(pool.free_blocks)} are free, want {free}: a block is free or "
-                            f"held, and once")
+                raise Wrong(f"{where}: blocks {sorted(pool.free_blocks)} are free, want {free}: a block is "
+                            f"free or held, and once")
 
 
 def _ask(pool, ledger, what, which):
@@ -220,8 +220,9 @@ def _(subject):
                         f"last of the running, one after another, until there is room for this one")
         for each in after.waiting:
             if after.names[each] in gone and (each.num_computed_tokens or each.block_table):
-                raise Wrong(f"{before}: {after.name(each)} waits and has {each.num_computed_tokens} tokens computed and "
-                            f"table {each.block_table}: its blocks are somebody else's now, so 0 and []")
+                raise Wrong(f"{before}: {after.name(each)} waits and has {each.num_computed_tokens} tokens "
+                            f"computed and table {each.block_table}: its blocks are somebody else's now, so "
+                            "0 and []")
         if gone and queue[:len(gone)] != sorted(gone):
             raise Wrong(f"{before}: {gone} are sent away and the queue is {queue}: they came before all that "
                         f"wait")

@@ -37,10 +37,11 @@ class Moment:
         return f"sequence {self.names[sequence]}" if sequence in self.names else f"{sequence!r}"[:40]
 
     def __str__(self):
-        runs = ", ".join(f"{self.names[s]} ({s.num_computed_tokens} of {len(s.tokens)})" for s in self.running)
+        runs = ", ".join(f"{self.names[s]} ({s.num_computed_tokens} of {len(s.tokens)})"
+                         for s in self.running)
         waits = ", ".join(f"{self.names[s]} ({len(s.tokens)})" for s in self.waiting)
-        return (f"budget {self.budget}, {len(self.blocks.free_blocks)} blocks of {self.blocks.block_size} free; runs "
-                f"(computed of tokens): {runs or 'nobody'}; waits (tokens): {waits or 'nobody'}")
+        return (f"budget {self.budget}, {len(self.blocks.free_blocks)} blocks of {self.blocks.block_size} "
+                f"free; runs (computed of tokens): {runs or 'nobody'}; waits (tokens): {waits or 'nobody'}")
 
 
 class _Kept(Watched):

@@ -43,7 +43,7 @@ class BlockPool:
         self.ref_counts[block] += 1
 
     def free(self, block_table: Sequence[int]) -> None:
-        """Take 1 off the ref_count of each block of a sequence. The sequence's last blocks are freed first."""
+        """Take 1 off the ref_count of each block of a sequence, the sequence's last block first."""
         for block in reversed(block_table):
             if self.ref_counts[block] < 1:
                 raise ValueError(f"block {block} is given back and nobody holds it")
@@ -85,7 +85,7 @@ class BlockPool:
 
 
 def root_block_hash(adapter: str = "", weights_version: int = 0, cache_salt: str = "") -> bytes:
-    """The hash before a sequence's first block. Sequences share blocks only where all three arguments agree."""
+    """The hash before a sequence's first block. Sequences share blocks only where all three are equal."""
     return blake2b(repr((adapter, weights_version, cache_salt)).encode(), digest_size=16).digest()
 
 

@@ -113,7 +113,7 @@ def compile_kernels_for(model: decoder.Decoder, kv_cache: PagedKVCache) -> ctype
 
 def install_cpu_blocks(model: decoder.Decoder, kv_cache: PagedKVCache,
                        kernels: ctypes.CDLL) -> CpuPagedKVCache:
-    """Replace the blocks of `model`, whose linears are packed; returns the cache to use instead of `kv_cache`."""
+    """Replace the blocks of `model`, whose linears are packed; returns the cache to use from now on."""
     model.blocks = nn.ModuleList(CpuDecoderBlock(block, kernels) for block in model.blocks)
     model.norm = AddRMSNorm(model.norm, kernels)
     return CpuPagedKVCache(kv_cache, kernels)

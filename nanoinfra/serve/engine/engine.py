@@ -93,7 +93,7 @@ class Engine:
         return outputs
 
     def reset_prefix_cache(self) -> None:
-        """Forget cached prefixes. To be called after a change of weights: old keys and values are wrong then."""
+        """Forget cached prefixes. Call it after a change of weights: old keys and values are wrong then."""
         self.weights_version += 1
         self.block_pool.reset_prefix_cache()
 
@@ -137,7 +137,7 @@ class Engine:
                                     "hit": cached})
 
     def _recompute_nonfinite(self, chunks, hidden):
-        """Preempt the sequences whose rows of `hidden` (N, C) are not finite; the outputs of those that fail."""
+        """Preempt the sequences whose rows of `hidden` (N, C) are not finite; outputs of those that fail."""
         finite, outputs, row = rows_are_finite(hidden), [], 0
         for sequence, _, count in chunks:
             if not all(finite[row:row + count]) and sequence in self.states:
@@ -161,8 +161,8 @@ class Engine:
 
     def _guarded(self, state: RequestState, handle: Callable[..., list[RequestOutput]],
                  *args) -> list[RequestOutput]:
-        """`handle(state, *args)`; an exception fails the request. No collective in it: one rank may be alone."""
-        if state.sequence not in self.states:                            # ended by another continuation's error
+        """`handle(state, *args)`; an exception fails the request. No collective in it: ranks may differ."""
+        if state.sequence not in self.states:                            # another continuation has failed
             return []
         try:
             return handle(state, *args)
@@ -176,7 +176,7 @@ class Engine:
         for sequence, first, count in chunks:
             rows, state = hidden[row:row + count], self.states.get(sequence)
             row += count
-            if state and state.request.prompt_logprobs and sequence.num_computed_tokens:    # 0: it is preempted
+            if state and state.request.prompt_logprobs and sequence.num_computed_tokens:    # 0: preempted
                 state.prompt_logprobs = state.prompt_logprobs or [Logprob(sequence.tokens[0], None)]
                 known = len(state.prompt_logprobs)                       # past `first` after a preemption
                 ahead = sequence.tokens[known:min(first + count + 1, sequence.num_prompt_tokens)]

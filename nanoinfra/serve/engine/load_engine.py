@@ -16,7 +16,7 @@ from nanoinfra.train.pretrained import open_pretrained
 
 
 def load_engine(options: EngineOptions, mesh: Mesh) -> Engine:
-    """This rank's engine for `nanoinfra serve`: weights, tokenizer, and the KV blocks that --kv-memory holds."""
+    """This rank's engine for `nanoinfra serve`: weights, tokenizer, the KV blocks that --kv-memory holds."""
     weights, dtype = open_pretrained(options.model, mesh.world), getattr(torch, options.dtype)
     block_bytes = options.block_size * kv_cache_bytes_per_token(weights.config, dtype.itemsize, mesh.tp.size)
     num_blocks = options.kv_memory // block_bytes

@@ -50,7 +50,7 @@ class PackedLinear(nn.Module):
         return self._product(x)
 
     def split_outputs(self, x: torch.Tensor, *_: nn.Module) -> tuple[torch.Tensor, ...]:
-        """The outputs of each linear apart: takes the place of an attention's or an MLP's input projection."""
+        """The outputs of each linear apart: it replaces the input projection of an attention or an MLP."""
         return self(x).split(self.outs, -1)
 
     def warm_up(self, max_rows: int) -> None:

@@ -78,7 +78,7 @@ class PagedKVCache:
         return parts
 
     def _attend_decodes(self, memory, q, mask):
-        """Attention of the decoding sequences: (B, H, K). A head's G queries attend as if they were G tokens."""
+        """Attention of decoding sequences: (B, H, K). A head's G queries attend as if they were G tokens."""
         index, bias, offsets = self.decode_metadata                                      # (B, 1, 1, S)
         queries = q[:len(bias)].unflatten(1, (self.num_kv_heads, -1))                    # (B, KV, G, K)
         both = memory.flatten(0, 1).flatten(1).index_select(0, index)
@@ -92,7 +92,7 @@ class PagedKVCache:
         return F.scaled_dot_product_attention(queries, keys, values, bias).flatten(1, 2)
 
     def _build_decode_metadata(self, decodes):
-        """Of [(block_table, S)]: rows of the pool to gather, a bias that is -inf past S, each key's place - S."""
+        """Of [(block_table, S)]: pool rows to gather, a bias that is -inf past S, each key's place less S."""
         longest = max(len(table) for table, _ in decodes)
         padded = [table + [table[-1]] * (longest - len(table)) for table, _ in decodes]
         tables = self._tensor(padded).flatten()                                          # (B blocks,)
@@ -105,7 +105,7 @@ class PagedKVCache:
         return index, bias[:, None, None], offsets[:, None, None]                        # (B, 1, 1, S)
 
     def _group_chunks(self, chunks, begin):
-        """[(first row, sequences, tokens of each, blocks or None, keys)]; whole prompts of one length together."""
+        """[(first row, sequences, tokens of each, blocks or None, keys)]; equally long prompts together."""
         groups = []
         for sequence, first, count in chunks:
             alike = groups and groups[-1][3] is None and not first and groups[-1][2] == count

@@ -18,7 +18,7 @@ class RequestState:
     detokenizer: StopStringDetokenizer | None            # None: outputs have token ids alone, without text
     prompt_logprobs: list[Logprob] = field(default_factory=list)         # if the request wants them
     num_output_tokens: int = 0
-    recomputed: bool = False                 # was it computed a second time, after numbers that were not finite?
+    recomputed: bool = False                 # was it computed again, after numbers that were not finite?
 
     def banned_token_ids(self, eos_token_ids: Set[int]) -> list[int]:
         """Tokens that may not come next: those that would end a text that has not its `min_tokens` yet."""

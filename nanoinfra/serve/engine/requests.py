@@ -111,8 +111,8 @@ def _check_tokens(request, vocab_size):
     named = {"logit_bias": request.sampling_params.logit_bias, "stop_token_ids": request.stop_token_ids}
     for name, ids in named.items():
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise InvalidRequest(f"{name} names tokens {_shown(min(ids))} to {_shown(max(ids))}; ids are 0 to "
-                                 f"{vocab_size - 1}", name)
+            raise InvalidRequest(f"{name} names tokens {_shown(min(ids))} to {_shown(max(ids))}; ids are 0 "
+                                 f"to {vocab_size - 1}", name)
 
 
 def _shown(number):

@@ -37,7 +37,7 @@ class Sampler:
         return self.greedy and not self.processor
 
     def share_logit_bias(self, other: "Sampler") -> None:
-        """Use the logit bias tensor of `other`, a continuation of the same request, instead of a second one."""
+        """Use the logit bias tensor of `other`, a continuation of the same request; make no second one."""
         if self.processor:
             self.processor.bias_owner = other.processor
 

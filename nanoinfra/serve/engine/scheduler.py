@@ -19,10 +19,10 @@ class QueueFull(Exception):
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens, of which the first `num_computed_tokens` have keys and values in the blocks of `block_table`."""
+    """Tokens, of which the first `num_computed_tokens` have keys and values in blocks of `block_table`."""
     tokens: list[int]                        # of the prompt, then those that were generated
     n: int = 1                               # is forked into so many sequences when its prompt is computed
-    root_hash: bytes = field(default_factory=root_block_hash)  # only sequences with the same root share blocks
+    root_hash: bytes = field(default_factory=root_block_hash)  # only with the same root are blocks shared
     skip_prefix_cache: bool = False          # computes all of its prompt, whatever is cached
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -103,7 +103,7 @@ class Scheduler:
                 self.block_pool.cache_full_block(sequence.block_table[i], sequence.block_hashes[i + 1])
 
     def fork_sequence(self, sequence: Sequence) -> Sequence:
-        """Add a running copy of `sequence`. The two share all blocks until one of them writes (copy on write)."""
+        """Add a running copy of `sequence`. The two share all blocks until one writes: copy on write."""
         fork = Sequence(list(sequence.tokens), root_hash=sequence.root_hash,
                         num_computed_tokens=sequence.num_computed_tokens,
                         block_table=list(sequence.block_table), block_hashes=list(sequence.block_hashes),
@@ -160,7 +160,7 @@ class Scheduler:
         return True
 
     def _admit(self, budget, output):
-        """Start the first waiting sequence: (sequence, first token, how many), or None where it has no room."""
+        """Start the first waiting sequence: (sequence, first token, how many), or None if it has no room."""
         sequence, size = self.waiting[0], self.block_pool.block_size
         if sum(each.n for each in self.running) + sequence.n > self.max_num_seqs:
             return None
@@ -180,7 +180,7 @@ class Scheduler:
         return sequence, sequence.num_computed_tokens, count
 
     def _usable_hashes(self, sequence):
-        """Hashes of blocks that may come from the cache. One token is always computed: it gives the logits."""
+        """Hashes of blocks that may be cached ones. One token is always computed: it gives the logits."""
         return sequence.block_hashes[1:1 + (len(sequence.tokens) - 1) // self.block_pool.block_size]
 
     def _free_blocks(self, sequence):

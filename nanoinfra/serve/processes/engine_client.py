@@ -66,7 +66,7 @@ class EngineClient:
             self.newest_processes.kill_all()
 
     async def join(self) -> None:
-        """Wait, after `stop`, until the ranks are gone; a process that cannot be killed is left and reported."""
+        """Wait, after `stop`, until the ranks are gone; a process that cannot be killed is reported."""
         try:
             await asyncio.wait_for(self.processes_gone.wait(), _KILL_TIMEOUT_SECONDS)
             self.keeper.join()
@@ -77,7 +77,7 @@ class EngineClient:
                   f"process {left}", file=sys.stderr, flush=True)
 
     def submit_requests(self, requests: Sequence[Request]) -> ResponseStream:
-        """Send requests to the engine; their outputs come from the stream. Raises Refused without an engine."""
+        """Send requests to the engine; the stream gives their outputs. Raises Refused without an engine."""
         if self.state != "ready":
             raise Refused(503, self.state_reason)
         stream = ResponseStream(self, requests)

@@ -19,7 +19,7 @@ from nanoinfra.distributed.cpu_threads import default_threads
 from nanoinfra.serve.processes.engine_loop import API_SIGNALS, EngineLoadFailed, EngineReady, EngineStepResult
 from nanoinfra.serve.processes.tp_group import TensorParallelGroup
 
-_RANK_PROGRAM = "from nanoinfra.serve.processes.engine_loop import main; main()"      # not -m: its classes would be __main__'s
+_RANK_PROGRAM = "from nanoinfra.serve.processes.engine_loop import main; main()"   # -m: in __main__
 
 
 def rank_environment(num_ranks: int) -> dict[str, str]:

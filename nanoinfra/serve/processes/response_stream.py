@@ -7,7 +7,7 @@ from nanoinfra.serve.server.errors import Refused
 
 
 class ResponseStream:
-    """The outputs of requests that `client` (EngineClient) has sent: iterate over them, and close it at the end."""
+    """The outputs of requests that `client` (EngineClient) has sent. Iterate over it, and close it."""
 
     def __init__(self, client, requests: Sequence[Request]):
         self.client, self.queue = client, asyncio.Queue()

@@ -16,7 +16,8 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from nanoinfra.serve.engine.requests import RequestOutput
-from nanoinfra.serve.processes.engine_client import EngineClient, Job
+from nanoinfra.serve.processes.engine_client import EngineClient
+from nanoinfra.serve.processes.response_stream import ResponseStream
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.http.api_keys import salted
 from nanoinfra.serve.server.http.request_ids import log_failure
@@ -71,7 +72,7 @@ def at_work(state) -> EngineClient:
 class Sent(StreamingResponse):
     """An answer on its way, as fast as the client reads; however it ends, the job is closed."""
 
-    def __init__(self, job: Job, pieces: AsyncIterator[bytes], kind: str, headers: dict[str, str]):
+    def __init__(self, job: ResponseStream, pieces: AsyncIterator[bytes], kind: str, headers: dict[str, str]):
         super().__init__(pieces, media_type=kind, headers=headers)
         self.job = job
 
@@ -129,14 +130,15 @@ async def _unless_gone(request, work, seconds):
         await asyncio.wait(tasks)
 
 
-async def _gather(answer: Answer, job: Job):
+async def _gather(answer: Answer, job: ResponseStream):
     """Add all that comes; True. What has been added stays so where this is cancelled."""
     async for event in job:
         answer.add(event)
     return True
 
 
-async def _chunks(answer: Answer, job: Job, first: RequestOutput | None, threads: Preprocessor, scope):
+async def _chunks(answer: Answer, job: ResponseStream, first: RequestOutput | None,
+                  threads: Preprocessor, scope):
     try:
         event = first or SILENCE
         while event:
@@ -153,7 +155,7 @@ async def _chunks(answer: Answer, job: Job, first: RequestOutput | None, threads
         yield answer.failed(why)
 
 
-async def _late(answer: Answer, job: Job, threads: Preprocessor, scope):
+async def _late(answer: Answer, job: ResponseStream, threads: Preprocessor, scope):
     """The object, and before it spaces for as long as it takes."""
     try:
         yield OBJECT_PULSE

@@ -52,9 +52,9 @@ def check_memory(request: Request, info: dict) -> None:
     """Raise Refused for a prompt that the KV memory of the engine (`info`: Engine.info()) cannot hold."""
     room = info.get("blocks", 0) * info.get("block_size", 0)
     if room and len(request.prompt_token_ids) >= room:
-        raise Refused(400, f"a prompt of {len(request.prompt_token_ids)} tokens and one more do not fit the KV memory, "
-                           f"which holds {room}; shorten it, or give the server more memory", "prompt",
-                      CONTEXT_LENGTH_EXCEEDED)
+        raise Refused(400, f"a prompt of {len(request.prompt_token_ids)} tokens and one more do not fit the "
+                           f"KV memory, which holds {room}; shorten it, or give the server more memory",
+                      "prompt", CONTEXT_LENGTH_EXCEEDED)
 
 
 def check_choices(prompts: int, n: int) -> None:

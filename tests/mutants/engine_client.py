@@ -137,5 +137,6 @@ MUTANTS = [
            patched(books, WORKER, SeesOpenAnswersAlone), HANGS),
     Mutant("a rank that the server has ended is a failure", waiting,
            patched(books, WORKER, TakesItsOwnKillForADeath), ASKED),
-    Mutant("pauses of up to 30 s", waiting, patched(books, "nanoinfra.serve.processes.engine_client:_MAX_RESTART_DELAY_SECONDS", 30.0), PAUSES),
+    Mutant("pauses of up to 30 s", waiting, patched(
+        books, "nanoinfra.serve.processes.engine_client:_MAX_RESTART_DELAY_SECONDS", 30.0), PAUSES),
 ]

@@ -22,10 +22,11 @@ def test_the_bytes_of_tokens_make_the_text_and_offsets_count_its_characters(name
         ids, offsets = text.encode(string), TextOffsets(spelling)
         whole, made, begun = text.decode(ids), b"", False
         for token in ids:
-            at = offsets.next_offset(token)         # where the character begins that `made` ends before, or within
+            at = offsets.next_offset(token)    # where the character begins that `made` ends before, or within
             assert len(whole[:at].encode()) <= len(made) < len(whole[:at + 1].encode()) or at == len(whole)
             if token not in text.special_ids:
-                made, begun = made + (spelling.token_bytes(token) if begun else spelling.first_token_bytes(token)), True
+                made += spelling.token_bytes(token) if begun else spelling.first_token_bytes(token)
+                begun = True
         assert made.decode(errors="replace") == whole and offsets.at == len(whole)
 
 
@@ -35,8 +36,9 @@ def test_parts_of_a_character_have_their_bytes(tmp_path):
     assert [spelling.token_bytes(i) for i in ids[-4:]] == [b"\xf0", b"\x9f", b"\x99", b"\x82"]
     assert spelling.token_bytes(0) == b"<s>" and spelling.token_text(0) == "<s>"
     word = text.encode("the", begin=False)[0]
-    assert spelling.token_bytes(word)[:1] == b" " and spelling.first_token_bytes(word) == spelling.token_bytes(word)[1:]
-    assert spelling.token_bytes(10 ** 6) == b"" == spelling.first_token_bytes(10 ** 6)     # of the model's, not the tokenizer's
+    assert spelling.token_bytes(word)[:1] == b" "
+    assert spelling.first_token_bytes(word) == spelling.token_bytes(word)[1:]
+    assert spelling.token_bytes(10 ** 6) == b"" == spelling.first_token_bytes(10 ** 6)     # the model's alone
 
 
 def test_offsets_of_hidden_tokens_and_parts_of_characters():

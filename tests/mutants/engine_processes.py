@@ -70,8 +70,10 @@ def _(subject):
 @leaving.criterion("a rank ends whose parent has died before it could ask", "property")
 def _(subject):
     def orphan():
-        code = ("import functools, os, signal\nfrom nanoinfra.serve.processes import engine_processes as life\n"
-                f"from tests.serve.fake import fake\nlife._RANK_PROGRAM = {engine_processes._RANK_PROGRAM!r}\n"
+        code = ("import functools, os, signal\n"
+                "from nanoinfra.serve.processes import engine_processes as life\n"
+                "from tests.serve.fake import fake\n"
+                f"life._RANK_PROGRAM = {engine_processes._RANK_PROGRAM!r}\n"
                 "one = life.EngineProcesses(functools.partial(fake, load=600), 1)\n"
                 "print(one.processes[0].pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)")
         with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as parent:

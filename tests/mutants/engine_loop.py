@@ -46,7 +46,8 @@ class _Parted:
 def _(subject):
     try:
         with contextlib.redirect_stderr(io.StringIO()):                  # the loop shows what it has caught
-            step = subject("execute_commands_and_step", _Scripted(), [("add", Request(name, [1])) for name in NAMES])
+            step = subject("execute_commands_and_step", _Scripted(),
+                           [("add", Request(name, [1])) for name in NAMES])
     except ArithmeticError as error:
         raise Wrong(f"the rank dies of one request: {error}") from error
     if [(name, status) for name, status, _ in step.refused_requests] != [("odd", 500), ("bad", 500)]:
@@ -84,9 +85,11 @@ def runs_on(engine, team, pipe):
 
 
 REFUSED, PARTED = (c.name for c in turns.criteria)
+LOOP = "nanoinfra.serve.processes.engine_loop"
 MUTANTS = [
     Mutant("a rank dies of what it is asked", turns,
-           patched(drive, "nanoinfra.serve.processes.engine_loop:_execute", obeys_or_dies), REFUSED),
-    Mutant("who fails is answered", turns, patched(drive, "nanoinfra.serve.processes.engine_loop:execute_commands_and_step", answers_all), REFUSED),
-    Mutant("ranks that disagree go on", turns, patched(drive, "nanoinfra.serve.processes.engine_loop:run_busy_loop", runs_on), PARTED),
+           patched(drive, f"{LOOP}:_execute", obeys_or_dies), REFUSED),
+    Mutant("who fails is answered", turns,
+           patched(drive, f"{LOOP}:execute_commands_and_step", answers_all), REFUSED),
+    Mutant("ranks that disagree go on", turns, patched(drive, f"{LOOP}:run_busy_loop", runs_on), PARTED),
 ]

@@ -15,8 +15,8 @@ from tests.serve.failing import Failing, failing
 from tests.serve.fake import Fake
 from tests.serve.letters import letters
 from tests.serve.test_engine import prompt
+from tests.serve.test_engine_client import ids, pids, said, working
 from tests.serve.test_isolation import asked, batch, made, serve
-from tests.serve.test_worker import ids, pids, said, working
 
 
 class Odd(Exception):
@@ -97,11 +97,12 @@ def test_a_turn_tells_who_failed_from_who_is_answered():
     engine = Failing()
     for name in ("good", "bad"):
         engine.add_request(Request(name, ids(name), max_tokens=3))
-    steps = [engine_loop.execute_commands_and_step(engine, [("add", Request("odd", ids("odd")))] if i == 0 else []) for i in range(3)]
+    commands = [[("add", Request("odd", ids("odd")))], [], []]
+    steps = [engine_loop.execute_commands_and_step(engine, each) for each in commands]
     assert steps[0].refused_requests == [("odd", 500,
                                           "the engine failed on this request: RuntimeError: it is odd")]
     assert steps[2].refused_requests == [("bad", 500, "it is bad")]
-    assert [event.request_id for event in steps[2].outputs] == ["good"] and steps[2].outputs[0].finish_reason == "length"
+    assert [(each.request_id, each.finish_reason) for each in steps[2].outputs] == [("good", "length")]
 
 
 def test_a_request_that_fails_has_a_status_and_the_engine_lives_on():

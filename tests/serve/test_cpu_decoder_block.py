@@ -15,6 +15,7 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.serve.engine import cpu_decoder_block, packed_linear
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.load_engine import load_engine, use_cpu_kernels
+from nanoinfra.serve.engine.packed_linear import PackedLinear
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
 from nanoinfra.serve.engine.requests import Request, SamplingParams
 from nanoinfra.serve.options import EngineOptions
@@ -162,8 +163,8 @@ def test_a_layer_takes_few_operations_and_puts_no_keys_together():
 @torch.inference_mode()
 def test_steps_of_any_size_find_their_products_compiled(monkeypatch):
     """By the numbers of rows that oneDNN sees: few, and each before the first request."""
-    seen, product, draws = set(), packed_linear.PackedLinear._product, random.Random(0)
-    monkeypatch.setattr(packed_linear.PackedLinear, "_product", lambda self, x: (seen.add(len(x.view(-1, x.shape[-1]))),
+    seen, product, draws = set(), PackedLinear._product, random.Random(0)
+    monkeypatch.setattr(PackedLinear, "_product", lambda self, x: (seen.add(len(x.view(-1, x.shape[-1]))),
                                                                     product(self, x))[1])
     engine = made("llama", torch.float32, True, num_blocks=300, max_num_batched_tokens=150, max_num_seqs=20)
     warmed, sizes = set(seen), set()
@@ -180,10 +181,10 @@ def test_steps_of_any_size_find_their_products_compiled(monkeypatch):
 @torch.inference_mode()
 def test_rows_that_fill_up_change_nothing(rows):
     linear, x = torch.nn.Linear(12, 20), torch.randn(rows, 12)
-    torch.testing.assert_close(packed_linear.PackedLinear(linear)(x), linear(x), rtol=0, atol=1e-5)
-    torch.testing.assert_close(packed_linear.PackedLinear(linear)(x[None]), linear(x)[None], rtol=0,
+    torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(PackedLinear(linear)(x[None]), linear(x)[None], rtol=0,
                                atol=1e-5)
-    torch.testing.assert_close(packed_linear.PackedLinear(linear)(x[0]), linear(x[0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(PackedLinear(linear)(x[0]), linear(x[0]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", packed_linear.PACKED_LINEAR_DTYPES)
@@ -227,7 +228,7 @@ def test_a_row_times_a_weight(ins, outs, bias, dtype):
     for part in (linear.weight, linear.bias) if bias else (linear.weight,):
         part.copy_(torch.randn(part.shape, generator=draws))
     linear, x = linear.to(dtype), torch.randn(1, 1, ins, generator=draws).to(dtype)
-    got = packed_linear.PackedLinear(linear, gemv=compiled(dtype).gemv)(x)
+    got = PackedLinear(linear, gemv=compiled(dtype).gemv)(x)
     wide = [part.double() for part in (x, linear.weight)]
     exact = torch.nn.functional.linear(*wide, linear.bias.double() if bias else None)
     sums = (wide[0].abs() @ wide[1].abs().T) * ins * 2 ** -24            # float32's roundings on the way
@@ -239,10 +240,10 @@ def test_a_row_times_a_weight(ins, outs, bias, dtype):
 def test_weights_lie_there_twice_only_where_both_orders_are_read(monkeypatch):
     linear = torch.nn.Linear(16, 24)
     gemv = compiled(torch.float32).gemv
-    assert packed_linear.PackedLinear(linear).weight is None and packed_linear.PackedLinear(linear).packed is not None
-    assert packed_linear.PackedLinear(linear, gemv=gemv).weight.data_ptr() == linear.weight.data_ptr()     # no copy of one
+    assert PackedLinear(linear).weight is None and PackedLinear(linear).packed is not None
+    assert PackedLinear(linear, gemv=gemv).weight.data_ptr() == linear.weight.data_ptr()     # no copy of one
     monkeypatch.setattr(packed_linear, "why_not_packable", lambda dtype: "it does not")
-    assert packed_linear.PackedLinear(linear).packed is None and packed_linear.PackedLinear(linear).weight is not None
+    assert PackedLinear(linear).packed is None and PackedLinear(linear).weight is not None
 
 
 @pytest.mark.parametrize("dtype", packed_linear.PACKED_LINEAR_DTYPES)
@@ -316,7 +317,7 @@ def test_other_families_keep_torchs_operations_between_the_products(family):
     engine = Engine(scrambled(Decoder(config(family))), num_blocks=40)
     assert "all between by torch's operations" in use_cpu_kernels(engine)
     assert type(engine.kv_cache) is PagedKVCache and isinstance(engine.model.blocks[0].attn.o,
-                                                                packed_linear.PackedLinear)
+                                                                PackedLinear)
 
 
 def test_processes_that_load_it_keep_their_numbers_as_they_are():
