@@ -180,17 +180,18 @@ class Pool:
 check.Pool(Pool)
 
 # %% [markdown]
-# **Exercise 2: a step.** A sequence has `tokens`, of which the first `computed` are in the blocks of its
-# `table`. Prompt, answer, going on after it was sent away: all are one rule, *let computed catch up*. `plan`
-# only plans; whoever runs the step adds to `computed`. Hand out `budget` tokens: to the list `running` in its
-# order, as much as each lacks; then to the deque `waiting` in its, and who comes in goes to the end of
-# `running`. Prompts may go in chunks, cut by budget alone: who waits and finds too few `free` waits on.
+# **Exercise 2: a step.** A sequence has `tokens`, of which the first `num_computed_tokens` are in the
+# blocks of its `block_table`. Prompt, answer, going on after it was sent away: all are one rule, *let computed
+# catch up*. `plan` only plans; whoever runs the step adds to `num_computed_tokens`. Hand out `budget` tokens:
+# to the list `running` in its order, as much as each lacks; then to the deque `waiting` in its, and who comes
+# in goes to the end of `running`. Prompts may go in chunks, cut by budget alone: who waits and finds too few
+# `free_blocks` waits on.
 #
 # `missing` says how many blocks a sequence lacks, `start` takes them and makes the plan's entry. Where one of
-# the running finds too few, their *last* gives its table back, forgets what was computed (`table = []`,
-# `computed = 0`) and becomes the first that waits; again, until this one has room or was itself the last. If
-# anybody was sent away, nobody comes in, in this step. Who waits sends nobody away, and nobody overtakes,
-# even one that would fit. 15 to 20 lines.
+# the running finds too few, their *last* gives its table back, forgets what was computed (`block_table = []`,
+# `num_computed_tokens = 0`) and becomes the first that waits; again, until this one has room or was itself
+# the last. If anybody was sent away, nobody comes in, in this step. Who waits sends nobody away, and nobody
+# overtakes, even one that would fit. 15 to 20 lines.
 
 # %% nbgrader={"grade_id": "plan", "solution": true}
 # %%exercise L16
@@ -239,8 +240,8 @@ check.plan(plan)
 # %% [markdown]
 # ## 4. Read the real one
 # What does `_admit` do that yours does not, and why may a hit not cover all of a prompt (`_usable_hashes`)?
-# Blocks stay `known` by a hash of all tokens up to their end: why not of their own alone? In which order does
-# `give_back` free a table, and why?
+# Blocks stay in `hash_to_block` by a hash of all tokens up to their end: why not of their own alone? In which
+# order does `free` go through a table, and why?
 
 # %%
 for it in (Scheduler.schedule, Scheduler._admit, Scheduler._usable_hashes, Scheduler._make_room, BlockPool):

@@ -112,8 +112,8 @@ def teamed(look, *without: str, store=master_store) -> bool:
 
 class _Reports(TensorParallelGroup):
     """Remembers the last thing shared: the store's port."""
-    def share(self, value=None):
-        self.port = super().share(value)
+    def broadcast_object(self, value=None):
+        self.port = super().broadcast_object(value)
         return self.port
 
 
@@ -121,12 +121,12 @@ def _team_rank(rank, pipes, report, store, without):
     end_with_parent()
     team = _Reports(rank, pipes)
     with _elsewhere(), _without(without), mock.patch("nanoinfra.distributed.loopback.master_store", store):
-        mesh = team.mesh(tp=2)
+        mesh = team.init_tp_mesh(tp_size=2)
         comm.barrier(mesh.tp)
         if report:
             report.send(team.port)
             report.recv()
-        team.share()
+        team.broadcast_object()
         comm.barrier(mesh.tp)
 
 

@@ -24,7 +24,7 @@ HINTS = {
     "shares for two": "has 5 holders, want 4",
     "spends nothing": "is what is left of the budget less each time?",
     "begins at 0": "begins at token 0, and 8 of its tokens are computed",
-    "counts for itself": "plan adds nothing to `computed`, whoever runs the step does",
+    "counts for itself": "plan adds nothing to `num_computed_tokens`, whoever runs the step does",
     "takes nobody out": "plan does not end: is who is sent away taken out of `running`?",
     "goes on with who was sent away": "it was sent away in this step, so plan it no more",
     "asks nobody for room": "no block is free: where too few are, one that runs sends the last away",

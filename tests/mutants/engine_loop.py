@@ -35,7 +35,7 @@ class _Scripted:
 class _Parted:
     rank, turns = 1, 0
 
-    def broadcast(self, value=None):
+    def broadcast_object(self, value=None):
         self.turns += 1
         if self.turns > 3:
             raise EOFError
@@ -81,7 +81,7 @@ def answers_all(engine, commands):
 
 def runs_on(engine, team, pipe):
     while True:
-        engine_loop.execute_commands_and_step(engine, team.broadcast()[0])
+        engine_loop.execute_commands_and_step(engine, team.broadcast_object()[0])
 
 
 REFUSED, PARTED = (c.name for c in turns.criteria)

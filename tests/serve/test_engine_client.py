@@ -32,7 +32,7 @@ def following(team, **options):
     step = engine.step
 
     def together():
-        team.broadcast()
+        team.broadcast_object()
         return step()
     engine.step = together
     return engine
@@ -189,7 +189,8 @@ def test_stopping_while_it_loads_leaves_nothing():
 
 
 def test_ranks_die_with_the_api_process():
-    code = ("import asyncio\nfrom tests.serve.fake import meeting\nfrom tests.serve.test_engine_client import *\n"
+    code = ("import asyncio\nfrom tests.serve.fake import meeting\n"
+            "from tests.serve.test_engine_client import *\n"
             "async def run():\n"
             "    async with working(meeting, world=2) as worker:\n"
             "        await said(worker.submit([Request('a', ids('ab'))]))\n"      # by all of them

@@ -124,7 +124,7 @@ class Parted:
     """Rank 1 of a team whose rank 0 has lost another request than this one in the last turn."""
     rank = 1
 
-    def broadcast(self, value=None):
+    def broadcast_object(self, value=None):
         return [], [("x", 500)]
 
 

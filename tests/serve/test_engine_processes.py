@@ -106,7 +106,8 @@ def _answered(client):
 
 @pytest.mark.prove
 def test_the_library_passes_the_checks_that_its_mutants_fail():
-    mutants = [m for file in ("engine_client", "engine_processes", "shutdown_signals") for m in collect(file=file)]
+    files = ("engine_client", "engine_processes", "shutdown_signals")
+    mutants = [mutant for file in files for mutant in collect(file=file)]
     subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in mutants}
     for check, subject in subjects.values():
         assert check.report(subject).exit_code == 0

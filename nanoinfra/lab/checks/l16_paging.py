@@ -150,7 +150,7 @@ def _(subject):
             if sequence in after.waiting:                                # was sent away again: see below
                 continue
             if first != sequence.num_computed_tokens:
-                why = ": plan adds nothing to `computed`, whoever runs the step does" * (
+                why = ": plan adds nothing to `num_computed_tokens`, whoever runs the step does" * (
                     sequence.num_computed_tokens == first + count)
                 raise Wrong(f"{before}: {after.name(sequence)} begins at token {first}, and "
                             f"{sequence.num_computed_tokens} of its tokens are computed{why}")

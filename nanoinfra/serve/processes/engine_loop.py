@@ -88,7 +88,8 @@ def run_busy_loop(engine, tp_group: TensorParallelGroup, pipe: Connection) -> No
         threading.Thread(target=_listen, args=(pipe, inbox), daemon=True).start()
     while True:
         wait = not engine.has_unfinished_requests
-        commands, failed_on_rank_0 = tp_group.broadcast(inbox and (_take_commands(inbox, wait), failed))
+        mine = inbox and (_take_commands(inbox, wait), failed)
+        commands, failed_on_rank_0 = tp_group.broadcast_object(mine)
         if failed != failed_on_rank_0:                       # before a collective of the next step
             raise RuntimeError(f"rank {tp_group.rank} has ended {failed}, rank 0 {failed_on_rank_0}: "
                                "they have parted")

@@ -16,7 +16,7 @@ class TensorParallelGroup:
     def __init__(self, rank: int = 0, pipes: Sequence[Connection] = ()):
         self.rank, self.pipes = rank, pipes
 
-    def broadcast(self, value=None):
+    def broadcast_object(self, value=None):
         """Rank 0's `value`, on every rank. Raises EOFError or OSError where one has died."""
         if self.rank:
             return self.pipes[0].recv()
@@ -24,7 +24,7 @@ class TensorParallelGroup:
             pipe.send(value)
         return value
 
-    def make_mesh(self, tp_size: int):
+    def init_tp_mesh(self, tp_size: int):
         """A Mesh of `tp_size` ranks, all of this group's. Every rank calls it."""
         import torch.distributed as dist
 
@@ -33,7 +33,7 @@ class TensorParallelGroup:
         if tp_size > 1:
             bind_to_loopback()
             store = master_store() if self.rank == 0 else None
-            port = self.broadcast(store and store.port)
+            port = self.broadcast_object(store and store.port)
             store = store or client_store(port)
             dist.init_process_group("gloo", timeout=_COLLECTIVE_TIMEOUT, store=store, rank=self.rank,
                                     world_size=tp_size)
