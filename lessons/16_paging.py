@@ -180,11 +180,11 @@ class Pool:
 check.Pool(Pool)
 
 # %% [markdown]
-# **Exercise 2: a step.** A sequence has `tokens`, of which the first `num_computed_tokens` are in the
-# blocks of its `block_table`. Prompt, answer, going on after it was sent away: all are one rule, *let computed
-# catch up*. `plan` only plans; whoever runs the step adds to `num_computed_tokens`. Hand out `budget` tokens:
-# to the list `running` in its order, as much as each lacks; then to the deque `waiting` in its, and who comes
-# in goes to the end of `running`. Prompts may go in chunks, cut by budget alone: who waits and finds too few
+# **Exercise 2: a step.** A sequence has `tokens`, of which the first `num_computed_tokens` are in the blocks
+# of its `block_table`. Prompt, answer, going on after it was sent away: all are one rule, *let computed catch
+# up*. `plan` only plans; whoever runs the step adds to `num_computed_tokens`. Hand out `budget` tokens: to
+# the list `running` in its order, as much as each lacks; then to the deque `waiting` in its, and who comes in
+# goes to the end of `running`. Prompts may go in chunks, cut by budget alone: who waits and finds too few
 # `free_blocks` waits on.
 #
 # `missing` says how many blocks a sequence lacks, `start` takes them and makes the plan's entry. Where one of

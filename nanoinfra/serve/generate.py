@@ -63,7 +63,8 @@ class KVCache:
     """
 
     def __init__(self, num_layers: int, capacity: int):
-        self.layers, self.capacity, self.length = [None] * num_layers, capacity, 0
+        self.layers, self.capacity = [None] * num_layers, capacity
+        self.length = 0
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                mask: Mask = CAUSAL) -> torch.Tensor:

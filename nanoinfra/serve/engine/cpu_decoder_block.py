@@ -1,4 +1,4 @@
-"""Decoder blocks for one CPU rank: four packed products and five passes of the decode kernels in C each.
+"""Decoder blocks for one CPU rank, by the decode kernels in C: four packed products and five passes each.
 
 Attention reads keys and values in the blocks where they are: nothing gathers a sequence's blocks first. For
 models of LLaMA's kind (RMSNorm, RoPE, SwiGLU; Qwen3's norms of queries and keys too) with packed weights. The
@@ -24,7 +24,8 @@ class AddRMSNorm(nn.Module):
 
     def __init__(self, norm: RMSNorm, kernels: ctypes.CDLL):
         super().__init__()
-        self.weight, self.eps, self.kernels = norm.weight, norm.eps, kernels
+        self.weight, self.eps = norm.weight, norm.eps
+        self.kernels = kernels
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The norm of `x` (1, N, C), to which `residual` is added first, in place."""
@@ -39,8 +40,8 @@ class CpuDecoderBlock(nn.Module):
 
     def __init__(self, block: decoder.Block, kernels: ctypes.CDLL):
         super().__init__()
-        self.attn, self.mlp, self.kernels = block.attn, block.mlp, kernels
-        attn, mlp = block.attn, block.mlp
+        self.attn, self.mlp = attn, mlp = block.attn, block.mlp
+        self.kernels = kernels
         self.norm1, self.norm2 = AddRMSNorm(block.norm1, kernels), AddRMSNorm(block.norm2, kernels)
         order = (self.norm1, attn.qkv, attn.o, self.norm2, mlp.gate_up, mlp.down)
         self.steps = [module.forward for module in order]                # a Module's own call takes 1 us more
@@ -71,7 +72,8 @@ class CpuPagedKVCache(PagedKVCache):
         A row of `qkv` (1, N, (H + 2 KV) K) holds a token's query heads, then its key heads, then its value
         heads.
         """
-        memory, K, (_, N, width) = self.kv_memory[attn.layer], attn.head_dim, qkv.shape
+        memory, K = self.kv_memory[attn.layer], attn.head_dim
+        _, N, width = qkv.shape
         H, n = width // K - 2 * self.num_kv_heads, memory.shape[1]       # n blocks
         norms, eps = [None, None], 0.0
         if attn.q_norm is not None:

@@ -72,7 +72,8 @@ class IncrementalDetokenizer:
                 if new := self._step(last):                              # by itself it ends otherwise
                     anchor, last = last, []
                     shown, skip = shown + new[skip:], 0
-                self.context, self.held, self.skip = anchor, last, skip
+                self.context, self.held = anchor, last
+                self.skip = skip
                 return shown
         return ""
 
@@ -97,7 +98,8 @@ class StreamingReplacer:
     """`str.replace(old, new)` of a text that comes in pieces."""
 
     def __init__(self, old: str, new: str):
-        self.old, self.new, self.held = old, new, ""
+        self.old, self.new = old, new
+        self.held = ""
 
     def push_text(self, piece: str) -> str:
         """Add a piece; returns the replaced text that is certain now and was not before."""
@@ -135,8 +137,8 @@ class StopStringDetokenizer:
         text = "" if self.stopped else self.held + new
         stops = () if self.ignore_stop_strings else self.stop_strings
         if found := [at for stop in stops if (at := text.find(stop)) >= 0]:
-            text, self.held, self.stopped = text[:min(found)], "", True
-            return text
+            self.held, self.stopped = "", True
+            return text[:min(found)]
         hold = 0 if last else max((_overlap(text, stop) for stop in self.stop_strings), default=0)
         self.held = text[len(text) - hold:]
         return text[:len(text) - hold]

@@ -35,8 +35,8 @@ class Engine:
 
     def __init__(self, model: Decoder, tokenizer: Text | None = None, chat_template: str | None = None, *,
                  num_blocks: int, block_size: int = 16, ledger: Ledger | None = None, **scheduler_limits):
-        self.model, self.tokenizer, self.chat_template = model, tokenizer, chat_template
-        self.ledger = ledger or Ledger()
+        self.model, self.ledger = model, ledger or Ledger()
+        self.tokenizer, self.chat_template = tokenizer, chat_template
         self.kv_cache = PagedKVCache(model, num_blocks, block_size)
         self.block_pool = BlockPool(num_blocks, block_size)
         self.scheduler, self.argmax = Scheduler(self.block_pool, **scheduler_limits), argmax_tokens
@@ -138,7 +138,8 @@ class Engine:
 
     def _recompute_nonfinite(self, chunks, hidden):
         """Preempt the sequences whose rows of `hidden` (N, C) are not finite; outputs of those that fail."""
-        finite, outputs, row = rows_are_finite(hidden), [], 0
+        finite = rows_are_finite(hidden)
+        row, outputs = 0, []
         for sequence, _, count in chunks:
             if not all(finite[row:row + count]) and sequence in self.states:
                 outputs += self._recompute_once(self.states[sequence])
@@ -198,7 +199,8 @@ class Engine:
         if not ready:
             return []
         logits = self.model.head(hidden[[row for row, _ in ready]])                      # (B, V)
-        finite, likeliest, outputs = rows_are_finite(logits), self.argmax(logits), []
+        finite, likeliest = rows_are_finite(logits), self.argmax(logits)
+        outputs = []
         for i, (_, sequence) in enumerate(ready):
             if sequence in self.states and not finite[i]:
                 outputs += self._recompute_once(self.states[sequence])
@@ -221,13 +223,16 @@ class Engine:
 
     def _append_token(self, state, logits, likeliest):
         """Sample the next token of `state` from its logits (V,); its output."""
-        request, sequence, sampler = state.request, state.sequence, state.sampler
+        request, sequence = state.request, state.sequence
         if request.max_tokens == 0:                                      # only the prompt was to be scored
             return [self._finish(state, "", [], [], "length")]
         eos_token_ids = self.tokenizer.ends if self.tokenizer else frozenset()
         banned = state.banned_token_ids(eos_token_ids)
-        token = likeliest if sampler.is_plain_argmax and not banned else sampler.sample_next_token(
-            mask_out_tokens(logits, banned), sequence.tokens, sequence.num_prompt_tokens)
+        if state.sampler.is_plain_argmax and not banned:
+            token = likeliest
+        else:
+            token = state.sampler.sample_next_token(mask_out_tokens(logits, banned), sequence.tokens,
+                                                    sequence.num_prompt_tokens)
         logprobs = ([] if request.logprobs is None
                     else gather_logprobs(logits[None], [token], request.logprobs))
         room = self.model.config.cached_context - sequence.num_prompt_tokens

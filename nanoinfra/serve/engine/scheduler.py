@@ -145,8 +145,8 @@ class Scheduler:
 
     def _allocate_blocks(self, sequence, count, output):
         """Allocate what is missing, all or nothing. A block with other holders is copied before the write."""
-        size, table, pool = self.block_pool.block_size, sequence.block_table, self.block_pool
-        computed = sequence.num_computed_tokens
+        pool, size = self.block_pool, self.block_pool.block_size
+        table, computed = sequence.block_table, sequence.num_computed_tokens
         shared = [i for i in range(computed // size, len(table)) if pool.ref_counts[table[i]] > 1]
         missing = -(-(computed + count) // size) - len(table)
         if len(shared) + max(0, missing) > len(pool.free_blocks):

@@ -38,7 +38,8 @@ class EngineClient:
                  hang_timeout: float = 300.0):
         self.engine_factory, self.metrics = engine_factory, metrics
         self.num_ranks, self.hang_timeout = num_ranks, hang_timeout
-        self.state, self.state_reason, self.load_error = "loading", "the model is being loaded", ""
+        self.state, self.state_reason = "loading", "the model is being loaded"
+        self.load_error = ""
         self.engine_ready: EngineReady | None = None
         self.stats = {}                      # Engine.stats() of the last step
         self.streams: dict[str, ResponseStream] = {}
