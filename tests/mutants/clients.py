@@ -56,8 +56,8 @@ def _(subject):
 def placed(ids):
     """(bytes of each token, its place in the text)."""
     offsets = token_text.TextOffsets(token_text.SingleTokenDecoder(TEXT))
-    return [offsets.token_decoder.token_bytes(token) for token in ids],
-    [offsets.next_offset(token) for token in ids]
+    return ([offsets.token_decoder.token_bytes(token) for token in ids],
+            [offsets.next_offset(token) for token in ids])
 
 
 @places.criterion("a part of a character has its bytes", "property")

@@ -176,8 +176,8 @@ class KillsNobody(engine_processes.EngineProcesses):
 ASKS_NOBODY = ("from nanoinfra.serve.processes import engine_loop as loop; ask = loop.end_with_parent\n"
                "loop.end_with_parent = lambda parent: ask()\nloop.main()")
 YOUNG, ORPHAN, CHILD, STOPPED, NOTHING = (criterion.name for criterion in leaving.criteria)
-WORKER, LIFE = "nanoinfra.serve.processes.engine_client:EngineClient",
-"nanoinfra.serve.processes.engine_client:EngineProcesses"
+WORKER = "nanoinfra.serve.processes.engine_client:EngineClient"
+LIFE = "nanoinfra.serve.processes.engine_client:EngineProcesses"
 MUTANTS = [
     Mutant("Ctrl-C ends a young rank", leaving,
            patched(ranks, "nanoinfra.serve.processes.engine_processes:block_signals",

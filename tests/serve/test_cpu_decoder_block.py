@@ -309,7 +309,7 @@ def test_the_server_says_on_start_who_computes(model, capfd):
     engine = load_engine(EngineOptions(str(model), kv_memory=1 << 20), Mesh())
     said = capfd.readouterr().err
     assert said.startswith("nanoinfra: products of many rows by ") and "all between by passes in C" in said
-    assert f"of one by C ({engine.kv_cache.passes.instruction_set().decode()})" in said
+    assert f"of one by C ({engine.kv_cache.kernels.instruction_set().decode()})" in said
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(LLAMAS)))

@@ -52,8 +52,8 @@ def test_a_stream_holds_no_more_than_a_word(text):
 @given(st.lists(st.integers(0, 255) | st.sampled_from([0x9f, 0xf0, 0xe6]), max_size=60),
        st.integers(0, 40), st.integers(0, 255))
 def test_bytes_that_are_no_characters_are_shown_and_cost_no_more_the_longer_it_goes_on(ids, times, byte):
-    shown, ids, said = IncrementalDetokenizer(BYTES), [*ids, *[byte] * times, *"\u65e5\U0001f642".encode()],
-    ""
+    shown, said = IncrementalDetokenizer(BYTES), ""
+    ids = [*ids, *[byte] * times, *"\u65e5\U0001f642".encode()]
     for token in ids:
         said += shown.push_token(token)
         assert len(shown.held) < 4 * MAX_TOKENS_PER_CHARACTER

@@ -218,7 +218,8 @@ def test_the_pool_is_the_limit_of_one_that_is_alone():
 
 
 @pytest.mark.parametrize("more, says", [
-    ({"tokens": []}, "no tokens"), ({"tokens": [VOCAB]}, "token 97 is not"), ({"tokens": [-1]}, "token -1"),
+    ({"prompt_token_ids": []}, "no tokens"), ({"prompt_token_ids": [VOCAB]}, "token 97 is not"),
+    ({"prompt_token_ids": [-1]}, "token -1"),
     ({"max_tokens": -1}, "at least 0"), ({"max_tokens": 99}, "ask for at most"), ({"n": 0}, "n 0"),
     ({"n": 65}, "give 1 to 64"), ({"sampling_params": SamplingParams(temperature=-1)}, "temperature -1"),
     ({"sampling_params": SamplingParams(top_p=0)}, "top_p 0"), ({"sampling_params": SamplingParams(min_p=2)},
@@ -229,7 +230,7 @@ def test_the_pool_is_the_limit_of_one_that_is_alone():
 def test_what_cannot_be_answered_is_refused(more, says):
     engine = Engine(tiny(), num_blocks=10, block_size=4)
     with pytest.raises(ValueError, match=says):
-        engine.add_request(Request(**{"id": "r", "tokens": [1, 2, 3]} | more))
+        engine.add_request(Request(**{"request_id": "r", "prompt_token_ids": [1, 2, 3]} | more))
     assert not engine.has_unfinished_requests
 
 

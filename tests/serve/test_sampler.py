@@ -132,8 +132,8 @@ def test_no_token_is_drawn_from_what_is_not_finite(how, value):
                                  {"repetition_penalty": 0.5, "presence_penalty": 1.0,
                                   "logit_bias": {2: 3.0, 4: -1.5}}])
 def test_token_by_token_it_is_what_it_is_of_the_whole_text(how):
-    sampler, how, draws = Sampler(SamplingParams(**how), 0), SamplingParams(**how),
-    torch.Generator().manual_seed(0)
+    sampler, how = Sampler(SamplingParams(**how), 0), SamplingParams(**how)
+    draws = torch.Generator().manual_seed(0)
     tokens, logits = [3, 4, 1], torch.randn(6, generator=draws)
     for new in (2, 2, 4, 0, 2, 5, 5, 5):
         got = sampler.processor(logits, tokens, 3)

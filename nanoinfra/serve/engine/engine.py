@@ -63,7 +63,7 @@ class Engine:
         self._keep_state(state)
 
     def abort_request(self, request_id: str) -> None:
-        """Cancel a request and free its blocks; no output follows. Does nothing for an unknown id."""
+        """Request cancellation: drop a request and free its blocks; no output follows. Unknown ids pass."""
         for state in self.states_of_request.pop(request_id, []):
             if self.states.pop(state.sequence, None):
                 self.scheduler.finish_sequence(state.sequence)

@@ -47,8 +47,8 @@ class SingleTokenDecoder:
 
     def _decode(self, ids, context=None):
         """The text of `ids` after `context`, by default after a plain token."""
-        decode, context = self.tokenizer.backend.decode,
-        self.tokenizer.anchor if context is None else list(context)
+        decode = self.tokenizer.backend.decode
+        context = self.tokenizer.anchor if context is None else list(context)
         with panics_as_errors():
             whole = decode(context + ids, skip_special_tokens=False)
             return whole[len(decode(context)):] if context else whole

@@ -95,7 +95,7 @@ class EngineClient:
         return stream
 
     def abort_request(self, request_id: str) -> None:
-        """Cancel a request: nobody wants the answer any more."""
+        """Request cancellation: nobody wants the answer any more, so the engine may drop the request."""
         self.metrics.dropped(request_id, "abort")
         self._send("abort", request_id)
 
