@@ -193,7 +193,7 @@ def test_ranks_die_with_the_api_process():
             "from tests.serve.test_engine_client import *\n"
             "async def run():\n"
             "    async with working(meeting, world=2) as worker:\n"
-            "        await said(worker.submit([Request('a', ids('ab'))]))\n"      # by all of them
+            "        await said(worker.submit_requests([Request('a', ids('ab'))]))\n"      # by all of them
             "        print(*pids(worker), flush=True)\n"
             "        await asyncio.sleep(60)\n"
             "asyncio.run(run())")

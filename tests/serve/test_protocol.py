@@ -44,7 +44,8 @@ def asked(kind, **body):
     ("ab", ["ab"]), (["ab", "c"], ["ab", "c"]), (ids("ab"), ["ab"]), ([ids("ab"), ids("c")], ["ab", "c"])])
 def test_a_prompt_has_four_forms(prompt, want):
     requests = asked(Completion, prompt=prompt, n=3, max_tokens=2)
-    assert [(each.tokens, each.n, each.max_tokens) for each in requests] == [(ids(w), 3, 2) for w in want]
+    got = [(each.prompt_token_ids, each.n, each.max_tokens) for each in requests]
+    assert got == [(ids(w), 3, 2) for w in want]
     assert len({each.request_id for each in requests}) == len(want)
 
 
@@ -204,7 +205,7 @@ BODIES = st.dictionaries(st.sampled_from(NAMES), JSON | LIKELY, max_size=4).map(
 @given(BODIES, st.sampled_from([Completion, Chat]))
 def test_any_json_is_a_question_or_a_400(body, kind):
     try:
-        assert all(each.tokens for each in asked(kind, **body))
+        assert all(each.prompt_token_ids for each in asked(kind, **body))
     except Refused as refused:
         assert refused.status == 400
 

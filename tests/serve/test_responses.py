@@ -77,13 +77,13 @@ TURNS = {
 
 @pytest.mark.parametrize("turns, want", TURNS.values(), ids=TURNS.keys())
 def test_input_becomes_the_turns_of_a_chat(turns, want):
-    assert request(input=turns).tokens == ids(want)
-    assert request(input=turns, instructions="do").tokens == ids("s:do\n" + want)
+    assert request(input=turns).prompt_token_ids == ids(want)
+    assert request(input=turns, instructions="do").prompt_token_ids == ids("s:do\n" + want)
 
 
 HONOURED = {                                 # and what of the engine's request shows it
-    "input": ("you", lambda made: made.tokens == ids("u:you\n")),
-    "instructions": ("be", lambda made: made.tokens == ids("s:be\nu:hi\n")),
+    "input": ("you", lambda made: made.prompt_token_ids == ids("u:you\n")),
+    "instructions": ("be", lambda made: made.prompt_token_ids == ids("s:be\nu:hi\n")),
     "max_output_tokens": (7, lambda made: made.max_tokens == 7),
     "temperature": (0.5, lambda made: made.sampling_params.temperature == 0.5),
     "top_p": (0.5, lambda made: made.sampling_params.top_p == 0.5),
@@ -181,7 +181,7 @@ def test_tools_and_calls_are_rendered_as_a_chats():
     body = {"input": CALLED, "tools": [FUNCTION], "max_output_tokens": 1}
     question = read(ResponsesRequest, json.dumps(body).encode())
     made, = requests_of(question, "name", EngineReady({**READY.info, "context": 128}, READY.tokenizer, TOOLS))
-    assert READY.tokenizer.decode(made.tokens) == (
+    assert READY.tokenizer.decode(made.prompt_token_ids) == (
         '{"name": "f", "description": "d", "parameters": {}}\nu:hi\na:[1 f 2][2 g 3]\nt:4\nt:5\n')
     got = valid(ResponsesAnswer(question, "name", "model", [made], READY.tokenizer)._response("in_progress"))
     assert [(tool.name, tool.description, tool.strict) for tool in got.tools] == [("f", "d", False)]
@@ -210,7 +210,7 @@ BODIES = st.dictionaries(st.sampled_from(NAMES), JSON | LIKELY | st.lists(ITEM, 
 def test_any_json_is_answered_or_a_400(wrong):
     try:
         made, = asked(ResponsesRequest, **{"input": "hi", "max_output_tokens": 2, **wrong})
-        assert made.tokens and made.n == 1
+        assert made.prompt_token_ids and made.n == 1
     except Refused as refused:
         assert refused.status == 400
 

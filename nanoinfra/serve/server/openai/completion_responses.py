@@ -88,7 +88,7 @@ class Answer:
     @property
     def places(self) -> int:
         """Tokens in the object, those of prompts that were scored too, and its choices."""
-        return self.made + sum(1 + len(choice.first.prompt) for choice in self.choices.values())
+        return self.made + sum(1 + len(choice.first.prompt_logprobs) for choice in self.choices.values())
 
     def is_long(self, places: int) -> bool:
         """Would others wait too long while so many tokens are written, with their log-probabilities?"""
