@@ -92,7 +92,7 @@ def test_a_text_that_no_context_spells_is_not_tokenized():
                        (Chat, {"messages": [{"role": "user", "content": "a" * longest}]})):
         with pytest.raises(Refused, match=f"context of {CONTEXT} tokens of at most {LONGEST} characters"):
             asked(kind, model, **body)
-    assert model.text.backend.chars == 0
+    assert model.tokenizer.backend.chars == 0
     assert asked(Completion, model, prompt="<end>" * (CONTEXT - 1),
                  max_tokens=1)[0].prompt_token_ids == [256] * 63
 
@@ -110,7 +110,7 @@ def test_a_long_text_is_given_up_with_its_first_piece_that_is_too_many_tokens(mo
     model = ready()
     with pytest.raises(Refused, match="first 200 characters of the prompt are 200 tokens"):
         asked(Completion, model, prompt="7" * 300)
-    assert model.text.backend.chars == 200
+    assert model.tokenizer.backend.chars == 200
     fits = "<end>" * 60                      # 300 characters, cut within a token
     assert asked(Completion, ready(), prompt=fits, max_tokens=1)[0].prompt_token_ids == [256] * 60
 
@@ -126,7 +126,7 @@ def test_prompts_are_given_up_where_they_are_too_many_tokens():
     model = ready(context=128)
     with pytest.raises(Refused, match="8200 tokens in one request"):
         asked(Completion, model, prompt=["a" * 100] * 1024, max_tokens=1)
-    assert model.text.backend.chars == 8200
+    assert model.tokenizer.backend.chars == 8200
 
 
 def test_a_chat_that_leaves_the_length_open_gets_what_may_be_asked():
@@ -145,7 +145,7 @@ def test_a_full_context_can_always_be_scored():
 
 def test_a_prompt_that_is_scored_counts_though_nobody_asked_for_log_probabilities():
     body = {"prompt": [7] * 2048, "max_tokens": 0, "echo": True}
-    assert asked(Completion, ready(8192), **body, n=32)[0].echo
+    assert asked(Completion, ready(8192), **body, n=32)[0].prompt_logprobs
     with pytest.raises(Refused, match="67584 log-probabilities"):
         asked(Completion, ready(8192), **body, n=33)
 
@@ -156,7 +156,7 @@ def test_an_echo_is_no_larger_than_a_body():
 
     def answer(n, prompt):
         question = read(Completion, json.dumps({**body, "n": n, "prompt": prompt}).encode())
-        return CompletionAnswer(question, "name", "model", requests_of(question, "name", model), model.text)
+        return CompletionAnswer(question, "name", "model", requests_of(question, "name", model), model.tokenizer)
     assert answer(8, ["a" * 60]).prompts == ["a" * 60]
     with pytest.raises(Refused, match=f"{most // 4 + 1} characters 4 times"):
         limits.check_echo(most // 4 + 1, 4)

@@ -52,7 +52,8 @@ class _Kept(Watched):
         self.moments = []
 
     def schedule(self):
-        now = Moment(self.running, self.waiting, self.block_pool, self.max_num_batched_tokens, [], [], self.order)
+        now = Moment(self.running, self.waiting, self.block_pool, self.max_num_batched_tokens, [], [],
+                     self.order)
         moment = copy.deepcopy(now)
         plan = super().schedule()
         moment.want = [(self.order[each], first, count) for each, first, count in plan.scheduled_chunks]
