@@ -42,7 +42,7 @@ from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.serve import generate as real
-from nanoinfra.serve.engine.packed_linear import Packed, pack
+from nanoinfra.serve.engine.packed_linear import PackedLinear, pack_linears
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 V, C, L, H, F, P, S = (4096, 512, 2, 8, 1408, 32, 128) if FAST else (4096, 1024, 4, 16, 2816, 128, 512)
@@ -210,11 +210,11 @@ check.generate(generate)
 # %% [markdown]
 # ## 4. Read the real one
 # `nanoinfra generate`. Which core runs when, and what would a step cost if the cache grew by `torch.cat`? And
-# a part for CPUs, `Packed`: what does it do with q, k and v, and why should that help decode the most?
+# a part for CPUs, `PackedLinear`: what does it do with q, k and v, and why should that help decode the most?
 
 # %%
-print(*map(inspect.getsource, (real.KVCache, real._generate)), inspect.getmodule(Packed).__doc__,
-      *map(inspect.getsource, (Packed, pack)), sep="\n")
+print(*map(inspect.getsource, (real.KVCache, real._generate)), inspect.getmodule(PackedLinear).__doc__,
+      *map(inspect.getsource, (PackedLinear, pack_linears)), sep="\n")
 
 # %% [markdown]
 # ## 5. Measure, compare, explain
@@ -227,7 +227,7 @@ print(*map(inspect.getsource, (real.KVCache, real._generate)), inspect.getmodule
 wrote, was_read = {kind: {} for kind in KINDS}, {}
 for kind, config in CONFIGS.items():
     model = init_weights(Decoder(config), seed=0)
-    pack(model)
+    pack_linears(model)
     for B in BATCHES:
         wrote[kind][B] = rate(model, attend, B, 1, S, REPEATS)
         if kind == "mha" and B in (1, 8):

@@ -34,7 +34,7 @@ from nanoinfra.lab.replay import Ruled, Watched, draw_trace, numbers, policies, 
 from nanoinfra.lab.served import serve
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.serve.engine.block_pool import Blocks
+from nanoinfra.serve.engine.block_pool import BlockPool
 from nanoinfra.serve.engine.scheduler import Scheduler
 from nanoinfra.serve.generate import generate
 
@@ -61,7 +61,7 @@ print(f"{whole / 2048:,.0f} bytes a token, {whole / 1e9:.2f} GB for 2048: {12e9 
 # a request. A step gives each sequence of the batch one token; the first step of one reads its prompt.
 
 # %%
-STATIC = replay(JOBS, Watched(Blocks(SEATS, LONGEST)), static=SEATS)
+STATIC = replay(JOBS, Watched(BlockPool(SEATS, LONGEST)), static=SEATS)
 print(f"the first six requests, (arrival, prompt, new): {TRACE[:6]}")
 timeline({"static batches": STATIC}, "a batch leaves when its longest is done: seats are kept, others wait")
 
@@ -120,8 +120,8 @@ predict("L16.saved", sum(arrival > 0 for arrival, *_ in TRACE) * (len(PREFIX) //
 # sequence through its table, as a process finds its memory through an operating system's pages.
 
 # %%
-BY_14 = replay(JOBS, Watched(Blocks(PLACES // SIZE, SIZE)), until=15)
-print(*(sequence.table for sequence, job in BY_14.order.items() if job == 18))
+BY_14 = replay(JOBS, Watched(BlockPool(PLACES // SIZE, SIZE)), until=15)
+print(*(sequence.block_table for sequence, job in BY_14.order.items() if job == 18))
 pool(BY_14, "64 blocks of 4 tokens; the number is the sequence (colours repeat)")
 
 # %% [markdown]
@@ -137,41 +137,41 @@ class Pool:
     """`n` blocks of `size` tokens, numbered from 0."""
 
     def __init__(self, n, size):
-        self.size, self.free, self.holders = size, list(range(n)), [0] * n
+        self.block_size, self.free_blocks, self.ref_counts = size, list(range(n)), [0] * n
 
-    def take(self):
+    def allocate(self):
         """A free block, for one holder. IndexError where none is free."""
         ### BEGIN SOLUTION
-        block = self.free.pop()
-        self.holders[block] = 1
+        block = self.free_blocks.pop()
+        self.ref_counts[block] = 1
         return block
         ### END SOLUTION
 
-    def share(self, block):
+    def incref(self, block):
         """One holder more."""
         ### BEGIN SOLUTION
-        self.holders[block] += 1
+        self.ref_counts[block] += 1
         ### END SOLUTION
 
-    def give_back(self, table):
+    def free(self, table):
         """One holder less of each block. The table stays as it is. ValueError for one that nobody holds."""
         ### BEGIN SOLUTION
         for block in table:
-            if self.holders[block] < 1:
+            if self.ref_counts[block] < 1:
                 raise ValueError(f"nobody holds block {block}")
-            self.holders[block] -= 1
-            if not self.holders[block]:
-                self.free.append(block)
+            self.ref_counts[block] -= 1
+            if not self.ref_counts[block]:
+                self.free_blocks.append(block)
         ### END SOLUTION
 
     def write(self, table, i):
         """Before a write into table[i]: (from, to) to copy, or None. IndexError, and no change, if full."""
         ### BEGIN SOLUTION
         old = table[i]
-        if self.holders[old] == 1:
+        if self.ref_counts[old] == 1:
             return None
-        table[i] = self.take()
-        self.give_back([old])
+        table[i] = self.allocate()
+        self.free([old])
         return old, table[i]
         ### END SOLUTION
 
@@ -180,17 +180,18 @@ class Pool:
 check.Pool(Pool)
 
 # %% [markdown]
-# **Exercise 2: a step.** A sequence has `tokens`, of which the first `computed` are in the blocks of its
-# `table`. Prompt, answer, going on after it was sent away: all are one rule, *let computed catch up*. `plan`
-# only plans; whoever runs the step adds to `computed`. Hand out `budget` tokens: to the list `running` in its
-# order, as much as each lacks; then to the deque `waiting` in its, and who comes in goes to the end of
-# `running`. Prompts may go in chunks, cut by budget alone: who waits and finds too few `free` waits on.
+# **Exercise 2: a step.** A sequence has `tokens`, of which the first `num_computed_tokens` are in the blocks
+# of its `block_table`. Prompt, answer, going on after it was sent away: all are one rule, *let computed catch
+# up*. `plan` only plans; whoever runs the step adds to `num_computed_tokens`. Hand out `budget` tokens: to
+# the list `running` in its order, as much as each lacks; then to the deque `waiting` in its, and who comes in
+# goes to the end of `running`. Prompts may go in chunks, cut by budget alone: who waits and finds too few
+# `free_blocks` waits on.
 #
 # `missing` says how many blocks a sequence lacks, `start` takes them and makes the plan's entry. Where one of
-# the running finds too few, their *last* gives its table back, forgets what was computed (`table = []`,
-# `computed = 0`) and becomes the first that waits; again, until this one has room or was itself the last. If
-# anybody was sent away, nobody comes in, in this step. Who waits sends nobody away, and nobody overtakes,
-# even one that would fit. 15 to 20 lines.
+# the running finds too few, their *last* gives its table back, forgets what was computed (`block_table = []`,
+# `num_computed_tokens = 0`) and becomes the first that waits; again, until this one has room or was itself
+# the last. If anybody was sent away, nobody comes in, in this step. Who waits sends nobody away, and nobody
+# overtakes, even one that would fit. 15 to 20 lines.
 
 # %% nbgrader={"grade_id": "plan", "solution": true}
 # %%exercise L16
@@ -202,18 +203,18 @@ def plan(running, waiting, blocks, budget):
     ### BEGIN SOLUTION
     work, before = [], list(running)
     for sequence in before:
-        count = min(budget, len(sequence.tokens) - sequence.computed)
-        while sequence in running and missing(sequence, count, blocks) > len(blocks.free):
+        count = min(budget, len(sequence.tokens) - sequence.num_computed_tokens)
+        while sequence in running and missing(sequence, count, blocks) > len(blocks.free_blocks):
             last = running.pop()
-            blocks.give_back(last.table)
-            last.table, last.computed = [], 0
+            blocks.free(last.block_table)
+            last.block_table, last.num_computed_tokens = [], 0
             waiting.appendleft(last)
         if count and sequence in running:
             work.append(start(sequence, count, blocks))
             budget -= count
     while budget and waiting and len(running) >= len(before):
         count = min(budget, len(waiting[0].tokens))
-        if missing(waiting[0], count, blocks) > len(blocks.free):
+        if missing(waiting[0], count, blocks) > len(blocks.free_blocks):
             break
         running.append(waiting.popleft())
         work.append(start(running[-1], count, blocks))
@@ -224,13 +225,13 @@ def plan(running, waiting, blocks, budget):
 
 def missing(sequence, count, blocks):
     """Blocks that it lacks for its next `count` tokens."""
-    return ceil((sequence.computed + count) / blocks.size) - len(sequence.table)
+    return ceil((sequence.num_computed_tokens + count) / blocks.block_size) - len(sequence.block_table)
 
 
 def start(sequence, count, blocks):
     """Take them; the plan's entry."""
-    sequence.table += [blocks.take() for _ in range(missing(sequence, count, blocks))]
-    return sequence, sequence.computed, count
+    sequence.block_table += [blocks.allocate() for _ in range(missing(sequence, count, blocks))]
+    return sequence, sequence.num_computed_tokens, count
 
 
 # %%
@@ -238,12 +239,12 @@ check.plan(plan)
 
 # %% [markdown]
 # ## 4. Read the real one
-# What does `_admit` do that yours does not, and why may a hit not cover all of a prompt (`_usable`)? Blocks
-# stay `known` by a hash of all tokens up to their end: why not of their own alone? In which order does
-# `give_back` free a table, and why?
+# What does `_admit` do that yours does not, and why may a hit not cover all of a prompt (`_usable_hashes`)?
+# Blocks stay in `hash_to_block` by a hash of all tokens up to their end: why not of their own alone? In which
+# order does `free` go through a table, and why?
 
 # %%
-for it in (Scheduler.plan, Scheduler._admit, Scheduler._usable, Scheduler._make_room, Blocks):
+for it in (Scheduler.schedule, Scheduler._admit, Scheduler._usable_hashes, Scheduler._make_room, BlockPool):
     print(inspect.getsource(it))
 
 # %% [markdown]
@@ -255,7 +256,7 @@ for it in (Scheduler.plan, Scheduler._admit, Scheduler._usable, Scheduler._make_
 RUNS = policies(JOBS, PLACES, LONGEST, SIZE)
 _, ORCA, PAGES = RUNS.values()
 ALIKE = [replace(job, tokens=PREFIX + job.tokens) for job in JOBS]
-SHARED = replay(ALIKE, Watched(Blocks(PLACES // SIZE, SIZE)))
+SHARED = replay(ALIKE, Watched(BlockPool(PLACES // SIZE, SIZE)))
 measure("L16.waste_whole", counted, sum(ORCA.left.values()), "tokens")
 measure("L16.waste_pages", counted, sum(PAGES.left.values()), "tokens")
 for name, run in zip(("static", "orca", "paged"), RUNS.values()):
@@ -277,11 +278,11 @@ memory(RUNS, "the same memory, and what it holds: in static batches also tokens 
 
 # %%
 YOURS = replay(JOBS, Ruled(plan, Pool(28, SIZE), budget=12))
-REAL = replay(JOBS, Watched(Blocks(28, SIZE), budget=12))
+REAL = replay(JOBS, Watched(BlockPool(28, SIZE), budget=12))
 timeline({"yours": YOURS, "the real one": REAL}, "28 blocks, 12 tokens a step")
 
 # %%
-APART = replay(ALIKE, Watched(Blocks(PLACES // SIZE, SIZE)), fresh=True)
+APART = replay(ALIKE, Watched(BlockPool(PLACES // SIZE, SIZE)), fresh=True)
 table(RUNS | {"yours, 28 blocks": YOURS, "real, 28 blocks": REAL, "prefix, not shared": APART,
               "prefix, shared": SHARED}, "counted; a block of the first two rows has 64 places, else 4")
 
@@ -294,11 +295,12 @@ table(RUNS | {"yours, 28 blocks": YOURS, "real, 28 blocks": REAL, "prefix, not s
 model = init_weights(Decoder(sized("test")), seed=0).double()
 alone = [list(generate(model, list(job.tokens), job.new)) for job in JOBS]
 for run in (ORCA, PAGES, REAL):
-    blocks = run.blocks
-    engine, said, seconds = serve(model, JOBS, len(blocks.holders), blocks.size, budget=run.budget)
+    blocks = run.block_pool
+    engine, said, seconds = serve(model, JOBS, len(blocks.ref_counts), blocks.block_size,
+                                  budget=run.max_num_batched_tokens)
     stats = {name: engine.stats()[name] for name in run.counts}
     assert engine.scheduler.log == run.log and stats == run.counts and said == alone
-    print(f"{len(blocks.holders)} blocks of {blocks.size}: {stats}, as replayed, in {seconds:.2f} s")
+    print(f"{len(blocks.ref_counts)} blocks of {blocks.block_size}: {stats}, as replayed, in {seconds:.2f} s")
 
 # %% [markdown]
 # **More memory.** Many requests, all there at once. Memory times steps must hold everyone's blocks for as

@@ -25,8 +25,8 @@ from nanoinfra.formulas.parameters import parameters, shapes
 from nanoinfra.model.init import draw
 from nanoinfra.model.weights.fill_model import Weights, empty
 from nanoinfra.parallel.parallelize import serving
-from nanoinfra.serve.engine.block_pool import Blocks
-from nanoinfra.serve.engine.paged_attention import PagedKV
+from nanoinfra.serve.engine.block_pool import BlockPool
+from nanoinfra.serve.engine.paged_attention import PagedKVCache
 from nanoinfra.serve.engine.scheduler import Scheduler, Sequence
 from nanoinfra.train.pretrained import open_pretrained
 
@@ -38,8 +38,9 @@ parser.add_argument("--model", default="test", help="a run directory, a Hugging 
 parser.add_argument("--max-tokens", type=int, default=32, help="new ones for each prompt")
 parser.add_argument("--blocks", type=int, default=256, help="of KV memory")
 parser.add_argument("--block-size", type=int, default=16, help="tokens of a block")
-parser.add_argument("--budget", type=int, default=512, help="tokens in a step, of all sequences")
-parser.add_argument("--seats", type=int, default=64, help="sequences in a step")
+parser.add_argument("--max-num-batched-tokens", type=int, default=512,
+                    help="tokens in a step, of all sequences")
+parser.add_argument("--max-num-seqs", type=int, default=64, help="sequences in a step")
 parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
 parser.add_argument("--ids", action="store_true", help="print the new tokens' ids")
 args = parser.parse_args()
@@ -83,51 +84,55 @@ except (OSError, ValueError) as mistake:
     refuse(mistake)
 
 # Memory in blocks, and who waits for it
-blocks, kv = Blocks(args.blocks, args.block_size), PagedKV(model, args.blocks, args.block_size)
-scheduler = Scheduler(blocks, args.budget, args.seats, queue=len(prompts), queue_tokens=1 << 30)
+blocks, kv = BlockPool(args.blocks, args.block_size), PagedKVCache(model, args.blocks, args.block_size)
+scheduler = Scheduler(blocks, args.max_num_batched_tokens, args.max_num_seqs,
+                      max_queued_requests=len(prompts), max_queued_tokens=1 << 30)
 try:
     sequences = [Sequence(encode(prompt)) for prompt in prompts]
     for prompt, sequence in zip(prompts, sequences):
         if args.max_tokens < 1:
             raise ValueError(f"--max-tokens {args.max_tokens} leaves nothing to do; ask for at least 1")
-        if sequence.prompt + args.max_tokens > config.cached_context:
-            raise ValueError(f"{prompt[:30]!r} has {sequence.prompt} tokens: with {args.max_tokens} new ones "
-                             f"they do not fit the context of {config.cached_context}; lower --max-tokens")
-        scheduler.add(sequence)
+        if sequence.num_prompt_tokens + args.max_tokens > config.cached_context:
+            raise ValueError(f"{prompt[:30]!r} has {sequence.num_prompt_tokens} tokens: with "
+                             f"{args.max_tokens} new ones they do not fit the context of "
+                             f"{config.cached_context}; lower --max-tokens")
+        scheduler.add_sequence(sequence)
 except ValueError as mistake:
     refuse(mistake)
 
 ends = text.ends if text else ()
 began, steps, most, hits, preempted = time.perf_counter(), 0, 0, 0, 0
 while scheduler.running or scheduler.waiting:
-    plan = scheduler.plan()                                      # who computes how many tokens
-    for sequence in plan.full:                                   # alone, and memory is full: it ends here
-        scheduler.finish(sequence)
-    if not plan.work:
+    plan = scheduler.schedule()                                  # who computes how many tokens
+    for sequence in plan.out_of_blocks:                          # alone, and memory is full: it ends here
+        scheduler.finish_sequence(sequence)
+    if not plan.scheduled_chunks:
         continue
     with torch.inference_mode():
-        work, tokens, places = kv.begin(plan)                    # (1, N) of all sequences, one after another
-        hidden = model.hidden(tokens, places, kv)[0]             # (N, C); attention finds its blocks in kv
-        scheduler.done(plan)
-        lasts = [end - 1 for end in accumulate(count for _, _, count in work)]
-        ready = [(row, each) for row, (each, _, _) in zip(lasts, work) if each.computed == len(each.tokens)]
+        chunks, tokens, positions = kv.prepare_inputs(plan)      # (1, N) of all sequences, one after another
+        hidden = model.hidden(tokens, positions, kv)[0]          # (N, C); attention finds its blocks in kv
+        scheduler.mark_computed(plan)
+        lasts = [end - 1 for end in accumulate(count for _, _, count in chunks)]
+        ready = [(row, each) for row, (each, _, _) in zip(lasts, chunks)
+                 if each.num_computed_tokens == len(each.tokens)]
         rows = hidden[[row for row, _ in ready]]                 # (B, C) of those that have caught up
         tokens = model.head(rows).argmax(-1).tolist() if ready else []
 
-    hits += sum(each.hit for each, first, _ in work if first == each.hit < each.prompt)
-    steps, most, preempted = steps + 1, max(most, blocks.used), preempted + len(plan.preempted)
+    hits += sum(each.num_cached_tokens for each, first, _ in chunks
+                if first == each.num_cached_tokens < each.num_prompt_tokens)
+    steps, most, preempted = steps + 1, max(most, blocks.num_used_blocks), preempted + len(plan.preempted)
     for token, (_, sequence) in zip(tokens, ready):
         if token not in ends:
             sequence.tokens.append(token)
-        if token in ends or len(sequence.tokens) == sequence.prompt + args.max_tokens:
-            scheduler.finish(sequence)                           # its blocks are free for others
+        if token in ends or len(sequence.tokens) == sequence.num_prompt_tokens + args.max_tokens:
+            scheduler.finish_sequence(sequence)                           # its blocks are free for others
 
 seconds = time.perf_counter() - began
 if mesh.rank == 0:
     for prompt, sequence in zip(prompts, sequences):
-        new = sequence.tokens[sequence.prompt:]
+        new = sequence.tokens[sequence.num_prompt_tokens:]
         print(f"{prompt}|{decode(new)}" + (f"\nids {new}" if args.ids else ""))
-    made = sum(len(each.tokens) - each.prompt for each in sequences)
+    made = sum(len(each.tokens) - each.num_prompt_tokens for each in sequences)
     print(f"\n{parameters(config):,} parameters on {mesh.tp.size} ranks: {made} tokens for {len(prompts)} "
           f"prompts in {steps} steps, {made / seconds:,.0f} tokens/s; at most {most} of {args.blocks} blocks "
           f"used, {hits} prompt tokens known already, {preempted} sent away for want of blocks")

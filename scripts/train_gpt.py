@@ -116,7 +116,7 @@ if tokenizer:
         print(f"held out: {held_out.bits_per_byte(nats):.4f} bits per byte")
         prompt = [tokenizer.eot, *tokenizer.encode(args.prompt)]
         written = generate(model, prompt, min(100, seq - len(prompt)), temperature=0.8, top_k=50,
-                           ends=[tokenizer.eot])
+                           eos_token_ids=[tokenizer.eot])
         print(args.prompt + tokenizer.decode(written))
 if dist.is_initialized():
     dist.destroy_process_group()

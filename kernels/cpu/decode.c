@@ -1,10 +1,11 @@
-/* What lies between a decoder's matrix products, each in one pass over memory.
+/* Kernels for decoding on a CPU: the operations between a decoder's matrix products, one pass over memory each.
 
    torch writes and reads a tensor for every operation; here a row stays in a core's registers and first cache
-   from the first operation to the last. Each function does what the Python named beside it does, with the same
-   roundings; sums are floats. Compiled for one model: with BF16 defined its numbers are bfloat16, else floats;
-   KV key heads of K numbers, each for G query heads; blocks of BLOCK tokens. N rows (tokens), C width, F hidden
-   width. A row of `qkv` holds KV G query heads, then KV key heads, then as many value heads. */
+   from the first operation to the last. Each function does what the Python code named beside it does, with the
+   same roundings; sums are floats. The file is compiled for one model: with BF16 defined its numbers are
+   bfloat16, else floats; KV key heads of K numbers, each for G query heads; KV cache blocks of BLOCK tokens.
+   N rows (tokens), C width, F hidden width. A row of `qkv` holds KV G query heads, then KV key heads, then as
+   many value heads. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -16,94 +17,97 @@
 #ifdef BF16
 typedef uint16_t number;                     /* the upper half of a float */
 
-static inline float get(number x) {
+static inline float to_float(number x) {
     uint32_t bits = (uint32_t)x << 16;
     float y;
     memcpy(&y, &bits, sizeof y);
     return y;
 }
 
-static inline number put(float y) {           /* to the nearest, ties to even */
+static inline number from_float(float y) {           /* to the nearest, ties to even */
     uint32_t bits;
     memcpy(&bits, &y, sizeof bits);
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 #else
 typedef float number;
-static inline float get(number x) { return x; }
-static inline number put(float y) { return y; }
+static inline float to_float(number x) { return x; }
+static inline number from_float(float y) { return y; }
 #endif
 
-#define ENOUGH 16384                        /* numbers, for threads to be worth their start */
+#define MIN_PARALLEL_NUMBERS 16384    /* fewer are not worth the start of threads */
 
 /* model/layers.py, RMSNorm, of one row: to = x / sqrt(mean(x^2) + eps) * weight; `to` may be x. */
-static inline void normed(number *to, const number *x, const number *weight, long C, float eps) {
+static inline void rms_norm_row(number *to, const number *x, const number *weight, long C, float eps) {
     float sum = 0;
-    for (long c = 0; c < C; c++) sum += get(x[c]) * get(x[c]);
+    for (long c = 0; c < C; c++) sum += to_float(x[c]) * to_float(x[c]);
     float scale = 1 / sqrtf(sum / C + eps);
-    for (long c = 0; c < C; c++) to[c] = put(get(put(get(x[c]) * scale)) * get(weight[c]));
+    for (long c = 0; c < C; c++) {
+        number scaled = from_float(to_float(x[c]) * scale);
+        to[c] = from_float(to_float(scaled) * to_float(weight[c]));
+    }
 }
 
 /* model/decoder.py, Block: x = x + more, unless there is none; to = norm(x). All (N, C). */
-void add_norm(number *x, const number *more, number *to, const number *weight, long N, long C, double eps) {
-#pragma omp parallel for if (N * C > ENOUGH)
+void add_rms_norm(number *x, const number *more, number *to, const number *weight, long N, long C, double eps) {
+#pragma omp parallel for if (N * C > MIN_PARALLEL_NUMBERS)
     for (long n = 0; n < N; n++) {
         number *row = x + n * C;
-        if (more) for (long c = 0; c < C; c++) row[c] = put(get(row[c]) + get(more[n * C + c]));
-        normed(to + n * C, row, weight, C, eps);
+        if (more) for (long c = 0; c < C; c++) row[c] = from_float(to_float(row[c]) + to_float(more[n * C + c]));
+        rms_norm_row(to + n * C, row, weight, C, eps);
     }
 }
 
 /* model/layers.py, MLP: to (N, F) = silu(gate) * up; a row of gate_up has F of one, then F of the other. */
 void swiglu(number *to, const number *gate_up, long N, long F) {
-#pragma omp parallel for if (N * F > ENOUGH)
+#pragma omp parallel for if (N * F > MIN_PARALLEL_NUMBERS)
     for (long n = 0; n < N; n++) {
         const number *gate = gate_up + 2 * n * F, *up = gate + F;
         for (long f = 0; f < F; f++) {
-            float g = get(gate[f]);
-            to[n * F + f] = put(get(put(g / (1 + expf(-g)))) * get(up[f]));
+            float g = to_float(gate[f]);
+            to[n * F + f] = from_float(to_float(from_float(g / (1 + expf(-g)))) * to_float(up[f]));
         }
     }
 }
 
 /* model/layers.py, rotate, of one head, in place. */
-static inline void rotated(number *a, const float *cosine, const float *sine) {
+static inline void rotate_head(number *a, const float *cosine, const float *sine) {
     number *b = a + K / 2;
     for (long j = 0; j < K / 2; j++) {
-        float aj = get(a[j]), bj = get(b[j]);
-        a[j] = put(aj * cosine[j] - bj * sine[j]);
-        b[j] = put(bj * cosine[j] + aj * sine[j]);
+        float aj = to_float(a[j]), bj = to_float(b[j]);
+        a[j] = from_float(aj * cosine[j] - bj * sine[j]);
+        b[j] = from_float(bj * cosine[j] + aj * sine[j]);
     }
 }
 
-/* model/attention.py, Attention, before its core: norms of queries and keys (none where null), both rotated, in
-   place; then, as serve/engine/paged_attention.py, keys and values into their slots of `pool` (2 KV, all, K). cosine and sine
-   are (N, K/2). */
-void place(number *qkv, const number *q_norm, const number *k_norm, double eps, const float *cosine,
-           const float *sine, number *pool, const long *slots, long N, long all) {
-#pragma omp parallel for if (N * KV * G * K > ENOUGH)
+/* model/attention.py, Attention, before its core: the norms of queries and keys (none where null) and RoPE, in
+   place; then, as serve/engine/paged_attention.py, store keys and values at their slots (the slot_mapping) of
+   `pool` (2 KV, all, K). cosine and sine are (N, K/2). */
+void rope_and_cache(number *qkv, const number *q_norm, const number *k_norm, double eps, const float *cosine,
+                    const float *sine, number *pool, const long *slots, long N, long all) {
+#pragma omp parallel for if (N * KV * G * K > MIN_PARALLEL_NUMBERS)
     for (long n = 0; n < N; n++) {
         number *q = qkv + n * (KV * G + 2 * KV) * K, *k = q + KV * G * K;
         for (long h = 0; h < KV * G + KV; h++) {
             const number *weight = h < KV * G ? q_norm : k_norm;
-            if (weight) normed(q + h * K, q + h * K, weight, K, eps);
-            rotated(q + h * K, cosine + n * (K / 2), sine + n * (K / 2));
+            if (weight) rms_norm_row(q + h * K, q + h * K, weight, K, eps);
+            rotate_head(q + h * K, cosine + n * (K / 2), sine + n * (K / 2));
         }
         for (long h = 0; h < 2 * KV; h++) memcpy(pool + (h * all + slots[n]) * K, k + h * K, K * sizeof *k);
     }
 }
 
-/* Of a block's pages, (BLOCK, K) at `page`: the processor may begin to fetch them. */
-static inline void soon(const number *page) {
+/* Let the processor begin to fetch a head's part of a block, (BLOCK, K) at `page`. */
+static inline void prefetch_block(const number *page) {
     for (long i = 0; i < BLOCK * K; i += 64 / sizeof *page) __builtin_prefetch(page + i);
 }
 
-/* serve/engine/paged_attention.py, PagedKV, sequences with one query. Each of B rows sees the last `window` of its `ends[b]` keys
-   where they lie, block by block in the order of its row of `tables` (B, width). The softmax goes along (Milakov & Gimelshein
-   2018): y and sum are those of the keys so far, relative to the highest score so far. to (B, KV G K);
-   `pool` (2 KV, blocks, BLOCK, K). */
-void attend(number *to, const number *qkv, const number *pool, const long *tables, const long *ends, long B,
-            long width, long blocks, long window) {
+/* serve/engine/paged_attention.py, PagedKVCache, the decoding sequences (one query each). Each of B rows attends
+   to the last `window` of its `ends[b]` keys where they are, block by block in the order of its row of the block
+   tables (B, width). Online softmax (Milakov & Gimelshein 2018): y and sum are those of the keys so far, relative
+   to the highest score so far. to (B, KV G K); `pool` (2 KV, blocks, BLOCK, K). */
+void paged_attention(number *to, const number *qkv, const number *pool, const long *tables, const long *ends,
+                     long B, long width, long blocks, long window) {
     const long values = KV * blocks * BLOCK * K;                     /* from a key to its value */
 #pragma omp parallel for collapse(2) schedule(dynamic) if (B > 1)
     for (long b = 0; b < B; b++)
@@ -113,18 +117,18 @@ void attend(number *to, const number *qkv, const number *pool, const long *table
             const long *table = tables + b * width + skipped;
             float q[G][K], y[G][K], score[G][BLOCK], sum[G], top[G], one[K];
             for (long g = 0; g < G; g++) {
-                for (long j = 0; j < K; j++) q[g][j] = get(heads[g * K + j]) / sqrtf(K), y[g][j] = 0;
+                for (long j = 0; j < K; j++) q[g][j] = to_float(heads[g * K + j]) / sqrtf(K), y[g][j] = 0;
                 sum[g] = 0, top[g] = -1e30;
             }
             for (long first = skipped * BLOCK; first < ends[b]; first += BLOCK) {
                 const number *page = own + *table++ * BLOCK * K;
                 long count = ends[b] - first < BLOCK ? ends[b] - first : BLOCK, i0 = begin > first ? begin - first : 0;
                 if (first + BLOCK < ends[b]) {
-                    soon(own + *table * BLOCK * K);
-                    soon(own + *table * BLOCK * K + values);
+                    prefetch_block(own + *table * BLOCK * K);
+                    prefetch_block(own + *table * BLOCK * K + values);
                 }
                 for (long i = i0; i < count; i++) {
-                    for (long j = 0; j < K; j++) one[j] = get(page[i * K + j]);
+                    for (long j = 0; j < K; j++) one[j] = to_float(page[i * K + j]);
                     for (long g = 0; g < G; g++) {
                         float dot = 0;
                         for (long j = 0; j < K; j++) dot += q[g][j] * one[j];
@@ -140,52 +144,52 @@ void attend(number *to, const number *qkv, const number *pool, const long *table
                     sum[g] = sum[g] * shrink + more, top[g] = high;
                 }
                 for (long i = i0; i < count; i++) {
-                    for (long j = 0; j < K; j++) one[j] = get(page[values + i * K + j]);
+                    for (long j = 0; j < K; j++) one[j] = to_float(page[values + i * K + j]);
                     for (long g = 0; g < G; g++)
                         for (long j = 0; j < K; j++) y[g][j] += score[g][i] * one[j];
                 }
             }
             for (long g = 0; g < G; g++)
-                for (long j = 0; j < K; j++) to[((b * KV + h) * G + g) * K + j] = put(y[g][j] / sum[g]);
+                for (long j = 0; j < K; j++) to[((b * KV + h) * G + g) * K + j] = from_float(y[g][j] / sum[g]);
         }
 }
 
-/* serve/engine/engine.py, likeliest: of each row of logits (N, V) the first of the largest. */
-void likeliest(long *to, const number *logits, long N, long V) {
-#pragma omp parallel for if (N * V > ENOUGH)
+/* serve/engine/engine.py, argmax_tokens: of each row of logits (N, V) the first of the largest. */
+void argmax(long *to, const number *logits, long N, long V) {
+#pragma omp parallel for if (N * V > MIN_PARALLEL_NUMBERS)
     for (long n = 0; n < N; n++) {
         const number *from = logits + n * V;
         long stretch = 0, v;
         float highest = -INFINITY;
         for (long first = 0; first < V; first += 1024) {
             long end = first + 1024 < V ? first + 1024 : V;
-            float high = get(from[first]);
-            for (v = first; v < end; v++) high = get(from[v]) > high ? get(from[v]) : high;
+            float high = to_float(from[first]);
+            for (v = first; v < end; v++) high = to_float(from[v]) > high ? to_float(from[v]) : high;
             if (high > highest) highest = high, stretch = first;
         }
-        for (v = stretch; v < V - 1 && get(from[v]) < highest; v++);
+        for (v = stretch; v < V - 1 && to_float(from[v]) < highest; v++);
         to[n] = v;
     }
 }
 
-/* serve/engine/packed_linear.py, Packed, of a single row: to (out) = x (in) weight^T, plus bias (out) unless it is null.
-   The order of the weights is our own and the plainest, on every processor: (out, in), row after row, as a
-   checkpoint has them. A row is one stretch of memory and one sum, so that a compiler needs no more than its
+/* serve/engine/packed_linear.py, PackedLinear, of a single row: to (out) = x (in) weight^T, plus bias (out) unless
+   it is null. The weights are in the plainest order, on every processor: (out, in), row after row, as a checkpoint
+   has them. A row is one stretch of memory and one sum, so that a compiler needs no more than its
    widest registers (AVX-512, AVX2, NEON) and a core waits for memory alone. */
 void gemv(number *to, const number *x, const number *weight, const number *bias, long in, long out) {
     float wide[in];                          /* x, converted once for all rows */
-    for (long i = 0; i < in; i++) wide[i] = get(x[i]);
-#pragma omp parallel for if (in * out > ENOUGH)
+    for (long i = 0; i < in; i++) wide[i] = to_float(x[i]);
+#pragma omp parallel for if (in * out > MIN_PARALLEL_NUMBERS)
     for (long o = 0; o < out; o++) {
         const number *row = weight + o * in;
         float sum = 0;
-        for (long i = 0; i < in; i++) sum += get(row[i]) * wide[i];
-        to[o] = put(bias ? sum + get(bias[o]) : sum);
+        for (long i = 0; i < in; i++) sum += to_float(row[i]) * wide[i];
+        to[o] = from_float(bias ? sum + to_float(bias[o]) : sum);
     }
 }
 
-/* What all of this was compiled for. */
-const char *instructions(void) {
+/* The vector instructions that this file was compiled for. */
+const char *instruction_set(void) {
 #if defined __AVX512F__
     return "AVX-512";
 #elif defined __AVX2__

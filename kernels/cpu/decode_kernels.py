@@ -1,4 +1,9 @@
-"""The C kernels of decoding on a CPU (decode.c), compiled for this processor when a model is opened."""
+"""Decode kernels in C for a CPU (decode.c), compiled when a model is opened: all between a layer's products.
+
+Where few tokens are computed, the 82 operations of a layer in torch cost as much as reading its weights; each
+of these kernels does several operations in one pass over memory. `decode.c` says of each which torch code it
+replaces. What comes out is the same but for the order of sums.
+"""
 import ctypes
 import os
 import shlex
@@ -8,45 +13,54 @@ from pathlib import Path
 
 import torch
 
-POINTER, LONG, DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
-ARGUMENTS = {"add_norm": [POINTER] * 4 + [LONG] * 2 + [DOUBLE],
-             "swiglu": [POINTER] * 2 + [LONG] * 2,
-             "place": [POINTER] * 3 + [DOUBLE] + [POINTER] * 4 + [LONG] * 2,
-             "attend": [POINTER] * 5 + [LONG] * 4,
-             "likeliest": [POINTER] * 2 + [LONG] * 2,
-             "gemv": [POINTER] * 4 + [LONG] * 2,
-             "instructions": []}
+_POINTER = ctypes.c_void_p
+_LONG = ctypes.c_long
+_DOUBLE = ctypes.c_double
+_ARGUMENT_TYPES = {"add_rms_norm": [_POINTER] * 4 + [_LONG] * 2 + [_DOUBLE],
+                   "swiglu": [_POINTER] * 2 + [_LONG] * 2,
+                   "rope_and_cache": [_POINTER] * 3 + [_DOUBLE] + [_POINTER] * 4 + [_LONG] * 2,
+                   "paged_attention": [_POINTER] * 5 + [_LONG] * 4,
+                   "argmax": [_POINTER] * 2 + [_LONG] * 2,
+                   "gemv": [_POINTER] * 4 + [_LONG] * 2,
+                   "instruction_set": []}
 
 
-def compiled(dtype: torch.dtype, **defined: int) -> ctypes.CDLL:
-    """decode.c for numbers of `dtype`, bfloat16 or float32, with these names defined.
+def compile_decode_kernels(dtype: torch.dtype, **macros: int) -> ctypes.CDLL:
+    """Compile decode.c for numbers of `dtype`, bfloat16 or float32, with these macros: K, KV, G, BLOCK.
 
     By $CC or cc, for this processor unless $CFLAGS says otherwise (-march=haswell). Raises RuntimeError where
     there is no C compiler with OpenMP, or no folder from which code may be loaded.
     """
     flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC"]
     flags += shlex.split(os.environ.get("CFLAGS", ""))                   # the last -march counts
-    flags += [f"-D{name}={value}" for name, value in defined.items()]
+    flags += [f"-D{name}={value}" for name, value in macros.items()]
     flags += ["-DBF16"] if dtype == torch.bfloat16 else []
-    passes = _loaded(flags)
-    for name, arguments in ARGUMENTS.items():
-        getattr(passes, name).argtypes, getattr(passes, name).restype = arguments, None
-    passes.instructions.restype = ctypes.c_char_p
-    return passes
+    kernels = _load(flags)
+    for name, argument_types in _ARGUMENT_TYPES.items():
+        getattr(kernels, name).argtypes, getattr(kernels, name).restype = argument_types, None
+    kernels.instruction_set.restype = ctypes.c_char_p
+    return kernels
 
 
-def _loaded(flags):
+def argmax_with_kernels(kernels: ctypes.CDLL, logits: torch.Tensor) -> list[int]:
+    """The likeliest token of each row of `logits` (N, V), as engine.argmax_tokens has it."""
+    found = torch.empty(len(logits), dtype=torch.int64)
+    kernels.argmax(found.data_ptr(), logits.data_ptr(), *logits.shape)
+    return found.tolist()
+
+
+def _load(flags):
     """The library, from the first folder from which code may be loaded."""
-    said = []
+    refusals = []
     for folder in _folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as own:
                 return ctypes.CDLL(str(_compile(flags, Path(own))))
         except OSError as error:
-            said.append(f"{folder} ({error.strerror or str(error).rpartition(': ')[2]})")
-    raise RuntimeError(f"code cannot be loaded from {' or '.join(said)}; set TMPDIR to a folder that is not "
-                       "mounted noexec")
+            refusals.append(f"{folder} ({error.strerror or str(error).rpartition(': ')[2]})")
+    raise RuntimeError(f"code cannot be loaded from {' or '.join(refusals)}; set TMPDIR to a folder that is "
+                       "not mounted noexec")
 
 
 def _folders():
@@ -56,9 +70,9 @@ def _folders():
 
 def _compile(flags, folder):
     source, compiler = Path(__file__).with_name("decode.c"), os.environ.get("CC", "cc")
-    middle, library = folder / "passes.o", folder / "passes.so"
-    to_object = ["-c", *flags, source, "-o", middle]
-    to_library = ["-shared", "-fopenmp", middle, "-o", library, "-lm"]
+    objects, library = folder / "decode.o", folder / "decode.so"
+    to_object = ["-c", *flags, source, "-o", objects]
+    to_library = ["-shared", "-fopenmp", objects, "-o", library, "-lm"]
     try:                                     # in two steps: a linker told of -ffast-math sets it for all
         for step in to_object, to_library:
             subprocess.run([compiler, *step], check=True, capture_output=True, text=True)
@@ -67,10 +81,3 @@ def _compile(flags, folder):
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{compiler} does not compile {source.name}: {error.stderr}") from error
     return library
-
-
-def likeliest(passes: ctypes.CDLL, logits: torch.Tensor) -> list[int]:
-    """engine.likeliest of `logits` (N, V)."""
-    found = torch.empty(len(logits), dtype=torch.int64)
-    passes.likeliest(found.data_ptr(), logits.data_ptr(), *logits.shape)
-    return found.tolist()

@@ -28,7 +28,7 @@ from nanoinfra.lab.table import Grid
 from nanoinfra.model.init import draw
 from nanoinfra.model.weights.fill_model import empty
 from nanoinfra.parallel.parallelize import serving
-from nanoinfra.serve.engine.paged_attention import PagedKV
+from nanoinfra.serve.engine.paged_attention import PagedKVCache
 
 WAYS = ("static", "orca", "pages")
 UNITS = {"steps": "steps", "calls": "calls", "bytes": "B"}
@@ -63,7 +63,7 @@ def measure(mesh, model, broken=""):
                   str(sum(a != b for a, b in zip(said[way], said["static"]))))
                  for tag, (calls, size) in sorted(sent.items()) or [("none", (0, 0))]]
     found["waste_whole"] = found.pop("waste_orca")
-    found["memory"] = counted(engine.kv.pool.untyped_storage().nbytes(), "B")
+    found["memory"] = counted(engine.kv_cache.kv_memory.untyped_storage().nbytes(), "B")
     if mesh.rank == 0:
         show(config, mesh.tp.size, rows)
     return {f"L16.lab_{key}": found[key] for key in sorted(found, key=order) if key != "waste_static"}
@@ -119,21 +119,21 @@ def served(mesh, net, way, broken):
 class Forgetful(Watched):
     """Computes a sequence from its beginning in every step, as if there were no cache."""
 
-    def plan(self):
+    def schedule(self):
         for sequence in self.running:
-            sequence.computed = 0
-        return super().plan()
+            sequence.num_computed_tokens = 0
+        return super().schedule()
 
 
 def all_heads():
     """Every rank keeps room for the keys and values of all heads, and uses its own."""
-    begin = PagedKV.__init__
+    begin = PagedKVCache.__init__
 
     def roomy(kv, model, n, size):
         begin(kv, model, n, size)
-        layers, mine, *rest = kv.pool.shape
-        kv.pool = kv.pool.new_zeros(layers, 2 * model.config.kv_heads, *rest)[:, :mine]
-    return mock.patch.object(PagedKV, "__init__", roomy)
+        layers, mine, *rest = kv.kv_memory.shape
+        kv.kv_memory = kv.kv_memory.new_zeros(layers, 2 * model.config.kv_heads, *rest)[:, :mine]
+    return mock.patch.object(PagedKVCache, "__init__", roomy)
 
 
 def show(config, n, rows):

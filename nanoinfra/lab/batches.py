@@ -9,7 +9,7 @@ from nanoinfra.formulas import paged_kv
 from nanoinfra.lab import draw
 from nanoinfra.lab.replay import Job, Watched, numbers, policies, replay
 from nanoinfra.lab.table import Grid
-from nanoinfra.serve.engine.block_pool import Blocks
+from nanoinfra.serve.engine.block_pool import BlockPool
 
 KINDS = {"prompt": (draw.ORANGE, "prompt, or a chunk of it"), "decode": (draw.BLUE, "a new token"),
          "again": (draw.PINK, "computed again"), "idle": ("#c9c9c9", "done, seat kept"),
@@ -73,8 +73,8 @@ def memory(panels: dict[str, Watched], title: str = "") -> draw.Picture:
 
 def _fill(axes, scheduler):
     """Draw a panel of `memory`; the share of what is taken that holds a token."""
-    size, log = scheduler.blocks.size, scheduler.log
-    places, edges = size * len(scheduler.blocks.holders), [*(step.at for step in log), scheduler.steps]
+    size, log = scheduler.block_pool.block_size, scheduler.log
+    places, edges = size * len(scheduler.block_pool.ref_counts), [*(step.at for step in log), scheduler.steps]
     taken = [size * step.used for step in log]
     tokens = [places_taken - step.empty for places_taken, step in zip(taken, log)]
     axes.stairs([places] * len(log), edges, fill=True, color="#ececec", label="free")
@@ -89,7 +89,7 @@ def pool(scheduler: Watched, title: str = "", columns: int = 16) -> draw.Picture
 
     The number is the sequence's; a block of several holders names them all.
     """
-    blocks, n = scheduler.blocks, len(scheduler.blocks.holders)
+    blocks, n = scheduler.block_pool, len(scheduler.block_pool.ref_counts)
     rows = -(-n // columns)
     picture, axes = draw.canvas(WIDTH, 0.9 + 0.42 * rows, title)
     held = list(_held(scheduler))
@@ -100,8 +100,8 @@ def pool(scheduler: Watched, title: str = "", columns: int = 16) -> draw.Picture
         for job, filled in mine[:1]:
             colour = draw.COLOURS[job % len(draw.COLOURS)]
             axes.barh(y, 0.9, 0.74, x + 0.05, color=draw._pale(colour))
-            axes.barh(y, 0.9 * filled / blocks.size, 0.74, x + 0.05, color=colour)
-        full = mine and 2 * mine[0][1] > blocks.size and len(mine) == 1
+            axes.barh(y, 0.9 * filled / blocks.block_size, 0.74, x + 0.05, color=colour)
+        full = mine and 2 * mine[0][1] > blocks.block_size and len(mine) == 1
         axes.text(x + 0.5, y, ", ".join(str(job) for job, _ in mine), ha="center", va="center",
                   fontsize=8 if len(mine) < 4 else 6, color="white" if full else "black")
     axes.set(xlim=(0, columns), ylim=(rows - 0.4, -0.6), xticks=[], yticks=range(rows))
@@ -126,7 +126,7 @@ def steps_by_memory(jobs: list[Job], memories: Sequence[int], longest: int, size
 
 def waste_by_size(jobs: list[Job], places: int, sizes: Sequence[int]) -> draw.Picture:
     """What sequences leave empty in blocks of several sizes."""
-    left = [replay(jobs, Watched(Blocks(places // size, size))).left.values() for size in sizes]
+    left = [replay(jobs, Watched(BlockPool(places // size, size))).left.values() for size in sizes]
     lines = {"on average": (sizes, [paged_kv.empty_on_average(size) for size in sizes]),
              "at most": (sizes, [size - 1 for size in sizes])}
     dots = {"on average": (sizes, [sum(each) / len(each) for each in left]),
@@ -136,10 +136,10 @@ def waste_by_size(jobs: list[Job], places: int, sizes: Sequence[int]) -> draw.Pi
 
 def _held(scheduler) -> Iterator[tuple[int, int, int]]:
     """(block, job, tokens of it in there) of everyone who runs."""
-    size = scheduler.blocks.size
+    size = scheduler.block_pool.block_size
     for sequence in scheduler.running:
-        for i, block in enumerate(sequence.table):
-            yield block, scheduler.order[sequence], max(0, min(size, sequence.computed - i * size))
+        for i, block in enumerate(sequence.block_table):
+            yield block, scheduler.order[sequence], max(0, min(size, sequence.num_computed_tokens - i * size))
 
 
 def _runs(scheduler) -> Iterator[tuple[int, str, int, int]]:

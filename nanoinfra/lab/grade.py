@@ -65,7 +65,7 @@ def judged(lesson: str, file: Path, checks: tuple[Check, ...], limits: Limits) -
                 name, criterion = todo[0]
                 verdicts[name].append(Verdict(criterion, "wrong", f"the judged process {reason}"))
         _say(process.output, "       | ")
-    return [each.table(verdicts[each.name], shown(file)) for each in checks]
+    return [each.block_table(verdicts[each.name], shown(file)) for each in checks]
 
 
 def _todo(checks, verdicts):

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
-from nanoinfra.serve.engine.block_pool import Blocks
-from nanoinfra.serve.engine.scheduler import Plan, Scheduler, Sequence
+from nanoinfra.serve.engine.block_pool import BlockPool
+from nanoinfra.serve.engine.scheduler import Scheduler, SchedulerOutput, Sequence
 
 ENDLESS = 1 << 20                            # a budget, or seats, that bind nobody
 SAID = -1                                    # a token that no model made: after one prompt always the same
@@ -40,35 +40,37 @@ class Step:
 class Watched(Scheduler):
     """The real scheduler, with a log: a Step each, and of every job what its last block left empty."""
 
-    def __init__(self, blocks: Blocks, budget: int = ENDLESS, seats: int = ENDLESS, **limits):
-        super().__init__(blocks, budget, seats, **{"queue": ENDLESS, "queue_tokens": 1 << 30} | limits)
+    def __init__(self, blocks: BlockPool, budget: int = ENDLESS, seats: int = ENDLESS, **limits):
+        super().__init__(blocks, budget, seats, **{"max_queued_requests": ENDLESS,
+                                                   "max_queued_tokens": 1 << 30} | limits)
         self.order: dict[Sequence, int] = {}
         self.log: list[Step] = []
         self.left: dict[int, int] = {}       # job: places of its blocks that were empty when it ended
         self.now, self.outside = 0, []       # the step; jobs that have come and are not let in
 
-    def add(self, sequence: Sequence) -> None:
-        super().add(sequence)
+    def add_sequence(self, sequence: Sequence) -> None:
+        super().add_sequence(sequence)
         self.order[sequence] = len(self.order)
 
-    def done(self, plan: Plan) -> None:
-        super().done(plan)
+    def mark_computed(self, plan: SchedulerOutput) -> None:
+        super().mark_computed(plan)
         self.note(plan)
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish_sequence(self, sequence: Sequence) -> None:
         self.left[self.order[sequence]] = self._empty(sequence)
-        super().finish(sequence)
+        super().finish_sequence(sequence)
 
-    def note(self, plan: Plan) -> None:
+    def note(self, plan: SchedulerOutput) -> None:
         """Write the step into the log, once its tokens are computed."""
         work = {self.order[each]: (first, count, _kind(each, first, count))
-                for each, first, count in plan.work}
+                for each, first, count in plan.scheduled_chunks}
         idle = tuple(self.order[each] for each in self.running if self.order[each] not in work)
-        waiting = {self.order[each]: "preempted" if each.preempted else "waiting" for each in self.waiting}
+        waiting = {self.order[each]: "preempted" if each.num_preemptions else "waiting"
+                   for each in self.waiting}
         waiting |= dict.fromkeys(self.outside, "waiting")
         sent_away = tuple(self.order[each] for each in plan.preempted)
         empty = sum(map(self._empty, self.running))
-        used = len(self.blocks.holders) - len(self.blocks.free)
+        used = len(self.block_pool.ref_counts) - len(self.block_pool.free_blocks)
         self.log.append(Step(self.now, work, idle, waiting, sent_away, used, empty))
 
     @property
@@ -84,7 +86,8 @@ class Watched(Scheduler):
     @property
     def counts(self) -> dict[str, int]:
         """What the engine counts, from the log."""
-        found, prompts = Counter(dict.fromkeys(COUNTS, 0)), {i: each.prompt for each, i in self.order.items()}
+        found, prompts = Counter(dict.fromkeys(COUNTS, 0)), {i: each.num_prompt_tokens for each,
+                                                             i in self.order.items()}
         begun, made = set(), Counter()
         for step in self.log:
             found["preemptions"] += len(step.preempted)
@@ -98,7 +101,7 @@ class Watched(Scheduler):
         return {**found, "generation_tokens": sum(made.values()), "steps": len(self.log)}
 
     def _empty(self, sequence):
-        return len(sequence.table) * self.blocks.size - sequence.computed
+        return len(sequence.block_table) * self.block_pool.block_size - sequence.num_computed_tokens
 
 
 class Ruled(Watched):
@@ -111,17 +114,18 @@ class Ruled(Watched):
         super().__init__(blocks, budget)
         self.rule = rule
 
-    def plan(self) -> Plan:
+    def schedule(self) -> SchedulerOutput:
         before = list(self.running)
-        plan = Plan(list(self.rule(self.running, self.waiting, self.blocks, self.budget)))
+        plan = SchedulerOutput(list(self.rule(self.running, self.waiting, self.block_pool,
+                                              self.max_num_batched_tokens)))
         plan.preempted = [each for each in before if each in self.waiting]
         for each in plan.preempted:
-            each.preempted += 1
+            each.num_preemptions += 1
         return plan
 
-    def done(self, plan: Plan) -> None:
-        for sequence, first, count in plan.work:
-            sequence.computed = first + count
+    def mark_computed(self, plan: SchedulerOutput) -> None:
+        for sequence, first, count in plan.scheduled_chunks:
+            sequence.num_computed_tokens = first + count
         self.note(plan)
 
 
@@ -134,17 +138,18 @@ def replay(jobs: Iterable[Job], scheduler: Watched, static: int = 0, until: int 
     jobs, ended = list(jobs), []
 
     def add(i):
-        scheduler.add(Sequence(list(jobs[i].tokens), fresh=fresh))
+        scheduler.add_sequence(Sequence(list(jobs[i].tokens), skip_prefix_cache=fresh))
 
     def step():
-        plan = scheduler.plan()
-        if plan.work:
-            scheduler.done(plan)
-        ended.extend(each for each, *_ in plan.work if _ends(each, jobs[scheduler.order[each]].new))
-        ended.extend(plan.full)                                          # the pool is the limit
+        plan = scheduler.schedule()
+        if plan.scheduled_chunks:
+            scheduler.mark_computed(plan)
+        ended.extend(each for each, *_ in plan.scheduled_chunks if _ends(each,
+                                                                         jobs[scheduler.order[each]].new))
+        ended.extend(plan.out_of_blocks)                                          # the pool is the limit
         if not static or len(ended) == len(scheduler.running):
             for sequence in ended:
-                scheduler.finish(sequence)
+                scheduler.finish_sequence(sequence)
             ended.clear()
     drive(jobs, scheduler, add, step, static, until)
     return scheduler
@@ -152,9 +157,9 @@ def replay(jobs: Iterable[Job], scheduler: Watched, static: int = 0, until: int 
 
 def _ends(sequence, new):
     """Say a token, if all before it are computed. Is it the last of `new`?"""
-    if sequence.computed < len(sequence.tokens):
+    if sequence.num_computed_tokens < len(sequence.tokens):
         return False
-    if len(sequence.tokens) - sequence.prompt + 1 == new:
+    if len(sequence.tokens) - sequence.num_prompt_tokens + 1 == new:
         return True
     sequence.tokens.append(SAID)
     return False
@@ -163,9 +168,9 @@ def _ends(sequence, new):
 def policies(jobs: Iterable[Job], places: int, longest: int, size: int) -> dict[str, Watched]:
     """`jobs` under all three in KV memory for `places` tokens: stretches of `longest`, blocks of `size`."""
     jobs, seats = list(jobs), places // longest
-    return {"static batches": replay(jobs, Watched(Blocks(seats, longest)), static=seats),
-            "Orca": replay(jobs, Watched(Blocks(seats, longest))),
-            "pages": replay(jobs, Watched(Blocks(places // size, size)))}
+    return {"static batches": replay(jobs, Watched(BlockPool(seats, longest)), static=seats),
+            "Orca": replay(jobs, Watched(BlockPool(seats, longest))),
+            "pages": replay(jobs, Watched(BlockPool(places // size, size)))}
 
 
 def drive(jobs: list[Job], scheduler: Watched, add: Callable, step: Callable, static: int = 0,
@@ -203,9 +208,9 @@ def numbers(jobs: Iterable[Job]) -> list[tuple[int, int, int]]:
 
 
 def _kind(sequence, first, count):
-    if first >= sequence.prompt and count == 1:
+    if first >= sequence.num_prompt_tokens and count == 1:
         return "decode"
-    return "again" if sequence.preempted else "prompt"
+    return "again" if sequence.num_preemptions else "prompt"
 
 
 COUNTS = ("prompt_tokens", "prefix_queries", "prefix_hits", "preemptions")

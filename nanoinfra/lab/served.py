@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from nanoinfra.lab.replay import Job, Watched, drive
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.engine.requests import Request, Sampling
+from nanoinfra.serve.engine.requests import Request, SamplingParams
 
 
 def serve(model: Decoder, jobs: Sequence[Job], blocks: int, size: int, static: int = 0,
@@ -14,15 +14,15 @@ def serve(model: Decoder, jobs: Sequence[Job], blocks: int, size: int, static: i
 
     `static`: seats of a batch that starts when the last one has ended. `watched` plans the steps.
     """
-    engine, said = Engine(model, blocks=blocks, size=size), [[] for _ in jobs]
-    engine.scheduler = watched(engine.blocks, **limits)
+    engine, said = Engine(model, num_blocks=blocks, block_size=size), [[] for _ in jobs]
+    engine.scheduler = watched(engine.block_pool, **limits)
 
     def add(i):
-        engine.add(Request(str(i), list(jobs[i].tokens), Sampling(temperature=0), jobs[i].new))
+        engine.add_request(Request(str(i), list(jobs[i].tokens), SamplingParams(temperature=0), jobs[i].new))
 
     def step():
         for event in engine.step():
-            said[int(event.request)] += event.tokens
+            said[int(event.request_id)] += event.token_ids
     begin = time.perf_counter()
     drive(jobs, engine.scheduler, add, step, static)
     return engine, said, time.perf_counter() - begin

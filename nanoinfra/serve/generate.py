@@ -1,8 +1,8 @@
 """Generation, one sequence at a time: prefill the prompt once, then one token a step over a KV cache.
 
-Without the cache, token n costs a forward over n tokens; with it, one token's forward and a read of the
-2 L KV K n numbers kept. Composes with any Decoder: the cache is an argument of the call. For many sequences
-at once see engine.py; sampler.py draws the tokens.
+Without the KV cache, token n costs a forward over n tokens; with it, one token's forward and a read of the
+2 L KV K n numbers in the cache. Works with any Decoder: the cache is an argument of the call. The engine
+(engine/engine.py) serves many sequences at once; engine/sampler.py samples the tokens.
 """
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,54 +16,59 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Text, render_chat
 from nanoinfra.model.weights.fill_model import empty
 from nanoinfra.parallel.parallelize import serving
-from nanoinfra.serve.engine.detokenizer import Stream
-from nanoinfra.serve.engine.requests import Request, Sampling, check
+from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer
+from nanoinfra.serve.engine.requests import Request, SamplingParams, check_request
 from nanoinfra.serve.engine.sampler import Sampler
 from nanoinfra.serve.options import GenerateOptions
 from nanoinfra.train.pretrained import open_pretrained
 
 
-def generate(model: Decoder, tokens: list[int], max_new: int, *, temperature: float = 0.0, top_k: int = 0,
-             top_p: float = 1.0, seed: int = 0, ends: Iterable[int] = ()) -> Iterator[int]:
-    """Yield up to `max_new` ids that continue `tokens`, each as soon as it is known; an id of `ends` stops.
+def generate(model: Decoder, prompt_token_ids: list[int], max_new_tokens: int, *, temperature: float = 0.0,
+             top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+             eos_token_ids: Iterable[int] = ()) -> Iterator[int]:
+    """Yield up to `max_new_tokens` ids that continue the prompt, each as soon as it is known.
 
-    Temperature 0 is greedy; else the draws follow from `seed` alone. Raises ValueError for an empty prompt, a
-    sampling option out of range, or a prompt whose continuation does not fit the model's context.
+    An id of `eos_token_ids` ends it and is not yielded. Temperature 0 is greedy; else the tokens follow from
+    `seed` alone. Raises ValueError for an empty prompt, a sampling option out of range, or a prompt whose
+    continuation does not fit the model's context.
     """
-    how = Sampling(temperature, top_k, top_p, seed=seed)
-    check(Request("", tokens, how, max_new), model.config.cached_context, model.config.vocab)
-    return _generate(model, tokens, max_new, Sampler(how, seed), frozenset(ends))
+    params = SamplingParams(temperature, top_k, top_p, seed=seed)
+    request = Request("", prompt_token_ids, params, max_new_tokens)
+    check_request(request, model.config.cached_context, model.config.vocab)
+    return _generate(model, prompt_token_ids, max_new_tokens, Sampler(params, seed), frozenset(eos_token_ids))
 
 
 @torch.inference_mode()
-def _generate(model, tokens, max_new, sampler, ends):
+def _generate(model, prompt_token_ids, max_new_tokens, sampler, eos_token_ids):
     device = model.embed.weight.device
-    cache = KVCache(model.config.layers, len(tokens) + max_new - 1)          # nobody reads the last
-    new = list(tokens)
-    for _ in range(max_new):
-        places = torch.arange(cache.length, cache.length + len(new), device=device)
-        hidden = model.hidden(torch.tensor([new], device=device), places, cache)        # (1, T, C)
+    cache = KVCache(model.config.layers,
+                    len(prompt_token_ids) + max_new_tokens - 1)     # not the last token's
+    new = list(prompt_token_ids)
+    for _ in range(max_new_tokens):
+        positions = torch.arange(cache.length, cache.length + len(new), device=device)
+        hidden = model.hidden(torch.tensor([new], device=device), positions, cache)     # (1, T, C)
         cache.length += len(new)
-        token = sampler.draw(model.head(hidden[0, -1]))                                 # of (V,) logits
-        if token in ends:
+        token = sampler.sample_next_token(model.head(hidden[0, -1]))                    # of (V,) logits
+        if token in eos_token_ids:
             return
         yield token
         new = [token]
 
 
 class KVCache:
-    """Keys and values of every layer in one stretch of memory, for sequences of one common length.
+    """A contiguous KV cache: keys and values of every layer, for sequences of one common length.
 
-    Memory for `capacity` tokens is taken at a layer's first call, in the shape its keys have, so a model
-    cut by heads needs no other cache. The caller adds to `length` once all layers have seen the new tokens.
+    A layer's first call allocates memory for `capacity` tokens in the shape of its keys, so a tensor-parallel
+    model needs no other cache. The caller adds to `length` once all layers have stored the new tokens.
     """
 
-    def __init__(self, layers: int, capacity: int):
-        self.layers, self.capacity, self.length = [None] * layers, capacity, 0
+    def __init__(self, num_layers: int, capacity: int):
+        self.layers, self.capacity = [None] * num_layers, capacity
+        self.length = 0
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                mask: Mask = CAUSAL) -> torch.Tensor:
-        """Keep `k`, `v` (B, KV, T, K) and let `q` (B, H, T, K) see of all so far what `mask` says."""
+        """Store `k`, `v` (B, KV, T, K); attend with `q` to all keys so far, as `mask` says: (B, H, T, K)."""
         (B, KV, T, K), end = k.shape, self.length + k.shape[2]
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit a KV cache for {self.capacity}; make a larger one")
@@ -82,34 +87,37 @@ def main(options: GenerateOptions, write: Callable[[str], object] | None = None)
         raise ValueError(f"--tp {options.tp}: a model is cut over at least 1 rank; leave it out")
     mesh = Mesh(tp=options.tp)
     weights = open_pretrained(options.model, mesh.world)
-    text, dtype = weights.text, getattr(torch, options.dtype)
+    tokenizer, dtype = weights.text, getattr(torch, options.dtype)
     model = serving(empty(weights.config), mesh, weights.read, dtype)
-    write = write or _to_stdout if mesh.rank == 0 else _nowhere               # the ranks draw the same tokens
-    for piece in stream(model, text, _prompt(options, text, weights.template), options):
+    write = write or _to_stdout if mesh.rank == 0 else _nowhere               # all ranks have the same tokens
+    prompt_token_ids = _encode_prompt(options, tokenizer, weights.template)
+    for piece in stream_text(model, tokenizer, prompt_token_ids, options):
         write(piece)
     write("\n")
     return 0
 
 
-def stream(model: Decoder, text: Text, prompt: list[int], options: GenerateOptions) -> Iterator[str]:
-    """The continuation of `prompt` (token ids) as pieces of text."""
-    shown = Stream(text)
-    how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    for token in generate(model, prompt, options.max_new_tokens, ends=text.ends, **how):
-        yield shown.push(token)
-    yield shown.finish()
+def stream_text(model: Decoder, tokenizer: Text, prompt_token_ids: list[int],
+                options: GenerateOptions) -> Iterator[str]:
+    """Generate the continuation of a prompt and yield its text piece by piece."""
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    for token in generate(model, prompt_token_ids, options.max_new_tokens, eos_token_ids=tokenizer.ends,
+                          **sampling):
+        yield detokenizer.push_token(token)
+    yield detokenizer.flush()
 
 
-def _prompt(options, text, template):
-    if text is None:
+def _encode_prompt(options, tokenizer, chat_template):
+    if tokenizer is None:
         raise ValueError(f"{options.model} holds no tokenizer to read the prompt with; copy the "
                          "files of the one it was trained with into it")
     if not options.chat:
-        return text.encode(options.prompt)
-    if template is None:
+        return tokenizer.encode(options.prompt)
+    if chat_template is None:
         raise ValueError(f"{options.model} has no chat template; leave out --chat")
     messages = [{"role": "user", "content": options.prompt}]
-    return text.encode(render_chat(template, messages, text), begin=False)
+    return tokenizer.encode(render_chat(chat_template, messages, tokenizer), begin=False)
 
 
 def _nowhere(piece):

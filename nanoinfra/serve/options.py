@@ -6,79 +6,84 @@ from typing import Annotated, Literal
 
 import tyro
 
-UNITS = {"": 1, "B": 1, **{f"{k}iB": 1 << 10 * (i + 1) for i, k in enumerate("KMGT")},
-         **{f"{k}B": 1000 ** (i + 1) for i, k in enumerate(("k", "M", "G", "T"))}}
+_BYTE_UNITS = {"": 1, "B": 1, **{f"{k}iB": 1 << 10 * (i + 1) for i, k in enumerate("KMGT")},
+               **{f"{k}B": 1000 ** (i + 1) for i, k in enumerate(("k", "M", "G", "T"))}}
 
 
-def parse_bytes(text: str) -> int:
+def parse_byte_size(text: str) -> int:
     """Bytes of "512MiB", "1.5GiB", "2GB" or "1000000". Raises ValueError for anything else."""
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([a-zA-Z]*)", text.strip())
-    if not found or found[2] not in UNITS:
+    if not found or found[2] not in _BYTE_UNITS:
         raise ValueError(f"{text!r} is no number of bytes; write 512MiB, 1.5GiB, 2GB or 1000000")
-    return int(float(found[1]) * UNITS[found[2]])
+    return int(float(found[1]) * _BYTE_UNITS[found[2]])
 
 
 def _spelled(n):
-    unit = next(unit for unit in ("GiB", "MiB", "KiB", "B") if n % UNITS[unit] == 0)
-    return f"{n // UNITS[unit]}{unit}"
+    unit = next(unit for unit in ("GiB", "MiB", "KiB", "B") if n % _BYTE_UNITS[unit] == 0)
+    return f"{n // _BYTE_UNITS[unit]}{unit}"
 
 
-Bytes = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
-    1, "BYTES", lambda given: parse_bytes(given[0]), lambda n: isinstance(n, int), lambda n: [_spelled(n)])]
+ByteSize = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
+    1, "BYTES", lambda given: parse_byte_size(given[0]), lambda n: isinstance(n, int),
+    lambda n: [_spelled(n)])]
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
     """Continue a text, or answer as a chat model."""
     model: tyro.conf.Positional[str]  # a run directory, a Hugging Face folder, a .gguf file, smollm2-135m
-    prompt: tyro.conf.Positional[str]        # the text to go on from; with --chat, the question
-    max_new_tokens: int = 128                # stop after so many
-    temperature: float = 0.0                 # 0: always the likeliest token
-    top_k: int = 0                           # draw among the k likeliest; 0: all
-    top_p: float = 1.0                       # draw among the likeliest that make up this probability
-    seed: int = 0                            # of the draws
+    prompt: tyro.conf.Positional[str]        # the text to continue; with --chat, the user's message
+    max_new_tokens: int = 128                # stop after so many new tokens
+    temperature: float = 0.0                 # of sampling; 0: greedy, always the likeliest token
+    top_k: int = 0                           # sample among the k likeliest tokens; 0: among all
+    top_p: float = 1.0                       # sample among the likeliest tokens that make up this probability
+    seed: int = 0                            # of the sampling
     chat: bool = False                       # put the prompt into the model's chat template
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # to compute in
-    tp: int = 1                              # cut the model over so many ranks, started here
-    threads: int | None = None               # a rank; default: OMP_NUM_THREADS, or cores / ranks
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of weights and computation
+    tp: int = 1                              # tensor parallelism: split the model over so many local ranks
+    threads: int | None = None               # per rank; default: OMP_NUM_THREADS, or cores / ranks
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """The engine: what it computes in, and how much it takes on."""
+    """The engine: its model and dtype, its KV memory, and how much it computes in a step."""
     model: tyro.conf.Positional[str]  # a run directory, a Hugging Face folder, a .gguf file, smollm2-135m
-    # to compute in; in bfloat16 who else asks may decide between two tokens that are nearly as likely
+    # of weights and computation; in bfloat16 a near tie of two tokens may depend on the other requests
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    tp: int = 1                              # cut the model over so many ranks, started here
-    threads: int | None = None               # a rank; default: OMP_NUM_THREADS, or cores / ranks
-    kv_memory: Bytes = 1 << 30               # for keys and values, on each rank
-    block_size: int = 16                     # tokens whose keys and values lie together
-    budget: int = 512                        # tokens in one step, of all sequences
-    seats: int = 64                          # sequences that run at once
-    queue: int = 1024                        # requests that may wait; more are told to come back later
-    queue_tokens: int = 1 << 20              # tokens of theirs
+    tp: int = 1                              # tensor parallelism: split the model over so many local ranks
+    threads: int | None = None               # per rank; default: OMP_NUM_THREADS, or cores / ranks
+    kv_memory: ByteSize = 1 << 30            # for the KV cache (keys and values), on each rank
+    block_size: int = 16                     # tokens in a block of the paged KV cache
+    max_num_batched_tokens: int = 512        # tokens computed in one step, of all sequences
+    max_num_seqs: int = 64                   # sequences that run at once
+    max_queued_requests: int = 1024          # requests that may wait; more are refused with status 429
+    max_queued_tokens: int = 1 << 20         # prompt tokens of the requests that wait
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """Serve a model: an OpenAI API, and a page to chat and to watch the scheduler."""
     engine: Annotated[EngineOptions, tyro.conf.arg(name="")]
-    host: str = "127.0.0.1"                  # who may connect: this machine alone; 0.0.0.0: everybody
-    port: int = 8000                         # 0: one that is free
-    name: str | None = None                  # what clients call the model; default: as given
-    api_key_file: Path | None = None         # keys, one a line; default: NANOINFRA_API_KEY
-    api_key: str | None = field(default=None, repr=False)    # a key, which ps shows to everybody here
-    allow_origin: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # of web pages that may ask; *: all
-    cache_salt_per_key: bool = False         # nobody learns from cached_tokens what other keys' prompts share
-    drain: float = 30.0                      # seconds that running requests have, when a signal ends it
+    host: str = "127.0.0.1"                  # address to listen on: this machine alone; 0.0.0.0: everybody
+    port: int = 8000                         # to listen on; 0: any free port
+    served_model_name: str | None = None     # what clients call the model; default: as given
+    api_key_file: Path | None = None         # API keys, one a line; default: NANOINFRA_API_KEY
+    api_key: str | None = field(default=None, repr=False)    # an API key, which ps shows to everybody here
+    allow_origin: tyro.conf.UseAppendAction[tuple[str,
+                                                  ...]] = ()  # of web pages that may send requests; *: all
+    cache_salt_per_key: bool = False         # requests of different API keys share no cached prefixes
+    shutdown_timeout: float = 30.0           # seconds that running requests may still take after SIGTERM
 
 
-def check(options: ServeOptions) -> None:
+def check_serve_options(options: ServeOptions) -> None:
     """Raise ValueError for a flag that no server could follow."""
     engine = options.engine
-    least = {"--tp": (engine.tp, 1), "--block-size": (engine.block_size, 1), "--budget": (engine.budget, 1),
-             "--seats": (engine.seats, 1), "--queue": (engine.queue, 1), "--port": (options.port, 0),
-             "--queue-tokens": (engine.queue_tokens, 1), "--drain": (options.drain, 0),
+    least = {"--tp": (engine.tp, 1), "--block-size": (engine.block_size, 1),
+             "--max-num-batched-tokens": (engine.max_num_batched_tokens, 1),
+             "--max-num-seqs": (engine.max_num_seqs, 1),
+             "--max-queued-requests": (engine.max_queued_requests, 1), "--port": (options.port, 0),
+             "--max-queued-tokens": (engine.max_queued_tokens, 1),
+             "--shutdown-timeout": (options.shutdown_timeout, 0),
              "--threads": (1 if engine.threads is None else engine.threads, 1)}
     for flag, (value, lowest) in least.items():
         if not value >= lowest:

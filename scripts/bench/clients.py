@@ -28,7 +28,8 @@ PROGRAMS = Path(__file__).resolve().with_name("chat_clients")
 @contextmanager
 def serving(model: str, name: str) -> Iterator[str]:
     """The address of `nanoinfra serve model`, while it runs."""
-    command = [sys.executable, "-m", "nanoinfra.cli", "serve", model, "--port", "0", "--name", name]
+    command = [sys.executable, "-m", "nanoinfra.cli", "serve", model, "--port", "0", "--served-model-name",
+               name]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         said = process.stderr.readline()

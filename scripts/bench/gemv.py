@@ -29,16 +29,16 @@ def sides(dtype):
     from nanoinfra.kernels.cpu import decode_kernels
 
     from nanoinfra.serve.engine import packed_linear
-    kernels = decode_kernels.compiled(dtype, K=64, KV=3, G=3, BLOCK=16)
+    kernels = decode_kernels.compile_decode_kernels(dtype, K=64, KV=3, G=3, BLOCK=16)
     linears = [torch.nn.Linear(*shape, bias=False, dtype=dtype) for shape in [*SHAPES * LAYERS, HEAD]]
-    ours = [packed_linear.Packed(linear, gemv=kernels.gemv) for linear in linears]
+    ours = [packed_linear.PackedLinear(linear, gemv=kernels.gemv) for linear in linears]
     rows = {n: torch.randn(1, 1, n).to(dtype) for n in {linear.in_features for linear in linears}}
     work = [(rows[linear.in_features], linear, fast) for linear, fast in zip(linears, ours)]
     found = {"gemv": lambda: [fast(x) for x, _, fast in work],
              "F.linear": lambda: [F.linear(x, linear.weight) for x, linear, _ in work]}
-    if not packed_linear.unpackable(dtype):
+    if not packed_linear.why_not_packable(dtype):
         found["packed"] = lambda: [fast._product(x) for x, _, fast in work]
-    return found, kernels.instructions().decode()
+    return found, kernels.instruction_set().decode()
 
 
 def race(mask, pairs):

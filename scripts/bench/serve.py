@@ -29,24 +29,24 @@ def engine_of(folder):
     import torch
 
     from nanoinfra.distributed.mesh import Mesh
-    from nanoinfra.serve.engine.engine import open_engine
+    from nanoinfra.serve.engine.load_engine import load_engine
     from nanoinfra.serve.options import EngineOptions
     torch.set_num_threads(os.cpu_count())
-    return open_engine(EngineOptions(str(folder), dtype="bfloat16", budget=4096), Mesh())
+    return load_engine(EngineOptions(str(folder), dtype="bfloat16", max_num_batched_tokens=4096), Mesh())
 
 
 def ours(folder):
-    from nanoinfra.serve.engine.requests import Request, Sampling
+    from nanoinfra.serve.engine.requests import Request, SamplingParams
     engine = engine_of(folder)
 
     def run(prompts, new):
         for i, tokens in enumerate(prompts):
-            engine.reset()                   # no prefix is known
-            engine.add(Request(str(i), tokens, Sampling(temperature=0), new, ignore_eos=True))
+            engine.reset_prefix_cache()                   # no prefix is known
+            engine.add_request(Request(str(i), tokens, SamplingParams(temperature=0), new, ignore_eos=True))
         made = {}
-        while engine.busy:
+        while engine.has_unfinished_requests:
             for event in engine.step():
-                made.setdefault(int(event.request), []).extend(event.tokens)
+                made.setdefault(int(event.request_id), []).extend(event.token_ids)
         return [made[i] for i in range(len(prompts))]
     return run
 
@@ -103,8 +103,8 @@ class Side:
     """A side's process, asked from here."""
 
     def __init__(self, name, python):
-        from nanoinfra.serve.processes.engine_processes import environment
-        command, own = [str(python), __file__, "--side", name], environment(1) if name == "ours" else {}
+        from nanoinfra.serve.processes.engine_processes import rank_environment
+        command, own = [str(python), __file__, "--side", name], rank_environment(1) if name == "ours" else {}
         self.process = subprocess.Popen(command, env={**own, **os.environ}, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         if self.process.stdout.readline() != "ready\n":
@@ -152,14 +152,15 @@ def race(mine, peer, name, batch, pairs):
 
 def prefix_hits(folder, length=1024, pairs=9):
     """[(ms to the first token of a prompt that is new, of the same once more)], `length` tokens each."""
-    from nanoinfra.serve.engine.requests import Request, Sampling
+    from nanoinfra.serve.engine.requests import Request, SamplingParams
     engine, draw, found = engine_of(folder), random.Random(0), []
     for pair in range(-1, pairs):                                        # the first warms up
         tokens, times = [draw.randrange(VOCAB) for _ in range(length)], []
         for again in "ab":
             begin = time.perf_counter()
-            engine.add(Request(f"{pair}{again}", tokens, Sampling(temperature=0), 1, ignore_eos=True))
-            while engine.busy:
+            engine.add_request(Request(f"{pair}{again}", tokens, SamplingParams(temperature=0), 1,
+                                       ignore_eos=True))
+            while engine.has_unfinished_requests:
                 engine.step()
             times.append(1e3 * (time.perf_counter() - begin))
         found.append(tuple(times))

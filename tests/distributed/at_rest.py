@@ -25,7 +25,7 @@ from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.distributed.pool import rank_main
 from nanoinfra.distributed.pool.rank_processes import PRELOAD, RanksError
 from nanoinfra.distributed.pool.ranks import Ranks
-from nanoinfra.serve.processes.tp_group import Team
+from nanoinfra.serve.processes.tp_group import TensorParallelGroup
 from nanoinfra.train.launch.elastic_rank import end_with_parent, process_group
 from nanoinfra.train.launch.launcher import launch
 from tests.distributed.sockets import another_interface, listening
@@ -110,10 +110,10 @@ def teamed(look, *without: str, store=master_store) -> bool:
             rank.close()
 
 
-class _Reports(Team):
+class _Reports(TensorParallelGroup):
     """Remembers the last thing shared: the store's port."""
-    def share(self, value=None):
-        self.port = super().share(value)
+    def broadcast_object(self, value=None):
+        self.port = super().broadcast_object(value)
         return self.port
 
 
@@ -121,12 +121,12 @@ def _team_rank(rank, pipes, report, store, without):
     end_with_parent()
     team = _Reports(rank, pipes)
     with _elsewhere(), _without(without), mock.patch("nanoinfra.distributed.loopback.master_store", store):
-        mesh = team.mesh(tp=2)
+        mesh = team.init_tp_mesh(tp_size=2)
         comm.barrier(mesh.tp)
         if report:
             report.send(team.port)
             report.recv()
-        team.share()
+        team.broadcast_object()
         comm.barrier(mesh.tp)
 
 

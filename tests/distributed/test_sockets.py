@@ -112,7 +112,7 @@ def test_generate_on_two_ranks(watched, model):
 
 
 def test_a_server_of_two_ranks(watched, model):
-    with watched([*SERVE, str(model), "--name", "tiny", "--tp", "2"]) as process:
+    with watched([*SERVE, str(model), "--served-model-name", "tiny", "--tp", "2"]) as process:
         url = re.search(r"http://\S+\d", process.stderr.readline())[0]
         with httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False) as client:
             until(lambda: client.get("/health").status_code == 200)

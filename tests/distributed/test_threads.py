@@ -7,7 +7,7 @@ import torch
 
 from nanoinfra.distributed import cpu_threads
 from nanoinfra.distributed.cpu_threads import cpu_quota, default_threads, usable_cores, use_threads
-from nanoinfra.serve.processes.engine_processes import environment
+from nanoinfra.serve.processes.engine_processes import rank_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ def test_ranks_share_the_cores(cores):
 def test_taskset_limits_them(cores):
     cores.setattr("os.sched_getaffinity", lambda pid: {5})
     assert usable_cores() == 1 and default_threads(1) == 1
-    assert environment(1)["OMP_NUM_THREADS"] == "1"          # of an engine of `serve`
+    assert rank_environment(1)["OMP_NUM_THREADS"] == "1"          # of an engine of `serve`
 
 
 def test_a_quota_limits_them(cores):

@@ -35,7 +35,7 @@ def here(monkeypatch):
         found = {each.name: [] for each in checks}
         for name, verdict in judge.verdicts(checks, str(file), shown(file)):
             found[name].append(verdict)
-        return [each.table(found[each.name], shown(file)) for each in checks]
+        return [each.block_table(found[each.name], shown(file)) for each in checks]
     monkeypatch.setattr(grade, "judged", judged)
 
 

@@ -24,7 +24,7 @@ HINTS = {
     "shares for two": "has 5 holders, want 4",
     "spends nothing": "is what is left of the budget less each time?",
     "begins at 0": "begins at token 0, and 8 of its tokens are computed",
-    "counts for itself": "plan adds nothing to `computed`, whoever runs the step does",
+    "counts for itself": "plan adds nothing to `num_computed_tokens`, whoever runs the step does",
     "takes nobody out": "plan does not end: is who is sent away taken out of `running`?",
     "goes on with who was sent away": "it was sent away in this step, so plan it no more",
     "asks nobody for room": "no block is free: where too few are, one that runs sends the last away",
@@ -64,9 +64,9 @@ def test_a_plan_runs_untraced_afterwards():
 @pytest.mark.parametrize("error", [NotImplementedError, NameError("name 'deque' is not defined")])
 def test_what_is_not_written_or_not_imported_is_no_wrong_exception(error):
     class Pool(type(MUTANTS["empties the table"].variant(1, 1)).__base__):
-        def take(self):
-            if self.free:
-                return super().take()
+        def allocate(self):
+            if self.free_blocks:
+                return super().allocate()
             raise error
     text = check.Pool.report(Pool).first_failure.text
     assert text == "not written yet" if error is NotImplementedError else "import inside" in text
@@ -88,6 +88,6 @@ def test_the_moments_are_of_all_kinds():
 
 
 def test_to_judge_changes_no_moment():
-    before = [(str(moment), [s.table for s in moment.running]) for moment in cases.moments()]
+    before = [(str(moment), [s.block_table for s in moment.running]) for moment in cases.moments()]
     check.plan.report(MUTANTS["spends nothing"].variant)
-    assert before == [(str(moment), [s.table for s in moment.running]) for moment in cases.moments()]
+    assert before == [(str(moment), [s.block_table for s in moment.running]) for moment in cases.moments()]

@@ -13,7 +13,7 @@ from nanoinfra.lab.replay import Job, Ruled, Watched, draw_trace, numbers, polic
 from nanoinfra.lab.served import serve
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.serve.engine.block_pool import Blocks
+from nanoinfra.serve.engine.block_pool import BlockPool
 from nanoinfra.serve.generate import generate
 
 LONGEST, SIZE = 64, 4
@@ -40,7 +40,7 @@ def test_all_three_policies_take_the_formulas_steps():
             assert orca.steps == paged_kv.orca_steps(trace, seats)
             assert pages.steps >= paged_kv.least_steps(trace, seats * LONGEST, SIZE)
             assert orca.steps >= paged_kv.least_steps(trace, seats * LONGEST, SIZE, LONGEST)
-        roomy = replay(jobs, Watched(Blocks(400, SIZE)))
+        roomy = replay(jobs, Watched(BlockPool(400, SIZE)))
         assert roomy.steps == paged_kv.free_steps(trace)
         assert max(step.used for step in roomy.log) == paged_kv.peak_blocks(trace, SIZE)
 
@@ -55,7 +55,7 @@ def test_what_is_left_empty_is_the_formulas():
 
 def test_in_a_static_batch_who_is_done_keeps_seat_and_memory():
     jobs = [Job(0, (1, 2), 3), Job(0, (3,), 1), Job(0, (4,), 1)]
-    run = replay(jobs, Watched(Blocks(2, 8)), static=2)
+    run = replay(jobs, Watched(BlockPool(2, 8)), static=2)
     assert [step.used for step in run.log] == [2, 2, 2, 1]
     assert [step.idle for step in run.log] == [(), (1,), (1,), ()]
     assert [step.waiting for step in run.log] == [{2: "waiting"}] * 3 + [{}]
@@ -64,7 +64,7 @@ def test_in_a_static_batch_who_is_done_keeps_seat_and_memory():
 
 
 def test_in_a_pause_nothing_is_logged_and_the_clock_goes_on():
-    run = replay([Job(0, (1,), 2), Job(7, (1,), 1)], Watched(Blocks(4, 4)))
+    run = replay([Job(0, (1,), 2), Job(7, (1,), 1)], Watched(BlockPool(4, 4)))
     assert [step.at for step in run.log] == [0, 1, 7] and run.steps == 8
 
 
@@ -72,15 +72,15 @@ def test_a_shared_prefix_is_found_from_the_step_after_it_was_computed():
     prefix = tuple(range(18))
     jobs = [Job(job.arrival, prefix + job.tokens, job.new) for job in JOBS]
     later = sum(job.arrival > 0 for job in jobs)
-    run = replay(jobs, Watched(Blocks(200, SIZE)))
+    run = replay(jobs, Watched(BlockPool(200, SIZE)))
     assert run.counts["prefix_hits"] == SIZE * paged_kv.saved_blocks(18, 1 + later, SIZE)
-    fresh = replay(jobs, Watched(Blocks(200, SIZE)), fresh=True)
+    fresh = replay(jobs, Watched(BlockPool(200, SIZE)), fresh=True)
     assert fresh.counts["prefix_hits"] == 0
     assert fresh.computed - run.computed == run.counts["prefix_hits"]
 
 
 def test_a_job_that_the_pool_cannot_hold_ends_where_the_pool_does():
-    run = replay([Job(0, (1, 2, 3), 100)], Watched(Blocks(2, 2)))
+    run = replay([Job(0, (1, 2, 3), 100)], Watched(BlockPool(2, 2)))
     assert run.log[-1].used == 2 and run.left == {0: 0}
 
 
@@ -90,12 +90,12 @@ def test_a_job_that_the_pool_cannot_hold_ends_where_the_pool_does():
     (30, 3, {"budget": 7, "seats": 5}), (200, 1, {})])
 def test_the_engine_does_what_the_replay_does(blocks, size, limits):
     for jobs in (JOBS, [Job(job.arrival, (1,) * 9 + job.tokens[:9], min(job.new, 30)) for job in JOBS]):
-        want = replay(jobs, Watched(Blocks(blocks, size), **limits))
+        want = replay(jobs, Watched(BlockPool(blocks, size), **limits))
         engine, said, _ = serve(MODEL, jobs, blocks, size, **limits)
         assert engine.scheduler.log == want.log and engine.scheduler.left == want.left
         assert {name: engine.stats()[name] for name in want.counts} == want.counts
         assert said == [list(generate(MODEL, list(job.tokens), job.new)) for job in jobs]
-        assert engine.blocks.used == 0
+        assert engine.block_pool.num_used_blocks == 0
 
 
 def test_the_engine_in_static_batches_takes_as_many_steps():
@@ -109,11 +109,11 @@ def test_a_rule_of_ones_own_is_replayed_too():
         if not running and waiting:
             running.append(waiting.popleft())
         for sequence in running:
-            count = len(sequence.tokens) - sequence.computed
-            need = -(-len(sequence.tokens) // blocks.size) - len(sequence.table)
-            sequence.table += [blocks.take() for _ in range(need)]
-            yield sequence, sequence.computed, count
-    run = replay(JOBS, Ruled(one_at_a_time, Blocks(40, SIZE)))
+            count = len(sequence.tokens) - sequence.num_computed_tokens
+            need = -(-len(sequence.tokens) // blocks.block_size) - len(sequence.block_table)
+            sequence.block_table += [blocks.allocate() for _ in range(need)]
+            yield sequence, sequence.num_computed_tokens, count
+    run = replay(JOBS, Ruled(one_at_a_time, BlockPool(40, SIZE)))
     assert run.steps == paged_kv.orca_steps(numbers(JOBS), 1)
 
 
@@ -135,7 +135,7 @@ def widths(picture, kind):
 
 
 def test_the_timeline_has_every_step_of_everyone(tmp_path):
-    run = replay(JOBS, Watched(Blocks(28, SIZE), budget=12))
+    run = replay(JOBS, Watched(BlockPool(28, SIZE), budget=12))
     picture = batches.timeline({"pages": run}, "short of memory")
     kinds = [kind for step in run.log for *_, kind in step.work.values()]
     for kind in ("prompt", "decode", "again"):
@@ -155,9 +155,9 @@ def test_pictures_of_memory_and_of_many(tmp_path):
     runs = policies(JOBS, 4 * LONGEST, LONGEST, SIZE)
     titles = [axes.get_title(loc="left") for axes in batches.memory(runs).figure.axes]
     assert titles[-1] == "pages: 93% of what is taken holds a token" and len(titles) == 3
-    half = replay(JOBS, Watched(Blocks(64, SIZE)), until=15)
+    half = replay(JOBS, Watched(BlockPool(64, SIZE)), until=15)
     numbered = [text.get_text() for text in batches.pool(half).figure.axes[0].texts]
-    assert len(numbered) == 64 and sum(map(bool, numbered)) == half.blocks.used
+    assert len(numbered) == 64 and sum(map(bool, numbered)) == half.block_pool.num_used_blocks
     for picture in (batches.steps_by_memory(JOBS, (256, 512), LONGEST, SIZE),
                     batches.waste_by_size(JOBS, 1024, (2, 4))):
         assert picture.save(tmp_path / "picture.png").stat().st_size > 10_000

@@ -13,7 +13,7 @@ from nanoinfra.data import train_tokenizer as own
 from nanoinfra.model.tokenizer import Text, render_chat
 from nanoinfra.model.weights.hugging_face import tokenizer_files
 from nanoinfra.model.weights.hugging_face.tokenizer_files import open_text
-from nanoinfra.serve.engine.detokenizer import Stream
+from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer
 from tests.model.tokenizer_kinds import CORPUS, KINDS, STRINGS, save
 
 ASK = [{"role": "user", "content": "<b>2 & 2</b>"}]
@@ -223,6 +223,6 @@ def test_a_panic_of_the_tokenizers_package_is_an_error_of_that_text():
     assert text.decode([0]) == "a"
     with pytest.raises(RuntimeError, match="panicked"):
         text.decode([1])
-    stream = Stream(text)
+    stream = IncrementalDetokenizer(text)
     with pytest.raises(RuntimeError, match="panicked"):
-        stream.push(1) + stream.finish()
+        stream.push_token(1) + stream.flush()

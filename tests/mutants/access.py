@@ -85,7 +85,8 @@ def found(variable, salts):
     """(the keys in the environment, what is left there, {(key, a request's own salt): its salt})."""
     environment = {library.VARIABLE: variable}
     got = library.read_keys(ServeOptions(EngineOptions("m")), environment)
-    made = {(key, own): library.salted([Request("r", [1], salt=own)], library.salt_of(key))[0].salt
+    made = {(key, own): library.salted([Request("r", [1], cache_salt=own)],
+                                       library.salt_of(key))[0].cache_salt
             for key, own in salts}
     return got, environment, made
 
@@ -128,7 +129,7 @@ def any_key(known, header):
 
 
 def replaced(requests, salt):
-    return [Request("r", [1], salt=each.salt or salt) for each in requests]
+    return [Request("r", [1], cache_salt=each.cache_salt or salt) for each in requests]
 
 
 def only_looked_at(options, environment):

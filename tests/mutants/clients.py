@@ -8,7 +8,7 @@ import json
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine import token_text
-from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.openai.completion_requests import Chat, read, requests_of
 from tests.serve.letters import byte_text
@@ -27,9 +27,9 @@ def chat(template, **body):
         return json.dumps([shown, tools if "tools" in template else None], separators=(",", ":"))
     try:
         body = json.dumps({"messages": [{"role": "user", "content": "a"}], **body}).encode()
-        ready = Ready({"context": 512, "vocab": 257}, TEXT, template)
+        ready = EngineReady({"context": 512, "vocab": 257}, TEXT, template)
         request, = requests_of(read(Chat, body), "r", ready, render)
-        return TEXT.decode(request.tokens)
+        return TEXT.decode(request.prompt_token_ids)
     except Refused as why:
         return str(why)
 
@@ -55,8 +55,9 @@ def _(subject):
 
 def placed(ids):
     """(bytes of each token, its place in the text)."""
-    offsets = token_text.Offsets(token_text.Spelling(TEXT))
-    return [offsets.spelling.bytes(token) for token in ids], [offsets.next(token) for token in ids]
+    offsets = token_text.TextOffsets(token_text.SingleTokenDecoder(TEXT))
+    return ([offsets.token_decoder.token_bytes(token) for token in ids],
+            [offsets.next_offset(token) for token in ids])
 
 
 @places.criterion("a part of a character has its bytes", "property")
@@ -73,15 +74,15 @@ def _(subject):
             raise Wrong(f"{ids} stand at {got} of {TEXT.decode(ids)!r}, want {want}")
 
 
-class OfItsText(token_text.Spelling):
-    def bytes(self, token):
-        return self.token(token).encode()
+class OfItsText(token_text.SingleTokenDecoder):
+    def token_bytes(self, token):
+        return self.token_text(token).encode()
 
 
-class CountsNames(token_text.Offsets):
-    def next(self, token):
-        self.at += len(self.spelling.token(token))
-        return self.at - len(self.spelling.token(token))
+class CountsNames(token_text.TextOffsets):
+    def next_offset(self, token):
+        self.at += len(self.token_decoder.token_text(token))
+        return self.at - len(self.token_decoder.token_text(token))
 
 
 SEEN, OBJECT, NONE = (c.name for c in tools.criteria)
@@ -93,7 +94,7 @@ MUTANTS = [
            patched(chat, "nanoinfra.serve.server.openai.chat_messages:_with_arguments_read",
                    lambda call: call), OBJECT),
     Mutant("a token's bytes are its text's", places,
-           patched(placed, "nanoinfra.serve.engine.token_text:Spelling", OfItsText), BYTES),
+           patched(placed, "nanoinfra.serve.engine.token_text:SingleTokenDecoder", OfItsText), BYTES),
     Mutant("names of tokens are counted", places,
-           patched(placed, "nanoinfra.serve.engine.token_text:Offsets", CountsNames), COUNTED),
+           patched(placed, "nanoinfra.serve.engine.token_text:TextOffsets", CountsNames), COUNTED),
 ]

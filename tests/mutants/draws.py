@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine import requests
-from nanoinfra.serve.engine.detokenizer import Stream, Writer
-from nanoinfra.serve.engine.requests import Request, Sampling, check
-from nanoinfra.serve.engine.sampler import Adjustment, Sampler, adjusted
+from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer, StopStringDetokenizer
+from nanoinfra.serve.engine.requests import Request, SamplingParams, check_request
+from nanoinfra.serve.engine.sampler import LogitsProcessor, Sampler
 from tests.serve.letters import byte_text
 
 sampler, refusal, shown = Check("sampler"), Check("refusal"), Check("shown")
@@ -25,7 +25,7 @@ def draws(logits, how, tokens=(), n=12):
     source, tokens, said = Sampler(how, 0), list(tokens), []
     for _ in range(n):
         with Operations() as seen:
-            said.append(source.draw(logits, tokens, 1))
+            said.append(source.sample_next_token(logits, tokens, 1))
         tokens.append(said[-1])
     return said, seen.calls
 
@@ -50,7 +50,7 @@ def drawn(subject, *given):
 @sampler.criterion("a temperature next to nothing is greedy", "property")
 def _(subject):
     for temperature in (1e-40, 5e-324, 1e-6):
-        said, _ = drawn(subject, torch.tensor([1.0, 2.0, 2.0]), Sampling(temperature))
+        said, _ = drawn(subject, torch.tensor([1.0, 2.0, 2.0]), SamplingParams(temperature))
         if set(said) != {1}:
             raise Wrong(f"temperature {temperature} draws {said}, want the first of the likeliest alone")
 
@@ -58,7 +58,8 @@ def _(subject):
 @sampler.criterion("of finite logits a token is drawn, however large", "property")
 def _(subject):
     most = torch.finfo(torch.float32).max
-    ways = [Sampling(1e-5), Sampling(100), Sampling(1.0, repetition=1e-9), Sampling(1.0, bias={0: 100.0})]
+    ways = [SamplingParams(1e-5), SamplingParams(100), SamplingParams(1.0, repetition_penalty=1e-9),
+            SamplingParams(1.0, logit_bias={0: 100.0})]
     for how in ways:
         for logits in ([most, 0.0, -most], [most] * 3, [-most] * 3):
             drawn(subject, torch.tensor(logits), how, [0, 1, 2])
@@ -66,12 +67,13 @@ def _(subject):
 
 @sampler.criterion("penalties are those of the text so far", "property")
 def _(subject):
-    for how in (Sampling(0, presence=0.5, frequency=0.5), Sampling(0, repetition=2.0),
-                Sampling(0, presence=1.0, bias={2: 3.0})):
+    for how in (SamplingParams(0, presence_penalty=0.5, frequency_penalty=0.5),
+                SamplingParams(0, repetition_penalty=2.0),
+                SamplingParams(0, presence_penalty=1.0, logit_bias={2: 3.0})):
         logits, tokens = torch.tensor([2.0, 1.5, 0.0, 1.0]), [0, 3]
         said, _ = drawn(subject, logits, how, tokens)
         for token in said:
-            want = int(adjusted(logits, how, tokens, 1).argmax())
+            want = int(LogitsProcessor(how)(logits, tokens, 1).argmax())
             if token != want:
                 raise Wrong(f"{how}: after {tokens} comes {token}, want {want}")
             tokens.append(want)
@@ -80,15 +82,16 @@ def _(subject):
 @sampler.criterion("work grows neither with the text nor with the bias", "resource")
 def _(subject):
     logits = torch.zeros(3000)
-    for how in (Sampling(0, bias=dict.fromkeys(range(3000), 1.0)), Sampling(0, frequency=2.0)):
+    for how in (SamplingParams(0, logit_bias=dict.fromkeys(range(3000), 1.0)),
+                SamplingParams(0, frequency_penalty=2.0)):
         if (calls := drawn(subject, logits, how, [1], 40)[1]) > 30:
-            raise Wrong(f"{calls} operations for a token, {len(how.bias)} biases, 40 tokens of text")
+            raise Wrong(f"{calls} operations for a token, {len(how.logit_bias)} biases, 40 tokens of text")
 
 
 def refuse(**more):
     """Why such a request is not taken; None if it is."""
     try:
-        check(Request(**{"id": "r", "tokens": [1, 2, 3]} | more), 40, 97)
+        check_request(Request(**{"request_id": "r", "prompt_token_ids": [1, 2, 3]} | more), 40, 97)
     except ValueError as error:
         return str(error)
 
@@ -97,10 +100,12 @@ def refuse(**more):
 def _(subject):
     for digits in (400, 5000):
         huge = 10 ** digits
-        for name, more in {"n": {"n": huge}, "logprobs": {"logprobs": huge}, "token": {"tokens": [huge]},
-                           "top_k": {"sampling": Sampling(top_k=huge)}, "new": {"max_tokens": huge},
-                           "seed": {"sampling": Sampling(seed=-huge)},
-                           "logit_bias": {"sampling": Sampling(bias={huge: 1})}}.items():
+        for name, more in {"n": {"n": huge}, "logprobs": {"logprobs": huge},
+                           "token": {"prompt_token_ids": [huge]},
+                           "top_k": {"sampling_params": SamplingParams(top_k=huge)},
+                           "new": {"max_tokens": huge},
+                           "seed": {"sampling_params": SamplingParams(seed=-huge)},
+                           "logit_bias": {"sampling_params": SamplingParams(logit_bias={huge: 1})}}.items():
             try:
                 why = subject(**more)
             except (OverflowError, ArithmeticError) as error:
@@ -111,19 +116,20 @@ def _(subject):
 
 @refusal.criterion("what would make logits infinite is refused", "property")
 def _(subject):
-    for how in (Sampling(bias={1: math.nan}), Sampling(bias={1: math.inf}), Sampling(repetition=0.0),
-                Sampling(math.nan), Sampling(bias={1: 1e30})):
-        if not subject(sampling=how):
+    for how in (SamplingParams(logit_bias={1: math.nan}), SamplingParams(logit_bias={1: math.inf}),
+                SamplingParams(repetition_penalty=0.0),
+                SamplingParams(math.nan), SamplingParams(logit_bias={1: 1e30})):
+        if not subject(sampling_params=how):
             raise Wrong(f"{how} is taken")
 
 
 def write(text, stop):
     """(what is shown, the most tokens that are held at once) of a text of byte tokens."""
-    writer, said, most = Writer(byte_text(), stop), "", 0
+    writer, said, most = StopStringDetokenizer(byte_text(), stop), "", 0
     for byte in text:
-        said += writer.push(byte)
-        most = max(most, len(writer.stream.held))
-    return said + writer.finish(), most
+        said += writer.push_token(byte)
+        most = max(most, len(writer.detokenizer.held))
+    return said + writer.flush(), most
 
 
 @shown.criterion("a text ends before its stop string", "property")
@@ -154,46 +160,46 @@ def divides_first(logits, how, draws):
     return int(ids[torch.multinomial(best.softmax(-1), 1, generator=draws)])
 
 
-class Infinite(Adjustment):
+class Infinite(LogitsProcessor):
     def __call__(self, logits, tokens, prompt):
         logits = super().__call__(logits, tokens, prompt)
         return torch.where(logits.abs() == torch.finfo(logits.dtype).max, logits * 2, logits)
 
 
-class CountsAgain(Adjustment):               # all of the text at every token
-    def _see(self, tokens, prompt):
-        self.known = 0
-        super()._see(tokens, prompt)
+class CountsAgain(LogitsProcessor):               # all of the text at every token
+    def _count_new_tokens(self, tokens, prompt):
+        self.num_seen = 0
+        super()._count_new_tokens(tokens, prompt)
 
 
-class SeesTheFirst(Adjustment):              # text alone
-    def _see(self, tokens, prompt):
-        if not self.known:
-            super()._see(tokens, prompt)
+class SeesTheFirst(LogitsProcessor):              # text alone
+    def _count_new_tokens(self, tokens, prompt):
+        if not self.num_seen:
+            super()._count_new_tokens(tokens, prompt)
 
 
-class OneByOne(Adjustment):
-    def biased(self, like):
+class OneByOne(LogitsProcessor):
+    def _bias_tensor(self, like):
         bias = torch.zeros_like(like)
-        for token, value in self.how.bias.items():
+        for token, value in self.params.logit_bias.items():
             bias[token] += value
         return bias
 
     def __call__(self, logits, tokens, prompt):
-        self.offset, self.known = None, 0
+        self.offset, self.num_seen = None, 0
         self.times.clear()
         return super().__call__(logits, tokens, prompt)
 
 
-class NeverCuts(Stream):
+class NeverCuts(IncrementalDetokenizer):
     def _cut(self):
         return ""
 
 
-class CutsCharacters(Stream):                # as if no character could be under way
+class CutsCharacters(IncrementalDetokenizer):                # as if no character could be under way
     def _cut(self):
-        shown = self._behind(self.context, self.held)[self.skip:]
-        self.__init__(self.text)
+        shown = self._decode_after(self.context, self.held)[self.skip:]
+        self.__init__(self.tokenizer)
         return shown
 
 
@@ -202,21 +208,26 @@ def shortest_overlap(text, stop):
 
 
 def takes_any_bias(request, vocab, ranges=requests._check_ranges):
-    bias = dict.fromkeys(request.sampling.bias, 0.0)
-    ranges(replace(request, sampling=replace(request.sampling, bias=bias)), vocab)
+    bias = dict.fromkeys(request.sampling_params.logit_bias, 0.0)
+    ranges(replace(request, sampling_params=replace(request.sampling_params, logit_bias=bias)), vocab)
 
 
 FLOOR, LARGE, TEXT, WORK = (c.name for c in sampler.criteria)
 WORDS, RANGES = (c.name for c in refusal.criteria)
 STOP, WHOLE, SHORT = (c.name for c in shown.criteria)
-SAMPLER, REQUESTS, WRITER = (f"nanoinfra.serve.{name}" for name in ("sampler", "requests", "writer"))
+SAMPLER, REQUESTS, WRITER = (f"nanoinfra.serve.engine.{name}" for name in ("sampler", "requests",
+                                                                           "detokenizer"))
 MUTANTS = [
-    Mutant("no floor of temperature", sampler, patched(draws, f"{SAMPLER}:GREEDY_BELOW", 1e-323), FLOOR),
-    Mutant("divides before it subtracts", sampler, patched(draws, f"{SAMPLER}:sample", divides_first), LARGE),
-    Mutant("penalties make infinities", sampler, patched(draws, f"{SAMPLER}:Adjustment", Infinite), LARGE),
-    Mutant("counts what it has counted", sampler, patched(draws, f"{SAMPLER}:Adjustment", CountsAgain), TEXT),
-    Mutant("sees no new token", sampler, patched(draws, f"{SAMPLER}:Adjustment", SeesTheFirst), TEXT),
-    Mutant("biases one by one", sampler, patched(draws, f"{SAMPLER}:Adjustment", OneByOne), WORK),
+    Mutant("no floor of temperature", sampler, patched(draws, f"{SAMPLER}:_GREEDY_TEMPERATURE", 1e-323),
+           FLOOR),
+    Mutant("divides before it subtracts", sampler, patched(draws, f"{SAMPLER}:sample_token", divides_first),
+           LARGE),
+    Mutant("penalties make infinities", sampler, patched(draws, f"{SAMPLER}:LogitsProcessor", Infinite),
+           LARGE),
+    Mutant("counts what it has counted", sampler, patched(draws, f"{SAMPLER}:LogitsProcessor", CountsAgain),
+           TEXT),
+    Mutant("sees no new token", sampler, patched(draws, f"{SAMPLER}:LogitsProcessor", SeesTheFirst), TEXT),
+    Mutant("biases one by one", sampler, patched(draws, f"{SAMPLER}:LogitsProcessor", OneByOne), WORK),
     Mutant("writes huge integers as floats", refusal,
            patched(refuse, f"{REQUESTS}:_shown", lambda number: f"{number:g}"), WORDS),
     Mutant("writes huge integers in full", refusal, patched(refuse, f"{REQUESTS}:_shown", str), WORDS),
@@ -228,6 +239,7 @@ MUTANTS = [
     Mutant("a stop string is sought token by token", shown,
            patched(write, f"{WRITER}:_overlap", lambda text, stop: 0), STOP),
     Mutant("bytes without characters pile up", shown,
-           patched(write, f"{WRITER}:Stream", NeverCuts), SHORT),
-    Mutant("a character is cut", shown, patched(write, f"{WRITER}:Stream", CutsCharacters), WHOLE),
+           patched(write, f"{WRITER}:IncrementalDetokenizer", NeverCuts), SHORT),
+    Mutant("a character is cut", shown, patched(write, f"{WRITER}:IncrementalDetokenizer", CutsCharacters),
+           WHOLE),
 ]

@@ -17,12 +17,13 @@ from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.serve.engine import engine as engines
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.engine.paged_attention import PagedKV
-from nanoinfra.serve.engine.requests import Request, Sampling
+from nanoinfra.serve.engine.paged_attention import PagedKVCache
+from nanoinfra.serve.engine.requests import Request, SamplingParams
 from nanoinfra.serve.engine.sampler import Sampler
+from tests.serve.ref_counts import check_ref_counts
 
 CONFIG = ModelConfig(vocab=97, width=24, layers=2, heads=4, kv_heads=2, head_dim=6, hidden=40, context=64)
-GREEDY, NEW, NAN = Sampling(temperature=0), 8, float("nan")
+GREEDY, NEW, NAN = SamplingParams(temperature=0), 8, float("nan")
 isolation = Check("isolation")
 torch.set_num_threads(1)                     # in products as small as these, a second one is only waited for
 
@@ -39,7 +40,7 @@ def model():
 
 def ask(seed, length, name="", **more):
     tokens = random.Random(seed).choices(range(CONFIG.vocab), k=length)
-    return Request(name or f"r{seed}", tokens, more.pop("sampling", GREEDY), max_tokens=NEW, **more)
+    return Request(name or f"r{seed}", tokens, more.pop("sampling_params", GREEDY), max_tokens=NEW, **more)
 
 
 def batch():
@@ -49,25 +50,25 @@ def batch():
 def serve(requests, spoil=None, kept=None, kind=Engine):
     """What became of `requests`, with `spoil(engine, step)` before each step. The engine stays in `kept`."""
     kept, said, failed, books = {} if kept is None else kept, {}, {}, []
-    engine = kept.setdefault("engine", kind(model(), blocks=40, size=4))
+    engine = kept.setdefault("engine", kind(model(), num_blocks=40, block_size=4))
     for request in requests:
-        engine.add(request)
+        engine.add_request(request)
     for step in range(60):
         if spoil:
             spoil(engine, step)
-        for event in engine.step() if engine.busy else []:
-            if event.request in failed:
-                books.append(f"{event.request} has failed and goes on")
-            if event.finish == "error":
-                failed[event.request] = event.text
-            said.setdefault((event.request, event.index), []).extend(event.tokens)
-        tables = [each.table for each in (*engine.scheduler.running, *engine.scheduler.waiting)]
+        for event in engine.step() if engine.has_unfinished_requests else []:
+            if event.request_id in failed:
+                books.append(f"{event.request_id} has failed and goes on")
+            if event.finish_reason == "error":
+                failed[event.request_id] = event.text
+            said.setdefault((event.request_id, event.index), []).extend(event.token_ids)
+        tables = [each.block_table for each in (*engine.scheduler.running, *engine.scheduler.waiting)]
         try:
-            engine.blocks.check(tables)
+            check_ref_counts(engine.block_pool, tables)
         except AssertionError as error:
             books.append(str(error))
-    if engine.busy or engine.blocks.used:
-        books.append(f"{len(engine.runs)} never end, {engine.blocks.used} blocks are held")
+    if engine.has_unfinished_requests or engine.block_pool.num_used_blocks:
+        books.append(f"{len(engine.states)} never end, {engine.block_pool.num_used_blocks} blocks are held")
     return {"said": said, "failed": failed, "books": books, "stats": engine.stats()}
 
 
@@ -95,7 +96,7 @@ def _unspoiled():
 
 @isolation.criterion("an exception with one request ends it alone, whole", "property")
 def _(subject):
-    bad = ask(9, 9, "bad", sampling=Sampling(seed=13), n=3)
+    bad = ask(9, 9, "bad", sampling_params=SamplingParams(seed=13), n=3)
     with mock.patch.object(engines, "Sampler", _Raises):
         beside(subject, [*batch()[:2], bad, *batch()[2:]], bad=["bad"])
 
@@ -105,22 +106,22 @@ class _Raises(Sampler):                      # the second continuation, with see
         super().__init__(how, seed, index)
         self.raises = (seed, index) == (13, 1)
 
-    def draw(self, *given):
+    def sample_next_token(self, *given):
         if self.raises:
             raise ArithmeticError("nobody has thought of this")
-        return super().draw(*given)
+        return super().sample_next_token(*given)
 
 
 @isolation.criterion("what was in a block before reaches nobody", "parity")
 def _(subject):
-    beside(subject, batch(), lambda engine, step: _poison(engine, engine.blocks.free))
+    beside(subject, batch(), lambda engine, step: _poison(engine, engine.block_pool.free_blocks))
 
 
 @isolation.criterion("what was poisoned is known no more", "parity")
 def _(subject):
     kept = {}
     subject(batch(), kept=kept)
-    _poison(kept["engine"], kept["engine"].blocks.known.values())
+    _poison(kept["engine"], kept["engine"].block_pool.hash_to_block.values())
     first, again = (subject(batch(), kept=kept) for _ in "ab")
     if again["said"] != _unspoiled():
         raise Wrong("a prefix that was found to hold NaN changes what is said after that")
@@ -132,7 +133,7 @@ def _(subject):
 def _(subject):
     def spoil(engine, step):
         if step == 3:
-            _poison(engine, engine.of["r2"][0].sequence.table)
+            _poison(engine, engine.states_of_request["r2"][0].sequence.block_table)
     beside(subject, batch(), spoil)
 
 
@@ -146,7 +147,7 @@ def _(subject):
 
 
 def _poison(engine, blocks):
-    engine.kv.pool[:, :, list(blocks)] = NAN
+    engine.kv_cache.kv_memory[:, :, list(blocks)] = NAN
 
 
 class _Spoiled:
@@ -157,23 +158,23 @@ class _Spoiled:
 
 
 def _nan_of(engine, name, logits):
-    caught_up = [each for each in engine.batch if each["computed"] == each["tokens"]]
+    caught_up = [each for each in engine.last_batch if each["computed"] == each["tokens"]]
     for i, each in enumerate(caught_up):
         if each["request"] == name:
             logits[i, 5] = NAN
     return logits
 
 
-class LeavesNumbers(PagedKV):
-    def _clean(self, work):
+class LeavesNumbers(PagedKVCache):
+    def _zero_new_blocks(self, work):
         pass
 
 
-class CleansValuesAlone(PagedKV):            # a key that is masked is NaN, too
-    def _clean(self, work):
-        keys = self.pool[:, :self.KV].clone()
-        super()._clean(work)
-        self.pool[:, :self.KV] = keys
+class CleansValuesAlone(PagedKVCache):            # a key that is masked is NaN, too
+    def _zero_new_blocks(self, work):
+        keys = self.kv_memory[:, :self.num_kv_heads].clone()
+        super()._zero_new_blocks(work)
+        self.kv_memory[:, :self.num_kv_heads] = keys
 
 
 class SpreadsExceptions(Engine):
@@ -190,28 +191,28 @@ class GoesOnWithTwins(Engine):               # of a request that has failed
 
 
 class KeepsTheBlocks(Engine):                # of a request that has failed
-    def abort(self, request):
-        for run in self.of.pop(request, []):
-            if self.runs.pop(run.sequence, None):
+    def abort_request(self, request):
+        for run in self.states_of_request.pop(request, []):
+            if self.states.pop(run.sequence, None):
                 self.scheduler.running.remove(run.sequence)
 
 
 class TriesForEver(Engine):
-    def _begin_again(self, run):
-        run.again = False
-        return super()._begin_again(run)
+    def _recompute_once(self, run):
+        run.recomputed = False
+        return super()._recompute_once(run)
 
 
 class NeverTriesAgain(Engine):
-    def _begin_again(self, run):
-        run.again = True
-        return super()._begin_again(run)
+    def _recompute_once(self, run):
+        run.recomputed = True
+        return super()._recompute_once(run)
 
 
 class StaysKnown(Engine):
-    def _begin_again(self, run):
-        with mock.patch.object(self.blocks, "evict", lambda table: None):
-            return super()._begin_again(run)
+    def _recompute_once(self, run):
+        with mock.patch.object(self.blocks, "evict_cached_blocks", lambda table: None):
+            return super()._recompute_once(run)
 
 
 def one_for_all(rows):
@@ -231,11 +232,12 @@ MUTANTS = [
     *(Mutant(name, isolation, functools.partial(serve, kind=kind), rejected_by)
       for name, (kind, rejected_by) in ENGINES.items()),
     Mutant("a block is taken as it was", isolation,
-           patched(serve, "nanoinfra.serve.engine.engine:PagedKV", LeavesNumbers), STALE),
+           patched(serve, "nanoinfra.serve.engine.engine:PagedKVCache", LeavesNumbers), STALE),
     Mutant("a block's keys are as they were", isolation,
-           patched(serve, "nanoinfra.serve.engine.engine:PagedKV", CleansValuesAlone), STALE),
+           patched(serve, "nanoinfra.serve.engine.engine:PagedKVCache", CleansValuesAlone), STALE),
     Mutant("nobody looks whether logits are finite", isolation,
-           patched(serve, "nanoinfra.serve.engine.engine:finite", lambda rows: [True] * len(rows)), KNOWN),
+           patched(serve, "nanoinfra.serve.engine.engine:rows_are_finite", lambda rows: [True] * len(rows)),
+           KNOWN),
     Mutant("one row that is not finite fails all", isolation,
-           patched(serve, "nanoinfra.serve.engine.engine:finite", one_for_all), LOGITS),
+           patched(serve, "nanoinfra.serve.engine.engine:rows_are_finite", one_for_all), LOGITS),
 ]

@@ -10,89 +10,89 @@ class Right:
     """The right pool: what follows overrides one thing each."""
 
     def __init__(self, n, size):
-        self.size, self.free, self.holders = size, list(range(n)), [0] * n
+        self.block_size, self.free_blocks, self.ref_counts = size, list(range(n)), [0] * n
 
-    def take(self):
-        block = self.free.pop()
-        self.holders[block] = 1
+    def allocate(self):
+        block = self.free_blocks.pop()
+        self.ref_counts[block] = 1
         return block
 
-    def share(self, block):
-        self.holders[block] += 1
+    def incref(self, block):
+        self.ref_counts[block] += 1
 
-    def give_back(self, table):
+    def free(self, table):
         for block in table:
-            if self.holders[block] < 1:
+            if self.ref_counts[block] < 1:
                 raise ValueError(f"nobody holds block {block}")
-            self.holders[block] -= 1
-            if not self.holders[block]:
-                self.free.append(block)
+            self.ref_counts[block] -= 1
+            if not self.ref_counts[block]:
+                self.free_blocks.append(block)
 
     def write(self, table, i):
         old = table[i]
-        if self.holders[old] == 1:
+        if self.ref_counts[old] == 1:
             return None
-        table[i] = self.take()
-        self.give_back([old])
+        table[i] = self.allocate()
+        self.free([old])
         return old, table[i]
 
 
 class LeavesItAmongTheFree(Right):
-    def take(self):
-        self.holders[self.free[-1]] = 1
-        return self.free[-1]
+    def allocate(self):
+        self.ref_counts[self.free_blocks[-1]] = 1
+        return self.free_blocks[-1]
 
 
 class CountsNoHolder(Right):
-    def take(self):
-        return self.free.pop()
+    def allocate(self):
+        return self.free_blocks.pop()
 
 
 class CountsOnTop(Right):                    # of what a block had when it was given back
-    def take(self):
-        block = self.free.pop()
-        self.holders[block] += 1
+    def allocate(self):
+        block = self.free_blocks.pop()
+        self.ref_counts[block] += 1
         return block
 
-    def give_back(self, table):
+    def free(self, table):
         for block in table:
-            if self.holders[block] < 1:
+            if self.ref_counts[block] < 1:
                 raise ValueError
-            if self.holders[block] == 1:
-                self.free.append(block)
+            if self.ref_counts[block] == 1:
+                self.free_blocks.append(block)
             else:
-                self.holders[block] -= 1
+                self.ref_counts[block] -= 1
 
 
 class FreesWhatOthersRead(Right):
-    def give_back(self, table):
+    def free(self, table):
         for block in table:
-            if self.holders[block] < 1:
+            if self.ref_counts[block] < 1:
                 raise ValueError
-            self.holders[block] -= 1
-            self.free.append(block)
+            self.ref_counts[block] -= 1
+            self.free_blocks.append(block)
 
 
 class ForgetsAllHolders(Right):
-    def give_back(self, table):
+    def free(self, table):
         for block in table:
-            if self.holders[block] < 1:
+            if self.ref_counts[block] < 1:
                 raise ValueError
-            self.holders[block] = 0
-            self.free.append(block)
+            self.ref_counts[block] = 0
+            self.free_blocks.append(block)
 
 
 class NeverFrees(Right):
-    def give_back(self, table):
+    def free(self, table):
         for block in table:
-            if self.holders[block] < 1:
+            if self.ref_counts[block] < 1:
                 raise ValueError
-            self.holders[block] -= 1
+            self.ref_counts[block] -= 1
 
 
 class GivesBackTheFirstAlone(Right):
-    def give_back(self, table):
-        super().give_back(table[:1])
+    def free(self, table):
+        super().free(table[:1])
 
 
 class WritesWhereOthersRead(Right):
@@ -103,17 +103,17 @@ class WritesWhereOthersRead(Right):
 class CopiesAlways(Right):
     def write(self, table, i):
         old = table[i]
-        table[i] = self.take()
-        self.give_back([old])
+        table[i] = self.allocate()
+        self.free([old])
         return old, table[i]
 
 
 class KeepsHoldingTheOld(Right):
     def write(self, table, i):
         old = table[i]
-        if self.holders[old] == 1:
+        if self.ref_counts[old] == 1:
             return None
-        table[i] = self.take()
+        table[i] = self.allocate()
         return old, table[i]
 
 
@@ -134,55 +134,56 @@ class CopiesTheWholeTable(Right):
 class GivesBackBeforeItTakes(Right):
     def write(self, table, i):
         old = table[i]
-        if self.holders[old] == 1:
+        if self.ref_counts[old] == 1:
             return None
-        self.give_back([old])
-        table[i] = self.take()
+        self.free([old])
+        table[i] = self.allocate()
         return old, table[i]
 
 
 class TakesBackTwice(Right):
-    def give_back(self, table):
+    def free(self, table):
         for block in table:
-            self.holders[block] = max(0, self.holders[block] - 1)
-            if not self.holders[block] and block not in self.free:
-                self.free.append(block)
+            self.ref_counts[block] = max(0, self.ref_counts[block] - 1)
+            if not self.ref_counts[block] and block not in self.free_blocks:
+                self.free_blocks.append(block)
 
 
 class EmptiesTheTable(Right):
-    def give_back(self, table):
-        super().give_back(table)
+    def free(self, table):
+        super().free(table)
         table.clear()
 
 
 class SaysValueErrorWhereNoneIsFree(Right):
-    def take(self):
-        if not self.free:
+    def allocate(self):
+        if not self.free_blocks:
             raise ValueError("full")
-        return super().take()
+        return super().allocate()
 
 
 class SharesForTwo(Right):                   # the first share counts right
-    def share(self, block):
-        self.holders[block] += 1 if self.holders[block] < 3 else 2
+    def incref(self, block):
+        self.ref_counts[block] += 1 if self.ref_counts[block] < 3 else 2
 
 
 def missing(sequence, count, blocks):
-    return ceil((sequence.computed + count) / blocks.size) - len(sequence.table)
+    return ceil((sequence.num_computed_tokens + count) / blocks.block_size) - len(sequence.block_table)
 
 
 def full(*asked):
-    return missing(*asked) > len(asked[-1].free)
+    return missing(*asked) > len(asked[-1].free_blocks)
 
 
 def start(sequence, count, blocks, lacks=missing):
-    sequence.table += [blocks.take() for _ in range(min(lacks(sequence, count, blocks), len(blocks.free)))]
-    return sequence, sequence.computed, count
+    sequence.block_table += [blocks.allocate() for _ in range(min(lacks(sequence, count, blocks),
+                                                                  len(blocks.free_blocks)))]
+    return sequence, sequence.num_computed_tokens, count
 
 
 def step(running, waiting, blocks, budget, victim=lambda running, sequence: running[-1], start=start,
          away=lambda waiting, last: waiting.appendleft(last), spend=lambda count: count,
-         forget=lambda last: last.table.clear() or setattr(last, "computed", 0),
+         forget=lambda last: last.block_table.clear() or setattr(last, "num_computed_tokens", 0),
          share=lambda budget, count: min(budget, count), choose=lambda waiting: 0,
          let_in=lambda before, running: len(running) >= before,
          still=lambda running, sequence: sequence in running, take_out=list.remove,
@@ -194,7 +195,7 @@ def step(running, waiting, blocks, budget, victim=lambda running, sequence: runn
         while budget and waiting and let_in(len(before), running):
             i = choose(waiting)
             count = share(budget, len(waiting[i].tokens))
-            if missing(waiting[i], count, blocks) > len(blocks.free):
+            if missing(waiting[i], count, blocks) > len(blocks.free_blocks):
                 break
             running.append(waiting[i])
             del waiting[i]
@@ -203,11 +204,11 @@ def step(running, waiting, blocks, budget, victim=lambda running, sequence: runn
         return budget
     budget = admit(budget) if new_first else budget
     for sequence in reversed(before) if newest_first else before:
-        count = share(budget, len(sequence.tokens) - sequence.computed)
+        count = share(budget, len(sequence.tokens) - sequence.num_computed_tokens)
         while patient and count and still(running, sequence) and full(sequence, count, blocks):
             last = victim(running, sequence)
             take_out(running, last)
-            blocks.give_back(last.table)
+            blocks.free(last.block_table)
             forget(last)
             away(waiting, last)
         if count > 0 and still(running, sequence) and not full(sequence, count, blocks):
@@ -235,14 +236,14 @@ def takes_one_too_few(sequence, count, blocks):
 
 def adds_to_computed(sequence, count, blocks):
     entry = start(sequence, count, blocks)
-    sequence.computed += count
+    sequence.num_computed_tokens += count
     return entry
 
 
 def lets_the_first_that_fits_in(running, waiting, blocks, budget):
     def fits(waiting):
         return next((i for i, each in enumerate(waiting)
-                     if missing(each, min(budget, len(each.tokens)), blocks) <= len(blocks.free)), 0)
+                     if missing(each, min(budget, len(each.tokens)), blocks) <= len(blocks.free_blocks)), 0)
     return step(running, waiting, blocks, budget, choose=fits)
 
 
@@ -288,9 +289,9 @@ def lets_in_again_a_step_late(running, waiting, blocks, budget):
 def asks_nobody_for_room(running, waiting, blocks, budget):
     work = []
     for sequence in running:
-        count = min(budget, len(sequence.tokens) - sequence.computed)
-        sequence.table += [blocks.take() for _ in range(missing(sequence, count, blocks))]
-        work.append((sequence, sequence.computed, count))
+        count = min(budget, len(sequence.tokens) - sequence.num_computed_tokens)
+        sequence.block_table += [blocks.allocate() for _ in range(missing(sequence, count, blocks))]
+        work.append((sequence, sequence.num_computed_tokens, count))
         budget -= count
     return work
 
@@ -300,8 +301,8 @@ def sends_others_away_for_who_waits(running, waiting, blocks, budget):
     work = step(running, waiting, blocks, budget)
     if waiting and len(running) == ran > 1 and sum(count for *_, count in work) < budget:
         new, last = waiting.popleft(), running.pop()
-        blocks.give_back(last.table)
-        last.table, last.computed = [], 0
+        blocks.free(last.block_table)
+        last.block_table, last.num_computed_tokens = [], 0
         running.append(new)
         waiting.appendleft(last)
     return work
@@ -323,8 +324,8 @@ begins_with_the_newest = partial(step, newest_first=True)
 sends_the_first_away = partial(step, victim=lambda running, sequence: running[0])
 sends_itself_away = partial(step, victim=lambda running, sequence: sequence)
 puts_who_was_sent_away_last = partial(step, away=lambda waiting, last: waiting.append(last))
-keeps_what_is_computed = partial(step, forget=lambda last: last.table.clear())
-keeps_its_table = partial(step, forget=lambda last: setattr(last, "computed", 0))
+keeps_what_is_computed = partial(step, forget=lambda last: last.block_table.clear())
+keeps_its_table = partial(step, forget=lambda last: setattr(last, "num_computed_tokens", 0))
 lets_somebody_in_at_once = partial(step, let_in=lambda *_: True)
 begins_at_0 = partial(step, start=begins_anew)
 takes_a_block_too_many = partial(step, start=takes_one_more)

@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.tokenizer import Text
-from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server import limits
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.openai.completion_requests import Chat, Completion, read, requests_of
@@ -40,13 +40,13 @@ class Letters:
 def ask(kind, **body):
     """(why it was refused, or None; characters that were tokenized; chats rendered; fields kept)."""
     letters, rendered, kept = Letters(), [], ()
-    ready = Ready({"context": CONTEXT, "vocab": 97}, Text(letters), "template")
+    ready = EngineReady({"context": CONTEXT, "vocab": 97}, Text(letters), "template")
     try:
         question = read(kind, json.dumps(body).encode())
         kept = question.model_extra or ()
         asked = requests_of(question, "r", ready, lambda *chat: rendered.append(chat) or "abc")
         form = ChatAnswer if kind is Chat else CompletionAnswer
-        form(question, "r", "m", asked, ready.text)
+        form(question, "r", "m", asked, ready.tokenizer)
     except Refused as refused:
         return str(refused), letters.seen, len(rendered), kept
     return None, letters.seen, len(rendered), kept

@@ -17,8 +17,8 @@ from pathlib import Path
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.tokenizer import Text
-from nanoinfra.serve.engine.detokenizer import Writer
-from nanoinfra.serve.engine.requests import Event, Logprob, Request
+from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
+from nanoinfra.serve.engine.requests import Logprob, Request, RequestOutput
 from nanoinfra.serve.server import handlers
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.openai.chat_templates import TemplateProcess
@@ -113,7 +113,7 @@ class Live:
         tracemalloc.start()
         for _ in range(tokens):
             likely = [(1000 + i, -0.5 - i) for i in range(top)]
-            answer.add(Event("r", 0, "a", [7], [Logprob(7, -0.25, likely)]))
+            answer.add(RequestOutput("r", 0, "a", [7], [Logprob(7, -0.25, likely)]))
         size, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return size / (tokens * (1 + top))
@@ -131,9 +131,9 @@ class Live:
                 self.count += 1
                 return super().__getitem__(part)
         counted = Counted(stop)
-        writer = Writer(letters(first=97, n=2), (counted,))
+        writer = StopStringDetokenizer(letters(first=97, n=2), (counted,))
         for _ in range(60):
-            writer.push(1)
+            writer.push_token(1)
         return counted.count
 
 

@@ -14,10 +14,11 @@ from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model import attention, rope
 from nanoinfra.model.attention import Mask
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.serve.engine.cpu_decoder_block import PagesInPlace
-from nanoinfra.serve.engine.engine import Engine, use_cpu_kernels
-from nanoinfra.serve.engine.paged_attention import PagedKV
-from nanoinfra.serve.engine.requests import Request, Sampling
+from nanoinfra.serve.engine.cpu_decoder_block import CpuPagedKVCache
+from nanoinfra.serve.engine.engine import Engine
+from nanoinfra.serve.engine.load_engine import use_cpu_kernels
+from nanoinfra.serve.engine.paged_attention import PagedKVCache
+from nanoinfra.serve.engine.requests import Request, SamplingParams
 from nanoinfra.serve.generate import generate
 
 window, pages, stretch = Check("window"), Check("pages"), Check("stretch")
@@ -49,12 +50,12 @@ def serve(kernels):
         torch.nn.init.normal_(parameter, std=0.5)
     tokens = [5 * i % 31 for i in range(20)]
     want = list(generate(model, tokens, 12))
-    engine, said = Engine(model, blocks=20, size=4, budget=7), []
+    engine, said = Engine(model, num_blocks=20, block_size=4, max_num_batched_tokens=7), []
     if kernels:
         use_cpu_kernels(engine)
-    engine.add(Request("r", tokens, Sampling(temperature=0), max_tokens=12))
-    while engine.busy:
-        said += [token for event in engine.step() for token in event.tokens]
+    engine.add_request(Request("r", tokens, SamplingParams(temperature=0), max_tokens=12))
+    while engine.has_unfinished_requests:
+        said += [token for event in engine.step() for token in event.token_ids]
     return said, want
 
 
@@ -124,15 +125,15 @@ def without_window(T, S, device, window=None, hidden=attention.hidden_keys):
     return hidden(T, S, device)
 
 
-class BlindAlone(PagedKV):
-    def _see_ones(self, memory, q, mask):
-        return super()._see_ones(memory, q, Mask())
+class BlindAlone(PagedKVCache):
+    def _attend_decodes(self, memory, q, mask):
+        return super()._attend_decodes(memory, q, Mask())
 
 
-class BlindInC(PagesInPlace):
-    def see(self, attn, qkv, rope):
+class BlindInC(CpuPagedKVCache):
+    def rope_cache_and_attend(self, attn, qkv, rope):
         attn.mask = Mask()
-        return super().see(attn, qkv, rope)
+        return super().rope_cache_and_attend(attn, qkv, rope)
 
 
 def all_factors(frequency, scaling, theta):
@@ -168,9 +169,9 @@ MUTANTS = [
     Mutant("a window hides nothing", window, patched(attend, HIDDEN, without_window), SEES),
     Mutant("chunks see past their window", pages, patched(serve, HIDDEN, without_window), SAYS),
     Mutant("single queries see past their window", pages,
-           patched(serve, "nanoinfra.serve.engine.engine:PagedKV", BlindAlone), SAYS),
+           patched(serve, "nanoinfra.serve.engine.engine:PagedKVCache", BlindAlone), SAYS),
     Mutant("the C passes know no window", pages,
-           patched(serve, "nanoinfra.serve.engine.cpu_decoder_block:PagesInPlace", BlindInC), SAYS),
+           patched(serve, "nanoinfra.serve.engine.cpu_decoder_block:CpuPagedKVCache", BlindInC), SAYS),
     Mutant("linear divides nothing", stretch, stretched(linear=lambda f, scaling, theta: f), LINEAR),
     Mutant("dynamic grows by its factor at once", stretch,
            patched(turn, "nanoinfra.model.rope:dynamic_theta", by_factor_alone), DYNAMIC),

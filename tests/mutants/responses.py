@@ -7,8 +7,8 @@ import json
 
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve.engine.requests import Event
-from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.engine.requests import RequestOutput
+from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.openai import responses_requests
 from nanoinfra.serve.server.openai.completion_requests import read, requests_of
@@ -29,7 +29,7 @@ def turns(items):
 def ended(*events, why=None):
     """The response in a stream's last event, after `events` and, perhaps, a failure."""
     question = read(ResponsesRequest, b'{"input": "a", "stream": true}')
-    ready = Ready({"context": 64, "vocab": 257}, TEXT, "template")
+    ready = EngineReady({"context": 64, "vocab": 257}, TEXT, "template")
     asked = requests_of(question, "r", ready, lambda *chat: "a")
     answer = ResponsesAnswer(question, "r", "m", asked, TEXT)
     said = b"".join(map(answer.chunk, events)) + (answer.failed(why) if why else answer.last())
@@ -54,7 +54,8 @@ def _(subject):
 @ends.criterion("what is cut is incomplete", "property")
 def _(subject):
     for finish, want in (("stop", "completed"), ("length", "incomplete")):
-        if (got := subject(Event("r", text="a", tokens=[1], finish=finish))["status"]) != want:
+        if (got := subject(RequestOutput("r", text="a", token_ids=[1],
+                                         finish_reason=finish))["status"]) != want:
             raise Wrong(f"a text that ended by {finish} is {got}")
 
 
@@ -66,7 +67,7 @@ def _(subject):
 
 @ends.criterion("the text comes again", "property")
 def _(subject):
-    response = subject(Event("r", text="a"), Event("r", text="b", finish="stop"))
+    response = subject(RequestOutput("r", text="a"), RequestOutput("r", text="b", finish_reason="stop"))
     if (got := response["output"][0]["content"][0]["text"]) != "ab":
         raise Wrong(f"a and b end as {got!r}")
 

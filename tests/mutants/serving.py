@@ -13,18 +13,19 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.serve.engine.block_pool import Blocks
-from nanoinfra.serve.engine.detokenizer import Writer
+from nanoinfra.serve.engine.block_pool import BlockPool
+from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.engine.paged_attention import PagedKV
-from nanoinfra.serve.engine.requests import Request, Sampling
+from nanoinfra.serve.engine.paged_attention import PagedKVCache
+from nanoinfra.serve.engine.requests import Request, SamplingParams
 from nanoinfra.serve.engine.sampler import Sampler
 from nanoinfra.serve.engine.scheduler import Scheduler
 from nanoinfra.serve.generate import generate
 from tests.serve.letters import letters
+from tests.serve.ref_counts import check_ref_counts
 
 CONFIG = ModelConfig(vocab=97, width=24, layers=2, heads=4, kv_heads=2, head_dim=6, hidden=40, context=64)
-GREEDY, NEW, SEEDS = Sampling(temperature=0), 8, (0, 10, 20)
+GREEDY, NEW, SEEDS = SamplingParams(temperature=0), 8, (0, 10, 20)
 serving = Check("serving")
 torch.set_num_threads(1)                     # in products as small as these, a second one is only waited for
 
@@ -49,8 +50,8 @@ def alone(tokens, new=NEW, weights=0, **how):
     return list(generate(model(weights), tokens, new, **how))
 
 
-def ask(name, tokens, new=NEW, sampling=GREEDY, **more):
-    return Request(name, tokens, sampling, max_tokens=new, **more)
+def ask(name, tokens, new=NEW, sampling_params=GREEDY, **more):
+    return Request(name, tokens, sampling_params, max_tokens=new, **more)
 
 
 def serve(rounds, text=None, renew=False, kind=Engine, **how):
@@ -59,24 +60,26 @@ def serve(rounds, text=None, renew=False, kind=Engine, **how):
     tokens {(request, index): ids}, shown {the same: text}, and what the books of the blocks did not agree on.
     `renew`: new weights between the rounds.
     """
-    engine, tokens, shown, books = kind(model(0), text, **{"blocks": 40, "size": 4} | how), {}, {}, []
+    engine = kind(model(0), text, **{"num_blocks": 40, "block_size": 4} | how)
+    tokens, shown, books = {}, {}, []
     for i, requests in enumerate(rounds):
         if renew and i:
             engine.model = model(i)
-            engine.reset()
+            engine.reset_prefix_cache()
         for request in requests:
-            engine.add(request)
-        while engine.busy:
+            engine.add_request(request)
+        while engine.has_unfinished_requests:
             for event in engine.step():
-                tokens.setdefault((event.request, event.index), []).extend(event.tokens)
-                shown[event.request, event.index] = shown.get((event.request, event.index), "") + event.text
-            tables = [each.table for each in (*engine.scheduler.running, *engine.scheduler.waiting)]
+                tokens.setdefault((event.request_id, event.index), []).extend(event.token_ids)
+                shown[event.request_id, event.index] = shown.get((event.request_id, event.index),
+                                                                 "") + event.text
+            tables = [each.block_table for each in (*engine.scheduler.running, *engine.scheduler.waiting)]
             try:
-                engine.blocks.check(tables)
+                check_ref_counts(engine.block_pool, tables)
             except AssertionError as error:
                 books.append(str(error))
-        if engine.blocks.used:
-            books.append(f"{engine.blocks.used} blocks are held, and nobody is here")
+        if engine.block_pool.num_used_blocks:
+            books.append(f"{engine.block_pool.num_used_blocks} blocks are held, and nobody is here")
     return {"tokens": tokens, "shown": shown, "books": books}
 
 
@@ -100,7 +103,7 @@ def _(subject):
     tokens = prompt(7, 12)
     sharing = [ask(name, [*tokens, i], new) for i, (name, new) in enumerate([("a", 2), ("b", 9), ("c", 5)])]
     for rounds in ([[ask("first", tokens)], sharing], [[ask("r", tokens, n=3), ask("s", prompt(8, 5), 3)]]):
-        if books := subject(rounds, blocks=14)["books"]:
+        if books := subject(rounds, num_blocks=14)["books"]:
             raise Wrong(f"{books[0]}: given back for somebody else, or twice, or not at all?")
 
 
@@ -113,14 +116,14 @@ def _(subject):
 @serving.criterion("a chunk sees no later token, and all earlier ones", "parity")
 def _(subject):
     for seed in SEEDS:
-        _says(subject, [{f"r{i}": prompt(seed + i, 13 + i) for i in range(3)}], budget=5)
+        _says(subject, [{f"r{i}": prompt(seed + i, 13 + i) for i in range(3)}], max_num_batched_tokens=5)
 
 
 @serving.criterion("a block that is taken again is not what it was", "parity")
 def _(subject):
     for seed in SEEDS:
         first, other = prompt(seed, 9), prompt(seed + 1, 17)
-        _says(subject, [{"first": first}, {"other": other}, {"first again": first}], blocks=6)
+        _says(subject, [{"first": first}, {"other": other}, {"first again": first}], num_blocks=6)
 
 
 @serving.criterion("new weights read nothing that the old ones wrote", "parity")
@@ -146,12 +149,12 @@ def _(subject):
 @serving.criterion("each draws from a seed of its own", "parity")
 def _(subject):
     how, asked = {"temperature": 1.3, "seed": 11}, {f"r{i}": prompt(i, 4 + i) for i in range(4)}
-    drawn = Sampling(**how)
-    got = subject([[ask(name, tokens, sampling=drawn) for name, tokens in asked.items()]])["tokens"]
+    drawn = SamplingParams(**how)
+    got = subject([[ask(name, tokens, sampling_params=drawn) for name, tokens in asked.items()]])["tokens"]
     for name, tokens in asked.items():
         if got[name, 0] != (want := alone(tokens, **how)):
             raise Wrong(f"{name}, seed 11, beside three others draws {got[name, 0]}, alone {want}")
-    forks = subject([[ask("r", asked["r0"], sampling=drawn, n=3)]])["tokens"]
+    forks = subject([[ask("r", asked["r0"], sampling_params=drawn, n=3)]])["tokens"]
     if len({tuple(each) for each in forks.values()}) < 3:
         raise Wrong(f"n = 3 draws {list(forks.values())}: want three that differ")
 
@@ -168,10 +171,10 @@ def _says(subject, rounds, n=1, renew=False, **how):
                     raise Wrong(f"{name} ({index} of {n}, round {i}) says {got[name, index]}, alone {want}")
 
 
-class NeverForgets(Blocks):                  # the contents of a block that is taken again stay known
-    def take(self):
-        block, _ = self.free.popitem(last=False)
-        self.holders[block] = 1
+class NeverForgets(BlockPool):                  # the contents of a block that is taken again stay known
+    def allocate(self):
+        block, _ = self.free_blocks.popitem(last=False)
+        self.ref_counts[block] = 1
         return block
 
 
@@ -182,34 +185,34 @@ def of_its_own_tokens(keys, tokens, size):
 
 
 class HitsTheWholePrompt(Scheduler):         # nothing is left to compute, and nothing has logits
-    def _usable(self, sequence):
-        return sequence.keys[1:1 + len(sequence.tokens) // self.blocks.size]
+    def _usable_hashes(self, sequence):
+        return sequence.block_hashes[1:1 + len(sequence.tokens) // self.block_pool.block_size]
 
 
-class FreesForAll(Blocks):                   # for whoever still reads it, too
-    def give_back(self, table):
+class FreesForAll(BlockPool):                   # for whoever still reads it, too
+    def free(self, table):
         for block in reversed(table):
-            self.holders[block] = max(0, self.holders[block] - 1)
-            self.free[block] = None
+            self.ref_counts[block] = max(0, self.ref_counts[block] - 1)
+            self.free_blocks[block] = None
 
 
-class GivesBackTwice(Blocks):
-    def give_back(self, table):
-        super().give_back(table)
-        super().give_back([block for block in table if self.holders[block]])
+class GivesBackTwice(BlockPool):
+    def free(self, table):
+        super().free(table)
+        super().free([block for block in table if self.ref_counts[block]])
 
 
-class KeepsTheLast(Blocks):
-    def give_back(self, table):
-        super().give_back(table[:-1])
+class KeepsTheLast(BlockPool):
+    def free(self, table):
+        super().free(table[:-1])
 
 
 class OneForAll(Sampler):
-    draws = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(11)
 
     def __init__(self, how, seed, index=0):
         super().__init__(how, seed, index)
-        del self.draws                       # the class's
+        del self.generator                       # the class's
 
 
 class SameForAllForks(Sampler):
@@ -217,39 +220,39 @@ class SameForAllForks(Sampler):
         super().__init__(how, seed, 0)
 
 
-class HoldsNothing(Writer):
+class HoldsNothing(StopStringDetokenizer):
     def _show(self, new, last):
         return super()._show(new, True)
 
 
-class ShowsTheStop(Writer):
+class ShowsTheStop(StopStringDetokenizer):
     def _show(self, new, last):
         before, whole = self.stopped, self.held + new
         text = super()._show(new, last)
-        stop = next((stop for stop in self.stop if whole[len(text):].startswith(stop)), "")
+        stop = next((stop for stop in self.stop_strings if whole[len(text):].startswith(stop)), "")
         return text + (stop if self.stopped and not before else "")
 
 
-class ShowsWhatItHeld(Writer):               # where one has come, too
-    def push(self, token):
-        text = super().push(token)
+class ShowsWhatItHeld(StopStringDetokenizer):               # where one has come, too
+    def push_token(self, token):
+        text = super().push_token(token)
         if self.stopped:
-            self.held = self.stop[0][:1]
+            self.held = self.stop_strings[0][:1]
         return text
 
-    def finish(self):
+    def flush(self):
         return self.held
 
 
-class CopiesNothing(PagedKV):                # a block that others read is written to after all
-    def begin(self, plan):
-        plan.copies.clear()
-        return super().begin(plan)
+class CopiesNothing(PagedKVCache):                # a block that others read is written to after all
+    def prepare_inputs(self, plan):
+        plan.blocks_to_copy.clear()
+        return super().prepare_inputs(plan)
 
 
-class BeginsEachChunkAt0(PagedKV):
-    def begin(self, plan):
-        work, tokens, places = super().begin(plan)
+class BeginsEachChunkAt0(PagedKVCache):
+    def prepare_inputs(self, plan):
+        work, tokens, places = super().prepare_inputs(plan)
         at = 0
         for _, first, count in work:
             if count > 1:
@@ -258,14 +261,14 @@ class BeginsEachChunkAt0(PagedKV):
         return work, tokens, places
 
 
-class ReadsPastTheEnd(PagedKV):              # what was in a block before
-    def find(self, ones):
-        index, bias, places = super().find(ones)
+class ReadsPastTheEnd(PagedKVCache):              # what was in a block before
+    def _build_decode_metadata(self, ones):
+        index, bias, places = super()._build_decode_metadata(ones)
         return index, bias.masked_fill(bias == -math.inf, 0.0), places
 
 
 class ForgetsToForget(Engine):
-    def reset(self):
+    def reset_prefix_cache(self):
         pass
 
 

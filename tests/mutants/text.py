@@ -29,11 +29,11 @@ trained = Check("text trained on")
 
 def show(text, ids):
     """(what a stream shows of `ids`, the most that it holds)."""
-    stream, said, most = detokenizer.Stream(text), "", 0
+    stream, said, most = detokenizer.IncrementalDetokenizer(text), "", 0
     for token in ids:
-        said += stream.push(token)
+        said += stream.push_token(token)
         most = max(most, len(stream.held))
-    return said + stream.finish(), most
+    return said + stream.flush(), most
 
 
 def words(decoder, *tokens, **more):
@@ -203,12 +203,12 @@ def patching(subject, owner, name, value):
     return variant
 
 
-class HoldsNoSpace(detokenizer.Replacer):
-    def push(self, piece):
-        return super().push(piece) + super().finish()
+class HoldsNoSpace(detokenizer.StreamingReplacer):
+    def push_text(self, piece):
+        return super().push_text(piece) + super().flush()
 
 
-class SkipsNothing(detokenizer.Stream):
+class SkipsNothing(detokenizer.IncrementalDetokenizer):
     def _cut(self):
         said = super()._cut()
         self.skip = 0
@@ -254,9 +254,9 @@ MUTANTS = [
     Mutant("bytes are shown one by one", shown, patching(show, Text, "has_bytes", False), RUN),
     Mutant("every decoder is taken for local", shown, patching(show, Text, "is_local", True), FAR),
     Mutant("a piece is cleaned alone", shown,
-           patched(show, "nanoinfra.serve.engine.detokenizer:Replacer", HoldsNoSpace), CLEANED),
+           patched(show, "nanoinfra.serve.engine.detokenizer:StreamingReplacer", HoldsNoSpace), CLEANED),
     Mutant("the last character of a cut comes twice", shown,
-           patched(show, "nanoinfra.serve.engine.detokenizer:Stream", SkipsNothing), ACROSS),
+           patched(show, "nanoinfra.serve.engine.detokenizer:IncrementalDetokenizer", SkipsNothing), ACROSS),
     Mutant("special ids are decoded again and again", shown, patching(show, Text, "special_ids", ()), SHORT),
     Mutant("truncation is left", folders, patched(read, f"{HF}:_text", cuts_prompts), CUT),
     Mutant("the tokenizer's eos alone", folders, patched(read, f"{HF}:_text", one_name), ENDS),

@@ -18,7 +18,7 @@ from tests.model.twins import scrambled
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["abc", "a list of words that is long", "a list of words that is short, and", "x", "abc, and", "??"]
-TIGHT = ["--blocks", "14", "--block-size", "4", "--budget", "9", "--seats", "4"]
+TIGHT = ["--blocks", "14", "--block-size", "4", "--max-num-batched-tokens", "9", "--max-num-seqs", "4"]
 NEW = 12
 
 
@@ -83,14 +83,17 @@ def test_more_ranks_say_the_same(folder, world):
 @pytest.mark.prove
 def test_smollm2_says_what_it_says_alone():
     prompts = ["The sea is", "Once upon a time", "Once upon a time there was"]
-    out = serve("--model", "smollm2-135m", "--max-tokens", 20, "--block-size", 4, "--budget", 7, "--ids",
+    out = serve("--model", "smollm2-135m", "--max-tokens", 20, "--block-size", 4, "--max-num-batched-tokens",
+                7, "--ids",
                 *prompts)
     model, text, _ = pretrained("smollm2-135m")
-    assert said(out) == [list(generate(model, text.encode(prompt), 20, ends=text.ends)) for prompt in prompts]
+    assert said(out) == [list(generate(model, text.encode(prompt), 20,
+                                       eos_token_ids=text.ends)) for prompt in prompts]
 
 
 @pytest.mark.prove
 def test_what_a_prompt_of_one_block_finds_is_counted(folder):
-    out = serve("--model", folder, "--max-tokens", 2, "--block-size", 4, "--budget", 8, "--seats", 1,
+    out = serve("--model", folder, "--max-tokens", 2, "--block-size", 4, "--max-num-batched-tokens", 8,
+                "--max-num-seqs", 1,
                 "abcdefgh", "abcdefgh and on")
     assert "8 prompt tokens known already" in out

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 
-from nanoinfra.serve.processes.engine_client import Worker
+from nanoinfra.serve.processes.engine_client import EngineClient
 from nanoinfra.serve.server.app import build
 from nanoinfra.serve.server.http.graceful_shutdown import Server
 from nanoinfra.serve.server.launch_server import listen
@@ -25,12 +25,12 @@ LOOP = ("{% for m in messages if m.role == 'loop' %}{% for i in range(99999) %}{
 def looping(team, template=LOOP, model=None, **options):
     """The fake engine with a `model`'s tokenizer, and a template that goes on where a role is "loop"."""
     engine = Fake(**options)
-    engine.template = template
+    engine.chat_template = template
     if model:
         from nanoinfra.model.weights.load import (
             open_weights,  # in the engine's process alone: it imports torch
         )
-        engine.text = open_weights(model).text
+        engine.tokenizer = open_weights(model).text
     return engine
 
 
@@ -56,7 +56,7 @@ class Beating(Server):
 
 def main():
     engine = json.loads(sys.argv[1])
-    worker = Worker(functools.partial(looping, **engine), Counters("fake"))
+    worker = EngineClient(functools.partial(looping, **engine), Counters("fake"))
     app = build(worker, "fake")
     server = Beating(app, limit=2.0)
     app.add_api_route("/lag", server.lag)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from nanoinfra.serve.processes.engine_client import Worker
+from nanoinfra.serve.processes.engine_client import EngineClient
 from nanoinfra.serve.server.app import build
 from nanoinfra.serve.server.http.access_control import Access
 from nanoinfra.serve.server.http.connections import ConnectionLimits
@@ -29,7 +29,7 @@ import functools, sys
 from nanoinfra.serve.server.launch_server import main
 from nanoinfra.serve.options import EngineOptions, ServeOptions
 from tests.serve.fake import {factory}
-options = ServeOptions(EngineOptions("fake", tp={tp}), port=0, drain={drain})
+options = ServeOptions(EngineOptions("fake", tp={tp}), port=0, shutdown_timeout={drain})
 sys.exit(main(options, functools.partial({factory}, **{engine})))
 """
 
@@ -39,7 +39,7 @@ def serving(tp=1, key=None, hung=300.0, wait=True, factory=fake, access=None, li
             worker=None, **engine):
     """(client, server) with `engine` for the fake's arguments; all is over when it is left."""
     listener = listen("127.0.0.1", port)
-    worker = worker or Worker(functools.partial(factory, **engine), Counters("fake"), tp, hung)
+    worker = worker or EngineClient(functools.partial(factory, **engine), Counters("fake"), tp, hung)
     access = access or Access((key,) if key else ())
     server = Server(build(worker, "fake", access), 2.0, limits or ConnectionLimits())
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

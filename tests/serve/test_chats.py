@@ -4,7 +4,7 @@ import json
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.limits import MOST_TOOLS
 from nanoinfra.serve.server.openai.chat_messages import Message, render_prompt
@@ -33,9 +33,9 @@ ANSWER = {"role": "tool", "tool_call_id": "1", "content": "22 \u00b0C"}
 
 
 def prompt(template=QWEN, **body):
-    ready = Ready({"context": 512, "vocab": 257}, text(), template)
+    ready = EngineReady({"context": 512, "vocab": 257}, text(), template)
     request, = requests_of(read(Chat, json.dumps({"messages": [HI], **body}).encode()), "name", ready)
-    return ready.text.decode(request.tokens)
+    return ready.tokenizer.decode(request.prompt_token_ids)
 
 
 def test_tools_are_rendered_as_transformers_renders_them():
@@ -113,6 +113,6 @@ def test_tools_count_as_messages_do_before_anything_is_rendered():
     large = {"type": "function", "function": {"name": "f", "description": "a" * 2560}}
     for turn, tools in ((HI, [large]), ({**CALLS, "tool_calls": [large]}, None)):
         with pytest.raises(Refused, match="cannot fit") as refused:
-            render_prompt([Message(**turn)], tools, Ready({"context": 512}, text(), QWEN),
+            render_prompt([Message(**turn)], tools, EngineReady({"context": 512}, text(), QWEN),
                           lambda *_: pytest.fail("rendered"))
         assert refused.value.code == "context_length_exceeded"

@@ -76,7 +76,7 @@ def test_three_hundred_that_do_not_go_on_keep_nobody_out(patient, sends):
     with opened(client, [sends] * 300) as slow:
         assert serves(client)
         until(lambda: len(server.server_state.connections) <= 60)
-        assert b" 503 " in said(slow[0]).split(b"\r\n")[0] and not server.worker.jobs
+        assert b" 503 " in said(slow[0]).split(b"\r\n")[0] and not server.worker.streams
         with pytest.raises(BlockingIOError):                 # the newest are still waited for
             slow[-1].setblocking(False)
             slow[-1].recv(1)
@@ -108,7 +108,7 @@ def test_what_does_not_come_in_time_is_not_waited_for(hasty):
             assert (answer == b"") == (name == "nothing"), name
             assert not answer or answer.startswith(b"HTTP/1.1 408 ") and b"was not complete after" in answer
         assert after.startswith(b"HTTP/1.1 200 ") and after.count(b"HTTP/1.1") == 1
-    until(lambda: not server.server_state.tasks and not server.worker.jobs)
+    until(lambda: not server.server_state.tasks and not server.worker.streams)
 
 
 def test_between_two_requests_there_is_more_time_than_for_one(patient):

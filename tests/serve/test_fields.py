@@ -78,4 +78,4 @@ def test_values_that_change_nothing_are_taken(kind):
     choices = {"tools": [], "tool_choice": "auto", "functions": [], "function_call": "none"}
     assert asked(kind, **BODIES[kind], **some, **unread, **choices) == plain
     assert asked(kind, **BODIES[kind], seed=-1) == plain                 # as vLLM: another each time
-    assert plain[0].sampling.seed is None
+    assert plain[0].sampling_params.seed is None

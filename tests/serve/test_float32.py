@@ -13,8 +13,9 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.fill_model import empty
 from nanoinfra.model.weights.load import open_weights
 from nanoinfra.parallel.parallelize import serving
-from nanoinfra.serve.engine.engine import Engine, use_cpu_kernels
-from nanoinfra.serve.engine.requests import Request, Sampling
+from nanoinfra.serve.engine.engine import Engine
+from nanoinfra.serve.engine.load_engine import use_cpu_kernels
+from nanoinfra.serve.engine.requests import Request, SamplingParams
 from nanoinfra.serve.generate import generate
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled
@@ -43,12 +44,13 @@ def asked(vocab, seed, longest):
 def said(engine, requests, new, draws):
     """{(prompt's number, index): tokens}, with arrivals in between."""
     found = {}
-    while requests or engine.busy:
+    while requests or engine.has_unfinished_requests:
         if requests and draws.random() < 0.5:
             name, (prompt, n) = requests.popitem()
-            engine.add(Request(str(name), prompt, Sampling(temperature=0), new, n=n, ignore_eos=True))
+            engine.add_request(Request(str(name), prompt, SamplingParams(temperature=0), new, n=n,
+                                       ignore_eos=True))
         for event in engine.step():
-            found.setdefault((int(event.request), event.index), []).extend(event.tokens)
+            found.setdefault((int(event.request_id), event.index), []).extend(event.token_ids)
     return found
 
 
@@ -66,10 +68,11 @@ def compare(plain, fast, seed, new, longest):
     size, budget = draws.choice((1, 3, 16)), draws.choice((3, 17, 512))
     need = max(len(prompt) + n * (new + size) for prompt, n in requests)
     blocks = draws.choice((1, 4)) * need // size + 3
-    engine = Engine(fast, blocks=blocks, size=size, budget=budget, seats=draws.choice((3, 12)))
+    engine = Engine(fast, num_blocks=blocks, block_size=size, max_num_batched_tokens=budget,
+                    max_num_seqs=draws.choice((3, 12)))
     use_cpu_kernels(engine)
     found = said(engine, dict(enumerate(requests)), new, draws)
-    assert engine.blocks.used == 0 and len(found) == sum(n for _, n in requests)
+    assert engine.block_pool.num_used_blocks == 0 and len(found) == sum(n for _, n in requests)
     gaps, alone = [], [list(generate(plain, prompt, new)) for prompt, _ in requests]
     for (i, _), tokens in found.items():
         prompt, want = requests[i][0], alone[i]

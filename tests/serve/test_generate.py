@@ -52,7 +52,7 @@ def test_an_end_stops_and_is_not_given():
     model, prompt = tiny(), [1, 2, 3]
     whole = list(generate(model, prompt, 12))
     end = whole[5]
-    assert list(generate(model, prompt, 12, ends={end})) == whole[:whole.index(end)]
+    assert list(generate(model, prompt, 12, eos_token_ids={end})) == whole[:whole.index(end)]
 
 
 def test_draws_follow_from_the_seed_alone():

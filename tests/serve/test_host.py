@@ -13,7 +13,7 @@ import pytest
 
 from nanoinfra.cli import main
 from nanoinfra.serve.generate import main as generate
-from nanoinfra.serve.options import GenerateOptions, parse_bytes
+from nanoinfra.serve.options import GenerateOptions, parse_byte_size
 from tests.processes import children, gone
 from tests.serve.host import ROOT, SERVE, metric, running, started, until
 
@@ -70,7 +70,7 @@ def test_the_page_that_watches_does_not_keep_it_alive():
 MISTAKES = {
     "a model that is not there": (["nowhere"], "nowhere"),
     "no ranks": (["m", "--tp", "0"], "--tp 0 is too small"),
-    "no tokens": (["m", "--budget", "0"], "--budget 0 is too small"),
+    "no tokens": (["m", "--max-num-batched-tokens", "0"], "--max-num-batched-tokens 0 is too small"),
     "a port that is none": (["m", "--port", "70000"], "at most 65535"),
     "bytes that are none": (["m", "--kv-memory", "lots"], "512MiB"),
     "an empty key": (["m", "--api-key", ""], "leave it out"),
@@ -128,11 +128,11 @@ def test_help_and_the_server_need_no_torch():
 
 
 def test_bytes_are_spelled_in_several_ways():
-    got = [parse_bytes(each) for each in ("64", "2KiB", "1.5MiB", "1 GiB", "2GB", "3kB")]
+    got = [parse_byte_size(each) for each in ("64", "2KiB", "1.5MiB", "1 GiB", "2GB", "3kB")]
     assert got == [64, 2048, 3 << 19, 1 << 30, 2_000_000_000, 3000]
     for wrong in ("", "GiB", "-1", "1e9", "1XB", "1.GiB"):
         with pytest.raises(ValueError, match="512MiB"):
-            parse_bytes(wrong)
+            parse_byte_size(wrong)
 
 
 @pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.prove)])
@@ -140,7 +140,7 @@ def test_the_real_engine_says_what_generate_says(model, tp):
     """On two ranks the second is killed then: the next answer is the same again."""
     body, said = {"prompt": "one two", "max_tokens": 9, "temperature": 0}, []
     generate(GenerateOptions(str(model), "one two", 9, dtype="float64"), said.append)
-    with started([*SERVE, str(model), "--name", "tiny", "--dtype", "float64", "--tp", str(tp),
+    with started([*SERVE, str(model), "--served-model-name", "tiny", "--dtype", "float64", "--tp", str(tp),
                   "--kv-memory", "1MiB"]) as (process, client):
         assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 128
         for rank in children(process.pid):

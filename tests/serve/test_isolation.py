@@ -10,10 +10,11 @@ from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.weights.fill_model import empty
 from nanoinfra.parallel.parallelize import serving
 from nanoinfra.serve.engine import cpu_decoder_block
-from nanoinfra.serve.engine import engine as engines
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.engine.requests import Request, Sampling
+from nanoinfra.serve.engine.load_engine import use_cpu_kernels
+from nanoinfra.serve.engine.requests import Request, SamplingParams
 from tests.model.test_decoder import config
+from tests.serve.ref_counts import check_ref_counts
 from tests.serve.test_engine import GREEDY, prompt, tiny
 
 CASES = {"torch": (torch.float64, False), "torch in bfloat16": (torch.bfloat16, False),
@@ -23,37 +24,41 @@ NEW = 10
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    with mock.patch.object(cpu_decoder_block, "compiled", functools.cache(cpu_decoder_block.compiled)):
+    with mock.patch.object(cpu_decoder_block, "compile_decode_kernels",
+                           functools.cache(cpu_decoder_block.compile_decode_kernels)):
         yield
 
 
 def made(case, family="llama", **how):
     """An engine of torch's operations, or of the passes in C."""
     dtype, fast = CASES[case]
-    engine = Engine(tiny(family).to(dtype), **{"blocks": 60, "size": 4, "budget": 24, "seats": 8} | how)
+    engine = Engine(tiny(family).to(dtype), **{"num_blocks": 60, "block_size": 4,
+                                               "max_num_batched_tokens": 24, "max_num_seqs": 8} | how)
     if fast:
-        engines.use_cpu_kernels(engine)
+        use_cpu_kernels(engine)
     return engine
 
 
 def asked(name, tokens, new=NEW, **more):
-    return Request(name, tokens, more.pop("sampling", GREEDY), max_tokens=new, ignore_eos=True, **more)
+    return Request(name, tokens, more.pop("sampling_params", GREEDY), max_tokens=new, ignore_eos=True, **more)
 
 
 def serve(engine, requests, meddle=lambda step: None):
     """({(request, index): tokens}, {request: why it failed}); before each step comes `meddle(its number)`."""
     said, failed = {}, {}
     for request in requests:
-        engine.add(request)
+        engine.add_request(request)
     for step in range(300):
         meddle(step)
-        for event in engine.step() if engine.busy else []:
-            if event.finish == "error":
-                failed[event.request] = event.text
+        for event in engine.step() if engine.has_unfinished_requests else []:
+            if event.finish_reason == "error":
+                failed[event.request_id] = event.text
             else:
-                said.setdefault((event.request, event.index), []).extend(event.tokens)
-        engine.blocks.check([each.table for each in (*engine.scheduler.running, *engine.scheduler.waiting)])
-    assert not engine.busy and not engine.of and not engine.blocks.used
+                said.setdefault((event.request_id, event.index), []).extend(event.token_ids)
+        check_ref_counts(engine.block_pool, [each.block_table for each in (*engine.scheduler.running,
+                                                                           *engine.scheduler.waiting)])
+    assert not engine.has_unfinished_requests and not engine.states_of_request
+    assert not engine.block_pool.num_used_blocks
     return said, failed
 
 
@@ -62,11 +67,11 @@ def batch(n=5):
 
 
 def table(engine, name, index=0):
-    return engine.of[name][index].sequence.table
+    return engine.states_of_request[name][index].sequence.block_table
 
 
 def poison(engine, blocks, value=float("nan"), heads=slice(None)):
-    engine.kv.pool[:, heads, list(blocks)] = value
+    engine.kv_cache.kv_memory[:, heads, list(blocks)] = value
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -75,7 +80,7 @@ def test_what_was_in_a_block_before_reaches_nobody(case, value):
     """All that are free hold it, at the start and in between, when a long sequence has had them."""
     want, _ = serve(made(case), batch())
     engine = made(case)
-    got = serve(engine, batch(), lambda step: poison(engine, engine.blocks.free, value))
+    got = serve(engine, batch(), lambda step: poison(engine, engine.block_pool.free_blocks, value))
     assert got == (want, {})
 
 
@@ -83,7 +88,7 @@ def test_what_was_in_a_block_before_reaches_nobody(case, value):
 def test_nor_in_other_families(family):
     want, _ = serve(made("torch", family), batch())
     engine = made("torch", family)
-    assert serve(engine, batch(), lambda step: poison(engine, engine.blocks.free)) == (want, {})
+    assert serve(engine, batch(), lambda step: poison(engine, engine.block_pool.free_blocks)) == (want, {})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -92,7 +97,7 @@ def test_a_poisoned_block_of_one_changes_nobodys_tokens(case, what):
     """Not even its own: it is computed again from its tokens."""
     want, _ = serve(made(case), batch())
     engine = made(case)
-    KV = engine.kv.KV
+    KV = engine.kv_cache.num_kv_heads
     which = {"keys": slice(KV), "values": slice(KV, None)}[what]
     got = serve(engine, batch(),
                 lambda now: now == 4 and poison(engine, table(engine, "r2")[:1], heads=which))
@@ -101,7 +106,7 @@ def test_a_poisoned_block_of_one_changes_nobodys_tokens(case, what):
 
 def test_ranks_decide_alike_where_one_alone_is_poisoned(ranks):
     model = tiny()
-    want, _ = serve(Engine(model, blocks=60, size=4), batch())
+    want, _ = serve(Engine(model, num_blocks=60, block_size=4), batch())
     for got in ranks(2).run(sharded, model.state_dict()):
         assert got == (want, {}, 1)
 
@@ -109,7 +114,7 @@ def test_ranks_decide_alike_where_one_alone_is_poisoned(ranks):
 def sharded(state):
     cfg, mesh = config("llama"), Mesh(tp=2)
     model = serving(empty(cfg), mesh, lambda name, box=(): state[name][box], torch.float64)
-    engine = Engine(model, blocks=60, size=4, ledger=mesh.ledger)
+    engine = Engine(model, num_blocks=60, block_size=4, ledger=mesh.ledger)
     meddle = (lambda now: now == 4 and poison(engine, table(engine, "r2"))) if mesh.rank else lambda now: None
     return *serve(engine, batch(), meddle), engine.stats()["preemptions"]
 
@@ -154,7 +159,7 @@ def test_a_token_whose_embedding_is_broken_fails_who_uses_it(case, budget):
     shared = prompt(1, 12)
     good = [asked("alike", prompt(5, 12)), asked("a", [*shared, 1]), asked("b", [*shared, 2, 3])]
     want, _ = serve(made(case), good)
-    engine = made(case, blocks=14, budget=budget)
+    engine = made(case, num_blocks=14, max_num_batched_tokens=budget)
     breaks(engine)
     bad = asked("x", [*shared[:8], 96, *shared[9:]], n=2)
     said, failed = serve(engine, [bad, *good])
@@ -168,37 +173,38 @@ def test_a_known_prefix_that_is_poisoned_is_shared_with_nobody(case):
     want, _ = serve(made(case), requests)
     engine = made(case)
     serve(engine, [asked("first", shared)])
-    poison(engine, engine.blocks.known.values())
+    poison(engine, engine.block_pool.hash_to_block.values())
     assert serve(engine, requests) == (want, {})
-    assert serve(engine, [asked("a", requests[0].tokens)])[0] == {("a", 0): want["a", 0]}
+    assert serve(engine, [asked("a", requests[0].prompt_token_ids)])[0] == {("a", 0): want["a", 0]}
     assert engine.stats()["prefix_hits"] == 4 * 12 and engine.stats()["preemptions"] == 3
 
 
 def test_a_part_of_a_prompt_is_enough_to_know():
     """Given up before it has logits, it leaves no block that a later one would share."""
-    engine = made("torch", budget=4)
+    engine = made("torch", max_num_batched_tokens=4)
     breaks(engine)
-    engine.add(asked("x", [*prompt(1, 4), 96, *prompt(2, 20)]))
+    engine.add_request(asked("x", [*prompt(1, 4), 96, *prompt(2, 20)]))
     for _ in range(4):
         engine.step()
-    engine.abort("x")
-    assert engine.blocks.used == 0 and len(engine.blocks.known) <= 1
+    engine.abort_request("x")
+    assert engine.block_pool.num_used_blocks == 0 and len(engine.block_pool.hash_to_block) <= 1
 
 
 @pytest.mark.parametrize("case", ["torch", "passes in bfloat16"])
 def test_forks_and_scored_prompts_too(case):
     def requests():
-        return [asked("forks", prompt(1, 9), n=3), asked("scored", prompt(2, 9), echo=True, logprobs=2),
+        return [asked("forks", prompt(1, 9), n=3), asked("scored", prompt(2, 9), prompt_logprobs=True,
+                                                         logprobs=2),
                 asked("plain", prompt(3, 9))]
     want, _ = serve(made(case), requests())
     for name, index in (("forks", 1), ("scored", 0), ("plain", 0)):
-        engine = made(case, budget=6)
+        engine = made(case, max_num_batched_tokens=6)
         got = serve(engine, requests(),
                     lambda now: now == 6 and poison(engine, table(engine, name, index)))  # noqa: B023
         assert got == (want, {}) and engine.stats()["preemptions"] >= 1
     engine = made(case)
     breaks(engine)
-    bad = asked("bad", [*prompt(2, 5), 96, 3], echo=True, logprobs=2)
+    bad = asked("bad", [*prompt(2, 5), 96, 3], prompt_logprobs=True, logprobs=2)
     assert serve(engine, [bad, *requests()])[0] == want
 
 
@@ -209,7 +215,7 @@ def test_the_likeliest_of_a_row_with_nan_is_in_range_and_the_other_rows_are_righ
     rows = torch.randn(4, 97, generator=torch.Generator().manual_seed(0)).to(CASES[case][0])
     want = rows.float().argmax(-1).tolist()
     rows[1, place], rows[3] = float("nan"), float("nan")
-    got = engine.likeliest(rows)
+    got = engine.argmax(rows)
     assert [got[0], got[2]] == [want[0], want[2]] and all(0 <= each < 97 for each in got)
 
 
@@ -218,7 +224,7 @@ def extreme(draw):
     def pick(*values):
         return draw.choice(values)
     ids = draw.sample(range(97), pick(0, 1, 97))
-    return Sampling(pick(0.0, 1e-40, 5e-324, 1e-5, 1.0, 100.0), pick(0, 1, 97), pick(1e-9, 0.5, 1.0),
+    return SamplingParams(pick(0.0, 1e-40, 5e-324, 1e-5, 1.0, 100.0), pick(0, 1, 97), pick(1e-9, 0.5, 1.0),
                     pick(0.0, 1e-300, 1.0), pick(-2, 0, 2), pick(-2, 0, 2), pick(1e-9, 1.0, 100.0),
                     {token: pick(-100, 100, 1e-300) for token in ids}, pick(None, -2 ** 63, 2 ** 63 - 1))
 
@@ -227,8 +233,9 @@ def extreme(draw):
 def test_no_sampling_that_is_taken_fails_or_is_felt_by_others(case):
     want, _ = serve(made(case), batch(3))
     draw = random.Random(0)
-    odd = [asked(f"x{i}", prompt(i, 1 + i % 20), new=1 + i % 4, sampling=extreme(draw), n=draw.choice([1, 3]),
-                 logprobs=draw.choice([None, 97]), echo=i % 5 == 0) for i in range(60)]
+    odd = [asked(f"x{i}", prompt(i, 1 + i % 20), new=1 + i % 4, sampling_params=extreme(draw),
+                 n=draw.choice([1, 3]),
+                 logprobs=draw.choice([None, 97]), prompt_logprobs=i % 5 == 0) for i in range(60)]
     said, failed = serve(made(case), [*odd[:30], *batch(3), *odd[30:]])
     assert not failed and all(said[name] == tokens for name, tokens in want.items())
-    assert {name for name, _ in said} >= {each.id for each in odd}
+    assert {name for name, _ in said} >= {each.request_id for each in odd}

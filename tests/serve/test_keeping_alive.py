@@ -5,8 +5,8 @@ import json
 import pytest
 from openai._streaming import SSEDecoder
 
-from nanoinfra.serve.engine.requests import Event
-from nanoinfra.serve.processes.response_stream import Job
+from nanoinfra.serve.engine.requests import RequestOutput
+from nanoinfra.serve.processes.response_stream import ResponseStream
 from nanoinfra.serve.server import handlers
 from nanoinfra.serve.server.app import build
 from nanoinfra.serve.server.errors import Refused
@@ -19,24 +19,24 @@ class Held(Idle):
     """Says nothing until it is told to."""
 
     def __init__(self):
-        self.jobs = {}
+        self.streams = {}
 
-    def submit(self, requests):
-        self.job = Job(self, requests)
-        self.jobs = dict.fromkeys(self.job.open, self.job)
+    def submit_requests(self, requests):
+        self.job = ResponseStream(self, requests)
+        self.streams = dict.fromkeys(self.job.unfinished, self.job)
         return self.job
 
-    def abort(self, request):
+    def abort_request(self, request):
         pass
 
     def speak(self):
-        name, = self.job.open
+        name, = self.job.unfinished
         for text, finish in (("x", None), ("y", "length")):
-            self.job.put(Event(name, 0, text, [120], finish=finish))
+            self.job.put_output(RequestOutput(name, 0, text, [120], finish_reason=finish))
 
     def fail(self):
-        name, = self.job.open
-        self.job.fail(name, Refused(503, "the engine died"))
+        name, = self.job.unfinished
+        self.job.fail_request(name, Refused(503, "the engine died"))
 
 
 @pytest.fixture(autouse=True)

@@ -111,10 +111,10 @@ def test_several_keys_and_a_wrong_one():
 
 def test_nobody_can_name_the_salt_of_another():
     names = ["", "a", "b", salt_of("one"), salt_of("two"), salt_of("one") + "a"]
-    salts = {salted([Request("r", [1], salt=name)], salt_of(key))[0].salt
+    salts = {salted([Request("r", [1], cache_salt=name)], salt_of(key))[0].cache_salt
              for key in ("one", "two", "onea", "") for name in names}
     assert len(salts) == 4 * len(names)
-    assert salted([Request("r", [1], salt="mine")], "")[0].salt == "mine"
+    assert salted([Request("r", [1], cache_salt="mine")], "")[0].cache_salt == "mine"
 
 
 def known(client, key, **more):

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from nanoinfra.model.tokenizer import Text
-from nanoinfra.serve.engine.detokenizer import Writer
-from nanoinfra.serve.engine.requests import Event, Logprob
-from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
+from nanoinfra.serve.engine.requests import Logprob, RequestOutput
+from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server import limits
 from nanoinfra.serve.server.errors import MOST_CHARS, Refused
 from nanoinfra.serve.server.openai.choice import FlatLogprobs
@@ -40,7 +40,8 @@ class Counting:
 
 def ready(context=CONTEXT):
     tokenizer = text()
-    return Ready({"context": context, "vocab": 257}, type(tokenizer)(Counting(tokenizer.backend)), TEMPLATE)
+    return EngineReady({"context": context, "vocab": 257}, type(tokenizer)(Counting(tokenizer.backend)),
+                       TEMPLATE)
 
 
 def asked(kind, model=None, **body):
@@ -91,8 +92,9 @@ def test_a_text_that_no_context_spells_is_not_tokenized():
                        (Chat, {"messages": [{"role": "user", "content": "a" * longest}]})):
         with pytest.raises(Refused, match=f"context of {CONTEXT} tokens of at most {LONGEST} characters"):
             asked(kind, model, **body)
-    assert model.text.backend.chars == 0
-    assert asked(Completion, model, prompt="<end>" * (CONTEXT - 1), max_tokens=1)[0].tokens == [256] * 63
+    assert model.tokenizer.backend.chars == 0
+    assert asked(Completion, model, prompt="<end>" * (CONTEXT - 1),
+                 max_tokens=1)[0].prompt_token_ids == [256] * 63
 
 
 def test_nothing_is_rendered_that_is_too_long():
@@ -108,15 +110,15 @@ def test_a_long_text_is_given_up_with_its_first_piece_that_is_too_many_tokens(mo
     model = ready()
     with pytest.raises(Refused, match="first 200 characters of the prompt are 200 tokens"):
         asked(Completion, model, prompt="7" * 300)
-    assert model.text.backend.chars == 200
+    assert model.tokenizer.backend.chars == 200
     fits = "<end>" * 60                      # 300 characters, cut within a token
-    assert asked(Completion, ready(), prompt=fits, max_tokens=1)[0].tokens == [256] * 60
+    assert asked(Completion, ready(), prompt=fits, max_tokens=1)[0].prompt_token_ids == [256] * 60
 
 
 def test_a_text_that_the_tokenizer_does_not_take_is_refused():
     words = Text(Tokenizer(models.WordLevel({"a": 0, "long enough": 1}, unk_token="nowhere")))
     with pytest.raises(Refused, match="tokenizer does not take this text") as refused:
-        asked(Completion, Ready(ready().info, words), prompt="b")
+        asked(Completion, EngineReady(ready().info, words), prompt="b")
     assert refused.value.status == 400
 
 
@@ -124,26 +126,26 @@ def test_prompts_are_given_up_where_they_are_too_many_tokens():
     model = ready(context=128)
     with pytest.raises(Refused, match="8200 tokens in one request"):
         asked(Completion, model, prompt=["a" * 100] * 1024, max_tokens=1)
-    assert model.text.backend.chars == 8200
+    assert model.tokenizer.backend.chars == 8200
 
 
 def test_a_chat_that_leaves_the_length_open_gets_what_may_be_asked():
     request, = asked(Chat, ready(context=8192), messages=[HI], logprobs=True, top_logprobs=20)
     assert request.max_tokens == 65536 // 21
     request, = asked(Chat, ready(context=8192), messages=[HI], logprobs=True, top_logprobs=5)
-    assert request.max_tokens == 8192 - len(request.tokens)
+    assert request.max_tokens == 8192 - len(request.prompt_token_ids)
 
 
 def test_a_full_context_can_always_be_scored():
     context = 100_000
     body = {"prompt": [7] * (context - 1), "max_tokens": 1, "logprobs": 1, "echo": True}
-    assert len(asked(Completion, ready(context), **body)[0].tokens) == context - 1
+    assert len(asked(Completion, ready(context), **body)[0].prompt_token_ids) == context - 1
     assert limits.most_bytes(context) >= len(json.dumps({"prompt": [12345] * context}).replace(" ", ""))
 
 
 def test_a_prompt_that_is_scored_counts_though_nobody_asked_for_log_probabilities():
     body = {"prompt": [7] * 2048, "max_tokens": 0, "echo": True}
-    assert asked(Completion, ready(8192), **body, n=32)[0].echo
+    assert asked(Completion, ready(8192), **body, n=32)[0].prompt_logprobs
     with pytest.raises(Refused, match="67584 log-probabilities"):
         asked(Completion, ready(8192), **body, n=33)
 
@@ -154,7 +156,7 @@ def test_an_echo_is_no_larger_than_a_body():
 
     def answer(n, prompt):
         question = read(Completion, json.dumps({**body, "n": n, "prompt": prompt}).encode())
-        return CompletionAnswer(question, "name", "model", requests_of(question, "name", model), model.text)
+        return CompletionAnswer(question, "name", "model", requests_of(question, "name", model), model.tokenizer)
     assert answer(8, ["a" * 60]).prompts == ["a" * 60]
     with pytest.raises(Refused, match=f"{most // 4 + 1} characters 4 times"):
         limits.check_echo(most // 4 + 1, 4)
@@ -218,7 +220,7 @@ def test_an_answer_that_is_kept_takes_12_bytes_a_log_probability():
     tracemalloc.start()
     for _ in range(300):
         said = Logprob(7, -0.25, [(1000 + i, -0.25 - i) for i in range(100)])
-        answer.add(Event("name", 0, "a", [7], [said]))
+        answer.add(RequestOutput("name", 0, "a", [7], [said]))
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert size < 300 * 101 * 12 * 1.3 + 20_000
@@ -246,7 +248,7 @@ class Counted(str):
 
 def test_a_long_stop_string_costs_no_more_than_the_text_that_waits_for_it():
     stop = Counted("a" * 1000)
-    writer = Writer(letters(first=0, n=128), (stop,))
+    writer = StopStringDetokenizer(letters(first=0, n=128), (stop,))
     for letter in "bcd" * 20:
-        assert writer.push(ord(letter)) == letter
+        assert writer.push_token(ord(letter)) == letter
     assert stop.looks <= 60

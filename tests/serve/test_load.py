@@ -94,16 +94,16 @@ def test_two_hundred_streams_at_once():
     """More than there are seats, in a pool too small for them: some wait, some are preempted."""
     async def work():
         return await asyncio.gather(*(stream(client, i, 24) for i in range(200)))
-    with serving(blocks=60, seats=32, budget=64) as (client, server):
+    with serving(blocks=60, max_num_seqs=32, max_num_batched_tokens=64) as (client, server):
         assert asyncio.run(work()) == [expected(i, 24) for i in range(200)]
         assert metric(client, "num_preemptions_total") > 0
         is_empty(client)
-        assert not server.worker.jobs and not server.worker.watch.courses
+        assert not server.worker.streams and not server.worker.metrics.courses
 
 
 def real(model, dtype, *more):
     """`nanoinfra serve` of a model; its name is what `metric` asks for."""
-    return started([*SERVE, str(model), "--name", "fake", "--dtype", dtype, *more])
+    return started([*SERVE, str(model), "--served-model-name", "fake", "--dtype", dtype, *more])
 
 
 def alone(client, lengths):
@@ -116,7 +116,8 @@ def alone(client, lengths):
 def test_two_hundred_streams_of_a_real_model_say_what_each_says_alone(model, dtype):
     async def work():
         return await asyncio.gather(*(stream(client, i % 16, 24) for i in range(200)))
-    with real(model, dtype, "--kv-memory", "128KiB", "--seats", "32", "--budget", "64") as (_, client):
+    with real(model, dtype, "--kv-memory", "128KiB", "--max-num-seqs", "32", "--max-num-batched-tokens",
+              "64") as (_, client):
         want = alone(client, [24])
         assert asyncio.run(work()) == [want[i % 16, 24] for i in range(200)] and len(set(want.values())) == 16
         assert metric(client, "num_preemptions_total") > 0
@@ -131,21 +132,21 @@ def test_a_client_that_goes_away_frees_what_it_held(streams):
 
     async def work():
         asking = [asyncio.create_task(ask(i)) for i in range(3)]         # one runs, two wait
-        while len(server.worker.jobs) < 3 or not server.worker.stats.get("blocks_used"):
+        while len(server.worker.streams) < 3 or not server.worker.stats.get("blocks_used"):
             await asyncio.sleep(0.01)
         for task in asking:
             task.cancel()
         await asyncio.wait(asking)
-    with serving(pause=0.005, seats=1) as (client, server):
+    with serving(pause=0.005, max_num_seqs=1) as (client, server):
         asyncio.run(work())
-        until(lambda: not server.worker.jobs)
+        until(lambda: not server.worker.streams)
         is_empty(client)
 
 
 def test_too_much_is_a_429_and_the_rest_goes_on():
     async def work():
         return await asyncio.gather(*(stream(client, i, 20) for i in range(40)))
-    with serving(pause=0.002, seats=2, queue=4) as (client, _):
+    with serving(pause=0.002, max_num_seqs=2, max_queued_requests=4) as (client, _):
         got = asyncio.run(work())
         assert None in got and len(set(got)) > 3
         assert all(text in (None, expected(i, 20)) for i, text in enumerate(got))
@@ -153,10 +154,10 @@ def test_too_much_is_a_429_and_the_rest_goes_on():
 
 
 def test_a_batch_of_which_one_is_refused_leaves_nothing():
-    with serving(queue=4, seats=1, pause=0.005) as (client, server):
+    with serving(max_queued_requests=4, max_num_seqs=1, pause=0.005) as (client, server):
         got = client.post("/v1/completions", json={"prompt": ["ab"] * 9, "max_tokens": 50})
         assert got.status_code == 429 and got.headers["Retry-After"] == "1"
-        assert got.json()["error"]["type"] == "rate_limit_error" and not server.worker.jobs
+        assert got.json()["error"]["type"] == "rate_limit_error" and not server.worker.streams
         is_empty(client)
 
 
@@ -165,7 +166,7 @@ def test_the_death_of_a_rank_is_an_error_and_the_server_goes_on():
         with client.stream("POST", "/v1/completions", json=body(1, 400)) as response:
             begun = response.iter_lines()
             next(begun)
-            os.kill(server.worker.life.processes[1].pid, signal.SIGKILL)
+            os.kill(server.worker.processes.processes[1].pid, signal.SIGKILL)
             lines = [line for line in begun if line]
         error = json.loads(lines[-2].removeprefix("data: "))["error"]
         assert error["type"] == "service_unavailable_error" and error["code"] is None
@@ -192,9 +193,12 @@ def memory(pid):
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-SERVERS = {"stand-in": lambda model: running(pause=0.01, blocks=200, seats=64, budget=256, queue=4096),
-           "float32": lambda model: real(model, "float32", "--kv-memory", "1MiB", "--queue", "4096"),
-           "float64": lambda model: real(model, "float64", "--kv-memory", "2MiB", "--queue", "4096")}
+SERVERS = {"stand-in": lambda model: running(pause=0.01, blocks=200, max_num_seqs=64,
+                                             max_num_batched_tokens=256, max_queued_requests=4096),
+           "float32": lambda model: real(model, "float32", "--kv-memory", "1MiB", "--max-queued-requests",
+                                         "4096"),
+           "float64": lambda model: real(model, "float64", "--kv-memory", "2MiB", "--max-queued-requests",
+                                         "4096")}
 
 
 @pytest.mark.prove

@@ -50,7 +50,8 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served():
     """(client, server), whose answers last longer than any test where 9999 tokens are asked for."""
-    with serving(pause=0.02, blocks=9000, seats=16, budget=256, context=20_000) as both:
+    with serving(pause=0.02, blocks=9000, max_num_seqs=16, max_num_batched_tokens=256,
+                 context=20_000) as both:
         yield both
 
 
@@ -100,7 +101,7 @@ def test_stop_frees_what_the_answer_held_and_keeps_what_was_said(page, served):
     page.enter()
     wait_for_word(page)
     page.click("send")
-    until(lambda: text(page, "send") == "Send" and not served[1].worker.jobs)
+    until(lambda: text(page, "send") == "Send" and not served[1].worker.streams)
     assert page.run("document.querySelectorAll('.error').length") == 0 and box(page) == ""
     said = turns(page)[1]
     assert answered(page, "go on", 100).startswith(f"u:a long story\na:{said}\nu:go on\n")
@@ -114,7 +115,7 @@ def test_new_while_it_answers_begins_another_conversation(page, served):
     wait_for_word(page)
     page.click("clear")
     assert turns(page) == [] and text(page, "send") == "Send" and box(page) == ""
-    until(lambda: not served[1].worker.jobs)
+    until(lambda: not served[1].worker.streams)
     assert answered(page, "the second").startswith("u:the second\nu:the second")
     assert turns(page)[0] == "the second" and len(turns(page)) == 2
 
@@ -301,7 +302,8 @@ def test_a_key_is_asked_for_and_a_reload_keeps_it_and_the_conversation(page, ser
 @needs_chromium
 @pytest.mark.prove
 def test_a_model_without_a_chat_template_goes_on_with_the_text(page, served, monkeypatch):
-    monkeypatch.setattr(served[1].worker, "ready", replace(served[1].worker.ready, template=None))
+    monkeypatch.setattr(served[1].worker, "engine_ready", replace(served[1].worker.engine_ready,
+                                                                  chat_template=None))
     until(lambda: "goes on with your text" in page.run("document.getElementById('prompt').placeholder"))
     assert answered(page, "ab\n", 6).startswith("ab\nab\n")
     assert answered(page, "cd", 5).startswith("ab\nab")

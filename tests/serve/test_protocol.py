@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanoinfra.serve.engine.requests import Event, Logprob, Sampling
-from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.engine.requests import Logprob, RequestOutput, SamplingParams
+from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.openai.completion_requests import HARMLESS, Chat, Completion, read, requests_of
 from nanoinfra.serve.server.openai.completion_responses import ChatAnswer, CompletionAnswer
 from tests.serve.fake import TEMPLATE, text
 
-READY = Ready({"context": 64, "vocab": 257}, text(), TEMPLATE)
+READY = EngineReady({"context": 64, "vocab": 257}, text(), TEMPLATE)
 HI = [{"role": "user", "content": "hi"}]
 UNSUPPORTED = {
     "best_of": 3, "suffix": "x", "response_format": {"type": "json_object"}, "modalities": ["audio"],
@@ -32,7 +32,7 @@ UNSUPPORTED = {
 
 
 def ids(said):
-    return READY.text.encode(said)
+    return READY.tokenizer.encode(said)
 
 
 def asked(kind, **body):
@@ -44,8 +44,9 @@ def asked(kind, **body):
     ("ab", ["ab"]), (["ab", "c"], ["ab", "c"]), (ids("ab"), ["ab"]), ([ids("ab"), ids("c")], ["ab", "c"])])
 def test_a_prompt_has_four_forms(prompt, want):
     requests = asked(Completion, prompt=prompt, n=3, max_tokens=2)
-    assert [(each.tokens, each.n, each.max_tokens) for each in requests] == [(ids(w), 3, 2) for w in want]
-    assert len({each.id for each in requests}) == len(want)
+    got = [(each.prompt_token_ids, each.n, each.max_tokens) for each in requests]
+    assert got == [(ids(w), 3, 2) for w in want]
+    assert len({each.request_id for each in requests}) == len(want)
 
 
 def test_every_parameter_arrives():
@@ -53,9 +54,10 @@ def test_every_parameter_arrives():
                      min_p=0.1, presence_penalty=0.2, frequency_penalty=-0.3, repetition_penalty=1.1, seed=-7,
                      logit_bias={"5": 2, "6": -100}, stop="x", ignore_eos=True, logprobs=3, echo=True,
                      cache_salt="mine", user="me", never_heard_of_it=[1])
-    assert request.sampling == Sampling(0.5, 0, 0.9, 0.1, 0.2, -0.3, 1.1, {5: 2.0, 6: -100.0}, -7)
+    assert request.sampling_params == SamplingParams(0.5, 0, 0.9, 0.1, 0.2, -0.3, 1.1, {5: 2.0, 6: -100.0},
+                                                     -7)
     assert (request.max_tokens, request.stop, request.logprobs) == (16, ("x",), 3)
-    assert request.ignore_eos and request.echo and request.salt == "mine"
+    assert request.ignore_eos and request.prompt_logprobs and request.cache_salt == "mine"
 
 
 def test_null_is_the_default():
@@ -67,8 +69,8 @@ def test_a_chat_is_rendered_and_may_fill_the_context():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request, = asked(Chat, messages=[{"role": "system", "content": "be"}, {"role": "user", "content": parts},
                                      {"role": "assistant", "content": None}], logprobs=True)
-    assert request.tokens == ids("s:be\nu:a\nb\na:\n")
-    assert request.max_tokens == 64 - len(request.tokens) and request.logprobs == 0
+    assert request.prompt_token_ids == ids("s:be\nu:a\nb\na:\n")
+    assert request.max_tokens == 64 - len(request.prompt_token_ids) and request.logprobs == 0
     assert asked(Chat, messages=HI, logprobs=True, top_logprobs=4)[0].logprobs == 4
     assert asked(Chat, messages=HI, max_tokens=3, max_completion_tokens=4)[0].max_tokens == 4
     assert asked(Chat, messages=HI, max_tokens=3)[0].max_tokens == 3
@@ -140,7 +142,7 @@ def test_what_overflows_the_context_has_openais_code(kind, body, param):
 
 
 def test_the_kv_memory_is_a_context_too():
-    ready = Ready({**READY.info, "blocks": 4, "block_size": 8}, READY.text, TEMPLATE)
+    ready = EngineReady({**READY.info, "blocks": 4, "block_size": 8}, READY.tokenizer, TEMPLATE)
     assert requests_of(read(Completion, json.dumps({"prompt": "a" * 31}).encode()), "name", ready)
     for kind, body, param in ((Completion, {"prompt": "a" * 32}, "prompt"),
                               (Chat, {"messages": [{"role": "user", "content": "a" * 40}]}, "messages")):
@@ -186,7 +188,8 @@ def test_what_is_no_json_object_is_refused(body):
 
 def test_a_model_without_a_template_says_what_to_use():
     with pytest.raises(Refused, match="/v1/completions"):
-        requests_of(read(Chat, json.dumps({"messages": HI}).encode()), "name", Ready(READY.info, text()))
+        requests_of(read(Chat, json.dumps({"messages": HI}).encode()), "name", EngineReady(READY.info,
+                                                                                           text()))
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -202,14 +205,14 @@ BODIES = st.dictionaries(st.sampled_from(NAMES), JSON | LIKELY, max_size=4).map(
 @given(BODIES, st.sampled_from([Completion, Chat]))
 def test_any_json_is_a_question_or_a_400(body, kind):
     try:
-        assert all(each.tokens for each in asked(kind, **body))
+        assert all(each.prompt_token_ids for each in asked(kind, **body))
     except Refused as refused:
         assert refused.status == 400
 
 
 def answer(kind, form, **body):
     question = read(kind, json.dumps(body).encode())
-    return form(question, "name", "model", requests_of(question, "name", READY), READY.text)
+    return form(question, "name", "model", requests_of(question, "name", READY), READY.tokenizer)
 
 
 def chunks(answer, events):
@@ -218,8 +221,8 @@ def chunks(answer, events):
 
 def test_a_stream_begins_with_the_role_and_ends_with_the_reason():
     said = answer(Chat, ChatAnswer, messages=HI, stream=True)
-    got = chunks(said, [Event("name", tokens=[1]), Event("name", text="a", tokens=[2]),
-                        Event("name", text="b", tokens=[3], finish="stop")])
+    got = chunks(said, [RequestOutput("name", token_ids=[1]), RequestOutput("name", text="a", token_ids=[2]),
+                        RequestOutput("name", text="b", token_ids=[3], finish_reason="stop")])
     deltas = [each["choices"][0]["delta"] for each in got]
     assert deltas == [{"role": "assistant", "content": "a"}, {"content": "b"}]
     assert [each["choices"][0]["finish_reason"] for each in got] == [None, "stop"]
@@ -231,7 +234,7 @@ def test_a_stream_begins_with_the_role_and_ends_with_the_reason():
 def test_usage_comes_last_without_choices(always):
     said = answer(Chat, ChatAnswer, messages=HI, stream=True,
                   stream_options={"include_usage": True, "continuous_usage_stats": always})
-    got, = chunks(said, [Event("name", text="a", tokens=[1, 2], cached=99)])
+    got, = chunks(said, [RequestOutput("name", text="a", token_ids=[1, 2], num_cached_tokens=99)])
     last, done, _ = said.last().split(b"\n\n")
     last = json.loads(last.removeprefix(b"data: "))
     assert last["choices"] == [] and done == b"data: [DONE]"
@@ -242,8 +245,9 @@ def test_usage_comes_last_without_choices(always):
 
 def test_choices_of_several_prompts_are_in_order():
     said = answer(Completion, CompletionAnswer, prompt=["a", "b"], n=2, echo=True, max_tokens=2)
-    events = [Event(f"name-{p}", i, f"{p}{i}", [1], finish="length") for i in (1, 0) for p in (1, 0)]
-    got = said.object([Event("name-1", 1, "first", [2]), *events])
+    events = [RequestOutput(f"name-{p}", i, f"{p}{i}", [1], finish_reason="length")
+              for i in (1, 0) for p in (1, 0)]
+    got = said.object([RequestOutput("name-1", 1, "first", [2]), *events])
     assert [each["text"] for each in got["choices"]] == ["a00", "a01", "b10", "bfirst11"]
     assert [each["index"] for each in got["choices"]] == [0, 1, 2, 3]
     assert got["usage"]["completion_tokens"] == 5
@@ -255,7 +259,8 @@ def test_log_probabilities_of_prompt_and_answer():
     strange = ids("é")[0]                    # half a character
     prompt = [Logprob(a, None), Logprob(b, -1.0, [(a, -0.5), (b, -1.0)])]
     made = [Logprob(a, -math.inf, [(strange, 0.0), (strange + 1, -1.0)])]
-    got, = said.object([Event("name-0", 0, "a", [a], made, prompt, finish="length")])["choices"]
+    got, = said.object([RequestOutput("name-0", 0, "a", [a], made, prompt,
+                                      finish_reason="length")])["choices"]
     assert got["text"] == "aba"
     assert got["logprobs"] == {
         "tokens": ["a", "b", "a"], "text_offset": [0, 1, 2], "token_logprobs": [None, -1.0, -9999.0],
@@ -265,7 +270,8 @@ def test_log_probabilities_of_prompt_and_answer():
 def test_log_probabilities_of_a_chat():
     said = answer(Chat, ChatAnswer, messages=HI, logprobs=True, top_logprobs=1)
     a, half = ids("a")[0], ids("é")[0]
-    got = said.object([Event("name", 0, "a", [a], [Logprob(a, -0.5, [(half, -0.25)])], finish="stop")])
+    got = said.object([RequestOutput("name", 0, "a", [a], [Logprob(a, -0.5, [(half, -0.25)])],
+                                     finish_reason="stop")])
     assert got["choices"][0]["logprobs"]["content"] == [
         {"token": "a", "logprob": -0.5, "bytes": [97],
          "top_logprobs": [{"token": "\ufffd", "logprob": -0.25, "bytes": [0xc3]}]}]

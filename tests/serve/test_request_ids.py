@@ -17,10 +17,10 @@ ANSWERS = {"an answer": ("GET", "/health", {}, 200), "no such path": ("GET", "/n
 
 
 class Broken(Idle):
-    why = "no"
+    state_reason = "no"
 
-    def reset(self):
-        raise Refused(500, "the engine failed") if self.why == "told" else RuntimeError("of ours")
+    def reset_prefix_cache(self):
+        raise Refused(500, "the engine failed") if self.state_reason == "told" else RuntimeError("of ours")
 
 
 def client(worker):
@@ -39,7 +39,7 @@ def test_every_answer_has_the_clients_name_for_it_or_a_new_one(method, path, hea
 @pytest.mark.parametrize("why", ["told", "no"])
 def test_what_is_the_servers_fault_is_in_the_log_under_its_name(why, caplog):
     worker = Broken()
-    worker.why = why
+    worker.state_reason = why
     got = client(worker).post("/reset_prefix_cache", headers={"X-Request-Id": "mine-7"})
     assert got.status_code == 500 and got.headers["x-request-id"] == "mine-7"
     assert "POST /reset_prefix_cache: 500" in caplog.text and "x-request-id mine-7" in caplog.text

@@ -12,8 +12,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming
 from pydantic import TypeAdapter
 
-from nanoinfra.serve.engine.requests import Event, Logprob
-from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.engine.requests import Logprob, RequestOutput
+from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.limits import MOST_MESSAGES
 from nanoinfra.serve.server.openai.completion_requests import read, requests_of
@@ -77,16 +77,16 @@ TURNS = {
 
 @pytest.mark.parametrize("turns, want", TURNS.values(), ids=TURNS.keys())
 def test_input_becomes_the_turns_of_a_chat(turns, want):
-    assert request(input=turns).tokens == ids(want)
-    assert request(input=turns, instructions="do").tokens == ids("s:do\n" + want)
+    assert request(input=turns).prompt_token_ids == ids(want)
+    assert request(input=turns, instructions="do").prompt_token_ids == ids("s:do\n" + want)
 
 
 HONOURED = {                                 # and what of the engine's request shows it
-    "input": ("you", lambda made: made.tokens == ids("u:you\n")),
-    "instructions": ("be", lambda made: made.tokens == ids("s:be\nu:hi\n")),
+    "input": ("you", lambda made: made.prompt_token_ids == ids("u:you\n")),
+    "instructions": ("be", lambda made: made.prompt_token_ids == ids("s:be\nu:hi\n")),
     "max_output_tokens": (7, lambda made: made.max_tokens == 7),
-    "temperature": (0.5, lambda made: made.sampling.temperature == 0.5),
-    "top_p": (0.5, lambda made: made.sampling.top_p == 0.5),
+    "temperature": (0.5, lambda made: made.sampling_params.temperature == 0.5),
+    "top_p": (0.5, lambda made: made.sampling_params.top_p == 0.5),
     "include": ([LOGPROBS], lambda made: made.logprobs == 0)}
 HARMLESS = {                                 # the answer's text is what it is without them
     "access_programs": {"cyber": "standard"}, "background": False,
@@ -180,10 +180,10 @@ FUNCTION = {"type": "function", "name": "f", "description": "d", "parameters": {
 def test_tools_and_calls_are_rendered_as_a_chats():
     body = {"input": CALLED, "tools": [FUNCTION], "max_output_tokens": 1}
     question = read(ResponsesRequest, json.dumps(body).encode())
-    made, = requests_of(question, "name", Ready({**READY.info, "context": 128}, READY.text, TOOLS))
-    assert READY.text.decode(made.tokens) == (
+    made, = requests_of(question, "name", EngineReady({**READY.info, "context": 128}, READY.tokenizer, TOOLS))
+    assert READY.tokenizer.decode(made.prompt_token_ids) == (
         '{"name": "f", "description": "d", "parameters": {}}\nu:hi\na:[1 f 2][2 g 3]\nt:4\nt:5\n')
-    got = valid(ResponsesAnswer(question, "name", "model", [made], READY.text)._response("in_progress"))
+    got = valid(ResponsesAnswer(question, "name", "model", [made], READY.tokenizer)._response("in_progress"))
     assert [(tool.name, tool.description, tool.strict) for tool in got.tools] == [("f", "d", False)]
 
 
@@ -210,7 +210,7 @@ BODIES = st.dictionaries(st.sampled_from(NAMES), JSON | LIKELY | st.lists(ITEM, 
 def test_any_json_is_answered_or_a_400(wrong):
     try:
         made, = asked(ResponsesRequest, **{"input": "hi", "max_output_tokens": 2, **wrong})
-        assert made.tokens and made.n == 1
+        assert made.prompt_token_ids and made.n == 1
     except Refused as refused:
         assert refused.status == 400
 
@@ -220,8 +220,9 @@ def whole(*events, **body):
 
 
 def test_a_response_is_valid_for_openais_types():
-    got = whole(Event("name", text="a", tokens=[1], cached=3),
-                Event("name", text="b", tokens=[2, 3], finish="stop"), metadata={"k": "v"}, instructions="be",
+    got = whole(RequestOutput("name", text="a", token_ids=[1], num_cached_tokens=3),
+                RequestOutput("name", text="b", token_ids=[2, 3], finish_reason="stop"), metadata={"k": "v"},
+                instructions="be",
                 max_output_tokens=9, temperature=0.5, user="me")
     message, = got.output
     assert (got.status, got.output_text, got.error, got.incomplete_details) == ("completed", "ab", None, None)
@@ -236,14 +237,14 @@ def test_a_response_is_valid_for_openais_types():
 
 
 def test_a_response_that_was_cut_says_so():
-    got = whole(Event("name", text="a", tokens=[1], finish="length"))
+    got = whole(RequestOutput("name", text="a", token_ids=[1], finish_reason="length"))
     assert (got.status, got.output[0].status) == ("incomplete", "incomplete")
     assert got.incomplete_details.reason == "max_output_tokens" and got.completed_at is None
 
 
 def test_log_probabilities_are_the_parts():
     a, b = ids("ab")
-    made = Event("name", 0, "a", [a], [Logprob(a, -math.inf, [(b, -0.5)])], finish="stop")
+    made = RequestOutput("name", 0, "a", [a], [Logprob(a, -math.inf, [(b, -0.5)])], finish_reason="stop")
     said, = whole(made, include=[LOGPROBS], top_logprobs=1).output[0].content[0].logprobs
     assert (said.token, said.bytes, said.logprob) == ("a", [97], -9999.0)
     assert [(each.token, each.logprob) for each in said.top_logprobs] == [("b", -0.5)]
@@ -256,8 +257,8 @@ def stream(*events, **body):
 
 @pytest.mark.parametrize("finish, ends", [("stop", "completed"), ("length", "incomplete")])
 def test_a_stream_has_openais_events_in_order(finish, ends):
-    said, begun = stream(Event("name", tokens=[1]), Event("name", text="a", tokens=[2]),
-                         Event("name", text="b", tokens=[3], finish=finish))
+    said, begun = stream(RequestOutput("name", token_ids=[1]), RequestOutput("name", text="a", token_ids=[2]),
+                         RequestOutput("name", text="b", token_ids=[3], finish_reason=finish))
     got = events_of(begun + said.last())
     assert [each.type for each in got] == [*OPENING, DELTA, DELTA, *CLOSING, f"response.{ends}"]
     first, last = got[0].response, got[9].response
@@ -271,13 +272,15 @@ def test_a_stream_has_openais_events_in_order(finish, ends):
 
 def test_log_probabilities_come_with_the_text():
     a, b = ids("ab")
-    said, begun = stream(Event("name", 0, "", [a], [Logprob(a, -0.5)]),
-                         Event("name", 0, "ab", [b], [Logprob(b, -0.25)], finish="stop"), include=[LOGPROBS])
+    said, begun = stream(RequestOutput("name", 0, "", [a], [Logprob(a, -0.5)]),
+                         RequestOutput("name", 0, "ab", [b], [Logprob(b, -0.25)], finish_reason="stop"),
+                         include=[LOGPROBS])
     got = events_of(begun + said.last())
     assert [[each.logprob for each in said.logprobs] for said in got[4:7]] == [[-0.5], [-0.25], [-0.5, -0.25]]
 
 
-@pytest.mark.parametrize("events", [[], [Event("name", text="a", tokens=[2])]], ids=["at once", "midway"])
+@pytest.mark.parametrize("events", [[], [RequestOutput("name", text="a", token_ids=[2])]], ids=["at once",
+                                                                                                "midway"])
 @pytest.mark.parametrize("status, code", [(500, "server_error"), (429, "rate_limit_exceeded")])
 def test_a_stream_that_fails_ends_with_why(events, status, code):
     said, begun = stream(*events)
@@ -288,14 +291,14 @@ def test_a_stream_that_fails_ends_with_why(events, status, code):
 
 
 def test_the_end_of_a_long_stream_is_known_to_be_long():
-    said, _ = stream(*[Event("name", text="a", tokens=[1] * 40) for _ in range(60)])
+    said, _ = stream(*[RequestOutput("name", text="a", token_ids=[1] * 40) for _ in range(60)])
     assert said.is_long(said.places_at_end)
 
 
 def test_what_says_much_of_its_request_again_is_written_where_nobody_waits():
     for size, want in ((100, False), (20_000, True)):
         body = json.dumps({"input": "hi", "instructions": "a" * size}).encode()
-        said = ResponsesAnswer(read(ResponsesRequest, body), "name", "model", [request()], READY.text)
+        said = ResponsesAnswer(read(ResponsesRequest, body), "name", "model", [request()], READY.tokenizer)
         assert said.is_long(1) == want
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.serve.processes.engine_loop import MEANT_FOR_API, Ready
-from nanoinfra.serve.processes.engine_processes import Life
+from nanoinfra.serve.processes.engine_loop import API_SIGNALS, EngineReady
+from nanoinfra.serve.processes.engine_processes import EngineProcesses
 from nanoinfra.serve.server.http.shutdown_signals import ENDING, end_with_0
 from tests.processes import alive, children, descendants
 from tests.serve.fake import compiling, fake, meeting
@@ -93,7 +93,7 @@ def test_while_it_streams(sign, stopped):
 def test_the_real_engine_while_it_streams(model, sign, stopped):
     """Its ranks wait for each other in a collective, and none says that it has lost another."""
     body = {"prompt": "one two", "max_tokens": 100, "stream": True, "ignore_eos": True}
-    flags = ["--name", "tiny", "--tp", "2", "--kv-memory", "1MiB", "--drain", "0.1"]
+    flags = ["--served-model-name", "tiny", "--tp", "2", "--kv-memory", "1MiB", "--shutdown-timeout", "0.1"]
     with (started([*SERVE, str(model), *flags]) as (process, client),
           client.stream("POST", "/v1/completions", json=body) as response):
         lines = (line for line in response.iter_lines() if line)
@@ -142,26 +142,28 @@ def test_a_mistake_gives_the_signals_back():
 
 
 def test_a_rank_ignores_them_from_its_first_moment(capfd):
-    life = Life(fake, 1)
+    life = EngineProcesses(fake, 1)
     try:
         for _ in range(3):
             for sign in ENDING:
                 os.kill(life.processes[0].pid, sign)         # while it imports
-        news, = life.hear()
-        assert isinstance(news, Ready)
+        news, = life.receive_messages()
+        assert isinstance(news, EngineReady)
         status = Path(f"/proc/{life.processes[0].pid}/status").read_text()
         masks = dict(line.split(":\t") for line in status.splitlines() if line.startswith("Sig"))
-        bits = sum(1 << each - 1 for each in MEANT_FOR_API)
+        bits = sum(1 << each - 1 for each in API_SIGNALS)
         assert int(masks["SigIgn"], 16) & bits == bits and int(masks["SigBlk"], 16) & bits == 0
     finally:
-        life.kill()
-        life.end()
+        life.kill_all()
+        life.kill_and_wait()
     assert capfd.readouterr().err == ""
 
 
 def test_a_rank_whose_parent_died_before_it_could_ask_ends():
-    code = ("import functools, os, signal\nfrom nanoinfra.serve.processes.engine_processes import Life\n"
-            "from tests.serve.fake import fake\nlife = Life(functools.partial(fake, load=600), 2)\n"
+    code = ("import functools, os, signal\n"
+            "from nanoinfra.serve.processes.engine_processes import EngineProcesses\n"
+            "from tests.serve.fake import fake\n"
+            "life = EngineProcesses(functools.partial(fake, load=600), 2)\n"
             "print(*[each.pid for each in life.processes], flush=True)\n"
             "os.kill(os.getpid(), signal.SIGKILL)")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as parent:

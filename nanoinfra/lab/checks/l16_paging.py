@@ -13,40 +13,40 @@ CHECKS = (Pool, plan)
 @Pool.criterion("a taken block has one holder", "property")
 def _(subject):
     pool = subject(3, 4)
-    got = [pool.take() for _ in range(3)]
+    got = [pool.allocate() for _ in range(3)]
     if sorted(got) != [0, 1, 2]:
         raise Wrong(f"a pool of 3 gives blocks {got}, want each of 0, 1, 2 once: still among the free?")
-    if list(pool.holders) != [1, 1, 1]:
-        raise Wrong(f"three blocks are taken and have {list(pool.holders)} holders, want 1 each")
-    if len(pool.free):
-        raise Wrong(f"all three blocks are taken, and {list(pool.free)} are free")
-    _raises(pool.take, IndexError, "a fourth block of a pool of three")
+    if list(pool.ref_counts) != [1, 1, 1]:
+        raise Wrong(f"three blocks are taken and have {list(pool.ref_counts)} holders, want 1 each")
+    if len(pool.free_blocks):
+        raise Wrong(f"all three blocks are taken, and {list(pool.free_blocks)} are free")
+    _raises(pool.allocate, IndexError, "a fourth block of a pool of three")
 
 
 @Pool.criterion("a block is free when its last holder is gone", "property")
 def _(subject):
     pool = subject(3, 4)
-    a, b = pool.take(), pool.take()
-    pool.share(a)
+    a, b = pool.allocate(), pool.allocate()
+    pool.incref(a)
     _holders(pool, {a: 2, b: 1}, "one of two taken blocks is shared")
-    pool.give_back([a, b])
+    pool.free([a, b])
     _holders(pool, {a: 1, b: 0}, "a sequence that held both is gone, another still reads the shared one")
-    if a in pool.free:
+    if a in pool.free_blocks:
         raise Wrong(f"block {a} is free, and a sequence reads it still")
-    if b not in pool.free:
+    if b not in pool.free_blocks:
         raise Wrong(f"nobody holds block {b} any more, and it is not free: lost for ever")
-    pool.give_back([a])
-    if sorted(pool.free) != [0, 1, 2]:
-        raise Wrong(f"all have left, and blocks {sorted(pool.free)} are free, want 0, 1, 2")
+    pool.free([a])
+    if sorted(pool.free_blocks) != [0, 1, 2]:
+        raise Wrong(f"all have left, and blocks {sorted(pool.free_blocks)} are free, want 0, 1, 2")
 
 
 @Pool.criterion("who writes where another reads gets a block of its own", "property")
 def _(subject):
     pool = subject(4, 4)
-    table = [pool.take(), pool.take()]
+    table = [pool.allocate(), pool.allocate()]
     other = list(table)
     for block in table:
-        pool.share(block)
+        pool.incref(block)
     copied, old = pool.write(table, 1), other[1]
     if table[1] == old:
         raise Wrong(f"two sequences hold block {old}; who is to write into it still has it in its table")
@@ -66,22 +66,22 @@ def _(subject):
 @Pool.criterion("a write that finds no free block changes nothing", "property")
 def _(subject):
     pool = subject(1, 4)
-    table = [pool.take()]
-    pool.share(table[0])
+    table = [pool.allocate()]
+    pool.incref(table[0])
     _raises(lambda: pool.write(table, 0), IndexError, "a copy where no block is free")
-    if table != [0] or list(pool.holders) != [2]:
+    if table != [0] or list(pool.ref_counts) != [2]:
         raise Wrong(f"no block was free for the copy; now the table is {table} and block 0 has "
-                    f"{pool.holders[0]} holders, want [0] and 2: take before you give back")
+                    f"{pool.ref_counts[0]} holders, want [0] and 2: take before you give back")
 
 
 @Pool.criterion("what nobody holds cannot be given back", "property")
 def _(subject):
     pool = subject(2, 4)
-    table = [pool.take()]
-    pool.give_back(table)
+    table = [pool.allocate()]
+    pool.free(table)
     if len(table) != 1:
         raise Wrong(f"a table of one block is given back and is {table} now: it stays as it is")
-    _raises(lambda: pool.give_back(table), ValueError, "a block given back twice")
+    _raises(lambda: pool.free(table), ValueError, "a block given back twice")
 
 
 @Pool.criterion("any order of calls, as the tables have it", "parity")
@@ -94,9 +94,9 @@ def _(subject):
             where = f"after {', '.join(done[-6:])} (seed {seed})"
             _holders(pool, dict(enumerate(ledger.holders)), where)
             free = [block for block, holders in enumerate(ledger.holders) if not holders]
-            if sorted(pool.free) != free:
-                raise Wrong(f"{where}: blocks {sorted(pool.free)} are free, want {free}: a block is free or "
-                            f"held, and once")
+            if sorted(pool.free_blocks) != free:
+                raise Wrong(f"{where}: blocks {sorted(pool.free_blocks)} are free, want {free}: a block is "
+                            f"free or held, and once")
 
 
 def _ask(pool, ledger, what, which):
@@ -105,15 +105,15 @@ def _ask(pool, ledger, what, which):
     mine = tables[which % len(tables)] if tables else None
     if what == "take" and not ledger.full:
         if which % 2 and mine:
-            mine.append(pool.take())
+            mine.append(pool.allocate())
         else:
-            tables.append([pool.take()])
+            tables.append([pool.allocate()])
     elif what == "share" and mine:
         for block in mine:
-            pool.share(block)
+            pool.incref(block)
         tables.append(list(mine))
     elif what == "give back" and mine:
-        pool.give_back(list(mine))
+        pool.free(list(mine))
         tables.remove(mine)
     elif what == "write" and mine and not (ledger.full and ledger.holders[mine[-1]] > 1):
         pool.write(mine, len(mine) - 1)
@@ -124,8 +124,8 @@ def _ask(pool, ledger, what, which):
 
 def _holders(pool, want, where):
     for block, holders in want.items():
-        if pool.holders[block] != holders:
-            raise Wrong(f"{where}: block {block} has {pool.holders[block]} holders, want {holders}")
+        if pool.ref_counts[block] != holders:
+            raise Wrong(f"{where}: block {block} has {pool.ref_counts[block]} holders, want {holders}")
 
 
 def _raises(call, error, what):
@@ -149,11 +149,11 @@ def _(subject):
         for sequence, first, count in work:
             if sequence in after.waiting:                                # was sent away again: see below
                 continue
-            if first != sequence.computed:
-                why = ": plan adds nothing to `computed`, whoever runs the step does" * (
-                    sequence.computed == first + count)
+            if first != sequence.num_computed_tokens:
+                why = ": plan adds nothing to `num_computed_tokens`, whoever runs the step does" * (
+                    sequence.num_computed_tokens == first + count)
                 raise Wrong(f"{before}: {after.name(sequence)} begins at token {first}, and "
-                            f"{sequence.computed} of its tokens are computed{why}")
+                            f"{sequence.num_computed_tokens} of its tokens are computed{why}")
             if not 0 < count <= len(sequence.tokens) - first:
                 raise Wrong(f"{before}: {after.name(sequence)} computes {count} tokens, of "
                             f"{len(sequence.tokens) - first} that it has left")
@@ -163,13 +163,13 @@ def _(subject):
 def _(subject):
     for before, after, work in cases.planned(subject):
         for sequence, first, count in work:
-            got, want = len(sequence.table), -(-(first + count) // before.blocks.size)
+            got, want = len(sequence.block_table), -(-(first + count) // before.blocks.block_size)
             if got != want and sequence in after.running:
                 raise Wrong(f"{before}: {after.name(sequence)} computes tokens {first} to "
                             f"{first + count - 1} and has {got} blocks, want {want}: as many as it lacks for "
                             f"this step's tokens")
-        held = [block for each in (*after.running, *after.waiting) for block in each.table]
-        free, n = after.blocks.free, len(after.blocks.holders)
+        held = [block for each in (*after.running, *after.waiting) for block in each.block_table]
+        free, n = after.blocks.free_blocks, len(after.blocks.ref_counts)
         if len(set(held)) < len(held) or set(held) & set(free):
             raise Wrong(f"{before}: afterwards a block is in two tables, or in one and free: given back and "
                         f"not taken out of the table?")
@@ -203,7 +203,7 @@ def _(subject):
 @plan.criterion("nobody comes in where somebody was sent away", "property")
 def _(subject):
     for before, after, work in _decoding(subject):
-        had = {before.names[each]: each.computed for each in before.running}
+        had = {before.names[each]: each.num_computed_tokens for each in before.running}
         came = [after.names[each] for each, first, _ in work if first < had.get(after.names[each], 1)]
         if before.sent_away and came:
             raise Wrong(f"{before}: for want of room {before.sent_away} must go, and {came} come in, in one "
@@ -219,9 +219,10 @@ def _(subject):
             raise Wrong(f"{before}: {gone or 'nobody'} sent away, want {before.sent_away or 'nobody'}: the "
                         f"last of the running, one after another, until there is room for this one")
         for each in after.waiting:
-            if after.names[each] in gone and (each.computed or each.table):
-                raise Wrong(f"{before}: {after.name(each)} waits and has {each.computed} tokens computed and "
-                            f"table {each.table}: its blocks are somebody else's now, so 0 and []")
+            if after.names[each] in gone and (each.num_computed_tokens or each.block_table):
+                raise Wrong(f"{before}: {after.name(each)} waits and has {each.num_computed_tokens} tokens "
+                            f"computed and table {each.block_table}: its blocks are somebody else's now, so "
+                            "0 and []")
         if gone and queue[:len(gone)] != sorted(gone):
             raise Wrong(f"{before}: {gone} are sent away and the queue is {queue}: they came before all that "
                         f"wait")
@@ -251,7 +252,7 @@ def _(subject):
 def _decoding(subject):
     """The moments at which each running one has a token to compute: how large a chunk is, is not asked."""
     for before, after, work in cases.planned(subject):
-        if all(len(each.tokens) - each.computed == 1 for each in before.running):
+        if all(len(each.tokens) - each.num_computed_tokens == 1 for each in before.running):
             yield before, after, work
 
 
@@ -261,7 +262,7 @@ def _queues(before, after, work):
     if here != sorted(before.names[each] for each in (*before.running, *before.waiting)):
         raise Wrong(f"{before}: afterwards {here} run or wait: each is in one of the two queues, once")
     for sequence, *_ in work:
-        if sequence not in after.running and sequence.table:
+        if sequence not in after.running and sequence.block_table:
             ran = after.names[sequence] in [before.names[each] for each in before.running]
             raise Wrong(f"{before}: {after.name(sequence)} is planned and waits: "
                         + ("it was sent away in this step, so plan it no more" if ran else

@@ -9,7 +9,7 @@ from random import Random
 
 from nanoinfra.lab.check import Wrong
 from nanoinfra.lab.replay import Ruled, Watched, draw_trace, replay
-from nanoinfra.serve.engine.block_pool import Blocks
+from nanoinfra.serve.engine.block_pool import BlockPool
 from nanoinfra.serve.engine.scheduler import Sequence
 
 LONGEST = 32
@@ -22,7 +22,7 @@ class Moment:
     """Before a step: both queues, the blocks, the budget; and what the real scheduler did then."""
     running: list[Sequence]
     waiting: deque[Sequence]
-    blocks: Blocks
+    blocks: BlockPool
     budget: int
     want: list[tuple[int, int, int]]         # (who, first token, how many)
     sent_away: list[int]
@@ -37,10 +37,11 @@ class Moment:
         return f"sequence {self.names[sequence]}" if sequence in self.names else f"{sequence!r}"[:40]
 
     def __str__(self):
-        runs = ", ".join(f"{self.names[s]} ({s.computed} of {len(s.tokens)})" for s in self.running)
+        runs = ", ".join(f"{self.names[s]} ({s.num_computed_tokens} of {len(s.tokens)})"
+                         for s in self.running)
         waits = ", ".join(f"{self.names[s]} ({len(s.tokens)})" for s in self.waiting)
-        return (f"budget {self.budget}, {len(self.blocks.free)} blocks of {self.blocks.size} free; runs "
-                f"(computed of tokens): {runs or 'nobody'}; waits (tokens): {waits or 'nobody'}")
+        return (f"budget {self.budget}, {len(self.blocks.free_blocks)} blocks of {self.blocks.block_size} "
+                f"free; runs (computed of tokens): {runs or 'nobody'}; waits (tokens): {waits or 'nobody'}")
 
 
 class _Kept(Watched):
@@ -50,11 +51,12 @@ class _Kept(Watched):
         super().__init__(blocks, budget)
         self.moments = []
 
-    def plan(self):
-        now = Moment(self.running, self.waiting, self.blocks, self.budget, [], [], self.order)
+    def schedule(self):
+        now = Moment(self.running, self.waiting, self.block_pool, self.max_num_batched_tokens, [], [],
+                     self.order)
         moment = copy.deepcopy(now)
-        plan = super().plan()
-        moment.want = [(self.order[each], first, count) for each, first, count in plan.work]
+        plan = super().schedule()
+        moment.want = [(self.order[each], first, count) for each, first, count in plan.scheduled_chunks]
         moment.sent_away = [self.order[each] for each in plan.preempted]
         self.moments.append(moment)
         return plan
@@ -65,7 +67,7 @@ def moments() -> list[Moment]:
     """All that the checks look at, from traces in large and in small pools; the short ones first."""
     found = []
     for seed, (n, size, budget) in enumerate(POOLS):
-        kept = _Kept(Blocks(n, size), budget)
+        kept = _Kept(BlockPool(n, size), budget)
         replay(draw_trace(12, LONGEST, 1.0, seed), kept, fresh=True)
         found += kept.moments
     return sorted((moment for moment in found if moment.running or moment.waiting),
@@ -119,8 +121,8 @@ def ending(subject):
 def whole(subject, n: int, size: int, budget: int, seed: int) -> tuple[Watched, Watched]:
     """A trace planned by `subject`, and by the real scheduler. RuntimeError where it does not end."""
     jobs = draw_trace(12, LONGEST, 1.0, seed)
-    want = replay(jobs, Watched(Blocks(n, size), budget), fresh=True)
-    return replay(jobs, Ruled(ending(subject), Blocks(n, size), budget), until=2 * want.steps), want
+    want = replay(jobs, Watched(BlockPool(n, size), budget), fresh=True)
+    return replay(jobs, Ruled(ending(subject), BlockPool(n, size), budget), until=2 * want.steps), want
 
 
 def calls(seed: int, most: int = 60) -> Iterator[tuple[str, int]]:

@@ -1,9 +1,10 @@
-"""Blocks of KV memory: who holds them, which are free, which are remembered for what they hold. No torch.
+"""The block pool of a paged KV cache: reference counts, free blocks and prefix caching. No torch.
 
-A block has room for the keys and values of `size` tokens in every layer, so a sequence wastes at most
-size - 1 tokens. A full block is known by its key, a hash over all tokens up to its end: whoever comes with
-the same beginning shares it. Blocks nobody holds stay known until they are needed: the longest unused goes
-first, a sequence's last before its first. PagedAttention: Kwon et al. 2023; the hash chain is vLLM's.
+A block holds the keys and values of `block_size` tokens in every layer, so a sequence wastes at most
+block_size - 1 places. A full block is known by its block hash, a hash of all tokens up to the block's end:
+sequences that begin with the same tokens share it. A block with ref_count 0 stays cached until it is needed;
+the least recently used is evicted first, a sequence's last block before its first. PagedAttention: Kwon et
+al. 2023; the hash chain is vLLM's.
 """
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -11,91 +12,89 @@ from hashlib import blake2b
 from itertools import pairwise
 
 
-class Blocks:
-    """`n` blocks of `size` tokens each, numbered from 0; all free and unknown at first.
+class BlockPool:
+    """`num_blocks` blocks of `block_size` tokens each, numbered from 0; at first all are free and uncached.
 
+    `ref_counts[block]` is the number of block tables that hold a block. `hash_to_block` is the prefix cache.
     Raises ValueError for a pool without blocks or for blocks without room.
     """
 
-    def __init__(self, n: int, size: int):
-        if n < 1 or size < 1:
-            raise ValueError(f"{n} blocks of {size} tokens hold nothing; give at least 1 of each")
-        self.size, self.holders = size, [0] * n
-        self.free = OrderedDict.fromkeys(range(n))                       # the first is taken next
-        self.key_of: dict[int, bytes] = {}
-        self.known: dict[bytes, int] = {}                                # the other way round
+    def __init__(self, num_blocks: int, block_size: int):
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"{num_blocks} blocks of {block_size} tokens hold nothing; "
+                             "give at least 1 of each")
+        self.block_size, self.ref_counts = block_size, [0] * num_blocks
+        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))       # the first is allocated next
+        self.block_to_hash: dict[int, bytes] = {}
+        self.hash_to_block: dict[bytes, int] = {}                        # the other way round
 
-    def take(self) -> int:
-        """A block for one holder, its contents forgotten. Raises IndexError where none is free."""
-        if not self.free:
+    def allocate(self) -> int:
+        """Take a free block, evict what it had cached, set its ref_count to 1. IndexError if none is free."""
+        if not self.free_blocks:
             raise IndexError("no block is free")
-        block, _ = self.free.popitem(last=False)
-        self.evict([block])
-        self.holders[block] = 1
+        block, _ = self.free_blocks.popitem(last=False)
+        self.evict_cached_blocks([block])
+        self.ref_counts[block] = 1
         return block
 
-    def share(self, block: int) -> None:
-        """One more holder of a block that is held, or still known."""
-        self.free.pop(block, None)
-        self.holders[block] += 1
+    def incref(self, block: int) -> None:
+        """Add 1 to the ref_count of a block that is in use, or free and still cached."""
+        self.free_blocks.pop(block, None)
+        self.ref_counts[block] += 1
 
-    def give_back(self, table: Sequence[int]) -> None:
-        """One holder less of each block of a sequence. Its last become free first."""
-        for block in reversed(table):
-            if self.holders[block] < 1:
+    def free(self, block_table: Sequence[int]) -> None:
+        """Take 1 off the ref_count of each block of a sequence, the sequence's last block first."""
+        for block in reversed(block_table):
+            if self.ref_counts[block] < 1:
                 raise ValueError(f"block {block} is given back and nobody holds it")
-            self.holders[block] -= 1
-            if not self.holders[block]:
-                self.free[block] = None
-                if block not in self.key_of:
-                    self.free.move_to_end(block, last=False)             # nothing is lost with it
+            self.ref_counts[block] -= 1
+            if not self.ref_counts[block]:
+                self.free_blocks[block] = None
+                if block not in self.block_to_hash:
+                    self.free_blocks.move_to_end(block, last=False)      # it holds nothing that is cached
 
-    def learn(self, block: int, key: bytes) -> None:
-        """The block is full and holds the tokens that `key` stands for. One block a key: the first stays."""
-        if key not in self.known and block not in self.key_of:
-            self.known[key], self.key_of[block] = block, key
+    def cache_full_block(self, block: int, block_hash: bytes) -> None:
+        """Put a full block into the prefix cache. A hash keeps the block that was cached first."""
+        if block_hash not in self.hash_to_block and block not in self.block_to_hash:
+            self.hash_to_block[block_hash] = block
+            self.block_to_hash[block] = block_hash
 
-    def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The blocks known by `keys`, up to the first that is not."""
+    def find_longest_cache_hit(self, block_hashes: Iterable[bytes]) -> list[int]:
+        """The cached blocks of `block_hashes`, up to the first hash that is not cached."""
         found = []
-        for key in keys:
-            if key not in self.known:
+        for block_hash in block_hashes:
+            if block_hash not in self.hash_to_block:
                 break
-            found.append(self.known[key])
+            found.append(self.hash_to_block[block_hash])
         return found
 
-    def evict(self, table: Iterable[int]) -> None:
-        """Know no more what these blocks hold. Who holds them keeps them."""
-        for block in table:
-            self.known.pop(self.key_of.pop(block, b""), None)
+    def evict_cached_blocks(self, blocks: Iterable[int]) -> None:
+        """Take these blocks out of the prefix cache. Sequences that hold them keep them."""
+        for block in blocks:
+            self.hash_to_block.pop(self.block_to_hash.pop(block, b""), None)
 
-    def forget(self) -> None:
-        """Know no contents any more, as after a change of weights."""
-        self.known.clear()
-        self.key_of.clear()
+    def reset_prefix_cache(self) -> None:
+        """Take all blocks out of the prefix cache, for instance after a change of weights."""
+        self.hash_to_block.clear()
+        self.block_to_hash.clear()
 
     @property
-    def used(self) -> int:
-        """Blocks that somebody holds."""
-        return len(self.holders) - len(self.free)
-
-    def check(self, tables: Iterable[Sequence[int]]) -> None:
-        """Raise AssertionError unless the books agree with `tables`, those of all sequences there are."""
-        held = [block for table in tables for block in table]
-        for block, holders in enumerate(self.holders):
-            assert holders == held.count(block), f"block {block}: {holders} holders, {held.count(block)} hold"
-            assert (holders == 0) == (block in self.free), f"block {block} is free and held, or neither"
-        assert {block: key for key, block in self.known.items()} == self.key_of
+    def num_used_blocks(self) -> int:
+        """The number of blocks with a ref_count of 1 or more."""
+        return len(self.ref_counts) - len(self.free_blocks)
 
 
-def root(adapter: str = "", version: int = 0, salt: str = "") -> bytes:
-    """What a chain of keys begins with. Only where all three agree may keys and values be shared."""
-    return blake2b(repr((adapter, version, salt)).encode(), digest_size=16).digest()
+def root_block_hash(adapter: str = "", weights_version: int = 0, cache_salt: str = "") -> bytes:
+    """The hash before a sequence's first block. Sequences share blocks only where all three are equal."""
+    return blake2b(repr((adapter, weights_version, cache_salt)).encode(), digest_size=16).digest()
 
 
-def chain(keys: list[bytes], tokens: Sequence[int], size: int) -> None:
-    """Extend `keys`, which begins with a root, by the key of every full block of `tokens` it lacks."""
-    ends = range(size * (len(keys) - 1), len(tokens) + 1, size)
+def extend_block_hashes(block_hashes: list[bytes], tokens: Sequence[int], block_size: int) -> None:
+    """Append the hash of every full block of `tokens` that `block_hashes` (which begins with a root) lacks.
+
+    A block's hash is a hash of the hash before it and of the block's own tokens.
+    """
+    ends = range(block_size * (len(block_hashes) - 1), len(tokens) + 1, block_size)
     for begin, end in pairwise(ends):
         text = ",".join(map(str, tokens[begin:end])).encode()
-        keys.append(blake2b(keys[-1] + text, digest_size=16).digest())
+        block_hashes.append(blake2b(block_hashes[-1] + text, digest_size=16).digest())

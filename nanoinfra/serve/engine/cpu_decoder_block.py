@@ -1,9 +1,8 @@
-"""What lies between the products, in one pass over memory each: decode.c, compiled when a model is opened.
+"""Decoder blocks for one CPU rank, by the decode kernels in C: four packed products and five passes each.
 
-Where few tokens are computed, the 82 operations of a layer in torch cost as much as reading its weights. Here
-a layer is four products and five passes, and attention reads keys and values in the pages where they lie:
-nothing puts a sequence's together first. For blocks of LLaMA's kind (RMSNorm, RoPE, SwiGLU; Qwen3's
-norms of queries and keys too) with packed weights. What comes out is the same but for the order of sums.
+Attention reads keys and values in the blocks where they are: nothing gathers a sequence's blocks first. For
+models of LLaMA's kind (RMSNorm, RoPE, SwiGLU; Qwen3's norms of queries and keys too) with packed weights. The
+results are torch's but for the order of sums.
 N tokens of the step, C width, F hidden width, H query heads, KV key heads, K head_dim.
 """
 import ctypes
@@ -12,100 +11,111 @@ import torch
 from torch import nn
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.kernels.cpu.decode_kernels import compiled
+from nanoinfra.kernels.cpu.decode_kernels import compile_decode_kernels
 from nanoinfra.model import decoder
 from nanoinfra.model.layers import RMSNorm
-from nanoinfra.serve.engine.paged_attention import PagedKV
+from nanoinfra.serve.engine.paged_attention import PagedKVCache
 
-EVERYTHING = 1 << 40                         # tokens: a window that hides nothing
+_NO_WINDOW = 1 << 40                         # tokens: a sliding window that hides nothing
 
 
-class Norm(nn.Module):
-    """RMSNorm, and the sum before it."""
+class AddRMSNorm(nn.Module):
+    """An addition and the RMSNorm after it, in one pass."""
 
-    def __init__(self, norm: RMSNorm, passes: ctypes.CDLL):
+    def __init__(self, norm: RMSNorm, kernels: ctypes.CDLL):
         super().__init__()
-        self.weight, self.eps, self.passes = norm.weight, norm.eps, passes
+        self.weight, self.eps = norm.weight, norm.eps
+        self.kernels = kernels
 
-    def forward(self, x: torch.Tensor, more: torch.Tensor | None = None) -> torch.Tensor:
-        """The norm of `x` (1, N, C), to which `more` is added first, in place."""
-        y, more = torch.empty_like(x), None if more is None else more.data_ptr()
-        self.passes.add_norm(x.data_ptr(), more, y.data_ptr(), self.weight.data_ptr(), *x.shape[1:], self.eps)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The norm of `x` (1, N, C), to which `residual` is added first, in place."""
+        y, added = torch.empty_like(x), None if residual is None else residual.data_ptr()
+        self.kernels.add_rms_norm(x.data_ptr(), added, y.data_ptr(), self.weight.data_ptr(), *x.shape[1:],
+                                  self.eps)
         return y
 
 
-class Block(nn.Module):
-    """decoder.Block, made of the packed one that it replaces."""
+class CpuDecoderBlock(nn.Module):
+    """A decoder.Block by the C kernels, made of the block with packed linears that it replaces."""
 
-    def __init__(self, block: decoder.Block, passes: ctypes.CDLL):
+    def __init__(self, block: decoder.Block, kernels: ctypes.CDLL):
         super().__init__()
-        self.attn, self.mlp, self.passes = block.attn, block.mlp, passes
-        attn, mlp = block.attn, block.mlp
-        self.norm1, self.norm2 = Norm(block.norm1, passes), Norm(block.norm2, passes)
+        self.attn, self.mlp = attn, mlp = block.attn, block.mlp
+        self.kernels = kernels
+        self.norm1, self.norm2 = AddRMSNorm(block.norm1, kernels), AddRMSNorm(block.norm2, kernels)
         order = (self.norm1, attn.qkv, attn.o, self.norm2, mlp.gate_up, mlp.down)
         self.steps = [module.forward for module in order]                # a Module's own call takes 1 us more
 
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor],
-                cache: "PagesInPlace") -> torch.Tensor:
+                cache: "CpuPagedKVCache") -> torch.Tensor:
         """`x` (1, N, C), whose memory is used again, -> (1, N, C)."""
-        norm1, read, write, norm2, gate_up, down = self.steps
-        qkv = read(norm1(x))                                             # (1, N, (H + 2 KV) K)
-        y = write(cache.see(self.attn, qkv, rope))                       # (1, N, C)
-        hidden = gate_up(norm2(x, y))                                    # (1, N, 2 F)
+        norm1, qkv_proj, o_proj, norm2, gate_up_proj, down_proj = self.steps
+        qkv = qkv_proj(norm1(x))                                         # (1, N, (H + 2 KV) K)
+        y = o_proj(cache.rope_cache_and_attend(self.attn, qkv, rope))    # (1, N, C)
+        hidden = gate_up_proj(norm2(x, y))                               # (1, N, 2 F)
         y = hidden.new_empty(1, x.shape[1], hidden.shape[2] // 2)        # (1, N, F)
-        self.passes.swiglu(y.data_ptr(), hidden.data_ptr(), *y.shape[1:])
-        return x.add_(down(y))
+        self.kernels.swiglu(y.data_ptr(), hidden.data_ptr(), *y.shape[1:])
+        return x.add_(down_proj(y))
 
 
-class PagesInPlace(PagedKV):
-    """The cache of such blocks, which takes the place of `kv`."""
+class CpuPagedKVCache(PagedKVCache):
+    """The paged KV cache of CpuDecoderBlocks; it takes over the memory of `kv_cache`."""
 
-    def __init__(self, kv: PagedKV, passes: ctypes.CDLL):
-        self.size, self.KV, self.pool, self.passes = kv.size, kv.KV, kv.pool, passes
+    def __init__(self, kv_cache: PagedKVCache, kernels: ctypes.CDLL):
+        self.block_size, self.num_kv_heads = kv_cache.block_size, kv_cache.num_kv_heads
+        self.kv_memory, self.kernels = kv_cache.kv_memory, kernels
 
-    def see(self, attn: nn.Module, qkv: torch.Tensor,
-            rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """What the step's queries see: (1, N, H K), of rows `qkv` (1, N, (H + 2 KV) K), not yet rotated."""
-        memory, K, (_, N, width) = self.pool[attn.layer], attn.head_dim, qkv.shape
-        H, n = width // K - 2 * self.KV, memory.shape[1]                 # n blocks
+    def rope_cache_and_attend(self, attn: nn.Module, qkv: torch.Tensor,
+                              rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Rotate queries and keys (RoPE), store keys and values, and attend: (1, N, H K).
+
+        A row of `qkv` (1, N, (H + 2 KV) K) holds a token's query heads, then its key heads, then its value
+        heads.
+        """
+        memory, K = self.kv_memory[attn.layer], attn.head_dim
+        _, N, width = qkv.shape
+        H, n = width // K - 2 * self.num_kv_heads, memory.shape[1]       # n blocks
         norms, eps = [None, None], 0.0
         if attn.q_norm is not None:
             norms, eps = [attn.q_norm.weight.data_ptr(), attn.k_norm.weight.data_ptr()], attn.q_norm.eps
-        self.passes.place(qkv.data_ptr(), *norms, eps, rope[0].data_ptr(), rope[1].data_ptr(),
-                          memory.data_ptr(), self.slots.data_ptr(), N, n * self.size)
+        self.kernels.rope_and_cache(qkv.data_ptr(), *norms, eps, rope[0].data_ptr(), rope[1].data_ptr(),
+                                    memory.data_ptr(), self.slot_mapping.data_ptr(), N, n * self.block_size)
         parts = []
-        if self.ones:
-            tables, ends = self.ones
+        if self.decode_metadata:
+            tables, ends = self.decode_metadata
             parts.append(qkv.new_empty(len(ends), H, K))
-            self.passes.attend(parts[0].data_ptr(), qkv.data_ptr(), memory.data_ptr(), tables.data_ptr(),
-                               ends.data_ptr(), *tables.shape, n, attn.mask.window or EVERYTHING)
-        if self.chunks:
-            heads = qkv[0].unflatten(1, (-1, K)).split([H, self.KV, self.KV], 1)
-            parts += self.see_chunks(memory, *heads, attn.mask)
+            self.kernels.paged_attention(parts[0].data_ptr(), qkv.data_ptr(), memory.data_ptr(),
+                                         tables.data_ptr(), ends.data_ptr(), *tables.shape, n,
+                                         attn.mask.window or _NO_WINDOW)
+        if self.prefill_chunks:
+            heads = qkv[0].unflatten(1, (-1, K)).split([H, self.num_kv_heads, self.num_kv_heads], 1)
+            parts += self._attend_prefill_chunks(memory, *heads, attn.mask)
         y = parts[0] if len(parts) == 1 else torch.cat(parts)                            # (N, H, K)
         return y.flatten(1)[None]
 
-    def find(self, ones):
-        """Where the keys of [(table, S)] are: tables (B, longest), each S (B,)."""
-        longest = max(len(table) for table, _ in ones)
-        tables = [table + [0] * (longest - len(table)) for table, _ in ones]
-        return self._tensor(tables), self._tensor([S for _, S in ones])
+    def _build_decode_metadata(self, decodes):
+        """Of [(block_table, S)]: the block tables (B, longest), each S (B,)."""
+        longest = max(len(table) for table, _ in decodes)
+        tables = [table + [0] * (longest - len(table)) for table, _ in decodes]
+        return self._tensor(tables), self._tensor([S for _, S in decodes])
 
 
-def suit(config: ModelConfig) -> bool:
-    """Is it a model of this kind?"""
+def supports_cpu_block(config: ModelConfig) -> bool:
+    """Can CpuDecoderBlocks compute this model? It must have RMSNorm, RoPE and SwiGLU."""
     parts = config.parts
     return (parts.norm, parts.position, parts.gated, config.act) == ("rms", "rope", True, "silu")
 
 
-def compile_for(model: decoder.Decoder, kv: PagedKV) -> ctypes.CDLL:
-    """decode.c for `model` and its cache. Raises RuntimeError where there is no C compiler with OpenMP."""
+def compile_kernels_for(model: decoder.Decoder, kv_cache: PagedKVCache) -> ctypes.CDLL:
+    """Compile the decode kernels for `model` and its cache. RuntimeError without a C compiler with OpenMP."""
     dtype, config = model.embed.weight.dtype, model.config
-    return compiled(dtype, K=config.head_dim, KV=kv.KV, G=config.heads // kv.KV, BLOCK=kv.size)
+    return compile_decode_kernels(dtype, K=config.head_dim, KV=kv_cache.num_kv_heads,
+                                  G=config.heads // kv_cache.num_kv_heads, BLOCK=kv_cache.block_size)
 
 
-def install(model: decoder.Decoder, kv: PagedKV, passes: ctypes.CDLL) -> PagesInPlace:
-    """Let `model`, packed, compute so from here on, with the cache that is returned in `kv`'s place."""
-    model.blocks = nn.ModuleList(Block(block, passes) for block in model.blocks)
-    model.norm = Norm(model.norm, passes)
-    return PagesInPlace(kv, passes)
+def install_cpu_blocks(model: decoder.Decoder, kv_cache: PagedKVCache,
+                       kernels: ctypes.CDLL) -> CpuPagedKVCache:
+    """Replace the blocks of `model`, whose linears are packed; returns the cache to use from now on."""
+    model.blocks = nn.ModuleList(CpuDecoderBlock(block, kernels) for block in model.blocks)
+    model.norm = AddRMSNorm(model.norm, kernels)
+    return CpuPagedKVCache(kv_cache, kernels)

@@ -1,9 +1,9 @@
-"""What may be shown of a text that grows token by token: whole characters, and no part of a stop string.
+"""The incremental detokenizer: text of tokens as they come, in whole characters, without stop strings.
 
 What is shown, joined, is the text of all tokens decoded at once. `tokenizers`' DecodeStream shows a token
-when the text no longer ends in U+FFFD, as it does within a character; what it cannot know is done around it
-here. Held besides is the longest end of the text with which a stop string might begin. What a token costs
-does not grow with the text.
+once the text no longer ends in U+FFFD, which it does within a character; this module adds what DecodeStream
+cannot know. Text that may be the beginning of a stop string is held back. The cost of a token does not grow
+with the text.
 """
 import re
 
@@ -12,134 +12,142 @@ from tokenizers.decoders import DecodeStream
 from nanoinfra.model.tokenizer import CLEAN_UP, Text
 from nanoinfra.model.weights.import_transformers import panics_as_errors
 
-LONGEST = 4                                  # bytes of a character, and so its tokens at most
-BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")      # a token that stands for a byte, where the decoder says so
+MAX_TOKENS_PER_CHARACTER = 4                 # a character has at most 4 bytes in UTF-8, a token at least one
+BYTE_TOKEN_PATTERN = re.compile("<0x[0-9A-Fa-f]{2}>")        # a token of a single byte (sentencepiece)
 
 
-class Stream:
-    """Turns token ids into text as they come, never showing a part of a character.
+class IncrementalDetokenizer:
+    """Turns token ids into text as they come, and never shows a part of a character.
 
-    A run of byte tokens waits for its end: one byte too many, and all of it decodes to U+FFFD, the characters
-    before as well. A text that goes on and on ending in U+FFFD is cut, for DecodeStream would decode all of
-    it again with every token. And ids that have no text never reach it. A decoder that may change what lies
-    far back (text.py lists those that do not) gives all at the end.
+    A run of byte tokens waits for its end: with one byte too many all of it decodes to U+FFFD, the characters
+    before as well. A text that goes on and on ending in U+FFFD is cut, because DecodeStream would decode all
+    of it again with every token. Ids that have no text never reach it. With a decoder that may change text
+    far back (text.py lists those that do not), all text comes at the end.
     """
 
-    def __init__(self, text: Text):
-        self.text, self.stream = text, DecodeStream(skip_special_tokens=True)
-        self.context, self.held = [], []     # ids that DecodeStream has shown last; that it has and holds
+    def __init__(self, tokenizer: Text):
+        self.tokenizer, self.stream = tokenizer, DecodeStream(skip_special_tokens=True)
+        self.context, self.held = [], []     # ids that DecodeStream has shown last; ids that it has and holds
         self.run, self.skip = [], 0          # ids that it has not seen; characters shown of what it holds
-        self.cleaners = [Replacer(*pair) for pair in CLEAN_UP.items()] if text.clean_up else []
+        self.cleaners = [StreamingReplacer(*pair) for pair in CLEAN_UP.items()] if tokenizer.clean_up else []
 
-    def push(self, token: int) -> str:
-        """The text that is certain now and was not before."""
-        spelled = self.text.backend.id_to_token(token)
-        if spelled is None or token in self.text.special_ids:
+    def push_token(self, token: int) -> str:
+        """Add a token; returns the text that is certain now and was not before."""
+        spelled = self.tokenizer.backend.id_to_token(token)
+        if spelled is None or token in self.tokenizer.special_ids:
             return ""
         self.run.append(token)
-        if not self.text.is_local or self.text.has_bytes and BYTE.fullmatch(spelled):
+        is_byte = self.tokenizer.has_bytes and BYTE_TOKEN_PATTERN.fullmatch(spelled)
+        if not self.tokenizer.is_local or is_byte:
             return ""
         ids, self.run = self.run, []
         self.held += ids
         if new := self._step(ids):
             new, self.skip = new[self.skip:], 0
             self.context, self.held = self.held, []
-        elif len(self.held) >= 4 * LONGEST:
+        elif len(self.held) >= 4 * MAX_TOKENS_PER_CHARACTER:
             new = self._cut()
         return self._clean(new)
 
-    def finish(self) -> str:
-        """What is left: U+FFFD where the text ends within a character."""
-        new = self._behind(self.context, self.held + self.run)[self.skip:]
-        self.context, self.held, self.run, self.skip = [], [], [], 0
+    def flush(self) -> str:
+        """The rest of the text, with U+FFFD where it ends within a character."""
+        new = self._decode_after(self.context, self.held + self.run)[self.skip:]
+        self.context, self.held = [], []
+        self.run, self.skip = [], 0
         return self._clean(new, last=True)
 
     def _cut(self):
-        """Let DecodeStream begin anew with the last tokens: what comes before them is certain.
+        """Let DecodeStream begin anew with the last tokens: the text before them is certain.
 
-        A character may lie across the cut. Its bytes behind it are no character by themselves, a U+FFFD each
-        at the most: so many are skipped as make both parts the whole.
+        A character may lie across the cut. Its bytes after the cut are no character by themselves, at most a
+        U+FFFD each; as many of these are skipped as make both parts together the whole text.
         """
-        whole, last, anchor = self._behind(self.context, self.held), self.held[-LONGEST:], self.text.anchor
-        rest = self._behind(anchor, last)
-        for skip in range(LONGEST):
+        whole, last = self._decode_after(self.context, self.held), self.held[-MAX_TOKENS_PER_CHARACTER:]
+        anchor = self.tokenizer.anchor
+        rest = self._decode_after(anchor, last)
+        for skip in range(MAX_TOKENS_PER_CHARACTER):
             if whole.endswith(rest[skip:]):
                 shown = whole[self.skip:len(whole) - len(rest) + skip]
                 self.stream = DecodeStream(ids=anchor, skip_special_tokens=True)
                 if new := self._step(last):                              # by itself it ends otherwise
-                    anchor, last, shown, skip = last, [], shown + new[skip:], 0
-                self.context, self.held, self.skip = anchor, last, skip
+                    anchor, last = last, []
+                    shown, skip = shown + new[skip:], 0
+                self.context, self.held = anchor, last
+                self.skip = skip
                 return shown
         return ""
 
-    def _behind(self, context, ids):
-        """The text of `ids` behind `context`."""
-        decode = self.text.backend.decode
+    def _decode_after(self, context, ids):
+        """The text of `ids` after `context`."""
+        decode = self.tokenizer.backend.decode
         with panics_as_errors():
             return decode(context + ids)[len(decode(context)) if context else 0:]
 
     def _step(self, ids):
         """What DecodeStream shows for `ids`."""
         with panics_as_errors():
-            return self.stream.step(self.text.backend, ids) or ""
+            return self.stream.step(self.tokenizer.backend, ids) or ""
 
     def _clean(self, new, last=False):
         for cleaner in self.cleaners:
-            new = cleaner.push(new) + (cleaner.finish() if last else "")
+            new = cleaner.push_text(new) + (cleaner.flush() if last else "")
         return new
 
 
-class Replacer:
+class StreamingReplacer:
     """`str.replace(old, new)` of a text that comes in pieces."""
 
     def __init__(self, old: str, new: str):
-        self.old, self.new, self.held = old, new, ""
+        self.old, self.new = old, new
+        self.held = ""
 
-    def push(self, piece: str) -> str:
-        """What is certain now and was not before."""
+    def push_text(self, piece: str) -> str:
+        """Add a piece; returns the replaced text that is certain now and was not before."""
         *before, rest = (self.held + piece).split(self.old)
         shown = len(rest) - _overlap(rest, self.old)
         self.held = rest[shown:]
         return self.new.join([*before, rest[:shown]])
 
-    def finish(self) -> str:
-        """What is left."""
+    def flush(self) -> str:
+        """The rest of the text."""
         rest, self.held = self.held, ""
         return rest
 
 
-class Writer:
-    """A Stream that ends before the first of the texts `stop`; `stopped` says that one has come.
+class StopStringDetokenizer:
+    """An IncrementalDetokenizer whose text ends before the first stop string; `stopped` says that one came.
 
-    While `passes` is set, one that comes ends nothing.
+    While `ignore_stop_strings` is set (min_tokens), a stop string that comes ends nothing.
     """
 
-    def __init__(self, text: Text, stop: tuple[str, ...] = ()):
-        self.stream, self.stop, self.held, self.stopped = Stream(text), stop, "", False
-        self.passes = False
+    def __init__(self, tokenizer: Text, stop_strings: tuple[str, ...] = ()):
+        self.detokenizer, self.stop_strings = IncrementalDetokenizer(tokenizer), stop_strings
+        self.held, self.stopped = "", False
+        self.ignore_stop_strings = False
 
-    def push(self, token: int) -> str:
-        """The text that is certain now and was not before."""
-        return self._show(self.stream.push(token), last=False)
+    def push_token(self, token: int) -> str:
+        """Add a token; returns the text that is certain now and was not before."""
+        return self._show(self.detokenizer.push_token(token), last=False)
 
-    def finish(self) -> str:
-        """What is left, where no stop string has come."""
-        return self._show(self.stream.finish(), last=True)
+    def flush(self) -> str:
+        """The rest of the text; nothing where a stop string has come."""
+        return self._show(self.detokenizer.flush(), last=True)
 
     def _show(self, new, last):
         text = "" if self.stopped else self.held + new
-        if found := [at for stop in self.stop if not self.passes and (at := text.find(stop)) >= 0]:
-            text, self.held, self.stopped = text[:min(found)], "", True
-            return text
-        hold = 0 if last else max((_overlap(text, stop) for stop in self.stop), default=0)
+        stops = () if self.ignore_stop_strings else self.stop_strings
+        if found := [at for stop in stops if (at := text.find(stop)) >= 0]:
+            self.held, self.stopped = "", True
+            return text[:min(found)]
+        hold = 0 if last else max((_overlap(text, stop) for stop in self.stop_strings), default=0)
         self.held = text[len(text) - hold:]
         return text[:len(text) - hold]
 
 
 def _overlap(text, stop):
-    """Characters of the longest end of `text` that `stop` begins with, all of it apart.
+    """The length of the longest end of `text` with which `stop` begins, if it is not all of `stop`.
 
-    `text` is what was held and little more, so what is not held costs nothing.
+    `text` is the held text and little more, so text that is not held costs nothing.
     """
     most = min(len(text), len(stop) - 1)
     return next((n for n in range(most, 0, -1) if stop.startswith(text[len(text) - n:])), 0)

@@ -1,297 +1,266 @@
-"""The engine: many requests through one decoder, step by step. What the server drives, and RL's rollouts.
+"""The serving engine: many requests through one decoder, step by step, with continuous batching.
 
-A step is a plan of the scheduler's: one row of tokens from all sequences goes through the trainer's own
-module, with the paged cache as an argument; where a sequence has caught up, its last logits give a token. The
-model's weights are only read, so whoever shares them trains on undisturbed. Under tensor parallelism every
-rank runs the same engine on the same requests: all have the same logits and draw the same tokens. What goes
-wrong with one request ends that request; only the model's own pass is everybody's.
+A step runs what the scheduler put out: one row of tokens of all sequences goes through the trainer's own
+module, with the paged KV cache as an argument; a sequence whose tokens are all computed gets a new one from
+its last logits. The weights are only read, so the engine can share them with a training run. Under tensor
+parallelism every rank runs the same engine on the same requests: all have the same logits and sample the same
+tokens. What goes wrong with one request ends that request alone; an error in the model's pass ends the step.
 """
-import sys
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from functools import partial
 from itertools import accumulate
 
 import torch
 
 from nanoinfra.distributed.ledger import Ledger
-from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
-from nanoinfra.kernels.cpu import decode_kernels
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Text
-from nanoinfra.model.weights.fill_model import empty
-from nanoinfra.parallel.parallelize import serving
-from nanoinfra.serve.engine import cpu_decoder_block, packed_linear
-from nanoinfra.serve.engine.block_pool import Blocks, root
-from nanoinfra.serve.engine.detokenizer import Writer
-from nanoinfra.serve.engine.paged_attention import PagedKV
-from nanoinfra.serve.engine.request_state import Run
-from nanoinfra.serve.engine.requests import Event, Logprob, Request, check
-from nanoinfra.serve.engine.sampler import Sampler, finite, logprobs, without
+from nanoinfra.serve.engine.block_pool import BlockPool, root_block_hash
+from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
+from nanoinfra.serve.engine.paged_attention import PagedKVCache
+from nanoinfra.serve.engine.request_state import RequestState
+from nanoinfra.serve.engine.requests import Logprob, Request, RequestOutput, check_request
+from nanoinfra.serve.engine.sampler import Sampler, gather_logprobs, mask_out_tokens, rows_are_finite
 from nanoinfra.serve.engine.scheduler import Scheduler, Sequence
-from nanoinfra.serve.options import EngineOptions
-from nanoinfra.train.pretrained import open_pretrained
 
 
 class Engine:
-    """Requests in by `add`, a step at a time by `step`, which says what is new. Not for several threads.
+    """Takes requests with `add_request`; each `step` returns what is new of them. Not thread-safe.
 
-    `model` is a Decoder with its weights; `blocks` of `size` tokens are taken for keys and values, in its
-    dtype; `text` makes text of tokens, without it events have tokens alone; `template` is for whoever renders
-    chats. Further arguments: Scheduler's. `ledger` holds the collectives of the last step.
+    `model` is a Decoder with its weights; the KV cache has `num_blocks` blocks of `block_size` tokens, in the
+    model's dtype. `tokenizer` detokenizes the outputs, without it they have token ids alone; `chat_template`
+    is kept for the server. Further arguments are the Scheduler's. `ledger` holds the last step's collectives.
     """
 
-    def __init__(self, model: Decoder, text: Text | None = None, template: str | None = None, *, blocks: int,
-                 size: int = 16, ledger: Ledger | None = None, **limits):
-        self.model, self.text, self.template, self.ledger = model, text, template, ledger or Ledger()
-        self.kv, self.blocks = PagedKV(model, blocks, size), Blocks(blocks, size)
-        self.scheduler, self.likeliest = Scheduler(self.blocks, **limits), likeliest
-        self.runs: dict[Sequence, Run] = {}
-        self.of: dict[str, list[Run]] = defaultdict(list)
-        self.version, self.counts, self.batch = 0, Counter(), []
+    def __init__(self, model: Decoder, tokenizer: Text | None = None, chat_template: str | None = None, *,
+                 num_blocks: int, block_size: int = 16, ledger: Ledger | None = None, **scheduler_limits):
+        self.model, self.ledger = model, ledger or Ledger()
+        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.kv_cache = PagedKVCache(model, num_blocks, block_size)
+        self.block_pool = BlockPool(num_blocks, block_size)
+        self.scheduler, self.argmax = Scheduler(self.block_pool, **scheduler_limits), argmax_tokens
+        self.states: dict[Sequence, RequestState] = {}
+        self.states_of_request: dict[str, list[RequestState]] = defaultdict(list)
+        self.weights_version, self.counts = 0, Counter()
+        self.last_batch = []                 # a dict for each sequence of the last step, for `stats`
 
     @property
-    def busy(self) -> bool:
-        """Is there work?"""
-        return bool(self.runs)
+    def has_unfinished_requests(self) -> bool:
+        """Is there anything to compute?"""
+        return bool(self.states)
 
-    def add(self, request: Request) -> None:
+    def add_request(self, request: Request) -> None:
         """Take a request. ValueError for one that cannot be answered; QueueFull where too much waits."""
-        check(request, self.model.config.cached_context, self.model.config.vocab)
-        if request.id in self.of:
-            raise ValueError(f"request {request.id!r} is here already; give each an id of its own")
-        start = root(version=self.version, salt=request.salt)
-        sequence = Sequence(list(request.tokens), request.n, start, fresh=request.echo)
-        run = self._run(request, 0, sequence)
-        self.scheduler.add(sequence)                                     # the last that may raise
-        self._enter(run)
+        check_request(request, self.model.config.cached_context, self.model.config.vocab)
+        if request.request_id in self.states_of_request:
+            raise ValueError(f"request {request.request_id!r} is here already; give each an id of its own")
+        root = root_block_hash(weights_version=self.weights_version, cache_salt=request.cache_salt)
+        sequence = Sequence(list(request.prompt_token_ids), request.n, root,
+                            skip_prefix_cache=request.prompt_logprobs)
+        state = self._new_state(request, 0, sequence)
+        self.scheduler.add_sequence(sequence)                            # the last that may raise
+        self._keep_state(state)
 
-    def abort(self, request: str) -> None:
-        """Forget a request; no event follows. An id that is not here is none."""
-        for run in self.of.pop(request, []):
-            if self.runs.pop(run.sequence, None):
-                self.scheduler.finish(run.sequence)
+    def abort_request(self, request_id: str) -> None:
+        """Request cancellation: drop a request and free its blocks; no output follows. Unknown ids pass."""
+        for state in self.states_of_request.pop(request_id, []):
+            if self.states.pop(state.sequence, None):
+                self.scheduler.finish_sequence(state.sequence)
 
     @torch.inference_mode()
-    def step(self) -> list[Event]:
-        """One step of the model for all that the scheduler plans; what is new, at most an event a run.
+    def step(self) -> list[RequestOutput]:
+        """Schedule and compute one step of the model; at most one output for each continuation.
 
-        A request that fails ends with an event whose `finish` is "error": an exception was raised while it
-        alone was handled, or its numbers are not finite, even computed a second time from its tokens.
+        A request that fails ends with an output whose finish_reason is "error": an exception was raised while
+        it alone was handled, or its numbers are not finite, even computed a second time from its tokens.
         """
-        plan, events = self.scheduler.plan(), []
+        scheduled, outputs = self.scheduler.schedule(), []
         self.ledger.take()                   # a server's would grow for ever
-        if plan.work:
-            work, tokens, places = self.kv.begin(plan)
-            hidden = self.model.hidden(tokens, places, self.kv)[0]                       # (N, C)
-            self.scheduler.done(plan)
-            self._count(plan, work)
-            events += self._mend(work, hidden)
-            events += self._read_prompts(work, hidden)
-            events += self._write(work, hidden)
-        for sequence in plan.full:                                       # the pool is the limit
-            if sequence in self.runs:                                    # else a twin's failure has ended it
-                run = self.runs[sequence]
-                events.append(self._end(run, run.writer.finish() if run.writer else "", [], [], "length"))
-        return events
+        if scheduled.scheduled_chunks:
+            chunks, tokens, positions = self.kv_cache.prepare_inputs(scheduled)
+            hidden = self.model.hidden(tokens, positions, self.kv_cache)[0]              # (N, C)
+            self.scheduler.mark_computed(scheduled)
+            self._count(scheduled, chunks)
+            outputs += self._recompute_nonfinite(chunks, hidden)
+            outputs += self._score_prompts(chunks, hidden)
+            outputs += self._sample(chunks, hidden)
+        for sequence in scheduled.out_of_blocks:                         # the pool is the limit
+            if sequence in self.states:      # else it was ended by an error in another of its n continuations
+                state = self.states[sequence]
+                rest = state.detokenizer.flush() if state.detokenizer else ""
+                outputs.append(self._finish(state, rest, [], [], "length"))
+        return outputs
 
-    def reset(self) -> None:
-        """New weights: what was computed with the old ones is known no more."""
-        self.version += 1
-        self.blocks.forget()
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes. Call it after a change of weights: old keys and values are wrong then."""
+        self.weights_version += 1
+        self.block_pool.reset_prefix_cache()
 
-    def info(self) -> dict:
-        """What does not change: context and vocabulary of the model, the KV memory's blocks."""
+    def static_info(self) -> dict[str, int]:
+        """What never changes: the model's context and vocabulary, the number and size of KV blocks."""
         config = self.model.config
-        return {"context": config.cached_context, "vocab": config.vocab, "blocks": len(self.blocks.holders),
-                "block_size": self.blocks.size}
+        return {"context": config.cached_context, "vocab": config.vocab,
+                "blocks": len(self.block_pool.ref_counts), "block_size": self.block_pool.block_size}
 
     def stats(self) -> dict:
-        """How it stands, and counts since the start; `batch` is who was in the last step."""
-        blocks, scheduler = self.blocks, self.scheduler
+        """Running and waiting sequences, block usage, counts since the start, and the last step's batch."""
+        pool, scheduler = self.block_pool, self.scheduler
         return {"running": len(scheduler.running), "waiting": len(scheduler.waiting),
-                "blocks": len(blocks.holders), "blocks_used": blocks.used, "blocks_known": len(blocks.known),
-                "blocks_shared": sum(holders > 1 for holders in blocks.holders), "block_size": blocks.size,
-                **{name: self.counts[name] for name in COUNTS}, "batch": self.batch}
+                "blocks": len(pool.ref_counts), "blocks_used": pool.num_used_blocks,
+                "blocks_known": len(pool.hash_to_block),
+                "blocks_shared": sum(count > 1 for count in pool.ref_counts), "block_size": pool.block_size,
+                **{name: self.counts[name] for name in _COUNTER_NAMES}, "batch": self.last_batch}
 
-    def _run(self, request, index, sequence):
-        seed = request.sampling.seed
-        sampler = Sampler(request.sampling, request.id if seed is None else seed, index)
-        writer = Writer(self.text, request.stop) if self.text else None
-        return Run(request, index, sequence, sampler, writer)
+    def _new_state(self, request, index, sequence):
+        seed = request.sampling_params.seed
+        sampler = Sampler(request.sampling_params, request.request_id if seed is None else seed, index)
+        detokenizer = StopStringDetokenizer(self.tokenizer, request.stop) if self.tokenizer else None
+        return RequestState(request, index, sequence, sampler, detokenizer)
 
-    def _enter(self, run):
-        self.runs[run.sequence] = run
-        self.of[run.request.id].append(run)
+    def _keep_state(self, state):
+        self.states[state.sequence] = state
+        self.states_of_request[state.request.request_id].append(state)
 
-    def _count(self, plan, work):
-        counts, self.batch = self.counts, []
+    def _count(self, scheduled, chunks):
+        counts, self.last_batch = self.counts, []
         counts["steps"] += 1
-        counts["preemptions"] += len(plan.preempted)
-        for sequence, first, count in work:
-            run = self.runs[sequence]
-            if first == sequence.hit and not run.made and not sequence.preempted:
-                counts["prefix_queries"] += sequence.prompt
-                counts["prefix_hits"] += sequence.hit
-            counts["prompt_tokens"] += max(0, min(first + count, sequence.prompt) - first)
-            self.batch.append({"request": run.request.id, "index": run.index, "computed": first + count,
-                               "tokens": len(sequence.tokens), "new": count, "hit": sequence.hit})
+        counts["preemptions"] += len(scheduled.preempted)
+        for sequence, first, count in chunks:
+            state, cached = self.states[sequence], sequence.num_cached_tokens
+            if first == cached and not state.num_output_tokens and not sequence.num_preemptions:
+                counts["prefix_queries"] += sequence.num_prompt_tokens
+                counts["prefix_hits"] += cached
+            counts["prompt_tokens"] += max(0, min(first + count, sequence.num_prompt_tokens) - first)
+            self.last_batch.append({"request": state.request.request_id, "index": state.index,
+                                    "computed": first + count, "tokens": len(sequence.tokens), "new": count,
+                                    "hit": cached})
 
-    def _mend(self, work, hidden):
-        """Who has rows of `hidden` (N, C) that are not finite begins again; the events of those who did."""
-        sound, events, at = finite(hidden), [], 0
-        for sequence, _, count in work:
-            if not all(sound[at:at + count]) and sequence in self.runs:
-                events += self._begin_again(self.runs[sequence])
-            at += count
-        return events
+    def _recompute_nonfinite(self, chunks, hidden):
+        """Preempt the sequences whose rows of `hidden` (N, C) are not finite; outputs of those that fail."""
+        finite = rows_are_finite(hidden)
+        row, outputs = 0, []
+        for sequence, _, count in chunks:
+            if not all(finite[row:row + count]) and sequence in self.states:
+                outputs += self._recompute_once(self.states[sequence])
+            row += count
+        return outputs
 
-    def _begin_again(self, run):
-        """What its blocks hold, nobody shares from now on. Once it is computed anew; then it fails."""
-        self.blocks.evict(run.sequence.table)
-        if run.again:
-            return [self._fail(run, "the model's numbers for this sequence are not finite, computed twice")]
-        run.again = True
-        self.scheduler.preempt(run.sequence)
+    def _recompute_once(self, state):
+        """Take its blocks out of the prefix cache and preempt it; the second time, the request fails."""
+        self.block_pool.evict_cached_blocks(state.sequence.block_table)
+        if state.recomputed:
+            return [self._fail(state, "the model's numbers for this sequence are not finite, computed twice")]
+        state.recomputed = True
+        self.scheduler.preempt(state.sequence)
         self.counts["preemptions"] += 1
         return []
 
-    def _fail(self, run, why):
-        self.abort(run.request.id)
-        return Event(run.request.id, run.index, why, finish="error")
+    def _fail(self, state, why):
+        self.abort_request(state.request.request_id)
+        return RequestOutput(state.request.request_id, state.index, why, finish_reason="error")
 
-    def _guarded(self, run: Run, handle: Callable[..., list[Event]], *args) -> list[Event]:
-        """`handle(run, *args)`; an exception ends the request. No collective: one rank may be alone in it."""
-        if run.sequence not in self.runs:                                # ended by a twin's failure
+    def _guarded(self, state: RequestState, handle: Callable[..., list[RequestOutput]],
+                 *args) -> list[RequestOutput]:
+        """`handle(state, *args)`; an exception fails the request. No collective in it: ranks may differ."""
+        if state.sequence not in self.states:                            # another continuation has failed
             return []
         try:
-            return handle(run, *args)
+            return handle(state, *args)
         except Exception as error:
             traceback.print_exc()
-            return [self._fail(run, f"the engine failed on this request: {type(error).__name__}: {error}")]
+            return [self._fail(state, f"the engine failed on this request: {type(error).__name__}: {error}")]
 
-    def _read_prompts(self, work, hidden):
-        """Log-probabilities of prompts, chunk by chunk, for requests that echo; events of those that fail."""
-        at, events = 0, []
-        for sequence, first, count in work:
-            rows, run = hidden[at:at + count], self.runs.get(sequence)
-            at += count
-            if run and run.request.echo and sequence.computed:           # 0: it begins again
-                run.prompt = run.prompt or [Logprob(sequence.tokens[0], None)]
-                known = len(run.prompt)                                  # past `first`, once preempted
-                ahead = sequence.tokens[known:min(first + count + 1, sequence.prompt)]
+    def _score_prompts(self, chunks, hidden):
+        """Gather prompt log-probabilities, chunk by chunk, where requests want them; outputs of failures."""
+        row, outputs = 0, []
+        for sequence, first, count in chunks:
+            rows, state = hidden[row:row + count], self.states.get(sequence)
+            row += count
+            if state and state.request.prompt_logprobs and sequence.num_computed_tokens:    # 0: preempted
+                state.prompt_logprobs = state.prompt_logprobs or [Logprob(sequence.tokens[0], None)]
+                known = len(state.prompt_logprobs)                       # past `first` after a preemption
+                ahead = sequence.tokens[known:min(first + count + 1, sequence.num_prompt_tokens)]
                 logits = self.model.head(rows[known - 1 - first:][:len(ahead)])          # (T, V)
-                events += self._guarded(run, self._read_prompt, logits, ahead)
-        return events
+                outputs += self._guarded(state, self._score_prompt, logits, ahead)
+        return outputs
 
-    def _read_prompt(self, run, logits, ahead):
-        if not all(finite(logits)):
-            return self._begin_again(run)
-        run.prompt += logprobs(logits, ahead, run.request.logprobs or 0)
+    def _score_prompt(self, state, logits, ahead):
+        if not all(rows_are_finite(logits)):
+            return self._recompute_once(state)
+        state.prompt_logprobs += gather_logprobs(logits, ahead, state.request.logprobs or 0)
         return []
 
-    def _write(self, work, hidden):
-        """A token for every sequence that has caught up; the events of all."""
-        lasts = [*accumulate((count for _, _, count in work), initial=-1)][1:]
-        ready = [(last, sequence) for last, (sequence, _, _) in zip(lasts, work)
-                 if sequence.computed == len(sequence.tokens)]
+    def _sample(self, chunks, hidden):
+        """Sample a token for every sequence whose tokens are all computed; the outputs of all."""
+        ends = [*accumulate((count for _, _, count in chunks), initial=-1)][1:]
+        ready = [(row, sequence) for row, (sequence, _, _) in zip(ends, chunks)
+                 if sequence.num_computed_tokens == len(sequence.tokens)]
         if not ready:
             return []
-        logits = self.model.head(hidden[[last for last, _ in ready]])                    # (B, V)
-        sound, likeliest, events = finite(logits), self.likeliest(logits), []
+        logits = self.model.head(hidden[[row for row, _ in ready]])                      # (B, V)
+        finite, likeliest = rows_are_finite(logits), self.argmax(logits)
+        outputs = []
         for i, (_, sequence) in enumerate(ready):
-            if sequence in self.runs and not sound[i]:
-                events += self._begin_again(self.runs[sequence])
-            elif sequence in self.runs:
-                for run in self._forked(sequence):
-                    events += self._guarded(run, self._say, logits[i], likeliest[i])
-        return events
+            if sequence in self.states and not finite[i]:
+                outputs += self._recompute_once(self.states[sequence])
+            elif sequence in self.states:
+                for state in self._fork(sequence):
+                    outputs += self._guarded(state, self._append_token, logits[i], likeliest[i])
+        return outputs
 
-    def _forked(self, sequence):
-        """The runs that go on from here: one, or once its prompt is computed all n of a request."""
-        first = self.runs[sequence]
+    def _fork(self, sequence):
+        """The states that go on from here: one, or all n of a request once its prompt is computed."""
+        first = self.states[sequence]
         if sequence.n == 1:
             return [first]
         for index in range(1, sequence.n):
-            run = self._run(first.request, index, self.scheduler.fork(sequence))
-            run.prompt = first.prompt
-            run.sampler.share(first.sampler)
-            self._enter(run)
-        return list(self.of[first.request.id])
+            state = self._new_state(first.request, index, self.scheduler.fork_sequence(sequence))
+            state.prompt_logprobs = first.prompt_logprobs
+            state.sampler.share_logit_bias(first.sampler)
+            self._keep_state(state)
+        return list(self.states_of_request[first.request.request_id])
 
-    def _say(self, run, logits, likeliest):
-        """The next token of `run`, from its logits (V,); its event."""
-        request, sequence = run.request, run.sequence
-        if request.max_tokens == 0:                                      # the prompt alone was to be scored
-            return [self._end(run, "", [], [], "length")]
-        ends = self.text.ends if self.text else frozenset()
-        banned, plain = run.banned(ends), run.sampler.plain
-        token = likeliest if plain and not banned else run.sampler.draw(
-            without(logits, banned), sequence.tokens, sequence.prompt)
-        said = [] if request.logprobs is None else logprobs(logits[None], [token], request.logprobs)
-        text, finish = run.push(token, ends, self.model.config.cached_context - sequence.prompt)
+    def _append_token(self, state, logits, likeliest):
+        """Sample the next token of `state` from its logits (V,); its output."""
+        request, sequence = state.request, state.sequence
+        if request.max_tokens == 0:                                      # only the prompt was to be scored
+            return [self._finish(state, "", [], [], "length")]
+        eos_token_ids = self.tokenizer.ends if self.tokenizer else frozenset()
+        banned = state.banned_token_ids(eos_token_ids)
+        if state.sampler.is_plain_argmax and not banned:
+            token = likeliest
+        else:
+            token = state.sampler.sample_next_token(mask_out_tokens(logits, banned), sequence.tokens,
+                                                    sequence.num_prompt_tokens)
+        logprobs = ([] if request.logprobs is None
+                    else gather_logprobs(logits[None], [token], request.logprobs))
+        room = self.model.config.cached_context - sequence.num_prompt_tokens
+        text, finish_reason = state.append_token(token, eos_token_ids, room)
         self.counts["generation_tokens"] += 1
-        how = self._end if finish else self._event
-        return [how(run, text, [token], said, finish)]
+        if finish_reason:
+            return [self._finish(state, text, [token], logprobs, finish_reason)]
+        return [self._output(state, text, [token], logprobs)]
 
-    def _end(self, run, text, tokens, said, finish):
-        self.scheduler.finish(run.sequence)
-        del self.runs[run.sequence]
-        if not any(other.sequence in self.runs for other in self.of[run.request.id]):
-            del self.of[run.request.id]
-        return self._event(run, text, tokens, said, finish)
+    def _finish(self, state, text, token_ids, logprobs, finish_reason):
+        self.scheduler.finish_sequence(state.sequence)
+        del self.states[state.sequence]
+        siblings = self.states_of_request[state.request.request_id]
+        if not any(other.sequence in self.states for other in siblings):
+            del self.states_of_request[state.request.request_id]
+        return self._output(state, text, token_ids, logprobs, finish_reason)
 
-    def _event(self, run, text, tokens, said, finish=None):
-        prompt = run.prompt if run.made <= 1 else []
-        return Event(run.request.id, run.index, text, tokens, said, prompt, run.sequence.hit, finish)
+    def _output(self, state, text, token_ids, logprobs, finish_reason=None):
+        prompt_logprobs = state.prompt_logprobs if state.num_output_tokens <= 1 else []
+        return RequestOutput(state.request.request_id, state.index, text, token_ids, logprobs,
+                             prompt_logprobs,
+                             state.sequence.num_cached_tokens, finish_reason)
 
 
-def likeliest(logits: torch.Tensor) -> list[int]:
-    """The best of each row of `logits` (B, V), one token each."""
+def argmax_tokens(logits: torch.Tensor) -> list[int]:
+    """The likeliest token of each row of `logits` (B, V)."""
     return logits.max(-1).indices.tolist()               # argmax is five times slower in bf16
 
 
-COUNTS = ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "steps")
-
-
-def open_engine(options: EngineOptions, mesh) -> Engine:
-    """The engine of `nanoinfra serve` on this rank: weights, tokenizer, the blocks that --kv-memory holds."""
-    weights, dtype = open_pretrained(options.model, mesh.world), getattr(torch, options.dtype)
-    each = options.block_size * kv_cache_bytes_per_token(weights.config, dtype.itemsize, mesh.tp.size)
-    n = options.kv_memory // each
-    if n < 2:
-        raise ValueError(f"--kv-memory {options.kv_memory} holds {n} blocks of {options.block_size} tokens, "
-                         f"{each} bytes each on a rank; give at least {2 * each}")
-    model = serving(empty(weights.config), mesh, weights.read, dtype)
-    engine = Engine(model, weights.text, weights.template, blocks=n, size=options.block_size,
-                    ledger=mesh.ledger, budget=options.budget, seats=options.seats, queue=options.queue,
-                    queue_tokens=options.queue_tokens)
-    alone_on_cpu = mesh.device == "cpu" and mesh.tp.size == 1 and dtype in packed_linear.DTYPES
-    said = use_cpu_kernels(engine) if alone_on_cpu else "torch's operations compute everything"
-    if mesh.tp.rank == 0:
-        print(f"nanoinfra: {said}", file=sys.stderr, flush=True)
-    return engine
-
-
-def use_cpu_kernels(engine: Engine) -> str:
-    """On one CPU rank: packed weights and, as far as model and machine allow, passes compiled from C.
-
-    Returns in a sentence who computes what now.
-    """
-    model, dtype = engine.model, engine.model.embed.weight.dtype
-    try:
-        kernels, why = cpu_decoder_block.compile_for(model, engine.kv), ""
-    except RuntimeError as error:
-        kernels, why = None, f", at half the speed: {error}"
-    packed_linear.pack(model, kernels and kernels.gemv)
-    packed_linear.warm(model, engine.scheduler.budget, engine.scheduler.seats)
-    between = "torch's operations"
-    if kernels and cpu_decoder_block.suit(model.config):
-        engine.kv = cpu_decoder_block.install(model, engine.kv, kernels)
-        engine.likeliest = partial(decode_kernels.likeliest, kernels)
-        between = "passes in C"
-    reason = packed_linear.unpackable(dtype)
-    many = f"torch's linear (oneDNN does not pack: {reason})" if reason else "oneDNN's packed weights"
-    one = f"C ({kernels.instructions().decode()})" if kernels else "the same"
-    return f"products of many rows by {many}, of one by {one}, all between by {between}{why}"
+_COUNTER_NAMES = ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions",
+                  "steps")

@@ -1,9 +1,9 @@
-"""The engine as the API sees it: asked in the event loop, it answers from processes of its own.
+"""The engine as the API process sees it: a client in the event loop; the engine runs in processes of its own.
 
-A keeper thread starts the ranks, hands what they say to the event loop, and starts all of them again when one
-has died or hangs; who waited for an answer then gets an error. The keeper lives as long as the ranks do:
-Linux takes the end of the thread that started a process for the end of its parent. The event loop never waits
-for either: not for an engine that takes nothing, nor for one that does not die.
+A keeper thread starts the ranks, passes their messages to the event loop, and restarts all of them when one
+has died or hangs; open requests then get an error. The keeper lives as long as the ranks do, because Linux
+takes the end of the thread that started a process for the end of its parent. The event loop never waits for
+either: not for an engine that takes no commands, nor for one that does not die.
 """
 import asyncio
 import sys
@@ -13,175 +13,184 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from nanoinfra.serve.engine.requests import Request
-from nanoinfra.serve.processes.engine_loop import Ready
-from nanoinfra.serve.processes.engine_processes import Dead, Life
-from nanoinfra.serve.processes.response_stream import Job
-from nanoinfra.serve.processes.tp_group import Team
+from nanoinfra.serve.processes.engine_loop import EngineReady
+from nanoinfra.serve.processes.engine_processes import EngineProcesses, ProcessDied
+from nanoinfra.serve.processes.response_stream import ResponseStream
+from nanoinfra.serve.processes.tp_group import TensorParallelGroup
 from nanoinfra.serve.server.errors import Refused
 
-PAUSE = 5.0                                  # seconds before another try, at most: about what loading takes
-TICKS = 10                                   # looks at a silent engine, after which it hangs
-KILLED = 5.0                                 # seconds in which a killed process is gone
+_MAX_RESTART_DELAY_SECONDS = 5.0             # about what loading takes
+_SILENT_TICKS_UNTIL_HUNG = 10                # an engine with work that is silent for more ticks hangs
+_KILL_TIMEOUT_SECONDS = 5.0                  # in which a killed process is gone
 
 
-class Worker:
-    """The engine that `factory(team)` makes on each of `world` ranks; `watch` (Counters) sees what happens.
+class EngineClient:
+    """A client of the engine that `engine_factory(tp_group)` makes on each of `num_ranks` ranks.
 
-    `state`: "loading", "ready", "restarting", "failed", "stopped"; `why` says more. `failed` says why it
-    cannot be loaded. The ranks hang when they say nothing for `hung` seconds while there is work; time in
-    which this process itself stands still does not count. After a life that served another begins at once;
-    where it dies before, each pause is twice the last, up to PAUSE. Its methods belong to the event loop that
-    `start` was called in.
+    `metrics` is told what happens. `state` is "loading", "ready", "restarting", "failed" or "stopped";
+    `state_reason` says more, and `load_error` why the engine cannot be loaded. The ranks hang when they send
+    nothing for `hang_timeout` seconds while there is work; time in which this process itself stands still
+    does not count. After ranks that computed a step, others start at once; otherwise each delay is twice the
+    last, up to _MAX_RESTART_DELAY_SECONDS. Methods belong to the event loop in which `start` was called.
     """
 
-    def __init__(self, factory: Callable[[Team], object], watch, world: int = 1, hung: float = 300.0):
-        self.factory, self.watch, self.world, self.hung = factory, watch, world, hung
-        self.state, self.why, self.ready, self.stats = "loading", "the model is being loaded", None, {}
-        self.failed = ""
-        self.jobs: dict[str, Job] = {}
-        self.untaken: deque[int] = deque()   # tokens of each command that the engine has not taken yet
-        self.life, self.newest, self.silent = None, None, 0  # the life that is asked; the keeper's; ticks
-        self.ended, self.gone = threading.Event(), asyncio.Event()
+    def __init__(self, engine_factory: Callable[[TensorParallelGroup], object], metrics, num_ranks: int = 1,
+                 hang_timeout: float = 300.0):
+        self.engine_factory, self.metrics = engine_factory, metrics
+        self.num_ranks, self.hang_timeout = num_ranks, hang_timeout
+        self.state, self.state_reason = "loading", "the model is being loaded"
+        self.load_error = ""
+        self.engine_ready: EngineReady | None = None
+        self.stats = {}                      # Engine.stats() of the last step
+        self.streams: dict[str, ResponseStream] = {}
+        self.untaken_tokens: deque[int] = deque()    # of each command that the engine has not taken yet
+        self.processes, self.newest_processes = None, None   # those that are asked; the keeper's
+        self.silent_ticks = 0
+        self.stop_requested, self.processes_gone = threading.Event(), asyncio.Event()
 
     def start(self) -> None:
         """Start the ranks; they load the model while the event loop goes on."""
         self.loop = asyncio.get_running_loop()
-        self.keeper = threading.Thread(target=self._keep, name="keeper of the engine", daemon=True)
+        self.keeper = threading.Thread(target=self._keep_running, name="keeper of the engine", daemon=True)
         self.keeper.start()
         self._tick()
 
     def stop(self) -> None:
-        """End the ranks, which hold nothing that would have to be closed. Who still waits is told.
+        """Kill the ranks (they hold nothing that would have to be closed) and fail all open requests.
 
         `join` waits for their end. A second call does nothing.
         """
-        self._lost("stopped", "the server ends")
+        self._on_engine_lost("stopped", "the server ends")
         self.timer.cancel()
-        self.ended.set()
-        if self.newest:
-            self.newest.kill()
+        self.stop_requested.set()
+        if self.newest_processes:
+            self.newest_processes.kill_all()
 
     async def join(self) -> None:
-        """Wait, after `stop`, until nothing is left of the ranks; what cannot be killed is left, and said."""
+        """Wait, after `stop`, until the ranks are gone; a process that cannot be killed is reported."""
         try:
-            await asyncio.wait_for(self.gone.wait(), KILLED)
+            await asyncio.wait_for(self.processes_gone.wait(), _KILL_TIMEOUT_SECONDS)
             self.keeper.join()
         except TimeoutError:
-            ranks = self.newest.processes if self.newest else []
+            ranks = self.newest_processes.processes if self.newest_processes else []
             left = ", ".join(str(rank.pid) for rank in ranks if rank.returncode is None)
-            print(f"nanoinfra: left behind, for {KILLED:g} s after SIGKILL it is still there: process {left}",
-                  file=sys.stderr, flush=True)
+            print(f"nanoinfra: left behind, for {_KILL_TIMEOUT_SECONDS:g} s after SIGKILL it is still there: "
+                  f"process {left}", file=sys.stderr, flush=True)
 
-    def submit(self, requests: Sequence[Request]) -> Job:
-        """Let the engine answer. Raises Refused while there is none."""
+    def submit_requests(self, requests: Sequence[Request]) -> ResponseStream:
+        """Send requests to the engine; the stream gives their outputs. Raises Refused without an engine."""
         if self.state != "ready":
-            raise Refused(503, self.why)
-        job = Job(self, requests)
+            raise Refused(503, self.state_reason)
+        stream = ResponseStream(self, requests)
         for request in requests:
-            self.jobs[request.id] = job
-            self.watch.added(request)
-            if self._has_room(len(request.tokens)):
-                self._send("add", request, len(request.tokens))
+            self.streams[request.request_id] = stream
+            self.metrics.added(request)
+            num_tokens = len(request.prompt_token_ids)
+            if self._has_room(num_tokens):
+                self._send("add", request, num_tokens)
             else:
-                self._refuse(request.id, 429, f"the engine takes no requests now: {len(self.untaken)} of "
-                             f"{sum(self.untaken)} tokens wait for it; come back later")
-        return job
+                self._refuse(request.request_id, 429, "the engine takes no requests now: "
+                             f"{len(self.untaken_tokens)} of {sum(self.untaken_tokens)} tokens wait for it; "
+                             "come back later")
+        return stream
 
-    def abort(self, request: str) -> None:
-        """Nobody wants the answer any more."""
-        self.watch.dropped(request, "abort")
-        self._send("abort", request)
+    def abort_request(self, request_id: str) -> None:
+        """Request cancellation: nobody wants the answer any more, so the engine may drop the request."""
+        self.metrics.dropped(request_id, "abort")
+        self._send("abort", request_id)
 
-    def reset(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """Forget cached prefixes. Raises Refused while there is no engine, or one that takes nothing."""
         if self.state != "ready":
-            raise Refused(503, self.why)
+            raise Refused(503, self.state_reason)
         if not self._has_room(0):
             raise Refused(429, "the engine takes no requests now; come back later")
         self._send("reset")
 
     def _send(self, verb, value=None, tokens=0):
-        self.untaken.append(tokens)
-        self.life.send((verb, value))
+        self.untaken_tokens.append(tokens)
+        self.processes.send_command((verb, value))
 
     def _has_room(self, tokens):
         """May one more command wait until the engine takes it? Aborts always may: at most one an add."""
-        requests, most = self.ready.room
-        return not self.untaken or (len(self.untaken) < requests and sum(self.untaken) + tokens <= most)
+        most_requests, most_tokens = self.engine_ready.max_in_flight
+        waiting = self.untaken_tokens
+        return not waiting or (len(waiting) < most_requests and sum(waiting) + tokens <= most_tokens)
 
-    def _on(self, life, news):
-        """In the event loop: a rank has spoken."""
+    def _on_message(self, processes, message):
+        """In the event loop: handle a message of rank 0 or of a rank that is loaded."""
         if self.state == "stopped":
             return
-        self.silent = 0
-        if isinstance(news, Ready):
-            self.life, self.ready, self.state, self.why = life, news, "ready", ""
-            return self.watch.started(news.info)
-        for _ in range(news.taken):
-            self.untaken.popleft()
-        self.stats = news.stats
-        self.watch.stepped(news)
-        for request, status, why in news.refused:
-            if request in self.jobs:
-                self._refuse(request, status, why)
-        for event in news.events:
-            if event.request in self.jobs:
-                self.jobs[event.request].put(event)
+        self.silent_ticks = 0
+        if isinstance(message, EngineReady):
+            self.processes, self.engine_ready = processes, message
+            self.state, self.state_reason = "ready", ""
+            return self.metrics.started(message.info)
+        for _ in range(message.num_commands_taken):
+            self.untaken_tokens.popleft()
+        self.stats = message.stats
+        self.metrics.stepped(message)
+        for request_id, status, why in message.refused_requests:
+            if request_id in self.streams:
+                self._refuse(request_id, status, why)
+        for output in message.outputs:
+            if output.request_id in self.streams:
+                self.streams[output.request_id].put_output(output)
 
-    def _refuse(self, request, status, why):
-        self.watch.dropped(request)
-        self.jobs[request].fail(request, Refused(status, why))
+    def _refuse(self, request_id, status, why):
+        self.metrics.dropped(request_id)
+        self.streams[request_id].fail_request(request_id, Refused(status, why))
 
-    def _lost(self, state, why):
-        """In the event loop: there is no engine now."""
+    def _on_engine_lost(self, state, why):
+        """In the event loop: there is no engine now. All open requests fail."""
         if self.state == "stopped":
             return                           # by us
-        self.failed = why if state == "failed" else self.failed
-        self.state, self.why, self.stats = state, why, {}
-        self.untaken.clear()
-        for request in list(self.jobs):
-            self._refuse(request, 503, why)
+        self.load_error = why if state == "failed" else self.load_error
+        self.state, self.state_reason = state, why
+        self.stats = {}
+        self.untaken_tokens.clear()
+        for request_id in list(self.streams):
+            self._refuse(request_id, 503, why)
 
     def _tick(self):
-        """In the event loop, TICKS times in `hung` seconds: does an engine with work still speak?"""
-        self.silent = self.silent + 1 if self.jobs or self.untaken else 0
-        if self.silent > TICKS:
-            self.life.kill(f"the engine has said nothing for {self.hung:g} s")
-        self.timer = self.loop.call_later(self.hung / TICKS, self._tick)
+        """In the event loop, _SILENT_TICKS_UNTIL_HUNG times in `hang_timeout`: kill an engine that hangs."""
+        self.silent_ticks = self.silent_ticks + 1 if self.streams or self.untaken_tokens else 0
+        if self.silent_ticks > _SILENT_TICKS_UNTIL_HUNG:
+            self.processes.kill_all(f"the engine has said nothing for {self.hang_timeout:g} s")
+        self.timer = self.loop.call_later(self.hang_timeout / _SILENT_TICKS_UNTIL_HUNG, self._tick)
 
-    def _keep(self):
-        """The keeper's work."""
+    def _keep_running(self):
+        """The keeper thread."""
         try:
-            self._live()
+            self._restart_until_stopped()
         except Exception as bug:
-            self._post(self._lost, "failed", f"the engine cannot be kept running: {bug!r}")
+            self._post(self._on_engine_lost, "failed", f"the engine cannot be kept running: {bug!r}")
             raise
         finally:
-            self._post(self.gone.set)
+            self._post(self.processes_gone.set)
 
-    def _live(self):
-        """One life of the ranks after the other."""
-        pause, loaded = 0.0, False
-        while not self.ended.wait(pause):
-            self.newest = life = Life(self.factory, self.world)
-            if self.ended.is_set():
-                life.kill()                  # `stop` may not have seen it
-            why = self._hear(life)
-            life.end()
-            loaded |= life.ready
-            self._post(self._lost, "restarting" if loaded else "failed", why)
+    def _restart_until_stopped(self):
+        delay, loaded = 0.0, False
+        while not self.stop_requested.wait(delay):
+            self.newest_processes = processes = EngineProcesses(self.engine_factory, self.num_ranks)
+            if self.stop_requested.is_set():
+                processes.kill_all()         # `stop` may not have seen it
+            why = self._pass_on_messages(processes)
+            processes.kill_and_wait()
+            loaded |= processes.loaded
+            self._post(self._on_engine_lost, "restarting" if loaded else "failed", why)
             if not loaded:
                 return                       # the next would end as this one has
-            pause = 0.0 if life.served else min(PAUSE, 2 * pause + 0.1)
+            delay = 0.0 if processes.has_stepped else min(_MAX_RESTART_DELAY_SECONDS, 2 * delay + 0.1)
 
-    def _hear(self, life):
-        """Pass on what the ranks say until they are no more; why that is."""
+    def _pass_on_messages(self, processes):
+        """Pass messages of the ranks to the event loop until they are gone; returns why they are."""
         try:
             while True:
-                for each in life.hear():
-                    self._post(self._on, life, each)
-        except Dead as dead:
-            return str(dead)
+                for message in processes.receive_messages():
+                    self._post(self._on_message, processes, message)
+        except ProcessDied as death:
+            return str(death)
 
     def _post(self, call, *args):
         with suppress(RuntimeError):                         # the event loop is closed already

@@ -1,9 +1,9 @@
-"""One rank of the engine in a process of its own: hear commands, take a step, say what is new; again.
+"""One rank of the engine in a process of its own: take commands, compute a step, send the outputs, and again.
 
-Rank 0 talks with the API process, and shares each step's commands with the others, so that every rank runs
-the same requests through the same scheduler. While a step runs a thread listens, so the API never waits for
-the model; the engine does wait for an API process that is stopped. Started by worker.py, and dies with it.
-What goes wrong with one request is said of it; what goes wrong with a step, or on one rank, ends them all.
+Rank 0 talks with the API process and broadcasts each turn's commands to the other ranks, so that all run the
+same requests through the same scheduler. A thread receives while a step runs, so the API never waits for the
+model; the engine does wait for an API process that is stopped. EngineProcesses starts the rank, which ends
+with it. An error with one request is reported for that request; an error of a step, or of one rank, ends all.
 """
 import os
 import queue
@@ -17,103 +17,113 @@ from math import inf
 from multiprocessing.connection import Connection
 
 from nanoinfra.model.tokenizer import Text
-from nanoinfra.serve.engine.requests import Event
+from nanoinfra.serve.engine.requests import RequestOutput
 from nanoinfra.serve.engine.scheduler import QueueFull
-from nanoinfra.serve.processes.tp_group import Team
+from nanoinfra.serve.processes.tp_group import TensorParallelGroup
 from nanoinfra.train.launch.elastic_rank import end_with_parent
 
-MEANT_FOR_API = (signal.SIGINT, signal.SIGTERM)              # which lets work end; ranks ignore them
-BURST = (1024, 1 << 20)                      # requests and tokens that may be on their way, at the least
+API_SIGNALS = (signal.SIGINT,
+               signal.SIGTERM)    # for the API process, which lets requests end; ranks ignore them
+MIN_IN_FLIGHT = (1024, 1 << 20)                  # requests and tokens that may be on their way to any engine
 
 
 @dataclass(frozen=True)
-class Ready:
-    """The engine is loaded: what the API must know of the model."""
-    info: dict                               # Engine.info()
-    text: Text
-    template: str | None = None              # chat template
-    room: tuple[float, float] = (inf, inf)   # requests and tokens that may be on their way to it
+class EngineReady:
+    """The message that the engine is loaded, with what the API must know of the model."""
+    info: dict                               # Engine.static_info()
+    tokenizer: Text
+    chat_template: str | None = None
+    max_in_flight: tuple[float, float] = (inf, inf)      # requests and tokens that may be on their way to it
 
 
 @dataclass(frozen=True)
-class Failed:
-    """The engine cannot be loaded, and would not be the next time."""
-    why: str
+class EngineLoadFailed:
+    """The message that the engine cannot be loaded, and could not be the next time."""
+    reason: str
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one turn of the loop has brought."""
+class EngineStepResult:
+    """The message with the results of one turn of the loop: commands taken, and at most one step."""
     stats: dict                              # Engine.stats(); "batch" is empty where nothing was computed
-    events: list[Event] = field(default_factory=list)
-    refused: list[tuple[str, int, str]] = field(default_factory=list)  # (request, HTTP status, why)
-    seconds: float = 0.0
-    taken: int = 0                           # commands that the engine has taken from its pipe
+    outputs: list[RequestOutput] = field(default_factory=list)
+    refused_requests: list[tuple[str, int,
+                                 str]] = field(default_factory=list)   # (request id, HTTP status, why)
+    step_seconds: float = 0.0
+    num_commands_taken: int = 0
 
 
 def main() -> None:
-    """Be the rank that the first message on pipe argv[2] says; further pipes lead to other ranks.
+    """Run the rank that the first message on pipe argv[2] names; further pipes lead to other ranks.
 
-    argv[1] is the process id of the API, which has blocked the signals that are meant for it (life.py).
+    argv[1] is the process id of the API process, which has blocked the signals that are meant for it.
     """
     parent, *descriptors = map(int, sys.argv[1:])
     end_with_parent(parent)
-    for sign in MEANT_FOR_API:
+    for sign in API_SIGNALS:
         signal.signal(sign, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANT_FOR_API)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, API_SIGNALS)
     pipe, *others = map(Connection, descriptors)
-    rank, factory = pipe.recv()
-    team = Team(rank, others)
+    rank, engine_factory = pipe.recv()
+    tp_group = TensorParallelGroup(rank, others)
     try:
-        engine = factory(team)
+        engine = engine_factory(tp_group)
     except ValueError as error:
-        return pipe.send(Failed(str(error)))
-    run(engine, team, pipe)
+        return pipe.send(EngineLoadFailed(str(error)))
+    run_busy_loop(engine, tp_group, pipe)
 
 
-def run(engine, team: Team, pipe: Connection) -> None:
-    """Turn until the pipe closes. RuntimeError where ranks disagree on what came to nothing in a turn."""
-    inbox, lost = None, []
-    if team.rank == 0:
+def run_busy_loop(engine, tp_group: TensorParallelGroup, pipe: Connection) -> None:
+    """Take commands and compute steps until the pipe closes.
+
+    Raises RuntimeError where ranks disagree on the requests that failed in a turn.
+    """
+    inbox, failed = None, []
+    if tp_group.rank == 0:
         limits = engine.scheduler
-        room = max(BURST[0], limits.seats + limits.queue), max(BURST[1], limits.queue_tokens)
-        pipe.send(Ready(engine.info(), engine.text, engine.template, room))
+        max_in_flight = (max(MIN_IN_FLIGHT[0], limits.max_num_seqs + limits.max_queued_requests),
+                         max(MIN_IN_FLIGHT[1], limits.max_queued_tokens))
+        pipe.send(EngineReady(engine.static_info(), engine.tokenizer, engine.chat_template, max_in_flight))
         inbox = queue.SimpleQueue()
         threading.Thread(target=_listen, args=(pipe, inbox), daemon=True).start()
     while True:
-        commands, theirs = team.share(inbox and (_take(inbox, wait=not engine.busy), lost))
-        if lost != theirs:                                   # before a collective of the next step
-            raise RuntimeError(f"rank {team.rank} has ended {lost}, rank 0 {theirs}: they have parted")
-        step = turn(engine, commands)
-        lost = [(request, status) for request, status, _ in step.refused]
+        wait = not engine.has_unfinished_requests
+        mine = inbox and (_take_commands(inbox, wait), failed)
+        commands, failed_on_rank_0 = tp_group.broadcast_object(mine)
+        if failed != failed_on_rank_0:                       # before a collective of the next step
+            raise RuntimeError(f"rank {tp_group.rank} has ended {failed}, rank 0 {failed_on_rank_0}: "
+                               "they have parted")
+        result = execute_commands_and_step(engine, commands)
+        failed = [(request_id, status) for request_id, status, _ in result.refused_requests]
         if inbox:
-            pipe.send(replace(step, taken=len(commands)))
+            pipe.send(replace(result, num_commands_taken=len(commands)))
 
 
-def turn(engine, commands: list[tuple]) -> Step:
-    """Obey `commands`, then take a step if there is work. A request that fails in it is among the refused."""
-    refused = [no for command in commands if (no := _obey(engine, *command))]
-    begin, busy = time.monotonic(), engine.busy
-    events = engine.step() if busy else []
-    refused += [(event.request, 500, event.text) for event in events if event.finish == "error"]
-    events = [event for event in events if event.finish != "error"]
+def execute_commands_and_step(engine, commands: list[tuple]) -> EngineStepResult:
+    """Execute `commands`, then a step if there is work. Requests that fail in it are among the refused."""
+    refused = [refusal for command in commands if (refusal := _execute(engine, *command))]
+    begin, busy = time.monotonic(), engine.has_unfinished_requests
+    outputs = engine.step() if busy else []
+    refused += [(each.request_id, 500, each.text) for each in outputs if each.finish_reason == "error"]
+    outputs = [each for each in outputs if each.finish_reason != "error"]
     stats = engine.stats()
-    return Step(stats if busy else {**stats, "batch": []}, events, refused, time.monotonic() - begin)
+    return EngineStepResult(stats if busy else {**stats, "batch": []}, outputs, refused,
+                            time.monotonic() - begin)
 
 
-def _obey(engine, verb, value=None):
-    """("add", Request), ("abort", its id) or ("reset",): why not, if it cannot be added."""
+def _execute(engine, verb, value=None):
+    """("add", Request), ("abort", its id) or ("reset",): the refusal, if a request cannot be added."""
     if verb != "add":
-        return engine.reset() if verb == "reset" else engine.abort(value)
+        return engine.reset_prefix_cache() if verb == "reset" else engine.abort_request(value)
     try:
-        engine.add(value)
+        engine.add_request(value)
     except ValueError as error:
-        return value.id, 400, str(error)
+        return value.request_id, 400, str(error)
     except QueueFull as error:
-        return value.id, 429, str(error)
+        return value.request_id, 429, str(error)
     except Exception as error:                               # a mistake of the engine's: it has not taken it
         traceback.print_exc()
-        return value.id, 500, f"the engine failed on this request: {type(error).__name__}: {error}"
+        return value.request_id, 500, f"the engine failed on this request: {type(error).__name__}: {error}"
 
 
 def _listen(pipe, inbox):
@@ -124,8 +134,8 @@ def _listen(pipe, inbox):
         os._exit(0)
 
 
-def _take(inbox, wait):
-    """All commands there are; at least one, if there is nothing else to do."""
+def _take_commands(inbox, wait):
+    """All commands that have come; with `wait`, at least one."""
     commands = [inbox.get()] if wait else []
     while not inbox.empty():
         commands.append(inbox.get())

@@ -1,48 +1,48 @@
-"""What a client waits for: the events of requests that the engine was asked, as they come."""
+"""The stream of a client's outputs: what the engine generates for its requests, as it comes."""
 import asyncio
 from collections.abc import Sequence
 
-from nanoinfra.serve.engine.requests import Event, Request
+from nanoinfra.serve.engine.requests import Request, RequestOutput
 from nanoinfra.serve.server.errors import Refused
 
 
-class Job:
-    """Requests under way at a Worker: iterate over their events, and close it in the end."""
+class ResponseStream:
+    """The outputs of requests that `client` (EngineClient) has sent. Iterate over it, and close it."""
 
-    def __init__(self, worker, requests: Sequence[Request]):
-        self.worker, self.news = worker, asyncio.Queue()
-        self.open = {request.id: request.n for request in requests}       # continuations still to come
+    def __init__(self, client, requests: Sequence[Request]):
+        self.client, self.queue = client, asyncio.Queue()
+        self.unfinished = {request.request_id: request.n for request in requests}     # continuations to come
 
     def __aiter__(self):
         return self
 
-    async def __anext__(self) -> Event:
-        """Raises Refused where there is no answer."""
-        if not self.open and self.news.empty():
+    async def __anext__(self) -> RequestOutput:
+        """The next output. Raises Refused where there is no answer."""
+        if not self.unfinished and self.queue.empty():
             raise StopAsyncIteration
-        news = await self.news.get()
-        if isinstance(news, Refused):
-            raise news
-        return news
+        output = await self.queue.get()
+        if isinstance(output, Refused):
+            raise output
+        return output
 
-    def put(self, event: Event) -> None:
-        """Called by the worker, with news."""
-        self.news.put_nowait(event)
-        if event.finish:
-            self.open[event.request] -= 1
-            if not self.open[event.request]:
-                self._drop(event.request)
+    def put_output(self, output: RequestOutput) -> None:
+        """The client calls it with each new output."""
+        self.queue.put_nowait(output)
+        if output.finish_reason:
+            self.unfinished[output.request_id] -= 1
+            if not self.unfinished[output.request_id]:
+                self._remove(output.request_id)
 
-    def fail(self, request: str, why: Refused) -> None:
-        """Called by the worker: nothing more comes."""
-        self.news.put_nowait(why)
-        self._drop(request)
+    def fail_request(self, request_id: str, error: Refused) -> None:
+        """The client calls it where no more outputs of a request come."""
+        self.queue.put_nowait(error)
+        self._remove(request_id)
 
     def close(self) -> None:
-        """Give up what has not ended."""
-        for request in list(self.open):
-            self.worker.abort(request)
-            self._drop(request)
+        """Abort the requests that have not finished."""
+        for request_id in list(self.unfinished):
+            self.client.abort_request(request_id)
+            self._remove(request_id)
 
-    def _drop(self, request):
-        del self.open[request], self.worker.jobs[request]
+    def _remove(self, request_id):
+        del self.unfinished[request_id], self.client.streams[request_id]

@@ -1,22 +1,22 @@
-"""The ranks of one engine on this machine. What rank 0 hears all of them hear, in the same order.
+"""The tensor-parallel group of one engine on this machine: its ranks, and pipes from rank 0 to the others.
 
-Commands go through pipes, not collectives: a collective has to end in time, and an idle server waits for
+Commands go through pipes, not through collectives: a collective has a timeout, and an idle server waits for
 ever. So a late collective always means a rank that died or hangs, and the engine is started again.
 """
 from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
-PATIENCE = timedelta(seconds=120)            # that a collective may take
+_COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 
 
-class Team:
+class TensorParallelGroup:
     """Rank `rank` and its pipes: rank 0 has one to each other rank, in their order; these have one to it."""
 
     def __init__(self, rank: int = 0, pipes: Sequence[Connection] = ()):
         self.rank, self.pipes = rank, pipes
 
-    def share(self, value=None):
+    def broadcast_object(self, value=None):
         """Rank 0's `value`, on every rank. Raises EOFError or OSError where one has died."""
         if self.rank:
             return self.pipes[0].recv()
@@ -24,16 +24,17 @@ class Team:
             pipe.send(value)
         return value
 
-    def mesh(self, tp: int):
-        """A Mesh of `tp` ranks, all of this team's. Every rank calls it."""
+    def init_tp_mesh(self, tp_size: int):
+        """A Mesh of `tp_size` ranks, all of this group's. Every rank calls it."""
         import torch.distributed as dist
 
         from nanoinfra.distributed.loopback import bind_to_loopback, client_store, master_store
         from nanoinfra.distributed.mesh import Mesh
-        if tp > 1:
+        if tp_size > 1:
             bind_to_loopback()
             store = master_store() if self.rank == 0 else None
-            port = self.share(store and store.port)
+            port = self.broadcast_object(store and store.port)
             store = store or client_store(port)
-            dist.init_process_group("gloo", timeout=PATIENCE, store=store, rank=self.rank, world_size=tp)
-        return Mesh(tp=tp)
+            dist.init_process_group("gloo", timeout=_COLLECTIVE_TIMEOUT, store=store, rank=self.rank,
+                                    world_size=tp_size)
+        return Mesh(tp=tp_size)

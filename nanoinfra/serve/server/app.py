@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from nanoinfra.serve.processes.engine_client import Worker
+from nanoinfra.serve.processes.engine_client import EngineClient
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.handlers import at_work, exchange
 from nanoinfra.serve.server.http.access_control import Access, AccessMiddleware
@@ -38,7 +38,7 @@ ALONE = {"Content-Security-Policy":          # it loads nothing from elsewhere, 
          "default-src 'self'; img-src data:; frame-ancestors 'none'", "Cache-Control": "no-cache"}
 
 
-def build(worker: Worker, name: str, access: Access | None = None) -> FastAPI:
+def build(worker: EngineClient, name: str, access: Access | None = None) -> FastAPI:
     """The app, which starts and stops `worker`; clients call the model `name`, `access` says who may.
 
     Set `app.state.draining`, and what is new is refused.
@@ -121,11 +121,11 @@ async def _model(request: Request):
 
 def _described(state):
     return {"id": state.name, "object": "model", "created": state.since, "owned_by": "nanoinfra",
-            "root": state.name, "parent": None, "max_model_len": at_work(state).ready.info["context"]}
+            "root": state.name, "parent": None, "max_model_len": at_work(state).engine_ready.info["context"]}
 
 
 async def _reset(request: Request):
-    at_work(request.app.state).reset()
+    at_work(request.app.state).reset_prefix_cache()
     return Response()
 
 
@@ -135,14 +135,14 @@ async def _health(request: Request):
 
 
 async def _metrics(request: Request):
-    return Response(request.app.state.worker.watch.text(), media_type="text/plain; version=0.0.4")
+    return Response(request.app.state.worker.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 async def _stats(request: Request):
     """The scheduler, live: for the page."""
     async def looks(state):
         while not state.draining and (worker := state.worker).state != "stopped":
-            chat = worker.ready is None or worker.ready.template is not None
+            chat = worker.engine_ready is None or worker.engine_ready.chat_template is not None
             yield sent({"model": state.name, "state": worker.state, "chat": chat, **worker.stats})
             await asyncio.sleep(PULSE)
     if request.app.state.watchers >= MOST_WATCHERS:

@@ -15,8 +15,9 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from nanoinfra.serve.engine.requests import Event
-from nanoinfra.serve.processes.engine_client import Job, Worker
+from nanoinfra.serve.engine.requests import RequestOutput
+from nanoinfra.serve.processes.engine_client import EngineClient
+from nanoinfra.serve.processes.response_stream import ResponseStream
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.http.api_keys import salted
 from nanoinfra.serve.server.http.request_ids import log_failure
@@ -39,12 +40,12 @@ async def exchange(request: Request, kind: type[Question], form: type[Answer], p
     The first word is waited for, though not for ever: until then an error can still have a status.
     """
     state, name = request.app.state, prefix + uuid.uuid4().hex
-    threads, ready = state.preprocessor, at_work(state).ready
+    threads, ready = state.preprocessor, at_work(state).engine_ready
     with ExitStack() as places:
         body = await _body(request, most_bytes(ready.info["context"]),
                            lambda: places.enter_context(threads.place_for_large()))
         answer = await threads.prepare(kind, form, body, name, state.name, ready)
-    job = at_work(state).submit(salted([*answer.requests.values()], request.state.salt))
+    job = at_work(state).submit_requests(salted([*answer.requests.values()], request.state.salt))
     try:
         if answer.question.stream:
             first = await _unless_gone(request, anext(job), STREAM_BEGINS)
@@ -59,19 +60,19 @@ async def exchange(request: Request, kind: type[Question], form: type[Answer], p
         raise
 
 
-def at_work(state) -> Worker:
+def at_work(state) -> EngineClient:
     """The app's worker. Raises Refused where it cannot be asked now."""
     if state.draining:
         raise Refused(503, "the server is about to end")
     if state.worker.state != "ready":
-        raise Refused(503, state.worker.why)
+        raise Refused(503, state.worker.state_reason)
     return state.worker
 
 
 class Sent(StreamingResponse):
     """An answer on its way, as fast as the client reads; however it ends, the job is closed."""
 
-    def __init__(self, job: Job, pieces: AsyncIterator[bytes], kind: str, headers: dict[str, str]):
+    def __init__(self, job: ResponseStream, pieces: AsyncIterator[bytes], kind: str, headers: dict[str, str]):
         super().__init__(pieces, media_type=kind, headers=headers)
         self.job = job
 
@@ -129,21 +130,23 @@ async def _unless_gone(request, work, seconds):
         await asyncio.wait(tasks)
 
 
-async def _gather(answer: Answer, job: Job):
+async def _gather(answer: Answer, job: ResponseStream):
     """Add all that comes; True. What has been added stays so where this is cancelled."""
     async for event in job:
         answer.add(event)
     return True
 
 
-async def _chunks(answer: Answer, job: Job, first: Event | None, threads: Preprocessor, scope):
+async def _chunks(answer: Answer, job: ResponseStream, first: RequestOutput | None,
+                  threads: Preprocessor, scope):
     try:
         event = first or SILENCE
         while event:
             if event is SILENCE:
                 yield STREAM_PULSE
             else:
-                yield await threads.write(len(event.prompt), functools.partial(answer.chunk, event), answer)
+                yield await threads.write(len(event.prompt_logprobs), functools.partial(answer.chunk, event),
+                                          answer)
                 await asyncio.sleep(0)       # however much has come: others have their turn
             event = await _soon(anext(job, None))
         yield await threads.write(answer.places_at_end, answer.last, answer)
@@ -152,7 +155,7 @@ async def _chunks(answer: Answer, job: Job, first: Event | None, threads: Prepro
         yield answer.failed(why)
 
 
-async def _late(answer: Answer, job: Job, threads: Preprocessor, scope):
+async def _late(answer: Answer, job: ResponseStream, threads: Preprocessor, scope):
     """The object, and before it spaces for as long as it takes."""
     try:
         yield OBJECT_PULSE

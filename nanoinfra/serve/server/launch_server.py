@@ -9,8 +9,8 @@ import socket
 import sys
 
 from nanoinfra.distributed.cpu_threads import use_threads
-from nanoinfra.serve.options import EngineOptions, ServeOptions, check
-from nanoinfra.serve.processes.tp_group import Team
+from nanoinfra.serve.options import EngineOptions, ServeOptions, check_serve_options
+from nanoinfra.serve.processes.tp_group import TensorParallelGroup
 from nanoinfra.serve.server.http.api_keys import VARIABLE, read_keys
 from nanoinfra.serve.server.http.shutdown_signals import end_with_0
 
@@ -23,31 +23,32 @@ def main(options: ServeOptions, factory=None) -> int:
 
     Raises ValueError for flags that cannot be, a port that is taken, a model that cannot be loaded.
     """
-    check(options)
+    check_serve_options(options)
     keys = read_keys(options)                # before the ranks inherit the environment
     _check_extra()
-    from nanoinfra.serve.processes.engine_client import Worker
+    from nanoinfra.serve.processes.engine_client import EngineClient
     from nanoinfra.serve.server.app import build
     from nanoinfra.serve.server.http.access_control import Access, is_loopback_address
     from nanoinfra.serve.server.http.graceful_shutdown import Server
     from nanoinfra.serve.server.metrics import Counters
-    name, tp = options.name or options.engine.model, options.engine.tp
-    worker = Worker(factory or functools.partial(open_ranked, options.engine), Counters(name), tp)
+    name, tp = options.served_model_name or options.engine.model, options.engine.tp
+    worker = EngineClient(factory or functools.partial(open_ranked, options.engine), Counters(name), tp)
     with listen(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
         access = Access(keys, is_loopback_address(host), options.allow_origin, options.cache_salt_per_key)
         _say_where(name, host, port, access)
-        Server(build(worker, name, access), options.drain, _limits(options.engine)).run(sockets=[listener])
-    if worker.failed:
-        raise ValueError(worker.failed)
+        Server(build(worker, name, access), options.shutdown_timeout,
+               _limits(options.engine)).run(sockets=[listener])
+    if worker.load_error:
+        raise ValueError(worker.load_error)
     return 0
 
 
-def open_ranked(options: EngineOptions, team: Team):
+def open_ranked(options: EngineOptions, team: TensorParallelGroup):
     """The engine of one rank, in its own process."""
-    from nanoinfra.serve.engine.engine import open_engine
+    from nanoinfra.serve.engine.load_engine import load_engine
     use_threads(options.threads, options.tp)
-    engine = open_engine(options, team.mesh(options.tp))
+    engine = load_engine(options, team.init_tp_mesh(options.tp))
     if engine.text is None:
         raise ValueError(f"{options.model} holds no tokenizer.json to talk with it; copy the one it was "
                          "trained with into it")
@@ -77,7 +78,7 @@ def listen(host: str, port: int) -> socket.socket:
 def _limits(engine):
     """More connections than requests that the engine takes, so that who comes then is told so."""
     from nanoinfra.serve.server.http.connections import MOST_CONNECTIONS, limits_here
-    return limits_here(max(MOST_CONNECTIONS, 2 * (engine.seats + engine.queue)))
+    return limits_here(max(MOST_CONNECTIONS, 2 * (engine.max_num_seqs + engine.max_queued_requests)))
 
 
 def _say_where(name, host, port, access):

@@ -51,10 +51,10 @@ def check_chars(chars: int, context: int, max_chars_per_token: int) -> None:
 def check_memory(request: Request, info: dict) -> None:
     """Raise Refused for a prompt that the KV memory of the engine (`info`: Engine.info()) cannot hold."""
     room = info.get("blocks", 0) * info.get("block_size", 0)
-    if room and len(request.tokens) >= room:
-        raise Refused(400, f"a prompt of {len(request.tokens)} tokens and one more do not fit the KV memory, "
-                           f"which holds {room}; shorten it, or give the server more memory", "prompt",
-                      CONTEXT_LENGTH_EXCEEDED)
+    if room and len(request.prompt_token_ids) >= room:
+        raise Refused(400, f"a prompt of {len(request.prompt_token_ids)} tokens and one more do not fit the "
+                           f"KV memory, which holds {room}; shorten it, or give the server more memory",
+                      "prompt", CONTEXT_LENGTH_EXCEEDED)
 
 
 def check_choices(prompts: int, n: int) -> None:
@@ -99,9 +99,9 @@ def check_prompt_tokens(tokens: int, context: int) -> None:
 
 def answer_size(requests: Sequence[Request], echo: bool) -> tuple[int, int]:
     """(tokens, log-probabilities) that the answer to `requests` can come to."""
-    tokens = sum(r.n * (r.max_tokens + echo * len(r.tokens)) for r in requests)
+    tokens = sum(r.n * (r.max_tokens + echo * len(r.prompt_token_ids)) for r in requests)
     first = requests[0]
-    each = (1 + (first.logprobs or 0)) if first.echo or first.logprobs is not None else 0
+    each = (1 + (first.logprobs or 0)) if first.prompt_logprobs or first.logprobs is not None else 0
     return tokens, each * tokens
 
 

@@ -8,8 +8,8 @@ from time import monotonic
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from nanoinfra.serve.engine.requests import Event, Request
-from nanoinfra.serve.processes.engine_loop import Step
+from nanoinfra.serve.engine.requests import Request, RequestOutput
+from nanoinfra.serve.processes.engine_loop import EngineStepResult
 
 
 def _ladder(least: float, most: float) -> list[float]:
@@ -83,14 +83,14 @@ class Counters:
 
     def added(self, request: Request) -> None:
         """A request has come."""
-        self.courses[request.id] = Course(request, monotonic())
+        self.courses[request.request_id] = Course(request, monotonic())
 
     def dropped(self, request: str, why: str | None = None) -> None:
         """It was not answered: refused, lost, or with a reason to count it by, not wanted any more."""
         if self.courses.pop(request, None) and why:
             self.success.labels(self.model, why).inc()
 
-    def stepped(self, step: Step) -> None:
+    def stepped(self, step: EngineStepResult) -> None:
         """The engine has done a step."""
         now, stats = monotonic(), step.stats
         for name, total in self.totals.items():
@@ -105,13 +105,13 @@ class Counters:
         for each in stats["batch"]:
             course = self.courses.get(each["request"])
             if course and course.begun is None:
-                course.begun = now - step.seconds
-        for event in step.events:
-            if course := self.courses.get(event.request):
+                course.begun = now - step.step_seconds
+        for event in step.outputs:
+            if course := self.courses.get(event.request_id):
                 self._hear(course, event, now)
 
-    def _hear(self, course, event: Event, now):
-        if event.tokens:
+    def _hear(self, course, event: RequestOutput, now):
+        if event.token_ids:
             if course.first is None:
                 course.first = now
                 self._observe("time_to_first_token_seconds", now - course.arrived)
@@ -119,12 +119,12 @@ class Counters:
                 self._observe("inter_token_latency_seconds", now - before)
                 self._observe("time_per_output_token_seconds", now - before)
             course.newest[event.index] = now
-            course.made[event.index] = course.made.get(event.index, 0) + len(event.tokens)
-        if event.finish:
+            course.made[event.index] = course.made.get(event.index, 0) + len(event.token_ids)
+        if event.finish_reason:
             course.ended += 1
-            self.success.labels(self.model, event.finish).inc()
+            self.success.labels(self.model, event.finish_reason).inc()
             if course.ended == course.request.n:
-                self._finish(self.courses.pop(event.request), now)
+                self._finish(self.courses.pop(event.request_id), now)
 
     def _finish(self, course, now):
         request, made = course.request, list(course.made.values()) or [0]
@@ -136,7 +136,7 @@ class Counters:
                 "request_prefill_time_seconds": first - begun,
                 "request_decode_time_seconds": now - first,
                 "request_inference_time_seconds": now - begun,
-                "request_prompt_tokens": len(request.tokens),
+                "request_prompt_tokens": len(request.prompt_token_ids),
                 "request_generation_tokens": sum(made),
                 "request_max_num_generation_tokens": max(made),
                 "request_params_n": request.n,

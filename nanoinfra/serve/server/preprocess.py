@@ -11,7 +11,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 
-from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.openai.chat_templates import TemplateProcess
 from nanoinfra.serve.server.openai.completion_requests import Chat, Question, read, requests_of
@@ -44,7 +44,7 @@ class Preprocessor:
             self.waiting[kind] -= 1
 
     async def prepare(self, kind: type[Question], form: type[Answer], body: bytes, name: str, model: str,
-                      ready: Ready) -> Answer:
+                      ready: EngineReady) -> Answer:
         """The answer to `body`, still without a word; it knows the requests. Raises Refused."""
         large = len(body) > LARGE
         threads = "large" if large else "chats" if issubclass(kind, Chat) else "texts"
@@ -81,7 +81,7 @@ class Preprocessor:
             question = read(kind, body)
         if question.model not in (None, model):
             raise no_such_model(question.model, model)
-        return form(question, name, model, requests_of(question, name, ready, self._render), ready.text)
+        return form(question, name, model, requests_of(question, name, ready, self._render), ready.tokenizer)
 
     def _render(self, *chat):
         if not hasattr(self.mine, "child"):

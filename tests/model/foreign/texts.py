@@ -9,7 +9,7 @@ from functools import partial
 from transformers import AutoTokenizer, GenerationConfig
 
 from nanoinfra.model.weights.load import load
-from nanoinfra.serve.engine.detokenizer import Stream
+from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer
 from tests.model.foreign.judge import Case, Fault, ours, same
 from tests.model.foreign.kinds import KINDS, write_text
 from tests.model.foreign.models import raw, write_model
@@ -84,8 +84,8 @@ def _judge_ends(folder, text, other):
 
 def streamed(text, ids) -> str:
     """The text of `ids` shown token by token."""
-    stream = Stream(text)
-    return "".join([stream.push(token) for token in ids] + [stream.finish()])
+    stream = IncrementalDetokenizer(text)
+    return "".join([stream.push_token(token) for token in ids] + [stream.flush()])
 
 
 def _reads_there(folder):

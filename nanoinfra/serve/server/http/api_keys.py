@@ -81,4 +81,4 @@ def salt_of(key: str) -> str:
 
 def salted(requests: Sequence[Request], salt: str) -> list[Request]:
     """The requests, whose own salts hold within `salt`: of one length, so nobody can name another's."""
-    return [replace(request, salt=salt + request.salt) for request in requests]
+    return [replace(request, cache_salt=salt + request.cache_salt) for request in requests]

@@ -48,12 +48,12 @@ class Server(uvicorn.Server):
         """Ten times a second: is it over? Also says how the engine stands, when that changes."""
         if self.worker.state != self.said and self.worker.state != "failed":
             self.said = self.worker.state
-            print("nanoinfra:", visible(self.worker.why) or "ready", file=sys.stderr, flush=True)
+            print("nanoinfra:", visible(self.worker.state_reason) or "ready", file=sys.stderr, flush=True)
         if counter % 10 == 0:
             for connection in list(self.server_state.connections):
                 connection.check(monotonic())
-        over = self.state.draining and not self.worker.jobs
-        if over or self.worker.failed or monotonic() > self.deadline:
+        over = self.state.draining and not self.worker.streams
+        if over or self.worker.load_error or monotonic() > self.deadline:
             self.worker.stop()               # who still waits for an answer gets an error now
             self.should_exit = True
         return await super().on_tick(counter)

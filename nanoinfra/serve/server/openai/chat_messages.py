@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import from_json
 
 from nanoinfra.model.tokenizer import Text
-from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server import limits
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.openai import request_fields
@@ -49,15 +49,16 @@ class Message(Lenient):
 LEFT_OUT = ("function_call", "audio", "prefix")
 
 
-def render_prompt(messages: list[Message], tools: list[dict] | None, ready: Ready, render: Render) -> str:
+def render_prompt(messages: list[Message], tools: list[dict] | None, ready: EngineReady,
+                  render: Render) -> str:
     """The prompt that the model's template makes. Raises Refused for what it does not take, or not show."""
     turns = [message.for_template() for message in messages]
     size = sum(len(turn["role"]) + len(turn.get("content", "")) for turn in turns)
     size += sum(_size(turn["tool_calls"]) for turn in turns if "tool_calls" in turn)
-    limits.check_chars(size + _size(tools), ready.info["context"], ready.text.max_chars_per_token)
+    limits.check_chars(size + _size(tools), ready.info["context"], ready.tokenizer.max_chars_per_token)
 
     def rendered(turns, tools):
-        return render(ready.template, turns, ready.text, tools)
+        return render(ready.chat_template, turns, ready.tokenizer, tools)
     try:
         prompt = rendered(turns, tools)
     except Exception as error:               # a template is a program: these messages have made it fail

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from io import StringIO
 
-from nanoinfra.serve.engine.requests import Event, Logprob
+from nanoinfra.serve.engine.requests import Logprob, RequestOutput
 
 
 class FlatLogprobs:
@@ -21,7 +21,7 @@ class FlatLogprobs:
     def extend(self, logprobs: Iterable[Logprob]) -> None:
         """Add them at the end."""
         for each in logprobs:
-            for token, value in ((each.token, each.logprob), *each.top):
+            for token, value in ((each.token, each.logprob), *each.top_logprobs):
                 self.tokens.append(token)
                 self.values.append(value)
             self.ends.append(len(self.tokens))
@@ -40,17 +40,18 @@ class FlatLogprobs:
 @dataclass
 class Choice:
     """One continuation, as it grows."""
-    first: Event
+    first: RequestOutput
     finish: str | None = None
     text: StringIO = field(default_factory=StringIO)
     logprobs: FlatLogprobs = field(default_factory=FlatLogprobs)
 
-    def add(self, event: Event) -> None:
+    def add(self, event: RequestOutput) -> None:
         """The next of its events."""
         self.text.write(event.text)
         self.logprobs.extend(event.logprobs)
-        self.finish = event.finish
+        self.finish = event.finish_reason
 
-    def event(self) -> Event:
+    def event(self) -> RequestOutput:
         """All of them as one."""
-        return replace(self.first, text=self.text.getvalue(), logprobs=self.logprobs, finish=self.finish)
+        return replace(self.first, text=self.text.getvalue(), logprobs=self.logprobs,
+                       finish_reason=self.finish)

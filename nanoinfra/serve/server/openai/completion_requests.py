@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, FailFast, Field, ValidationError
 
 from nanoinfra.model.tokenizer import Text, render_chat
-from nanoinfra.serve.engine.requests import Request, Sampling, Unanswerable, check
-from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.engine.requests import InvalidRequest, Request, SamplingParams, check_request
+from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server import limits
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.openai import request_fields
@@ -66,7 +66,7 @@ class Question(Unsupported):
     def _request(self, name, tokens, max_tokens, logprobs, text: Text, echo=False) -> Request:
         if "" in self.stop:
             raise Refused(400, "a stop string is empty; leave it out", "stop")
-        sampling = Sampling(self.temperature, max(0, self.top_k), self.top_p, self.min_p,
+        sampling = SamplingParams(self.temperature, max(0, self.top_k), self.top_p, self.min_p,
                             self.presence_penalty, self.frequency_penalty, self.repetition_penalty,
                             self.logit_bias, None if self.seed == -1 else self.seed)
         return Request(name, tokens, sampling, max_tokens, self.n, tuple(self.stop), self.ignore_eos,
@@ -94,7 +94,7 @@ class Completion(Question):
     tool_choice: unsupported(*request_fields.CALLS, why=ONLY_CHATS) = None
     function_call: unsupported(*request_fields.CALLS, why=ONLY_CHATS) = None
 
-    def requests(self, name: str, ready: Ready, render: Render) -> list[Request]:
+    def requests(self, name: str, ready: EngineReady, render: Render) -> list[Request]:
         """One for each prompt."""
         limits.check_choices(len(self.prompt), self.n)
         context = ready.info["context"]
@@ -102,11 +102,11 @@ class Completion(Question):
         scored = self.echo and (self.logprobs is not None or most == 0)
         made, size = [], 0
         for i, given in enumerate(self.prompt):
-            tokens = given if isinstance(given, list) else limits.encode(given, ready.text, context,
+            tokens = given if isinstance(given, list) else limits.encode(given, ready.tokenizer, context,
                                                                          self.add_special_tokens)
             size += len(tokens)
             limits.check_prompt_tokens(size, context)
-            made.append(self._request(f"{name}-{i}", tokens, most, self.logprobs, ready.text, scored))
+            made.append(self._request(f"{name}-{i}", tokens, most, self.logprobs, ready.tokenizer, scored))
         return made
 
 
@@ -123,19 +123,19 @@ class Chat(Question):
     echo: unsupported(False) = False
     add_special_tokens: unsupported(False) = False
 
-    def requests(self, name: str, ready: Ready, render: Render) -> list[Request]:
+    def requests(self, name: str, ready: EngineReady, render: Render) -> list[Request]:
         """One, of all messages in the model's template; by default it may fill the model's context."""
-        if ready.template is None:
+        if ready.chat_template is None:
             raise Refused(400, "this model has no chat template; use /v1/completions")
         if self.top_logprobs and not self.logprobs:
             raise Refused(400, "top_logprobs needs logprobs: true", "top_logprobs")
         limits.check_choices(1, self.n)
         context, logprobs = ready.info["context"], (self.top_logprobs or 0) if self.logprobs else None
         prompt = render_prompt(self.messages, self._offered(), ready, render)
-        tokens, most = limits.encode(prompt, ready.text, context, begin=False), self.most
+        tokens, most = limits.encode(prompt, ready.tokenizer, context, begin=False), self.most
         if most is None:
             most = max(1, min(context - len(tokens), limits.most_tokens(context, self.n, logprobs)))
-        return [self._request(name, tokens, most, logprobs, ready.text)]
+        return [self._request(name, tokens, most, logprobs, ready.tokenizer)]
 
     def _offered(self) -> list[dict] | None:
         """Tools that the model is shown: none where it may call none."""
@@ -157,7 +157,8 @@ def read(kind: type[Question], body: bytes) -> Question:
         raise Refused(400, f"{where}: {says}{also}" if where else says + also, where or None) from None
 
 
-def requests_of(question: Question, name: str, ready: Ready, render: Render = render_chat) -> list[Request]:
+def requests_of(question: Question, name: str, ready: EngineReady,
+                render: Render = render_chat) -> list[Request]:
     """What the engine is asked. Raises Refused for what no engine with this model could answer.
 
     `render(template, messages, text, tools)` makes a prompt of a chat.
@@ -165,11 +166,11 @@ def requests_of(question: Question, name: str, ready: Ready, render: Render = re
     try:
         requests = question.requests(name, ready, render)
         for request in requests:
-            check(request, ready.info["context"], ready.info["vocab"])
+            check_request(request, ready.info["context"], ready.info["vocab"])
             limits.check_memory(request, ready.info)
         limits.check_answer(requests, getattr(question, "echo", False), ready.info["context"])
         return requests
-    except Unanswerable as why:
+    except InvalidRequest as why:
         raise Refused(400, str(why), question.to_blame(why.param), why.code) from None
     except Refused as why:
         raise Refused(why.status, str(why), question.to_blame(why.param), why.code) from why.__cause__

@@ -10,8 +10,8 @@ from io import StringIO
 from math import isfinite
 
 from nanoinfra.model.tokenizer import Text
-from nanoinfra.serve.engine.requests import Event, Logprob, Request
-from nanoinfra.serve.engine.token_text import Offsets, Spelling
+from nanoinfra.serve.engine.requests import Logprob, Request, RequestOutput
+from nanoinfra.serve.engine.token_text import SingleTokenDecoder, TextOffsets
 from nanoinfra.serve.server import limits
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.openai.choice import Choice
@@ -42,20 +42,20 @@ class Answer:
     places_at_end = 0                        # tokens that `last` writes
 
     def __init__(self, question: Question, name: str, model: str, requests: Sequence[Request], text: Text):
-        self.question, self.text, self.spelling = question, text, Spelling(text)
+        self.question, self.text, self.spelling = question, text, SingleTokenDecoder(text)
         self.head = {"id": name, "created": int(time.time()), "model": model}
-        self.first = {request.id: i * question.n for i, request in enumerate(requests)}
-        self.requests = {request.id: request for request in requests}
-        self.given = sum(len(request.tokens) for request in requests)
+        self.first = {request.request_id: i * question.n for i, request in enumerate(requests)}
+        self.requests = {request.request_id: request for request in requests}
+        self.given = sum(len(request.prompt_token_ids) for request in requests)
         self.made, self.cached, self.begun, self.choices = 0, {}, set(), {}
 
-    def chunk(self, event: Event) -> bytes:
+    def chunk(self, event: RequestOutput) -> bytes:
         """What a stream says of an event; nothing where there is no news."""
         self._count(event)
-        if not (event.text or event.logprobs or event.finish or self._echoes(event)):
+        if not (event.text or event.logprobs or event.finish_reason or self._echoes(event)):
             return b""
         chunk = self._chunk([self._piece(event)], self.question.stream_options.continuous_usage_stats)
-        return b"data: " + written(chunk) + b"\n\n" if event.prompt else sent(chunk)
+        return b"data: " + written(chunk) + b"\n\n" if event.prompt_logprobs else sent(chunk)
 
     def last(self) -> bytes:
         """The end of a stream."""
@@ -65,15 +65,15 @@ class Answer:
         """The end of a stream that cannot go on."""
         return sent(why.body()) + DONE
 
-    def add(self, event: Event) -> None:
+    def add(self, event: RequestOutput) -> None:
         """News for the object."""
         self._count(event)
-        place = event.request, event.index
+        place = event.request_id, event.index
         if place not in self.choices:
             self.choices[place] = Choice(event)
         self.choices[place].add(event)
 
-    def object(self, events: Sequence[Event] = ()) -> dict:
+    def object(self, events: Sequence[RequestOutput] = ()) -> dict:
         """All that was added, and `events`, at once."""
         for event in events:
             self.add(event)
@@ -88,7 +88,7 @@ class Answer:
     @property
     def places(self) -> int:
         """Tokens in the object, those of prompts that were scored too, and its choices."""
-        return self.made + sum(1 + len(choice.first.prompt) for choice in self.choices.values())
+        return self.made + sum(1 + len(choice.first.prompt_logprobs) for choice in self.choices.values())
 
     def is_long(self, places: int) -> bool:
         """Would others wait too long while so many tokens are written, with their log-probabilities?"""
@@ -102,8 +102,9 @@ class Answer:
         return chunk
 
     def _count(self, event):
-        self.made += len(event.tokens)
-        self.cached.setdefault(event.request, min(event.cached, len(self.requests[event.request].tokens)))
+        self.made += len(event.token_ids)
+        self.cached.setdefault(event.request_id, min(event.num_cached_tokens,
+                                                     len(self.requests[event.request_id].prompt_token_ids)))
 
     def _usage(self):
         return {"prompt_tokens": self.given, "completion_tokens": self.made,
@@ -117,7 +118,7 @@ class Answer:
         return new
 
     def _place(self, event):
-        return self.first[event.request] + event.index
+        return self.first[event.request_id] + event.index
 
 
 class CompletionAnswer(Answer):
@@ -137,32 +138,32 @@ class CompletionAnswer(Answer):
     def _piece(self, event):
         text = event.text
         if self._begins(event) and self.question.echo:
-            text = self.prompts[self.first[event.request] // self.question.n] + text
+            text = self.prompts[self.first[event.request_id] // self.question.n] + text
         return {"index": self._place(event), "text": text, "logprobs": self._logprobs(event),
-                "finish_reason": event.finish}
+                "finish_reason": event.finish_reason}
 
     _choice = _piece
 
     def _logprobs(self, event):
         if self.question.logprobs is None:
             return None
-        every, place = [*event.prompt, *event.logprobs], self._place(event)
+        every, place = [*event.prompt_logprobs, *event.logprobs], self._place(event)
         if place not in self.offsets:
             echoed = self.prompts[place // self.question.n] if self.question.echo else ""
-            self.offsets[place] = Offsets(self.spelling, len(echoed))
+            self.offsets[place] = TextOffsets(self.spelling, len(echoed))
         offsets = self.offsets[place]
-        return {"tokens": [self.spelling.token(each.token) for each in every],
+        return {"tokens": [self.spelling.token_text(each.token) for each in every],
                 "token_logprobs": [_finite(each.logprob) for each in every],
                 "top_logprobs": [self._top(each) for each in every],
-                "text_offset": offsets.of_prompt([each.token for each in event.prompt])
-                + [offsets.next(each.token) for each in event.logprobs]}
+                "text_offset": offsets.prompt_offsets([each.token for each in event.prompt_logprobs])
+                + [offsets.next_offset(each.token) for each in event.logprobs]}
 
     def _top(self, each: Logprob):
         if each.logprob is None:
             return None
         likely = {}                          # two tokens may be spelled alike: the likelier stays
-        for token, logprob in [*each.top, (each.token, each.logprob)]:
-            likely.setdefault(self.spelling.token(token), _finite(logprob))
+        for token, logprob in [*each.top_logprobs, (each.token, each.logprob)]:
+            likely.setdefault(self.spelling.token_text(token), _finite(logprob))
         return likely
 
 
@@ -176,22 +177,22 @@ class ChatAnswer(Answer):
     def _piece(self, event):
         role = {"role": "assistant"} if self._begins(event) else {}
         return {"index": event.index, "delta": {**role, "content": event.text},
-                "logprobs": self._logprobs(event), "finish_reason": event.finish}
+                "logprobs": self._logprobs(event), "finish_reason": event.finish_reason}
 
     def _choice(self, event):
         return {"index": event.index, "message": {"role": "assistant", "content": event.text},
-                "logprobs": self._logprobs(event), "finish_reason": event.finish}
+                "logprobs": self._logprobs(event), "finish_reason": event.finish_reason}
 
     def _logprobs(self, event):
         if not self.question.logprobs:
             return None
         return {"content": [{**self._say(each.token, each.logprob),
-                             "top_logprobs": [self._say(*pair) for pair in each.top]}
+                             "top_logprobs": [self._say(*pair) for pair in each.top_logprobs]}
                             for each in event.logprobs]}
 
     def _say(self, token, logprob):
-        return {"token": self.spelling.token(token), "logprob": _finite(logprob),
-                "bytes": list(self.spelling.bytes(token))}               # also of a part of a character
+        return {"token": self.spelling.token_text(token), "logprob": _finite(logprob),
+                "bytes": list(self.spelling.token_bytes(token))}               # also of a part of a character
 
 
 def _finite(logprob):

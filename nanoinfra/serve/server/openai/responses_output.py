@@ -6,7 +6,7 @@ with its part, its message and the response.
 import time
 from collections.abc import Sequence
 
-from nanoinfra.serve.engine.requests import Event
+from nanoinfra.serve.engine.requests import RequestOutput
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.openai.completion_responses import ChatAnswer, written
 from nanoinfra.serve.server.openai.responses_requests import ResponsesRequest
@@ -26,15 +26,15 @@ class ResponsesAnswer(ChatAnswer):
         self.echoed = question.echoed_fields()
         self.echoes_much = len(written(self.echoed)) > MOST_ECHOED
 
-    def object(self, events: Sequence[Event] = ()) -> dict:
+    def object(self, events: Sequence[RequestOutput] = ()) -> dict:
         """All that was added, and `events`, at once."""
         for event in events:
             self.add(event)
         said = self._said()
-        status = STATUS[said.finish]
+        status = STATUS[said.finish_reason]
         return self._response(status, [self._message(status, self._part(said))], self._usage())
 
-    def chunk(self, event: Event) -> bytes:
+    def chunk(self, event: RequestOutput) -> bytes:
         """What a stream says of an event."""
         self.add(event)
         opening = self._opening() if self.count == 0 else b""
@@ -74,7 +74,7 @@ class ResponsesAnswer(ChatAnswer):
             self._event("response.created", response=begun),
             self._event("response.in_progress", response=begun),
             self._event("response.output_item.added", output_index=0, item=self._message("in_progress")),
-            self._in_part("response.content_part.added", part=self._part(Event("")))))
+            self._in_part("response.content_part.added", part=self._part(RequestOutput("")))))
 
     def _in_part(self, kind, **fields):
         return self._event(kind, item_id=self.item, output_index=0, content_index=0, **fields)

@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-from nanoinfra.serve.engine.detokenizer import Writer
+from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.engine.requests import Request, Sampling
-from nanoinfra.serve.engine.sampler import without
+from nanoinfra.serve.engine.requests import Request, SamplingParams
+from nanoinfra.serve.engine.sampler import mask_out_tokens
 from tests.serve.letters import letters
 from tests.serve.test_engine import GREEDY, alone, prompt, tiny
 
@@ -15,13 +15,13 @@ WANT = alone(MODEL, TOKENS, 12)
 
 def said(sampling=GREEDY, ends=(), n=12, **more):
     """(tokens, text, why it ended) of one request."""
-    engine = Engine(MODEL, letters(ends=ends), blocks=10, size=4)
-    engine.add(Request("r", TOKENS, sampling, max_tokens=n, **more))
+    engine = Engine(MODEL, letters(ends=ends), num_blocks=10, block_size=4)
+    engine.add_request(Request("r", TOKENS, sampling, max_tokens=n, **more))
     events = []
-    while engine.busy:
+    while engine.has_unfinished_requests:
         events += engine.step()
-    tokens = [token for event in events for token in event.tokens]
-    return tokens, "".join(event.text for event in events), events[-1].finish
+    tokens = [token for event in events for token in event.token_ids]
+    return tokens, "".join(event.text for event in events), events[-1].finish_reason
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def test_nothing_that_ends_comes_before_so_many_tokens(more):
 
 
 def test_what_must_come_is_drawn_too_and_reported_as_the_model_has_it():
-    how = Sampling(temperature=0.7, seed=3, bias={WANT[0]: 100.0})
+    how = SamplingParams(temperature=0.7, seed=3, logit_bias={WANT[0]: 100.0})
     tokens, _, finish = said(how, ends={WANT[0]}, min_tokens=4)
     assert WANT[0] not in tokens[:4] and (tokens[4], finish) == (WANT[0], "stop")
     for n in (1, 5):
@@ -69,28 +69,28 @@ def test_a_stop_string_ends_nothing_before_so_many_tokens():
 
 
 def test_a_stop_string_that_begins_before_and_ends_after_is_not_shown():
-    writer = Writer(letters(first=0, n=128), ("ab", "xy"))
-    writer.passes = True
-    shown = "".join(writer.push(ord(letter)) for letter in "1ab2xyxya")
+    writer = StopStringDetokenizer(letters(first=0, n=128), ("ab", "xy"))
+    writer.ignore_stop_strings = True
+    shown = "".join(writer.push_token(ord(letter)) for letter in "1ab2xyxya")
     assert shown == "1ab2xyxy" and not writer.stopped and writer.held == "a"
-    writer.passes = False
-    assert writer.push(ord("b")) == "" and writer.stopped
+    writer.ignore_stop_strings = False
+    assert writer.push_token(ord("b")) == "" and writer.stopped
 
 
 def test_where_the_pool_is_the_limit_nothing_that_was_held_is_lost():
     text = letters().decode(WANT)
-    engine = Engine(MODEL, letters(), blocks=2, size=4)
-    engine.add(Request("r", TOKENS, GREEDY, max_tokens=12, stop=(text[2:4] + "no",)))
+    engine = Engine(MODEL, letters(), num_blocks=2, block_size=4)
+    engine.add_request(Request("r", TOKENS, GREEDY, max_tokens=12, stop=(text[2:4] + "no",)))
     shown, finish = "", None
-    while engine.busy:
+    while engine.has_unfinished_requests:
         for event in engine.step():
-            shown, finish = shown + event.text, event.finish
+            shown, finish = shown + event.text, event.finish_reason
     assert (shown, finish) == (text[:4], "length")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_tokens_that_may_not_come_are_the_least_likely(dtype):
     logits = torch.tensor([3.0, 2.0, 1.0], dtype=dtype)
-    assert without(logits, []) is logits
-    got = without(logits, [0, 2])
+    assert mask_out_tokens(logits, []) is logits
+    got = mask_out_tokens(logits, [0, 2])
     assert got.isfinite().all() and got.argmax() == 1 and logits[0] == 3

@@ -11,7 +11,7 @@ from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.processes import engine_client, engine_processes
-from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.metrics import Counters
 from tests.serve.fake import fake, text
@@ -24,27 +24,27 @@ class Paper:
     """A life on paper: it writes down what it is told."""
 
     def __init__(self, factory=None, world=1, served=True):
-        self.sent, self.killed, self.ready, self.served = [], 0, True, served
+        self.sent, self.killed, self.loaded, self.has_stepped = [], 0, True, served
 
-    def send(self, command):
+    def send_command(self, command):
         self.sent.append(command)
 
-    def kill(self, why=""):
+    def kill_all(self, why=""):
         self.killed += 1
 
-    def hear(self):
-        raise engine_processes.Dead("it died")
+    def receive_messages(self):
+        raise engine_processes.ProcessDied("it died")
 
-    def end(self):
+    def kill_and_wait(self):
         pass
 
 
 def books(act):
     """What `act` finds in a Worker that is ready, in its event loop."""
     async def run():
-        one = engine_client.Worker(fake, Counters("fake"), hung=3600.0)
+        one = engine_client.EngineClient(fake, Counters("fake"), hang_timeout=3600.0)
         one.loop = asyncio.get_running_loop()
-        one._on(Paper(), Ready({"blocks": 1, "block_size": 1}, text(), None, (BOUND, 1 << 20)))
+        one._on_message(Paper(), EngineReady({"blocks": 1, "block_size": 1}, text(), None, (BOUND, 1 << 20)))
         one._tick()
         try:
             return act(one)
@@ -57,10 +57,10 @@ def books(act):
 def _(subject):
     def hammer(one):
         for i in range(10 * BOUND):
-            one.submit([Request(f"r{i}", [1])]).close()
+            one.submit_requests([Request(f"r{i}", [1])]).close()
         with contextlib.suppress(Refused):
-            one.reset()
-        return len(one.life.sent)
+            one.reset_prefix_cache()
+        return len(one.processes.sent)
     if (got := subject(hammer)) > 2 * BOUND:
         raise Wrong(f"{got} commands wait, want {BOUND}, and an abort of each")
 
@@ -68,15 +68,15 @@ def _(subject):
 @waiting.criterion("an engine hangs that is silent and has work", "property")
 def _(subject):
     def still(one, work):
-        for _ in range(3 * engine_client.TICKS):
+        for _ in range(3 * engine_client._SILENT_TICKS_UNTIL_HUNG):
             one._tick()
-        idle = one.life.killed
+        idle = one.processes.killed
         setattr(one, work, {"a": 0})
-        for _ in range(engine_client.TICKS + 1):
+        for _ in range(engine_client._SILENT_TICKS_UNTIL_HUNG + 1):
             one._tick()
         setattr(one, work, {})
-        return idle, one.life.killed
-    for work in ("jobs", "untaken"):
+        return idle, one.processes.killed
+    for work in ("streams", "untaken_tokens"):
         if (got := subject(functools.partial(still, work=work))) != (0, 1):
             raise Wrong(f"{work}: ended {got} times, idle and with work; want (0, 1)")
 
@@ -85,8 +85,8 @@ def _(subject):
 def _(subject):
     def stop(one):
         one.stop()
-        one._lost("failed", "rank 0 was killed by SIGKILL")
-        return one.state, one.failed
+        one._on_engine_lost("failed", "rank 0 was killed by SIGKILL")
+        return one.state, one.load_error
     if (got := subject(stop)) != ("stopped", ""):
         raise Wrong(f"it is {got[0]}, failed by {got[1]!r}; want stopped, by nothing")
 
@@ -96,40 +96,40 @@ def _(subject):
     for served, want in ((True, [0.0] * 12), (False, [0, .1, .3, .7, 1.5, 3.1] + [5.0] * 6)):
         def keep(one, served=served):
             pauses = []
-            one.ended.wait = lambda pause: pauses.append(round(pause, 2)) or len(pauses) == 12
-            with mock.patch.object(engine_client, "Life", functools.partial(Paper, served=served)):
-                one._keep()
+            one.stop_requested.wait = lambda pause: pauses.append(round(pause, 2)) or len(pauses) == 12
+            with mock.patch.object(engine_client, "EngineProcesses", functools.partial(Paper, served=served)):
+                one._keep_running()
             return pauses
         if (got := subject(keep)) != want:
             raise Wrong(f"lives that served {served}: pauses {got}, want {want}")
 
 
-class AlwaysHasRoom(engine_client.Worker):
+class AlwaysHasRoom(engine_client.EngineClient):
     def _has_room(self, tokens):
         return True
 
 
-class CountsIdleTime(engine_client.Worker):
+class CountsIdleTime(engine_client.EngineClient):
     def _tick(self):
-        silent = self.silent
+        silent = self.silent_ticks
         super()._tick()
-        self.silent = silent + 1
+        self.silent_ticks = silent + 1
 
 
-class SeesOpenAnswersAlone(engine_client.Worker):   # whoever gives up takes the evidence along
+class SeesOpenAnswersAlone(engine_client.EngineClient):   # whoever gives up takes the evidence along
     def _tick(self):
         super()._tick()
-        self.silent *= bool(self.jobs)
+        self.silent_ticks *= bool(self.streams)
 
 
-class TakesItsOwnKillForADeath(engine_client.Worker):
-    def _lost(self, state, why):
-        self.failed = why if state == "failed" else self.failed
-        super()._lost(state, why)
+class TakesItsOwnKillForADeath(engine_client.EngineClient):
+    def _on_engine_lost(self, state, why):
+        self.load_error = why if state == "failed" else self.load_error
+        super()._on_engine_lost(state, why)
 
 
 BOUNDED, HANGS, ASKED, PAUSES = (criterion.name for criterion in waiting.criteria)
-WORKER = "nanoinfra.serve.processes.engine_client:Worker"
+WORKER = "nanoinfra.serve.processes.engine_client:EngineClient"
 MUTANTS = [
     Mutant("whatever comes waits", waiting, patched(books, WORKER, AlwaysHasRoom), BOUNDED),
     Mutant("an idle engine hangs", waiting, patched(books, WORKER, CountsIdleTime), HANGS),
@@ -137,6 +137,6 @@ MUTANTS = [
            patched(books, WORKER, SeesOpenAnswersAlone), HANGS),
     Mutant("a rank that the server has ended is a failure", waiting,
            patched(books, WORKER, TakesItsOwnKillForADeath), ASKED),
-    Mutant("pauses of up to 30 s", waiting, patched(books, "nanoinfra.serve.processes.engine_client:PAUSE",
-                                                    30.0), PAUSES),
+    Mutant("pauses of up to 30 s", waiting, patched(
+        books, "nanoinfra.serve.processes.engine_client:_MAX_RESTART_DELAY_SECONDS", 30.0), PAUSES),
 ]

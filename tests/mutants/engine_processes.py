@@ -55,14 +55,14 @@ def until(true, seconds=PATIENCE):
 @leaving.criterion("a signal to all is the API's", "property")
 def _(subject):
     def interrupt():
-        one = engine_processes.Life(fake, 1)
+        one = engine_processes.EngineProcesses(fake, 1)
         try:
             one.processes[0].send_signal(signal.SIGTERM)     # it has just begun
-            return type(one.hear()[0]).__name__
-        except engine_processes.Dead as dead:
+            return type(one.receive_messages()[0]).__name__
+        except engine_processes.ProcessDied as dead:
             return str(dead)
         finally:
-            one.end()
+            one.kill_and_wait()
     if (got := subject(interrupt)) != "Ready":
         raise Wrong(f"a rank that gets SIGTERM while it starts: {got}")
 
@@ -70,9 +70,11 @@ def _(subject):
 @leaving.criterion("a rank ends whose parent has died before it could ask", "property")
 def _(subject):
     def orphan():
-        code = ("import functools, os, signal\nfrom nanoinfra.serve import life\n"
-                f"from tests.serve.fake import fake\nlife.START = {engine_processes.START!r}\n"
-                "one = life.Life(functools.partial(fake, load=600), 1)\n"
+        code = ("import functools, os, signal\n"
+                "from nanoinfra.serve.processes import engine_processes as life\n"
+                "from tests.serve.fake import fake\n"
+                f"life._RANK_PROGRAM = {engine_processes._RANK_PROGRAM!r}\n"
+                "one = life.EngineProcesses(functools.partial(fake, load=600), 1)\n"
                 "print(one.processes[0].pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)")
         with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as parent:
             pid = int(parent.stdout.readline())              # its end would be the orphan's
@@ -86,10 +88,10 @@ def _(subject):
 @leaving.criterion("what a rank has started ends with it", "property")
 def _(subject):
     def compile():
-        one = engine_processes.Life(compiling, 1)
+        one = engine_processes.EngineProcesses(compiling, 1)
         until(lambda: children(one.processes[0].pid))
         [program] = children(one.processes[0].pid)
-        one.end()
+        one.kill_and_wait()
         if left := not until(lambda: not alive(program), 2.0):
             os.kill(program, signal.SIGKILL)
         return left
@@ -102,11 +104,11 @@ def started(then):
     facts, kept = {}, []
 
     async def run():
-        kept.append(one := engine_client.Worker(LONG, Counters("fake")))
+        kept.append(one := engine_client.EngineClient(LONG, Counters("fake")))
         one.start()
         while one.state == "loading":
             await asyncio.sleep(0.01)
-        facts["pid"] = one.life.processes[0].pid
+        facts["pid"] = one.processes.processes[0].pid
         then(one, facts)
         one.stop()
         facts["stopped"] = True
@@ -118,7 +120,7 @@ def started(then):
     facts["in time"] = until(lambda: "stopped" in facts, 3.0)
     facts["left"] = not until(lambda: not alive(facts["pid"]), 3.0)
     with contextlib.redirect_stderr(io.StringIO()):
-        for process in kept[0].newest.processes:             # a mutant may wait for its end
+        for process in kept[0].newest_processes.processes:             # a mutant may wait for its end
             process.kill()
         thread.join(PATIENCE)
     return facts
@@ -129,7 +131,7 @@ def _(subject):
     def ask(one, facts):
         os.kill(facts["pid"], signal.SIGSTOP)
         for i in range(9):
-            one.submit([Request(f"r{i}", [7] * 100_000)])
+            one.submit_requests([Request(f"r{i}", [7] * 100_000)])
     if not subject(functools.partial(started, ask))["in time"]:
         raise Wrong("900,000 tokens for an engine that is stopped: whoever asks waits for the pipe")
 
@@ -137,9 +139,9 @@ def _(subject):
 @leaving.criterion("an end leaves nothing, and is not waited for in the event loop", "property")
 def _(subject):
     def nothing(one, facts):
-        end = engine_processes.Life.end
-        slow.enter_context(mock.patch.object(engine_processes.Life, "end", lambda one: (time.sleep(4),
-                                                                                        end(one))))
+        end = engine_processes.EngineProcesses.kill_and_wait
+        slow.enter_context(mock.patch.object(engine_processes.EngineProcesses, "kill_and_wait",
+                                             lambda one: (time.sleep(4), end(one))))
     with contextlib.ExitStack() as slow:
         facts = subject(functools.partial(started, nothing))
     if facts["left"]:
@@ -148,42 +150,43 @@ def _(subject):
         raise Wrong("the event loop waits until a process is no more")
 
 
-class WaitsForTheKeeper(engine_client.Worker):
+class WaitsForTheKeeper(engine_client.EngineClient):
     def stop(self):
         super().stop()
         self.keeper.join()
 
 
-class SendsItself(engine_processes.Life):
-    def send(self, command):
+class SendsItself(engine_processes.EngineProcesses):
+    def send_command(self, command):
         with contextlib.suppress(OSError):
             self.pipes[0].send(command)
 
 
-class KillsRanksAlone(engine_processes.Life):
-    def kill(self, why=""):
+class KillsRanksAlone(engine_processes.EngineProcesses):
+    def kill_all(self, why=""):
         for process in self.processes:
             process.kill()
 
 
-class KillsNobody(engine_processes.Life):
-    def kill(self, why=""):
+class KillsNobody(engine_processes.EngineProcesses):
+    def kill_all(self, why=""):
         pass
 
 
-ASKS_NOBODY = ("from nanoinfra.serve import loop; ask = loop.end_with_parent\n"
+ASKS_NOBODY = ("from nanoinfra.serve.processes import engine_loop as loop; ask = loop.end_with_parent\n"
                "loop.end_with_parent = lambda parent: ask()\nloop.main()")
 YOUNG, ORPHAN, CHILD, STOPPED, NOTHING = (criterion.name for criterion in leaving.criteria)
-WORKER, LIFE = "nanoinfra.serve.processes.engine_client:Worker",
-"nanoinfra.serve.processes.engine_client:Life"
+WORKER = "nanoinfra.serve.processes.engine_client:EngineClient"
+LIFE = "nanoinfra.serve.processes.engine_client:EngineProcesses"
 MUTANTS = [
     Mutant("Ctrl-C ends a young rank", leaving,
-           patched(ranks, "nanoinfra.serve.processes.engine_processes:blocked",
+           patched(ranks, "nanoinfra.serve.processes.engine_processes:block_signals",
                    lambda signals: contextlib.nullcontext()), YOUNG),
     Mutant("a rank asks too late who its parent is", leaving,
-           patched(ranks, "nanoinfra.serve.processes.engine_processes:START", ASKS_NOBODY), ORPHAN),
+           patched(ranks, "nanoinfra.serve.processes.engine_processes:_RANK_PROGRAM", ASKS_NOBODY), ORPHAN),
     Mutant("a compiler goes on", leaving,
-           patched(ranks, "nanoinfra.serve.processes.engine_processes:Life", KillsRanksAlone), CHILD),
+           patched(ranks, "nanoinfra.serve.processes.engine_processes:EngineProcesses", KillsRanksAlone),
+           CHILD),
     Mutant("the event loop writes to the pipe", leaving, patched(ranks, LIFE, SendsItself), STOPPED),
     Mutant("ranks are not killed", leaving, patched(ranks, LIFE, KillsNobody), NOTHING),
     Mutant("the event loop waits for the end of ranks", leaving,

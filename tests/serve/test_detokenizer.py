@@ -10,7 +10,12 @@ from tokenizers import decoders, models
 from nanoinfra.data.train_tokenizer import Tokenizer
 from nanoinfra.model.tokenizer import CLEAN_UP, Text
 from nanoinfra.model.weights.hugging_face.tokenizer_files import open_text
-from nanoinfra.serve.engine.detokenizer import LONGEST, Replacer, Stream, Writer
+from nanoinfra.serve.engine.detokenizer import (
+    MAX_TOKENS_PER_CHARACTER,
+    IncrementalDetokenizer,
+    StopStringDetokenizer,
+    StreamingReplacer,
+)
 from tests.model.tokenizer_kinds import BYTES as HEX
 from tests.model.tokenizer_kinds import KINDS, STRINGS, save
 from tests.serve.letters import byte_text, letters
@@ -25,43 +30,44 @@ def text():
 
 def test_no_part_of_a_character_is_ever_shown(text):
     string = "one \u65e5\u672c \U0001f642\U0001f642 \ufffd two\ufffd\ufffd caf\xe9\ufffd"
-    ids, shown, whole = text.encode(string), Stream(text), ""
+    ids, shown, whole = text.encode(string), IncrementalDetokenizer(text), ""
     assert len(ids) > len(string)
     for token in ids:
-        whole += shown.push(token)
+        whole += shown.push_token(token)
         assert string.startswith(whole)
-    assert whole + shown.finish() == string
+    assert whole + shown.flush() == string
 
 
 def test_a_text_that_ends_within_a_character_says_so(text):
-    ids, shown = text.encode("a\U0001f642")[:-1], Stream(text)
-    assert "".join(map(shown.push, ids)) == "a" and shown.finish() == "\ufffd"
+    ids, shown = text.encode("a\U0001f642")[:-1], IncrementalDetokenizer(text)
+    assert "".join(map(shown.push_token, ids)) == "a" and shown.flush() == "\ufffd"
 
 
 def test_a_stream_holds_no_more_than_a_word(text):
-    shown = Stream(text)
+    shown = IncrementalDetokenizer(text)
     for token in text.encode("one two three " * 50):
-        assert shown.push(token) and len(shown.context) <= 2 and not shown.held
+        assert shown.push_token(token) and len(shown.context) <= 2 and not shown.held
 
 
 @given(st.lists(st.integers(0, 255) | st.sampled_from([0x9f, 0xf0, 0xe6]), max_size=60),
        st.integers(0, 40), st.integers(0, 255))
 def test_bytes_that_are_no_characters_are_shown_and_cost_no_more_the_longer_it_goes_on(ids, times, byte):
-    shown, ids, said = Stream(BYTES), [*ids, *[byte] * times, *"\u65e5\U0001f642".encode()], ""
+    shown, said = IncrementalDetokenizer(BYTES), ""
+    ids = [*ids, *[byte] * times, *"\u65e5\U0001f642".encode()]
     for token in ids:
-        said += shown.push(token)
-        assert len(shown.held) < 4 * LONGEST
-    assert said + shown.finish() == bytes(ids).decode(errors="replace")
+        said += shown.push_token(token)
+        assert len(shown.held) < 4 * MAX_TOKENS_PER_CHARACTER
+    assert said + shown.flush() == bytes(ids).decode(errors="replace")
 
 
 @pytest.mark.parametrize("odd", [256, 999])
 def test_ids_without_a_text_after_a_part_of_a_character_do_not_pile_up(odd):
     """A special token; one that the model knows and the tokenizer does not."""
-    shown, said = Stream(byte_text(["<end>"])), ""
+    shown, said = IncrementalDetokenizer(byte_text(["<end>"])), ""
     for token in [*b"ab", 0xf0, *[odd] * 100, *"c\U0001f642".encode()]:
-        said += shown.push(token)
-        assert len(shown.held) <= LONGEST
-    assert said + shown.finish() == "ab\ufffdc\U0001f642"
+        said += shown.push_token(token)
+        assert len(shown.held) <= MAX_TOKENS_PER_CHARACTER
+    assert said + shown.flush() == "ab\ufffdc\U0001f642"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -86,10 +92,10 @@ def assert_streams_exactly(name, folder, times):
         some = draws.choice([bytes or every, every, draws.choices(bytes or every, k=3)])
         ids.append(draws.choices(some, k=draws.choice([3, 10, 80])))
     for one in ids:
-        shown = Stream(text)
-        got = "".join(map(shown.push, one)) + shown.finish()
+        shown = IncrementalDetokenizer(text)
+        got = "".join(map(shown.push_token, one)) + shown.flush()
         assert got == text.decode(one), one
-        assert len(shown.held) < 4 * LONGEST
+        assert len(shown.held) < 4 * MAX_TOKENS_PER_CHARACTER
 
 
 PARTS = {"space": decoders.Replace("\u2581", " "), "none": decoders.Replace("a", ""),
@@ -118,8 +124,8 @@ def test_any_decoder_shows_the_text_of_the_whole(times):
         for k in (2, 5, 12, 40):
             some = draws.choices(range(len(TOKENS)), k=2)
             some = draws.choice([range(len(TOKENS) + 1), some, [0, 6, 7, 8]])
-            ids, shown = draws.choices(some, k=k), Stream(text)
-            got = "".join(map(shown.push, ids)) + shown.finish()
+            ids, shown = draws.choices(some, k=k), IncrementalDetokenizer(text)
+            got = "".join(map(shown.push_token, ids)) + shown.flush()
             assert got == text.decode(ids), (parts, [TOKENS[i:i + 1] for i in ids])
         local += text.is_local
     assert 0.3 < local / times < 0.95
@@ -129,9 +135,9 @@ def test_any_decoder_shows_the_text_of_the_whole(times):
 def test_a_replacer_is_str_replace_in_pieces(text, cuts):
     ends = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     for old, new in CLEAN_UP.items():
-        replacer = Replacer(old, new)
-        got = [replacer.push(text[a:b]) for a, b in zip(ends, ends[1:])]
-        assert "".join(got) + replacer.finish() == text.replace(old, new)
+        replacer = StreamingReplacer(old, new)
+        got = [replacer.push_text(text[a:b]) for a, b in zip(ends, ends[1:])]
+        assert "".join(got) + replacer.flush() == text.replace(old, new)
 
 
 def test_a_stop_string_costs_as_much_as_what_comes_and_not_as_it_is_long():
@@ -141,21 +147,21 @@ def test_a_stop_string_costs_as_much_as_what_comes_and_not_as_it_is_long():
             compared.append(at)
             return super().__getitem__(at)
     compared, stops = [], [Counted("a" * (400 + i) + "b") for i in range(64)]
-    writer = Writer(LETTERS, tuple(stops))
+    writer = StopStringDetokenizer(LETTERS, tuple(stops))
     for _ in range(500):
-        writer.push(ord("a"))
+        writer.push_token(ord("a"))
     assert not writer.stopped and len(writer.held) == 463 and len(compared) < 5 * 64 * 500
-    assert writer.push(ord("b")) == "" and writer.stopped
+    assert writer.push_token(ord("b")) == "" and writer.stopped
 
 
 def write(text, stop):
     """(all that was shown, the pieces, was it stopped) of a text whose tokens are letters."""
-    writer, pieces = Writer(LETTERS, tuple(stop)), []
+    writer, pieces = StopStringDetokenizer(LETTERS, tuple(stop)), []
     for letter in text:
-        pieces.append(writer.push(ord(letter)))
+        pieces.append(writer.push_token(ord(letter)))
         if writer.stopped:
             break
-    pieces.append(writer.finish())
+    pieces.append(writer.flush())
     return "".join(pieces), pieces, writer.stopped
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.serve.engine.requests import Request
-from nanoinfra.serve.processes.engine_client import Worker
+from nanoinfra.serve.processes.engine_client import EngineClient
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.metrics import Counters
 from tests.processes import alive
@@ -32,7 +32,7 @@ def following(team, **options):
     step = engine.step
 
     def together():
-        team.share()
+        team.broadcast_object()
         return step()
     engine.step = together
     return engine
@@ -48,7 +48,7 @@ def crashing(team):
 
 @contextlib.asynccontextmanager
 async def working(factory=fake, world=1, hung=300.0, **options):
-    worker = Worker(functools.partial(factory, **options), Counters("fake"), world, hung)
+    worker = EngineClient(functools.partial(factory, **options), Counters("fake"), world, hung)
     worker.start()
     try:
         await reaches(worker, "ready", "failed")
@@ -67,22 +67,22 @@ async def reaches(worker, *states):
 async def said(job):
     texts = {}
     async for event in job:
-        texts[event.request, event.index] = texts.get((event.request, event.index), "") + event.text
+        texts[event.request_id, event.index] = texts.get((event.request_id, event.index), "") + event.text
     return texts
 
 
 def pids(worker):
-    return [process.pid for process in worker.life.processes]
+    return [process.pid for process in worker.processes.processes]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_all_ranks_answer_together(world):
     async def run():
         async with working(following, world) as worker:
-            got = await said(worker.submit([Request("a", ids("ab"), max_tokens=4, n=2),
+            got = await said(worker.submit_requests([Request("a", ids("ab"), max_tokens=4, n=2),
                                             Request("b", ids("xyz"), max_tokens=2)]))
             assert got == {("a", 0): "abab", ("a", 1): "abab", ("b", 0): "xy"}
-            assert not worker.jobs and worker.stats["blocks_used"] == 0
+            assert not worker.streams and worker.stats["blocks_used"] == 0
             return pids(worker)
     left = asyncio.run(run())
     assert len(left) == world and not any(map(alive, left))
@@ -92,7 +92,7 @@ def test_all_ranks_answer_together(world):
 def test_the_death_of_a_rank_is_an_error_and_a_restart(rank):
     async def run():
         async with working(following, 2, pause=0.01) as worker:
-            job = worker.submit([Request("a", ids("ab"), max_tokens=400)])
+            job = worker.submit_requests([Request("a", ids("ab"), max_tokens=400)])
             await anext(job)
             before = pids(worker)
             os.kill(before[rank], signal.SIGKILL)
@@ -100,9 +100,10 @@ def test_the_death_of_a_rank_is_an_error_and_a_restart(rank):
                 await said(job)
             assert refused.value.status == 503 and worker.state == "restarting"
             with pytest.raises(Refused, match="of the engine"):
-                worker.submit([Request("b", ids("ab"))])
+                worker.submit_requests([Request("b", ids("ab"))])
             await reaches(worker, "ready")
-            assert await said(worker.submit([Request("c", ids("ab"), max_tokens=2)])) == {("c", 0): "ab"}
+            assert await said(worker.submit_requests([Request("c", ids("ab"), max_tokens=2)])) == {("c",
+                                                                                                    0): "ab"}
             assert not any(map(alive, before))
     asyncio.run(run())
 
@@ -110,7 +111,7 @@ def test_the_death_of_a_rank_is_an_error_and_a_restart(rank):
 def test_a_rank_that_hangs_is_started_again():
     async def run():
         async with working(following, 2, hung=0.3, pause=0.01) as worker:
-            job = worker.submit([Request("a", ids("ab"), max_tokens=400)])
+            job = worker.submit_requests([Request("a", ids("ab"), max_tokens=400)])
             os.kill(pids(worker)[1], signal.SIGSTOP)
             with pytest.raises(Refused, match="said nothing for 0.3 s"):
                 await said(job)
@@ -133,25 +134,25 @@ def test_an_idle_engine_does_not_hang():
 def test_an_engine_that_cannot_be_loaded_is_not_tried_twice(factory, says):
     async def run():
         async with working(factory) as worker:
-            assert worker.state == "failed" and says in worker.failed
+            assert worker.state == "failed" and says in worker.load_error
             with pytest.raises(Refused, match=says):
-                worker.submit([Request("a", ids("ab"))])
+                worker.submit_requests([Request("a", ids("ab"))])
     asyncio.run(run())
 
 
 def test_what_the_engine_refuses_has_a_status():
     async def run():
-        async with working(queue=1, seats=1, pause=0.01) as worker:
+        async with working(max_queued_requests=1, max_num_seqs=1, pause=0.01) as worker:
             jobs = []
             for name, stands in ("a", "running"), ("b", "waiting"):
-                jobs.append(worker.submit([Request(name, ids("ab"), max_tokens=200)]))
+                jobs.append(worker.submit_requests([Request(name, ids("ab"), max_tokens=200)]))
                 while not worker.stats.get(stands):
                     await asyncio.sleep(0.001)
             with pytest.raises(Refused, match="wait") as refused:
-                await said(worker.submit([Request("c", ids("ab"))]))
+                await said(worker.submit_requests([Request("c", ids("ab"))]))
             assert refused.value.status == 429
             with pytest.raises(Refused, match="n = 2") as refused:
-                await said(worker.submit([Request("d", ids("ab"), n=2)]))
+                await said(worker.submit_requests([Request("d", ids("ab"), n=2)]))
             assert refused.value.status == 400
             assert await said(jobs[0]) == {("a", 0): "ab" * 100}
     asyncio.run(run())
@@ -160,21 +161,22 @@ def test_what_the_engine_refuses_has_a_status():
 def test_who_is_given_up_frees_what_it_held():
     async def run():
         async with working(pause=0.005) as worker:
-            job = worker.submit([Request("a", ids("ab"), max_tokens=400, n=2), Request("b", ids("ab"))])
+            job = worker.submit_requests([Request("a", ids("ab"), max_tokens=400, n=2), Request("b",
+                                                                                                ids("ab"))])
             await anext(job)
             job.close()
             job.close()
-            assert not worker.jobs and not worker.watch.courses
+            assert not worker.streams and not worker.metrics.courses
             async with asyncio.timeout(5):
                 while worker.stats["blocks_used"]:
                     await asyncio.sleep(0.005)
-            assert b'finished_reason="abort",model_name="fake"} 2.0' in worker.watch.text()
+            assert b'finished_reason="abort",model_name="fake"} 2.0' in worker.metrics.text()
     asyncio.run(run())
 
 
 def test_stopping_while_it_loads_leaves_nothing():
     async def run():
-        worker = Worker(functools.partial(fake), Counters("fake"), 2)
+        worker = EngineClient(functools.partial(fake), Counters("fake"), 2)
         worker.start()
         worker.stop()
         await worker.join()
@@ -187,10 +189,11 @@ def test_stopping_while_it_loads_leaves_nothing():
 
 
 def test_ranks_die_with_the_api_process():
-    code = ("import asyncio\nfrom tests.serve.fake import meeting\nfrom tests.serve.test_worker import *\n"
+    code = ("import asyncio\nfrom tests.serve.fake import meeting\n"
+            "from tests.serve.test_engine_client import *\n"
             "async def run():\n"
             "    async with working(meeting, world=2) as worker:\n"
-            "        await said(worker.submit([Request('a', ids('ab'))]))\n"      # by all of them
+            "        await said(worker.submit_requests([Request('a', ids('ab'))]))\n"      # by all of them
             "        print(*pids(worker), flush=True)\n"
             "        await asyncio.sleep(60)\n"
             "asyncio.run(run())")

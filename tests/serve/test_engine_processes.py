@@ -14,26 +14,27 @@ import pytest
 from nanoinfra.lab.mutants import collect
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.processes import engine_client as module
-from nanoinfra.serve.processes.engine_client import TICKS, Worker
-from nanoinfra.serve.processes.engine_loop import BURST
-from nanoinfra.serve.processes.engine_processes import Dead, Life
+from nanoinfra.serve.processes.engine_client import _SILENT_TICKS_UNTIL_HUNG, EngineClient
+from nanoinfra.serve.processes.engine_loop import MIN_IN_FLIGHT
+from nanoinfra.serve.processes.engine_processes import EngineProcesses, ProcessDied
 from nanoinfra.serve.server.errors import Refused
 from nanoinfra.serve.server.metrics import Counters
 from tests.serve.fake import fake
 from tests.serve.host import serving, until
-from tests.serve.test_worker import ids, pids, reaches, said, working
+from tests.serve.test_engine_client import ids, pids, reaches, said, working
 
 LARGE = {"context": 1 << 18, "blocks": 1 << 15}              # 100 kB of a prompt are 100,000 tokens
 
 
 async def empty(worker):
     async with asyncio.timeout(60):
-        while worker.untaken or worker.stats["blocks_used"]:
+        while worker.untaken_tokens or worker.stats["blocks_used"]:
             await asyncio.sleep(0.005)
 
 
 async def answers(worker):
-    assert await said(worker.submit([Request("after", ids("ab"), max_tokens=2)])) == {("after", 0): "ab"}
+    assert await said(worker.submit_requests([Request("after", ids("ab"), max_tokens=2)])) == {("after",
+                                                                                                0): "ab"}
 
 
 def test_a_stopped_engine_keeps_nobody_waiting():
@@ -42,8 +43,8 @@ def test_a_stopped_engine_keeps_nobody_waiting():
         async with working(**LARGE) as worker:
             pid, = pids(worker)
             os.kill(pid, signal.SIGSTOP)
-            jobs = [worker.submit([Request(f"r{i}", [7] * 100_000)]) for i in range(64)]
-            assert len(worker.jobs) == BURST[1] // 100_000 == len(worker.untaken)
+            jobs = [worker.submit_requests([Request(f"r{i}", [7] * 100_000)]) for i in range(64)]
+            assert len(worker.streams) == MIN_IN_FLIGHT[1] // 100_000 == len(worker.untaken_tokens)
             with pytest.raises(Refused, match="10 of 1000000 tokens wait for it") as refused:
                 await said(jobs[-1])
             assert refused.value.status == 429
@@ -60,15 +61,16 @@ def test_commands_that_wait_are_bounded():
         async with working() as worker:
             pid, = pids(worker)
             os.kill(pid, signal.SIGSTOP)
-            for i in range(3 * BURST[0]):
-                worker.submit([Request(f"r{i}", ids("ab"))]).close()
-            assert BURST[0] <= len(worker.untaken) < 2 * BURST[0] >= worker.life.commands.qsize()
+            for i in range(3 * MIN_IN_FLIGHT[0]):
+                worker.submit_requests([Request(f"r{i}", ids("ab"))]).close()
+            assert MIN_IN_FLIGHT[0] <= len(worker.untaken_tokens) < 2 * MIN_IN_FLIGHT[0]
+            assert worker.processes.commands.qsize() <= 2 * MIN_IN_FLIGHT[0]
             with pytest.raises(Refused, match="takes no requests now") as refused:
-                worker.reset()
+                worker.reset_prefix_cache()
             assert refused.value.status == 429
             os.kill(pid, signal.SIGCONT)
             await empty(worker)
-            worker.reset()
+            worker.reset_prefix_cache()
             await answers(worker)
     asyncio.run(run())
 
@@ -84,7 +86,7 @@ def test_health_answers_while_64_clients_ask_a_stopped_engine():
         try:
             for each in clients:
                 each.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            until(lambda: len(server.worker.jobs) == 17 and client.get("/health").status_code == 200)
+            until(lambda: len(server.worker.streams) == 17 and client.get("/health").status_code == 200)
             waits = [each for each in clients if not _answered(each)]
             assert client.get("/health").status_code == 200
             until(lambda: sum(map(_answered, clients)) == 47)
@@ -104,7 +106,9 @@ def _answered(client):
 
 @pytest.mark.prove
 def test_the_library_passes_the_checks_that_its_mutants_fail():
-    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in collect(file="life*")}
+    files = ("engine_client", "engine_processes", "shutdown_signals")
+    mutants = [mutant for file in files for mutant in collect(file=file)]
+    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in mutants}
     for check, subject in subjects.values():
         assert check.report(subject).exit_code == 0
 
@@ -115,26 +119,26 @@ class Silent:
     def __init__(self):
         self.ends = []
 
-    def send(self, command):
+    def send_command(self, command):
         pass
 
-    def kill(self, why=""):
+    def kill_all(self, why=""):
         self.ends.append(why)
 
 
 def test_only_an_engine_with_work_hangs():
     async def run():
-        worker = Worker(fake, Counters("fake"), hung=3600.0)
-        worker.loop, worker.life = asyncio.get_running_loop(), Silent()
-        for work in ("jobs", "untaken"):
-            for _ in range(3 * TICKS):
+        worker = EngineClient(fake, Counters("fake"), hang_timeout=3600.0)
+        worker.loop, worker.processes = asyncio.get_running_loop(), Silent()
+        for work in ("streams", "untaken_tokens"):
+            for _ in range(3 * _SILENT_TICKS_UNTIL_HUNG):
                 worker._tick()
             setattr(worker, work, {"a": None})
-            for _ in range(TICKS):
+            for _ in range(_SILENT_TICKS_UNTIL_HUNG):
                 worker._tick()
-            assert worker.life.ends == []    # however long it was idle
+            assert worker.processes.ends == []    # however long it was idle
             worker._tick()
-            assert worker.life.ends.pop() == "the engine has said nothing for 3600 s"
+            assert worker.processes.ends.pop() == "the engine has said nothing for 3600 s"
             setattr(worker, work, {})
         worker.timer.cancel()
     asyncio.run(run())
@@ -147,7 +151,7 @@ def test_an_engine_that_was_stopped_while_idle_is_started_again():
             await asyncio.sleep(0.5)
             assert worker.state == "ready"
             with pytest.raises(Refused, match="said nothing for 0.3 s"):
-                await said(worker.submit([Request("a", ids("ab"))]))
+                await said(worker.submit_requests([Request("a", ids("ab"))]))
             await reaches(worker, "ready")
     asyncio.run(run())
 
@@ -159,38 +163,38 @@ def halfway(team):
 
 def test_a_rank_that_was_stopped_while_it_spoke_can_be_ended():
     """Whoever hears it waits for the rest of a message."""
-    life, heard = Life(halfway, 1), []
+    life, heard = EngineProcesses(halfway, 1), []
 
     def hear():
         try:
-            life.hear()
-        except Dead as dead:
+            life.receive_messages()
+        except ProcessDied as dead:
             heard.append(str(dead))
     thread = threading.Thread(target=hear)
     thread.start()
     until(lambda: Path(f"/proc/{life.processes[0].pid}/stat").read_text().split()[2] == "T")
-    life.kill("it is silent")
+    life.kill_all("it is silent")
     thread.join(60)
-    life.end()
+    life.kill_and_wait()
     assert heard == ["it is silent"]
 
 
 def test_what_cannot_be_killed_is_left_and_said(monkeypatch, capsys):
     """As a process is that waits for a disk."""
-    monkeypatch.setattr(module, "KILLED", 0.1)
-    end, released = Life.end, threading.Event()
-    monkeypatch.setattr(Life, "end", lambda life: (released.wait(60), end(life)))
-    monkeypatch.setattr(Life, "kill", lambda life, why="": None)
+    monkeypatch.setattr(module, "_KILL_TIMEOUT_SECONDS", 0.1)
+    end, released = EngineProcesses.kill_and_wait, threading.Event()
+    monkeypatch.setattr(EngineProcesses, "kill_and_wait", lambda life: (released.wait(60), end(life)))
+    monkeypatch.setattr(EngineProcesses, "kill_all", lambda life, why="": None)
 
     async def run():
-        worker = Worker(fake, Counters("fake"))
+        worker = EngineClient(fake, Counters("fake"))
         worker.start()
         await reaches(worker, "ready")
         worker.stop()
         await worker.join()
         assert f"process {pids(worker)[0]}\n" in capsys.readouterr().err
         monkeypatch.undo()
-        worker.newest.kill()
+        worker.newest_processes.kill_all()
         released.set()
         await worker.join()
     asyncio.run(run())
@@ -198,15 +202,15 @@ def test_what_cannot_be_killed_is_left_and_said(monkeypatch, capsys):
 
 def test_an_end_while_it_loads_is_no_failure():
     async def run():
-        worker = Worker(functools.partial(fake, load=600), Counters("fake"), 2)
+        worker = EngineClient(functools.partial(fake, load=600), Counters("fake"), 2)
         worker.start()
         async with asyncio.timeout(60):
-            while not worker.newest:
+            while not worker.newest_processes:
                 await asyncio.sleep(0.005)
         worker.stop()
         await worker.join()
         await asyncio.sleep(0)
-        assert (worker.state, worker.failed) == ("stopped", "")
+        assert (worker.state, worker.load_error) == ("stopped", "")
     asyncio.run(run())
 
 
@@ -214,13 +218,13 @@ def test_an_end_while_it_loads_is_no_failure():
 def test_a_bug_in_the_keeper_is_an_engine_that_cannot_be_had(monkeypatch):
     """And not one that loads for ever."""
     async def run():
-        worker = Worker(fake, Counters("fake"))
+        worker = EngineClient(fake, Counters("fake"))
         worker.start()
         await reaches(worker, "failed")
-        assert "cannot be kept running" in worker.failed
+        assert "cannot be kept running" in worker.load_error
         worker.stop()
         await worker.join()
-    monkeypatch.setattr(module, "Life", None)
+    monkeypatch.setattr(module, "EngineProcesses", None)
     asyncio.run(run())
 
 
@@ -231,21 +235,21 @@ def test_pauses_grow_only_between_lives_that_served_nobody(monkeypatch):
     class Short:
         def __init__(self, factory, world):
             self.how = next(lives, "")
-            self.ready, self.served = self.how in "rs", self.how == "s"
+            self.loaded, self.has_stepped = self.how in "rs", self.how == "s"
 
-        def hear(self):
-            raise Dead("it died")
+        def receive_messages(self):
+            raise ProcessDied("it died")
 
-        def end(self):
+        def kill_and_wait(self):
             if not self.how:
-                worker.ended.set()
+                worker.stop_requested.set()
 
     async def run():
-        worker.loop, wait = asyncio.get_running_loop(), worker.ended.wait
-        monkeypatch.setattr(worker.ended, "wait", lambda pause: pauses.append(pause) or wait(0))
-        worker._keep()
-    monkeypatch.setattr(module, "Life", Short)
-    worker = Worker(fake, Counters("fake"))
+        worker.loop, wait = asyncio.get_running_loop(), worker.stop_requested.wait
+        monkeypatch.setattr(worker.stop_requested, "wait", lambda pause: pauses.append(pause) or wait(0))
+        worker._keep_running()
+    monkeypatch.setattr(module, "EngineProcesses", Short)
+    worker = EngineClient(fake, Counters("fake"))
     asyncio.run(run())
     assert [round(pause, 2) for pause in pauses[:-1]] == [
         0, 0, 0.1, 0.3, 0.7, 1.5, 3.1, 5, 5, 5, 0, 0.1, 0, 0.1, 0.3]

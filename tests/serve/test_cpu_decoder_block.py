@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.serve.engine import cpu_decoder_block, packed_linear
-from nanoinfra.serve.engine import engine as engines
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.engine.paged_attention import PagedKV
-from nanoinfra.serve.engine.requests import Request, Sampling
+from nanoinfra.serve.engine.load_engine import load_engine, use_cpu_kernels
+from nanoinfra.serve.engine.packed_linear import PackedLinear
+from nanoinfra.serve.engine.paged_attention import PagedKVCache
+from nanoinfra.serve.engine.requests import Request, SamplingParams
 from nanoinfra.serve.options import EngineOptions
 from tests.families import VARIANTS
 from tests.model.test_decoder import config
@@ -24,14 +25,14 @@ from tests.model.twins import FAMILIES, scrambled
 
 CC = os.environ.get("CC", "cc")
 pytestmark = pytest.mark.skipif(not shutil.which(CC), reason=f"there is no C compiler {CC} here")
-GREEDY, LLAMAS = Sampling(temperature=0), ("llama", "qwen3")
+GREEDY, LLAMAS = SamplingParams(temperature=0), ("llama", "qwen3")
 
 
 SHAPE = {"head_dim": 10, "kv_heads": 3, "heads": 6, "context": 200}
 
 
 def compiled(dtype):
-    return decode_kernels.compiled(dtype, K=4, KV=1, G=1, BLOCK=4)
+    return decode_kernels.compile_decode_kernels(dtype, K=4, KV=1, G=1, BLOCK=4)
 
 
 def prompt(seed, n):
@@ -42,8 +43,8 @@ def made(family, dtype, fast, **how):
     """An engine of the family's tiny model, with passes or with torch's operations."""
     engine = Engine(scrambled(Decoder(replace(config(family), **SHAPE))).to(dtype), **how)
     if fast:
-        engines.use_cpu_kernels(engine)
-        assert type(engine.kv) is cpu_decoder_block.PagesInPlace
+        use_cpu_kernels(engine)
+        assert type(engine.kv_cache) is cpu_decoder_block.CpuPagedKVCache
     return engine
 
 
@@ -52,12 +53,12 @@ def hiddens(engine, asked):
     found = []
     engine.model.norm.register_forward_hook(lambda norm, x, y: found.append(y[0]))
     for i, tokens in enumerate(asked):
-        engine.add(Request(f"r{i}", tokens, GREEDY, max_tokens=6, ignore_eos=True))
+        engine.add_request(Request(f"r{i}", tokens, GREEDY, max_tokens=6, ignore_eos=True))
         engine.step()
     said = {}
-    while engine.busy:
+    while engine.has_unfinished_requests:
         for event in engine.step():
-            said.setdefault(event.request, []).extend(event.tokens)
+            said.setdefault(event.request_id, []).extend(event.token_ids)
     return found, said
 
 
@@ -68,7 +69,7 @@ def test_steps_of_all_kinds_are_torchs(family, size, budget):
     """Prompts of one length at once, chunks with blocks before them, single tokens, all in one step."""
     asked = [prompt(seed, n) for seed, n in enumerate((9, 33, 33, 1, 60, 17, 9))]
     asked.append(asked[1][:20] + prompt(9, 5))                           # its prefix is known
-    how = {"blocks": 700 // size, "size": size, "budget": budget}
+    how = {"num_blocks": 700 // size, "block_size": size, "max_num_batched_tokens": budget}
     (want, told), (got, said) = (hiddens(made(family, torch.float32, fast, **how), asked)
                                  for fast in (False, True))
     assert said == told and len(got) == len(want)
@@ -82,9 +83,10 @@ def test_steps_of_all_kinds_are_torchs(family, size, budget):
 def test_bfloat16_is_no_further_from_float32_than_torchs(family, budget):
     """Of the same weights, hidden states of a prompt."""
     def hidden(dtype, fast):
-        engine = made(family, torch.bfloat16, fast and dtype == torch.bfloat16, blocks=40, budget=budget)
+        engine = made(family, torch.bfloat16, fast and dtype == torch.bfloat16, num_blocks=40,
+                      max_num_batched_tokens=budget)
         engine.model.to(dtype)
-        engine.kv.pool = engine.kv.pool.to(dtype)
+        engine.kv_cache.kv_memory = engine.kv_cache.kv_memory.to(dtype)
         return torch.cat(hiddens(engine, [prompt(0, 40)])[0][:40 // budget]).float()
     exact = hidden(torch.float32, False)
     torchs, ours = ((hidden(torch.bfloat16, fast) - exact).abs().mean() for fast in (False, True))
@@ -94,7 +96,7 @@ def test_bfloat16_is_no_further_from_float32_than_torchs(family, budget):
 @torch.inference_mode()
 def test_residuals_are_torchs_to_the_bit():
     """A third of these sums lie halfway between two bfloat16."""
-    engine = made("llama", torch.bfloat16, True, blocks=40)
+    engine = made("llama", torch.bfloat16, True, num_blocks=40)
     draws = torch.Generator().manual_seed(0)
     x, more = (torch.randint(256, 512, (1, 50, 30), generator=draws).bfloat16() for _ in "ab")
     want = x + more
@@ -102,18 +104,20 @@ def test_residuals_are_torchs_to_the_bit():
     assert torch.equal(x, want)
 
 
-@pytest.mark.parametrize("dtype", packed_linear.DTYPES)
+@pytest.mark.parametrize("dtype", packed_linear.PACKED_LINEAR_DTYPES)
 @pytest.mark.parametrize("budget", [1, 3, 512])                          # chunks that end where rows are none
 @torch.inference_mode()
 def test_prompts_are_scored_as_torch_scores_them(dtype, budget):
     scored = []
     for fast in (False, True):
-        engine = made("llama", dtype, fast, blocks=40, budget=budget)
-        engine.add(Request("r", prompt(0, 20), GREEDY, max_tokens=2, echo=True, logprobs=2, ignore_eos=True))
+        engine = made("llama", dtype, fast, num_blocks=40, max_num_batched_tokens=budget)
+        engine.add_request(Request("r", prompt(0, 20), GREEDY, max_tokens=2, prompt_logprobs=True,
+                                   logprobs=2, ignore_eos=True))
         events = []
-        while engine.busy:
+        while engine.has_unfinished_requests:
             events += engine.step()
-        scored.append([each.logprob for event in events for each in (*event.prompt, *event.logprobs)][1:])
+        scored.append([each.logprob for event in events for each in (*event.prompt_logprobs,
+                                                                     *event.logprobs)][1:])
     near = 1e-4 if dtype == torch.float32 else 0.2
     assert scored[0][0] < 0 and scored[1] == pytest.approx(scored[0], abs=near)
 
@@ -138,11 +142,11 @@ class Operations(TorchDispatchMode):
 @torch.inference_mode()
 def operations(layers, fast):
     """Those of a step in which four sequences decode."""
-    engine = Engine(scrambled(Decoder(replace(config("llama"), layers=layers))), blocks=40)
+    engine = Engine(scrambled(Decoder(replace(config("llama"), layers=layers))), num_blocks=40)
     if fast:
-        engines.use_cpu_kernels(engine)
+        use_cpu_kernels(engine)
     for i in range(4):
-        engine.add(Request(f"r{i}", prompt(i, 20), GREEDY, max_tokens=6, ignore_eos=True))
+        engine.add_request(Request(f"r{i}", prompt(i, 20), GREEDY, max_tokens=6, ignore_eos=True))
     engine.step()
     with Operations() as found:
         engine.step()
@@ -159,15 +163,15 @@ def test_a_layer_takes_few_operations_and_puts_no_keys_together():
 @torch.inference_mode()
 def test_steps_of_any_size_find_their_products_compiled(monkeypatch):
     """By the numbers of rows that oneDNN sees: few, and each before the first request."""
-    seen, product, draws = set(), packed_linear.Packed._product, random.Random(0)
-    monkeypatch.setattr(packed_linear.Packed, "_product", lambda self, x: (seen.add(len(x.view(-1,
-                                                                                               x.shape[-1]))),
+    seen, product, draws = set(), PackedLinear._product, random.Random(0)
+    monkeypatch.setattr(PackedLinear, "_product", lambda self, x: (seen.add(len(x.view(-1, x.shape[-1]))),
                                                                     product(self, x))[1])
-    engine = made("llama", torch.float32, True, blocks=300, budget=150, seats=20)
+    engine = made("llama", torch.float32, True, num_blocks=300, max_num_batched_tokens=150, max_num_seqs=20)
     warmed, sizes = set(seen), set()
     assert len(warmed) == 42 and max(warmed) == 160
     for i in range(60):
-        engine.add(Request(f"r{i}", prompt(i, draws.randint(1, 60)), GREEDY, max_tokens=draws.randint(1, 9)))
+        engine.add_request(Request(f"r{i}", prompt(i, draws.randint(1, 60)), GREEDY,
+                                   max_tokens=draws.randint(1, 9)))
         engine.step()
         sizes.add(sum(each["new"] for each in engine.stats()["batch"]))
     assert seen == warmed and len(sizes - warmed) > 10
@@ -177,33 +181,34 @@ def test_steps_of_any_size_find_their_products_compiled(monkeypatch):
 @torch.inference_mode()
 def test_rows_that_fill_up_change_nothing(rows):
     linear, x = torch.nn.Linear(12, 20), torch.randn(rows, 12)
-    torch.testing.assert_close(packed_linear.Packed(linear)(x), linear(x), rtol=0, atol=1e-5)
-    torch.testing.assert_close(packed_linear.Packed(linear)(x[None]), linear(x)[None], rtol=0, atol=1e-5)
-    torch.testing.assert_close(packed_linear.Packed(linear)(x[0]), linear(x[0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(PackedLinear(linear)(x[None]), linear(x)[None], rtol=0,
+                               atol=1e-5)
+    torch.testing.assert_close(PackedLinear(linear)(x[0]), linear(x[0]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", packed_linear.DTYPES)
+@pytest.mark.parametrize("dtype", packed_linear.PACKED_LINEAR_DTYPES)
 @pytest.mark.parametrize("vocab", [1, 7, 1024, 1025, 5000])
 def test_the_likeliest_is_the_first_of_the_largest(dtype, vocab):
     quick = compiled(dtype)
     logits = torch.randint(-9, -3, (40, vocab), generator=torch.Generator().manual_seed(0)).to(dtype)
     logits[3, vocab // 2] = 2.0
     logits[4, vocab - 1] = 2.0
-    assert decode_kernels.likeliest(quick, logits) == logits.float().argmax(-1).tolist()
+    assert decode_kernels.argmax_with_kernels(quick, logits) == logits.float().argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("dtype", packed_linear.DTYPES)
+@pytest.mark.parametrize("dtype", packed_linear.PACKED_LINEAR_DTYPES)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @torch.inference_mode()
 def test_one_who_is_alone_is_computed_by_gemv(family, dtype):
     """Its logits, those of a model of torch's operations; no product is left to torch or oneDNN."""
-    plain, fast = (Engine(scrambled(Decoder(config(family))).to(dtype), blocks=40) for _ in "ab")
-    engines.use_cpu_kernels(fast)
+    plain, fast = (Engine(scrambled(Decoder(config(family))).to(dtype), num_blocks=40) for _ in "ab")
+    use_cpu_kernels(fast)
     found = []
     for engine in (plain, fast):
         logits = []
         engine.model.head.register_forward_hook(lambda head, x, y, logits=logits: logits.append(y.float()))
-        engine.add(Request("r", prompt(0, 20), GREEDY, max_tokens=3, ignore_eos=True))
+        engine.add_request(Request("r", prompt(0, 20), GREEDY, max_tokens=3, ignore_eos=True))
         engine.step()
         with Operations() as operations:
             engine.step()
@@ -213,7 +218,7 @@ def test_one_who_is_alone_is_computed_by_gemv(family, dtype):
     assert (found[1] - found[0]).abs().max() < near * found[0].abs().max()
 
 
-@pytest.mark.parametrize("dtype", packed_linear.DTYPES)
+@pytest.mark.parametrize("dtype", packed_linear.PACKED_LINEAR_DTYPES)
 @pytest.mark.parametrize("ins, outs, bias", [(64, 96, False), (32, 32, True), (1, 7, True), (37, 1, False),
                                              (576, 129, True)])
 @torch.inference_mode()
@@ -223,7 +228,7 @@ def test_a_row_times_a_weight(ins, outs, bias, dtype):
     for part in (linear.weight, linear.bias) if bias else (linear.weight,):
         part.copy_(torch.randn(part.shape, generator=draws))
     linear, x = linear.to(dtype), torch.randn(1, 1, ins, generator=draws).to(dtype)
-    got = packed_linear.Packed(linear, gemv=compiled(dtype).gemv)(x)
+    got = PackedLinear(linear, gemv=compiled(dtype).gemv)(x)
     wide = [part.double() for part in (x, linear.weight)]
     exact = torch.nn.functional.linear(*wide, linear.bias.double() if bias else None)
     sums = (wide[0].abs() @ wide[1].abs().T) * ins * 2 ** -24            # float32's roundings on the way
@@ -235,22 +240,21 @@ def test_a_row_times_a_weight(ins, outs, bias, dtype):
 def test_weights_lie_there_twice_only_where_both_orders_are_read(monkeypatch):
     linear = torch.nn.Linear(16, 24)
     gemv = compiled(torch.float32).gemv
-    assert packed_linear.Packed(linear).weight is None and packed_linear.Packed(linear).packed is not None
-    assert packed_linear.Packed(linear,
-                                gemv=gemv).weight.data_ptr() == linear.weight.data_ptr()     # no copy of one
-    monkeypatch.setattr(packed_linear, "unpackable", lambda dtype: "it does not")
-    assert packed_linear.Packed(linear).packed is None and packed_linear.Packed(linear).weight is not None
+    assert PackedLinear(linear).weight is None and PackedLinear(linear).packed is not None
+    assert PackedLinear(linear, gemv=gemv).weight.data_ptr() == linear.weight.data_ptr()     # no copy of one
+    monkeypatch.setattr(packed_linear, "why_not_packable", lambda dtype: "it does not")
+    assert PackedLinear(linear).packed is None and PackedLinear(linear).weight is not None
 
 
-@pytest.mark.parametrize("dtype", packed_linear.DTYPES)
+@pytest.mark.parametrize("dtype", packed_linear.PACKED_LINEAR_DTYPES)
 @torch.inference_mode()
 def test_where_onednn_packs_nothing_torchs_linear_does_it_and_says_so(monkeypatch, dtype):
     """As on a CPU with AVX2 alone, in bfloat16."""
     asked = [prompt(0, 9), prompt(1, 12)]
-    want = hiddens(made("llama", dtype, False, blocks=40), asked)[0]
-    monkeypatch.setattr(packed_linear, "unpackable", lambda dtype: "it does not")
-    engine = Engine(scrambled(Decoder(replace(config("llama"), **SHAPE))).to(dtype), blocks=40)
-    assert "by torch's linear (oneDNN does not pack: it does not)" in engines.use_cpu_kernels(engine)
+    want = hiddens(made("llama", dtype, False, num_blocks=40), asked)[0]
+    monkeypatch.setattr(packed_linear, "why_not_packable", lambda dtype: "it does not")
+    engine = Engine(scrambled(Decoder(replace(config("llama"), **SHAPE))).to(dtype), num_blocks=40)
+    assert "by torch's linear (oneDNN does not pack: it does not)" in use_cpu_kernels(engine)
     got = hiddens(engine, asked)[0]
     near = 2e-5 if dtype == torch.float32 else 0.1
     assert len(got) == len(want) and all((a - b).abs().max() < near for a, b in zip(got, want))
@@ -261,14 +265,14 @@ def test_where_onednn_packs_nothing_torchs_linear_does_it_and_says_so(monkeypatc
 def test_compiled_for_another_processor_it_computes_the_same(monkeypatch, flags, says):
     """Of what this one can run; -march=native is what all the other tests have."""
     monkeypatch.delenv("CFLAGS", raising=False)
-    own = compiled(torch.float32).instructions().decode()
+    own = compiled(torch.float32).instruction_set().decode()
     if platform.machine() != "x86_64" or says == "AVX2" and own not in ("AVX2", "AVX-512"):
         pytest.skip(f"needs an x86-64 processor with {says}")
     monkeypatch.setenv("CFLAGS", flags)
-    engine = Engine(scrambled(Decoder(replace(config("llama"), **SHAPE))), blocks=40)
-    assert f"of one by C ({says})" in engines.use_cpu_kernels(engine)
+    engine = Engine(scrambled(Decoder(replace(config("llama"), **SHAPE))), num_blocks=40)
+    assert f"of one by C ({says})" in use_cpu_kernels(engine)
     asked = [prompt(0, 9), prompt(1, 12)]
-    got, want = hiddens(engine, asked), hiddens(made("llama", torch.float32, False, blocks=40), asked)
+    got, want = hiddens(engine, asked), hiddens(made("llama", torch.float32, False, num_blocks=40), asked)
     assert got[1] == want[1] and all((a - b).abs().max() < 2e-5 for a, b in zip(got[0], want[0]))
 
 
@@ -282,7 +286,7 @@ def test_where_tmpdir_is_mounted_noexec_they_are_loaded_from_the_cache(monkeypat
     monkeypatch.setattr(decode_kernels.ctypes, "CDLL", mounted)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "tmp"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert compiled(torch.float32).instructions()
+    assert compiled(torch.float32).instruction_set()
     assert [*(tmp_path / "home" / ".cache" / "nanoinfra").iterdir()] == []
     refused.append(tmp_path)
     with pytest.raises(RuntimeError, match="failed to map.*home.*set TMPDIR to a folder that is not mounted"):
@@ -293,26 +297,27 @@ def test_where_tmpdir_is_mounted_noexec_they_are_loaded_from_the_cache(monkeypat
 @torch.inference_mode()
 def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch, compiler, why):
     monkeypatch.setenv("CC", compiler)
-    engine = Engine(scrambled(Decoder(config("llama"))), blocks=40)
-    plain = Engine(scrambled(Decoder(config("llama"))), blocks=40)
-    said = engines.use_cpu_kernels(engine)
-    assert type(engine.kv) is PagedKV and why in said and "of one by the same" in said
+    engine = Engine(scrambled(Decoder(config("llama"))), num_blocks=40)
+    plain = Engine(scrambled(Decoder(config("llama"))), num_blocks=40)
+    said = use_cpu_kernels(engine)
+    assert type(engine.kv_cache) is PagedKVCache and why in said and "of one by the same" in said
     asked = [prompt(0, 9), prompt(1, 12)]
     assert hiddens(engine, asked)[1] == hiddens(plain, asked)[1]
 
 
 def test_the_server_says_on_start_who_computes(model, capfd):
-    engine = engines.open_engine(EngineOptions(str(model), kv_memory=1 << 20), Mesh())
+    engine = load_engine(EngineOptions(str(model), kv_memory=1 << 20), Mesh())
     said = capfd.readouterr().err
     assert said.startswith("nanoinfra: products of many rows by ") and "all between by passes in C" in said
-    assert f"of one by C ({engine.kv.passes.instructions().decode()})" in said
+    assert f"of one by C ({engine.kv_cache.kernels.instruction_set().decode()})" in said
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(LLAMAS)))
 def test_other_families_keep_torchs_operations_between_the_products(family):
-    engine = Engine(scrambled(Decoder(config(family))), blocks=40)
-    assert "all between by torch's operations" in engines.use_cpu_kernels(engine)
-    assert type(engine.kv) is PagedKV and isinstance(engine.model.blocks[0].attn.o, packed_linear.Packed)
+    engine = Engine(scrambled(Decoder(config(family))), num_blocks=40)
+    assert "all between by torch's operations" in use_cpu_kernels(engine)
+    assert type(engine.kv_cache) is PagedKVCache and isinstance(engine.model.blocks[0].attn.o,
+                                                                PackedLinear)
 
 
 def test_processes_that_load_it_keep_their_numbers_as_they_are():
