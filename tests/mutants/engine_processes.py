@@ -63,7 +63,7 @@ def _(subject):
             return str(dead)
         finally:
             one.kill_and_wait()
-    if (got := subject(interrupt)) != "Ready":
+    if (got := subject(interrupt)) != "EngineReady":
         raise Wrong(f"a rank that gets SIGTERM while it starts: {got}")
 
 

@@ -305,6 +305,6 @@ MUTANTS = [
     Mutant("a chunk's mask begins at key 0", serving,
            patched(serve, "nanoinfra.serve.engine.paged_attention:sdpa", aligns_at_the_start), CHUNK),
     Mutant("a page is known by its own tokens alone", serving,
-           patched(serve, "nanoinfra.serve.engine.scheduler:chain", of_its_own_tokens), KNOWN),
+           patched(serve, "nanoinfra.serve.engine.scheduler:extend_block_hashes", of_its_own_tokens), KNOWN),
     Mutant("old weights' keys stay known", serving, functools.partial(serve, kind=ForgetsToForget), NEWER),
 ]

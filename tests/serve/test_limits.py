@@ -156,7 +156,8 @@ def test_an_echo_is_no_larger_than_a_body():
 
     def answer(n, prompt):
         question = read(Completion, json.dumps({**body, "n": n, "prompt": prompt}).encode())
-        return CompletionAnswer(question, "name", "model", requests_of(question, "name", model), model.tokenizer)
+        requests = requests_of(question, "name", model)
+        return CompletionAnswer(question, "name", "model", requests, model.tokenizer)
     assert answer(8, ["a" * 60]).prompts == ["a" * 60]
     with pytest.raises(Refused, match=f"{most // 4 + 1} characters 4 times"):
         limits.check_echo(most // 4 + 1, 4)
