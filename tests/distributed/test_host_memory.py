@@ -5,7 +5,11 @@ import sys
 import psutil
 import pytest
 
-from nanoinfra.distributed.host_memory import free_memory, host_memory, limits
+from nanoinfra.distributed.host_memory import (
+    _cgroup_memory_limits,
+    available_memory_bytes,
+    host_memory_limit_bytes,
+)
 
 
 def groups(tmp_path, line, files):
@@ -27,13 +31,13 @@ def groups(tmp_path, line, files):
 ], ids=["v2", "v2, its parents'", "v2, named from outside", "v1", "another controller", "none"])
 def test_a_control_group_may_allow_less(tmp_path, line, files, want):
     where = groups(tmp_path, line, files)
-    assert set(limits(*where)) == want
-    assert host_memory(*where) == min([psutil.virtual_memory().total, *want])
+    assert set(_cgroup_memory_limits(*where)) == want
+    assert host_memory_limit_bytes(*where) == min([psutil.virtual_memory().total, *want])
 
 
 def test_without_control_groups_it_is_the_machine(tmp_path):
-    assert host_memory(tmp_path / "none", tmp_path / "none") == psutil.virtual_memory().total
-    assert 0 < free_memory() <= psutil.virtual_memory().total
+    assert host_memory_limit_bytes(tmp_path / "none", tmp_path / "none") == psutil.virtual_memory().total
+    assert 0 < available_memory_bytes() <= psutil.virtual_memory().total
 
 
 def test_a_process_answers_for_itself_and_not_for_its_parent():

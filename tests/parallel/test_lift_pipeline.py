@@ -30,7 +30,7 @@ FOREIGN = """
 import torch
 from torch import nn
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import Ranks
 from nanoinfra.parallel.pipeline.stage import PipelineStage
 from nanoinfra.parallel.pipeline.schedules import schedule
 from nanoinfra.train.step import execute

@@ -15,13 +15,13 @@ from itertools import accumulate
 
 import torch
 
-from nanoinfra.distributed.ledger import Ledger
+from nanoinfra.distributed.comm_log import CommLog
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.kernels.cpu import decode_kernels
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Text
 from nanoinfra.model.weights.fill_model import empty
-from nanoinfra.parallel.parallelize import serving
+from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine import cpu_decoder_block, packed_linear
 from nanoinfra.serve.engine.block_pool import Blocks, root
 from nanoinfra.serve.engine.detokenizer import Writer
@@ -43,8 +43,8 @@ class Engine:
     """
 
     def __init__(self, model: Decoder, text: Text | None = None, template: str | None = None, *, blocks: int,
-                 size: int = 16, ledger: Ledger | None = None, **limits):
-        self.model, self.text, self.template, self.ledger = model, text, template, ledger or Ledger()
+                 size: int = 16, ledger: CommLog | None = None, **limits):
+        self.model, self.text, self.template, self.ledger = model, text, template, ledger or CommLog()
         self.kv, self.blocks = PagedKV(model, blocks, size), Blocks(blocks, size)
         self.scheduler, self.likeliest = Scheduler(self.blocks, **limits), likeliest
         self.runs: dict[Sequence, Run] = {}
@@ -81,7 +81,7 @@ class Engine:
         alone was handled, or its numbers are not finite, even computed a second time from its tokens.
         """
         plan, events = self.scheduler.plan(), []
-        self.ledger.take()                   # a server's would grow for ever
+        self.ledger.take_records()                   # a server's would grow for ever
         if plan.work:
             work, tokens, places = self.kv.begin(plan)
             hidden = self.model.hidden(tokens, places, self.kv)[0]                       # (N, C)
@@ -263,9 +263,9 @@ def open_engine(options: EngineOptions, mesh) -> Engine:
     if n < 2:
         raise ValueError(f"--kv-memory {options.kv_memory} holds {n} blocks of {options.block_size} tokens, "
                          f"{each} bytes each on a rank; give at least {2 * each}")
-    model = serving(empty(weights.config), mesh, weights.read, dtype)
+    model = parallelize_for_serving(empty(weights.config), mesh, weights.read, dtype)
     engine = Engine(model, weights.text, weights.template, blocks=n, size=options.block_size,
-                    ledger=mesh.ledger, budget=options.budget, seats=options.seats, queue=options.queue,
+                    ledger=mesh.comm_log, budget=options.budget, seats=options.seats, queue=options.queue,
                     queue_tokens=options.queue_tokens)
     alone_on_cpu = mesh.device == "cpu" and mesh.tp.size == 1 and dtype in packed_linear.DTYPES
     said = use_cpu_kernels(engine) if alone_on_cpu else "torch's operations compute everything"

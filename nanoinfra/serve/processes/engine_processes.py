@@ -14,7 +14,7 @@ import threading
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 
-from nanoinfra.distributed.cpu_threads import default_threads
+from nanoinfra.distributed.cpu_threads import default_threads_per_rank
 from nanoinfra.serve.processes.engine_loop import MEANT_FOR_API, Failed, Ready, Step
 
 START = "from nanoinfra.serve.processes.engine_loop import main; main()"  # with -m its classes are __main__'s
@@ -27,7 +27,7 @@ def environment(world: int) -> dict[str, str]:
     weights takes 6 % longer, and each large tensor of a prompt comes as new pages from the system.
     """
     keep = 1 << 40
-    return {"OMP_NUM_THREADS": str(default_threads(world)),
+    return {"OMP_NUM_THREADS": str(default_threads_per_rank(world)),
             "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={1 << 30}:"
                               f"glibc.malloc.trim_threshold={keep}"}
 

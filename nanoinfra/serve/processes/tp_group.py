@@ -28,12 +28,16 @@ class Team:
         """A Mesh of `tp` ranks, all of this team's. Every rank calls it."""
         import torch.distributed as dist
 
-        from nanoinfra.distributed.loopback import bind_to_loopback, client_store, master_store
+        from nanoinfra.distributed.loopback import (
+            bind_gloo_and_nccl_to_loopback,
+            connect_to_loopback_store,
+            start_loopback_store,
+        )
         from nanoinfra.distributed.mesh import Mesh
         if tp > 1:
-            bind_to_loopback()
-            store = master_store() if self.rank == 0 else None
+            bind_gloo_and_nccl_to_loopback()
+            store = start_loopback_store() if self.rank == 0 else None
             port = self.share(store and store.port)
-            store = store or client_store(port)
+            store = store or connect_to_loopback_store(port)
             dist.init_process_group("gloo", timeout=PATIENCE, store=store, rank=self.rank, world_size=tp)
         return Mesh(tp=tp)

@@ -8,7 +8,7 @@ import functools
 import socket
 import sys
 
-from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.serve.options import EngineOptions, ServeOptions, check
 from nanoinfra.serve.processes.tp_group import Team
 from nanoinfra.serve.server.http.api_keys import VARIABLE, read_keys
@@ -46,7 +46,7 @@ def main(options: ServeOptions, factory=None) -> int:
 def open_ranked(options: EngineOptions, team: Team):
     """The engine of one rank, in its own process."""
     from nanoinfra.serve.engine.engine import open_engine
-    use_threads(options.threads, options.tp)
+    set_torch_threads(options.threads, options.tp)
     engine = open_engine(options, team.mesh(options.tp))
     if engine.text is None:
         raise ValueError(f"{options.model} holds no tokenizer.json to talk with it; copy the one it was "

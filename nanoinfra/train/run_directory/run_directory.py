@@ -131,7 +131,7 @@ class RunDir:
         again = restarted() or launch_id() is not None and config.get("launch") == launch_id()
         if start is not None:                # else they died before later checkpoints were abandoned
             again = again and config.get("flags", {}).get("run", {}).get("resume_from") == start
-        return any(comm.gather_objects(again, self.mesh.world, "checkpoint"))
+        return any(comm.all_gather_json(again, self.mesh.world, "checkpoint"))
 
     def _chosen(self, again):
         """The name of the checkpoint to go on from, None for a new run. ValueError where neither may be."""
