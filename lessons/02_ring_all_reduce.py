@@ -58,9 +58,9 @@ world = RankPool(N, emulated_links={"dp": (ALPHA, BETA)}, timeout=120)
 #
 # - An `axis` is a group of ranks: `axis.rank` is my place, `axis.size` how many we are. A `Mesh` of
 #   `dp=n, pp=N // n` arranges the N ranks in groups; its `.dp` is the group of n that holds this rank.
-# - `comm.send(x, axis, to)` and `comm.recv(buffer, axis, source)` move one tensor; `recv` fills and returns
+# - `comm.send(x, axis, dst)` and `comm.recv(buffer, axis, src)` move one tensor; `recv` fills and returns
 #   `buffer`.
-# - The *ledger* notes each call and its bytes (`row.payload`). `send` and `recv` have a row each; an
+# - The *ledger* notes each call and its bytes (`row.payload_bytes`). `send` and `recv` have a row each; an
 #   `ring_shift` (section 3) does both and has one row, with the bytes sent.
 # - `world.run(f, ...)` runs f in every rank and returns the list of results.
 

@@ -248,9 +248,10 @@ check.run_stage(run_stage)
 
 # %% [markdown]
 # ## 4. Read the real one
-# In `interleaved`, which chunk does the k-th forward go through, and why must p divide m? `with_messages` has
-# each receive posted two computations early: what does that spare who needs it? Why do messages to earlier
-# stages take a group of their own (`_way`)? `Halves` walks autograd's graph: what is a *joint*?
+# In `interleaved_1f1b`, which chunk does the k-th forward go through, and why must p divide m?
+# `insert_sends_and_recvs` has each receive posted two computations early: what does that spare who needs it?
+# Why do messages to earlier stages take a group of their own (`_axis_for`)? `SplitBackward` walks autograd's
+# graph: what is a *joint*?
 
 # %%
 for it in (schedules.interleaved_1f1b, schedules.insert_sends_and_recvs, PipelineStage.forward,

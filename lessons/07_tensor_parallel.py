@@ -233,10 +233,11 @@ check.vocab_loss(vocab_loss)
 
 # %% [markdown]
 # ## 4. Read the real one
-# A region is `Whole`, or with SP `Cut`: `_Read` calls its enter, again and back, `_Leave` its reduce and
-# spread. `Pending` is a collective under way, `Then` one with something to do after it. How many all-reduces
-# would q, k and v have, each behind an f of its own? What does backward compute while the sum of x's gradient
-# is on its way? In `Cut`, what does the last rank do where t does not divide T?
+# A region is a `TensorParallelRegion`, or with SP a `SequenceParallelRegion`. `_ColumnParallelLinear` calls
+# its `gather_input`, `regather_input` and `reduce_input_grad`, `_ReduceFromRegion` its `reduce_output` and
+# `gather_output_grad`. An `AsyncCollective` is one that is still running. How many all-reduces would q, k and
+# v have, each behind an f of its own? What does backward compute while the sum of x's gradient is on its way?
+# In `SequenceParallelRegion`, what does the last rank do where t does not divide T?
 
 # %%
 for it in (tensor_parallel.RowParallelLinear, tensor_parallel._ReduceFromRegion,
@@ -316,10 +317,11 @@ cliff({"emulated wire, nodes of 2": (2, timed, "predicted", ours), "H100, nodes 
 
 # %% [markdown]
 # **Explain.** Five sentences. (a) Why does more bandwidth *inside* a node not help t = 16? (b) Which of the
-# four all-reduces could hide, and behind what (`_Read`)? Which cannot? (c) Sequence parallelism sends the
-# bytes of an all-reduce: what memory does it save, and what do *keep* and *gather* pay? (d) The published
-# t = 8 lies below the line: what else gets worse when a rank has an eighth of every matrix? (e) Two KV heads,
-# eight ranks: who has which, and what of their gradients (`finish`; `sharing`: an axis of t/KV neighbours)?
+# four all-reduces could hide, and behind what (`_ColumnParallelLinear`)? Which cannot? (c) Sequence
+# parallelism sends the bytes of an all-reduce: what memory does it save, and what do *keep* and *gather* pay?
+# (d) The published t = 8 lies below the line: what else gets worse when a rank has an eighth of every matrix?
+# (e) Two KV heads, eight ranks: who has which, and what of their gradients (`all_reduce_partial_grads`;
+# `kv_replica_axis`: an axis of t/KV neighbours)?
 
 # %% [markdown] nbgrader={"grade_id": "explain", "solution": true, "grade": true, "points": 5}
 # <!-- ### BEGIN SOLUTION -->

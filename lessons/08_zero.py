@@ -227,7 +227,7 @@ check.zero3(zero3)
 # %% [markdown]
 # ## 4. Read the real one
 # All three stages in one class. How many collectives does it make of your many? When does it send for the
-# next unit? And at stage 1, whose memory are the `shards` of a float32 model (`Part`)?
+# next unit? And at stage 1, whose memory are the `param_shards` of a float32 model (`ShardedParam`)?
 
 # %%
 for each in (ZeroDataParallel, ShardedParam, AllGatherBucket):

@@ -91,7 +91,8 @@ for where, (alpha, beta) in {"inside": INSIDE, "between": BETWEEN}.items():
 # Commit ten numbers. *Payload* of a rank of the first stage, and of the last: on tp, on pp (the same for
 # both), on dp, for the tied weight; and of all eight ranks on all axes. *Seconds* of a step whose slow wire,
 # the one between nodes, lies under pp, under dp, under tp, while the other two have the fast one. Lesson 06's
-# clock replays 1F1B: `simulate(schedule("1f1b", p, m), forward, backward, 0, message).step`, with lists of
+# clock replays 1F1B: `simulate_schedule(build_pipeline_schedule("1f1b", p, m), forward, backward, 0,
+# message).step_seconds`, with lists of
 # each stage's seconds for a micro-batch, its all-reduces included. Then comes dp's sum, in one bucket; then
 # the tied weight's, on pp's wire. (`ring_seconds(op, bytes, ranks, alpha, beta)`; a message is a "send".)
 
@@ -213,9 +214,9 @@ check.grad_norm(grad_norm)
 
 # %% [markdown]
 # ## 4. Read the real one
-# No technique here knows of another: `compose` applies one after the other, to a model that knows of none.
-# Why is the pipeline first, and data parallelism last? Find your three sums, and who counts for the norm. And
-# under ZeRO (lesson 08), which axis does a norm add up over besides, and why?
+# No technique here knows of another: `parallelize` applies one after the other, to a model that knows of
+# none. Why is the pipeline first, and data parallelism last? Find your three sums, and who counts for the
+# norm. And under ZeRO (lesson 08), which axis does a norm add up over besides, and why?
 
 # %%
 for it in (parallelize.ParallelModel.__init__, parallelize.ParallelChunk.__init__,

@@ -18,7 +18,7 @@ GAP = 1.1                                    # rows between two panels, for the 
 
 
 def gantt(panels: dict[str, StepTimeline], title: str = "", unit: str = "ms") -> draw.Picture:
-    """A panel for each {name: Timeline}, one time axis; beside the name the share of the step that is idle.
+    """A panel for each {name: StepTimeline}, one time axis; beside the name the idle share of the step.
 
     Times are in s and shown in `unit`: "s" or "ms"; with any other they are shown as they are. Of several
     chunks a stage has, the later ones are pale.
@@ -46,7 +46,7 @@ def gantt(panels: dict[str, StepTimeline], title: str = "", unit: str = "ms") ->
 
 
 def measured(ranks: Sequence[Sequence], ledgers: Sequence[Sequence] = ()) -> StepTimeline:
-    """The Timeline of a run from `execute`'s spans on each rank, in s since the first computation began.
+    """The StepTimeline of a run from `execute`'s spans on each rank, in s since the first computation began.
 
     `ledgers[r]` are rank r's rows: a computation begins once it has what it waited for. `time.monotonic` is
     one clock for all ranks of a host, not of two.

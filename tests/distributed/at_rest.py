@@ -69,8 +69,8 @@ def _launched_rank(folder, *without):
 
 def pooled(look, *without: str) -> bool:
     """Ranks of a pool."""
-    with mock.patch("nanoinfra.distributed.pool.rank_processes.rank_main", functools.partial(_pooled_rank,
-                                                                                             without)):
+    with mock.patch("nanoinfra.distributed.pool.rank_processes.rank_main",
+                    functools.partial(_pooled_rank, without)):
         try:
             with RankPool(2) as pool:
                 pool.run(_meet)
@@ -132,7 +132,7 @@ def _team_rank(rank, pipes, report, store, without):
 
 
 def torchs_store() -> dist.TCPStore:
-    """As torch opens one when it is asked for no more: a mutant of `master_store`."""
+    """As torch opens one when it is asked for no more: a mutant of `start_loopback_store`."""
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 

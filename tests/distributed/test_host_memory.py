@@ -43,6 +43,6 @@ def test_without_control_groups_it_is_the_machine(tmp_path):
 def test_a_process_answers_for_itself_and_not_for_its_parent():
     """Linux hands `ru_maxrss` on from the parent: a run started by a large program had that one's peak."""
     ballast = b"x" * (300 << 20)
-    code = "from nanoinfra.distributed.host_memory import resident_peak; print(resident_peak())"
+    code = "from nanoinfra.distributed.host_memory import peak_rss_bytes; print(peak_rss_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1 << 20 < int(done.stdout) < len(ballast)

@@ -182,12 +182,12 @@ def test_the_server_that_forks_has_no_threads_of_torch(pool):
 
 SCRIPT = textwrap.dedent("""
     import os, sys
-    from nanoinfra.distributed.pool.rank_pool import Ranks
+    from nanoinfra.distributed.pool.rank_pool import RankPool
 
     def me():
         return os.getpid()
 
-    pool = Ranks(2)                # no `if __name__ == "__main__"`: ranks do not run this file again
+    pool = RankPool(2)                # no `if __name__ == "__main__"`: ranks do not run this file again
     print(*pool.run(me), flush=True)
     assert pool.run(lambda: __import__("nanoinfra").__file__) == [sys.argv[2]] * 2
     if sys.argv[1] == "killed":

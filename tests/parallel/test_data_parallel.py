@@ -129,7 +129,7 @@ def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     home = Path(__file__).resolve().parents[2] / "nanoinfra"
     shutil.copytree(home / "distributed", tmp_path / "nanoinfra" / "distributed")
     (tmp_path / "nanoinfra" / "parallel").mkdir()
-    shutil.copy(home / "parallel" / "data.py", tmp_path / "nanoinfra" / "parallel")
+    shutil.copy(home / "parallel" / "data_parallel.py", tmp_path / "nanoinfra" / "parallel")
     (tmp_path / "train.py").write_text(FOREIGN)
     argv = [sys.executable, "-W", "error", "train.py"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
@@ -141,7 +141,7 @@ FOREIGN = """
 import torch
 from torch import nn
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.rank_pool import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.parallel.data_parallel import DataParallel
 
 x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
@@ -151,11 +151,11 @@ def train(n):
     net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
     shared, sgd = DataParallel(net, mesh.data, bucket_bytes=100), torch.optim.SGD(net.parameters(), lr=0.1)
     for step in range(5):
-        shared.begin_step()
-        shared.before_backward(last=True)
+        shared.zero_grad()
+        shared.prepare_for_backward(is_last=True)
         mine = slice(mesh.dp.rank, None, n)
         (nn.functional.cross_entropy(net(x[mine]), y[mine], reduction="sum") / len(x)).backward()
-        for name, grad in shared.finish().items():
+        for name, grad in shared.finish_grad_sync().items():
             net.get_parameter(name).grad = grad.clone()
         sgd.step()
         sgd.zero_grad()
@@ -164,7 +164,7 @@ def train(n):
 if __name__ == "__main__":
     torch.manual_seed(0)
     want = train(1)
-    with Ranks(2) as two:
+    with RankPool(2) as two:
         for got in two.run(train, 2):
             print("same" if torch.allclose(got, want, rtol=1e-12) else "different")
 """

@@ -99,7 +99,7 @@ FOREIGN = """
 import torch
 from torch import nn
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.rank_pool import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.parallel.parameter_server import ParameterServer
 
 x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
@@ -110,7 +110,7 @@ def train(n, servers):
     server = ParameterServer(net.parameters(), mesh.dp, torch.optim.Adam, servers)
     for step in range(5):
         if server.is_worker:
-            mine = slice(mesh.dp.rank - server.workers[0], None, len(server.workers))
+            mine = slice(mesh.dp.rank - server.worker_ranks[0], None, len(server.worker_ranks))
             (nn.functional.cross_entropy(net(x[mine]), y[mine], reduction="sum") / len(x)).backward()
         server.step()
     return torch.cat([p.detach().flatten() for p in net.parameters()]) if server.is_worker else None
@@ -118,7 +118,7 @@ def train(n, servers):
 if __name__ == "__main__":
     torch.manual_seed(0)
     want = train(1, 1)
-    with Ranks(2) as two:
+    with RankPool(2) as two:
         for servers in (1, 2):
             for got in two.run(train, 2, servers):
                 if got is not None:

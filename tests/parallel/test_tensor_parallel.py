@@ -108,11 +108,11 @@ def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     for room in ("nanoinfra/distributed", "nanoinfra/formulas"):
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (tmp_path / "nanoinfra" / "formulas").iterdir():
-        if path.name not in ("__init__.py", "wire.py"):                    # the emulated wire's, nothing else
+        if path.name not in ("__init__.py", "collectives.py"):                    # the emulated wire's, nothing else
             path.unlink()
     (tmp_path / "nanoinfra" / "__init__.py").touch()
     (tmp_path / "nanoinfra" / "parallel").mkdir()
-    for name in ("tensor.py", "sequence.py"):
+    for name in ("tensor_parallel.py", "sequence_parallel.py"):
         shutil.copy(ROOT / "nanoinfra" / "parallel" / name, tmp_path / "nanoinfra" / "parallel")
     (tmp_path / "foreign.py").write_text(FOREIGN)
     done = subprocess.run([sys.executable, "foreign.py"], cwd=tmp_path, capture_output=True, text=True,
@@ -125,30 +125,32 @@ FOREIGN = """
 import torch
 from torch import nn
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.rank_pool import Ranks
-from nanoinfra.parallel.sequence_parallel import Cut
-from nanoinfra.parallel.tensor_parallel import RowLinear, Whole, cut
+from nanoinfra.distributed.pool.rank_pool import RankPool
+from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
+from nanoinfra.parallel.tensor_parallel import RowParallelLinear, TensorParallelRegion, shard_linear
 
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6)
-        self.read = lambda x, *linears: [linear(x) for linear in linears]
+        self.in_proj = lambda x, *linears: [linear(x) for linear in linears]
 
     def forward(self, x):
-        h, = self.read(self.norm(x), self.up)
+        h, = self.in_proj(self.norm(x), self.up)
         return x + self.down(h.relu())
 
 def train(n, how):
     torch.manual_seed(0)
     net, x, axis = Net().double(), torch.randn(2, 5, 6).double(), Mesh(tp=n).tp
     if how != "plain":
-        region = Whole(axis) if how == "whole" else Cut(axis, keep=how == "keep")
-        net.read, net.down = region.read, RowLinear(cut(net.down, 1, axis), region)
-        cut(net.up, 0, axis)
+        region = (TensorParallelRegion(axis) if how == "whole" else
+                  SequenceParallelRegion(axis, save_gathered=how == "keep"))
+        net.in_proj = region.column_parallel_linear
+        net.down = RowParallelLinear(shard_linear(net.down, 1, axis), region)
+        shard_linear(net.up, 0, axis)
     for _ in range(3):
         if how in ("keep", "gather"):
-            region.tokens = 5
+            region.set_seq_len(5)
             mine = torch.zeros(2, 3, 6).double()
             start = 3 * axis.rank
             mine[:, :min(3, 5 - start)] = x[:, start:start + 3]
@@ -169,7 +171,7 @@ def train(n, how):
 
 if __name__ == "__main__":
     up, down, norm, bias = train(1, "plain")
-    with Ranks(2) as two:
+    with RankPool(2) as two:
         for how in ("whole", "keep", "gather"):
             for rank, got in enumerate(two.run(train, 2, how)):
                 want = up[4 * rank:][:4], down[:, 4 * rank:][:, :4], norm, bias

@@ -193,8 +193,8 @@ FOREIGN = """
 import torch
 from torch import nn
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.rank_pool import Ranks
-from nanoinfra.parallel.zero import Zero
+from nanoinfra.distributed.pool.rank_pool import RankPool
+from nanoinfra.parallel.zero import ZeroDataParallel
 from tests.families import KINDS
 
 x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
@@ -203,23 +203,23 @@ def train(n, stage):
     mesh = Mesh(dp=n)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-    zero = Zero(net, mesh.data, stage, bucket_bytes=100)
-    sgd = torch.optim.SGD(zero.shards.values(), lr=0.1)
+    zero = ZeroDataParallel(net, mesh.data, stage, bucket_bytes=100)
+    sgd = torch.optim.SGD(zero.param_shards.values(), lr=0.1)
     for step in range(5):
         mine = slice(mesh.dp.rank, None, n)
-        zero.begin_step()
+        zero.zero_grad()
         loss = nn.functional.cross_entropy(net(x[mine]), y[mine], reduction="sum") / len(x)
-        zero.before_backward(last=True)
+        zero.prepare_for_backward(is_last=True)
         loss.backward()
-        grads = zero.finish()
-        for name, shard in zero.shards.items():
+        grads = zero.finish_grad_sync()
+        for name, shard in zero.param_shards.items():
             shard.grad = grads[name]
         sgd.step()
-        zero.publish()
+        zero.all_gather_params()
     return net(x).detach()
 
 if __name__ == "__main__":
-    with Ranks(2) as two:
+    with RankPool(2) as two:
         for stage in (1, 2, 3):
             want = train(1, stage)
             for got in two.run(train, 2, stage):

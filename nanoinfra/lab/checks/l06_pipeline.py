@@ -21,7 +21,7 @@ CHECKS = (one_f_one_b, zero_bubble, run_stage)
 SIZES = [(p, m) for p in (2, 3, 4, 1) for m in (4, 8, 3, 1)]         # stages, micro-batches
 TIMES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 3), (3, 2, 2)]      # slots: forward, to input, to weights
 STEPS = [("1f1b", 2, 3), ("1f1b", 4, 5), ("gpipe", 4, 4), ("1f1b", 1, 2)]
-ENDED = {                                    # what is in a RanksError: the usual cause
+ENDED = {                                    # what is in a RankFailedError: the usual cause
     "gave no answer": "ranks wait for each other: a send blocks until the other end receives, so send with "
                       "async_op=True and wait for all of them at the end; or a message never leaves",
     "NoneType": "no gradient for what came over the wire? It has no history: .requires_grad_() it first",

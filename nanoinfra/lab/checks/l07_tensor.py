@@ -21,7 +21,7 @@ leave = Check("Leave")
 tensor_mlp = Check("tensor_mlp")
 vocab_loss = Check("vocab_loss")
 CHECKS = (share, enter, leave, tensor_mlp, vocab_loss)
-ENDED = {                                    # what is in a RanksError: the usual cause
+ENDED = {                                    # what is in a RankFailedError: the usual cause
     "autograd kernel": "autograd sees no gradient of all_reduce: let Leave call it, as Leave.apply(y, axis)",
     "SIGABRT": "did ranks send different sizes? (R,) is everyone's; of columns, the last rank has fewer",
     "out of bounds": "a target of another rank is no column of yours: gather column 0 there, times 0",

@@ -20,7 +20,7 @@ sum_gradients = Check("sum_gradients")
 grad_norm = Check("grad_norm")
 CHECKS = (coordinates, neighbours, sum_gradients, grad_norm)
 ORDERS = ({"pp": 2, "dp": 2, "tp": 2}, {"pp": 2, "dp": 3, "tp": 4}, {"tp": 3, "pp": 4, "dp": 2}, {"dp": 5})
-ENDED = {                                    # what is in a RanksError: the usual cause
+ENDED = {                                    # what is in a RankFailedError: the usual cause
     "gave no answer": "a rank waits in a sum that another does not come to: on an axis all make the same "
                       "calls; stages between the ends have no tied weight, and `ends` is None there",
     "SIGABRT": "did ranks send different sizes? On an axis all must have the same parameter's gradient"}

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 OURS = "nanoinfra-"                          # how launches of train/launch/launcher.py are called
-BOARD = "where_ranks_stand"                  # ledger.Board of a run under way
+BOARD = "where_ranks_stand"                  # StatusBoard of a run under way
 NOTES = ".ranks"                             # of our launcher in the run's directory, while the run lives
 STOPPED = "stopped.json"                     # rank 0's note in the run directory: a signal ended the run
 
