@@ -226,7 +226,7 @@ def _check_pipeline(flags, dp):
         raise ValueError("--recompute full runs a block again in backward, and --schedule zb-h1 has two of "
                          "those; use --recompute none, or --schedule 1f1b")
     _, m = micro_batches(flags.data, dp)
-    schedules.check_schedule(kind, pp, m, v)
+    schedules.check_schedule_config(kind, pp, m, v)
     if flags.model.model in SIZES:
         split(SIZES[flags.model.model].model, pp * v, flags.data.seq or 1)
 

@@ -145,7 +145,7 @@ def build_pipeline_schedule(kind: str, num_stages: int, num_micro_batches: int,
     `kind` is one of SCHEDULES. `num_chunks` a stage, for "interleaved" only. Raises ValueError where there is
     no such schedule.
     """
-    check_schedule(kind, num_stages, num_micro_batches, num_chunks)
+    check_schedule_config(kind, num_stages, num_micro_batches, num_chunks)
     chunks = (num_chunks,) if kind == "interleaved" else ()
     orders = [list(SCHEDULES[kind](num_stages, stage, num_micro_batches, *chunks))
               for stage in range(num_stages)]
@@ -164,7 +164,7 @@ def forward_only_schedule(num_stages: int, num_chunks: int = 1) -> list[list]:
                                    for _ in range(num_stages)], num_chunks)
 
 
-def check_schedule(kind: str, num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> None:
+def check_schedule_config(kind: str, num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> None:
     """Raise ValueError, with the rule, where there is no such schedule."""
     p, v = num_stages, num_chunks
     if kind not in SCHEDULES:
