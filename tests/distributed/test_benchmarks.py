@@ -8,7 +8,7 @@ from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.collectives import fit
 
 WIRE = (4e-3, 1e8)                           # slow enough to be timed beside other work
-QUICK = ("nanoinfra.distributed.benchmarks", "TOO_LONG", 0.1)
+QUICK = ("nanoinfra.distributed.benchmarks", "_MAX_CALL_SECONDS", 0.1)
 
 
 def fitted(axis, op):
@@ -34,8 +34,8 @@ def probed(axis, op):
                           if row.axis_name != "world")
 
 
-SIZES = ("nanoinfra.distributed.benchmarks", "SIZES", (4096, 16384))
-FOUR = ("nanoinfra.distributed.benchmarks", "SAMPLE", 0.0)                               # one call a sample
+SIZES = ("nanoinfra.distributed.benchmarks", "_PAYLOAD_SIZES_BYTES", (4096, 16384))
+FOUR = ("nanoinfra.distributed.benchmarks", "_MIN_SAMPLE_SECONDS", 0.0)            # one call a sample
 
 
 def test_the_slowest_ranks_times_of_all_reduces(ranks):
@@ -52,8 +52,8 @@ def test_messages_go_there_and_back_and_an_odd_rank_waits(ranks):
 
 
 def test_a_payload_that_would_take_too_long_is_not_tried(ranks):
-    never = ("nanoinfra.distributed.benchmarks", "TOO_LONG", 0.0)
-    sizes = ("nanoinfra.distributed.benchmarks", "SIZES", (4096, 16384, 65536))          # two, for a line
+    never = ("nanoinfra.distributed.benchmarks", "_MAX_CALL_SECONDS", 0.0)
+    sizes = ("nanoinfra.distributed.benchmarks", "_PAYLOAD_SIZES_BYTES", (4096, 16384, 65536))
     assert [list(times) for times, _ in ranks(2).run(probed, "dp", "all_reduce", mutants=(never, sizes))] \
         == [[4096, 16384], [4096, 16384]]
 

@@ -98,7 +98,7 @@ def step(family, tp, sp, scale=1.0):
     parallel.data_parallel.zero_grad()
     parallel.data_parallel.prepare_for_backward(is_last=True)
     with Largest() as seen:
-        loss = parallel.loss(parallel.model.hidden(x), y, B * T - 1)
+        loss = parallel.loss_head(parallel.model.hidden(x), y, B * T - 1)
         loss.backward()
     grads, sent = parallel.finish_grad_sync(), {}
     for row in mesh.comm_log.take_records():

@@ -76,7 +76,7 @@ def test_pulling_from_one_server_takes_as_long_as_there_are_workers(ranks):
 
 
 def test_a_number_of_servers_that_does_not_fit_is_refused(ranks):
-    with pytest.raises(ValueError, match="2 servers do not fit 1 rank; try servers=1"):
+    with pytest.raises(ValueError, match="2 servers do not fit 1 rank; try num_servers=1"):
         ParameterServer(model().parameters(), Mesh().dp, SGD, num_servers=2)
     want = "0 servers do not fit 3 ranks; try 1 to 2 beside the workers, or 3, one on each"
     assert ranks(3).run(refused) == [want] * 3

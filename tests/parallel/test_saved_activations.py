@@ -39,10 +39,10 @@ def kept(family, tp, sp, recompute):
     kinds = [(block, "block") for block in model.blocks] if recompute == "full" else [
         pair for b in model.blocks
         for pair in ((b.norm1, "norm"), (b.norm2, "norm"), (b.attn, "attn"), (b.mlp, "mlp"))]
-    for module, kind in (*kinds, (parallel.loss, "loss")):
+    for module, kind in (*kinds, (parallel.loss_head, "loss")):
         count(module, kind, weights, found)
     x = torch.ones(B, T, dtype=torch.long)
-    out = parallel.loss(model.hidden(x), x, B * T)
+    out = parallel.loss_head(model.hidden(x), x, B * T)
     assert out.requires_grad
     return {kind: sum(each.bytes() for each in found.get(kind, ())) for kind in (*PARTS, "loss")}
 

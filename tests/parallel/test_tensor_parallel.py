@@ -108,7 +108,7 @@ def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     for room in ("nanoinfra/distributed", "nanoinfra/formulas"):
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (tmp_path / "nanoinfra" / "formulas").iterdir():
-        if path.name not in ("__init__.py", "collectives.py"):                    # the emulated wire's, nothing else
+        if path.name not in ("__init__.py", "collectives.py"):               # the emulated wire's, nothing else
             path.unlink()
     (tmp_path / "nanoinfra" / "__init__.py").touch()
     (tmp_path / "nanoinfra" / "parallel").mkdir()
@@ -190,7 +190,7 @@ def step(parallel, micro_batches, seq):
     parallel.data_parallel.zero_grad()
     for i in range(micro_batches):
         parallel.data_parallel.prepare_for_backward(is_last=i == micro_batches - 1)
-        parallel.loss(parallel.model.hidden(x), x, 21).backward()
+        parallel.loss_head(parallel.model.hidden(x), x, 21).backward()
     return parallel.finish_grad_sync()
 
 
@@ -225,7 +225,7 @@ def largest(sp, vocab):
                         vocab=vocab)
     x = torch.ones(2, 12, dtype=torch.long)
     with Largest() as seen:
-        parallel.loss(parallel.model.hidden(x), x, 24).backward()
+        parallel.loss_head(parallel.model.hidden(x), x, 24).backward()
     return seen.numel
 
 
@@ -241,7 +241,7 @@ def frozen_step(sp, frozen):
     x = torch.ones(B, T, dtype=torch.long)
     parallel.data_parallel.zero_grad()
     parallel.data_parallel.prepare_for_backward(is_last=True)
-    parallel.loss(model.hidden(x), x, 21).backward()
+    parallel.loss_head(model.hidden(x), x, 21).backward()
     rows = [(row.op, row.tag, row.start_time, row.end_time) for row in mesh.comm_log.take_records()]
     again, enter, leave = sp == "gather", "all_gather", "reduce_scatter"
     if sp == "none":

@@ -181,7 +181,7 @@ def shared(cfg, plan, dp, tp, micro, frozen):
     parallel.data_parallel.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for i, (x, y) in enumerate(batches):
-        loss = parallel.loss(model.hidden(x), y, count)
+        loss = parallel.loss_head(model.hidden(x), y, count)
         parallel.data_parallel.prepare_for_backward(is_last=i == len(batches) - 1)
         loss.backward()
         total += loss.detach()

@@ -431,7 +431,7 @@ def filled_by_name():
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(5, 3, bias=False))
     shared = ZeroDataParallel(net, Mesh(dp=2).data, 3,
-                              source=lambda name: torch.full((3, 5), len(name) + 0.0))
+                              read_param=lambda name: torch.full((3, 5), len(name) + 0.0))
     [(name, shard)] = shared.param_shards.items()
     assert net(torch.ones(1, 5)).tolist() == [[5.0 * len(name)] * 3]
     return name, shard, shared.row_ranges[name]
