@@ -137,8 +137,8 @@ def main():
         rows = [row for row in mesh.comm_log.take_records() if row.op in ("send", "recv")]
         total = comm.all_reduce(stage.loss, mesh.pp, "loss")         # the last stage's
         if mesh.rank == 0:
-            sent, waited = sum(row.payload_bytes for row in rows if row.op == "send"), sum(r.wait_seconds
-                                                                                           for r in rows)
+            sent = sum(row.payload_bytes for row in rows if row.op == "send")
+            waited = sum(row.wait_seconds for row in rows)
             print(f"step {step + 1:3}  loss {total:.10f}; stage 0 sent {sent:,} bytes and waited "
                   f"{waited * 1e3:.1f} ms", flush=True)
     if dist.is_initialized():

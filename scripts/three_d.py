@@ -116,16 +116,13 @@ def main():
         dist.init_process_group("gloo")
     mesh = Mesh(pp=args.pp, dp=world_size() // (args.pp * args.tp), tp=args.tp)
     set_torch_threads()
-
     config, dtype = SIZES["test"].model, getattr(torch, args.dtype)
     whole = init_weights(Decoder(config), seed=0).to(dtype)
     layers = pipeline.cut_to_pipeline_chunk(whole, *split(config, args.pp, args.seq)[mesh.pp.rank])
     stage = Stage(layers, mesh, dtype, "gather" if args.sp else "none")
-    # all but the end
     instructions = build_pipeline_schedule("1f1b", args.pp, args.micro_batches)[mesh.pp.rank][:-2]
     optimizer = adamw(list(stage.model.parameters()), LR)
     mesh.comm_log.take_records()
-
     for step in range(args.steps):
         x, y = samples(step, args.global_batch, config.vocab, args.seq)
         mine = slice(mesh.dp.rank, None, mesh.dp.size)               # the same for all pp and tp ranks
@@ -137,8 +134,8 @@ def main():
             p.grad = grads[name].clone()
         optimizer.step()
         optimizer.zero_grad()
-        sent = {axis: sum(row.payload_bytes for row in mesh.comm_log.records if row.axis_name == axis
-                          and row.op != "recv")
+        rows = [row for row in mesh.comm_log.take_records() if row.op != "recv"]
+        sent = {axis: sum(row.payload_bytes for row in rows if row.axis_name == axis)
                 for axis in ("pp", "data", "tp")}
         total = comm.all_reduce(comm.all_reduce(stage.loss, mesh.pp), mesh.data)     # the last stage's
         if mesh.rank == 0:

@@ -62,7 +62,7 @@ def held(model, shared, optimizer):
     sums = shared.reducer.grads.values() if isinstance(shared, ZeroDataParallel) else ()
     moments = [m for state in optimizer.state.values() for m in state.values() if m.dim()]
     kinds = ([*model.parameters(), *shared.param_shards.values()],
-             [*sums, *(bucket.buffer for bucket in waiting if bucket.buffer is not None)], moments)
+             [*sums, *(bucket.flat_grads for bucket in waiting if bucket.flat_grads is not None)], moments)
     return [sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in kind)}.values())
             for kind in kinds]
 

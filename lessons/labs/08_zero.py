@@ -108,7 +108,7 @@ def held_by(replica):
     """Bytes of [weights, gradients, optimizer with masters], each storage once."""
     shared = replica.parallel.chunks[0].data_parallel
     if reducer := getattr(shared, "reducer", None):                  # ZeRO's
-        filling = [bucket.buffer for bucket in reducer.buckets if bucket.buffer is not None]
+        filling = [bucket.flat_grads for bucket in reducer.buckets if bucket.flat_grads is not None]
         gradients = [*reducer.grads.values(), *filling]
     else:
         gradients = [bucket.flat_grads for bucket in shared.buckets]

@@ -56,7 +56,7 @@ class GradientReducer:
         self.grads = {}
         self._sync_gradients, self._next_bucket = False, 0
         for bucket in self.buckets:
-            bucket.buffer = None
+            bucket.flat_grads = None
             bucket.params_with_grad.clear()
 
     def prepare_for_backward(self, sync_gradients: bool) -> None:
@@ -69,9 +69,9 @@ class GradientReducer:
     def move_grad_to_bucket(self, param: torch.nn.Parameter) -> None:
         """Move `param.grad` into its bucket, and send full buckets, in one order on all ranks."""
         bucket = self.bucket_of_param[param]
-        if bucket.buffer is None:
+        if bucket.flat_grads is None:
             self._make_room(bucket.nbytes)
-            bucket.allocate_buffer()
+            bucket.allocate_flat_grads()
         bucket.add_grad(param)
         while self._sync_gradients and self._next_bucket < len(self.buckets) \
                 and not self.buckets[self._next_bucket].params_awaiting_grad:
@@ -87,16 +87,17 @@ class GradientReducer:
     def _send_incomplete_buckets(self):
         """Send buckets that still await a gradient, and those that received one after they were sent."""
         for i, bucket in enumerate(self.buckets if self._sync_gradients else ()):
-            if i >= self._next_bucket or bucket.buffer is not None:
+            if i >= self._next_bucket or bucket.flat_grads is not None:
                 self._start_reduce_scatter(bucket)
         self._next_bucket = len(self.buckets)
 
     def _start_reduce_scatter(self, bucket):
         self._wait_in_flight()
-        self._in_flight = bucket, comm.reduce_scatter(bucket.take_buffer(), self.axis, "grads", async_op=True)
+        collective = comm.reduce_scatter(bucket.take_flat_grads(), self.axis, "grads", async_op=True)
+        self._in_flight = bucket, collective
 
     def _make_room(self, new_bytes):
-        held = sum(bucket.nbytes for bucket in self.buckets if bucket.buffer is not None)
+        held = sum(bucket.nbytes for bucket in self.buckets if bucket.flat_grads is not None)
         in_flight = self._buffers_per_bucket * self._in_flight[0].nbytes if self._in_flight else 0
         if self._in_flight and new_bytes + held + in_flight > self._max_inflight_bytes:
             self._wait_in_flight()
@@ -112,19 +113,20 @@ class GradientReducer:
 
 
 class ReduceScatterBucket:
-    """Gradients that one reduce-scatter sums: row r of `buffer` (N, S) goes to rank r. Freed between uses."""
+    """Gradients that one reduce-scatter sums: row r of `flat_grads` (N, S) goes to rank r."""
 
     def __init__(self, params: list[BucketedParam], num_ranks: int, dtype: torch.dtype):
         self.params, self.shard_numels = params, [prod(each.shard_shape) for each in params]
         self._empty = params[0].param.new_empty(0, dtype=dtype, requires_grad=False)
         self.shape = num_ranks, sum(self.shard_numels)
         self.nbytes = prod(self.shape) * dtype.itemsize
-        self.buffer, self.params_awaiting_grad, self.params_with_grad = None, set(), set()
+        self.flat_grads: torch.Tensor | None = None                      # freed between uses
+        self.params_awaiting_grad, self.params_with_grad = set(), set()
 
-    def allocate_buffer(self) -> None:
-        """Allocate `buffer`, uninitialised."""
-        self.buffer = self._empty.new_empty(self.shape)                  # (N, S)
-        columns = self.buffer.split(self.shard_numels, dim=1)            # (N, shard numel) each
+    def allocate_flat_grads(self) -> None:
+        """Allocate `flat_grads`, uninitialised."""
+        self.flat_grads = self._empty.new_empty(self.shape)                  # (N, S)
+        columns = self.flat_grads.split(self.shard_numels, dim=1)            # (N, shard numel) each
         self._columns = {each.param: column for each, column in zip(self.params, columns)}
 
     def add_grad(self, param: torch.nn.Parameter) -> None:
@@ -138,15 +140,15 @@ class ReduceScatterBucket:
         self.params_with_grad.add(param)
         self.params_awaiting_grad.discard(param)
 
-    def take_buffer(self) -> torch.Tensor:
-        """Hand over the buffer (N, S), with zeros for parameters that got no gradient."""
-        if self.buffer is None:
-            self.allocate_buffer()
+    def take_flat_grads(self) -> torch.Tensor:
+        """Hand over `flat_grads` (N, S), with zeros for parameters that got no gradient."""
+        if self.flat_grads is None:
+            self.allocate_flat_grads()
         for param in self._columns.keys() - self.params_with_grad:
             self._columns[param].zero_()
-        buffer, self.buffer, self._columns = self.buffer, None, None
+        flat_grads, self.flat_grads, self._columns = self.flat_grads, None, None
         self.params_with_grad.clear()
-        return buffer
+        return flat_grads
 
 
 def group_by_dtype_and_bytes(items: Iterable, dtype_and_numel: Callable,

@@ -30,8 +30,7 @@ def gantt(panels: dict[str, StepTimeline], title: str = "", unit: str = "ms") ->
     for name, timeline in panels.items():
         idle = sum(timeline.idle_seconds) / len(timeline.idle_seconds) / timeline.step_seconds
         axes.text(0, top + 0.25, f"{name}: {scale * timeline.step_seconds:.4g} {unit}, idle {idle:.0%}",
-                  fontsize=10,
-                  weight="bold", va="center")
+                  fontsize=10, weight="bold", va="center")
         top += GAP
         for r, spans in enumerate(timeline.compute_spans):
             axes.barh(top + r, scale * timeline.step_seconds, height=0.86, color=IDLE)

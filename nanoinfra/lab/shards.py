@@ -60,14 +60,13 @@ def _cut(config, mesh, stage, bucket_bytes):
     if stage == 0:
         return net, last, DataParallel(net.bfloat16(), mesh.data, "overlap", bucket_bytes)
     return net, last, ZeroDataParallel(net, mesh.data, stage, fsdp_units(net, last), torch.bfloat16,
-                                       torch.bfloat16,
-                           bucket_bytes)
+                                       torch.bfloat16, bucket_bytes)
 
 
 def kept(net: nn.Module, shared: DataParallel | ZeroDataParallel, optimizer: Optimizer) -> list[int]:
     """Bytes of each of KINDS on this rank now; a freed parameter has none."""
     reducer = getattr(shared, "reducer", shared)
-    filling = [bucket.buffer for bucket in reducer.buckets if bucket.buffer is not None]
+    filling = [bucket.flat_grads for bucket in reducer.buckets if bucket.flat_grads is not None]
     rows = reducer.grads.values() if isinstance(shared, ZeroDataParallel) else ()  # of what has arrived
     moments = [m for name, m in optimizer.state().items() if name.startswith("exp_avg")]
     weights = {s.data_ptr(): s.nbytes() for s in (p.untyped_storage() for p in net.parameters())}

@@ -94,7 +94,7 @@ def test_quota_of_control_groups(tmp_path, mine, files, want):
 
 
 def test_nobody_else_counts_cores_for_threads():
-    """Neither cores / ranks by hand, nor a number for torch that is not use_threads'."""
+    """Neither cores / ranks by hand, nor a number for torch that is not set_torch_threads'."""
     files = [*(ROOT / "nanoinfra").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
     assert not [path for path in files if "cpu_count() or 1) //" in path.read_text()]
 

@@ -62,8 +62,8 @@ def test_a_step_that_was_given_up_leaves_nothing_behind():
 def test_a_bucket_opens_only_where_there_is_room(monkeypatch, bucket_bytes, order, alone):
     """One of 400 bytes under way takes 800; beside it another fits in 1200, and in 800 none."""
     made, params = reducer(bucket_bytes)
-    seen, opens = [], ReduceScatterBucket.allocate_buffer
-    monkeypatch.setattr(ReduceScatterBucket, "allocate_buffer",
+    seen, opens = [], ReduceScatterBucket.allocate_flat_grads
+    monkeypatch.setattr(ReduceScatterBucket, "allocate_flat_grads",
                         lambda bucket: (seen.append(made._in_flight is None), opens(bucket)))
     made.prepare_for_backward(sync_gradients=True)
     for i in order:

@@ -156,9 +156,8 @@ def run(config, mesh, batch, seq, dtype, attention, recompute, sp, backward=Fals
     """Bytes that rank 0 keeps for backward; and the most at any moment, with backward's own."""
     model = Decoder(config, attention).to(dtype)
     TensorParallel(model, mesh, sp)
-    loss, tokens = VocabParallelLoss(apply_activation_checkpointing(model,
-                                                                    recompute).head), torch.zeros(batch, seq,
-                                                                                                  dtype=torch.long)
+    loss = VocabParallelLoss(apply_activation_checkpointing(model, recompute).head)
+    tokens = torch.zeros(batch, seq, dtype=torch.long)
     with Kept(model.parameters()) as kept:
         out = loss(model.hidden(tokens), tokens, 1)
         forward = kept.bytes()

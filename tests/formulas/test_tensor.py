@@ -107,9 +107,8 @@ def sent_in_a_step(config, mesh, batch, seq, micro_batches, dtype, sp, recompute
     """{(op, tag): (calls, bytes)} in the ledger of rank 0, weights' arrival apart."""
     model = Decoder(config, "naive").to(dtype)
     tensor = TensorParallel(model, mesh, sp)
-    loss, tokens = VocabParallelLoss(apply_activation_checkpointing(model,
-                                                                    recompute).head), torch.zeros(batch, seq,
-                                                                                                  dtype=torch.long)
+    loss = VocabParallelLoss(apply_activation_checkpointing(model, recompute).head)
+    tokens = torch.zeros(batch, seq, dtype=torch.long)
     for _ in range(micro_batches):
         loss(model.hidden(tokens), tokens, 1).backward()
     tensor.all_reduce_partial_grads({name: p.grad for name, p in model.named_parameters()})

@@ -29,8 +29,8 @@ def config(family="llama"):
 
 
 def decoder(attention="sdpa", how="none", family="llama"):
-    return recompute.apply_activation_checkpointing(init_weights(Decoder(config(family), attention),
-                                                                 seed=3).double(), how)
+    model = init_weights(Decoder(config(family), attention), seed=3).double()
+    return recompute.apply_activation_checkpointing(model, how)
 
 
 def gradients(model, micro_batches=2):

@@ -34,8 +34,8 @@ zero, scaled = Check("zero"), Check("scaled")
 @zero.criterion("after three steps the weights are one rank's", "parity")
 def _(subject):
     for stage in (1, 2, 3):
-        [want], got = ranks(1).run(run, ZeroDataParallel, stage, "sgd"), ranks(N).run(run, subject, stage,
-                                                                                      "sgd")
+        [want] = ranks(1).run(run, ZeroDataParallel, stage, "sgd")
+        got = ranks(N).run(run, subject, stage, "sgd")
         for rank, mine in enumerate(got):
             for name, x in mine["weights"].items():
                 same(f"{name} at stage {stage}", x, want["weights"][name], rank, rtol=1e-10)
@@ -175,8 +175,8 @@ class KeepsGradients(GradientReducer):
         self.kept = []
 
     def _start_reduce_scatter(self, bucket):
-        if bucket.buffer is not None:
-            self.kept.append(bucket.buffer)
+        if bucket.flat_grads is not None:
+            self.kept.append(bucket.flat_grads)
         super()._start_reduce_scatter(bucket)
 
 

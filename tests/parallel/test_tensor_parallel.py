@@ -108,7 +108,7 @@ def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     for room in ("nanoinfra/distributed", "nanoinfra/formulas"):
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (tmp_path / "nanoinfra" / "formulas").iterdir():
-        if path.name not in ("__init__.py", "collectives.py"):               # the emulated wire's, nothing else
+        if path.name not in ("__init__.py", "collectives.py"):          # the emulated wire's, nothing else
             path.unlink()
     (tmp_path / "nanoinfra" / "__init__.py").touch()
     (tmp_path / "nanoinfra" / "parallel").mkdir()

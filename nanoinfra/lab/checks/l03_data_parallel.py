@@ -198,5 +198,5 @@ def _one(subject, n, micro_batches, *bucket):
     grads = subject(net, batches(mesh.dp.rank, n, micro_batches), mesh.dp, *bucket)
     if isinstance(grads, dict):
         grads = {name: g.clone() if isinstance(g, torch.Tensor) else g for name, g in grads.items()}
-    return {"grads": grads, "rows": gradient_rows(mesh.comm_log.take_records()), "end": moments[-1] if moments
-            else 0.0}
+    return {"grads": grads, "rows": gradient_rows(mesh.comm_log.take_records()),
+            "end": moments[-1] if moments else 0.0}

@@ -159,8 +159,8 @@ def _once(subject, kinds):
 def _held(subject, kind, cause):
     for p, m in SIZES:
         for r in range(p):
-            got, want = max_micro_batches_in_flight(_order(subject, p, r, m)), formulas.in_flight(kind, p, r,
-                                                                                                  m)
+            got = max_micro_batches_in_flight(_order(subject, p, r, m))
+            want = formulas.in_flight(kind, p, r, m)
             if got > want:
                 raise Wrong(f"stage {r} of {p}, {m} micro-batches: holds {got} at once, want {want}: {cause}")
 
