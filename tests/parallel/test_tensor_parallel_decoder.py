@@ -186,7 +186,7 @@ def shared(cfg, plan, dp, tp, micro, frozen):
         loss.backward()
         total += loss.detach()
     grads = parallel.finish_grad_sync()
-    axes = [mesh.tp, *([mesh.data] if plan.zero else [])]
+    axes = [mesh.tp, *([mesh.data] if plan.zero_stage else [])]
     norm = clip(dict(grads), 0, axes=axes, counts=parallel.tensor_parallel.counted_in_norm)
     named = {}
     for name, grad in grads.items():
