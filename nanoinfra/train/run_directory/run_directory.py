@@ -65,7 +65,7 @@ class RunDir:
     def save(self, step: int, replica: Replica, state: dict, keep: int) -> None:
         """A checkpoint; each tensor, or part of one, is written by one of the ranks that hold it."""
         data, pieces = self.mesh.data, replica.pieces()
-        mine = pieces if replica.parallel.plan.zero else pieces[data.rank::data.size]
+        mine = pieces if replica.parallel.config.zero_stage else pieces[data.rank::data.size]
         state = {"step": step, "text": self.text, **replica.state(), **state}
         checkpoint.save(self.checkpoints, step, mine, state, self.mesh.world, keep, self.warn)
 
