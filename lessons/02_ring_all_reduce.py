@@ -27,9 +27,9 @@ import time
 
 import torch
 
-from nanoinfra.distributed import comm, rings
+from nanoinfra.distributed import comm, ring_collectives
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.formulas.collectives import ring_seconds, tree_seconds
 from nanoinfra.lab import draw
 from nanoinfra.lab.checks import l02_ring as check
@@ -44,7 +44,7 @@ N = 4 if FAST else 8                         # ranks
 S = 2**20 if FAST else 2**22                 # bytes of the tensor that is summed
 ALPHA, BETA = 4e-3, 20e6                     # the wire: 4 ms a message, 20 MB/s
 REPEATS = 3
-world = Ranks(N, wire={"dp": (ALPHA, BETA)}, timeout=120)
+world = RankPool(N, emulated_links={"dp": (ALPHA, BETA)}, timeout=120)
 
 # %% [markdown]
 # `world` is N processes on this machine. Between them lies an *emulated wire*: a rank sends one message
@@ -58,17 +58,17 @@ world = Ranks(N, wire={"dp": (ALPHA, BETA)}, timeout=120)
 #
 # - An `axis` is a group of ranks: `axis.rank` is my place, `axis.size` how many we are. A `Mesh` of
 #   `dp=n, pp=N // n` arranges the N ranks in groups; its `.dp` is the group of n that holds this rank.
-# - `comm.send(x, axis, to)` and `comm.recv(buffer, axis, source)` move one tensor; `recv` fills and returns
+# - `comm.send(x, axis, dst)` and `comm.recv(buffer, axis, src)` move one tensor; `recv` fills and returns
 #   `buffer`.
-# - The *ledger* notes each call and its bytes (`row.payload`). `send` and `recv` have a row each; an
-#   `exchange` (section 3) does both and has one row, with the bytes sent.
+# - The *ledger* notes each call and its bytes (`row.payload_bytes`). `send` and `recv` have a row each; an
+#   `ring_shift` (section 3) does both and has one row, with the bytes sent.
 # - `world.run(f, ...)` runs f in every rank and returns the list of results.
 
 # %%
 def naive_all_reduce(x, axis):
     if axis.rank:
-        comm.send(x, axis, to=0)
-        return comm.recv(x, axis, source=0)
+        comm.send(x, axis, dst=0)
+        return comm.recv(x, axis, src=0)
     for source in range(1, axis.size):
         x += comm.recv(torch.empty_like(x), axis, source)
     for to in range(1, axis.size):
@@ -82,11 +82,11 @@ def trial(all_reduce, n, size):
     x, seconds = torch.zeros(size // 4), []
     for _ in range(REPEATS):
         comm.barrier(mesh.dp)                # all start together
-        mesh.ledger.take()
+        mesh.comm_log.take_records()
         begin = time.monotonic()
         all_reduce(x, mesh.dp)
         seconds.append(time.monotonic() - begin)
-    return seconds, mesh.ledger.take()
+    return seconds, mesh.comm_log.take_records()
 
 
 def slowest(results):
@@ -99,7 +99,7 @@ walls = []
 for n in (n for n in (2, 4, 8) if n <= N):
     results = world.run(trial, naive_all_reduce, n, S // 4)
     # send and recv have a row each, so this sum is what a rank sent plus what it received
-    through = [f"{sum(row.payload for row in ledger):,}" for _, ledger in results]
+    through = [f"{sum(row.payload_bytes for row in ledger):,}" for _, ledger in results]
     walls.append((str(n), through[0], through[1], f"{slowest(results).value * 1e3:.0f} ms"))
 Grid(f"the plain way, on a tensor of S/4 = {S // 4:,} bytes",
      ("ranks", "bytes through rank 0", "bytes through rank 1", "time"), walls)
@@ -137,7 +137,7 @@ predict("L02.seconds", 2 * (N - 1) * (ALPHA + S / N / BETA), "s")
 
 # %% [markdown]
 # ## 3. Build
-# You get one primitive: `exchange(x, axis)` from `distributed/comm.py` gives `x` to the right neighbour and
+# You get one primitive: `ring_shift(x, axis)` from `distributed/comm.py` gives `x` to the right neighbour and
 # returns what the left neighbour gave, a tensor of the same shape. All ranks call it together.
 # `axis.rank` is your place, `axis.size` is N.
 #
@@ -149,7 +149,7 @@ def first_step():
     axis = Mesh(dp=4, pp=N // 4).dp
     x = torch.ones(4, 1)                                           # (N, numel/N)
     sent = (axis.rank - 1) % 4                                     # chunk c starts at rank c + 1
-    came = comm.exchange(x[sent], axis)                            # the left neighbour's: chunk sent - 1
+    came = comm.ring_shift(x[sent], axis)                            # the left neighbour's: chunk sent - 1
     x[sent - 1] += came
     return x.flatten().tolist()
 
@@ -168,7 +168,7 @@ draw.ring(summed, sent=[(rank - 2) % 4 for rank in range(4)], title="after step 
 
 # %% nbgrader={"grade_id": "reduce_scatter", "solution": true}
 # %%exercise L02
-from nanoinfra.distributed.comm import exchange
+from nanoinfra.distributed.comm import ring_shift
 
 
 def ring_reduce_scatter(x, axis):
@@ -177,7 +177,7 @@ def ring_reduce_scatter(x, axis):
     partial = x[rank - 1]                                          # (numel/N,) the chunk that starts here
     ### BEGIN SOLUTION
     for step in range(1, n):
-        came = exchange(partial, axis)                             # chunk rank - 1 - step
+        came = ring_shift(partial, axis)                             # chunk rank - 1 - step
         partial = came + x[(rank - 1 - step) % n]
     ### END SOLUTION
     return partial
@@ -206,7 +206,7 @@ def ring_all_reduce(x, axis):
     ### BEGIN SOLUTION
     parts[rank] = chunk
     for step in range(1, n):
-        chunk = exchange(chunk, axis)                              # finished by rank - step
+        chunk = ring_shift(chunk, axis)                              # finished by rank - step
         parts[(rank - step) % n] = chunk
     ### END SOLUTION
     return x
@@ -221,11 +221,11 @@ check.ring_all_reduce(ring_all_reduce)
 # lessons tell calls apart. Compare the rest with yours: you will be asked below what yours leaves out.
 
 # %%
-print(inspect.getsource(rings))
+print(inspect.getsource(ring_collectives))
 
 # %% [markdown]
 # ## 5. Measure, compare, explain
-# The ledger has a row for each exchange, with the bytes that were really handed to the wire: what was
+# The ledger has a record for each ring_shift, with the bytes that were really handed to the wire: what was
 # sent, as receiving has no row of its own here. They are *counted*: they must match exactly. The time is
 # *timed*, and may be off by 10 %.
 
@@ -235,7 +235,7 @@ results = []
 
 def bytes_sent():
     results[:] = world.run(trial, ring_all_reduce, N, S)
-    return counted(max(sum(row.payload for row in ledger) for _, ledger in results), "B")
+    return counted(max(sum(row.payload_bytes for row in ledger) for _, ledger in results), "B")
 
 
 measure("L02.bytes", bytes_sent)
@@ -262,14 +262,14 @@ def tree_all_reduce(x, axis):
     strides = [2**k for k in range((axis.size - 1).bit_length())]  # 1, 2, 4, ...
     for stride in strides:                                         # reduce towards rank 0
         if axis.rank % (2 * stride) == stride:
-            comm.send(x, axis, to=axis.rank - stride)
+            comm.send(x, axis, dst=axis.rank - stride)
         elif axis.rank % (2 * stride) == 0 and axis.rank + stride < axis.size:
-            x += comm.recv(torch.empty_like(x), axis, source=axis.rank + stride)
+            x += comm.recv(torch.empty_like(x), axis, src=axis.rank + stride)
     for stride in reversed(strides):                               # and back out
         if axis.rank % (2 * stride) == 0 and axis.rank + stride < axis.size:
-            comm.send(x, axis, to=axis.rank + stride)
+            comm.send(x, axis, dst=axis.rank + stride)
         elif axis.rank % (2 * stride) == stride:
-            comm.recv(x, axis, source=axis.rank - stride)
+            comm.recv(x, axis, src=axis.rank - stride)
     return x
 
 

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.formulas.parameters import block_shapes
 from nanoinfra.lab import draw
@@ -42,14 +42,14 @@ from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
-from nanoinfra.parallel.pipeline.simulator import Task, replay
+from nanoinfra.parallel.pipeline.simulator import SimulatedTask, simulate_tasks
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 N, L, REPEATS = (4, 3, 1) if FAST else (4, 4, 3)      # ranks, layers, and trials to take the median of
 ALPHA, BETA = (1e-3, 8e6) if FAST else (4e-3, 2e6)    # the wire: s a message, bytes/s
 SEQUENCES, SECONDS = 8, 0.01 if FAST else 0.04        # in a step; of backward, a sequence and layer
 CONFIG = ModelConfig(vocab=61, width=32, layers=L, heads=4, kv_heads=2, head_dim=8, hidden=88, context=16)
-world = Ranks(N, wire={"dp": (ALPHA, BETA)}, timeout=120)
+world = RankPool(N, emulated_links={"dp": (ALPHA, BETA)}, timeout=120)
 
 # %% [markdown]
 # The wire is emulated, as in lesson 02, and so are the accelerators: each layer *sleeps* for as long as one
@@ -78,11 +78,12 @@ def trial(gradients, n, *args, micro_batches=1):
     for _ in range(REPEATS):
         (model, naps), parts = sleepy_model(), [part.chunk(micro_batches) for part in share(mesh.dp)]
         comm.barrier(mesh.dp)
-        mesh.ledger.take()
+        mesh.comm_log.take_records()
         begin = time.monotonic()
         grads = gradients(model, list(zip(*parts)), mesh.dp, *args)
-        seconds, rows = time.monotonic() - begin, check.gradient_rows(mesh.ledger.take())
-        trials.append({"step": seconds, "wait": sum(row.wait_s for row in rows), "rows": rows, "naps": naps,
+        seconds, rows = time.monotonic() - begin, check.gradient_rows(mesh.comm_log.take_records())
+        trials.append({"step": seconds, "wait": sum(row.wait_seconds for row in rows), "rows": rows,
+                       "naps": naps,
                        "flat": torch.cat([grad.flatten() for grad in grads.values()])})
     return trials
 
@@ -193,35 +194,36 @@ def nats(model, x, y):
 check.summed_gradients(summed_gradients)
 
 # %% [markdown]
-# **Exercise 2: buckets that leave early.** `pack` makes the buckets in backward's order, the last layer
-# first. `bucket.flat` is one tensor of zeros, `bucket.views[p]` p's place in it, shaped like p, and
-# `bucket.waiting` the set of its parameters. Autograd calls `arrive(p)` when `p.grad` is complete for one
-# micro-batch. Add it to its place and set `p.grad = None`. In the *last* micro-batch, p is no longer waited
-# for; when nobody is, send the bucket: `wait=False` gives a `Pending`, whose `.wait()` comes after backward.
+# **Exercise 2: buckets that leave early.** `pack_grad_buckets` makes the buckets in backward's order, the
+# last layer first. `bucket.flat_grads` is one tensor of zeros, `bucket.grad_views[p]` p's place in it, shaped
+# like p, and `bucket.params_awaiting_grad` the set of its parameters. Autograd calls `arrive(p)` when
+# `p.grad` is complete for one micro-batch. Add it to its place and set `p.grad = None`. In the *last*
+# micro-batch, p is no longer waited for; when nobody is, send the bucket: `async_op=True` gives an
+# `AsyncCollective`, whose `.wait()` comes after backward.
 
 # %% nbgrader={"grade_id": "overlapped", "solution": true}
 # %%exercise L03
-from nanoinfra.parallel.data_parallel import pack
+from nanoinfra.parallel.data_parallel import pack_grad_buckets
 from nanoinfra.train.loss import count_valid
 
 
 def overlapped_gradients(model, batches, axis, bucket_bytes):
     """As `summed_gradients`; each bucket leaves when its last gradient arrives in the last backward."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    buckets = pack(list(params.items())[::-1], bucket_bytes, None)
-    home = {p: bucket for bucket in buckets for p in bucket.views}
+    buckets = pack_grad_buckets(list(params.items())[::-1], bucket_bytes, None)
+    home = {p: bucket for bucket in buckets for p in bucket.grad_views}
     [count] = count_valid(batches, axis)                           # as in exercise 1
     last = False
 
     def arrive(p):
         bucket = home[p]
         ### BEGIN SOLUTION
-        bucket.views[p].add_(p.grad)
+        bucket.grad_views[p].add_(p.grad)
         p.grad = None
         if last:
-            bucket.waiting.discard(p)
-            if not bucket.waiting:
-                bucket.pending = all_reduce(bucket.flat, axis, wait=False)
+            bucket.params_awaiting_grad.discard(p)
+            if not bucket.params_awaiting_grad:
+                bucket.async_all_reduce = all_reduce(bucket.flat_grads, axis, async_op=True)
         ### END SOLUTION
 
     hooks = [p.register_post_accumulate_grad_hook(arrive) for p in home]
@@ -232,9 +234,9 @@ def overlapped_gradients(model, batches, axis, bucket_bytes):
         hook.remove()
     ### BEGIN SOLUTION
     for bucket in buckets:
-        bucket.pending.wait()
+        bucket.async_all_reduce.wait()
     ### END SOLUTION
-    return {name: home[p].views[p] for name, p in params.items()}
+    return {name: home[p].grad_views[p] for name, p in params.items()}
 
 
 # %%
@@ -255,11 +257,11 @@ print(inspect.getsource(DataParallel))
 # %%
 def bucketed_gradients(model, batches, axis, bucket_bytes):
     shared = DataParallel(model, axis, "buckets", bucket_bytes)
-    axis.ledger.take()                                             # the broadcast of the weights
+    axis.comm_log.take_records()                                             # the broadcast of the weights
     [count], [(x, y)] = count_valid(batches, axis), batches        # one micro-batch here
-    shared.before_backward(last=True)
+    shared.prepare_for_backward(is_last=True)
     (nats(model, x, y) / count).backward()
-    return shared.finish()
+    return shared.finish_grad_sync()
 
 
 ways = {"each": (summed_gradients,), "buckets": (bucketed_gradients, S), "overlap": (overlapped_gradients, S)}
@@ -267,7 +269,7 @@ results = {way: world.run(trial, f, N, *args) for way, (f, *args) in ways.items(
 for way in ("each", "buckets"):
     measure(f"L03.calls_{way}", counted, len(results[way][0][0]["rows"]), "calls")
 twice = world.run(trial, overlapped_gradients, N, S, micro_batches=2)
-measure("L03.bytes", counted, sum(row.payload for row in twice[0][0]["rows"]), "B")
+measure("L03.bytes", counted, sum(row.payload_bytes for row in twice[0][0]["rows"]), "B")
 for way in ways:
     measure(f"L03.wait_{way}", least, results[way], "wait")
 compare(list(check.PREDICTIONS))
@@ -284,9 +286,12 @@ def three_ways(trials):
         for begin, end in one["naps"]:
             axes.barh(y - 0.2, end - begin, left=begin - start, color=draw.GREY, **bar)
         for row in one["rows"]:
-            axes.barh(y + 0.2, row.end - row.begin, left=row.begin - start, color="#f7e3bd", **bar)
-            axes.barh(y + 0.2, -row.wait_s, left=row.end - start, color=draw.ORANGE, zorder=3, **bar)
-        axes.text(row.end - start, y + 0.2, f"  waits {one['wait'] * 1e3:.0f} ms", va="center", fontsize=10)
+            axes.barh(y + 0.2, row.end_time - row.start_time, left=row.start_time - start, color="#f7e3bd",
+                      **bar)
+            axes.barh(y + 0.2, -row.wait_seconds, left=row.end_time - start, color=draw.ORANGE, zorder=3,
+                      **bar)
+        axes.text(row.end_time - start, y + 0.2, f"  waits {one['wait'] * 1e3:.0f} ms", va="center",
+                  fontsize=10)
     axes.set_yticks(range(len(trials)), ways)
     axes.set(xlim=(0, 1.18 * axes.get_xlim()[1]), ylim=(2.5, -0.5), xlabel="seconds since backward began")
     return picture
@@ -300,11 +305,12 @@ three_ways([results[way][0][-1] for way in ways])
 # %%
 def exposed(bucket_bytes):
     params = [(name, p) for name, p in sleepy_model()[0].named_parameters() if p.requires_grad]
-    tasks, at = {layer: Task("rank", C) for layer in range(1, L + 1)}, 0
-    for size in (bucket.flat.nbytes for bucket in pack(params[::-1], bucket_bytes, None)):
+    tasks, at = {layer: SimulatedTask("rank", C) for layer in range(1, L + 1)}, 0
+    for size in (bucket.flat_grads.nbytes for bucket in pack_grad_buckets(params[::-1], bucket_bytes, None)):
         at += size                                              # gradients of ceil(at / S) layers
-        tasks["sum", at] = Task("wire", ring_seconds("all_reduce", size, N, ALPHA, BETA), (ceil(at / S),))
-    return max(end for _, end in replay(tasks).values()) - L * C
+        tasks["sum", at] = SimulatedTask("wire", ring_seconds("all_reduce", size, N, ALPHA, BETA),
+                                         (ceil(at / S),))
+    return max(end for _, end in simulate_tasks(tasks).values()) - L * C
 
 
 sizes = [S // 12, S // 4, S, 2 * S, L * S][::2 if FAST else 1]

@@ -24,7 +24,7 @@ import os
 import torch
 
 from nanoinfra.config import ModelConfig, sized
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.activations import activation_terms
 from nanoinfra.formulas.parameters import parameters
@@ -38,9 +38,9 @@ from nanoinfra.lab.pipes import rehearse, scheduled, train
 from nanoinfra.lab.predict import predict
 from nanoinfra.lab.table import Grid
 from nanoinfra.parallel.pipeline import schedules
-from nanoinfra.parallel.pipeline.schedules import schedule
-from nanoinfra.parallel.pipeline.simulator import Timeline, simulate
-from nanoinfra.parallel.pipeline.split_backward import Halves
+from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
+from nanoinfra.parallel.pipeline.simulator import StepTimeline, simulate_schedule
+from nanoinfra.parallel.pipeline.split_backward import SplitBackward
 from nanoinfra.parallel.pipeline.stage import PipelineStage
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
@@ -49,7 +49,7 @@ EVEN, WIDE = (2, 2, 2), (2, 3, 4)            # slots of a micro-batch: forward, 
 SLOT, REPEATS = (0.01, 1) if FAST else (0.03, 3)                           # s, trials to take the median of
 B, T, C, L = 2, 16, 32, 8
 CONFIG = ModelConfig(61, C, L, 4, 4, C // 4, 4 * C, T, tied=False, family="gpt2")
-world = Ranks(P, timeout=120)
+world = RankPool(P, timeout=120)
 
 # %% [markdown]
 # ## 1. The wall
@@ -62,15 +62,16 @@ world = Ranks(P, timeout=120)
 def on_ranks(lists, times, slot=0.0, repeats=1):
     """(the timeline in slots, counted; one in s for each repeat, timed) of a schedule on real ranks."""
     stages = world.run(rehearse, lists, times, slot, repeats=repeats)[::P // len(lists)]
-    return Timeline([trials[-1][1] for trials in stages]), [
+    return StepTimeline([trials[-1][1] for trials in stages]), [
         measured([real for real, _ in trial]) for trial in zip(*stages)]
 
 
 states, rows = 16 * parameters(sized("xl")), []
 for p in (1, 2, 4):
-    _, [naive] = on_ranks(schedule("gpipe", p, 1), [P * M // p * t for t in EVEN], SLOT / 4)
-    rows.append((str(p), f"{sized('xl').layers // p}", f"{states / p / 1e9:.1f} GB", f"{naive.step:.2f} s",
-                 f"{sum(naive.idle) / p / naive.step:.0%}"))
+    _, [naive] = on_ranks(build_pipeline_schedule("gpipe", p, 1), [P * M // p * t for t in EVEN], SLOT / 4)
+    rows.append((str(p), f"{sized('xl').layers // p}", f"{states / p / 1e9:.1f} GB",
+                 f"{naive.step_seconds:.2f} s",
+                 f"{sum(naive.idle_seconds) / p / naive.step_seconds:.0%}"))
 Grid("a batch through p stages", ("ranks", "layers", "states of each, about", "a step, timed", "idle"), rows)
 
 # %%
@@ -134,7 +135,8 @@ for how, slots in idle.items():
 # begins as soon as the stage is free and what it needs has come. No process runs.
 
 # %%
-gantt({"GPipe": simulate(schedule("gpipe", P, M), *EVEN), "1F1B": simulate(schedule("1f1b", P, M), *EVEN)},
+gantt({"GPipe": simulate_schedule(build_pipeline_schedule("gpipe", P, M), *EVEN),
+       "1F1B": simulate_schedule(build_pipeline_schedule("1f1b", P, M), *EVEN)},
       f"{M} micro-batches through {P} stages", "slots")
 
 # %% [markdown]
@@ -168,8 +170,10 @@ check.one_f_one_b(one_f_one_b)
 # backward in two halves. Which stage fills which gap with which W?
 
 # %%
-gantt({"interleaved": simulate(schedule("interleaved", P, M, V), *(t / V for t in EVEN)),
-       "zero bubble": simulate(schedule("zb-h1", P, M), *EVEN)}, "the same work, and less idle", "slots")
+gantt({"interleaved": simulate_schedule(build_pipeline_schedule("interleaved", P, M, V),
+                                        *(t / V for t in EVEN)),
+       "zero bubble": simulate_schedule(build_pipeline_schedule("zb-h1", P, M), *EVEN)},
+      "the same work, and less idle", "slots")
 
 # %% [markdown]
 # **Exercise 2: zero bubble.** 1F1B with `BackwardInput(k)` where `Backward(k)` was, and after it the
@@ -202,10 +206,10 @@ check.zero_bubble(zero_bubble)
 # **Exercise 3: a stage.** Carry out an `order` of `Forward` and `Backward`; stage r is rank r of `axis`.
 # - `stage.first`, `stage.last`: is it at an end of the model? `stage.enter(k)`: what the first begins with.
 # - `stage.run(x, k)`: its layers. (B, T, C), the stream; on the last stage (), the loss, divided already.
-# - `stage.place(k)`: an empty tensor to receive a stream or its gradient. `recv(place, axis, source)` waits
+# - `stage.place(k)`: an empty tensor to receive a stream or its gradient. `recv(place, axis, src)` waits
 #   and returns it. It has no history: `.requires_grad_()` makes autograd keep its gradient.
-# - `send(x, axis, to, wait=False)` gives a `Pending`. `.wait()` for all at the end: two stages that wait for
-#   each other's sends wait for ever. Send `y.detach()`, and back the gradient of x.
+# - `send(x, axis, dst, async_op=True)` gives an `AsyncCollective`. `.wait()` for all at the end: two stages
+#   that wait for each other's sends wait for ever. Send `y.detach()`, and back the gradient of x.
 #
 # `y.backward(grad)` goes on from the gradient that came. Keep x and y until then, no longer. 15 to 20 lines.
 
@@ -219,7 +223,7 @@ def run_stage(order, stage, axis):
     kept, sent = {}, []                                            # k: (x, y) of a forward; sends under way
     ### BEGIN SOLUTION
     for what in order:
-        k = what.micro
+        k = what.micro_batch
         if isinstance(what, Forward):
             if stage.first:
                 x = stage.enter(k)
@@ -228,12 +232,12 @@ def run_stage(order, stage, axis):
             y = stage.run(x, k)                                    # (B, T, C), or ()
             kept[k] = x, y
             if not stage.last:
-                sent.append(send(y.detach(), axis, axis.rank + 1, wait=False))
+                sent.append(send(y.detach(), axis, axis.rank + 1, async_op=True))
         else:
             x, y = kept.pop(k)
             y.backward(None if stage.last else recv(stage.place(k), axis, axis.rank + 1))
             if not stage.first:
-                sent.append(send(x.grad, axis, axis.rank - 1, wait=False))
+                sent.append(send(x.grad, axis, axis.rank - 1, async_op=True))
     for pending in sent:
         pending.wait()
     ### END SOLUTION
@@ -244,13 +248,14 @@ check.run_stage(run_stage)
 
 # %% [markdown]
 # ## 4. Read the real one
-# In `interleaved`, which chunk does the k-th forward go through, and why must p divide m? `with_messages` has
-# each receive posted two computations early: what does that spare who needs it? Why do messages to earlier
-# stages take a group of their own (`_way`)? `Halves` walks autograd's graph: what is a *joint*?
+# In `interleaved_1f1b`, which chunk does the k-th forward go through, and why must p divide m?
+# `insert_sends_and_recvs` has each receive posted two computations early: what does that spare who needs it?
+# Why do messages to earlier stages take a group of their own (`_axis_for`)? `SplitBackward` walks autograd's
+# graph: what is a *joint*?
 
 # %%
-for it in (schedules.interleaved, schedules.with_messages, PipelineStage.forward, PipelineStage._gradient,
-           PipelineStage._way, Halves):
+for it in (schedules.interleaved_1f1b, schedules.insert_sends_and_recvs, PipelineStage.forward,
+           PipelineStage._output_grad, PipelineStage._axis_for, SplitBackward):
     print(inspect.getsource(it))
 
 # %% [markdown]
@@ -261,19 +266,19 @@ for it in (schedules.interleaved, schedules.with_messages, PipelineStage.forward
 
 # %%
 yours = {"1f1b": scheduled(one_f_one_b, P, M), "zb-h1": scheduled(zero_bubble, P, M)}
-ways = {"1f1b": (yours["1f1b"], EVEN), "interleaved": (schedule("interleaved", P, M, V), EVEN),
+ways = {"1f1b": (yours["1f1b"], EVEN), "interleaved": (build_pipeline_schedule("interleaved", P, M, V), EVEN),
         "zb": (yours["zb-h1"], EVEN), "zb_wide": (yours["zb-h1"], WIDE)}
 runs = {how: on_ranks(*way, SLOT * (way[1] == EVEN), REPEATS) for how, way in ways.items()}
 batches = [tuple(torch.randint(CONFIG.vocab, (2, B, T))) for _ in range(M)]
 trained = {kind: world.run(train, CONFIG, kind, P, V if kind == "interleaved" else 1, batches, "float32",
-                           lists=yours.get(kind)) for kind in schedules.ORDERS}
+                           lists=yours.get(kind)) for kind in schedules.SCHEDULES}
 kept = {kind: [run["kept"] for run in each] for kind, each in trained.items()}
-sent = {kind: [sum(row.payload for row in run["rows"] if row.op == "send") for run in each]
+sent = {kind: [sum(row.payload_bytes for row in run["rows"] if row.op == "send") for run in each]
         for kind, each in trained.items()}
 for how, (slots, trials) in runs.items():
-    measure(f"L06.idle_{how}", counted, max(slots.idle), "slots")
+    measure(f"L06.idle_{how}", counted, max(slots.idle_seconds), "slots")
     if ways[how][1] == EVEN:
-        measure(f"L06.step_{how}", median, [trial.step for trial in trials])
+        measure(f"L06.step_{how}", median, [trial.step_seconds for trial in trials])
 for kind in ("gpipe", "1f1b"):
     measure(f"L06.held_{kind}", counted, max(kept[kind]), "B")
 for kind in ("1f1b", "interleaved"):
@@ -282,8 +287,9 @@ compare(list(check.PREDICTIONS))
 
 # %%
 seconds = [t * SLOT for t in EVEN]
-gantt({"1F1B by the clock": simulate(yours["1f1b"], *seconds), "your 1F1B on four ranks": runs["1f1b"][1][-1],
-       "zero bubble by the clock": simulate(yours["zb-h1"], *seconds),
+gantt({"1F1B by the clock": simulate_schedule(yours["1f1b"], *seconds),
+       "your 1F1B on four ranks": runs["1f1b"][1][-1],
+       "zero bubble by the clock": simulate_schedule(yours["zb-h1"], *seconds),
        "your zero bubble on four ranks": runs["zb"][1][-1]}, "a schedule, and what became of it", "s")
 
 # %%
@@ -307,7 +313,8 @@ def share(idle, m):
 
 lines = {name: (MORE, [share(formulas.idle(kind, P, m, *EVEN, v), m) for m in MORE])
          for name, (kind, v) in KINDS.items()}
-dots = {name: (MICROS, [share(max(on_ranks(schedule(kind, P, m, v), EVEN)[0].idle), m) for m in MICROS])
+dots = {name: (MICROS, [share(max(on_ranks(build_pipeline_schedule(kind, P, m, v), EVEN)[0].idle_seconds), m)
+                        for m in MICROS])
         for name, (kind, v) in KINDS.items()}
 draw.curves(lines, dots, "micro-batches in a step", "idle, of a step", f"the bubble of {P} stages")
 

@@ -23,7 +23,7 @@ import os
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.formulas.activations import activation_bytes
 from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.formulas.parameters import parameters, shapes
@@ -45,7 +45,7 @@ N, B, T, C, L, H, V = 4, 2, 16, 48, 2, 4, 253
 CONFIG = ModelConfig(V, C, L, H, H, C // H, 4 * C, T, family="gpt2")
 SECONDS, REPEATS = (0.12, 3) if FAST else (0.6, 3)                    # a layer forward and back, on one rank
 INSIDE, BETWEEN = ((2e-4, 3.6e6), (4e-4, 9e5)) if FAST else ((1e-3, 7.2e5), (2e-3, 1.8e5))  # s, bytes/s
-world = Ranks(N, timeout=120)
+world = RankPool(N, timeout=120)
 
 # %% [markdown]
 # ## 1. The wall
@@ -129,7 +129,7 @@ for where, t, wire in (("inside", 2, INSIDE), ("between", 4, BETWEEN)):
 
 # %%
 def cuts():
-    return TensorParallel(Decoder(CONFIG), Mesh(tp=N)).boxes
+    return TensorParallel(Decoder(CONFIG), Mesh(tp=N)).shard_bounds_by_parameter
 
 
 cut_map(world.run(cuts), shapes(CONFIG))
@@ -233,14 +233,16 @@ check.vocab_loss(vocab_loss)
 
 # %% [markdown]
 # ## 4. Read the real one
-# A region is `Whole`, or with SP `Cut`: `_Read` calls its enter, again and back, `_Leave` its reduce and
-# spread. `Pending` is a collective under way, `Then` one with something to do after it. How many all-reduces
-# would q, k and v have, each behind an f of its own? What does backward compute while the sum of x's gradient
-# is on its way? In `Cut`, what does the last rank do where t does not divide T?
+# A region is a `TensorParallelRegion`, or with SP a `SequenceParallelRegion`. `_ColumnParallelLinear` calls
+# its `gather_input`, `regather_input` and `reduce_input_grad`, `_ReduceFromRegion` its `reduce_output` and
+# `gather_output_grad`. An `AsyncCollective` is one that is still running. How many all-reduces would q, k and
+# v have, each behind an f of its own? What does backward compute while the sum of x's gradient is on its way?
+# In `SequenceParallelRegion`, what does the last rank do where t does not divide T?
 
 # %%
-for it in (tensor_parallel.RowLinear, tensor_parallel._Leave, tensor_parallel._Read, tensor_parallel.Whole,
-           sequence_parallel.Cut, TensorParallel.finish):
+for it in (tensor_parallel.RowParallelLinear, tensor_parallel._ReduceFromRegion,
+           tensor_parallel._ColumnParallelLinear, tensor_parallel.TensorParallelRegion,
+           sequence_parallel.SequenceParallelRegion, TensorParallel.all_reduce_partial_grads):
     print(inspect.getsource(it))
 
 # %% [markdown]
@@ -253,7 +255,7 @@ ways = {"one": (1, "none"), "two": (2, "none"), **{sp: (N, sp) for sp in ("none"
 runs, lines = {how: world.run(step_of, CONFIG, *way, B, T)[0] for how, way in ways.items()}, []
 for how, (t, sp) in ways.items():
     for (op, tag), want in tensor_sent(CONFIG, t, B, T, sp=sp).items():
-        sizes = [row.payload for row in runs[how][1] if (row.op, row.tag) == (op, tag)]
+        sizes = [row.payload_bytes for row in runs[how][1] if (row.op, row.tag) == (op, tag)]
         got = len(sizes), sum(sizes)
         lines.append((f"{t} ranks, sp {sp}", f"{op}: {tag}", *(f"{n:,}" for n in (*want, *got)),
                       "pass" if want == got else "miss"))
@@ -269,11 +271,11 @@ wires = {1: INSIDE, 2: INSIDE, 4: BETWEEN}
 steps = {t: median(world.run(paced, CONFIG, t, wire, SECONDS, B, T, REPEATS)[0]) for t, wire in wires.items()}
 layers = {how: [row for row in rows if row.tag == "layers"] for how, (_, rows, _) in runs.items()}
 measure("L07.calls", counted, len(layers["none"]) / L, "calls")
-measure("L07.sent", counted, sum(row.wire_bytes for row in layers["none"]) / L, "B")
-measure("L07.sent_gather", counted, sum(row.wire_bytes for row in layers["gather"]) / L, "B")
+measure("L07.sent", counted, sum(row.modelled_ring_bytes for row in layers["none"]) / L, "B")
+measure("L07.sent_gather", counted, sum(row.modelled_ring_bytes for row in layers["gather"]) / L, "B")
 for how in ("one", "none", "keep", "gather"):
     measure(f"L07.kept_{how}", counted, sum(runs[how][2]), "B")
-measure("L07.loss", counted, sum(row.payload for row in runs["none"][1] if row.tag == "loss"), "B")
+measure("L07.loss", counted, sum(row.payload_bytes for row in runs["none"][1] if row.tag == "loss"), "B")
 measure("L07.step_inside", lambda: steps[2])
 measure("L07.step_between", lambda: steps[4])
 compare(list(check.PREDICTIONS))
@@ -315,10 +317,11 @@ cliff({"emulated wire, nodes of 2": (2, timed, "predicted", ours), "H100, nodes 
 
 # %% [markdown]
 # **Explain.** Five sentences. (a) Why does more bandwidth *inside* a node not help t = 16? (b) Which of the
-# four all-reduces could hide, and behind what (`_Read`)? Which cannot? (c) Sequence parallelism sends the
-# bytes of an all-reduce: what memory does it save, and what do *keep* and *gather* pay? (d) The published
-# t = 8 lies below the line: what else gets worse when a rank has an eighth of every matrix? (e) Two KV heads,
-# eight ranks: who has which, and what of their gradients (`finish`; `sharing`: an axis of t/KV neighbours)?
+# four all-reduces could hide, and behind what (`_ColumnParallelLinear`)? Which cannot? (c) Sequence
+# parallelism sends the bytes of an all-reduce: what memory does it save, and what do *keep* and *gather* pay?
+# (d) The published t = 8 lies below the line: what else gets worse when a rank has an eighth of every matrix?
+# (e) Two KV heads, eight ranks: who has which, and what of their gradients (`all_reduce_partial_grads`;
+# `kv_replica_axis`: an axis of t/KV neighbours)?
 
 # %% [markdown] nbgrader={"grade_id": "explain", "solution": true, "grade": true, "points": 5}
 # <!-- ### BEGIN SOLUTION -->

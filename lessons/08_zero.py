@@ -25,7 +25,7 @@ import torch
 
 from nanoinfra.config import ModelConfig, sized
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.formulas.model_states import state_bytes
 from nanoinfra.formulas.parameters import parameters, shapes
@@ -41,14 +41,14 @@ from nanoinfra.lab.shards import KINDS, exposed, held_and_sent, stack_step
 from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel.parameter_server import ParameterServer
-from nanoinfra.parallel.zero import Bundle, Part, Zero
+from nanoinfra.parallel.zero import AllGatherBucket, ShardedParam, ZeroDataParallel
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 N, A = 4, 2                                  # ranks, micro-batches in a step
 CONFIG = ModelConfig(vocab=253, width=48, layers=4, heads=4, kv_heads=2, head_dim=12, hidden=130, context=16)
 LAYERS, WIDTH, REPEATS = 4, 128, 1 if FAST else 3                          # of the timed stack of matrices
 SECONDS, ALPHA, BETA = (0.04, 1e-3, 5e6) if FAST else (0.12, 2e-3, 2e6)    # of backward a layer; the wire
-world = Ranks(N, timeout=120)
+world = RankPool(N, timeout=120)
 
 # %% [markdown]
 # ## 1. The wall
@@ -125,7 +125,7 @@ predict("L08.wait_ahead", 3 * t, "s")          # first gather forward, first bac
 
 # %%
 def cuts():
-    return Zero(Decoder(CONFIG), Mesh(dp=N).data, 1).rows
+    return ZeroDataParallel(Decoder(CONFIG), Mesh(dp=N).data, 1).row_ranges
 
 
 first = [name for name in shapes(CONFIG) if name[:8] in ("embed.we", "blocks.0")]
@@ -227,10 +227,10 @@ check.zero3(zero3)
 # %% [markdown]
 # ## 4. Read the real one
 # All three stages in one class. How many collectives does it make of your many? When does it send for the
-# next unit? And at stage 1, whose memory are the `shards` of a float32 model (`Part`)?
+# next unit? And at stage 1, whose memory are the `param_shards` of a float32 model (`ShardedParam`)?
 
 # %%
-for each in (Zero, Part, Bundle):
+for each in (ZeroDataParallel, ShardedParam, AllGatherBucket):
     print(inspect.getsource(each))
 
 # %% [markdown]
@@ -244,10 +244,10 @@ def served(servers):
     """Inside each rank: bytes over its link in a step of the parameter server; bytes of Adam's moments."""
     mesh, net = Mesh(dp=N), Decoder(CONFIG)
     server = ParameterServer(net.parameters(), mesh.dp, torch.optim.Adam, servers)
-    mesh.ledger.take()
+    mesh.comm_log.take_records()
     server.step()
     state = server.optimizer.state.values() if server.is_server else ()
-    return (sum(row.wire_bytes for row in mesh.ledger.take()),
+    return (sum(row.modelled_ring_bytes for row in mesh.comm_log.take_records()),
             sum(moment.nbytes for each in state for moment in each.values() if moment.dim()))
 
 
@@ -259,15 +259,15 @@ def simple(net, axis):
 
 
 def ahead(net, axis):
-    shared = Zero(net, axis, 3)
-    return (lambda: (shared.begin_step(), shared.before_backward(last=True))), shared.finish
+    shared = ZeroDataParallel(net, axis, 3)
+    return (lambda: (shared.zero_grad(), shared.prepare_for_backward(is_last=True))), shared.finish_grad_sync
 
 
 stages = {stage: world.run(held_and_sent, CONFIG, stage, N, A)[0] for stage in range(4)}
 for stage, (kinds, _, rows) in stages.items():
     if stage:
         measure(f"L08.held_{stage}", counted, sum(kinds.values()), "B")
-        measure(f"L08.sent_{stage}", counted, sum(row.payload for row in rows), "B")
+        measure(f"L08.sent_{stage}", counted, sum(row.payload_bytes for row in rows), "B")
 links = {servers: world.run(served, servers) for servers in (1, 2, N)}
 measure("L08.server", counted, links[1][0][0], "B")
 waits = {way.__name__: world.run(stack_step, way, LAYERS, WIDTH, SECONDS, (ALPHA, BETA), REPEATS)

@@ -23,7 +23,7 @@ import os
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.formulas.pipeline import split
@@ -37,8 +37,8 @@ from nanoinfra.lab.mutants import collect
 from nanoinfra.lab.predict import predict, quantity
 from nanoinfra.lab.table import Grid
 from nanoinfra.parallel import parallelize
-from nanoinfra.parallel.pipeline.schedules import schedule
-from nanoinfra.parallel.pipeline.simulator import simulate
+from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
+from nanoinfra.parallel.pipeline.simulator import simulate_schedule
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 AXES = {"pp": 2, "dp": 2, "tp": 2}
@@ -48,7 +48,7 @@ CONFIG = ModelConfig(vocab=254, width=48, layers=4, heads=4, kv_heads=4, head_di
 C, V, l, m = CONFIG.width, CONFIG.vocab, CONFIG.layers // p, G // (d * B)
 SECONDS, REPEATS = (0.005, 1) if FAST else (0.12, 3)             # a layer forward, for a micro-batch
 INSIDE, BETWEEN = ((1e-4, 4e7), (1e-3, 4e6)) if FAST else ((1e-4, 4e6), (1e-3, 2e5))      # s, bytes/s
-world = Ranks(p * d * t, timeout=120)
+world = RankPool(p * d * t, timeout=120)
 
 # %% [markdown]
 # ## 1. The wall
@@ -91,7 +91,8 @@ for where, (alpha, beta) in {"inside": INSIDE, "between": BETWEEN}.items():
 # Commit ten numbers. *Payload* of a rank of the first stage, and of the last: on tp, on pp (the same for
 # both), on dp, for the tied weight; and of all eight ranks on all axes. *Seconds* of a step whose slow wire,
 # the one between nodes, lies under pp, under dp, under tp, while the other two have the fast one. Lesson 06's
-# clock replays 1F1B: `simulate(schedule("1f1b", p, m), forward, backward, 0, message).step`, with lists of
+# clock replays 1F1B: `simulate_schedule(build_pipeline_schedule("1f1b", p, m), forward, backward, 0,
+# message).step_seconds`, with lists of
 # each stage's seconds for a micro-batch, its all-reduces included. Then comes dp's sum, in one bucket; then
 # the tied weight's, on pp's wire. (`ring_seconds(op, bytes, ranks, alpha, beta)`; a message is a "send".)
 
@@ -110,8 +111,9 @@ for slow in AXES:
     wire = {axis: BETWEEN if axis == slow else INSIDE for axis in AXES}
     one, small = (ring_seconds("all_reduce", size, t, *wire["tp"]) for size in (S, loss / 3))
     forward, backward = l * (SECONDS + 2 * one), l * (2 * SECONDS + 2 * one)
-    pipe = simulate(schedule("1f1b", p, m), [forward + one, forward + 3 * small], [backward, backward + one],
-                    0, ring_seconds("send", S, 2, *wire["pp"])).step
+    pipe = simulate_schedule(build_pipeline_schedule("1f1b", p, m), [forward + one, forward + 3 * small],
+                             [backward, backward + one], 0,
+                             ring_seconds("send", S, 2, *wire["pp"])).step_seconds
     sums = (ring_seconds("all_reduce", bytes_["dp_first"], d, *wire["dp"]),
             ring_seconds("all_reduce", bytes_["tied"], 2, *wire["pp"]))
     predict(f"L10.step_{slow}", pipe + sum(sums), "s")
@@ -212,14 +214,14 @@ check.grad_norm(grad_norm)
 
 # %% [markdown]
 # ## 4. Read the real one
-# No technique here knows of another: `compose` applies one after the other, to a model that knows of none.
-# Why is the pipeline first, and data parallelism last? Find your three sums, and who counts for the norm. And
-# under ZeRO (lesson 08), which axis does a norm add up over besides, and why?
+# No technique here knows of another: `parallelize` applies one after the other, to a model that knows of
+# none. Why is the pipeline first, and data parallelism last? Find your three sums, and who counts for the
+# norm. And under ZeRO (lesson 08), which axis does a norm add up over besides, and why?
 
 # %%
-for it in (parallelize.Chunks.__init__, parallelize.Composed.__init__, parallelize.Composed.finish,
-           parallelize.Chunks.finish,
-           parallelize.Chunks.norm_axes, parallelize.Chunks.counts):
+for it in (parallelize.ParallelModel.__init__, parallelize.ParallelChunk.__init__,
+           parallelize.ParallelChunk.finish_grad_sync, parallelize.ParallelModel.finish_grad_sync,
+           parallelize.ParallelModel.grad_norm_axes, parallelize.ParallelModel.counted_in_norm):
     print(inspect.getsource(it))
 
 # %% [markdown]
@@ -228,7 +230,7 @@ for it in (parallelize.Chunks.__init__, parallelize.Composed.__init__, paralleli
 # ‖want‖, and of the norm, the trainer's and yours.
 
 # %%
-with Ranks(1) as one:
+with RankPool(1) as one:
     alone = one.run(step_of, CONFIG, flags_of(dict.fromkeys(AXES, 1), B, G), T)[0]
 want = {name: grad for name, (_, grad) in alone["grads"].items()}
 lines, counts = [], {}

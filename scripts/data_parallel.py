@@ -16,11 +16,11 @@ import torch.distributed as dist
 from nanoinfra.config import SIZES
 from nanoinfra.data.sample_order import IGNORE, Random
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.data_parallel import STEPS, DataParallel
+from nanoinfra.parallel.data_parallel import GRAD_SYNC_MODES, DataParallel
 
 
 def samples(step, per_step, vocab, T, seed=0):
@@ -33,7 +33,7 @@ def samples(step, per_step, vocab, T, seed=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--how", choices=STEPS, default="overlap", help="when gradients leave")
+    parser.add_argument("--how", choices=GRAD_SYNC_MODES, default="overlap", help="when gradients leave")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--global-batch", type=int, default=16, help="sequences in one step, over all ranks")
     parser.add_argument("--lr", type=float, default=0.5)
@@ -44,7 +44,7 @@ def main():
     if "RANK" in os.environ:                 # torchrun started us
         dist.init_process_group("gloo")
     mesh = Mesh(dp=dist.get_world_size() if dist.is_initialized() else 1)
-    use_threads()
+    set_torch_threads()
 
     size = SIZES["test"]
     model = init_weights(Decoder(size.model), seed=0).to(getattr(torch, args.dtype))
@@ -56,21 +56,21 @@ def main():
         valid = int((y != IGNORE).sum())                         # of the step, known before any backward
         x, y = x[mesh.dp.rank::mesh.dp.size], y[mesh.dp.rank::mesh.dp.size]
 
-        shared.begin_step()
-        shared.before_backward(last=True)
+        shared.zero_grad()
+        shared.prepare_for_backward(is_last=True)
         logits = model(x)                                        # (B, T, V)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE,
                                                  reduction="sum") / valid
         loss.backward()                                          # buckets leave from inside, if --how overlap
-        for name, gradient in shared.finish().items():           # summed over ranks: the mean over tokens
+        for name, gradient in shared.finish_grad_sync().items():  # summed over ranks: the mean over tokens
             model.get_parameter(name).grad = gradient.clone()
         optimizer.step()
         optimizer.zero_grad()
 
-        rows = [row for row in mesh.ledger.take() if row.tag == "grads"]
+        rows = [row for row in mesh.comm_log.take_records() if row.tag == "grads"]
         total = comm.all_reduce(loss.detach().double(), mesh.data)
         if mesh.rank == 0:
-            sent, waited = sum(row.payload for row in rows), sum(row.wait_s for row in rows)
+            sent, waited = sum(row.payload_bytes for row in rows), sum(row.wait_seconds for row in rows)
             print(f"step {step + 1:3}  loss {total:.10f}  {len(rows)} all-reduces, {sent:,} bytes, "
                   f"waited {waited * 1e3:.1f} ms", flush=True)
     if dist.is_initialized():

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.lab.draw import BLUE, GREY, HOUSE, ORANGE
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.parallel.data_parallel import STEPS, DataParallel
+from nanoinfra.parallel.data_parallel import GRAD_SYNC_MODES, DataParallel
 from nanoinfra.train.loss import cross_entropy
 
 CONFIG = ModelConfig(vocab=521, width=96, layers=6, heads=4, kv_heads=2, head_dim=24, hidden=256, context=32)
@@ -40,14 +40,14 @@ def step(how):
     x = torch.randint(CONFIG.vocab, (2, 32))
     for _ in range(2):                       # the first warms up
         compute.clear()
-        mesh.ledger.take()
-        shared.begin_step()
-        shared.before_backward(last=True)
+        mesh.comm_log.take_records()
+        shared.zero_grad()
+        shared.prepare_for_backward(is_last=True)
         cross_entropy(model.hidden(x), model.head.weight, x, 128).backward()
-        shared.finish()
-    rows, start = mesh.ledger.take(), compute[0][0]
+        shared.finish_grad_sync()
+    rows, start = mesh.comm_log.take_records(), compute[0][0]
     return ([(a - start, b - start) for a, b in compute],
-            [(r.begin - start, r.end - start, r.wait_s) for r in rows])
+            [(r.start_time - start, r.end_time - start, r.wait_seconds) for r in rows])
 
 
 def draw(results):
@@ -55,7 +55,7 @@ def draw(results):
         figure = Figure(figsize=(9, 5), layout="constrained")
         every = figure.subplots(3, sharex=True)
     titles = ("one all-reduce a parameter", "buckets, after backward", "buckets, while backward goes on")
-    for axes, how, title in zip(every, STEPS, titles):
+    for axes, how, title in zip(every, GRAD_SYNC_MODES, titles):
         compute, rows = results[how]
         exposed = sum(wait for *_, wait in rows)
         axes.barh([0] * len(compute), [(b - a) * 1e3 for a, b in compute], left=[a * 1e3 for a, _ in compute],
@@ -80,8 +80,8 @@ def draw(results):
 
 def main():
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "lessons/results/data_parallel.png")
-    with Ranks(2, wire=WIRE) as ranks:
-        results = {how: ranks.run(step, how)[0] for how in STEPS}
+    with RankPool(2, emulated_links=WIRE) as ranks:
+        results = {how: ranks.run(step, how)[0] for how in GRAD_SYNC_MODES}
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(results).savefig(out, dpi=130)
     print(f"wrote {out}")

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.lab import draw
 from nanoinfra.lab.axes import largest_error as error
 from nanoinfra.lab.axes import step_of
@@ -75,13 +75,13 @@ def sent(rows: list) -> dict[str, int]:
     """{axis: payload bytes} of a rank's ledger."""
     found = {}
     for row in rows:
-        found[row.axis] = found.get(row.axis, 0) + row.payload * (row.op != "recv")
+        found[row.axis_name] = found.get(row.axis_name, 0) + row.payload_bytes * (row.op != "recv")
     return found
 
 
 def measure(configs: list[tuple[str, ...]]) -> list[dict]:
     """A row for each configuration."""
-    rows, pools = [], {n: Ranks(n) for n in (1, 2, 4, 8)}
+    rows, pools = [], {n: RankPool(n) for n in (1, 2, 4, 8)}
     alone = {untied: pools[1].run(step, flags_of(("untied head",) * untied))[0] for untied in (0, 1)}
     for names in configs:
         try:

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from nanoinfra.config import SIZES
 from nanoinfra.data.sample_order import IGNORE, Random
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.pipeline import split
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.pipeline.schedules import ORDERS, schedule
-from nanoinfra.parallel.pipeline.simulator import simulate
-from nanoinfra.parallel.pipeline.stage import PipelineStage, cut
+from nanoinfra.parallel.pipeline.schedules import SCHEDULES, build_pipeline_schedule
+from nanoinfra.parallel.pipeline.simulator import simulate_schedule
+from nanoinfra.parallel.pipeline.stage import PipelineStage, cut_to_pipeline_chunk
 from nanoinfra.train.step import execute
 
 
@@ -34,7 +34,7 @@ class Stage(PipelineStage):
     """One rank's chunks of a decoder. What it has to say of them; when each runs, the schedule says."""
 
     def __init__(self, chunks, mesh, dtype, halves):
-        super().__init__(mesh.pp, mesh.twin("pp"), len(chunks), dtype, halves=halves)
+        super().__init__(mesh.pp, mesh.duplicate_axis("pp"), len(chunks), dtype, split_backward=halves)
         self.chunks, self.width = chunks, chunks[0].config.width
 
     def begin(self, x, y, micro_batches):
@@ -43,10 +43,10 @@ class Stage(PipelineStage):
         self.valid = int((y != IGNORE).sum())                        # of the step, known before any backward
         self.loss = torch.zeros((), dtype=torch.float64)
 
-    def enter(self, micro):
+    def embed_input(self, micro):
         return self.chunks[0].start(self.x[micro], torch.arange(self.x[micro].shape[1]))         # (B, T, C)
 
-    def run(self, chunk, x, micro):
+    def forward_chunk(self, chunk, x, micro):
         model = self.chunks[chunk]
         x = model.layers(x, torch.arange(x.shape[1]))                                            # (B, T, C)
         if not model.head:
@@ -56,7 +56,7 @@ class Stage(PipelineStage):
         self.loss += loss.detach()
         return loss
 
-    def stream(self, micro):
+    def activation_shape(self, micro):
         return *self.x[micro].shape, self.width                      # (B, T, C): known, not negotiated
 
 
@@ -87,7 +87,7 @@ def adamw(params, lr):
 def picture(lists):
     """What the stages do, if each forward takes 1 and each half of a backward 1: F, B, W or an idle dot."""
     marks = {"Forward": "F", "Backward": "BB", "BackwardInput": "B", "BackwardWeight": "W"}
-    for r, stage in enumerate(simulate(lists, 1, 1, 1).spans):
+    for r, stage in enumerate(simulate_schedule(lists, 1, 1, 1).compute_spans):
         line = ""
         for what, begin, _ in stage:
             line = line.ljust(int(begin), ".") + marks[type(what).__name__]
@@ -97,7 +97,7 @@ def picture(lists):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedule", choices=ORDERS, default="1f1b")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="1f1b")
     parser.add_argument("--chunks", type=int, default=1, help="of a stage; interleaved needs two or more")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--global-batch", type=int, default=16, help="sequences in one step")
@@ -110,14 +110,15 @@ def main():
     if "RANK" in os.environ:                 # torchrun started us
         dist.init_process_group("gloo")
     mesh, config = Mesh(pp=world_size()), SIZES["test"].model
-    use_threads()
+    set_torch_threads()
 
     p, dtype = mesh.pp.size, getattr(torch, args.dtype)
-    lists = schedule(args.schedule, p, args.micro_batches, args.chunks)     # of every stage
+    lists = build_pipeline_schedule(args.schedule, p, args.micro_batches, args.chunks)     # of every stage
     borders = split(config, p * args.chunks, args.seq)[mesh.pp.rank::p]     # layers of this one's chunks
-    chunks = [cut(init_weights(Decoder(config), seed=0).to(dtype), *border) for border in borders]
+    chunks = [cut_to_pipeline_chunk(init_weights(Decoder(config), seed=0).to(dtype), *border)
+              for border in borders]
     stage = Stage(chunks, mesh, dtype, halves=args.schedule == "zb-h1")
-    ends = mesh.ends("pp")                   # first and last stage: embedding and head are one weight
+    ends = mesh.first_last_subgroup("pp")  # first and last stage: embedding and head are one weight
     named = {name: param for chunk in chunks for name, param in chunk.named_parameters()}
     optimizer = adamw(named.values(), args.lr)
     if mesh.rank == 0:
@@ -126,17 +127,18 @@ def main():
     for step in range(args.steps):
         stage.begin(*samples(step, args.global_batch, config.vocab, args.seq), args.micro_batches)
         execute(lists[mesh.pp.rank][:-2], stage)                     # all but its end, which is this:
-        stage.settle()                                               # what was sent has arrived
+        stage.wait_sends()                                               # what was sent has arrived
         if ends and "embed.weight" in named:
             comm.all_reduce(named["embed.weight"].grad, ends, "tied")
         clip(named, mesh, ends)
         optimizer.step()
         optimizer.zero_grad()
 
-        rows = [row for row in mesh.ledger.take() if row.op in ("send", "recv")]
+        rows = [row for row in mesh.comm_log.take_records() if row.op in ("send", "recv")]
         total = comm.all_reduce(stage.loss, mesh.pp, "loss")         # the last stage's
         if mesh.rank == 0:
-            sent, waited = sum(row.payload for row in rows if row.op == "send"), sum(r.wait_s for r in rows)
+            sent = sum(row.payload_bytes for row in rows if row.op == "send")
+            waited = sum(row.wait_seconds for row in rows)
             print(f"step {step + 1:3}  loss {total:.10f}; stage 0 sent {sent:,} bytes and waited "
                   f"{waited * 1e3:.1f} ms", flush=True)
     if dist.is_initialized():

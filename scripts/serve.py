@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 
 from nanoinfra.config import sized
-from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.parameters import parameters, shapes
 from nanoinfra.model.init import draw
 from nanoinfra.model.weights.fill_model import Weights, empty
-from nanoinfra.parallel.parallelize import serving
+from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.block_pool import BlockPool
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
 from nanoinfra.serve.engine.scheduler import Scheduler, Sequence
@@ -71,12 +71,12 @@ def refuse(mistake):
 if "RANK" in os.environ:                     # torchrun started us
     dist.init_process_group("gloo")
 mesh = Mesh(tp=world_size())
-use_threads()
+set_torch_threads()
 
 # Model: each rank reads its part
 try:
     config, read, text, *_ = drawn() if args.model == "test" else open_pretrained(args.model, mesh.world)
-    model = serving(empty(config), mesh, read, getattr(torch, args.dtype))
+    model = parallelize_for_serving(empty(config), mesh, read, getattr(torch, args.dtype))
     lines = args.file.read_text().splitlines() if args.file else []
     prompts = args.prompts + [line for line in lines if line]
     prompts = prompts or ["The first of all programs", "The first of all questions"]

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from nanoinfra.config import SIZES
 from nanoinfra.data.sample_order import IGNORE, Random
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
-from nanoinfra.parallel.sequence_parallel import Cut
-from nanoinfra.parallel.tensor_parallel import RowLinear, Whole, cut
-from nanoinfra.parallel.vocab_parallel import VocabEmbedding, cross_entropy
+from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
+from nanoinfra.parallel.tensor_parallel import RowParallelLinear, TensorParallelRegion, shard_linear
+from nanoinfra.parallel.vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 
 
 def samples(step, per_step, vocab, T, seed=0):
@@ -43,15 +43,15 @@ def divide(model, axis, region):
     for block in model.blocks:
         attn, mlp = block.attn, block.mlp
         for linear in (attn.q, attn.k, attn.v, mlp.gate, mlp.up):
-            cut(linear, 0, axis)                                     # outputs: (D/t, C)
-        attn.read = mlp.read = region.read                           # f: an all-reduce, or with sp a gather
-        attn.o = RowLinear(cut(attn.o, 1, axis), region)             # inputs: (C, D/t), then g, the sum
-        mlp.down = RowLinear(cut(mlp.down, 1, axis), region)
+            shard_linear(linear, 0, axis)                                     # outputs: (D/t, C)
+        attn.read = mlp.read = region.column_parallel_linear  # f: an all-reduce, or with sp a gather
+        attn.o = RowParallelLinear(shard_linear(attn.o, 1, axis), region)  # inputs: (C, D/t), then g, the sum
+        mlp.down = RowParallelLinear(shard_linear(mlp.down, 1, axis), region)
     V, each = model.config.vocab, -(-model.config.vocab // axis.size)
     start = axis.rank * each                                         # the last rank has fewer tokens
     model.embed.weight = model.head.weight = torch.nn.Parameter(
         model.embed.weight.detach()[start:min(V, start + each)].clone())            # (V/t, C), tied
-    model.embed = VocabEmbedding(model.embed, start, region)
+    model.embed = VocabParallelEmbedding(model.embed, start, region)
     return start
 
 
@@ -102,27 +102,29 @@ def main():
     if "RANK" in os.environ:                 # torchrun started us
         dist.init_process_group("gloo")
     mesh = Mesh(dp=world_size() // args.tp, tp=args.tp)
-    use_threads()
+    set_torch_threads()
 
     config = SIZES["test"].model             # 4 query heads, 2 KV heads: for at most 2 ranks
-    region = Cut(mesh.tp, keep=False) if args.sp else Whole(mesh.tp)
+    region = SequenceParallelRegion(mesh.tp,
+                                    save_gathered=False) if args.sp else TensorParallelRegion(mesh.tp)
     model = init_weights(Decoder(config), seed=0).to(getattr(torch, args.dtype))
     start = divide(model, mesh.tp, region)
     shared = DataParallel(model, mesh.data)                          # sees smaller parameters, no more
     optimizer = adamw(model.parameters(), args.lr)
-    mesh.ledger.take()
+    mesh.comm_log.take_records()
 
     for step in range(args.steps):
         x, y = samples(step, args.global_batch, config.vocab, args.seq)
         valid = int((y != IGNORE).sum())                             # of the step, known before any backward
         x, y = x[mesh.dp.rank::mesh.dp.size], y[mesh.dp.rank::mesh.dp.size]     # the same on all of a tp axis
 
-        shared.begin_step()
-        shared.before_backward(last=True)
+        shared.zero_grad()
+        shared.prepare_for_backward(is_last=True)
         hidden = model.hidden(x)                                     # (B, T, C), with sp (B, T/t, C)
-        loss = cross_entropy(hidden, model.head.weight, y, valid, region, start)    # logits are (B T, V/t)
+        # logits are (B T, V/t)
+        loss = vocab_parallel_cross_entropy(hidden, model.head.weight, y, valid, region, start)
         loss.backward()
-        grads = shared.finish()                                      # {name: this rank's part of it}
+        grads = shared.finish_grad_sync()  # {name: this rank's part of it}
         if args.sp:
             sum_parts(grads, mesh.tp)
         norm = clip(grads, mesh.tp)
@@ -131,10 +133,10 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
 
-        rows = [row for row in mesh.ledger.take() if row.tag == "layers"]
+        rows = [row for row in mesh.comm_log.take_records() if row.tag == "layers"]
         total = comm.all_reduce(loss.detach().double(), mesh.data, "total")
         if mesh.rank == 0:
-            sent = sum(row.payload for row in rows) // config.layers
+            sent = sum(row.payload_bytes for row in rows) // config.layers
             print(f"step {step + 1:3}  loss {total:.10f}  grad norm {norm:.6f}; a layer: "
                   f"{len(rows) // config.layers} collectives, {sent:,} bytes", flush=True)
     if dist.is_initialized():

@@ -17,16 +17,16 @@ import torch.distributed as dist
 from nanoinfra.config import SIZES
 from nanoinfra.data.sample_order import IGNORE, Random
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.pipeline import split
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.pipeline import stage as pipeline
-from nanoinfra.parallel.pipeline.schedules import schedule
+from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
-from nanoinfra.parallel.vocab_parallel import HeadLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
 from nanoinfra.train.step import execute
 
 LR, DECAY = 3e-3, 0.1                        # matrices decay, vectors do not
@@ -36,23 +36,23 @@ class Stage(pipeline.PipelineStage):
     """One rank's part of its layers. What it has to say of them; when they run, the schedule says."""
 
     def __init__(self, model, mesh, dtype, sp):
-        super().__init__(mesh.pp, mesh.twin("pp"), dtype=dtype)
+        super().__init__(mesh.pp, mesh.duplicate_axis("pp"), dtype=dtype)
         self.model = model                                           # some of the layers
         self.tensor = TensorParallel(model, mesh, sp)                # of each of them a part
-        self.loss_of = HeadLoss(model.head) if model.head else None  # of the last stage
+        self.loss_of = VocabParallelLoss(model.head) if model.head else None  # of the last stage
         self.data = DataParallel(model, mesh.data)                   # sees fewer and smaller parameters
-        self.ends = mesh.ends("pp")          # first and last stage: embedding and head are one weight
+        self.ends = mesh.first_last_subgroup("pp")  # first and last stage: embedding and head are one weight
 
     def begin(self, x, y, valid, micro_batches):
         """A new step: this data rank's (G/dp, T) tokens and targets; `valid` targets on all ranks."""
         self.x, self.y, self.valid = x.tensor_split(micro_batches), y.tensor_split(micro_batches), valid
         self.loss = torch.zeros((), dtype=torch.float64)
-        self.data.begin_step()
+        self.data.zero_grad()
 
-    def enter(self, micro):
+    def embed_input(self, micro):
         return self.model.start(self.x[micro], torch.arange(self.x[micro].shape[1]))             # (B, T, C)
 
-    def run(self, chunk, x, micro):
+    def forward_chunk(self, chunk, x, micro):
         x = self.model.layers(x, torch.arange(self.x[micro].shape[1]))                           # (B, T, C)
         if not self.loss_of:
             return x                                                 # on to the next stage
@@ -60,17 +60,18 @@ class Stage(pipeline.PipelineStage):
         self.loss += loss.detach()
         return loss
 
-    def stream(self, micro):
+    def activation_shape(self, micro):
         B, T = self.x[micro].shape                                   # known, not negotiated
-        return B, self.tensor.region.share(T), self.model.config.width           # (B, T, C), with sp T/t
+        self.tensor.region.set_seq_len(T)
+        return B, self.tensor.region.local_seq_len(T), self.model.config.width   # (B, T, C), with sp T/t
 
-    def before_backward(self, chunk, last):
-        self.data.before_backward(last)                              # after the last, gradients may leave
+    def prepare_for_backward(self, chunk, is_last):
+        self.data.prepare_for_backward(is_last)                        # after the last, gradients are sent
 
     def gradients(self):
         """{name: this rank's part}, summed: over data, under sp norms' over tp, the tied weight's over pp."""
-        self.settle()                                                # what was sent has arrived
-        grads = self.tensor.finish(self.data.finish())
+        self.wait_sends()                                                # what was sent has arrived
+        grads = self.tensor.all_reduce_partial_grads(self.data.finish_grad_sync())
         if self.ends and "embed.weight" in grads:
             comm.all_reduce(grads["embed.weight"], self.ends, "tied")
         return grads
@@ -114,16 +115,14 @@ def main():
     if "RANK" in os.environ:                 # torchrun started us
         dist.init_process_group("gloo")
     mesh = Mesh(pp=args.pp, dp=world_size() // (args.pp * args.tp), tp=args.tp)
-    use_threads()
-
+    set_torch_threads()
     config, dtype = SIZES["test"].model, getattr(torch, args.dtype)
     whole = init_weights(Decoder(config), seed=0).to(dtype)
-    layers = pipeline.cut(whole, *split(config, args.pp, args.seq)[mesh.pp.rank])
+    layers = pipeline.cut_to_pipeline_chunk(whole, *split(config, args.pp, args.seq)[mesh.pp.rank])
     stage = Stage(layers, mesh, dtype, "gather" if args.sp else "none")
-    instructions = schedule("1f1b", args.pp, args.micro_batches)[mesh.pp.rank][:-2]      # all but the end
+    instructions = build_pipeline_schedule("1f1b", args.pp, args.micro_batches)[mesh.pp.rank][:-2]
     optimizer = adamw(list(stage.model.parameters()), LR)
-    mesh.ledger.take()
-
+    mesh.comm_log.take_records()
     for step in range(args.steps):
         x, y = samples(step, args.global_batch, config.vocab, args.seq)
         mine = slice(mesh.dp.rank, None, mesh.dp.size)               # the same for all pp and tp ranks
@@ -135,13 +134,14 @@ def main():
             p.grad = grads[name].clone()
         optimizer.step()
         optimizer.zero_grad()
-        sent = {axis: sum(row.payload for row in mesh.ledger.rows if row.axis == axis and row.op != "recv")
+        rows = [row for row in mesh.comm_log.take_records() if row.op != "recv"]
+        sent = {axis: sum(row.payload_bytes for row in rows if row.axis_name == axis)
                 for axis in ("pp", "data", "tp")}
         total = comm.all_reduce(comm.all_reduce(stage.loss, mesh.pp), mesh.data)     # the last stage's
         if mesh.rank == 0:
             said = ", ".join(f"{axis} {size:,}" for axis, size in sent.items())
             print(f"step {step + 1:3}  loss {total:.10f}; rank 0 sent, in bytes: {said}", flush=True)
-        mesh.ledger.take()
+        mesh.comm_log.take_records()
     if dist.is_initialized():
         dist.destroy_process_group()
 

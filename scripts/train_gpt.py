@@ -18,7 +18,7 @@ from nanoinfra.config import SIZES, sized
 from nanoinfra.data.loader import HeldOut, Loader
 from nanoinfra.data.sample_order import open_source
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.model.decoder import Decoder
@@ -47,7 +47,7 @@ args = parser.parse_args()
 if "RANK" in os.environ:                     # torchrun started us
     dist.init_process_group("gloo")
 mesh = Mesh(dp=dist.get_world_size() if dist.is_initialized() else 1)
-use_threads()
+set_torch_threads()
 
 # Data: one global order of samples, dealt to the ranks
 size = SIZES[args.size]
@@ -83,13 +83,13 @@ while elapsed < args.seconds if args.seconds else step < args.steps:
     [valid] = count_valid(micro_batches, mesh.data)              # of all ranks, known before any backward
 
     total = torch.zeros((), dtype=torch.float64)
-    shared.begin_step()
+    shared.zero_grad()
     for i, (x, y) in enumerate(micro_batches):                   # (B, T) each
         loss = cross_entropy(model.hidden(x), model.head.weight, y, valid)
-        shared.before_backward(last=i == len(micro_batches) - 1)
+        shared.prepare_for_backward(is_last=i == len(micro_batches) - 1)
         loss.backward()                                          # the last one sends its buckets as they fill
         total += loss.detach()
-    gradients = shared.finish()                                  # {name: the sum over ranks}
+    gradients = shared.finish_grad_sync()                                  # {name: the sum over ranks}
     clip(gradients, 1.0)
     for name, gradient in gradients.items():
         model.get_parameter(name).grad = gradient

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from nanoinfra.config import SIZES
 from nanoinfra.data.sample_order import IGNORE, Random
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
-from nanoinfra.parallel.zero import Zero
+from nanoinfra.parallel.zero import ZeroDataParallel
 
 
 def samples(step, per_step, vocab, T, seed=0):
@@ -38,7 +38,7 @@ def share(model, axis, stage):
     if stage == 0:
         return DataParallel(model, axis)
     units = [[model.embed], *([block] for block in model.blocks), [model.norm, model.head]]
-    return Zero(model, axis, stage, units)
+    return ZeroDataParallel(model, axis, stage, units)
 
 
 def adamw(shards, lr):
@@ -58,11 +58,11 @@ def clip(grads, axis, stage, limit=1.0):
 
 def held(model, shared, optimizer):
     """[bytes of weights, gradients, moments] on this rank, each storage counted once."""
-    waiting = shared.reducer.buckets if isinstance(shared, Zero) else shared.buckets
-    sums = shared.reducer.grads.values() if isinstance(shared, Zero) else ()
+    waiting = shared.reducer.buckets if isinstance(shared, ZeroDataParallel) else shared.buckets
+    sums = shared.reducer.grads.values() if isinstance(shared, ZeroDataParallel) else ()
     moments = [m for state in optimizer.state.values() for m in state.values() if m.dim()]
-    kinds = ([*model.parameters(), *shared.shards.values()],
-             [*sums, *(bucket.flat for bucket in waiting if bucket.flat is not None)], moments)
+    kinds = ([*model.parameters(), *shared.param_shards.values()],
+             [*sums, *(bucket.flat_grads for bucket in waiting if bucket.flat_grads is not None)], moments)
     return [sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in kind)}.values())
             for kind in kinds]
 
@@ -82,13 +82,13 @@ def main():
     if "RANK" in os.environ:                 # torchrun started us
         dist.init_process_group("gloo")
     mesh = Mesh(dp=dist.get_world_size() if dist.is_initialized() else 1)
-    use_threads()
+    set_torch_threads()
 
     size, a = SIZES["test"], args.micro_batches
     model = init_weights(Decoder(size.model), seed=0).to(getattr(torch, args.dtype))
     shared = share(model, mesh.data, args.stage)
-    optimizer = adamw(shared.shards, args.lr)
-    mesh.ledger.take()                                           # the broadcast of the first weights
+    optimizer = adamw(shared.param_shards, args.lr)
+    mesh.comm_log.take_records()  # the broadcast of the first weights
 
     for step in range(args.steps):
         x, y = samples(step, args.global_batch, size.model.vocab, args.seq)
@@ -96,28 +96,28 @@ def main():
         x, y = x[mesh.dp.rank::mesh.dp.size], y[mesh.dp.rank::mesh.dp.size]
         total, most = torch.zeros((), dtype=torch.float64), [0, 0, 0]
 
-        shared.begin_step()
+        shared.zero_grad()
         for i, (x_, y_) in enumerate(zip(x.tensor_split(a), y.tensor_split(a))):
             logits = model(x_)                                   # (B, T, V); stage 3 gathers and frees inside
             loss = F.cross_entropy(logits.flatten(0, 1), y_.flatten(), ignore_index=IGNORE,
                                    reduction="sum") / valid
-            shared.before_backward(last=i == a - 1)
+            shared.prepare_for_backward(is_last=i == a - 1)
             loss.backward()                                      # from stage 2 on, buckets leave from inside
             most = list(map(max, most, held(model, shared, optimizer)))
             total += loss.detach()
-        grads = shared.finish()                                  # {name: this rank's rows of the sum}
+        grads = shared.finish_grad_sync()  # {name: this rank's rows of the sum}
         clip(grads, mesh.data, args.stage)
-        for name, shard in shared.shards.items():
+        for name, shard in shared.param_shards.items():
             shard.grad = grads[name]
         optimizer.step()
         optimizer.zero_grad()
-        shared.publish()                                         # the new weights, wherever they are whole
+        shared.all_gather_params()  # the new weights, wherever they are whole
 
         weights, gradients, moments = map(max, most, held(model, shared, optimizer))
-        rows = [row for row in mesh.ledger.take() if row.tag in ("grads", "weights")]
+        rows = [row for row in mesh.comm_log.take_records() if row.tag in ("grads", "weights")]
         total = comm.all_reduce(total, mesh.data, "loss")
         if mesh.rank == 0:
-            sent = sum(row.payload for row in rows)
+            sent = sum(row.payload_bytes for row in rows)
             print(f"step {step + 1:3}  loss {total:.10f}  bytes held: {weights:,} weights, {gradients:,} "
                   f"gradients, {moments:,} moments; sent: {sent:,} in {len(rows)} calls", flush=True)
     if dist.is_initialized():

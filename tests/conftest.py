@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-from nanoinfra.distributed.pool.ranks import shared
+from nanoinfra.distributed.pool.rank_pool import shared_rank_pool
 from tests import cpu_seconds, leftovers, timed
 
 hypothesis.settings.register_profile("patient", deadline=None,     # a slow machine is no fault
@@ -33,7 +33,7 @@ def ranks():
     pools = {}
 
     def pool(n):
-        pools[n] = shared(n)
+        pools[n] = shared_rank_pool(n)
         pools[n].timeout = 500.0             # the report of who waits comes before pytest's own limit
         return pools[n]
     yield pool

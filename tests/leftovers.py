@@ -12,7 +12,7 @@ from multiprocessing import forkserver, resource_tracker
 
 import pytest
 
-from nanoinfra.distributed.pool.ranks import Ranks, shared
+from nanoinfra.distributed.pool.rank_pool import RankPool, shared_rank_pool
 from tests.processes import MARK, alive, command, end, gone, marked, parent, running
 
 ENDING = 2.0                                 # CPU seconds that a process may take to end
@@ -58,7 +58,7 @@ def _ours(pids, mark):
     """Of `pids` those that this test has started, in a pool too, without what the session keeps."""
     server = forkserver._forkserver._forkserver_pid
     helpers = {server, resource_tracker._resource_tracker._pid}
-    crews = [pool._crew for pool in _session_pools() if pool._crew]
+    crews = [pool._processes for pool in _session_pools() if pool._processes]
     kept = helpers | {process.pid for crew in crews for process in crew.processes}
     parents = {os.getpid(), server} - {None}
     return [pid for pid in pids - kept
@@ -68,7 +68,7 @@ def _ours(pids, mark):
 def _session_pools():
     """The pools in the caches of two functions of the library, which alone refer to them."""
     check = sys.modules.get("nanoinfra.lab.check")
-    caches = [shared, *([check.shared] if check else [])]
+    caches = [shared_rank_pool, *([check.shared] if check else [])]
     kept = [each for cache in caches for referred in gc.get_referents(cache) if isinstance(referred, dict)
             for each in referred.values()]
-    return [pool for pool in kept if isinstance(pool, Ranks)]
+    return [pool for pool in kept if isinstance(pool, RankPool)]

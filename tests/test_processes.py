@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from tests import cpu_seconds, processes, timed
 from tests.leftovers import nothing_stays
 from tests.processes import MARK, alive, children, gone, marked, started, until
@@ -33,7 +33,7 @@ def test_what_is_started_ends_with_all_below_it(fails):
 
 @needs_proc
 @pytest.mark.parametrize("start", [
-    lambda: subprocess.Popen(["sleep", "1000"]), lambda: subprocess.Popen(SPIN), lambda: Ranks(2),
+    lambda: subprocess.Popen(["sleep", "1000"]), lambda: subprocess.Popen(SPIN), lambda: RankPool(2),
     lambda: subprocess.run(ORPHAN, stdout=subprocess.PIPE, check=True)],
     ids=["child", "busy child", "pool", "orphan"])
 def test_what_outlives_a_test_is_its_error_and_killed(start, monkeypatch):
@@ -44,7 +44,7 @@ def test_what_outlives_a_test_is_its_error_and_killed(start, monkeypatch):
     left = ast.literal_eval(str(caught.value).partition("behind: ")[2])
     assert left and not any(map(alive, left))
     for each in kept:
-        each.close() if isinstance(each, Ranks) else getattr(each, "wait", int)()
+        each.close() if isinstance(each, RankPool) else getattr(each, "wait", int)()
 
 
 @needs_proc

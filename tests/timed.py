@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nanoinfra.distributed.pool.ranks import RanksError
+from nanoinfra.distributed.pool.rank_pool import RankFailedError
 
 TRIES = 4
 PAUSE = 1.0                                  # seconds between two, so that a burst may pass
@@ -25,7 +25,7 @@ def pytest_pyfunc_call(pyfuncitem):
         try:
             pyfuncitem.obj(**arguments)
             return True
-        except (AssertionError, RanksError):           # the latter: a pool's patience was too short
+        except (AssertionError, RankFailedError):           # the latter: a pool's patience was too short
             if not left and (share := crowded()) > QUIET:
                 pytest.skip(f"measures seconds, and a CPU second takes {share:.1f} s: needs an idle core")
             if not left:

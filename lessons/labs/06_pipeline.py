@@ -28,9 +28,9 @@ from nanoinfra.parallel.pipeline.schedules import (
     Backward,
     BackwardInput,
     BackwardWeight,
+    build_pipeline_schedule,
     gpipe,
     one_f_one_b,
-    schedule,
 )
 
 KINDS = {"gpipe": ("gpipe", 1), "1f1b": ("1f1b", 1), "inter": ("interleaved", 2), "zb": ("zb-h1", 1)}
@@ -55,12 +55,12 @@ def measure(mesh, model, broken=""):
             print(f"{kind} ...", flush=True)
         idle, steps = rehearsed(mesh, kind, broken)
         run = trained(mesh, config, kind, broken)
-        held, messages = run["kept"] / single, [row.payload for row in run["rows"] if row.op == "send"]
+        held, messages = run["kept"] / single, [row.payload_bytes for row in run["rows"] if row.op == "send"]
         found |= {f"idle_{kind}": counted(idle, "slots"), f"step_{kind}": median(steps),
                   f"held_{kind}": counted(max(over(mesh, [held])), "micros"),
                   f"sent_{kind}": counted(max(over(mesh, [sum(messages)])), "B"),
                   f"train_{kind}": median(over(mesh, run["seconds"]))}
-        each = comm.gather_objects([held, len(messages), run["loss"]], mesh.world)
+        each = comm.all_gather_json([held, len(messages), run["loss"]], mesh.world)
         rows.append((KINDS[kind][0], *(", ".join(f"{one[i]:g}" for one in each) for i in range(2)),
                      f"{sum(loss for *_, loss in each):.3f}"))
     if mesh.rank == 0:
@@ -99,13 +99,13 @@ def lists(kind, n, broken):
     if (broken, kind) == ("weights-at-the-end", "zb") and n > 1:
         return scheduled(weights_at_the_end, n, MICROS)
     name, v = used(kind, n)
-    return schedule(name, n, MICROS, v)
+    return build_pipeline_schedule(name, n, MICROS, v)
 
 
 def weights_at_the_end(p, r, m):
     """1F1B in two halves, all second ones put off until nothing else is left."""
     for what in one_f_one_b(p, r, m):
-        yield BackwardInput(what.micro) if isinstance(what, Backward) else what
+        yield BackwardInput(what.micro_batch) if isinstance(what, Backward) else what
     yield from (BackwardWeight(k) for k in range(m))
 
 
@@ -132,15 +132,16 @@ def trained(mesh, config, kind, broken):
         return train(config, name, n, v, batches, "bfloat16", mesh.device, todo, REPEATS)
 
 
-def send_padded(x, axis, to, tag="", wait=True):
+def send_padded(x, axis, dst, tag="", async_op=False):
     """All messages as long as the model's context: zeros behind the tokens."""
-    return comm.send(torch.nn.functional.pad(x, (0, 0, 0, CONTEXT - x.shape[1])), axis, to, tag, wait=wait)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, CONTEXT - x.shape[1]))
+    return comm.send(padded, axis, dst, tag, async_op=async_op)
 
 
-def recv_padded(x, axis, source, tag="", wait=True):
+def recv_padded(x, axis, src, tag="", async_op=False):
     """The tokens of such a message."""
     room = torch.nn.functional.pad(x, (0, 0, 0, CONTEXT - x.shape[1]))
-    pending = comm.recv(room, axis, source, tag, wait=wait)
+    pending = comm.recv(room, axis, src, tag, async_op=async_op)
     return SimpleNamespace(wait=lambda: x.copy_(pending.wait()[:, :x.shape[1]]))
 
 

@@ -29,8 +29,8 @@ from nanoinfra.lab.kept import Kept
 from nanoinfra.lab.measure import counted, median
 from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
-from nanoinfra.parallel.pipeline.schedules import accumulate
-from nanoinfra.parallel.tensor_parallel import Whole
+from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
+from nanoinfra.parallel.tensor_parallel import TensorParallelRegion
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.loss import count_valid
@@ -58,10 +58,10 @@ def measure(mesh, model, broken=""):
         for wire in WIRES if not broken else ("real",):
             if mesh.rank == 0:
                 print(f"sp {mode}, {wire} wire ...", flush=True)
-            axis_mesh = Mesh(tp=mesh.world.size, wire=WIRES[wire], device=mesh.device)
+            axis_mesh = Mesh(tp=mesh.world.size, emulated_links=WIRES[wire], device=mesh.device)
             kept, sent, waits, seconds, loss = train(axis_mesh, config, mode, broken)
             found[f"{wire}_{mode}"] = median(seconds)
-            times.append((mode, wire, loss, seconds, waits, in_layers(sent), axis_mesh.tp.link))
+            times.append((mode, wire, loss, seconds, waits, in_layers(sent), axis_mesh.tp.emulated_link))
         found |= counts(config, mode, kept, sent)
         found[f"wait_{mode}"] = median(waits)                        # on the last wire, the slow one
         rows += [(mode, tag, op, str(calls), quantity(size, "B"))
@@ -120,30 +120,31 @@ def train(mesh, config, mode, broken):
 def mistake(broken):
     """A known-wrong variant, in force while this is."""
     if broken == "column-without-sum":
-        return mock.patch.object(Whole, "back", lambda region, grad, tag: comm.Pending(grad))
+        return mock.patch.object(TensorParallelRegion, "reduce_input_grad",
+                                 lambda region, grad, tag: comm.AsyncCollective(grad))
     if broken == "norms-apart":
-        return mock.patch.object(TensorParallel, "finish", lambda tensor, grads: grads)
+        return mock.patch.object(TensorParallel, "all_reduce_partial_grads", lambda tensor, grads: grads)
     return contextlib.nullcontext()
 
 
 def step(mesh, replica):
     """({(op, tag): (calls, bytes)}, seconds that no rank could avoid to wait in layers, seconds)."""
-    batches = [tokens(mesh, replica.parallel.each[0].model.config.vocab)]
+    batches = [tokens(mesh, replica.parallel.chunks[0].model.config.vocab)]
     [count] = count_valid(batches, mesh.data)
     comm.barrier(mesh.tp)
-    mesh.ledger.take()
+    mesh.comm_log.take_records()
     begin = time.monotonic()
     replica.begin(batches, count, lr=1e-3)
-    execute(accumulate(1), replica)
-    rows = [row for row in mesh.ledger.take() if row.tag in ("layers", *TAGS)]
+    execute(gradient_accumulation_schedule(1), replica)
+    rows = [row for row in mesh.comm_log.take_records() if row.tag in ("layers", *TAGS)]
     if mesh.device == "cuda":
         torch.cuda.synchronize()
     comm.barrier(mesh.tp)
     seconds, sent = time.monotonic() - begin, {}
     for row in rows:
         calls, size = sent.get((row.op, row.tag), (0, 0))
-        sent[row.op, row.tag] = calls + 1, size + row.payload
-    waits = torch.tensor([row.wait_s for row in rows if row.tag == "layers"], dtype=torch.float64)
+        sent[row.op, row.tag] = calls + 1, size + row.payload_bytes
+    waits = torch.tensor([row.wait_seconds for row in rows if row.tag == "layers"], dtype=torch.float64)
     return sent, comm.all_reduce(waits, mesh.tp, op="min").sum().item(), seconds
 
 
@@ -155,16 +156,16 @@ def tokens(mesh, vocab):
 
 def kept_by_layer(mesh, replica):
     """Bytes that a layer's forward leaves for backward: those kept after the second, less after the first."""
-    batches, marks = [tokens(mesh, replica.parallel.each[0].model.config.vocab)], []
+    batches, marks = [tokens(mesh, replica.parallel.chunks[0].model.config.vocab)], []
     [count] = count_valid(batches, mesh.data)
     replica.begin(batches, count, lr=0.0)
-    with Kept(replica.parallel.each[0].model.parameters()) as kept:
+    with Kept(replica.parallel.chunks[0].model.parameters()) as kept:
         hooks = [block.register_forward_hook(lambda *_: marks.append(kept.bytes()))
-                 for block in replica.parallel.each[0].model.blocks]
+                 for block in replica.parallel.chunks[0].model.blocks]
         replica.forward(0)
     for hook in hooks:
         hook.remove()
-    replica.backward(0, last=True)
+    replica.backward(0, is_last=True)
     replica.reduce_grads()
     return int(comm.all_reduce(torch.tensor(marks[1] - marks[0]), mesh.tp, op="max"))
 

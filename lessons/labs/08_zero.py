@@ -20,8 +20,8 @@ from nanoinfra.formulas.zero import zero_bytes, zero_payload
 from nanoinfra.lab.measure import counted, median
 from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
-from nanoinfra.parallel.pipeline.schedules import Backward, ReduceGrads, accumulate
-from nanoinfra.parallel.zero import Unit
+from nanoinfra.parallel.pipeline.schedules import Backward, ReduceGrads, gradient_accumulation_schedule
+from nanoinfra.parallel.zero import FSDPParamGroup
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.loss import count_valid
 from nanoinfra.train.step import execute
@@ -68,14 +68,14 @@ def train(mesh, config, stage, broken):
     """([bytes of weights, gradients, optimizer], bytes sent, calls, [seconds], loss) of a few steps."""
     stage = {("unsharded-optimizer", 1): 0, ("gradients-kept", 2): 1}.get((broken, stage), stage)
     flags = TrainFlags(ModelFlags(dtype="bfloat16", grad_dtype="bfloat16"), mesh=MeshFlags(zero=stage))
-    free = (lambda unit: None) if broken == "never-freed" else Unit.free
-    with mock.patch.object(Unit, "free", free):
+    free = (lambda unit: None) if broken == "never-freed" else FSDPParamGroup.reshard
+    with mock.patch.object(FSDPParamGroup, "reshard", free):
         replica = Replica(config, flags, mesh)
         _, *steps = [step(mesh, replica) for _ in range(STEPS)]
     helds, rows, seconds = zip(*steps)                               # helds (steps, 2 moments, 3 kinds)
     held = comm.all_reduce(torch.tensor(helds).amax((0, 1)), mesh.data, op="max").tolist()
     loss = comm.all_reduce(replica.loss, mesh.data).item()
-    return held, sum(row.payload for row in rows[-1]), len(rows[-1]), seconds, loss
+    return held, sum(row.payload_bytes for row in rows[-1]), len(rows[-1]), seconds, loss
 
 
 def step(mesh, replica):
@@ -83,14 +83,14 @@ def step(mesh, replica):
     batches, held = share(mesh), []
     [count] = count_valid(batches, mesh.data)
     comm.barrier(mesh.data)
-    mesh.ledger.take()
+    mesh.comm_log.take_records()
     begin = time.monotonic()
     replica.begin(batches, count, lr=1e-3)
-    for instruction in accumulate(MICRO_BATCHES):
+    for instruction in gradient_accumulation_schedule(MICRO_BATCHES):
         execute([instruction], replica)
         if instruction in (Backward(0), ReduceGrads()):
             held.append(held_by(replica))
-    rows = [row for row in mesh.ledger.take() if row.tag in ("weights", "grads")]
+    rows = [row for row in mesh.comm_log.take_records() if row.tag in ("weights", "grads")]
     if mesh.device == "cuda":
         torch.cuda.synchronize()
     comm.barrier(mesh.data)
@@ -106,13 +106,13 @@ def share(mesh):
 
 def held_by(replica):
     """Bytes of [weights, gradients, optimizer with masters], each storage once."""
-    shared = replica.parallel.each[0].data
+    shared = replica.parallel.chunks[0].data_parallel
     if reducer := getattr(shared, "reducer", None):                  # ZeRO's
-        filling = [bucket.flat for bucket in reducer.buckets if bucket.flat is not None]
+        filling = [bucket.flat_grads for bucket in reducer.buckets if bucket.flat_grads is not None]
         gradients = [*reducer.grads.values(), *filling]
     else:
-        gradients = [bucket.flat for bucket in shared.buckets]
-    return [nbytes(tensors) for tensors in (replica.parallel.each[0].model.parameters(), gradients,
+        gradients = [bucket.flat_grads for bucket in shared.buckets]
+    return [nbytes(tensors) for tensors in (replica.parallel.chunks[0].model.parameters(), gradients,
                                             replica.optimizer.state().values())]
 
 

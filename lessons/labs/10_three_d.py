@@ -28,7 +28,7 @@ from nanoinfra.lab.axes import bytes_by_axis, errors, flags_of, stage_of, valid
 from nanoinfra.lab.measure import counted, median
 from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
-from nanoinfra.parallel.parallelize import Chunks
+from nanoinfra.parallel.parallelize import ParallelModel
 from nanoinfra.train.config import OptimizerFlags
 from nanoinfra.train.step import execute
 
@@ -89,7 +89,7 @@ def shape(model):
 
 def train(mesh, config, sizes, wire=None, broken="", steps=STEPS):
     """On a mesh of `sizes`, of a step that is repeated: what it sent, gave and took. The first warms up."""
-    here = Mesh(**sizes, wire=wire or {}, device=mesh.device)
+    here = Mesh(**sizes, emulated_links=wire or {}, device=mesh.device)
     flags = replace(flags_of(sizes, B, SEQUENCES), optimizer=OptimizerFlags(clip=0))
     with mistake(broken):
         replica, batches = stage_of(config, flags, here, T)
@@ -98,17 +98,18 @@ def train(mesh, config, sizes, wire=None, broken="", steps=STEPS):
     total = comm.all_reduce(torch.tensor([*mine.values()]), mesh.world).tolist()
     loss = comm.all_reduce(replica.loss.clone(), mesh.world).item() / here.tp.size   # the last stages have it
     return {"sent": dict(zip(mine, total)), "rows": rows, "loss": loss, "norm": replica.grad_norm,
-            "grads": {name: (replica.parallel.box(name), grad) for name, grad in replica.grads.items()},
+            "grads": {name: (replica.parallel.shard_bounds(name), grad)
+                      for name, grad in replica.grads.items()},
             "seconds": [seconds for _, seconds in done[1:]]}
 
 
 def mistake(broken):
     """A known-wrong variant, in force while this is. Two more are in `step`."""
     if broken == "one-end":
-        return mock.patch.object(Chunks, "finish", lambda chunks: {
-            name: grad for chunk in chunks.each for name, grad in chunk.finish().items()})
+        return mock.patch.object(ParallelModel, "finish_grad_sync", lambda chunks: {
+            name: grad for chunk in chunks.chunks for name, grad in chunk.finish_grad_sync().items()})
     if broken == "counted-twice":
-        return mock.patch.object(Chunks, "counts", lambda chunks, name: True)
+        return mock.patch.object(ParallelModel, "counted_in_norm", lambda chunks, name: True)
     return contextlib.nullcontext()
 
 
@@ -119,14 +120,14 @@ def step(mesh, replica, batches, broken):
     turns = [[one] for one in batches] if broken == "every-micro-batch" else [batches]
     grads, loss = {}, 0
     comm.barrier(mesh.world)
-    mesh.ledger.take()
+    mesh.comm_log.take_records()
     begin = time.monotonic()
     for turn in turns:
         replica.begin(turn, count, lr=0.0)
         execute(replica.schedule(len(turn))[:-1], replica)
         grads = {name: grads.get(name, 0.0) + grad for name, grad in replica.grads.items()}
         loss = loss + replica.loss
-    rows, replica.grads, replica.loss = mesh.ledger.take(), grads, loss
+    rows, replica.grads, replica.loss = mesh.comm_log.take_records(), grads, loss
     replica.step()
     if mesh.device == "cuda":
         torch.cuda.synchronize()
@@ -154,8 +155,9 @@ def show(config, rows, cube, slow):
     Grid(f"{parameters(config):,} parameters, a step: payloads of all ranks", columns, rows).show()
     lines = [("none", quantity(middle(cube["seconds"]), "s"), "", "")]
     for axis, run in slow.items():
-        mine = [row for row in cube["rows"] if row.axis.replace("data", "dp") == axis and row.op != "recv"]
-        sent, wire = sum(row.payload for row in mine), sum(seconds_of(row) for row in mine)
+        mine = [row for row in cube["rows"] if row.axis_name.replace("data", "dp") == axis
+                and row.op != "recv"]
+        sent, wire = sum(row.payload_bytes for row in mine), sum(seconds_of(row) for row in mine)
         timed = quantity(middle(run["seconds"]), "s")
         lines.append((axis, timed, quantity(sent / 1e6, "MB"), quantity(wire, "s")))
     columns = ("slow wire under", "step, timed", "rank 0's payload", "its wire, modelled")
@@ -165,4 +167,4 @@ def show(config, rows, cube, slow):
 
 def seconds_of(row):
     """What the slow wire takes for a row of the ledger."""
-    return ring_seconds(row.op, row.payload, row.n, *NET)
+    return ring_seconds(row.op, row.payload_bytes, row.axis_size, *NET)

@@ -27,7 +27,7 @@ from nanoinfra.lab.served import serve
 from nanoinfra.lab.table import Grid
 from nanoinfra.model.init import draw
 from nanoinfra.model.weights.fill_model import empty
-from nanoinfra.parallel.parallelize import serving
+from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
 
 WAYS = ("static", "orca", "pages")
@@ -49,7 +49,7 @@ def measure(mesh, model, broken=""):
     """{key: Measurement}: steps, collectives, bytes, what is left empty, memory of a rank; tokens/s."""
     config, found, rows, said = shape(model), {}, [], {}
     mesh = Mesh(tp=mesh.world.size, device=mesh.device)
-    net = serving(empty(config), mesh, drawn(config), torch.float32)
+    net = parallelize_for_serving(empty(config), mesh, drawn(config), torch.float32)
     for way in WAYS:
         if mesh.rank == 0:
             print(f"{way} ...", flush=True)
@@ -107,11 +107,11 @@ def served(mesh, net, way, broken):
     with all_heads() if broken == "all-heads" else contextlib.nullcontext():
         for _ in range(repeats):
             comm.barrier(mesh.tp)
-            mesh.ledger.take()
+            mesh.comm_log.take_records()
             engine, said, seconds = serve(net, JOBS, PLACES // size, size, seats, watched)
-            rows = [row for row in mesh.ledger.take() if row.tag in ("layers", "ends")]
+            rows = [row for row in mesh.comm_log.take_records() if row.tag in ("layers", "ends")]
             speeds.append(sum(map(len, said)) / seconds)
-    sent = {tag: (len(mine), sum(row.payload for row in mine)) for tag in ("layers", "ends")
+    sent = {tag: (len(mine), sum(row.payload_bytes for row in mine)) for tag in ("layers", "ends")
             if (mine := [row for row in rows if row.tag == tag])}
     return engine, said, sent, speeds
 

@@ -1,7 +1,7 @@
-"""Time an axis of the mesh: seconds of an all-reduce, or of a message, by payload.
+"""Benchmarks: seconds of an all-reduce or a message by payload, and FLOP/s of a matrix product.
 
-Calls follow one another without a pause, and the slowest rank's time counts. All lines of the axis work at
-once, as in training. `fit` of formulas/collectives.py makes alpha and beta of the times (Hockney 1994).
+Calls follow one another without a pause, and the slowest rank's time counts. All groups of the axis
+communicate at once, as in training. formulas/collectives.py fits latency and bandwidth (Hockney 1994).
 """
 import time
 from functools import partial
@@ -10,32 +10,34 @@ from statistics import median
 import torch
 
 from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh, MeshAxis
 
-SIZES = tuple(4096 * 4 ** k for k in range(8))   # bytes: 4 KiB to 64 MiB
-SAMPLE = 5e-3                                # s that a sample lasts at least
-TOO_LONG = 0.3                               # s that a call may last; nothing larger is tried, but two sizes,
-                                             #   since a line goes through two points
+_PAYLOAD_SIZES_BYTES = tuple(4096 * 4 ** k for k in range(8))            # 4 KiB to 64 MiB
+_MIN_SAMPLE_SECONDS = 5e-3
+_MAX_CALL_SECONDS = 0.3                      # no larger size is tried, except the second: a line needs two
 
 
-def wire_times(mesh, axis, op: str = "all_reduce", rounds: int = 7) -> dict[int, list[float]]:
-    """{payload bytes: seconds of one `op`, `rounds` times}, alike on every rank; `op`: all_reduce or send.
+def time_collective_by_payload(mesh: Mesh, axis: MeshAxis, op: str = "all_reduce",
+                               rounds: int = 7) -> dict[int, list[float]]:
+    """Seconds of one `op` ("all_reduce" or "send"), measured `rounds` times, for each payload in bytes.
 
-    A send is timed there and back between neighbours, and halved. Every rank of the mesh calls it.
+    All ranks return the same. A send is timed there and back between neighbours, and halved. Every rank of
+    the mesh calls it.
     """
     times = {}
-    for size in SIZES:
+    for size in _PAYLOAD_SIZES_BYTES:
         x = torch.zeros(size // 4, device=mesh.device)
         call = partial(_CALLS[op], x, axis)
-        _sample(mesh, call, 2)                                   # buffers are made, connections are opened
-        calls = max(1, min(100, round(SAMPLE / _sample(mesh, call, 2))))
+        _sample(mesh, call, 2)                                   # warm up: buffers, connections
+        calls = max(1, min(100, round(_MIN_SAMPLE_SECONDS / _sample(mesh, call, 2))))
         times[size] = [_sample(mesh, call, calls) / _TRIPS[op] for _ in range(rounds)]
-        if len(times) > 1 and 4 * _TRIPS[op] * median(times[size]) > TOO_LONG:
+        if len(times) > 1 and 4 * _TRIPS[op] * median(times[size]) > _MAX_CALL_SECONDS:
             break                                                # the next size has four times the bytes
     return times
 
 
-def matmul_rate(mesh, dtype: torch.dtype, rounds: int = 7) -> list[float]:
-    """FLOP/s of one rank's device while all ranks multiply n x n matrices, `rounds` times, at the best n."""
+def measure_matmul_flops_per_second(mesh: Mesh, dtype: torch.dtype, rounds: int = 7) -> list[float]:
+    """FLOP/s of one rank while all ranks multiply n x n matrices: `rounds` measurements at the fastest n."""
     best = [0.0]
     for n in (4096, 8192, 16384) if mesh.device == "cuda" else (512, 1024, 2048):
         a, b = torch.randn(2, n, n, device=mesh.device).to(dtype)
@@ -43,24 +45,24 @@ def matmul_rate(mesh, dtype: torch.dtype, rounds: int = 7) -> list[float]:
         once = _sample(mesh, call, 1)
         rates = [2 * n ** 3 / _sample(mesh, call, 1) for _ in range(rounds)]
         best = max(best, rates, key=median)
-        if 8 * once > TOO_LONG:
+        if 8 * once > _MAX_CALL_SECONDS:
             break                                                # twice the n, eight times the work
     return best
 
 
 def _sample(mesh, call, calls):
-    """Seconds of one call, of `calls` in a row, on the slowest rank."""
+    """Seconds of a call, the mean of `calls` in a row, on the slowest rank."""
     comm.barrier(mesh.world, "probe")
-    _finish(mesh)
+    _synchronize(mesh)
     begin = time.perf_counter()
     for _ in range(calls):
         call()
-    _finish(mesh)
+    _synchronize(mesh)
     took = torch.tensor((time.perf_counter() - begin) / calls, dtype=torch.float64)
     return comm.all_reduce(took, mesh.world, "probe", op="max").item()
 
 
-def _finish(mesh):
+def _synchronize(mesh):
     if mesh.device == "cuda":
         torch.cuda.synchronize()             # a call only queues work there
 
@@ -69,7 +71,7 @@ def _there_and_back(x, axis):
     partner = axis.rank ^ 1
     if partner >= axis.size:
         return                               # the last of an odd number
-    for mine in (axis.rank, partner):        # the even one speaks first
+    for mine in (axis.rank, partner):        # the even rank sends first
         if mine % 2 == 0:
             comm.send(x, axis, partner, "probe")
         else:

@@ -1,9 +1,9 @@
-"""Ranks of one host meet on its loopback interface, where no other host can reach them.
+"""Rendezvous on the loopback interface: ranks of one host meet where no other host can reach them.
 
-A TCPStore asks nobody for a secret, and torch's listens on every interface; it takes a listening socket of
-ours instead. gloo and NCCL listen on whatever interface the host's name or their search gives, unless told.
-What remains open is open to this host's own users: who connects can disturb ranks, but nothing that comes
-from a store or a rank is unpickled (train/launch/rendezvous.py says what holds on several hosts).
+A TCPStore has no authentication, and by default it listens on every interface; so it is given a listening
+socket on loopback. gloo and NCCL are told to use loopback too; by default they follow the host's name.
+Users of this host can still connect and disturb the ranks, but nothing that comes from a store or a rank is
+unpickled (train/launch/rendezvous.py says what holds on several hosts).
 """
 import ipaddress
 import os
@@ -13,35 +13,35 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-HOST = "127.0.0.1"
-PATIENCE = timedelta(seconds=300)            # that the store may take to appear, and a key in it
+LOOPBACK_HOST = "127.0.0.1"
+_STORE_TIMEOUT = timedelta(seconds=300)      # for the store to start listening, and for a key to be set
 
 
-def master_store(port: int = 0) -> dist.TCPStore:
-    """A TCPStore of this process that listens on loopback alone; `port` 0 takes a free one, `.port` says it.
+def start_loopback_store(port: int = 0) -> dist.TCPStore:
+    """Start a TCPStore server that listens on loopback only; with `port` 0 on a free port, see its `.port`.
 
     Raises OSError where the port is taken.
     """
-    listener = socket.create_server((HOST, port))
-    store = dist.TCPStore(HOST, listener.getsockname()[1], is_master=True, wait_for_workers=False,
-                          timeout=PATIENCE, master_listen_fd=listener.fileno())
-    listener.detach()                        # it is the store's now, which closes it
+    listener = socket.create_server((LOOPBACK_HOST, port))
+    store = dist.TCPStore(LOOPBACK_HOST, listener.getsockname()[1], is_master=True, wait_for_workers=False,
+                          timeout=_STORE_TIMEOUT, master_listen_fd=listener.fileno())
+    listener.detach()                        # the store owns it now, and closes it
     return store
 
 
-def client_store(port: int) -> dist.TCPStore:
-    """A client of the `master_store` at `port`."""
-    return dist.TCPStore(HOST, port, is_master=False, timeout=PATIENCE)
+def connect_to_loopback_store(port: int) -> dist.TCPStore:
+    """A client of the TCPStore that `start_loopback_store` started at `port`."""
+    return dist.TCPStore(LOOPBACK_HOST, port, is_master=False, timeout=_STORE_TIMEOUT)
 
 
-def bind_to_loopback() -> None:
-    """Tell gloo and NCCL, before a process group is made, to listen on loopback alone."""
+def bind_gloo_and_nccl_to_loopback() -> None:
+    """Make gloo and NCCL use the loopback interface only. Call it before a process group is made."""
     interface = "lo0" if sys.platform == "darwin" else "lo"
     os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
 
 
 def is_loopback(host: str) -> bool:
-    """Is this name or address one of loopback? A name is not looked up: "localhost" alone is."""
+    """Whether this name or address means loopback. No name is looked up: of names, only "localhost" does."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -18,7 +18,8 @@ Box = tuple[tuple[int, int], ...]            # (start, stop) in each dim
 OUTPUTS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up", "embed", "head")
 INPUTS = ("attn.o.weight", "mlp.down.weight")
 HEAD_NORMS = (".attn.q_norm.weight", ".attn.k_norm.weight")
-SP = ("none", "keep", "gather")              # what backward does for an input gathered along the sequence
+# what backward does for an input gathered along the sequence
+SEQUENCE_PARALLEL_MODES = ("none", "keep", "gather")
 
 
 def check_heads(config: ModelConfig, t: int) -> None:
@@ -31,8 +32,8 @@ def check_heads(config: ModelConfig, t: int) -> None:
 
 def check_sp(sp: str) -> None:
     """Raise ValueError unless `sp` is one of `SP`."""
-    if sp not in SP:
-        raise ValueError(f"sp {sp!r} is not one of {', '.join(SP)}")
+    if sp not in SEQUENCE_PARALLEL_MODES:
+        raise ValueError(f"sp {sp!r} is not one of {', '.join(SEQUENCE_PARALLEL_MODES)}")
 
 
 def padded_seq(seq: int, t: int, sp: str) -> int:

@@ -41,15 +41,15 @@ def step_of(config: ModelConfig, flags: TrainFlags, seq: int, norm: Callable | N
     """
     mesh = _mesh(flags)
     replica, batches = stage_of(config, flags, mesh, seq)
-    mesh.ledger.take()
+    mesh.comm_log.take_records()
     replica.begin(batches, valid(flags.data.global_batch, seq))
     execute(replica.schedule(len(batches))[:-1], replica)                # all but the optimizer's step
-    rows, grads = mesh.ledger.take(), {}
+    rows, grads = mesh.comm_log.take_records(), {}
     for name, grad in replica.grads.items():
-        box = replica.parallel.box(name)
+        box = replica.parallel.shard_bounds(name)
         size = [stop - start for start, stop in box]
         grads[name] = box, grad.reshape(-1)[:prod(size)].view(size).clone()      # ZeRO's last has zeros after
-    own = norm(replica.grads, mesh, mesh.ends("pp")) if norm else None
+    own = norm(replica.grads, mesh, mesh.first_last_subgroup("pp")) if norm else None
     replica.step()
     return {"at": {axis: getattr(mesh, axis).rank for axis in COLOURS}, "grads": grads, "rows": rows,
             "norm": replica.grad_norm, "own": own, "loss": replica.loss.item()}
@@ -63,7 +63,7 @@ def paced(config: ModelConfig, flags: TrainFlags, seq: int, wire: dict[str, tupl
     """
     mesh, trials = _mesh(flags, wire), []
     replica, batches = stage_of(config, flags, mesh, seq)
-    emulate(replica.parallel.each[0].model.blocks, 2 * seconds / flags.data.micro_batch)
+    emulate(replica.parallel.chunks[0].model.blocks, 2 * seconds / flags.data.micro_batch)
     order = replica.schedule(len(batches))
     for _ in range(repeats + 1):
         comm.barrier(mesh.world)
@@ -96,8 +96,8 @@ def bytes_by_axis(rows: Sequence) -> dict[str, int]:
     """{axis: payload bytes} of a rank's rows; a message counts where it is sent, the tied weight apart."""
     found = {"tp": 0, "pp": 0, "dp": 0, "tied": 0}
     for row in rows:
-        key = row.tag if row.tag == "tied" else {"data": "dp"}.get(row.axis, row.axis)
-        found[key] += row.payload * (row.op != "recv")
+        key = row.tag if row.tag == "tied" else {"data": "dp"}.get(row.axis_name, row.axis_name)
+        found[key] += row.payload_bytes * (row.op != "recv")
     return found
 
 
@@ -186,7 +186,7 @@ def axis_bars(rows: dict[str, dict[str, float]], predicted: dict[str, float], ti
 
 
 def _mesh(flags, wire=None):
-    return Mesh(flags.mesh.pp, flags.mesh.dp, tp=flags.mesh.tp, wire=wire)
+    return Mesh(flags.mesh.pp, flags.mesh.dp, tp=flags.mesh.tp, emulated_links=wire)
 
 
 def _spot(place, left=0.0):

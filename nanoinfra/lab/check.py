@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 
-from nanoinfra.distributed.pool.rank_processes import RanksError
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
+from nanoinfra.distributed.pool.rank_processes import RankFailedError
 from nanoinfra.lab import checks
 from nanoinfra.lab.exercise import source_of
 from nanoinfra.lab.table import Grid
@@ -132,21 +132,21 @@ def judge(criterion: Criterion, subject: Callable) -> Verdict:
         return Verdict(criterion, "wrong", str(reason))
     except (Exception, SystemExit) as error:         # whatever a student's code raises is a verdict
         unwritten = isinstance(error, NotImplementedError) or "raise NotImplementedError" in str(error)
-        kind = "" if isinstance(error, RanksError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, RankFailedError) else f"{type(error).__name__}: "
         text = "not written yet" if unwritten else f"{kind}{error}"
         alone = "\nwork/LNN.py stands alone: import inside the exercise cell what it uses"
         return Verdict(criterion, "wrong", text + (alone if _NO_NAME.search(text) else ""))
     return Verdict(criterion, "pass")
 
 
-def ranks(n: int) -> Ranks:
+def ranks(n: int) -> RankPool:
     """The pool of `n` ranks that all checks share. It has little patience: what hangs ends after 15 s."""
     pool = shared(n)
     pool.timeout = patience(15.0)
     return pool
 
 
-shared = functools.cache(Ranks)
+shared = functools.cache(RankPool)
 
 
 def patience(seconds: float) -> float:

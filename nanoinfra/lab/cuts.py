@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.ledger import Row
+from nanoinfra.distributed.comm_log import CommRecord
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.lab import draw
 from nanoinfra.lab.kept import Kept
@@ -20,7 +20,7 @@ from nanoinfra.lab.nap import emulate
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
-from nanoinfra.parallel.vocab_parallel import HeadLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
 
 STREAM = ("embed", "g", "positions", "norm1", "f", "q", "k", "v", "softmax", "o", "g", "o.bias", "norm2", "f",
           "up", "GELU", "down", "g", "down.bias", "norm", "f", "head")       # in the order tokens meet them
@@ -30,16 +30,16 @@ GPT2 = ("norm1 x", "norm1 mean", "norm1 std", "read by q, k, v", "q", "k", "v", 
 
 
 def step_of(config: ModelConfig, t: int, sp: str, batch: int,
-            seq: int) -> tuple[float, list[Row], list[int]]:
+            seq: int) -> tuple[float, list[CommRecord], list[int]]:
     """On each of t ranks, of a step: the loss, the ledger's rows, bytes of each tensor that layer 0 keeps."""
     mesh, model = Mesh(tp=t, pp=world_size() // t), init_weights(Decoder(config), seed=0)
     cut = TensorParallel(model, mesh, sp)
     x, y = torch.randint(config.vocab, (2, batch, seq), generator=torch.Generator().manual_seed(0))
-    mesh.ledger.take()                                                       # the weights, from rank 0
-    loss = HeadLoss(model.head)(model.hidden(x), y, batch * seq)
+    mesh.comm_log.take_records()  # the weights, from rank 0
+    loss = VocabParallelLoss(model.head)(model.hidden(x), y, batch * seq)
     loss.backward()
-    cut.finish({name: p.grad for name, p in model.named_parameters()})
-    rows, places = mesh.ledger.take(), model.places(x)
+    cut.all_reduce_partial_grads({name: p.grad for name, p in model.named_parameters()})
+    rows, places = mesh.comm_log.take_records(), model.places(x)
     stream = model.start(x, places).detach().requires_grad_()
     rope = model.angles(places, stream.dtype)
     with Kept(model.parameters()) as kept:
@@ -55,7 +55,7 @@ def paced(config: ModelConfig, t: int, wire: tuple[float, float], seconds: float
 
     A layer sleeps for `seconds` / t in all, as long as an accelerator would compute; the wire is emulated.
     """
-    mesh, model, trials = Mesh(tp=t, pp=world_size() // t, wire={"tp": wire}), Decoder(config), []
+    mesh, model, trials = Mesh(tp=t, pp=world_size() // t, emulated_links={"tp": wire}), Decoder(config), []
     TensorParallel(model, mesh)
     emulate(model.blocks, seconds / 1.5 / batch / t)                         # of backward, a sequence
     for _ in range(repeats):

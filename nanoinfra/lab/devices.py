@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from nanoinfra.distributed.cpu_threads import usable_cores
+from nanoinfra.distributed.cpu_threads import usable_cpu_cores
 
 GIB = 2 ** 30
 
 
 def host() -> dict:
     """{"name", "processor", "cores", "memory" in bytes, "load", "gpus": [{"name", "memory"}], "versions"}."""
-    return {"name": platform.node(), "processor": processor(), "cores": usable_cores(),
+    return {"name": platform.node(), "processor": processor(), "cores": usable_cpu_cores(),
             "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "load": os.getloadavg()[0],
             "gpus": _gpus(), "versions": versions()}
 

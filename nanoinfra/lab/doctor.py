@@ -11,9 +11,9 @@ from statistics import median as middle
 import torch
 
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.benchmarks import matmul_rate, wire_times
-from nanoinfra.distributed.cpu_threads import use_threads
-from nanoinfra.distributed.mesh import AXES, Mesh, world_size
+from nanoinfra.distributed.benchmarks import measure_matmul_flops_per_second, time_collective_by_payload
+from nanoinfra.distributed.cpu_threads import set_torch_threads
+from nanoinfra.distributed.mesh import MESH_AXIS_NAMES, Mesh, world_size
 from nanoinfra.formulas.collectives import fit
 from nanoinfra.lab import devices
 from nanoinfra.lab.measure import median
@@ -27,13 +27,15 @@ DTYPES = ("float32", "bfloat16")
 
 def doctor(flags: DoctorFlags) -> dict:
     """Measure on the ranks of this run; rank 0 prints, and writes --out. The same report on every rank."""
-    use_threads(flags.threads)
-    mesh = Mesh(**plan_mesh(flags.mesh, world_size()), wire=parse_wire(flags.wire), device=flags.device)
+    set_torch_threads(flags.threads)
+    mesh = Mesh(**plan_mesh(flags.mesh, world_size()), emulated_links=parse_wire(flags.wire),
+                device=flags.device)
     report = {"nanoinfra": 1, "hosts": hosts(mesh), "device": flags.device, "ranks": mesh.world.size,
               "threads": torch.get_num_threads(),
-              "matmul": {dtype: _timed(mesh, matmul_rate(mesh, getattr(torch, dtype)), "FLOP/s")
+              "matmul": {dtype: _timed(mesh, measure_matmul_flops_per_second(mesh, getattr(torch, dtype)),
+                                       "FLOP/s")
                          for dtype in DTYPES},
-              "wires": {name: wire(mesh, name) for name in AXES if getattr(mesh, name).size > 1}}
+              "wires": {name: wire(mesh, name) for name in MESH_AXIS_NAMES if getattr(mesh, name).size > 1}}
     if mesh.rank == 0:
         for grid in grids(report):
             grid.show()
@@ -45,7 +47,8 @@ def doctor(flags: DoctorFlags) -> dict:
 def hosts(mesh: Mesh) -> list[dict]:
     """Each host of the mesh once, with the ranks that run there."""
     found = {}
-    for rank, told in enumerate(comm.gather_objects(devices.host() | {"links": devices.links()}, mesh.world)):
+    for rank, told in enumerate(comm.all_gather_json(devices.host() | {"links": devices.links()},
+                                                     mesh.world)):
         found.setdefault(told["name"], told | {"ranks": []})["ranks"].append(rank)
     return list(found.values())
 
@@ -53,11 +56,11 @@ def hosts(mesh: Mesh) -> list[dict]:
 def wire(mesh: Mesh, name: str) -> dict:
     """Latency and bandwidth of axis `name`: medians of a fit a round, and the times these were fitted to."""
     axis, op = getattr(mesh, name), "send" if name == "pp" else "all_reduce"
-    times = wire_times(mesh, axis, op)
+    times = time_collective_by_payload(mesh, axis, op)
     n = axis.size if op == "all_reduce" else 2
     fits = [fit(op, n, dict(zip(times, seconds))) for seconds in zip(*times.values())]
     whole = fit(op, n, {size: middle(seconds) for size, seconds in times.items()})
-    return {"ranks": axis.size, "op": op, "emulated": axis.link is not None,
+    return {"ranks": axis.size, "op": op, "emulated": axis.emulated_link is not None,
             "latency": _timed(mesh, [f.latency for f in fits], "s"),
             "bandwidth": _timed(mesh, [f.bandwidth for f in fits], "B/s"),
             "mean_miss": whole.mean_miss, "worst_miss": whole.worst_miss,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from nanoinfra.lab import draw
 from nanoinfra.parallel.pipeline.schedules import Backward, BackwardInput, BackwardWeight, Forward
-from nanoinfra.parallel.pipeline.simulator import Timeline
+from nanoinfra.parallel.pipeline.simulator import StepTimeline
 
 COLOURS = {Forward: draw.BLUE, Backward: draw.ORANGE, BackwardInput: draw.PINK, BackwardWeight: draw.GREEN}
 NAMES = {Forward: "forward", Backward: "backward", BackwardInput: "backward to the input",
@@ -17,34 +17,35 @@ IDLE = "#ececec"                             # of a step, what lies behind the b
 GAP = 1.1                                    # rows between two panels, for the lower one's name
 
 
-def gantt(panels: dict[str, Timeline], title: str = "", unit: str = "ms") -> draw.Picture:
-    """A panel for each {name: Timeline}, one time axis; beside the name the share of the step that is idle.
+def gantt(panels: dict[str, StepTimeline], title: str = "", unit: str = "ms") -> draw.Picture:
+    """A panel for each {name: StepTimeline}, one time axis; beside the name the idle share of the step.
 
     Times are in s and shown in `unit`: "s" or "ms"; with any other they are shown as they are. Of several
     chunks a stage has, the later ones are pale.
     """
-    scale, rows = {"ms": 1e3}.get(unit, 1), sum(len(each.spans) + GAP for each in panels.values())
-    longest = max(each.step for each in panels.values())
+    scale, rows = {"ms": 1e3}.get(unit, 1), sum(len(each.compute_spans) + GAP for each in panels.values())
+    longest = max(each.step_seconds for each in panels.values())
     picture, axes = draw.canvas(9.4, 1.35 + 0.32 * rows, title)
     ticks, top = {}, 0.0
     for name, timeline in panels.items():
-        idle = sum(timeline.idle) / len(timeline.idle) / timeline.step
-        axes.text(0, top + 0.25, f"{name}: {scale * timeline.step:.4g} {unit}, idle {idle:.0%}", fontsize=10,
-                  weight="bold", va="center")
+        idle = sum(timeline.idle_seconds) / len(timeline.idle_seconds) / timeline.step_seconds
+        axes.text(0, top + 0.25, f"{name}: {scale * timeline.step_seconds:.4g} {unit}, idle {idle:.0%}",
+                  fontsize=10, weight="bold", va="center")
         top += GAP
-        for r, spans in enumerate(timeline.spans):
-            axes.barh(top + r, scale * timeline.step, height=0.86, color=IDLE)
+        for r, spans in enumerate(timeline.compute_spans):
+            axes.barh(top + r, scale * timeline.step_seconds, height=0.86, color=IDLE)
             for what, begin, end in spans:
                 _box(axes, top + r, scale * begin, scale * end, what, (end - begin) / longest)
             ticks[top + r] = f"stage {r}"
-        top += len(timeline.spans)
+        top += len(timeline.compute_spans)
     _finish(axes, ticks, top, scale * longest, unit)
-    _legend(picture, {what for each in panels.values() for spans in each.spans for what, _, _ in spans})
+    _legend(picture,
+            {what for each in panels.values() for spans in each.compute_spans for what, _, _ in spans})
     return picture
 
 
-def measured(ranks: Sequence[Sequence], ledgers: Sequence[Sequence] = ()) -> Timeline:
-    """The Timeline of a run from `execute`'s spans on each rank, in s since the first computation began.
+def measured(ranks: Sequence[Sequence], ledgers: Sequence[Sequence] = ()) -> StepTimeline:
+    """The StepTimeline of a run from `execute`'s spans on each rank, in s since the first computation began.
 
     `ledgers[r]` are rank r's rows: a computation begins once it has what it waited for. `time.monotonic` is
     one clock for all ranks of a host, not of two.
@@ -53,21 +54,23 @@ def measured(ranks: Sequence[Sequence], ledgers: Sequence[Sequence] = ()) -> Tim
     found = [[(what, begin + _waited(rows, begin, end), end) for what, begin, end in spans
               if type(what) in COLOURS] for spans, rows in zip(ranks, ledgers)]
     start = min(begin for spans in found for _, begin, _ in spans)
-    return Timeline([[(what, begin - start, end - start) for what, begin, end in spans] for spans in found])
+    return StepTimeline([[(what, begin - start, end - start) for what, begin, end in spans]
+                         for spans in found])
 
 
 def _waited(rows, begin, end):
     """Seconds of a computation that began with waiting for messages."""
-    return sum(row.wait_s for row in rows if row.op in ("send", "recv") and begin <= row.end <= end)
+    return sum(row.wait_seconds for row in rows if row.op in ("send", "recv")
+               and begin <= row.end_time <= end)
 
 
 def _box(axes, y, begin, end, what, share):
     colour = COLOURS[type(what)]
     colour = draw._pale(colour) if what.chunk else colour
     axes.barh(y, end - begin, left=begin, height=0.86, color=colour, edgecolor="white", linewidth=0.8)
-    if share > 0.011 * len(str(what.micro)):
+    if share > 0.011 * len(str(what.micro_batch)):
         dark = type(what) is not Forward or what.chunk
-        axes.text((begin + end) / 2, y, str(what.micro), ha="center", va="center", fontsize=8,
+        axes.text((begin + end) / 2, y, str(what.micro_batch), ha="center", va="center", fontsize=8,
                   color="black" if dark else "white", clip_on=True)
 
 

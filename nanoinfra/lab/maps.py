@@ -55,15 +55,15 @@ def stack_timeline(ways: dict[str, tuple[list, list]], title: str) -> draw.Pictu
     picture, axes = draw.canvas(9.4, 1.2 + 1.5 * len(ways), title)
     ticks, marks = {}, {}
     for way, (name, (times, rows)) in enumerate(ways.items()):
-        top, start = way * (len(times) + 1), rows[0].begin
+        top, start = way * (len(times) + 1), rows[0].start_time
         ticks |= {top + layer: f"{name}, layer {layer}" for layer in range(len(times))}
         for layer, moments in enumerate(times):
             for land, free in zip(moments[::2], moments[1::2]):
                 marks["whole, and computing"] = axes.barh(top + layer, free - land, 0.8, land - start,
                                                           color=draw.GREY)
         marks |= _transfers(axes, top, len(times), rows, start)
-        waited = f"  waits {sum(row.wait_s for row in rows) * 1e3:.0f} ms"
-        axes.text(max(row.end for row in rows) - start, top + len(times) / 2 - 0.5, waited, va="center",
+        waited = f"  waits {sum(row.wait_seconds for row in rows) * 1e3:.0f} ms"
+        axes.text(max(row.end_time for row in rows) - start, top + len(times) / 2 - 0.5, waited, va="center",
                   fontsize=11)
     axes.set_yticks([*ticks], ticks.values(), fontsize=10)
     axes.invert_yaxis()
@@ -82,6 +82,8 @@ def _transfers(axes, top, layers, rows, start):
             ("reduce_scatter", down, "gradient scattered (pale: hidden)", draw.ORANGE)):
         bar = {"height": 0.8, "color": colour}
         for row, layer in zip((row for row in rows if row.op == op), order):
-            axes.barh(top + layer, row.end - row.begin, left=row.begin - start, alpha=0.3, **bar)
-            marks[label] = axes.barh(top + layer, row.wait_s, left=row.end - start - row.wait_s, **bar)
+            axes.barh(top + layer, row.end_time - row.start_time, left=row.start_time - start, alpha=0.3,
+                      **bar)
+            marks[label] = axes.barh(top + layer, row.wait_seconds,
+                                     left=row.end_time - start - row.wait_seconds, **bar)
     return marks

@@ -20,12 +20,12 @@ from nanoinfra.parallel.pipeline.schedules import (
     BackwardInput,
     BackwardWeight,
     Forward,
+    OptimizerStep,
     ReduceGrads,
-    Step,
-    mark_last,
-    with_messages,
+    insert_sends_and_recvs,
+    mark_last_backwards,
 )
-from nanoinfra.parallel.pipeline.simulator import chunks
+from nanoinfra.parallel.pipeline.simulator import chunks_per_stage
 from nanoinfra.parallel.pipeline.stage import PipelineStage
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
 from nanoinfra.train.step import execute
@@ -34,8 +34,8 @@ from nanoinfra.train.train_stage import Replica
 
 def scheduled(order: Callable, p: int, m: int) -> list[list]:
     """What each of p stages does, messages, reduction and step included, if `order(p, r, m)` computes."""
-    each = with_messages([list(order(p, r, m)) for r in range(p)], 1)
-    return [[*mark_last(stage), ReduceGrads(), Step()] for stage in each]
+    each = insert_sends_and_recvs([list(order(p, r, m)) for r in range(p)], 1)
+    return [[*mark_last_backwards(stage), ReduceGrads(), OptimizerStep()] for stage in each]
 
 
 class Sleeper(PipelineStage):
@@ -46,23 +46,23 @@ class Sleeper(PipelineStage):
     """
 
     def __init__(self, mesh, times: Sequence[float], slot: float, v: int = 1, halves: bool = False):
-        super().__init__(mesh.pp, mesh.twin("pp"), v, halves=halves, device=mesh.device)
+        super().__init__(mesh.pp, mesh.duplicate_axis("pp"), v, split_backward=halves, device=mesh.device)
         self.times, self.slot, self.now = [t / v for t in times], slot, 0.0
         self.weight = nn.Parameter(torch.ones((), device=mesh.device))
         self.real, self.counted = [], []
 
-    def enter(self, micro: int) -> torch.Tensor:
+    def embed_input(self, micro: int) -> torch.Tensor:
         """The first stage's input, there from slot 0 on. It takes a gradient, as embedded tokens do."""
-        return torch.zeros(self.stream(micro), device=self.device, requires_grad=True)
+        return torch.zeros(self.activation_shape(micro), device=self.device, requires_grad=True)
 
-    def stream(self, micro: int) -> tuple[int, ...]:
+    def activation_shape(self, micro: int) -> tuple[int, ...]:
         """One number: when it left."""
         return (1,)
 
-    def run(self, chunk: int, x: torch.Tensor, micro: int) -> torch.Tensor:
+    def forward_chunk(self, chunk: int, x: torch.Tensor, micro: int) -> torch.Tensor:
         """Sleep; what is made carries the slot in which it was ready."""
         y = _Sleep.apply(x, self.weight, self, micro, chunk)
-        return y.sum() if (self.axis.rank, chunk) == self.last else y
+        return y.sum() if (self.axis.rank, chunk) == self.last_stage_chunk else y
 
     def work(self, what, slots: float, came: float) -> float:
         """Do `what` for `slots`, not before slot `came`; the slot in which it is done."""
@@ -83,13 +83,13 @@ def rehearse(lists: list[list], times: Sequence[float], slot: float = 0.0, devic
     """
     p, trials = len(lists), []
     mesh = Mesh(pp=p, dp=world_size() // p, device=device)
-    order = [what for what in lists[mesh.pp.rank] if not isinstance(what, (ReduceGrads, Step))]
+    order = [what for what in lists[mesh.pp.rank] if not isinstance(what, (ReduceGrads, OptimizerStep))]
     halves = any(isinstance(what, BackwardInput) for what in order)
     for _ in range(repeats):
-        stage = Sleeper(mesh, times, slot, chunks(lists), halves)
+        stage = Sleeper(mesh, times, slot, chunks_per_stage(lists), halves)
         comm.barrier(mesh.pp)
         execute(order, stage)
-        stage.settle()
+        stage.wait_sends()
         trials.append((stage.real, stage.counted))
     return trials
 
@@ -114,15 +114,15 @@ def train(config: ModelConfig, kind: str, p: int, v: int, batches: list, dtype: 
 def _step(mesh, replica, order, batches):
     """Gradients of one step, and what was seen meanwhile."""
     replica.begin(batches, sum(y.numel() for _, y in batches) * mesh.data.size)
-    kept = _Kept(parameter for chunk in replica.parallel.each for parameter in chunk.model.parameters())
-    hooks = [hook for chunk in replica.parallel.each for hook in _keeping(chunk.model.blocks, kept)]
+    kept = _Kept(parameter for chunk in replica.parallel.chunks for parameter in chunk.model.parameters())
+    hooks = [hook for chunk in replica.parallel.chunks for hook in _keeping(chunk.model.blocks, kept)]
     comm.barrier(mesh.pp)
-    mesh.ledger.take()
+    mesh.comm_log.take_records()
     begin = time.monotonic()
     spans = execute(order, replica)
     if mesh.device == "cuda":
         torch.cuda.synchronize()
-    rows = mesh.ledger.take()
+    rows = mesh.comm_log.take_records()
     comm.barrier(mesh.pp)
     seconds = time.monotonic() - begin
     for hook in hooks:
@@ -152,9 +152,9 @@ class _Sleep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (stage, micro, chunk), (into, weights, *_) = ctx.of, tensor_parallel.needed(ctx)
+        (stage, micro, chunk), (into, weights, *_) = ctx.of, tensor_parallel.inputs_needing_grad(ctx)
         kind = Backward if into and weights else BackwardInput if into else BackwardWeight
-        came = 0.0 if (stage.axis.rank, chunk) == stage.last else grad.item()
+        came = 0.0 if (stage.axis.rank, chunk) == stage.last_stage_chunk else grad.item()
         slots = stage.times[1] * into + stage.times[2] * weights
         done = stage.work(kind(micro, chunk), slots, came)
         return torch.full_like(grad, done), grad.sum(), None, None, None

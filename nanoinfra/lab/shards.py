@@ -18,9 +18,9 @@ from nanoinfra.lab.nap import emulate
 from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel.data_parallel import DataParallel
-from nanoinfra.parallel.parallelize import units
-from nanoinfra.parallel.vocab_parallel import HeadLoss
-from nanoinfra.parallel.zero import Zero
+from nanoinfra.parallel.parallelize import fsdp_units
+from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.zero import ZeroDataParallel
 from nanoinfra.train.optimizer import Optimizer
 
 KINDS = ("weights", "gradients", "masters", "moments")
@@ -37,37 +37,37 @@ def held_and_sent(config: ModelConfig, stage: int, n: int, micro_batches: int = 
     x, y = torch.zeros(2, 1, 8, dtype=torch.long)
     with Storages() as storages:
         net, last, shared = _cut(config, mesh, stage, bucket_bytes)
-        optimizer = Optimizer(shared.shards)
-        storages.watch(nn.ModuleList([net, last]), mesh.ledger)
-        mesh.ledger.take()
+        optimizer = Optimizer(shared.param_shards)
+        storages.watch(nn.ModuleList([net, last]), mesh.comm_log)
+        mesh.comm_log.take_records()
         looks = [kept(net, shared, optimizer)]                     # moments, from the first step on
-        shared.begin_step()
+        shared.zero_grad()
         for i in range(a):
             loss = last(net.hidden(x), y, 8 * n * a)
-            shared.before_backward(last=i == a - 1)
+            shared.prepare_for_backward(is_last=i == a - 1)
             loss.backward()
             looks.append(kept(net, shared, optimizer))
-        optimizer.step(shared.finish(), lr=1e-3)
-        shared.publish()
+        optimizer.step(shared.finish_grad_sync(), lr=1e-3)
+        shared.all_gather_params()
         looks.append(kept(net, shared, optimizer))
-    rows = [row for row in mesh.ledger.take() if row.tag in ("grads", "weights")]
+    rows = [row for row in mesh.comm_log.take_records() if row.tag in ("grads", "weights")]
     return dict(zip(KINDS, map(max, *looks))), storages.peak, rows
 
 
 def _cut(config, mesh, stage, bucket_bytes):
     net = Decoder(config)
-    last = HeadLoss(net.head)
+    last = VocabParallelLoss(net.head)
     if stage == 0:
         return net, last, DataParallel(net.bfloat16(), mesh.data, "overlap", bucket_bytes)
-    return net, last, Zero(net, mesh.data, stage, units(net, last), torch.bfloat16, torch.bfloat16,
-                           bucket_bytes)
+    return net, last, ZeroDataParallel(net, mesh.data, stage, fsdp_units(net, last), torch.bfloat16,
+                                       torch.bfloat16, bucket_bytes)
 
 
-def kept(net: nn.Module, shared: DataParallel | Zero, optimizer: Optimizer) -> list[int]:
+def kept(net: nn.Module, shared: DataParallel | ZeroDataParallel, optimizer: Optimizer) -> list[int]:
     """Bytes of each of KINDS on this rank now; a freed parameter has none."""
     reducer = getattr(shared, "reducer", shared)
-    filling = [bucket.flat for bucket in reducer.buckets if bucket.flat is not None]
-    rows = reducer.grads.values() if isinstance(shared, Zero) else ()             # of what has arrived
+    filling = [bucket.flat_grads for bucket in reducer.buckets if bucket.flat_grads is not None]
+    rows = reducer.grads.values() if isinstance(shared, ZeroDataParallel) else ()  # of what has arrived
     moments = [m for name, m in optimizer.state().items() if name.startswith("exp_avg")]
     weights = {s.data_ptr(): s.nbytes() for s in (p.untyped_storage() for p in net.parameters())}
     return [sum(weights.values()),
@@ -81,7 +81,7 @@ def stack_step(cut: Callable, layers: int, width: int, seconds: float, wire: tup
     The layers are matrices (width, width) that take `seconds` of backward and half of that of forward.
     `cut(net, axis)` makes them come and go, and returns what to call before and after forward and backward.
     """
-    mesh, trials = Mesh(dp=world_size(), wire={"dp": wire}), []
+    mesh, trials = Mesh(dp=world_size(), emulated_links={"dp": wire}), []
     net = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
     emulate(net, seconds)
     begin, finish = cut(net, mesh.data)
@@ -89,10 +89,10 @@ def stack_step(cut: Callable, layers: int, width: int, seconds: float, wire: tup
     for _ in range(repeats):
         begin()
         comm.barrier(mesh.data)
-        mesh.ledger.take()
+        mesh.comm_log.take_records()
         net(torch.ones(1, width)).sum().backward()
         finish()
-        trials.append(([list(of) for of in times], mesh.ledger.take()))
+        trials.append(([list(of) for of in times], mesh.comm_log.take_records()))
         for of in times:
             of.clear()
     return trials
@@ -116,4 +116,4 @@ def _clock(layer):
 
 def exposed(results: Sequence) -> Measurement:
     """The wait of the rank that waits least: the last to come waits for the wire alone, others for it too."""
-    return median([min(sum(row.wait_s for row in rows) for _, rows in each) for each in zip(*results)])
+    return median([min(sum(row.wait_seconds for row in rows) for _, rows in each) for each in zip(*results)])

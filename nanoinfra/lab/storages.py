@@ -54,7 +54,7 @@ class Storages(TorchDispatchMode):
             leaves = module.register_forward_hook(self._boundary(name, "leaves", "enters"), prepend=True)
             self._undo.callback(enters.remove)
             self._undo.callback(leaves.remove)
-        for moment in ("enter", "leave") if ledger is not None else ():
+        for moment in ("start_record", "finish_record") if ledger is not None else ():
             marked = self._marked(getattr(ledger, moment), moment)
             self._undo.enter_context(mock.patch.object(ledger, moment, marked))
 

@@ -1,10 +1,10 @@
-"""Recompute instead of remember: keep what goes into a function, and in backward run it again.
+"""Activation checkpointing (recompute): save only a function's inputs, and run it again in backward.
 
-    "full"       a block keeps its input, B T C numbers, and runs twice        FLOPs x 4/3, the head apart
-    "selective"  the core of naive attention keeps q, k, v and no (T, T) square        + 4 B H K T^2 a layer
+    "full"       a block saves its input, B T C numbers, and runs twice        FLOPs x 4/3, the head apart
+    "selective"  the core of naive attention saves q, k, v and no (T, T) scores        + 4 B H K T^2 a layer
 The exact bytes and FLOPs are in formulas/. Chen et al. 2016; selective: Korthikanti et al. 2022.
-Composes with anything that waits for gradients: a parameter's hooks see its gradient when it arrives, and
-hooks of a block fire in the first forward alone.
+Composes with anything that hooks gradients: a parameter's hooks run when its gradient is there, and hooks of
+a block run in the first forward only.
 """
 import contextlib
 import functools
@@ -13,32 +13,33 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-HOW = ("none", "selective", "full")
+RECOMPUTE_MODES = ("none", "selective", "full")
 
 
-def apply(model: nn.Module, how: str) -> nn.Module:
-    """Make every block of `model.blocks` recompute, `how` of HOW, and return the model.
+def apply_activation_checkpointing(model: nn.Module, mode: str) -> nn.Module:
+    """Make every block of `model.blocks` recompute in backward, and return the model.
 
-    "full" asks of a block nothing but tensors out; "selective" looks for the attention's function in
-    `block.attn.core`. ValueError where that is not the naive one: no other keeps scores to be saved.
+    `mode` is one of RECOMPUTE_MODES. "full" needs blocks that return tensors; "selective" wraps the attention
+    function `block.attn.core`. Raises ValueError where that is not the naive one, because no other saves
+    attention scores.
     """
-    if how not in HOW:
-        raise ValueError(f"recompute is one of {', '.join(HOW)}, not {how!r}")
-    for block in model.blocks if how != "none" else ():
-        if how == "full":
-            block.forward = functools.partial(recompute, block.forward)       # hooks stay outside of it
+    if mode not in RECOMPUTE_MODES:
+        raise ValueError(f"recompute is one of {', '.join(RECOMPUTE_MODES)}, not {mode!r}")
+    for block in model.blocks if mode != "none" else ():
+        if mode == "full":
+            block.forward = functools.partial(activation_checkpoint, block.forward)   # its hooks stay outside
         else:
-            block.attn.core = functools.partial(recompute, _naive(block.attn.core))
+            block.attn.core = functools.partial(activation_checkpoint, _naive(block.attn.core))
     return model
 
 
-def recompute(fn: Callable, *args):
-    """`fn(*args)`, a tensor or a tuple of them, with the same gradients, keeping nothing but `args`.
+def activation_checkpoint(fn: Callable, *args) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Call `fn(*args)` and save only `args` for backward, which runs `fn` again; the gradients are the same.
 
-    Tensors may lie in tuples, lists and dicts inside `args`; anything else passes. `fn` runs a second time
-    in backward, from the same random state and under the same autocast; Python's own `random` is not set
-    back. Parameters that `fn` uses get their gradients by `.backward()`, not by `torch.autograd.grad`. A call
-    also keeps torch's random state: 5 KB on the CPU, 16 bytes on a GPU.
+    `fn` returns a tensor or a tuple of tensors. Tensors may be in tuples, lists and dicts inside `args`;
+    other values are passed through. The second run has the same torch random state and autocast; Python's own
+    `random` is not restored. Parameters that `fn` uses get their gradients by `.backward()`, not by
+    `torch.autograd.grad`. A call also saves torch's random state: 5 KB on the CPU, 16 bytes on a GPU.
     """
     if not torch.is_grad_enabled():
         return fn(*args)
@@ -48,13 +49,13 @@ def recompute(fn: Callable, *args):
 
 
 class _Recompute(torch.autograd.Function):
-    """`anchor` requires grad: so backward comes, for fn's parameters, even if no input needs a gradient."""
+    """`anchor` requires grad, so backward runs, for fn's parameters, even if no input needs a gradient."""
 
     @staticmethod
     def forward(ctx, fn, places, anchor, *tensors):                           # runs without grad
-        ctx.fn, ctx.places, ctx.then = fn, places, _Surroundings(tensors)
+        ctx.fn, ctx.places, ctx.run_state = fn, places, _RunState(tensors)
         ctx.save_for_backward(*tensors)
-        with ctx.then.autocast():
+        with ctx.run_state.autocast():
             return fn(*_put_back(places, tensors))
 
     @staticmethod
@@ -64,7 +65,7 @@ class _Recompute(torch.autograd.Function):
                              "leave create_graph, or --recompute, out")
         needed = ctx.needs_input_grad[3:]
         inputs = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed)]
-        with torch.enable_grad(), ctx.then.random(), ctx.then.autocast():
+        with torch.enable_grad(), ctx.run_state.random(), ctx.run_state.autocast():
             out = ctx.fn(*_put_back(ctx.places, inputs))
         outs = out if isinstance(out, tuple) else (out,)
         pairs = [(o, grad) for o, grad in zip(outs, upstream) if o.requires_grad]
@@ -73,8 +74,8 @@ class _Recompute(torch.autograd.Function):
         return None, None, None, *(t.grad for t in inputs)
 
 
-class _Surroundings:
-    """What the second run must find as the first one did: random states, and autocast."""
+class _RunState:
+    """The random states and the autocast setting of the first run, for the second one."""
 
     def __init__(self, tensors):
         self.devices = sorted({t.get_device() for t in tensors if t.is_cuda})
@@ -84,22 +85,22 @@ class _Surroundings:
 
     @contextlib.contextmanager
     def random(self):
-        with torch.random.fork_rng(self.devices):                             # the caller's come back after
+        with torch.random.fork_rng(self.devices):                         # restores the caller's states after
             torch.set_rng_state(self.states[0])
             for state, device in zip(self.states[1:], self.devices):
                 torch.cuda.set_rng_state(state, device)
             yield
 
     def autocast(self):
-        return torch.autocast(*self.casts, cache_enabled=False)               # a cast without grad is no use
+        return torch.autocast(*self.casts, cache_enabled=False)       # casts made without grad are not reused
 
 
 class _Place(int):
-    """Where a tensor went: its index in the list."""
+    """Stands in for a tensor: its index in the list of tensors."""
 
 
 def _take_out(tree, tensors):
-    """`tree`, where each tensor in its tuples, lists and dicts has moved to `tensors` and left its place."""
+    """`tree` with each tensor in its tuples, lists and dicts moved to `tensors` and replaced by a _Place."""
     if isinstance(tree, torch.Tensor):
         tensors.append(tree)
         return _Place(len(tensors) - 1)

@@ -1,11 +1,11 @@
-"""Apply a plan of parallelism to a plain model, in one fixed order.
+"""Apply all parallelism techniques to a plain model, in one fixed order.
 
-1. The pipeline cuts the layers into chunks: all that follows sees a shorter model.
-2. Tensor and sequence parallelism cut the parameters: from here on they are smaller.
-3. Recompute replaces what a block runs, its collectives included; the block stays what others hook.
-4. Weights are filled in: each rank reads, or draws, its own parts.
-5. ZeRO or data parallelism, over ranks that hold the same parts, cuts or sums what is there by then.
-What does not exist is refused in train/config.py. Every technique composes through the mesh alone.
+1. The pipeline splits the layers into chunks: everything after it sees a shorter model.
+2. Tensor and sequence parallelism shard the parameters: from here on they are smaller.
+3. Recompute (activation checkpointing) wraps what a block runs, its collectives included.
+4. Weights are filled in: each rank reads, or draws, only its own shards.
+5. ZeRO or data parallelism shards or synchronises what is there by then, over the ranks that hold the same.
+Combinations that do not exist are refused in train/config.py. Techniques share nothing but the mesh.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,145 +15,166 @@ from torch import nn
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh, MeshAxis
 from nanoinfra.formulas.pipeline import split
-from nanoinfra.memory import recompute
+from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.fill_model import Read, empty
 from nanoinfra.parallel.data_parallel import DataParallel
-from nanoinfra.parallel.pipeline import stage as pipeline
-from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel, exchange
-from nanoinfra.parallel.vocab_parallel import HeadLoss
-from nanoinfra.parallel.zero import Zero
+from nanoinfra.parallel.pipeline.stage import cut_to_pipeline_chunk
+from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel, replace_parameters
+from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.zero import ZeroDataParallel
+
+_TIED_PARAM = "embed.weight"                 # also the head's weight, where the two are tied
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to apply besides the mesh; the dtypes are those of weights and of summed gradients."""
-    sp: str = "none"                         # sequence.SP
-    zero: int = 0                            # stage; 0 is plain data parallelism
-    recompute: str = "none"                  # recompute.HOW
-    data_parallel: str = "overlap"           # data.STEPS, at stage 0
-    dtype: torch.dtype = torch.float32
-    grad_dtype: torch.dtype | None = None
-    virtual: int = 1                         # chunks of the model a pipeline's stage has
+class ParallelConfig:
+    """What to apply besides the mesh."""
+    sequence_parallel: str = "none"          # one of SEQUENCE_PARALLEL_MODES
+    zero_stage: int = 0                      # 0 is plain data parallelism
+    recompute: str = "none"                  # one of RECOMPUTE_MODES
+    grad_sync: str = "overlap"               # one of GRAD_SYNC_MODES, for ZeRO stage 0
+    dtype: torch.dtype = torch.float32       # of the weights that the model computes with
+    grad_dtype: torch.dtype | None = None    # in which gradients are summed; None: the same
+    virtual_stages: int = 1                  # chunks of the model on each pipeline stage
     attention: str = "sdpa"
-    frozen: frozenset[str] = frozenset()     # names of parameters that are not trained
+    frozen_names: frozenset[str] = frozenset()           # of parameters that are not trained
 
 
-class Composed:
-    """`model`, a decoder or a pipeline's chunk of one, so far without storage: a rank's part of a training.
+class ParallelChunk:
+    """One chunk of the model on this rank, with all parallelism applied; the whole model without a pipeline.
 
-    `loss` ends the chunk that has the head. `read(name, part)` gives the first weights. What `masters`
-    holds, {name: float32 tensor}, or where that is None the `shards`, is the optimizer's to move; what is
-    `frozen`, {name: tensor}, nobody's.
+    `model` comes without storage. `read(name, part)` gives the first weights. `loss_head` ends the chunk that
+    has the head. The optimizer updates `master_weights` {name: float32 tensor} or, where that is None, the
+    `param_shards`; nothing updates the `frozen_params`.
     """
 
-    def __init__(self, model: Decoder, mesh, plan: Plan, read: Read):
-        self.model, self.zero = model, plan.zero
-        for name in plan.frozen & dict(model.named_parameters()).keys():
+    def __init__(self, model: Decoder, mesh: Mesh, config: ParallelConfig, read: Read):
+        self.model, self.zero_stage = model, config.zero_stage
+        for name in config.frozen_names & dict(model.named_parameters()).keys():
             model.get_parameter(name).requires_grad_(False)
-        self.tensor = TensorParallel(model, mesh, plan.sp)
-        self.loss, self.masters = HeadLoss(model.head) if model.head else None, None
-        recompute.apply(model, plan.recompute)
+        self.tensor_parallel = TensorParallel(model, mesh, config.sequence_parallel)
+        self.loss_head = VocabParallelLoss(model.head) if model.head else None
+        self.master_weights = None
+        apply_activation_checkpointing(model, config.recompute)
 
-        def source(name):
-            return self.tensor.part(read, name, mesh.device)
-        if plan.zero:
-            groups = units(model, self.loss) if plan.zero == 3 else None
-            self.data = Zero(model, mesh.data, plan.zero, groups, plan.dtype, plan.grad_dtype, source=source)
+        def read_param(name):
+            return self.tensor_parallel.read_shard(read, name, mesh.device)
+        if config.zero_stage:
+            units = fsdp_units(model, self.loss_head) if config.zero_stage == 3 else None
+            self.data_parallel = ZeroDataParallel(model, mesh.data, config.zero_stage, units, config.dtype,
+                                                  config.grad_dtype, read_param=read_param)
         else:
-            exchange(model, lambda name, p: nn.Parameter(source(name), p.requires_grad))
-            if plan.dtype.itemsize < 4:
-                self.masters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-            exchange(model, lambda name, p: nn.Parameter(p.detach().to(plan.dtype), p.requires_grad))
-            self.data = DataParallel(model, mesh.data, plan.data_parallel, grad_dtype=plan.grad_dtype)
-        self.shards, self.frozen = self.data.shards, self.data.frozen
+            self._load_weights(read_param, config.dtype)
+            self.data_parallel = DataParallel(model, mesh.data, config.grad_sync,
+                                              grad_dtype=config.grad_dtype)
+        self.param_shards = self.data_parallel.param_shards
+        self.frozen_params = self.data_parallel.frozen_params
 
-    def run(self, x: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
-        """What the layers make of the stream `x` at `places` (T,); with the head their loss, ()."""
-        self.tensor.region.share(len(places))
-        x = self.model.layers(x, places)
-        return self.loss(x, targets, count) if self.loss else x
+    def _load_weights(self, read_param, dtype):
+        """Whole weights in `dtype`; below float32 the weights as they were read become the master weights."""
+        replace_parameters(self.model, lambda name, p: nn.Parameter(read_param(name), p.requires_grad))
+        if dtype.itemsize < 4:
+            self.master_weights = {name: p.detach() for name, p in self.model.named_parameters()
+                                   if p.requires_grad}
+        replace_parameters(self.model, lambda name, p: nn.Parameter(p.detach().to(dtype), p.requires_grad))
 
-    def finish(self) -> dict[str, torch.Tensor]:
-        """Wait for the gradients' sums, over data and over tensor ranks."""
-        return self.tensor.finish(self.data.finish())
+    def forward_chunk(self, x: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor,
+                      num_valid_tokens: int) -> torch.Tensor:
+        """The layers' output for hidden states `x` at `positions` (T,); on the last chunk the loss, ()."""
+        self.tensor_parallel.region.set_seq_len(len(positions))
+        x = self.model.layers(x, positions)
+        return self.loss_head(x, targets, num_valid_tokens) if self.loss_head else x
 
-    def box(self, name: str) -> tuple[tuple[int, int], ...]:
-        """The part of the logical parameter `name` that this rank keeps, and moves: (start, stop) by dim."""
-        box = self.tensor.boxes[name]
-        if not self.zero or not box:
-            return box
-        (begin, _), (start, stop) = box[0], self.data.rows[name]
-        return (begin + start, begin + stop), *box[1:]
+    def finish_grad_sync(self) -> dict[str, torch.Tensor]:
+        """Wait until gradients are summed over the data axis and over tensor-parallel ranks: {name: grad}."""
+        return self.tensor_parallel.all_reduce_partial_grads(self.data_parallel.finish_grad_sync())
+
+    def shard_bounds(self, param_name: str) -> tuple[tuple[int, int], ...]:
+        """The part of the logical parameter that this rank's optimizer holds: (start, stop) in each dim."""
+        bounds = self.tensor_parallel.shard_bounds_by_parameter[param_name]
+        if not self.zero_stage or not bounds:
+            return bounds
+        (begin, _), (start, stop) = bounds[0], self.data_parallel.row_ranges[param_name]
+        return (begin + start, begin + stop), *bounds[1:]
 
 
-class Chunks:
-    """All of a model that one rank trains: its stage's chunks, each of them composed."""
+class ParallelModel:
+    """All of the model that one rank trains: its pipeline stage's chunks, with all parallelism applied."""
 
-    def __init__(self, config: ModelConfig, mesh, plan: Plan, read: Read):
-        p, r, n = mesh.pp.size, mesh.pp.rank, mesh.pp.size * plan.virtual
-        borders = split(config, n, config.context)
-        parts = [pipeline.cut(empty(config, plan.attention).train(), *borders[i], last=i == n - 1)
-                 for i in range(r, n, p)]
-        self.each = [Composed(part, mesh, plan, read) for part in parts]
-        self.mesh, self.plan = mesh, plan
-        self.ends = mesh.ends("pp") if config.tied and p > 1 else None   # who share the tied weight
-        self.shards = self._all("shards")
-        self.masters = self._all("masters") if self.each[0].masters else None
-        self.frozen = self._all("frozen")
+    def __init__(self, model_config: ModelConfig, mesh: Mesh, config: ParallelConfig, read: Read):
+        self.mesh, self.config = mesh, config
+        p, n = mesh.pp.size, mesh.pp.size * config.virtual_stages
+        layers = split(model_config, n, model_config.context)
+        models = [cut_to_pipeline_chunk(empty(model_config, config.attention).train(), *layers[i],
+                                        is_last_chunk=i == n - 1) for i in range(mesh.pp.rank, n, p)]
+        self.chunks = [ParallelChunk(model, mesh, config, read) for model in models]
+        is_tied = model_config.tied and p > 1
+        self.tied_axis = mesh.first_last_subgroup("pp") if is_tied else None     # that have the weight
+        self.param_shards = self._of_all_chunks("param_shards")
+        has_masters = bool(self.chunks[0].master_weights)
+        self.master_weights = self._of_all_chunks("master_weights") if has_masters else None
+        self.frozen_params = self._of_all_chunks("frozen_params")
 
-    def begin_step(self) -> None:
-        """Forget the last step's gradients."""
-        for chunk in self.each:
-            chunk.data.begin_step()
+    def zero_grad(self) -> None:
+        """Drop the last step's gradients."""
+        for chunk in self.chunks:
+            chunk.data_parallel.zero_grad()
 
-    def finish(self) -> dict[str, torch.Tensor]:
-        """{name: summed gradient}, or this rank's rows of it; a tied weight's over both ends of the pipe."""
-        grads = {name: grad for chunk in self.each for name, grad in chunk.finish().items()}
-        if self.ends and TIED in grads:
-            comm.all_reduce(grads[TIED], self.ends, "tied")
+    def finish_grad_sync(self) -> dict[str, torch.Tensor]:
+        """Wait for all sums: {name: summed gradient, with ZeRO this rank's rows of it}.
+
+        The gradient of a tied weight is also summed over first and last pipeline stage.
+        """
+        grads = {name: grad for chunk in self.chunks for name, grad in chunk.finish_grad_sync().items()}
+        if self.tied_axis and _TIED_PARAM in grads:
+            comm.all_reduce(grads[_TIED_PARAM], self.tied_axis, "tied")
         return grads
 
-    def publish(self, frozen: bool = False) -> None:
-        """After the optimizer's step: whole weights follow the shards. After a load, `frozen` ones too."""
-        for chunk in self.each:
-            chunk.data.publish(frozen)
+    def all_gather_params(self, include_frozen: bool = False) -> None:
+        """After the optimizer's step: gather the updated shards. After loading: frozen parameters too."""
+        for chunk in self.chunks:
+            chunk.data_parallel.all_gather_params(include_frozen)
 
-    def norm_axes(self) -> list:
-        """The axes whose ranks hold different gradients: their norms add up over these."""
-        return [self.mesh.tp, self.mesh.pp, *([self.mesh.data] if self.plan.zero else [])]
+    def grad_norm_axes(self) -> list[MeshAxis]:
+        """The axes whose ranks hold different gradients: squared norms are summed over these."""
+        return [self.mesh.tp, self.mesh.pp, *([self.mesh.data] if self.config.zero_stage else [])]
 
-    def counts(self, name: str) -> bool:
-        """Of the ranks that hold the same part of parameter `name`: does a sum over the axes take mine?"""
-        again = self.ends and name == TIED and self.ends.rank > 0
-        return not again and self.each[0].tensor.counts(name)
+    def counted_in_norm(self, param_name: str) -> bool:
+        """Whether this rank's gradient counts in the norm: of ranks that hold the same shard, one does."""
+        is_second_copy = self.tied_axis and param_name == _TIED_PARAM and self.tied_axis.rank > 0
+        return not is_second_copy and self.chunks[0].tensor_parallel.counted_in_norm(param_name)
 
-    def box(self, name: str) -> tuple[tuple[int, int], ...]:
-        """`Composed.box` of the chunk that has it."""
-        return next(chunk for chunk in self.each if name in chunk.shards | chunk.frozen).box(name)
+    def shard_bounds(self, param_name: str) -> tuple[tuple[int, int], ...]:
+        """The part of the logical parameter that this rank's optimizer holds: (start, stop) in each dim."""
+        for chunk in self.chunks:
+            if param_name in chunk.param_shards | chunk.frozen_params:
+                return chunk.shard_bounds(param_name)
+        raise KeyError(param_name)
 
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """All they hold between steps."""
-        for chunk in self.each:
-            yield from chunk.data.tensors()
+    def persistent_tensors(self) -> Iterator[torch.Tensor]:
+        """All tensors that are kept between steps."""
+        for chunk in self.chunks:
+            yield from chunk.data_parallel.persistent_tensors()
 
-    def _all(self, what):
-        return {name: tensor for chunk in self.each for name, tensor in getattr(chunk, what).items()}
-
-
-TIED = "embed.weight"                        # the head's too, where it is tied
+    def _of_all_chunks(self, attribute):
+        return {name: tensor for chunk in self.chunks for name, tensor in getattr(chunk, attribute).items()}
 
 
-def serving(model: Decoder, mesh, read: Read, dtype: torch.dtype) -> Decoder:
-    """`model`, without storage so far, cut over `mesh.tp` and filled, for generation."""
-    tensor = TensorParallel(model, mesh)
-    exchange(model, lambda name, p: nn.Parameter(tensor.part(read, name, mesh.device, dtype), False))
+def parallelize_for_serving(model: Decoder, mesh: Mesh, read: Read, dtype: torch.dtype) -> Decoder:
+    """Shard `model`, which comes without storage, over `mesh.tp` and read its weights, for generation."""
+    tp = TensorParallel(model, mesh)
+
+    def make_parameter(name, _):
+        return nn.Parameter(tp.read_shard(read, name, mesh.device, dtype), requires_grad=False)
+    replace_parameters(model, make_parameter)
     return model
 
 
-def units(model: nn.Module, last: nn.Module) -> list[list[nn.Module]]:
-    """What ZeRO-3 gathers together: the embeddings, each block, and the norm with `last`, head and loss."""
-    ends = ("embed", "positions", "embed_norm")
-    embeddings = [module for name, module in model.named_children() if name in ends]
-    return [embeddings, *([block] for block in model.blocks), [model.norm, last]]
+def fsdp_units(model: nn.Module, loss_head: nn.Module) -> list[list[nn.Module]]:
+    """The modules that ZeRO-3 gathers together: embeddings; each block; final norm with head and loss."""
+    embedding_names = ("embed", "positions", "embed_norm")
+    embeddings = [module for name, module in model.named_children() if name in embedding_names]
+    return [embeddings, *([block] for block in model.blocks), [model.norm, loss_head]]

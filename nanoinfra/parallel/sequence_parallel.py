@@ -1,11 +1,11 @@
-"""Sequence parallelism: where tensor parallelism keeps the stream whole on every rank, cut it along T.
+"""Sequence parallelism: outside of the matrices, each rank keeps hidden states of T/t tokens, not of all T.
 
-An all-reduce is a reduce-scatter and an all-gather: between the two lie norms and residual sums, which need
-no neighbour, so each rank has T/t tokens of them and keeps 1/t of their activations. 2 gathers and 2
-reduce-scatters a layer, forward and backward: 8 (t-1)/t BTC elements, as without; but what matrices read
-is then kept whole. The paper gathers it again in backward: 10 (t-1)/t, and all activations are cut by t.
-Korthikanti et al. 2022, section 4.2. Where t does not divide T, the last rank's share ends in rows of zeros.
-B sequences, T tokens, C width, t ranks.
+An all-reduce is a reduce-scatter and an all-gather. Between the two are norms and residual sums, which need
+no other token, so each rank keeps 1/t of their activations. 2 all-gathers and 2 reduce-scatters a layer,
+forward and backward: 8 (t-1)/t BTC elements, as without; but the gathered input of the matrices is then saved
+whole. The paper gathers it again in backward: 10 (t-1)/t, and all activations are sharded by t. Korthikanti
+et al. 2022, section 4.2.2. Where t does not divide T, the last rank's tokens are padded with zeros. B
+sequences, T tokens, C width, t ranks.
 """
 from math import ceil
 
@@ -14,93 +14,94 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.comm import Pending
-from nanoinfra.parallel.tensor_parallel import Whole
+from nanoinfra.distributed.comm import AsyncCollective
+from nanoinfra.distributed.mesh import MeshAxis
+from nanoinfra.parallel.tensor_parallel import TensorParallelRegion
 
-SP = ("none", "keep", "gather")
 
+class SequenceParallelRegion(TensorParallelRegion):
+    """Each rank has the hidden states of ceil(T/t) tokens: (B, ceil(T/t), C).
 
-class Cut(Whole):
-    """The region that gives each rank ceil(T/t) tokens of the stream: (B, ceil(T/t), C).
-
-    `keep` what was gathered for backward, or gather it again. T is noted by `leave`, the embedding's coming
-    first, or by `share`.
+    `save_gathered`: save the gathered input for backward; else backward gathers it again. The region must
+    know T: from the embedding, which runs first, or from `set_seq_len`.
     """
 
-    def __init__(self, axis, keep: bool):
+    def __init__(self, axis: MeshAxis, save_gathered: bool):
         super().__init__(axis)
-        self.keep, self.tokens = keep, None
+        self.save_gathered, self.seq_len = save_gathered, None
 
-    def share(self, tokens: int) -> int:
-        """ceil(T/t)."""
-        self.tokens = tokens
-        return ceil(tokens / self.axis.size)
+    def set_seq_len(self, seq_len: int) -> None:
+        """Set T, for the collectives that follow."""
+        self.seq_len = seq_len
 
-    def enter(self, x: torch.Tensor, tag: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """All tokens of the stream `x`, and what is kept of it for backward."""
-        whole = self._gathered(comm.all_gather(x, self.axis, tag))           # (B, T, C)
-        return whole, whole if self.keep else x
+    def local_seq_len(self, seq_len: int) -> int:
+        """ceil(T/t): tokens of a sequence whose hidden states this rank holds, with padding."""
+        return ceil(seq_len / self.axis.size)
 
-    def again(self, kept: torch.Tensor, tag: str) -> Pending:
-        """All tokens once more."""
-        if self.keep:
-            return Pending(kept)
-        pending = comm.all_gather(kept, self.axis, tag, wait=False)
-        return Then(pending, self._gathered)
+    def gather_input(self, x: torch.Tensor, tag: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """All-gather the input of all tokens (B, T, C); returns it and what of it is saved for backward."""
+        full_input = self._join_tokens(comm.all_gather(x, self.axis, tag))    # (B, T, C)
+        return full_input, full_input if self.save_gathered else x
 
-    def back(self, grad: torch.Tensor, tag: str) -> Pending:
-        """My tokens' rows of the sum of `grad` (B, T, C)."""
-        return comm.reduce_scatter(self._parts(grad), self.axis, tag, wait=False)
+    def regather_input(self, saved: torch.Tensor, tag: str) -> "AsyncCollective | _AfterWait":
+        """In backward: the input of all tokens once more, saved or gathered again."""
+        if self.save_gathered:
+            return AsyncCollective(saved)
+        return _AfterWait(comm.all_gather(saved, self.axis, tag, async_op=True), self._join_tokens)
 
-    def reduce(self, y: torch.Tensor, tag: str) -> torch.Tensor:
-        """My tokens' rows of the sum of `y` (B, T, C)."""
-        self.tokens = y.shape[1]
-        return self.back(y, tag).wait()
+    def reduce_input_grad(self, grad: torch.Tensor, tag: str) -> AsyncCollective:
+        """Reduce-scatter the partial gradients `grad` (B, T, C): this rank's tokens of the sum."""
+        return comm.reduce_scatter(self._split_tokens(grad), self.axis, tag, async_op=True)
 
-    def spread(self, grad: torch.Tensor, tag: str) -> torch.Tensor:
-        """Every rank's rows of the gradient: (B, T, C)."""
-        return self._gathered(comm.all_gather(grad, self.axis, tag))
+    def reduce_output(self, y: torch.Tensor, tag: str) -> torch.Tensor:
+        """Reduce-scatter the partial outputs `y` (B, T, C): this rank's tokens of the sum."""
+        self.seq_len = y.shape[1]
+        return self.reduce_input_grad(y, tag).wait()
 
-    def mine(self, places: torch.Tensor) -> torch.Tensor:
-        """Of (..., T) positions those of my tokens, (..., ceil(T/t)); after the last come zeros."""
-        each = ceil(places.shape[-1] / self.axis.size)
-        padded = F.pad(places, (0, each * self.axis.size - places.shape[-1]))
+    def gather_output_grad(self, grad: torch.Tensor, tag: str) -> torch.Tensor:
+        """All-gather the output's gradient of all tokens: (B, T, C)."""
+        return self._join_tokens(comm.all_gather(grad, self.axis, tag))
+
+    def local_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens' positions (..., ceil(T/t)) of all positions (..., T), padded with zeros."""
+        each = ceil(positions.shape[-1] / self.axis.size)
+        padded = F.pad(positions, (0, each * self.axis.size - positions.shape[-1]))
         return padded.narrow(-1, self.axis.rank * each, each)
 
-    def _gathered(self, parts):
+    def _join_tokens(self, parts):
         """(t, B, ceil(T/t), C) -> (B, T, C)."""
-        whole = parts.movedim(0, 1).flatten(1, 2)                            # (B, t ceil(T/t), C)
-        if not 0 <= whole.shape[1] - self.tokens < self.axis.size:
-            raise RuntimeError(f"{whole.shape[1]} tokens come back where {self.tokens} left: a backward ran "
-                               "after the forward of a batch of another length")
-        return whole[:, :self.tokens]
+        joined = parts.movedim(0, 1).flatten(1, 2)                           # (B, t ceil(T/t), C)
+        if not 0 <= joined.shape[1] - self.seq_len < self.axis.size:
+            raise RuntimeError(f"{joined.shape[1]} tokens come back where {self.seq_len} left: a backward "
+                               "ran after the forward of a batch of another length")
+        return joined[:, :self.seq_len]
 
-    def _parts(self, whole):
+    def _split_tokens(self, whole):
         """(B, T, C) -> (t, B, ceil(T/t), C)."""
         each = ceil(whole.shape[1] / self.axis.size)
-        if missing := each * self.axis.size - whole.shape[1]:              # else F.pad would copy for nothing
+        if missing := each * self.axis.size - whole.shape[1]:                # F.pad copies even for 0
             whole = F.pad(whole, (0, 0, 0, missing))
         return whole.unflatten(1, (-1, each)).movedim(1, 0)
 
 
-class Then:
-    """A collective under way, and what is to be done with its result."""
+class _AfterWait:
+    """A collective that is still running, and a function to apply to its result."""
 
-    def __init__(self, pending: Pending, do):
-        self.pending, self.do = pending, do
+    def __init__(self, collective, function):
+        self._collective, self._function = collective, function
 
     def wait(self):
-        """Block until done: what `do` makes of the result."""
-        return self.do(self.pending.wait())
+        """Block until done: the function of the collective's result."""
+        return self._function(self._collective.wait())
 
 
-class CutPositions(nn.Module):
-    """Learned positions of my tokens alone."""
+class SequenceParallelPositionEmbedding(nn.Module):
+    """Learned position embeddings of this rank's tokens only."""
 
-    def __init__(self, positions: nn.Embedding, region: Cut):
+    def __init__(self, embedding: nn.Embedding, region: SequenceParallelRegion):
         super().__init__()
-        self.weight, self.region = positions.weight, region
+        self.weight, self.region = embedding.weight, region
 
-    def forward(self, places: torch.Tensor) -> torch.Tensor:
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
         """(T,) or (B, T) positions to (..., ceil(T/t), C)."""
-        return F.embedding(self.region.mine(places), self.weight)
+        return F.embedding(self.region.local_positions(positions), self.weight)

@@ -1,10 +1,10 @@
-"""Tensor parallelism: the matrices of a block are cut over the axis, and one sum puts each half together.
+"""Tensor parallelism: the matrices of a block are sharded over the axis, and one sum completes each half.
 
-    column-parallel (q, k, v; gate, up)  cut along outputs   f: nothing forward, an all-reduce backward
-    row-parallel    (o; down)            cut along inputs    g: an all-reduce forward, nothing backward
+    column-parallel (q, k, v; gate, up)  sharded along outputs   f: nothing forward, an all-reduce backward
+    row-parallel    (o; down)            sharded along inputs    g: an all-reduce forward, nothing backward
 So 4 all-reduces of B T C a layer and micro-batch, 8 (t-1)/t BTC elements a rank. Shoeybi et al. 2019
-(Megatron-LM), section 3. Composes with everything: what other techniques see are smaller parameters. A
-region (this one, or sequence.py's) says how the stream between the halves lies on the ranks.
+(Megatron-LM), section 3. Composes with everything: other techniques only see smaller parameters. A region
+(this one, or sequence_parallel.py's) says how hidden states lie on the ranks outside of the sharded matrices.
 B sequences, T tokens, C width, D outputs of a matrix, t ranks.
 """
 import torch
@@ -12,121 +12,130 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.comm import Pending
+from nanoinfra.distributed.comm import AsyncCollective
+from nanoinfra.distributed.mesh import MeshAxis
 
 
-class Whole:
-    """The region of plain tensor parallelism: every rank has all of the stream, (B, T, C)."""
+class TensorParallelRegion:
+    """Plain tensor parallelism: every rank has the hidden states of all tokens, (B, T, C)."""
 
-    def __init__(self, axis):
+    def __init__(self, axis: MeshAxis):
         self.axis = axis
 
-    def read(self, x: torch.Tensor, *linears: nn.Module) -> list[torch.Tensor]:
-        """What column-parallel `linears` (D/t, C) make of `x` (B, T, C): (B, T, D/t) each."""
-        return read(self, x, *linears)
+    def column_parallel_linear(self, x: torch.Tensor, *linears: nn.Module) -> list[torch.Tensor]:
+        """The outputs (B, T, D/t) of column-parallel `linears` (D/t, C) for hidden states `x`."""
+        return column_parallel_linear(self, x, *linears)
 
-    def leave(self, y: torch.Tensor, tag: str = "layers") -> torch.Tensor:
-        """g: the stream's share of `y` (B, T, C), of which every rank has a part of the sum. Overwrites y."""
-        return _Leave.apply(y, self, tag)
+    def reduce_from_region(self, y: torch.Tensor, tag: str = "layers") -> torch.Tensor:
+        """g, with its backward: sum the ranks' partial outputs `y` (B, T, C). Overwrites y."""
+        return _ReduceFromRegion.apply(y, self, tag)
 
-    def share(self, tokens: int) -> int:
-        """Rows of the stream on this rank for sequences of `tokens`. Say so where no embedding has."""
-        return tokens
+    def set_seq_len(self, seq_len: int) -> None:
+        """Set the tokens of a sequence, which only sequence parallelism needs."""
 
-    def enter(self, x: torch.Tensor, tag: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what matrices read, what is kept of it for backward)."""
+    def local_seq_len(self, seq_len: int) -> int:
+        """Tokens of a sequence of `seq_len` whose hidden states this rank holds."""
+        return seq_len
+
+    def gather_input(self, x: torch.Tensor, tag: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """f forward: (the input of all tokens for the matrices, what of it is saved for backward)."""
         return x, x
 
-    def again(self, kept: torch.Tensor, tag: str) -> Pending:
-        """What matrices read, once more, of what was kept."""
-        return Pending(kept)
+    def regather_input(self, saved: torch.Tensor, tag: str) -> AsyncCollective:
+        """In backward: the input of all tokens once more, from what was saved."""
+        return AsyncCollective(saved)
 
-    def back(self, grad: torch.Tensor, tag: str) -> Pending:
-        """f's backward: the stream's gradient, of which every rank has a part of the sum. Overwrites grad."""
-        return comm.all_reduce(grad, self.axis, tag, wait=False)
+    def reduce_input_grad(self, grad: torch.Tensor, tag: str) -> AsyncCollective:
+        """f backward: sum the ranks' partial gradients of the input (B, T, C). Overwrites grad."""
+        return comm.all_reduce(grad, self.axis, tag, async_op=True)
 
-    def reduce(self, y: torch.Tensor, tag: str) -> torch.Tensor:
-        """g's forward."""
+    def reduce_output(self, y: torch.Tensor, tag: str) -> torch.Tensor:
+        """g forward: sum the ranks' partial outputs (B, T, C). Overwrites y."""
         return comm.all_reduce(y, self.axis, tag)
 
-    def spread(self, grad: torch.Tensor, tag: str) -> torch.Tensor:
-        """g's backward."""
+    def gather_output_grad(self, grad: torch.Tensor, tag: str) -> torch.Tensor:
+        """g backward: the output's gradient for all tokens (B, T, C)."""
         return grad
 
 
-class RowLinear(nn.Module):
-    """`linear`, cut along its inputs (C, D/t): the sum over the ranks, then the bias, once."""
+class RowParallelLinear(nn.Module):
+    """`linear`, sharded along its inputs (C, D/t): sums the ranks' outputs, then adds the bias once."""
 
-    def __init__(self, linear: nn.Linear, region):
+    def __init__(self, linear: nn.Linear, region: TensorParallelRegion):
         super().__init__()
         self.weight, self.bias, self.region = linear.weight, linear.bias, region
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` (B, T, D/t), this rank's, to (B, T, C), or the region's share of it."""
-        y = self.region.leave(F.linear(x, self.weight))                      # (B, T, C)
+        """This rank's `x` (B, T, D/t) to hidden states (B, T, C), or this rank's tokens of them."""
+        y = self.region.reduce_from_region(F.linear(x, self.weight))         # (B, T, C)
         return y if self.bias is None else y + self.bias
 
 
-def read(region, x: torch.Tensor, *linears: nn.Module, tag: str = "layers") -> list[torch.Tensor]:
-    """The products of `x`, as `region` has it, with each of `linears`; one collective back for them all."""
+def column_parallel_linear(region: TensorParallelRegion, x: torch.Tensor, *linears: nn.Module,
+                           tag: str = "layers") -> list[torch.Tensor]:
+    """Apply each of `linears` to the region's hidden states `x`; backward has one collective for them all."""
     biases = [linear.bias for linear in linears]
-    return list(_Read.apply(region, tag, x, *(linear.weight for linear in linears), *biases))
+    return list(_ColumnParallelLinear.apply(region, tag, x, *(linear.weight for linear in linears), *biases))
 
 
-class _Read(torch.autograd.Function):
-    """In backward the input's gradient travels while the weights' gradients are computed."""
+class _ColumnParallelLinear(torch.autograd.Function):
+    """In backward the input's gradient is reduced while the weights' gradients are computed."""
 
     @staticmethod
     def forward(ctx, region, tag, x, *weights_and_biases):
         n = len(weights_and_biases) // 2
         weights, biases = weights_and_biases[:n], weights_and_biases[n:]
-        whole, kept = region.enter(x, tag)
+        full_input, saved = region.gather_input(x, tag)
         ctx.region, ctx.tag = region, tag
-        ctx.save_for_backward(kept, *weights)
-        return tuple(F.linear(whole, w, b) for w, b in zip(weights, biases))  # (B, T, D/t)
+        ctx.save_for_backward(saved, *weights)
+        return tuple(F.linear(full_input, w, b) for w, b in zip(weights, biases))     # (B, T, D/t)
 
     @staticmethod
     def backward(ctx, *grads):
-        (kept, *weights), n = ctx.saved_tensors, len(grads)
-        _, _, into, *wanted = needed(ctx)
-        wanted, wanted_biases = wanted[:n], wanted[n:]
+        (saved, *weights), n = ctx.saved_tensors, len(grads)
+        _, _, needs_input, *needed = inputs_needing_grad(ctx)
+        needed_weights, needed_biases = needed[:n], needed[n:]
         shape, grads = grads[0].shape, [grad.reshape(-1, grad.shape[-1]) for grad in grads]   # (B T, D/t)
-        whole, sent = ctx.region.again(kept, ctx.tag) if any(wanted) else None, Pending()
-        if into:
-            dx = grads[0] @ weights[0]                                       # (B T, C), my part of the sum
+        gathered = ctx.region.regather_input(saved, ctx.tag) if any(needed_weights) else None
+        d_input = AsyncCollective()
+        if needs_input:
+            partial = grads[0] @ weights[0]                                  # (B T, C), this rank's part
             for grad, weight in zip(grads[1:], weights[1:]):
-                dx.addmm_(grad, weight)
-            sent = ctx.region.back(dx.view(*shape[:-1], -1), ctx.tag)
-        rows = whole.wait().reshape(-1, weights[0].shape[1]) if whole else None              # (B T, C)
-        d_weights = [grad.T @ rows if w else None for grad, w in zip(grads, wanted)]
-        d_biases = [grad.sum(0) if w else None for grad, w in zip(grads, wanted_biases)]
-        return None, None, sent.wait(), *d_weights, *d_biases
+                partial.addmm_(grad, weight)
+            d_input = ctx.region.reduce_input_grad(partial.view(*shape[:-1], -1), ctx.tag)
+        rows = gathered.wait().reshape(-1, weights[0].shape[1]) if gathered else None         # (B T, C)
+        d_weights = [grad.T @ rows if need else None for grad, need in zip(grads, needed_weights)]
+        d_biases = [grad.sum(0) if need else None for grad, need in zip(grads, needed_biases)]
+        return None, None, d_input.wait(), *d_weights, *d_biases
 
 
-class _Leave(torch.autograd.Function):
+class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, region, tag):
         ctx.region, ctx.tag = region, tag
-        out = region.reduce(y, tag)
+        out = region.reduce_output(y, tag)
         if out is y:
             ctx.mark_dirty(y)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.region.spread(grad, ctx.tag), None, None
+        return ctx.region.gather_output_grad(grad, ctx.tag), None, None
 
 
-def needed(ctx) -> list[bool]:
-    """`ctx.needs_input_grad` of the backward under way, which may have been asked for some inputs alone."""
+def inputs_needing_grad(ctx) -> list[bool]:
+    """Like `ctx.needs_input_grad`, but true only for what the running backward was asked for.
+
+    `torch.autograd.backward(..., inputs=[...])` may ask for some of the inputs only.
+    """
     nodes = iter([node for node, _ in ctx.next_functions if node is not None])
     return [need and torch._C._will_engine_execute_node(next(nodes)) for need in ctx.needs_input_grad]
 
 
-def cut(linear: nn.Module, dim: int, axis) -> nn.Module:
-    """Leave `linear` (any module with a weight) its rank's equal share along `dim`: 0 outputs, 1 inputs.
+def shard_linear(linear: nn.Module, dim: int, axis: MeshAxis) -> nn.Module:
+    """Keep of `linear` (any module with a weight) only this rank's equal shard, in place.
 
-    Raises ValueError where the ranks cannot share evenly.
+    `dim` 0 shards the outputs, 1 the inputs. Raises ValueError where the axis does not divide that size.
     """
     size = linear.weight.shape[dim]
     if size % axis.size:
@@ -134,6 +143,6 @@ def cut(linear: nn.Module, dim: int, axis) -> nn.Module:
                          f"give a width that {axis.size} divides")
     for key, p in list(linear._parameters.items()):
         if p is not None and (dim == 0 or key == "weight"):
-            mine = p.detach().chunk(axis.size, dim)[axis.rank].clone()
-            linear._parameters[key] = nn.Parameter(mine, p.requires_grad)
+            shard = p.detach().chunk(axis.size, dim)[axis.rank].clone()
+            linear._parameters[key] = nn.Parameter(shard, p.requires_grad)
     return linear

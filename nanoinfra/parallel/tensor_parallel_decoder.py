@@ -1,114 +1,132 @@
-"""The decoder under tensor and sequence parallelism: what a rank holds of it, what is summed once a step.
+"""Tensor and sequence parallelism applied to the decoder: what each rank holds, which gradients are summed.
 
-Column- and row-parallel linears, vocabulary-parallel embedding and head take the place of the plain ones;
-formulas/tensor_parallel.py says which box of each parameter a rank has. Most gradients are whole then. Parts
-of a sum are those of k and v where neighbours share a KV head; of q's and k's norms, which see this rank's
-heads; and, under sequence parallelism, of what sees this rank's tokens: norms, positions, row-parallel
-biases. Shoeybi et al. 2019; Korthikanti et al. 2022. Comes before recompute, ZeRO and data parallelism.
+Column- and row-parallel linears, vocabulary-parallel embedding and head replace the plain ones;
+formulas/tensor_parallel.py says which part of each parameter a rank holds. Most gradients are complete on
+each rank. Partial ones, which are all-reduced once a step, are those of k and v where ranks share a KV head,
+of q's and k's norms, which see only this rank's heads, and, under sequence parallelism, of what sees only
+this rank's tokens: norms, position embeddings, row-parallel biases. Shoeybi et al. 2019; Korthikanti et al.
+2022.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from nanoinfra.distributed import comm
-from nanoinfra.formulas.tensor_parallel import boxes, check_heads, copies, cut_dim, partial
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas.tensor_parallel import (
+    SEQUENCE_PARALLEL_MODES,
+    boxes,
+    check_heads,
+    copies,
+    cut_dim,
+    partial,
+)
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.fill_model import Read
-from nanoinfra.parallel.sequence_parallel import SP, Cut, CutPositions
-from nanoinfra.parallel.tensor_parallel import RowLinear, Whole
-from nanoinfra.parallel.vocab_parallel import VocabEmbedding, VocabHead
+from nanoinfra.parallel.sequence_parallel import SequenceParallelPositionEmbedding, SequenceParallelRegion
+from nanoinfra.parallel.tensor_parallel import RowParallelLinear, TensorParallelRegion
+from nanoinfra.parallel.vocab_parallel import ParallelLMHead, VocabParallelEmbedding
 
 
 class TensorParallel:
-    """`model`, cut over `mesh.tp` in place, whether it has its weights yet or is on the meta device.
+    """Shards `model` over `mesh.tp` in place, whether it has its weights yet or is on the meta device.
 
-    `boxes[name]` is the part of the logical parameter that this rank holds. `sp` is of sequence.SP: "none",
-    "keep" what was gathered for backward, "gather" it again. Raises ValueError where the ranks cannot share
-    the heads. Rank 0's weights count.
+    `shard_bounds_by_parameter[name]` is the part of the logical parameter that this rank holds.
+    `sequence_parallel` is one of SEQUENCE_PARALLEL_MODES: "none", or whether backward "keep"s the gathered
+    input or "gather"s it again. Raises ValueError where the ranks cannot share the heads. Rank 0's weights
+    are broadcast.
     """
 
-    def __init__(self, model: Decoder, mesh, sp: str = "none"):
-        if sp not in SP:
-            raise ValueError(f"sequence parallelism is one of {', '.join(SP)}, not {sp!r}")
+    def __init__(self, model: Decoder, mesh: Mesh, sequence_parallel: str = "none"):
+        sp = sequence_parallel
+        if sp not in SEQUENCE_PARALLEL_MODES:
+            raise ValueError(f"sequence parallelism is one of {', '.join(SEQUENCE_PARALLEL_MODES)}, "
+                             f"not {sp!r}")
         config, self.axis = model.config, mesh.tp
         check_heads(config, self.axis.size)
-        self.boxes = boxes(config, self.axis.size, self.axis.rank)
-        self.sharing = mesh.inner("tp", copies(config, self.axis.size))
-        self.region = Whole(self.axis) if sp == "none" else Cut(self.axis, sp == "keep")
-        exchange(model, self._mine)
-        self._divide_ends(model, self.boxes["embed.weight"][0][0])
+        self.shard_bounds_by_parameter = boxes(config, self.axis.size, self.axis.rank)
+        self.kv_replica_axis = mesh.subgroup_of_size("tp", copies(config, self.axis.size))
+        if sp == "none":
+            self.region = TensorParallelRegion(self.axis)
+        else:
+            self.region = SequenceParallelRegion(self.axis, save_gathered=sp == "keep")
+        replace_parameters(model, self._shard_of)
+        self._replace_embedding_and_head(model, self.shard_bounds_by_parameter["embed.weight"][0][0])
         for block in model.blocks:
-            self._divide(block)
+            self._replace_linears(block)
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.parts = [name for name in trained if partial(name, sp)]
-        self.shared = [name for name in trained if self.sharing.size > 1 and _module(name) in ("k", "v")]
+        self._partial_grad_names = [name for name in trained if partial(name, sp)]
+        self._replicated_kv_names = [name for name in trained if self.kv_replica_axis.size > 1
+                                     and _module_name(name) in ("k", "v")]
 
-    def part(self, read: Read, name: str, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """This rank's part of parameter `name`, read by itself."""
-        box = tuple(slice(*ends) for ends in self.boxes[name])
-        return read(name, box).to(device, dtype, copy=True).contiguous()     # a file is only mapped
+    def read_shard(self, read: Read, param_name: str, device: str,
+                   dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Read only this rank's shard of a parameter, onto `device`."""
+        shard = tuple(slice(*bounds) for bounds in self.shard_bounds_by_parameter[param_name])
+        return read(param_name, shard).to(device, dtype, copy=True).contiguous()     # a file is memory-mapped
 
-    def finish(self, grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sum over the axis, in place, the gradients of which this rank has a part: two calls at most."""
-        _sum([grads[name] for name in self.parts], self.axis)
-        _sum([grads[name] for name in self.shared], self.sharing)
+    def all_reduce_partial_grads(self, grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sum partial gradients over the ranks that have the other parts, in place, in at most two calls."""
+        _all_reduce_together([grads[name] for name in self._partial_grad_names], self.axis)
+        _all_reduce_together([grads[name] for name in self._replicated_kv_names], self.kv_replica_axis)
         return grads
 
-    def counts(self, name: str) -> bool:
-        """Of the ranks that hold the same part of parameter `name`: does a sum over the axis take mine?"""
-        if _module(name) in ("k", "v"):
-            return self.sharing.rank == 0
-        return cut_dim(name) is not None or self.axis.rank == 0
+    def counted_in_norm(self, param_name: str) -> bool:
+        """Whether this rank's gradient counts in the norm: of ranks that hold the same shard, one does."""
+        if _module_name(param_name) in ("k", "v"):
+            return self.kv_replica_axis.rank == 0
+        return cut_dim(param_name) is not None or self.axis.rank == 0
 
-    def _divide_ends(self, model, start):
-        """Those that are there: of a pipeline's chunk perhaps none."""
-        one = model.embed is model.head                                      # a tied head under its own name
-        if model.embed is not None and not one:
-            model.embed = VocabEmbedding(model.embed, start, self.region)
+    def _replace_embedding_and_head(self, model, vocab_start):
+        """A pipeline chunk may have only one of them, or neither."""
+        is_alias = model.embed is model.head                     # a tied head under the embedding's name
+        if model.embed is not None and not is_alias:
+            model.embed = VocabParallelEmbedding(model.embed, vocab_start, self.region)
         if model.head is not None:
-            model.head = VocabHead(model.head, start, model.config.vocab, self.region)
-        if one:
+            model.head = ParallelLMHead(model.head, vocab_start, model.config.vocab, self.region)
+        if is_alias:
             model.embed = model.head
-        if isinstance(self.region, Cut) and getattr(model, "positions", None) is not None:
-            model.positions = CutPositions(model.positions, self.region)
+        if isinstance(self.region, SequenceParallelRegion) and getattr(model, "positions", None) is not None:
+            model.positions = SequenceParallelPositionEmbedding(model.positions, self.region)
 
-    def _divide(self, block):
-        attn, mlp, heads = block.attn, block.mlp, block.attn.o.weight.shape[1] // block.attn.head_dim
-        attn.read = mlp.read = self.region.read
-        attn.o, mlp.down = RowLinear(attn.o, self.region), RowLinear(mlp.down, self.region)
-        if slopes := attn.mask.slopes:                                       # ALiBi's, one a query head
+    def _replace_linears(self, block):
+        attn, mlp = block.attn, block.mlp
+        heads = attn.o.weight.shape[1] // attn.head_dim
+        attn.read = mlp.read = self.region.column_parallel_linear
+        attn.o, mlp.down = RowParallelLinear(attn.o, self.region), RowParallelLinear(mlp.down, self.region)
+        if slopes := attn.mask.slopes:                           # ALiBi's, one a query head
             attn.mask = attn.mask._replace(slopes=slopes[self.axis.rank * heads:][:heads])
 
-    def _mine(self, name, p):
+    def _shard_of(self, name, p):
         if not p.is_meta:
             comm.broadcast(p.data, self.axis, "weights")
-        mine = p.detach()[tuple(slice(*ends) for ends in self.boxes[name])].clone()
-        return nn.Parameter(mine, p.requires_grad)
+        shard = p.detach()[tuple(slice(*bounds) for bounds in self.shard_bounds_by_parameter[name])].clone()
+        return nn.Parameter(shard, p.requires_grad)
 
 
-def exchange(model: nn.Module, new: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
-    """Put `new(name, parameter)` in the place of each parameter; a tied one stays tied."""
+def replace_parameters(model: nn.Module, make_parameter: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Replace each parameter by `make_parameter(name, old_parameter)`; tied parameters stay tied."""
     names, made = {p: name for name, p in model.named_parameters()}, {}
-    for module, key, p in list(places(model)):
+    for module, key, p in list(_parameter_places(model)):
         if p not in made:
-            made[p] = new(names[p], p)
+            made[p] = make_parameter(names[p], p)
         module._parameters[key] = made[p]
 
 
-def places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """(module, its name for it, parameter) wherever a module holds one."""
+def _parameter_places(model):
+    """(module, its name for it, parameter) wherever a module holds a parameter."""
     for module in model.modules():
         yield from ((module, key, p) for key, p in module._parameters.items() if p is not None)
 
 
-def _module(name):
+def _module_name(param_name):
     """The module that a parameter belongs to: `o` of blocks.3.attn.o.weight."""
-    return name.split(".")[-2]
+    return param_name.split(".")[-2]
 
 
-def _sum(tensors, axis):
-    """All of them in one all-reduce, in place."""
+def _all_reduce_together(tensors, axis):
+    """Sum all tensors over the axis in one all-reduce, in place."""
     if tensors and axis.size > 1:
         flat = comm.all_reduce(torch.cat([x.reshape(-1) for x in tensors]), axis, "tp grads")
         torch._foreach_copy_(tensors, [part.view_as(x) for part, x in

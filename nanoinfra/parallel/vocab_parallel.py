@@ -1,10 +1,11 @@
-"""The two ends of the model, cut along the vocabulary: embedding, head, and the head's loss.
+"""The two ends of the model, sharded along the vocabulary: embedding, LM head, and the head's loss.
 
-A rank looks up the tokens that it has, and the sum over the axis is the embedding. Of the logits it has
-(B, T, V/t) and no rank ever has them all: the loss needs three all-reduces of B T numbers, the maximum, the
-sum of exponentials, the target's logit. The head's product and the loss are one function: the logits are
-overwritten, a few rows at a time, by their own gradient softmax - onehot. Shoeybi et al. 2019, section 3.
-Fused heads: Liger (Hsu et al. 2024).  N rows (B T of them), C width, V vocabulary, t ranks.
+Each rank looks up the tokens of its own rows, and the sum over the axis is the embedding. Each rank computes
+its columns of the logits, (B, T, V/t), and no rank ever has them all: the loss needs three all-reduces of B T
+numbers, the maximum, the sum of exponentials and the target's logit. Head and loss are one function (fused
+linear cross-entropy): the logits are overwritten, a few rows at a time, by their gradient softmax - onehot.
+Shoeybi et al. 2019, section 3; Liger (Hsu et al. 2024).  N rows (B T of them), C width, V vocabulary, t
+ranks.
 """
 import torch
 import torch.nn.functional as F
@@ -12,91 +13,102 @@ from torch import nn
 
 from nanoinfra.data.sample_order import IGNORE
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.mesh import alone
-from nanoinfra.parallel.tensor_parallel import Whole, needed, read
+from nanoinfra.distributed.mesh import single_rank_axis
+from nanoinfra.parallel.tensor_parallel import (
+    TensorParallelRegion,
+    column_parallel_linear,
+    inputs_needing_grad,
+)
 
-ROWS_BYTES = 2 << 20                         # of logits worked on at a time: what a core's cache holds
-RAISED = 64.0                                # float16 has few bits for probabilities below 6e-5
+_LOGITS_CHUNK_BYTES = 2 << 20                # of logits worked on at a time: they fit a core's cache
+_SOFTMAX_GRAD_SCALE = 64.0                   # float16 has few bits for probabilities below 6e-5
 
 
-class VocabEmbedding(nn.Module):
-    """`embedding`, of which this rank has the rows from `start` on."""
+class VocabParallelEmbedding(nn.Module):
+    """`embedding`, of which this rank has the rows from token `vocab_start` on."""
 
-    def __init__(self, embedding: nn.Embedding, start: int, region):
+    def __init__(self, embedding: nn.Embedding, vocab_start: int, region: TensorParallelRegion):
         super().__init__()
-        self.weight, self.start, self.region = embedding.weight, start, region
+        self.weight, self.vocab_start, self.region = embedding.weight, vocab_start, region
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, T) tokens to the region's share of (B, T, C)."""
-        return self.region.leave(_Lookup.apply(tokens - self.start, self.weight), "ends")
+        """(B, T) tokens to hidden states (B, T, C), with sequence parallelism this rank's tokens of them."""
+        return self.region.reduce_from_region(_Lookup.apply(tokens - self.vocab_start, self.weight), "ends")
 
 
-class VocabHead(nn.Module):
-    """`head`, of which this rank has the rows from `start` on; of `vocab` tokens in all."""
+class ParallelLMHead(nn.Module):
+    """`head`, of which this rank has the rows from token `vocab_start` on; `vocab` tokens in all."""
 
-    def __init__(self, head: nn.Linear, start: int, vocab: int, region):
+    def __init__(self, head: nn.Linear, vocab_start: int, vocab: int, region: TensorParallelRegion):
         super().__init__()
-        self.weight, self.bias, self.start, self.vocab, self.region = head.weight, None, start, vocab, region
+        self.weight, self.bias, self.region = head.weight, None, region
+        self.vocab_start, self.vocab = vocab_start, vocab
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """All logits on every rank, (..., V), of what the stream holds: for generation, not for training."""
-        logits, = read(self.region, hidden, self, tag="ends")                # (..., V/t)
-        return _AllColumns.apply(logits, self.region.axis, self.vocab)
+        """All logits (..., V) on every rank, gathered: for generation, not for training."""
+        logits, = column_parallel_linear(self.region, hidden, self, tag="ends")                # (..., V/t)
+        return _GatherLogits.apply(logits, self.region.axis, self.vocab)
 
 
-class HeadLoss(nn.Module):
-    """The head, cut or whole, and its loss as one module: who hooks modules sees the head's weight in use."""
+class VocabParallelLoss(nn.Module):
+    """The LM head, sharded or whole, and its cross-entropy as one module, so that hooks see its use."""
 
-    def __init__(self, head: VocabHead | nn.Linear):
+    def __init__(self, head: ParallelLMHead | nn.Linear):
         super().__init__()
-        cut = isinstance(head, VocabHead)
-        self.head, self.place = head, (head.region, head.start) if cut else (Whole(alone("tp")), 0)
+        self.head = head
+        if isinstance(head, ParallelLMHead):
+            self._region_and_start = head.region, head.vocab_start
+        else:
+            self._region_and_start = TensorParallelRegion(single_rank_axis("tp")), 0
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
-        """-sum log p(target) / count, over targets that are not IGNORE; softmax in at least float32.
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, num_valid_tokens: int) -> torch.Tensor:
+        """-sum log p(target) / num_valid_tokens, for targets other than IGNORE; softmax in at least float32.
 
-        `hidden` is the region's share of (B, T, C), `targets` (B, T). Returns () in the wide dtype, the same
-        on all ranks of the axis: their share of the step's mean loss.
+        `hidden` (B, T, C), with sequence parallelism this rank's tokens of it; `targets` (B, T). Returns ()
+        in the wide dtype, the same on all ranks of the axis: their share of the step's mean loss.
         """
-        return cross_entropy(hidden, self.head.weight, targets, count, *self.place)
+        return vocab_parallel_cross_entropy(hidden, self.head.weight, targets, num_valid_tokens,
+                                            *self._region_and_start)
 
 
-def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, count: int, region,
-                  start: int) -> torch.Tensor:
-    """`HeadLoss` for a head's `weight` (V/t, C), the rows from `start` on."""
-    return _HeadLoss.apply(hidden, weight, targets.flatten(), max(1, count), region, start)
+def vocab_parallel_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                                 num_valid_tokens: int, region: TensorParallelRegion,
+                                 vocab_start: int) -> torch.Tensor:
+    """The loss of VocabParallelLoss for a head's `weight` (V/t, C), the rows from `vocab_start` on."""
+    return _VocabParallelCrossEntropy.apply(hidden, weight, targets.flatten(), max(1, num_valid_tokens),
+                                            region, vocab_start)
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of `weight` (n, C) at `places`; zeros at places that are not in it.
+    """Rows of `weight` (n, C) at `indices`; zeros for indices of other ranks.
 
-    The gradient is sparse, the rows that were looked up: of V rows few are in a micro-batch.
+    The gradient is sparse: of V rows, few are looked up in a micro-batch.
     """
 
     @staticmethod
-    def forward(ctx, places, weight):
+    def forward(ctx, indices, weight):
         n = len(weight)
-        places = places.where((places >= 0) & (places < n), n)               # n: not mine
-        ctx.save_for_backward(places)
+        indices = indices.where((indices >= 0) & (indices < n), n)           # n: another rank's
+        ctx.save_for_backward(indices)
         ctx.n = n
-        return F.embedding(places.clamp(max=n - 1), weight).masked_fill_((places == n)[..., None], 0)
+        return F.embedding(indices.clamp(max=n - 1), weight).masked_fill_((indices == n)[..., None], 0)
 
     @staticmethod
     def backward(ctx, grad):
-        places, = ctx.saved_tensors
-        rows = grad.masked_fill((places == ctx.n)[..., None], 0).flatten(0, -2)              # (B T, C)
-        where = places.clamp(max=ctx.n - 1).view(1, -1)
+        indices, = ctx.saved_tensors
+        rows = grad.masked_fill((indices == ctx.n)[..., None], 0).flatten(0, -2)              # (B T, C)
+        where = indices.clamp(max=ctx.n - 1).view(1, -1)
         return None, torch.sparse_coo_tensor(where, rows, (ctx.n, rows.shape[1]), check_invariants=False)
 
 
-class _AllColumns(torch.autograd.Function):
-    """(..., V/t) of each rank, the last one fewer, to (..., V) on all of them."""
+class _GatherLogits(torch.autograd.Function):
+    """All-gather (..., V/t) of each rank, of the last one fewer, to (..., V) on all ranks."""
 
     @staticmethod
-    def forward(ctx, mine, axis, vocab):
+    def forward(ctx, logits, axis, vocab):
         each = -(-vocab // axis.size)
-        ctx.start, ctx.n = axis.rank * each, mine.shape[-1]
-        parts = comm.all_gather(F.pad(mine, (0, each - ctx.n)), axis, "ends")   # (t, ..., ceil(V/t))
+        ctx.start, ctx.n = axis.rank * each, logits.shape[-1]
+        parts = comm.all_gather(F.pad(logits, (0, each - ctx.n)), axis, "ends")   # (t, ..., ceil(V/t))
         return parts.movedim(0, -2).flatten(-2)[..., :vocab]                 # (..., V)
 
     @staticmethod
@@ -104,50 +116,51 @@ class _AllColumns(torch.autograd.Function):
         return grad.narrow(-1, ctx.start, ctx.n), None, None
 
 
-class _HeadLoss(torch.autograd.Function):
+class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, count, region, start):
-        whole, kept = region.enter(hidden, "ends")                           # (B, T, C)
-        logits = whole.flatten(0, -2) @ weight.T                             # (N, V/t), becomes its gradient
+    def forward(ctx, hidden, weight, targets, count, region, vocab_start):
+        full_hidden, saved = region.gather_input(hidden, "ends")             # (B, T, C)
+        logits = full_hidden.flatten(0, -2) @ weight.T                       # (N, V/t), becomes its gradient
         wide = torch.promote_types(logits.dtype, torch.float32)
-        valid, at = targets != IGNORE, targets - start
-        mine = valid & (at >= 0) & (at < len(weight))
-        at = at.where(mine, 0)[:, None]                                      # (N, 1)
-        total = _log_sum_exp(logits, region.axis, wide)                      # (N,)
-        score = comm.all_reduce(logits.gather(1, at)[:, 0].to(wide) * mine, region.axis, "loss")
-        for part, *rows in zip(*(x.split(_rows(logits, wide)) for x in (logits, total, at, mine, valid))):
-            _softmax_minus_onehot(part, *rows)
-        ctx.save_for_backward(kept, weight, logits)
-        ctx.count, ctx.region, ctx.shape = count, region, whole.shape
-        return (((total - score) * valid).sum(dtype=torch.float64) / count).to(wide)
+        valid, index = targets != IGNORE, targets - vocab_start
+        is_local = valid & (index >= 0) & (index < len(weight))
+        index = index.where(is_local, 0)[:, None]                            # (N, 1)
+        log_sum_exp = _log_sum_exp(logits, region.axis, wide)                # (N,)
+        score = comm.all_reduce(logits.gather(1, index)[:, 0].to(wide) * is_local, region.axis, "loss")
+        per_row = (logits, log_sum_exp, index, is_local, valid)
+        for rows in zip(*(x.split(_rows_per_chunk(logits, wide)) for x in per_row)):
+            _softmax_minus_onehot(*rows)
+        ctx.save_for_backward(saved, weight, logits)
+        ctx.count, ctx.region, ctx.shape = count, region, full_hidden.shape
+        return (((log_sum_exp - score) * valid).sum(dtype=torch.float64) / count).to(wide)
 
     @staticmethod
     def backward(ctx, upstream):
-        (kept, weight, grad), scale = ctx.saved_tensors, upstream / (ctx.count * RAISED)
-        into, wanted, *_ = needed(ctx)
-        whole = ctx.region.again(kept, "ends") if wanted else None
-        sent, d_weight = comm.Pending(), None
-        if into:
-            d_hidden = (grad @ weight).mul_(scale)                           # (N, C), my part of the sum
-            sent = ctx.region.back(d_hidden.view(ctx.shape), "ends")
-        if whole:
-            d_weight = grad.T @ (whole.wait().flatten(0, -2) * scale)        # (V/t, C)
-        return sent.wait(), d_weight, None, None, None, None
+        (saved, weight, grad), scale = ctx.saved_tensors, upstream / (ctx.count * _SOFTMAX_GRAD_SCALE)
+        needs_hidden, needs_weight, *_ = inputs_needing_grad(ctx)
+        gathered = ctx.region.regather_input(saved, "ends") if needs_weight else None
+        d_hidden, d_weight = comm.AsyncCollective(), None
+        if needs_hidden:
+            partial = (grad @ weight).mul_(scale)                            # (N, C), this rank's part
+            d_hidden = ctx.region.reduce_input_grad(partial.view(ctx.shape), "ends")
+        if gathered:
+            d_weight = grad.T @ (gathered.wait().flatten(0, -2) * scale)     # (V/t, C)
+        return d_hidden.wait(), d_weight, None, None, None, None
 
 
 def _log_sum_exp(logits, axis, wide):
-    """log sum exp of each row (N, V/t), over all ranks' columns: (N,). Less the maximum, or exp overflows."""
-    mine = torch.cat([part.to(wide).logsumexp(1) for part in logits.split(_rows(logits, wide))])
+    """log sum exp of each row (N, V/t), over all ranks' columns: (N,); exp of differences to the maximum."""
+    mine = torch.cat([part.to(wide).logsumexp(1) for part in logits.split(_rows_per_chunk(logits, wide))])
     top = comm.all_reduce(mine.clone(), axis, "loss", op="max")
     return comm.all_reduce((mine - top).exp_(), axis, "loss").log_().add_(top)
 
 
-def _softmax_minus_onehot(logits, total, at, mine, valid):
-    """Overwrite `logits` (rows, V/t) by d loss / d logits, times RAISED."""
-    p = (logits.to(total.dtype) - total[:, None]).exp_()                     # (rows, V/t)
-    p.scatter_add_(1, at, -mine[:, None].to(p.dtype))
-    logits.copy_(p.mul_(valid[:, None] * RAISED))
+def _softmax_minus_onehot(logits, log_sum_exp, index, is_local, valid):
+    """Overwrite `logits` (rows, V/t) by d loss / d logits, times _SOFTMAX_GRAD_SCALE."""
+    p = (logits.to(log_sum_exp.dtype) - log_sum_exp[:, None]).exp_()         # (rows, V/t)
+    p.scatter_add_(1, index, -is_local[:, None].to(p.dtype))
+    logits.copy_(p.mul_(valid[:, None] * _SOFTMAX_GRAD_SCALE))
 
 
-def _rows(logits, wide):
-    return max(1, ROWS_BYTES // (max(1, logits.shape[1]) * wide.itemsize))
+def _rows_per_chunk(logits, wide):
+    return max(1, _LOGITS_CHUNK_BYTES // (max(1, logits.shape[1]) * wide.itemsize))

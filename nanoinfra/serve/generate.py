@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.attention import CAUSAL, Mask, naive, sdpa
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Text, render_chat
 from nanoinfra.model.weights.fill_model import empty
-from nanoinfra.parallel.parallelize import serving
+from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer
 from nanoinfra.serve.engine.requests import Request, SamplingParams, check_request
 from nanoinfra.serve.engine.sampler import Sampler
@@ -82,13 +82,13 @@ class KVCache:
 
 def main(options: GenerateOptions, write: Callable[[str], object] | None = None) -> int:
     """Write the continuation of a prompt, or the answer to it, to `write` (stdout) as it grows; returns 0."""
-    use_threads(options.threads, options.tp)
+    set_torch_threads(options.threads, options.tp)
     if options.tp < 1:
         raise ValueError(f"--tp {options.tp}: a model is cut over at least 1 rank; leave it out")
     mesh = Mesh(tp=options.tp)
     weights = open_pretrained(options.model, mesh.world)
     tokenizer, dtype = weights.text, getattr(torch, options.dtype)
-    model = serving(empty(weights.config), mesh, weights.read, dtype)
+    model = parallelize_for_serving(empty(weights.config), mesh, weights.read, dtype)
     write = write or _to_stdout if mesh.rank == 0 else _nowhere               # all ranks have the same tokens
     prompt_token_ids = _encode_prompt(options, tokenizer, weights.template)
     for piece in stream_text(model, tokenizer, prompt_token_ids, options):

@@ -14,7 +14,7 @@ import tyro
 
 from nanoinfra.config import SIZES
 from nanoinfra.data.token_cache import check_cache
-from nanoinfra.distributed.mesh_check import check_fits
+from nanoinfra.distributed.mesh_check import check_mesh_size
 from nanoinfra.formulas.pipeline import split
 from nanoinfra.formulas.tensor_parallel import check_heads
 from nanoinfra.parallel.pipeline import schedules
@@ -117,7 +117,7 @@ def plan_mesh(flags: MeshFlags, world: int) -> dict[str, int]:
     if flags.cp != 1:
         raise ValueError(f"--cp {flags.cp}: context parallelism is not built yet; use --cp 1, --dp {world}")
     dp = flags.dp if flags.dp is not None else max(1, world // max(1, flags.pp * flags.cp * flags.tp))
-    check_fits(world, flags.pp, dp, flags.cp, flags.tp)
+    check_mesh_size(world, flags.pp, dp, flags.cp, flags.tp)
     return {"pp": flags.pp, "dp": dp, "cp": flags.cp, "tp": flags.tp}
 
 
@@ -226,7 +226,7 @@ def _check_pipeline(flags, dp):
         raise ValueError("--recompute full runs a block again in backward, and --schedule zb-h1 has two of "
                          "those; use --recompute none, or --schedule 1f1b")
     _, m = micro_batches(flags.data, dp)
-    schedules.check(kind, pp, m, v)
+    schedules.check_schedule_config(kind, pp, m, v)
     if flags.model.model in SIZES:
         split(SIZES[flags.model.model].model, pp * v, flags.data.seq or 1)
 

@@ -8,9 +8,9 @@ import torch
 
 from nanoinfra.data.sample_order import IGNORE
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.mesh import alone
+from nanoinfra.distributed.mesh import single_rank_axis
 from nanoinfra.parallel import vocab_parallel
-from nanoinfra.parallel.tensor_parallel import Whole
+from nanoinfra.parallel.tensor_parallel import TensorParallelRegion
 
 
 def count_valid(micro_batches, axis, *flags: int) -> list[int]:
@@ -26,4 +26,5 @@ def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
     `hidden` (B, T, C) is what the head reads, `weight` (V, C) the whole head's, `targets` (B, T).
     Returns () in the wide dtype: this rank's share of the step's mean loss.
     """
-    return vocab_parallel.cross_entropy(hidden, weight, targets, count, Whole(alone("tp")), 0)
+    return vocab_parallel.vocab_parallel_cross_entropy(hidden, weight, targets, count,
+                                                       TensorParallelRegion(single_rank_axis("tp")), 0)

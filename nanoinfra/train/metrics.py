@@ -72,8 +72,8 @@ def sent(rows) -> dict[str, int]:
     """Payload bytes by axis; scalars for loss, norm and counts under a key of their own."""
     total = {}
     for row in rows:
-        key = "scalars" if row.tag == "scalars" else row.axis
-        total[key] = total.get(key, 0) + row.payload
+        key = "scalars" if row.tag == "scalars" else row.axis_name
+        total[key] = total.get(key, 0) + row.payload_bytes
     return total
 
 
@@ -173,5 +173,6 @@ def trace_events(rank: int, spans, rows) -> list[dict]:
                 "dur": (end - begin) * 1e6, "args": args}
     named = [{"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}]
     return named + [event(type(what).__name__, "step", a, b, **vars(what)) for what, a, b in spans] + [
-        event(row.op, f"wire {row.axis}", row.begin, row.end, tag=row.tag, payload_bytes=row.payload,
-              wait_ms=row.wait_s * 1e3) for row in rows]
+        event(row.op, f"wire {row.axis_name}", row.start_time, row.end_time, tag=row.tag,
+              payload_bytes=row.payload_bytes,
+              wait_ms=row.wait_seconds * 1e3) for row in rows]

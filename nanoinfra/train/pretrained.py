@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nanoinfra.distributed.mesh import Axis, alone
+from nanoinfra.distributed.mesh import MeshAxis, single_rank_axis
 from nanoinfra.formulas.parameters import block_shapes, shapes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Text
@@ -40,7 +40,7 @@ def from_run(folder: str | Path, dtype: torch.dtype = torch.float32,
     return filled(weights.config, attention, dtype, weights.read), weights.text
 
 
-def open_pretrained(name: str | Path, axis: Axis | None = None) -> Weights:
+def open_pretrained(name: str | Path, axis: MeshAxis | None = None) -> Weights:
     """The weights of a run directory or of what `load` opens, to be read whole or in parts.
 
     Every rank of `axis` calls it; of a run directory the first one verifies the checkpoint.
@@ -49,7 +49,7 @@ def open_pretrained(name: str | Path, axis: Axis | None = None) -> Weights:
     return open_run(name, axis) if run else open_weights(name)
 
 
-def open_run(folder: str | Path, axis: Axis | None = None) -> Weights:
+def open_run(folder: str | Path, axis: MeshAxis | None = None) -> Weights:
     """The newest weights of a run directory. Raises ValueError where no checkpoint in it is whole."""
     folder = Path(folder)
     return Weights(*_newest(folder, axis), *open_text(folder / "tokenizer"), folder / "tokenizer")
@@ -76,7 +76,7 @@ def keep_text(weights: Weights, folder: str | Path) -> None:
 def _newest(folder, axis=None):
     """Configuration, and how to read parameters from the newest checkpoint that verifies."""
     config = model_of(folder)
-    step = checkpoint.newest_of_all(folder / "checkpoints", axis or alone("world"),
+    step = checkpoint.newest_of_all(folder / "checkpoints", axis or single_rank_axis("world"),
                                     say=lambda text: print(text, file=sys.stderr))
     if step is None:
         raise ValueError(f"no good checkpoint in {folder / 'checkpoints'}; train with --out {folder} first")

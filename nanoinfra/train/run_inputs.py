@@ -64,7 +64,7 @@ def open_inputs(flags: TrainFlags, mesh) -> Inputs:
 
 def _check_same(mesh, source):
     """Raise ValueError, on every rank, where one has read another corpus than rank 0."""
-    found = comm.gather_objects([source.corpus.hash, source.tokenizer.hash], mesh.world, "caches")
+    found = comm.all_gather_json([source.corpus.hash, source.tokenizer.hash], mesh.world, "caches")
     other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
     if other is not None:
         raise ValueError(f"rank {other} has read another --data {source.corpus.name} than rank 0: corpus "
@@ -110,7 +110,7 @@ def _first_on_rank_0(mesh, work):
             done = work()
         except ValueError as error:
             problem = str(error)
-    problem = comm.gather_objects(problem, mesh.world, "caches")[0]
+    problem = comm.all_gather_json(problem, mesh.world, "caches")[0]
     if problem:
         raise ValueError(problem)
     return work() if mesh.rank else done

@@ -13,12 +13,12 @@ from nanoinfra.parallel.pipeline.schedules import (
     BackwardInput,
     BackwardWeight,
     Forward,
+    OptimizerStep,
     RecvActivation,
     RecvGrad,
     ReduceGrads,
     SendActivation,
     SendGrad,
-    Step,
 )
 
 
@@ -26,11 +26,11 @@ class Stage(Protocol):
     """What the executor drives. A schedule of one stage calls forward, backward, reduce_grads and step."""
 
     def forward(self, micro: int, chunk: int) -> None: ...
-    def backward(self, micro: int, chunk: int, last: bool) -> None: ...
+    def backward(self, micro: int, chunk: int, is_last: bool) -> None: ...
     def backward_input(self, micro: int, chunk: int) -> None: ...
-    def backward_weight(self, micro: int, chunk: int, last: bool) -> None: ...
-    def receive(self, message: RecvActivation | RecvGrad) -> None: ...
-    def send(self, message: SendActivation | SendGrad) -> None: ...
+    def backward_weight(self, micro: int, chunk: int, is_last: bool) -> None: ...
+    def start_recv(self, message: RecvActivation | RecvGrad) -> None: ...
+    def start_send(self, message: SendActivation | SendGrad) -> None: ...
     def reduce_grads(self) -> None: ...
     def step(self) -> None: ...
 
@@ -50,12 +50,12 @@ def execute(schedule: Iterable, stage: Stage) -> list[tuple[object, float, float
             case BackwardWeight(micro, chunk, last):
                 stage.backward_weight(micro, chunk, last)
             case RecvActivation() | RecvGrad():
-                stage.receive(instruction)
+                stage.start_recv(instruction)
             case SendActivation() | SendGrad():
-                stage.send(instruction)
+                stage.start_send(instruction)
             case ReduceGrads():
                 stage.reduce_grads()
-            case Step():
+            case OptimizerStep():
                 stage.step()
             case _:
                 raise TypeError(f"{instruction!r} is not an instruction of parallel/pipeline/schedules.py")

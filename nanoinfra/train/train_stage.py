@@ -15,7 +15,7 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.parameters import shapes
 from nanoinfra.model.init import draw
 from nanoinfra.model.weights.fill_model import Read
-from nanoinfra.parallel.parallelize import Chunks, Plan
+from nanoinfra.parallel.parallelize import ParallelConfig, ParallelModel
 from nanoinfra.parallel.pipeline import schedules
 from nanoinfra.parallel.pipeline.stage import PipelineStage
 from nanoinfra.train.checkpoint.tensor_shards import Piece
@@ -37,56 +37,60 @@ class Replica(PipelineStage):
         self.mesh, self.shapes, self.width = mesh, shapes(config), config.width
         self.kind, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual
         dtype = getattr(torch, flags.model.dtype)
-        self.parallel = Chunks(config, mesh, plan(flags, config), read or drawn(config, flags.model.seed))
-        super().__init__(mesh.pp, mesh.twin("pp"), self.virtual, dtype, mesh.device, self.kind == "zb-h1")
+        self.parallel = ParallelModel(config, mesh, plan(flags, config), read
+                                      or drawn(config, flags.model.seed))
+        super().__init__(mesh.pp, mesh.duplicate_axis("pp"), self.virtual, dtype, mesh.device,
+                         self.kind == "zb-h1")
         o = flags.optimizer
-        self.optimizer = Optimizer(self.parallel.shards, o.optimizer, self.parallel.masters, o.betas or BETAS,
+        self.optimizer = Optimizer(self.parallel.param_shards, o.optimizer, self.parallel.master_weights,
+                                   o.betas or BETAS,
                                    WEIGHT_DECAY if o.weight_decay is None else o.weight_decay)
         self.limit, self.scale = flags.optimizer.clip, LossScale() if dtype == torch.float16 else None
-        self.forwards = schedules.evaluate(mesh.pp.size, self.virtual)[mesh.pp.rank]
+        self.forwards = schedules.forward_only_schedule(mesh.pp.size, self.virtual)[mesh.pp.rank]
 
     def schedule(self, micro_batches: int) -> list:
         """What this rank does in a step."""
         pp = self.mesh.pp
-        return schedules.schedule(self.kind, pp.size, micro_batches, self.virtual)[pp.rank]
+        return schedules.build_pipeline_schedule(self.kind, pp.size, micro_batches, self.virtual)[pp.rank]
 
     def begin(self, batches: list, count: int, lr: float = 0.0) -> None:
         """A new step: its micro-batches [(x (B, T), y (B, T))], valid tokens on all ranks, learning rate."""
         self.batches, self.count, self.lr = batches, count, lr
         self.loss = torch.zeros((), dtype=torch.float64)
         self.grads = None                    # the last step's, which would live on beside this one's
-        self.parallel.begin_step()
+        self.parallel.zero_grad()
 
-    def enter(self, micro: int) -> torch.Tensor:
+    def embed_input(self, micro: int) -> torch.Tensor:
         """The embedded tokens of a micro-batch."""
-        model, x = self.parallel.each[0].model, self.batches[micro][0].to(self.device)
+        model, x = self.parallel.chunks[0].model, self.batches[micro][0].to(self.device)
         return model.start(x, model.places(x))
 
-    def run(self, chunk: int, x: torch.Tensor, micro: int) -> torch.Tensor:
+    def forward_chunk(self, chunk: int, x: torch.Tensor, micro: int) -> torch.Tensor:
         """A chunk of the layers; after the last one this rank's share of the step's loss."""
-        part, (tokens, targets) = self.parallel.each[chunk], self.batches[micro]
-        y = part.run(x, part.model.places(tokens).to(self.device), targets.to(self.device), self.count)
-        if part.loss:
+        part, (tokens, targets) = self.parallel.chunks[chunk], self.batches[micro]
+        y = part.forward_chunk(x, part.model.places(tokens).to(self.device), targets.to(self.device),
+                               self.count)
+        if part.loss_head:
             self.loss += y.detach().cpu()
         return y
 
-    def stream(self, micro: int) -> tuple[int, ...]:
+    def activation_shape(self, micro: int) -> tuple[int, ...]:
         """(B, T, C), or under sequence parallelism this rank's share of it."""
         B, T = self.batches[micro][0].shape
-        return B, self.parallel.each[0].tensor.region.share(T), self.width
+        return B, self.parallel.chunks[0].tensor_parallel.region.local_seq_len(T), self.width
 
-    def upstream(self, loss: torch.Tensor) -> torch.Tensor | None:
+    def loss_grad(self, loss: torch.Tensor) -> torch.Tensor | None:
         """float16's scale."""
         return torch.full_like(loss, self.scale.value) if self.scale else None
 
-    def before_backward(self, chunk: int, last: bool) -> None:
+    def prepare_for_backward(self, chunk: int, is_last: bool) -> None:
         """The chunk's buckets may leave in its last backward."""
-        self.parallel.each[chunk].data.before_backward(last)
+        self.parallel.chunks[chunk].data_parallel.prepare_for_backward(is_last)
 
     def reduce_grads(self) -> None:
         """Wait for the sums over the ranks."""
-        self.settle()
-        self.grads = self.parallel.finish()
+        self.wait_sends()
+        self.grads = self.parallel.finish_grad_sync()
 
     def step(self) -> None:
         """Clip and update; `grad_norm` is the norm before clipping.
@@ -94,13 +98,13 @@ class Replica(PipelineStage):
         `skipped`: float16 gradients overflowed somewhere; the norm, which all ranks share, is no number then.
         """
         self.grad_norm = clip(self.grads, self.limit, self.scale.value if self.scale else 1.0,
-                              self.parallel.norm_axes(), self.parallel.counts)
+                              self.parallel.grad_norm_axes(), self.parallel.counted_in_norm)
         self.skipped = self.scale is not None and not math.isfinite(self.grad_norm)
         if self.scale:
             self.scale.update(self.skipped)
         if not self.skipped:
             self.optimizer.step(self.grads, self.lr)
-            self.parallel.publish()
+            self.parallel.all_gather_params()
 
     def norm(self) -> dict:
         """The step's line of metrics on it: null where float16 overflowed, which skipped the step."""
@@ -114,18 +118,18 @@ class Replica(PipelineStage):
         for batch in batches:
             self.begin([batch], count=1)
             execute(self.forwards, self)
-            self.settle()
+            self.wait_sends()
             nats += self.loss.item()
         return nats
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Everything it keeps between steps: weights, gradient buckets, masters, moments."""
-        yield from self.parallel.tensors()
+        yield from self.parallel.persistent_tensors()
         yield from self.optimizer.state().values()
 
     def pieces(self) -> list[tuple[Piece, torch.Tensor]]:
         """What a checkpoint keeps of this rank: its parts of the optimizer's state, and of what is frozen."""
-        kept = self.optimizer.state() | self.parallel.frozen
+        kept = self.optimizer.state() | self.parallel.frozen_params
         pairs = [self._piece(key, tensor) for key, tensor in kept.items()]
         return [(piece, tensor) for piece, tensor in pairs if tensor.numel()]
 
@@ -140,29 +144,29 @@ class Replica(PipelineStage):
     def load(self, pairs: Iterable[tuple[Piece, torch.Tensor]], state: dict) -> None:
         """Take back what `pieces` and `state` gave, whatever ranks wrote it."""
         tensors = {piece.name: tensor for piece, tensor in pairs}
-        for name in tensors.keys() & self.parallel.frozen.keys():
+        for name in tensors.keys() & self.parallel.frozen_params.keys():
             tensor = tensors.pop(name)
-            self.parallel.frozen[name].view(-1)[:tensor.numel()].copy_(tensor.view(-1))
+            self.parallel.frozen_params[name].view(-1)[:tensor.numel()].copy_(tensor.view(-1))
         self.optimizer.load(tensors, state["updates"])
         if self.scale and state["scale"]:
             self.scale.load(state["scale"])
-        self.parallel.publish(frozen=True)
+        self.parallel.all_gather_params(include_frozen=True)
 
     def _piece(self, key, tensor):
         name = key.rpartition("/")[2]
-        box = self.parallel.box(name)
+        box = self.parallel.shard_bounds(name)
         size = tuple(stop - start for start, stop in box)
         piece = Piece(key, tuple(start for start, _ in box), size, self.shapes[name])
         return piece, tensor.view(-1)[:math.prod(size)].view(size)         # zeros follow in ZeRO's last
 
-def plan(flags: TrainFlags, config: ModelConfig) -> Plan:
+def plan(flags: TrainFlags, config: ModelConfig) -> ParallelConfig:
     """What the flags ask for besides the mesh; gradients are summed in at least float32 by default."""
     dtype, asked = getattr(torch, flags.model.dtype), flags.model.grad_dtype
     grad_dtype = getattr(torch, asked) if asked else torch.promote_types(dtype, torch.float32)
     mesh = flags.mesh
     sp = "none" if not mesh.sp else "keep" if mesh.sp_keep else "gather"
     frozen = frozen_names(flags.model.freeze, config, mesh.pp * flags.pipeline.virtual)
-    return Plan(sp, mesh.zero, flags.model.recompute, mesh.data_parallel, dtype, grad_dtype,
+    return ParallelConfig(sp, mesh.zero, flags.model.recompute, mesh.data_parallel, dtype, grad_dtype,
                 flags.pipeline.virtual, flags.model.attention, frozen)
 
 

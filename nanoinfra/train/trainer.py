@@ -13,8 +13,8 @@ import torch
 
 from nanoinfra.data.loader import Loader
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.cpu_threads import use_threads
-from nanoinfra.distributed.host_memory import resident_peak
+from nanoinfra.distributed.cpu_threads import set_torch_threads
+from nanoinfra.distributed.host_memory import peak_rss_bytes
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.train import metrics
@@ -37,9 +37,9 @@ def train(flags: TrainFlags) -> list[dict]:
     check(flags, world_size())
     check_memory(flags, world_size())
     wire = parse_wire(flags.mesh.wire)
-    mesh = Mesh(**plan_mesh(flags.mesh, world_size()), wire=wire or None, device=flags.mesh.device,
+    mesh = Mesh(**plan_mesh(flags.mesh, world_size()), emulated_links=wire or None, device=flags.mesh.device,
                 timeout=flags.run.timeout)
-    use_threads(flags.mesh.threads)
+    set_torch_threads(flags.mesh.threads)
     with RunDir(flags.run, mesh) as folder:
         run = Run(flags, mesh, folder)
         try:
@@ -82,7 +82,7 @@ class Run:
             self.bar = metrics.Bar(flags.run.steps, flags.run.seconds, self.step, self.elapsed)
         self.request = StopRequest(lone=not is_rank())
         self.request.start()
-        self.mesh.ledger.take()
+        self.mesh.comm_log.take_records()
         self.mark = time.monotonic()
         self.began = self.mark - self.elapsed
 
@@ -147,7 +147,7 @@ class Run:
         """Write the timeline, and say whether a signal ended the run."""
         if self.flags.run.trace:
             events = metrics.trace_events(self.mesh.rank, self.spans, self.rows)
-            ranks = comm.gather_objects(events, self.mesh.world, "trace")
+            ranks = comm.all_gather_json(events, self.mesh.world, "trace")
             if self.first:
                 every = [event for events in ranks for event in events]
                 self.flags.run.trace.write_text(json.dumps({"traceEvents": every}))
@@ -170,7 +170,7 @@ class Run:
         yield
         self.began += time.monotonic() - begin
         self.mark += time.monotonic() - begin
-        self.mesh.ledger.take()
+        self.mesh.comm_log.take_records()
 
     def _open_loader(self, consumed):
         data, flags = self.mesh.data, self.flags
@@ -212,13 +212,13 @@ class Run:
 
     def _resources(self, spans):
         """Bytes held and sent, the largest of any rank; the report's own traffic is left out."""
-        rows = self.mesh.ledger.take()
+        rows = self.mesh.comm_log.take_records()
         if self.flags.run.trace:
             self.spans, self.rows = self.spans + spans, self.rows + rows
         sent = metrics.sent(rows)
-        numbers = [metrics.held(self.replica.tensors()), resident_peak(), *sent.values()]
+        numbers = [metrics.held(self.replica.tensors()), peak_rss_bytes(), *sent.values()]
         held, rss, *most_sent = map(int, metrics.largest(numbers, self.mesh.world))
-        self.mesh.ledger.take()
+        self.mesh.comm_log.take_records()
         return {"peak_bytes": {"counted": held, "rss": rss}, "comm": dict(zip(sent, most_sent))}
 
     def _check_finite(self, loss):

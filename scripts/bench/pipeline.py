@@ -31,7 +31,7 @@ from train import CONFIG, B, C, L, Plain, T, V  # noqa: E402
 from zero import ADAMW  # noqa: E402
 
 from nanoinfra.distributed.mesh import Mesh  # noqa: E402
-from nanoinfra.distributed.pool.ranks import Ranks  # noqa: E402
+from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
 from nanoinfra.formulas.parameters import parameters, shapes  # noqa: E402
 from nanoinfra.formulas.pipeline import sent_bytes, split  # noqa: E402
 from nanoinfra.model.init import draw  # noqa: E402
@@ -131,7 +131,7 @@ class OurSide:
     def step(self, x, y):
         self.begin(x, y)
         execute(self.list, self.replica)
-        self.mesh.ledger.take()
+        self.mesh.comm_log.take_records()
 
     def begin(self, x, y):
         self.replica.begin(list(zip(x.chunk(self.m), y.chunk(self.m))), count=B * T, lr=1e-4)
@@ -202,7 +202,7 @@ def bench(m, pairs, steps):
 
 
 def race(m, args):
-    with Ranks(P, timeout=1800) as ranks:
+    with RankPool(P, timeout=1800) as ranks:
         apart, sizes = zip(*ranks.run(same, m))
         assert sum(sizes) == parameters(CONFIG)
         print(f"\n{m} micro-batches: in float64 gradients at most {max(apart):.1e} apart", flush=True)

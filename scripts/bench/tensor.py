@@ -37,7 +37,7 @@ from zero import ADAMW, N  # noqa: E402
 from zero import draw as draw_tokens  # noqa: E402
 
 from nanoinfra.distributed.mesh import Mesh  # noqa: E402
-from nanoinfra.distributed.pool.ranks import Ranks  # noqa: E402
+from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
 from nanoinfra.formulas.collectives import ring_bytes  # noqa: E402
 from nanoinfra.formulas.parameters import parameters, shapes  # noqa: E402
 from nanoinfra.model.init import draw  # noqa: E402
@@ -167,13 +167,13 @@ class OurSide:
         batches = [(x, y)]
         [valid] = count_valid(batches, self.mesh.data)
         self.replica.begin(batches, valid, lr=1e-4)
-        execute([Forward(0), Backward(0, last=True), ReduceGrads()], self.replica)
+        execute([Forward(0), Backward(0, is_last=True), ReduceGrads()], self.replica)
         return self.replica.loss, self.replica.grads
 
     def step(self, x, y):
         self.gradients(x, y)
         self.replica.step()
-        self.mesh.ledger.take()
+        self.mesh.comm_log.take_records()
 
 
 def local(p):
@@ -262,7 +262,7 @@ def bench(sp, whole, pairs, steps):
 
 
 def race(sp, args):
-    with Ranks(N, timeout=1800) as ranks:
+    with RankPool(N, timeout=1800) as ranks:
         apart = max(ranks.run(same, sp, args.whole_logits))
         print(f"\nsp {sp}: gradients of one batch in float64 at most {apart:.1e} apart", flush=True)
         rates, wires = ranks.run(bench, sp, args.whole_logits, args.pairs, args.steps)[0]

@@ -24,9 +24,9 @@ from paired import alternate, summary  # noqa: E402
 
 from nanoinfra.config import ModelConfig  # noqa: E402
 from nanoinfra.distributed.mesh import Mesh  # noqa: E402
-from nanoinfra.distributed.pool.ranks import Ranks  # noqa: E402
+from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
 from nanoinfra.formulas.parameters import parameters  # noqa: E402
-from nanoinfra.parallel.pipeline.schedules import accumulate  # noqa: E402
+from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule  # noqa: E402
 from nanoinfra.train.config import ModelFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.loss import count_valid  # noqa: E402
 from nanoinfra.train.step import execute  # noqa: E402
@@ -87,8 +87,8 @@ def our_step(mesh):
         batches = [(x, y)]
         [valid] = count_valid(batches, mesh.data)
         replica.begin(batches, valid, lr=1e-4)
-        execute(accumulate(1), replica)
-        mesh.ledger.take()
+        execute(gradient_accumulation_schedule(1), replica)
+        mesh.comm_log.take_records()
     return step
 
 
@@ -121,7 +121,7 @@ def main():
     args = parser.parse_args()
     results = []
     for n in args.ranks:
-        with Ranks(n, timeout=1800) as ranks:
+        with RankPool(n, timeout=1800) as ranks:
             rates = ranks.run(bench, args.pairs, args.steps)[0]
         peer = "a plain torch loop" if n == 1 else "torch DDP"
         results.append(summary(f"training, {n} rank{'s' * (n > 1)} against {peer}", rates, "tokens/s"))

@@ -39,8 +39,8 @@ from paired import alternate, summary  # noqa: E402
 from train import CONFIG, B, Plain, T, V  # noqa: E402
 
 from nanoinfra.distributed.mesh import Mesh  # noqa: E402
-from nanoinfra.distributed.pool.ranks import Ranks  # noqa: E402
-from nanoinfra.parallel.pipeline.schedules import accumulate  # noqa: E402
+from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
+from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.loss import count_valid  # noqa: E402
 from nanoinfra.train.step import execute  # noqa: E402
@@ -74,8 +74,8 @@ def our_step(stage, peer):
         batches = [(x, y)]
         [valid] = count_valid(batches, mesh.data)
         replica.begin(batches, valid, lr=1e-4)
-        execute(accumulate(1), replica)
-        mesh.ledger.take()
+        execute(gradient_accumulation_schedule(1), replica)
+        mesh.comm_log.take_records()
     return step
 
 
@@ -195,7 +195,7 @@ def status(key):
 
 
 def race(stage, peer, args):
-    with Ranks(N, timeout=1800) as ranks:
+    with RankPool(N, timeout=1800) as ranks:
         rates, wires = ranks.run(bench, stage, peer, args.pairs, args.steps)[0]
     result = summary(f"ZeRO-{stage} against {peer}, gradients in {GRADS[peer]}", rates, "tokens/s")
     result["wire"] = {}
@@ -213,7 +213,7 @@ def weigh(stage, peer, runs):
     peaks = {side: [] for side in ("ours", peer)}
     for _ in range(runs):
         for side, found in peaks.items():
-            with Ranks(N, timeout=600) as ranks:
+            with RankPool(N, timeout=600) as ranks:
                 found.append(ranks.run(peak, side, stage, peer))
     ours, theirs = (median(map(max, found)) for found in peaks.values())
     each = "; ".join(f"{side} " + " ".join(f"{max(run) / 1e6:.0f}" for run in found)

@@ -85,7 +85,7 @@ def test_one_rank_says_it(mixed, capsys, monkeypatch):
 
 def test_ranks_that_read_other_files_are_refused(mixed, monkeypatch):
     hashes = [["a" * 64, "t"], ["a" * 64, "t"], ["b" * 64, "t"]]
-    monkeypatch.setattr(comm, "gather_objects", lambda mine, axis, tag: hashes)
+    monkeypatch.setattr(comm, "all_gather_json", lambda mine, axis, tag: hashes)
     with pytest.raises(ValueError, match="rank 2 has read another --data .*mixed than rank 0: corpus b{12}, "
                                          "not a{12}; its files must be the same on every host"):
         run_inputs._check_same(SimpleNamespace(world=None), packed(mixed, 9))

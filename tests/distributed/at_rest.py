@@ -20,11 +20,11 @@ from unittest import mock
 import torch.distributed as dist
 
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.loopback import master_store
+from nanoinfra.distributed.loopback import start_loopback_store
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.distributed.pool import rank_main
-from nanoinfra.distributed.pool.rank_processes import PRELOAD, RanksError
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
+from nanoinfra.distributed.pool.rank_processes import _PRELOADED_MODULES, RankFailedError
 from nanoinfra.serve.processes.tp_group import TensorParallelGroup
 from nanoinfra.train.launch.elastic_rank import end_with_parent, process_group
 from nanoinfra.train.launch.launcher import launch
@@ -69,27 +69,27 @@ def _launched_rank(folder, *without):
 
 def pooled(look, *without: str) -> bool:
     """Ranks of a pool."""
-    with mock.patch("nanoinfra.distributed.pool.rank_processes.serve", functools.partial(_pooled_rank,
-                                                                                         without)):
+    with mock.patch("nanoinfra.distributed.pool.rank_processes.rank_main",
+                    functools.partial(_pooled_rank, without)):
         try:
-            with Ranks(2) as pool:
+            with RankPool(2) as pool:
                 pool.run(_meet)
-                look([pool._crew.store.port], [os.getpid(), *pool.run(os.getpid)])
+                look([pool._processes.store.port], [os.getpid(), *pool.run(os.getpid)])
                 pool.run(_meet)
-        except RanksError:
+        except RankFailedError:
             return False
     return True
 
 
 def _pooled_rank(without, *args):
     with _elsewhere(), _without(without):
-        rank_main.serve(*args)
+        rank_main.rank_main(*args)
 
 
-def teamed(look, *without: str, store=master_store) -> bool:
+def teamed(look, *without: str, store=start_loopback_store) -> bool:
     """The ranks of an engine, whose rank 0 opens `store`."""
     context, (ours, theirs), (first, second) = multiprocessing.get_context("forkserver"), Pipe(), Pipe()
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(_PRELOADED_MODULES)
     ranks = [context.Process(target=_team_rank, args=(0, [first], theirs, store, without)),
              context.Process(target=_team_rank, args=(1, [second], None, store, without))]
     for rank in ranks:
@@ -120,7 +120,8 @@ class _Reports(TensorParallelGroup):
 def _team_rank(rank, pipes, report, store, without):
     end_with_parent()
     team = _Reports(rank, pipes)
-    with _elsewhere(), _without(without), mock.patch("nanoinfra.distributed.loopback.master_store", store):
+    with _elsewhere(), _without(without), mock.patch("nanoinfra.distributed.loopback.start_loopback_store",
+                                                     store):
         mesh = team.init_tp_mesh(tp_size=2)
         comm.barrier(mesh.tp)
         if report:
@@ -131,14 +132,14 @@ def _team_rank(rank, pipes, report, store, without):
 
 
 def torchs_store() -> dist.TCPStore:
-    """As torch opens one when it is asked for no more: a mutant of `master_store`."""
+    """As torch opens one when it is asked for no more: a mutant of `start_loopback_store`."""
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _meet():
     """New groups of all ranks, which read the store, and a word of each to all."""
     mesh = Mesh(dp=world_size())
-    assert comm.gather_objects(mesh.dp.rank, mesh.dp) == list(range(mesh.dp.size))
+    assert comm.all_gather_json(mesh.dp.rank, mesh.dp) == list(range(mesh.dp.size))
 
 
 @contextmanager

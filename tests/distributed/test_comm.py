@@ -20,7 +20,7 @@ WANT = {                                     # op -> what rank r should get, fro
     "reduce_scatter": lambda xs, r: sum(xs)[r],
     "all_to_all": lambda xs, r: np.stack([x[r] for x in xs]),
     "broadcast": lambda xs, r: xs[0],
-    "exchange": lambda xs, r: xs[r - 1],
+    "ring_shift": lambda xs, r: xs[r - 1],
 }
 
 
@@ -29,11 +29,11 @@ def values(rank, n):
     return np.random.default_rng(rank).integers(-8, 9, (n, 3, 2))
 
 
-def call(op, dtype, layout, wait):
+def call(op, dtype, layout, async_op):
     axis = Mesh(dp=world_size()).dp
     x = LAYOUTS[layout](torch.from_numpy(values(axis.rank, axis.size)).to(getattr(torch, dtype)))
-    y = getattr(comm, op)(x, axis, "t", wait=wait)
-    if not wait:
+    y = getattr(comm, op)(x, axis, "t", async_op=async_op)
+    if async_op:
         first, y = y, y.wait()
         assert first.wait() is y
     assert y is x or op not in IN_PLACE
@@ -42,8 +42,8 @@ def call(op, dtype, layout, wait):
 
 
 def call_all(op):
-    return {(dtype, layout, wait): call(op, dtype, layout, wait)
-            for dtype in DTYPES for layout in LAYOUTS for wait in (True, False)}
+    return {(dtype, layout, async_op): call(op, dtype, layout, async_op)
+            for dtype in DTYPES for layout in LAYOUTS for async_op in (False, True)}
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
@@ -69,7 +69,7 @@ def test_min_and_max(ranks):
 
 def broadcast_from(source):
     mesh = Mesh(dp=2, tp=2)
-    return comm.broadcast(torch.tensor([mesh.rank]), mesh.dp, source=source).item()
+    return comm.broadcast(torch.tensor([mesh.rank]), mesh.dp, src=source).item()
 
 
 def test_broadcast_source_is_a_place_on_the_axis(ranks):
@@ -81,12 +81,13 @@ def relay(layout):
     axis = Mesh(pp=world_size()).pp
     x = LAYOUTS[layout](torch.zeros(2, 3, 2))
     if axis.rank > 0:
-        pending = comm.recv(x, axis, source=axis.rank - 1, wait=False)
+        pending = comm.recv(x, axis, src=axis.rank - 1, async_op=True)
         assert pending.wait() is x
     x += 1
     if axis.rank < axis.size - 1:
-        assert comm.send(x, axis, to=axis.rank + 1) is x
-    return x.tolist(), [(row.op, row.seq, row.payload, row.ranks) for row in axis.ledger.rows]
+        assert comm.send(x, axis, dst=axis.rank + 1) is x
+    return x.tolist(), [(row.op, row.sequence_number, row.payload_bytes, row.global_ranks)
+                        for row in axis.comm_log.records]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -100,7 +101,7 @@ def test_send_and_recv(ranks, layout):
 
 def objects():
     axis = Mesh(dp=world_size()).dp
-    return comm.gather_objects({"rank": axis.rank, "text": "é" * axis.rank, "none": None}, axis)
+    return comm.all_gather_json({"rank": axis.rank, "text": "é" * axis.rank, "none": None}, axis)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -141,7 +142,7 @@ def round_trips(shape, dtype):
 
 def _around(x, axis):
     for _ in range(axis.size):
-        x = comm.exchange(x, axis)
+        x = comm.ring_shift(x, axis)
     return x
 
 
@@ -158,8 +159,8 @@ def test_one_process_needs_no_ranks():
     assert axis.group is None
     assert comm.all_reduce(x, axis) is x
     assert torch.equal(comm.all_gather(x, axis), x[None])
-    assert torch.equal(comm.reduce_scatter(x, axis, wait=False).wait(), x[0])
-    assert torch.equal(comm.exchange(x, axis, wait=False).wait(), x)
+    assert torch.equal(comm.reduce_scatter(x, axis, async_op=True).wait(), x[0])
+    assert torch.equal(comm.ring_shift(x, axis, async_op=True).wait(), x)
     comm.barrier(axis)
-    assert comm.gather_objects([1], axis) == [[1]]
-    assert axis.ledger.rows == []
+    assert comm.all_gather_json([1], axis) == [[1]]
+    assert axis.comm_log.records == []

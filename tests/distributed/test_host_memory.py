@@ -5,7 +5,11 @@ import sys
 import psutil
 import pytest
 
-from nanoinfra.distributed.host_memory import free_memory, host_memory, limits
+from nanoinfra.distributed.host_memory import (
+    _cgroup_memory_limits,
+    available_memory_bytes,
+    host_memory_limit_bytes,
+)
 
 
 def groups(tmp_path, line, files):
@@ -27,18 +31,18 @@ def groups(tmp_path, line, files):
 ], ids=["v2", "v2, its parents'", "v2, named from outside", "v1", "another controller", "none"])
 def test_a_control_group_may_allow_less(tmp_path, line, files, want):
     where = groups(tmp_path, line, files)
-    assert set(limits(*where)) == want
-    assert host_memory(*where) == min([psutil.virtual_memory().total, *want])
+    assert set(_cgroup_memory_limits(*where)) == want
+    assert host_memory_limit_bytes(*where) == min([psutil.virtual_memory().total, *want])
 
 
 def test_without_control_groups_it_is_the_machine(tmp_path):
-    assert host_memory(tmp_path / "none", tmp_path / "none") == psutil.virtual_memory().total
-    assert 0 < free_memory() <= psutil.virtual_memory().total
+    assert host_memory_limit_bytes(tmp_path / "none", tmp_path / "none") == psutil.virtual_memory().total
+    assert 0 < available_memory_bytes() <= psutil.virtual_memory().total
 
 
 def test_a_process_answers_for_itself_and_not_for_its_parent():
     """Linux hands `ru_maxrss` on from the parent: a run started by a large program had that one's peak."""
     ballast = b"x" * (300 << 20)
-    code = "from nanoinfra.distributed.host_memory import resident_peak; print(resident_peak())"
+    code = "from nanoinfra.distributed.host_memory import peak_rss_bytes; print(peak_rss_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1 << 20 < int(done.stdout) < len(ballast)

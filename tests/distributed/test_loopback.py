@@ -6,7 +6,12 @@ from unittest import mock
 
 import pytest
 
-from nanoinfra.distributed.loopback import bind_to_loopback, client_store, is_loopback, master_store
+from nanoinfra.distributed.loopback import (
+    bind_gloo_and_nccl_to_loopback,
+    connect_to_loopback_store,
+    is_loopback,
+    start_loopback_store,
+)
 from tests.distributed.at_rest import pooled, teamed
 from tests.distributed.sockets import (
     Payload,
@@ -26,13 +31,13 @@ def at(port):
 
 @needs_linux
 def test_a_store_listens_on_loopback_alone_until_it_is_gone():
-    store = master_store()
-    port, client = store.port, client_store(store.port)
+    store = start_loopback_store()
+    port, client = store.port, connect_to_loopback_store(store.port)
     assert at(port) == ["127.0.0.1"]
     client.set("key", "value")
     assert store.get("key") == b"value"
     with pytest.raises(OSError, match="in use"):
-        master_store(port)
+        start_loopback_store(port)
     del client, store
     assert at(port) == []
 
@@ -46,7 +51,7 @@ def test_loopback_has_these_names():
 
 def test_whatever_the_user_said_both_backends_take_loopback():
     with mock.patch.dict(os.environ, GLOO_SOCKET_IFNAME="eth0", NCCL_SOCKET_IFNAME="eth0"):
-        bind_to_loopback()
+        bind_gloo_and_nccl_to_loopback()
         assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"]
         assert os.environ["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
 
@@ -74,7 +79,7 @@ def test_the_look_at_sockets_finds_what_is_open(tmp_path):
 
 @needs_linux
 def test_the_stranger_would_be_noticed(tmp_path):
-    store, ran = master_store(), tmp_path / "ran"
+    store, ran = start_loopback_store(), tmp_path / "ran"
     assert plant(store.port, ran, ["key"]) == ["key"] and not ran.exists()
     pickle.loads(store.get("key"))
     assert ran.exists() and isinstance(pickle.dumps(Payload(ran)), bytes)

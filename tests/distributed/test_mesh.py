@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from nanoinfra.distributed import comm, mesh
-from nanoinfra.distributed.mesh import AXES, Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.mesh import MESH_AXIS_NAMES, Mesh
+from nanoinfra.distributed.pool.rank_pool import RankPool
 
 SHAPES = [(1, 1, 1, 4), (4, 1, 1, 1), (1, 2, 1, 2), (2, 1, 2, 1), (1, 2, 2, 1), (1, 1, 2, 2), (2, 2, 1, 1)]
 
@@ -14,9 +14,9 @@ SHAPES = [(1, 1, 1, 4), (4, 1, 1, 1), (1, 2, 1, 2), (2, 1, 2, 1), (1, 2, 2, 1), 
 def places(shape):
     """{axis: (rank, size, global ranks, which ranks it really sums over, in decimal digits)}."""
     m = Mesh(*shape)
-    axes = {name: getattr(m, name) for name in (*AXES, "data", "world")}
+    axes = {name: getattr(m, name) for name in (*MESH_AXIS_NAMES, "data", "world")}
     sums = {name: comm.all_reduce(torch.tensor(10 ** m.rank), axis).item() for name, axis in axes.items()}
-    return {name: (axis.rank, axis.size, axis.ranks, sums[name]) for name, axis in axes.items()}
+    return {name: (axis.rank, axis.size, axis.global_ranks, sums[name]) for name, axis in axes.items()}
 
 
 def lines(shape):
@@ -50,7 +50,7 @@ def test_three_ranks(ranks):
 
 def test_a_plain_process_is_a_mesh_of_one():
     m = Mesh()
-    assert (m.rank, m.world.size, m.data.ranks, m.tp.group) == (0, 1, (0,), None)
+    assert (m.rank, m.world.size, m.data.global_ranks, m.tp.group) == (0, 1, (0,), None)
     assert repr(m) == "Mesh(pp=1, dp=1, cp=1, tp=1, rank=0)"
 
 
@@ -77,7 +77,7 @@ def threads_of_meshes():
     first, before = Mesh(dp=2, tp=2), threads()
     again = [Mesh(dp=2, tp=2) for _ in range(5)]
     same_group = all(m.dp.group is first.dp.group for m in again)
-    return threads() - before, same_group, len({id(m.ledger) for m in again})
+    return threads() - before, same_group, len({id(m.comm_log) for m in again})
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads through /proc")
@@ -86,13 +86,13 @@ def test_a_shape_makes_its_groups_once_and_each_mesh_its_own_ledger(ranks):
 
 
 def wires():
-    m, own, none = Mesh(dp=2), Mesh(dp=2, wire={"tp": (0.0, 1e9)}), Mesh(dp=2, wire={})
-    return [axis.link and (axis.link.latency, axis.link.bandwidth)
+    m, own, none = Mesh(dp=2), Mesh(dp=2, emulated_links={"tp": (0.0, 1e9)}), Mesh(dp=2, emulated_links={})
+    return [axis.emulated_link and (axis.emulated_link.latency, axis.emulated_link.bandwidth)
             for axis in (m.dp, m.data, m.tp, m.world, own.dp, own.tp, none.dp)]
 
 
 def test_the_pools_wire_is_the_default(ranks):
-    with Ranks(2, wire={"dp": (1e-3, 1e6)}) as pool:
+    with RankPool(2, emulated_links={"dp": (1e-3, 1e6)}) as pool:
         wire = (1e-3, 1e6)
         assert pool.run(wires) == [[wire, wire, None, None, None, (0.0, 1e9), None]] * 2
     assert ranks(2).run(wires) == [[None, None, None, None, None, (0.0, 1e9), None]] * 2
@@ -104,16 +104,17 @@ def test_the_pools_wire_is_the_default(ranks):
     ({"tp": (0, 0)}, "bandwidth 0 bytes/s"),
 ])
 def test_bad_wires(wire, want):
-    for refuses in (lambda: Mesh(wire=wire), lambda: mesh.emulate(wire), lambda: Ranks(2, wire=wire)):
+    for refuses in (lambda: Mesh(emulated_links=wire), lambda: mesh.set_default_emulated_links(wire),
+                    lambda: RankPool(2, emulated_links=wire)):
         with pytest.raises(ValueError, match=want):
             refuses()
 
 
 def stretches(pp, dp, tp, size):
     mesh = Mesh(pp=pp, dp=dp, tp=tp)
-    inner = mesh.inner("tp", size)
+    inner = mesh.subgroup_of_size("tp", size)
     total = comm.all_reduce(torch.tensor(float(mesh.rank)), inner).item()
-    return inner.name, inner.rank, inner.ranks, total, inner is mesh.tp
+    return inner.name, inner.rank, inner.global_ranks, total, inner is mesh.tp
 
 
 def test_an_inner_axis_is_a_stretch_of_neighbours(ranks):
@@ -126,5 +127,5 @@ def test_an_inner_axis_is_a_stretch_of_neighbours(ranks):
 
 
 def pairs_of_dp():
-    inner = Mesh(dp=4).inner("dp", 2)
-    return inner.ranks, comm.all_reduce(torch.tensor(float(Mesh(dp=4).rank)), inner).item()
+    inner = Mesh(dp=4).subgroup_of_size("dp", 2)
+    return inner.global_ranks, comm.all_reduce(torch.tensor(float(Mesh(dp=4).rank)), inner).item()

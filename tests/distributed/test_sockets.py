@@ -33,8 +33,8 @@ import time
 import torch
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
-with Ranks(3) as pool:
+from nanoinfra.distributed.pool.rank_pool import RankPool
+with RankPool(3) as pool:
     pool.run(lambda: comm.all_reduce(torch.ones(1), Mesh(dp=3).dp))
     pool.run(time.sleep, 1.0)                # to be looked at
 """

@@ -15,12 +15,12 @@ from nanoinfra.formulas.activations import (
     table_2,
     working_bytes,
 )
-from nanoinfra.formulas.tensor_parallel import SP
+from nanoinfra.formulas.tensor_parallel import SEQUENCE_PARALLEL_MODES
 from nanoinfra.lab.kept import Kept
-from nanoinfra.memory.recompute import apply
+from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Block, Decoder
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
-from nanoinfra.parallel.vocab_parallel import HeadLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
 from nanoinfra.train.loss import cross_entropy
 from tests.families import KINDS
 
@@ -59,7 +59,8 @@ def saved_bytes_by_phase(model, batch, seq, backward=False):
        how=st.sampled_from(HOW))
 def test_activations_are_what_autograd_keeps(configs, data, batch, seq, dtype, how):
     config, (attention, recompute) = data.draw(configs), how
-    got = saved_bytes(apply(Decoder(config, attention).to(dtype), recompute), batch, seq)
+    got = saved_bytes(apply_activation_checkpointing(Decoder(config, attention).to(dtype), recompute), batch,
+                      seq)
     assert got == activation_bytes(config, batch, seq, dtype.itemsize, attention, recompute)
 
 
@@ -68,7 +69,7 @@ def test_activations_are_what_autograd_keeps(configs, data, batch, seq, dtype, h
        how=st.sampled_from(HOW))
 def test_backward_works_with_one_layer_at_a_time(configs, data, batch, seq, dtype, how):
     config, (attention, recompute) = data.draw(configs), how
-    model = apply(Decoder(config, attention).to(dtype), recompute)
+    model = apply_activation_checkpointing(Decoder(config, attention).to(dtype), recompute)
     _, got = saved_bytes_by_phase(model, batch, seq, backward=True)
     each = [replace(config, window=config.window_of(layer)) for layer in range(config.layers)]
     want = sum(working_bytes(layer, batch, seq, dtype.itemsize, attention, recompute) for layer in each)
@@ -81,7 +82,7 @@ def test_backward_works_with_one_layer_at_a_time(configs, data, batch, seq, dtyp
 def test_what_recompute_keeps_is_gone_while_one_layer_works(family, dtype):
     """The working set is freed before the next layer runs: at no moment are there two."""
     config = ModelConfig(61, 24, 4, 6, 3, 10, 40, 16, family=family)
-    model, alive, peaks = apply(Decoder(config, "naive").to(dtype), "full"), [], []
+    model, alive, peaks = apply_activation_checkpointing(Decoder(config, "naive").to(dtype), "full"), [], []
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def note(tensor):
@@ -131,7 +132,7 @@ def test_recompute_is_korthikanti_2022_table_2():
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), batch=st.integers(1, 3), seq=st.integers(1, 20), dtype=st.sampled_from(DTYPES),
-       how=st.sampled_from(HOW), sp=st.sampled_from(SP))
+       how=st.sampled_from(HOW), sp=st.sampled_from(SEQUENCE_PARALLEL_MODES))
 def test_a_rank_of_t_keeps_its_share(shared_configs, first_of, data, batch, seq, dtype, how, sp):
     (config, t), (attention, recompute) = data.draw(shared_configs), how
     with first_of(t) as mesh:
@@ -140,7 +141,7 @@ def test_a_rank_of_t_keeps_its_share(shared_configs, first_of, data, batch, seq,
 
 
 @pytest.mark.parametrize("family", KINDS)
-@pytest.mark.parametrize("sp", SP)
+@pytest.mark.parametrize("sp", SEQUENCE_PARALLEL_MODES)
 def test_a_rank_of_t_works_with_one_layer_at_a_time(first_of, family, sp):
     config = ModelConfig(61, 24, 4, 6, 3, 10, 40, 16, family=family)
     with first_of(3) as mesh:
@@ -155,7 +156,8 @@ def run(config, mesh, batch, seq, dtype, attention, recompute, sp, backward=Fals
     """Bytes that rank 0 keeps for backward; and the most at any moment, with backward's own."""
     model = Decoder(config, attention).to(dtype)
     TensorParallel(model, mesh, sp)
-    loss, tokens = HeadLoss(apply(model, recompute).head), torch.zeros(batch, seq, dtype=torch.long)
+    loss = VocabParallelLoss(apply_activation_checkpointing(model, recompute).head)
+    tokens = torch.zeros(batch, seq, dtype=torch.long)
     with Kept(model.parameters()) as kept:
         out = loss(model.hidden(tokens), tokens, 1)
         forward = kept.bytes()

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from nanoinfra.config import ModelConfig, sized
 from nanoinfra.formulas.flops import forward_flops, mfu, train_flops
 from nanoinfra.formulas.parameters import parameters, parameters_by_part, shapes
-from nanoinfra.memory.recompute import apply
+from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
 
 CPU_KERNEL = {                              # the counter knows torch's fused attention on GPUs only
@@ -69,7 +69,7 @@ def test_sdpa_computes_scores_again_in_backward(config):
 @pytest.mark.parametrize("config", SMALL, ids=name)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_is_what_the_counter_counts(config, recompute):
-    forward, backward = counted(apply(Decoder(config, "naive"), recompute), 2, 11)
+    forward, backward = counted(apply_activation_checkpointing(Decoder(config, "naive"), recompute), 2, 11)
     assert forward == train_flops(config, 2, 11) // 3
     assert forward + backward == train_flops(config, 2, 11, recompute=recompute)
 

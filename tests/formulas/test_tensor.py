@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nanoinfra.config import ModelConfig, sized
 from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.tensor_parallel import (
-    SP,
+    SEQUENCE_PARALLEL_MODES,
     box,
     boxes,
     check_heads,
@@ -25,10 +25,10 @@ from nanoinfra.formulas.tensor_parallel import (
     stretch,
     tensor_sent,
 )
-from nanoinfra.memory.recompute import apply
+from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
-from nanoinfra.parallel.vocab_parallel import HeadLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
 from tests.families import KINDS
 
 SMOLLM2 = ModelConfig(100, 36, 2, 9, 3, 4, 26, 64)
@@ -74,7 +74,7 @@ def test_uneven_cuts_by_hand():
     assert box(SMOLLM2, "blocks.1.mlp.down.weight", 3, 2) == ((0, 36), (18, 26))
     assert box(SMOLLM2, "embed.weight", 3, 2) == ((68, 100), (0, 36))
     assert box(SMOLLM2, "blocks.0.attn.v.weight", 9, 5) == ((4, 8), (0, 36))         # KV head 1
-    assert [padded_seq(10, 4, sp) for sp in SP] == [10, 12, 12]
+    assert [padded_seq(10, 4, sp) for sp in SEQUENCE_PARALLEL_MODES] == [10, 12, 12]
 
 
 @pytest.mark.parametrize("config, t, complaint", [
@@ -91,7 +91,8 @@ def test_what_ranks_cannot_share_is_refused_with_a_number_that_works(config, t, 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), batch=st.integers(1, 3), seq=st.integers(1, 20), micro_batches=st.integers(1, 2),
-       dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), sp=st.sampled_from(SP),
+       dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+       sp=st.sampled_from(SEQUENCE_PARALLEL_MODES),
        recompute=st.sampled_from(["none", "selective", "full"]))
 def test_a_step_sends_what_is_said(shared_configs, first_of, data, batch, seq, micro_batches, dtype, sp,
                                    recompute):
@@ -106,15 +107,16 @@ def sent_in_a_step(config, mesh, batch, seq, micro_batches, dtype, sp, recompute
     """{(op, tag): (calls, bytes)} in the ledger of rank 0, weights' arrival apart."""
     model = Decoder(config, "naive").to(dtype)
     tensor = TensorParallel(model, mesh, sp)
-    loss, tokens = HeadLoss(apply(model, recompute).head), torch.zeros(batch, seq, dtype=torch.long)
+    loss = VocabParallelLoss(apply_activation_checkpointing(model, recompute).head)
+    tokens = torch.zeros(batch, seq, dtype=torch.long)
     for _ in range(micro_batches):
         loss(model.hidden(tokens), tokens, 1).backward()
-    tensor.finish({name: p.grad for name, p in model.named_parameters()})
+    tensor.all_reduce_partial_grads({name: p.grad for name, p in model.named_parameters()})
     calls, payload = Counter(), Counter()
-    for row in mesh.ledger.rows:
+    for row in mesh.comm_log.records:
         if row.tag != "weights":
             calls[row.op, row.tag] += 1
-            payload[row.op, row.tag] += row.payload
+            payload[row.op, row.tag] += row.payload_bytes
     return {key: (n, payload[key]) for key, n in calls.items()}
 
 

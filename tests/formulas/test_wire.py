@@ -36,7 +36,7 @@ def test_a_simulated_ring_agrees(op, n):
 
 
 @pytest.mark.parametrize("op, want", [("all_reduce", 1500), ("all_gather", 750), ("reduce_scatter", 750),
-                                      ("all_to_all", 750), ("broadcast", 1000), ("exchange", 1000),
+                                      ("all_to_all", 750), ("broadcast", 1000), ("ring_shift", 1000),
                                       ("send", 1000), ("recv", 1000), ("barrier", 0)])
 def test_literal_bytes_on_four_ranks(op, want):
     assert ring_bytes(op, 1000, 4) == want

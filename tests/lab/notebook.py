@@ -9,7 +9,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
 from traitlets.config import Config
 
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from tests.cpu_seconds import METER
 
 
@@ -33,7 +33,7 @@ def in_this_process(file: Path) -> None:
                 if cell.cell_type == "code":
                     shell.run_cell(cell.source).raise_error()
     finally:
-        for pool in [each for each in shell.user_ns.values() if isinstance(each, Ranks)]:
+        for pool in [each for each in shell.user_ns.values() if isinstance(each, RankPool)]:
             pool.close()
         shell.reset(new_session=False)
         sys.modules["__main__"] = main

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.distributed.ledger import Row
+from nanoinfra.distributed.comm_log import CommRecord
 from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.formulas.traffic_by_axis import sent
 from nanoinfra.lab import draw
@@ -62,7 +62,8 @@ def test_layers_take_their_nap_and_ranks_wait_for_every_axis(ranks):
 
 def test_a_message_counts_where_it_is_sent_and_the_tied_weight_apart():
     def row(op, axis, tag, payload):
-        return Row(op=op, axis=axis, tag=tag, payload=payload, n=2, seq=1, begin=0.0)
+        return CommRecord(op=op, axis_name=axis, tag=tag, payload_bytes=payload, axis_size=2,
+                          sequence_number=1, start_time=0.0)
     rows = [row("send", "pp", "activations", 5), row("recv", "pp", "gradients", 7),
             row("all_reduce", "pp", "tied", 11), row("all_reduce", "data", "grads", 13),
             row("all_reduce", "tp", "layers", 17), row("all_reduce", "tp", "loss", 19)]

@@ -3,7 +3,7 @@ import io
 import pytest
 from PIL import Image
 
-from nanoinfra.distributed.ledger import Row as LedgerRow
+from nanoinfra.distributed.comm_log import CommRecord as LedgerRow
 from nanoinfra.lab import draw
 from nanoinfra.lab.compare import Row
 from nanoinfra.lab.measure import counted, median

@@ -5,7 +5,7 @@ from torch import nn
 from nanoinfra.config import sized
 from nanoinfra.formulas.activations import activation_terms
 from nanoinfra.lab.kept import Kept
-from nanoinfra.memory.recompute import apply
+from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
 
 
@@ -32,7 +32,7 @@ def test_what_backward_frees_is_gone_but_the_peak_stays():
 def test_layers_keep_what_the_formula_says_on_any_device(device, how):
     config = sized("test")
     with torch.device(device):
-        model = apply(Decoder(config, "naive"), how)
+        model = apply_activation_checkpointing(Decoder(config, "naive"), how)
         x = torch.zeros(2, 9, dtype=torch.long)
         places = model.places(x)
         x, rope = model.start(x, places), model.angles(places, torch.get_default_dtype())

@@ -1,6 +1,6 @@
 import pytest
 
-from nanoinfra.distributed.comm import exchange
+from nanoinfra.distributed.comm import ring_shift
 from nanoinfra.lab.checks import l02_ring as check
 
 
@@ -9,7 +9,7 @@ def scatter(x, axis, index=lambda rank, step, n: (rank - 1 - step) % n, keep=Tru
     n, rank = axis.size, axis.rank
     partial = x[rank - 1]
     for step in range(1, n):
-        came = exchange(partial, axis)
+        came = ring_shift(partial, axis)
         mine = x[index(rank, step, n)]
         mine.copy_(add(came, mine))                                # into x, not into partial
         partial = mine if keep else came
@@ -24,7 +24,7 @@ def gather(x, axis, own=True, rounds=lambda n: n - 1, shift=0, add=False):
     if own:
         parts[rank] = chunk
     for step in range(1, 1 + rounds(n)):
-        chunk = exchange(chunk, axis)
+        chunk = ring_shift(chunk, axis)
         row = (rank - step + shift) % n
         parts[row] = parts[row] + chunk if add else chunk
     return x

@@ -61,5 +61,5 @@ def test_no_two_slips_of_a_probe_give_the_same_number():
 def test_the_modules_own_recompute_and_formulas_pass():
     def kept(config, batch, seq, d, how):
         return config.layers * sum(activation_terms(config, batch, seq, d, "naive", how).values())
-    assert check.recompute.report(recompute.recompute).exit_code == 0
+    assert check.recompute.report(recompute.activation_checkpoint).exit_code == 0
     assert check.kept_bytes.report(kept).exit_code == 0

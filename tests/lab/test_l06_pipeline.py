@@ -37,7 +37,7 @@ SLOW = {
     "gives no history": "It has no history: .requires_grad_() it first",
     "sends in float32": "rounding: summed in a narrower dtype?",
     "waits for all after each": "one stage at a time: who waits for whom, without need?",
-    "waits for every send": "send with wait=False and wait for all of them at the end",
+    "waits for every send": "send with async_op=True and wait for all of them at the end",
 }
 MUTANTS = {mutant.name: mutant for mutant in collect(file="l06_pipeline")}
 

@@ -68,7 +68,7 @@ def test_a_step_sends_and_keeps_what_the_formulas_say(ranks, sp):
     for loss, rows, kept in runs:
         assert loss == pytest.approx(want, rel=1e-5) and len(kept) == len(GPT2)
         sent = tensor_sent(CONFIG, 2, 2, 8, sp=sp)
-        got = {key: [row.payload for row in rows if (row.op, row.tag) == key] for key in sent}
+        got = {key: [row.payload_bytes for row in rows if (row.op, row.tag) == key] for key in sent}
         assert {key: (len(sizes), sum(sizes)) for key, sizes in got.items()} == sent
         assert sum(kept) == sum(activation_terms(CONFIG, 2, 8, 4, tp=2, sp=sp).values())
 

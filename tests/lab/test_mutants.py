@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.distributed.rings import ring_all_reduce
+from nanoinfra.distributed.ring_collectives import ring_all_reduce
 from nanoinfra.lab.checks import l02_ring
 from nanoinfra.lab.exercise import load
 from nanoinfra.lab.mutants import Mutant, collect, main, patched, rejected_by, run
@@ -23,14 +23,15 @@ def test_the_first_two_of_a_check_are_rejected_by_their_criterion(mutant):
 def test_a_survivor_a_wrong_reason_and_a_lone_mutant_fail():
     check = l02_ring.ring_all_reduce
     right = Mutant("not wrong at all", check, ring_all_reduce, "every rank has the sum")
-    other = Mutant("wrong otherwise", check, lambda x, axis: x, "only exchange")
+    other = Mutant("wrong otherwise", check, lambda x, axis: x, "only ring_shift")
     assert rejected_by(right) == ""
     assert [row[-1] for row in run([right, other]).rows] == ["wrong", "wrong"]
     assert run([other]).rows[-1][1:] == ("(a check needs two mutants)", "(has 1)", "wrong")
 
 
 def test_a_patch_holds_in_the_rank_processes_and_only_during_the_call():
-    lazy = patched(ring_all_reduce, "nanoinfra.distributed.rings:exchange", lambda x, axis, tag="": x)
+    lazy = patched(ring_all_reduce, "nanoinfra.distributed.ring_collectives:ring_shift", lambda x, axis,
+                   tag="": x)
     report = l02_ring.ring_all_reduce.report(lazy)
     assert report.first_failure.criterion.name == "every rank has the sum"
     assert l02_ring.ring_all_reduce.report(ring_all_reduce).exit_code == 0
@@ -44,7 +45,7 @@ def test_mutants_are_found_from_a_folder_outside_the_repository(course):
 
 def test_the_command_exits_1_if_one_survives(tmp_path, capsys):
     (tmp_path / "bad.py").write_text(
-        "from nanoinfra.distributed.rings import ring_all_reduce\n"
+        "from nanoinfra.distributed.ring_collectives import ring_all_reduce\n"
         "from nanoinfra.lab.checks import l02_ring\nfrom nanoinfra.lab.mutants import Mutant\n"
         "MUTANTS = [Mutant(name, l02_ring.ring_all_reduce, ring_all_reduce, 'only x') for name in 'ab']\n")
     assert main([str(tmp_path)]) == 1

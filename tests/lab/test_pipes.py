@@ -6,8 +6,8 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.activations import activation_terms
 from nanoinfra.lab.pipes import rehearse, scheduled, train
-from nanoinfra.parallel.pipeline.schedules import gpipe, one_f_one_b, schedule, zb_h1
-from nanoinfra.parallel.pipeline.simulator import simulate
+from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule, gpipe, one_f_one_b, zb_h1
+from nanoinfra.parallel.pipeline.simulator import simulate_schedule
 
 KINDS = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1)]
 CONFIG = ModelConfig(61, 12, 4, 2, 2, 6, 48, 8, tied=False, family="gpt2")
@@ -20,28 +20,28 @@ def batches():
 
 def test_anybodys_order_becomes_a_schedule():
     for kind, order in (("gpipe", gpipe), ("1f1b", one_f_one_b), ("zb-h1", zb_h1)):
-        assert scheduled(order, 3, 5) == schedule(kind, 3, 5)
+        assert scheduled(order, 3, 5) == build_pipeline_schedule(kind, 3, 5)
 
 
 @pytest.mark.parametrize("kind, v", KINDS)
 def test_ranks_count_the_slots_of_the_clock(ranks, kind, v):
-    lists, times = schedule(kind, 2, M, v), (2, 3, 4)
-    clock = simulate(lists, *(t / v for t in times))
+    lists, times = build_pipeline_schedule(kind, 2, M, v), (2, 3, 4)
+    clock = simulate_schedule(lists, *(t / v for t in times))
     for rank, [(_, counted)] in enumerate(ranks(2).run(rehearse, lists, times)):
-        assert [span[1:] for span in counted] == [span[1:] for span in clock.spans[rank]]
-    assert clock.idle == [formulas.idle(kind, 2, M, *times, v)] * 2
+        assert [span[1:] for span in counted] == [span[1:] for span in clock.compute_spans[rank]]
+    assert clock.idle_seconds == [formulas.idle(kind, 2, M, *times, v)] * 2
 
 
 def test_who_goes_one_at_a_time_is_seen_to_idle(ranks):
     def serial(p, r, m):
-        return sorted(gpipe(p, r, m), key=lambda what: what.micro)
+        return sorted(gpipe(p, r, m), key=lambda what: what.micro_batch)
     least = formulas.idle("1f1b", 2, M, 1, 1, 1)
     for [(_, counted)] in ranks(2).run(rehearse, scheduled(serial, 2, M), (1, 1, 1)):
         assert counted[-1][2] - sum(end - begin for _, begin, end in counted) > least
 
 
 def test_asleep_a_computation_takes_its_slots_and_stages_stand_side_by_side(ranks):
-    results = ranks(2).run(rehearse, schedule("1f1b", 1, 2), (1, 2, 3), 0.002, repeats=2)
+    results = ranks(2).run(rehearse, build_pipeline_schedule("1f1b", 1, 2), (1, 2, 3), 0.002, repeats=2)
     for trials in results:
         assert len(trials) == 2
         for real, counted in trials:
@@ -54,7 +54,7 @@ def test_a_real_step_keeps_and_sends_what_the_formulas_say(ranks):
     (want,) = ranks(1).run(train, CONFIG, "1f1b", 1, 1, batches())
     for kind, v in KINDS:
         runs = ranks(2).run(train, CONFIG, kind, 2, v, batches())
-        sent = [sum(row.payload for row in run["rows"] if row.op == "send") for run in runs]
+        sent = [sum(row.payload_bytes for row in run["rows"] if row.op == "send") for run in runs]
         chunk = CONFIG.layers // (2 * v) * layer
         assert sent == formulas.sent_bytes(CONFIG, 2, M, B, T, 8, v)
         held = [formulas.in_flight(kind, 2, r, M, v) for r in range(2)]

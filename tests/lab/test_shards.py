@@ -6,7 +6,7 @@ from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.formulas.zero import zero_bytes, zero_payload
 from nanoinfra.lab.maps import held_bars, shard_map, stack_timeline
 from nanoinfra.lab.shards import KINDS, exposed, held_and_sent, stack_step
-from nanoinfra.parallel.zero import Zero
+from nanoinfra.parallel.zero import ZeroDataParallel
 
 CONFIG = sized("test", tied=False, vocab=259)                      # 259 rows leave a remainder on two ranks
 WIRE = (1e-3, 4e6)
@@ -26,7 +26,7 @@ def test_held_and_sent_are_the_formulas(ranks, stage):
         assert kinds == dict(zip(KINDS, (want["weights"], want["gradients"], want["master"], moments)))
         assert sum(kinds.values()) < peak < sum(kinds.values()) + 8 * 4 * 259 * 32 + 300_000
         sent = zero_payload(CONFIG, 2, stage, 3, "bfloat16")
-        assert {op: sum(row.payload for row in rows if row.op == op) for op in sent} == sent
+        assert {op: sum(row.payload_bytes for row in rows if row.op == op) for op in sent} == sent
 
 
 def test_a_stack_that_nothing_cuts_waits_for_nothing_and_notes_forward_and_backward(ranks):
@@ -75,5 +75,5 @@ def uncut(net, axis):
 
 
 def by_zero(net, axis):
-    shared = Zero(net, axis, 3)
-    return (lambda: (shared.begin_step(), shared.before_backward(last=True))), shared.finish
+    shared = ZeroDataParallel(net, axis, 3)
+    return (lambda: (shared.zero_grad(), shared.prepare_for_backward(is_last=True))), shared.finish_grad_sync

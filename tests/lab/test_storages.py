@@ -141,8 +141,8 @@ def gather_under_way():
     mesh = Mesh(dp=2)
     x = torch.ones(100)
     with Storages() as storages:
-        storages.watch(ledger=mesh.ledger)
-        pending = comm.all_gather(x, mesh.dp, "weights", wait=False)
+        storages.watch(ledger=mesh.comm_log)
+        pending = comm.all_gather(x, mesh.dp, "weights", async_op=True)
         storages.mark("computes")
         pending.wait()
         del pending
@@ -152,7 +152,7 @@ def gather_under_way():
         storages.mark("done")
         comm.reduce_scatter(torch.ones(2, 50), mesh.dp, "grads")
     comm.barrier(mesh.dp)
-    return storages.marks, vars(mesh.ledger).keys() & {"enter", "leave"}
+    return storages.marks, vars(mesh.comm_log).keys() & {"start_record", "finish_record"}
 
 
 def test_collectives_are_marked_and_their_buffers_count(ranks):

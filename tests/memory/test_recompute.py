@@ -29,7 +29,8 @@ def config(family="llama"):
 
 
 def decoder(attention="sdpa", how="none", family="llama"):
-    return recompute.apply(init_weights(Decoder(config(family), attention), seed=3).double(), how)
+    model = init_weights(Decoder(config(family), attention), seed=3).double()
+    return recompute.apply_activation_checkpointing(model, how)
 
 
 def gradients(model, micro_batches=2):
@@ -72,7 +73,7 @@ class Noisy(nn.Module):
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.1)) for _ in range(3))
-        recompute.apply(self, how)
+        recompute.apply_activation_checkpointing(self, how)
 
     def forward(self, x):
         for block in self.blocks:
@@ -100,7 +101,7 @@ def test_random_numbers_are_drawn_again_and_the_stream_goes_on_as_without():
 @pytest.mark.gpu
 def test_a_gpus_dice_fall_again_too():
     results = []
-    for call in (lambda fn, x: fn(x), recompute.recompute):
+    for call in (lambda fn, x: fn(x), recompute.activation_checkpoint):
         torch.manual_seed(0)
         x = torch.ones(64, device="cuda", requires_grad=True)
         y = call(lambda x: torch.dropout(x, 0.5, True) * x, x)
@@ -133,7 +134,8 @@ def test_frozen_blocks_pass_gradients_on():
 
 def test_what_is_frozen_all_through_gives_nothing():
     layer = nn.Linear(3, 3).requires_grad_(False)
-    (recompute.recompute(layer, torch.ones(3)).sum() + torch.ones((), requires_grad=True)).backward()
+    (recompute.activation_checkpoint(layer, torch.ones(3)).sum()
+     + torch.ones((), requires_grad=True)).backward()
     assert layer.weight.grad is None
 
 
@@ -143,7 +145,7 @@ def test_a_block_used_twice_adds_up(how):
     model.blocks[2] = model.blocks[0]
     plain = copy.deepcopy(model)
     model.blocks = model.blocks[:2]                                            # one wrapper a block
-    recompute.apply(model, how)
+    recompute.apply_activation_checkpointing(model, how)
     model.blocks.append(model.blocks[0])
     assert_same_gradients(gradients(model), gradients(plain))
 
@@ -163,7 +165,7 @@ def test_tensors_in_tuples_lists_and_dicts_and_everything_else_pass():
     leaves = [torch.randn(3, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(4)]
     args = leaves[0], (leaves[1], [leaves[2].detach()]), {"more": [leaves[3]], "n": 2}, "name", None
     results = []
-    for call in (fn, functools.partial(recompute.recompute, fn)):
+    for call in (fn, functools.partial(recompute.activation_checkpoint, fn)):
         y, total = call(*args)
         results.append(torch.autograd.grad((y.square().sum() * total), (leaves[0], leaves[1], leaves[3])))
     assert all(map(torch.equal, *results))
@@ -171,7 +173,7 @@ def test_tensors_in_tuples_lists_and_dicts_and_everything_else_pass():
 
 def test_a_second_backward_fails_as_torchs_own_does():
     x, layer = torch.ones(3, requires_grad=True), nn.Linear(3, 3)
-    y = recompute.recompute(layer, x).sum()
+    y = recompute.activation_checkpoint(layer, x).sum()
     y.backward(retain_graph=True)
     once = x.grad.clone()
     y.backward()
@@ -183,7 +185,7 @@ def test_a_second_backward_fails_as_torchs_own_does():
 def test_gradients_of_gradients_are_refused_not_wrong():
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match="not gradients of gradients"):
-        torch.autograd.grad(recompute.recompute(torch.exp, x).sum(), x, create_graph=True)
+        torch.autograd.grad(recompute.activation_checkpoint(torch.exp, x).sum(), x, create_graph=True)
 
 
 def test_without_grad_nothing_is_kept_and_nothing_runs_twice():
@@ -231,16 +233,16 @@ def shared_gradients(how):
     draw = torch.Generator().manual_seed(1)
     batches = [torch.randint(61, (2, 11), generator=draw) for _ in range(4)][mesh.dp.rank::2]
     for i, tokens in enumerate(batches):
-        shared.before_backward(last=i == 1)
+        shared.prepare_for_backward(is_last=i == 1)
         cross_entropy(model.hidden(tokens), model.head.weight, tokens, 88).backward()
-    return {name: grad.clone() for name, grad in shared.finish().items()}
+    return {name: grad.clone() for name, grad in shared.finish_grad_sync().items()}
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
 def test_it_runs_again_under_the_same_autocast(inside):
     """A weight's cast made without grad must not be found again by the second run."""
     got, want = ([], [])
-    for call, grads in ((recompute.recompute, got), (lambda fn, *args: fn(*args), want)):
+    for call, grads in ((recompute.activation_checkpoint, got), (lambda fn, *args: fn(*args), want)):
         torch.manual_seed(0)
         layer = nn.Linear(4, 4)
         with torch.autocast("cpu", torch.bfloat16):
@@ -256,12 +258,12 @@ def test_it_runs_again_under_the_same_autocast(inside):
     ("selective", "sdpa keeps none, so there is nothing to save; try --attention naive, or --recompute f")])
 def test_what_cannot_be_is_refused(how, complaint):
     with pytest.raises(ValueError, match=complaint):
-        recompute.apply(decoder("sdpa"), how)
+        recompute.apply_activation_checkpointing(decoder("sdpa"), how)
 
 
 def test_none_changes_nothing():
     model = Decoder(sized("test"))
-    assert recompute.apply(model, "none") is model
+    assert recompute.apply_activation_checkpointing(model, "none") is model
     assert all("forward" not in vars(block) for block in model.blocks)
 
 

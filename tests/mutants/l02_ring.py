@@ -2,7 +2,7 @@
 import torch
 
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.rings import ring_all_gather, ring_all_reduce
+from nanoinfra.distributed.ring_collectives import ring_all_gather, ring_all_reduce
 from nanoinfra.lab.checks import l02_ring as check
 from nanoinfra.lab.mutants import Mutant, patched
 
@@ -12,7 +12,7 @@ def reduce_scatter(x, axis, hops=None, first=-1, add=torch.add, dtype=None):
     n, rank = axis.size, axis.rank
     partial = x[(rank + first) % n]
     for step in range(1, n if hops is None else hops(n)):
-        came = comm.exchange(partial.to(dtype or x.dtype), axis).to(x.dtype)
+        came = comm.ring_shift(partial.to(dtype or x.dtype), axis).to(x.dtype)
         partial = add(came, x[(rank + first - step) % n])
     return partial
 
@@ -39,7 +39,7 @@ def sends_every_row(x, axis, tag=""):
     partial = x.clone()
     for step in range(1, n):
         row = (rank - 1 - step) % n
-        partial[row] = comm.exchange(partial, axis)[row] + x[row]
+        partial[row] = comm.ring_shift(partial, axis)[row] + x[row]
     return partial[rank]
 
 
@@ -77,7 +77,7 @@ def sums_float32(x, axis):
 def sums_in_its_own_order(x, axis):
     total, moving = x.clone(), x
     for _ in range(axis.size - 1):
-        moving = comm.exchange(moving, axis)
+        moving = comm.ring_shift(moving, axis)
         total += moving
     return x.copy_(total)
 
@@ -87,7 +87,7 @@ def passes_the_whole_tensor_on(x, axis):
     n, rank = axis.size, axis.rank
     token = x.clone()
     for step in range(1, 2 * n - 1):
-        came = comm.exchange(token, axis)
+        came = comm.ring_shift(token, axis)
         if step == rank:
             token = came + x
         elif step >= n + rank or step < rank:
@@ -100,11 +100,12 @@ def asks_the_library(x, axis):
 
 
 def exchange_in_halves(x, axis, tag=""):
-    return torch.cat([comm.exchange(half, axis, tag) for half in x.tensor_split(2)])
+    return torch.cat([comm.ring_shift(half, axis, tag) for half in x.tensor_split(2)])
 
 
-two_messages_a_chunk = patched(ring_all_reduce, "nanoinfra.distributed.rings:exchange", exchange_in_halves)
-scatters_all_rows = patched(ring_all_reduce, "nanoinfra.distributed.rings:ring_reduce_scatter",
+two_messages_a_chunk = patched(ring_all_reduce, "nanoinfra.distributed.ring_collectives:ring_shift",
+                               exchange_in_halves)
+scatters_all_rows = patched(ring_all_reduce, "nanoinfra.distributed.ring_collectives:ring_reduce_scatter",
                             sends_every_row)
 
 MINE, ONLY, SHARE = (criterion.name for criterion in check.ring_reduce_scatter.criteria)

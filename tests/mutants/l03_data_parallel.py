@@ -6,7 +6,7 @@ from nanoinfra.data.sample_order import IGNORE
 from nanoinfra.distributed import comm
 from nanoinfra.lab.checks import l03_data_parallel as check
 from nanoinfra.lab.mutants import Mutant
-from nanoinfra.parallel.data_parallel import pack
+from nanoinfra.parallel.data_parallel import pack_grad_buckets
 from nanoinfra.train.loss import count_valid
 
 
@@ -81,41 +81,41 @@ def sends_one_flat_tensor(model, batches, axis):
     return {name: part.view_as(p) for (name, p), part in zip(model.named_parameters(), parts)}
 
 
-def overlapped(model, batches, axis, bucket_bytes, full=lambda bucket: not bucket.waiting,
+def overlapped(model, batches, axis, bucket_bytes, full=lambda bucket: not bucket.params_awaiting_grad,
                when=lambda last: last, wait_in_hook=False, wait=True, after=False,
                size=lambda given: given, count=count_valid):
     """The right one, with a place for each slip."""
     params = dict(model.named_parameters())
-    parts = pack(list(params.items())[::-1], size(bucket_bytes), None)
-    home = {p: bucket for bucket in parts for p in bucket.views}
+    parts = pack_grad_buckets(list(params.items())[::-1], size(bucket_bytes), None)
+    home = {p: bucket for bucket in parts for p in bucket.grad_views}
     [total], last = count(batches, axis), False
 
     def launch(bucket):
-        bucket.pending = comm.all_reduce(bucket.flat, axis, wait=False)
+        bucket.async_all_reduce = comm.all_reduce(bucket.flat_grads, axis, async_op=True)
         if wait_in_hook:
-            bucket.pending.wait()
+            bucket.async_all_reduce.wait()
 
     def arrive(p):
         bucket = home[p]
-        bucket.views[p].add_(p.grad)
+        bucket.grad_views[p].add_(p.grad)
         p.grad = None
-        bucket.waiting.discard(p)
-        if when(last) and full(bucket) and not bucket.pending and not after:
+        bucket.params_awaiting_grad.discard(p)
+        if when(last) and full(bucket) and not bucket.async_all_reduce and not after:
             launch(bucket)
 
     hooks = [p.register_post_accumulate_grad_hook(arrive) for p in home]
     for micro, (x, y) in enumerate(batches):
         last = micro == len(batches) - 1
         for bucket in parts:
-            bucket.waiting = set(bucket.views)
+            bucket.params_awaiting_grad = set(bucket.grad_views)
         (nats(model, x, y) / total).backward()
     for hook in hooks:
         hook.remove()
     for bucket in parts if after else ():
         launch(bucket)
     for bucket in parts if wait else ():
-        bucket.pending.wait()
-    return {name: home[p].views[p] for name, p in params.items()}
+        bucket.async_all_reduce.wait()
+    return {name: home[p].grad_views[p] for name, p in params.items()}
 
 
 def never_waits(*args):

@@ -39,7 +39,7 @@ turns_round_on_odd_stages = partial(turns, name=lambda k, r, m: m - 1 - k if r %
 
 
 def misses_the_last_micro_batch(p, r, m):
-    yield from (what for what in turns(p, r, m) if what.micro < m - 1)
+    yield from (what for what in turns(p, r, m) if what.micro_batch < m - 1)
 
 
 def forgets_to_drain(p, r, m):
@@ -92,19 +92,19 @@ def goes_forward_and_back_in_turn(p, r, m):
         yield from (Forward(k), BackwardInput(k), BackwardWeight(k))
 
 
-def stage(order, stage, axis, send=comm.send, recv=comm.recv, wait=False, pop=dict.pop, forget=False,
+def stage(order, stage, axis, send=comm.send, recv=comm.recv, async_op=True, pop=dict.pop, forget=False,
           leaf=lambda x: x.requires_grad_(), take=lambda grad: grad, gradient=lambda x, y: x.grad,
           after=lambda axis: None):
     """The right executor, with a place for each slip."""
     kept, sent, r = {}, [], axis.rank
     for what in order:
-        k = what.micro
+        k = what.micro_batch
         if isinstance(what, Forward):
             x = stage.enter(k) if stage.first else leaf(recv(stage.place(k), axis, r - 1))
             y = stage.run(x, k)
             kept[k] = x, y
             if not stage.last:
-                sent.append(send(y.detach(), axis, r + 1, wait=wait))
+                sent.append(send(y.detach(), axis, r + 1, async_op=async_op))
         else:
             x, y = pop(kept, k)
             if forget:
@@ -112,15 +112,15 @@ def stage(order, stage, axis, send=comm.send, recv=comm.recv, wait=False, pop=di
             grad = None if stage.last else take(recv(stage.place(k), axis, r + 1))
             y.backward(grad)
             if not stage.first:
-                sent.append(send(gradient(x, y), axis, r - 1, wait=wait))
+                sent.append(send(gradient(x, y), axis, r - 1, async_op=async_op))
         after(axis)
-    if not wait:
+    if async_op:
         for one in sent:
             one.wait()
 
 
 def waits_for_every_send(order, stage_, axis):
-    stage(order, stage_, axis, wait=True)
+    stage(order, stage_, axis, async_op=False)
 
 
 def gives_no_history(*args):
@@ -128,7 +128,8 @@ def gives_no_history(*args):
 
 
 def sends_in_float32(*args):
-    stage(*args, send=lambda x, axis, to, wait: comm.send(x.float().double(), axis, to, wait=wait))
+    stage(*args, send=lambda x, axis, to,
+          async_op: comm.send(x.float().double(), axis, to, async_op=async_op))
 
 
 def sends_the_stream_back(*args):
@@ -149,11 +150,11 @@ def forgets_earlier_micro_batches(*args):
 
 
 def misses_a_micro_batch(order, stage_, axis):
-    stage([what for what in order if what.micro < len(stage_.batches) - 1], stage_, axis)
+    stage([what for what in order if what.micro_batch < len(stage_.batches) - 1], stage_, axis)
 
 
 def takes_them_one_at_a_time(order, stage_, axis):
-    stage(sorted(order, key=lambda what: what.micro), stage_, axis)
+    stage(sorted(order, key=lambda what: what.micro_batch), stage_, axis)
 
 
 def runs_all_forwards_first(order, stage_, axis):
@@ -167,7 +168,8 @@ def never_lets_go(*args):
 def sends_everything_twice(*args):
     def recv(x, axis, source):
         return comm.recv(torch.cat([x, x]), axis, source)[:len(x)]
-    stage(*args, recv=recv, send=lambda x, axis, to, wait: comm.send(torch.cat([x, x]), axis, to, wait=wait))
+    stage(*args, recv=recv, send=lambda x, axis, to,
+          async_op: comm.send(torch.cat([x, x]), axis, to, async_op=async_op))
 
 
 def waits_for_all_after_each(*args):

@@ -41,7 +41,7 @@ def _(subject):
 
 def refuse(line, has):
     flags = parse(["train", *line.split()])
-    with mock.patch.object(memory_check, "host_memory", lambda: int(has)):
+    with mock.patch.object(memory_check, "host_memory_limit_bytes", lambda: int(has)):
         try:
             memory_check.check_memory(flags, config.ranks_wanted(flags.mesh))
         except ValueError as error:

@@ -12,17 +12,21 @@ from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.lab import pipes
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.parallel.parallelize import Chunks
+from nanoinfra.parallel.parallelize import ParallelModel
 from nanoinfra.parallel.pipeline import schedules
 from nanoinfra.parallel.pipeline.schedules import (
     Backward,
     Forward,
+    OptimizerStep,
     RecvGrad,
     ReduceGrads,
-    Step,
-    with_messages,
+    insert_sends_and_recvs,
 )
-from nanoinfra.parallel.pipeline.simulator import in_flight, simulate, validate
+from nanoinfra.parallel.pipeline.simulator import (
+    max_micro_batches_in_flight,
+    simulate_schedule,
+    validate_schedule,
+)
 from nanoinfra.train import train_stage
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
 from nanoinfra.train.optimizer import clip
@@ -44,7 +48,7 @@ overlap = Check("overlap")
 def _(subject):
     for kind in KINDS:
         try:
-            validate(subject(*kind))
+            validate_schedule(subject(*kind))
         except ValueError as error:
             raise Wrong(f"{kind}: {error}") from error
 
@@ -53,7 +57,7 @@ def _(subject):
 def _(subject):
     for kind, p, m, v in KINDS:
         for r, stage in enumerate(subject(kind, p, m, v)):
-            if (got := in_flight(stage)) > (want := formulas.in_flight(kind, p, r, m, v)):
+            if (got := max_micro_batches_in_flight(stage)) > (want := formulas.in_flight(kind, p, r, m, v)):
                 raise Wrong(f"{kind}: stage {r} of {p} keeps {got} of {m} micro-batches, want {want}")
 
 
@@ -61,7 +65,7 @@ def _(subject):
 def _(subject):
     for kind, p, m, v in KINDS:
         want = formulas.idle(kind, p, m, *TIMES, v)
-        got = max(simulate(subject(kind, p, m, v), *(t / v for t in TIMES)).idle)
+        got = max(simulate_schedule(subject(kind, p, m, v), *(t / v for t in TIMES)).idle_seconds)
         if not abs(got - want) < 1e-9:
             raise Wrong(f"{kind}: a stage of {p} idles {got} slots with {m} micro-batches, want {want}")
 
@@ -103,8 +107,8 @@ def _(subject):
 
 @overlap.criterion("stages work at the same time", "speed")
 def _(subject):
-    lists = schedules.schedule("gpipe", 4, 4)
-    want, serial = simulate(lists, *TIMES).step * SLOT, sum(TIMES) * 4 * 4 * SLOT
+    lists = schedules.build_pipeline_schedule("gpipe", 4, 4)
+    want, serial = simulate_schedule(lists, *TIMES).step_seconds * SLOT, sum(TIMES) * 4 * 4 * SLOT
     got = min(max(ranks(4).run(seconds, subject, lists)) for _ in range(3))
     if got > (want + serial) / 2:
         raise Wrong(f"4 micro-batches on 4 stages take {got:.2f} s, {want:.2f} by the clock and {serial:.2f} "
@@ -119,11 +123,12 @@ def step(kind, p, m, v):
     x, y = torch.randint(CONFIG.vocab, (2, 2 * m, T), generator=torch.Generator().manual_seed(m))
     for i in range(2 * m):
         y[i, :i % T] = IGNORE
-    mesh.ledger.take()
+    mesh.comm_log.take_records()
     stage.begin(list(zip(x.split(2), y.split(2))), int((y != IGNORE).sum()))
     execute(stage.schedule(m)[:-1], stage)
-    sent = sum(row.payload for row in mesh.ledger.take() if row.op == "send")
-    norm = clip(dict(stage.grads), 0, axes=stage.parallel.norm_axes(), counts=stage.parallel.counts)
+    sent = sum(row.payload_bytes for row in mesh.comm_log.take_records() if row.op == "send")
+    norm = clip(dict(stage.grads), 0, axes=stage.parallel.grad_norm_axes(),
+                counts=stage.parallel.counted_in_norm)
     return {"loss": stage.loss.item(), "norm": norm, "sent": sent,
             "grads": {name: grad.clone() for name, grad in stage.grads.items()}}
 
@@ -143,44 +148,44 @@ def _runs(subject):
 
 def one_at_a_time(kind, p, m, v):
     """A serial pipeline: a micro-batch goes all the way and back before the next one starts."""
-    lists = with_messages([[what for k in range(m) for what in (
+    lists = insert_sends_and_recvs([[what for k in range(m) for what in (
         *(Forward(k, c) for c in range(v)), *(Backward(k, c) for c in reversed(range(v))))]
         for _ in range(p)], v)
-    return [[*schedules.mark_last(one), ReduceGrads(), Step()] for one in lists]
+    return [[*schedules.mark_last_backwards(one), ReduceGrads(), OptimizerStep()] for one in lists]
 
 
 def without_a_receive(kind, p, m, v):
-    lists = schedules.schedule(kind, p, m, v)
+    lists = schedules.build_pipeline_schedule(kind, p, m, v)
     lists[0].remove(RecvGrad(1))
     return lists
 
 
 def stages_swapped(kind, p, m, v):
-    lists = schedules.schedule(kind, p, m, v)
+    lists = schedules.build_pipeline_schedule(kind, p, m, v)
     return [lists[0], lists[2], lists[1], *lists[3:]]
 
 
 def all_forwards_first(kind, p, m, v):
-    return schedules.schedule("gpipe" if kind == "1f1b" else kind, p, m, v)
+    return schedules.build_pipeline_schedule("gpipe" if kind == "1f1b" else kind, p, m, v)
 
 
 def never_splits(kind, p, m, v):
-    return schedules.schedule("1f1b" if kind == "zb-h1" else kind, p, m, v)
+    return schedules.build_pipeline_schedule("1f1b" if kind == "zb-h1" else kind, p, m, v)
 
 
 class DividesAgain(train_stage.Replica):
-    def upstream(self, loss):
+    def loss_grad(self, loss):
         return torch.full_like(loss, 1 / len(self.batches))
 
 
-class ForgetsTheOtherEnd(Chunks):
-    def finish(self):
-        self.ends = None
-        return super().finish()
+class ForgetsTheOtherEnd(ParallelModel):
+    def finish_grad_sync(self):
+        self.tied_axis = None
+        return super().finish_grad_sync()
 
 
-class CountsBothEnds(Chunks):
-    def counts(self, name):
+class CountsBothEnds(ParallelModel):
+    def counted_in_norm(self, name):
         return True
 
 
@@ -190,12 +195,12 @@ def layers_swapped(config, n, seq):
     return borders
 
 
-def sends_twice(x, axis, to, tag="", wait=True):
-    return comm.send(torch.cat([x, x]), axis, to, tag, wait=wait)
+def sends_twice(x, axis, to, tag="", async_op=False):
+    return comm.send(torch.cat([x, x]), axis, to, tag, async_op=async_op)
 
 
-def receives_twice(x, axis, source, tag="", wait=True):
-    both = comm.recv(torch.cat([x, x]), axis, source, tag, wait=wait)
+def receives_twice(x, axis, source, tag="", async_op=False):
+    both = comm.recv(torch.cat([x, x]), axis, source, tag, async_op=async_op)
     return SimpleNamespace(wait=lambda: both.wait()[:len(x)])
 
 
@@ -220,7 +225,7 @@ def in_step(todo, stage):
 EXECUTED, KEPT, IDLE = (criterion.name for criterion in order.criteria)
 LOSS, GRADS, NORM, SENT = (criterion.name for criterion in pipeline.criteria)
 [BUSY] = (criterion.name for criterion in overlap.criteria)
-CHUNKS, REPLICA = "nanoinfra.train.train_stage:Chunks", "nanoinfra.train.train_stage:Replica"
+CHUNKS, REPLICA = "nanoinfra.train.train_stage:ParallelModel", "nanoinfra.train.train_stage:Replica"
 SPLIT, COMM = "nanoinfra.parallel.parallelize:split", "nanoinfra.parallel.pipeline.stage:comm"
 MUTANTS = [
     Mutant("a schedule with a missing receive", order, without_a_receive, EXECUTED),

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanoinfra.config import ModelConfig
 from nanoinfra.data.sample_order import IGNORE
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.comm import Pending
+from nanoinfra.distributed.comm import AsyncCollective
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.tensor_parallel import tensor_sent
@@ -15,11 +15,11 @@ from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.init import draw, generator
 from nanoinfra.model.weights.fill_model import empty
-from nanoinfra.parallel.parallelize import Composed, Plan
-from nanoinfra.parallel.sequence_parallel import Cut
-from nanoinfra.parallel.tensor_parallel import RowLinear, Whole
+from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig
+from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
+from nanoinfra.parallel.tensor_parallel import RowParallelLinear, TensorParallelRegion
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
-from nanoinfra.parallel.vocab_parallel import HeadLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
 from nanoinfra.train.optimizer import clip
 
 B, T, V = 3, 7, 201                          # a vocabulary that outweighs everything else
@@ -90,21 +90,22 @@ def _(subject):
 def step(family, tp, sp, scale=1.0):
     """One rank's part of a training step: gradients with their places, norm, loss, calls and bytes sent."""
     mesh, cfg = Mesh(tp=tp), config(family)
-    parallel = Composed(empty(cfg), mesh, Plan(sp=sp, dtype=torch.float64), drawn(cfg, scale))
+    parallel = ParallelChunk(empty(cfg), mesh, ParallelConfig(sequence_parallel=sp, dtype=torch.float64),
+                             drawn(cfg, scale))
     x, y = torch.randint(V, (2, B, T), generator=torch.Generator().manual_seed(1))
     y[0, 0] = IGNORE
-    mesh.ledger.take()
-    parallel.data.begin_step()
-    parallel.data.before_backward(last=True)
+    mesh.comm_log.take_records()
+    parallel.data_parallel.zero_grad()
+    parallel.data_parallel.prepare_for_backward(is_last=True)
     with Largest() as seen:
-        loss = parallel.loss(parallel.model.hidden(x), y, B * T - 1)
+        loss = parallel.loss_head(parallel.model.hidden(x), y, B * T - 1)
         loss.backward()
-    grads, sent = parallel.finish(), {}
-    for row in mesh.ledger.take():
+    grads, sent = parallel.finish_grad_sync(), {}
+    for row in mesh.comm_log.take_records():
         calls, payload = sent.get((row.op, row.tag), (0, 0))
-        sent[row.op, row.tag] = calls + 1, payload + row.payload
-    norm = clip(dict(grads), 0, axes=[mesh.tp], counts=parallel.tensor.counts)
-    found = {name: (tuple(slice(*ends) for ends in parallel.box(name)), grad.clone())
+        sent[row.op, row.tag] = calls + 1, payload + row.payload_bytes
+    norm = clip(dict(grads), 0, axes=[mesh.tp], counts=parallel.tensor_parallel.counted_in_norm)
+    found = {name: (tuple(slice(*ends) for ends in parallel.shard_bounds(name)), grad.clone())
              for name, grad in grads.items()}
     return {"grads": found, "norm": norm, "loss": loss.item(), "sent": sent, "largest": seen.numel}
 
@@ -135,40 +136,40 @@ class Largest(TorchDispatchMode):
         return out
 
 
-class NeverSumsBack(Whole):
-    def back(self, grad, tag):
-        return Pending(grad)
+class NeverSumsBack(TensorParallelRegion):
+    def reduce_input_grad(self, grad, tag):
+        return AsyncCollective(grad)
 
 
-class SumsBackTwice(Whole):
-    def spread(self, grad, tag):
+class SumsBackTwice(TensorParallelRegion):
+    def gather_output_grad(self, grad, tag):
         return comm.all_reduce(grad.clone(), self.axis, tag)
 
 
-class BiasOfEveryRank(RowLinear):
+class BiasOfEveryRank(RowParallelLinear):
     def forward(self, x):
-        return self.region.leave(F.linear(x, self.weight, self.bias))
+        return self.region.reduce_from_region(F.linear(x, self.weight, self.bias))
 
 
 class ForgetsSharedHeads(TensorParallel):
-    def finish(self, grads):
-        self.shared = []
-        return super().finish(grads)
+    def all_reduce_partial_grads(self, grads):
+        self._replicated_kv_names = []
+        return super().all_reduce_partial_grads(grads)
 
 
 class ForgetsNorms(TensorParallel):
-    def finish(self, grads):
-        self.parts = []
-        return super().finish(grads)
+    def all_reduce_partial_grads(self, grads):
+        self._partial_grad_names = []
+        return super().all_reduce_partial_grads(grads)
 
 
 class CountsEveryCopy(TensorParallel):
-    def counts(self, name):
+    def counted_in_norm(self, name):
         return True
 
 
-class KeepsAnyway(Cut):
-    def __init__(self, axis, keep):
+class KeepsAnyway(SequenceParallelRegion):
+    def __init__(self, axis, save_gathered):
         super().__init__(axis, True)
 
 
@@ -182,37 +183,40 @@ class WholeLogits(nn.Module):
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum") / count
 
 
-class SkipsTheTarget(HeadLoss):
+class SkipsTheTarget(VocabParallelLoss):
     """Counts, in the loss, a target as this rank's wherever it lies."""
 
     def __init__(self, head):
         super().__init__(head)
-        self.place = self.place[0], 0
+        self._region_and_start = self._region_and_start[0], 0
 
 
 def without_the_maximum(logits, axis, wide):
     return comm.all_reduce(logits.to(wide).exp().sum(1), axis, "loss").log_()
 
 
-def replaced(name, kind, module="megatron"):
+def replaced(name, kind, module="tensor_parallel_decoder"):
     return patched(step, f"nanoinfra.parallel.{module}:{name}", kind)
 
 
 LOSS, LARGE, GRADS, NORM, HELD, SENT = (criterion.name for criterion in tensor.criteria)
 MUTANTS = [
     Mutant("a column linear without its backward all-reduce", tensor,
-           replaced("Whole", NeverSumsBack), GRADS),
-    Mutant("a sum made twice", tensor, replaced("Whole", SumsBackTwice), GRADS),
-    Mutant("a bias added by every rank", tensor, replaced("RowLinear", BiasOfEveryRank), GRADS),
+           replaced("TensorParallelRegion", NeverSumsBack), GRADS),
+    Mutant("a sum made twice", tensor, replaced("TensorParallelRegion", SumsBackTwice), GRADS),
+    Mutant("a bias added by every rank", tensor, replaced("RowParallelLinear", BiasOfEveryRank), GRADS),
     Mutant("shared KV heads' gradients not summed", tensor,
-           replaced("TensorParallel", ForgetsSharedHeads, "compose"), GRADS),
+           replaced("TensorParallel", ForgetsSharedHeads, "parallelize"), GRADS),
     Mutant("norms' gradients not summed under sp", tensor,
-           replaced("TensorParallel", ForgetsNorms, "compose"), GRADS),
+           replaced("TensorParallel", ForgetsNorms, "parallelize"), GRADS),
     Mutant("the norm counts what every rank has", tensor,
-           replaced("TensorParallel", CountsEveryCopy, "compose"), NORM),
+           replaced("TensorParallel", CountsEveryCopy, "parallelize"), NORM),
     Mutant("a loss that misses the maximum", tensor,
-           replaced("_log_sum_exp", without_the_maximum, "vocabulary"), LARGE),
-    Mutant("every target is mine", tensor, replaced("HeadLoss", SkipsTheTarget, "compose"), LOSS),
-    Mutant("keeps what it says it gathers again", tensor, replaced("Cut", KeepsAnyway), SENT),
-    Mutant("all logits on every rank", tensor, replaced("HeadLoss", WholeLogits, "compose"), HELD),
+           replaced("_log_sum_exp", without_the_maximum, "vocab_parallel"), LARGE),
+    Mutant("every target is mine", tensor, replaced("VocabParallelLoss", SkipsTheTarget, "parallelize"),
+           LOSS),
+    Mutant("keeps what it says it gathers again", tensor, replaced("SequenceParallelRegion", KeepsAnyway),
+           SENT),
+    Mutant("all logits on every rank", tensor, replaced("VocabParallelLoss", WholeLogits, "parallelize"),
+           HELD),
 ]

@@ -80,31 +80,31 @@ def timeline(subject):
 
 
 class NoAllReduce(DataParallel):
-    def _launch(self, bucket):
-        bucket.pending = comm.Pending()
-        self.launched += 1
+    def _start_all_reduce(self, bucket):
+        bucket.async_all_reduce = comm.AsyncCollective()
+        self._num_launched += 1
 
 
 class Averages(DataParallel):
-    def finish(self):
-        for grad in super().finish().values():
+    def finish_grad_sync(self):
+        for grad in super().finish_grad_sync().values():
             grad.div_(self.axis.size)
         return self.grads
 
 
 class SendsEveryMicroBatch(DataParallel):
-    def before_backward(self, last):
-        if self.overlap and all(bucket.filled for bucket in self.buckets):
+    def prepare_for_backward(self, is_last):
+        if self._overlap and all(bucket.params_with_grad for bucket in self.buckets):
             for bucket in self.buckets:  # a second trip, of zeros: right, and twice the bytes
-                comm.all_reduce(torch.zeros_like(bucket.flat), self.axis, "grads")
-        super().before_backward(last)
+                comm.all_reduce(torch.zeros_like(bucket.flat_grads), self.axis, "grads")
+        super().prepare_for_backward(is_last)
 
 
 class ForgetsEarlierMicroBatches(DataParallel):
-    def before_backward(self, last):
-        super().before_backward(last)
+    def prepare_for_backward(self, is_last):
+        super().prepare_for_backward(is_last)
         for bucket in self.buckets:
-            bucket.filled.clear()
+            bucket.params_with_grad.clear()
 
 
 class WaitsForBackward(DataParallel):

@@ -8,8 +8,8 @@ import torch
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed import comm
+from nanoinfra.distributed.gradient_reducer import GradientReducer
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.reducer import Reducer
 from nanoinfra.formulas import zero as formulas
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.mutants import Mutant, patched
@@ -18,9 +18,9 @@ from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel import zero as module
-from nanoinfra.parallel.parallelize import units
-from nanoinfra.parallel.vocab_parallel import HeadLoss
-from nanoinfra.parallel.zero import Zero
+from nanoinfra.parallel.parallelize import fsdp_units
+from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.zero import ZeroDataParallel
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
 from nanoinfra.train.loss import count_valid
 from nanoinfra.train.optimizer import Optimizer, clip
@@ -34,7 +34,8 @@ zero, scaled = Check("zero"), Check("scaled")
 @zero.criterion("after three steps the weights are one rank's", "parity")
 def _(subject):
     for stage in (1, 2, 3):
-        [want], got = ranks(1).run(run, Zero, stage, "sgd"), ranks(N).run(run, subject, stage, "sgd")
+        [want] = ranks(1).run(run, ZeroDataParallel, stage, "sgd")
+        got = ranks(N).run(run, subject, stage, "sgd")
         for rank, mine in enumerate(got):
             for name, x in mine["weights"].items():
                 same(f"{name} at stage {stage}", x, want["weights"][name], rank, rtol=1e-10)
@@ -53,7 +54,7 @@ def _(subject):
 
 @zero.criterion("a rank holds its part at every moment", "resource")
 def _(subject):
-    [alone] = ranks(1).run(run, Zero, 1)
+    [alone] = ranks(1).run(run, ZeroDataParallel, 1)
     more = alone["peak"] - sum(formulas.zero_bytes(CONFIG, 1, 1, "float64").values())    # activations, mostly
     for stage in (1, 2, 3):
         states = sum(formulas.zero_bytes(CONFIG, N, stage, "float64").values())
@@ -74,7 +75,7 @@ def _(subject):
 
 @scaled.criterion("an overflow leaves the weights as they were", "property")
 def _(subject):
-    overflowing = patched(subject, "nanoinfra.parallel.parallelize:HeadLoss", Overflowing)
+    overflowing = patched(subject, "nanoinfra.parallel.parallelize:VocabParallelLoss", Overflowing)
     still, got = losses(train, "float16", lr=0.0), losses(overflowing, "float16")
     if got != still:
         raise Wrong(f"losses {got}, want {still}: every gradient is infinite, so no step was to be made")
@@ -88,27 +89,27 @@ def run(kind, stage, name="adamw"):
     mesh = Mesh(dp=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
     with Storages() as storages:
         net = init_weights(Decoder(CONFIG), seed=0).double()
-        last = HeadLoss(net.head)
-        shared = kind(net, mesh.data, stage, units(net, last), bucket_bytes=BUCKET)
-        optimizer = Optimizer(shared.shards, name)
+        last = VocabParallelLoss(net.head)
+        shared = kind(net, mesh.data, stage, fsdp_units(net, last), bucket_bytes=BUCKET)
+        optimizer = Optimizer(shared.param_shards, name)
         optimizer.state()
-        storages.watch(torch.nn.ModuleList([net, last]), mesh.ledger)
+        storages.watch(torch.nn.ModuleList([net, last]), mesh.comm_log)
         for _ in range(STEPS):
             mine = batches(mesh.data)
             [count] = count_valid(mine, mesh.data)
-            mesh.ledger.take()
-            shared.begin_step()
+            mesh.comm_log.take_records()
+            shared.zero_grad()
             for i, (x, y) in enumerate(mine):
                 loss = last(net.hidden(x), y, count)
-                shared.before_backward(last=i == len(mine) - 1)
+                shared.prepare_for_backward(is_last=i == len(mine) - 1)
                 loss.backward()
-            grads = shared.finish()
+            grads = shared.finish_grad_sync()
             optimizer.step(grads, lr=1e-2)
             grads = None
-            shared.publish()
-            rows = mesh.ledger.take()
+            shared.all_gather_params()
+            rows = mesh.comm_log.take_records()
     when, peak = max(storages.marks, key=lambda mark: mark[1])
-    sent = {op: sum(row.payload for row in rows if row.op == op) for op in {row.op for row in rows}}
+    sent = {op: sum(row.payload_bytes for row in rows if row.op == op) for op in {row.op for row in rows}}
     return {"weights": gathered(shared, mesh.data), "sent": sent, "peak": peak, "when": when}
 
 
@@ -120,10 +121,10 @@ def batches(data):
 
 def gathered(shared, data):
     """The weights that a next forward would use, whole."""
-    for unit in shared.units:
-        unit.launch()
-        unit.land()
-    return {part.name: part.param.detach().clone() for part in shared.parts}
+    for unit in shared.param_groups:
+        unit.start_all_gather()
+        unit.wait_all_gather()
+    return {part.name: part.param.detach().clone() for part in shared.sharded_params}
 
 
 def losses(subject, dtype, lr=2.0):
@@ -139,82 +140,82 @@ def distance(some, others):
     return sum(abs(a - b) for a, b in zip(some, others, strict=True))
 
 
-class Overflowing(HeadLoss):
+class Overflowing(VocabParallelLoss):
     def forward(self, hidden, targets, count):
         hidden.register_hook(lambda gradient: gradient * float("inf"))
         return super().forward(hidden, targets, count)
 
 
-class UnshardedOptimizer(Zero):
+class UnshardedOptimizer(ZeroDataParallel):
     """Gathers gradients where it should gather weights: right, and no optimizer state is saved."""
 
     def __init__(self, *args, **more):
         super().__init__(*args, **more)
         if self.stage < 3:
-            self.shards = {part.name: part.whole for part in self.parts}
+            self.param_shards = {part.name: part.unsharded for part in self.sharded_params}
 
-    def finish(self):
-        found = super().finish()
+    def finish_grad_sync(self):
+        found = super().finish_grad_sync()
         if self.stage == 3:
             return found
         whole = {name: comm.all_gather(grad, self.axis, "weights") for name, grad in found.items()}
         return {name: grad.flatten(0, 1) for name, grad in whole.items()}
 
-    def publish(self, frozen=False):
+    def all_gather_params(self, include_frozen=False):
         if self.stage == 3 or not hasattr(self, "published"):
-            super().publish(frozen)
+            super().all_gather_params(include_frozen)
         self.published = True
 
 
-class KeepsGradients(Reducer):
+class KeepsGradients(GradientReducer):
     """Each bucket leaves in time, and stays here as well until the step is over."""
 
-    def begin_step(self):
-        super().begin_step()
+    def zero_grad(self):
+        super().zero_grad()
         self.kept = []
 
-    def _launch(self, bucket):
-        if bucket.flat is not None:
-            self.kept.append(bucket.flat)
-        super()._launch(bucket)
+    def _start_reduce_scatter(self, bucket):
+        if bucket.flat_grads is not None:
+            self.kept.append(bucket.flat_grads)
+        super()._start_reduce_scatter(bucket)
 
 
-class ReducesTwice(Reducer):
-    def _settle(self):
-        again = self.flight
-        super()._settle()
+class ReducesTwice(GradientReducer):
+    def _wait_in_flight(self):
+        again = self._in_flight
+        super()._wait_in_flight()
         if again:
-            self.flight = again
-            super()._settle()
+            self._in_flight = again
+            super()._wait_in_flight()
 
 
-class SendsTwice(Reducer):
-    def _launch(self, bucket):
+class SendsTwice(GradientReducer):
+    def _start_reduce_scatter(self, bucket):
         comm.reduce_scatter(torch.zeros(bucket.shape, dtype=torch.float64), self.axis, "grads")
-        super()._launch(bucket)
+        super()._start_reduce_scatter(bucket)
 
 
-class ForgetsTheOtherUse(Reducer):
-    def _settle(self):
-        for leaf in self.flight[0].leaves if self.flight else ():
+class ForgetsTheOtherUse(GradientReducer):
+    def _wait_in_flight(self):
+        for leaf in self._in_flight[0].params if self._in_flight else ():
             if leaf.name == "embed.weight":
                 self.grads.pop(leaf.name, None)
-        super()._settle()
+        super()._wait_in_flight()
 
 
-class NeverFrees(module.Unit):
+class NeverFrees(module.FSDPParamGroup):
     born = False
 
-    def free(self):
+    def reshard(self):
         if not self.born:
-            super().free()
+            super().reshard()
         self.born = True
 
 
-class StaleWeights(Zero):
-    def publish(self, frozen=False):
+class StaleWeights(ZeroDataParallel):
+    def all_gather_params(self, include_frozen=False):
         if not hasattr(self, "published") or self.stage == 3:
-            super().publish(frozen)
+            super().all_gather_params(include_frozen)
         self.published = True
 
 
@@ -230,7 +231,7 @@ def calls_it_finite(grads, *how):
 
 
 def with_reducer(kind):
-    return patched(Zero, "nanoinfra.parallel.zero:Reducer", kind)
+    return patched(ZeroDataParallel, "nanoinfra.parallel.zero:GradientReducer", kind)
 
 
 PARITY, SENT, HELD = (criterion.name for criterion in zero.criteria)
@@ -239,7 +240,8 @@ CLIP = "nanoinfra.train.train_stage:clip"
 MUTANTS = [
     Mutant("an optimizer that shards nothing", zero, UnshardedOptimizer, HELD),
     Mutant("gradients kept whole", zero, with_reducer(KeepsGradients), HELD),
-    Mutant("parameters never freed", zero, patched(Zero, "nanoinfra.parallel.zero:Unit", NeverFrees), HELD),
+    Mutant("parameters never freed", zero,
+           patched(ZeroDataParallel, "nanoinfra.parallel.zero:FSDPParamGroup", NeverFrees), HELD),
     Mutant("a bucket added twice", zero, with_reducer(ReducesTwice), PARITY),
     Mutant("a bucket sent twice", zero, with_reducer(SendsTwice), SENT),
     Mutant("one use of the tied weight forgotten", zero, with_reducer(ForgetsTheOtherUse), PARITY),

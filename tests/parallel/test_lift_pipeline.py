@@ -30,9 +30,9 @@ FOREIGN = """
 import torch
 from torch import nn
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.parallel.pipeline.stage import PipelineStage
-from nanoinfra.parallel.pipeline.schedules import schedule
+from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
 from nanoinfra.train.step import execute
 
 x, y = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(7) % 3
@@ -41,23 +41,24 @@ WIDE = 6
 
 class Stage(PipelineStage):
     def __init__(self, net, mesh, kind):
-        super().__init__(mesh.pp, mesh.twin("pp"), dtype=torch.float64, halves=kind == "zb-h1")
+        super().__init__(mesh.pp, mesh.duplicate_axis("pp"), dtype=torch.float64,
+                         split_backward=kind == "zb-h1")
         self.net, self.sgd = net, torch.optim.SGD(net.parameters(), lr=0.1)
 
-    def enter(self, micro):
+    def embed_input(self, micro):
         return micros[micro][0]
 
-    def stream(self, micro):
+    def activation_shape(self, micro):
         return len(micros[micro][0]), WIDE
 
-    def run(self, chunk, x, micro):
+    def forward_chunk(self, chunk, x, micro):
         x = self.net(x)
         if self.axis.rank < self.axis.size - 1:
             return x
         return nn.functional.cross_entropy(x, micros[micro][1], reduction="sum") / len(y)
 
     def reduce_grads(self):
-        self.settle()
+        self.wait_sends()
 
     def step(self):
         self.sgd.step()
@@ -70,7 +71,7 @@ def train(p, kind):
     halves = [net] if p == 1 else [net[:2], net[2:]]                  # the second keeps names "2", "3", "4"
     stage = Stage(halves[mesh.pp.rank].double(), mesh, kind)
     for _ in range(5):
-        execute(schedule(kind, p, len(micros))[mesh.pp.rank], stage)
+        execute(build_pipeline_schedule(kind, p, len(micros))[mesh.pp.rank], stage)
     return {name: weight.detach() for name, weight in stage.net.named_parameters()}
 
 if __name__ == "__main__":
@@ -78,7 +79,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     still = nn.Linear(5, WIDE).double().weight
     assert not torch.allclose(still, want["0.weight"], rtol=1e-2)     # it has learnt
-    with Ranks(2) as two:
+    with RankPool(2) as two:
         for kind in ("1f1b", "zb-h1"):
             got = two.run(train, 2, kind)
             assert sorted([*got[0], *got[1]]) == sorted(want), [*map(list, got)]

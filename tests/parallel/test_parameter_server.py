@@ -14,7 +14,7 @@ from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.collectives import pull_seconds, step_bytes
 from nanoinfra.parallel.parameter_server import ParameterServer
-from nanoinfra.parallel.zero import Zero
+from nanoinfra.parallel.zero import ZeroDataParallel
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAM = functools.partial(torch.optim.Adam, lr=0.01)
@@ -39,16 +39,17 @@ def test_parameter_server_sends_what_the_paper_says(ranks):
         padded = -(-psi // 8 // servers) * servers * 8
         want_server, want_worker = step_bytes(padded, n, servers)
         for rank, rows in enumerate(ranks(n).run(traffic, servers)):
-            got = sum(row.wire_bytes for row in rows)
+            got = sum(row.modelled_ring_bytes for row in rows)
             assert got == pytest.approx(want_server if rank < servers else want_worker, rel=1e-12)
             assert [row.op for row in rows] == operations(rank, n, servers)
-            assert sum(row.payload for row in rows if row.tag == "push") == \
-                sum(row.payload for row in rows if row.tag == "pull")
+            assert sum(row.payload_bytes for row in rows if row.tag == "push") == \
+                sum(row.payload_bytes for row in rows if row.tag == "pull")
 
 
 def test_the_busiest_link_falls_with_each_invention(ranks):
     psi, n = 8 * 46, 4                                                     # bytes; even for two servers
-    busiest = {servers: max(sum(row.wire_bytes for row in rows) for rows in ranks(n).run(traffic, servers))
+    busiest = {servers: max(sum(row.modelled_ring_bytes for row in rows)
+                            for rows in ranks(n).run(traffic, servers))
                for servers in (1, 2, 4)}
     assert busiest[1] == 2 * psi * 3
     assert busiest[2] == 2 * psi * 2 / 2
@@ -75,8 +76,8 @@ def test_pulling_from_one_server_takes_as_long_as_there_are_workers(ranks):
 
 
 def test_a_number_of_servers_that_does_not_fit_is_refused(ranks):
-    with pytest.raises(ValueError, match="2 servers do not fit 1 rank; try servers=1"):
-        ParameterServer(model().parameters(), Mesh().dp, SGD, servers=2)
+    with pytest.raises(ValueError, match="2 servers do not fit 1 rank; try num_servers=1"):
+        ParameterServer(model().parameters(), Mesh().dp, SGD, num_servers=2)
     want = "0 servers do not fit 3 ranks; try 1 to 2 beside the workers, or 3, one on each"
     assert ranks(3).run(refused) == [want] * 3
 
@@ -98,7 +99,7 @@ FOREIGN = """
 import torch
 from torch import nn
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.parallel.parameter_server import ParameterServer
 
 x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
@@ -109,7 +110,7 @@ def train(n, servers):
     server = ParameterServer(net.parameters(), mesh.dp, torch.optim.Adam, servers)
     for step in range(5):
         if server.is_worker:
-            mine = slice(mesh.dp.rank - server.workers[0], None, len(server.workers))
+            mine = slice(mesh.dp.rank - server.worker_ranks[0], None, len(server.worker_ranks))
             (nn.functional.cross_entropy(net(x[mine]), y[mine], reduction="sum") / len(x)).backward()
         server.step()
     return torch.cat([p.detach().flatten() for p in net.parameters()]) if server.is_worker else None
@@ -117,7 +118,7 @@ def train(n, servers):
 if __name__ == "__main__":
     torch.manual_seed(0)
     want = train(1, 1)
-    with Ranks(2) as two:
+    with RankPool(2) as two:
         for servers in (1, 2):
             for got in two.run(train, 2, servers):
                 if got is not None:
@@ -162,9 +163,9 @@ def train(optimizer, servers):
     server = ParameterServer(net.parameters(), mesh.dp, optimizer, servers)
     for _ in range(5):
         if server.is_worker:
-            loss(net, server.workers.index(mesh.dp.rank), len(server.workers)).backward()
+            loss(net, server.worker_ranks.index(mesh.dp.rank), len(server.worker_ranks)).backward()
         server.step()
-    state = server.optimizer.state[server.slice] if server.is_server else {}
+    state = server.optimizer.state[server.weight_slice] if server.is_server else {}
     held = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor) and t.dim())
     return flat(net), server.is_worker, held
 
@@ -173,9 +174,9 @@ def traffic(servers):
     import torch.distributed as dist
     mesh = Mesh(dp=dist.get_world_size())
     server = ParameterServer(model().parameters(), mesh.dp, SGD, servers)
-    mesh.ledger.take()
+    mesh.comm_log.take_records()
     server.step()
-    return mesh.ledger.take()
+    return mesh.comm_log.take_records()
 
 
 def even():
@@ -186,28 +187,28 @@ def even():
 
 def on_the_workers():
     mesh, net = Mesh(dp=2), even()
-    server = ParameterServer(net.parameters(), mesh.dp, ADAM, servers=2)
+    server = ParameterServer(net.parameters(), mesh.dp, ADAM, num_servers=2)
     for _ in range(5):
-        mesh.ledger.take()
+        mesh.comm_log.take_records()
         loss(net, mesh.dp.rank, 2).backward()
         server.step()
-    return flat(net), [(row.op, row.payload) for row in mesh.ledger.take()]
+    return flat(net), [(row.op, row.payload_bytes) for row in mesh.comm_log.take_records()]
 
 
 def zero_1():
     mesh, net = Mesh(dp=2), even()
-    zero = Zero(net, mesh.dp, stage=1)
-    mover = ADAM(list(zero.shards.values()))
+    zero = ZeroDataParallel(net, mesh.dp, stage=1)
+    mover = ADAM(list(zero.param_shards.values()))
     for _ in range(5):
-        mesh.ledger.take()
-        zero.begin_step()
-        zero.before_backward(last=True)
+        mesh.comm_log.take_records()
+        zero.zero_grad()
+        zero.prepare_for_backward(is_last=True)
         loss(net, mesh.dp.rank, 2).backward()
-        for name, grad in zero.finish().items():
-            zero.shards[name].grad = grad
+        for name, grad in zero.finish_grad_sync().items():
+            zero.param_shards[name].grad = grad
         mover.step()
-        zero.publish()
-    return flat(net), [(row.op, row.payload) for row in mesh.ledger.take()]
+        zero.all_gather_params()
+    return flat(net), [(row.op, row.payload_bytes) for row in mesh.comm_log.take_records()]
 
 
 def operations(rank, n, servers):
@@ -221,13 +222,13 @@ def operations(rank, n, servers):
 def pull_times(floats, servers, wire):
     """This rank's (begin, end) of three pulls."""
     import torch.distributed as dist
-    mesh, spans = Mesh(dp=dist.get_world_size(), wire={"dp": wire}), []
+    mesh, spans = Mesh(dp=dist.get_world_size(), emulated_links={"dp": wire}), []
     weights = [nn.Parameter(torch.zeros(floats, dtype=torch.float64))]
     server = ParameterServer(weights, mesh.dp, SGD, servers)
     for _ in range(3):
         comm.barrier(mesh.dp)
         begin = time.monotonic()
-        server.pull()
+        server.pull_weights()
         spans.append((begin, time.monotonic()))
     return spans
 
@@ -241,6 +242,6 @@ def shortest(spans, servers):
 def refused():
     mesh = Mesh(dp=3)
     try:
-        ParameterServer(model().parameters(), mesh.dp, SGD, servers=0)
+        ParameterServer(model().parameters(), mesh.dp, SGD, num_servers=0)
     except ValueError as mistake:
         return str(mistake)

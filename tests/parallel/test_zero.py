@@ -19,13 +19,13 @@ from nanoinfra.lab.storages import Storages
 from nanoinfra.memory import recompute
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.parallelize import units
-from nanoinfra.parallel.vocab_parallel import HeadLoss
-from nanoinfra.parallel.zero import Zero
+from nanoinfra.parallel.parallelize import fsdp_units
+from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.zero import ZeroDataParallel
 from nanoinfra.train.loss import count_valid
 from nanoinfra.train.optimizer import Optimizer, clip
 from tests.families import KINDS
-from tests.parallel.test_data import batches, gradients_alone, model
+from tests.parallel.test_data_parallel import batches, gradients_alone, model
 from tests.parity import assert_same_gradients
 
 BUCKET = 1 << 16                             # several buckets of the test model's 0.4 MB in float64
@@ -61,7 +61,7 @@ def test_sends_what_the_paper_says(ranks, stage):
         for rows in ranks(n).run(traffic, stage, micro_batches):
             for op in ("reduce_scatter", "all_gather"):
                 mine = [row for row in rows if row.op == op]
-                assert (sum(row.payload for row in mine), len(mine)) == (bytes_[op], calls[op]), (n, op)
+                assert (sum(row.payload_bytes for row in mine), len(mine)) == (bytes_[op], calls[op]), (n, op)
             assert {row.tag for row in rows} == {"grads", "weights"}
 
 
@@ -101,7 +101,7 @@ def test_a_unit_that_is_partly_frozen_stays_whole_until_backward_has_left_it(ran
 def test_units_are_what_the_formula_takes_for_units(family):
     config = ModelConfig(63, 16, 2, 4, 4, 4, 24, 12, tied=False, family=family)
     net = Decoder(config)
-    found = units(net, HeadLoss(net.head))
+    found = fsdp_units(net, VocabParallelLoss(net.head))
     got = [[tuple(p.shape) for top in unit for p in top.parameters()] for unit in found]
     assert [sorted(unit) for unit in got] == [sorted(unit) for unit in formulas.units(config)]
 
@@ -109,7 +109,7 @@ def test_units_are_what_the_formula_takes_for_units(family):
 def test_a_module_in_two_units_is_refused():
     net = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
     with pytest.raises(ValueError, match="two units"):
-        Zero(net, Mesh().data, 3, [[net[0], net[1]], [net[0][0]]])
+        ZeroDataParallel(net, Mesh().data, 3, [[net[0], net[1]], [net[0][0]]])
 
 
 def test_what_was_sent_for_and_not_used_is_never_used_later(ranks):
@@ -168,13 +168,13 @@ def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
 @pytest.mark.parametrize("stage", [0, 4])
 def test_unknown_stage_is_refused(stage):
     with pytest.raises(ValueError, match="stages 1, 2 and 3"):
-        Zero(nn.Linear(2, 2), Mesh().data, stage)
+        ZeroDataParallel(nn.Linear(2, 2), Mesh().data, stage)
 
 
 def test_a_unit_of_two_dtypes_is_refused():
     net = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()))
     with pytest.raises(ValueError, match="one dtype"):
-        Zero(net, Mesh().data, 3, [[net]])
+        ZeroDataParallel(net, Mesh().data, 3, [[net]])
 
 
 @pytest.mark.prove
@@ -184,7 +184,7 @@ def test_payload_of_17_million_parameters_is_the_papers_within_2_percent(ranks):
     for stage, a, want in ((1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 3), (3, 1, 3), (3, 2, 6)):
         for rows, counted in ranks(2).run(traffic_of, config, stage, a):
             assert counted == psi
-            elements = sum(row.payload / 4 for row in rows if row.tag in ("grads", "weights"))
+            elements = sum(row.payload_bytes / 4 for row in rows if row.tag in ("grads", "weights"))
             assert elements == pytest.approx(want * psi, rel=0.02), (stage, a)
             assert elements * 4 == sum(formulas.zero_payload(config, 2, stage, a).values())
 
@@ -193,8 +193,8 @@ FOREIGN = """
 import torch
 from torch import nn
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
-from nanoinfra.parallel.zero import Zero
+from nanoinfra.distributed.pool.rank_pool import RankPool
+from nanoinfra.parallel.zero import ZeroDataParallel
 from tests.families import KINDS
 
 x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
@@ -203,23 +203,23 @@ def train(n, stage):
     mesh = Mesh(dp=n)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-    zero = Zero(net, mesh.data, stage, bucket_bytes=100)
-    sgd = torch.optim.SGD(zero.shards.values(), lr=0.1)
+    zero = ZeroDataParallel(net, mesh.data, stage, bucket_bytes=100)
+    sgd = torch.optim.SGD(zero.param_shards.values(), lr=0.1)
     for step in range(5):
         mine = slice(mesh.dp.rank, None, n)
-        zero.begin_step()
+        zero.zero_grad()
         loss = nn.functional.cross_entropy(net(x[mine]), y[mine], reduction="sum") / len(x)
-        zero.before_backward(last=True)
+        zero.prepare_for_backward(is_last=True)
         loss.backward()
-        grads = zero.finish()
-        for name, shard in zero.shards.items():
+        grads = zero.finish_grad_sync()
+        for name, shard in zero.param_shards.items():
             shard.grad = grads[name]
         sgd.step()
-        zero.publish()
+        zero.all_gather_params()
     return net(x).detach()
 
 if __name__ == "__main__":
-    with Ranks(2) as two:
+    with RankPool(2) as two:
         for stage in (1, 2, 3):
             want = train(1, stage)
             for got in two.run(train, 2, stage):
@@ -234,58 +234,61 @@ def whole(ranks):
 
 
 def described(shared, tensors):
-    return {name: (shared.rows[name], shared.shapes[name], x.clone()) for name, x in tensors.items()}
+    return {name: (shared.row_ranges[name], shared.full_shapes[name], x.clone()) for name,
+            x in tensors.items()}
 
 
 def zeroed(stage, n=None, **more):
     mesh = Mesh(dp=n or dist.get_world_size())
     torch.manual_seed(mesh.rank)                       # a random state of its own on each rank
     net = model()
-    last = HeadLoss(net.head)
-    return mesh, net, last, Zero(net, mesh.data, stage, units(net, last), bucket_bytes=BUCKET, **more)
+    last = VocabParallelLoss(net.head)
+    return mesh, net, last, ZeroDataParallel(net, mesh.data, stage, fsdp_units(net, last),
+                                             bucket_bytes=BUCKET, **more)
 
 
 def gradients_shared(stage, micro_batches, how):
     mesh, net, last, shared = zeroed(stage)
-    recompute.apply(net, how)
+    recompute.apply_activation_checkpointing(net, how)
     run(net, last, shared, batches(mesh, micro_batches), mesh)
-    return described(shared, shared.finish())
+    return described(shared, shared.finish_grad_sync())
 
 
 def run(net, last, shared, mine, mesh):
     [count] = count_valid(mine, mesh.data)
-    mesh.ledger.take()
-    shared.begin_step()
+    mesh.comm_log.take_records()
+    shared.zero_grad()
     for i, (x, y) in enumerate(mine):
         loss = last(net.hidden(x), y, count)
-        shared.before_backward(last=i == len(mine) - 1)
+        shared.prepare_for_backward(is_last=i == len(mine) - 1)
         loss.backward()
-    return shared.finish()
+    return shared.finish_grad_sync()
 
 
 def cut(stage):
     _, net, _, shared = zeroed(stage)
     held = {name: p.untyped_storage().nbytes() for name, p in net.named_parameters()}
     assert all(isinstance(p, nn.Parameter) and p.is_leaf for p in net.parameters())
-    return held, described(shared, shared.shards), {name: tuple(s.shape) for name, s in shared.shards.items()}
+    return held, described(shared, shared.param_shards), {name: tuple(s.shape) for name,
+                                                          s in shared.param_shards.items()}
 
 
 def traffic(stage, micro_batches):
     mesh, net, last, shared = zeroed(stage)
     run(net, last, shared, batches(mesh, micro_batches), mesh)
-    shared.publish()
-    return mesh.ledger.take()
+    shared.all_gather_params()
+    return mesh.comm_log.take_records()
 
 
 def traffic_of(config, stage, micro_batches):
     mesh, net = Mesh(dp=2), Decoder(config)
     counted = sum(p.numel() for p in net.parameters())
-    last = HeadLoss(net.head)
-    shared = Zero(net, mesh.data, stage, units(net, last))
+    last = VocabParallelLoss(net.head)
+    shared = ZeroDataParallel(net, mesh.data, stage, fsdp_units(net, last))
     x, y = torch.zeros(2, 1, 8, dtype=torch.long)
     run(net, last, shared, [(x, y)] * micro_batches, mesh)
-    shared.publish()
-    return mesh.ledger.take(), counted
+    shared.all_gather_params()
+    return mesh.comm_log.take_records(), counted
 
 
 def memory_limit(config, n, stage, dtype):
@@ -304,7 +307,7 @@ def activations(config, dtype):
         storages.watch(net)
         for p in net.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        HeadLoss(net.head)(net.hidden(x), y, 4).backward()
+        VocabParallelLoss(net.head)(net.hidden(x), y, 4).backward()
         return storages.peak
 
 
@@ -313,19 +316,19 @@ def bytes_held(config, stage, dtype):
     x, y = torch.zeros(2, 1, 4, dtype=torch.long)
     with Storages(operators=False) as storages:
         net = init_weights(Decoder(config), seed=0)
-        last = HeadLoss(net.head)
-        shared = Zero(net, mesh.data, stage, units(net, last), dtype, torch.float32, BUCKET)
-        optimizer = Optimizer(shared.shards)
+        last = VocabParallelLoss(net.head)
+        shared = ZeroDataParallel(net, mesh.data, stage, fsdp_units(net, last), dtype, torch.float32, BUCKET)
+        optimizer = Optimizer(shared.param_shards)
         optimizer.state()                                                  # moments from the first step on
-        storages.watch(nn.ModuleList([net, last]), mesh.ledger)
+        storages.watch(nn.ModuleList([net, last]), mesh.comm_log)
         steps = []
         for _ in range(3):
             run(net, last, shared, [(x, y)] * 2, mesh)
-            grads = shared.finish()
+            grads = shared.finish_grad_sync()
             clip(grads, 1.0, axes=[mesh.data])
             optimizer.step(grads, lr=1e-3)
             grads = None
-            shared.publish()
+            shared.all_gather_params()
             steps.append(storages.marks)
             storages.marks = []
         return steps
@@ -362,16 +365,16 @@ def odd_alone():
 
 def odd_shared(stage):
     mesh, (net, x, y) = Mesh(dp=4), odd()
-    shared = Zero(net, mesh.data, stage, bucket_bytes=100)
+    shared = ZeroDataParallel(net, mesh.data, stage, bucket_bytes=100)
     assert net.head.weight is not net.embed.weight                         # each use a leaf of its own
     for _ in range(2):                                                     # nothing is left from the first
-        shared.begin_step()
+        shared.zero_grad()
         for x_, y_ in zip(x[mesh.rank:mesh.rank + 1], y[mesh.rank:mesh.rank + 1]):
             loss = nn.functional.cross_entropy(net(x_[None]).flatten(0, 1), y_, reduction="sum") / y.numel()
-            shared.before_backward(last=True)
+            shared.prepare_for_backward(is_last=True)
             loss.backward()
-        grads = shared.finish()
-        shared.publish()
+        grads = shared.finish_grad_sync()
+        shared.all_gather_params()
     return described(shared, grads), clip(grads, 0, axes=[mesh.data])
 
 
@@ -382,28 +385,28 @@ def partly_frozen(stage=0):
     net = nn.Sequential(nn.Linear(4, 4, bias=False), middle, nn.Linear(4, 2, bias=False)).double()
     middle[0].weight.requires_grad_(False)
     mesh = Mesh(dp=2 if stage else 1)
-    shared = Zero(net, mesh.data, stage, [[unit] for unit in net]) if stage else None
+    shared = ZeroDataParallel(net, mesh.data, stage, [[unit] for unit in net]) if stage else None
     if shared:
-        shared.before_backward(last=True)
+        shared.prepare_for_backward(is_last=True)
     net(torch.ones(3, 4, dtype=torch.float64)).square().sum().backward()
     if not shared:
         return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}, None, 0
-    grads = shared.finish()
-    mesh.ledger.take()
-    shared.publish()
-    rows = {name: shared.rows[name] for name in grads}
-    return grads, rows, sum(row.payload for row in mesh.ledger.take())
+    grads = shared.finish_grad_sync()
+    mesh.comm_log.take_records()
+    shared.all_gather_params()
+    rows = {name: shared.row_ranges[name] for name in grads}
+    return grads, rows, sum(row.payload_bytes for row in mesh.comm_log.take_records())
 
 
 def ways():
     """A unit was sent for, another came; then the weights changed: what do both ways give afterwards?"""
     net = nn.Sequential(*(nn.Linear(1, 2, bias=False) for _ in range(3)))
-    shared, found = Zero(net, Mesh(dp=2).data, 3), []
+    shared, found = ZeroDataParallel(net, Mesh(dp=2).data, 3), []
     for way in ((0,), (0, 2)):
         for weight in (1.0, 2.0):
-            for shard in shared.shards.values():
+            for shard in shared.param_shards.values():
                 shard.fill_(weight)
-            shared.publish()
+            shared.all_gather_params()
             with torch.no_grad():
                 y = [net[i](torch.ones(1)) for i in (way if weight == 1.0 else (1,))][-1]
         found.append(y.tolist())
@@ -411,8 +414,8 @@ def ways():
 
 
 def rows_of(rows):
-    shared = Zero(nn.Linear(3, rows, bias=False), Mesh(dp=4).data, 1)
-    return shared.rows["weight"], shared.shards["weight"].clone()
+    shared = ZeroDataParallel(nn.Linear(3, rows, bias=False), Mesh(dp=4).data, 1)
+    return shared.row_ranges["weight"], shared.param_shards["weight"].clone()
 
 
 def first_outputs(stage):
@@ -420,17 +423,18 @@ def first_outputs(stage):
     torch.manual_seed(mesh.rank)
     net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
     net[1].running_mean.fill_(mesh.rank + 1)
-    Zero(net, mesh.data, stage)
+    ZeroDataParallel(net, mesh.data, stage)
     return net(torch.ones(2, 5)).detach()
 
 
 def filled_by_name():
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(5, 3, bias=False))
-    shared = Zero(net, Mesh(dp=2).data, 3, source=lambda name: torch.full((3, 5), len(name) + 0.0))
-    [(name, shard)] = shared.shards.items()
+    shared = ZeroDataParallel(net, Mesh(dp=2).data, 3,
+                              read_param=lambda name: torch.full((3, 5), len(name) + 0.0))
+    [(name, shard)] = shared.param_shards.items()
     assert net(torch.ones(1, 5)).tolist() == [[5.0 * len(name)] * 3]
-    return name, shard, shared.rows[name]
+    return name, shard, shared.row_ranges[name]
 
 
 def another_way():
@@ -441,10 +445,10 @@ def another_way():
     def gradients(shard):
         torch.manual_seed(0)
         net = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)).double()
-        shared = Zero(net, mesh.data, 3) if shard else None
+        shared = ZeroDataParallel(net, mesh.data, 3) if shard else None
         x = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
         if shared:
-            shared.before_backward(last=True)
+            shared.prepare_for_backward(is_last=True)
         for i in order:
             x = checkpoint(lambda x, i=i: torch.tanh(net[i](x)), x, use_reentrant=False)
         x.sum().backward()
@@ -452,9 +456,9 @@ def another_way():
 
     net, _ = gradients(False)
     cut_net, shared = gradients(True)
-    parts = shared.finish()
+    parts = shared.finish_grad_sync()
     held = sum(p.untyped_storage().nbytes() for p in cut_net.parameters())
-    want = {name: 2 * p.grad[slice(*shared.rows[name])] for name, p in net.named_parameters()}
+    want = {name: 2 * p.grad[slice(*shared.row_ranges[name])] for name, p in net.named_parameters()}
     return parts, want, held
 
 
@@ -484,17 +488,17 @@ class Sleep(torch.autograd.Function):
 
 
 def stage3_step(layers, floats, compute, wire):
-    mesh = Mesh(dp=2, wire={"dp": wire})
+    mesh = Mesh(dp=2, emulated_links={"dp": wire})
     net = nn.Sequential(*(Sleeps(floats, compute) for _ in range(layers)))
-    shared = Zero(net, mesh.data, 3)
+    shared = ZeroDataParallel(net, mesh.data, 3)
     times = []
     for _ in range(3):
-        shared.begin_step()
+        shared.zero_grad()
         begin = time.monotonic()
         y = net(torch.zeros((), requires_grad=True))
-        shared.before_backward(last=True)
+        shared.prepare_for_backward(is_last=True)
         y.backward()
-        shared.finish()
+        shared.finish_grad_sync()
         times.append(time.monotonic() - begin)
     return min(times)
 

@@ -12,7 +12,7 @@ from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.fill_model import empty
 from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
-from nanoinfra.parallel.parallelize import serving
+from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine import packed_linear
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.load_engine import load_engine
@@ -92,14 +92,14 @@ def test_ranks_that_share_the_model_say_the_same(ranks, tp):
 
 def sharded(state, tp):
     cfg, mesh = config("llama"), Mesh(tp=tp)
-    model = serving(empty(cfg), mesh, lambda name, box=(): state[name][box], torch.float64)
+    model = parallelize_for_serving(empty(cfg), mesh, lambda name, box=(): state[name][box], torch.float64)
     engine = Engine(model, num_blocks=12, block_size=4, max_num_batched_tokens=6, ledger=mesh.ledger)
     assert engine.kv_cache.kv_memory.shape[1] == 2 * max(1, cfg.kv_heads // tp)
     for i in range(6):
         drawn = SamplingParams(temperature=1.0, seed=7)
         engine.add_request(Request(f"r{i}", prompt(min(i, 4), 9), GREEDY if i < 4 else drawn, max_tokens=6))
     said, calls = run(engine), 2 * cfg.layers + 2                          # of a step: layers, both ends
-    assert len(mesh.ledger.rows) == calls                                  # the last step's, no more
+    assert len(mesh.comm_log.records) == calls                                  # the last step's, no more
     return [said[f"r{i}", 0] for i in range(6)]
 
 

@@ -12,7 +12,7 @@ from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.fill_model import empty
 from nanoinfra.model.weights.load import open_weights
-from nanoinfra.parallel.parallelize import serving
+from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.load_engine import use_cpu_kernels
 from nanoinfra.serve.engine.requests import Request, SamplingParams
@@ -29,7 +29,7 @@ def tiny(family, seed):
 
 def smollm2():
     weights = open_weights("smollm2-135m")
-    return serving(empty(weights.config), Mesh(), weights.read, torch.float32)
+    return parallelize_for_serving(empty(weights.config), Mesh(), weights.read, torch.float32)
 
 
 def asked(vocab, seed, longest):

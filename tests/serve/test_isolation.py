@@ -8,7 +8,7 @@ import torch
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.weights.fill_model import empty
-from nanoinfra.parallel.parallelize import serving
+from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine import cpu_decoder_block
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.load_engine import use_cpu_kernels
@@ -113,7 +113,7 @@ def test_ranks_decide_alike_where_one_alone_is_poisoned(ranks):
 
 def sharded(state):
     cfg, mesh = config("llama"), Mesh(tp=2)
-    model = serving(empty(cfg), mesh, lambda name, box=(): state[name][box], torch.float64)
+    model = parallelize_for_serving(empty(cfg), mesh, lambda name, box=(): state[name][box], torch.float64)
     engine = Engine(model, num_blocks=60, block_size=4, ledger=mesh.ledger)
     meddle = (lambda now: now == 4 and poison(engine, table(engine, "r2"))) if mesh.rank else lambda now: None
     return *serve(engine, batch(), meddle), engine.stats()["preemptions"]

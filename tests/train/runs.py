@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.distributed.pool.ranks import shared
+from nanoinfra.distributed.pool.rank_pool import shared_rank_pool
 from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint
 from tests import processes
@@ -31,7 +31,7 @@ def undisturbed(tmp_path, *more):
 @functools.cache
 def _undisturbed(folder, *more):
     out = folder / " ".join(("undisturbed", *more))
-    two = shared(2)
+    two = shared_rank_pool(2)
     two.timeout = 3600
     two.run(main, [*FLAGS, "--dp", "2", "--lr-schedule", "constant", *more, "--out", str(out)])
     return out

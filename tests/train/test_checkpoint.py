@@ -62,7 +62,7 @@ def run(n, work):
 def threads_meet():
     with pytest.MonkeyPatch.context() as patch:
         wire = checkpoint.comm.gather_objects
-        patch.setattr(checkpoint.comm, "gather_objects", lambda value, axis, tag="":
+        patch.setattr(checkpoint.comm, "all_gather_json", lambda value, axis, tag="":
                       axis.meet(value) if isinstance(axis, Line) else wire(value, axis, tag))
         yield
 
@@ -171,7 +171,7 @@ def save_on_a_rank(root, step, full_disk_on=None):
 
 
 def test_real_ranks_save_and_agree_on_failure(tmp_path):
-    ranks = pytest.importorskip("nanoinfra.distributed.pool.ranks").shared(2)
+    ranks = pytest.importorskip("nanoinfra.distributed.pool.rank_pool").shared(2)
     first = tmp_path / "step_00000001"
     assert ranks.run(save_on_a_rank, tmp_path, 1) == [str(first)] * 2
     assert same(load_all(first), {"w": torch.arange(30.).reshape(10, 3)})

@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from nanoinfra.cli import main
-from nanoinfra.distributed.pool.ranks import Ranks
-from nanoinfra.parallel.vocab_parallel import HeadLoss
+from nanoinfra.distributed.pool.rank_pool import RankPool
+from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
 from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
@@ -53,7 +53,7 @@ def test_the_nano_model_ends_where_float32_does(tmp_path):
     ends = {}                                # torch's float16 products are ten times slower here
     for dtype in ("float32", "float16"):
         out = tmp_path / dtype
-        with Ranks(2, timeout=3600) as patient:
+        with RankPool(2, timeout=3600) as patient:
             patient.run(train, flags("nano", out, 2, steps=250, dtype=dtype, data="stdlib", seq=64))
         ends[dtype] = mean(line["loss"] for line in metrics.read(out / "metrics.jsonl")[-30:])
     assert ends["float16"] == pytest.approx(ends["float32"], rel=0.01)
@@ -68,12 +68,12 @@ def flags(model, out: Path, zero, steps, dtype="float16", data="random", seq=16)
 
 def planted(flags, done=0):
     """Train; in the steps of OVERFLOWS this rank's gradient of the last hidden states is infinite."""
-    forward, mine = HeadLoss.forward, OVERFLOWS.get(dist.get_rank(), ())
+    forward, mine = VocabParallelLoss.forward, OVERFLOWS.get(dist.get_rank(), ())
     calls = iter(range(done + 1, 10_000))
 
     def overflowing(self, hidden, targets, count):
         if next(calls) in mine:
             hidden.register_hook(lambda gradient: gradient * float("inf"))
         return forward(self, hidden, targets, count)
-    with mock.patch.object(HeadLoss, "forward", overflowing):
+    with mock.patch.object(VocabParallelLoss, "forward", overflowing):
         return train(flags)

@@ -11,7 +11,7 @@ from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.footprint import Layout, Recipe, model_states
 from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.pipeline import chunk_names
-from nanoinfra.parallel.pipeline.schedules import accumulate
+from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
@@ -101,7 +101,7 @@ def reloaded(dtype):
             ModelFlags(dtype=dtype, freeze=("embed.*", "blocks.2.*"), seed=seed),
             mesh=MeshFlags(zero=stage, dp=2)), Mesh(dp=world_size())) for seed in (1, 0))
         new.load([(piece, tensor.clone()) for piece, tensor in old.pieces()], old.state())
-        model = new.parallel.each[0].model
+        model = new.parallel.chunks[0].model
         found[stage] = {name: p.detach().clone() for name, p in model.named_parameters()
                         if name.startswith(("embed.", "blocks.2."))}
     return found
@@ -151,5 +151,5 @@ def stepped(flags):
     replica = Replica(UNTIED, flags, Mesh())
     x = torch.ones(2, 8, dtype=torch.long)
     replica.begin([(x, x)], 16, lr=1e-3)
-    execute(accumulate(1), replica)
+    execute(gradient_accumulation_schedule(1), replica)
     return replica

@@ -24,7 +24,7 @@ def torch_loss(hidden, weight, targets, count):
 
 @pytest.mark.parametrize("rows_bytes", [1, 300, 2 << 20])                  # one row at a time, a few, all
 def test_loss_and_gradients_are_torchs(monkeypatch, rows_bytes):
-    monkeypatch.setattr(vocab_parallel, "ROWS_BYTES", rows_bytes)
+    monkeypatch.setattr(vocab_parallel, "_LOGITS_CHUNK_BYTES", rows_bytes)
     (h, w, y), (h2, w2, _) = inputs(), inputs()
     got, want = cross_entropy(h, w, y, 9), torch_loss(h2, w2, y, 9)
     got.backward(torch.tensor(2.0, dtype=torch.float64))
@@ -91,4 +91,4 @@ def counted():
     y = torch.full((1, 4), IGNORE)
     y[0, :mesh.rank + 1] = 5
     got = count_valid([(None, y)], mesh.data, mesh.rank)
-    return got, [(row.op, row.tag, row.payload) for row in mesh.ledger.rows]
+    return got, [(row.op, row.tag, row.payload_bytes) for row in mesh.comm_log.records]

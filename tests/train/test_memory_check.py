@@ -34,7 +34,7 @@ def asked(line):
 def machine(monkeypatch):
     """`machine(n)`: this machine has n bytes."""
     def has(n):
-        monkeypatch.setattr(memory_check, "host_memory", lambda: int(n))
+        monkeypatch.setattr(memory_check, "host_memory_limit_bytes", lambda: int(n))
     return has
 
 

@@ -3,7 +3,7 @@ import json
 
 import torch
 
-from nanoinfra.distributed.ledger import Row
+from nanoinfra.distributed.comm_log import CommRecord
 from nanoinfra.parallel.pipeline.schedules import Forward
 from nanoinfra.train import metrics
 
@@ -37,7 +37,7 @@ def test_a_new_run_starts_an_empty_log(tmp_path):
 
 def test_sent_adds_payload_by_axis_and_keeps_scalars_apart():
     sizes = (("grads", 40), ("scalars", 8), ("grads", 2))
-    rows = [Row("all_reduce", "data", tag, 2, size, 1, 0.0) for tag, size in sizes]
+    rows = [CommRecord("all_reduce", "data", tag, 2, size, 1, 0.0) for tag, size in sizes]
     assert metrics.sent(rows) == {"data": 42, "scalars": 8}
 
 
@@ -52,7 +52,8 @@ def test_running_mean_is_corrected_for_its_start():
 
 
 def test_trace_has_one_process_a_rank_in_microseconds():
-    rows = [Row("all_reduce", "data", "grads", 2, 40, 1, begin=1.5, end=1.75, wait_s=0.125)]
+    rows = [CommRecord("all_reduce", "data", "grads", 2, 40, 1, start_time=1.5, end_time=1.75,
+                       wait_seconds=0.125)]
     name, step, wire = metrics.trace_events(3, [(Forward(2), 1.0, 1.25)], rows)
     assert name["args"]["name"] == "rank 3" and {e["pid"] for e in (name, step, wire)} == {3}
     assert (step["name"], step["ts"], step["dur"]) == ("Forward", 1e6, 0.25e6)

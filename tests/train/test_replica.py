@@ -9,7 +9,7 @@ from nanoinfra.config import ModelConfig, sized
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.pipeline.schedules import accumulate
+from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.train import metrics
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.step import execute
@@ -21,7 +21,7 @@ def stepped(zero, config=None, **model):
     replica = Replica(config or sized("test"), flags, Mesh())
     x = torch.ones(2, 8, dtype=torch.long)
     replica.begin([(x, x)], 16, lr=1e-3)
-    execute(accumulate(1), replica)
+    execute(gradient_accumulation_schedule(1), replica)
     return replica
 
 
@@ -30,7 +30,7 @@ def test_gradients_are_summed_in_the_dtype_asked_for_and_float32_by_default(zero
     for asked, want in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
         replica = stepped(zero, dtype="bfloat16", grad_dtype=asked)
         assert {grad.dtype for grad in replica.grads.values()} == {want}
-        assert {p.dtype for p in replica.parallel.each[0].model.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in replica.parallel.chunks[0].model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
@@ -44,7 +44,7 @@ def test_a_new_step_lets_go_of_the_last_ones_gradients(zero):
 def test_stage_3_keeps_no_parameter_of_any_family_whole():
     gpt2 = ModelConfig(64, 32, 2, 2, 2, 16, 64, 16, family="gpt2")
     for config in (gpt2, sized("test")):
-        model = stepped(3, config).parallel.each[0].model
+        model = stepped(3, config).parallel.chunks[0].model
         assert {p.untyped_storage().nbytes() for p in model.parameters()} == {0}
 
 

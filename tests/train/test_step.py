@@ -8,14 +8,14 @@ from nanoinfra.parallel.pipeline.schedules import (
     BackwardInput,
     BackwardWeight,
     Forward,
+    OptimizerStep,
     RecvActivation,
     RecvGrad,
     ReduceGrads,
     SendActivation,
     SendGrad,
-    Step,
-    accumulate,
-    schedule,
+    build_pipeline_schedule,
+    gradient_accumulation_schedule,
 )
 from nanoinfra.train.step import execute
 
@@ -29,20 +29,20 @@ class Recorder:
     def forward(self, micro, chunk):
         self.did.append(Forward(micro, chunk))
 
-    def backward(self, micro, chunk, last):
-        self.did.append(Backward(micro, chunk, last))
+    def backward(self, micro, chunk, is_last):
+        self.did.append(Backward(micro, chunk, is_last))
 
     def backward_input(self, micro, chunk):
         self.did.append(BackwardInput(micro, chunk))
 
-    def backward_weight(self, micro, chunk, last):
-        self.did.append(BackwardWeight(micro, chunk, last))
+    def backward_weight(self, micro, chunk, is_last):
+        self.did.append(BackwardWeight(micro, chunk, is_last))
 
-    def receive(self, message):
+    def start_recv(self, message):
         assert isinstance(message, (RecvActivation, RecvGrad))
         self.did.append(message)
 
-    def send(self, message):
+    def start_send(self, message):
         assert isinstance(message, (SendActivation, SendGrad))
         self.did.append(message)
 
@@ -50,15 +50,16 @@ class Recorder:
         self.did.append(ReduceGrads())
 
     def step(self):
-        self.did.append(Step())
+        self.did.append(OptimizerStep())
 
 
 def test_accumulation_is_forward_backward_each_then_one_reduction_and_one_step():
-    assert accumulate(2) == [Forward(0), Backward(0), Forward(1), Backward(1, last=True), ReduceGrads(),
-                             Step()]
+    assert gradient_accumulation_schedule(2) == [Forward(0), Backward(0), Forward(1),
+                                                 Backward(1, is_last=True), ReduceGrads(), OptimizerStep()]
 
 
-ORDERS = accumulate(3), schedule("zb-h1", 3, 4)[1], schedule("interleaved", 2, 4, 2)[0]
+ORDERS = (gradient_accumulation_schedule(3), build_pipeline_schedule("zb-h1", 3, 4)[1],
+          build_pipeline_schedule("interleaved", 2, 4, 2)[0])
 
 
 @pytest.mark.parametrize("order", ORDERS)

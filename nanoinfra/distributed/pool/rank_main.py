@@ -1,8 +1,8 @@
-"""One rank of a pool: takes calls from a pipe, runs each from one fresh state, ends when the pipe closes.
+"""The main function of one rank process of a pool: it runs the calls that come through a pipe.
 
-The listening thread is also the watch: whatever the rank is doing, it ends with its parent. The pool asks all
-ranks the same Call; a rank answers ("stdout" or "stderr", line) as it prints, then ("result", value) or
-("error", traceback).
+Each call starts from the same fresh state (seeds, dtype, hooks). The pool sends every rank the same RankCall;
+a thread listens, and ends the process when the pipe closes, so that no rank outlives its parent. A rank
+answers ("stdout" or "stderr", line) as it prints, then ("result", value) or ("error", traceback).
 """
 import importlib
 import io
@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from unittest import mock
 
 import cloudpickle
@@ -25,48 +26,49 @@ import torch
 import torch.distributed as dist
 from torch.nn.modules import module
 
-from nanoinfra.distributed.ledger import Board, report_to
-from nanoinfra.distributed.loopback import bind_to_loopback, client_store
-from nanoinfra.distributed.mesh import emulate
+from nanoinfra.distributed.loopback import bind_gloo_and_nccl_to_loopback, connect_to_loopback_store
+from nanoinfra.distributed.mesh import set_default_emulated_links
+from nanoinfra.distributed.status_board import StatusBoard, report_status_to
 
 
 @dataclass(frozen=True)
-class Call:
-    """`fn(*args, **kw)` on every rank, in `folder`, with the wire, mutants and threads of a pool."""
+class RankCall:
+    """`fn(*args, **kwargs)`, to be run on every rank, and the settings of the pool that it runs under."""
     fn: Callable
     args: tuple
-    kw: dict
-    mutants: tuple
-    wire: dict | None
-    threads: int
-    folder: str
+    kwargs: dict
+    mutants: tuple                           # replacements in force during the call, see RankPool.run
+    emulated_links: dict | None
+    threads_per_rank: int
+    working_directory: str
 
 
-def serve(pipe, rank: int, world: int, port: int, board: str) -> None:
-    """Join the process group at `port`, then answer calls until the parent closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C reaches all; the parent decides what it means
+def rank_main(pipe: Connection, rank: int, world_size: int, store_port: int, status_board_path: str) -> None:
+    """Join the process group by the store at `store_port`, then run calls until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C reaches every process; the parent handles it
     calls, outbox = queue.SimpleQueue(), _Outbox(pipe)
     sys.stdout, sys.stderr = _Lines(outbox, "stdout"), _Lines(outbox, "stderr")
     threading.Thread(target=_listen, args=(pipe, calls), daemon=True).start()
-    position = Board(board, world, rank)
-    report_to(position)
-    outbox.answer(_join, rank, world, port)
+    board = StatusBoard(status_board_path, world_size, rank)
+    report_status_to(board)
+    outbox.answer(_join, rank, world_size, store_port)
     while True:
         text = calls.get()
-        position.entered.clear()                       # each call counts from nothing
+        board.entered_counts.clear()                   # each call counts its collectives from 0
         outbox.answer(_run, text)
 
 
-def _join(rank, world, port):
-    bind_to_loopback()
-    dist.init_process_group("gloo", store=client_store(port), rank=rank, world_size=world)
+def _join(rank, world_size, store_port):
+    bind_gloo_and_nccl_to_loopback()
+    dist.init_process_group("gloo", store=connect_to_loopback_store(store_port), rank=rank,
+                            world_size=world_size)
 
 
 def _listen(pipe, calls):
     try:
         while True:
             calls.put(pipe.recv_bytes())
-    except (EOFError, OSError):                        # the parent closed the pipe, or is no more
+    except (EOFError, OSError):                        # the parent closed the pipe, or has ended
         os._exit(0)
 
 
@@ -77,19 +79,19 @@ def _run(text):
     try:
         with warnings.catch_warnings(), _mutated(call.mutants):
             warnings.simplefilter("error")
-            return call.fn(*call.args, **call.kw)
+            return call.fn(*call.args, **call.kwargs)
     finally:
         os.environ.clear()
         os.environ.update(environment)
 
 
 def _fresh_state(call):
-    os.chdir(call.folder)
-    emulate(call.wire)
+    os.chdir(call.working_directory)
+    set_default_emulated_links(call.emulated_links)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    torch.set_num_threads(call.threads)
+    torch.set_num_threads(call.threads_per_rank)
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
     for name, hooks in vars(module).items():           # torch's hooks on every nn.Module
@@ -107,7 +109,7 @@ def _mutated(mutants):
 
 
 def _replaced(path, attribute, replacement):
-    importlib.import_module(path)                      # so that a wrong path says so plainly
+    importlib.import_module(path)                      # so that a wrong path raises a plain ImportError
     return mock.patch(f"{path}.{attribute}", replacement)
 
 
@@ -123,13 +125,13 @@ class _Outbox:
             self.pipe.send_bytes(text)
 
     def answer(self, work: Callable, *args) -> None:
-        """Send what `work` returns, or how it failed."""
+        """Send what `work` returns, or the traceback of its failure."""
         try:
             value = work(*args)
             sys.stdout.finish()
             sys.stderr.finish()
             self.post("result", value)
-        except BaseException as error:                 # SystemExit too: who leaves the call has failed it
+        except BaseException as error:                 # SystemExit too: it did not return
             self.post("error", _trace(error))
 
 

@@ -1,8 +1,8 @@
-"""The processes of one life of a pool of ranks: start, ask, listen, and say who failed and where all stood.
+"""The rank processes of a pool: start them, send them a call, collect results, report failures and hangs.
 
 They fork from multiprocessing's forkserver, which holds no thread and no socket of torch. Nothing outlives
-the crew: the store is this process's own, on loopback, the board's file is unlinked once every rank has it
-open, and a rank whose pipe closes ends itself. What is unpickled comes from pipes that no other process has.
+the processes: the store belongs to this process, on loopback, the status board's file is unlinked once every
+rank has opened it, and a rank whose pipe closes ends itself. Only data from these pipes is unpickled.
 """
 import atexit
 import multiprocessing
@@ -17,60 +17,64 @@ from pathlib import Path
 
 import cloudpickle
 
-from nanoinfra.distributed.ledger import Board, hang_report
-from nanoinfra.distributed.loopback import master_store
-from nanoinfra.distributed.pool.rank_main import serve
+from nanoinfra.distributed.loopback import start_loopback_store
+from nanoinfra.distributed.pool.rank_main import rank_main
+from nanoinfra.distributed.status_board import StatusBoard, hang_report
 
-# Every torch optimizer imports torch._dynamo, which takes seconds: once in the server, not once in each rank.
-# Nothing of this package: the server does not know the caller's sys.path and might hold another copy of it.
-PRELOAD = ["torch", "torch._dynamo", "torch.distributed.device_mesh", "cloudpickle", "unittest.mock"]
-START_SECONDS = 120.0                        # for the server's imports, from a cold disk
-GRACE = 0.3                                  # seconds the other ranks have to answer once one has failed
-
-
-class RanksError(RuntimeError):
-    """A rank failed, died or hung; the text says which, why, and where every rank stood."""
+# Every torch optimizer imports torch._dynamo, which takes seconds: once in the forkserver, not in each rank.
+# No module of this package: the forkserver does not know the caller's sys.path and might import another copy.
+_PRELOADED_MODULES = ["torch", "torch._dynamo", "torch.distributed.device_mesh", "cloudpickle",
+                      "unittest.mock"]
+_STARTUP_TIMEOUT_SECONDS = 120.0             # for the forkserver's imports, from a cold disk
+_GRACE_SECONDS = 0.3                         # for the other ranks to answer once one has failed
 
 
-class Crew:
-    """`n` rank processes with their pipes, and the board they report to."""
+class RankFailedError(RuntimeError):
+    """A rank raised an exception, died or hung. The message says which, why, and where every rank stood."""
 
-    def __init__(self, n: int):
+
+class RankProcesses:
+    """Rank processes with their pipes, and the status board that they report to."""
+
+    def __init__(self, num_ranks: int):
         self.processes, self.pipes = [], []
-        self.store = master_store()
-        atexit.register(self.end)
+        self.store = start_loopback_store()
+        atexit.register(self.kill_all)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "board")
-                self.board = Board(path, n)
-                for rank in range(n):
-                    self._start(rank, n, path)
-                self._collect(START_SECONDS)
+                self.status_board = StatusBoard(path, num_ranks)
+                for rank in range(num_ranks):
+                    self._start(rank, num_ranks, path)
+                self._collect(_STARTUP_TIMEOUT_SECONDS)
         except BaseException:
-            self.end()
+            self.kill_all()
             raise
 
-    def alive(self) -> bool:
-        """Is every rank still there to be asked?"""
+    def all_alive(self) -> bool:
+        """Whether every rank process still runs."""
         for rank, pipe in enumerate(self.pipes):
             while pipe.poll():
-                if self._hear(rank)[0] == "died":
+                if self._receive(rank)[0] == "died":
                     return False
         return True
 
-    def run(self, text: bytes, timeout: float) -> list:
-        """One answer a rank to a pickled Call. Raises RanksError; the crew is of no more use then."""
-        self.board.clear()
+    def run_pickled_call(self, pickled_call: bytes, timeout: float) -> list:
+        """Run a pickled RankCall on every rank and return the results, one a rank, within `timeout` seconds.
+
+        After a RankFailedError the processes cannot be used again.
+        """
+        self.status_board.clear_statuses()
         for pipe in self.pipes:
-            with suppress(BrokenPipeError):  # a rank that died just now; _collect says so
-                pipe.send_bytes(text)
+            with suppress(BrokenPipeError):  # the rank died just now; _collect reports it
+                pipe.send_bytes(pickled_call)
         return self._collect(timeout)
 
-    def end(self) -> None:
-        """Kill all that still runs."""
-        atexit.unregister(self.end)
+    def kill_all(self) -> None:
+        """Kill the processes that still run, and close the pipes and the store."""
+        atexit.unregister(self.kill_all)
         for process in self.processes:
-            process.kill()                   # works on a stopped process too
+            process.kill()                   # ends a stopped process too
         for process in self.processes:
             process.join()
             process.close()
@@ -80,9 +84,9 @@ class Crew:
 
     def _start(self, rank, n, board):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context.set_forkserver_preload(_PRELOADED_MODULES)
         mine, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, rank, n, self.store.port, str(board)))
+        process = context.Process(target=rank_main, args=(theirs, rank, n, self.store.port, str(board)))
         with _main_hidden():
             process.start()
         theirs.close()                       # so that the pipe ends when the rank does
@@ -94,18 +98,18 @@ class Crew:
         waiting = dict(zip(self.pipes, range(len(self.pipes))))
         while waiting and (left := end - time.monotonic()) > 0:
             for pipe in wait(list(waiting), left):
-                kind, value = self._hear(rank := waiting[pipe])
+                kind, value = self._receive(rank := waiting[pipe])
                 if kind in ("stdout", "stderr"):
                     continue
                 del waiting[pipe]
                 (results if kind == "result" else failures)[rank] = value
                 if failures:
-                    end = min(end, time.monotonic() + GRACE)
+                    end = min(end, time.monotonic() + _GRACE_SECONDS)
         if waiting or failures:
-            raise RanksError(self._explain(results, failures, timeout))
+            raise RankFailedError(self._explain(results, failures, timeout))
         return [results[rank] for rank in sorted(results)]
 
-    def _hear(self, rank):
+    def _receive(self, rank):
         try:
             kind, value = cloudpickle.loads(self.pipes[rank].recv_bytes())
         except (EOFError, ConnectionResetError):       # the other end is gone
@@ -118,16 +122,17 @@ class Crew:
         n = len(self.processes)
         dead = [rank for rank, trace in failures.items() if trace is None]
         for rank in dead:
-            self.processes[rank].join(10.0)  # its pipe has closed; on a busy machine the end comes later
+            self.processes[rank].join(10.0)  # its pipe has closed; on a busy machine it ends later
         fates = [_fate(p, rank in results, failures.get(rank)) for rank, p in enumerate(self.processes)]
-        if dead:                             # first, because it makes the collectives of the others fail
+        if dead:                             # reported first: it makes the others' collectives fail
             head = f"rank {dead[0]} of {n} {fates[dead[0]]}"
         elif failures:
             rank, trace = next(iter(failures.items()))
             head = f"rank {rank} of {n} failed\n{trace.rstrip()}"
         else:
             head = f"{n - len(results)} of {n} ranks gave no answer within {timeout:g} s"
-        return f"{head}\nwhere each rank stood:\n{hang_report(self.board.positions(), fates.__getitem__)}"
+        report = hang_report(self.status_board.read_statuses(), fates.__getitem__)
+        return f"{head}\nwhere each rank stood:\n{report}"
 
 
 def _fate(process, returned, trace):
@@ -142,13 +147,13 @@ def _fate(process, returned, trace):
 
 
 def _stopped(pid):
-    stat = Path(f"/proc/{pid}/stat")         # where there is no /proc, nothing is said
+    stat = Path(f"/proc/{pid}/stat")         # systems without /proc report nothing
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] in "Tt"
 
 
 @contextmanager
 def _main_hidden():
-    """Functions travel by value: keep multiprocessing from running the caller's main file in each rank."""
+    """Keep multiprocessing from running the caller's main file in each rank; functions go by value."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

@@ -1,8 +1,8 @@
-"""Lesson 02, the ring from send and receive: sums, in place, bits, messages, bytes, only `exchange`."""
+"""Lesson 02, the ring from send and receive: sums, in place, bits, messages, bytes, only `ring_shift`."""
 import torch
 
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.distributed.pool.rank_processes import RanksError
+from nanoinfra.distributed.pool.rank_processes import RankFailedError
 from nanoinfra.formulas.collectives import ring_bytes, ring_steps
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.parts import counts, label, words
@@ -24,9 +24,9 @@ def _(subject):
         _sums(subject, n, rows=True)
 
 
-@ring_reduce_scatter.criterion("only exchange", "resource")
+@ring_reduce_scatter.criterion("only ring_shift", "resource")
 def _(subject):
-    _only_exchange(_runs(subject, 4, rows=True))
+    _only_ring_shift(_runs(subject, 4, rows=True))
 
 
 @ring_reduce_scatter.criterion("sends (N-1)/N of the bytes", "resource")
@@ -61,9 +61,9 @@ def _(subject):
             same("x, against rank 0", run["after"], runs[0]["after"], r, n, causes={OWN_ORDER: run["after"]})
 
 
-@ring_all_reduce.criterion("only exchange", "resource")
+@ring_all_reduce.criterion("only ring_shift", "resource")
 def _(subject):
-    _only_exchange(_runs(subject, 4))
+    _only_ring_shift(_runs(subject, 4))
 
 
 @ring_all_reduce.criterion("sends 2(N-1)/N of the bytes", "resource")
@@ -127,8 +127,9 @@ def _runs(subject, n, rows=False, kind="whole"):
         return [_one(subject, 1, rows, kind)]
     try:
         return ranks(4 if n == 2 else n).run(_one, subject, n, rows, kind)[:n]
-    except RanksError as error:
-        raise RanksError(f"ring of {n}{' (two such, on 4 processes)' if n == 2 else ''}: {error}") from None
+    except RankFailedError as error:
+        where = f"ring of {n}{' (two such, on 4 processes)' if n == 2 else ''}"
+        raise RankFailedError(f"{where}: {error}") from None
 
 
 def _one(subject, n, rows, kind):
@@ -142,15 +143,16 @@ def _one(subject, n, rows, kind):
     x = x if rows else x.view(-1)
     before = x.clone()
     after = subject(x, mesh.dp)
-    rows_of_ledger = [(row.op, row.payload) for row in mesh.ledger.take()]
+    rows_of_ledger = [(row.op, row.payload_bytes) for row in mesh.comm_log.take_records()]
     return {"before": before, "x": x, "after": after, "ledger": rows_of_ledger}
 
 
-def _only_exchange(runs):
+def _only_ring_shift(runs):
     for rank, run in enumerate(runs):
-        others = sorted({op for op, _ in run["ledger"]} - {"exchange"})
+        others = sorted({op for op, _ in run["ledger"]} - {"ring_shift"})
         if others:
-            raise Wrong(f"rank {rank} calls comm.{', comm.'.join(others)}; build it from comm.exchange alone")
+            raise Wrong(f"rank {rank} calls comm.{', comm.'.join(others)}; "
+                        "build it from comm.ring_shift alone")
 
 
 def _sends(runs, op):

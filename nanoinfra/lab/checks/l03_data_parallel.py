@@ -12,7 +12,7 @@ from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.same import same
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.data_parallel import pack
+from nanoinfra.parallel.data_parallel import pack_grad_buckets
 
 PREDICTIONS = {"L03.calls_each": "calls", "L03.calls_buckets": "calls", "L03.bytes": "B",
                "L03.wait_each": "s", "L03.wait_buckets": "s", "L03.wait_overlap": "s"}
@@ -42,7 +42,7 @@ def _(subject):
 @overlapped_gradients.criterion("waits for every bucket", "property")
 def _(subject):
     for rank, run in enumerate(_runs(subject, 4, 2, BUCKET)):
-        if left := sum(row.end == 0 for row in run["rows"]):
+        if left := sum(row.end_time == 0 for row in run["rows"]):
             raise Wrong(f"rank {rank} never waits for {left} of {len(run['rows'])} all-reduces: it returns "
                         f"gradients that may be half summed")
 
@@ -66,7 +66,7 @@ def _(subject):
 def _(subject):
     want = sum("embed.weight" not in names for names in buckets())
     for rank, run in enumerate(_runs(subject, 4, 2, BUCKET)):
-        got = sum(row.begin < run["end"] for row in run["rows"])
+        got = sum(row.start_time < run["end"] for row in run["rows"])
         if got < want:
             raise Wrong(f"rank {rank}: when backward reaches the embedding, {got} buckets have left, want "
                         f"{want}: {'does each leave when it is full?' if got else 'sent after backward?'}")
@@ -75,9 +75,9 @@ def _(subject):
 @overlapped_gradients.criterion("nothing waits during backward", "resource")
 def _(subject):
     for rank, run in enumerate(_runs(subject, 4, 2, BUCKET)):
-        if got := sum(row.end < run["end"] for row in run["rows"]):
+        if got := sum(row.end_time < run["end"] for row in run["rows"]):
             raise Wrong(f"rank {rank} has waited for {got} buckets before backward is over: all_reduce(..., "
-                        f"wait=False) in the hook, and .wait() after backward")
+                        f"async_op=True) in the hook, and .wait() after backward")
 
 
 def _same_everywhere(subject, *bucket):
@@ -104,7 +104,7 @@ def _sent_once(subject, calls, *bucket):
     psi = sum(p.numel() for p in model().parameters()) * 8                             # float64
     for n, micro_batches in ((2, 1), (4, 3)):
         for rank, run in enumerate(_runs(subject, n, micro_batches, *bucket)):
-            got = len(run["rows"]), sum(row.payload for row in run["rows"])
+            got = len(run["rows"]), sum(row.payload_bytes for row in run["rows"])
             if got != (calls, psi):
                 raise Wrong(f"rank {rank} of {n} sums {got[1]:,} bytes in {got[0]} calls, want {psi:,} in "
                             f"{calls} (micro-batches: {micro_batches}): {_cause(got, psi, micro_batches)}")
@@ -112,7 +112,7 @@ def _sent_once(subject, calls, *bucket):
 
 def gradient_rows(rows: list) -> list:
     """The ledger's rows that sum gradients: all-reduces of more than one number."""
-    return [row for row in rows if row.op == "all_reduce" and row.payload > 8]
+    return [row for row in rows if row.op == "all_reduce" and row.payload_bytes > 8]
 
 
 def model() -> Decoder:
@@ -124,7 +124,7 @@ def buckets() -> list[list[str]]:
     """The parameters' names in each bucket."""
     named = list(model().named_parameters())[::-1]
     names = {p: name for name, p in named}
-    return [[names[p] for p in bucket.views] for bucket in pack(named, BUCKET, None)]
+    return [[names[p] for p in bucket.grad_views] for bucket in pack_grad_buckets(named, BUCKET, None)]
 
 
 def batches(rank: int, n: int, micro_batches: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -198,4 +198,5 @@ def _one(subject, n, micro_batches, *bucket):
     grads = subject(net, batches(mesh.dp.rank, n, micro_batches), mesh.dp, *bucket)
     if isinstance(grads, dict):
         grads = {name: g.clone() if isinstance(g, torch.Tensor) else g for name, g in grads.items()}
-    return {"grads": grads, "rows": gradient_rows(mesh.ledger.take()), "end": moments[-1] if moments else 0.0}
+    return {"grads": grads, "rows": gradient_rows(mesh.comm_log.take_records()),
+            "end": moments[-1] if moments else 0.0}

@@ -9,7 +9,7 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.kept import Kept
 from nanoinfra.lab.same import same
-from nanoinfra.memory.recompute import apply
+from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.train.loss import cross_entropy
@@ -237,7 +237,7 @@ def _(subject):
 @functools.cache
 def counted(config: ModelConfig, batch: int, seq: int, how: str, dtype: torch.dtype = torch.float32) -> int:
     """Bytes that autograd keeps of a forward through the layers, counted; attention is naive."""
-    blocks = apply(Decoder(config, "naive"), how).blocks.to(dtype)
+    blocks = apply_activation_checkpointing(Decoder(config, "naive"), how).blocks.to(dtype)
     x = torch.zeros(batch, seq, config.width, dtype=dtype, requires_grad=True)
     with Kept(blocks.parameters()) as kept:
         out = functools.reduce(lambda x, block: block(x), blocks, x)

@@ -1,14 +1,14 @@
 """Lesson 06, pipelines: two orders of work, judged on the clock, and an executor, judged on real ranks."""
 import functools
 
-from nanoinfra.distributed.pool.ranks import RanksError
+from nanoinfra.distributed.pool.rank_pool import RankFailedError
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.checks import pipeline_cases as cases
 from nanoinfra.lab.pipes import scheduled
 from nanoinfra.lab.same import same
 from nanoinfra.parallel.pipeline.schedules import Backward, BackwardInput, BackwardWeight, Forward
-from nanoinfra.parallel.pipeline.simulator import in_flight, simulate
+from nanoinfra.parallel.pipeline.simulator import max_micro_batches_in_flight, simulate_schedule
 
 PREDICTIONS = {**{f"L06.idle_{what}": "slots" for what in ("1f1b", "interleaved", "zb", "zb_wide")},
                **{f"L06.{what}": "B" for what in ("held_gpipe", "held_1f1b", "sent_1f1b",
@@ -21,9 +21,9 @@ CHECKS = (one_f_one_b, zero_bubble, run_stage)
 SIZES = [(p, m) for p in (2, 3, 4, 1) for m in (4, 8, 3, 1)]         # stages, micro-batches
 TIMES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 3), (3, 2, 2)]      # slots: forward, to input, to weights
 STEPS = [("1f1b", 2, 3), ("1f1b", 4, 5), ("gpipe", 4, 4), ("1f1b", 1, 2)]
-ENDED = {                                    # what is in a RanksError: the usual cause
+ENDED = {                                    # what is in a RankFailedError: the usual cause
     "gave no answer": "ranks wait for each other: a send blocks until the other end receives, so send with "
-                      "wait=False and wait for all of them at the end; or a message never leaves",
+                      "async_op=True and wait for all of them at the end; or a message never leaves",
     "NoneType": "no gradient for what came over the wire? It has no history: .requires_grad_() it first",
     "a leaf Variable": "what came over the wire is written to after .requires_grad_()? Receive, then ask"}
 
@@ -70,7 +70,7 @@ def _(subject):
 def _(subject):
     for kind, n, m in STEPS:
         for rank, run in enumerate(_runs(subject, kind, n, m)):
-            want = [(type(what).__name__, what.micro) for what in run["order"]]
+            want = [(type(what).__name__, what.micro_batch) for what in run["order"]]
             if run["did"] != want:
                 i = next((i for i, pair in enumerate(zip(run["did"], want)) if pair[0] != pair[1]),
                          min(len(want), len(run["did"])))
@@ -95,7 +95,7 @@ def _(subject):
 def _(subject):
     for kind, n, m in STEPS:
         for rank, run in enumerate(_runs(subject, kind, n, m)):
-            sends = [row.payload for row in run["rows"] if row.op == "send"]
+            sends = [row.payload_bytes for row in run["rows"] if row.op == "send"]
             got, want = (len(sends), sum(sends)), cases.sent(n, rank, m)
             if got != want:
                 raise Wrong(f"stage {rank} of {n} sends {got[1]:,} bytes in {got[0]} messages, want "
@@ -107,7 +107,8 @@ def _(subject):
 def _(subject):
     for kind, n, m in STEPS:
         for rank, run in enumerate(_runs(subject, kind, n, m)):
-            if run["most"] > (want := in_flight(run["order"])) + 1:          # a local may still name one
+            # a local may still name one
+            if run["most"] > (want := max_micro_batches_in_flight(run["order"])) + 1:
                 raise Wrong(f"stage {rank} of {n}, {kind}: {run['most']} micro-batches are alive at once, "
                             f"the order needs {want}: kept after their backward? kept.pop(k)")
 
@@ -145,11 +146,11 @@ def _once(subject, kinds):
             for what in order:
                 if type(what) not in kinds:
                     raise Wrong(f"{where}: {what!r} is none of {', '.join(names)}")
-                if what.micro not in range(m):
-                    raise Wrong(f"{where}: {type(what).__name__}({what.micro}), and micro-batches are 0 to "
-                                f"{m - 1}: fewer than stages behind?")
+                if what.micro_batch not in range(m):
+                    raise Wrong(f"{where}: {type(what).__name__}({what.micro_batch}), and micro-batches are "
+                                f"0 to {m - 1}: fewer than stages behind?")
             for k in range(m):
-                did = [type(what).__name__ for what in order if what.micro == k]
+                did = [type(what).__name__ for what in order if what.micro_batch == k]
                 if did != names:
                     raise Wrong(f"{where}: micro-batch {k} goes {', then '.join(did) or 'nowhere'}; want "
                                 f"{', then '.join(names)}")
@@ -158,7 +159,8 @@ def _once(subject, kinds):
 def _held(subject, kind, cause):
     for p, m in SIZES:
         for r in range(p):
-            got, want = in_flight(_order(subject, p, r, m)), formulas.in_flight(kind, p, r, m)
+            got = max_micro_batches_in_flight(_order(subject, p, r, m))
+            want = formulas.in_flight(kind, p, r, m)
             if got > want:
                 raise Wrong(f"stage {r} of {p}, {m} micro-batches: holds {got} at once, want {want}: {cause}")
 
@@ -168,7 +170,7 @@ def _idle(subject, kind, cause):
         for F, B, W in TIMES:
             if kind == "zb-h1" and m < p and W > min(F, B):
                 continue                     # no closed form
-            want, found = formulas.idle(kind, p, m, F, B, W), _replayed(subject, p, m, (F, B, W)).idle
+            want, found = formulas.idle(kind, p, m, F, B, W), _replayed(subject, p, m, (F, B, W)).idle_seconds
             if max(found) > want:
                 raise Wrong(f"stage {found.index(max(found))} of {p}, {m} micro-batches, F, B, W = {F}, {B}, "
                             f"{W}: idles {max(found)} slots, want {want}: {cause}")
@@ -183,7 +185,7 @@ def _order(subject, p, r, m):
 
 def _replayed(subject, p, m, times):
     try:
-        return simulate(scheduled(subject, p, m), *times)
+        return simulate_schedule(scheduled(subject, p, m), *times)
     except ValueError as error:
         raise Wrong(f"{p} stages, {m} micro-batches: {error} (stage, computation)") from error
 
@@ -197,7 +199,7 @@ def _runs(subject, kind, n, m, nap=0.0, trial=0):
     """What `subject` did on each of n ranks, kept for the next criterion: n of 4, rows side by side."""
     try:
         return ranks(4).run(cases.step, subject, n, kind, m, nap)[::4 // n]
-    except RanksError as error:
+    except RankFailedError as error:
         why = next((cause for sign, cause in ENDED.items() if sign in str(error)), None)
         if why is None:
             raise

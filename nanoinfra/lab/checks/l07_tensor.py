@@ -4,9 +4,9 @@ from math import ceil
 
 import torch
 
-from nanoinfra.distributed.ledger import Ledger
-from nanoinfra.distributed.mesh import Axis
-from nanoinfra.distributed.pool.ranks import RanksError
+from nanoinfra.distributed.comm_log import CommLog
+from nanoinfra.distributed.mesh import MeshAxis
+from nanoinfra.distributed.pool.rank_pool import RankFailedError
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.checks import tensor_cases as cases
 from nanoinfra.lab.checks.tensor_cases import CUT, HIDDEN, NAMES, ROWS, VOCAB, B, C, T
@@ -21,7 +21,7 @@ leave = Check("Leave")
 tensor_mlp = Check("tensor_mlp")
 vocab_loss = Check("vocab_loss")
 CHECKS = (share, enter, leave, tensor_mlp, vocab_loss)
-ENDED = {                                    # what is in a RanksError: the usual cause
+ENDED = {                                    # what is in a RankFailedError: the usual cause
     "autograd kernel": "autograd sees no gradient of all_reduce: let Leave call it, as Leave.apply(y, axis)",
     "SIGABRT": "did ranks send different sizes? (R,) is everyone's; of columns, the last rank has fewer",
     "out of bounds": "a target of another rank is no column of yours: gather column 0 there, times 0",
@@ -116,8 +116,8 @@ def _(subject):
     for n in (2, 4):
         for rank, run in enumerate(_steps(n, subject)):
             for way, rows in zip(("forward", "backward"), run["rows"]):
-                if [(row.op, row.payload) for row in rows] != [("all_reduce", size)]:
-                    said = ", ".join(f"{row.op} of {row.payload:,} bytes" for row in rows) or "nothing"
+                if [(row.op, row.payload_bytes) for row in rows] != [("all_reduce", size)]:
+                    said = ", ".join(f"{row.op} of {row.payload_bytes:,} bytes" for row in rows) or "nothing"
                     again = [row.op for row in rows] == ["all_reduce"] * len(rows) and len(rows) > 1
                     why = ("one f for all that reads x, one g for y" if again else
                            "GELU of your own part needs no other rank's")
@@ -191,7 +191,7 @@ def _(subject):
 def _(subject):
     for n in (2, 4):
         for rank, run in enumerate(_scores(n, subject)):
-            sent, most = sum(row.payload for row in run["rows"]), 3 * 8 * ROWS
+            sent, most = sum(row.payload_bytes for row in run["rows"]), 3 * 8 * ROWS
             if sent > most or len(run["rows"]) > 3:
                 raise Wrong(f"rank {rank} of {n} sends {sent:,} bytes in {len(run['rows'])} calls, want "
                             f"{most} in 3: of each row the maximum, the sum and the target's logit")
@@ -221,7 +221,7 @@ def _shared(subject):
     """(rank, of n, name, what `subject` gives it); no rank is needed for that."""
     for n in (2, 3, 4, 1):
         for rank in range(n):
-            axis = Axis("tp", rank, tuple(range(n)), None, Ledger())
+            axis = MeshAxis("tp", rank, tuple(range(n)), None, CommLog())
             found = subject(*(tensor.clone() for tensor in cases.weights().values()), axis)
             if not isinstance(found, tuple | list) or [type(x) for x in found] != [torch.Tensor] * 4:
                 raise Wrong(f"rank {rank} of {n}: share returns {type(found).__name__}, want four tensors, "
@@ -254,7 +254,7 @@ def _runs(work, n, *args):
     """What `work(n, *args)` did on each of n ranks, kept for the next criterion. One, two: rows of four."""
     try:
         return ranks(3 if n == 3 else 4).run(work, n, *args)[:n]
-    except RanksError as error:
+    except RankFailedError as error:
         why = next((cause for sign, cause in ENDED.items() if sign in str(error)), None)
         if why is None:
             raise

@@ -120,7 +120,7 @@ def _sent(rows, want, where):
     for op in {row.op for row in rows} - set(want):
         raise Wrong(f"{where}: sends by {op} too; {' and '.join(want)} are enough")
     for op, (bytes_, calls) in want.items():
-        got, made = sum(row.payload for row in rows if row.op == op), sum(row.op == op for row in rows)
+        got, made = sum(row.payload_bytes for row in rows if row.op == op), sum(row.op == op for row in rows)
         if got != bytes_:
             why = "left out?" if got < bytes_ else "something sent twice, or in a wider dtype?"
             raise Wrong(f"{where}: {op} carries {got:,} bytes, want {bytes_:,}: {why}")
@@ -141,7 +141,7 @@ def _step(n, subject, make=cases.SGD):
         for grads in given:
             subject(params, grads, mesh.dp, state, make)
         kept = _held(storages, cases.state_limit(n), n == 4)
-    return {"params": params, "kept": kept, "rows": mesh.ledger.take()}
+    return {"params": params, "kept": kept, "rows": mesh.comm_log.take_records()}
 
 
 def _train(n, subject):
@@ -166,7 +166,7 @@ def _train(n, subject):
         if "for storage of size 0" not in str(error):
             raise
         return {"read_freed": True}
-    return run | {"rows": mesh.ledger.take()}
+    return run | {"rows": mesh.comm_log.take_records()}
 
 
 def _given(net, axis, subject):

@@ -5,7 +5,7 @@ import math
 import torch
 
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import RanksError
+from nanoinfra.distributed.pool.rank_pool import RankFailedError
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.checks import three_d_cases as cases
 from nanoinfra.lab.checks.three_d_cases import MESHES, TIED
@@ -20,7 +20,7 @@ sum_gradients = Check("sum_gradients")
 grad_norm = Check("grad_norm")
 CHECKS = (coordinates, neighbours, sum_gradients, grad_norm)
 ORDERS = ({"pp": 2, "dp": 2, "tp": 2}, {"pp": 2, "dp": 3, "tp": 4}, {"tp": 3, "pp": 4, "dp": 2}, {"dp": 5})
-ENDED = {                                    # what is in a RanksError: the usual cause
+ENDED = {                                    # what is in a RankFailedError: the usual cause
     "gave no answer": "a rank waits in a sum that another does not come to: on an axis all make the same "
                       "calls; stages between the ends have no tied weight, and `ends` is None there",
     "SIGABRT": "did ranks send different sizes? On an axis all must have the same parameter's gradient"}
@@ -107,7 +107,7 @@ def _(subject):
     for sizes in MESHES:
         for rank, run in enumerate(_runs(_sums, sizes, subject)):
             for axis, want in _must(sizes, run["at"]).items():
-                got = sum(row.payload for row in run["rows"] if row.axis in _ALIASES[axis])
+                got = sum(row.payload_bytes for row in run["rows"] if row.axis_name in _ALIASES[axis])
                 if got != want:
                     m = cases.MICRO_BATCHES
                     why = ("after each micro-batch? Add them up first, then send the sum" if got == m * want
@@ -149,7 +149,7 @@ def _(subject):
 def _(subject):
     for sizes in MESHES:
         for rank, run in enumerate(_runs(_norms, sizes, subject)):
-            sent = sum(row.payload for row in run["rows"])
+            sent = sum(row.payload_bytes for row in run["rows"])
             if sent > 16 or len(run["rows"]) > 2:
                 raise Wrong(f"rank {rank} {_on(sizes)} sends {sent:,} bytes in {len(run['rows'])} calls; "
                             f"want 8 on tp and 8 on pp: square and add at home, then sum one number")
@@ -213,7 +213,7 @@ def _runs(work, sizes, *args):
     """What `work(sizes, *args)` did on each of eight ranks, kept for the next criterion."""
     try:
         return ranks(8).run(work, sizes, *args)
-    except RanksError as error:
+    except RankFailedError as error:
         why = next((cause for sign, cause in ENDED.items() if sign in str(error)), None)
         if why is None:
             raise
@@ -222,26 +222,26 @@ def _runs(work, sizes, *args):
 
 def _real(sizes):
     mesh = Mesh(*sizes[:2], tp=sizes[2])
-    return {axis: list(getattr(mesh, axis).ranks) for axis in ("pp", "dp", "tp")}
+    return {axis: list(getattr(mesh, axis).global_ranks) for axis in ("pp", "dp", "tp")}
 
 
 def _sums(sizes, subject):
     mesh = Mesh(*sizes[:2], tp=sizes[2])
-    micro, ends = cases.micro(mesh), mesh.ends("pp")
+    micro, ends = cases.micro(mesh), mesh.first_last_subgroup("pp")
     got = subject(micro, mesh, ends)
     changed = [(k, name) for k, (now, then) in enumerate(zip(micro, cases.micro(mesh)))
                for name in then if not torch.equal(now[name], then[name])]
     return {"at": _at(mesh), "grads": {name: grad.clone() for name, grad in dict(got or {}).items()},
-            "changed": changed and changed[0], "rows": mesh.ledger.take()}
+            "changed": changed and changed[0], "rows": mesh.comm_log.take_records()}
 
 
 def _norms(sizes, subject):
     mesh = Mesh(*sizes[:2], tp=sizes[2])
-    at, ends = _at(mesh), mesh.ends("pp")
+    at, ends = _at(mesh), mesh.first_last_subgroup("pp")
     grads = {name: cases.total(name, sizes, at[2]).clone() for name in cases.names(sizes[0], at[0])}
     norm = subject(grads, mesh, ends)
     changed = [name for name, grad in grads.items() if not torch.equal(grad, cases.total(name, sizes, at[2]))]
-    return {"at": at, "norm": norm, "changed": changed and changed[0], "rows": mesh.ledger.take()}
+    return {"at": at, "norm": norm, "changed": changed and changed[0], "rows": mesh.comm_log.take_records()}
 
 
 def _at(mesh):

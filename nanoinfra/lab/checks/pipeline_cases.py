@@ -13,8 +13,8 @@ from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.pipeline import split
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.pipeline.schedules import ORDERS
-from nanoinfra.parallel.pipeline.stage import cut
+from nanoinfra.parallel.pipeline.schedules import SCHEDULES
+from nanoinfra.parallel.pipeline.stage import cut_to_pipeline_chunk
 
 CONFIG = ModelConfig(vocab=61, width=12, layers=4, heads=2, kv_heads=1, head_dim=6, hidden=20, context=16,
                      tied=False)
@@ -97,21 +97,21 @@ def _gradients(k):
 
 def order(kind: str, n: int, r: int, m: int) -> list:
     """What stage r of n is to do."""
-    return list(ORDERS[kind](n, r, m))
+    return list(SCHEDULES[kind](n, r, m))
 
 
 def step(subject, n: int, kind: str, m: int, nap: float = 0.0) -> dict:
     """On each rank, what `subject` did with its stage; rows of n ranks do the same side by side."""
     mesh = Mesh(pp=n, dp=world_size() // n)
     r, todo = mesh.pp.rank, order(kind, n, mesh.pp.rank, m)
-    chunk = cut(model(), *split(CONFIG, n, T)[r])
+    chunk = cut_to_pipeline_chunk(model(), *split(CONFIG, n, T)[r])
     stage = Stage(chunk, r == 0, r == n - 1, batches(m), nap)
     comm.barrier(mesh.world)
-    mesh.ledger.take()
+    mesh.comm_log.take_records()
     begin = time.monotonic()
     subject(todo, stage, mesh.pp)
     end = time.monotonic()
-    rows = [row for row in mesh.ledger.take() if row.op in ("send", "recv", "exchange")]
+    rows = [row for row in mesh.comm_log.take_records() if row.op in ("send", "recv", "ring_shift")]
     return {"grads": {name: p.grad for name, p in chunk.named_parameters()}, "did": stage.did,
             "most": stage.most, "rows": rows, "order": todo, "span": (begin, end)}
 

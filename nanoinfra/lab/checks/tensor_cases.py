@@ -216,12 +216,12 @@ def step(n: int, subject: Callable) -> dict:
     x = inputs().requires_grad_()
     with Largest() as largest:
         y = subject(x, *leaves.values(), mesh.tp)
-        rows = [mesh.ledger.take()]
+        rows = [mesh.comm_log.take_records()]
         if isinstance(y, torch.Tensor):
             y.backward(upstream())
             y = y.detach()
     grads = {name: leaf.grad for name, leaf in {"x": x, **leaves}.items()}
-    rows.append(mesh.ledger.take())
+    rows.append(mesh.comm_log.take_records())
     return {"y": y, "grads": grads, "rows": rows, "largest": _shape(largest)}
 
 
@@ -233,7 +233,7 @@ def score(n: int, subject: Callable, shift: float = 0.0, targets: torch.Tensor =
     with Largest() as largest:
         found = subject(part, targets, at.start, mesh.tp)
     loss, grad = found if isinstance(found, tuple | list) and len(found) == 2 else (found, None)
-    return {"loss": loss, "grad": grad, "given": (part, targets), "rows": mesh.ledger.take(),
+    return {"loss": loss, "grad": grad, "given": (part, targets), "rows": mesh.comm_log.take_records(),
             "largest": _shape(largest)}
 
 

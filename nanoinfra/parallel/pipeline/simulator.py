@@ -1,8 +1,8 @@
-"""The virtual clock: replays who does what when, with given times and no process started.
+"""Simulate a schedule on a virtual clock, with given times and no process started; and check its messages.
 
-A lane is whatever can do one thing at a time: a stage's processor, the wire between two. A task waits for its
-lane and for the tasks it comes after. Pipelines are replayed so, and the overlap of data parallelism: each
-bucket is a task of the wire, after the backward that fills it. `validate` checks a schedule's messages.
+A resource is whatever does one task at a time: a stage's processor, the link between two stages. A task waits
+for its resource and for the tasks that it depends on. Pipelines are simulated so, and the overlap of data
+parallelism: each bucket is a task of the link, after the backward that fills it.
 """
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
@@ -15,103 +15,110 @@ from nanoinfra.parallel.pipeline.schedules import (
     BackwardInput,
     BackwardWeight,
     Forward,
+    OptimizerStep,
     RecvActivation,
     RecvGrad,
     ReduceGrads,
     SendActivation,
     SendGrad,
-    Step,
-    mark_last,
-    messages,
-    neighbour,
+    mark_last_backwards,
+    message_peer,
+    required_recv_and_send,
 )
 
-Seconds = float | Sequence[float]            # for every chunk alike, or one for each of the p v
-SENDS, RECEIVES = (SendActivation, SendGrad), (RecvActivation, RecvGrad)
-BACKWARDS = (Backward, BackwardInput, BackwardWeight)
+SecondsPerChunk = float | Sequence[float]    # for every chunk alike, or one for each of the p v chunks
+_SENDS, _RECVS = (SendActivation, SendGrad), (RecvActivation, RecvGrad)
+_BACKWARDS = (Backward, BackwardInput, BackwardWeight)
 
 
-class Task(NamedTuple):
-    """`seconds` on `lane`, once the tasks named in `after` have ended."""
-    lane: Hashable
+class SimulatedTask(NamedTuple):
+    """A task that takes `seconds` of `resource`, once the tasks named in `depends_on` have ended."""
+    resource: Hashable
     seconds: float
-    after: tuple = ()
+    depends_on: tuple = ()
 
 
-def replay(tasks: dict[Hashable, Task]) -> dict[Hashable, tuple[float, float]]:
-    """{name: (begin, end)}: each lane does its tasks in the order given, each as soon as it can.
+def simulate_tasks(tasks: dict[Hashable, SimulatedTask]) -> dict[Hashable, tuple[float, float]]:
+    """{name: (begin, end)} in s: each resource does its tasks in the order given, each as soon as it can.
 
-    Raises ValueError where some can never begin, naming one of them and what it waits for.
+    Raises ValueError where some tasks can never begin (a deadlock), naming one of them and what it waits for.
     """
-    lanes, free, done = defaultdict(list), defaultdict(float), {}
+    queues, free_at, done = defaultdict(list), defaultdict(float), {}
     for name, task in tasks.items():
-        lanes[task.lane].append(name)
-    at = dict.fromkeys(lanes, 0)
+        queues[task.resource].append(name)
+    position = dict.fromkeys(queues, 0)
     while len(done) < len(tasks):
         before = len(done)
-        for lane, names in lanes.items():
-            while at[lane] < len(names) and all(name in done for name in tasks[names[at[lane]]].after):
-                task = tasks[name := names[at[lane]]]
-                begin = max([free[lane], *(done[one][1] for one in task.after)])
+        for resource, names in queues.items():
+            while position[resource] < len(names) and all(
+                    name in done for name in tasks[names[position[resource]]].depends_on):
+                task = tasks[name := names[position[resource]]]
+                begin = max([free_at[resource], *(done[one][1] for one in task.depends_on)])
                 done[name] = begin, begin + task.seconds
-                free[lane], at[lane] = begin + task.seconds, at[lane] + 1
+                free_at[resource] = begin + task.seconds
+                position[resource] += 1
         if len(done) == before:
-            raise ValueError("nobody can go on: " + _stuck(tasks, lanes, at, done))
+            raise ValueError("nobody can go on: " + _describe_deadlock(tasks, queues, position, done))
     return done
 
 
 @dataclass(frozen=True)
-class Timeline:
-    """What the clock saw: for every stage (instruction, begin, end) in s, computations alone."""
-    spans: list[list[tuple[object, float, float]]]
+class StepTimeline:
+    """When each stage computes in a step: a list for each stage of (instruction, begin, end) in s."""
+    compute_spans: list[list[tuple[object, float, float]]]
 
     @property
-    def step(self) -> float:
+    def step_seconds(self) -> float:
         """Seconds from the first computation to the end of the last."""
-        return max(end for stage in self.spans for _, _, end in stage)
+        return max(end for stage in self.compute_spans for _, _, end in stage)
 
     @property
-    def idle(self) -> list[float]:
-        """For every stage the seconds of the step in which it computes nothing."""
-        return [self.step - sum(end - begin for _, begin, end in stage) for stage in self.spans]
+    def idle_seconds(self) -> list[float]:
+        """For every stage the seconds of the step in which it computes nothing: its pipeline bubble."""
+        return [self.step_seconds - sum(end - begin for _, begin, end in stage)
+                for stage in self.compute_spans]
 
     @property
-    def peak(self) -> list[int]:
-        """For every stage the most micro-batches, by chunk, that have begun and still keep activations."""
-        return [in_flight([what for what, _, _ in stage]) for stage in self.spans]
+    def peak_in_flight(self) -> list[int]:
+        """For every stage the most (micro-batch, chunk) pairs whose activations it holds at a time."""
+        return [max_micro_batches_in_flight([instruction for instruction, _, _ in stage])
+                for stage in self.compute_spans]
 
 
-def simulate(lists: list[list], t_forward: Seconds, t_backward_input: Seconds, t_backward_weight: Seconds,
-             t_send: float = 0.0) -> Timeline:
-    """Replay a schedule, one list a stage. `Backward` takes both halves' time.
+def simulate_schedule(stage_schedules: list[list], forward_seconds: SecondsPerChunk,
+                      backward_input_seconds: SecondsPerChunk, backward_weight_seconds: SecondsPerChunk,
+                      send_seconds: float = 0.0) -> StepTimeline:
+    """Simulate a schedule, one list a stage. A `Backward` takes the time of both halves.
 
-    Times in s, one number or one for each chunk of the model, in its order. A message takes `t_send`; those
-    of a stage to one other follow one another.
+    Times in s, one number or one for each chunk of the model, in its order. Messages from a stage to one
+    other stage follow one another.
     """
-    times = {Forward: (t_forward,), BackwardInput: (t_backward_input,), BackwardWeight: (t_backward_weight,),
-             Backward: (t_backward_input, t_backward_weight)}
-    p, v = len(lists), chunks(lists)
+    times = {Forward: (forward_seconds,), BackwardInput: (backward_input_seconds,),
+             BackwardWeight: (backward_weight_seconds,),
+             Backward: (backward_input_seconds, backward_weight_seconds)}
+    p, v = len(stage_schedules), chunks_per_stage(stage_schedules)
     tasks = {}
-    for r, order in enumerate(lists):
+    for r, order in enumerate(stage_schedules):
         for what in order:
             if type(what) in times:
-                came = messages(what, r, p, v)[0]
-                seconds = sum(_of(t, what.chunk * p + r) for t in times[type(what)])
-                tasks[r, what] = Task(r, seconds, (neighbour(came, r, p),) if came else ())
-            elif isinstance(what, SENDS):
-                tasks[r, what] = Task((r, neighbour(what, r, p)[0]), t_send, (_maker(what, r, order),))
-    spans = replay(tasks)
-    return Timeline([[(what, *spans[r, what]) for what in order if type(what) in times]
-                     for r, order in enumerate(lists)])
+                recv = required_recv_and_send(what, r, p, v)[0]
+                seconds = sum(_of_chunk(t, what.chunk * p + r) for t in times[type(what)])
+                tasks[r, what] = SimulatedTask(r, seconds, (message_peer(recv, r, p),) if recv else ())
+            elif isinstance(what, _SENDS):
+                link = r, message_peer(what, r, p)[0]
+                tasks[r, what] = SimulatedTask(link, send_seconds, (_computation_of(what, r, order),))
+    spans = simulate_tasks(tasks)
+    return StepTimeline([[(what, *spans[r, what]) for what in order if type(what) in times]
+                         for r, order in enumerate(stage_schedules)])
 
 
-def chunks(lists: list[list]) -> int:
-    """v: chunks a stage of this schedule."""
-    return 1 + max(what.chunk for order in lists for what in order if isinstance(what, Forward))
+def chunks_per_stage(stage_schedules: list[list]) -> int:
+    """v: how many chunks of the model a stage has in this schedule."""
+    return 1 + max(what.chunk for order in stage_schedules for what in order if isinstance(what, Forward))
 
 
-def in_flight(order: Iterable) -> int:
-    """The most (micro-batch, chunk) pairs of which `order` keeps activations at a time."""
+def max_micro_batches_in_flight(order: Iterable) -> int:
+    """The most (micro-batch, chunk) pairs whose activations one stage holds at a time, running `order`."""
     now = most = 0
     for what in order:
         now += isinstance(what, Forward) - isinstance(what, (Backward, BackwardWeight))
@@ -119,84 +126,87 @@ def in_flight(order: Iterable) -> int:
     return most
 
 
-def validate(lists: list[list]) -> None:
+def validate_schedule(stage_schedules: list[list]) -> None:
     """Raise ValueError unless the lists are a schedule that every stage can carry out.
 
-    Each micro-batch goes forward and back once through each chunk; what a stage needs has a place ready and
-    what it makes leaves; each message has both ends, in one order on each way; nobody is left waiting even
-    where a send blocks until the other end is ready.
+    Each micro-batch goes forward and back once through each chunk; a receive is started before what it brings
+    is needed, and what is computed is sent; sends and receives match, in one order between any two stages;
+    nothing deadlocks even where a send blocks until its receive has started.
     """
-    p, v = len(lists), chunks(lists)
-    pairs = {(what.micro, chunk) for order in lists for what in order if isinstance(what, Forward)
-             for chunk in range(v)}
-    for r, order in enumerate(lists):
-        _check_work(order, r, pairs)
+    p, v = len(stage_schedules), chunks_per_stage(stage_schedules)
+    pairs = {(what.micro_batch, chunk) for order in stage_schedules for what in order
+             if isinstance(what, Forward) for chunk in range(v)}
+    for r, order in enumerate(stage_schedules):
+        _check_computations(order, r, pairs)
         _check_messages(order, r, p, v)
     for r, other in ((r, other) for r in range(p) for other in range(p)):
-        sent = [neighbour(what, r, p)[1] for what in _on_the_way(lists[r], SENDS, r, other, p)]
-        ready = _on_the_way(lists[other], RECEIVES, other, r, p)
-        for pair in zip_longest(sent, ready):
+        sends = _messages_between(stage_schedules[r], _SENDS, r, other, p)
+        sent = [message_peer(what, r, p)[1] for what in sends]
+        started = _messages_between(stage_schedules[other], _RECVS, other, r, p)
+        for pair in zip_longest(sent, started):
             if pair[0] != pair[1]:
                 raise ValueError(f"stage {r} sends stage {other} something for {pair[0]}, where {pair[1]} is "
                                  "ready")
-    replay({(r, what): Task(r, 0.0, _before(what, r, p, v)) for r, order in enumerate(lists)
-            for what in order})
+    simulate_tasks({(r, what): SimulatedTask(r, 0.0, _comes_first(what, r, p, v))
+                    for r, order in enumerate(stage_schedules) for what in order})
 
 
-def _on_the_way(order, kinds, r, other, p):
-    return [what for what in order if isinstance(what, kinds) and neighbour(what, r, p)[0] == other]
+def _messages_between(order, kinds, r, other, p):
+    return [what for what in order if isinstance(what, kinds) and message_peer(what, r, p)[0] == other]
 
 
-def _before(what, r, p, v):
-    """What elsewhere comes first: of a blocking send its receive, of a computation the send."""
-    needs = what if isinstance(what, SENDS) else messages(what, r, p, v)[0]
-    return (neighbour(needs, r, p),) if needs else ()
+def _comes_first(what, r, p, v):
+    """What another stage must do first: of a blocking send its receive, of a computation the send."""
+    needs = what if isinstance(what, _SENDS) else required_recv_and_send(what, r, p, v)[0]
+    return (message_peer(needs, r, p),) if needs else ()
 
 
-def _check_work(order, r, wanted):
-    """Each pair (micro-batch, chunk) forward once, then back once, whole or in two halves; then the step."""
+def _check_computations(order, r, wanted):
+    """Each (micro-batch, chunk) forward once, then backward once, whole or in two halves; then the step."""
     for what in order:
         if order.count(what) > 1:
             raise ValueError(f"stage {r} does {what} twice")
-    for micro, chunk in wanted:
-        did = [type(what).__name__ for what in order if isinstance(what, (Forward, *BACKWARDS))
-               and (what.micro, what.chunk) == (micro, chunk)]
+    for micro_batch, chunk in wanted:
+        did = [type(what).__name__ for what in order if isinstance(what, (Forward, *_BACKWARDS))
+               and (what.micro_batch, what.chunk) == (micro_batch, chunk)]
         if did not in (["Forward", "Backward"], ["Forward", "BackwardInput", "BackwardWeight"]):
-            raise ValueError(f"stage {r} takes micro-batch {micro} through chunk {chunk} as {did}")
-    if [*map(type, order[-2:])] != [ReduceGrads, Step]:
-        raise ValueError(f"stage {r} ends with {order[-2:]}, not with ReduceGrads and Step")
-    marked = [what for what in order if isinstance(what, (Backward, BackwardWeight)) and what.last]
-    if marked != [what for what in mark_last(order) if what in marked] or len(marked) != len(
+            raise ValueError(f"stage {r} takes micro-batch {micro_batch} through chunk {chunk} as {did}")
+    if [*map(type, order[-2:])] != [ReduceGrads, OptimizerStep]:
+        raise ValueError(f"stage {r} ends with {order[-2:]}, not with ReduceGrads and OptimizerStep")
+    marked = [what for what in order if isinstance(what, (Backward, BackwardWeight)) and what.is_last]
+    if marked != [what for what in mark_last_backwards(order) if what in marked] or len(marked) != len(
             {chunk for _, chunk in wanted}):
         raise ValueError(f"stage {r} calls {marked} last: of each chunk it must be the last to its weights")
 
 
 def _check_messages(order, r, p, v):
-    there, made, owed = set(), set(), set()
+    """Receives come before what needs them; results for other stages are sent after they are made."""
+    seen, sent, made = set(), set(), set()
     for what in order:
-        needs, makes = messages(what, r, p, v)
-        if needs and needs not in there:
-            raise ValueError(f"stage {r} comes to {what} and has no {needs} before it")
-        there.add(what)
-        made |= {what} if isinstance(what, SENDS) else set()
-        owed |= {makes} if makes else set()
-        if not made <= owed:
-            raise ValueError(f"stage {r} sends {made - owed}, which it has not made")
-    if owed != made:
-        raise ValueError(f"stage {r} makes {owed - made}, which never leave")
+        recv, send = required_recv_and_send(what, r, p, v)
+        if recv and recv not in seen:
+            raise ValueError(f"stage {r} comes to {what} and has no {recv} before it")
+        seen.add(what)
+        sent |= {what} if isinstance(what, _SENDS) else set()
+        made |= {send} if send else set()
+        if not sent <= made:
+            raise ValueError(f"stage {r} sends {sent - made}, which it has not made")
+    if made != sent:
+        raise ValueError(f"stage {r} makes {made - sent}, which never leave")
 
 
-def _maker(send, r, order):
-    """The computation that makes what `send` sends."""
+def _computation_of(send, r, order):
+    """The computation whose result `send` sends."""
     kinds = (Forward,) if isinstance(send, SendActivation) else (Backward, BackwardInput)
     return r, next(what for what in order if isinstance(what, kinds)
-                   and (what.micro, what.chunk) == (send.micro, send.chunk))
+                   and (what.micro_batch, what.chunk) == (send.micro_batch, send.chunk))
 
 
-def _of(seconds, chunk):
+def _of_chunk(seconds, chunk):
     return seconds if isinstance(seconds, (int, float)) else seconds[chunk]
 
 
-def _stuck(tasks, lanes, at, done):
-    name = next(names[at[lane]] for lane, names in lanes.items() if at[lane] < len(names))
-    return f"{name} waits for {[one for one in tasks[name].after if one not in done] or 'its turn'}"
+def _describe_deadlock(tasks, queues, position, done):
+    name = next(names[position[resource]] for resource, names in queues.items()
+                if position[resource] < len(names))
+    return f"{name} waits for {[one for one in tasks[name].depends_on if one not in done] or 'its turn'}"

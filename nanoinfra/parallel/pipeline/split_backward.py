@@ -1,10 +1,11 @@
-"""A backward in two halves, for zero-bubble schedules: the input's gradient now, the weights' in a gap.
+"""A backward in two halves, for zero-bubble schedules: the input's gradient first, the weights' later.
 
-The graph that autograd has built is walked once. Where a weight joins the way from `y` back to `x` lies a
-joint, a node with both gradients to give. The first half asks for x's alone and notes what arrives at each
-joint; the second gives every joint that again and asks for its weights' alone. No module knows of it. Custom
-autograd functions ask tensor.py's `needed` which gradients are wanted, or it computes both in both halves.
-Qi et al. 2023, section 2.1. Not with recompute of whole blocks, which hides their weights from the graph.
+The autograd graph is walked once. A joint is a node on the way from `y` back to `x` that also leads to
+weights: it can compute both gradients. The first half asks for x's gradient only and keeps the gradients that
+arrive at each joint; the second half passes them to every joint again and asks for its weights' only. Modules
+need no change. A custom autograd function asks tensor_parallel.py's `inputs_needing_grad`, else it computes
+both twice. Qi et al. 2023, section 2.1. Not with recompute of whole blocks, which hides their weights from
+the graph.
 """
 import functools
 
@@ -12,41 +13,42 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
-class Halves:
-    """The backward of `y`, made of the leaf `x`: call `inputs`, then `weights`."""
+class SplitBackward:
+    """The backward of `y`, computed from the leaf `x`: call `backward_input`, then `backward_weight`."""
 
     def __init__(self, y: torch.Tensor, x: torch.Tensor):
-        self.y, self.x = y, x
-        self.joints, self.caught = joints(y.grad_fn, get_gradient_edge(x).node), {}
+        self._y, self._x = y, x
+        self._joints, self._caught_grads = _joint_nodes(y.grad_fn, get_gradient_edge(x).node), {}
 
-    def inputs(self, grad: torch.Tensor | None) -> None:
-        """The gradient of `x`, into `x.grad`, from `grad`, that of `y`."""
-        hooks = [node.register_prehook(functools.partial(self.caught.__setitem__, node))
-                 for node in self.joints]
-        torch.autograd.backward(self.y, grad, inputs=[self.x], retain_graph=True)
+    def backward_input(self, output_grad: torch.Tensor | None) -> None:
+        """Compute the gradient of `x` into `x.grad`, from the gradient of `y`."""
+        hooks = [node.register_prehook(functools.partial(self._caught_grads.__setitem__, node))
+                 for node in self._joints]
+        torch.autograd.backward(self._y, output_grad, inputs=[self._x], retain_graph=True)
         for hook in hooks:
             hook.remove()
-        self.y = None
+        self._y = None
 
-    def weights(self) -> None:
-        """The gradients of the weights, as `.backward()` gives them: into `.grad`, past hooks."""
-        for node, params in self.joints.items():
-            pairs = [(GradientEdge(node, i), grad) for i, grad in enumerate(self.caught.pop(node))
+    def backward_weight(self) -> None:
+        """Compute the gradients of the weights as `.backward()` does: into `.grad`, and hooks run."""
+        for node, params in self._joints.items():
+            pairs = [(GradientEdge(node, i), grad) for i, grad in enumerate(self._caught_grads.pop(node))
                      if grad is not None]
             torch.autograd.backward(*map(list, zip(*pairs)), inputs=params)
-        self.joints = {}
+        self._joints = {}
 
 
-def joints(top, bottom) -> dict:
-    """{node: parameters}: each node from which `bottom` can be reached, with what else it leads to."""
-    order, leads = _down(top), {bottom: True}
+def _joint_nodes(top, bottom) -> dict:
+    """{node: parameters}: each node on a way from `top` to `bottom`, with the parameters it also leads to."""
+    order, leads = _nodes_below(top), {bottom: True}
     for node in order:                                                   # a node's children come before it
         leads[node] = node is bottom or any(leads[child] for child in _children(node))
     found = {}
     for node in reversed(order):
         if leads[node] and node is not bottom:
             aside = [child for child in _children(node) if not leads[child]]
-            params = [leaf.variable for child in aside for leaf in _down(child) if hasattr(leaf, "variable")]
+            leaves = [leaf for child in aside for leaf in _nodes_below(child)]
+            params = [leaf.variable for leaf in leaves if hasattr(leaf, "variable")]
             if params:
                 found[node] = params
     return found
@@ -56,7 +58,7 @@ def _children(node):
     return [child for child, _ in node.next_functions if child is not None]
 
 
-def _down(top):
+def _nodes_below(top):
     """All nodes under `top`, children first."""
     seen, order, stack = {top}, [], [(top, iter(_children(top)))]
     while stack:

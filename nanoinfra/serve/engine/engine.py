@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import torch
 
-from nanoinfra.distributed.ledger import Ledger
+from nanoinfra.distributed.comm_log import CommLog
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Text
 from nanoinfra.serve.engine.block_pool import BlockPool, root_block_hash
@@ -34,8 +34,8 @@ class Engine:
     """
 
     def __init__(self, model: Decoder, tokenizer: Text | None = None, chat_template: str | None = None, *,
-                 num_blocks: int, block_size: int = 16, ledger: Ledger | None = None, **scheduler_limits):
-        self.model, self.ledger = model, ledger or Ledger()
+                 num_blocks: int, block_size: int = 16, ledger: CommLog | None = None, **scheduler_limits):
+        self.model, self.ledger = model, ledger or CommLog()
         self.tokenizer, self.chat_template = tokenizer, chat_template
         self.kv_cache = PagedKVCache(model, num_blocks, block_size)
         self.block_pool = BlockPool(num_blocks, block_size)
@@ -76,7 +76,7 @@ class Engine:
         it alone was handled, or its numbers are not finite, even computed a second time from its tokens.
         """
         scheduled, outputs = self.scheduler.schedule(), []
-        self.ledger.take()                   # a server's would grow for ever
+        self.ledger.take_records()                   # a server's would grow for ever
         if scheduled.scheduled_chunks:
             chunks, tokens, positions = self.kv_cache.prepare_inputs(scheduled)
             hidden = self.model.hidden(tokens, positions, self.kv_cache)[0]              # (N, C)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 
-from nanoinfra.distributed.cpu_threads import default_threads
+from nanoinfra.distributed.cpu_threads import default_threads_per_rank
 from nanoinfra.serve.processes.engine_loop import API_SIGNALS, EngineLoadFailed, EngineReady, EngineStepResult
 from nanoinfra.serve.processes.tp_group import TensorParallelGroup
 
@@ -30,7 +30,7 @@ def rank_environment(num_ranks: int) -> dict[str, str]:
     pages from the system.
     """
     keep = 1 << 40
-    return {"OMP_NUM_THREADS": str(default_threads(num_ranks)),
+    return {"OMP_NUM_THREADS": str(default_threads_per_rank(num_ranks)),
             "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={1 << 30}:"
                               f"glibc.malloc.trim_threshold={keep}"}
 

@@ -28,13 +28,17 @@ class TensorParallelGroup:
         """A Mesh of `tp_size` ranks, all of this group's. Every rank calls it."""
         import torch.distributed as dist
 
-        from nanoinfra.distributed.loopback import bind_to_loopback, client_store, master_store
+        from nanoinfra.distributed.loopback import (
+            bind_gloo_and_nccl_to_loopback,
+            connect_to_loopback_store,
+            start_loopback_store,
+        )
         from nanoinfra.distributed.mesh import Mesh
         if tp_size > 1:
-            bind_to_loopback()
-            store = master_store() if self.rank == 0 else None
+            bind_gloo_and_nccl_to_loopback()
+            store = start_loopback_store() if self.rank == 0 else None
             port = self.broadcast_object(store and store.port)
-            store = store or client_store(port)
+            store = store or connect_to_loopback_store(port)
             dist.init_process_group("gloo", timeout=_COLLECTIVE_TIMEOUT, store=store, rank=self.rank,
                                     world_size=tp_size)
         return Mesh(tp=tp_size)

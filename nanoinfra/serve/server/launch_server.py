@@ -8,7 +8,7 @@ import functools
 import socket
 import sys
 
-from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.serve.options import EngineOptions, ServeOptions, check_serve_options
 from nanoinfra.serve.processes.tp_group import TensorParallelGroup
 from nanoinfra.serve.server.http.api_keys import VARIABLE, read_keys
@@ -47,7 +47,7 @@ def main(options: ServeOptions, factory=None) -> int:
 def open_ranked(options: EngineOptions, team: TensorParallelGroup):
     """The engine of one rank, in its own process."""
     from nanoinfra.serve.engine.load_engine import load_engine
-    use_threads(options.threads, options.tp)
+    set_torch_threads(options.threads, options.tp)
     engine = load_engine(options, team.init_tp_mesh(options.tp))
     if engine.text is None:
         raise ValueError(f"{options.model} holds no tokenizer.json to talk with it; copy the one it was "

@@ -92,7 +92,7 @@ def ask_first(axis, work: Callable[[], object]):
             answer = {"done": work()}
         except (OSError, ValueError) as error:
             failure, answer = error, {"wrong": _reason(error)}
-    answer = comm.gather_objects(answer, axis, "checkpoint")[0]
+    answer = comm.all_gather_json(answer, axis, "checkpoint")[0]
     if "wrong" in answer:
         raise ValueError(answer["wrong"]) from failure
     return answer["done"]
@@ -137,7 +137,7 @@ def _together(axis, work):
         mine = {"done": work()}
     except (OSError, ValueError, TypeError) as error:
         failure, mine = error, {"failed": _reason(error)}
-    results = comm.gather_objects(mine, axis, "checkpoint")
+    results = comm.all_gather_json(mine, axis, "checkpoint")
     failed = [f"rank {rank}: {result['failed']}" for rank, result in enumerate(results) if "failed" in result]
     if failed:
         more = f" (and {len(failed) - 1} more of {axis.size} ranks)" if failed[1:] else ""

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 OURS = "nanoinfra-"                          # how launches of train/launch/launcher.py are called
-BOARD = "where_ranks_stand"                  # ledger.Board of a run under way
+BOARD = "where_ranks_stand"                  # StatusBoard of a run under way
 NOTES = ".ranks"                             # of our launcher in the run's directory, while the run lives
 STOPPED = "stopped.json"                     # rank 0's note in the run directory: a signal ended the run
 
@@ -67,8 +67,8 @@ def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
     end_with_parent()
     import torch.distributed as dist
 
-    from nanoinfra.distributed.comm import LostRank
-    from nanoinfra.distributed.ledger import Board, report_to
+    from nanoinfra.distributed.comm import CollectiveFailed
+    from nanoinfra.distributed.status_board import StatusBoard, report_status_to
     from nanoinfra.train.launch.rendezvous import meet
     if device == "cuda":
         import torch
@@ -76,19 +76,19 @@ def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
     board, rank = None, int(os.environ["RANK"])
     if out:
         make_folder(out)
-        board = Board(out / BOARD, int(os.environ["WORLD_SIZE"]), rank)
-        board.write({})                      # over what an earlier attempt has left there
-        report_to(board)
+        board = StatusBoard(out / BOARD, int(os.environ["WORLD_SIZE"]), rank)
+        board.write_status({})                      # over what an earlier attempt has left there
+        report_status_to(board)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"           # counts travel on the CPU
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **meet())
     try:
         yield
-    except LostRank as lost:
+    except CollectiveFailed as lost:
         print(f"nanoinfra: rank {rank}: {lost}{_who(board, rank, lost)}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)                          # what torch still holds waits for the lost one too
     finally:
-        report_to(None)
+        report_status_to(None)
         dist.destroy_process_group()
     if out:
         (out / BOARD).unlink(missing_ok=True)                # kept after a failure, for the launcher to read
@@ -132,14 +132,14 @@ def make_folder(path: Path) -> None:
 
 def _who(board, rank, lost):
     """Who did not come, in words. The hung ones that are on this host are ended."""
-    from nanoinfra.distributed.ledger import hang_report
+    from nanoinfra.distributed.status_board import hang_report
     if board is None:
         return ""
-    positions = board.positions()
+    positions = board.read_statuses()
     said = f"; {hang_report(positions).splitlines()[rank]}"
     hung = culprits(rank, positions) if "imed out" in str(lost) else []
     for other, at in enumerate(positions):
-        if other != rank and at.get("host") == board.me["host"]:
+        if other != rank and at.get("host") == board.process_identity["host"]:
             state = "stopped" if is_stopped(at["pid"]) else "hung" if other in hung else ""
             if state and end(at["pid"]):
                 said += f"; rank {other} (process {at['pid']}) was {state}: ended it"
@@ -148,11 +148,11 @@ def _who(board, rank, lost):
 
 def culprits(rank: int, positions: list[dict]) -> list[int]:
     """Whom `rank` waits for, directly or through others that wait, and who wait for nobody themselves."""
-    from nanoinfra.distributed.ledger import absent
+    from nanoinfra.distributed.status_board import missing_ranks
     found, new = set(), {rank}
     while new:
         found |= new
-        new = {late for r in new for late in absent(r, positions)} - found
+        new = {late for r in new for late in missing_ranks(r, positions)} - found
     return sorted(r for r in found if positions[r].get("state") != "waits")
 
 

@@ -24,8 +24,8 @@ from torch.distributed.elastic.events import Event, EventSource
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
-from nanoinfra.distributed.cpu_threads import default_threads
-from nanoinfra.distributed.loopback import HOST, master_store
+from nanoinfra.distributed.cpu_threads import default_threads_per_rank
+from nanoinfra.distributed.loopback import LOOPBACK_HOST, start_loopback_store
 from nanoinfra.train.checkpoint.checkpoint import checkpoints
 from nanoinfra.train.launch.elastic_rank import BOARD, NOTES, OURS, STOPPED, end, make_folder
 from nanoinfra.train.launch.signals import announce, is_another, not_ignored, say
@@ -45,7 +45,7 @@ def launch(argv: list[str], nproc: int, out: Path | None = None, max_restarts: i
         make_folder(out)
     for logger in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(default_threads(nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(default_threads_per_rank(nproc)))
     started, meeting = time.time(), LoopbackRendezvous(OURS + uuid.uuid4().hex[:8])
     spec = WorkerSpec("rank", nproc, meeting, entrypoint=sys.executable, max_restarts=max_restarts,
                       args=("-m", module, *argv), monitor_interval=0.1)
@@ -69,11 +69,11 @@ class LoopbackRendezvous(RendezvousHandler):
     use_agent_store = True                   # the ranks take the store that is here, and start none
 
     def __init__(self, run_id: str):
-        self.run_id, self.store = run_id, master_store()
+        self.run_id, self.store = run_id, start_loopback_store()
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Rank 0 of 1 agents, which keeps its own notes in memory; the ranks learn the store's address."""
-        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(HOST, self.store.port))
+        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(LOOPBACK_HOST, self.store.port))
 
     def get_run_id(self) -> str:
         return self.run_id
@@ -184,8 +184,8 @@ def _after_failure(failures, world, out):
     remedy = "; --resume goes on from the last checkpoint" if out else ""
     print(f"nanoinfra: rank {rank} {_how(failures[rank])}{remedy}", file=sys.stderr)
     if out and (out / BOARD).exists():
-        from nanoinfra.distributed.ledger import Board, hang_report
-        positions = Board(out / BOARD, world).positions()
+        from nanoinfra.distributed.status_board import StatusBoard, hang_report
+        positions = StatusBoard(out / BOARD, world).read_statuses()
         fate = {r: "was killed" for r, failure in failures.items() if _killed(failure)}
         print(hang_report(positions, lambda r: fate.get(r, "")), file=sys.stderr)
         (out / BOARD).unlink()

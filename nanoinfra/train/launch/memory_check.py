@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanoinfra.config import SIZES, ModelConfig, sized
-from nanoinfra.distributed.host_memory import free_memory, host_memory, resident_peak
+from nanoinfra.distributed.host_memory import available_memory_bytes, host_memory_limit_bytes, peak_rss_bytes
 from nanoinfra.formulas.footprint import Layout, Recipe, footprint, heap_rest
 from nanoinfra.train.config import TrainFlags, check, micro_batches, plan_mesh
 from nanoinfra.train.freeze import frozen_names
@@ -104,7 +104,7 @@ def ranks_here(flags: TrainFlags, world: int) -> range:
 def capacity(flags: TrainFlags) -> int | None:
     """Bytes that this machine, or this rank's card, has in all; None where that cannot be known."""
     if flags.mesh.device == "cpu":
-        return host_memory()
+        return host_memory_limit_bytes()
     import torch
     card = int(os.environ.get("LOCAL_RANK", 0))                          # asked without a context of its own
     return torch.cuda.get_device_properties(card).total_memory if card < torch.cuda.device_count() else None
@@ -178,7 +178,7 @@ def _fits(flags, world, config, there):
 
 def _others(flags, world, total):
     """A warning where so much is not free at present, besides what the ranks have by now, all alike."""
-    free = free_memory() + len(ranks_here(flags, world)) * resident_peak()
+    free = available_memory_bytes() + len(ranks_here(flags, world)) * peak_rss_bytes()
     return f" ({_gb(free)} free at present)" if flags.mesh.device == "cpu" and total > free else ""
 
 

@@ -13,7 +13,12 @@ from datetime import timedelta
 from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from nanoinfra.distributed.loopback import bind_to_loopback, client_store, is_loopback, master_store
+from nanoinfra.distributed.loopback import (
+    bind_gloo_and_nccl_to_loopback,
+    connect_to_loopback_store,
+    is_loopback,
+    start_loopback_store,
+)
 from nanoinfra.train.launch.elastic_rank import launched_by_us, restarted
 from nanoinfra.train.launch.preflight import by_environment
 
@@ -29,7 +34,7 @@ def meet() -> dict:
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if on_one_host():
-        bind_to_loopback()
+        bind_gloo_and_nccl_to_loopback()
     if rank == 0 and not restarted() and (risk := exposure()):
         print(f"nanoinfra: {risk}", file=sys.stderr, flush=True)
     store = _store(rank)
@@ -81,7 +86,7 @@ def _store(rank: int) -> Store:
     if _launcher_has_store() or not is_loopback(os.environ["MASTER_ADDR"]):
         return next(rendezvous("env://", timeout=START))[0]
     try:
-        return master_store(port) if rank == 0 else client_store(port)
+        return start_loopback_store(port) if rank == 0 else connect_to_loopback_store(port)
     except OSError as error:
         raise ValueError(f"MASTER_PORT {port}: {error.strerror}; {by_environment()}") from error
     except RuntimeError as error:

@@ -65,7 +65,7 @@ class RunDir:
     def save(self, step: int, replica: Replica, state: dict, keep: int) -> None:
         """A checkpoint; each tensor, or part of one, is written by one of the ranks that hold it."""
         data, pieces = self.mesh.data, replica.pieces()
-        mine = pieces if replica.parallel.plan.zero else pieces[data.rank::data.size]
+        mine = pieces if replica.parallel.config.zero_stage else pieces[data.rank::data.size]
         state = {"step": step, "text": self.text, **replica.state(), **state}
         checkpoint.save(self.checkpoints, step, mine, state, self.mesh.world, keep, self.warn)
 
@@ -131,7 +131,7 @@ class RunDir:
         again = restarted() or launch_id() is not None and config.get("launch") == launch_id()
         if start is not None:                # else they died before later checkpoints were abandoned
             again = again and config.get("flags", {}).get("run", {}).get("resume_from") == start
-        return any(comm.gather_objects(again, self.mesh.world, "checkpoint"))
+        return any(comm.all_gather_json(again, self.mesh.world, "checkpoint"))
 
     def _chosen(self, again):
         """The name of the checkpoint to go on from, None for a new run. ValueError where neither may be."""

@@ -9,15 +9,16 @@ from nanoinfra.config import FAMILIES, ModelConfig
 from nanoinfra.data.sample_order import IGNORE
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import shapes
+from nanoinfra.formulas.tensor_parallel import SEQUENCE_PARALLEL_MODES as SP
 from nanoinfra.formulas.tensor_parallel import boxes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import draw, generator
 from nanoinfra.model.weights.fill_model import empty
-from nanoinfra.parallel.parallelize import Composed, Plan
-from nanoinfra.parallel.sequence_parallel import SP, CutPositions
-from nanoinfra.parallel.tensor_parallel import RowLinear
+from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig
+from nanoinfra.parallel.sequence_parallel import SequenceParallelPositionEmbedding
+from nanoinfra.parallel.tensor_parallel import RowParallelLinear
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
-from nanoinfra.parallel.vocab_parallel import VocabEmbedding, VocabHead
+from nanoinfra.parallel.vocab_parallel import ParallelLMHead, VocabParallelEmbedding
 from nanoinfra.train.loss import count_valid, cross_entropy
 from tests.families import KINDS, VARIANTS
 from tests.parity import assert_same_gradients
@@ -38,12 +39,12 @@ MESHES = [  # family, dp, tp, sp, zero, recompute, micro-batch: every two of the
 
 @pytest.mark.parametrize("family, tp, sp, tied", CASES)
 def test_gradients_match_one_rank(ranks, family, tp, sp, tied):
-    compare(ranks, family, tied, Plan(sp=sp, dtype=torch.float64), tp=tp)
+    compare(ranks, family, tied, ParallelConfig(sequence_parallel=sp, dtype=torch.float64), tp=tp)
 
 
 @pytest.mark.parametrize("family, dp, tp, sp, zero, recompute, micro", MESHES)
 def test_gradients_match_one_rank_beside_data_parallelism(ranks, family, dp, tp, sp, zero, recompute, micro):
-    plan = Plan(sp, zero, recompute, dtype=torch.float64)
+    plan = ParallelConfig(sp, zero, recompute, dtype=torch.float64)
     compare(ranks, family, True, plan, dp=dp, tp=tp, micro=micro)
 
 
@@ -53,13 +54,15 @@ def test_gradients_match_one_rank_beside_data_parallelism(ranks, family, dp, tp,
     *product(["llama-9/3", "qwen3-9/3"], [3], SP, (0, 1, 2, 3))])
 def test_every_combination_matches_one_rank(ranks, family, tp, sp, zero):
     for tied, recompute in ((True, "none"), (False, "selective"), (True, "full")):
-        compare(ranks, family, tied, Plan(sp, zero, recompute, dtype=torch.float64), dp=2, tp=tp)
+        compare(ranks, family, tied, ParallelConfig(sp, zero, recompute, dtype=torch.float64), dp=2, tp=tp)
 
 
 @pytest.mark.parametrize("sp", SP)
 def test_frozen_parameters_have_no_gradient_and_stop_none(ranks, sp):
-    compare(ranks, "qwen3", True, Plan(sp=sp, dtype=torch.float64), tp=2, frozen=("q_norm", "up", "embed"))
-    compare(ranks, "gpt2", True, Plan(sp=sp, dtype=torch.float64), tp=2, frozen=("norm1", "o", "positions"))
+    compare(ranks, "qwen3", True, ParallelConfig(sequence_parallel=sp, dtype=torch.float64), tp=2,
+            frozen=("q_norm", "up", "embed"))
+    compare(ranks, "gpt2", True, ParallelConfig(sequence_parallel=sp, dtype=torch.float64), tp=2,
+            frozen=("norm1", "o", "positions"))
 
 
 @pytest.mark.parametrize("family, tp, sp", [
@@ -70,10 +73,10 @@ def test_every_parameter_is_its_box_and_every_module_its_kind(ranks, family, tp,
     for rank, (kinds, held) in enumerate(every):
         assert held == {name: tuple(stop - start for start, stop in box)
                         for name, box in boxes(cfg, tp, rank).items()}
-        assert kinds["embed"] == VocabEmbedding.__name__ and kinds["head"] == VocabHead.__name__
+        assert kinds["embed"] == VocabParallelEmbedding.__name__ and kinds["head"] == ParallelLMHead.__name__
         assert {kinds[f"blocks.{i}.{name}"] for i in range(2) for name in ("attn.o", "mlp.down")} \
-            == {RowLinear.__name__}
-        assert kinds.get("positions") == {"gpt2": CutPositions.__name__}.get(family)
+            == {RowParallelLinear.__name__}
+        assert kinds.get("positions") == {"gpt2": SequenceParallelPositionEmbedding.__name__}.get(family)
     whole = sum(1 for name, shape in shapes(cfg).items() if held[name] == shape)
     assert 0 < whole < len(held) / 1.5                 # norms and biases of rows; the rest is cut
 
@@ -169,33 +172,33 @@ def shared(cfg, plan, dp, tp, micro, frozen):
     torch.manual_seed(mesh.rank)                       # a random state of its own on each rank
     model = empty(cfg, "naive")
     freeze(model, frozen)
-    parallel = Composed(model, mesh, plan, drawn(cfg))
+    parallel = ParallelChunk(model, mesh, plan, drawn(cfg))
     x, y = (part[mesh.data.rank::dp] for part in samples(cfg))
     batches = list(zip(x.split(micro), y.split(micro)))
     while len(batches) < -(-5 // (micro * dp)):        # a rank that has fewer samples
         batches.append((x[:1], torch.full_like(y[:1], IGNORE)))
     [count] = count_valid(batches, mesh.data)
-    parallel.data.begin_step()
+    parallel.data_parallel.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for i, (x, y) in enumerate(batches):
-        loss = parallel.loss(model.hidden(x), y, count)
-        parallel.data.before_backward(last=i == len(batches) - 1)
+        loss = parallel.loss_head(model.hidden(x), y, count)
+        parallel.data_parallel.prepare_for_backward(is_last=i == len(batches) - 1)
         loss.backward()
         total += loss.detach()
-    grads = parallel.finish()
-    axes = [mesh.tp, *([mesh.data] if plan.zero else [])]
-    norm = clip(dict(grads), 0, axes=axes, counts=parallel.tensor.counts)
+    grads = parallel.finish_grad_sync()
+    axes = [mesh.tp, *([mesh.data] if plan.zero_stage else [])]
+    norm = clip(dict(grads), 0, axes=axes, counts=parallel.tensor_parallel.counted_in_norm)
     named = {}
     for name, grad in grads.items():
-        size = [stop - start for start, stop in parallel.box(name)]
+        size = [stop - start for start, stop in parallel.shard_bounds(name)]
         n = torch.Size(size).numel()
-        named[name] = parallel.box(name), grad.reshape(-1)[:n].view(size).clone()
+        named[name] = parallel.shard_bounds(name), grad.reshape(-1)[:n].view(size).clone()
     return comm.all_reduce(total, mesh.data).item(), norm, named
 
 
 def described(family, tp, sp):
     model = empty(config(family))
-    parallel = Composed(model, Mesh(tp=tp), Plan(sp=sp), drawn(config(family)))
+    parallel = ParallelChunk(model, Mesh(tp=tp), ParallelConfig(sequence_parallel=sp), drawn(config(family)))
     assert all(p.is_leaf and not p.is_meta for p in parallel.model.parameters())
     return ({name: type(module).__name__ for name, module in model.named_modules()},
             {name: tuple(p.shape) for name, p in model.named_parameters()})

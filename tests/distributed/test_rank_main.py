@@ -11,7 +11,7 @@ from torch import nn
 
 from nanoinfra.distributed import comm, emulated_link
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import RanksError
+from nanoinfra.distributed.pool.rank_pool import RankFailedError
 
 
 def state():
@@ -53,7 +53,7 @@ def warn():
 
 
 def test_warnings_are_errors(ranks):
-    with pytest.raises(RanksError, match="UserWarning: too warm"):
+    with pytest.raises(RankFailedError, match="UserWarning: too warm"):
         ranks(2).run(warn)
 
 
@@ -77,7 +77,7 @@ def summed():
     return comm.all_reduce(torch.ones(1), Mesh(dp=2).dp).item()
 
 
-def no_sum(x, axis, tag="", op="sum", wait=True):
+def no_sum(x, axis, tag="", op="sum", async_op=False):
     return x
 
 
@@ -89,13 +89,14 @@ def every_result_doubled():
 
 
 def place():
-    return comm.all_reduce(torch.ones(1), Mesh(dp=2, wire={"dp": (0.0, 1e9)}).dp).item()
+    return comm.all_reduce(torch.ones(1), Mesh(dp=2, emulated_links={"dp": (0.0, 1e9)}).dp).item()
 
 
 @pytest.mark.parametrize("mutants, want", [
     ([("nanoinfra.distributed.comm", "all_reduce", no_sum)], 1.0),
     ([every_result_doubled], 4.0),
-    ([every_result_doubled, ("nanoinfra.distributed.comm", "Pending.wait", lambda self: torch.ones(1) * 5)],
+    ([every_result_doubled,
+      ("nanoinfra.distributed.comm", "AsyncCollective.wait", lambda self: torch.ones(1) * 5)],
      10.0),
 ])
 def test_mutants_act_inside_the_ranks_and_are_undone(ranks, mutants, want):
@@ -106,7 +107,7 @@ def test_mutants_act_inside_the_ranks_and_are_undone(ranks, mutants, want):
 
 
 def test_a_patch_in_the_parent_reaches_nobody(ranks, monkeypatch):
-    monkeypatch.setattr(emulated_link.Link, "enter", None)
+    monkeypatch.setattr(emulated_link.EmulatedLink, "start_transfer", None)
     assert ranks(2).run(place) == [2.0] * 2
 
 
@@ -114,7 +115,7 @@ def test_a_patch_in_the_parent_reaches_nobody(ranks, monkeypatch):
     (("nanoinfra.distributed.comm", "all_reduse", no_sum), "all_reduse"),
     (("nanoinfra.distributed.com", "all_reduce", no_sum), "No module named 'nanoinfra.distributed.com'")])
 def test_a_mutant_of_nothing_is_an_error(ranks, mutant, want):
-    with pytest.raises(RanksError, match=want):
+    with pytest.raises(RankFailedError, match=want):
         ranks(2).run(summed, mutants=[mutant])
 
 
@@ -123,7 +124,7 @@ def fail_deep():
 
 
 def test_the_traceback_starts_in_the_callers_function(ranks):
-    with pytest.raises(RanksError) as caught:
+    with pytest.raises(RankFailedError) as caught:
         ranks(1).run(fail_deep)
     frames = [text for text in str(caught.value).splitlines() if text.strip().startswith("File")]
     assert "in fail_deep" in frames[0]

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from nanoinfra.distributed import cpu_threads
-from nanoinfra.distributed.cpu_threads import cpu_quota, default_threads, usable_cores, use_threads
+from nanoinfra.distributed.cpu_threads import (
+    _cgroup_cpu_quota,
+    default_threads_per_rank,
+    set_torch_threads,
+    usable_cpu_cores,
+)
 from nanoinfra.serve.processes.engine_processes import rank_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,25 +24,25 @@ def cores(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(cpu_threads, "cpu_quota", lambda: 1e9)
+    monkeypatch.setattr(cpu_threads, "_cgroup_cpu_quota", lambda: 1e9)
     return monkeypatch
 
 
 def test_ranks_share_the_cores(cores):
-    assert [default_threads(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    assert [default_threads_per_rank(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
 
 
 def test_taskset_limits_them(cores):
     cores.setattr("os.sched_getaffinity", lambda pid: {5})
-    assert usable_cores() == 1 and default_threads(1) == 1
+    assert usable_cpu_cores() == 1 and default_threads_per_rank(1) == 1
     assert rank_environment(1)["OMP_NUM_THREADS"] == "1"          # of an engine of `serve`
 
 
 def test_a_quota_limits_them(cores):
-    cores.setattr(cpu_threads, "cpu_quota", lambda: 2.5)
-    assert usable_cores() == 2
-    cores.setattr(cpu_threads, "cpu_quota", lambda: 0.5)
-    assert usable_cores() == 1
+    cores.setattr(cpu_threads, "_cgroup_cpu_quota", lambda: 2.5)
+    assert usable_cpu_cores() == 2
+    cores.setattr(cpu_threads, "_cgroup_cpu_quota", lambda: 0.5)
+    assert usable_cpu_cores() == 1
 
 
 @pytest.mark.parametrize("said, want", [({"OMP_NUM_THREADS": "3"}, 3), ({"OMP_NUM_THREADS": "4,2"}, 4),
@@ -47,20 +52,20 @@ def test_a_quota_limits_them(cores):
 def test_the_environment_comes_before_the_cores(cores, said, want):
     for name, value in said.items():
         cores.setenv(name, value)
-    assert default_threads(2) == want
+    assert default_threads_per_rank(2) == want
 
 
 def test_the_flag_comes_first(cores):
     cores.setenv("OMP_NUM_THREADS", "3")
     before = torch.get_num_threads()
     try:
-        use_threads(2)
+        set_torch_threads(2)
         assert torch.get_num_threads() == 2
-        use_threads()
+        set_torch_threads()
         assert torch.get_num_threads() == 3
         cores.delenv("OMP_NUM_THREADS")
         cores.setenv("LOCAL_WORLD_SIZE", "2")
-        use_threads()
+        set_torch_threads()
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
@@ -85,14 +90,14 @@ def test_quota_of_control_groups(tmp_path, mine, files, want):
     for name, text in files.items():
         (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "groups" / name).write_text(text + "\n")
-    assert cpu_quota(tmp_path / "groups", tmp_path / "mine") == want
+    assert _cgroup_cpu_quota(tmp_path / "groups", tmp_path / "mine") == want
 
 
 def test_nobody_else_counts_cores_for_threads():
-    """Neither cores / ranks by hand, nor a number for torch that is not use_threads'."""
+    """Neither cores / ranks by hand, nor a number for torch that is not set_torch_threads'."""
     files = [*(ROOT / "nanoinfra").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
     assert not [path for path in files if "cpu_count() or 1) //" in path.read_text()]
 
 
 def test_this_machine_has_as_many_as_it_may_use():
-    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+    assert 1 <= usable_cpu_cores() <= (os.cpu_count() or 1)

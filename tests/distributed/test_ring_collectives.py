@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from nanoinfra.distributed import comm, rings
+from nanoinfra.distributed import comm, ring_collectives
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.collectives import ring_bytes, ring_seconds
 
@@ -17,10 +17,11 @@ def both(op, dtype):
     shape = (n, 3, 5) if op == "reduce_scatter" else (3 * n, 4)
     x = torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(axis.rank)).to(dtype)
     want = getattr(comm, op)(x.clone(), axis)
-    axis.ledger.take()
-    got = getattr(rings, f"ring_{op}")(x, axis, "ring")
+    axis.comm_log.take_records()
+    got = getattr(ring_collectives, f"ring_{op}")(x, axis, "ring")
     payload = got.nbytes if op == "all_gather" else x.nbytes
-    return torch.equal(got, want), got is x, payload, [(r.op, r.tag, r.payload) for r in axis.ledger.rows]
+    return torch.equal(got, want), got is x, payload, [(r.op, r.tag, r.payload_bytes)
+                                                       for r in axis.comm_log.records]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
@@ -31,14 +32,14 @@ def test_rings_equal_comm_and_send_what_the_paper_says(ranks, op, hops, n):
             assert equal
             assert same or op != "all_reduce"
             assert len(rows) == hops * (n - 1)
-            assert all(row == ("exchange", "ring", payload // n) for row in rows)
+            assert all(row == ("ring_shift", "ring", payload // n) for row in rows)
             assert sum(sent for _, _, sent in rows) == ring_bytes(op, payload, n)
 
 
 def reduce_transposed():
     axis = Mesh(dp=world_size()).dp
     x = torch.arange(6.0).view(2, 3).t() * (axis.rank + 1)
-    return rings.ring_all_reduce(x, axis) is x, x.tolist()
+    return ring_collectives.ring_all_reduce(x, axis) is x, x.tolist()
 
 
 def test_all_reduce_in_place_through_strides(ranks):
@@ -47,7 +48,7 @@ def test_all_reduce_in_place_through_strides(ranks):
 
 def reduce_seven():
     with pytest.raises(ValueError, match="a ring of 3 cuts 7 elements .* pad them to 9"):
-        rings.ring_all_reduce(torch.zeros(7), Mesh(dp=3).dp)
+        ring_collectives.ring_all_reduce(torch.zeros(7), Mesh(dp=3).dp)
 
 
 def test_chunks_must_be_equal(ranks):
@@ -55,11 +56,11 @@ def test_chunks_must_be_equal(ranks):
 
 
 def timed():
-    axis = Mesh(dp=world_size(), wire={"dp": WIRE}).dp
+    axis = Mesh(dp=world_size(), emulated_links={"dp": WIRE}).dp
     x = torch.ones(120_000)
     comm.barrier(Mesh(dp=world_size()).dp)
     begin = time.monotonic()
-    rings.ring_all_reduce(x, axis)
+    ring_collectives.ring_all_reduce(x, axis)
     return begin, time.monotonic()
 
 

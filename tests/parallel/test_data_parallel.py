@@ -13,10 +13,10 @@ from torch import nn
 from nanoinfra.config import sized
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.collectives import ring_seconds
-from nanoinfra.memory.recompute import recompute
+from nanoinfra.memory.recompute import activation_checkpoint
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.data_parallel import STEPS, DataParallel, pack
+from nanoinfra.parallel.data_parallel import GRAD_SYNC_MODES, DataParallel, pack_grad_buckets
 from nanoinfra.train.loss import count_valid, cross_entropy
 from tests.parity import assert_same_gradients
 
@@ -26,7 +26,7 @@ IGNORE = -100
 def test_gradients_match_one_rank(ranks):
     want = gradients_alone()
     for n in (2, 3):
-        for how in STEPS:
+        for how in GRAD_SYNC_MODES:
             for rank, got in enumerate(ranks(n).run(gradients_shared, how, micro_batches=2)):
                 assert_same_gradients(got, want, where=f"{how}, rank {rank} of {n}")
 
@@ -43,14 +43,14 @@ def test_sends_each_gradient_once_however_often_it_accumulates(ranks):
         for how, calls in (("each", len(list(model().parameters()))), ("buckets", 4), ("overlap", 4)):
             for rows in ranks(2).run(traffic, how, micro_batches):
                 assert [row.op for row in rows] == ["all_reduce"] * calls
-                assert sum(row.payload for row in rows) == psi
-                assert sum(row.wire_bytes for row in rows) == psi          # 2 (N-1)/N of it, N = 2
+                assert sum(row.payload_bytes for row in rows) == psi
+                assert sum(row.modelled_ring_bytes for row in rows) == psi          # 2 (N-1)/N of it, N = 2
 
 
 def test_overlap_launches_within_backward_and_buckets_after(ranks):
     for how, early in (("each", False), ("buckets", False), ("overlap", True)):
         for rows, backward_end in ranks(2).run(launch_times, how):
-            first = min(row.begin for row in rows)
+            first = min(row.start_time for row in rows)
             assert (first < backward_end) == early, how
 
 
@@ -77,14 +77,14 @@ def test_replicas_start_equal_whatever_their_random_state(ranks):
 def test_a_bucket_reduces_in_the_dtype_asked_for(ranks):
     for grad, rows in ranks(2).run(bf16_model_float32_gradients):
         assert grad.dtype == torch.float32
-        assert sum(row.payload for row in rows) == 4 * grad.numel()
+        assert sum(row.payload_bytes for row in rows) == 4 * grad.numel()
 
 
 def test_buckets_hold_backward_order_up_to_their_size():
     named = [(str(i), nn.Parameter(torch.zeros(size))) for i, size in enumerate((3, 5, 2, 9, 1))]
-    buckets = pack(named, bucket_bytes=32, grad_dtype=None)                # 8 float32 numbers
-    assert [[p.numel() for p in bucket.views] for bucket in buckets] == [[3, 5], [2], [9], [1]]
-    assert all(view.data_ptr() >= b.flat.data_ptr() for b in buckets for view in b.views.values())
+    buckets = pack_grad_buckets(named, bucket_bytes=32, grad_dtype=None)                # 8 float32 numbers
+    assert [[p.numel() for p in bucket.grad_views] for bucket in buckets] == [[3, 5], [2], [9], [1]]
+    assert all(view.data_ptr() >= b.flat_grads.data_ptr() for b in buckets for view in b.grad_views.values())
 
 
 def test_a_module_used_twice_under_recompute_is_right_or_refused():
@@ -92,18 +92,19 @@ def test_a_module_used_twice_under_recompute_is_right_or_refused():
     net, x = nn.Linear(3, 3).double(), torch.ones(2, 3, dtype=torch.float64)
     net(net(x)).sum().backward()
     want = {name: p.grad for name, p in net.named_parameters()}
-    for how in STEPS:
+    for how in GRAD_SYNC_MODES:
         net.zero_grad()
         twin = copy.deepcopy(net)
         shared = DataParallel(twin, Mesh().data, how, bucket_bytes=1)
-        shared.before_backward(last=True)
-        loss = recompute(twin, recompute(twin, x)).sum()                   # each use delivers its gradient
+        shared.prepare_for_backward(is_last=True)
+        # each use delivers its gradient
+        loss = activation_checkpoint(twin, activation_checkpoint(twin, x)).sum()
         if how == "overlap":
-            with pytest.raises(RuntimeError, match='used twice under recompute; use how="buckets"'):
+            with pytest.raises(RuntimeError, match='used twice under recompute; use grad_sync="buckets"'):
                 loss.backward()
         else:
             loss.backward()
-            assert_same_gradients(shared.finish(), want, where=how)
+            assert_same_gradients(shared.finish_grad_sync(), want, where=how)
 
 
 def test_unknown_step_is_refused():
@@ -128,7 +129,7 @@ def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     home = Path(__file__).resolve().parents[2] / "nanoinfra"
     shutil.copytree(home / "distributed", tmp_path / "nanoinfra" / "distributed")
     (tmp_path / "nanoinfra" / "parallel").mkdir()
-    shutil.copy(home / "parallel" / "data.py", tmp_path / "nanoinfra" / "parallel")
+    shutil.copy(home / "parallel" / "data_parallel.py", tmp_path / "nanoinfra" / "parallel")
     (tmp_path / "train.py").write_text(FOREIGN)
     argv = [sys.executable, "-W", "error", "train.py"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
@@ -140,7 +141,7 @@ FOREIGN = """
 import torch
 from torch import nn
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.parallel.data_parallel import DataParallel
 
 x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
@@ -150,11 +151,11 @@ def train(n):
     net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
     shared, sgd = DataParallel(net, mesh.data, bucket_bytes=100), torch.optim.SGD(net.parameters(), lr=0.1)
     for step in range(5):
-        shared.begin_step()
-        shared.before_backward(last=True)
+        shared.zero_grad()
+        shared.prepare_for_backward(is_last=True)
         mine = slice(mesh.dp.rank, None, n)
         (nn.functional.cross_entropy(net(x[mine]), y[mine], reduction="sum") / len(x)).backward()
-        for name, grad in shared.finish().items():
+        for name, grad in shared.finish_grad_sync().items():
             net.get_parameter(name).grad = grad.clone()
         sgd.step()
         sgd.zero_grad()
@@ -163,7 +164,7 @@ def train(n):
 if __name__ == "__main__":
     torch.manual_seed(0)
     want = train(1)
-    with Ranks(2) as two:
+    with RankPool(2) as two:
         for got in two.run(train, 2):
             print("same" if torch.allclose(got, want, rtol=1e-12) else "different")
 """
@@ -210,42 +211,42 @@ def batches(mesh, micro_batches):
 
 def run(net, shared, mine, mesh):
     [count] = count_valid(mine, mesh.data)
-    mesh.ledger.take()
-    shared.begin_step()
+    mesh.comm_log.take_records()
+    shared.zero_grad()
     for i, (x, y) in enumerate(mine):
-        shared.before_backward(last=i == len(mine) - 1)
+        shared.prepare_for_backward(is_last=i == len(mine) - 1)
         cross_entropy(net.hidden(x), net.head.weight, y, count).backward()
-    return shared.finish()
+    return shared.finish_grad_sync()
 
 
 def traffic(how, micro_batches):
     mesh = Mesh(dp=2)
     net = model()
     run(net, DataParallel(net, mesh.data, how, bucket_bytes=1 << 17), batches(mesh, micro_batches), mesh)
-    return mesh.ledger.take()
+    return mesh.comm_log.take_records()
 
 
 def launch_times(how):
     mesh = Mesh(dp=2)
     net, mine = model(), batches(mesh, 1)
     shared = DataParallel(net, mesh.data, how, bucket_bytes=1 << 14)
-    mesh.ledger.take()
-    shared.before_backward(last=True)
+    mesh.comm_log.take_records()
+    shared.prepare_for_backward(is_last=True)
     cross_entropy(net.hidden(mine[0][0]), net.head.weight, mine[0][1], 50).backward()
     end = time.monotonic()
-    shared.finish()
-    return mesh.ledger.take(), end
+    shared.finish_grad_sync()
+    return mesh.comm_log.take_records(), end
 
 
 def sent_while_accumulating():
     mesh = Mesh(dp=2)
     net = model()
     shared = DataParallel(net, mesh.data, "overlap", bucket_bytes=1 << 14)
-    mesh.ledger.take()
+    mesh.comm_log.take_records()
     for x, y in batches(mesh, 3)[:2]:
-        shared.before_backward(last=False)
+        shared.prepare_for_backward(is_last=False)
         cross_entropy(net.hidden(x), net.head.weight, y, 50).backward()
-    return len(mesh.ledger.take())
+    return len(mesh.comm_log.take_records())
 
 
 class Partly(nn.Module):
@@ -260,13 +261,13 @@ def frozen_and_unused():
     mesh = Mesh(dp=2)
     net = Partly()
     shared = DataParallel(net, mesh.data, "overlap", bucket_bytes=1)
-    mesh.ledger.take()
-    shared.before_backward(last=True)
+    mesh.comm_log.take_records()
+    shared.prepare_for_backward(is_last=True)
     x = torch.ones(1, 4)
     y = net.used(x) + net.frozen(x) + (net.late(x) if mesh.rank == 1 else 0)
     y.sum().backward()
-    grads = {name: grad.clone() for name, grad in shared.finish().items()}
-    return grads, mesh.ledger.take()
+    grads = {name: grad.clone() for name, grad in shared.finish_grad_sync().items()}
+    return grads, mesh.comm_log.take_records()
 
 
 def first_weights():
@@ -281,10 +282,10 @@ def bf16_model_float32_gradients():
     mesh = Mesh(dp=2)
     net = nn.Linear(5, 5, bias=False).bfloat16()
     shared = DataParallel(net, mesh.data, grad_dtype=torch.float32)
-    mesh.ledger.take()
-    shared.before_backward(last=True)
+    mesh.comm_log.take_records()
+    shared.prepare_for_backward(is_last=True)
     net(torch.ones(2, 5, dtype=torch.bfloat16)).sum().backward()
-    return shared.finish()["weight"], mesh.ledger.take()
+    return shared.finish_grad_sync()["weight"], mesh.comm_log.take_records()
 
 
 class Slow(torch.autograd.Function):
@@ -302,17 +303,17 @@ class Slow(torch.autograd.Function):
 
 
 def exposed_wait(how, layers, floats, compute, wire):
-    mesh = Mesh(dp=2, wire={"dp": wire})
+    mesh = Mesh(dp=2, emulated_links={"dp": wire})
     weights = nn.ParameterList(nn.Parameter(torch.zeros(floats)) for _ in range(layers))
     shared = DataParallel(weights, mesh.data, how, bucket_bytes=4 * floats)
-    mesh.ledger.take()
-    shared.before_backward(last=True)
+    mesh.comm_log.take_records()
+    shared.prepare_for_backward(is_last=True)
     x = torch.zeros((), requires_grad=True)
     for weight in weights:
         x = Slow.apply(x, weight, compute)
     x.backward()
-    shared.finish()
-    return sum(row.wait_s for row in mesh.ledger.take())
+    shared.finish_grad_sync()
+    return sum(row.wait_seconds for row in mesh.comm_log.take_records())
 
 
 def exposed(layers, compute, send):

@@ -9,14 +9,20 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoinfra.distributed.mesh import Mesh, alone
+from nanoinfra.distributed.mesh import Mesh, single_rank_axis
 from nanoinfra.formulas.collectives import ring_bytes
+from nanoinfra.formulas.tensor_parallel import SEQUENCE_PARALLEL_MODES as SP
 from nanoinfra.formulas.tensor_parallel import copies, tensor_sent
 from nanoinfra.model.weights.fill_model import empty
-from nanoinfra.parallel.parallelize import Composed, Plan
-from nanoinfra.parallel.sequence_parallel import SP, Cut
-from nanoinfra.parallel.tensor_parallel import RowLinear, Whole, cut, read
-from tests.parallel.test_megatron import config, drawn
+from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig
+from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
+from nanoinfra.parallel.tensor_parallel import (
+    RowParallelLinear,
+    TensorParallelRegion,
+    column_parallel_linear,
+    shard_linear,
+)
+from tests.parallel.test_tensor_parallel_decoder import config, drawn
 
 ROOT = Path(__file__).resolve().parents[2]
 B, T = 3, 7
@@ -52,9 +58,9 @@ def test_an_axis_of_one_rank_is_the_plain_layer():
     want.sum().backward()
     grads = [p.grad.clone() for p in (*up.parameters(), *down.parameters())]
     up.zero_grad(), down.zero_grad()
-    region = Whole(alone("tp"))
-    h, = region.read(ours, up)
-    got = RowLinear(down, region)(h.tanh())
+    region = TensorParallelRegion(single_rank_axis("tp"))
+    h, = region.column_parallel_linear(ours, up)
+    got = RowParallelLinear(down, region)(h.tanh())
     got.sum().backward()
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-13, atol=1e-13)
@@ -75,25 +81,26 @@ def test_what_is_frozen_sends_no_more_and_leaves_nothing_open(ranks, sp, frozen)
 
 
 def test_the_inputs_gradient_travels_while_the_weights_is_computed(ranks):
-    assert ranks(2).run(read_with_a_watch) == [["again", "back", "wait for again", "wait for back"]] * 2
+    assert ranks(2).run(read_with_a_watch) == [["regather_input", "reduce_input_grad", "wait for again",
+                                                "wait for back"]] * 2
 
 
 def test_one_vector_is_read_and_a_frozen_share_stays_frozen():
     linear = nn.Linear(4, 2)
-    out, = read(Whole(alone("tp")), torch.ones(4), linear)
+    out, = column_parallel_linear(TensorParallelRegion(single_rank_axis("tp")), torch.ones(4), linear)
     out.sum().backward()
     torch.testing.assert_close(linear.weight.grad, torch.ones(2, 4))
     frozen = nn.Linear(4, 2).requires_grad_(False)
-    mine = cut(frozen, 0, type("A", (), {"size": 2, "rank": 1})).weight
+    mine = shard_linear(frozen, 0, type("A", (), {"size": 2, "rank": 1})).weight
     assert not mine.requires_grad and mine.shape == (1, 4) and mine.untyped_storage().nbytes() == 16
 
 
 def test_a_width_that_the_ranks_cannot_share_is_refused():
     axis = type("A", (), {"size": 3, "rank": 0})
     with pytest.raises(ValueError, match="3 ranks cannot share 8 outputs evenly; give a width that"):
-        cut(nn.Linear(6, 8), 0, axis)
+        shard_linear(nn.Linear(6, 8), 0, axis)
     with pytest.raises(ValueError, match="3 ranks cannot share 8 inputs evenly"):
-        cut(nn.Linear(8, 6), 1, axis)
+        shard_linear(nn.Linear(8, 6), 1, axis)
 
 
 @pytest.mark.prove
@@ -101,11 +108,11 @@ def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     for room in ("nanoinfra/distributed", "nanoinfra/formulas"):
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (tmp_path / "nanoinfra" / "formulas").iterdir():
-        if path.name not in ("__init__.py", "wire.py"):                    # the emulated wire's, nothing else
+        if path.name not in ("__init__.py", "collectives.py"):          # the emulated wire's, nothing else
             path.unlink()
     (tmp_path / "nanoinfra" / "__init__.py").touch()
     (tmp_path / "nanoinfra" / "parallel").mkdir()
-    for name in ("tensor.py", "sequence.py"):
+    for name in ("tensor_parallel.py", "sequence_parallel.py"):
         shutil.copy(ROOT / "nanoinfra" / "parallel" / name, tmp_path / "nanoinfra" / "parallel")
     (tmp_path / "foreign.py").write_text(FOREIGN)
     done = subprocess.run([sys.executable, "foreign.py"], cwd=tmp_path, capture_output=True, text=True,
@@ -118,30 +125,32 @@ FOREIGN = """
 import torch
 from torch import nn
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.distributed.pool.ranks import Ranks
-from nanoinfra.parallel.sequence_parallel import Cut
-from nanoinfra.parallel.tensor_parallel import RowLinear, Whole, cut
+from nanoinfra.distributed.pool.rank_pool import RankPool
+from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
+from nanoinfra.parallel.tensor_parallel import RowParallelLinear, TensorParallelRegion, shard_linear
 
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6)
-        self.read = lambda x, *linears: [linear(x) for linear in linears]
+        self.in_proj = lambda x, *linears: [linear(x) for linear in linears]
 
     def forward(self, x):
-        h, = self.read(self.norm(x), self.up)
+        h, = self.in_proj(self.norm(x), self.up)
         return x + self.down(h.relu())
 
 def train(n, how):
     torch.manual_seed(0)
     net, x, axis = Net().double(), torch.randn(2, 5, 6).double(), Mesh(tp=n).tp
     if how != "plain":
-        region = Whole(axis) if how == "whole" else Cut(axis, keep=how == "keep")
-        net.read, net.down = region.read, RowLinear(cut(net.down, 1, axis), region)
-        cut(net.up, 0, axis)
+        region = (TensorParallelRegion(axis) if how == "whole" else
+                  SequenceParallelRegion(axis, save_gathered=how == "keep"))
+        net.in_proj = region.column_parallel_linear
+        net.down = RowParallelLinear(shard_linear(net.down, 1, axis), region)
+        shard_linear(net.up, 0, axis)
     for _ in range(3):
         if how in ("keep", "gather"):
-            region.tokens = 5
+            region.set_seq_len(5)
             mine = torch.zeros(2, 3, 6).double()
             start = 3 * axis.rank
             mine[:, :min(3, 5 - start)] = x[:, start:start + 3]
@@ -162,7 +171,7 @@ def train(n, how):
 
 if __name__ == "__main__":
     up, down, norm, bias = train(1, "plain")
-    with Ranks(2) as two:
+    with RankPool(2) as two:
         for how in ("whole", "keep", "gather"):
             for rank, got in enumerate(two.run(train, 2, how)):
                 want = up[4 * rank:][:4], down[:, 4 * rank:][:, :4], norm, bias
@@ -173,29 +182,30 @@ if __name__ == "__main__":
 
 def composed(family, mesh, plan, **sizes):
     cfg = config(family, **sizes)
-    return Composed(empty(cfg, "naive"), mesh, plan, drawn(cfg))
+    return ParallelChunk(empty(cfg, "naive"), mesh, plan, drawn(cfg))
 
 
 def step(parallel, micro_batches, seq):
     x = torch.ones(B, seq, dtype=torch.long)
-    parallel.data.begin_step()
+    parallel.data_parallel.zero_grad()
     for i in range(micro_batches):
-        parallel.data.before_backward(last=i == micro_batches - 1)
-        parallel.loss(parallel.model.hidden(x), x, 21).backward()
-    return parallel.finish()
+        parallel.data_parallel.prepare_for_backward(is_last=i == micro_batches - 1)
+        parallel.loss_head(parallel.model.hidden(x), x, 21).backward()
+    return parallel.finish_grad_sync()
 
 
 def sent(family, tp, sp, recompute, micro_batches):
     mesh = Mesh(tp=tp)
-    parallel = composed(family, mesh, Plan(sp=sp, recompute=recompute, dtype=torch.float64))
-    mesh.ledger.take()
+    parallel = composed(family, mesh,
+                        ParallelConfig(sequence_parallel=sp, recompute=recompute, dtype=torch.float64))
+    mesh.comm_log.take_records()
     step(parallel, micro_batches, T)
-    rows, found = mesh.ledger.take(), {}
+    rows, found = mesh.comm_log.take_records(), {}
     for row in rows:
-        assert row.axis == "tp"
+        assert row.axis_name == "tp"
         calls, payload = found.get((row.op, row.tag), (0, 0))
-        found[row.op, row.tag] = calls + 1, payload + row.payload
-    return found, sum(row.wire_bytes for row in rows)
+        found[row.op, row.tag] = calls + 1, payload + row.payload_bytes
+    return found, sum(row.modelled_ring_bytes for row in rows)
 
 
 class Largest(TorchDispatchMode):
@@ -211,10 +221,11 @@ class Largest(TorchDispatchMode):
 
 
 def largest(sp, vocab):
-    parallel = composed("llama", Mesh(tp=4), Plan(sp=sp, dtype=torch.float64), vocab=vocab)
+    parallel = composed("llama", Mesh(tp=4), ParallelConfig(sequence_parallel=sp, dtype=torch.float64),
+                        vocab=vocab)
     x = torch.ones(2, 12, dtype=torch.long)
     with Largest() as seen:
-        parallel.loss(parallel.model.hidden(x), x, 24).backward()
+        parallel.loss_head(parallel.model.hidden(x), x, 24).backward()
     return seen.numel
 
 
@@ -224,13 +235,14 @@ def frozen_step(sp, frozen):
     model = empty(cfg, "naive")
     for name, p in model.named_parameters():
         p.requires_grad_(name.split(".")[-2] not in frozen)
-    parallel = Composed(model, mesh, Plan(sp=sp, dtype=torch.float64), drawn(cfg))
-    mesh.ledger.take()
+    parallel = ParallelChunk(model, mesh, ParallelConfig(sequence_parallel=sp, dtype=torch.float64),
+                             drawn(cfg))
+    mesh.comm_log.take_records()
     x = torch.ones(B, T, dtype=torch.long)
-    parallel.data.begin_step()
-    parallel.data.before_backward(last=True)
-    parallel.loss(model.hidden(x), x, 21).backward()
-    rows = [(row.op, row.tag, row.begin, row.end) for row in mesh.ledger.take()]
+    parallel.data_parallel.zero_grad()
+    parallel.data_parallel.prepare_for_backward(is_last=True)
+    parallel.loss_head(model.hidden(x), x, 21).backward()
+    rows = [(row.op, row.tag, row.start_time, row.end_time) for row in mesh.comm_log.take_records()]
     again, enter, leave = sp == "gather", "all_gather", "reduce_scatter"
     if sp == "none":
         enter, leave = None, "all_reduce"
@@ -256,17 +268,17 @@ def read_with_a_watch():
             seen.append(f"wait for {self.name}")
             return self.pending.wait()
 
-    class Region(Cut):
-        def back(self, grad, tag):
-            seen.append("back")
-            return Watched(super().back(grad, tag), "back")
+    class Region(SequenceParallelRegion):
+        def reduce_input_grad(self, grad, tag):
+            seen.append("reduce_input_grad")
+            return Watched(super().reduce_input_grad(grad, tag), "reduce_input_grad")
 
-        def again(self, kept, tag):
-            seen.append("again")
-            return Watched(super().again(kept, tag), "again")
+        def regather_input(self, kept, tag):
+            seen.append("regather_input")
+            return Watched(super().regather_input(kept, tag), "regather_input")
     region = Region(axis, keep=False)
     region.tokens = 4
-    out, = read(region, torch.ones(1, 2, 3, requires_grad=True), nn.Linear(3, 2))
+    out, = column_parallel_linear(region, torch.ones(1, 2, 3, requires_grad=True), nn.Linear(3, 2))
     out.sum().backward()
     return seen
 
@@ -274,7 +286,7 @@ def read_with_a_watch():
 def read_a_constant():
     mesh = Mesh(tp=2)
     linear = nn.Linear(4, 2)
-    out, = read(Whole(mesh.tp), torch.ones(3, 4), linear)
+    out, = column_parallel_linear(TensorParallelRegion(mesh.tp), torch.ones(3, 4), linear)
     out.sum().backward()
     assert linear.weight.grad is not None
-    return mesh.ledger.rows
+    return mesh.comm_log.records

@@ -16,7 +16,7 @@ import torch
 
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.distributed.pool.ranks import Ranks, RanksError
+from nanoinfra.distributed.pool.rank_pool import RankFailedError, RankPool
 from tests.processes import gone, until
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes through /proc")
@@ -25,7 +25,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks a
 @pytest.fixture
 def pool():
     """Three ranks that may fail: `pool.pids()` names the processes of now."""
-    with Ranks(3, timeout=300) as pool:
+    with RankPool(3, timeout=300) as pool:
         pool.pids = lambda: pool.run(os.getpid)
         yield pool
 
@@ -41,7 +41,7 @@ def at_collective(third, act):
 
 
 def report_of(pool, act, third=1):
-    with pytest.raises(RanksError) as caught:
+    with pytest.raises(RankFailedError) as caught:
         pool.run(at_collective, third, act)
     return str(caught.value)
 
@@ -101,7 +101,7 @@ def stay_away():
 def test_a_rank_that_never_enters(pool):
     pool.run(at_collective, 3, None)         # an earlier call's collectives are not taken for this one's
     pool.timeout = 0.5
-    with pytest.raises(RanksError) as caught:
+    with pytest.raises(RankFailedError) as caught:
         pool.run(stay_away)
     assert str(caught.value).splitlines() == [
         "2 of 3 ranks gave no answer within 0.5 s", "where each rank stood:",
@@ -113,13 +113,14 @@ def test_a_rank_that_never_enters(pool):
 def receive_nothing():
     axis = Mesh(pp=world_size()).pp
     if axis.rank == 2:
-        comm.recv(torch.ones(1), axis, source=1)
+        comm.recv(torch.ones(1), axis, src=1)
 
 
 @pytest.mark.timed
 def test_a_message_that_never_comes(pool):
     pool.timeout = 0.5
-    with pytest.raises(RanksError, match=re.escape("rank 2 waits in recv #1 (pp) that rank 1 never sent")):
+    with pytest.raises(RankFailedError,
+                       match=re.escape("rank 2 waits in recv #1 (pp) that rank 1 never sent")):
         pool.run(receive_nothing)
 
 
@@ -163,7 +164,7 @@ def sockets():
 def test_close_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = sockets()
-    with Ranks(2) as pool:
+    with RankPool(2) as pool:
         pids = pool.run(os.getpid)
         assert list(tmp_path.glob("tmp*")) == []
     assert gone(pids) == []
@@ -181,12 +182,12 @@ def test_the_server_that_forks_has_no_threads_of_torch(pool):
 
 SCRIPT = textwrap.dedent("""
     import os, sys
-    from nanoinfra.distributed.pool.ranks import Ranks
+    from nanoinfra.distributed.pool.rank_pool import RankPool
 
     def me():
         return os.getpid()
 
-    pool = Ranks(2)                # no `if __name__ == "__main__"`: ranks do not run this file again
+    pool = RankPool(2)                # no `if __name__ == "__main__"`: ranks do not run this file again
     print(*pool.run(me), flush=True)
     assert pool.run(lambda: __import__("nanoinfra").__file__) == [sys.argv[2]] * 2
     if sys.argv[1] == "killed":
@@ -221,6 +222,6 @@ def test_a_script_that_is_killed_leaves_no_process(tmp_path):
 @needs_proc
 def test_ranks_end_when_their_pipe_closes(pool):
     pids = pool.pids()
-    for pipe in pool._crew.pipes:
+    for pipe in pool._processes.pipes:
         pipe.close()
     assert gone(pids) == []

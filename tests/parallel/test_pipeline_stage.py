@@ -13,9 +13,9 @@ from nanoinfra.formulas.parameters import shapes
 from nanoinfra.lab.gantt import measured
 from nanoinfra.lab.pipes import rehearse
 from nanoinfra.model.weights.fill_model import empty
-from nanoinfra.parallel.pipeline.schedules import schedule
-from nanoinfra.parallel.pipeline.simulator import simulate
-from nanoinfra.parallel.pipeline.stage import cut
+from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
+from nanoinfra.parallel.pipeline.simulator import simulate_schedule
+from nanoinfra.parallel.pipeline.stage import cut_to_pipeline_chunk
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
 from nanoinfra.train.optimizer import clip
 from nanoinfra.train.step import execute
@@ -51,18 +51,19 @@ def one_step(cfg, mesh, kind, v, micros):
     replica, found = Replica(cfg, flags, mesh), {}
     for m in micros:
         given, count = batches(m)
-        mesh.ledger.take()
+        mesh.comm_log.take_records()
         replica.begin(given, count)
         most = 0
         for what in replica.schedule(m)[:-1]:                              # all but the step
             execute([what], replica)
-            most = max(most, len(replica.kept))
-        rows = [row for row in mesh.ledger.take() if row.op == "send"]
+            most = max(most, len(replica._saved_for_backward))
+        rows = [row for row in mesh.comm_log.take_records() if row.op == "send"]
         grads = {name: grad.clone() for name, grad in replica.grads.items()}
-        norm = clip(dict(replica.grads), 0, axes=replica.parallel.norm_axes(), counts=replica.parallel.counts)
+        norm = clip(dict(replica.grads), 0, axes=replica.parallel.grad_norm_axes(),
+                    counts=replica.parallel.counted_in_norm)
         found[m] = {"loss": replica.loss.item(), "norm": norm, "grads": grads, "most": most,
-                    "sent": sum(row.payload for row in rows),
-                    "left": (replica.coming, replica.leaving, replica.sent)}
+                    "sent": sum(row.payload_bytes for row in rows),
+                    "left": (replica._pending_recvs, replica._ready_to_send, replica._pending_sends)}
     return found
 
 
@@ -117,7 +118,7 @@ def test_it_sends_and_keeps_what_the_formulas_say(ranks, pp, kind, v):
 def test_chunks_keep_the_names_and_share_them_out():
     for tied in (True, False):
         cfg = config("gpt2", tied)
-        parts = [cut(empty(cfg), *border) for border in formulas.split(cfg, 4, T)]
+        parts = [cut_to_pipeline_chunk(empty(cfg), *border) for border in formulas.split(cfg, 4, T)]
         named = [[name for name, _ in part.named_parameters()] for part in parts]
         assert sorted(name for names in named for name in names) == sorted(
             [*shapes(cfg), *(["embed.weight"] if tied else [])])
@@ -126,7 +127,7 @@ def test_chunks_keep_the_names_and_share_them_out():
         assert all(tuple(p.shape) == shapes(cfg)[name] for part in parts
                    for name, p in part.named_parameters())
     untied = replace(config("llama"), tied=False)
-    assert "embed.weight" not in dict(cut(empty(untied), 6, 8).named_parameters())
+    assert "embed.weight" not in dict(cut_to_pipeline_chunk(empty(untied), 6, 8).named_parameters())
 
 
 @pytest.mark.timed
@@ -145,9 +146,9 @@ def test_every_schedule_works_at_the_same_time(ranks, pp, kind, v):
 def overlaps(ranks, pp, kind, v, ms):
     """Wall time within 8 % of the clock's, where stages sleep: two cores hold any number of sleepers."""
     for m in ms:
-        lists = schedule(kind, pp, m, v)
+        lists = build_pipeline_schedule(kind, pp, m, v)
         stages = ranks(pp).run(rehearse, lists, TIMES, SLOT, repeats=3)
         walls = sorted(measured([real for real, _ in trial]).step for trial in zip(*stages))
-        want = simulate(lists, *(t / v * SLOT for t in TIMES)).step
+        want = simulate_schedule(lists, *(t / v * SLOT for t in TIMES)).step_seconds
         print(f"{kind} pp {pp} m {m}: {want * 1e3:.1f} ms by the clock, {walls[1] * 1e3:.1f} timed")
         assert walls[1] == pytest.approx(want, rel=0.08), (kind, pp, m, walls)

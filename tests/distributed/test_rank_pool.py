@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.distributed.pool.ranks import Ranks, shared
+from nanoinfra.distributed.pool.rank_pool import RankPool, shared_rank_pool
 
 OFFSET = 10
 
@@ -49,15 +49,15 @@ def test_classes_and_tensors_there_and_back(ranks):
 
 
 def test_shared_is_one_pool_a_size():
-    assert shared(1) is shared(1)
-    assert shared(1).n == 1
+    assert shared_rank_pool(1) is shared_rank_pool(1)
+    assert shared_rank_pool(1).num_ranks == 1
 
 
 def test_a_pool_needs_a_rank():
     with pytest.raises(ValueError, match="at least 1 rank, got 0"):
-        Ranks(0)
+        RankPool(0)
 
 
 def test_threads():
-    with Ranks(1, threads=2) as pool:
+    with RankPool(1, threads_per_rank=2) as pool:
         assert pool.run(torch.get_num_threads) == [2]

@@ -5,11 +5,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanoinfra.data.sample_order import IGNORE
-from nanoinfra.distributed.mesh import Mesh, alone
+from nanoinfra.distributed.mesh import Mesh, single_rank_axis
 from nanoinfra.parallel import vocab_parallel
-from nanoinfra.parallel.sequence_parallel import Cut
-from nanoinfra.parallel.tensor_parallel import Whole
-from nanoinfra.parallel.vocab_parallel import HeadLoss, VocabEmbedding, VocabHead, cross_entropy
+from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
+from nanoinfra.parallel.tensor_parallel import TensorParallelRegion
+from nanoinfra.parallel.vocab_parallel import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+    VocabParallelLoss,
+    vocab_parallel_cross_entropy,
+)
 
 B, T, C, V = 2, 5, 6, 11                               # 11 tokens: 6 and 5, or 3, 3, 3, 2
 
@@ -36,14 +41,14 @@ def rows(n, rank):
 def part_of_the_loss(scale, rows_bytes=None):
     axis = Mesh(tp=torch.distributed.get_world_size()).tp
     if rows_bytes:
-        vocab_parallel.ROWS_BYTES, kept = rows_bytes, vocab_parallel.ROWS_BYTES
+        vocab_parallel._LOGITS_CHUNK_BYTES, kept = rows_bytes, vocab_parallel._LOGITS_CHUNK_BYTES
     hidden, weight, targets = inputs(scale=scale)
     start, stop = rows(axis.size, axis.rank)
     mine = weight[start:stop].clone().requires_grad_()
-    loss = cross_entropy(hidden, mine, targets, 8, Whole(axis), start)
+    loss = vocab_parallel_cross_entropy(hidden, mine, targets, 8, TensorParallelRegion(axis), start)
     (3 * loss).backward()
     if rows_bytes:
-        vocab_parallel.ROWS_BYTES = kept
+        vocab_parallel._LOGITS_CHUNK_BYTES = kept
     return loss.detach(), hidden.grad, (start, stop), mine.grad
 
 
@@ -62,15 +67,16 @@ def test_loss_and_gradients_are_torchs(ranks, n, scale, rows_bytes):
 
 def ends(sp):
     axis = Mesh(tp=torch.distributed.get_world_size()).tp
-    region = Cut(axis, keep=sp == "keep") if sp != "none" else Whole(axis)
+    region = SequenceParallelRegion(axis, save_gathered=sp
+                                    == "keep") if sp != "none" else TensorParallelRegion(axis)
     random = torch.Generator().manual_seed(1)
     embedding, head = nn.Embedding(V, C).double(), nn.Linear(C, V, bias=False).double()
     start, stop = rows(axis.size, axis.rank)
     for module in (embedding, head):
         whole = torch.randn(V, C, generator=random, dtype=torch.float64)
         module.weight = nn.Parameter(whole[start:stop].clone())
-    embed = VocabEmbedding(embedding, start, region)
-    logits = VocabHead(head, start, V, region)(embed(inputs()[2].clamp(min=0)))
+    embed = VocabParallelEmbedding(embedding, start, region)
+    logits = ParallelLMHead(head, start, V, region)(embed(inputs()[2].clamp(min=0)))
     logits.square().sum().backward()
     return logits.detach(), (start, stop), embedding.weight.grad, head.weight.grad
 
@@ -94,7 +100,8 @@ def test_a_whole_head_needs_no_ranks():
     hidden, weight, targets = inputs()
     head = nn.Linear(C, V, bias=False).double()
     head.weight = nn.Parameter(weight)
-    torch.testing.assert_close(HeadLoss(head)(hidden, targets, 8), torch_loss(hidden, weight, targets))
-    whole = VocabHead(head, 0, V, Whole(alone("tp")))
+    torch.testing.assert_close(VocabParallelLoss(head)(hidden, targets, 8),
+                               torch_loss(hidden, weight, targets))
+    whole = ParallelLMHead(head, 0, V, TensorParallelRegion(single_rank_axis("tp")))
     torch.testing.assert_close(whole(hidden), head(hidden))
     torch.testing.assert_close(whole(hidden[0, -1]), head(hidden[0, -1]))  # one token's: (V,)

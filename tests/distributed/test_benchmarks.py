@@ -3,17 +3,17 @@ from collections import Counter
 import pytest
 import torch
 
-from nanoinfra.distributed.benchmarks import matmul_rate, wire_times
+from nanoinfra.distributed.benchmarks import measure_matmul_flops_per_second, time_collective_by_payload
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.collectives import fit
 
 WIRE = (4e-3, 1e8)                           # slow enough to be timed beside other work
-QUICK = ("nanoinfra.distributed.benchmarks", "TOO_LONG", 0.1)
+QUICK = ("nanoinfra.distributed.benchmarks", "_MAX_CALL_SECONDS", 0.1)
 
 
 def fitted(axis, op):
-    mesh = Mesh(**{axis: world_size()}, wire={axis: WIRE})
-    times = wire_times(mesh, getattr(mesh, axis), op, rounds=5)
+    mesh = Mesh(**{axis: world_size()}, emulated_links={axis: WIRE})
+    times = time_collective_by_payload(mesh, getattr(mesh, axis), op, rounds=5)
     middle = {size: sorted(seconds)[2] for size, seconds in times.items()}
     return fit(op, world_size() if op == "all_reduce" else 2, middle)
 
@@ -27,14 +27,15 @@ def test_an_emulated_wire_is_found(ranks, axis, op, n):
 
 def probed(axis, op):
     mesh = Mesh(**{axis: world_size()})
-    times = wire_times(mesh, getattr(mesh, axis), op, rounds=3)
-    rows = mesh.ledger.take()
+    times = time_collective_by_payload(mesh, getattr(mesh, axis), op, rounds=3)
+    rows = mesh.comm_log.take_records()
     assert {row.tag for row in rows} == {"probe"}
-    return times, Counter((row.op, row.axis, row.payload) for row in rows if row.axis != "world")
+    return times, Counter((row.op, row.axis_name, row.payload_bytes) for row in rows
+                          if row.axis_name != "world")
 
 
-SIZES = ("nanoinfra.distributed.benchmarks", "SIZES", (4096, 16384))
-FOUR = ("nanoinfra.distributed.benchmarks", "SAMPLE", 0.0)                               # one call a sample
+SIZES = ("nanoinfra.distributed.benchmarks", "_PAYLOAD_SIZES_BYTES", (4096, 16384))
+FOUR = ("nanoinfra.distributed.benchmarks", "_MIN_SAMPLE_SECONDS", 0.0)            # one call a sample
 
 
 def test_the_slowest_ranks_times_of_all_reduces(ranks):
@@ -51,8 +52,8 @@ def test_messages_go_there_and_back_and_an_odd_rank_waits(ranks):
 
 
 def test_a_payload_that_would_take_too_long_is_not_tried(ranks):
-    never = ("nanoinfra.distributed.benchmarks", "TOO_LONG", 0.0)
-    sizes = ("nanoinfra.distributed.benchmarks", "SIZES", (4096, 16384, 65536))          # two, for a line
+    never = ("nanoinfra.distributed.benchmarks", "_MAX_CALL_SECONDS", 0.0)
+    sizes = ("nanoinfra.distributed.benchmarks", "_PAYLOAD_SIZES_BYTES", (4096, 16384, 65536))
     assert [list(times) for times, _ in ranks(2).run(probed, "dp", "all_reduce", mutants=(never, sizes))] \
         == [[4096, 16384], [4096, 16384]]
 
@@ -61,4 +62,4 @@ def test_the_matmul_rate_counts_two_flops_a_multiply_add(monkeypatch):
     """A clock that advances a second a reading: one product of n = 512 takes one."""
     ticks = iter(range(1000))
     monkeypatch.setattr("nanoinfra.distributed.benchmarks.time.perf_counter", lambda: float(next(ticks)))
-    assert matmul_rate(Mesh(), torch.float32, rounds=3) == [2 * 512 ** 3] * 3
+    assert measure_matmul_flops_per_second(Mesh(), torch.float32, rounds=3) == [2 * 512 ** 3] * 3

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.emulated_link import Link
+from nanoinfra.distributed.emulated_link import EmulatedLink
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.collectives import ring_seconds
 
@@ -14,7 +14,7 @@ SLACK = 1.1
 
 def pair(n):
     """A wired axis and the same without a wire, all ranks having just met."""
-    wired, plain = Mesh(dp=n, wire={"dp": WIRE}).dp, Mesh(dp=n).dp
+    wired, plain = Mesh(dp=n, emulated_links={"dp": WIRE}).dp, Mesh(dp=n).dp
     comm.barrier(plain)
     return wired, plain
 
@@ -54,7 +54,7 @@ def two_at_once():
     axis, _ = pair(2)
     x = torch.ones(40_000)
     begin = time.monotonic()
-    first, second = (comm.all_reduce(x, axis, wait=False) for _ in range(2))
+    first, second = (comm.all_reduce(x, axis, async_op=True) for _ in range(2))
     issued = time.monotonic()
     second.wait()                            # in the other order: the first has had its turn all the same
     middle = time.monotonic()
@@ -74,10 +74,10 @@ def overlapped(compute):
     axis, _ = pair(2)
     x = torch.ones(60_000)                                                             # 0.26 s
     begin = time.monotonic()
-    pending = comm.all_reduce(x, axis, wait=False)
+    pending = comm.all_reduce(x, axis, async_op=True)
     time.sleep(compute)
     pending.wait()
-    return time.monotonic() - begin, axis.ledger.rows[-1].wait_s, seconds("all_reduce", 2, x)
+    return time.monotonic() - begin, axis.comm_log.records[-1].wait_seconds, seconds("all_reduce", 2, x)
 
 
 @pytest.mark.timed
@@ -94,14 +94,14 @@ def messages():
     axis, _ = pair(3)
     x = torch.ones(48_000)                                                             # 0.2 s
     gave = time.monotonic()
-    comm.exchange(x, axis)
+    comm.ring_shift(x, axis)
     took = time.monotonic()
     comm.barrier(Mesh(dp=3).dp)
     begin = time.monotonic()
     if axis.rank > 0:
-        comm.recv(x, axis, source=axis.rank - 1)
+        comm.recv(x, axis, src=axis.rank - 1)
     if axis.rank < 2:
-        comm.send(x, axis, to=axis.rank + 1)
+        comm.send(x, axis, dst=axis.rank + 1)
     return gave, took, begin, time.monotonic(), seconds("send", 3, x)
 
 
@@ -115,4 +115,5 @@ def test_messages_arrive_when_the_formula_says(ranks):
 
 
 def test_seconds_are_the_formula():
-    assert Link(1e-3, 1e6).seconds("all_reduce", 4000, 4) == ring_seconds("all_reduce", 4000, 4, 1e-3, 1e6)
+    got = EmulatedLink(1e-3, 1e6).transfer_seconds("all_reduce", 4000, 4)
+    assert got == ring_seconds("all_reduce", 4000, 4, 1e-3, 1e6)

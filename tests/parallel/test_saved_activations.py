@@ -5,9 +5,9 @@ import torch
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.activations import activation_terms, end_terms
 from nanoinfra.lab.kept import Kept
-from nanoinfra.parallel.parallelize import Plan
-from tests.parallel.test_megatron import config
-from tests.parallel.test_tensor import composed
+from nanoinfra.parallel.parallelize import ParallelConfig
+from tests.parallel.test_tensor_parallel import composed
+from tests.parallel.test_tensor_parallel_decoder import config
 
 B, T = 3, 7
 PARTS = {"norm": ("norm_input", "norm_stats", "norm_scaled"),
@@ -33,15 +33,16 @@ def test_every_part_keeps_its_terms(ranks, family, tp, sp, recompute):
 
 def kept(family, tp, sp, recompute):
     """Bytes kept inside modules of each kind, summed over the layers."""
-    parallel = composed(family, Mesh(tp=tp), Plan(sp=sp, recompute=recompute, dtype=torch.float64))
+    parallel = composed(family, Mesh(tp=tp),
+                        ParallelConfig(sequence_parallel=sp, recompute=recompute, dtype=torch.float64))
     model, weights, found = parallel.model, list(parallel.model.parameters()), {}
     kinds = [(block, "block") for block in model.blocks] if recompute == "full" else [
         pair for b in model.blocks
         for pair in ((b.norm1, "norm"), (b.norm2, "norm"), (b.attn, "attn"), (b.mlp, "mlp"))]
-    for module, kind in (*kinds, (parallel.loss, "loss")):
+    for module, kind in (*kinds, (parallel.loss_head, "loss")):
         count(module, kind, weights, found)
     x = torch.ones(B, T, dtype=torch.long)
-    out = parallel.loss(model.hidden(x), x, B * T)
+    out = parallel.loss_head(model.hidden(x), x, B * T)
     assert out.requires_grad
     return {kind: sum(each.bytes() for each in found.get(kind, ())) for kind in (*PARTS, "loss")}
 

@@ -5,18 +5,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nanoinfra.distributed.mesh import Mesh, alone
-from nanoinfra.parallel.sequence_parallel import Cut, CutPositions
+from nanoinfra.distributed.mesh import Mesh, single_rank_axis
+from nanoinfra.parallel.sequence_parallel import SequenceParallelPositionEmbedding, SequenceParallelRegion
 
 
 def round_trip(shapes):
     """Of each (B, T, C): is what was cut and gathered the sum over the ranks; how large was my share?"""
     axis, found = Mesh(tp=torch.distributed.get_world_size()).tp, []
     for B, T, C in shapes:
-        region, whole = Cut(axis, keep=False), torch.arange(B * T * C, dtype=torch.float64).view(B, T, C)
-        mine = region.leave(whole * (axis.rank + 1))
-        again, kept = region.enter(mine, "layers")
-        assert kept is mine and torch.equal(region.again(kept, "layers").wait(), again)
+        region = SequenceParallelRegion(axis, save_gathered=False)
+        whole = torch.arange(B * T * C, dtype=torch.float64).view(B, T, C)
+        mine = region.reduce_from_region(whole * (axis.rank + 1))
+        again, kept = region.gather_input(mine, "layers")
+        assert kept is mine and torch.equal(region.regather_input(kept, "layers").wait(), again)
         total = axis.size * (axis.size + 1) / 2
         found.append((torch.equal(again, whole * total), tuple(mine.shape)))
     return found
@@ -35,7 +36,7 @@ def test_positions_of_all_ranks_are_all_positions(T, n):
     places, parts = torch.arange(1, T + 1), []
     for rank in range(n):
         axis = type("Axis", (), {"size": n, "rank": rank})
-        parts.append(Cut(axis, keep=True).mine(places))
+        parts.append(SequenceParallelRegion(axis, save_gathered=True).local_positions(places))
     assert {len(part) for part in parts} == {-(-T // n)}
     together = torch.cat(parts)
     assert torch.equal(together[:T], places) and not together[T:].any()
@@ -44,13 +45,14 @@ def test_positions_of_all_ranks_are_all_positions(T, n):
 def test_positions_are_looked_up_for_my_tokens_alone():
     axis = type("Axis", (), {"size": 2, "rank": 1})
     table = nn.Embedding(9, 4)
-    got = CutPositions(table, Cut(axis, keep=True))(torch.arange(5).repeat(2, 1))        # (B, T)
+    embedding = SequenceParallelPositionEmbedding(table, SequenceParallelRegion(axis, save_gathered=True))
+    got = embedding(torch.arange(5).repeat(2, 1))                                             # (B, T)
     assert torch.equal(got, table.weight[torch.tensor([[3, 4, 0]] * 2)])
 
 
 def test_a_backward_after_another_length_is_no_silent_nonsense():
-    region = Cut(alone("tp"), keep=False)
-    mine = region.leave(torch.ones(1, 5, 2))
-    region.leave(torch.ones(1, 3, 2))
+    region = SequenceParallelRegion(single_rank_axis("tp"), save_gathered=False)
+    mine = region.reduce_from_region(torch.ones(1, 5, 2))
+    region.reduce_from_region(torch.ones(1, 3, 2))
     with pytest.raises(RuntimeError, match="5 tokens come back where 3 left"):
-        region.enter(mine, "layers")
+        region.gather_input(mine, "layers")
