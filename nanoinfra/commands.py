@@ -124,7 +124,7 @@ def _generate(options, argv):
 
 
 def _serve(options, argv):
-    from nanoinfra.serve.server.launch_server import main as serve
+    from nanoinfra.serve.server.launch_server import run_server as serve
     return serve(options)
 
 

@@ -5,8 +5,8 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from nanoinfra.serve.server.app import build
-from nanoinfra.serve.server.http.access_control import Access, is_loopback
+from nanoinfra.serve.server.app import build_app
+from nanoinfra.serve.server.http.access_control import AccessPolicy, is_loopback_host
 from tests.serve.host import metric, serving
 
 PATHS = {"/": "GET", "/health": "GET", "/metrics": "GET", "/stats": "GET", "/v1/models": "GET",
@@ -28,14 +28,15 @@ class Untouched:
 def app(**how):
     """(client, worker) of an app without a server or an engine."""
     worker = Untouched()
-    return TestClient(build(worker, "fake", Access(**how)), base_url="http://localhost:8000"), worker
+    return TestClient(build_app(worker, "fake", AccessPolicy(**how)),
+                      base_url="http://localhost:8000"), worker
 
 
 @pytest.mark.parametrize("host", [
     "127.0.0.1", "127.0.0.1:8000", "127.8.9.1:1", "localhost", "LocalHost.:8000", "127.0.0.1.:80", "[::1]",
     "[::1]:8000", "[0:0::1]:8000", "[::ffff:127.0.0.1]:8000", "localhost:"])
 def test_these_hosts_name_this_machine(host):
-    assert is_loopback(host)
+    assert is_loopback_host(host)
 
 
 @pytest.mark.parametrize("host", [
@@ -44,7 +45,7 @@ def test_these_hosts_name_this_machine(host):
     "[::2]", "::1", "[localhost", "[]", "0.0.0.0:8000", "192.168.0.1", "[::ffff:192.168.0.1]", "\xff",
     "localhost evil", "localhost, evil.example"])
 def test_these_do_not(host):
-    assert not is_loopback(host)
+    assert not is_loopback_host(host)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from nanoinfra.serve.processes import engine_client as module
 from nanoinfra.serve.processes.engine_client import TICKS, Worker
 from nanoinfra.serve.processes.engine_loop import BURST
 from nanoinfra.serve.processes.engine_processes import Dead, Life
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.metrics import Counters
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.metrics import ServerMetrics
 from tests.serve.fake import fake
 from tests.serve.host import serving, until
 from tests.serve.test_worker import ids, pids, reaches, said, working
@@ -44,7 +44,7 @@ def test_a_stopped_engine_keeps_nobody_waiting():
             os.kill(pid, signal.SIGSTOP)
             jobs = [worker.submit([Request(f"r{i}", [7] * 100_000)]) for i in range(64)]
             assert len(worker.jobs) == BURST[1] // 100_000 == len(worker.untaken)
-            with pytest.raises(Refused, match="10 of 1000000 tokens wait for it") as refused:
+            with pytest.raises(APIError, match="10 of 1000000 tokens wait for it") as refused:
                 await said(jobs[-1])
             assert refused.value.status == 429
             for job in jobs:
@@ -63,7 +63,7 @@ def test_commands_that_wait_are_bounded():
             for i in range(3 * BURST[0]):
                 worker.submit([Request(f"r{i}", ids("ab"))]).close()
             assert BURST[0] <= len(worker.untaken) < 2 * BURST[0] >= worker.life.commands.qsize()
-            with pytest.raises(Refused, match="takes no requests now") as refused:
+            with pytest.raises(APIError, match="takes no requests now") as refused:
                 worker.reset()
             assert refused.value.status == 429
             os.kill(pid, signal.SIGCONT)
@@ -124,7 +124,7 @@ class Silent:
 
 def test_only_an_engine_with_work_hangs():
     async def run():
-        worker = Worker(fake, Counters("fake"), hung=3600.0)
+        worker = Worker(fake, ServerMetrics("fake"), hung=3600.0)
         worker.loop, worker.life = asyncio.get_running_loop(), Silent()
         for work in ("jobs", "untaken"):
             for _ in range(3 * TICKS):
@@ -146,7 +146,7 @@ def test_an_engine_that_was_stopped_while_idle_is_started_again():
             os.kill(*pids(worker), signal.SIGSTOP)
             await asyncio.sleep(0.5)
             assert worker.state == "ready"
-            with pytest.raises(Refused, match="said nothing for 0.3 s"):
+            with pytest.raises(APIError, match="said nothing for 0.3 s"):
                 await said(worker.submit([Request("a", ids("ab"))]))
             await reaches(worker, "ready")
     asyncio.run(run())
@@ -183,7 +183,7 @@ def test_what_cannot_be_killed_is_left_and_said(monkeypatch, capsys):
     monkeypatch.setattr(Life, "kill", lambda life, why="": None)
 
     async def run():
-        worker = Worker(fake, Counters("fake"))
+        worker = Worker(fake, ServerMetrics("fake"))
         worker.start()
         await reaches(worker, "ready")
         worker.stop()
@@ -198,7 +198,7 @@ def test_what_cannot_be_killed_is_left_and_said(monkeypatch, capsys):
 
 def test_an_end_while_it_loads_is_no_failure():
     async def run():
-        worker = Worker(functools.partial(fake, load=600), Counters("fake"), 2)
+        worker = Worker(functools.partial(fake, load=600), ServerMetrics("fake"), 2)
         worker.start()
         async with asyncio.timeout(60):
             while not worker.newest:
@@ -214,7 +214,7 @@ def test_an_end_while_it_loads_is_no_failure():
 def test_a_bug_in_the_keeper_is_an_engine_that_cannot_be_had(monkeypatch):
     """And not one that loads for ever."""
     async def run():
-        worker = Worker(fake, Counters("fake"))
+        worker = Worker(fake, ServerMetrics("fake"))
         worker.start()
         await reaches(worker, "failed")
         assert "cannot be kept running" in worker.failed
@@ -245,7 +245,7 @@ def test_pauses_grow_only_between_lives_that_served_nobody(monkeypatch):
         monkeypatch.setattr(worker.ended, "wait", lambda pause: pauses.append(pause) or wait(0))
         worker._keep()
     monkeypatch.setattr(module, "Life", Short)
-    worker = Worker(fake, Counters("fake"))
+    worker = Worker(fake, ServerMetrics("fake"))
     asyncio.run(run())
     assert [round(pause, 2) for pause in pauses[:-1]] == [
         0, 0, 0.1, 0.3, 0.7, 1.5, 3.1, 5, 5, 5, 0, 0.1, 0, 0.1, 0.3]

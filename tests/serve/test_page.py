@@ -8,13 +8,14 @@ import os
 import re
 import tomllib
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 from nanoinfra.serve.server import app as serve
-from nanoinfra.serve.server.app import PAGE, PAGES
-from nanoinfra.serve.server.http.access_control import Access
+from nanoinfra.serve.server.app import _PAGE, _PAGE_FILES
+from nanoinfra.serve.server.http.access_control import AccessPolicy
 from tests.serve.browser import CHROMIUM, SHIFT, named, started
 from tests.serve.chatting import STUB, answered, begun, box, streams, text, told, turns, wait_for_word
 from tests.serve.fake import Idle
@@ -250,11 +251,11 @@ def test_a_server_that_is_gone_is_missed_and_found_again(page):
 @pytest.mark.prove
 def test_a_server_that_says_nothing_or_shows_nothing_is_asked_again(page, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(serve, "PULSE", 600)
+        patch.setattr(serve, "_STATS_INTERVAL_SECONDS", 600)
         until(lambda: text(page, "state") == "the server says nothing; trying again")
     until(lambda: text(page, "state") == "ready")
     with monkeypatch.context() as patch:
-        patch.setattr(serve, "MOST_WATCHERS", 0)
+        patch.setattr(serve, "_MAX_STATS_STREAMS", 0)
         page.call("Page.reload")
         until(lambda: text(page, "state") == "0 watch already; close one of their pages; trying again")
         assert answered(page, "still?").startswith("u:still?\n")
@@ -279,7 +280,7 @@ def test_two_tabs_share_nothing_and_a_hidden_one_no_connection(page, browser, se
 
 @needs_chromium
 def test_a_key_is_asked_for_and_a_reload_keeps_it_and_the_conversation(page, served, monkeypatch):
-    monkeypatch.setitem(served[1].state._state, "access", Access(("clé",)))
+    monkeypatch.setitem(served[1].state._state, "access", AccessPolicy(("clé",)))
     assert page.run("!document.getElementById('key').checkVisibility()")
     for key, words in (("", "a key is needed; give it below"), ("wrong", "this key is not right")):
         page.run(f"{named('key')}.value = {key!r}")
@@ -355,7 +356,7 @@ POST = """fetch("{url}/v1/completions", {{
 @pytest.mark.parametrize("origins", [(), ("*",)])
 def test_the_page_of_another_site_asks_in_vain_unless_it_is_named(tmp_path, origins):
     """First under a name of its own that was rebound to this machine, then at the server's address."""
-    with serving(access=Access(origins=origins)) as (client, _):
+    with serving(access=AccessPolicy(origins=origins)) as (client, _):
         url, evil = (f"http://{host}:{client.base_url.port}" for host in ("127.0.0.1", "evil.example"))
         with started(tmp_path, "--host-resolver-rules=MAP evil.example 127.0.0.1") as browser, \
                 browser.tab(f"{evil}/") as page:
@@ -371,10 +372,11 @@ def test_the_page_of_another_site_asks_in_vain_unless_it_is_named(tmp_path, orig
 def test_the_page_needs_nothing_from_elsewhere(served):
     """No address of another host, files beside it alone, no text taken for markup; a header forbids it."""
     client, _ = served
-    for path, name in PAGES.items():
-        source, got = PAGE.with_name(name).read_text(), client.get(path)
+    for path, name in _PAGE_FILES.items():
+        source, got = _PAGE.with_name(name).read_text(), client.get(path)
         assert not re.search(r"https?:|@import|url\(|(inner|outer)HTML|insertAdjacent|\.write|eval", source)
-        assert {*re.findall(r'(?:src|href|from)[= ]"(?:\./)?(.*?)"', source)} <= {*PAGES.values(), "data:,"}
+        assert {*re.findall(r'(?:src|href|from)[= ]"(?:\./)?(.*?)"', source)} <= {*_PAGE_FILES.values(),
+                                                                                  "data:,"}
         assert got.status_code == 200 and got.text == source
         assert got.headers["content-security-policy"].startswith("default-src 'self';")
         assert "unsafe" not in got.headers["content-security-policy"]
@@ -382,6 +384,8 @@ def test_the_page_needs_nothing_from_elsewhere(served):
 
 
 def test_what_is_no_python_goes_with_the_package():
-    beside = {file.name for file in PAGE.parent.iterdir() if file.is_file() and file.suffix != ".py"}
+    beside = {file.name for file in _PAGE.parent.iterdir() if file.is_file() and file.suffix != ".py"}
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert set(settings["package-data"]["nanoinfra.serve"]) == beside >= set(PAGES.values())
+    patterns = settings["package-data"]["nanoinfra.serve.server.page"]
+    assert {name for name in beside if any(fnmatch(name, pattern) for pattern in patterns)} == beside
+    assert beside >= set(_PAGE_FILES.values())

@@ -8,9 +8,15 @@ from hypothesis import strategies as st
 
 from nanoinfra.serve.engine.requests import Event, Logprob, Sampling
 from nanoinfra.serve.processes.engine_loop import Ready
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.openai.completion_requests import HARMLESS, Chat, Completion, read, requests_of
-from nanoinfra.serve.server.openai.completion_responses import ChatAnswer, CompletionAnswer
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.openai.completion_requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    build_engine_requests,
+    parse_request_body,
+)
+from nanoinfra.serve.server.openai.completion_responses import ChatCompletionResponse, CompletionResponse
+from nanoinfra.serve.server.openai.request_fields import NOOP_VALUES_OF_UNSUPPORTED_FIELDS
 from tests.serve.fake import TEMPLATE, text
 
 READY = Ready({"context": 64, "vocab": 257}, text(), TEMPLATE)
@@ -37,19 +43,19 @@ def ids(said):
 
 def asked(kind, **body):
     """The requests that a body becomes."""
-    return requests_of(read(kind, json.dumps(body).encode()), "name", READY)
+    return build_engine_requests(parse_request_body(kind, json.dumps(body).encode()), "name", READY)
 
 
 @pytest.mark.parametrize("prompt, want", [
     ("ab", ["ab"]), (["ab", "c"], ["ab", "c"]), (ids("ab"), ["ab"]), ([ids("ab"), ids("c")], ["ab", "c"])])
 def test_a_prompt_has_four_forms(prompt, want):
-    requests = asked(Completion, prompt=prompt, n=3, max_tokens=2)
+    requests = asked(CompletionRequest, prompt=prompt, n=3, max_tokens=2)
     assert [(each.tokens, each.n, each.max_tokens) for each in requests] == [(ids(w), 3, 2) for w in want]
     assert len({each.id for each in requests}) == len(want)
 
 
 def test_every_parameter_arrives():
-    request, = asked(Completion, prompt="ab", max_tokens=None, temperature=0.5, top_p=0.9, top_k=-1,
+    request, = asked(CompletionRequest, prompt="ab", max_tokens=None, temperature=0.5, top_p=0.9, top_k=-1,
                      min_p=0.1, presence_penalty=0.2, frequency_penalty=-0.3, repetition_penalty=1.1, seed=-7,
                      logit_bias={"5": 2, "6": -100}, stop="x", ignore_eos=True, logprobs=3, echo=True,
                      cache_salt="mine", user="me", never_heard_of_it=[1])
@@ -59,80 +65,90 @@ def test_every_parameter_arrives():
 
 
 def test_null_is_the_default():
-    names = [*Chat.model_fields, *HARMLESS]
-    assert asked(Chat, **{**dict.fromkeys(names), "messages": HI}) == asked(Chat, messages=HI)
+    names = [*ChatCompletionRequest.model_fields, *NOOP_VALUES_OF_UNSUPPORTED_FIELDS]
+    assert asked(ChatCompletionRequest,
+                 **{**dict.fromkeys(names), "messages": HI}) == asked(ChatCompletionRequest, messages=HI)
 
 
 def test_a_chat_is_rendered_and_may_fill_the_context():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    request, = asked(Chat, messages=[{"role": "system", "content": "be"}, {"role": "user", "content": parts},
+    request, = asked(ChatCompletionRequest,
+                     messages=[{"role": "system", "content": "be"}, {"role": "user", "content": parts},
                                      {"role": "assistant", "content": None}], logprobs=True)
     assert request.tokens == ids("s:be\nu:a\nb\na:\n")
     assert request.max_tokens == 64 - len(request.tokens) and request.logprobs == 0
-    assert asked(Chat, messages=HI, logprobs=True, top_logprobs=4)[0].logprobs == 4
-    assert asked(Chat, messages=HI, max_tokens=3, max_completion_tokens=4)[0].max_tokens == 4
-    assert asked(Chat, messages=HI, max_tokens=3)[0].max_tokens == 3
+    assert asked(ChatCompletionRequest, messages=HI, logprobs=True, top_logprobs=4)[0].logprobs == 4
+    assert asked(ChatCompletionRequest, messages=HI, max_tokens=3, max_completion_tokens=4)[0].max_tokens == 4
+    assert asked(ChatCompletionRequest, messages=HI, max_tokens=3)[0].max_tokens == 3
 
 
 REFUSED = {
-    "no prompt": (Completion, {}, "prompt"),
-    "an empty prompt": (Completion, {"prompt": ""}, "no tokens"),
-    "no prompts": (Completion, {"prompt": []}, "prompt"),
-    "a prompt of both kinds": (Completion, {"prompt": [1, "a"]}, "token ids"),
-    "true for a token": (Completion, {"prompt": [True]}, "token ids"),
-    "a token that is none": (Completion, {"prompt": [257]}, "vocabulary of 257"),
-    "a negative token": (Completion, {"prompt": [-1]}, "vocabulary of 257"),
-    "a prompt too long": (Completion, {"prompt": "a" * 64, "max_tokens": 1}, "context of 64"),
-    "too many new tokens": (Completion, {"prompt": "a", "max_tokens": 64}, "at most 63"),
-    "less than no new tokens": (Completion, {"prompt": "a", "max_tokens": -1}, "at least 0"),
-    "more tokens at least than at most": (Completion, {"prompt": "a", "min_tokens": 17}, "give 0 to 16"),
-    "a stop token that is none": (Completion, {"prompt": "a", "stop_token_ids": [257]}, "0 to 256"),
-    "a turn to go on with": (Chat, {"messages": [*HI, {"role": "assistant", "prefix": True}]}, "prefix"),
-    "n of 0": (Completion, {"prompt": "a", "n": 0}, "n 0"),
-    "a temperature below 0": (Completion, {"prompt": "a", "temperature": -1}, "temperature"),
-    "a temperature that is no number": (Completion, {"prompt": "a", "temperature": math.nan}, "temperature"),
-    "top_p of 0": (Completion, {"prompt": "a", "top_p": 0}, "top_p"),
-    "an empty stop string": (Completion, {"prompt": "a", "stop": ["x", ""]}, "stop"),
-    "stop strings that are none": (Completion, {"prompt": "a", "stop": {"a": 1}}, "stop"),
-    "a bias for a word": (Completion, {"prompt": "a", "logit_bias": {"word": 1}}, "logit_bias"),
-    "a bias for no token": (Completion, {"prompt": "a", "logit_bias": {"300": 1}}, "logit_bias"),
-    "a bias out of range": (Completion, {"prompt": "a", "logit_bias": {"3": 101}}, "logit_bias"),
-    "a seed out of range": (Completion, {"prompt": "a", "seed": 2 ** 63}, "seed"),
-    "too many log-probabilities": (Completion, {"prompt": "a", "logprobs": 101}, "logprobs"),
-    "no messages": (Chat, {"messages": []}, "messages"),
-    "a message without a role": (Chat, {"messages": [{"content": "a"}]}, "role"),
-    "a picture": (Chat, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text alone"),
-    "a role that the template refuses": (Chat, {"messages": [{"role": "odd"}]}, "no such role"),
-    "likeliest tokens without logprobs": (Chat, {"messages": HI, "top_logprobs": 2}, "logprobs: true"),
-    **{name: (Chat, {"messages": HI, name: value}, name) for name, value in UNSUPPORTED.items()}}
+    "no prompt": (CompletionRequest, {}, "prompt"),
+    "an empty prompt": (CompletionRequest, {"prompt": ""}, "no tokens"),
+    "no prompts": (CompletionRequest, {"prompt": []}, "prompt"),
+    "a prompt of both kinds": (CompletionRequest, {"prompt": [1, "a"]}, "token ids"),
+    "true for a token": (CompletionRequest, {"prompt": [True]}, "token ids"),
+    "a token that is none": (CompletionRequest, {"prompt": [257]}, "vocabulary of 257"),
+    "a negative token": (CompletionRequest, {"prompt": [-1]}, "vocabulary of 257"),
+    "a prompt too long": (CompletionRequest, {"prompt": "a" * 64, "max_tokens": 1}, "context of 64"),
+    "too many new tokens": (CompletionRequest, {"prompt": "a", "max_tokens": 64}, "at most 63"),
+    "less than no new tokens": (CompletionRequest, {"prompt": "a", "max_tokens": -1}, "at least 0"),
+    "more tokens at least than at most": (CompletionRequest, {"prompt": "a", "min_tokens": 17},
+                                          "give 0 to 16"),
+    "a stop token that is none": (CompletionRequest, {"prompt": "a", "stop_token_ids": [257]}, "0 to 256"),
+    "a turn to go on with": (ChatCompletionRequest,
+                             {"messages": [*HI, {"role": "assistant", "prefix": True}]}, "prefix"),
+    "n of 0": (CompletionRequest, {"prompt": "a", "n": 0}, "n 0"),
+    "a temperature below 0": (CompletionRequest, {"prompt": "a", "temperature": -1}, "temperature"),
+    "a temperature that is no number": (CompletionRequest, {"prompt": "a", "temperature": math.nan},
+                                        "temperature"),
+    "top_p of 0": (CompletionRequest, {"prompt": "a", "top_p": 0}, "top_p"),
+    "an empty stop string": (CompletionRequest, {"prompt": "a", "stop": ["x", ""]}, "stop"),
+    "stop strings that are none": (CompletionRequest, {"prompt": "a", "stop": {"a": 1}}, "stop"),
+    "a bias for a word": (CompletionRequest, {"prompt": "a", "logit_bias": {"word": 1}}, "logit_bias"),
+    "a bias for no token": (CompletionRequest, {"prompt": "a", "logit_bias": {"300": 1}}, "logit_bias"),
+    "a bias out of range": (CompletionRequest, {"prompt": "a", "logit_bias": {"3": 101}}, "logit_bias"),
+    "a seed out of range": (CompletionRequest, {"prompt": "a", "seed": 2 ** 63}, "seed"),
+    "too many log-probabilities": (CompletionRequest, {"prompt": "a", "logprobs": 101}, "logprobs"),
+    "no messages": (ChatCompletionRequest, {"messages": []}, "messages"),
+    "a message without a role": (ChatCompletionRequest, {"messages": [{"content": "a"}]}, "role"),
+    "a picture": (ChatCompletionRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+                  "text alone"),
+    "a role that the template refuses": (ChatCompletionRequest, {"messages": [{"role": "odd"}]},
+                                         "no such role"),
+    "likeliest tokens without logprobs": (ChatCompletionRequest, {"messages": HI, "top_logprobs": 2},
+                                          "logprobs: true"),
+    **{name: (ChatCompletionRequest, {"messages": HI, name: value}, name) for name,
+       value in UNSUPPORTED.items()}}
 
 
 @pytest.mark.parametrize("kind, body, says", REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_answered_is_refused_with_the_reason(kind, body, says):
-    with pytest.raises(Refused, match=says) as refused:
+    with pytest.raises(APIError, match=says) as refused:
         asked(kind, **body)
     assert refused.value.status == 400
 
 
 LONG = [{"role": "user", "content": "a" * 64}]
 OVERFLOWS = {                                # {name: (endpoint, body, the parameter that is to blame)}
-    "a prompt": (Completion, {"prompt": "a" * 65}, "prompt"),
-    "ids": (Completion, {"prompt": [7] * 64}, "prompt"),
-    "a prompt that is read alone": (Completion, {"prompt": "a" * 65, "max_tokens": 0}, "prompt"),
-    "a text that no context spells": (Completion, {"prompt": "a" * 400}, "prompt"),
-    "new tokens": (Completion, {"prompt": "a", "max_tokens": 64}, "max_tokens"),
-    "new tokens by their new name": (Completion, {"prompt": "a", "max_completion_tokens": 64},
+    "a prompt": (CompletionRequest, {"prompt": "a" * 65}, "prompt"),
+    "ids": (CompletionRequest, {"prompt": [7] * 64}, "prompt"),
+    "a prompt that is read alone": (CompletionRequest, {"prompt": "a" * 65, "max_tokens": 0}, "prompt"),
+    "a text that no context spells": (CompletionRequest, {"prompt": "a" * 400}, "prompt"),
+    "new tokens": (CompletionRequest, {"prompt": "a", "max_tokens": 64}, "max_tokens"),
+    "new tokens by their new name": (CompletionRequest, {"prompt": "a", "max_completion_tokens": 64},
                                      "max_completion_tokens"),
-    "messages": (Chat, {"messages": LONG}, "messages"),
-    "messages that no context spells": (Chat, {"messages": LONG * 9}, "messages"),
-    "a chat's new tokens": (Chat, {"messages": HI, "max_tokens": 60}, "max_tokens"),
-    "those by their new name": (Chat, {"messages": HI, "max_completion_tokens": 60, "max_tokens": 1},
+    "messages": (ChatCompletionRequest, {"messages": LONG}, "messages"),
+    "messages that no context spells": (ChatCompletionRequest, {"messages": LONG * 9}, "messages"),
+    "a chat's new tokens": (ChatCompletionRequest, {"messages": HI, "max_tokens": 60}, "max_tokens"),
+    "those by their new name": (ChatCompletionRequest,
+                                {"messages": HI, "max_completion_tokens": 60, "max_tokens": 1},
                                 "max_completion_tokens")}
 
 
 @pytest.mark.parametrize("kind, body, param", OVERFLOWS.values(), ids=OVERFLOWS.keys())
 def test_what_overflows_the_context_has_openais_code(kind, body, param):
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(APIError) as refused:
         asked(kind, **body)
     error = refused.value.body()["error"]
     assert (refused.value.status, error["code"], error["param"]) == (400, "context_length_exceeded", param)
@@ -141,52 +157,57 @@ def test_what_overflows_the_context_has_openais_code(kind, body, param):
 
 def test_the_kv_memory_is_a_context_too():
     ready = Ready({**READY.info, "blocks": 4, "block_size": 8}, READY.text, TEMPLATE)
-    assert requests_of(read(Completion, json.dumps({"prompt": "a" * 31}).encode()), "name", ready)
-    for kind, body, param in ((Completion, {"prompt": "a" * 32}, "prompt"),
-                              (Chat, {"messages": [{"role": "user", "content": "a" * 40}]}, "messages")):
-        with pytest.raises(Refused, match="KV memory, which holds 32") as refused:
-            requests_of(read(kind, json.dumps(body).encode()), "name", ready)
+    assert build_engine_requests(parse_request_body(CompletionRequest,
+                                                    json.dumps({"prompt": "a" * 31}).encode()), "name", ready)
+    for kind, body, param in ((CompletionRequest, {"prompt": "a" * 32}, "prompt"),
+                              (ChatCompletionRequest, {"messages": [{"role": "user", "content": "a" * 40}]},
+                               "messages")):
+        with pytest.raises(APIError, match="KV memory, which holds 32") as refused:
+            build_engine_requests(parse_request_body(kind, json.dumps(body).encode()), "name", ready)
         assert (refused.value.code, refused.value.param) == ("context_length_exceeded", param)
 
 
 @pytest.mark.parametrize("kind, body, param", [
-    (Completion, {"prompt": "a", "top_p": 2}, "top_p"), (Completion, {"prompt": ""}, "prompt"),
-    (Chat, {"messages": HI, "logprobs": True, "top_logprobs": 101, "max_tokens": 1}, "top_logprobs"),
-    (Completion, {"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids"),
-    (Completion, {"prompt": "a", "logit_bias": {"300": 1}}, "logit_bias")])
+    (CompletionRequest, {"prompt": "a", "top_p": 2}, "top_p"), (CompletionRequest, {"prompt": ""}, "prompt"),
+    (ChatCompletionRequest, {"messages": HI, "logprobs": True, "top_logprobs": 101, "max_tokens": 1},
+     "top_logprobs"),
+    (CompletionRequest, {"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids"),
+    (CompletionRequest, {"prompt": "a", "logit_bias": {"300": 1}}, "logit_bias")])
 def test_a_refusal_names_the_clients_parameter(kind, body, param):
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(APIError) as refused:
         asked(kind, **body)
     assert refused.value.body()["error"]["param"] == param and refused.value.code is None
 
 
 def test_a_code_is_a_word_or_nothing():
     for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503):
-        assert Refused(status, "why").body()["error"]["code"] is None
-    assert Refused(404, "why", code="model_not_found").body()["error"]["code"] == "model_not_found"
+        assert APIError(status, "why").body()["error"]["code"] is None
+    assert APIError(404, "why", code="model_not_found").body()["error"]["code"] == "model_not_found"
 
 
 def test_a_stop_string_that_is_a_special_token_is_sought_among_tokens():
-    for kind, body in ((Completion, {"prompt": "a"}), (Chat, {"messages": HI})):
+    for kind, body in ((CompletionRequest, {"prompt": "a"}), (ChatCompletionRequest, {"messages": HI})):
         request, = asked(kind, **body, stop=["x", "<end>"], stop_token_ids=[7])
         assert request.stop == ("x", "<end>") and request.stop_token_ids == (7, 256)
         assert asked(kind, **body, stop="<en")[0].stop_token_ids == ()
 
 
 def test_all_that_is_unsupported_is_tried():
-    assert UNSUPPORTED.keys() == HARMLESS.keys()
+    assert UNSUPPORTED.keys() == NOOP_VALUES_OF_UNSUPPORTED_FIELDS.keys()
 
 
 @pytest.mark.parametrize("body", [
     b"", b"{", b"[1]", b"\xff", b'{"prompt": "\\ud800"}', b"[" * 100_000, b"1e999"])
 def test_what_is_no_json_object_is_refused(body):
-    with pytest.raises(Refused):
-        read(Completion, body)
+    with pytest.raises(APIError):
+        parse_request_body(CompletionRequest, body)
 
 
 def test_a_model_without_a_template_says_what_to_use():
-    with pytest.raises(Refused, match="/v1/completions"):
-        requests_of(read(Chat, json.dumps({"messages": HI}).encode()), "name", Ready(READY.info, text()))
+    with pytest.raises(APIError, match="/v1/completions"):
+        build_engine_requests(parse_request_body(ChatCompletionRequest,
+                                                 json.dumps({"messages": HI}).encode()), "name",
+                              Ready(READY.info, text()))
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -194,22 +215,23 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
                     max_leaves=8)
 LIKELY = st.integers(-2, 70) | st.floats(-2, 2) | st.booleans() | st.text(max_size=5) | st.lists(
     st.text(max_size=3) | st.integers(0, 300), max_size=3)
-NAMES = sorted({*Completion.model_fields, *Chat.model_fields, "tools"} | HARMLESS.keys())
+NAMES = sorted({*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields,
+                "tools"} | NOOP_VALUES_OF_UNSUPPORTED_FIELDS.keys())
 BODIES = st.dictionaries(st.sampled_from(NAMES), JSON | LIKELY, max_size=4).map(
     lambda wrong: {"prompt": "a", "messages": HI, "max_tokens": 2} | wrong)
 
 
-@given(BODIES, st.sampled_from([Completion, Chat]))
+@given(BODIES, st.sampled_from([CompletionRequest, ChatCompletionRequest]))
 def test_any_json_is_a_question_or_a_400(body, kind):
     try:
         assert all(each.tokens for each in asked(kind, **body))
-    except Refused as refused:
+    except APIError as refused:
         assert refused.status == 400
 
 
 def answer(kind, form, **body):
-    question = read(kind, json.dumps(body).encode())
-    return form(question, "name", "model", requests_of(question, "name", READY), READY.text)
+    question = parse_request_body(kind, json.dumps(body).encode())
+    return form(question, "name", "model", build_engine_requests(question, "name", READY), READY.text)
 
 
 def chunks(answer, events):
@@ -217,7 +239,7 @@ def chunks(answer, events):
 
 
 def test_a_stream_begins_with_the_role_and_ends_with_the_reason():
-    said = answer(Chat, ChatAnswer, messages=HI, stream=True)
+    said = answer(ChatCompletionRequest, ChatCompletionResponse, messages=HI, stream=True)
     got = chunks(said, [Event("name", tokens=[1]), Event("name", text="a", tokens=[2]),
                         Event("name", text="b", tokens=[3], finish="stop")])
     deltas = [each["choices"][0]["delta"] for each in got]
@@ -229,7 +251,7 @@ def test_a_stream_begins_with_the_role_and_ends_with_the_reason():
 
 @pytest.mark.parametrize("always", [False, True])
 def test_usage_comes_last_without_choices(always):
-    said = answer(Chat, ChatAnswer, messages=HI, stream=True,
+    said = answer(ChatCompletionRequest, ChatCompletionResponse, messages=HI, stream=True,
                   stream_options={"include_usage": True, "continuous_usage_stats": always})
     got, = chunks(said, [Event("name", text="a", tokens=[1, 2], cached=99)])
     last, done, _ = said.last().split(b"\n\n")
@@ -241,7 +263,7 @@ def test_usage_comes_last_without_choices(always):
 
 
 def test_choices_of_several_prompts_are_in_order():
-    said = answer(Completion, CompletionAnswer, prompt=["a", "b"], n=2, echo=True, max_tokens=2)
+    said = answer(CompletionRequest, CompletionResponse, prompt=["a", "b"], n=2, echo=True, max_tokens=2)
     events = [Event(f"name-{p}", i, f"{p}{i}", [1], finish="length") for i in (1, 0) for p in (1, 0)]
     got = said.object([Event("name-1", 1, "first", [2]), *events])
     assert [each["text"] for each in got["choices"]] == ["a00", "a01", "b10", "bfirst11"]
@@ -250,7 +272,7 @@ def test_choices_of_several_prompts_are_in_order():
 
 
 def test_log_probabilities_of_prompt_and_answer():
-    said = answer(Completion, CompletionAnswer, prompt="ab", echo=True, logprobs=2)
+    said = answer(CompletionRequest, CompletionResponse, prompt="ab", echo=True, logprobs=2)
     a, b = ids("ab")
     strange = ids("é")[0]                    # half a character
     prompt = [Logprob(a, None), Logprob(b, -1.0, [(a, -0.5), (b, -1.0)])]
@@ -263,7 +285,7 @@ def test_log_probabilities_of_prompt_and_answer():
 
 
 def test_log_probabilities_of_a_chat():
-    said = answer(Chat, ChatAnswer, messages=HI, logprobs=True, top_logprobs=1)
+    said = answer(ChatCompletionRequest, ChatCompletionResponse, messages=HI, logprobs=True, top_logprobs=1)
     a, half = ids("a")[0], ids("é")[0]
     got = said.object([Event("name", 0, "a", [a], [Logprob(a, -0.5, [(half, -0.25)])], finish="stop")])
     assert got["choices"][0]["logprobs"]["content"] == [

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.model.tokenizer import Text, render_chat
-from nanoinfra.serve.server.openai import chat_templates
-from nanoinfra.serve.server.openai.chat_templates import TemplateProcess
+from nanoinfra.serve.server.openai import chat_template_process
+from nanoinfra.serve.server.openai.chat_template_process import ChatTemplateProcess
 from tests.processes import children
 from tests.serve.beating import LOOP
 from tests.serve.fake import TEMPLATE
@@ -22,14 +22,14 @@ HI = [{"role": "user", "content": "h\u00e9 \U0001f642 {{ 7 * 7 }}"}]
 @pytest.fixture(scope="module")
 def shared():
     """One for the tests after which it goes on."""
-    child = TemplateProcess()
+    child = ChatTemplateProcess()
     yield child
     child.close()
 
 
 @pytest.fixture
 def child():
-    child = TemplateProcess()
+    child = ChatTemplateProcess()
     yield child
     child.close()
 
@@ -51,7 +51,7 @@ def test_a_template_that_fails_says_why_and_the_next_chat_is_rendered(shared, te
 
 
 def test_one_that_goes_on_and_on_is_ended_and_the_next_chat_has_another():
-    child = TemplateProcess(seconds=0.2)
+    child = ChatTemplateProcess(seconds=0.2)
     try:
         assert child.render(LOOP, HI, TEXT)
         first = child.process
@@ -65,7 +65,7 @@ def test_one_that_goes_on_and_on_is_ended_and_the_next_chat_has_another():
 
 def test_one_that_uses_no_time_is_ended_by_the_clock(child, monkeypatch):
     child.render("", HI, TEXT)
-    monkeypatch.setattr(chat_templates, "PATIENCE", 0.2)
+    monkeypatch.setattr(chat_template_process, "_RENDER_TIMEOUT_SECONDS", 0.2)
     os.kill(child.process.pid, signal.SIGSTOP)
     with pytest.raises(ValueError, match="more than"):
         child.render("", HI, TEXT)
@@ -91,9 +91,9 @@ def test_the_child_leaves_signals_to_the_server_and_ends_with_close(child):
 
 
 def test_the_child_dies_with_its_server():
-    code = ("from nanoinfra.serve.server.openai.chat_templates import TemplateProcess\n"
+    code = ("from nanoinfra.serve.server.openai.chat_template_process import ChatTemplateProcess\n"
             "from nanoinfra.model.tokenizer import Text\n"
-            "child = TemplateProcess()\nchild.render('', [], Text(None))\n"
+            "child = ChatTemplateProcess()\nchild.render('', [], Text(None))\n"
             "print(child.process.pid, flush=True)\ninput()")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as server:
@@ -104,7 +104,7 @@ def test_the_child_dies_with_its_server():
 
 
 def test_the_child_does_without_torch_and_unpickles_nothing():
-    code = ("import pickle, sys\nimport nanoinfra.serve.server.openai.chat_templates as t\n"
+    code = ("import pickle, sys\nimport nanoinfra.serve.server.openai.chat_template_process as t\n"
             "assert 'torch' not in sys.modules\n"
             "t.without_torch()\nt.renderer()\npickle.loads = pickle.Unpickler = None\n"
             "said = t.answer('{{ messages }}{{ pad_token }}', [], {'pad_token': 'p'})\n"
@@ -116,7 +116,7 @@ def test_the_child_does_without_torch_and_unpickles_nothing():
 
 def test_without_the_hub_extra_a_chat_is_refused_in_one_line():
     code = ("import sys\nsys.modules['transformers'] = None\n"
-            "import nanoinfra.serve.server.openai.chat_templates as t\n"
+            "import nanoinfra.serve.server.openai.chat_template_process as t\n"
             "print(t.answer('{{ messages }}', [], {}).decode())")
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert said.stdout.strip() == ('{"error": "chat templates need the package transformers; '

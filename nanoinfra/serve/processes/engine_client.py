@@ -17,7 +17,7 @@ from nanoinfra.serve.processes.engine_loop import Ready
 from nanoinfra.serve.processes.engine_processes import Dead, Life
 from nanoinfra.serve.processes.response_stream import Job
 from nanoinfra.serve.processes.tp_group import Team
-from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.errors import APIError
 
 PAUSE = 5.0                                  # seconds before another try, at most: about what loading takes
 TICKS = 10                                   # looks at a silent engine, after which it hangs
@@ -75,7 +75,7 @@ class Worker:
     def submit(self, requests: Sequence[Request]) -> Job:
         """Let the engine answer. Raises Refused while there is none."""
         if self.state != "ready":
-            raise Refused(503, self.why)
+            raise APIError(503, self.why)
         job = Job(self, requests)
         for request in requests:
             self.jobs[request.id] = job
@@ -95,9 +95,9 @@ class Worker:
     def reset(self) -> None:
         """Forget cached prefixes. Raises Refused while there is no engine, or one that takes nothing."""
         if self.state != "ready":
-            raise Refused(503, self.why)
+            raise APIError(503, self.why)
         if not self._has_room(0):
-            raise Refused(429, "the engine takes no requests now; come back later")
+            raise APIError(429, "the engine takes no requests now; come back later")
         self._send("reset")
 
     def _send(self, verb, value=None, tokens=0):
@@ -130,7 +130,7 @@ class Worker:
 
     def _refuse(self, request, status, why):
         self.watch.dropped(request)
-        self.jobs[request].fail(request, Refused(status, why))
+        self.jobs[request].fail(request, APIError(status, why))
 
     def _lost(self, state, why):
         """In the event loop: there is no engine now."""

@@ -3,7 +3,7 @@ import asyncio
 from collections.abc import Sequence
 
 from nanoinfra.serve.engine.requests import Event, Request
-from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.errors import APIError
 
 
 class Job:
@@ -21,7 +21,7 @@ class Job:
         if not self.open and self.news.empty():
             raise StopAsyncIteration
         news = await self.news.get()
-        if isinstance(news, Refused):
+        if isinstance(news, APIError):
             raise news
         return news
 
@@ -33,7 +33,7 @@ class Job:
             if not self.open[event.request]:
                 self._drop(event.request)
 
-    def fail(self, request: str, why: Refused) -> None:
+    def fail(self, request: str, why: APIError) -> None:
         """Called by the worker: nothing more comes."""
         self.news.put_nowait(why)
         self._drop(request)

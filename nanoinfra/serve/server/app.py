@@ -16,29 +16,35 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from nanoinfra.serve.processes.engine_client import Worker
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.handlers import at_work, exchange
-from nanoinfra.serve.server.http.access_control import Access, AccessMiddleware
-from nanoinfra.serve.server.http.api_keys import key_of, salt_of
-from nanoinfra.serve.server.http.request_ids import HEADER, RequestIdMiddleware, log_failure
-from nanoinfra.serve.server.http.unserved_routes import where_else
-from nanoinfra.serve.server.openai.completion_requests import Chat, Completion
-from nanoinfra.serve.server.openai.completion_responses import ChatAnswer, CompletionAnswer, sent
-from nanoinfra.serve.server.openai.responses_output import ResponsesAnswer
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.handlers import handle_generation_request, require_ready_engine
+from nanoinfra.serve.server.http.access_control import AccessControlMiddleware, AccessPolicy
+from nanoinfra.serve.server.http.api_keys import cache_salt_of_key, find_bearer_key
+from nanoinfra.serve.server.http.request_ids import REQUEST_ID_HEADER, RequestIdMiddleware, log_server_error
+from nanoinfra.serve.server.http.unserved_routes import suggest_served_path
+from nanoinfra.serve.server.openai.completion_requests import ChatCompletionRequest, CompletionRequest
+from nanoinfra.serve.server.openai.completion_responses import (
+    ChatCompletionResponse,
+    CompletionResponse,
+    encode_sse_event,
+)
+from nanoinfra.serve.server.openai.responses_output import ResponsesResponse
 from nanoinfra.serve.server.openai.responses_requests import ResponsesRequest
-from nanoinfra.serve.server.preprocess import Preprocessor, no_such_model
+from nanoinfra.serve.server.preprocess import RequestPreprocessor, model_not_found_error
 
-PULSE = 0.2                                  # seconds from one look at the scheduler to the next
-MOST_WATCHERS = 32                           # who look at the same time; a look has no end
-READ = ["GET", "HEAD"]
-STORED = {"{name}": [*READ, "DELETE"], "{name}/input_items": READ, "{name}/cancel": ["POST"]}
-PAGE = Path(__file__).with_name("page") / "page.html"
-PAGES = {"/": PAGE.name, **{f"/{name}": name for name in ("page.css", "page.js", "chat.js", "scheduler.js")}}
-ALONE = {"Content-Security-Policy":          # it loads nothing from elsewhere, and no other page frames it
+_STATS_INTERVAL_SECONDS = 0.2                # seconds from one look at the scheduler to the next
+_MAX_STATS_STREAMS = 32                           # who look at the same time; a look has no end
+_READ_METHODS = ["GET", "HEAD"]
+_STORED_RESPONSE_ROUTES = {"{name}": [*_READ_METHODS, "DELETE"], "{name}/input_items": _READ_METHODS,
+                           "{name}/cancel": ["POST"]}
+_PAGE = Path(__file__).with_name("page") / "page.html"
+_PAGE_FILES = {"/": _PAGE.name,
+               **{f"/{name}": name for name in ("page.css", "page.js", "chat.js", "scheduler.js")}}
+_PAGE_HEADERS = {"Content-Security-Policy":  # it loads nothing from elsewhere, and no other page frames it
          "default-src 'self'; img-src data:; frame-ancestors 'none'", "Cache-Control": "no-cache"}
 
 
-def build(worker: Worker, name: str, access: Access | None = None) -> FastAPI:
+def build_app(worker: Worker, name: str, access: AccessPolicy | None = None) -> FastAPI:
     """The app, which starts and stops `worker`; clients call the model `name`, `access` says who may.
 
     Set `app.state.draining`, and what is new is refused.
@@ -53,33 +59,33 @@ def build(worker: Worker, name: str, access: Access | None = None) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
                   redirect_slashes=False)    # it would redirect to whatever the client calls Host
-    app.state.worker, app.state.name, app.state.access = worker, name, access or Access()
-    app.state.preprocessor = Preprocessor()
+    app.state.worker, app.state.name, app.state.access = worker, name, access or AccessPolicy()
+    app.state.preprocessor = RequestPreprocessor()
     app.state.draining, app.state.since, app.state.watchers = False, int(time.time()), 0
     for path, answer in {"/health": _health, "/metrics": _metrics, "/stats": _stats,
-                         **dict.fromkeys(PAGES, _page)}.items():
-        app.add_api_route(path, answer, methods=READ)
+                         **dict.fromkeys(_PAGE_FILES, _page)}.items():
+        app.add_api_route(path, answer, methods=_READ_METHODS)
     known = [Depends(_known)]
     for path, answer in {"/v1/models": _models, "/v1/models/{id:path}": _model}.items():
-        app.add_api_route(path, answer, methods=READ, dependencies=known)
+        app.add_api_route(path, answer, methods=_READ_METHODS, dependencies=known)
     for path, answer in {"/v1/completions": _completions, "/v1/chat/completions": _chat,
                          "/v1/responses": _responses, "/reset_prefix_cache": _reset}.items():
         app.add_api_route(path, answer, methods=["POST"], dependencies=known)
-    for path, methods in STORED.items():
+    for path, methods in _STORED_RESPONSE_ROUTES.items():
         app.add_api_route(f"/v1/responses/{path}", _not_stored, methods=methods, dependencies=known)
-    for error, answer in {Refused: _refused, HTTPException: _http, ClientDisconnect: _gone,
+    for error, answer in {APIError: _refused, HTTPException: _http, ClientDisconnect: _gone,
                           Exception: _bug}.items():
         app.add_exception_handler(error, answer)
     app.state.paths = [route.path for route in app.routes if "{" not in route.path]
     if app.state.access.origins:
         app.add_middleware(CORSMiddleware, allow_origins=app.state.access.origins, allow_headers=["*"],
-                           allow_methods=[*READ, "POST"], expose_headers=[HEADER])
-    app.add_middleware(AccessMiddleware, access=app.state.access)
+                           allow_methods=[*_READ_METHODS, "POST"], expose_headers=[REQUEST_ID_HEADER])
+    app.add_middleware(AccessControlMiddleware, access=app.state.access)
     app.add_middleware(RequestIdMiddleware)                              # the last is asked first
     return app
 
 
-class Watched(StreamingResponse):
+class _CountedStreamingResponse(StreamingResponse):
     """A stream that is counted while it lasts."""
 
     async def __call__(self, scope, receive, send):
@@ -92,19 +98,20 @@ class Watched(StreamingResponse):
 
 
 async def _completions(request: Request):
-    return await exchange(request, Completion, CompletionAnswer, "cmpl-")
+    return await handle_generation_request(request, CompletionRequest, CompletionResponse, "cmpl-")
 
 
 async def _chat(request: Request):
-    return await exchange(request, Chat, ChatAnswer, "chatcmpl-")
+    return await handle_generation_request(request, ChatCompletionRequest, ChatCompletionResponse,
+                                           "chatcmpl-")
 
 
 async def _responses(request: Request):
-    return await exchange(request, ResponsesRequest, ResponsesAnswer, "resp_")
+    return await handle_generation_request(request, ResponsesRequest, ResponsesResponse, "resp_")
 
 
 async def _not_stored(request: Request):
-    raise Refused(404, f"there is no response {request.path_params['name']!r:.200} here: answers are not "
+    raise APIError(404, f"there is no response {request.path_params['name']!r:.200} here: answers are not "
                        "stored; send the turns themselves as input")
 
 
@@ -115,22 +122,23 @@ async def _models(request: Request):
 async def _model(request: Request):
     asked, served = request.path_params["id"], request.app.state.name
     if asked != served:
-        raise no_such_model(asked, served)
+        raise model_not_found_error(asked, served)
     return JSONResponse(_described(request.app.state))
 
 
 def _described(state):
     return {"id": state.name, "object": "model", "created": state.since, "owned_by": "nanoinfra",
-            "root": state.name, "parent": None, "max_model_len": at_work(state).ready.info["context"]}
+            "root": state.name, "parent": None,
+            "max_model_len": require_ready_engine(state).ready.info["context"]}
 
 
 async def _reset(request: Request):
-    at_work(request.app.state).reset()
+    require_ready_engine(request.app.state).reset()
     return Response()
 
 
 async def _health(request: Request):
-    at_work(request.app.state)
+    require_ready_engine(request.app.state)
     return Response()
 
 
@@ -143,16 +151,16 @@ async def _stats(request: Request):
     async def looks(state):
         while not state.draining and (worker := state.worker).state != "stopped":
             chat = worker.ready is None or worker.ready.template is not None
-            yield sent({"model": state.name, "state": worker.state, "chat": chat, **worker.stats})
-            await asyncio.sleep(PULSE)
-    if request.app.state.watchers >= MOST_WATCHERS:
-        raise Refused(503, f"{MOST_WATCHERS} watch already; close one of their pages")
+            yield encode_sse_event({"model": state.name, "state": worker.state, "chat": chat, **worker.stats})
+            await asyncio.sleep(_STATS_INTERVAL_SECONDS)
+    if request.app.state.watchers >= _MAX_STATS_STREAMS:
+        raise APIError(503, f"{_MAX_STATS_STREAMS} watch already; close one of their pages")
     how = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-cache"}}
-    return Response(**how) if request.method == "HEAD" else Watched(looks(request.app.state), **how)
+    return Response(**how) if request.method == "HEAD" else _CountedStreamingResponse(looks(request.app.state), **how)
 
 
 async def _page(request: Request):
-    return FileResponse(PAGE.with_name(PAGES[request.scope["path"]]), headers=ALONE)
+    return FileResponse(_PAGE.with_name(_PAGE_FILES[request.scope["path"]]), headers=_PAGE_HEADERS)
 
 
 async def _known(request: Request):
@@ -160,17 +168,17 @@ async def _known(request: Request):
     access, request.state.salt = request.app.state.access, ""
     if not access.keys:
         return
-    key = key_of(access.keys, request.headers.get("authorization", ""))
+    key = find_bearer_key(access.keys, request.headers.get("authorization", ""))
     if key is None:
-        raise Refused(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+        raise APIError(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                       code="invalid_api_key")
     if access.salt_per_key:
-        request.state.salt = salt_of(key)
+        request.state.salt = cache_salt_of_key(key)
 
 
-async def _refused(request, why: Refused):
+async def _refused(request, why: APIError):
     if why.status == 500:
-        log_failure(request.scope, why)
+        log_server_error(request.scope, why)
     return JSONResponse(why.body(), why.status, why.headers())
 
 
@@ -182,8 +190,8 @@ async def _http(request, error: HTTPException):
         if request.method == "OPTIONS":
             return Response(status_code=204, headers={"Allow": f"{headers['Allow']}, OPTIONS"})
     if error.status_code == 404:
-        detail = f"not found; {where_else(path, request.app.state.paths)}"
-    why = Refused(error.status_code, f"{request.method} {path}: {detail}")
+        detail = f"not found; {suggest_served_path(path, request.app.state.paths)}"
+    why = APIError(error.status_code, f"{request.method} {path}: {detail}")
     return JSONResponse(why.body(), why.status, headers)
 
 
@@ -193,6 +201,6 @@ async def _gone(request, error):
 
 async def _bug(request, error):
     """Our mistake; uvicorn writes down where. No middleware sees this answer."""
-    why = Refused(500, "the server made a mistake; its log says more")
-    log_failure(request.scope, why)
-    return JSONResponse(why.body(), 500, {HEADER: request.scope["state"][HEADER]})
+    why = APIError(500, "the server made a mistake; its log says more")
+    log_server_error(request.scope, why)
+    return JSONResponse(why.body(), 500, {REQUEST_ID_HEADER: request.scope["state"][REQUEST_ID_HEADER]})

@@ -1,25 +1,26 @@
 """What a client is told when it gets no answer: a status, and the reason in OpenAI's JSON."""
 
-KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"          # OpenAI's code, by which clients know to shorten
-MOST_CHARS = 1000                            # of a reason: it may say what a stranger has sent
+MAX_ERROR_MESSAGE_CHARS = 1000                            # of a reason: it may say what a stranger has sent
 
 
-class Refused(Exception):
+class APIError(Exception):
     """No answer: HTTP `status`, why, which parameter is to blame, and OpenAI's code where there is one.
 
     A code is a word and never a number: clients compare it with words such as CONTEXT_LENGTH_EXCEEDED.
     """
 
     def __init__(self, status: int, why: str, param: str | None = None, code: str | None = None):
-        super().__init__(shortened(why))
-        self.status, self.param, self.code = status, param and shortened(param), code
+        super().__init__(_truncate(why))
+        self.status, self.param, self.code = status, param and _truncate(param), code
 
     def body(self) -> dict:
         """The error as clients expect it."""
-        return {"error": {"message": str(self), "type": KINDS.get(self.status, "invalid_request_error"),
+        return {"error": {"message": str(self),
+                          "type": _ERROR_TYPES.get(self.status, "invalid_request_error"),
                           "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
@@ -27,6 +28,6 @@ class Refused(Exception):
         return {"Retry-After": "1"} if self.status in (429, 503) else {}
 
 
-def shortened(text: str) -> str:
+def _truncate(text: str) -> str:
     """`text`, or its beginning where it is longer than a reason should be."""
-    return text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + " ..."
+    return text if len(text) <= MAX_ERROR_MESSAGE_CHARS else text[:MAX_ERROR_MESSAGE_CHARS] + " ..."

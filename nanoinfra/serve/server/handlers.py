@@ -17,58 +17,63 @@ from starlette.requests import ClientDisconnect
 
 from nanoinfra.serve.engine.requests import Event
 from nanoinfra.serve.processes.engine_client import Job, Worker
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.http.api_keys import salted
-from nanoinfra.serve.server.http.request_ids import log_failure
-from nanoinfra.serve.server.limits import most_bytes
-from nanoinfra.serve.server.openai.completion_requests import Question
-from nanoinfra.serve.server.openai.completion_responses import Answer
-from nanoinfra.serve.server.preprocess import LARGE, Preprocessor
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.http.api_keys import prepend_cache_salt
+from nanoinfra.serve.server.http.request_ids import log_server_error
+from nanoinfra.serve.server.openai.completion_requests import BaseCompletionRequest
+from nanoinfra.serve.server.openai.completion_responses import BaseCompletionResponse
+from nanoinfra.serve.server.preprocess import LARGE_BODY_BYTES, RequestPreprocessor
+from nanoinfra.serve.server.request_limits import max_body_bytes
 
-PIECE = 1 << 16                              # bytes of an answer sent at once
-STREAM_BEGINS = 10.0                         # seconds after which a stream begins, without a word
-OBJECT_BEGINS = 50.0                         # and an object: later, for errors want a status; nginx waits 60
-PULSE = 15.0                                 # seconds from one sign of life to the next: event streams' own
-STREAM_PULSE, OBJECT_PULSE = b": keep-alive\n\n", b" "  # a comment, and a space, which JSON may begin with
-SILENCE = object()                           # in place of news
+_BODY_CHUNK_BYTES = 1 << 16                              # bytes of an answer sent at once
+_STREAM_START_TIMEOUT_SECONDS = 10.0         # seconds after which a stream begins, without a word
+_JSON_START_TIMEOUT_SECONDS = 50.0           # and an object: later, for errors want a status; nginx waits 60
+_KEEP_ALIVE_INTERVAL_SECONDS = 15.0          # seconds from one sign of life to the next: event streams' own
+_STREAM_KEEP_ALIVE, _JSON_KEEP_ALIVE = b": keep-alive\n\n", b" "  # a comment, and a space, which JSON may begin with
+_NO_OUTPUT_YET = object()                           # in place of news
 
 
-async def exchange(request: Request, kind: type[Question], form: type[Answer], prefix: str) -> Response:
+async def handle_generation_request(request: Request, kind: type[BaseCompletionRequest],
+                                    form: type[BaseCompletionResponse], prefix: str) -> Response:
     """Answer a body of `kind` in `form`; ids begin with `prefix`. Raises Refused, ClientDisconnect.
 
     The first word is waited for, though not for ever: until then an error can still have a status.
     """
     state, name = request.app.state, prefix + uuid.uuid4().hex
-    threads, ready = state.preprocessor, at_work(state).ready
+    threads, ready = state.preprocessor, require_ready_engine(state).ready
     with ExitStack() as places:
-        body = await _body(request, most_bytes(ready.info["context"]),
+        body = await _read_body(request, max_body_bytes(ready.info["context"]),
                            lambda: places.enter_context(threads.place_for_large()))
         answer = await threads.prepare(kind, form, body, name, state.name, ready)
-    job = at_work(state).submit(salted([*answer.requests.values()], request.state.salt))
+    job = require_ready_engine(state).submit(prepend_cache_salt([*answer.requests.values()],
+                                                                request.state.salt))
     try:
         if answer.question.stream:
-            first = await _unless_gone(request, anext(job), STREAM_BEGINS)
-            chunks = _chunks(answer, job, first, threads, request.scope)
-            return Sent(job, chunks, "text/event-stream", {"Cache-Control": "no-cache"})
-        if not await _unless_gone(request, _gather(answer, job), OBJECT_BEGINS):
-            return Sent(job, _late(answer, job, threads, request.scope), "application/json", {})
+            first = await _unless_disconnected(request, anext(job), _STREAM_START_TIMEOUT_SECONDS)
+            chunks = _stream_chunks(answer, job, first, threads, request.scope)
+            return _StreamClosingResponse(job, chunks, "text/event-stream", {"Cache-Control": "no-cache"})
+        if not await _unless_disconnected(request, _collect_outputs(answer, job),
+                                          _JSON_START_TIMEOUT_SECONDS):
+            return _StreamClosingResponse(job, _late_json(answer, job, threads, request.scope),
+                                          "application/json", {})
         whole = await threads.write(answer.places, answer.body, answer)
-        return Sent(job, _pieces(whole), "application/json", {"Content-Length": str(len(whole))})
+        return _StreamClosingResponse(job, _split_body(whole), "application/json",
+                                      {"Content-Length": str(len(whole))})
     except BaseException:
         job.close()
         raise
 
 
-def at_work(state) -> Worker:
+def require_ready_engine(state) -> Worker:
     """The app's worker. Raises Refused where it cannot be asked now."""
     if state.draining:
-        raise Refused(503, "the server is about to end")
+        raise APIError(503, "the server is about to end")
     if state.worker.state != "ready":
-        raise Refused(503, state.worker.why)
+        raise APIError(503, state.worker.why)
     return state.worker
 
 
-class Sent(StreamingResponse):
+class _StreamClosingResponse(StreamingResponse):
     """An answer on its way, as fast as the client reads; however it ends, the job is closed."""
 
     def __init__(self, job: Job, pieces: AsyncIterator[bytes], kind: str, headers: dict[str, str]):
@@ -78,13 +83,13 @@ class Sent(StreamingResponse):
     async def __call__(self, scope, receive, send):
         try:
             await super().__call__(scope, receive, send)
-        except Refused:                      # _late has logged it; returning here, uvicorn breaks what is
+        except APIError:                      # _late has logged it; returning here, uvicorn breaks what is
             pass                             #   not complete, which is how the client learns of it
         finally:
             self.job.close()
 
 
-async def _body(request, most: int, grows: Callable[[], None]):
+async def _read_body(request, most: int, grows: Callable[[], None]):
     """The request's body; `grows` is called once it is LARGE. Raises Refused where it is too large.
 
     What is refused is read to its end, or 16 times what may be: few clients listen before.
@@ -92,7 +97,7 @@ async def _body(request, most: int, grows: Callable[[], None]):
     body, size, refused = bytearray(), 0, None
     async for piece in request.stream():
         was, size = size, size + len(piece)
-        refused = refused or _refusal(was, size, most, grows)
+        refused = refused or _body_error(was, size, most, grows)
         if size > 16 * most:
             break
         body += b"" if refused else piece
@@ -101,18 +106,18 @@ async def _body(request, most: int, grows: Callable[[], None]):
     return bytes(body)
 
 
-def _refusal(was, size, most, grows):
+def _body_error(was, size, most, grows):
     if size > most:
-        return Refused(413, f"the body is larger than {most} bytes; send less at once")
+        return APIError(413, f"the body is larger than {most} bytes; send less at once")
     try:
-        if was <= LARGE < size:
+        if was <= LARGE_BODY_BYTES < size:
             grows()
-    except Refused as why:
+    except APIError as why:
         return why
     return None
 
 
-async def _unless_gone(request, work, seconds):
+async def _unless_disconnected(request, work, seconds):
     """What `work` comes to; None where it takes longer. Raises ClientDisconnect if the client goes away."""
     leaves = request.receive()               # after the body comes nothing but this
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(leaves)]
@@ -129,52 +134,53 @@ async def _unless_gone(request, work, seconds):
         await asyncio.wait(tasks)
 
 
-async def _gather(answer: Answer, job: Job):
+async def _collect_outputs(answer: BaseCompletionResponse, job: Job):
     """Add all that comes; True. What has been added stays so where this is cancelled."""
     async for event in job:
         answer.add(event)
     return True
 
 
-async def _chunks(answer: Answer, job: Job, first: Event | None, threads: Preprocessor, scope):
+async def _stream_chunks(answer: BaseCompletionResponse, job: Job, first: Event | None,
+                         threads: RequestPreprocessor, scope):
     try:
-        event = first or SILENCE
+        event = first or _NO_OUTPUT_YET
         while event:
-            if event is SILENCE:
-                yield STREAM_PULSE
+            if event is _NO_OUTPUT_YET:
+                yield _STREAM_KEEP_ALIVE
             else:
                 yield await threads.write(len(event.prompt), functools.partial(answer.chunk, event), answer)
                 await asyncio.sleep(0)       # however much has come: others have their turn
-            event = await _soon(anext(job, None))
+            event = await _or_no_output_yet(anext(job, None))
         yield await threads.write(answer.places_at_end, answer.last, answer)
-    except Refused as why:                   # too late for a status
-        log_failure(scope, why)
+    except APIError as why:                   # too late for a status
+        log_server_error(scope, why)
         yield answer.failed(why)
 
 
-async def _late(answer: Answer, job: Job, threads: Preprocessor, scope):
+async def _late_json(answer: BaseCompletionResponse, job: Job, threads: RequestPreprocessor, scope):
     """The object, and before it spaces for as long as it takes."""
     try:
-        yield OBJECT_PULSE
-        while await _soon(_gather(answer, job)) is SILENCE:
-            yield OBJECT_PULSE
+        yield _JSON_KEEP_ALIVE
+        while await _or_no_output_yet(_collect_outputs(answer, job)) is _NO_OUTPUT_YET:
+            yield _JSON_KEEP_ALIVE
         whole = await threads.write(answer.places, answer.body, answer)
-    except Refused as why:                   # the connection breaks, for an object that is none would be read
-        log_failure(scope, why)
+    except APIError as why:                  # the connection breaks, for an object that is none would be read
+        log_server_error(scope, why)
         raise
-    async for piece in _pieces(whole):
+    async for piece in _split_body(whole):
         yield piece
 
 
-async def _soon(work):
+async def _or_no_output_yet(work):
     """What `work` comes to, or SILENCE after PULSE seconds."""
     try:
-        async with asyncio.timeout(PULSE):
+        async with asyncio.timeout(_KEEP_ALIVE_INTERVAL_SECONDS):
             return await work
     except TimeoutError:
-        return SILENCE
+        return _NO_OUTPUT_YET
 
 
-async def _pieces(whole: bytes):
-    for at in range(0, len(whole), PIECE):
-        yield whole[at:at + PIECE]
+async def _split_body(whole: bytes):
+    for at in range(0, len(whole), _BODY_CHUNK_BYTES):
+        yield whole[at:at + _BODY_CHUNK_BYTES]

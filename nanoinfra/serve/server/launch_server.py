@@ -11,39 +11,41 @@ import sys
 from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.serve.options import EngineOptions, ServeOptions, check
 from nanoinfra.serve.processes.tp_group import Team
-from nanoinfra.serve.server.http.api_keys import VARIABLE, read_keys
-from nanoinfra.serve.server.http.shutdown_signals import end_with_0
+from nanoinfra.serve.server.http.api_keys import API_KEY_VARIABLE, read_api_keys
+from nanoinfra.serve.server.http.shutdown_signals import exit_zero_on_shutdown_signals
 
-NEEDS = ("fastapi", "uvicorn", "prometheus_client")
+_REQUIRED_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
-@end_with_0
-def main(options: ServeOptions, factory=None) -> int:
+@exit_zero_on_shutdown_signals
+def run_server(options: ServeOptions, factory=None) -> int:
     """Serve until a signal comes; returns 0. `factory(team)` makes the engine, by default as `options` say.
 
     Raises ValueError for flags that cannot be, a port that is taken, a model that cannot be loaded.
     """
     check(options)
-    keys = read_keys(options)                # before the ranks inherit the environment
-    _check_extra()
+    keys = read_api_keys(options)                # before the ranks inherit the environment
+    _check_packages()
     from nanoinfra.serve.processes.engine_client import Worker
-    from nanoinfra.serve.server.app import build
-    from nanoinfra.serve.server.http.access_control import Access, is_loopback_address
-    from nanoinfra.serve.server.http.graceful_shutdown import Server
-    from nanoinfra.serve.server.metrics import Counters
+    from nanoinfra.serve.server.app import build_app
+    from nanoinfra.serve.server.http.access_control import AccessPolicy, is_loopback_address
+    from nanoinfra.serve.server.http.graceful_shutdown import GracefulServer
+    from nanoinfra.serve.server.metrics import ServerMetrics
     name, tp = options.name or options.engine.model, options.engine.tp
-    worker = Worker(factory or functools.partial(open_ranked, options.engine), Counters(name), tp)
-    with listen(options.host, options.port) as listener:
+    worker = Worker(factory or functools.partial(load_rank_engine, options.engine), ServerMetrics(name), tp)
+    with create_server_socket(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
-        access = Access(keys, is_loopback_address(host), options.allow_origin, options.cache_salt_per_key)
-        _say_where(name, host, port, access)
-        Server(build(worker, name, access), options.drain, _limits(options.engine)).run(sockets=[listener])
+        access = AccessPolicy(keys, is_loopback_address(host), options.allow_origin,
+                              options.cache_salt_per_key)
+        _print_address(name, host, port, access)
+        GracefulServer(build_app(worker, name, access), options.drain,
+                       _connection_limits(options.engine)).run(sockets=[listener])
     if worker.failed:
         raise ValueError(worker.failed)
     return 0
 
 
-def open_ranked(options: EngineOptions, team: Team):
+def load_rank_engine(options: EngineOptions, team: Team):
     """The engine of one rank, in its own process."""
     from nanoinfra.serve.engine.engine import open_engine
     use_threads(options.threads, options.tp)
@@ -54,7 +56,7 @@ def open_ranked(options: EngineOptions, team: Team):
     return engine
 
 
-def listen(host: str, port: int) -> socket.socket:
+def create_server_socket(host: str, port: int) -> socket.socket:
     """A socket bound to the port. Raises ValueError if it cannot be, before a model is loaded for nothing.
 
     It says that it is TCP's: else asyncio leaves Nagle's algorithm on, and every answer takes 40 ms longer.
@@ -74,22 +76,25 @@ def listen(host: str, port: int) -> socket.socket:
                          "--port; --port 0 finds one that is free") from error
 
 
-def _limits(engine):
+def _connection_limits(engine):
     """More connections than requests that the engine takes, so that who comes then is told so."""
-    from nanoinfra.serve.server.http.connections import MOST_CONNECTIONS, limits_here
-    return limits_here(max(MOST_CONNECTIONS, 2 * (engine.seats + engine.queue)))
+    from nanoinfra.serve.server.http.connection_limits import (
+        DEFAULT_MAX_CONNECTIONS,
+        connection_limits_within_ulimit,
+    )
+    return connection_limits_within_ulimit(max(DEFAULT_MAX_CONNECTIONS, 2 * (engine.seats + engine.queue)))
 
 
-def _say_where(name, host, port, access):
+def _print_address(name, host, port, access):
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"nanoinfra: {name} at {where}, once it is loaded", file=sys.stderr, flush=True)
     if not access.loopback and not access.keys:
         print(f"nanoinfra: whoever reaches port {port} of this machine may use it, web pages too; to ask for "
-              f"a key, set {VARIABLE}", file=sys.stderr, flush=True)
+              f"a key, set {API_KEY_VARIABLE}", file=sys.stderr, flush=True)
 
 
-def _check_extra():
-    for package in NEEDS:
+def _check_packages():
+    for package in _REQUIRED_PACKAGES:
         try:
             __import__(package)
         except ModuleNotFoundError as error:

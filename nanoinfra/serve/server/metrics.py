@@ -12,40 +12,40 @@ from nanoinfra.serve.engine.requests import Event, Request
 from nanoinfra.serve.processes.engine_loop import Step
 
 
-def _ladder(least: float, most: float) -> list[float]:
+def _build_1_2_5_buckets(least: float, most: float) -> list[float]:
     """1, 2, 5, 10, 20, 50 ... times `least`, up to `most`."""
     steps = [least * digit * 10 ** power for power in range(9) for digit in (1, 2, 5)]
     return [step for step in steps if step <= most]
 
 
-TOKENS, SECONDS, GAPS = _ladder(1, 100_000), _ladder(0.001, 1000), _ladder(0.001, 100)
-TOTALS = {"prompt_tokens": "Tokens of prompts computed.", "generation_tokens": "Tokens generated.",
+_TOKEN_BUCKETS, _LATENCY_BUCKETS, _INTER_TOKEN_BUCKETS = _build_1_2_5_buckets(1, 100_000), _build_1_2_5_buckets(0.001, 1000), _build_1_2_5_buckets(0.001, 100)
+_COUNTERS = {"prompt_tokens": "Tokens of prompts computed.", "generation_tokens": "Tokens generated.",
           "num_preemptions": "Sequences that had to give their blocks back.",
           "prefix_cache_queries": "Tokens of prompts looked up in the prefix cache.",
           "prefix_cache_hits": "Tokens of prompts found in the prefix cache."}
-STATS = {"num_preemptions": "preemptions", "prefix_cache_queries": "prefix_queries",
+_ENGINE_STAT_NAMES = {"num_preemptions": "preemptions", "prefix_cache_queries": "prefix_queries",
          "prefix_cache_hits": "prefix_hits"}                 # where Engine.stats() has another name
-GAUGES = {"num_requests_running": "Sequences in the batch.", "num_requests_waiting": "Sequences that wait.",
+_GAUGES = {"num_requests_running": "Sequences in the batch.", "num_requests_waiting": "Sequences that wait.",
           "kv_cache_usage_perc": "Share of the KV memory's blocks that is held, 0 to 1."}
-HISTOGRAMS = {
-    "time_to_first_token_seconds": ("From arrival to the first token.", SECONDS),
-    "inter_token_latency_seconds": ("From a token to the next.", GAPS),
-    "time_per_output_token_seconds": ("The same, under its old name.", GAPS),
-    "e2e_request_latency_seconds": ("From arrival to the last token.", SECONDS),
-    "request_queue_time_seconds": ("From arrival to the first step.", SECONDS),
-    "request_prefill_time_seconds": ("From the first step to the first token.", SECONDS),
-    "request_decode_time_seconds": ("From the first token to the last.", SECONDS),
-    "request_inference_time_seconds": ("From the first step to the last token.", SECONDS),
-    "request_prompt_tokens": ("Tokens of a prompt.", TOKENS),
-    "request_generation_tokens": ("Tokens generated for a request.", TOKENS),
-    "request_max_num_generation_tokens": ("The longest of a request's continuations.", TOKENS),
-    "request_params_n": ("Continuations asked for.", _ladder(1, 20)),
-    "request_params_max_tokens": ("Tokens asked for.", TOKENS),
-    "iteration_tokens_total": ("Tokens computed in a step.", TOKENS)}
+_HISTOGRAMS = {
+    "time_to_first_token_seconds": ("From arrival to the first token.", _LATENCY_BUCKETS),
+    "inter_token_latency_seconds": ("From a token to the next.", _INTER_TOKEN_BUCKETS),
+    "time_per_output_token_seconds": ("The same, under its old name.", _INTER_TOKEN_BUCKETS),
+    "e2e_request_latency_seconds": ("From arrival to the last token.", _LATENCY_BUCKETS),
+    "request_queue_time_seconds": ("From arrival to the first step.", _LATENCY_BUCKETS),
+    "request_prefill_time_seconds": ("From the first step to the first token.", _LATENCY_BUCKETS),
+    "request_decode_time_seconds": ("From the first token to the last.", _LATENCY_BUCKETS),
+    "request_inference_time_seconds": ("From the first step to the last token.", _LATENCY_BUCKETS),
+    "request_prompt_tokens": ("Tokens of a prompt.", _TOKEN_BUCKETS),
+    "request_generation_tokens": ("Tokens generated for a request.", _TOKEN_BUCKETS),
+    "request_max_num_generation_tokens": ("The longest of a request's continuations.", _TOKEN_BUCKETS),
+    "request_params_n": ("Continuations asked for.", _build_1_2_5_buckets(1, 20)),
+    "request_params_max_tokens": ("Tokens asked for.", _TOKEN_BUCKETS),
+    "iteration_tokens_total": ("Tokens computed in a step.", _TOKEN_BUCKETS)}
 
 
 @dataclass
-class Course:
+class _RequestTimes:
     """A request on its way: when it came, was first computed, and had its first and its newest tokens."""
     request: Request
     arrived: float
@@ -56,7 +56,7 @@ class Course:
     ended: int = 0                                                       # continuations
 
 
-class Counters:
+class ServerMetrics:
     """The metrics of one server; the worker tells it what happens."""
 
     def __init__(self, model: str):
@@ -65,10 +65,10 @@ class Counters:
 
         def make(kind, name, says, labels=(), **more):
             return kind(f"vllm:{name}", says, [*label, *labels], registry=self.registry, **more)
-        self.totals = {name: make(Counter, name, says).labels(model) for name, says in TOTALS.items()}
-        self.gauges = {name: make(Gauge, name, says).labels(model) for name, says in GAUGES.items()}
+        self.totals = {name: make(Counter, name, says).labels(model) for name, says in _COUNTERS.items()}
+        self.gauges = {name: make(Gauge, name, says).labels(model) for name, says in _GAUGES.items()}
         self.histograms = {name: make(Histogram, name, says, buckets=buckets).labels(model)
-                           for name, (says, buckets) in HISTOGRAMS.items()}
+                           for name, (says, buckets) in _HISTOGRAMS.items()}
         self.success = make(Counter, "request_success", "Continuations that ended.", ["finished_reason"])
         self.config = make(Gauge, "cache_config_info", "The KV memory.", ["block_size", "num_gpu_blocks"])
 
@@ -83,7 +83,7 @@ class Counters:
 
     def added(self, request: Request) -> None:
         """A request has come."""
-        self.courses[request.id] = Course(request, monotonic())
+        self.courses[request.id] = _RequestTimes(request, monotonic())
 
     def dropped(self, request: str, why: str | None = None) -> None:
         """It was not answered: refused, lost, or with a reason to count it by, not wanted any more."""
@@ -94,7 +94,7 @@ class Counters:
         """The engine has done a step."""
         now, stats = monotonic(), step.stats
         for name, total in self.totals.items():
-            count = stats[STATS.get(name, name)]
+            count = stats[_ENGINE_STAT_NAMES.get(name, name)]
             total.inc(count - self.last.get(name, 0))
             self.last[name] = count
         self.gauges["num_requests_running"].set(stats["running"])

@@ -13,12 +13,12 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.http.unserved_routes import check_path
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.http.unserved_routes import reject_unserved_endpoint
 
 
 @dataclass(frozen=True)
-class Access:
+class AccessPolicy:
     """Who may use a server; by default whoever runs a program on this machine."""
     keys: tuple[str, ...] = ()               # a client must send one of them; none: no key is asked for
     loopback: bool = True                    # it listens to this machine alone
@@ -26,10 +26,10 @@ class Access:
     salt_per_key: bool = False               # cached prefixes are shared under the same key alone
 
 
-class AccessMiddleware:
+class AccessControlMiddleware:
     """Refuses, before any work, what none of those who may ask would send."""
 
-    def __init__(self, app: ASGIApp, access: Access):
+    def __init__(self, app: ASGIApp, access: AccessPolicy):
         self.app, self.access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,32 +37,32 @@ class AccessMiddleware:
         if scope["type"] == "http":
             try:
                 headers = Headers(scope=scope)
-                check_sender(scope["scheme"], headers, self.access)
-                check_path(scope["path"])    # some of OpenAI's take forms
-                check_body(scope["method"], headers)
-            except Refused as why:
+                check_host_and_origin(scope["scheme"], headers, self.access)
+                reject_unserved_endpoint(scope["path"])    # some of OpenAI's take forms
+                check_json_content_type(scope["method"], headers)
+            except APIError as why:
                 app = JSONResponse(why.body(), why.status)
         await app(scope, receive, send)
 
 
-def check_sender(scheme: str, headers: Headers, access: Access) -> None:
+def check_host_and_origin(scheme: str, headers: Headers, access: AccessPolicy) -> None:
     """Raise Refused for a request that a web page of somebody else's may have sent."""
     host, origins = headers.get("host", ""), headers.getlist("origin")
-    if access.loopback and not is_loopback(host):
-        raise Refused(403, f"Host: {host[:80]!r} is no name of this machine, and the server listens to this "
+    if access.loopback and not is_loopback_host(host):
+        raise APIError(403, f"Host: {host[:80]!r} is no name of this machine, and the server listens to this "
                       "machine alone; call it 127.0.0.1 or localhost, or start it with --host 0.0.0.0")
-    if not all(is_allowed(origin, scheme, host, access.origins) for origin in origins):
-        raise Refused(403, f"a page of {origins[0][:80]!r} may not ask this server; start it with "
+    if not all(is_allowed_origin(origin, scheme, host, access.origins) for origin in origins):
+        raise APIError(403, f"a page of {origins[0][:80]!r} may not ask this server; start it with "
                       "--allow-origin and that origin to let it")
 
 
-def check_body(method: str, headers: Headers) -> None:
+def check_json_content_type(method: str, headers: Headers) -> None:
     """Raise Refused for what a page may send without a preflight."""
-    if method == "POST" and not is_json(headers):
-        raise Refused(415, "the body must be JSON and say so; send it with Content-Type: application/json")
+    if method == "POST" and not has_json_content_type(headers):
+        raise APIError(415, "the body must be JSON and say so; send it with Content-Type: application/json")
 
 
-def is_loopback(host: str) -> bool:
+def is_loopback_host(host: str) -> bool:
     """Does a Host header, with or without a port, name this machine and nothing else?"""
     found = re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]+)(:\d*)?", host)
     return bool(found) and (found[1].lower().removesuffix(".") == "localhost"
@@ -78,7 +78,7 @@ def is_loopback_address(text: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-def is_allowed(origin: str, scheme: str, host: str, named: tuple[str, ...]) -> bool:
+def is_allowed_origin(origin: str, scheme: str, host: str, named: tuple[str, ...]) -> bool:
     """Is it the origin of the server's own page, as the browser that asks knows it, or one that is named?
 
     "null", a page without an origin (a file, a sandboxed frame), is nobody's.
@@ -86,7 +86,7 @@ def is_allowed(origin: str, scheme: str, host: str, named: tuple[str, ...]) -> b
     return "*" in named or origin in named or origin.lower() == f"{scheme}://{host}".lower()
 
 
-def is_json(headers: Headers) -> bool:
+def has_json_content_type(headers: Headers) -> bool:
     """Does it say that it brings JSON, or bring nothing and say nothing?"""
     kinds = headers.getlist("content-type")
     if not kinds:

@@ -14,17 +14,18 @@ from pathlib import Path
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.options import ServeOptions
 
-VARIABLE = "NANOINFRA_API_KEY"
+API_KEY_VARIABLE = "NANOINFRA_API_KEY"
 
 
-def read_keys(options: ServeOptions, environment: MutableMapping[str, str] = os.environ) -> tuple[str, ...]:
+def read_api_keys(options: ServeOptions, environment: MutableMapping[str, str] = os.environ) -> tuple[str,
+                                                                                                      ...]:
     """The keys of which a client must send one; () where none is asked for.
 
     Takes the variable out of `environment`, and warns on stderr of what others can see. Raises ValueError for
     two sources, and for a key that no client could send.
     """
     given = {"--api-key": options.api_key, "--api-key-file": options.api_key_file,
-             VARIABLE: environment.pop(VARIABLE, None)}
+             API_KEY_VARIABLE: environment.pop(API_KEY_VARIABLE, None)}
     sources = [name for name, value in given.items() if value is not None]
     if len(sources) > 1:
         raise ValueError(f"the key comes from {' and '.join(sources)}; give one of them")
@@ -34,14 +35,15 @@ def read_keys(options: ServeOptions, environment: MutableMapping[str, str] = os.
         return ()
     source = sources[0]
     if source == "--api-key":
-        print(f"nanoinfra: --api-key shows in ps; {VARIABLE} or --api-key-file does not", file=sys.stderr)
-    keys = _lines(options.api_key_file) if source == "--api-key-file" else [given[source]]
+        print(f"nanoinfra: --api-key shows in ps; {API_KEY_VARIABLE} or --api-key-file does not",
+              file=sys.stderr)
+    keys = _read_key_file(options.api_key_file) if source == "--api-key-file" else [given[source]]
     for i, key in enumerate(keys, 1):
         _check_key(key, f"line {i} of {options.api_key_file}" if source == "--api-key-file" else source)
     return tuple(keys)
 
 
-def _lines(file):
+def _read_key_file(file):
     try:
         if (mode := file.stat().st_mode) & 0o077:
             print(f"nanoinfra: others may use {file}, mode {mode & 0o777:03o}; chmod 600 it", file=sys.stderr)
@@ -63,7 +65,7 @@ def _check_key(key, where):
                          "characters")
 
 
-def key_of(keys: Sequence[str], authorization: str) -> str | None:
+def find_bearer_key(keys: Sequence[str], authorization: str) -> str | None:
     """The key that an Authorization header holds, in latin-1 as Starlette gives it; None without one.
 
     All of `keys` are compared, in a time that tells nothing of them. "Bearer" may be in any case (RFC 9110).
@@ -74,11 +76,11 @@ def key_of(keys: Sequence[str], authorization: str) -> str | None:
     return same[0] if same and scheme.lower() == b"bearer" else None
 
 
-def salt_of(key: str) -> str:
+def cache_salt_of_key(key: str) -> str:
     """What keeps the cached prefixes of this key's requests from others. Always of 64 characters."""
     return sha256(b"cache salt of " + key.encode()).hexdigest()
 
 
-def salted(requests: Sequence[Request], salt: str) -> list[Request]:
+def prepend_cache_salt(requests: Sequence[Request], salt: str) -> list[Request]:
     """The requests, whose own salts hold within `salt`: of one length, so nobody can name another's."""
     return [replace(request, salt=salt + request.salt) for request in requests]

@@ -10,34 +10,40 @@ from time import monotonic
 import uvicorn
 from fastapi import FastAPI
 
-from nanoinfra.serve.server.http.connections import ACCEPTS, BACKLOG, ConnectionLimits, protocol_with
-from nanoinfra.serve.server.http.logs import counted_logs, visible
+from nanoinfra.serve.server.http.connection_limits import (
+    LISTEN_BACKLOG,
+    MAX_ACCEPTS_AT_ONCE,
+    ConnectionLimits,
+    http_protocol_factory,
+)
+from nanoinfra.serve.server.http.log_filters import escape_unprintable, filter_repeated_logs
 
-CLOSING = 5                                  # seconds that connections have to close when all is said
+_CONNECTION_CLOSE_SECONDS = 5                # seconds that connections have to close when all is said
 
 
-class Server(uvicorn.Server):
+class GracefulServer(uvicorn.Server):
     """Serves `app` (server.build) until a signal comes and nothing runs, or `limit` seconds after it."""
 
     def __init__(self, app: FastAPI, limit: float, connections: ConnectionLimits | None = None):
         connections = connections or ConnectionLimits()
-        super().__init__(uvicorn.Config(app, http=protocol_with(connections), ws="none", lifespan="on",
-                                        log_config=None, log_level="warning", access_log=False,
-                                        backlog=ACCEPTS, timeout_keep_alive=connections.keepalive_timeout,
-                                        timeout_graceful_shutdown=CLOSING))
+        super().__init__(uvicorn.Config(app, http=http_protocol_factory(connections), ws="none",
+                                        lifespan="on", log_config=None, log_level="warning", access_log=False,
+                                        backlog=MAX_ACCEPTS_AT_ONCE,
+                                        timeout_keep_alive=connections.keepalive_timeout,
+                                        timeout_graceful_shutdown=_CONNECTION_CLOSE_SECONDS))
         self.state, self.worker, self.limit = app.state, app.state.worker, limit
         self.deadline, self.said = float("inf"), self.worker.state
 
     def run(self, sockets: list[socket.socket]) -> None:
         """Serve on `sockets`."""
-        with counted_logs():
+        with filter_repeated_logs():
             super().run(sockets)
 
     async def startup(self, sockets: list[socket.socket]) -> None:
         """Uvicorn's, which has told the system to hold no more connections than are accepted at a time."""
         await super().startup(sockets)
         for each in sockets:
-            each.listen(BACKLOG)
+            each.listen(LISTEN_BACKLOG)
 
     def handle_exit(self, sig: int, frame) -> None:
         """A signal: let running requests end. A second one: do not."""
@@ -48,7 +54,7 @@ class Server(uvicorn.Server):
         """Ten times a second: is it over? Also says how the engine stands, when that changes."""
         if self.worker.state != self.said and self.worker.state != "failed":
             self.said = self.worker.state
-            print("nanoinfra:", visible(self.worker.why) or "ready", file=sys.stderr, flush=True)
+            print("nanoinfra:", escape_unprintable(self.worker.why) or "ready", file=sys.stderr, flush=True)
         if counter % 10 == 0:
             for connection in list(self.server_state.connections):
                 connection.check(monotonic())

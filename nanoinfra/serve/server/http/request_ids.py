@@ -9,24 +9,24 @@ from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.errors import APIError
 
-HEADER = "x-request-id"
-SENSIBLE = re.compile(rb"[!-~]{1,128}")      # what a client may call it: else it gets a new name
+REQUEST_ID_HEADER = "x-request-id"
+_VALID_REQUEST_ID = re.compile(rb"[!-~]{1,128}")      # what a client may call it: else it gets a new name
 
-logger = logging.getLogger("nanoinfra.serve")
+_logger = logging.getLogger("nanoinfra.serve")
 
 
-def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+def get_or_create_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The name that `headers` (in lower case) give the request, or a new one."""
-    given = dict(headers).get(HEADER.encode(), b"")
-    return given.decode() if SENSIBLE.fullmatch(given) else uuid.uuid4().hex
+    given = dict(headers).get(REQUEST_ID_HEADER.encode(), b"")
+    return given.decode() if _VALID_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-def log_failure(scope: Scope, why: Refused) -> None:
+def log_server_error(scope: Scope, why: APIError) -> None:
     """Write down an answer that failed by no fault of the client's."""
-    logger.error("%s %s: %d, %s (%s %s)", scope["method"], scope["path"], why.status, why, HEADER,
-                 scope["state"][HEADER])
+    _logger.error("%s %s: %d, %s (%s %s)", scope["method"], scope["path"], why.status, why, REQUEST_ID_HEADER,
+                 scope["state"][REQUEST_ID_HEADER])
 
 
 class RequestIdMiddleware:
@@ -38,10 +38,11 @@ class RequestIdMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        name = scope.setdefault("state", {})[HEADER] = request_id(scope["headers"])
+        name = scope.setdefault("state", {})[REQUEST_ID_HEADER] = get_or_create_request_id(scope["headers"])
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (HEADER.encode(), name.encode())]
+                message["headers"] = [*message.get("headers", ()),
+                                      (REQUEST_ID_HEADER.encode(), name.encode())]
             await send(message)
         await self.app(scope, receive, named)

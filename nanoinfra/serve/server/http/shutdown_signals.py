@@ -9,10 +9,10 @@ import signal
 import threading
 from collections.abc import Callable
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+SHUTDOWN_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def end_with_0(main: Callable) -> Callable:
+def exit_zero_on_shutdown_signals(main: Callable) -> Callable:
     """`main`, in which these signals end the process at once, with exit code 0, unless it takes them over.
 
     They still do when it has returned, as the process is about to end then; an error gives them back. Outside
@@ -22,17 +22,17 @@ def end_with_0(main: Callable) -> Callable:
     def ends(*args, **kwargs):
         if threading.current_thread() is not threading.main_thread():
             return main(*args, **kwargs)
-        before = {sign: signal.signal(sign, lambda *_: os._exit(0)) for sign in ENDING}
+        before = {sign: signal.signal(sign, lambda *_: os._exit(0)) for sign in SHUTDOWN_SIGNALS}
         try:
             code = main(*args, **kwargs)
         except BaseException:
-            _set(before)
+            _set_handlers(before)
             raise
-        atexit.register(_set, dict.fromkeys(ENDING, signal.SIG_IGN))     # Python's last moments drop handlers
+        atexit.register(_set_handlers, dict.fromkeys(SHUTDOWN_SIGNALS, signal.SIG_IGN))     # Python's last moments drop handlers
         return code
     return ends
 
 
-def _set(handlers):
+def _set_handlers(handlers):
     for sign, handler in handlers.items():
         signal.signal(sign, handler)

@@ -4,9 +4,9 @@ A client that is told so can be set right; "Not Found" alone looks like a server
 """
 from collections.abc import Sequence
 
-from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.errors import APIError
 
-UNSERVED = {                                 # behind /v1/, OpenAI's and vLLM's: what they are about
+UNSERVED_ENDPOINTS = {                                 # behind /v1/, OpenAI's and vLLM's: what they are about
     "embeddings": "embeddings", "audio": "speech", "images": "pictures", "videos": "videos",
     "moderations": "moderation", "files": "files", "uploads": "files", "batches": "batches",
     "fine_tuning": "fine-tuning", "fine-tunes": "fine-tuning", "assistants": "assistants",
@@ -20,15 +20,15 @@ UNSERVED = {                                 # behind /v1/, OpenAI's and vLLM's:
     "content_provenance_checks": "checks of pictures"}
 
 
-def check_path(path: str) -> None:
+def reject_unserved_endpoint(path: str) -> None:
     """Raise Refused for what others serve at `path`, and this server never does."""
-    about = UNSERVED.get(path.removeprefix("/v1/").partition("/")[0]) if path.startswith("/v1/") else None
+    about = UNSERVED_ENDPOINTS.get(path.removeprefix("/v1/").partition("/")[0]) if path.startswith("/v1/") else None
     if about:
-        raise Refused(404, f"{path} is not served: this server writes text, and has no {about}",
+        raise APIError(404, f"{path} is not served: this server writes text, and has no {about}",
                       code="unsupported_endpoint")
 
 
-def where_else(path: str, served: Sequence[str]) -> str:
+def suggest_served_path(path: str, served: Sequence[str]) -> str:
     """What to say of a `path` that is none of those `served`: which of them may be meant."""
     bare = "/".join(part for part in path.split("/") if part not in ("", "v1"))
     if meant := [each for each in served if bare and each in (f"/v1/{bare}", f"/{bare}")]:

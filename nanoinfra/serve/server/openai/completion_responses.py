@@ -12,28 +12,28 @@ from math import isfinite
 from nanoinfra.model.tokenizer import Text
 from nanoinfra.serve.engine.requests import Event, Logprob, Request
 from nanoinfra.serve.engine.token_text import Offsets, Spelling
-from nanoinfra.serve.server import limits
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.openai.choice import Choice
-from nanoinfra.serve.server.openai.completion_requests import Question
+from nanoinfra.serve.server import request_limits
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.openai.choice_accumulator import ChoiceAccumulator
+from nanoinfra.serve.server.openai.completion_requests import BaseCompletionRequest
 
-DONE = b"data: [DONE]\n\n"
-MOST_AT_ONCE = 2048                          # tokens and log-probabilities written without leave for others
+_SSE_DONE = b"data: [DONE]\n\n"
+_MAX_TOKENS_ENCODED_INLINE = 2048            # tokens and log-probabilities written without leave for others
 
 
-def sent(data: dict) -> bytes:
+def encode_sse_event(data: dict) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
-def written(data: dict) -> bytes:
+def encode_json(data: dict) -> bytes:
     """`data` as JSON. Other threads may go on meanwhile, as json.dumps does not let them; it is slower."""
     out = StringIO()
     out.writelines(json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).iterencode(data))
     return out.getvalue().encode()
 
 
-class Answer:
+class BaseCompletionResponse:
     """The answer to `question`, which the engine was asked as `requests`.
 
     Choice i x n + j is the j-th continuation of prompt i. Raises Refused where it would be too large.
@@ -41,7 +41,8 @@ class Answer:
     whole, part = "", ""                     # what OpenAI calls the object at the end, and a chunk
     places_at_end = 0                        # tokens that `last` writes
 
-    def __init__(self, question: Question, name: str, model: str, requests: Sequence[Request], text: Text):
+    def __init__(self, question: BaseCompletionRequest, name: str, model: str, requests: Sequence[Request],
+                 text: Text):
         self.question, self.text, self.spelling = question, text, Spelling(text)
         self.head = {"id": name, "created": int(time.time()), "model": model}
         self.first = {request.id: i * question.n for i, request in enumerate(requests)}
@@ -55,22 +56,23 @@ class Answer:
         if not (event.text or event.logprobs or event.finish or self._echoes(event)):
             return b""
         chunk = self._chunk([self._piece(event)], self.question.stream_options.continuous_usage_stats)
-        return b"data: " + written(chunk) + b"\n\n" if event.prompt else sent(chunk)
+        return b"data: " + encode_json(chunk) + b"\n\n" if event.prompt else encode_sse_event(chunk)
 
     def last(self) -> bytes:
         """The end of a stream."""
-        return (sent(self._chunk([], True)) if self.question.stream_options.include_usage else b"") + DONE
+        return (encode_sse_event(self._chunk([],
+                                             True)) if self.question.stream_options.include_usage else b"") + _SSE_DONE
 
-    def failed(self, why: Refused) -> bytes:
+    def failed(self, why: APIError) -> bytes:
         """The end of a stream that cannot go on."""
-        return sent(why.body()) + DONE
+        return encode_sse_event(why.body()) + _SSE_DONE
 
     def add(self, event: Event) -> None:
         """News for the object."""
         self._count(event)
         place = event.request, event.index
         if place not in self.choices:
-            self.choices[place] = Choice(event)
+            self.choices[place] = ChoiceAccumulator(event)
         self.choices[place].add(event)
 
     def object(self, events: Sequence[Event] = ()) -> dict:
@@ -83,7 +85,7 @@ class Answer:
 
     def body(self) -> bytes:
         """The same as JSON."""
-        return written(self.object())
+        return encode_json(self.object())
 
     @property
     def places(self) -> int:
@@ -93,7 +95,7 @@ class Answer:
     def is_long(self, places: int) -> bool:
         """Would others wait too long while so many tokens are written, with their log-probabilities?"""
         logprobs = next(iter(self.requests.values())).logprobs
-        return places * (1 if logprobs is None else 2 + logprobs) > MOST_AT_ONCE
+        return places * (1 if logprobs is None else 2 + logprobs) > _MAX_TOKENS_ENCODED_INLINE
 
     def _chunk(self, choices, usage):
         chunk = {**self.head, "object": self.part, "choices": choices}
@@ -120,7 +122,7 @@ class Answer:
         return self.first[event.request] + event.index
 
 
-class CompletionAnswer(Answer):
+class CompletionResponse(BaseCompletionResponse):
     """Of /v1/completions."""
     whole = part = "text_completion"
 
@@ -129,7 +131,7 @@ class CompletionAnswer(Answer):
         self.offsets = {}                    # of the tokens that a choice has reported
         self.prompts = [each if isinstance(each, str) else self.text.decode(each)
                         for each in self.question.prompt] if self.question.echo else []
-        limits.check_echo(sum(map(len, self.prompts)), self.question.n)
+        request_limits.check_echo_size(sum(map(len, self.prompts)), self.question.n)
 
     def _echoes(self, event):
         return self.question.echo and self._place(event) not in self.begun
@@ -152,7 +154,7 @@ class CompletionAnswer(Answer):
             self.offsets[place] = Offsets(self.spelling, len(echoed))
         offsets = self.offsets[place]
         return {"tokens": [self.spelling.token(each.token) for each in every],
-                "token_logprobs": [_finite(each.logprob) for each in every],
+                "token_logprobs": [_finite_or_minimum(each.logprob) for each in every],
                 "top_logprobs": [self._top(each) for each in every],
                 "text_offset": offsets.of_prompt([each.token for each in event.prompt])
                 + [offsets.next(each.token) for each in event.logprobs]}
@@ -162,11 +164,11 @@ class CompletionAnswer(Answer):
             return None
         likely = {}                          # two tokens may be spelled alike: the likelier stays
         for token, logprob in [*each.top, (each.token, each.logprob)]:
-            likely.setdefault(self.spelling.token(token), _finite(logprob))
+            likely.setdefault(self.spelling.token(token), _finite_or_minimum(logprob))
         return likely
 
 
-class ChatAnswer(Answer):
+class ChatCompletionResponse(BaseCompletionResponse):
     """Of /v1/chat/completions."""
     whole, part = "chat.completion", "chat.completion.chunk"
 
@@ -190,10 +192,10 @@ class ChatAnswer(Answer):
                             for each in event.logprobs]}
 
     def _say(self, token, logprob):
-        return {"token": self.spelling.token(token), "logprob": _finite(logprob),
+        return {"token": self.spelling.token(token), "logprob": _finite_or_minimum(logprob),
                 "bytes": list(self.spelling.bytes(token))}               # also of a part of a character
 
 
-def _finite(logprob):
+def _finite_or_minimum(logprob):
     """OpenAI's word for never: JSON has none for infinity."""
     return logprob if logprob is None or isfinite(logprob) else -9999.0

@@ -7,16 +7,16 @@ import time
 from collections.abc import Sequence
 
 from nanoinfra.serve.engine.requests import Event
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.openai.completion_responses import ChatAnswer, written
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.openai.completion_responses import ChatCompletionResponse, encode_json
 from nanoinfra.serve.server.openai.responses_requests import ResponsesRequest
 
-STATUS = {"stop": "completed", "length": "incomplete"}       # of a response, by the engine's reason to end
-CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}  # of a failure; all else is a server_error
-MOST_ECHOED = 1 << 14                        # bytes of the request said again without leave for others
+_STATUS_OF_FINISH_REASON = {"stop": "completed", "length": "incomplete"}       # of a response, by the engine's reason to end
+_ERROR_CODE_OF_STATUS = {400: "invalid_prompt", 429: "rate_limit_exceeded"}  # of a failure; all else is a server_error
+_MAX_ECHOED_BYTES_INLINE = 1 << 14           # bytes of the request said again without leave for others
 
 
-class ResponsesAnswer(ChatAnswer):
+class ResponsesResponse(ChatCompletionResponse):
     """Of /v1/responses: one message, of one part."""
 
     def __init__(self, question: ResponsesRequest, name: str, model: str, *more):
@@ -24,14 +24,14 @@ class ResponsesAnswer(ChatAnswer):
         self.head = {"id": name, "object": "response", "created_at": int(time.time()), "model": model}
         self.item, self.count = "msg_" + name.removeprefix("resp_"), 0   # events of the stream so far
         self.echoed = question.echoed_fields()
-        self.echoes_much = len(written(self.echoed)) > MOST_ECHOED
+        self.echoes_much = len(encode_json(self.echoed)) > _MAX_ECHOED_BYTES_INLINE
 
     def object(self, events: Sequence[Event] = ()) -> dict:
         """All that was added, and `events`, at once."""
         for event in events:
             self.add(event)
         said = self._said()
-        status = STATUS[said.finish]
+        status = _STATUS_OF_FINISH_REASON[said.finish]
         return self._response(status, [self._message(status, self._part(said))], self._usage())
 
     def chunk(self, event: Event) -> bytes:
@@ -53,10 +53,10 @@ class ResponsesAnswer(ChatAnswer):
             self._event("response.output_item.done", output_index=0, item=message),
             self._event(f"response.{whole['status']}", response=whole)))
 
-    def failed(self, why: Refused) -> bytes:
+    def failed(self, why: APIError) -> bytes:
         """The end of a stream that cannot go on."""
         opening = self._opening() if self.count == 0 else b""
-        error = {"code": CODES.get(why.status, "server_error"), "message": str(why)}
+        error = {"code": _ERROR_CODE_OF_STATUS.get(why.status, "server_error"), "message": str(why)}
         return opening + self._event("response.failed", response=self._response("failed", error=error))
 
     @property
@@ -80,7 +80,7 @@ class ResponsesAnswer(ChatAnswer):
         return self._event(kind, item_id=self.item, output_index=0, content_index=0, **fields)
 
     def _event(self, kind, **fields):
-        data = written({"type": kind, "sequence_number": self.count, **fields})
+        data = encode_json({"type": kind, "sequence_number": self.count, **fields})
         self.count += 1
         return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
 

@@ -15,19 +15,19 @@ import h11
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.http.request_ids import HEADER, request_id
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.http.request_ids import REQUEST_ID_HEADER, get_or_create_request_id
 
-MOST_CONNECTIONS = 2048                      # unless the engine takes more requests
-BACKLOG = 2048                               # connections that may wait in the system to be accepted
-ACCEPTS = 8                                  # that asyncio accepts at a time
-RESERVED = 96                                # descriptors for all else: the engine's pipes, what is closing
-LEAST = 16                                   # connections below which a server is none
-MOST_HEAD = 16 << 10                         # bytes of a head so far, and parsed at a time: in 20 ms
-MIN_RATE = 1000                              # bytes of a body in a second
-MIN_CHUNK = 256                              # bytes of a body's chunks on average, after as many chunks
+DEFAULT_MAX_CONNECTIONS = 2048                      # unless the engine takes more requests
+LISTEN_BACKLOG = 2048                               # connections that may wait in the system to be accepted
+MAX_ACCEPTS_AT_ONCE = 8                                  # that asyncio accepts at a time
+_RESERVED_FILE_DESCRIPTORS = 96              # descriptors for all else: the engine's pipes, what is closing
+_MIN_CONNECTIONS = 16                                   # connections below which a server is none
+MAX_HEADER_BYTES = 16 << 10                         # bytes of a head so far, and parsed at a time: in 20 ms
+_MIN_BODY_BYTES_PER_SECOND = 1000                              # bytes of a body in a second
+MIN_MEAN_CHUNK_BYTES = 256                   # bytes of a body's chunks on average, after as many chunks
 
-logger = logging.getLogger("nanoinfra.serve")
+_logger = logging.getLogger("nanoinfra.serve")
 
 
 @dataclass(frozen=True)
@@ -37,36 +37,36 @@ class ConnectionLimits:
     client_body_timeout: float = 10.0        # for a body, and one more for each MIN_RATE bytes of it
     send_timeout: float = 60.0               # that a client may leave unread what it is sent
     keepalive_timeout: float = 75.0          # for another request: more than pools and proxies (60) keep it
-    max_connections: int = MOST_CONNECTIONS
+    max_connections: int = DEFAULT_MAX_CONNECTIONS
 
 
-def limits_here(most: int = MOST_CONNECTIONS) -> ConnectionLimits:
+def connection_limits_within_ulimit(most: int = DEFAULT_MAX_CONNECTIONS) -> ConnectionLimits:
     """Limits with `most` connections, or as many as the system gives this process descriptors for.
 
     Raises the process's soft limit as far as that needs. Raises ValueError where hardly any are left.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < most + RESERVED:
-        soft = most + RESERVED if hard == resource.RLIM_INFINITY else min(hard, most + RESERVED)
+    if soft != resource.RLIM_INFINITY and soft < most + _RESERVED_FILE_DESCRIPTORS:
+        soft = most + _RESERVED_FILE_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, most + _RESERVED_FILE_DESCRIPTORS)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        most = soft - RESERVED
-    if most < LEAST:
+        most = soft - _RESERVED_FILE_DESCRIPTORS
+    if most < _MIN_CONNECTIONS:
         raise ValueError(f"{soft} file descriptors are too few for a server; give it at least "
-                         f"{LEAST + RESERVED}: ulimit -n {LEAST + RESERVED}")
+                         f"{_MIN_CONNECTIONS + _RESERVED_FILE_DESCRIPTORS}: ulimit -n {_MIN_CONNECTIONS + _RESERVED_FILE_DESCRIPTORS}")
     return ConnectionLimits(max_connections=most)
 
 
-def protocol_with(limits: ConnectionLimits) -> Callable[..., H11Protocol]:
+def http_protocol_factory(limits: ConnectionLimits) -> Callable[..., H11Protocol]:
     """What uvicorn calls for each connection of one server (Config's `http`)."""
-    return functools.partial(Connection, limits, {})
+    return functools.partial(TimeLimitedHTTPConnection, limits, {})
 
 
-class Connection(H11Protocol):
+class TimeLimitedHTTPConnection(H11Protocol):
     """One connection. `waiting` holds those that have not sent a complete request, the longest first."""
 
     def __init__(self, limits: ConnectionLimits, waiting: dict, **uvicorns):
         super().__init__(**uvicorns)
-        self.conn = Framing(h11.SERVER, MOST_HEAD)
+        self.conn = ChunkLimitedH11Connection(h11.SERVER, MAX_HEADER_BYTES)
         self.limits, self.waiting = limits, waiting
         self.state, self.since = None, 0.0   # of the client, as h11 has it
         self.kept = False                    # between two requests, of which the next has not begun
@@ -76,10 +76,10 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._note_state()
         if len(self.connections) > self.limits.max_connections:
-            logger.warning("%d connections are open; the one that asks nothing for the longest is closed",
+            _logger.warning("%d connections are open; the one that asks nothing for the longest is closed",
                            self.limits.max_connections)
             longest = next(iter(self.waiting))
-            longest.end(Refused(503, "too many connections are open; try again"))
+            longest.end(APIError(503, "too many connections are open; try again"))
             longest.transport.abort()        # its descriptor is free now, whether it reads or not
 
     def connection_lost(self, exc):
@@ -90,9 +90,9 @@ class Connection(H11Protocol):
         if self.kept:                        # the next request begins: now it has the time of a head
             self.kept, self.since = False, monotonic()
             self.waiting[self] = self.waiting.pop(self, None)
-        for begin in range(0, len(data), MOST_HEAD):         # h11 measures a head only while it is incomplete
+        for begin in range(0, len(data), MAX_HEADER_BYTES):  # h11 measures a head only while it is incomplete
             if not self.transport.is_closing():
-                super().data_received(data[begin:begin + MOST_HEAD])
+                super().data_received(data[begin:begin + MAX_HEADER_BYTES])
         self._note_state()
 
     def on_response_complete(self):
@@ -108,12 +108,12 @@ class Connection(H11Protocol):
         self.unread_since = None
 
     def send_400_response(self, msg):
-        self.end(Refused(400, msg))
+        self.end(APIError(400, msg))
 
     def shutdown(self):
         """The server ends: what has been asked is answered, what is being asked is not."""
         if self in self.waiting and self.state is h11.SEND_BODY:
-            return self.end(Refused(503, "the server is about to end"))
+            return self.end(APIError(503, "the server is about to end"))
         super().shutdown()
 
     def check(self, now: float) -> None:
@@ -125,15 +125,15 @@ class Connection(H11Protocol):
                 self.transport.abort()
         elif self in self.waiting and now - self.since > (allowed := self._allowed()):
             came = self.state is h11.SEND_BODY or self.conn.trailing_data[0]
-            self.end(Refused(408, f"the request was not complete after {allowed:.0f} s") if came else None)
+            self.end(APIError(408, f"the request was not complete after {allowed:.0f} s") if came else None)
 
-    def end(self, why: Refused | None) -> None:
+    def end(self, why: APIError | None) -> None:
         """Close the connection. The client is told why, unless its answer has begun."""
         self.waiting.pop(self, None)
         if why and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            name = request_id(self.headers or () if self.state is h11.SEND_BODY else ())
+            name = get_or_create_request_id(self.headers or () if self.state is h11.SEND_BODY else ())
             self._write(JSONResponse(why.body(), why.status, why.headers() | {"Connection": "close",
-                                                                              HEADER: name}))
+                                                                              REQUEST_ID_HEADER: name}))
         if self.cycle and not self.cycle.response_complete:              # its handler learns of it
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -153,7 +153,7 @@ class Connection(H11Protocol):
     def _allowed(self):
         if self.state is h11.IDLE:
             return self.limits.keepalive_timeout if self.kept else self.limits.client_header_timeout
-        return self.limits.client_body_timeout + self.conn.size / MIN_RATE
+        return self.limits.client_body_timeout + self.conn.size / _MIN_BODY_BYTES_PER_SECOND
 
     def _write(self, response):
         no_body = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
@@ -162,7 +162,7 @@ class Connection(H11Protocol):
             self.transport.write(self.conn.send(event))
 
 
-class Framing(h11.Connection):
+class ChunkLimitedH11Connection(h11.Connection):
     """HTTP/1.1 in which many small chunks are an error: each costs what a kilobyte does."""
     chunks, size = 0, 0                      # of the body so far
 
@@ -172,6 +172,6 @@ class Framing(h11.Connection):
             self.chunks, self.size = 0, 0
         if isinstance(event, h11.Data):
             self.chunks, self.size = self.chunks + event.chunk_end, self.size + len(event.data)
-            if self.chunks > MIN_CHUNK + self.size / MIN_CHUNK:
+            if self.chunks > MIN_MEAN_CHUNK_BYTES + self.size / MIN_MEAN_CHUNK_BYTES:
                 raise h11.RemoteProtocolError("the chunks of the body are too small")
         return event

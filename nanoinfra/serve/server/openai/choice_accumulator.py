@@ -38,7 +38,7 @@ class FlatLogprobs:
 
 
 @dataclass
-class Choice:
+class ChoiceAccumulator:
     """One continuation, as it grows."""
     first: Event
     finish: str | None = None

@@ -17,21 +17,21 @@ from nanoinfra.model.tokenizer import Text, render_chat, renderer
 from nanoinfra.model.weights.import_transformers import without_torch
 from nanoinfra.train.launch.elastic_rank import end_with_parent
 
-SECONDS = 2.0                                # of the processor, for one chat
-PATIENCE = 20                                # seconds of a clock, on a machine however busy
-STARTING = 120                               # seconds of a clock until a new child is ready
-MEMORY = 1 << 30                             # bytes of addresses
-MOST_RENDERED = 1 << 21                         # bytes of a chat, rendered: more than any body brings
-START = "from nanoinfra.serve.server.openai.chat_templates import main; main()"
+_MAX_CPU_SECONDS_PER_CHAT = 2.0                                # of the processor, for one chat
+_RENDER_TIMEOUT_SECONDS = 20                                # seconds of a clock, on a machine however busy
+_STARTUP_TIMEOUT_SECONDS = 120                               # seconds of a clock until a new child is ready
+_MAX_ADDRESS_SPACE_BYTES = 1 << 30                             # bytes of addresses
+_MAX_RENDERED_BYTES = 1 << 21                         # bytes of a chat, rendered: more than any body brings
+_CHILD_PROGRAM = "from nanoinfra.serve.server.openai.chat_template_process import main; main()"
 
 
-class TemplateProcess:
+class ChatTemplateProcess:
     """A child that renders chats for one thread: Linux ends the child with that thread.
 
     Each chat has `seconds` of the processor.
     """
 
-    def __init__(self, seconds: float = SECONDS):
+    def __init__(self, seconds: float = _MAX_CPU_SECONDS_PER_CHAT):
         self.seconds, self.process, self.pipe = seconds, None, None
 
     def render(self, template: str, messages: list[dict], text: Text, tools: list[dict] | None = None) -> str:
@@ -42,7 +42,7 @@ class TemplateProcess:
             if self.process is None:
                 self._start()
             self.pipe.send_bytes(json.dumps([template, messages, text.special_tokens, tools]).encode())
-            said = json.loads(self._hear(PATIENCE))
+            said = json.loads(self._hear(_RENDER_TIMEOUT_SECONDS))
         except (EOFError, OSError) as error:
             raise ValueError(self._end() if self.process else str(error)) from error
         if "error" in said:
@@ -65,12 +65,12 @@ class TemplateProcess:
         mine, theirs = socket.socketpair()
         with mine, theirs:
             for way in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):         # a stopped child reads nothing
-                mine.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", PATIENCE, 0))
-            self.process = subprocess.Popen([sys.executable, "-c", START, str(theirs.fileno()),
+                mine.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", _RENDER_TIMEOUT_SECONDS, 0))
+            self.process = subprocess.Popen([sys.executable, "-c", _CHILD_PROGRAM, str(theirs.fileno()),
                                              str(self.seconds)], pass_fds=[theirs.fileno()],
                                             stdin=subprocess.DEVNULL)
             self.pipe = Connection(mine.detach())
-        self._hear(STARTING)
+        self._hear(_STARTUP_TIMEOUT_SECONDS)
 
     def _hear(self, seconds):
         if not self.pipe.poll(seconds):
@@ -97,7 +97,7 @@ def main() -> None:
     for sign in (signal.SIGINT, signal.SIGTERM):             # meant for the server, which ends this one
         signal.signal(sign, signal.SIG_IGN)
     if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (_MAX_ADDRESS_SPACE_BYTES, _MAX_ADDRESS_SPACE_BYTES))
     without_torch()
     with suppress(ValueError):               # it is said of the first chat
         renderer()
@@ -107,18 +107,18 @@ def main() -> None:
         while True:
             asked = json.loads(pipe.recv_bytes())
             signal.setitimer(signal.ITIMER_PROF, seconds)    # then SIGPROF ends the process
-            said = answer(*asked)
+            said = _render_to_json(*asked)
             signal.setitimer(signal.ITIMER_PROF, 0)
             pipe.send_bytes(said)
 
 
-def answer(template: str, messages: list[dict], special_tokens: dict[str, str],
+def _render_to_json(template: str, messages: list[dict], special_tokens: dict[str, str],
            tools: list[dict] | None = None) -> bytes:
     """JSON: the text, or the error that messages make of a template."""
     try:
         said = {"text": render_chat(template, messages, Text(None, named=special_tokens), tools)}
-        if len(said["text"].encode()) > MOST_RENDERED:       # raises for half a surrogate pair
-            said = {"error": f"it makes more than {MOST_RENDERED} bytes of them"}
+        if len(said["text"].encode()) > _MAX_RENDERED_BYTES:       # raises for half a surrogate pair
+            said = {"error": f"it makes more than {_MAX_RENDERED_BYTES} bytes of them"}
     except Exception as error:               # a template may fail in every way a program can
         said = {"error": str(error) or type(error).__name__}
     return json.dumps(said).encode()

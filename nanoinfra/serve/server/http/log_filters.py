@@ -9,29 +9,29 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LOGGERS = ("uvicorn.error", "asyncio", "nanoinfra.serve")
-MOST = 1000                                  # places that are remembered
+_LOGGER_NAMES = ("uvicorn.error", "asyncio", "nanoinfra.serve")
+_MAX_REMEMBERED_LINES = 1000                                  # places that are remembered
 
 
-def visible(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """The text, with what does not print as itself, line ends too, as Python would spell it."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 @contextmanager
-def counted_logs() -> Iterator[None]:
+def filter_repeated_logs() -> Iterator[None]:
     """While it lasts, the server's loggers write a line for the 1st, 2nd, 4th, 8th ... time it comes."""
-    repeats = CountRepeats()
-    for name in LOGGERS:
+    repeats = RepeatedLogFilter()
+    for name in _LOGGER_NAMES:
         logging.getLogger(name).addFilter(repeats)
     try:
         yield
     finally:
-        for name in LOGGERS:
+        for name in _LOGGER_NAMES:
             logging.getLogger(name).removeFilter(repeats)
 
 
-class CountRepeats(logging.Filter):
+class RepeatedLogFilter(logging.Filter):
     """Lets every power of two of a line through, with the count; tracebacks with the first alone."""
 
     def __init__(self):
@@ -41,17 +41,17 @@ class CountRepeats(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Also makes the line visible."""
         place = (record.pathname, record.lineno, *_raised_at(record.exc_info))
-        if len(self.counts) >= MOST and place not in self.counts:
+        if len(self.counts) >= _MAX_REMEMBERED_LINES and place not in self.counts:
             self.counts.clear()
         self.counts[place] += 1
         count = self.counts[place]
-        record.msg, record.args = visible(record.getMessage().strip()), ()
+        record.msg, record.args = escape_unprintable(record.getMessage().strip()), ()
         if count > 1:
             record.msg += f" ({count} times by now)"
             record.exc_info = record.exc_text = None
         elif record.exc_info:
             lines = "".join(traceback.format_exception(*record.exc_info)).rstrip().split("\n")
-            record.exc_text = "\n".join(map(visible, lines))
+            record.exc_text = "\n".join(map(escape_unprintable, lines))
         return count & (count - 1) == 0
 
 
