@@ -40,7 +40,7 @@ def _(subject):
     _expect(subject, [("GET", "/health", {"Host": host}, b"") for host in (
         "evil.example", "localhost.evil.example", "[::2]")], 403)
     _expect(subject, [("GET", "/health", {"Host": host}, b"") for host in ("[::1]:9", "127.1.2.3")], 200)
-    _expect(subject, [("GET", "/health", {"Host": "evil.example"}, b"")], 200, loopback=False)
+    _expect(subject, [("GET", "/health", {"Host": "evil.example"}, b"")], 200, loopback_only=False)
 
 
 @access.criterion("no page of another origin is answered", "property")
@@ -60,7 +60,7 @@ def _(subject):
 
 @access.criterion("nobody is sent elsewhere", "property")
 def _(subject):
-    (status, headers), = subject([("GET", "/health/", {"Host": "evil.example"}, b"")], loopback=False)
+    (status, headers), = subject([("GET", "/health/", {"Host": "evil.example"}, b"")], loopback_only=False)
     if status != 404 or "location" in headers:
         raise Wrong(f"/health/ is answered {status}, Location {headers.get('location')}")
 
@@ -70,7 +70,7 @@ def _(subject):
     named = "https://app.example"
     for origin, want in ((named, (200, named)), (EVIL, (403, None))):
         preflight = ("OPTIONS", "/v1/completions", {"Origin": origin} | WANTS, b"")
-        (status, headers), = subject([preflight], origins=(named,))
+        (status, headers), = subject([preflight], allowed_origins=(named,))
         if (status, headers.get("access-control-allow-origin")) != want:
             raise Wrong(f"a preflight of {origin} is answered {status}, {dict(headers)}")
 
@@ -78,7 +78,7 @@ def _(subject):
 @access.criterion("a key is known, with Bearer in any case", "property")
 def _(subject):
     for key, status in (("Bearer k", 200), ("bearer  k", 200), ("Bearer q", 401), ("Basic k", 401)):
-        _expect(subject, [("POST", RESET, {"Authorization": key}, b"")], status, keys=("k", "l"))
+        _expect(subject, [("POST", RESET, {"Authorization": key}, b"")], status, api_keys=("k", "l"))
 
 
 def found(variable, salts):

@@ -121,14 +121,14 @@ def _(subject):
 
 
 class WaitsForEver(TimeLimitedHTTPConnection):
-    def check(self, now):
+    def close_if_timed_out(self, now):
         pass
 
 
 class WaitsForBodies(TimeLimitedHTTPConnection):
-    def check(self, now):
+    def close_if_timed_out(self, now):
         if self.conn.their_state is not h11.SEND_BODY:
-            super().check(now)
+            super().close_if_timed_out(now)
 
 
 class KeepsAll(TimeLimitedHTTPConnection):
@@ -138,7 +138,7 @@ class KeepsAll(TimeLimitedHTTPConnection):
 
 class AnyChunks(ChunkLimitedH11Connection):
     def next_event(self):
-        self.chunks = 0
+        self.num_chunks = 0
         return super().next_event()
 
 

@@ -40,12 +40,12 @@ class Live:
 
     def render(self, messages, template):
         """What a child says of a chat that has 0.2 s of the processor; after 2 s it is ended from here."""
-        child, done = ChatTemplateProcess(seconds=0.2), threading.Event()
-        child.render("", HI, Text(None))
+        child, done = ChatTemplateProcess(cpu_seconds=0.2), threading.Event()
+        child.render_chat_template("", HI, Text(None))
         watch = threading.Thread(target=self._watch, args=(child, used(child.process.pid) + 2, done))
         watch.start()
         try:
-            return child.render(template, messages, Text(None))
+            return child.render_chat_template(template, messages, Text(None))
         except ValueError as error:
             return str(error)
         finally:
@@ -63,9 +63,10 @@ class Live:
         threads, go = self.threads(), threading.Event()
 
         async def both():
-            waiting = [asyncio.ensure_future(threads.run(slow, go.wait)) for _ in range(8)]
+            waiting = [asyncio.ensure_future(threads.run_in_pool(slow, go.wait)) for _ in range(8)]
             await asyncio.sleep(0.01)
-            done, _ = await asyncio.wait([asyncio.ensure_future(threads.run(quick, str))], timeout=1.0)
+            done, _ = await asyncio.wait([asyncio.ensure_future(threads.run_in_pool(quick, str))],
+                                         timeout=1.0)
             go.set()
             await asyncio.gather(*waiting)
             return bool(done)
@@ -79,7 +80,7 @@ class Live:
         threads, taken = self.threads(), []
         with contextlib.ExitStack() as places, contextlib.suppress(APIError):
             for _ in range(count):
-                taken.append(places.enter_context(threads.place_for_large()))
+                taken.append(places.enter_context(threads.reserve_large_body_slot()))
         threads.close()
         return len(taken)
 
@@ -96,7 +97,7 @@ class Live:
         try:
             asyncio.run(handlers._read_body(endless, most, lambda: None))
         except APIError as refused:
-            return refused.status, endless.sent
+            return refused.status_code, endless.sent
         return 200, endless.sent
 
     def freed(self, *guards):
@@ -114,7 +115,7 @@ class Live:
         tracemalloc.start()
         for _ in range(tokens):
             likely = [(1000 + i, -0.5 - i) for i in range(top)]
-            answer.add(Event("r", 0, "a", [7], [Logprob(7, -0.25, likely)]))
+            answer.add_output(Event("r", 0, "a", [7], [Logprob(7, -0.25, likely)]))
         size, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return size / (tokens * (1 + top))
@@ -144,7 +145,7 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 before = resident()
-for pool in threads.threads.values():
+for pool in threads.thread_pools.values():
     for _ in range(3):
         pool.submit(lambda: len(bytearray(block))).result()
 threads.close()
@@ -189,18 +190,18 @@ LONG = _must("a chat is short when it is rendered", "render", (HI, "{{ 'x' * 2 *
 
 
 class OneForAll(RequestPreprocessor):               # chats and texts wait for the same threads
-    async def run(self, kind, call, *args):
-        return await super().run("texts", call, *args)
+    async def run_in_pool(self, pool, call, *args):
+        return await super().run_in_pool("texts", call, *args)
 
 
 class TakesAll(RequestPreprocessor):
     @contextlib.contextmanager
-    def place_for_large(self):
+    def reserve_large_body_slot(self):
         yield
 
 
 class KeepsEvents(ChoiceAccumulator):
-    def add(self, event):
+    def append_output(self, event):
         self.events = [*getattr(self, "events", []), event]
 
 

@@ -32,7 +32,8 @@ def ended(*events, why=None):
     ready = Ready({"context": 64, "vocab": 257}, TEXT, "template")
     asked = build_engine_requests(question, "r", ready, lambda *chat: "a")
     answer = ResponsesResponse(question, "r", "m", asked, TEXT)
-    said = b"".join(map(answer.chunk, events)) + (answer.failed(why) if why else answer.last())
+    said = b"".join(map(answer.encode_stream_chunk,
+                        events)) + (answer.encode_stream_error(why) if why else answer.encode_stream_end())
     return json.loads(said.strip().split(b"\ndata: ")[-1])["response"]
 
 

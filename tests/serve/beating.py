@@ -58,7 +58,7 @@ def main():
     engine = json.loads(sys.argv[1])
     worker = Worker(functools.partial(looping, **engine), ServerMetrics("fake"))
     app = build_app(worker, "fake")
-    server = Beating(app, limit=2.0)
+    server = Beating(app, shutdown_timeout=2.0)
     app.add_api_route("/lag", server.lag)
     with create_server_socket("127.0.0.1", 0) as listener:
         print(f"http://127.0.0.1:{listener.getsockname()[1]}", file=sys.stderr, flush=True)

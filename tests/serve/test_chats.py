@@ -98,7 +98,7 @@ def test_what_a_template_would_leave_out_is_refused(body, param):
     for template in (TEMPLATE, "{% if tools is defined %}{% endif %}{{ messages[0].role }}"):
         with pytest.raises(APIError, match="no place for tool.* would never see them") as refused:
             prompt(template, **body)
-        assert (refused.value.status, refused.value.param) == (400, param)
+        assert (refused.value.status_code, refused.value.param) == (400, param)
 
 
 @pytest.mark.parametrize("wrong, says", [
@@ -112,7 +112,7 @@ def test_what_a_template_would_leave_out_is_refused(body, param):
 def test_tools_that_are_none_are_refused(wrong, says):
     with pytest.raises(APIError, match=says) as refused:
         prompt(**wrong)
-    assert refused.value.status == 400
+    assert refused.value.status_code == 400
 
 
 def test_tools_count_as_messages_do_before_anything_is_rendered():

@@ -76,7 +76,7 @@ def test_three_hundred_that_do_not_go_on_keep_nobody_out(patient, sends):
     with opened(client, [sends] * 300) as slow:
         assert serves(client)
         until(lambda: len(server.server_state.connections) <= 60)
-        assert b" 503 " in said(slow[0]).split(b"\r\n")[0] and not server.worker.jobs
+        assert b" 503 " in said(slow[0]).split(b"\r\n")[0] and not server.engine_client.jobs
         with pytest.raises(BlockingIOError):                 # the newest are still waited for
             slow[-1].setblocking(False)
             slow[-1].recv(1)
@@ -108,7 +108,7 @@ def test_what_does_not_come_in_time_is_not_waited_for(hasty):
             assert (answer == b"") == (name == "nothing"), name
             assert not answer or answer.startswith(b"HTTP/1.1 408 ") and b"was not complete after" in answer
         assert after.startswith(b"HTTP/1.1 200 ") and after.count(b"HTTP/1.1") == 1
-    until(lambda: not server.server_state.tasks and not server.worker.jobs)
+    until(lambda: not server.server_state.tasks and not server.engine_client.jobs)
 
 
 def test_between_two_requests_there_is_more_time_than_for_one(patient):
@@ -121,17 +121,17 @@ def test_between_two_requests_there_is_more_time_than_for_one(patient):
             return next((each for each in every if each.client and each.client[1] == port), None)
         until(found)
         connection = found()
-        assert (connection.kept, connection._allowed()) == (False, 600)
+        assert (connection.is_idle_keepalive, connection._timeout()) == (False, 600)
         for end in (b"\r\n\r\n", b"\r\n\r\n"):
             one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost" + end)
             assert one.recv(1 << 16).startswith(b"HTTP/1.1 200")
-            until(lambda: connection.kept)
-            assert connection._allowed() == 75.0 and connection in connection.waiting
-        since = connection.since
+            until(lambda: connection.is_idle_keepalive)
+            assert connection._timeout() == 75.0 and connection in connection.awaiting_request
+        since = connection.state_since
         one.sendall(b"G")
-        until(lambda: not connection.kept)
-        assert connection._allowed() == 600 and connection.since > since
-        connection.check(connection.since + 599)
+        until(lambda: not connection.is_idle_keepalive)
+        assert connection._timeout() == 600 and connection.state_since > since
+        connection.close_if_timed_out(connection.state_since + 599)
         assert not connection.transport.is_closing()
 
 
@@ -158,19 +158,19 @@ def test_who_does_not_read_is_dropped(hasty):
     for listener in server.servers[0].sockets:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)   # of connections from now on
     with opened(client, [b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 40], receives=4096):
-        until(lambda: any(each.unread_since for each in server.server_state.connections))
+        until(lambda: any(each.write_blocked_since for each in server.server_state.connections))
         until(lambda: not server.server_state.connections and not server.server_state.tasks)
 
 
 def test_few_may_watch_so_that_all_may_ask(patient):
     client, server = patient
     with opened(client, [b"GET /stats HTTP/1.1\r\nHost: localhost\r\n\r\n"] * _MAX_STATS_STREAMS) as watchers:
-        until(lambda: server.state.watchers == _MAX_STATS_STREAMS)
+        until(lambda: server.app_state.num_stats_streams == _MAX_STATS_STREAMS)
         got = client.get("/stats")
         assert got.status_code == 503 and str(_MAX_STATS_STREAMS) in got.text and serves(client)
         watchers.pop().close()
-        until(lambda: server.state.watchers < _MAX_STATS_STREAMS)
-    until(lambda: not server.state.watchers)
+        until(lambda: server.app_state.num_stats_streams < _MAX_STATS_STREAMS)
+    until(lambda: not server.app_state.num_stats_streams)
 
 
 def chunks(size, count):

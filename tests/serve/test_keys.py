@@ -132,7 +132,7 @@ def known(client, key, **more):
 
 @pytest.mark.parametrize("apart", [True, False])
 def test_a_key_does_not_learn_what_another_sent(apart):
-    with serving(access=AccessPolicy(("one", "two"), salt_per_key=apart)) as (client, _):
+    with serving(access=AccessPolicy(("one", "two"), cache_salt_per_key=apart)) as (client, _):
         assert [known(client, "one"), known(client, "one")] == [0, 24]
         assert known(client, "two") == (0 if apart else 24)
         if apart:

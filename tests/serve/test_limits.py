@@ -95,7 +95,7 @@ def test_a_limit_is_where_it_is_said_to_be(kind, fits, does_not, says):
     assert asked(kind, **fits)
     with pytest.raises(APIError, match=says) as refused:
         asked(kind, **does_not)
-    assert refused.value.status == 400
+    assert refused.value.status_code == 400
 
 
 def test_a_text_that_no_context_spells_is_not_tokenized():
@@ -131,7 +131,7 @@ def test_a_text_that_the_tokenizer_does_not_take_is_refused():
     words = Text(Tokenizer(models.WordLevel({"a": 0, "long enough": 1}, unk_token="nowhere")))
     with pytest.raises(APIError, match="tokenizer does not take this text") as refused:
         asked(CompletionRequest, Ready(ready().info, words), prompt="b")
-    assert refused.value.status == 400
+    assert refused.value.status_code == 400
 
 
 def test_prompts_are_given_up_where_they_are_too_many_tokens():
@@ -153,7 +153,8 @@ def test_a_full_context_can_always_be_scored():
     context = 100_000
     body = {"prompt": [7] * (context - 1), "max_tokens": 1, "logprobs": 1, "echo": True}
     assert len(asked(CompletionRequest, ready(context), **body)[0].tokens) == context - 1
-    assert request_limits.max_body_bytes(context) >= len(json.dumps({"prompt": [12345] * context}).replace(" ", ""))
+    largest = json.dumps({"prompt": [12345] * context}, separators=(",", ":"))
+    assert request_limits.max_body_bytes(context) >= len(largest)
 
 
 def test_a_prompt_that_is_scored_counts_though_nobody_asked_for_log_probabilities():
@@ -172,7 +173,7 @@ def test_an_echo_is_no_larger_than_a_body():
                                       json.dumps({**body, "n": n, "prompt": prompt}).encode())
         return CompletionResponse(question, "name", "model", build_engine_requests(question, "name", model),
                                   model.text)
-    assert answer(8, ["a" * 60]).prompts == ["a" * 60]
+    assert answer(8, ["a" * 60]).echoed_prompts == ["a" * 60]
     with pytest.raises(APIError, match=f"{most // 4 + 1} characters 4 times"):
         request_limits.check_echo_size(most // 4 + 1, 4)
     request_limits.check_echo_size(most // 4, 4)
@@ -201,7 +202,7 @@ def test_a_reason_is_short_whatever_was_sent():
                  {"prompt": [int("7" * 4000)]}, {"prompt": [1, long]}):
         with pytest.raises(APIError) as refused:
             asked(CompletionRequest, **body)
-        assert len(json.dumps(refused.value.body())) < 2 * MAX_ERROR_MESSAGE_CHARS + 200
+        assert len(json.dumps(refused.value.error_body())) < 2 * MAX_ERROR_MESSAGE_CHARS + 200
 
 
 @pytest.mark.parametrize("name", [
@@ -215,7 +216,7 @@ def test_a_number_of_400_digits_is_a_400(name, digits):
         if kind is CompletionRequest or name != "prompt":
             with pytest.raises(APIError) as refused:
                 build_engine_requests(parse_request_body(kind, body.encode()), "name", ready())
-            assert refused.value.status == 400
+            assert refused.value.status_code == 400
 
 
 LOGPROBS = st.lists(st.builds(Logprob, st.integers(0, 2 ** 31 - 1), st.floats(allow_nan=False), st.lists(
@@ -241,11 +242,11 @@ def test_an_answer_that_is_kept_takes_12_bytes_a_log_probability():
     tracemalloc.start()
     for _ in range(300):
         said = Logprob(7, -0.25, [(1000 + i, -0.25 - i) for i in range(100)])
-        answer.add(Event("name", 0, "a", [7], [said]))
+        answer.add_output(Event("name", 0, "a", [7], [said]))
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert size < 300 * 101 * 12 * 1.3 + 20_000
-    assert len(answer.object()["choices"][0]["logprobs"]["content"]) == 300
+    assert len(answer.build_response_object()["choices"][0]["logprobs"]["content"]) == 300
 
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

@@ -112,7 +112,7 @@ def test_a_request_that_fails_has_a_status_and_the_engine_lives_on():
             for job, why in ((jobs[1], "it is bad"), (jobs[2], "RuntimeError: it is odd")):
                 with pytest.raises(APIError, match=why) as refused:
                     await said(job)
-                assert refused.value.status == 500
+                assert refused.value.status_code == 500
             assert await said(jobs[0]) == {("good", 0): "goodgoodg"}
             assert pids(worker) == before and not worker.stats["blocks_used"]
     asyncio.run(run())

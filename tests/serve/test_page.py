@@ -101,7 +101,7 @@ def test_stop_frees_what_the_answer_held_and_keeps_what_was_said(page, served):
     page.enter()
     wait_for_word(page)
     page.click("send")
-    until(lambda: text(page, "send") == "Send" and not served[1].worker.jobs)
+    until(lambda: text(page, "send") == "Send" and not served[1].engine_client.jobs)
     assert page.run("document.querySelectorAll('.error').length") == 0 and box(page) == ""
     said = turns(page)[1]
     assert answered(page, "go on", 100).startswith(f"u:a long story\na:{said}\nu:go on\n")
@@ -115,7 +115,7 @@ def test_new_while_it_answers_begins_another_conversation(page, served):
     wait_for_word(page)
     page.click("clear")
     assert turns(page) == [] and text(page, "send") == "Send" and box(page) == ""
-    until(lambda: not served[1].worker.jobs)
+    until(lambda: not served[1].engine_client.jobs)
     assert answered(page, "the second").startswith("u:the second\nu:the second")
     assert turns(page)[0] == "the second" and len(turns(page)) == 2
 
@@ -271,7 +271,7 @@ def test_two_tabs_share_nothing_and_a_hidden_one_no_connection(page, browser, se
     with browser.tab(str(client.base_url)) as other:
         assert turns(other) == [] and other.run(f"{named('key')}.value") == ""
         assert answered(other, "from b").startswith("u:from b\nu:from b") and len(turns(other)) == 2
-        until(lambda: server.state.watchers == 1)            # a browser has six connections to a server
+        until(lambda: server.app_state.num_stats_streams == 1)  # a browser has six connections to a server
         page.call("Page.bringToFront")
         until(lambda: page.run("!document.hidden") and text(page, "state") == "ready")
         wait_for_word(page)
@@ -280,7 +280,7 @@ def test_two_tabs_share_nothing_and_a_hidden_one_no_connection(page, browser, se
 
 @needs_chromium
 def test_a_key_is_asked_for_and_a_reload_keeps_it_and_the_conversation(page, served, monkeypatch):
-    monkeypatch.setitem(served[1].state._state, "access", AccessPolicy(("clé",)))
+    monkeypatch.setitem(served[1].app_state._state, "access_policy", AccessPolicy(("clé",)))
     assert page.run("!document.getElementById('key').checkVisibility()")
     for key, words in (("", "a key is needed; give it below"), ("wrong", "this key is not right")):
         page.run(f"{named('key')}.value = {key!r}")
@@ -302,7 +302,8 @@ def test_a_key_is_asked_for_and_a_reload_keeps_it_and_the_conversation(page, ser
 @needs_chromium
 @pytest.mark.prove
 def test_a_model_without_a_chat_template_goes_on_with_the_text(page, served, monkeypatch):
-    monkeypatch.setattr(served[1].worker, "ready", replace(served[1].worker.ready, template=None))
+    monkeypatch.setattr(served[1].engine_client, "ready",
+                        replace(served[1].engine_client.ready, template=None))
     until(lambda: "goes on with your text" in page.run("document.getElementById('prompt').placeholder"))
     assert answered(page, "ab\n", 6).startswith("ab\nab\n")
     assert answered(page, "cd", 5).startswith("ab\nab")
@@ -321,8 +322,8 @@ def test_nothing_is_wider_than_a_phone(page, served, monkeypatch):
     page.run("say('y'.repeat(300) + '\\n    def f(' + 'argument, '.repeat(40) + '):\\n\\treturn'); end()")
     until(lambda: text(page, "send") == "Send")
     run = {"request": "cmpl-0123456789", "index": 3, "computed": 11111, "tokens": 22222, "new": 256, "hit": 9}
-    monkeypatch.setitem(server.state._state, "name", "/home/somebody/" + "m" * 200)
-    monkeypatch.setattr(server.worker, "stats", {
+    monkeypatch.setitem(server.app_state._state, "served_model_name", "/home/somebody/" + "m" * 200)
+    monkeypatch.setattr(server.engine_client, "stats", {
         "running": 1000, "waiting": 100_000, "preemptions": 1_000_000, "batch": [run] * 1000,
         "blocks": 1_000_000, "blocks_used": 999_999, "blocks_shared": 9, "blocks_known": 7, "block_size": 8,
         "prefix_queries": 3, "prefix_hits": 1, "generation_tokens": 0, "prompt_tokens": 0})
@@ -356,7 +357,7 @@ POST = """fetch("{url}/v1/completions", {{
 @pytest.mark.parametrize("origins", [(), ("*",)])
 def test_the_page_of_another_site_asks_in_vain_unless_it_is_named(tmp_path, origins):
     """First under a name of its own that was rebound to this machine, then at the server's address."""
-    with serving(access=AccessPolicy(origins=origins)) as (client, _):
+    with serving(access=AccessPolicy(allowed_origins=origins)) as (client, _):
         url, evil = (f"http://{host}:{client.base_url.port}" for host in ("127.0.0.1", "evil.example"))
         with started(tmp_path, "--host-resolver-rules=MAP evil.example 127.0.0.1") as browser, \
                 browser.tab(f"{evil}/") as page:

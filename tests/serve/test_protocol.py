@@ -126,7 +126,7 @@ REFUSED = {
 def test_what_cannot_be_answered_is_refused_with_the_reason(kind, body, says):
     with pytest.raises(APIError, match=says) as refused:
         asked(kind, **body)
-    assert refused.value.status == 400
+    assert refused.value.status_code == 400
 
 
 LONG = [{"role": "user", "content": "a" * 64}]
@@ -150,8 +150,9 @@ OVERFLOWS = {                                # {name: (endpoint, body, the param
 def test_what_overflows_the_context_has_openais_code(kind, body, param):
     with pytest.raises(APIError) as refused:
         asked(kind, **body)
-    error = refused.value.body()["error"]
-    assert (refused.value.status, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+    error = refused.value.error_body()["error"]
+    assert refused.value.status_code == 400
+    assert (error["code"], error["param"]) == ("context_length_exceeded", param)
     assert error["type"] == "invalid_request_error"
 
 
@@ -176,13 +177,13 @@ def test_the_kv_memory_is_a_context_too():
 def test_a_refusal_names_the_clients_parameter(kind, body, param):
     with pytest.raises(APIError) as refused:
         asked(kind, **body)
-    assert refused.value.body()["error"]["param"] == param and refused.value.code is None
+    assert refused.value.error_body()["error"]["param"] == param and refused.value.code is None
 
 
 def test_a_code_is_a_word_or_nothing():
     for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503):
-        assert APIError(status, "why").body()["error"]["code"] is None
-    assert APIError(404, "why", code="model_not_found").body()["error"]["code"] == "model_not_found"
+        assert APIError(status, "why").error_body()["error"]["code"] is None
+    assert APIError(404, "why", code="model_not_found").error_body()["error"]["code"] == "model_not_found"
 
 
 def test_a_stop_string_that_is_a_special_token_is_sought_among_tokens():
@@ -226,7 +227,7 @@ def test_any_json_is_a_question_or_a_400(body, kind):
     try:
         assert all(each.tokens for each in asked(kind, **body))
     except APIError as refused:
-        assert refused.status == 400
+        assert refused.status_code == 400
 
 
 def answer(kind, form, **body):
@@ -235,7 +236,8 @@ def answer(kind, form, **body):
 
 
 def chunks(answer, events):
-    return [json.loads(said.removeprefix(b"data: ")) for event in events if (said := answer.chunk(event))]
+    chunks = map(answer.encode_stream_chunk, events)
+    return [json.loads(chunk.removeprefix(b"data: ")) for chunk in chunks if chunk]
 
 
 def test_a_stream_begins_with_the_role_and_ends_with_the_reason():
@@ -246,7 +248,7 @@ def test_a_stream_begins_with_the_role_and_ends_with_the_reason():
     assert deltas == [{"role": "assistant", "content": "a"}, {"content": "b"}]
     assert [each["choices"][0]["finish_reason"] for each in got] == [None, "stop"]
     assert all(each["id"] == "name" and each["object"] == "chat.completion.chunk" for each in got)
-    assert "usage" not in got[0] and said.last() == b"data: [DONE]\n\n"
+    assert "usage" not in got[0] and said.encode_stream_end() == b"data: [DONE]\n\n"
 
 
 @pytest.mark.parametrize("always", [False, True])
@@ -254,7 +256,7 @@ def test_usage_comes_last_without_choices(always):
     said = answer(ChatCompletionRequest, ChatCompletionResponse, messages=HI, stream=True,
                   stream_options={"include_usage": True, "continuous_usage_stats": always})
     got, = chunks(said, [Event("name", text="a", tokens=[1, 2], cached=99)])
-    last, done, _ = said.last().split(b"\n\n")
+    last, done, _ = said.encode_stream_end().split(b"\n\n")
     last = json.loads(last.removeprefix(b"data: "))
     assert last["choices"] == [] and done == b"data: [DONE]"
     assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7,
@@ -265,7 +267,7 @@ def test_usage_comes_last_without_choices(always):
 def test_choices_of_several_prompts_are_in_order():
     said = answer(CompletionRequest, CompletionResponse, prompt=["a", "b"], n=2, echo=True, max_tokens=2)
     events = [Event(f"name-{p}", i, f"{p}{i}", [1], finish="length") for i in (1, 0) for p in (1, 0)]
-    got = said.object([Event("name-1", 1, "first", [2]), *events])
+    got = said.build_response_object([Event("name-1", 1, "first", [2]), *events])
     assert [each["text"] for each in got["choices"]] == ["a00", "a01", "b10", "bfirst11"]
     assert [each["index"] for each in got["choices"]] == [0, 1, 2, 3]
     assert got["usage"]["completion_tokens"] == 5
@@ -277,7 +279,8 @@ def test_log_probabilities_of_prompt_and_answer():
     strange = ids("é")[0]                    # half a character
     prompt = [Logprob(a, None), Logprob(b, -1.0, [(a, -0.5), (b, -1.0)])]
     made = [Logprob(a, -math.inf, [(strange, 0.0), (strange + 1, -1.0)])]
-    got, = said.object([Event("name-0", 0, "a", [a], made, prompt, finish="length")])["choices"]
+    got, = said.build_response_object([Event("name-0", 0, "a", [a], made, prompt,
+                                             finish="length")])["choices"]
     assert got["text"] == "aba"
     assert got["logprobs"] == {
         "tokens": ["a", "b", "a"], "text_offset": [0, 1, 2], "token_logprobs": [None, -1.0, -9999.0],
@@ -287,7 +290,8 @@ def test_log_probabilities_of_prompt_and_answer():
 def test_log_probabilities_of_a_chat():
     said = answer(ChatCompletionRequest, ChatCompletionResponse, messages=HI, logprobs=True, top_logprobs=1)
     a, half = ids("a")[0], ids("é")[0]
-    got = said.object([Event("name", 0, "a", [a], [Logprob(a, -0.5, [(half, -0.25)])], finish="stop")])
+    got = said.build_response_object([Event("name", 0, "a", [a], [Logprob(a, -0.5, [(half, -0.25)])],
+                                            finish="stop")])
     assert got["choices"][0]["logprobs"]["content"] == [
         {"token": "a", "logprob": -0.5, "bytes": [97],
          "top_logprobs": [{"token": "\ufffd", "logprob": -0.25, "bytes": [0xc3]}]}]

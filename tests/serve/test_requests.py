@@ -94,4 +94,4 @@ def test_every_number_in_json_is_taken_or_refused(name, number):
         try:
             build_engine_requests(parse_request_body(kind, body.encode()), "r", ready)
         except APIError as why:
-            assert why.status == 400 and len(str(why)) < 1000
+            assert why.status_code == 400 and len(str(why)) < 1000

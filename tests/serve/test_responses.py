@@ -141,7 +141,7 @@ def test_what_would_change_the_answer_is_refused_by_its_name(name):
     value, says = REFUSED[name]
     with pytest.raises(APIError, match=says) as refused:
         request(**{name: value})
-    assert refused.value.status == 400 and refused.value.param.split(".")[0] == name
+    assert refused.value.status_code == 400 and refused.value.param.split(".")[0] == name
 
 
 ITEMS = {
@@ -212,11 +212,12 @@ def test_any_json_is_answered_or_a_400(wrong):
         made, = asked(ResponsesRequest, **{"input": "hi", "max_output_tokens": 2, **wrong})
         assert made.tokens and made.n == 1
     except APIError as refused:
-        assert refused.status == 400
+        assert refused.status_code == 400
 
 
 def whole(*events, **body):
-    return valid(answer(ResponsesRequest, ResponsesResponse, input="hi", **body).object(events))
+    return valid(answer(ResponsesRequest, ResponsesResponse, input="hi",
+                        **body).build_response_object(events))
 
 
 def test_a_response_is_valid_for_openais_types():
@@ -251,14 +252,14 @@ def test_log_probabilities_are_the_parts():
 
 def stream(*events, **body):
     said = answer(ResponsesRequest, ResponsesResponse, input="hi", stream=True, **body)
-    return said, b"".join(map(said.chunk, events))
+    return said, b"".join(map(said.encode_stream_chunk, events))
 
 
 @pytest.mark.parametrize("finish, ends", [("stop", "completed"), ("length", "incomplete")])
 def test_a_stream_has_openais_events_in_order(finish, ends):
     said, begun = stream(Event("name", tokens=[1]), Event("name", text="a", tokens=[2]),
                          Event("name", text="b", tokens=[3], finish=finish))
-    got = events_of(begun + said.last())
+    got = events_of(begun + said.encode_stream_end())
     assert [each.type for each in got] == [*OPENING, DELTA, DELTA, *CLOSING, f"response.{ends}"]
     first, last = got[0].response, got[9].response
     assert (first.status, first.output, first.usage) == ("in_progress", [], None)
@@ -274,7 +275,7 @@ def test_log_probabilities_come_with_the_text():
     said, begun = stream(Event("name", 0, "", [a], [Logprob(a, -0.5)]),
                          Event("name", 0, "ab", [b], [Logprob(b, -0.25)], finish="stop"),
                          include=[_INCLUDE_LOGPROBS])
-    got = events_of(begun + said.last())
+    got = events_of(begun + said.encode_stream_end())
     assert [[each.logprob for each in said.logprobs] for said in got[4:7]] == [[-0.5], [-0.25], [-0.5, -0.25]]
 
 
@@ -282,7 +283,7 @@ def test_log_probabilities_come_with_the_text():
 @pytest.mark.parametrize("status, code", [(500, "server_error"), (429, "rate_limit_exceeded")])
 def test_a_stream_that_fails_ends_with_why(events, status, code):
     said, begun = stream(*events)
-    got = events_of(begun + said.failed(APIError(status, "no more")))
+    got = events_of(begun + said.encode_stream_error(APIError(status, "no more")))
     assert [each.type for each in got] == [*OPENING, *[DELTA] * len(events), "response.failed"]
     failed = got[-1].response
     assert (failed.status, failed.error.code, failed.error.message) == ("failed", code, "no more")
@@ -290,7 +291,7 @@ def test_a_stream_that_fails_ends_with_why(events, status, code):
 
 def test_the_end_of_a_long_stream_is_known_to_be_long():
     said, _ = stream(*[Event("name", text="a", tokens=[1] * 40) for _ in range(60)])
-    assert said.is_long(said.places_at_end)
+    assert said.is_slow_to_encode(said.num_tokens_at_stream_end)
 
 
 def test_what_says_much_of_its_request_again_is_written_where_nobody_waits():
@@ -298,7 +299,7 @@ def test_what_says_much_of_its_request_again_is_written_where_nobody_waits():
         body = json.dumps({"input": "hi", "instructions": "a" * size}).encode()
         said = ResponsesResponse(parse_request_body(ResponsesRequest, body), "name", "model", [request()],
                                  READY.text)
-        assert said.is_long(1) == want
+        assert said.is_slow_to_encode(1) == want
 
 
 def test_openai_creates_a_response(ai):

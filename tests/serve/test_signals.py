@@ -117,7 +117,8 @@ def test_stopped_and_idle(sign):
 def test_without_a_server_it_ends_at_once(sign, when):
     """Before one is there, while packages are imported, and when it has ended."""
     wait = "print('here', flush=True); time.sleep(600)"
-    code = ("import time\nfrom nanoinfra.serve.server.http.shutdown_signals import exit_zero_on_shutdown_signals\n"
+    code = ("import time\n"
+            "from nanoinfra.serve.server.http.shutdown_signals import exit_zero_on_shutdown_signals\n"
             "@exit_zero_on_shutdown_signals\ndef main():\n"
             f"    {wait if when == 'in' else 'pass'}\nmain()\n{wait}")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,

@@ -36,7 +36,7 @@ def child():
 
 def test_it_renders_as_render_chat_does_again_and_again(shared):
     for template in (TEMPLATE, "{{ bos_token }}{{ messages | tojson }}{{ eos_token }}", "one"):
-        assert shared.render(template, HI, TEXT) == render_chat(template, HI, TEXT)
+        assert shared.render_chat_template(template, HI, TEXT) == render_chat(template, HI, TEXT)
     assert shared.process.poll() is None
 
 
@@ -46,46 +46,46 @@ def test_it_renders_as_render_chat_does_again_and_again(shared):
     ("{{ 'x' * 2 ** 22 }}", "more than 2097152 bytes"), ("{{ '\\ud800' }}", "surrogates")])
 def test_a_template_that_fails_says_why_and_the_next_chat_is_rendered(shared, template, says):
     with pytest.raises(ValueError, match=says):
-        shared.render(template, HI, TEXT)
-    assert shared.render("{{ messages[0].role }}", HI, TEXT) == "user"
+        shared.render_chat_template(template, HI, TEXT)
+    assert shared.render_chat_template("{{ messages[0].role }}", HI, TEXT) == "user"
 
 
 def test_one_that_goes_on_and_on_is_ended_and_the_next_chat_has_another():
-    child = ChatTemplateProcess(seconds=0.2)
+    child = ChatTemplateProcess(cpu_seconds=0.2)
     try:
-        assert child.render(LOOP, HI, TEXT)
+        assert child.render_chat_template(LOOP, HI, TEXT)
         first = child.process
         with pytest.raises(ValueError, match="more than 0.2 s"):
-            child.render(LOOP, [{"role": "loop", "content": ""}], TEXT)
+            child.render_chat_template(LOOP, [{"role": "loop", "content": ""}], TEXT)
         assert first.returncode == -signal.SIGPROF
-        assert child.render(LOOP, HI, TEXT) and child.process.pid != first.pid
+        assert child.render_chat_template(LOOP, HI, TEXT) and child.process.pid != first.pid
     finally:
         child.close()
 
 
 def test_one_that_uses_no_time_is_ended_by_the_clock(child, monkeypatch):
-    child.render("", HI, TEXT)
+    child.render_chat_template("", HI, TEXT)
     monkeypatch.setattr(chat_template_process, "_RENDER_TIMEOUT_SECONDS", 0.2)
     os.kill(child.process.pid, signal.SIGSTOP)
     with pytest.raises(ValueError, match="more than"):
-        child.render("", HI, TEXT)
+        child.render_chat_template("", HI, TEXT)
     monkeypatch.undo()
-    assert child.render("one", HI, TEXT) == "one"
+    assert child.render_chat_template("one", HI, TEXT) == "one"
 
 
 def test_one_that_was_killed_between_two_chats_costs_no_chat(child):
-    child.render("", HI, TEXT)
+    child.render_chat_template("", HI, TEXT)
     child.process.kill()
     child.process.wait()
-    assert child.render("one", HI, TEXT) == "one"
+    assert child.render_chat_template("one", HI, TEXT) == "one"
 
 
 def test_the_child_leaves_signals_to_the_server_and_ends_with_close(child):
-    child.render("", HI, TEXT)
+    child.render_chat_template("", HI, TEXT)
     process = child.process
     for sign in (signal.SIGINT, signal.SIGTERM):
         process.send_signal(sign)
-    assert child.render("one", HI, TEXT) == "one" and child.process is process
+    assert child.render_chat_template("one", HI, TEXT) == "one" and child.process is process
     child.close()
     assert process.returncode == -signal.SIGKILL and process.pid not in children(os.getpid())
 
@@ -93,7 +93,7 @@ def test_the_child_leaves_signals_to_the_server_and_ends_with_close(child):
 def test_the_child_dies_with_its_server():
     code = ("from nanoinfra.serve.server.openai.chat_template_process import ChatTemplateProcess\n"
             "from nanoinfra.model.tokenizer import Text\n"
-            "child = ChatTemplateProcess()\nchild.render('', [], Text(None))\n"
+            "child = ChatTemplateProcess()\nchild.render_chat_template('', [], Text(None))\n"
             "print(child.process.pid, flush=True)\ninput()")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as server:

@@ -98,7 +98,7 @@ def test_the_death_of_a_rank_is_an_error_and_a_restart(rank):
             os.kill(before[rank], signal.SIGKILL)
             with pytest.raises(APIError, match="of the engine") as refused:
                 await said(job)
-            assert refused.value.status == 503 and worker.state == "restarting"
+            assert refused.value.status_code == 503 and worker.state == "restarting"
             with pytest.raises(APIError, match="of the engine"):
                 worker.submit([Request("b", ids("ab"))])
             await reaches(worker, "ready")
@@ -149,10 +149,10 @@ def test_what_the_engine_refuses_has_a_status():
                     await asyncio.sleep(0.001)
             with pytest.raises(APIError, match="wait") as refused:
                 await said(worker.submit([Request("c", ids("ab"))]))
-            assert refused.value.status == 429
+            assert refused.value.status_code == 429
             with pytest.raises(APIError, match="n = 2") as refused:
                 await said(worker.submit([Request("d", ids("ab"), n=2)]))
-            assert refused.value.status == 400
+            assert refused.value.status_code == 400
             assert await said(jobs[0]) == {("a", 0): "ab" * 100}
     asyncio.run(run())
 
@@ -164,11 +164,11 @@ def test_who_is_given_up_frees_what_it_held():
             await anext(job)
             job.close()
             job.close()
-            assert not worker.jobs and not worker.watch.courses
+            assert not worker.jobs and not worker.watch.requests_in_flight
             async with asyncio.timeout(5):
                 while worker.stats["blocks_used"]:
                     await asyncio.sleep(0.005)
-            assert b'finished_reason="abort",model_name="fake"} 2.0' in worker.watch.text()
+            assert b'finished_reason="abort",model_name="fake"} 2.0' in worker.watch.prometheus_text()
     asyncio.run(run())
 
 

@@ -79,7 +79,7 @@ class Worker:
         job = Job(self, requests)
         for request in requests:
             self.jobs[request.id] = job
-            self.watch.added(request)
+            self.watch.record_request_arrival(request)
             if self._has_room(len(request.tokens)):
                 self._send("add", request, len(request.tokens))
             else:
@@ -89,7 +89,7 @@ class Worker:
 
     def abort(self, request: str) -> None:
         """Nobody wants the answer any more."""
-        self.watch.dropped(request, "abort")
+        self.watch.record_request_drop(request, "abort")
         self._send("abort", request)
 
     def reset(self) -> None:
@@ -116,11 +116,11 @@ class Worker:
         self.silent = 0
         if isinstance(news, Ready):
             self.life, self.ready, self.state, self.why = life, news, "ready", ""
-            return self.watch.started(news.info)
+            return self.watch.record_engine_start(news.info)
         for _ in range(news.taken):
             self.untaken.popleft()
         self.stats = news.stats
-        self.watch.stepped(news)
+        self.watch.record_engine_step(news)
         for request, status, why in news.refused:
             if request in self.jobs:
                 self._refuse(request, status, why)
@@ -129,7 +129,7 @@ class Worker:
                 self.jobs[event.request].put(event)
 
     def _refuse(self, request, status, why):
-        self.watch.dropped(request)
+        self.watch.record_request_drop(request)
         self.jobs[request].fail(request, APIError(status, why))
 
     def _lost(self, state, why):

@@ -1,12 +1,14 @@
-"""`nanoinfra serve`: one port, one server on it, and an end that lets running answers finish.
+"""`nanoinfra serve`: open the port, start engine client and HTTP server, shut down gracefully.
 
-SIGTERM or Ctrl-C: what runs may go on for a while, what is new is refused with 503; then the process ends
-with 0 and leaves nothing behind, also while it loads or when the engine hangs. A second signal takes the
-while away. Before `main`, while Python begins, a signal ends it with one line (train/launch/signals.py).
+On SIGTERM or Ctrl-C running requests may continue for --shutdown-timeout seconds, and new ones get 503.
+Then the process exits with code 0 and leaves no process behind, also while the model loads or when the
+engine hangs. A second signal ends it at once. A signal before `run_server`, while Python starts, ends it
+with one line (train/launch/signals.py).
 """
 import functools
 import socket
 import sys
+from collections.abc import Callable
 
 from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.serve.options import EngineOptions, ServeOptions, check
@@ -18,38 +20,40 @@ _REQUIRED_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
 @exit_zero_on_shutdown_signals
-def run_server(options: ServeOptions, factory=None) -> int:
-    """Serve until a signal comes; returns 0. `factory(team)` makes the engine, by default as `options` say.
+def run_server(options: ServeOptions, engine_factory: Callable | None = None) -> int:
+    """Serve until a signal comes; returns the exit code 0.
 
-    Raises ValueError for flags that cannot be, a port that is taken, a model that cannot be loaded.
+    `engine_factory(tp_group)` makes the engine of each rank; by default it is load_rank_engine. Raises
+    ValueError for impossible flags, a port that is in use, and a model that cannot be loaded.
     """
     check(options)
-    keys = read_api_keys(options)                # before the ranks inherit the environment
+    api_keys = read_api_keys(options)        # before the ranks inherit the environment
     _check_packages()
     from nanoinfra.serve.processes.engine_client import Worker
     from nanoinfra.serve.server.app import build_app
     from nanoinfra.serve.server.http.access_control import AccessPolicy, is_loopback_address
     from nanoinfra.serve.server.http.graceful_shutdown import GracefulServer
     from nanoinfra.serve.server.metrics import ServerMetrics
-    name, tp = options.name or options.engine.model, options.engine.tp
-    worker = Worker(factory or functools.partial(load_rank_engine, options.engine), ServerMetrics(name), tp)
+    served_model_name, tp = options.name or options.engine.model, options.engine.tp
+    engine_client = Worker(engine_factory or functools.partial(load_rank_engine, options.engine),
+                           ServerMetrics(served_model_name), tp)
     with create_server_socket(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
-        access = AccessPolicy(keys, is_loopback_address(host), options.allow_origin,
-                              options.cache_salt_per_key)
-        _print_address(name, host, port, access)
-        GracefulServer(build_app(worker, name, access), options.drain,
+        access_policy = AccessPolicy(api_keys, is_loopback_address(host), options.allow_origin,
+                                     options.cache_salt_per_key)
+        _print_address(served_model_name, host, port, access_policy)
+        GracefulServer(build_app(engine_client, served_model_name, access_policy), options.drain,
                        _connection_limits(options.engine)).run(sockets=[listener])
-    if worker.failed:
-        raise ValueError(worker.failed)
+    if engine_client.failed:
+        raise ValueError(engine_client.failed)
     return 0
 
 
-def load_rank_engine(options: EngineOptions, team: Team):
-    """The engine of one rank, in its own process."""
+def load_rank_engine(options: EngineOptions, tp_group: Team):
+    """Load the engine of one rank; called in that rank's own process."""
     from nanoinfra.serve.engine.engine import open_engine
     use_threads(options.threads, options.tp)
-    engine = open_engine(options, team.mesh(options.tp))
+    engine = open_engine(options, tp_group.mesh(options.tp))
     if engine.text is None:
         raise ValueError(f"{options.model} holds no tokenizer.json to talk with it; copy the one it was "
                          "trained with into it")
@@ -57,14 +61,15 @@ def load_rank_engine(options: EngineOptions, team: Team):
 
 
 def create_server_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to the port. Raises ValueError if it cannot be, before a model is loaded for nothing.
+    """A listening TCP socket on the port. Raises ValueError if the port cannot be used.
 
-    It says that it is TCP's: else asyncio leaves Nagle's algorithm on, and every answer takes 40 ms longer.
+    It is made before the model is loaded. Its protocol is set to TCP: otherwise asyncio leaves Nagle's
+    algorithm on, and every response takes 40 ms longer.
     """
     listener = None
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, proto)
+        family, socket_type, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket_type, proto)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen()
@@ -77,7 +82,7 @@ def create_server_socket(host: str, port: int) -> socket.socket:
 
 
 def _connection_limits(engine):
-    """More connections than requests that the engine takes, so that who comes then is told so."""
+    """Allow more connections than the engine takes requests, so that clients beyond it still get a 429."""
     from nanoinfra.serve.server.http.connection_limits import (
         DEFAULT_MAX_CONNECTIONS,
         connection_limits_within_ulimit,
@@ -85,10 +90,10 @@ def _connection_limits(engine):
     return connection_limits_within_ulimit(max(DEFAULT_MAX_CONNECTIONS, 2 * (engine.seats + engine.queue)))
 
 
-def _print_address(name, host, port, access):
-    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"nanoinfra: {name} at {where}, once it is loaded", file=sys.stderr, flush=True)
-    if not access.loopback and not access.keys:
+def _print_address(served_model_name, host, port, access_policy):
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"nanoinfra: {served_model_name} at {url}, once it is loaded", file=sys.stderr, flush=True)
+    if not access_policy.loopback_only and not access_policy.api_keys:
         print(f"nanoinfra: whoever reaches port {port} of this machine may use it, web pages too; to ask for "
               f"a key, set {API_KEY_VARIABLE}", file=sys.stderr, flush=True)
 

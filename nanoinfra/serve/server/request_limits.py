@@ -1,8 +1,8 @@
-"""How much one request may ask for. What is larger is refused before any work, with the numbers and the rule.
+"""Limits of one request. A larger request is refused before any work, with the numbers and the rule.
 
-What follows from the model: n characters are at least n / max_chars_per_token tokens, so a longer text than
-context x max_chars_per_token fits no prompt. What does not is a number here: JSON is parsed, and an answer
-with log-probabilities written, while no other thread of the API process runs.
+Some limits follow from the model: n characters are at least n / max_chars_per_token tokens, so a text
+longer than context_length x max_chars_per_token cannot fit a prompt. The other limits are constants here,
+because parsing JSON and writing log-probabilities stop all other threads of the API process.
 """
 from collections.abc import Sequence
 
@@ -10,130 +10,127 @@ from nanoinfra.model.tokenizer import Text
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.server.errors import CONTEXT_LENGTH_EXCEEDED, APIError
 
-MAX_BODY_BYTES = 1 << 19                     # of a body; a context longer than 65,536 tokens gives 8 a token
-MAX_PROMPTS_PER_REQUEST = 1024                          # in one HTTP request; and choices in one answer
+MAX_BODY_BYTES = 1 << 19                     # a context longer than 65,536 tokens gets 8 a token
+MAX_PROMPTS_PER_REQUEST = 1024               # of one HTTP request, and choices of one response
 MAX_MESSAGES = 4096
-MAX_TOOLS = 128                             # OpenAI's limit
-MAX_TOOL_CALLS_PER_MESSAGE = 128                        # of one message
+MAX_TOOLS = 128                              # OpenAI's limit
+MAX_TOOL_CALLS_PER_MESSAGE = 128
 MAX_STOP_STRINGS = 64
-_MAX_STOP_CHARS = 1024                       # of all of them: each is looked for at every token
+_MAX_STOP_CHARS = 1024                       # of all stop strings: each is searched at every token
 MAX_CACHE_SALT_CHARS = 1024
-MAX_LOGIT_BIASES = 1024                           # tokens in logit_bias
-_MIN_LOGPROB_LIMIT = 1 << 16                      # in one answer; some 400 bytes each while it is written
-_MAX_CONTEXTS_PER_RESPONSE = 64              # that fill the context, in one: tokens said and echoed
-_TOKENIZE_CHUNK_CHARS = 1 << 16              # characters tokenized at once: some 200 bytes each meanwhile
+MAX_LOGIT_BIASES = 1024                      # tokens in logit_bias
+_MIN_LOGPROB_LIMIT = 1 << 16                 # of one response; about 400 bytes each while it is encoded
+_MAX_CONTEXTS_PER_RESPONSE = 64              # one response: generated and echoed tokens
+_TOKENIZE_CHUNK_CHARS = 1 << 16              # tokenizing takes about 200 bytes each
 
 
-def max_body_bytes(context: int) -> int:
-    """Bytes that the body of a request may have, to a model with this context."""
-    return max(MAX_BODY_BYTES, 8 * context)
+def max_body_bytes(context_length: int) -> int:
+    """The maximum size of a request body, in bytes, for a model with this context."""
+    return max(MAX_BODY_BYTES, 8 * context_length)
 
 
-def max_logprobs_per_response(context: int) -> int:
-    """Log-probabilities that an answer may have: always those of a full context and of the likeliest."""
-    return max(_MIN_LOGPROB_LIMIT, 2 * context)
+def max_logprobs_per_response(context_length: int) -> int:
+    """The maximum number of log-probabilities in one response: at least two for each token of the context."""
+    return max(_MIN_LOGPROB_LIMIT, 2 * context_length)
 
 
-def check_stop_strings(stops: Sequence[str]) -> None:
-    """Raise ValueError for stop strings that cost too much to look for."""
-    if (size := sum(map(len, stops))) > _MAX_STOP_CHARS:
+def check_stop_strings(stop_strings: Sequence[str]) -> None:
+    """Raise ValueError for stop strings that take too long to search."""
+    if (size := sum(map(len, stop_strings))) > _MAX_STOP_CHARS:
         raise ValueError(f"stop strings of {size} characters; give at most {_MAX_STOP_CHARS} in all")
 
 
-def check_text_length(chars: int, context: int, max_chars_per_token: int) -> None:
-    """Raise Refused for a text of so many characters that no context of tokens can spell."""
-    if chars > (most := context * max_chars_per_token):
-        raise APIError(400,
-                       f"a text of {chars} characters cannot fit the model's context of {context} tokens "
-                           f"of at most {max_chars_per_token} characters; shorten it to less than {most}",
-                      "prompt", CONTEXT_LENGTH_EXCEEDED)
+def check_text_length(num_chars: int, context_length: int, max_chars_per_token: int) -> None:
+    """Raise APIError for a text that is too long for the context, however it is tokenized."""
+    if num_chars > (limit := context_length * max_chars_per_token):
+        raise APIError(400, f"a text of {num_chars} characters cannot fit the model's context of "
+                       f"{context_length} tokens of at most {max_chars_per_token} characters; shorten it to "
+                       f"less than {limit}", "prompt", CONTEXT_LENGTH_EXCEEDED)
 
 
-def check_fits_kv_cache(request: Request, info: dict) -> None:
-    """Raise Refused for a prompt that the KV memory of the engine (`info`: Engine.info()) cannot hold."""
-    room = info.get("blocks", 0) * info.get("block_size", 0)
-    if room and len(request.tokens) >= room:
-        raise APIError(400,
-                       f"a prompt of {len(request.tokens)} tokens and one more do not fit the KV memory, "
-                           f"which holds {room}; shorten it, or give the server more memory", "prompt",
-                      CONTEXT_LENGTH_EXCEEDED)
+def check_fits_kv_cache(request: Request, engine_info: dict) -> None:
+    """Raise APIError for a prompt that does not fit the KV cache. `engine_info`: Engine.static_info()."""
+    capacity = engine_info.get("blocks", 0) * engine_info.get("block_size", 0)     # tokens
+    if capacity and len(request.tokens) >= capacity:
+        raise APIError(400, f"a prompt of {len(request.tokens)} tokens and one more do not fit the KV "
+                       f"memory, which holds {capacity}; shorten it, or give the server more memory",
+                       "prompt", CONTEXT_LENGTH_EXCEEDED)
 
 
-def check_num_choices(prompts: int, n: int) -> None:
-    """Raise Refused for more choices than an answer may have."""
-    if prompts * n > MAX_PROMPTS_PER_REQUEST:
-        raise APIError(400, f"{prompts} prompts and n = {n} make {prompts * n} choices; ask for at most "
-                           f"{MAX_PROMPTS_PER_REQUEST} at once", "n")
+def check_num_choices(num_prompts: int, n: int) -> None:
+    """Raise APIError for more choices than one response may have."""
+    if num_prompts * n > MAX_PROMPTS_PER_REQUEST:
+        raise APIError(400, f"{num_prompts} prompts and n = {n} make {num_prompts * n} choices; ask for at "
+                       f"most {MAX_PROMPTS_PER_REQUEST} at once", "n")
 
 
-def tokenize_prompt(text: str, tokenizer: Text, context: int, begin: bool = True) -> list[int]:
-    """The ids of `text`. Raises Refused, before all of it is tokenized, where they cannot fit the context.
+def tokenize_prompt(text: str, tokenizer: Text, context_length: int,
+                    add_special_tokens: bool = True) -> list[int]:
+    """The token ids of `text`. Raises APIError, as early as possible, for a text that does not fit.
 
-    A long text is tried in pieces first, for tokens take a hundred times what their characters do. Cuts add
-    a few tokens, so that only twice the context refuses.
+    A long text is first tokenized in chunks, because tokenizing takes a hundred times the memory of the
+    text. Cuts between chunks add a few tokens, so a text is refused only at twice the context.
     """
-    check_text_length(len(text), context, tokenizer.max_chars_per_token)
+    check_text_length(len(text), context_length, tokenizer.max_chars_per_token)
     try:
-        return _tokenize_in_chunks(text, tokenizer, context, begin)
+        return _tokenize_in_chunks(text, tokenizer, context_length, add_special_tokens)
     except APIError:
         raise
-    except Exception as error:               # a tokenizer without a token for what it does not know
+    except Exception as error:               # a tokenizer may have no token for unknown text
         raise APIError(400, f"the model's tokenizer does not take this text: {error}", "prompt") from error
 
 
-def _tokenize_in_chunks(text, tokenizer, context, begin):
-    ends, count = range(_TOKENIZE_CHUNK_CHARS, len(text) + _TOKENIZE_CHUNK_CHARS,
-                        _TOKENIZE_CHUNK_CHARS) if len(text) > _TOKENIZE_CHUNK_CHARS else (), 0
-    for end in ends:
-        count += len(tokenizer.encode(text[end - _TOKENIZE_CHUNK_CHARS:end], False))
-        if count > 2 * context:
-            raise APIError(400,
-                           f"the first {min(end, len(text))} characters of the prompt are {count} tokens "
-                               f"and the model's context is {context}; shorten it", "prompt",
-                          CONTEXT_LENGTH_EXCEEDED)
-    return tokenizer.encode(text, begin)
+def _tokenize_in_chunks(text, tokenizer, context_length, add_special_tokens):
+    size, count = _TOKENIZE_CHUNK_CHARS, 0
+    for end in range(size, len(text) + size, size) if len(text) > size else ():
+        count += len(tokenizer.encode(text[end - size:end], False))
+        if count > 2 * context_length:
+            raise APIError(400, f"the first {min(end, len(text))} characters of the prompt are {count} "
+                           f"tokens and the model's context is {context_length}; shorten it", "prompt",
+                           CONTEXT_LENGTH_EXCEEDED)
+    return tokenizer.encode(text, add_special_tokens)
 
 
-def check_total_prompt_tokens(tokens: int, context: int) -> None:
-    """Raise Refused where the prompts of one request have more tokens than it may bring."""
-    if tokens > (most := _MAX_CONTEXTS_PER_RESPONSE * context):
-        raise APIError(400,
-                       f"prompts of {tokens} tokens in one request; send at most {_MAX_CONTEXTS_PER_RESPONSE} contexts of "
-                           f"{context}, {most}, at once", "prompt")
+def check_total_prompt_tokens(num_tokens: int, context_length: int) -> None:
+    """Raise APIError if the prompts of one request have too many tokens in total."""
+    if num_tokens > (limit := _MAX_CONTEXTS_PER_RESPONSE * context_length):
+        raise APIError(400, f"prompts of {num_tokens} tokens in one request; send at most "
+                       f"{_MAX_CONTEXTS_PER_RESPONSE} contexts of {context_length}, {limit}, at once",
+                       "prompt")
 
 
 def _max_response_size(requests: Sequence[Request], echo: bool) -> tuple[int, int]:
-    """(tokens, log-probabilities) that the answer to `requests` can come to."""
-    tokens = sum(r.n * (r.max_tokens + echo * len(r.tokens)) for r in requests)
+    """(tokens, log-probabilities) that the response to `requests` can have at most."""
+    num_tokens = sum(r.n * (r.max_tokens + echo * len(r.tokens)) for r in requests)
     first = requests[0]
     each = (1 + (first.logprobs or 0)) if first.echo or first.logprobs is not None else 0
-    return tokens, each * tokens
+    return num_tokens, each * num_tokens
 
 
-def default_max_tokens(context: int, n: int, logprobs: int | None) -> int:
-    """New tokens for each of `n` choices, where the client leaves it open."""
+def default_max_tokens(context_length: int, n: int, num_logprobs: int | None) -> int:
+    """max_tokens of each of `n` choices when the client gives none, so that the response is not too large."""
     n = max(1, n)
-    most = _MAX_CONTEXTS_PER_RESPONSE * context // n
-    return most if logprobs is None else min(most,
-                                             max_logprobs_per_response(context) // (n * (1 + max(0,
-                                                                                                 logprobs))))
+    limit = _MAX_CONTEXTS_PER_RESPONSE * context_length // n
+    if num_logprobs is None:
+        return limit
+    return min(limit, max_logprobs_per_response(context_length) // (n * (1 + max(0, num_logprobs))))
 
 
-def check_response_size(requests: Sequence[Request], echo: bool, context: int) -> None:
-    """Raise Refused for an answer that would be too large."""
-    tokens, logprobs = _max_response_size(requests, echo)
-    if tokens > (most := _MAX_CONTEXTS_PER_RESPONSE * context):
-        raise APIError(400,
-                       f"the answer may come to {tokens} tokens; ask for at most {_MAX_CONTEXTS_PER_RESPONSE} contexts of "
-                           f"{context}, {most}: lower max_tokens or n", "max_tokens")
-    if logprobs > (most := max_logprobs_per_response(context)):
-        raise APIError(400, f"the answer may come to {logprobs} log-probabilities, {logprobs // tokens} for "
-                           f"each of {tokens} tokens; ask for {most}: lower max_tokens, n or logprobs")
+def check_response_size(requests: Sequence[Request], echo: bool, context_length: int) -> None:
+    """Raise APIError for a response that may become too large."""
+    num_tokens, num_logprobs = _max_response_size(requests, echo)
+    if num_tokens > (limit := _MAX_CONTEXTS_PER_RESPONSE * context_length):
+        raise APIError(400, f"the answer may come to {num_tokens} tokens; ask for at most "
+                       f"{_MAX_CONTEXTS_PER_RESPONSE} contexts of {context_length}, {limit}: lower "
+                       "max_tokens or n", "max_tokens")
+    if num_logprobs > (limit := max_logprobs_per_response(context_length)):
+        raise APIError(400, f"the answer may come to {num_logprobs} log-probabilities, "
+                       f"{num_logprobs // num_tokens} for each of {num_tokens} tokens; ask for {limit}: "
+                       "lower max_tokens, n or logprobs")
 
 
-def check_echo_size(chars: int, n: int) -> None:
-    """Raise Refused where prompts of so many characters would be echoed `n` times."""
-    if chars * n > MAX_BODY_BYTES:
-        raise APIError(400,
-                       f"echo would say {chars} characters {n} times; ask for at most {MAX_BODY_BYTES} in "
-                           "all: lower n", "echo")
+def check_echo_size(num_chars: int, n: int) -> None:
+    """Raise APIError if prompts of `num_chars` characters, echoed `n` times, are too much."""
+    if num_chars * n > MAX_BODY_BYTES:
+        raise APIError(400, f"echo would say {num_chars} characters {n} times; ask for at most "
+                       f"{MAX_BODY_BYTES} in all: lower n", "echo")

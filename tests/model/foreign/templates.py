@@ -126,7 +126,7 @@ def _judge(folder, messages, hostile):
     if hostile:  # transformers would hang: no more than the sandbox's own words
         process = ChatTemplateProcess()
         try:
-            ours(process.render, template, messages, text)
+            ours(process.render_chat_template, template, messages, text)
             return "equal"
         finally:
             process.close()

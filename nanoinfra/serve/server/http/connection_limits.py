@@ -1,8 +1,8 @@
-"""Connections on which nothing comes take nothing from others: time limits, and a cap that closes the oldest.
+"""Time limits of connections, and a maximum number of them: idle clients must not block others.
 
-Each connection is a file descriptor, of which a process has few (ulimit -n); once they are gone, asyncio
-accepts nobody and logs each try. Uvicorn itself limits the time between two requests alone. The limits are
-nginx's, under its names; the minimum rate is Apache's (mod_reqtimeout).
+Each connection needs a file descriptor, and a process has few (ulimit -n). Without any left, asyncio
+accepts no client and logs every attempt. uvicorn itself only has a keep-alive timeout. The limits have
+nginx's names and meaning; the minimum rate of a body is Apache's (mod_reqtimeout).
 """
 import functools
 import logging
@@ -18,79 +18,85 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from nanoinfra.serve.server.errors import APIError
 from nanoinfra.serve.server.http.request_ids import REQUEST_ID_HEADER, get_or_create_request_id
 
-DEFAULT_MAX_CONNECTIONS = 2048                      # unless the engine takes more requests
-LISTEN_BACKLOG = 2048                               # connections that may wait in the system to be accepted
-MAX_ACCEPTS_AT_ONCE = 8                                  # that asyncio accepts at a time
-_RESERVED_FILE_DESCRIPTORS = 96              # descriptors for all else: the engine's pipes, what is closing
-_MIN_CONNECTIONS = 16                                   # connections below which a server is none
-MAX_HEADER_BYTES = 16 << 10                         # bytes of a head so far, and parsed at a time: in 20 ms
-_MIN_BODY_BYTES_PER_SECOND = 1000                              # bytes of a body in a second
-MIN_MEAN_CHUNK_BYTES = 256                   # bytes of a body's chunks on average, after as many chunks
+DEFAULT_MAX_CONNECTIONS = 2048               # more if the engine takes more requests
+LISTEN_BACKLOG = 2048                        # connections that the system holds until they are accepted
+MAX_ACCEPTS_AT_ONCE = 8                      # connections that asyncio accepts at a time
+_RESERVED_FILE_DESCRIPTORS = 96              # for the engine's pipes, closing sockets, files
+_MIN_CONNECTIONS = 16                        # a server with fewer is refused
+MAX_HEADER_BYTES = 16 << 10                  # of the request line and headers
+_MIN_BODY_BYTES_PER_SECOND = 1000            # a slower body is a timeout
+MIN_MEAN_CHUNK_BYTES = 256                   # mean size of a body's chunks, after as many chunks
 
 _logger = logging.getLogger("nanoinfra.serve")
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What a connection may take of the server's time, in seconds, and how many there may be."""
-    client_header_timeout: float = 10.0      # for a head, since it was connected or its first byte came
-    client_body_timeout: float = 10.0        # for a body, and one more for each MIN_RATE bytes of it
-    send_timeout: float = 60.0               # that a client may leave unread what it is sent
-    keepalive_timeout: float = 75.0          # for another request: more than pools and proxies (60) keep it
+    """Timeouts of a connection in seconds, and the maximum number of connections."""
+    client_header_timeout: float = 10.0      # for the headers, from connection or first byte
+    client_body_timeout: float = 10.0        # for a body, plus its size / minimum rate
+    send_timeout: float = 60.0               # while a client does not read the response
+    keepalive_timeout: float = 75.0          # for the next request; clients and proxies use 60
     max_connections: int = DEFAULT_MAX_CONNECTIONS
 
 
-def connection_limits_within_ulimit(most: int = DEFAULT_MAX_CONNECTIONS) -> ConnectionLimits:
-    """Limits with `most` connections, or as many as the system gives this process descriptors for.
+def connection_limits_within_ulimit(max_connections: int = DEFAULT_MAX_CONNECTIONS) -> ConnectionLimits:
+    """Limits with `max_connections`, or fewer if the process may not have so many file descriptors.
 
-    Raises the process's soft limit as far as that needs. Raises ValueError where hardly any are left.
+    Raises the soft limit (ulimit -n) as far as needed. ValueError if too few descriptors are left.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < most + _RESERVED_FILE_DESCRIPTORS:
-        soft = most + _RESERVED_FILE_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, most + _RESERVED_FILE_DESCRIPTORS)
+    needed = max_connections + _RESERVED_FILE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        most = soft - _RESERVED_FILE_DESCRIPTORS
-    if most < _MIN_CONNECTIONS:
-        raise ValueError(f"{soft} file descriptors are too few for a server; give it at least "
-                         f"{_MIN_CONNECTIONS + _RESERVED_FILE_DESCRIPTORS}: ulimit -n {_MIN_CONNECTIONS + _RESERVED_FILE_DESCRIPTORS}")
-    return ConnectionLimits(max_connections=most)
+        max_connections = soft - _RESERVED_FILE_DESCRIPTORS
+    if max_connections < _MIN_CONNECTIONS:
+        least = _MIN_CONNECTIONS + _RESERVED_FILE_DESCRIPTORS
+        raise ValueError(f"{soft} file descriptors are too few for a server; give it at least {least}: "
+                         f"ulimit -n {least}")
+    return ConnectionLimits(max_connections=max_connections)
 
 
 def http_protocol_factory(limits: ConnectionLimits) -> Callable[..., H11Protocol]:
-    """What uvicorn calls for each connection of one server (Config's `http`)."""
+    """The protocol factory of one server (uvicorn.Config's `http`): uvicorn calls it for each connection."""
     return functools.partial(TimeLimitedHTTPConnection, limits, {})
 
 
 class TimeLimitedHTTPConnection(H11Protocol):
-    """One connection. `waiting` holds those that have not sent a complete request, the longest first."""
+    """One HTTP connection with time limits.
 
-    def __init__(self, limits: ConnectionLimits, waiting: dict, **uvicorns):
-        super().__init__(**uvicorns)
+    `awaiting_request` is shared by all connections of a server. It holds those without a complete
+    request, the one that waits longest first. States are h11's.
+    """
+
+    def __init__(self, limits: ConnectionLimits, awaiting_request: dict, **uvicorn_args):
+        super().__init__(**uvicorn_args)
         self.conn = ChunkLimitedH11Connection(h11.SERVER, MAX_HEADER_BYTES)
-        self.limits, self.waiting = limits, waiting
-        self.state, self.since = None, 0.0   # of the client, as h11 has it
-        self.kept = False                    # between two requests, of which the next has not begun
-        self.unread_since = None             # when the client stopped to read what it is sent
+        self.limits, self.awaiting_request = limits, awaiting_request
+        self.client_state, self.state_since = None, 0.0      # h11's state of the client
+        self.is_idle_keepalive = False       # between two requests
+        self.write_blocked_since = None      # since when the client does not read
 
     def connection_made(self, transport):
         super().connection_made(transport)
         self._note_state()
         if len(self.connections) > self.limits.max_connections:
             _logger.warning("%d connections are open; the one that asks nothing for the longest is closed",
-                           self.limits.max_connections)
-            longest = next(iter(self.waiting))
-            longest.end(APIError(503, "too many connections are open; try again"))
-            longest.transport.abort()        # its descriptor is free now, whether it reads or not
+                            self.limits.max_connections)
+            longest = next(iter(self.awaiting_request))
+            longest.close_with_error(APIError(503, "too many connections are open; try again"))
+            longest.transport.abort()        # frees its descriptor even if the client does not read
 
     def connection_lost(self, exc):
-        self.waiting.pop(self, None)
+        self.awaiting_request.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data):
-        if self.kept:                        # the next request begins: now it has the time of a head
-            self.kept, self.since = False, monotonic()
-            self.waiting[self] = self.waiting.pop(self, None)
-        for begin in range(0, len(data), MAX_HEADER_BYTES):  # h11 measures a head only while it is incomplete
+        if self.is_idle_keepalive:           # the next request begins: client_header_timeout applies
+            self.is_idle_keepalive, self.state_since = False, monotonic()
+            self.awaiting_request[self] = self.awaiting_request.pop(self, None)
+        for begin in range(0, len(data), MAX_HEADER_BYTES):  # h11 limits headers while they are incomplete
             if not self.transport.is_closing():
                 super().data_received(data[begin:begin + MAX_HEADER_BYTES])
         self._note_state()
@@ -101,59 +107,61 @@ class TimeLimitedHTTPConnection(H11Protocol):
 
     def pause_writing(self):
         super().pause_writing()
-        self.unread_since = monotonic()
+        self.write_blocked_since = monotonic()
 
     def resume_writing(self):
         super().resume_writing()
-        self.unread_since = None
+        self.write_blocked_since = None
 
     def send_400_response(self, msg):
-        self.end(APIError(400, msg))
+        self.close_with_error(APIError(400, msg))
 
     def shutdown(self):
-        """The server ends: what has been asked is answered, what is being asked is not."""
-        if self in self.waiting and self.state is h11.SEND_BODY:
-            return self.end(APIError(503, "the server is about to end"))
+        """Called when the server shuts down. Complete requests are answered, incomplete ones get 503."""
+        if self in self.awaiting_request and self.client_state is h11.SEND_BODY:
+            return self.close_with_error(APIError(503, "the server is about to end"))
         super().shutdown()
 
-    def check(self, now: float) -> None:
-        """Close the connection if the client has taken too long; called about once a second."""
-        if self.unread_since is None and self.transport.is_closing():    # the rest is still to be read
-            self.unread_since = now
-        if self.unread_since is not None:
-            if now - self.unread_since > self.limits.send_timeout:
+    def close_if_timed_out(self, now: float) -> None:
+        """Close the connection if a time limit is over; called about once a second with time.monotonic()."""
+        if self.write_blocked_since is None and self.transport.is_closing():
+            self.write_blocked_since = now   # the client has still to read the rest
+        if self.write_blocked_since is not None:
+            if now - self.write_blocked_since > self.limits.send_timeout:
                 self.transport.abort()
-        elif self in self.waiting and now - self.since > (allowed := self._allowed()):
-            came = self.state is h11.SEND_BODY or self.conn.trailing_data[0]
-            self.end(APIError(408, f"the request was not complete after {allowed:.0f} s") if came else None)
+        elif self in self.awaiting_request and now - self.state_since > (timeout := self._timeout()):
+            has_begun = self.client_state is h11.SEND_BODY or self.conn.trailing_data[0]
+            late = APIError(408, f"the request was not complete after {timeout:.0f} s")
+            self.close_with_error(late if has_begun else None)
 
-    def end(self, why: APIError | None) -> None:
-        """Close the connection. The client is told why, unless its answer has begun."""
-        self.waiting.pop(self, None)
-        if why and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            name = get_or_create_request_id(self.headers or () if self.state is h11.SEND_BODY else ())
-            self._write(JSONResponse(why.body(), why.status, why.headers() | {"Connection": "close",
-                                                                              REQUEST_ID_HEADER: name}))
-        if self.cycle and not self.cycle.response_complete:              # its handler learns of it
+    def close_with_error(self, error: APIError | None) -> None:
+        """Close the connection, and send `error` first unless a response has already begun."""
+        self.awaiting_request.pop(self, None)
+        if error and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            headers = self.headers or () if self.client_state is h11.SEND_BODY else ()
+            request_id = get_or_create_request_id(headers)
+            self._write(JSONResponse(error.error_body(), error.status_code, error.retry_headers() | {
+                "Connection": "close", REQUEST_ID_HEADER: request_id}))
+        if self.cycle and not self.cycle.response_complete:  # tell the handler that the client is gone
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
 
     def _note_state(self):
-        """Is the client asking, and since when?"""
-        if self.conn.their_state is self.state or self.transport.is_closing():
+        """Note h11's state of the client, since when it holds, and whether a request is awaited."""
+        if self.conn.their_state is self.client_state or self.transport.is_closing():
             return
-        answered = self.state is not None
-        self.state, self.since = self.conn.their_state, monotonic()
-        self.kept = answered and self.state is h11.IDLE and not self.conn.trailing_data[0]
-        self.waiting.pop(self, None)
-        if self.state in (h11.IDLE, h11.SEND_BODY):
-            self.waiting[self] = None
+        answered = self.client_state is not None
+        self.client_state, self.state_since = self.conn.their_state, monotonic()
+        self.is_idle_keepalive = answered and self.client_state is h11.IDLE and not self.conn.trailing_data[0]
+        self.awaiting_request.pop(self, None)
+        if self.client_state in (h11.IDLE, h11.SEND_BODY):
+            self.awaiting_request[self] = None
 
-    def _allowed(self):
-        if self.state is h11.IDLE:
-            return self.limits.keepalive_timeout if self.kept else self.limits.client_header_timeout
-        return self.limits.client_body_timeout + self.conn.size / _MIN_BODY_BYTES_PER_SECOND
+    def _timeout(self):
+        if self.client_state is not h11.IDLE:
+            return self.limits.client_body_timeout + self.conn.num_body_bytes / _MIN_BODY_BYTES_PER_SECOND
+        return self.limits.keepalive_timeout if self.is_idle_keepalive else self.limits.client_header_timeout
 
     def _write(self, response):
         no_body = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
@@ -163,15 +171,16 @@ class TimeLimitedHTTPConnection(H11Protocol):
 
 
 class ChunkLimitedH11Connection(h11.Connection):
-    """HTTP/1.1 in which many small chunks are an error: each costs what a kilobyte does."""
-    chunks, size = 0, 0                      # of the body so far
+    """h11's HTTP/1.1, where many small chunks are an error: parsing one takes as long as a kilobyte."""
+    num_chunks, num_body_bytes = 0, 0        # of the current body
 
     def next_event(self):
         event = super().next_event()
         if isinstance(event, h11.Request):
-            self.chunks, self.size = 0, 0
+            self.num_chunks, self.num_body_bytes = 0, 0
         if isinstance(event, h11.Data):
-            self.chunks, self.size = self.chunks + event.chunk_end, self.size + len(event.data)
-            if self.chunks > MIN_MEAN_CHUNK_BYTES + self.size / MIN_MEAN_CHUNK_BYTES:
+            self.num_chunks += event.chunk_end
+            self.num_body_bytes += len(event.data)
+            if self.num_chunks > MIN_MEAN_CHUNK_BYTES + self.num_body_bytes / MIN_MEAN_CHUNK_BYTES:
                 raise h11.RemoteProtocolError("the chunks of the body are too small")
         return event

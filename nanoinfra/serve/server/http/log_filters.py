@@ -1,7 +1,7 @@
-"""What the server writes to its log: a line that repeats is counted, and clients cannot draw on the terminal.
+"""Log filters: repeated lines are counted instead of written, and control characters are escaped.
 
-Anybody who connects can make the server log, as often as they like. A line is known by where in the code it
-comes from, so that what is remembered does not grow with what clients send.
+Any client can make the server log as often as it likes. Lines count as the same if they come from the same
+place in the code, so the memory of the filter does not grow with what clients send.
 """
 import logging
 import traceback
@@ -10,41 +10,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LOGGER_NAMES = ("uvicorn.error", "asyncio", "nanoinfra.serve")
-_MAX_REMEMBERED_LINES = 1000                                  # places that are remembered
+_MAX_REMEMBERED_LINES = 1000                 # places in the code
 
 
 def escape_unprintable(text: str) -> str:
-    """The text, with what does not print as itself, line ends too, as Python would spell it."""
+    """The text with unprintable characters, line ends too, written as Python's escape sequences."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 @contextmanager
 def filter_repeated_logs() -> Iterator[None]:
-    """While it lasts, the server's loggers write a line for the 1st, 2nd, 4th, 8th ... time it comes."""
-    repeats = RepeatedLogFilter()
+    """A context in which the server's loggers write a repeated line only the 1st, 2nd, 4th, 8th ... time."""
+    repeated_log_filter = RepeatedLogFilter()
     for name in _LOGGER_NAMES:
-        logging.getLogger(name).addFilter(repeats)
+        logging.getLogger(name).addFilter(repeated_log_filter)
     try:
         yield
     finally:
         for name in _LOGGER_NAMES:
-            logging.getLogger(name).removeFilter(repeats)
+            logging.getLogger(name).removeFilter(repeated_log_filter)
 
 
 class RepeatedLogFilter(logging.Filter):
-    """Lets every power of two of a line through, with the count; tracebacks with the first alone."""
+    """Passes the 1st, 2nd, 4th, 8th ... record of each place in the code; tracebacks only with the 1st."""
 
     def __init__(self):
         super().__init__()
         self.counts = Counter()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Also makes the line visible."""
-        place = (record.pathname, record.lineno, *_raised_at(record.exc_info))
-        if len(self.counts) >= _MAX_REMEMBERED_LINES and place not in self.counts:
+        """True for a record to write; it gets its count, and unprintable characters are escaped."""
+        log_site = (record.pathname, record.lineno, *_raised_at(record.exc_info))
+        if len(self.counts) >= _MAX_REMEMBERED_LINES and log_site not in self.counts:
             self.counts.clear()
-        self.counts[place] += 1
-        count = self.counts[place]
+        self.counts[log_site] += 1
+        count = self.counts[log_site]
         record.msg, record.args = escape_unprintable(record.getMessage().strip()), ()
         if count > 1:
             record.msg += f" ({count} times by now)"
@@ -56,7 +56,7 @@ class RepeatedLogFilter(logging.Filter):
 
 
 def _raised_at(exc_info):
-    """The kind of the exception and where it comes from."""
+    """The type of the exception, and the file and line that raised it."""
     if not exc_info or not exc_info[2]:
         return ()
     last = traceback.extract_tb(exc_info[2])[-1]

@@ -1,7 +1,7 @@
-"""What is kept of an answer that is not streamed, until its end.
+"""Collects the outputs of one choice of a response that is not streamed.
 
-A log-probability takes 12 bytes in flat arrays, where a Logprob's pairs of Python objects take 116 (vLLM's
-FlatLogprobs); a token takes its characters, where an Event takes 600 bytes.
+It keeps little memory: a log-probability takes 12 bytes in flat arrays instead of 116 as Python objects
+(vLLM's FlatLogprobs), and a token takes its characters instead of the 600 bytes of an output.
 """
 from array import array
 from collections.abc import Iterable, Iterator
@@ -12,45 +12,46 @@ from nanoinfra.serve.engine.requests import Event, Logprob
 
 
 class FlatLogprobs:
-    """A sequence that grows, of Logprob whose own value is known: not a prompt's first."""
+    """A growing sequence of Logprob in flat arrays. Each must have a value, so not a prompt's first token."""
 
     def __init__(self):
-        self.tokens, self.values = array("i"), array("d")    # a place's own, then its likeliest
-        self.ends = array("q")                               # where each place ends in them
+        self.token_ids, self.logprobs = array("i"), array("d")           # of each position: its own, then the
+        self.end_indices = array("q")        #   likeliest; where each position ends
 
     def extend(self, logprobs: Iterable[Logprob]) -> None:
-        """Add them at the end."""
+        """Append the log-probabilities."""
         for each in logprobs:
             for token, value in ((each.token, each.logprob), *each.top):
-                self.tokens.append(token)
-                self.values.append(value)
-            self.ends.append(len(self.tokens))
+                self.token_ids.append(token)
+                self.logprobs.append(value)
+            self.end_indices.append(len(self.token_ids))
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.end_indices)
 
     def __iter__(self) -> Iterator[Logprob]:
-        at = 0
-        for end in self.ends:
-            (token, value), *top = zip(self.tokens[at:end], self.values[at:end])
+        start = 0
+        for end in self.end_indices:
+            (token, value), *top = zip(self.token_ids[start:end], self.logprobs[start:end])
             yield Logprob(token, value, top)
-            at = end
+            start = end
 
 
 @dataclass
 class ChoiceAccumulator:
-    """One continuation, as it grows."""
-    first: Event
-    finish: str | None = None
+    """The outputs of one choice (continuation), added up."""
+    first_output: Event
+    finish_reason: str | None = None
     text: StringIO = field(default_factory=StringIO)
     logprobs: FlatLogprobs = field(default_factory=FlatLogprobs)
 
-    def add(self, event: Event) -> None:
-        """The next of its events."""
-        self.text.write(event.text)
-        self.logprobs.extend(event.logprobs)
-        self.finish = event.finish
+    def append_output(self, output: Event) -> None:
+        """Add the next output."""
+        self.text.write(output.text)
+        self.logprobs.extend(output.logprobs)
+        self.finish_reason = output.finish
 
-    def event(self) -> Event:
-        """All of them as one."""
-        return replace(self.first, text=self.text.getvalue(), logprobs=self.logprobs, finish=self.finish)
+    def merged_output(self) -> Event:
+        """All outputs as one."""
+        return replace(self.first_output, text=self.text.getvalue(), logprobs=self.logprobs,
+                       finish=self.finish_reason)
