@@ -26,11 +26,11 @@ PATIENCE = 300.0                             # seconds for an answer: a loaded m
 
 CODE = """
 import functools, sys
-from nanoinfra.serve.server.launch_server import main
+from nanoinfra.serve.server.launch_server import run_server
 from nanoinfra.serve.options import EngineOptions, ServeOptions
 from tests.serve.fake import {factory}
 options = ServeOptions(EngineOptions("fake", tp={tp}), port=0, drain={drain})
-sys.exit(main(options, functools.partial({factory}, **{engine})))
+sys.exit(run_server(options, functools.partial({factory}, **{engine})))
 """
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nanoinfra.serve.server.request_limits import MAX_BODY_BYTES
 from tests.serve.host import metric, serving
-from tests.serve.test_protocol import BODIES
+from tests.serve.test_completion_requests import BODIES
 
 JSON = {"Content-Type": "application/json"}
 RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.json"))

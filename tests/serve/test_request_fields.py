@@ -12,7 +12,7 @@ from nanoinfra.serve.server.openai.completion_requests import (
     parse_request_body,
 )
 from nanoinfra.serve.server.openai.request_fields import NOOP_VALUES_OF_UNSUPPORTED_FIELDS
-from tests.serve.test_protocol import HI, UNSUPPORTED, asked
+from tests.serve.test_completion_requests import HI, UNSUPPORTED, asked
 
 OPENAI = {CompletionRequest: completions.CompletionCreateParamsNonStreaming.__annotations__,
           ChatCompletionRequest: chats.CompletionCreateParamsNonStreaming.__annotations__}

@@ -107,17 +107,17 @@ def test_the_child_does_without_torch_and_unpickles_nothing():
     code = ("import pickle, sys\nimport nanoinfra.serve.server.openai.chat_template_process as t\n"
             "assert 'torch' not in sys.modules\n"
             "t.without_torch()\nt.renderer()\npickle.loads = pickle.Unpickler = None\n"
-            "said = t.answer('{{ messages }}{{ pad_token }}', [], {'pad_token': 'p'})\n"
+            "said = t._render_to_json('{{ messages }}{{ pad_token }}', [], {'pad_token': 'p'})\n"
             "assert said == b'{\"text\": \"[]p\"}'\n"
             "peak = int(open('/proc/self/status').read().split('VmPeak:')[1].split()[0]) * 1024\n"
-            "assert sys.modules['torch'] is None and 4 * peak < t.MEMORY, peak")
+            "assert sys.modules['torch'] is None and 4 * peak < t._MAX_ADDRESS_SPACE_BYTES, peak")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_without_the_hub_extra_a_chat_is_refused_in_one_line():
     code = ("import sys\nsys.modules['transformers'] = None\n"
             "import nanoinfra.serve.server.openai.chat_template_process as t\n"
-            "print(t.answer('{{ messages }}', [], {}).decode())")
+            "print(t._render_to_json('{{ messages }}', [], {}).decode())")
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert said.stdout.strip() == ('{"error": "chat templates need the package transformers; '
                                    'pip install \'nanoinfra[hub]\'"}')

@@ -75,7 +75,7 @@ def test_a_turn_of_calls_and_their_answer_are_rendered():
     ("", {}), ("{", "{"), ("[1]", [1]), ({"a": 1}, {"a": 1}), ("[" * 900 + "]" * 900,) * 2])
 def test_arguments_that_are_no_json_stay_text(arguments, want):
     call = {"function": {"name": "f", "arguments": arguments}}
-    said = ChatMessage(role="assistant", tool_calls=[call]).for_template()
+    said = ChatMessage(role="assistant", tool_calls=[call]).to_template_dict()
     assert said["tool_calls"] == [{"function": {"name": "f", "arguments": want}}]
 
 

@@ -20,7 +20,7 @@ from nanoinfra.serve.server.openai.responses_output import ResponsesResponse
 from nanoinfra.serve.server.openai.responses_requests import _INCLUDE_LOGPROBS, ResponsesRequest
 from nanoinfra.serve.server.request_limits import MAX_MESSAGES
 from tests.serve.host import serving
-from tests.serve.test_protocol import JSON, LIKELY, READY, answer, asked, ids
+from tests.serve.test_completion_requests import JSON, LIKELY, READY, answer, asked, ids
 
 HI = "u:hi\n"                                # what the fake's template makes of the text "hi"
 OPENING = ["response.created", "response.in_progress", "response.output_item.added",
