@@ -13,6 +13,7 @@ from contextlib import ExitStack
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.datastructures import State
 from starlette.requests import ClientDisconnect
 
 from nanoinfra.serve.engine.requests import Event
@@ -68,7 +69,7 @@ async def handle_generation_request(http_request: Request, request_type: type[Ba
         raise
 
 
-def require_ready_engine(app_state) -> Worker:
+def require_ready_engine(app_state: State) -> Worker:
     """The engine client of the app. Raises APIError (503) while the engine is not ready."""
     if app_state.draining:
         raise APIError(503, "the server is about to end")

@@ -9,9 +9,10 @@ import ctypes
 import gc
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from nanoinfra.serve.processes.engine_loop import Ready
 from nanoinfra.serve.server.errors import APIError
@@ -42,7 +43,7 @@ class RequestPreprocessor:
         self.num_waiting, self.num_large_bodies = Counter(), 0
         self.thread_local, self.template_processes = threading.local(), []
 
-    async def run_in_pool(self, pool: str, call, *args):
+    async def run_in_pool(self, pool: str, call: Callable, *args: Any) -> Any:
         """Run `call(*args)` in a thread of `pool` for its result. Raises APIError (429) if it is full."""
         if self.num_waiting[pool] >= _MAX_WAITING_PER_POOL:
             raise APIError(429, f"{_MAX_WAITING_PER_POOL} requests wait to be read; come back later")
@@ -69,7 +70,7 @@ class RequestPreprocessor:
         return encode()
 
     @contextmanager
-    def reserve_large_body_slot(self):
+    def reserve_large_body_slot(self) -> Iterator[None]:
         """Hold one of the few slots for large bodies. Raises APIError (429) if none is free."""
         if self.num_large_bodies >= _MAX_LARGE_BODIES:
             raise APIError(429, f"{_MAX_LARGE_BODIES} bodies larger than {LARGE_BODY_BYTES} bytes are read "

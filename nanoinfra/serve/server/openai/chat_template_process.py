@@ -34,7 +34,7 @@ class ChatTemplateProcess:
     def __init__(self, cpu_seconds: float = _MAX_CPU_SECONDS_PER_CHAT):
         self.cpu_seconds, self.process, self.pipe = cpu_seconds, None, None
 
-    def render_chat_template(self, chat_template: str, messages: list[dict], text: Text,
+    def render_chat_template(self, chat_template: str, messages: list[dict], tokenizer: Text,
                              tools: list[dict] | None = None) -> str:
         """The rendered prompt. Raises ValueError if the template fails, or the child ends or is too slow."""
         try:
@@ -42,7 +42,8 @@ class ChatTemplateProcess:
                 self._kill()
             if self.process is None:
                 self._start()
-            self.pipe.send_bytes(json.dumps([chat_template, messages, text.special_tokens, tools]).encode())
+            request = [chat_template, messages, tokenizer.special_tokens, tools]
+            self.pipe.send_bytes(json.dumps(request).encode())
             reply = json.loads(self._receive(_RENDER_TIMEOUT_SECONDS))
         except (EOFError, OSError) as error:
             raise ValueError(self._kill() if self.process else str(error)) from error

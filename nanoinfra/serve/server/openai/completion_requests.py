@@ -69,19 +69,20 @@ class BaseCompletionRequest(UnsupportedFields):
             return "max_completion_tokens"
         return self.client_field_names.get(engine_param, engine_param)
 
-    def _engine_request(self, request_id, tokens, max_tokens, logprobs, text: Text, echo=False) -> Request:
+    def _engine_request(self, request_id, tokens, max_tokens, logprobs, tokenizer: Text,
+                        echo=False) -> Request:
         if "" in self.stop:
             raise APIError(400, "a stop string is empty; leave it out", "stop")
         sampling = Sampling(self.temperature, max(0, self.top_k), self.top_p, self.min_p,
                             self.presence_penalty, self.frequency_penalty, self.repetition_penalty,
                             self.logit_bias, None if self.seed == -1 else self.seed)
         return Request(request_id, tokens, sampling, max_tokens, self.n, tuple(self.stop), self.ignore_eos,
-                       logprobs, echo, self.cache_salt, self._stop_token_ids(text), self.min_tokens)
+                       logprobs, echo, self.cache_salt, self._stop_token_ids(tokenizer), self.min_tokens)
 
-    def _stop_token_ids(self, text):
+    def _stop_token_ids(self, tokenizer):
         """The stop_token_ids, and the ids of stop strings that are special tokens, which no text contains."""
-        named = (text.backend.token_to_id(stop) for stop in self.stop)
-        return (*self.stop_token_ids, *(token for token in named if token in text.special_ids))
+        named = (tokenizer.backend.token_to_id(stop) for stop in self.stop)
+        return (*self.stop_token_ids, *(token for token in named if token in tokenizer.special_ids))
 
 
 _CHAT_ONLY_REASON = "tools are for /v1/chat/completions"
