@@ -124,8 +124,8 @@ def _generate(options, argv):
 
 
 def _serve(options, argv):
-    from nanoinfra.serve.server.launch_server import main as serve
-    return serve(options)
+    from nanoinfra.serve.server.launch_server import run_server
+    return run_server(options)
 
 
 def _doctor(flags, argv):

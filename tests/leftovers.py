@@ -16,7 +16,7 @@ from nanoinfra.distributed.pool.rank_pool import RankPool, shared_rank_pool
 from tests.processes import MARK, alive, command, end, gone, marked, parent, running
 
 ENDING = 2.0                                 # CPU seconds that a process may take to end
-LAZY = "nanoinfra.serve.server.openai.chat_templates"  # a module's server starts it with the first chat
+LAZY = "nanoinfra.serve.server.openai.chat_template_process"  # the first chat of a server starts it
 
 
 @pytest.fixture(scope="module", autouse=True)

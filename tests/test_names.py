@@ -39,7 +39,8 @@ NAMES = {path: public_names(ast.parse(path.read_text())) for path in MODULES}
 
 
 def test_words_are_counted():
-    assert [words(name) for name in ("block_table", "BlockPool", "MAX_BYTES", "Engine", "step", "KVCache")] == [
+    assert [words(name) for name in ("block_table", "BlockPool", "MAX_BYTES", "Engine", "step",
+                                     "KVCache")] == [
         2, 2, 2, 1, 1, 2]
 
 

@@ -12,8 +12,8 @@ from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.processes import engine_client, engine_processes
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.metrics import Counters
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.metrics import ServerMetrics
 from tests.serve.fake import fake, text
 
 BOUND = 8                                    # commands that may wait
@@ -42,7 +42,7 @@ class Paper:
 def books(act):
     """What `act` finds in a Worker that is ready, in its event loop."""
     async def run():
-        one = engine_client.EngineClient(fake, Counters("fake"), hang_timeout=3600.0)
+        one = engine_client.EngineClient(fake, ServerMetrics("fake"), hang_timeout=3600.0)
         one.loop = asyncio.get_running_loop()
         one._on_message(Paper(), EngineReady({"blocks": 1, "block_size": 1}, text(), None, (BOUND, 1 << 20)))
         one._tick()
@@ -58,7 +58,7 @@ def _(subject):
     def hammer(one):
         for i in range(10 * BOUND):
             one.submit_requests([Request(f"r{i}", [1])]).close()
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(APIError):
             one.reset_prefix_cache()
         return len(one.processes.sent)
     if (got := subject(hammer)) > 2 * BOUND:

@@ -18,7 +18,7 @@ from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.processes import engine_client, engine_processes
-from nanoinfra.serve.server.metrics import Counters
+from nanoinfra.serve.server.metrics import ServerMetrics
 from tests.processes import alive, children
 from tests.serve.fake import compiling, fake
 from tests.serve.host import ROOT
@@ -104,7 +104,7 @@ def started(then):
     facts, kept = {}, []
 
     async def run():
-        kept.append(one := engine_client.EngineClient(LONG, Counters("fake")))
+        kept.append(one := engine_client.EngineClient(LONG, ServerMetrics("fake")))
         one.start()
         while one.state == "loading":
             await asyncio.sleep(0.01)

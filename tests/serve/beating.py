@@ -10,10 +10,10 @@ import sys
 import time
 
 from nanoinfra.serve.processes.engine_client import EngineClient
-from nanoinfra.serve.server.app import build
-from nanoinfra.serve.server.http.graceful_shutdown import Server
-from nanoinfra.serve.server.launch_server import listen
-from nanoinfra.serve.server.metrics import Counters
+from nanoinfra.serve.server.app import build_app
+from nanoinfra.serve.server.http.graceful_shutdown import GracefulServer
+from nanoinfra.serve.server.launch_server import create_server_socket
+from nanoinfra.serve.server.metrics import ServerMetrics
 from tests.serve.fake import TEMPLATE, Fake
 from tests.serve.host import started
 
@@ -34,7 +34,7 @@ def looping(team, template=LOOP, model=None, **options):
     return engine
 
 
-class Beating(Server):
+class Beating(GracefulServer):
     """Beats from the start; the app knows the worst since it was asked."""
 
     async def startup(self, sockets=None):
@@ -56,11 +56,11 @@ class Beating(Server):
 
 def main():
     engine = json.loads(sys.argv[1])
-    worker = EngineClient(functools.partial(looping, **engine), Counters("fake"))
-    app = build(worker, "fake")
-    server = Beating(app, limit=2.0)
+    worker = EngineClient(functools.partial(looping, **engine), ServerMetrics("fake"))
+    app = build_app(worker, "fake")
+    server = Beating(app, shutdown_timeout=2.0)
     app.add_api_route("/lag", server.lag)
-    with listen("127.0.0.1", 0) as listener:
+    with create_server_socket("127.0.0.1", 0) as listener:
         print(f"http://127.0.0.1:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
 

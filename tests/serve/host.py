@@ -11,12 +11,12 @@ from pathlib import Path
 import httpx
 
 from nanoinfra.serve.processes.engine_client import EngineClient
-from nanoinfra.serve.server.app import build
-from nanoinfra.serve.server.http.access_control import Access
-from nanoinfra.serve.server.http.connections import ConnectionLimits
-from nanoinfra.serve.server.http.graceful_shutdown import Server
-from nanoinfra.serve.server.launch_server import listen
-from nanoinfra.serve.server.metrics import Counters
+from nanoinfra.serve.server.app import build_app
+from nanoinfra.serve.server.http.access_control import AccessPolicy
+from nanoinfra.serve.server.http.connection_limits import ConnectionLimits
+from nanoinfra.serve.server.http.graceful_shutdown import GracefulServer
+from nanoinfra.serve.server.launch_server import create_server_socket
+from nanoinfra.serve.server.metrics import ServerMetrics
 from tests import processes
 from tests.serve.fake import fake
 
@@ -26,11 +26,11 @@ PATIENCE = 300.0                             # seconds for an answer: a loaded m
 
 CODE = """
 import functools, sys
-from nanoinfra.serve.server.launch_server import main
+from nanoinfra.serve.server.launch_server import run_server
 from nanoinfra.serve.options import EngineOptions, ServeOptions
 from tests.serve.fake import {factory}
 options = ServeOptions(EngineOptions("fake", tp={tp}), port=0, shutdown_timeout={drain})
-sys.exit(main(options, functools.partial({factory}, **{engine})))
+sys.exit(run_server(options, functools.partial({factory}, **{engine})))
 """
 
 
@@ -38,10 +38,10 @@ sys.exit(main(options, functools.partial({factory}, **{engine})))
 def serving(tp=1, key=None, hung=300.0, wait=True, factory=fake, access=None, limits=None, port=0,
             worker=None, **engine):
     """(client, server) with `engine` for the fake's arguments; all is over when it is left."""
-    listener = listen("127.0.0.1", port)
-    worker = worker or EngineClient(functools.partial(factory, **engine), Counters("fake"), tp, hung)
-    access = access or Access((key,) if key else ())
-    server = Server(build(worker, "fake", access), 2.0, limits or ConnectionLimits())
+    listener = create_server_socket("127.0.0.1", port)
+    worker = worker or EngineClient(functools.partial(factory, **engine), ServerMetrics("fake"), tp, hung)
+    access = access or AccessPolicy((key,) if key else ())
+    server = GracefulServer(build_app(worker, "fake", access), 2.0, limits or ConnectionLimits())
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -14,8 +14,8 @@ import pytest
 
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.processes.engine_client import EngineClient
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.metrics import Counters
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.metrics import ServerMetrics
 from tests.processes import alive
 from tests.serve.fake import Fake, fake, text
 
@@ -48,7 +48,7 @@ def crashing(team):
 
 @contextlib.asynccontextmanager
 async def working(factory=fake, world=1, hung=300.0, **options):
-    worker = EngineClient(functools.partial(factory, **options), Counters("fake"), world, hung)
+    worker = EngineClient(functools.partial(factory, **options), ServerMetrics("fake"), world, hung)
     worker.start()
     try:
         await reaches(worker, "ready", "failed")
@@ -96,10 +96,10 @@ def test_the_death_of_a_rank_is_an_error_and_a_restart(rank):
             await anext(job)
             before = pids(worker)
             os.kill(before[rank], signal.SIGKILL)
-            with pytest.raises(Refused, match="of the engine") as refused:
+            with pytest.raises(APIError, match="of the engine") as refused:
                 await said(job)
-            assert refused.value.status == 503 and worker.state == "restarting"
-            with pytest.raises(Refused, match="of the engine"):
+            assert refused.value.status_code == 503 and worker.state == "restarting"
+            with pytest.raises(APIError, match="of the engine"):
                 worker.submit_requests([Request("b", ids("ab"))])
             await reaches(worker, "ready")
             assert await said(worker.submit_requests([Request("c", ids("ab"), max_tokens=2)])) == {("c",
@@ -113,7 +113,7 @@ def test_a_rank_that_hangs_is_started_again():
         async with working(following, 2, hung=0.3, pause=0.01) as worker:
             job = worker.submit_requests([Request("a", ids("ab"), max_tokens=400)])
             os.kill(pids(worker)[1], signal.SIGSTOP)
-            with pytest.raises(Refused, match="said nothing for 0.3 s"):
+            with pytest.raises(APIError, match="said nothing for 0.3 s"):
                 await said(job)
             await reaches(worker, "ready")
     asyncio.run(run())
@@ -135,7 +135,7 @@ def test_an_engine_that_cannot_be_loaded_is_not_tried_twice(factory, says):
     async def run():
         async with working(factory) as worker:
             assert worker.state == "failed" and says in worker.load_error
-            with pytest.raises(Refused, match=says):
+            with pytest.raises(APIError, match=says):
                 worker.submit_requests([Request("a", ids("ab"))])
     asyncio.run(run())
 
@@ -148,12 +148,12 @@ def test_what_the_engine_refuses_has_a_status():
                 jobs.append(worker.submit_requests([Request(name, ids("ab"), max_tokens=200)]))
                 while not worker.stats.get(stands):
                     await asyncio.sleep(0.001)
-            with pytest.raises(Refused, match="wait") as refused:
+            with pytest.raises(APIError, match="wait") as refused:
                 await said(worker.submit_requests([Request("c", ids("ab"))]))
-            assert refused.value.status == 429
-            with pytest.raises(Refused, match="n = 2") as refused:
+            assert refused.value.status_code == 429
+            with pytest.raises(APIError, match="n = 2") as refused:
                 await said(worker.submit_requests([Request("d", ids("ab"), n=2)]))
-            assert refused.value.status == 400
+            assert refused.value.status_code == 400
             assert await said(jobs[0]) == {("a", 0): "ab" * 100}
     asyncio.run(run())
 
@@ -166,17 +166,17 @@ def test_who_is_given_up_frees_what_it_held():
             await anext(job)
             job.close()
             job.close()
-            assert not worker.streams and not worker.metrics.courses
+            assert not worker.streams and not worker.metrics.requests_in_flight
             async with asyncio.timeout(5):
                 while worker.stats["blocks_used"]:
                     await asyncio.sleep(0.005)
-            assert b'finished_reason="abort",model_name="fake"} 2.0' in worker.metrics.text()
+            assert b'finished_reason="abort",model_name="fake"} 2.0' in worker.metrics.prometheus_text()
     asyncio.run(run())
 
 
 def test_stopping_while_it_loads_leaves_nothing():
     async def run():
-        worker = EngineClient(functools.partial(fake), Counters("fake"), 2)
+        worker = EngineClient(functools.partial(fake), ServerMetrics("fake"), 2)
         worker.start()
         worker.stop()
         await worker.join()

@@ -10,7 +10,7 @@ from nanoinfra.serve.engine.requests import Request, SamplingParams
 from nanoinfra.serve.engine.sampler import Sampler, gather_logprobs
 from nanoinfra.serve.engine.scheduler import QueueFull
 from nanoinfra.serve.processes import engine_loop
-from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.errors import APIError
 from tests.serve.failing import Failing, failing
 from tests.serve.fake import Fake
 from tests.serve.letters import letters
@@ -112,9 +112,9 @@ def test_a_request_that_fails_has_a_status_and_the_engine_lives_on():
             jobs = [worker.submit_requests([Request(name, ids(name), max_tokens=9)])
                     for name in ("good", "bad", "odd")]
             for job, why in ((jobs[1], "it is bad"), (jobs[2], "RuntimeError: it is odd")):
-                with pytest.raises(Refused, match=why) as refused:
+                with pytest.raises(APIError, match=why) as refused:
                     await said(job)
-                assert refused.value.status == 500
+                assert refused.value.status_code == 500
             assert await said(jobs[0]) == {("good", 0): "goodgoodg"}
             assert pids(worker) == before and not worker.stats["blocks_used"]
     asyncio.run(run())

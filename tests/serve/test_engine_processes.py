@@ -17,8 +17,8 @@ from nanoinfra.serve.processes import engine_client as module
 from nanoinfra.serve.processes.engine_client import _SILENT_TICKS_UNTIL_HUNG, EngineClient
 from nanoinfra.serve.processes.engine_loop import MIN_IN_FLIGHT
 from nanoinfra.serve.processes.engine_processes import EngineProcesses, ProcessDied
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.metrics import Counters
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.metrics import ServerMetrics
 from tests.serve.fake import fake
 from tests.serve.host import serving, until
 from tests.serve.test_engine_client import ids, pids, reaches, said, working
@@ -45,9 +45,9 @@ def test_a_stopped_engine_keeps_nobody_waiting():
             os.kill(pid, signal.SIGSTOP)
             jobs = [worker.submit_requests([Request(f"r{i}", [7] * 100_000)]) for i in range(64)]
             assert len(worker.streams) == MIN_IN_FLIGHT[1] // 100_000 == len(worker.untaken_tokens)
-            with pytest.raises(Refused, match="10 of 1000000 tokens wait for it") as refused:
+            with pytest.raises(APIError, match="10 of 1000000 tokens wait for it") as refused:
                 await said(jobs[-1])
-            assert refused.value.status == 429
+            assert refused.value.status_code == 429
             for job in jobs:
                 job.close()
             os.kill(pid, signal.SIGCONT)
@@ -65,9 +65,9 @@ def test_commands_that_wait_are_bounded():
                 worker.submit_requests([Request(f"r{i}", ids("ab"))]).close()
             assert MIN_IN_FLIGHT[0] <= len(worker.untaken_tokens) < 2 * MIN_IN_FLIGHT[0]
             assert worker.processes.commands.qsize() <= 2 * MIN_IN_FLIGHT[0]
-            with pytest.raises(Refused, match="takes no requests now") as refused:
+            with pytest.raises(APIError, match="takes no requests now") as refused:
                 worker.reset_prefix_cache()
-            assert refused.value.status == 429
+            assert refused.value.status_code == 429
             os.kill(pid, signal.SIGCONT)
             await empty(worker)
             worker.reset_prefix_cache()
@@ -81,12 +81,12 @@ def test_health_answers_while_64_clients_ask_a_stopped_engine():
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with serving(**LARGE) as (client, server):
         where = server.servers[0].sockets[0].getsockname()
-        os.kill(*pids(server.worker), signal.SIGSTOP)
+        os.kill(*pids(server.engine_client), signal.SIGSTOP)
         clients = [socket.create_connection(where) for _ in range(64)]
         try:
             for each in clients:
                 each.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            until(lambda: len(server.worker.streams) == 17 and client.get("/health").status_code == 200)
+            until(lambda: len(server.engine_client.streams) == 17 and client.get("/health").status_code == 200)
             waits = [each for each in clients if not _answered(each)]
             assert client.get("/health").status_code == 200
             until(lambda: sum(map(_answered, clients)) == 47)
@@ -128,7 +128,7 @@ class Silent:
 
 def test_only_an_engine_with_work_hangs():
     async def run():
-        worker = EngineClient(fake, Counters("fake"), hang_timeout=3600.0)
+        worker = EngineClient(fake, ServerMetrics("fake"), hang_timeout=3600.0)
         worker.loop, worker.processes = asyncio.get_running_loop(), Silent()
         for work in ("streams", "untaken_tokens"):
             for _ in range(3 * _SILENT_TICKS_UNTIL_HUNG):
@@ -150,7 +150,7 @@ def test_an_engine_that_was_stopped_while_idle_is_started_again():
             os.kill(*pids(worker), signal.SIGSTOP)
             await asyncio.sleep(0.5)
             assert worker.state == "ready"
-            with pytest.raises(Refused, match="said nothing for 0.3 s"):
+            with pytest.raises(APIError, match="said nothing for 0.3 s"):
                 await said(worker.submit_requests([Request("a", ids("ab"))]))
             await reaches(worker, "ready")
     asyncio.run(run())
@@ -187,7 +187,7 @@ def test_what_cannot_be_killed_is_left_and_said(monkeypatch, capsys):
     monkeypatch.setattr(EngineProcesses, "kill_all", lambda life, why="": None)
 
     async def run():
-        worker = EngineClient(fake, Counters("fake"))
+        worker = EngineClient(fake, ServerMetrics("fake"))
         worker.start()
         await reaches(worker, "ready")
         worker.stop()
@@ -202,7 +202,7 @@ def test_what_cannot_be_killed_is_left_and_said(monkeypatch, capsys):
 
 def test_an_end_while_it_loads_is_no_failure():
     async def run():
-        worker = EngineClient(functools.partial(fake, load=600), Counters("fake"), 2)
+        worker = EngineClient(functools.partial(fake, load=600), ServerMetrics("fake"), 2)
         worker.start()
         async with asyncio.timeout(60):
             while not worker.newest_processes:
@@ -218,7 +218,7 @@ def test_an_end_while_it_loads_is_no_failure():
 def test_a_bug_in_the_keeper_is_an_engine_that_cannot_be_had(monkeypatch):
     """And not one that loads for ever."""
     async def run():
-        worker = EngineClient(fake, Counters("fake"))
+        worker = EngineClient(fake, ServerMetrics("fake"))
         worker.start()
         await reaches(worker, "failed")
         assert "cannot be kept running" in worker.load_error
@@ -249,7 +249,7 @@ def test_pauses_grow_only_between_lives_that_served_nobody(monkeypatch):
         monkeypatch.setattr(worker.stop_requested, "wait", lambda pause: pauses.append(pause) or wait(0))
         worker._keep_running()
     monkeypatch.setattr(module, "EngineProcesses", Short)
-    worker = EngineClient(fake, Counters("fake"))
+    worker = EngineClient(fake, ServerMetrics("fake"))
     asyncio.run(run())
     assert [round(pause, 2) for pause in pauses[:-1]] == [
         0, 0, 0.1, 0.3, 0.7, 1.5, 3.1, 5, 5, 5, 0, 0.1, 0, 0.1, 0.3]

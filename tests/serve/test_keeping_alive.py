@@ -8,8 +8,8 @@ from openai._streaming import SSEDecoder
 from nanoinfra.serve.engine.requests import RequestOutput
 from nanoinfra.serve.processes.response_stream import ResponseStream
 from nanoinfra.serve.server import handlers
-from nanoinfra.serve.server.app import build
-from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.app import build_app
+from nanoinfra.serve.server.errors import APIError
 from tests.serve.fake import Idle
 
 BODY = {"prompt": "a", "max_tokens": 2}
@@ -36,20 +36,21 @@ class Held(Idle):
 
     def fail(self):
         name, = self.job.unfinished
-        self.job.fail_request(name, Refused(503, "the engine died"))
+        self.job.fail_request(name, APIError(503, "the engine died"))
 
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     """Nobody waits: an answer begins at once, and whoever has nothing to say says so."""
-    for name in ("STREAM_BEGINS", "OBJECT_BEGINS", "PULSE"):
+    for name in ("_STREAM_START_TIMEOUT_SECONDS", "_JSON_START_TIMEOUT_SECONDS",
+                 "_KEEP_ALIVE_INTERVAL_SECONDS"):
         monkeypatch.setattr(handlers, name, 0.001)
 
 
 def answered(then, pulses=2, **more):
     """(status, headers, body, is it complete) where `then(worker)` comes after so many pulses."""
     worker = Held()
-    app, sent = build(worker, "fake"), []
+    app, sent = build_app(worker, "fake"), []
     body = json.dumps(BODY | more).encode()
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
              "scheme": "http", "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],

@@ -98,7 +98,7 @@ def test_two_hundred_streams_at_once():
         assert asyncio.run(work()) == [expected(i, 24) for i in range(200)]
         assert metric(client, "num_preemptions_total") > 0
         is_empty(client)
-        assert not server.worker.streams and not server.worker.metrics.courses
+        assert not server.engine_client.streams and not server.engine_client.metrics.requests_in_flight
 
 
 def real(model, dtype, *more):
@@ -132,14 +132,14 @@ def test_a_client_that_goes_away_frees_what_it_held(streams):
 
     async def work():
         asking = [asyncio.create_task(ask(i)) for i in range(3)]         # one runs, two wait
-        while len(server.worker.streams) < 3 or not server.worker.stats.get("blocks_used"):
+        while len(server.engine_client.streams) < 3 or not server.engine_client.stats.get("blocks_used"):
             await asyncio.sleep(0.01)
         for task in asking:
             task.cancel()
         await asyncio.wait(asking)
     with serving(pause=0.005, max_num_seqs=1) as (client, server):
         asyncio.run(work())
-        until(lambda: not server.worker.streams)
+        until(lambda: not server.engine_client.streams)
         is_empty(client)
 
 
@@ -157,7 +157,7 @@ def test_a_batch_of_which_one_is_refused_leaves_nothing():
     with serving(max_queued_requests=4, max_num_seqs=1, pause=0.005) as (client, server):
         got = client.post("/v1/completions", json={"prompt": ["ab"] * 9, "max_tokens": 50})
         assert got.status_code == 429 and got.headers["Retry-After"] == "1"
-        assert got.json()["error"]["type"] == "rate_limit_error" and not server.worker.streams
+        assert got.json()["error"]["type"] == "rate_limit_error" and not server.engine_client.streams
         is_empty(client)
 
 
@@ -166,7 +166,7 @@ def test_the_death_of_a_rank_is_an_error_and_the_server_goes_on():
         with client.stream("POST", "/v1/completions", json=body(1, 400)) as response:
             begun = response.iter_lines()
             next(begun)
-            os.kill(server.worker.processes.processes[1].pid, signal.SIGKILL)
+            os.kill(server.engine_client.processes.processes[1].pid, signal.SIGKILL)
             lines = [line for line in begun if line]
         error = json.loads(lines[-2].removeprefix("data: "))["error"]
         assert error["type"] == "service_unavailable_error" and error["code"] is None

@@ -8,13 +8,14 @@ import os
 import re
 import tomllib
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 from nanoinfra.serve.server import app as serve
-from nanoinfra.serve.server.app import PAGE, PAGES
-from nanoinfra.serve.server.http.access_control import Access
+from nanoinfra.serve.server.app import _PAGE, _PAGE_FILES
+from nanoinfra.serve.server.http.access_control import AccessPolicy
 from tests.serve.browser import CHROMIUM, SHIFT, named, started
 from tests.serve.chatting import STUB, answered, begun, box, streams, text, told, turns, wait_for_word
 from tests.serve.fake import Idle
@@ -101,7 +102,7 @@ def test_stop_frees_what_the_answer_held_and_keeps_what_was_said(page, served):
     page.enter()
     wait_for_word(page)
     page.click("send")
-    until(lambda: text(page, "send") == "Send" and not served[1].worker.streams)
+    until(lambda: text(page, "send") == "Send" and not served[1].engine_client.streams)
     assert page.run("document.querySelectorAll('.error').length") == 0 and box(page) == ""
     said = turns(page)[1]
     assert answered(page, "go on", 100).startswith(f"u:a long story\na:{said}\nu:go on\n")
@@ -115,7 +116,7 @@ def test_new_while_it_answers_begins_another_conversation(page, served):
     wait_for_word(page)
     page.click("clear")
     assert turns(page) == [] and text(page, "send") == "Send" and box(page) == ""
-    until(lambda: not served[1].worker.streams)
+    until(lambda: not served[1].engine_client.streams)
     assert answered(page, "the second").startswith("u:the second\nu:the second")
     assert turns(page)[0] == "the second" and len(turns(page)) == 2
 
@@ -251,11 +252,11 @@ def test_a_server_that_is_gone_is_missed_and_found_again(page):
 @pytest.mark.prove
 def test_a_server_that_says_nothing_or_shows_nothing_is_asked_again(page, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(serve, "PULSE", 600)
+        patch.setattr(serve, "_STATS_INTERVAL_SECONDS", 600)
         until(lambda: text(page, "state") == "the server says nothing; trying again")
     until(lambda: text(page, "state") == "ready")
     with monkeypatch.context() as patch:
-        patch.setattr(serve, "MOST_WATCHERS", 0)
+        patch.setattr(serve, "_MAX_STATS_STREAMS", 0)
         page.call("Page.reload")
         until(lambda: text(page, "state") == "0 watch already; close one of their pages; trying again")
         assert answered(page, "still?").startswith("u:still?\n")
@@ -271,7 +272,7 @@ def test_two_tabs_share_nothing_and_a_hidden_one_no_connection(page, browser, se
     with browser.tab(str(client.base_url)) as other:
         assert turns(other) == [] and other.run(f"{named('key')}.value") == ""
         assert answered(other, "from b").startswith("u:from b\nu:from b") and len(turns(other)) == 2
-        until(lambda: server.state.watchers == 1)            # a browser has six connections to a server
+        until(lambda: server.app_state.num_stats_streams == 1)  # a browser has six connections to a server
         page.call("Page.bringToFront")
         until(lambda: page.run("!document.hidden") and text(page, "state") == "ready")
         wait_for_word(page)
@@ -280,7 +281,7 @@ def test_two_tabs_share_nothing_and_a_hidden_one_no_connection(page, browser, se
 
 @needs_chromium
 def test_a_key_is_asked_for_and_a_reload_keeps_it_and_the_conversation(page, served, monkeypatch):
-    monkeypatch.setitem(served[1].state._state, "access", Access(("clé",)))
+    monkeypatch.setitem(served[1].app_state._state, "access_policy", AccessPolicy(("clé",)))
     assert page.run("!document.getElementById('key').checkVisibility()")
     for key, words in (("", "a key is needed; give it below"), ("wrong", "this key is not right")):
         page.run(f"{named('key')}.value = {key!r}")
@@ -302,7 +303,8 @@ def test_a_key_is_asked_for_and_a_reload_keeps_it_and_the_conversation(page, ser
 @needs_chromium
 @pytest.mark.prove
 def test_a_model_without_a_chat_template_goes_on_with_the_text(page, served, monkeypatch):
-    monkeypatch.setattr(served[1].worker, "engine_ready", replace(served[1].worker.engine_ready,
+    monkeypatch.setattr(served[1].engine_client, "engine_ready",
+                        replace(served[1].engine_client.engine_ready,
                                                                   chat_template=None))
     until(lambda: "goes on with your text" in page.run("document.getElementById('prompt').placeholder"))
     assert answered(page, "ab\n", 6).startswith("ab\nab\n")
@@ -322,8 +324,8 @@ def test_nothing_is_wider_than_a_phone(page, served, monkeypatch):
     page.run("say('y'.repeat(300) + '\\n    def f(' + 'argument, '.repeat(40) + '):\\n\\treturn'); end()")
     until(lambda: text(page, "send") == "Send")
     run = {"request": "cmpl-0123456789", "index": 3, "computed": 11111, "tokens": 22222, "new": 256, "hit": 9}
-    monkeypatch.setitem(server.state._state, "name", "/home/somebody/" + "m" * 200)
-    monkeypatch.setattr(server.worker, "stats", {
+    monkeypatch.setitem(server.app_state._state, "served_model_name", "/home/somebody/" + "m" * 200)
+    monkeypatch.setattr(server.engine_client, "stats", {
         "running": 1000, "waiting": 100_000, "preemptions": 1_000_000, "batch": [run] * 1000,
         "blocks": 1_000_000, "blocks_used": 999_999, "blocks_shared": 9, "blocks_known": 7, "block_size": 8,
         "prefix_queries": 3, "prefix_hits": 1, "generation_tokens": 0, "prompt_tokens": 0})
@@ -357,7 +359,7 @@ POST = """fetch("{url}/v1/completions", {{
 @pytest.mark.parametrize("origins", [(), ("*",)])
 def test_the_page_of_another_site_asks_in_vain_unless_it_is_named(tmp_path, origins):
     """First under a name of its own that was rebound to this machine, then at the server's address."""
-    with serving(access=Access(origins=origins)) as (client, _):
+    with serving(access=AccessPolicy(allowed_origins=origins)) as (client, _):
         url, evil = (f"http://{host}:{client.base_url.port}" for host in ("127.0.0.1", "evil.example"))
         with started(tmp_path, "--host-resolver-rules=MAP evil.example 127.0.0.1") as browser, \
                 browser.tab(f"{evil}/") as page:
@@ -373,10 +375,11 @@ def test_the_page_of_another_site_asks_in_vain_unless_it_is_named(tmp_path, orig
 def test_the_page_needs_nothing_from_elsewhere(served):
     """No address of another host, files beside it alone, no text taken for markup; a header forbids it."""
     client, _ = served
-    for path, name in PAGES.items():
-        source, got = PAGE.with_name(name).read_text(), client.get(path)
+    for path, name in _PAGE_FILES.items():
+        source, got = _PAGE.with_name(name).read_text(), client.get(path)
         assert not re.search(r"https?:|@import|url\(|(inner|outer)HTML|insertAdjacent|\.write|eval", source)
-        assert {*re.findall(r'(?:src|href|from)[= ]"(?:\./)?(.*?)"', source)} <= {*PAGES.values(), "data:,"}
+        assert {*re.findall(r'(?:src|href|from)[= ]"(?:\./)?(.*?)"', source)} <= {*_PAGE_FILES.values(),
+                                                                                  "data:,"}
         assert got.status_code == 200 and got.text == source
         assert got.headers["content-security-policy"].startswith("default-src 'self';")
         assert "unsafe" not in got.headers["content-security-policy"]
@@ -384,6 +387,8 @@ def test_the_page_needs_nothing_from_elsewhere(served):
 
 
 def test_what_is_no_python_goes_with_the_package():
-    beside = {file.name for file in PAGE.parent.iterdir() if file.is_file() and file.suffix != ".py"}
+    beside = {file.name for file in _PAGE.parent.iterdir() if file.is_file() and file.suffix != ".py"}
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert set(settings["package-data"]["nanoinfra.serve"]) == beside >= set(PAGES.values())
+    patterns = settings["package-data"]["nanoinfra.serve.server.page"]
+    assert {name for name in beside if any(fnmatch(name, pattern) for pattern in patterns)} == beside
+    assert beside >= set(_PAGE_FILES.values())

@@ -5,8 +5,8 @@ import sys
 from tests.serve.host import ROOT
 
 FILL = """
-from nanoinfra.serve.server.preprocess import Preprocessor
-threads = Preprocessor()
+from nanoinfra.serve.server.preprocess import RequestPreprocessor
+threads = RequestPreprocessor()
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
@@ -14,7 +14,7 @@ def fill():
     for _ in range(3):
         bytearray(b"x") * (24 << 20)
 before = resident()
-for pool in threads.threads.values():
+for pool in threads.thread_pools.values():
     pool.submit(fill).result()
 threads.close()
 print(resident() - before)

@@ -2,9 +2,9 @@
 import pytest
 from starlette.testclient import TestClient
 
-from nanoinfra.serve.server.app import build
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.http.request_ids import request_id
+from nanoinfra.serve.server.app import build_app
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.http.request_ids import get_or_create_request_id
 from tests.serve.fake import Idle
 
 JSON = {"Content-Type": "application/json"}
@@ -20,11 +20,12 @@ class Broken(Idle):
     state_reason = "no"
 
     def reset_prefix_cache(self):
-        raise Refused(500, "the engine failed") if self.state_reason == "told" else RuntimeError("of ours")
+        raise APIError(500, "the engine failed") if self.state_reason == "told" else RuntimeError("of ours")
 
 
 def client(worker):
-    return TestClient(build(worker, "fake"), base_url="http://localhost:8000", raise_server_exceptions=False)
+    return TestClient(build_app(worker, "fake"), base_url="http://localhost:8000",
+                      raise_server_exceptions=False)
 
 
 @pytest.mark.parametrize("method, path, headers, status", ANSWERS.values(), ids=ANSWERS.keys())
@@ -47,5 +48,5 @@ def test_what_is_the_servers_fault_is_in_the_log_under_its_name(why, caplog):
 
 @pytest.mark.parametrize("odd", [b"", b"a b", b"a" * 129, b"\xe9", b"a\x00", b"a\r\nx: y"])
 def test_a_name_that_is_none_is_replaced(odd):
-    assert len(request_id([(b"x-request-id", odd)])) == 32
-    assert request_id([(b"host", b"h"), (b"x-request-id", b"a" * 128)]) == "a" * 128
+    assert len(get_or_create_request_id([(b"x-request-id", odd)])) == 32
+    assert get_or_create_request_id([(b"host", b"h"), (b"x-request-id", b"a" * 128)]) == "a" * 128

@@ -8,8 +8,13 @@ from hypothesis import strategies as st
 
 from nanoinfra.serve.engine.requests import Request, SamplingParams, check_request
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.openai.completion_requests import Chat, Completion, read, requests_of
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.openai.completion_requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    build_engine_requests,
+    parse_request_body,
+)
 from tests.serve.fake import TEMPLATE, text
 
 CONTEXT, VOCAB, HUGE = 40, 97, 10 ** 400
@@ -87,12 +92,13 @@ def test_every_number_in_json_is_taken_or_refused(name, number):
     """By both endpoints, with a status of 400."""
     ready = EngineReady({"context": CONTEXT, "vocab": 257}, text(), TEMPLATE)
     given = {"logit_bias": f'{{{json.dumps(number.strip(chr(34)))}: {number}}}', "prompt": f"[1, {number}]"}
-    for kind, asks in ((Completion, '"prompt": "a"'), (Chat, '"messages": [{"role": "user"}]')):
-        asks = "" if name == "prompt" and kind is Completion else asks + ", "
+    for kind, asks in ((CompletionRequest, '"prompt": "a"'),
+                       (ChatCompletionRequest, '"messages": [{"role": "user"}]')):
+        asks = "" if name == "prompt" and kind is CompletionRequest else asks + ", "
         body = f'{{{asks}"{name}": {given.get(name, number)}}}'
         if name == "top_logprobs":
             body = body.replace("{", '{"logprobs": true, ', 1)
         try:
-            requests_of(read(kind, body.encode()), "r", ready)
-        except Refused as why:
-            assert why.status == 400 and len(str(why)) < 1000
+            build_engine_requests(parse_request_body(kind, body.encode()), "r", ready)
+        except APIError as why:
+            assert why.status_code == 400 and len(str(why)) < 1000

@@ -17,7 +17,7 @@ from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.processes.engine_processes import EngineProcesses, ProcessDied
 from nanoinfra.serve.processes.response_stream import ResponseStream
 from nanoinfra.serve.processes.tp_group import TensorParallelGroup
-from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.errors import APIError
 
 _MAX_RESTART_DELAY_SECONDS = 5.0             # about what loading takes
 _SILENT_TICKS_UNTIL_HUNG = 10                # an engine with work that is silent for more ticks hangs
@@ -80,11 +80,11 @@ class EngineClient:
     def submit_requests(self, requests: Sequence[Request]) -> ResponseStream:
         """Send requests to the engine; the stream gives their outputs. Raises Refused without an engine."""
         if self.state != "ready":
-            raise Refused(503, self.state_reason)
+            raise APIError(503, self.state_reason)
         stream = ResponseStream(self, requests)
         for request in requests:
             self.streams[request.request_id] = stream
-            self.metrics.added(request)
+            self.metrics.record_request_arrival(request)
             num_tokens = len(request.prompt_token_ids)
             if self._has_room(num_tokens):
                 self._send("add", request, num_tokens)
@@ -96,15 +96,15 @@ class EngineClient:
 
     def abort_request(self, request_id: str) -> None:
         """Request cancellation: nobody wants the answer any more, so the engine may drop the request."""
-        self.metrics.dropped(request_id, "abort")
+        self.metrics.record_request_drop(request_id, "abort")
         self._send("abort", request_id)
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes. Raises Refused while there is no engine, or one that takes nothing."""
         if self.state != "ready":
-            raise Refused(503, self.state_reason)
+            raise APIError(503, self.state_reason)
         if not self._has_room(0):
-            raise Refused(429, "the engine takes no requests now; come back later")
+            raise APIError(429, "the engine takes no requests now; come back later")
         self._send("reset")
 
     def _send(self, verb, value=None, tokens=0):
@@ -125,11 +125,11 @@ class EngineClient:
         if isinstance(message, EngineReady):
             self.processes, self.engine_ready = processes, message
             self.state, self.state_reason = "ready", ""
-            return self.metrics.started(message.info)
+            return self.metrics.record_engine_start(message.info)
         for _ in range(message.num_commands_taken):
             self.untaken_tokens.popleft()
         self.stats = message.stats
-        self.metrics.stepped(message)
+        self.metrics.record_engine_step(message)
         for request_id, status, why in message.refused_requests:
             if request_id in self.streams:
                 self._refuse(request_id, status, why)
@@ -138,8 +138,8 @@ class EngineClient:
                 self.streams[output.request_id].put_output(output)
 
     def _refuse(self, request_id, status, why):
-        self.metrics.dropped(request_id)
-        self.streams[request_id].fail_request(request_id, Refused(status, why))
+        self.metrics.record_request_drop(request_id)
+        self.streams[request_id].fail_request(request_id, APIError(status, why))
 
     def _on_engine_lost(self, state, why):
         """In the event loop: there is no engine now. All open requests fail."""

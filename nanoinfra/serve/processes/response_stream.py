@@ -3,7 +3,7 @@ import asyncio
 from collections.abc import Sequence
 
 from nanoinfra.serve.engine.requests import Request, RequestOutput
-from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.errors import APIError
 
 
 class ResponseStream:
@@ -21,7 +21,7 @@ class ResponseStream:
         if not self.unfinished and self.queue.empty():
             raise StopAsyncIteration
         output = await self.queue.get()
-        if isinstance(output, Refused):
+        if isinstance(output, APIError):
             raise output
         return output
 
@@ -33,7 +33,7 @@ class ResponseStream:
             if not self.unfinished[output.request_id]:
                 self._remove(output.request_id)
 
-    def fail_request(self, request_id: str, error: Refused) -> None:
+    def fail_request(self, request_id: str, error: APIError) -> None:
         """The client calls it where no more outputs of a request come."""
         self.queue.put_nowait(error)
         self._remove(request_id)

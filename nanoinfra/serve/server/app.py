@@ -1,8 +1,8 @@
-"""The HTTP server: OpenAI's API over a Worker, metrics, and a page to chat and to watch the scheduler.
+"""The HTTP application (FastAPI): OpenAI's API over the engine client, Prometheus metrics, and a web page.
 
-Whatever a client sends is answered: 400 with the reason, 401, 404, 413; 403 and 415 by access.py; 429 where
-too much waits; 503 while the engine loads, starts again or the server ends. No key is needed for health,
-metrics and the page. Every answer has an x-request-id (request_ids.py).
+Every request gets an answer with an x-request-id. Errors: 400 with the reason, 401, 404 and 413; 403 and
+415 come from http/access_control.py; 429 when too many requests wait; 503 while the engine loads or
+restarts, and while the server shuts down. /health, /metrics and the page need no API key.
 """
 import asyncio
 import time
@@ -16,183 +16,202 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from nanoinfra.serve.processes.engine_client import EngineClient
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.handlers import at_work, exchange
-from nanoinfra.serve.server.http.access_control import Access, AccessMiddleware
-from nanoinfra.serve.server.http.api_keys import key_of, salt_of
-from nanoinfra.serve.server.http.request_ids import HEADER, RequestIdMiddleware, log_failure
-from nanoinfra.serve.server.http.unserved_routes import where_else
-from nanoinfra.serve.server.openai.completion_requests import Chat, Completion
-from nanoinfra.serve.server.openai.completion_responses import ChatAnswer, CompletionAnswer, sent
-from nanoinfra.serve.server.openai.responses_output import ResponsesAnswer
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.handlers import handle_generation_request, require_ready_engine
+from nanoinfra.serve.server.http.access_control import AccessControlMiddleware, AccessPolicy
+from nanoinfra.serve.server.http.api_keys import cache_salt_of_key, find_bearer_key
+from nanoinfra.serve.server.http.request_ids import REQUEST_ID_HEADER, RequestIdMiddleware, log_server_error
+from nanoinfra.serve.server.http.unserved_routes import suggest_served_path
+from nanoinfra.serve.server.openai.completion_requests import ChatCompletionRequest, CompletionRequest
+from nanoinfra.serve.server.openai.completion_responses import (
+    ChatCompletionResponse,
+    CompletionResponse,
+    encode_sse_event,
+)
+from nanoinfra.serve.server.openai.responses_output import ResponsesResponse
 from nanoinfra.serve.server.openai.responses_requests import ResponsesRequest
-from nanoinfra.serve.server.preprocess import Preprocessor, no_such_model
+from nanoinfra.serve.server.preprocess import RequestPreprocessor, model_not_found_error
 
-PULSE = 0.2                                  # seconds from one look at the scheduler to the next
-MOST_WATCHERS = 32                           # who look at the same time; a look has no end
-READ = ["GET", "HEAD"]
-STORED = {"{name}": [*READ, "DELETE"], "{name}/input_items": READ, "{name}/cancel": ["POST"]}
-PAGE = Path(__file__).with_name("page") / "page.html"
-PAGES = {"/": PAGE.name, **{f"/{name}": name for name in ("page.css", "page.js", "chat.js", "scheduler.js")}}
-ALONE = {"Content-Security-Policy":          # it loads nothing from elsewhere, and no other page frames it
-         "default-src 'self'; img-src data:; frame-ancestors 'none'", "Cache-Control": "no-cache"}
+_STATS_INTERVAL_SECONDS = 0.2                # seconds from one message of /stats to the next
+_MAX_STATS_STREAMS = 32                      # streams of /stats at the same time; such a stream has no end
+_READ_METHODS = ["GET", "HEAD"]
+_STORED_RESPONSE_ROUTES = {"{name}": [*_READ_METHODS, "DELETE"], "{name}/input_items": _READ_METHODS,
+                           "{name}/cancel": ["POST"]}
+_PAGE = Path(__file__).with_name("page") / "page.html"
+_PAGE_FILES = {"/": _PAGE.name,
+               **{f"/{name}": name for name in ("page.css", "page.js", "chat.js", "scheduler.js")}}
+_PAGE_HEADERS = {"Content-Security-Policy":  # nothing from other origins, and no frames
+                 "default-src 'self'; img-src data:; frame-ancestors 'none'", "Cache-Control": "no-cache"}
 
 
-def build(worker: EngineClient, name: str, access: Access | None = None) -> FastAPI:
-    """The app, which starts and stops `worker`; clients call the model `name`, `access` says who may.
+def build_app(engine_client: EngineClient, served_model_name: str,
+              access_policy: AccessPolicy | None = None) -> FastAPI:
+    """The application. Its lifespan starts and stops `engine_client`.
 
-    Set `app.state.draining`, and what is new is refused.
+    `served_model_name` is what clients call the model; `access_policy` says who may send requests. While
+    `app.state.draining` is true, new requests are refused with 503 (graceful shutdown).
     """
     @asynccontextmanager
     async def lifespan(app):
-        worker.start()
+        engine_client.start()
         yield
-        worker.stop()
+        engine_client.stop()
         await asyncio.to_thread(app.state.preprocessor.close)
-        await worker.join()
+        await engine_client.join()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
-                  redirect_slashes=False)    # it would redirect to whatever the client calls Host
-    app.state.worker, app.state.name, app.state.access = worker, name, access or Access()
-    app.state.preprocessor = Preprocessor()
-    app.state.draining, app.state.since, app.state.watchers = False, int(time.time()), 0
+                  redirect_slashes=False)    # a redirect would use the client's own Host header
+    app.state.engine_client, app.state.served_model_name = engine_client, served_model_name
+    app.state.access_policy = access_policy or AccessPolicy()
+    app.state.preprocessor = RequestPreprocessor()
+    app.state.created = int(time.time())
+    app.state.draining = False
+    app.state.num_stats_streams = 0
     for path, answer in {"/health": _health, "/metrics": _metrics, "/stats": _stats,
-                         **dict.fromkeys(PAGES, _page)}.items():
-        app.add_api_route(path, answer, methods=READ)
-    known = [Depends(_known)]
-    for path, answer in {"/v1/models": _models, "/v1/models/{id:path}": _model}.items():
-        app.add_api_route(path, answer, methods=READ, dependencies=known)
-    for path, answer in {"/v1/completions": _completions, "/v1/chat/completions": _chat,
-                         "/v1/responses": _responses, "/reset_prefix_cache": _reset}.items():
-        app.add_api_route(path, answer, methods=["POST"], dependencies=known)
-    for path, methods in STORED.items():
-        app.add_api_route(f"/v1/responses/{path}", _not_stored, methods=methods, dependencies=known)
-    for error, answer in {Refused: _refused, HTTPException: _http, ClientDisconnect: _gone,
-                          Exception: _bug}.items():
+                         **dict.fromkeys(_PAGE_FILES, _page)}.items():
+        app.add_api_route(path, answer, methods=_READ_METHODS)
+    authenticated = [Depends(_authenticate)]
+    for path, answer in {"/v1/models": _list_models, "/v1/models/{id:path}": _show_model}.items():
+        app.add_api_route(path, answer, methods=_READ_METHODS, dependencies=authenticated)
+    for path, answer in {"/v1/completions": _completions, "/v1/chat/completions": _chat_completions,
+                         "/v1/responses": _responses, "/reset_prefix_cache": _reset_prefix_cache}.items():
+        app.add_api_route(path, answer, methods=["POST"], dependencies=authenticated)
+    for path, methods in _STORED_RESPONSE_ROUTES.items():
+        app.add_api_route(f"/v1/responses/{path}", _not_stored, methods=methods, dependencies=authenticated)
+    for error, answer in {APIError: _answer_api_error, HTTPException: _answer_http_exception,
+                          ClientDisconnect: _answer_disconnect, Exception: _answer_server_error}.items():
         app.add_exception_handler(error, answer)
-    app.state.paths = [route.path for route in app.routes if "{" not in route.path]
-    if app.state.access.origins:
-        app.add_middleware(CORSMiddleware, allow_origins=app.state.access.origins, allow_headers=["*"],
-                           allow_methods=[*READ, "POST"], expose_headers=[HEADER])
-    app.add_middleware(AccessMiddleware, access=app.state.access)
-    app.add_middleware(RequestIdMiddleware)                              # the last is asked first
+    app.state.served_paths = [route.path for route in app.routes if "{" not in route.path]
+    if app.state.access_policy.allowed_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=app.state.access_policy.allowed_origins,
+                           allow_headers=["*"], allow_methods=[*_READ_METHODS, "POST"],
+                           expose_headers=[REQUEST_ID_HEADER])
+    app.add_middleware(AccessControlMiddleware, policy=app.state.access_policy)
+    app.add_middleware(RequestIdMiddleware)  # the middleware added last runs first
     return app
 
 
-class Watched(StreamingResponse):
-    """A stream that is counted while it lasts."""
+class _CountedStreamingResponse(StreamingResponse):
+    """A streaming response that is counted in `num_stats_streams` while it lasts."""
 
     async def __call__(self, scope, receive, send):
         state = scope["app"].state
-        state.watchers += 1
+        state.num_stats_streams += 1
         try:
             await super().__call__(scope, receive, send)
         finally:
-            state.watchers -= 1
+            state.num_stats_streams -= 1
 
 
 async def _completions(request: Request):
-    return await exchange(request, Completion, CompletionAnswer, "cmpl-")
+    return await handle_generation_request(request, CompletionRequest, CompletionResponse, "cmpl-")
 
 
-async def _chat(request: Request):
-    return await exchange(request, Chat, ChatAnswer, "chatcmpl-")
+async def _chat_completions(request: Request):
+    return await handle_generation_request(request, ChatCompletionRequest, ChatCompletionResponse,
+                                           "chatcmpl-")
 
 
 async def _responses(request: Request):
-    return await exchange(request, ResponsesRequest, ResponsesAnswer, "resp_")
+    return await handle_generation_request(request, ResponsesRequest, ResponsesResponse, "resp_")
 
 
 async def _not_stored(request: Request):
-    raise Refused(404, f"there is no response {request.path_params['name']!r:.200} here: answers are not "
-                       "stored; send the turns themselves as input")
+    raise APIError(404, f"there is no response {request.path_params['name']!r:.200} here: answers are not "
+                   "stored; send the turns themselves as input")
 
 
-async def _models(request: Request):
-    return JSONResponse({"object": "list", "data": [_described(request.app.state)]})
+async def _list_models(request: Request):
+    return JSONResponse({"object": "list", "data": [_model_card(request.app.state)]})
 
 
-async def _model(request: Request):
-    asked, served = request.path_params["id"], request.app.state.name
-    if asked != served:
-        raise no_such_model(asked, served)
-    return JSONResponse(_described(request.app.state))
+async def _show_model(request: Request):
+    requested, served = request.path_params["id"], request.app.state.served_model_name
+    if requested != served:
+        raise model_not_found_error(requested, served)
+    return JSONResponse(_model_card(request.app.state))
 
 
-def _described(state):
-    return {"id": state.name, "object": "model", "created": state.since, "owned_by": "nanoinfra",
-            "root": state.name, "parent": None, "max_model_len": at_work(state).engine_ready.info["context"]}
+def _model_card(state):
+    return {"id": state.served_model_name, "object": "model", "created": state.created,
+            "owned_by": "nanoinfra", "root": state.served_model_name, "parent": None,
+            "max_model_len": require_ready_engine(state).engine_ready.info["context"]}
 
 
-async def _reset(request: Request):
-    at_work(request.app.state).reset_prefix_cache()
+async def _reset_prefix_cache(request: Request):
+    require_ready_engine(request.app.state).reset_prefix_cache()
     return Response()
 
 
 async def _health(request: Request):
-    at_work(request.app.state)
+    require_ready_engine(request.app.state)
     return Response()
 
 
 async def _metrics(request: Request):
-    return Response(request.app.state.worker.metrics.text(), media_type="text/plain; version=0.0.4")
+    return Response(request.app.state.engine_client.metrics.prometheus_text(),
+                    media_type="text/plain; version=0.0.4")
 
 
 async def _stats(request: Request):
-    """The scheduler, live: for the page."""
-    async def looks(state):
-        while not state.draining and (worker := state.worker).state != "stopped":
-            chat = worker.engine_ready is None or worker.engine_ready.chat_template is not None
-            yield sent({"model": state.name, "state": worker.state, "chat": chat, **worker.stats})
-            await asyncio.sleep(PULSE)
-    if request.app.state.watchers >= MOST_WATCHERS:
-        raise Refused(503, f"{MOST_WATCHERS} watch already; close one of their pages")
-    how = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-cache"}}
-    return Response(**how) if request.method == "HEAD" else Watched(looks(request.app.state), **how)
+    """Stream the state and the statistics of the scheduler, for the page, as server-sent events."""
+    async def send_stats(state):
+        while not state.draining and (engine_client := state.engine_client).state != "stopped":
+            chat = engine_client.engine_ready is None or engine_client.engine_ready.chat_template is not None
+            yield encode_sse_event({"model": state.served_model_name, "state": engine_client.state,
+                                    "chat": chat, **engine_client.stats})
+            await asyncio.sleep(_STATS_INTERVAL_SECONDS)
+    if request.app.state.num_stats_streams >= _MAX_STATS_STREAMS:
+        raise APIError(503, f"{_MAX_STATS_STREAMS} watch already; close one of their pages")
+    sse = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-cache"}}
+    if request.method == "HEAD":
+        return Response(**sse)
+    return _CountedStreamingResponse(send_stats(request.app.state), **sse)
 
 
 async def _page(request: Request):
-    return FileResponse(PAGE.with_name(PAGES[request.scope["path"]]), headers=ALONE)
+    return FileResponse(_PAGE.with_name(_PAGE_FILES[request.scope["path"]]), headers=_PAGE_HEADERS)
 
 
-async def _known(request: Request):
-    """Does the client have a key? It may come with a salt, for what its requests share."""
-    access, request.state.salt = request.app.state.access, ""
-    if not access.keys:
+async def _authenticate(request: Request):
+    """Authenticate the client, and set the cache salt of its requests. Raises APIError (401)."""
+    access_policy, request.state.cache_salt = request.app.state.access_policy, ""
+    if not access_policy.api_keys:
         return
-    key = key_of(access.keys, request.headers.get("authorization", ""))
+    key = find_bearer_key(access_policy.api_keys, request.headers.get("authorization", ""))
     if key is None:
-        raise Refused(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY",
-                      code="invalid_api_key")
-    if access.salt_per_key:
-        request.state.salt = salt_of(key)
+        raise APIError(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                       code="invalid_api_key")
+    if access_policy.cache_salt_per_key:
+        request.state.cache_salt = cache_salt_of_key(key)
 
 
-async def _refused(request, why: Refused):
-    if why.status == 500:
-        log_failure(request.scope, why)
-    return JSONResponse(why.body(), why.status, why.headers())
+async def _answer_api_error(request, error: APIError):
+    if error.status_code == 500:
+        log_server_error(request.scope, error)
+    return JSONResponse(error.error_body(), error.status_code, error.retry_headers())
 
 
-async def _http(request, error: HTTPException):
-    """A path or a method that is not there."""
+async def _answer_http_exception(request, error: HTTPException):
+    """Answer a path or a method that does not exist."""
     path, headers, detail = request.scope["path"], dict(error.headers or {}), error.detail
     if "Allow" in headers:
         headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
         if request.method == "OPTIONS":
             return Response(status_code=204, headers={"Allow": f"{headers['Allow']}, OPTIONS"})
     if error.status_code == 404:
-        detail = f"not found; {where_else(path, request.app.state.paths)}"
-    why = Refused(error.status_code, f"{request.method} {path}: {detail}")
-    return JSONResponse(why.body(), why.status, headers)
+        detail = f"not found; {suggest_served_path(path, request.app.state.served_paths)}"
+    error = APIError(error.status_code, f"{request.method} {path}: {detail}")
+    return JSONResponse(error.error_body(), error.status_code, headers)
 
 
-async def _gone(request, error):
-    return Response(status_code=499)         # to nobody: the client has closed the connection
+async def _answer_disconnect(request, error):
+    return Response(status_code=499)         # nobody reads it: the client has closed the connection
 
 
-async def _bug(request, error):
-    """Our mistake; uvicorn writes down where. No middleware sees this answer."""
-    why = Refused(500, "the server made a mistake; its log says more")
-    log_failure(request.scope, why)
-    return JSONResponse(why.body(), 500, {HEADER: request.scope["state"][HEADER]})
+async def _answer_server_error(request, error):
+    """Answer an unexpected exception. uvicorn logs the traceback. The middlewares do not see this answer."""
+    error = APIError(500, "the server made a mistake; its log says more")
+    log_server_error(request.scope, error)
+    return JSONResponse(error.error_body(), 500,
+                        {REQUEST_ID_HEADER: request.scope["state"][REQUEST_ID_HEADER]})

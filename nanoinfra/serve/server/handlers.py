@@ -1,9 +1,9 @@
-"""One exchange with a client: read what it asks, let the engine answer, say it at once or as it comes.
+"""Handle one generation request: read the body, ask the engine, send one JSON object or a stream of events.
 
-A client that goes away frees what it held, whether it waits for a first word or for the last; one that sends
-or reads nothing for too long is made to (connections.py). Clients, and proxies on the way, give up where
-nothing comes for long: an answer begins in time, with a status that says nothing yet, and says now and then
-that it is still on its way.
+When the client disconnects, its requests are cancelled (aborted), so that the engine frees their KV blocks;
+http/connection_limits.py closes connections that send or read nothing for too long. Clients and proxies
+give up when nothing arrives for long. So a response starts in time, even before the first token, and sends
+keep-alive bytes while the engine works.
 """
 import asyncio
 import functools
@@ -13,171 +13,187 @@ from contextlib import ExitStack
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.datastructures import State
 from starlette.requests import ClientDisconnect
 
 from nanoinfra.serve.engine.requests import RequestOutput
 from nanoinfra.serve.processes.engine_client import EngineClient
 from nanoinfra.serve.processes.response_stream import ResponseStream
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.http.api_keys import salted
-from nanoinfra.serve.server.http.request_ids import log_failure
-from nanoinfra.serve.server.limits import most_bytes
-from nanoinfra.serve.server.openai.completion_requests import Question
-from nanoinfra.serve.server.openai.completion_responses import Answer
-from nanoinfra.serve.server.preprocess import LARGE, Preprocessor
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.http.api_keys import prepend_cache_salt
+from nanoinfra.serve.server.http.request_ids import log_server_error
+from nanoinfra.serve.server.openai.completion_requests import BaseCompletionRequest
+from nanoinfra.serve.server.openai.completion_responses import BaseCompletionResponse
+from nanoinfra.serve.server.preprocess import LARGE_BODY_BYTES, RequestPreprocessor
+from nanoinfra.serve.server.request_limits import max_body_bytes
 
-PIECE = 1 << 16                              # bytes of an answer sent at once
-STREAM_BEGINS = 10.0                         # seconds after which a stream begins, without a word
-OBJECT_BEGINS = 50.0                         # and an object: later, for errors want a status; nginx waits 60
-PULSE = 15.0                                 # seconds from one sign of life to the next: event streams' own
-STREAM_PULSE, OBJECT_PULSE = b": keep-alive\n\n", b" "  # a comment, and a space, which JSON may begin with
-SILENCE = object()                           # in place of news
+_BODY_CHUNK_BYTES = 1 << 16                  # bytes of a JSON response sent at once
+_STREAM_START_TIMEOUT_SECONDS = 10.0         # then a stream starts, even without an output
+_JSON_START_TIMEOUT_SECONDS = 50.0           # a JSON object: later, as errors need a status
+_KEEP_ALIVE_INTERVAL_SECONDS = 15.0          # event streams' usual interval
+_STREAM_KEEP_ALIVE = b": keep-alive\n\n"     # an SSE comment
+_JSON_KEEP_ALIVE = b" "                      # JSON may begin with spaces
+_NO_OUTPUT_YET = object()                    # in place of an output
 
 
-async def exchange(request: Request, kind: type[Question], form: type[Answer], prefix: str) -> Response:
-    """Answer a body of `kind` in `form`; ids begin with `prefix`. Raises Refused, ClientDisconnect.
+async def handle_generation_request(http_request: Request, request_type: type[BaseCompletionRequest],
+                                    response_type: type[BaseCompletionResponse], id_prefix: str) -> Response:
+    """Answer a body of `request_type` with a response of `response_type`, whose id starts with `id_prefix`.
 
-    The first word is waited for, though not for ever: until then an error can still have a status.
+    The response starts with the first output, or after a timeout: until then an error can still have its
+    own HTTP status. Raises APIError, and ClientDisconnect when the client has gone.
     """
-    state, name = request.app.state, prefix + uuid.uuid4().hex
-    threads, ready = state.preprocessor, at_work(state).engine_ready
-    with ExitStack() as places:
-        body = await _body(request, most_bytes(ready.info["context"]),
-                           lambda: places.enter_context(threads.place_for_large()))
-        answer = await threads.prepare(kind, form, body, name, state.name, ready)
-    job = at_work(state).submit_requests(salted([*answer.requests.values()], request.state.salt))
+    app_state, response_id = http_request.app.state, id_prefix + uuid.uuid4().hex
+    preprocessor, ready = app_state.preprocessor, require_ready_engine(app_state).engine_ready
+    with ExitStack() as body_slots:
+        body = await _read_body(http_request, max_body_bytes(ready.info["context"]),
+                                lambda: body_slots.enter_context(preprocessor.reserve_large_body_slot()))
+        response = await preprocessor.parse_and_tokenize(request_type, response_type, body, response_id,
+                                                         app_state.served_model_name, ready)
+    engine_requests = prepend_cache_salt([*response.engine_requests.values()], http_request.state.cache_salt)
+    stream = require_ready_engine(app_state).submit_requests(engine_requests)
     try:
-        if answer.question.stream:
-            first = await _unless_gone(request, anext(job), STREAM_BEGINS)
-            chunks = _chunks(answer, job, first, threads, request.scope)
-            return Sent(job, chunks, "text/event-stream", {"Cache-Control": "no-cache"})
-        if not await _unless_gone(request, _gather(answer, job), OBJECT_BEGINS):
-            return Sent(job, _late(answer, job, threads, request.scope), "application/json", {})
-        whole = await threads.write(answer.places, answer.body, answer)
-        return Sent(job, _pieces(whole), "application/json", {"Content-Length": str(len(whole))})
+        if response.request.stream:
+            first = await _unless_disconnected(http_request, anext(stream), _STREAM_START_TIMEOUT_SECONDS)
+            chunks = _stream_chunks(response, stream, first, preprocessor, http_request.scope)
+            return _StreamClosingResponse(stream, chunks, "text/event-stream", {"Cache-Control": "no-cache"})
+        if not await _unless_disconnected(http_request, _collect_outputs(response, stream),
+                                          _JSON_START_TIMEOUT_SECONDS):
+            chunks = _late_json(response, stream, preprocessor, http_request.scope)
+            return _StreamClosingResponse(stream, chunks, "application/json", {})
+        encode = response.encode_response_object
+        body = await preprocessor.encode_response(response.num_tokens, encode, response)
+        return _StreamClosingResponse(stream, _split_body(body), "application/json",
+                                      {"Content-Length": str(len(body))})
     except BaseException:
-        job.close()
+        stream.close()
         raise
 
 
-def at_work(state) -> EngineClient:
-    """The app's worker. Raises Refused where it cannot be asked now."""
-    if state.draining:
-        raise Refused(503, "the server is about to end")
-    if state.worker.state != "ready":
-        raise Refused(503, state.worker.state_reason)
-    return state.worker
+def require_ready_engine(app_state: State) -> EngineClient:
+    """The engine client of the app. Raises APIError (503) while the engine is not ready."""
+    if app_state.draining:
+        raise APIError(503, "the server is about to end")
+    if app_state.engine_client.state != "ready":
+        raise APIError(503, app_state.engine_client.state_reason)
+    return app_state.engine_client
 
 
-class Sent(StreamingResponse):
-    """An answer on its way, as fast as the client reads; however it ends, the job is closed."""
+class _StreamClosingResponse(StreamingResponse):
+    """A response that closes its ResponseStream at its end, so that unfinished requests are cancelled."""
 
-    def __init__(self, job: ResponseStream, pieces: AsyncIterator[bytes], kind: str, headers: dict[str, str]):
-        super().__init__(pieces, media_type=kind, headers=headers)
-        self.job = job
+    def __init__(self, stream: ResponseStream, chunks: AsyncIterator[bytes], media_type: str,
+                 headers: dict[str, str]):
+        super().__init__(chunks, media_type=media_type, headers=headers)
+        self.stream = stream
 
     async def __call__(self, scope, receive, send):
         try:
             await super().__call__(scope, receive, send)
-        except Refused:                      # _late has logged it; returning here, uvicorn breaks what is
-            pass                             #   not complete, which is how the client learns of it
+        except APIError:                     # _late_json has logged it; uvicorn closes the connection of an
+            pass                             #   incomplete response, and so the client sees that it failed
         finally:
-            self.job.close()
+            self.stream.close()
 
 
-async def _body(request, most: int, grows: Callable[[], None]):
-    """The request's body; `grows` is called once it is LARGE. Raises Refused where it is too large.
+async def _read_body(http_request, max_bytes: int, on_large_body: Callable[[], None]):
+    """The body of the request. Raises APIError (413) for more than `max_bytes`.
 
-    What is refused is read to its end, or 16 times what may be: few clients listen before.
+    `on_large_body` is called once, when the body becomes larger than LARGE_BODY_BYTES. A refused body is
+    read to its end, or to 16 times `max_bytes`: few clients read a response before all is sent.
     """
     body, size, refused = bytearray(), 0, None
-    async for piece in request.stream():
-        was, size = size, size + len(piece)
-        refused = refused or _refusal(was, size, most, grows)
-        if size > 16 * most:
+    async for chunk in http_request.stream():
+        old_size, size = size, size + len(chunk)
+        refused = refused or _body_error(old_size, size, max_bytes, on_large_body)
+        if size > 16 * max_bytes:
             break
-        body += b"" if refused else piece
+        body += b"" if refused else chunk
     if refused:
         raise refused
     return bytes(body)
 
 
-def _refusal(was, size, most, grows):
-    if size > most:
-        return Refused(413, f"the body is larger than {most} bytes; send less at once")
+def _body_error(old_size, size, max_bytes, on_large_body):
+    if size > max_bytes:
+        return APIError(413, f"the body is larger than {max_bytes} bytes; send less at once")
     try:
-        if was <= LARGE < size:
-            grows()
-    except Refused as why:
-        return why
+        if old_size <= LARGE_BODY_BYTES < size:
+            on_large_body()
+    except APIError as error:
+        return error
     return None
 
 
-async def _unless_gone(request, work, seconds):
-    """What `work` comes to; None where it takes longer. Raises ClientDisconnect if the client goes away."""
-    leaves = request.receive()               # after the body comes nothing but this
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(leaves)]
+async def _unless_disconnected(http_request, work, timeout):
+    """The result of `work`; None after `timeout` seconds. Raises ClientDisconnect when it has gone."""
+    disconnect = http_request.receive()      # after the body, only http.disconnect can come
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(disconnect)]
     try:
-        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if tasks[0].done():
             return tasks[0].result()
         if tasks[1].done():
             raise ClientDisconnect
-        return None                          # what it waits for stays in the job's queue
+        return None                          # outputs stay in the queue of the ResponseStream
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
 
 
-async def _gather(answer: Answer, job: ResponseStream):
-    """Add all that comes; True. What has been added stays so where this is cancelled."""
-    async for event in job:
-        answer.add(event)
+async def _collect_outputs(response: BaseCompletionResponse, stream: ResponseStream):
+    """Add all outputs to `response`; returns True. If this is cancelled, added outputs stay there."""
+    async for output in stream:
+        response.add_output(output)
     return True
 
 
-async def _chunks(answer: Answer, job: ResponseStream, first: RequestOutput | None,
-                  threads: Preprocessor, scope):
+async def _stream_chunks(response: BaseCompletionResponse, stream: ResponseStream,
+                         first: RequestOutput | None,
+                         preprocessor: RequestPreprocessor, scope):
     try:
-        event = first or SILENCE
-        while event:
-            if event is SILENCE:
-                yield STREAM_PULSE
+        output = first or _NO_OUTPUT_YET
+        while output:
+            if output is _NO_OUTPUT_YET:
+                yield _STREAM_KEEP_ALIVE
             else:
-                yield await threads.write(len(event.prompt_logprobs), functools.partial(answer.chunk, event),
-                                          answer)
-                await asyncio.sleep(0)       # however much has come: others have their turn
-            event = await _soon(anext(job, None))
-        yield await threads.write(answer.places_at_end, answer.last, answer)
-    except Refused as why:                   # too late for a status
-        log_failure(scope, why)
-        yield answer.failed(why)
+                encode = functools.partial(response.encode_stream_chunk, output)
+                yield await preprocessor.encode_response(len(output.prompt_logprobs), encode, response)
+                await asyncio.sleep(0)       # let other tasks run, however many outputs wait
+            output = await _or_no_output_yet(anext(stream, None))
+        yield await preprocessor.encode_response(response.num_tokens_at_stream_end,
+                                                 response.encode_stream_end, response)
+    except APIError as error:                # too late for an HTTP status
+        log_server_error(scope, error)
+        yield response.encode_stream_error(error)
 
 
-async def _late(answer: Answer, job: ResponseStream, threads: Preprocessor, scope):
-    """The object, and before it spaces for as long as it takes."""
+async def _late_json(response: BaseCompletionResponse, stream: ResponseStream,
+                     preprocessor: RequestPreprocessor, scope):
+    """The JSON object, and before it a space at every keep-alive interval until it is complete."""
     try:
-        yield OBJECT_PULSE
-        while await _soon(_gather(answer, job)) is SILENCE:
-            yield OBJECT_PULSE
-        whole = await threads.write(answer.places, answer.body, answer)
-    except Refused as why:                   # the connection breaks, for an object that is none would be read
-        log_failure(scope, why)
+        yield _JSON_KEEP_ALIVE
+        while await _or_no_output_yet(_collect_outputs(response, stream)) is _NO_OUTPUT_YET:
+            yield _JSON_KEEP_ALIVE
+        encode = response.encode_response_object
+        body = await preprocessor.encode_response(response.num_tokens, encode, response)
+    except APIError as error:                # close the connection: clients would read an error as the object
+        log_server_error(scope, error)
         raise
-    async for piece in _pieces(whole):
-        yield piece
+    async for chunk in _split_body(body):
+        yield chunk
 
 
-async def _soon(work):
-    """What `work` comes to, or SILENCE after PULSE seconds."""
+async def _or_no_output_yet(work):
+    """The result of `work`, or _NO_OUTPUT_YET when the keep-alive interval is over."""
     try:
-        async with asyncio.timeout(PULSE):
+        async with asyncio.timeout(_KEEP_ALIVE_INTERVAL_SECONDS):
             return await work
     except TimeoutError:
-        return SILENCE
+        return _NO_OUTPUT_YET
 
 
-async def _pieces(whole: bytes):
-    for at in range(0, len(whole), PIECE):
-        yield whole[at:at + PIECE]
+async def _split_body(body: bytes):
+    for start in range(0, len(body), _BODY_CHUNK_BYTES):
+        yield body[start:start + _BODY_CHUNK_BYTES]

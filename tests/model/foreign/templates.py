@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from nanoinfra.model.tokenizer import render_chat
 from nanoinfra.model.weights.load import load
-from nanoinfra.serve.server.openai.chat_templates import TemplateProcess
+from nanoinfra.serve.server.openai.chat_template_process import ChatTemplateProcess
 from tests.model.foreign.judge import Case, Fault, Refused, ours, same
 from tests.model.foreign.kinds import write_text
 from tests.model.foreign.models import raw, write_model
@@ -124,9 +124,9 @@ def _judge(folder, messages, hostile):
     if template is None:
         return _no_template(folder, messages)
     if hostile:  # transformers would hang: no more than the sandbox's own words
-        process = TemplateProcess()
+        process = ChatTemplateProcess()
         try:
-            ours(process.render, template, messages, text)
+            ours(process.render_chat_template, template, messages, text)
             return "equal"
         finally:
             process.close()

@@ -1,7 +1,7 @@
-"""API keys: where they come from, which of them a client has sent, and what its key keeps apart.
+"""API keys: read them, find the one that a client has sent, and make a cache salt of it.
 
-The command line and the environment of a process can be read by others (ps, the processes that it starts): a
-key comes best from a file, and the environment's is taken out before the engine's processes inherit it.
+Other users can read the command line of a process (ps), and child processes inherit its environment. So a
+key is best read from a file, and NANOINFRA_API_KEY is removed before the engine's processes start.
 """
 import hmac
 import os
@@ -14,18 +14,19 @@ from pathlib import Path
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.options import ServeOptions
 
-VARIABLE = "NANOINFRA_API_KEY"
+API_KEY_VARIABLE = "NANOINFRA_API_KEY"
 
 
-def read_keys(options: ServeOptions, environment: MutableMapping[str, str] = os.environ) -> tuple[str, ...]:
-    """The keys of which a client must send one; () where none is asked for.
+def read_api_keys(options: ServeOptions,
+                  environment: MutableMapping[str, str] = os.environ) -> tuple[str, ...]:
+    """The API keys of the server; () if none is needed. A client must send one of them.
 
-    Takes the variable out of `environment`, and warns on stderr of what others can see. Raises ValueError for
-    two sources, and for a key that no client could send.
+    Removes NANOINFRA_API_KEY from `environment`, and warns on stderr about keys that others can read.
+    Raises ValueError for two sources, and for a key that no client could send.
     """
-    given = {"--api-key": options.api_key, "--api-key-file": options.api_key_file,
-             VARIABLE: environment.pop(VARIABLE, None)}
-    sources = [name for name, value in given.items() if value is not None]
+    values = {"--api-key": options.api_key, "--api-key-file": options.api_key_file,
+              API_KEY_VARIABLE: environment.pop(API_KEY_VARIABLE, None)}
+    sources = [name for name, value in values.items() if value is not None]
     if len(sources) > 1:
         raise ValueError(f"the key comes from {' and '.join(sources)}; give one of them")
     if options.cache_salt_per_key and not sources:
@@ -34,28 +35,29 @@ def read_keys(options: ServeOptions, environment: MutableMapping[str, str] = os.
         return ()
     source = sources[0]
     if source == "--api-key":
-        print(f"nanoinfra: --api-key shows in ps; {VARIABLE} or --api-key-file does not", file=sys.stderr)
-    keys = _lines(options.api_key_file) if source == "--api-key-file" else [given[source]]
-    for i, key in enumerate(keys, 1):
+        print(f"nanoinfra: --api-key shows in ps; {API_KEY_VARIABLE} or --api-key-file does not",
+              file=sys.stderr)
+    api_keys = _read_key_file(options.api_key_file) if source == "--api-key-file" else [values[source]]
+    for i, key in enumerate(api_keys, 1):
         _check_key(key, f"line {i} of {options.api_key_file}" if source == "--api-key-file" else source)
-    return tuple(keys)
+    return tuple(api_keys)
 
 
-def _lines(file):
+def _read_key_file(file):
     try:
         if (mode := file.stat().st_mode) & 0o077:
             print(f"nanoinfra: others may use {file}, mode {mode & 0o777:03o}; chmod 600 it", file=sys.stderr)
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise ValueError(f"cannot read --api-key-file {file}: {why}") from None
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ValueError(f"cannot read --api-key-file {file}: {reason}") from None
     if not lines:
         raise ValueError(f"--api-key-file {file} is empty; write a key on each line")
     return lines
 
 
 def _check_key(key, where):
-    """An error says where a key stands, never what it is."""
+    """Raise ValueError for a bad key; the message says where the key stands and never shows it."""
     if not key:
         raise ValueError(f"{where} is empty; leave it out to serve whoever connects")
     if key != key.strip() or not key.isprintable():
@@ -63,22 +65,25 @@ def _check_key(key, where):
                          "characters")
 
 
-def key_of(keys: Sequence[str], authorization: str) -> str | None:
-    """The key that an Authorization header holds, in latin-1 as Starlette gives it; None without one.
+def find_bearer_key(api_keys: Sequence[str], authorization_header: str) -> str | None:
+    """The one of `api_keys` that an Authorization header (latin-1, as Starlette gives it) holds, or None.
 
-    All of `keys` are compared, in a time that tells nothing of them. "Bearer" may be in any case (RFC 9110).
+    All keys are compared in constant time. "Bearer" may be in any case (RFC 9110).
     """
-    scheme, _, given = authorization.encode("latin-1").partition(b" ")
-    given = sha256(given.strip()).digest()
-    same = [key for key in keys if hmac.compare_digest(sha256(key.encode()).digest(), given)]
+    scheme, _, token = authorization_header.encode("latin-1").partition(b" ")
+    digest = sha256(token.strip()).digest()
+    same = [key for key in api_keys if hmac.compare_digest(sha256(key.encode()).digest(), digest)]
     return same[0] if same and scheme.lower() == b"bearer" else None
 
 
-def salt_of(key: str) -> str:
-    """What keeps the cached prefixes of this key's requests from others. Always of 64 characters."""
-    return sha256(b"cache salt of " + key.encode()).hexdigest()
+def cache_salt_of_key(api_key: str) -> str:
+    """The cache salt of an API key, 64 characters: cached prefixes are shared only under the same salt."""
+    return sha256(b"cache salt of " + api_key.encode()).hexdigest()
 
 
-def salted(requests: Sequence[Request], salt: str) -> list[Request]:
-    """The requests, whose own salts hold within `salt`: of one length, so nobody can name another's."""
-    return [replace(request, cache_salt=salt + request.cache_salt) for request in requests]
+def prepend_cache_salt(requests: Sequence[Request], cache_salt: str) -> list[Request]:
+    """The requests, each with `cache_salt` in front of its own.
+
+    Salts of keys all have one length, so no client can make up the salt of another key.
+    """
+    return [replace(request, cache_salt=cache_salt + request.cache_salt) for request in requests]

@@ -1,6 +1,6 @@
-"""x-request-id: a name for each request, the client's own or a new one, in every answer and in the log.
+"""x-request-id: the id of each HTTP request, from the client or new, in every response and in the log.
 
-OpenAI's clients show it with an error; who runs the server finds by it what the log says.
+OpenAI's clients show it with an error, so an operator can find the matching line of the log.
 """
 import logging
 import re
@@ -9,28 +9,28 @@ from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.errors import APIError
 
-HEADER = "x-request-id"
-SENSIBLE = re.compile(rb"[!-~]{1,128}")      # what a client may call it: else it gets a new name
+REQUEST_ID_HEADER = "x-request-id"
+_VALID_REQUEST_ID = re.compile(rb"[!-~]{1,128}")             # other ids are replaced by new ones
 
-logger = logging.getLogger("nanoinfra.serve")
-
-
-def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """The name that `headers` (in lower case) give the request, or a new one."""
-    given = dict(headers).get(HEADER.encode(), b"")
-    return given.decode() if SENSIBLE.fullmatch(given) else uuid.uuid4().hex
+_logger = logging.getLogger("nanoinfra.serve")
 
 
-def log_failure(scope: Scope, why: Refused) -> None:
-    """Write down an answer that failed by no fault of the client's."""
-    logger.error("%s %s: %d, %s (%s %s)", scope["method"], scope["path"], why.status, why, HEADER,
-                 scope["state"][HEADER])
+def get_or_create_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The request id in `headers` (names in lower case), or a new one."""
+    client_id = dict(headers).get(REQUEST_ID_HEADER.encode(), b"")
+    return client_id.decode() if _VALID_REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex
+
+
+def log_server_error(scope: Scope, error: APIError) -> None:
+    """Log an error that is not the client's fault, with the request id."""
+    _logger.error("%s %s: %d, %s (%s %s)", scope["method"], scope["path"], error.status_code, error,
+                  REQUEST_ID_HEADER, scope["state"][REQUEST_ID_HEADER])
 
 
 class RequestIdMiddleware:
-    """Gives `scope["state"]` and each answer the request's name."""
+    """ASGI middleware that puts the request id into `scope["state"]` and into each response."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -38,10 +38,12 @@ class RequestIdMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        name = scope.setdefault("state", {})[HEADER] = request_id(scope["headers"])
+        request_id = get_or_create_request_id(scope["headers"])
+        scope.setdefault("state", {})[REQUEST_ID_HEADER] = request_id
 
-        async def named(message: Message) -> None:
+        async def send_with_request_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (HEADER.encode(), name.encode())]
+                message["headers"] = [*message.get("headers", ()),
+                                      (REQUEST_ID_HEADER.encode(), request_id.encode())]
             await send(message)
-        await self.app(scope, receive, named)
+        await self.app(scope, receive, send_with_request_id)

@@ -1,6 +1,7 @@
-"""SIGTERM and Ctrl-C while no server takes them (drain.py), before or after it: nothing runs, so all ends.
+"""SIGTERM and Ctrl-C before and after the HTTP server runs: the process exits with code 0 at once.
 
-What Python does by itself is a traceback and code 1 for Ctrl-C, and death by the signal for SIGTERM.
+While it runs, the server handles them (graceful_shutdown.py). Python alone would print a traceback and exit
+with code 1 on Ctrl-C, and would be killed by SIGTERM.
 """
 import atexit
 import functools
@@ -9,30 +10,31 @@ import signal
 import threading
 from collections.abc import Callable
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+SHUTDOWN_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def end_with_0(main: Callable) -> Callable:
-    """`main`, in which these signals end the process at once, with exit code 0, unless it takes them over.
+def exit_zero_on_shutdown_signals(main: Callable) -> Callable:
+    """Decorate `main`: SHUTDOWN_SIGNALS exit the process with code 0, unless it sets other handlers.
 
-    They still do when it has returned, as the process is about to end then; an error gives them back. Outside
-    the main thread, which alone hears signals, `main` is as it was.
+    The handlers stay after `main` has returned, until Python ends. If it raises, the handlers from before
+    are restored. Python handles signals in the main thread only; in others `main` is unchanged.
     """
     @functools.wraps(main)
-    def ends(*args, **kwargs):
+    def main_with_handlers(*args, **kwargs):
         if threading.current_thread() is not threading.main_thread():
             return main(*args, **kwargs)
-        before = {sign: signal.signal(sign, lambda *_: os._exit(0)) for sign in ENDING}
+        old_handlers = {signum: signal.signal(signum, lambda *_: os._exit(0)) for signum in SHUTDOWN_SIGNALS}
         try:
-            code = main(*args, **kwargs)
+            result = main(*args, **kwargs)
         except BaseException:
-            _set(before)
+            _set_handlers(old_handlers)
             raise
-        atexit.register(_set, dict.fromkeys(ENDING, signal.SIG_IGN))     # Python's last moments drop handlers
-        return code
-    return ends
+        ignored = dict.fromkeys(SHUTDOWN_SIGNALS, signal.SIG_IGN)        # Python drops handlers while it ends
+        atexit.register(_set_handlers, ignored)
+        return result
+    return main_with_handlers
 
 
-def _set(handlers):
-    for sign, handler in handlers.items():
-        signal.signal(sign, handler)
+def _set_handlers(handlers):
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)

@@ -1,12 +1,12 @@
-"""Paths that are not served: what of OpenAI's API this server has not, and what a mistyped base URL asks for.
+"""Paths that are not served: other endpoints of OpenAI's API, and paths of a mistyped base URL.
 
-A client that is told so can be set right; "Not Found" alone looks like a server that is broken.
+The error names the right path or the missing feature. "Not Found" alone would look like a broken server.
 """
 from collections.abc import Sequence
 
-from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.errors import APIError
 
-UNSERVED = {                                 # behind /v1/, OpenAI's and vLLM's: what they are about
+UNSERVED_ENDPOINTS = {                       # endpoints of OpenAI and vLLM below /v1/: what they do
     "embeddings": "embeddings", "audio": "speech", "images": "pictures", "videos": "videos",
     "moderations": "moderation", "files": "files", "uploads": "files", "batches": "batches",
     "fine_tuning": "fine-tuning", "fine-tunes": "fine-tuning", "assistants": "assistants",
@@ -20,17 +20,18 @@ UNSERVED = {                                 # behind /v1/, OpenAI's and vLLM's:
     "content_provenance_checks": "checks of pictures"}
 
 
-def check_path(path: str) -> None:
-    """Raise Refused for what others serve at `path`, and this server never does."""
-    about = UNSERVED.get(path.removeprefix("/v1/").partition("/")[0]) if path.startswith("/v1/") else None
-    if about:
-        raise Refused(404, f"{path} is not served: this server writes text, and has no {about}",
-                      code="unsupported_endpoint")
+def reject_unserved_endpoint(path: str) -> None:
+    """Raise APIError (404) for an endpoint of OpenAI or vLLM that this server does not have."""
+    if not path.startswith("/v1/"):
+        return
+    if feature := UNSERVED_ENDPOINTS.get(path.removeprefix("/v1/").partition("/")[0]):
+        raise APIError(404, f"{path} is not served: this server writes text, and has no {feature}",
+                       code="unsupported_endpoint")
 
 
-def where_else(path: str, served: Sequence[str]) -> str:
-    """What to say of a `path` that is none of those `served`: which of them may be meant."""
+def suggest_served_path(path: str, served_paths: Sequence[str]) -> str:
+    """A message for a `path` that is not served: the served path that was probably meant, or all of them."""
     bare = "/".join(part for part in path.split("/") if part not in ("", "v1"))
-    if meant := [each for each in served if bare and each in (f"/v1/{bare}", f"/{bare}")]:
-        return f"it is {meant[0]} that is served; the base URL of OpenAI's clients ends in /v1"
-    return f"there are {', '.join(served)}"
+    if similar := [served for served in served_paths if bare and served in (f"/v1/{bare}", f"/{bare}")]:
+        return f"it is {similar[0]} that is served; the base URL of OpenAI's clients ends in /v1"
+    return f"there are {', '.join(served_paths)}"

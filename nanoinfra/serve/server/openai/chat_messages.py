@@ -1,9 +1,9 @@
-"""The turns of a chat and the tools that a model may call, as its chat template sees them.
+"""Chat messages and tools, in the form that a chat template takes, and the prompt that it renders.
 
-That is what transformers' apply_chat_template(messages, tools) would show it: the arguments of a call as an
-object, where OpenAI's clients send JSON text, and no content where a turn has nothing but calls. A template
-that takes neither tools nor calls leaves them out and says nothing: so it renders twice, and what makes no
-difference is refused.
+The form is that of transformers' apply_chat_template(messages, tools): arguments of a tool call are an
+object (OpenAI's clients send JSON text), and a message with only tool calls has no content. A template that
+does not know tools or tool calls silently leaves them out. So the chat is rendered with and without them,
+and the request is refused if both prompts are the same.
 """
 import json
 from collections.abc import Callable
@@ -14,90 +14,96 @@ from pydantic_core import from_json
 
 from nanoinfra.model.tokenizer import Text
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server import limits
-from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server import request_limits
+from nanoinfra.serve.server.errors import APIError
 from nanoinfra.serve.server.openai import request_fields
-from nanoinfra.serve.server.openai.request_fields import Lenient
+from nanoinfra.serve.server.openai.request_fields import OpenAIBaseModel
 
-# (template, messages, text, tools or None): the prompt
-Render = Callable[[str, list[dict], Text, list[dict] | None], str]
+# (chat_template, messages, tokenizer, tools or None) -> prompt
+RenderTemplate = Callable[[str, list[dict], Text, list[dict] | None], str]
 
 
-class Message(Lenient):
-    """One turn of a chat."""
+class ChatMessage(OpenAIBaseModel):
+    """One message of a chat (the field `messages`)."""
     role: str
-    content: Annotated[str | None, BeforeValidator(request_fields.content)] = None
-    name: str | None = None                  # these for templates that ask for them
+    content: Annotated[str | None, BeforeValidator(request_fields.parse_message_content)] = None
+    name: str | None = None                  # from here on: for templates that use them
     tool_call_id: str | None = None
-    tool_calls: Annotated[list[Any], Field(max_length=limits.MOST_TOOL_CALLS)] | None = None
-    function_call: dict | None = None        # what a tool call was called before
+    tool_calls: Annotated[list[Any],
+                          Field(max_length=request_limits.MAX_TOOL_CALLS_PER_MESSAGE)] | None = None
+    function_call: dict | None = None        # the old form of a tool call
     reasoning_content: str | None = None
-    audio: request_fields.unsupported() = None
-    prefix: request_fields.unsupported(False) = None                 # to go on with this turn
+    audio: request_fields.unsupported_field() = None
+    prefix: request_fields.unsupported_field(False) = None   # continue this message
 
-    def for_template(self) -> dict:
-        """The turn without what it has not."""
-        said = {name: value for name, value in self if value is not None and name not in LEFT_OUT}
+    def to_template_dict(self) -> dict:
+        """The message as a template takes it, without fields that are not set."""
+        fields = {name: value for name, value in self
+                  if value is not None and name not in _FIELDS_NOT_FOR_TEMPLATE}
         calls = self.tool_calls or ([{"type": "function", "function": self.function_call}]
                                     if self.function_call else None)
         if calls:
-            said["tool_calls"] = [_with_arguments_read(call) for call in calls]
-        needless = bool(calls) and self.role == "assistant"  # OpenAI: such a turn may have no content
-        return {"role": said.pop("role"), **({} if needless else {"content": ""}), **said}
+            fields["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+        may_omit_content = bool(calls) and self.role == "assistant"      # as OpenAI's API allows
+        return {"role": fields.pop("role"), **({} if may_omit_content else {"content": ""}), **fields}
 
 
-LEFT_OUT = ("function_call", "audio", "prefix")
+_FIELDS_NOT_FOR_TEMPLATE = ("function_call", "audio", "prefix")
 
 
-def render_prompt(messages: list[Message], tools: list[dict] | None, ready: EngineReady,
-                  render: Render) -> str:
-    """The prompt that the model's template makes. Raises Refused for what it does not take, or not show."""
-    turns = [message.for_template() for message in messages]
-    size = sum(len(turn["role"]) + len(turn.get("content", "")) for turn in turns)
-    size += sum(_size(turn["tool_calls"]) for turn in turns if "tool_calls" in turn)
-    limits.check_chars(size + _size(tools), ready.info["context"], ready.tokenizer.max_chars_per_token)
+def render_chat_prompt(messages: list[ChatMessage], tools: list[dict] | None, engine_ready: EngineReady,
+                       render_template: RenderTemplate) -> str:
+    """The prompt that the model's chat template makes of `messages` and `tools`.
 
-    def rendered(turns, tools):
-        return render(ready.chat_template, turns, ready.tokenizer, tools)
+    Raises APIError for messages that the template rejects, and for tools or calls that it does not show.
+    """
+    template_messages = [message.to_template_dict() for message in messages]
+    size = sum(len(message["role"]) + len(message.get("content", "")) for message in template_messages)
+    size += sum(_json_length(message.get("tool_calls")) for message in template_messages)
+    request_limits.check_text_length(size + _json_length(tools), engine_ready.info["context"],
+                                     engine_ready.tokenizer.max_chars_per_token)
+
+    def render(template_messages, tools):
+        return render_template(engine_ready.chat_template, template_messages, engine_ready.tokenizer, tools)
     try:
-        prompt = rendered(turns, tools)
-    except Exception as error:               # a template is a program: these messages have made it fail
-        raise Refused(400, f"the chat template does not take these: {error}", "messages") from error
-    if tools and _is_same(prompt, rendered, turns, None):
-        raise Refused(400, "this model's chat template has no place for tools, so that the model would never "
-                           "see them; leave tools out, or describe them in a message", "tools")
-    if (silent := [_without_calls(turn) for turn in turns]) != turns and _is_same(prompt, rendered, silent,
-                                                                                 tools):
-        raise Refused(400, "this model's chat template has no place for tool_calls of the assistant, so that "
-                           "the model would never see them; write them into the content", "messages")
+        prompt = render(template_messages, tools)
+    except Exception as error:               # a template is a program, and may raise anything
+        raise APIError(400, f"the chat template does not take these: {error}", "messages") from error
+    if tools and _renders_the_same(prompt, render, template_messages, None):
+        raise APIError(400, "this model's chat template has no place for tools, so that the model would "
+                       "never see them; leave tools out, or describe them in a message", "tools")
+    without_calls = [_without_tool_calls(message) for message in template_messages]
+    if without_calls != template_messages and _renders_the_same(prompt, render, without_calls, tools):
+        raise APIError(400, "this model's chat template has no place for tool_calls of the assistant, so "
+                       "that the model would never see them; write them into the content", "messages")
     return prompt
 
 
-def _is_same(prompt, rendered, turns, tools):
-    """Is the prompt the same with these? A template that fails without them takes them."""
+def _renders_the_same(prompt, render, template_messages, tools):
+    """True if these render to the same prompt. A template that fails without tools or calls does use them."""
     try:
-        return rendered(turns, tools) == prompt
+        return render(template_messages, tools) == prompt
     except Exception:
         return False
 
 
-def _without_calls(turn):
-    calls = "tool_calls" in turn and turn["role"] == "assistant"
-    return {name: value for name, value in turn.items() if name != "tool_calls"} if calls else turn
+def _without_tool_calls(message):
+    calls = "tool_calls" in message and message["role"] == "assistant"
+    return {name: value for name, value in message.items() if name != "tool_calls"} if calls else message
 
 
-def _with_arguments_read(call):
-    """A call whose arguments are an object: templates write them as JSON, which text would be twice."""
+def _with_parsed_arguments(call):
+    """The call with its arguments parsed: templates write them as JSON, so text would be encoded twice."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
         arguments = from_json(function["arguments"] or "{}")
-    except ValueError:                       # the model's own mistake, which it may see again; or too deep
+    except ValueError:                       # invalid JSON of the model, or too deep: keep the text
         return call
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _size(given):
-    """Characters of JSON."""
-    return len(json.dumps(given, ensure_ascii=False, separators=(",", ":"))) if given else 0
+def _json_length(value):
+    """The number of characters of `value` as JSON; 0 for nothing."""
+    return len(json.dumps(value, ensure_ascii=False, separators=(",", ":"))) if value else 0

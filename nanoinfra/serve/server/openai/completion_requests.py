@@ -1,8 +1,8 @@
-"""What clients of OpenAI's API send to its two endpoints, and what the engine is asked then.
+"""Request bodies of /v1/completions and /v1/chat/completions, and the engine requests made of them.
 
-Taken from what real clients send. A null means the default; a field that is not known is dropped unread; one
-that is known, not supported, and would change the answer is refused (fields.py). Which numbers are possible
-the engine's own check says (requests.py), how much of everything limits.py, what a chat becomes chats.py.
+The fields are OpenAI's and vLLM's. A null means the default. An unknown field is ignored; a known field that
+is not supported and would change the answer is refused by name (request_fields.py). The engine checks the
+ranges of values (engine/requests.py), request_limits.py the sizes; chat_messages.py renders chats.
 """
 from typing import Annotated, Any, ClassVar
 
@@ -11,166 +11,185 @@ from pydantic import BeforeValidator, FailFast, Field, ValidationError
 from nanoinfra.model.tokenizer import Text, render_chat
 from nanoinfra.serve.engine.requests import InvalidRequest, Request, SamplingParams, check_request
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server import limits
-from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server import request_limits
+from nanoinfra.serve.server.errors import APIError
 from nanoinfra.serve.server.openai import request_fields
-from nanoinfra.serve.server.openai.chat_messages import Message, Render, render_prompt
-from nanoinfra.serve.server.openai.request_fields import HARMLESS as HARMLESS
-from nanoinfra.serve.server.openai.request_fields import Integer, Lenient, Unsupported, unsupported
+from nanoinfra.serve.server.openai.chat_messages import ChatMessage, RenderTemplate, render_chat_prompt
+from nanoinfra.serve.server.openai.request_fields import (
+    NO_GUIDED_DECODING_REASON,
+    UNENFORCED_TOOL_CHOICES,
+    Int64,
+    OpenAIBaseModel,
+    UnsupportedFields,
+    unsupported_field,
+)
 
-Bias = Annotated[float, Field(ge=-100, le=100)]
+_LogitBias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class StreamOptions(Lenient):
-    """What a stream says beside the text."""
-    include_usage: bool = False              # in a last chunk without choices
-    continuous_usage_stats: bool = False     # and in every other
+class StreamOptions(OpenAIBaseModel):
+    """What a stream contains besides the text."""
+    include_usage: bool = False              # in a last chunk, whose list of choices is empty
+    continuous_usage_stats: bool = False     # also in every other chunk
 
 
-class Question(Unsupported):
-    """What both endpoints take. The defaults are OpenAI's."""
-    spelled: ClassVar[dict[str, str]] = {}   # what a parameter of the engine's is called here
+class BaseCompletionRequest(UnsupportedFields):
+    """The fields that completions and chat completions share, with OpenAI's defaults."""
+    client_field_names: ClassVar[dict[str, str]] = {}        # {engine parameter: field of this body}
     model: str | None = None
-    max_tokens: Integer | None = None
-    max_completion_tokens: Integer | None = None             # its new name, which clients send to both
-    n: Integer = 1
+    max_tokens: Int64 | None = None
+    max_completion_tokens: Int64 | None = None               # the newer name; clients send it to both
+    n: Int64 = 1
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: Annotated[list[str], BeforeValidator(request_fields.texts),
-                    Field(max_length=limits.MOST_STOPS)] = []
+    stop: Annotated[list[str], BeforeValidator(request_fields.parse_stop_strings),
+                    Field(max_length=request_limits.MAX_STOP_STRINGS)] = []
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: Integer = 0
+    top_k: Int64 = 0
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Annotated[dict[int, Bias], BeforeValidator(request_fields.biases)] = {}
-    seed: Integer | None = None              # null or -1: another each time
+    logit_bias: Annotated[dict[int, _LogitBias], BeforeValidator(request_fields.check_logit_bias_size)] = {}
+    seed: Int64 | None = None                # null or -1: a new one each time
     ignore_eos: bool = False
-    min_tokens: Integer = 0
-    stop_token_ids: Annotated[list[Integer], Field(max_length=limits.MOST_STOPS)] = []
-    cache_salt: Annotated[str, Field(max_length=limits.MOST_SALT_CHARS)] = ""
+    min_tokens: Int64 = 0
+    stop_token_ids: Annotated[list[Int64], Field(max_length=request_limits.MAX_STOP_STRINGS)] = []
+    cache_salt: Annotated[str, Field(max_length=request_limits.MAX_CACHE_SALT_CHARS)] = ""
 
     @property
-    def most(self) -> int | None:
-        """How many tokens may come, if the client says so."""
+    def requested_max_tokens(self) -> int | None:
+        """The maximum number of new tokens that the client asks for; None if it asks for none."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def to_blame(self, param: str | None) -> str | None:
-        """The field that the client knows for a parameter of the engine's."""
-        if param == "max_tokens" and self.max_completion_tokens is not None:
+    def client_field_name(self, engine_param: str | None) -> str | None:
+        """The field of this body for a parameter of the engine, to name in an error."""
+        if engine_param == "max_tokens" and self.max_completion_tokens is not None:
             return "max_completion_tokens"
-        return self.spelled.get(param, param)
+        return self.client_field_names.get(engine_param, engine_param)
 
-    def _request(self, name, tokens, max_tokens, logprobs, text: Text, echo=False) -> Request:
+    def _engine_request(self, request_id, tokens, max_tokens, logprobs, tokenizer: Text,
+                        echo=False) -> Request:
         if "" in self.stop:
-            raise Refused(400, "a stop string is empty; leave it out", "stop")
+            raise APIError(400, "a stop string is empty; leave it out", "stop")
         sampling = SamplingParams(self.temperature, max(0, self.top_k), self.top_p, self.min_p,
                             self.presence_penalty, self.frequency_penalty, self.repetition_penalty,
                             self.logit_bias, None if self.seed == -1 else self.seed)
-        return Request(name, tokens, sampling, max_tokens, self.n, tuple(self.stop), self.ignore_eos,
-                       logprobs, echo, self.cache_salt, self._stop_token_ids(text), self.min_tokens)
+        return Request(request_id, tokens, sampling, max_tokens, self.n, tuple(self.stop), self.ignore_eos,
+                       logprobs, echo, self.cache_salt, self._stop_token_ids(tokenizer), self.min_tokens)
 
-    def _stop_token_ids(self, text):
-        """Those asked for, and of stop strings that are special tokens: no text ever shows these."""
-        named = (text.backend.token_to_id(stop) for stop in self.stop)
-        return (*self.stop_token_ids, *(token for token in named if token in text.special_ids))
-
-
-ONLY_CHATS = "tools are for /v1/chat/completions"
+    def _stop_token_ids(self, tokenizer):
+        """The stop_token_ids, and the ids of stop strings that are special tokens, which no text contains."""
+        named = (tokenizer.backend.token_to_id(stop) for stop in self.stop)
+        return (*self.stop_token_ids, *(token for token in named if token in tokenizer.special_ids))
 
 
-class Completion(Question):
-    """The body of /v1/completions."""
-    prompt: Annotated[list[Any], BeforeValidator(request_fields.prompts),
-                      Field(max_length=limits.MOST_PROMPTS)]
-    logprobs: Integer | None = None
+_CHAT_ONLY_REASON = "tools are for /v1/chat/completions"
+
+
+class CompletionRequest(BaseCompletionRequest):
+    """The body of POST /v1/completions."""
+    prompt: Annotated[list[Any], BeforeValidator(request_fields.parse_prompts),
+                      Field(max_length=request_limits.MAX_PROMPTS_PER_REQUEST)]
+    logprobs: Int64 | None = None
     echo: bool = False
     add_special_tokens: bool = True
-    top_logprobs: unsupported(why="here logprobs is their number") = None
-    tools: unsupported([], why=ONLY_CHATS) = None
-    functions: unsupported([], why=ONLY_CHATS) = None
-    tool_choice: unsupported(*request_fields.CALLS, why=ONLY_CHATS) = None
-    function_call: unsupported(*request_fields.CALLS, why=ONLY_CHATS) = None
+    top_logprobs: unsupported_field(reason="here logprobs is their number") = None
+    tools: unsupported_field([], reason=_CHAT_ONLY_REASON) = None
+    functions: unsupported_field([], reason=_CHAT_ONLY_REASON) = None
+    tool_choice: unsupported_field(*UNENFORCED_TOOL_CHOICES, reason=_CHAT_ONLY_REASON) = None
+    function_call: unsupported_field(*UNENFORCED_TOOL_CHOICES, reason=_CHAT_ONLY_REASON) = None
 
-    def requests(self, name: str, ready: EngineReady, render: Render) -> list[Request]:
-        """One for each prompt."""
-        limits.check_choices(len(self.prompt), self.n)
-        context = ready.info["context"]
-        most = 16 if self.most is None else self.most
-        scored = self.echo and (self.logprobs is not None or most == 0)
-        made, size = [], 0
-        for i, given in enumerate(self.prompt):
-            tokens = given if isinstance(given, list) else limits.encode(given, ready.tokenizer, context,
-                                                                         self.add_special_tokens)
-            size += len(tokens)
-            limits.check_prompt_tokens(size, context)
-            made.append(self._request(f"{name}-{i}", tokens, most, self.logprobs, ready.tokenizer, scored))
-        return made
+    def to_engine_requests(self, request_id: str, engine_ready: EngineReady,
+                           render_template: RenderTemplate) -> list[Request]:
+        """One engine request for each prompt. Raises APIError."""
+        request_limits.check_num_choices(len(self.prompt), self.n)
+        context = engine_ready.info["context"]
+        max_tokens = 16 if self.requested_max_tokens is None else self.requested_max_tokens
+        scores_prompt = self.echo and (self.logprobs is not None or max_tokens == 0)
+        engine_requests, total = [], 0
+        for i, prompt in enumerate(self.prompt):
+            tokens = prompt if isinstance(prompt, list) else request_limits.tokenize_prompt(
+                prompt, engine_ready.tokenizer, context, self.add_special_tokens)
+            total += len(tokens)
+            request_limits.check_total_prompt_tokens(total, context)
+            engine_requests.append(self._engine_request(f"{request_id}-{i}", tokens, max_tokens,
+                                                        self.logprobs, engine_ready.tokenizer, scores_prompt))
+        return engine_requests
 
 
-class Chat(Question):
-    """The body of /v1/chat/completions. What the model says comes as text, calls of tools too."""
-    spelled: ClassVar[dict[str, str]] = {"prompt": "messages", "logprobs": "top_logprobs"}
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=limits.MOST_MESSAGES)]
+class ChatCompletionRequest(BaseCompletionRequest):
+    """The body of POST /v1/chat/completions. The model's tool calls come back as plain text."""
+    client_field_names: ClassVar[dict[str, str]] = {"prompt": "messages", "logprobs": "top_logprobs"}
+    messages: Annotated[list[ChatMessage], FailFast(),
+                        Field(min_length=1, max_length=request_limits.MAX_MESSAGES)]
     logprobs: bool = False
-    top_logprobs: Integer | None = None
-    tools: Annotated[list[dict], BeforeValidator(request_fields.tools)] = []
-    functions: Annotated[list[dict], BeforeValidator(request_fields.functions)] = []         # their old name
-    tool_choice: unsupported(*request_fields.CALLS, why=request_fields.NO_FORM) = None
-    function_call: unsupported(*request_fields.CALLS, why=request_fields.NO_FORM) = None
-    echo: unsupported(False) = False
-    add_special_tokens: unsupported(False) = False
+    top_logprobs: Int64 | None = None
+    tools: Annotated[list[dict], BeforeValidator(request_fields.parse_tools)] = []
+    functions: Annotated[list[dict], BeforeValidator(request_fields.parse_legacy_functions)] = []
+    tool_choice: unsupported_field(*UNENFORCED_TOOL_CHOICES, reason=NO_GUIDED_DECODING_REASON) = None
+    function_call: unsupported_field(*UNENFORCED_TOOL_CHOICES, reason=NO_GUIDED_DECODING_REASON) = None
+    echo: unsupported_field(False) = False
+    add_special_tokens: unsupported_field(False) = False
 
-    def requests(self, name: str, ready: EngineReady, render: Render) -> list[Request]:
-        """One, of all messages in the model's template; by default it may fill the model's context."""
-        if ready.chat_template is None:
-            raise Refused(400, "this model has no chat template; use /v1/completions")
+    def to_engine_requests(self, request_id: str, engine_ready: EngineReady,
+                           render_template: RenderTemplate) -> list[Request]:
+        """One engine request, whose prompt is the messages in the model's chat template. Raises APIError.
+
+        Without max_tokens the answer may fill the context.
+        """
+        if engine_ready.chat_template is None:
+            raise APIError(400, "this model has no chat template; use /v1/completions")
         if self.top_logprobs and not self.logprobs:
-            raise Refused(400, "top_logprobs needs logprobs: true", "top_logprobs")
-        limits.check_choices(1, self.n)
-        context, logprobs = ready.info["context"], (self.top_logprobs or 0) if self.logprobs else None
-        prompt = render_prompt(self.messages, self._offered(), ready, render)
-        tokens, most = limits.encode(prompt, ready.tokenizer, context, begin=False), self.most
-        if most is None:
-            most = max(1, min(context - len(tokens), limits.most_tokens(context, self.n, logprobs)))
-        return [self._request(name, tokens, most, logprobs, ready.tokenizer)]
+            raise APIError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        request_limits.check_num_choices(1, self.n)
+        context, max_tokens = engine_ready.info["context"], self.requested_max_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        prompt = render_chat_prompt(self.messages, self._tools_to_show(), engine_ready, render_template)
+        tokens = request_limits.tokenize_prompt(prompt, engine_ready.tokenizer, context,
+                                                add_special_tokens=False)
+        if max_tokens is None:
+            largest = request_limits.default_max_tokens(context, self.n, logprobs)
+            max_tokens = max(1, min(context - len(tokens), largest))
+        return [self._engine_request(request_id, tokens, max_tokens, logprobs, engine_ready.tokenizer)]
 
-    def _offered(self) -> list[dict] | None:
-        """Tools that the model is shown: none where it may call none."""
+    def _tools_to_show(self) -> list[dict] | None:
+        """The tools to show to the model; None if it may call none."""
         if self.tools and self.functions:
-            raise Refused(400, "functions is the old name of tools; give one of them", "functions")
+            raise APIError(400, "functions is the old name of tools; give one of them", "functions")
         choice = self.function_call if self.functions else self.tool_choice
         return None if choice == "none" else self.tools or self.functions or None
 
 
-def read(kind: type[Question], body: bytes) -> Question:
-    """The body of an HTTP request. Raises Refused for one that is not as it must be."""
+def parse_request_body(request_type: type[BaseCompletionRequest], body: bytes) -> BaseCompletionRequest:
+    """Parse and validate the JSON body of an HTTP request. Raises APIError (400) for an invalid one."""
     try:
-        return kind.model_validate_json(body)
+        return request_type.model_validate_json(body)
     except ValidationError as error:
         first, *more = error.errors(include_url=False, include_input=False, include_context=False)
         where = ".".join(map(str, first["loc"]))
         also = f" (and {len(more)} more)" if more else ""
-        says = first["msg"].removeprefix("Value error, ")
-        raise Refused(400, f"{where}: {says}{also}" if where else says + also, where or None) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise APIError(400, f"{where}: {message}{also}" if where else message + also, where or None) from None
 
 
-def requests_of(question: Question, name: str, ready: EngineReady,
-                render: Render = render_chat) -> list[Request]:
-    """What the engine is asked. Raises Refused for what no engine with this model could answer.
+def build_engine_requests(request: BaseCompletionRequest, request_id: str, engine_ready: EngineReady,
+                          render_template: RenderTemplate = render_chat) -> list[Request]:
+    """The engine requests of a parsed body. Raises APIError for a request that this model cannot answer.
 
-    `render(template, messages, text, tools)` makes a prompt of a chat.
+    `render_template(chat_template, messages, tokenizer, tools)` makes the prompt of a chat.
     """
     try:
-        requests = question.requests(name, ready, render)
-        for request in requests:
-            check_request(request, ready.info["context"], ready.info["vocab"])
-            limits.check_memory(request, ready.info)
-        limits.check_answer(requests, getattr(question, "echo", False), ready.info["context"])
-        return requests
-    except InvalidRequest as why:
-        raise Refused(400, str(why), question.to_blame(why.param), why.code) from None
-    except Refused as why:
-        raise Refused(why.status, str(why), question.to_blame(why.param), why.code) from why.__cause__
+        engine_requests = request.to_engine_requests(request_id, engine_ready, render_template)
+        for each in engine_requests:
+            check_request(each, engine_ready.info["context"], engine_ready.info["vocab"])
+            request_limits.check_fits_kv_cache(each, engine_ready.info)
+        request_limits.check_response_size(engine_requests, getattr(request, "echo", False),
+                                           engine_ready.info["context"])
+        return engine_requests
+    except InvalidRequest as error:
+        raise APIError(400, str(error), request.client_field_name(error.param), error.code) from None
+    except APIError as error:
+        param = request.client_field_name(error.param)
+        raise APIError(error.status_code, str(error), param, error.code) from error.__cause__

@@ -1,7 +1,7 @@
-"""What clients of OpenAI's API get back: one object at the end, or a chunk for every piece of news.
+"""Responses of /v1/completions and /v1/chat/completions: one JSON object, or a stream of chunks (SSE).
 
-A chunk with text is also a token's time stamp: the role comes with the first token, never before it, and the
-usage in a last chunk whose list of choices is empty, if asked for. Load generators read both so.
+Load generators take the arrival of a chunk as the time of its token. So the role comes with the first token,
+never before it, and the usage comes in a last chunk whose list of choices is empty (`include_usage`).
 """
 import json
 import time
@@ -12,189 +12,197 @@ from math import isfinite
 from nanoinfra.model.tokenizer import Text
 from nanoinfra.serve.engine.requests import Logprob, Request, RequestOutput
 from nanoinfra.serve.engine.token_text import SingleTokenDecoder, TextOffsets
-from nanoinfra.serve.server import limits
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.openai.choice import Choice
-from nanoinfra.serve.server.openai.completion_requests import Question
+from nanoinfra.serve.server import request_limits
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.openai.choice_accumulator import ChoiceAccumulator
+from nanoinfra.serve.server.openai.completion_requests import BaseCompletionRequest
 
-DONE = b"data: [DONE]\n\n"
-MOST_AT_ONCE = 2048                          # tokens and log-probabilities written without leave for others
+_SSE_DONE = b"data: [DONE]\n\n"
+_MAX_TOKENS_ENCODED_INLINE = 2048            # tokens and log-probabilities; more are encoded in a thread
 
 
-def sent(data: dict) -> bytes:
-    """One server-sent event."""
+def encode_sse_event(data: dict) -> bytes:
+    """`data` as one server-sent event (SSE)."""
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
-def written(data: dict) -> bytes:
-    """`data` as JSON. Other threads may go on meanwhile, as json.dumps does not let them; it is slower."""
+def encode_json(data: dict) -> bytes:
+    """`data` as JSON. Slower than json.dumps, but other threads can run meanwhile."""
     out = StringIO()
     out.writelines(json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).iterencode(data))
     return out.getvalue().encode()
 
 
-class Answer:
-    """The answer to `question`, which the engine was asked as `requests`.
+class BaseCompletionResponse:
+    """Builds the response to `request` from the outputs of its `engine_requests`.
 
-    Choice i x n + j is the j-th continuation of prompt i. Raises Refused where it would be too large.
+    Choice i x n + j is the j-th continuation of prompt i. Raises APIError if an echo would be too large.
     """
-    whole, part = "", ""                     # what OpenAI calls the object at the end, and a chunk
-    places_at_end = 0                        # tokens that `last` writes
+    object_type, chunk_object_type = "", ""  # OpenAI's field `object`, of a response and of a chunk
+    num_tokens_at_stream_end = 0             # that encode_stream_end writes
 
-    def __init__(self, question: Question, name: str, model: str, requests: Sequence[Request], text: Text):
-        self.question, self.text, self.spelling = question, text, SingleTokenDecoder(text)
-        self.head = {"id": name, "created": int(time.time()), "model": model}
-        self.first = {request.request_id: i * question.n for i, request in enumerate(requests)}
-        self.requests = {request.request_id: request for request in requests}
-        self.given = sum(len(request.prompt_token_ids) for request in requests)
-        self.made, self.cached, self.begun, self.choices = 0, {}, set(), {}
+    def __init__(self, request: BaseCompletionRequest, response_id: str, model_name: str,
+                 engine_requests: Sequence[Request], tokenizer: Text):
+        self.request = request
+        self.tokenizer, self.token_decoder = tokenizer, SingleTokenDecoder(tokenizer)
+        self.common_fields = {"id": response_id, "created": int(time.time()), "model": model_name}
+        self.engine_requests = {each.request_id: each for each in engine_requests}
+        self.first_choice_index = {each.request_id: i * request.n for i, each in enumerate(engine_requests)}
+        self.started_choices = set()         # indices of choices that have had an output
+        self.choices = {}                    # {(request id, index): ChoiceAccumulator}, without a stream
+        self.num_prompt_tokens = sum(len(each.prompt_token_ids) for each in engine_requests)
+        self.num_generated_tokens = 0
+        self.num_cached_tokens = {}          # by request id
 
-    def chunk(self, event: RequestOutput) -> bytes:
-        """What a stream says of an event; nothing where there is no news."""
-        self._count(event)
-        if not (event.text or event.logprobs or event.finish_reason or self._echoes(event)):
+    def encode_stream_chunk(self, output: RequestOutput) -> bytes:
+        """The server-sent event of one output; empty if it has nothing for the client."""
+        self._count_tokens(output)
+        if not (output.text or output.logprobs or output.finish_reason or self._echoes(output)):
             return b""
-        chunk = self._chunk([self._piece(event)], self.question.stream_options.continuous_usage_stats)
-        return b"data: " + written(chunk) + b"\n\n" if event.prompt_logprobs else sent(chunk)
+        chunk = self._chunk([self._stream_choice(output)], self.request.stream_options.continuous_usage_stats)
+        return b"data: " + encode_json(chunk) + b"\n\n" if output.prompt_logprobs else encode_sse_event(chunk)
 
-    def last(self) -> bytes:
+    def encode_stream_end(self) -> bytes:
         """The end of a stream."""
-        return (sent(self._chunk([], True)) if self.question.stream_options.include_usage else b"") + DONE
+        with_usage = self.request.stream_options.include_usage
+        return (encode_sse_event(self._chunk([], True)) if with_usage else b"") + _SSE_DONE
 
-    def failed(self, why: Refused) -> bytes:
-        """The end of a stream that cannot go on."""
-        return sent(why.body()) + DONE
+    def encode_stream_error(self, error: APIError) -> bytes:
+        """The end of a stream that has failed."""
+        return encode_sse_event(error.error_body()) + _SSE_DONE
 
-    def add(self, event: RequestOutput) -> None:
-        """News for the object."""
-        self._count(event)
-        place = event.request_id, event.index
-        if place not in self.choices:
-            self.choices[place] = Choice(event)
-        self.choices[place].add(event)
+    def add_output(self, output: RequestOutput) -> None:
+        """Add an output to the response object."""
+        self._count_tokens(output)
+        choice = output.request_id, output.index
+        if choice not in self.choices:
+            self.choices[choice] = ChoiceAccumulator(output)
+        self.choices[choice].append_output(output)
 
-    def object(self, events: Sequence[RequestOutput] = ()) -> dict:
-        """All that was added, and `events`, at once."""
-        for event in events:
-            self.add(event)
-        whole = [self._choice(choice.event()) for choice in self.choices.values()]
-        return {**self.head, "object": self.whole, "choices": sorted(whole, key=lambda each: each["index"]),
-                "usage": self._usage()}
+    def build_response_object(self, outputs: Sequence[RequestOutput] = ()) -> dict:
+        """The response object, of all outputs that were added, and of `outputs`."""
+        for output in outputs:
+            self.add_output(output)
+        choices = [self._full_choice(choice.merged_output()) for choice in self.choices.values()]
+        return {**self.common_fields, "object": self.object_type,
+                "choices": sorted(choices, key=lambda each: each["index"]), "usage": self._usage()}
 
-    def body(self) -> bytes:
-        """The same as JSON."""
-        return written(self.object())
+    def encode_response_object(self) -> bytes:
+        """The response object as JSON."""
+        return encode_json(self.build_response_object())
 
     @property
-    def places(self) -> int:
-        """Tokens in the object, those of prompts that were scored too, and its choices."""
-        return self.made + sum(1 + len(choice.first.prompt_logprobs) for choice in self.choices.values())
+    def num_tokens(self) -> int:
+        """Number of tokens in the response object, with prompts that were scored, plus its choices."""
+        scored = sum(1 + len(choice.first_output.prompt_logprobs) for choice in self.choices.values())
+        return self.num_generated_tokens + scored
 
-    def is_long(self, places: int) -> bool:
-        """Would others wait too long while so many tokens are written, with their log-probabilities?"""
-        logprobs = next(iter(self.requests.values())).logprobs
-        return places * (1 if logprobs is None else 2 + logprobs) > MOST_AT_ONCE
+    def is_slow_to_encode(self, num_tokens: int) -> bool:
+        """True if encoding `num_tokens` tokens with their log-probabilities would block the event loop."""
+        logprobs = next(iter(self.engine_requests.values())).logprobs
+        return num_tokens * (1 if logprobs is None else 2 + logprobs) > _MAX_TOKENS_ENCODED_INLINE
 
-    def _chunk(self, choices, usage):
-        chunk = {**self.head, "object": self.part, "choices": choices}
-        if self.question.stream_options.include_usage:
-            chunk["usage"] = self._usage() if usage else None
+    def _chunk(self, choices, with_usage):
+        chunk = {**self.common_fields, "object": self.chunk_object_type, "choices": choices}
+        if self.request.stream_options.include_usage:
+            chunk["usage"] = self._usage() if with_usage else None
         return chunk
 
-    def _count(self, event):
-        self.made += len(event.token_ids)
-        self.cached.setdefault(event.request_id, min(event.num_cached_tokens,
-                                                     len(self.requests[event.request_id].prompt_token_ids)))
+    def _count_tokens(self, output):
+        self.num_generated_tokens += len(output.token_ids)
+        num_prompt_tokens = len(self.engine_requests[output.request_id].prompt_token_ids)
+        self.num_cached_tokens.setdefault(output.request_id, min(output.num_cached_tokens, num_prompt_tokens))
 
     def _usage(self):
-        return {"prompt_tokens": self.given, "completion_tokens": self.made,
-                "total_tokens": self.given + self.made,
-                "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())}}
+        return {"prompt_tokens": self.num_prompt_tokens, "completion_tokens": self.num_generated_tokens,
+                "total_tokens": self.num_prompt_tokens + self.num_generated_tokens,
+                "prompt_tokens_details": {"cached_tokens": sum(self.num_cached_tokens.values())}}
 
-    def _begins(self, event):
-        """Is it the first of its choice? True once."""
-        new = self._place(event) not in self.begun
-        self.begun.add(self._place(event))
+    def _starts_choice(self, output):
+        """True for the first output of its choice."""
+        new = self._choice_index(output) not in self.started_choices
+        self.started_choices.add(self._choice_index(output))
         return new
 
-    def _place(self, event):
-        return self.first[event.request_id] + event.index
+    def _choice_index(self, output):
+        return self.first_choice_index[output.request_id] + output.index
 
 
-class CompletionAnswer(Answer):
-    """Of /v1/completions."""
-    whole = part = "text_completion"
+class CompletionResponse(BaseCompletionResponse):
+    """The response of /v1/completions."""
+    object_type = chunk_object_type = "text_completion"
 
-    def __init__(self, *given):
-        super().__init__(*given)
-        self.offsets = {}                    # of the tokens that a choice has reported
-        self.prompts = [each if isinstance(each, str) else self.text.decode(each)
-                        for each in self.question.prompt] if self.question.echo else []
-        limits.check_echo(sum(map(len, self.prompts)), self.question.n)
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.offsets = {}                    # text offsets of each choice
+        self.echoed_prompts = [each if isinstance(each, str) else self.tokenizer.decode(each)
+                               for each in self.request.prompt] if self.request.echo else []
+        request_limits.check_echo_size(sum(map(len, self.echoed_prompts)), self.request.n)
 
-    def _echoes(self, event):
-        return self.question.echo and self._place(event) not in self.begun
+    def _echoes(self, output):
+        return self.request.echo and self._choice_index(output) not in self.started_choices
 
-    def _piece(self, event):
-        text = event.text
-        if self._begins(event) and self.question.echo:
-            text = self.prompts[self.first[event.request_id] // self.question.n] + text
-        return {"index": self._place(event), "text": text, "logprobs": self._logprobs(event),
-                "finish_reason": event.finish_reason}
+    def _stream_choice(self, output):
+        text = output.text
+        if self._starts_choice(output) and self.request.echo:
+            prompt_index = self.first_choice_index[output.request_id] // self.request.n
+            text = self.echoed_prompts[prompt_index] + text
+        return {"index": self._choice_index(output), "text": text, "logprobs": self._logprobs(output),
+                "finish_reason": output.finish_reason}
 
-    _choice = _piece
+    _full_choice = _stream_choice
 
-    def _logprobs(self, event):
-        if self.question.logprobs is None:
+    def _logprobs(self, output):
+        if self.request.logprobs is None:
             return None
-        every, place = [*event.prompt_logprobs, *event.logprobs], self._place(event)
-        if place not in self.offsets:
-            echoed = self.prompts[place // self.question.n] if self.question.echo else ""
-            self.offsets[place] = TextOffsets(self.spelling, len(echoed))
-        offsets = self.offsets[place]
-        return {"tokens": [self.spelling.token_text(each.token) for each in every],
-                "token_logprobs": [_finite(each.logprob) for each in every],
-                "top_logprobs": [self._top(each) for each in every],
-                "text_offset": offsets.prompt_offsets([each.token for each in event.prompt_logprobs])
-                + [offsets.next_offset(each.token) for each in event.logprobs]}
+        logprobs, index = [*output.prompt_logprobs, *output.logprobs], self._choice_index(output)
+        if index not in self.offsets:
+            echoed = self.echoed_prompts[index // self.request.n] if self.request.echo else ""
+            self.offsets[index] = TextOffsets(self.token_decoder, len(echoed))
+        offsets = self.offsets[index]
+        return {"tokens": [self.token_decoder.token_text(each.token) for each in logprobs],
+                "token_logprobs": [_finite_or_minimum(each.logprob) for each in logprobs],
+                "top_logprobs": [self._top_logprobs(each) for each in logprobs],
+                "text_offset": offsets.prompt_offsets([each.token for each in output.prompt_logprobs])
+                + [offsets.next_offset(each.token) for each in output.logprobs]}
 
-    def _top(self, each: Logprob):
+    def _top_logprobs(self, each: Logprob):
         if each.logprob is None:
             return None
-        likely = {}                          # two tokens may be spelled alike: the likelier stays
+        likely = {}                          # two tokens may have the same text: keep the likelier
         for token, logprob in [*each.top_logprobs, (each.token, each.logprob)]:
-            likely.setdefault(self.spelling.token_text(token), _finite(logprob))
+            likely.setdefault(self.token_decoder.token_text(token), _finite_or_minimum(logprob))
         return likely
 
 
-class ChatAnswer(Answer):
-    """Of /v1/chat/completions."""
-    whole, part = "chat.completion", "chat.completion.chunk"
+class ChatCompletionResponse(BaseCompletionResponse):
+    """The response of /v1/chat/completions."""
+    object_type, chunk_object_type = "chat.completion", "chat.completion.chunk"
 
-    def _echoes(self, event):
+    def _echoes(self, output):
         return False
 
-    def _piece(self, event):
-        role = {"role": "assistant"} if self._begins(event) else {}
-        return {"index": event.index, "delta": {**role, "content": event.text},
-                "logprobs": self._logprobs(event), "finish_reason": event.finish_reason}
+    def _stream_choice(self, output):
+        role = {"role": "assistant"} if self._starts_choice(output) else {}
+        return {"index": output.index, "delta": {**role, "content": output.text},
+                "logprobs": self._logprobs(output), "finish_reason": output.finish_reason}
 
-    def _choice(self, event):
-        return {"index": event.index, "message": {"role": "assistant", "content": event.text},
-                "logprobs": self._logprobs(event), "finish_reason": event.finish_reason}
+    def _full_choice(self, output):
+        return {"index": output.index, "message": {"role": "assistant", "content": output.text},
+                "logprobs": self._logprobs(output), "finish_reason": output.finish_reason}
 
-    def _logprobs(self, event):
-        if not self.question.logprobs:
+    def _logprobs(self, output):
+        if not self.request.logprobs:
             return None
-        return {"content": [{**self._say(each.token, each.logprob),
-                             "top_logprobs": [self._say(*pair) for pair in each.top_logprobs]}
-                            for each in event.logprobs]}
+        return {"content": [{**self._token_logprob(each.token, each.logprob),
+                             "top_logprobs": [self._token_logprob(*pair) for pair in each.top_logprobs]}
+                            for each in output.logprobs]}
 
-    def _say(self, token, logprob):
-        return {"token": self.spelling.token_text(token), "logprob": _finite(logprob),
-                "bytes": list(self.spelling.token_bytes(token))}               # also of a part of a character
+    def _token_logprob(self, token, logprob):
+        return {"token": self.token_decoder.token_text(token), "logprob": _finite_or_minimum(logprob),
+                "bytes": list(self.token_decoder.token_bytes(token))}  # a token may be a part of a character
 
 
-def _finite(logprob):
-    """OpenAI's word for never: JSON has none for infinity."""
+def _finite_or_minimum(logprob):
+    """JSON has no infinity; OpenAI writes -9999.0 for the log-probability of zero."""
     return logprob if logprob is None or isfinite(logprob) else -9999.0

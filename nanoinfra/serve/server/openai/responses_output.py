@@ -1,112 +1,116 @@
-"""What clients of OpenAI's Responses API get back: one message of text, whole or as a stream of events.
+"""The response of OpenAI's Responses API: one message of text, as one object or as a stream of events.
 
-The events are those of OpenAI's server, in its order. Each is numbered, and at the end the text comes again
-with its part, its message and the response.
+The stream has the events of OpenAI's server in its order, numbered. At its end the whole text comes again,
+in its part, its message and the response object.
 """
 import time
 from collections.abc import Sequence
 
 from nanoinfra.serve.engine.requests import RequestOutput
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.openai.completion_responses import ChatAnswer, written
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.openai.completion_responses import ChatCompletionResponse, encode_json
 from nanoinfra.serve.server.openai.responses_requests import ResponsesRequest
 
-STATUS = {"stop": "completed", "length": "incomplete"}       # of a response, by the engine's reason to end
-CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}  # of a failure; all else is a server_error
-MOST_ECHOED = 1 << 14                        # bytes of the request said again without leave for others
+_STATUS_OF_FINISH_REASON = {"stop": "completed", "length": "incomplete"}
+_ERROR_CODE_OF_STATUS = {400: "invalid_prompt", 429: "rate_limit_exceeded"}  # others are server_error
+_MAX_ECHOED_BYTES_INLINE = 1 << 14           # of repeated request fields; more are encoded in a thread
 
 
-class ResponsesAnswer(ChatAnswer):
-    """Of /v1/responses: one message, of one part."""
+class ResponsesResponse(ChatCompletionResponse):
+    """The response of /v1/responses: one message with one text part."""
 
-    def __init__(self, question: ResponsesRequest, name: str, model: str, *more):
-        super().__init__(question, name, model, *more)
-        self.head = {"id": name, "object": "response", "created_at": int(time.time()), "model": model}
-        self.item, self.count = "msg_" + name.removeprefix("resp_"), 0   # events of the stream so far
-        self.echoed = question.echoed_fields()
-        self.echoes_much = len(written(self.echoed)) > MOST_ECHOED
+    def __init__(self, request: ResponsesRequest, response_id: str, model_name: str, *args):
+        super().__init__(request, response_id, model_name, *args)
+        self.common_fields = {"id": response_id, "object": "response", "created_at": int(time.time()),
+                              "model": model_name}
+        self.message_id = "msg_" + response_id.removeprefix("resp_")
+        self.num_events = 0                  # in the stream so far
+        self.echoed_fields = request.request_fields_to_echo()
+        self.echoes_much = len(encode_json(self.echoed_fields)) > _MAX_ECHOED_BYTES_INLINE
 
-    def object(self, events: Sequence[RequestOutput] = ()) -> dict:
-        """All that was added, and `events`, at once."""
-        for event in events:
-            self.add(event)
-        said = self._said()
-        status = STATUS[said.finish_reason]
-        return self._response(status, [self._message(status, self._part(said))], self._usage())
+    def build_response_object(self, outputs: Sequence[RequestOutput] = ()) -> dict:
+        """The response object, of all outputs that were added, and of `outputs`."""
+        for output in outputs:
+            self.add_output(output)
+        output = self._merged_output()
+        status = _STATUS_OF_FINISH_REASON[output.finish_reason]
+        return self._response(status, [self._message(status, self._part(output))], self._usage())
 
-    def chunk(self, event: RequestOutput) -> bytes:
-        """What a stream says of an event."""
-        self.add(event)
-        opening = self._opening() if self.count == 0 else b""
-        if not (event.text or event.logprobs):
+    def encode_stream_chunk(self, output: RequestOutput) -> bytes:
+        """The server-sent events of one output."""
+        self.add_output(output)
+        opening = self._opening_events() if self.num_events == 0 else b""
+        if not (output.text or output.logprobs):
             return opening
-        return opening + self._in_part("response.output_text.delta", delta=event.text,
-                                       logprobs=self._logprobs(event))
+        return opening + self._part_event("response.output_text.delta", delta=output.text,
+                                          logprobs=self._logprobs(output))
 
-    def last(self) -> bytes:
-        """The end of a stream: everything again."""
-        whole, part = self.object(), self._part(self._said())
-        message, = whole["output"]
+    def encode_stream_end(self) -> bytes:
+        """The events that end a stream; they contain the whole response again."""
+        response, part = self.build_response_object(), self._part(self._merged_output())
+        message, = response["output"]
         return b"".join((
-            self._in_part("response.output_text.done", text=part["text"], logprobs=part["logprobs"]),
-            self._in_part("response.content_part.done", part=part),
+            self._part_event("response.output_text.done", text=part["text"], logprobs=part["logprobs"]),
+            self._part_event("response.content_part.done", part=part),
             self._event("response.output_item.done", output_index=0, item=message),
-            self._event(f"response.{whole['status']}", response=whole)))
+            self._event(f"response.{response['status']}", response=response)))
 
-    def failed(self, why: Refused) -> bytes:
-        """The end of a stream that cannot go on."""
-        opening = self._opening() if self.count == 0 else b""
-        error = {"code": CODES.get(why.status, "server_error"), "message": str(why)}
-        return opening + self._event("response.failed", response=self._response("failed", error=error))
+    def encode_stream_error(self, error: APIError) -> bytes:
+        """The events that end a stream that has failed."""
+        opening = self._opening_events() if self.num_events == 0 else b""
+        code = _ERROR_CODE_OF_STATUS.get(error.status_code, "server_error")
+        failed = self._response("failed", error={"code": code, "message": str(error)})
+        return opening + self._event("response.failed", response=failed)
 
     @property
-    def places_at_end(self) -> int:
-        """Tokens that `last` writes."""
-        return self.places
+    def num_tokens_at_stream_end(self) -> int:
+        """Number of tokens that encode_stream_end writes."""
+        return self.num_tokens
 
-    def is_long(self, places: int) -> bool:
-        """Would others wait too long while so many tokens are written, or what the request has brought?"""
-        return self.echoes_much or super().is_long(places)
+    def is_slow_to_encode(self, num_tokens: int) -> bool:
+        """True if encoding the tokens, or the repeated request fields, would block the event loop."""
+        return self.echoes_much or super().is_slow_to_encode(num_tokens)
 
-    def _opening(self):
-        begun = self._response("in_progress")
+    def _opening_events(self):
+        response = self._response("in_progress")
         return b"".join((
-            self._event("response.created", response=begun),
-            self._event("response.in_progress", response=begun),
+            self._event("response.created", response=response),
+            self._event("response.in_progress", response=response),
             self._event("response.output_item.added", output_index=0, item=self._message("in_progress")),
-            self._in_part("response.content_part.added", part=self._part(RequestOutput("")))))
+            self._part_event("response.content_part.added", part=self._part(RequestOutput("")))))
 
-    def _in_part(self, kind, **fields):
-        return self._event(kind, item_id=self.item, output_index=0, content_index=0, **fields)
+    def _part_event(self, event_type, **fields):
+        return self._event(event_type, item_id=self.message_id, output_index=0, content_index=0, **fields)
 
-    def _event(self, kind, **fields):
-        data = written({"type": kind, "sequence_number": self.count, **fields})
-        self.count += 1
-        return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
+    def _event(self, event_type, **fields):
+        data = encode_json({"type": event_type, "sequence_number": self.num_events, **fields})
+        self.num_events += 1
+        return b"event: " + event_type.encode() + b"\ndata: " + data + b"\n\n"
 
     def _response(self, status, output=(), usage=None, error=None):
-        why = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        ended = int(time.time()) if status == "completed" else None
-        return {**self.head, "status": status, "completed_at": ended, "error": error,
-                "incomplete_details": why, "output": list(output), "usage": usage, **self.echoed}
+        incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        completed_at = int(time.time()) if status == "completed" else None
+        return {**self.common_fields, "status": status, "completed_at": completed_at, "error": error,
+                "incomplete_details": incomplete, "output": list(output), "usage": usage,
+                **self.echoed_fields}
 
     def _message(self, status, *parts):
-        return {"id": self.item, "type": "message", "role": "assistant", "status": status,
+        return {"id": self.message_id, "type": "message", "role": "assistant", "status": status,
                 "content": [*parts]}
 
-    def _part(self, event):
-        return {"type": "output_text", "text": event.text, "annotations": [],
-                "logprobs": self._logprobs(event)}
+    def _part(self, output):
+        return {"type": "output_text", "text": output.text, "annotations": [],
+                "logprobs": self._logprobs(output)}
 
-    def _said(self):
+    def _merged_output(self):
         choice, = self.choices.values()
-        return choice.event()
+        return choice.merged_output()
 
-    def _logprobs(self, event):
-        return (super()._logprobs(event) or {"content": []})["content"]
+    def _logprobs(self, output):
+        return (super()._logprobs(output) or {"content": []})["content"]
 
     def _usage(self):
-        """OpenAI is paid for what a cache keeps; here nothing is, so that nothing is counted as written."""
+        """The usage under the Responses API's names. Cache writes are not billed here, so they are 0."""
         chat = super()._usage()
         return {"input_tokens": chat["prompt_tokens"], "output_tokens": chat["completion_tokens"],
                 "total_tokens": chat["total_tokens"], "output_tokens_details": {"reasoning_tokens": 0},

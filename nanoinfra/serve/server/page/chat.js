@@ -1,12 +1,12 @@
-// The chat: the whole conversation goes to the server each time, which knows most of it already.
-// It is kept until New, also through a reload, for this tab alone and no longer than it is open.
-import { $, Lost, Refused, events, make, show } from "./page.js"
+// The chat. Each request sends the whole conversation; the server's prefix cache holds most of it already.
+// The conversation lasts until New, also through a reload, in this tab only and until it is closed.
+import { $, APIError, ConnectionLost, createElement, readServerSentEvents, setText } from "./page.js"
 
 const HINTS = {
   true: "Ask something. Enter sends, Shift+Enter starts a new line.",
   false: "This model has no chat template: it goes on with your text. Enter sends.",
 }
-const WORDS = {                              // for a refusal, by its code or type
+const WORDS = {                              // for an APIError, by its code or type
   authentication_error: () => $("key").value ? "this key is not right" : "a key is needed; give it below",
   rate_limit_error: why => `the server has too much to do; ${why}`,
   service_unavailable_error: why => `the server cannot answer now: ${why}`,
@@ -14,7 +14,7 @@ const WORDS = {                              // for a refusal, by its code or ty
 }
 const turns = $("turns"), prompt = $("prompt")
 
-let messages = []                            // what the model is told: {role, content}
+let messages = []                            // the conversation: {role, content}
 let answering = null                         // the AbortController of the answer that is being written
 let chats = true                             // the model has a chat template
 
@@ -53,7 +53,7 @@ async function ask(question) {
   for (const old of turns.querySelectorAll(".unheard")) old.remove()
   const asked = say("user", question), turn = say("assistant", "")
   told.push({ role: "user", content: question })
-  show("send", "Stop")
+  setText("send", "Stop")
   following = true
   follow()
   turn.ariaBusy = true
@@ -69,7 +69,7 @@ async function ask(question) {
 function stop() {
   answering?.abort()
   answering = null
-  show("send", "Send")
+  setText("send", "Send")
 }
 
 async function answer(told, turn, signal) {
@@ -82,13 +82,14 @@ async function answer(told, turn, signal) {
   const begin = performance.now(), said = { role: "assistant", content: "" }
   let first, finish
   told.push(said)
-  for await (const chunk of events(path, { method: "POST", headers: headers(), signal, body })) {
+  const chunks = readServerSentEvents(path, { method: "POST", headers: headers(), signal, body })
+  for await (const chunk of chunks) {
     for (const choice of chunk.choices) {
       first ??= performance.now()
       finish = choice.finish_reason
       const text = choice.delta?.content ?? choice.text ?? ""
       said.content += text
-      turn.firstChild.append(text)           // and never all of it again
+      turn.firstChild.append(text)           // only the new text is added
       requestAnimationFrame(follow)
     }
     if (chunk.usage) turn.lastChild.textContent = summary(chunk.usage, finish, first - begin, first)
@@ -110,8 +111,8 @@ function summary(usage, finish, wait, first) {
   return `${inward}; ${made} out${cut}${rate}`
 }
 
-// The answer has no end. What came of it stays to be read and, if it was stopped, in the conversation.
-// Else the question goes back to where it can be asked again.
+// The answer has failed or was stopped. Its text stays on the page, and after a stop in the conversation.
+// After a failure the question goes back into the box, to be asked again.
 function broken(error, question, asked, turn) {
   const stopped = error.name == "AbortError", { content } = messages.at(-1)
   if (stopped && content) {
@@ -123,7 +124,7 @@ function broken(error, question, asked, turn) {
   if (!content) asked.remove()
   if (stopped) return turn.remove()
   for (const each of [asked, turn]) each.classList.add(content ? "broken" : "unheard")
-  const line = turn.appendChild(make("span", "error"))
+  const line = turn.appendChild(createElement("span", "error"))
   line.role = "alert"
   const what = content ? "It breaks off here" : "No answer"
   line.textContent = `${what}: ${reason(error)}. Your question is back in the box.`
@@ -135,7 +136,7 @@ function reason(error) {
     $("locked").hidden = false
     $("key").focus()
   }
-  if (error instanceof Lost || error instanceof Refused) {
+  if (error instanceof ConnectionLost || error instanceof APIError) {
     return (WORDS[error.code] ?? WORDS[error.type] ?? String)(error.message)
   }
   console.error(error)
@@ -143,14 +144,14 @@ function reason(error) {
 }
 
 function say(role, text) {
-  const turn = turns.appendChild(make("div", `turn ${role}`))
+  const turn = turns.appendChild(createElement("div", `turn ${role}`))
   turn.role = "article"
   turn.ariaLabel = role == "user" ? "You" : "The model"
-  turn.append(make("span", "", text), make("small", ""))
+  turn.append(createElement("span", "", text), createElement("small", ""))
   return turn
 }
 
-// The log follows what is written, but for who has scrolled up to read, until the end is in sight again.
+// The log scrolls to its end as text arrives, unless the user has scrolled up.
 let following = true, top = 0
 const follow = () => { if (following) turns.scrollTop = turns.scrollHeight }
 
@@ -162,7 +163,7 @@ turns.onscroll = () => {
 }
 addEventListener("resize", follow)
 
-// What a reload brings back.
+// Kept through a reload.
 addEventListener("pagehide", () => {
   sessionStorage.setItem("key", $("key").value)
   sessionStorage.setItem("conversation", JSON.stringify(messages))

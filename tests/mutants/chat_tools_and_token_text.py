@@ -9,8 +9,12 @@ from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine import token_text
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.openai.completion_requests import Chat, read, requests_of
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.openai.completion_requests import (
+    ChatCompletionRequest,
+    build_engine_requests,
+    parse_request_body,
+)
 from tests.serve.letters import byte_text
 
 tools, places = Check("tools of a chat"), Check("places of tokens")
@@ -28,9 +32,9 @@ def chat(template, **body):
     try:
         body = json.dumps({"messages": [{"role": "user", "content": "a"}], **body}).encode()
         ready = EngineReady({"context": 512, "vocab": 257}, TEXT, template)
-        request, = requests_of(read(Chat, body), "r", ready, render)
+        request, = build_engine_requests(parse_request_body(ChatCompletionRequest, body), "r", ready, render)
         return TEXT.decode(request.prompt_token_ids)
-    except Refused as why:
+    except APIError as why:
         return str(why)
 
 
@@ -89,9 +93,10 @@ SEEN, OBJECT, NONE = (c.name for c in tools.criteria)
 BYTES, COUNTED = (c.name for c in places.criteria)
 MUTANTS = [
     Mutant("nobody looks whether tools are shown", tools,
-           patched(chat, "nanoinfra.serve.server.openai.chat_messages:_is_same", lambda *_: False), SEEN),
+           patched(chat, "nanoinfra.serve.server.openai.chat_messages:_renders_the_same", lambda *_: False),
+           SEEN),
     Mutant("arguments stay text", tools,
-           patched(chat, "nanoinfra.serve.server.openai.chat_messages:_with_arguments_read",
+           patched(chat, "nanoinfra.serve.server.openai.chat_messages:_with_parsed_arguments",
                    lambda call: call), OBJECT),
     Mutant("a token's bytes are its text's", places,
            patched(placed, "nanoinfra.serve.engine.token_text:SingleTokenDecoder", OfItsText), BYTES),

@@ -8,8 +8,14 @@ import pytest
 from nanoinfra.cli import main
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.options import EngineOptions, ServeOptions
-from nanoinfra.serve.server.http.access_control import Access
-from nanoinfra.serve.server.http.api_keys import VARIABLE, key_of, read_keys, salt_of, salted
+from nanoinfra.serve.server.http.access_control import AccessPolicy
+from nanoinfra.serve.server.http.api_keys import (
+    API_KEY_VARIABLE,
+    cache_salt_of_key,
+    find_bearer_key,
+    prepend_cache_salt,
+    read_api_keys,
+)
 from tests.processes import children
 from tests.serve.host import CODE, serving, started
 
@@ -32,20 +38,20 @@ def file(tmp_path):
 
 
 def test_keys_come_from_a_file_the_environment_or_a_flag(file, capsys):
-    assert read_keys(options(), {}) == ()
+    assert read_api_keys(options(), {}) == ()
     several = file("one\ntwo words\r\nsésame\n")
-    assert read_keys(options(api_key_file=several), {}) == ("one", "two words", "sésame")
-    assert read_keys(options(api_key_file=file(SECRET)), {}) == (SECRET,)
-    environment = {VARIABLE: SECRET, "HOME": "/"}
-    assert read_keys(options(), environment) == (SECRET,) and environment == {"HOME": "/"}
+    assert read_api_keys(options(api_key_file=several), {}) == ("one", "two words", "sésame")
+    assert read_api_keys(options(api_key_file=file(SECRET)), {}) == (SECRET,)
+    environment = {API_KEY_VARIABLE: SECRET, "HOME": "/"}
+    assert read_api_keys(options(), environment) == (SECRET,) and environment == {"HOME": "/"}
     assert capsys.readouterr().err == ""
-    assert read_keys(options(api_key=SECRET), {}) == (SECRET,)
+    assert read_api_keys(options(api_key=SECRET), {}) == (SECRET,)
     said = capsys.readouterr().err
-    assert "shows in ps" in said and VARIABLE in said and SECRET not in said
+    assert "shows in ps" in said and API_KEY_VARIABLE in said and SECRET not in said
 
 
 def test_a_file_that_others_may_read_is_told_of(file, capsys):
-    assert read_keys(options(api_key_file=file(SECRET, 0o640)), {}) == (SECRET,)
+    assert read_api_keys(options(api_key_file=file(SECRET, 0o640)), {}) == (SECRET,)
     said = capsys.readouterr().err
     assert "640" in said and "chmod 600" in said and SECRET not in said
 
@@ -59,27 +65,27 @@ WRONG = {"an empty file": ("", "is empty"), "an empty line": ("a\n\nb\n", "line 
 @pytest.mark.parametrize("text, says", WRONG.values(), ids=WRONG.keys())
 def test_what_cannot_be_a_key_is_refused_and_not_shown(file, text, says):
     with pytest.raises(ValueError, match=says) as error:
-        read_keys(options(api_key_file=file(text)), {})
+        read_api_keys(options(api_key_file=file(text)), {})
     assert SECRET not in str(error.value)
 
 
 def test_mistakes_with_keys_have_a_remedy(file, tmp_path):
     with pytest.raises(ValueError, match="--api-key and NANOINFRA_API_KEY; give one"):
-        read_keys(options(api_key="a"), {VARIABLE: "a"})
+        read_api_keys(options(api_key="a"), {API_KEY_VARIABLE: "a"})
     with pytest.raises(ValueError, match="--api-key-file; give one"):
-        read_keys(options(api_key="a", api_key_file=file("a")), {})
+        read_api_keys(options(api_key="a", api_key_file=file("a")), {})
     with pytest.raises(ValueError, match="NANOINFRA_API_KEY is empty; leave it out"):
-        read_keys(options(), {VARIABLE: ""})
+        read_api_keys(options(), {API_KEY_VARIABLE: ""})
     with pytest.raises(ValueError, match="--api-key is empty; leave it out"):
-        read_keys(options(api_key=""), {})
+        read_api_keys(options(api_key=""), {})
     with pytest.raises(ValueError, match="No such file"):
-        read_keys(options(api_key_file=tmp_path / "nowhere"), {})
+        read_api_keys(options(api_key_file=tmp_path / "nowhere"), {})
     with pytest.raises(ValueError, match="needs keys"):
-        read_keys(options(cache_salt_per_key=True), {})
+        read_api_keys(options(cache_salt_per_key=True), {})
 
 
 def test_help_and_errors_show_no_key(monkeypatch, capsys):
-    monkeypatch.setenv(VARIABLE, SECRET)
+    monkeypatch.setenv(API_KEY_VARIABLE, SECRET)
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     assert "--api-key-file" in capsys.readouterr().out
@@ -92,29 +98,29 @@ def test_help_and_errors_show_no_key(monkeypatch, capsys):
 def test_a_key_is_known_in_every_spelling_of_its_scheme(header):
     for key in ("plain", "two words", "sésame", "voilà"):
         sent = (header % key.encode()).decode("latin-1")
-        assert key_of(("other", key, "third"), sent) == key
+        assert find_bearer_key(("other", key, "third"), sent) == key
 
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Basic plain", "plain", "Bearerplain",
                                     "Bearer plai", "Bearer plainx", "Bearer Bearer plain", "Bearer PLAIN",
                                     "Bearer \xff\xfe"])
 def test_nothing_else_is_a_key(header):
-    assert key_of(("plain",), header) is None and key_of((), header) is None
+    assert find_bearer_key(("plain",), header) is None and find_bearer_key((), header) is None
 
 
 def test_several_keys_and_a_wrong_one():
-    with serving(access=Access(("one", "two"))) as (client, _):
+    with serving(access=AccessPolicy(("one", "two"))) as (client, _):
         for key, status in (("one", 200), ("two", 200), ("three", 401), ("", 401)):
             got = client.get("/v1/models", headers={"Authorization": f"bearer {key}".strip()})
             assert got.status_code == status
 
 
 def test_nobody_can_name_the_salt_of_another():
-    names = ["", "a", "b", salt_of("one"), salt_of("two"), salt_of("one") + "a"]
-    salts = {salted([Request("r", [1], cache_salt=name)], salt_of(key))[0].cache_salt
+    names = ["", "a", "b", cache_salt_of_key("one"), cache_salt_of_key("two"), cache_salt_of_key("one") + "a"]
+    salts = {prepend_cache_salt([Request("r", [1], cache_salt=name)], cache_salt_of_key(key))[0].cache_salt
              for key in ("one", "two", "onea", "") for name in names}
     assert len(salts) == 4 * len(names)
-    assert salted([Request("r", [1], cache_salt="mine")], "")[0].cache_salt == "mine"
+    assert prepend_cache_salt([Request("r", [1], cache_salt="mine")], "")[0].cache_salt == "mine"
 
 
 def known(client, key, **more):
@@ -126,11 +132,11 @@ def known(client, key, **more):
 
 @pytest.mark.parametrize("apart", [True, False])
 def test_a_key_does_not_learn_what_another_sent(apart):
-    with serving(access=Access(("one", "two"), salt_per_key=apart)) as (client, _):
+    with serving(access=AccessPolicy(("one", "two"), cache_salt_per_key=apart)) as (client, _):
         assert [known(client, "one"), known(client, "one")] == [0, 24]
         assert known(client, "two") == (0 if apart else 24)
         if apart:
-            assert known(client, "two", cache_salt=salt_of("one")) == 0
+            assert known(client, "two", cache_salt=cache_salt_of_key("one")) == 0
             assert known(client, "one", cache_salt="x") == 0
             assert known(client, "one", cache_salt="x") == known(client, "two") == 24
 
@@ -138,7 +144,7 @@ def test_a_key_does_not_learn_what_another_sent(apart):
 def test_a_key_stays_in_the_servers_own_process():
     """From the environment: its ranks do not inherit it, and nothing that it answers or says shows it."""
     command = [sys.executable, "-c", CODE.format(tp=1, drain=1, factory="fake", engine={})]
-    with started(command, environment={**os.environ, VARIABLE: SECRET}) as (process, client):
+    with started(command, environment={**os.environ, API_KEY_VARIABLE: SECRET}) as (process, client):
         assert client.get("/v1/models").status_code == 401
         assert client.get("/v1/models", headers={"Authorization": f"bearer {SECRET}"}).status_code == 200
         ranks = children(process.pid)

@@ -9,9 +9,9 @@ from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.options import EngineOptions, ServeOptions
-from nanoinfra.serve.server.app import build
+from nanoinfra.serve.server.app import build_app
 from nanoinfra.serve.server.http import api_keys as library
-from nanoinfra.serve.server.http.access_control import Access
+from nanoinfra.serve.server.http.access_control import AccessPolicy
 from tests.serve.fake import Idle
 
 access, keys = Check("access"), Check("keys")
@@ -23,7 +23,7 @@ RESET = "/reset_prefix_cache"
 
 def asked(requests, **how):
     """[(status, headers) for each of `requests`: (method, path, headers, body)]."""
-    client = TestClient(build(Idle(), "fake", Access(**how)), base_url=OWN)
+    client = TestClient(build_app(Idle(), "fake", AccessPolicy(**how)), base_url=OWN)
     got = [client.request(method, path, headers=headers, content=body, follow_redirects=False)
            for method, path, headers, body in requests]
     return [(each.status_code, each.headers) for each in got]
@@ -40,7 +40,7 @@ def _(subject):
     _expect(subject, [("GET", "/health", {"Host": host}, b"") for host in (
         "evil.example", "localhost.evil.example", "[::2]")], 403)
     _expect(subject, [("GET", "/health", {"Host": host}, b"") for host in ("[::1]:9", "127.1.2.3")], 200)
-    _expect(subject, [("GET", "/health", {"Host": "evil.example"}, b"")], 200, loopback=False)
+    _expect(subject, [("GET", "/health", {"Host": "evil.example"}, b"")], 200, loopback_only=False)
 
 
 @access.criterion("no page of another origin is answered", "property")
@@ -60,7 +60,7 @@ def _(subject):
 
 @access.criterion("nobody is sent elsewhere", "property")
 def _(subject):
-    (status, headers), = subject([("GET", "/health/", {"Host": "evil.example"}, b"")], loopback=False)
+    (status, headers), = subject([("GET", "/health/", {"Host": "evil.example"}, b"")], loopback_only=False)
     if status != 404 or "location" in headers:
         raise Wrong(f"/health/ is answered {status}, Location {headers.get('location')}")
 
@@ -70,7 +70,7 @@ def _(subject):
     named = "https://app.example"
     for origin, want in ((named, (200, named)), (EVIL, (403, None))):
         preflight = ("OPTIONS", "/v1/completions", {"Origin": origin} | WANTS, b"")
-        (status, headers), = subject([preflight], origins=(named,))
+        (status, headers), = subject([preflight], allowed_origins=(named,))
         if (status, headers.get("access-control-allow-origin")) != want:
             raise Wrong(f"a preflight of {origin} is answered {status}, {dict(headers)}")
 
@@ -78,15 +78,15 @@ def _(subject):
 @access.criterion("a key is known, with Bearer in any case", "property")
 def _(subject):
     for key, status in (("Bearer k", 200), ("bearer  k", 200), ("Bearer q", 401), ("Basic k", 401)):
-        _expect(subject, [("POST", RESET, {"Authorization": key}, b"")], status, keys=("k", "l"))
+        _expect(subject, [("POST", RESET, {"Authorization": key}, b"")], status, api_keys=("k", "l"))
 
 
 def found(variable, salts):
     """(the keys in the environment, what is left there, {(key, a request's own salt): its salt})."""
-    environment = {library.VARIABLE: variable}
-    got = library.read_keys(ServeOptions(EngineOptions("m")), environment)
-    made = {(key, own): library.salted([Request("r", [1], cache_salt=own)],
-                                       library.salt_of(key))[0].cache_salt
+    environment = {library.API_KEY_VARIABLE: variable}
+    got = library.read_api_keys(ServeOptions(EngineOptions("m")), environment)
+    made = {(key, own): library.prepend_cache_salt([Request("r", [1], cache_salt=own)],
+                                       library.cache_salt_of_key(key))[0].cache_salt
             for key, own in salts}
     return got, environment, made
 
@@ -101,7 +101,7 @@ def _(subject):
 @keys.criterion("nobody names the salt of another key", "property")
 def _(subject):
     pairs = [("a", "bc"), ("ab", "c"), ("a", ""), ("b", ""), ("a", "x"), ("b", "x"),
-             ("b", library.salt_of("a"))]
+             ("b", library.cache_salt_of_key("a"))]
     *_, salts = subject("secret", pairs)
     if len(set(salts.values())) < len(pairs):
         raise Wrong(f"two share a salt: {salts}")
@@ -133,33 +133,35 @@ def replaced(requests, salt):
 
 
 def only_looked_at(options, environment):
-    return (environment[library.VARIABLE],)
+    return (environment[library.API_KEY_VARIABLE],)
 
 
 HOST, ORIGIN, FORM, ELSEWHERE, PREFLIGHT, BEARER = (c.name for c in access.criteria)
 NO_FURTHER, SALTS = (c.name for c in keys.criteria)
-WHO, APP, KEYS = "nanoinfra.serve.server.http.access_control", "nanoinfra.serve.server.app",
-"nanoinfra.serve.server.http.api_keys"
+WHO = "nanoinfra.serve.server.http.access_control"
+APP = "nanoinfra.serve.server.app"
+KEYS = "nanoinfra.serve.server.http.api_keys"
 VARIANTS = [
-    ("any Host will do", f"{WHO}:is_loopback", lambda host: True, HOST),
-    ("a Host that begins as it should", f"{WHO}:is_loopback",
+    ("any Host will do", f"{WHO}:is_loopback_host", lambda host: True, HOST),
+    ("a Host that begins as it should", f"{WHO}:is_loopback_host",
      lambda host: host.startswith(("localhost", "127.", "[::1]")), HOST),
-    ("any Origin will do", f"{WHO}:is_allowed", lambda *_: True, ORIGIN),
-    ("an Origin that begins as its own", f"{WHO}:is_allowed",
+    ("any Origin will do", f"{WHO}:is_allowed_origin", lambda *_: True, ORIGIN),
+    ("an Origin that begins as its own", f"{WHO}:is_allowed_origin",
      lambda origin, scheme, host, named: origin.startswith(f"{scheme}://{host}"), ORIGIN),
-    ("any body is JSON", f"{WHO}:is_json", lambda headers: True, FORM),
-    ("JSON anywhere in the kind", f"{WHO}:is_json",
+    ("any body is JSON", f"{WHO}:has_json_content_type", lambda headers: True, FORM),
+    ("JSON anywhere in the kind", f"{WHO}:has_json_content_type",
      lambda headers: "json" in headers.get("content-type", "json"), FORM),
     ("slashes redirect", f"{APP}:FastAPI", Redirects, ELSEWHERE),
     ("no CORS for who is named", f"{APP}:CORSMiddleware", AllowsNobody, PREFLIGHT),
-    ("Bearer in one spelling", f"{APP}:key_of", bearer_alone, BEARER),
-    ("any key will do", f"{APP}:key_of", any_key, BEARER),
+    ("Bearer in one spelling", f"{APP}:find_bearer_key", bearer_alone, BEARER),
+    ("any key will do", f"{APP}:find_bearer_key", any_key, BEARER),
 ]
 MUTANTS = [
     *(Mutant(name, access, patched(asked, target, wrong), rejected_by)
       for name, target, wrong, rejected_by in VARIANTS),
-    Mutant("the ranks inherit the key", keys, patched(found, f"{KEYS}:read_keys", only_looked_at),
+    Mutant("the ranks inherit the key", keys, patched(found, f"{KEYS}:read_api_keys", only_looked_at),
            NO_FURTHER),
-    Mutant("a key is its own salt", keys, patched(found, f"{KEYS}:salt_of", str), SALTS),
-    Mutant("a client's salt replaces its key's", keys, patched(found, f"{KEYS}:salted", replaced), SALTS),
+    Mutant("a key is its own salt", keys, patched(found, f"{KEYS}:cache_salt_of_key", str), SALTS),
+    Mutant("a client's salt replaces its key's", keys, patched(found, f"{KEYS}:prepend_cache_salt", replaced),
+           SALTS),
 ]

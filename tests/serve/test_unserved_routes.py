@@ -6,9 +6,13 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from nanoinfra.serve.server.app import build
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.http.unserved_routes import UNSERVED, check_path, where_else
+from nanoinfra.serve.server.app import build_app
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.http.unserved_routes import (
+    UNSERVED_ENDPOINTS,
+    reject_unserved_endpoint,
+    suggest_served_path,
+)
 from tests.serve.fake import Idle
 
 SERVED = {"models", "completions", "chat", "responses"}
@@ -17,13 +21,13 @@ CALLED = re.compile(r'"/([a-z_]+)["/]')
 
 @pytest.fixture(scope="module")
 def client():
-    return TestClient(build(Idle(), "org/name"), base_url="http://localhost:8000")
+    return TestClient(build_app(Idle(), "org/name"), base_url="http://localhost:8000")
 
 
 def test_every_path_that_openais_package_calls_is_served_or_named():
     files = (Path(openai.__file__).parent / "resources").rglob("*.py")
     called = {root for file in files for root in CALLED.findall(file.read_text(encoding="utf-8"))}
-    assert len(called) > 20 and called - SERVED <= UNSERVED.keys()
+    assert len(called) > 20 and called - SERVED <= UNSERVED_ENDPOINTS.keys()
 
 
 @pytest.mark.parametrize("method, path, how", [
@@ -42,11 +46,11 @@ def test_a_base_url_that_is_nearly_right_is_told(client):
         error = client.post(path, json={}).json()["error"]
         assert "/v1/chat/completions that is served" in error["message"], path
     for path in ("/v1/embedding", "/v2/models", "/v1", "/"):
-        with_all = where_else(path, ["/health", "/v1/models"])
+        with_all = suggest_served_path(path, ["/health", "/v1/models"])
         assert with_all == "there are /health, /v1/models"
-        check_path(path)
-    with pytest.raises(Refused, match="no embeddings"):
-        check_path("/v1/embeddings/")
+        reject_unserved_endpoint(path)
+    with pytest.raises(APIError, match="no embeddings"):
+        reject_unserved_endpoint("/v1/embeddings/")
 
 
 def test_a_models_name_may_have_slashes(client):

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.serve.server.limits import MOST_BYTES
+from nanoinfra.serve.server.request_limits import MAX_BODY_BYTES
 from tests.serve.host import metric, serving
-from tests.serve.test_protocol import BODIES
+from tests.serve.test_completion_requests import BODIES
 
 JSON = {"Content-Type": "application/json"}
 RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.json"))
@@ -188,7 +188,7 @@ ERRORS = {
     "more than the context": (400, {"json": hello(max_tokens=4096)}, "context of 512"),
     "more than the engine's seats": (400, {"json": hello(n=65)}, "64"),
     "an unknown model": (404, {"json": hello(model="gpt-4")}, "'fake'"),
-    "a body too large": (413, {"content": b" " * (MOST_BYTES + 1)}, "larger than")}
+    "a body too large": (413, {"content": b" " * (MAX_BODY_BYTES + 1)}, "larger than")}
 
 
 @pytest.mark.parametrize("status, sent, says", ERRORS.values(), ids=ERRORS.keys())

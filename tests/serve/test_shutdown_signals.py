@@ -11,7 +11,7 @@ import pytest
 
 from nanoinfra.serve.processes.engine_loop import API_SIGNALS, EngineReady
 from nanoinfra.serve.processes.engine_processes import EngineProcesses
-from nanoinfra.serve.server.http.shutdown_signals import ENDING, end_with_0
+from nanoinfra.serve.server.http.shutdown_signals import SHUTDOWN_SIGNALS, exit_zero_on_shutdown_signals
 from tests.processes import alive, children, descendants
 from tests.serve.fake import compiling, fake, meeting
 from tests.serve.host import ROOT, SERVE, running, started, until
@@ -112,13 +112,14 @@ def test_stopped_and_idle(sign):
         list(ends(process, sign))
 
 
-@pytest.mark.parametrize("sign", ENDING)
+@pytest.mark.parametrize("sign", SHUTDOWN_SIGNALS)
 @pytest.mark.parametrize("when", ["in", "after"])
 def test_without_a_server_it_ends_at_once(sign, when):
     """Before one is there, while packages are imported, and when it has ended."""
     wait = "print('here', flush=True); time.sleep(600)"
-    code = ("import time\nfrom nanoinfra.serve.server.http.shutdown_signals import end_with_0\n"
-            "@end_with_0\ndef main():\n"
+    code = ("import time\n"
+            "from nanoinfra.serve.server.http.shutdown_signals import exit_zero_on_shutdown_signals\n"
+            "@exit_zero_on_shutdown_signals\ndef main():\n"
             f"    {wait if when == 'in' else 'pass'}\nmain()\n{wait}")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
@@ -131,21 +132,21 @@ def test_without_a_server_it_ends_at_once(sign, when):
 
 
 def test_a_mistake_gives_the_signals_back():
-    @end_with_0
+    @exit_zero_on_shutdown_signals
     def main():
-        assert all(signal.getsignal(each) is not before[each] for each in ENDING)
+        assert all(signal.getsignal(each) is not before[each] for each in SHUTDOWN_SIGNALS)
         raise ValueError("no such flag")
-    before = {each: signal.getsignal(each) for each in ENDING}
+    before = {each: signal.getsignal(each) for each in SHUTDOWN_SIGNALS}
     with pytest.raises(ValueError, match="no such flag"):
         main()
-    assert {each: signal.getsignal(each) for each in ENDING} == before
+    assert {each: signal.getsignal(each) for each in SHUTDOWN_SIGNALS} == before
 
 
 def test_a_rank_ignores_them_from_its_first_moment(capfd):
     life = EngineProcesses(fake, 1)
     try:
         for _ in range(3):
-            for sign in ENDING:
+            for sign in SHUTDOWN_SIGNALS:
                 os.kill(life.processes[0].pid, sign)         # while it imports
         news, = life.receive_messages()
         assert isinstance(news, EngineReady)

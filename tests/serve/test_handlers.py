@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from nanoinfra.serve.server import handlers, preprocess
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.limits import MOST_BYTES
-from nanoinfra.serve.server.preprocess import LARGE, MOST_LARGE, Preprocessor
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.preprocess import _MAX_LARGE_BODIES, LARGE_BODY_BYTES, RequestPreprocessor
+from nanoinfra.serve.server.request_limits import MAX_BODY_BYTES
 from tests.serve import hostile
 from tests.serve.beating import beating, looping
 from tests.serve.host import serving, until
@@ -35,7 +35,7 @@ def beats():
 def served():
     with serving(factory=looping, context=512) as (client, server):
         yield client, server
-        server.state.preprocessor.close()
+        server.app_state.preprocessor.close()
 
 
 @pytest.mark.parametrize("path, body, status", CASES.values(), ids=CASES.keys())
@@ -72,7 +72,7 @@ def test_a_chat_that_goes_on_and_on_keeps_nobody_waiting(served):
     thread = threading.Thread(target=lambda: said.append(client.post(hostile.CHATS, json=loop)))
     thread.start()
     try:
-        until(lambda: served[1].state.preprocessor.waiting["chats"])
+        until(lambda: served[1].app_state.preprocessor.num_waiting["chats"])
         while not said:
             beside += [client.post(path, json=body) for path, body in ((hostile.COMPLETIONS, HELLO),
                                                                        (hostile.CHATS, CHAT))]
@@ -95,15 +95,15 @@ def sending(client, size, first):
 
 def test_few_large_bodies_are_read_at_once_and_small_ones_always(served):
     client, server = served
-    large = json.dumps(HELLO).encode().ljust(2 * LARGE)
+    large = json.dumps(HELLO).encode().ljust(2 * LARGE_BODY_BYTES)
     with ExitStack() as strangers:
-        for _ in range(MOST_LARGE):
-            strangers.enter_context(sending(client, 2 * LARGE, large[:-9]))
-        until(lambda: server.state.preprocessor.large == MOST_LARGE)
+        for _ in range(_MAX_LARGE_BODIES):
+            strangers.enter_context(sending(client, 2 * LARGE_BODY_BYTES, large[:-9]))
+        until(lambda: server.app_state.preprocessor.num_large_bodies == _MAX_LARGE_BODIES)
         got = client.post(hostile.COMPLETIONS, content=large, headers=hostile.JSON)
         assert got.status_code == 429 and got.headers["retry-after"]
         assert client.post(hostile.COMPLETIONS, json=HELLO).status_code == 200
-    until(lambda: server.state.preprocessor.large == 0)
+    until(lambda: server.app_state.preprocessor.num_large_bodies == 0)
     assert client.post(hostile.COMPLETIONS, content=large, headers=hostile.JSON).status_code == 200
 
 
@@ -113,28 +113,28 @@ def test_a_body_is_not_kept_once_it_is_too_large():
 
         async def stream(self):
             while True:
-                self.sent += MOST_BYTES
-                yield b" " * MOST_BYTES
+                self.sent += MAX_BODY_BYTES
+                yield b" " * MAX_BODY_BYTES
     endless = Endless()
-    with pytest.raises(Refused) as refused:
-        asyncio.run(handlers._body(endless, MOST_BYTES, lambda: None))
-    assert refused.value.status == 413 and endless.sent == 17 * MOST_BYTES
+    with pytest.raises(APIError) as refused:
+        asyncio.run(handlers._read_body(endless, MAX_BODY_BYTES, lambda: None))
+    assert refused.value.status_code == 413 and endless.sent == 17 * MAX_BODY_BYTES
 
 
 def test_too_many_that_wait_are_told_to_come_back(monkeypatch):
-    monkeypatch.setattr(preprocess, "MOST_WAITING", 3)
-    threads, go = Preprocessor(), threading.Event()
+    monkeypatch.setattr(preprocess, "_MAX_WAITING_PER_POOL", 3)
+    threads, go = RequestPreprocessor(), threading.Event()
 
     async def crowd():
-        waiting = [asyncio.ensure_future(threads.run("chats", go.wait)) for _ in range(3)]
+        waiting = [asyncio.ensure_future(threads.run_in_pool("chats", go.wait)) for _ in range(3)]
         await asyncio.sleep(0)
-        with pytest.raises(Refused) as refused:
-            await threads.run("chats", go.wait)
-        assert await threads.run("texts", str) == ""             # others are read meanwhile
+        with pytest.raises(APIError) as refused:
+            await threads.run_in_pool("chats", go.wait)
+        assert await threads.run_in_pool("texts", str) == ""             # others are read meanwhile
         go.set()
         await asyncio.gather(*waiting)
-        assert await threads.run("chats", str) == ""
-        return refused.value.status
+        assert await threads.run_in_pool("chats", str) == ""
+        return refused.value.status_code
     try:
         assert asyncio.run(crowd()) == 429
     finally:
@@ -144,12 +144,12 @@ def test_too_many_that_wait_are_told_to_come_back(monkeypatch):
 
 def test_large_answers_are_written_in_a_thread():
     class Answer:
-        def is_long(self, places):
-            return places > 9
-    threads = Preprocessor()
+        def is_slow_to_encode(self, num_tokens):
+            return num_tokens > 9
+    threads = RequestPreprocessor()
 
     async def who(places):
-        return await threads.write(places, lambda: threading.current_thread().name, Answer())
+        return await threads.encode_response(places, lambda: threading.current_thread().name, Answer())
     try:
         assert "answers" in asyncio.run(who(10)) and "answers" not in asyncio.run(who(9))
     finally:

@@ -5,8 +5,8 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from nanoinfra.serve.server.app import build
-from nanoinfra.serve.server.http.access_control import Access, is_loopback
+from nanoinfra.serve.server.app import build_app
+from nanoinfra.serve.server.http.access_control import AccessPolicy, is_loopback_host
 from tests.serve.host import metric, serving
 
 PATHS = {"/": "GET", "/health": "GET", "/metrics": "GET", "/stats": "GET", "/v1/models": "GET",
@@ -28,14 +28,15 @@ class Untouched:
 def app(**how):
     """(client, worker) of an app without a server or an engine."""
     worker = Untouched()
-    return TestClient(build(worker, "fake", Access(**how)), base_url="http://localhost:8000"), worker
+    return TestClient(build_app(worker, "fake", AccessPolicy(**how)),
+                      base_url="http://localhost:8000"), worker
 
 
 @pytest.mark.parametrize("host", [
     "127.0.0.1", "127.0.0.1:8000", "127.8.9.1:1", "localhost", "LocalHost.:8000", "127.0.0.1.:80", "[::1]",
     "[::1]:8000", "[0:0::1]:8000", "[::ffff:127.0.0.1]:8000", "localhost:"])
 def test_these_hosts_name_this_machine(host):
-    assert is_loopback(host)
+    assert is_loopback_host(host)
 
 
 @pytest.mark.parametrize("host", [
@@ -44,7 +45,7 @@ def test_these_hosts_name_this_machine(host):
     "[::2]", "::1", "[localhost", "[]", "0.0.0.0:8000", "192.168.0.1", "[::ffff:192.168.0.1]", "\xff",
     "localhost evil", "localhost, evil.example"])
 def test_these_do_not(host):
-    assert not is_loopback(host)
+    assert not is_loopback_host(host)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_curls_post_without_a_body_resets(served):
 
 
 def test_no_answer_sends_a_client_elsewhere():
-    for client, _ in (app(), app(loopback=False)):
+    for client, _ in (app(), app(loopback_only=False)):
         for path in ("/v1/models/", "/v1/completions/", "//evil.example", "/stats/", "/health?/"):
             got = client.get(path, headers={"Host": "localhost"}, follow_redirects=False)
             assert got.status_code in (200, 404) and "location" not in got.headers
@@ -137,7 +138,7 @@ def test_other_methods_are_refused_in_json():
 
 
 def test_a_site_that_is_named_may_ask_with_preflight():
-    client, worker = app(origins=(APP,), keys=("k",))
+    client, worker = app(allowed_origins=(APP,), api_keys=("k",))
     asks = {"Origin": APP, "Access-Control-Request-Method": "POST",
             "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}
     got = client.options("/v1/completions", headers=asks)
@@ -159,7 +160,7 @@ def test_a_site_that_is_named_may_ask_with_preflight():
 
 
 def test_all_sites_may_ask_where_that_is_said():
-    client, _ = app(origins=("*",))
+    client, _ = app(allowed_origins=("*",))
     for origin in (APP, "null"):
         got = client.get("/health", headers={"Origin": origin})
         assert got.status_code == 200 and got.headers["access-control-allow-origin"] == "*"
@@ -168,7 +169,7 @@ def test_all_sites_may_ask_where_that_is_said():
 
 @pytest.mark.parametrize("host", ["gpu7.example:8000", "[", "[::1", "a b", "", "//x", "\xff"])
 def test_a_server_for_all_is_called_anything(host):
-    client, _ = app(loopback=False)
+    client, _ = app(loopback_only=False)
     headers = {"Host": host.encode("latin-1")}
     assert client.get("/health", headers=headers).status_code == 200
     assert client.get("/nothing", headers=headers).status_code == 404    # not 500, for a Host that is none

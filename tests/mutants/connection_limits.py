@@ -14,11 +14,15 @@ import httpx
 
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve.server.app import build
-from nanoinfra.serve.server.http.connections import Connection, ConnectionLimits, Framing
-from nanoinfra.serve.server.http.graceful_shutdown import Server
-from nanoinfra.serve.server.http.logs import CountRepeats, counted_logs
-from nanoinfra.serve.server.launch_server import listen
+from nanoinfra.serve.server.app import build_app
+from nanoinfra.serve.server.http.connection_limits import (
+    ChunkLimitedH11Connection,
+    ConnectionLimits,
+    TimeLimitedHTTPConnection,
+)
+from nanoinfra.serve.server.http.graceful_shutdown import GracefulServer
+from nanoinfra.serve.server.http.log_filters import RepeatedLogFilter, filter_repeated_logs
+from nanoinfra.serve.server.launch_server import create_server_socket
 from tests.serve.fake import Idle
 
 connections, logs = Check("connections"), Check("logs")
@@ -29,8 +33,8 @@ LATE = 5.0                                   # seconds after which what is to be
 @contextlib.contextmanager
 def served(limits):
     """(port, server) of a server without an engine."""
-    listener = listen("127.0.0.1", 0)
-    server = Server(build(Idle(), "fake"), 1.0, limits)
+    listener = create_server_socket("127.0.0.1", 0)
+    server = GracefulServer(build_app(Idle(), "fake"), 1.0, limits)
     server.config.timeout_graceful_shutdown = 0.2
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
@@ -94,7 +98,7 @@ def written(lines):
     logger.addHandler(handler)
     logger.propagate = False
     try:
-        with counted_logs():
+        with filter_repeated_logs():
             for line in lines:
                 logger.warning("%s", line)
     finally:
@@ -116,29 +120,29 @@ def _(subject):
         raise Wrong(f"a line end and an escape are written as {got}")
 
 
-class WaitsForEver(Connection):
-    def check(self, now):
+class WaitsForEver(TimeLimitedHTTPConnection):
+    def close_if_timed_out(self, now):
         pass
 
 
-class WaitsForBodies(Connection):
-    def check(self, now):
+class WaitsForBodies(TimeLimitedHTTPConnection):
+    def close_if_timed_out(self, now):
         if self.conn.their_state is not h11.SEND_BODY:
-            super().check(now)
+            super().close_if_timed_out(now)
 
 
-class KeepsAll(Connection):
+class KeepsAll(TimeLimitedHTTPConnection):
     def __init__(self, limits, *more, **uvicorns):
         super().__init__(replace(limits, max_connections=1 << 30), *more, **uvicorns)
 
 
-class AnyChunks(Framing):
+class AnyChunks(ChunkLimitedH11Connection):
     def next_event(self):
-        self.chunks = 0
+        self.num_chunks = 0
         return super().next_event()
 
 
-class WritesAll(CountRepeats):
+class WritesAll(RepeatedLogFilter):
     def filter(self, record):
         self.counts.clear()
         return super().filter(record)
@@ -146,13 +150,16 @@ class WritesAll(CountRepeats):
 
 NO_HEAD, NO_BODY, ROOM, CHUNKS = (c.name for c in connections.criteria)
 COUNTED, OF_HIS_OWN = (c.name for c in logs.criteria)
-DOOR, LOG = "nanoinfra.serve.server.http.connections", "nanoinfra.serve.server.http.logs"
+DOOR, LOG = "nanoinfra.serve.server.http.connection_limits", "nanoinfra.serve.server.http.log_filters"
 MUTANTS = [
-    Mutant("no time limits", connections, patched(left, f"{DOOR}:Connection", WaitsForEver), NO_HEAD),
-    Mutant("no time limit for bodies", connections, patched(left, f"{DOOR}:Connection", WaitsForBodies),
-           NO_BODY),
-    Mutant("no cap", connections, patched(left, f"{DOOR}:Connection", KeepsAll), ROOM),
-    Mutant("chunks of any size", connections, patched(left, f"{DOOR}:Framing", AnyChunks), CHUNKS),
-    Mutant("every line is written", logs, patched(written, f"{LOG}:CountRepeats", WritesAll), COUNTED),
-    Mutant("lines are written as they come", logs, patched(written, f"{LOG}:visible", str), OF_HIS_OWN),
+    Mutant("no time limits", connections, patched(left, f"{DOOR}:TimeLimitedHTTPConnection", WaitsForEver),
+           NO_HEAD),
+    Mutant("no time limit for bodies", connections,
+           patched(left, f"{DOOR}:TimeLimitedHTTPConnection", WaitsForBodies), NO_BODY),
+    Mutant("no cap", connections, patched(left, f"{DOOR}:TimeLimitedHTTPConnection", KeepsAll), ROOM),
+    Mutant("chunks of any size", connections, patched(left, f"{DOOR}:ChunkLimitedH11Connection", AnyChunks),
+           CHUNKS),
+    Mutant("every line is written", logs, patched(written, f"{LOG}:RepeatedLogFilter", WritesAll), COUNTED),
+    Mutant("lines are written as they come", logs, patched(written, f"{LOG}:escape_unprintable", str),
+           OF_HIS_OWN),
 ]

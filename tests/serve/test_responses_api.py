@@ -14,13 +14,13 @@ from pydantic import TypeAdapter
 
 from nanoinfra.serve.engine.requests import Logprob, RequestOutput
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.limits import MOST_MESSAGES
-from nanoinfra.serve.server.openai.completion_requests import read, requests_of
-from nanoinfra.serve.server.openai.responses_output import ResponsesAnswer
-from nanoinfra.serve.server.openai.responses_requests import LOGPROBS, ResponsesRequest
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.openai.completion_requests import build_engine_requests, parse_request_body
+from nanoinfra.serve.server.openai.responses_output import ResponsesResponse
+from nanoinfra.serve.server.openai.responses_requests import _INCLUDE_LOGPROBS, ResponsesRequest
+from nanoinfra.serve.server.request_limits import MAX_MESSAGES
 from tests.serve.host import serving
-from tests.serve.test_protocol import JSON, LIKELY, READY, answer, asked, ids
+from tests.serve.test_completion_requests import JSON, LIKELY, READY, answer, asked, ids
 
 HI = "u:hi\n"                                # what the fake's template makes of the text "hi"
 OPENING = ["response.created", "response.in_progress", "response.output_item.added",
@@ -87,7 +87,7 @@ HONOURED = {                                 # and what of the engine's request 
     "max_output_tokens": (7, lambda made: made.max_tokens == 7),
     "temperature": (0.5, lambda made: made.sampling_params.temperature == 0.5),
     "top_p": (0.5, lambda made: made.sampling_params.top_p == 0.5),
-    "include": ([LOGPROBS], lambda made: made.logprobs == 0)}
+    "include": ([_INCLUDE_LOGPROBS], lambda made: made.logprobs == 0)}
 HARMLESS = {                                 # the answer's text is what it is without them
     "access_programs": {"cyber": "standard"}, "background": False,
     "background_options": {"continuation_id": "x"}, "context_management": [],
@@ -116,7 +116,7 @@ REFUSED = {                                  # each by its name, with a reason
     "text": ({"format": SCHEMA}, "'json_schema' is not supported: nothing here holds a model to a form"),
     "tool_choice": ("required", "not supported"),
     "tools": ([{"type": "web_search"}], "'web_search' is not supported; give functions alone"),
-    "top_logprobs": (2, LOGPROBS),
+    "top_logprobs": (2, _INCLUDE_LOGPROBS),
     "truncation": ("auto", "shorten the input")}
 
 
@@ -139,9 +139,9 @@ def test_what_is_harmless_changes_nothing(name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_change_the_answer_is_refused_by_its_name(name):
     value, says = REFUSED[name]
-    with pytest.raises(Refused, match=says) as refused:
+    with pytest.raises(APIError, match=says) as refused:
         request(**{name: value})
-    assert refused.value.status == 400 and refused.value.param.split(".")[0] == name
+    assert refused.value.status_code == 400 and refused.value.param.split(".")[0] == name
 
 
 ITEMS = {
@@ -161,7 +161,7 @@ ITEMS = {
 
 @pytest.mark.parametrize("item, says", ITEMS.values(), ids=ITEMS.keys())
 def test_an_item_that_is_no_text_is_refused_with_its_place(item, says):
-    with pytest.raises(Refused, match=says) as refused:
+    with pytest.raises(APIError, match=says) as refused:
         request(input=[{"role": "user", "content": "a"}, item])
     assert "item 1" in str(refused.value) and refused.value.param == "input"
 
@@ -179,24 +179,26 @@ FUNCTION = {"type": "function", "name": "f", "description": "d", "parameters": {
 
 def test_tools_and_calls_are_rendered_as_a_chats():
     body = {"input": CALLED, "tools": [FUNCTION], "max_output_tokens": 1}
-    question = read(ResponsesRequest, json.dumps(body).encode())
-    made, = requests_of(question, "name", EngineReady({**READY.info, "context": 128}, READY.tokenizer, TOOLS))
+    question = parse_request_body(ResponsesRequest, json.dumps(body).encode())
+    made, = build_engine_requests(question, "name", EngineReady({**READY.info, "context": 128},
+                                                                READY.tokenizer, TOOLS))
     assert READY.tokenizer.decode(made.prompt_token_ids) == (
         '{"name": "f", "description": "d", "parameters": {}}\nu:hi\na:[1 f 2][2 g 3]\nt:4\nt:5\n')
-    got = valid(ResponsesAnswer(question, "name", "model", [made], READY.tokenizer)._response("in_progress"))
+    got = valid(ResponsesResponse(question, "name", "model", [made],
+                                  READY.tokenizer)._response("in_progress"))
     assert [(tool.name, tool.description, tool.strict) for tool in got.tools] == [("f", "d", False)]
 
 
 @pytest.mark.parametrize("body, param", [({"tools": [FUNCTION]}, "tools"), ({"input": CALLED}, "input")])
 def test_tools_and_calls_that_the_template_would_not_show_are_refused(body, param):
-    with pytest.raises(Refused, match="no place for tool") as refused:
+    with pytest.raises(APIError, match="no place for tool") as refused:
         request(**body)
     assert refused.value.param == param
 
 
 def test_items_are_counted_before_they_are_read():
-    with pytest.raises(Refused, match=f"at most {MOST_MESSAGES}"):
-        request(input=[{}] * (MOST_MESSAGES + 1))
+    with pytest.raises(APIError, match=f"at most {MAX_MESSAGES}"):
+        request(input=[{}] * (MAX_MESSAGES + 1))
 
 
 NAMES = sorted({field.alias or name for name, field in ResponsesRequest.model_fields.items()})
@@ -211,12 +213,13 @@ def test_any_json_is_answered_or_a_400(wrong):
     try:
         made, = asked(ResponsesRequest, **{"input": "hi", "max_output_tokens": 2, **wrong})
         assert made.prompt_token_ids and made.n == 1
-    except Refused as refused:
-        assert refused.status == 400
+    except APIError as refused:
+        assert refused.status_code == 400
 
 
 def whole(*events, **body):
-    return valid(answer(ResponsesRequest, ResponsesAnswer, input="hi", **body).object(events))
+    return valid(answer(ResponsesRequest, ResponsesResponse, input="hi",
+                        **body).build_response_object(events))
 
 
 def test_a_response_is_valid_for_openais_types():
@@ -245,21 +248,21 @@ def test_a_response_that_was_cut_says_so():
 def test_log_probabilities_are_the_parts():
     a, b = ids("ab")
     made = RequestOutput("name", 0, "a", [a], [Logprob(a, -math.inf, [(b, -0.5)])], finish_reason="stop")
-    said, = whole(made, include=[LOGPROBS], top_logprobs=1).output[0].content[0].logprobs
+    said, = whole(made, include=[_INCLUDE_LOGPROBS], top_logprobs=1).output[0].content[0].logprobs
     assert (said.token, said.bytes, said.logprob) == ("a", [97], -9999.0)
     assert [(each.token, each.logprob) for each in said.top_logprobs] == [("b", -0.5)]
 
 
 def stream(*events, **body):
-    said = answer(ResponsesRequest, ResponsesAnswer, input="hi", stream=True, **body)
-    return said, b"".join(map(said.chunk, events))
+    said = answer(ResponsesRequest, ResponsesResponse, input="hi", stream=True, **body)
+    return said, b"".join(map(said.encode_stream_chunk, events))
 
 
 @pytest.mark.parametrize("finish, ends", [("stop", "completed"), ("length", "incomplete")])
 def test_a_stream_has_openais_events_in_order(finish, ends):
     said, begun = stream(RequestOutput("name", token_ids=[1]), RequestOutput("name", text="a", token_ids=[2]),
                          RequestOutput("name", text="b", token_ids=[3], finish_reason=finish))
-    got = events_of(begun + said.last())
+    got = events_of(begun + said.encode_stream_end())
     assert [each.type for each in got] == [*OPENING, DELTA, DELTA, *CLOSING, f"response.{ends}"]
     first, last = got[0].response, got[9].response
     assert (first.status, first.output, first.usage) == ("in_progress", [], None)
@@ -274,8 +277,8 @@ def test_log_probabilities_come_with_the_text():
     a, b = ids("ab")
     said, begun = stream(RequestOutput("name", 0, "", [a], [Logprob(a, -0.5)]),
                          RequestOutput("name", 0, "ab", [b], [Logprob(b, -0.25)], finish_reason="stop"),
-                         include=[LOGPROBS])
-    got = events_of(begun + said.last())
+                         include=[_INCLUDE_LOGPROBS])
+    got = events_of(begun + said.encode_stream_end())
     assert [[each.logprob for each in said.logprobs] for said in got[4:7]] == [[-0.5], [-0.25], [-0.5, -0.25]]
 
 
@@ -284,7 +287,7 @@ def test_log_probabilities_come_with_the_text():
 @pytest.mark.parametrize("status, code", [(500, "server_error"), (429, "rate_limit_exceeded")])
 def test_a_stream_that_fails_ends_with_why(events, status, code):
     said, begun = stream(*events)
-    got = events_of(begun + said.failed(Refused(status, "no more")))
+    got = events_of(begun + said.encode_stream_error(APIError(status, "no more")))
     assert [each.type for each in got] == [*OPENING, *[DELTA] * len(events), "response.failed"]
     failed = got[-1].response
     assert (failed.status, failed.error.code, failed.error.message) == ("failed", code, "no more")
@@ -292,14 +295,15 @@ def test_a_stream_that_fails_ends_with_why(events, status, code):
 
 def test_the_end_of_a_long_stream_is_known_to_be_long():
     said, _ = stream(*[RequestOutput("name", text="a", token_ids=[1] * 40) for _ in range(60)])
-    assert said.is_long(said.places_at_end)
+    assert said.is_slow_to_encode(said.num_tokens_at_stream_end)
 
 
 def test_what_says_much_of_its_request_again_is_written_where_nobody_waits():
     for size, want in ((100, False), (20_000, True)):
         body = json.dumps({"input": "hi", "instructions": "a" * size}).encode()
-        said = ResponsesAnswer(read(ResponsesRequest, body), "name", "model", [request()], READY.tokenizer)
-        assert said.is_long(1) == want
+        said = ResponsesResponse(parse_request_body(ResponsesRequest, body), "name", "model", [request()],
+                                 READY.tokenizer)
+        assert said.is_slow_to_encode(1) == want
 
 
 def test_openai_creates_a_response(ai):

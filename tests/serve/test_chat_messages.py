@@ -5,10 +5,14 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.limits import MOST_TOOLS
-from nanoinfra.serve.server.openai.chat_messages import Message, render_prompt
-from nanoinfra.serve.server.openai.completion_requests import Chat, read, requests_of
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.openai.chat_messages import ChatMessage, render_chat_prompt
+from nanoinfra.serve.server.openai.completion_requests import (
+    ChatCompletionRequest,
+    build_engine_requests,
+    parse_request_body,
+)
+from nanoinfra.serve.server.request_limits import MAX_TOOLS
 from tests.serve.fake import TEMPLATE, text
 
 QWEN = """{%- if tools %}{{ '<tools>' }}{%- for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{%- endfor %}
@@ -34,7 +38,9 @@ ANSWER = {"role": "tool", "tool_call_id": "1", "content": "22 \u00b0C"}
 
 def prompt(template=QWEN, **body):
     ready = EngineReady({"context": 512, "vocab": 257}, text(), template)
-    request, = requests_of(read(Chat, json.dumps({"messages": [HI], **body}).encode()), "name", ready)
+    request, = build_engine_requests(parse_request_body(ChatCompletionRequest,
+                                                        json.dumps({"messages": [HI], **body}).encode()),
+                                     "name", ready)
     return ready.tokenizer.decode(request.prompt_token_ids)
 
 
@@ -69,7 +75,7 @@ def test_a_turn_of_calls_and_their_answer_are_rendered():
     ("", {}), ("{", "{"), ("[1]", [1]), ({"a": 1}, {"a": 1}), ("[" * 900 + "]" * 900,) * 2])
 def test_arguments_that_are_no_json_stay_text(arguments, want):
     call = {"function": {"name": "f", "arguments": arguments}}
-    said = Message(role="assistant", tool_calls=[call]).for_template()
+    said = ChatMessage(role="assistant", tool_calls=[call]).to_template_dict()
     assert said["tool_calls"] == [{"function": {"name": "f", "arguments": want}}]
 
 
@@ -90,9 +96,9 @@ def test_null_is_nothing_where_a_turn_has_calls_alone_and_empty_elsewhere():
     ({"messages": [HI, CALLS]}, "messages")])
 def test_what_a_template_would_leave_out_is_refused(body, param):
     for template in (TEMPLATE, "{% if tools is defined %}{% endif %}{{ messages[0].role }}"):
-        with pytest.raises(Refused, match="no place for tool.* would never see them") as refused:
+        with pytest.raises(APIError, match="no place for tool.* would never see them") as refused:
             prompt(template, **body)
-        assert (refused.value.status, refused.value.param) == (400, param)
+        assert (refused.value.status_code, refused.value.param) == (400, param)
 
 
 @pytest.mark.parametrize("wrong, says", [
@@ -100,19 +106,19 @@ def test_what_a_template_would_leave_out_is_refused(body, param):
     ({"tools": [{"type": "function", "function": {}}]}, "no name"), ({"tools": {}}, "list of at most 128"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]}, "no JSON schema"),
     ({"tools": [WEATHER], "functions": [WEATHER["function"]]}, "old name of tools"),
-    ({"tools": [WEATHER] * (MOST_TOOLS + 1)}, "list of at most 128"),
+    ({"tools": [WEATHER] * (MAX_TOOLS + 1)}, "list of at most 128"),
     ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
     ({"messages": [{"role": "assistant", "audio": {"id": "1"}}]}, "audio")])
 def test_tools_that_are_none_are_refused(wrong, says):
-    with pytest.raises(Refused, match=says) as refused:
+    with pytest.raises(APIError, match=says) as refused:
         prompt(**wrong)
-    assert refused.value.status == 400
+    assert refused.value.status_code == 400
 
 
 def test_tools_count_as_messages_do_before_anything_is_rendered():
     large = {"type": "function", "function": {"name": "f", "description": "a" * 2560}}
     for turn, tools in ((HI, [large]), ({**CALLS, "tool_calls": [large]}, None)):
-        with pytest.raises(Refused, match="cannot fit") as refused:
-            render_prompt([Message(**turn)], tools, EngineReady({"context": 512}, text(), QWEN),
+        with pytest.raises(APIError, match="cannot fit") as refused:
+            render_chat_prompt([ChatMessage(**turn)], tools, EngineReady({"context": 512}, text(), QWEN),
                           lambda *_: pytest.fail("rendered"))
         assert refused.value.code == "context_length_exceeded"

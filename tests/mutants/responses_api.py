@@ -9,11 +9,11 @@ from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine.requests import RequestOutput
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.errors import APIError
 from nanoinfra.serve.server.openai import responses_requests
-from nanoinfra.serve.server.openai.completion_requests import read, requests_of
-from nanoinfra.serve.server.openai.responses_output import ResponsesAnswer
-from nanoinfra.serve.server.openai.responses_requests import ResponsesRequest, turns_of
+from nanoinfra.serve.server.openai.completion_requests import build_engine_requests, parse_request_body
+from nanoinfra.serve.server.openai.responses_output import ResponsesResponse
+from nanoinfra.serve.server.openai.responses_requests import ResponsesRequest, input_items_to_messages
 from tests.serve.letters import byte_text
 
 shape, ends = Check("turns of a response's input"), Check("the end of a response")
@@ -23,16 +23,17 @@ CALL = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
 
 def turns(items):
     """The turns of a chat."""
-    return turns_of(items)
+    return input_items_to_messages(items)
 
 
 def ended(*events, why=None):
     """The response in a stream's last event, after `events` and, perhaps, a failure."""
-    question = read(ResponsesRequest, b'{"input": "a", "stream": true}')
+    question = parse_request_body(ResponsesRequest, b'{"input": "a", "stream": true}')
     ready = EngineReady({"context": 64, "vocab": 257}, TEXT, "template")
-    asked = requests_of(question, "r", ready, lambda *chat: "a")
-    answer = ResponsesAnswer(question, "r", "m", asked, TEXT)
-    said = b"".join(map(answer.chunk, events)) + (answer.failed(why) if why else answer.last())
+    asked = build_engine_requests(question, "r", ready, lambda *chat: "a")
+    answer = ResponsesResponse(question, "r", "m", asked, TEXT)
+    said = b"".join(map(answer.encode_stream_chunk,
+                        events)) + (answer.encode_stream_error(why) if why else answer.encode_stream_end())
     return json.loads(said.strip().split(b"\ndata: ")[-1])["response"]
 
 
@@ -61,7 +62,7 @@ def _(subject):
 
 @ends.criterion("a full queue is a rate limit", "property")
 def _(subject):
-    if (got := subject(why=Refused(429, "full"))["error"]["code"]) != "rate_limit_exceeded":
+    if (got := subject(why=APIError(429, "full"))["error"]["code"]) != "rate_limit_exceeded":
         raise Wrong(f"of a full queue a client reads {got}")
 
 
@@ -72,7 +73,7 @@ def _(subject):
         raise Wrong(f"a and b end as {got!r}")
 
 
-def _forgetful(item, i, _turn=responses_requests._turn):
+def _forgetful(item, i, _turn=responses_requests._item_to_message):
     turn = _turn(item, i)
     for call in turn.get("tool_calls", []):
         call["id"] = None
@@ -81,15 +82,16 @@ def _forgetful(item, i, _turn=responses_requests._turn):
 
 MUTANTS = [
     Mutant("roles as they are", shape, patched(turns,
-                                               "nanoinfra.serve.server.openai.responses_requests:ROLES",
+                                               "nanoinfra.serve.server.openai.responses_requests:_CHAT_ROLES",
                                                {"developer": "developer"}),
            "a developer speaks for the system"),
     Mutant("calls without ids", shape, patched(
-        turns, "nanoinfra.serve.server.openai.responses_requests:_turn", _forgetful),
+        turns, "nanoinfra.serve.server.openai.responses_requests:_item_to_message", _forgetful),
            "calls are one turn, each with its id"),
-    Mutant("all is completed", ends, patched(ended, "nanoinfra.serve.server.openai.responses_output:STATUS",
+    Mutant("all is completed", ends,
+           patched(ended, "nanoinfra.serve.server.openai.responses_output:_STATUS_OF_FINISH_REASON",
                                              dict.fromkeys(("stop", "length"), "completed")),
            "what is cut is incomplete"),
     Mutant("every failure is the server's", ends,
-           patched(ended, "nanoinfra.serve.server.openai.responses_output:CODES", {}),
+           patched(ended, "nanoinfra.serve.server.openai.responses_output:_ERROR_CODE_OF_STATUS", {}),
            "a full queue is a rate limit")]

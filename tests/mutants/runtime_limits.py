@@ -20,12 +20,12 @@ from nanoinfra.model.tokenizer import Text
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
 from nanoinfra.serve.engine.requests import Logprob, Request, RequestOutput
 from nanoinfra.serve.server import handlers
-from nanoinfra.serve.server.errors import Refused
-from nanoinfra.serve.server.openai.chat_templates import TemplateProcess
-from nanoinfra.serve.server.openai.choice import Choice
-from nanoinfra.serve.server.openai.completion_requests import Chat, read
-from nanoinfra.serve.server.openai.completion_responses import ChatAnswer
-from nanoinfra.serve.server.preprocess import Preprocessor
+from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server.openai.chat_template_process import ChatTemplateProcess
+from nanoinfra.serve.server.openai.choice_accumulator import ChoiceAccumulator
+from nanoinfra.serve.server.openai.completion_requests import ChatCompletionRequest, parse_request_body
+from nanoinfra.serve.server.openai.completion_responses import ChatCompletionResponse
+from nanoinfra.serve.server.preprocess import RequestPreprocessor
 from tests.serve.letters import letters
 
 HI = [{"role": "user", "content": "hi"}]
@@ -40,12 +40,12 @@ class Live:
 
     def render(self, messages, template):
         """What a child says of a chat that has 0.2 s of the processor; after 2 s it is ended from here."""
-        child, done = TemplateProcess(seconds=0.2), threading.Event()
-        child.render("", HI, Text(None))
+        child, done = ChatTemplateProcess(cpu_seconds=0.2), threading.Event()
+        child.render_chat_template("", HI, Text(None))
         watch = threading.Thread(target=self._watch, args=(child, used(child.process.pid) + 2, done))
         watch.start()
         try:
-            return child.render(template, messages, Text(None))
+            return child.render_chat_template(template, messages, Text(None))
         except ValueError as error:
             return str(error)
         finally:
@@ -63,9 +63,10 @@ class Live:
         threads, go = self.threads(), threading.Event()
 
         async def both():
-            waiting = [asyncio.ensure_future(threads.run(slow, go.wait)) for _ in range(8)]
+            waiting = [asyncio.ensure_future(threads.run_in_pool(slow, go.wait)) for _ in range(8)]
             await asyncio.sleep(0.01)
-            done, _ = await asyncio.wait([asyncio.ensure_future(threads.run(quick, str))], timeout=1.0)
+            done, _ = await asyncio.wait([asyncio.ensure_future(threads.run_in_pool(quick, str))],
+                                         timeout=1.0)
             go.set()
             await asyncio.gather(*waiting)
             return bool(done)
@@ -77,9 +78,9 @@ class Live:
     def large(self, count):
         """How many of `count` large bodies are taken at once."""
         threads, taken = self.threads(), []
-        with contextlib.ExitStack() as places, contextlib.suppress(Refused):
+        with contextlib.ExitStack() as places, contextlib.suppress(APIError):
             for _ in range(count):
-                taken.append(places.enter_context(threads.place_for_large()))
+                taken.append(places.enter_context(threads.reserve_large_body_slot()))
         threads.close()
         return len(taken)
 
@@ -94,26 +95,27 @@ class Live:
                     yield b" " * most
         endless = Endless()
         try:
-            asyncio.run(handlers._body(endless, most, lambda: None))
-        except Refused as refused:
-            return refused.status, endless.sent
+            asyncio.run(handlers._read_body(endless, most, lambda: None))
+        except APIError as refused:
+            return refused.status_code, endless.sent
         return 200, endless.sent
 
     def freed(self, *guards):
         """Bytes that four threads keep of 24 MB which each has freed, in a process without `guards`."""
         without = "".join(f"preprocess.{guard} = lambda: None\n" for guard in guards)
-        code = "from nanoinfra.serve import preprocess\n" + without + FILL
+        code = "from nanoinfra.serve.server import preprocess\n" + without + FILL
         said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         return int(said.stdout)
 
     def kept(self, tokens, top):
         """Bytes that each log-probability takes in an answer that is not streamed."""
-        question = read(Chat, json.dumps({"messages": HI, "logprobs": True}).encode())
-        answer = ChatAnswer(question, "r", "m", [Request("r", [1])], Text(None))
+        question = parse_request_body(ChatCompletionRequest,
+                                      json.dumps({"messages": HI, "logprobs": True}).encode())
+        answer = ChatCompletionResponse(question, "r", "m", [Request("r", [1])], Text(None))
         tracemalloc.start()
         for _ in range(tokens):
             likely = [(1000 + i, -0.5 - i) for i in range(top)]
-            answer.add(RequestOutput("r", 0, "a", [7], [Logprob(7, -0.25, likely)]))
+            answer.add_output(RequestOutput("r", 0, "a", [7], [Logprob(7, -0.25, likely)]))
         size, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return size / (tokens * (1 + top))
@@ -138,12 +140,12 @@ class Live:
 
 
 FILL = """
-threads, block = preprocess.Preprocessor(), 24 << 20
+threads, block = preprocess.RequestPreprocessor(), 24 << 20
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 before = resident()
-for pool in threads.threads.values():
+for pool in threads.thread_pools.values():
     for _ in range(3):
         pool.submit(lambda: len(bytearray(block))).result()
 threads.close()
@@ -160,7 +162,7 @@ def used(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def live(part, *given, kind=Preprocessor):
+def live(part, *given, kind=RequestPreprocessor):
     """What a part of `Live` does."""
     return getattr(Live(kind), part)(*given)
 
@@ -187,19 +189,19 @@ LONG = _must("a chat is short when it is rendered", "render", (HI, "{{ 'x' * 2 *
              lambda said: "more than 2097152" in said, "a refusal")
 
 
-class OneForAll(Preprocessor):               # chats and texts wait for the same threads
-    async def run(self, kind, call, *args):
-        return await super().run("texts", call, *args)
+class OneForAll(RequestPreprocessor):               # chats and texts wait for the same threads
+    async def run_in_pool(self, pool, call, *args):
+        return await super().run_in_pool("texts", call, *args)
 
 
-class TakesAll(Preprocessor):
+class TakesAll(RequestPreprocessor):
     @contextlib.contextmanager
-    def place_for_large(self):
+    def reserve_large_body_slot(self):
         yield
 
 
-class KeepsEvents(Choice):
-    def add(self, event):
+class KeepsEvents(ChoiceAccumulator):
+    def append_output(self, event):
         self.events = [*getattr(self, "events", []), event]
 
 
@@ -209,20 +211,26 @@ def looks_at_every_beginning(text, stop):
 
 def child(name, instead):
     """What starts a child that has `instead` of a guard."""
-    return f"import nanoinfra.serve.server.openai.chat_templates as t; t.{name} = {instead}; t.main()"
+    return f"import nanoinfra.serve.server.openai.chat_template_process as t; t.{name} = {instead}; t.main()"
 
 
 RUNNING = {
-    "a child has all the time": ("templates:START", child("signal.setitimer", "lambda *_: None"), LOOPS),
-    "a child has all the memory": ("templates:START", child("resource.setrlimit", "lambda *_: None"), GROWS),
-    "a rendered chat has any length": ("templates:START", child("MOST_RENDERED", "1 << 40"), LONG),
-    "a body is kept to its end": ("exchange:_refusal", lambda *_: None, BODY),
-    "events are kept as they come": ("answers:Choice", KeepsEvents, KEPT),
-    "each beginning of a stop string is tried": ("writer:_overlap", looks_at_every_beginning, LOOKS)}
+    "a child has all the time": ("server.openai.chat_template_process:_CHILD_PROGRAM",
+                                 child("signal.setitimer", "lambda *_: None"), LOOPS),
+    "a child has all the memory": ("server.openai.chat_template_process:_CHILD_PROGRAM",
+                                   child("resource.setrlimit", "lambda *_: None"), GROWS),
+    "a rendered chat has any length": ("server.openai.chat_template_process:_CHILD_PROGRAM",
+                                       child("_MAX_RENDERED_BYTES", "1 << 40"), LONG),
+    "a body is kept to its end": ("server.handlers:_body_error", lambda *_: None, BODY),
+    "events are kept as they come": ("server.openai.completion_responses:ChoiceAccumulator", KeepsEvents,
+                                     KEPT),
+    "each beginning of a stop string is tried": ("engine.detokenizer:_overlap", looks_at_every_beginning,
+                                                 LOOKS)}
 MUTANTS = [
     *(Mutant(name, running, patched(live, f"nanoinfra.serve.{target}", instead), rejected_by)
       for name, (target, instead, rejected_by) in RUNNING.items()),
     Mutant("chats and texts share their threads", running, functools.partial(live, kind=OneForAll), BESIDE),
     Mutant("large bodies are taken as they come", running, functools.partial(live, kind=TakesAll), LARGE),
     Mutant("glibc keeps what is freed", running,
-           lambda part, *given: live(part, *given, *["release_freed_memory"] * (part == "freed")), FREED)]
+           lambda part, *given: live(part, *given,
+                                     *["configure_malloc_to_return_memory"] * (part == "freed")), FREED)]

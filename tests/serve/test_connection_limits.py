@@ -9,13 +9,13 @@ import h11
 import httpx
 import pytest
 
-from nanoinfra.serve.server.app import MOST_WATCHERS
-from nanoinfra.serve.server.http.connections import (
-    MIN_CHUNK,
-    MOST_HEAD,
+from nanoinfra.serve.server.app import _MAX_STATS_STREAMS
+from nanoinfra.serve.server.http.connection_limits import (
+    MAX_HEADER_BYTES,
+    MIN_MEAN_CHUNK_BYTES,
+    ChunkLimitedH11Connection,
     ConnectionLimits,
-    Framing,
-    limits_here,
+    connection_limits_within_ulimit,
 )
 from tests.processes import children
 from tests.serve.host import CODE, PATIENCE, serving, started, until
@@ -76,7 +76,7 @@ def test_three_hundred_that_do_not_go_on_keep_nobody_out(patient, sends):
     with opened(client, [sends] * 300) as slow:
         assert serves(client)
         until(lambda: len(server.server_state.connections) <= 60)
-        assert b" 503 " in said(slow[0]).split(b"\r\n")[0] and not server.worker.streams
+        assert b" 503 " in said(slow[0]).split(b"\r\n")[0] and not server.engine_client.streams
         with pytest.raises(BlockingIOError):                 # the newest are still waited for
             slow[-1].setblocking(False)
             slow[-1].recv(1)
@@ -108,7 +108,7 @@ def test_what_does_not_come_in_time_is_not_waited_for(hasty):
             assert (answer == b"") == (name == "nothing"), name
             assert not answer or answer.startswith(b"HTTP/1.1 408 ") and b"was not complete after" in answer
         assert after.startswith(b"HTTP/1.1 200 ") and after.count(b"HTTP/1.1") == 1
-    until(lambda: not server.server_state.tasks and not server.worker.streams)
+    until(lambda: not server.server_state.tasks and not server.engine_client.streams)
 
 
 def test_between_two_requests_there_is_more_time_than_for_one(patient):
@@ -121,17 +121,17 @@ def test_between_two_requests_there_is_more_time_than_for_one(patient):
             return next((each for each in every if each.client and each.client[1] == port), None)
         until(found)
         connection = found()
-        assert (connection.kept, connection._allowed()) == (False, 600)
+        assert (connection.is_idle_keepalive, connection._timeout()) == (False, 600)
         for end in (b"\r\n\r\n", b"\r\n\r\n"):
             one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost" + end)
             assert one.recv(1 << 16).startswith(b"HTTP/1.1 200")
-            until(lambda: connection.kept)
-            assert connection._allowed() == 75.0 and connection in connection.waiting
-        since = connection.since
+            until(lambda: connection.is_idle_keepalive)
+            assert connection._timeout() == 75.0 and connection in connection.awaiting_request
+        since = connection.state_since
         one.sendall(b"G")
-        until(lambda: not connection.kept)
-        assert connection._allowed() == 600 and connection.since > since
-        connection.check(connection.since + 599)
+        until(lambda: not connection.is_idle_keepalive)
+        assert connection._timeout() == 600 and connection.state_since > since
+        connection.close_if_timed_out(connection.state_since + 599)
         assert not connection.transport.is_closing()
 
 
@@ -158,19 +158,19 @@ def test_who_does_not_read_is_dropped(hasty):
     for listener in server.servers[0].sockets:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)   # of connections from now on
     with opened(client, [b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 40], receives=4096):
-        until(lambda: any(each.unread_since for each in server.server_state.connections))
+        until(lambda: any(each.write_blocked_since for each in server.server_state.connections))
         until(lambda: not server.server_state.connections and not server.server_state.tasks)
 
 
 def test_few_may_watch_so_that_all_may_ask(patient):
     client, server = patient
-    with opened(client, [b"GET /stats HTTP/1.1\r\nHost: localhost\r\n\r\n"] * MOST_WATCHERS) as watchers:
-        until(lambda: server.state.watchers == MOST_WATCHERS)
+    with opened(client, [b"GET /stats HTTP/1.1\r\nHost: localhost\r\n\r\n"] * _MAX_STATS_STREAMS) as watchers:
+        until(lambda: server.app_state.num_stats_streams == _MAX_STATS_STREAMS)
         got = client.get("/stats")
-        assert got.status_code == 503 and str(MOST_WATCHERS) in got.text and serves(client)
+        assert got.status_code == 503 and str(_MAX_STATS_STREAMS) in got.text and serves(client)
         watchers.pop().close()
-        until(lambda: server.state.watchers < MOST_WATCHERS)
-    until(lambda: not server.state.watchers)
+        until(lambda: server.app_state.num_stats_streams < _MAX_STATS_STREAMS)
+    until(lambda: not server.app_state.num_stats_streams)
 
 
 def chunks(size, count):
@@ -179,9 +179,9 @@ def chunks(size, count):
 
 def events(data):
     """How many h11 finds, fed in pieces as the server feeds them."""
-    connection, found = Framing(h11.SERVER, MOST_HEAD), 0
-    for begin in range(0, len(data), MOST_HEAD):
-        connection.receive_data(data[begin:begin + MOST_HEAD])
+    connection, found = ChunkLimitedH11Connection(h11.SERVER, MAX_HEADER_BYTES), 0
+    for begin in range(0, len(data), MAX_HEADER_BYTES):
+        connection.receive_data(data[begin:begin + MAX_HEADER_BYTES])
         while connection.next_event() is not h11.NEED_DATA:
             found += 1
     return found
@@ -189,9 +189,9 @@ def events(data):
 
 def test_many_small_chunks_are_an_error():
     """One took 15 us; 43,000 in what is received at a time held everybody up for 0.8 s."""
-    assert events(CHUNKED + chunks(1, MIN_CHUNK)) == 1 + MIN_CHUNK
+    assert events(CHUNKED + chunks(1, MIN_MEAN_CHUNK_BYTES)) == 1 + MIN_MEAN_CHUNK_BYTES
     assert events(CHUNKED + chunks(1000, 9000)) > 9000
-    for size, count in ((1, MIN_CHUNK + 10), (100, 600)):
+    for size, count in ((1, MIN_MEAN_CHUNK_BYTES + 10), (100, 600)):
         with pytest.raises(h11.RemoteProtocolError, match="too small"):
             events(CHUNKED + chunks(size, count))
 
@@ -203,7 +203,8 @@ def test_a_request_after_another_has_chunks_of_its_own(patient):
         assert said(one).count(b"HTTP/1.1 200") == 4
 
 
-@pytest.mark.parametrize("size, status", [(15_000, b"200"), (2 * MOST_HEAD, b"400"), (200_000, b"400")])
+@pytest.mark.parametrize("size, status",
+                         [(15_000, b"200"), (2 * MAX_HEADER_BYTES, b"400"), (200_000, b"400")])
 def test_a_head_has_a_size_whether_it_comes_at_once_or_not(patient, size, status):
     head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     with opened(patient[0], [head + b"x: y\r\n" * (size // 6) + b"\r\n"]) as (one,):
@@ -256,8 +257,8 @@ def test_a_process_takes_the_descriptors_that_it_may(monkeypatch):
         now = []
         monkeypatch.setattr(resource, "getrlimit", lambda _, limits=(soft, hard): limits)
         monkeypatch.setattr(resource, "setrlimit", lambda _, limits, now=now: now.append(limits))
-        assert limits_here().max_connections == most
+        assert connection_limits_within_ulimit().max_connections == most
         assert now == ([] if raised is None else [(raised, hard)])
     monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
     with pytest.raises(ValueError, match="ulimit -n 112"):
-        limits_here()
+        connection_limits_within_ulimit()

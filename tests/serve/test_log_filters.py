@@ -3,14 +3,19 @@ import logging
 
 import pytest
 
-from nanoinfra.serve.server.http.logs import MOST, CountRepeats, counted_logs, visible
+from nanoinfra.serve.server.http.log_filters import (
+    _MAX_REMEMBERED_LINES,
+    RepeatedLogFilter,
+    escape_unprintable,
+    filter_repeated_logs,
+)
 
 
 @pytest.fixture
 def log(caplog):
     """(logger, the lines that it has written, with their tracebacks)."""
     logger, formatter = logging.getLogger("uvicorn.error"), logging.Formatter("%(message)s")
-    with counted_logs(), caplog.at_level("WARNING", "uvicorn.error"):
+    with filter_repeated_logs(), caplog.at_level("WARNING", "uvicorn.error"):
         yield logger, lambda: [formatter.format(record) for record in caplog.records]
     assert not logger.filters
 
@@ -46,8 +51,8 @@ def test_an_error_is_written_down_once_for_each_line_it_comes_from(log):
 
 
 def test_what_does_not_print_is_spelled():
-    assert visible("déjà vu 你好 \\ '\"") == "déjà vu 你好 \\ '\""
-    got = visible("a\r\nb\x1b[2J\x00\x9b\u202e\u2028\ud800\t")
+    assert escape_unprintable("déjà vu 你好 \\ '\"") == "déjà vu 你好 \\ '\""
+    got = escape_unprintable("a\r\nb\x1b[2J\x00\x9b\u202e\u2028\ud800\t")
     assert got == r"a\r\nb\x1b[2J\x00\x9b\u202e\u2028\ud800\t"
 
 
@@ -58,7 +63,7 @@ def test_a_client_cannot_write_a_line_of_its_own(log):
 
 
 def test_what_is_remembered_has_a_bound():
-    repeats = CountRepeats()
-    for i in range(3 * MOST):
+    repeats = RepeatedLogFilter()
+    for i in range(3 * _MAX_REMEMBERED_LINES):
         repeats.filter(logging.LogRecord("x", logging.WARNING, f"template {i}", i, "text", (), None))
-    assert len(repeats.counts) <= MOST
+    assert len(repeats.counts) <= _MAX_REMEMBERED_LINES
