@@ -10,9 +10,9 @@ from pathlib import Path
 
 from nanoinfra.train.launch import signals, standard_streams
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
-TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_NOT_FOUND_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+_TOO_MANY_FILES_ERRNOS = (errno.EMFILE, errno.ENFILE)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,9 +26,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _mistake(str(error))
     except BrokenPipeError:
-        if standard_streams.stdout_is_read():
+        if standard_streams.stdout_has_reader():
             raise                            # it was another pipe
-        return standard_streams.give_up_stdout()
+        return standard_streams.discard_stdout()
     except OSError as error:
         return _mistake(_of_the_system(error))
 
@@ -36,18 +36,18 @@ def main(argv: list[str] | None = None) -> int:
 def _of_the_system(error):
     """What the system refuses, in one line; raises what no user can mend."""
     where = f"{error.filename or 'to disk'}: {error.strerror}"
-    if error.errno in DISK:
+    if error.errno in _DISK_ERRNOS:
         return f"cannot write {where}; make room or name another --out"
-    if error.errno in GONE and error.filename:
+    if error.errno in _NOT_FOUND_ERRNOS and error.filename:
         return f"{where}; was it removed or moved meanwhile?"
-    if error.errno in TOO_MANY_FILES:
+    if error.errno in _TOO_MANY_FILES_ERRNOS:
         return f"{error.strerror}, more than this process may; raise the limit, say by ulimit -n 4096"
     raise error
 
 
 def _mistake(message):
     from nanoinfra.train.launch import elastic_rank
-    if not elastic_rank.leave_error(message):
+    if not elastic_rank.send_error_to_launcher(message):
         print(f"nanoinfra: {message}", file=sys.stderr)
     return 2
 
@@ -58,14 +58,14 @@ def _ours(error):
     return Path(raised_in).resolve().is_relative_to(Path(__file__).resolve().parent)
 
 
-def run() -> None:
+def run_console_script() -> None:
     """The console script."""
-    standard_streams.prepare(lasting=sys.argv[1:2] == ["train"])
-    signals.Hearing(signals.end_at_once).start()
+    standard_streams.prepare_standard_streams(lasting=sys.argv[1:2] == ["train"])
+    signals.SignalListener(signals.exit_immediately).start()
     code = main()
-    signals.ignore_from_here_on()
+    signals.ignore_termination_signals()
     sys.exit(code)
 
 
 if __name__ == "__main__":
-    run()
+    run_console_script()

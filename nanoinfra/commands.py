@@ -17,7 +17,7 @@ from nanoinfra.lab.options import DoctorFlags
 from nanoinfra.serve.options import GenerateOptions, ServeOptions
 from nanoinfra.train.config import TrainFlags
 
-Command = (Annotated[TrainFlags, tyro.conf.subcommand("train")]
+_Command = (Annotated[TrainFlags, tyro.conf.subcommand("train")]
            | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
            | Annotated[ServeOptions, tyro.conf.subcommand("serve")]
            | Annotated[DoctorFlags, tyro.conf.subcommand("doctor")])
@@ -25,16 +25,16 @@ Command = (Annotated[TrainFlags, tyro.conf.subcommand("train")]
 
 def run_command(argv: list[str]) -> int:
     """Do what `argv` says; returns the exit code. Raises ValueError for a user's mistake."""
-    options = parse(argv)
-    return COMMANDS[type(options)](options, argv)
+    options = parse_command_line(argv)
+    return _RUNNERS[type(options)](options, argv)
 
 
-def parse(argv: list[str]):
+def parse_command_line(argv: list[str]):
     """The options of one command. Raises ValueError with one line for what they cannot be."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Command, prog="nanoinfra", args=argv, description=(
+            return tyro.cli(_Command, prog="nanoinfra", args=argv, description=(
                 "LLM infrastructure, rebuilt small: train, then use what you trained."))
     except SystemExit as stop:
         if not stop.code:
@@ -52,7 +52,7 @@ def _in_one_line(box, argv):
     if unknown := re.match(r"Unrecognized(?: or misplaced)? options: ([^\s,=]+)", message):
         word = unknown[1]
         message = f"unrecognized {'option' if word[:1] == '-' or command else 'command'} {word}"
-        meant = _similar(word, flag_names(_kinds()[command]) if command else _kinds())
+        meant = _similar(word, _flag_names(_kinds()[command]) if command else _kinds())
     elif choice := re.match(r"invalid choice '(.*?)' .*Expected one of \((.*)\)", message):
         meant = _similar(choice[1], re.findall(r"'(.*?)'", choice[2]))
     return f"{message}{meant} see {' '.join(('nanoinfra', command)).strip()} --help"
@@ -65,16 +65,16 @@ def _similar(word, names):
 
 def _kinds():
     """{name: dataclass} of the commands."""
-    return {get_args(each)[1].name: get_args(each)[0] for each in get_args(Command)}
+    return {get_args(each)[1].name: get_args(each)[0] for each in get_args(_Command)}
 
 
-def flag_names(options: type) -> Iterator[str]:
+def _flag_names(options: type) -> Iterator[str]:
     """The flags that come from a dataclass, and from those in it."""
     hints = get_type_hints(options)
     for field in fields(options):
         kind, name = hints[field.name], field.name.replace("_", "-")
         if is_dataclass(kind):
-            yield from flag_names(kind)
+            yield from _flag_names(kind)
         else:
             yield from ([f"--{name}", f"--no-{name}"] if kind is bool else [f"--{name}"])
 
@@ -82,44 +82,44 @@ def flag_names(options: type) -> Iterator[str]:
 def _train(flags, argv):
     from nanoinfra.train import config
     from nanoinfra.train.launch import elastic_rank, preflight
-    from nanoinfra.train.launch.memory_check import check_memory
-    from nanoinfra.train.run_directory.lock import locked
-    from nanoinfra.train.run_directory.ownership import check_out
-    if elastic_rank.joined():
+    from nanoinfra.train.launch.memory_check import check_memory_fits
+    from nanoinfra.train.run_directory.lock import lock_run_directory
+    from nanoinfra.train.run_directory.ownership import check_out_folder
+    if elastic_rank.process_group_is_initialized():
         return _train_here(flags, argv)
-    if elastic_rank.is_rank():
-        if not elastic_rank.launched_by_us():
-            preflight.check_rank(lambda world: config.check(flags, world))
+    if elastic_rank.is_rank_process():
+        if not elastic_rank.launched_by_nanoinfra():
+            preflight.check_launcher_environment(lambda world: config.check_train_flags(flags, world))
         return _train_here(flags, argv)
-    world, run = config.ranks_wanted(flags.mesh), flags.run
-    config.check(flags, world)
-    preflight.check_device(flags.mesh.device, world)
-    check_memory(flags, world)
-    check_out(run)
-    preflight.check_paths(run.out, run.trace)                # makes the folder
-    with locked(run.out):
+    world, run = config.num_ranks_to_start(flags.mesh), flags.run
+    config.check_train_flags(flags, world)
+    preflight.check_device_available(flags.mesh.device, world)
+    check_memory_fits(flags, world)
+    check_out_folder(run)
+    preflight.check_paths_writable(run.out, run.trace)                # makes the folder
+    with lock_run_directory(run.out):
         if world > 1 or run.max_restarts:
-            from nanoinfra.train.launch.launcher import launch
-            return launch(argv, world, run.out, run.max_restarts)
+            from nanoinfra.train.launch.launcher import launch_ranks
+            return launch_ranks(argv, world, run.out, run.max_restarts)
         return _train_here(flags, argv)
 
 
 def _train_here(flags, argv):
     from nanoinfra.train.launch import elastic_rank, stop_message
     from nanoinfra.train.trainer import train
-    with elastic_rank.process_group(flags.mesh.device, flags.run.out, flags.run.timeout):
+    with elastic_rank.rank_process_group(flags.mesh.device, flags.run.out, flags.run.timeout):
         train(flags)
-    stop_message.say_where(flags.run.out, argv)
+    stop_message.report_stopped_run(flags.run.out, argv)
     return 0
 
 
 def _generate(options, argv):
     from nanoinfra.train.launch import elastic_rank
-    if options.tp > 1 and not elastic_rank.is_rank() and not elastic_rank.joined():
-        from nanoinfra.train.launch.launcher import launch
-        return launch(argv, options.tp)
+    if options.tp > 1 and not elastic_rank.is_rank_process() and not elastic_rank.process_group_is_initialized():
+        from nanoinfra.train.launch.launcher import launch_ranks
+        return launch_ranks(argv, options.tp)
     from nanoinfra.serve.generate import main as generate
-    with elastic_rank.process_group("cpu"):
+    with elastic_rank.rank_process_group("cpu"):
         return generate(options)
 
 
@@ -131,15 +131,15 @@ def _serve(options, argv):
 def _doctor(flags, argv):
     from nanoinfra.lab.options import check
     from nanoinfra.train.launch import elastic_rank, preflight
-    if not elastic_rank.is_rank() and not elastic_rank.joined():
-        preflight.check_device(flags.device, world := check(flags))
+    if not elastic_rank.is_rank_process() and not elastic_rank.process_group_is_initialized():
+        preflight.check_device_available(flags.device, world := check(flags))
         if world > 1:
-            from nanoinfra.train.launch.launcher import launch
-            return launch(argv, world)
+            from nanoinfra.train.launch.launcher import launch_ranks
+            return launch_ranks(argv, world)
     from nanoinfra.lab.doctor import doctor
-    with elastic_rank.process_group(flags.device):
+    with elastic_rank.rank_process_group(flags.device):
         doctor(flags)
     return 0
 
 
-COMMANDS = {TrainFlags: _train, GenerateOptions: _generate, ServeOptions: _serve, DoctorFlags: _doctor}
+_RUNNERS = {TrainFlags: _train, GenerateOptions: _generate, ServeOptions: _serve, DoctorFlags: _doctor}

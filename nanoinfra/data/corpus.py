@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from nanoinfra.data.text_files import Skipped, read_folder, read_text, reasons
+from nanoinfra.data.text_files import SkippedFile, read_text_folder, read_text_file, summarize_skip_reasons
 
-HELD_OUT = 20                  # one document in so many is held out
-PIECE = 8192                   # characters after which a single file is cut, at the next blank line
+_HELD_OUT_EVERY = 20                  # one document in so many is held out
+_PIECE_CHARS = 8192                   # characters after which a single file is cut, at the next blank line
 
 
 class Document(NamedTuple):
@@ -32,7 +32,7 @@ class Corpus:
     name: str                                # as given to --data
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedFile, ...] = ()
 
     @cached_property
     def hash(self) -> str:
@@ -47,7 +47,7 @@ class Corpus:
     @property
     def bytes(self) -> tuple[int, int]:
         """UTF-8 bytes of the train and of the held-out documents."""
-        return utf8_bytes(self.train), utf8_bytes(self.held_out)
+        return count_utf8_bytes(self.train), count_utf8_bytes(self.held_out)
 
 
 def load_corpus(data: str | Path = "stdlib") -> Corpus:
@@ -65,7 +65,7 @@ def load_corpus(data: str | Path = "stdlib") -> Corpus:
                          "folder that you may read") from error
 
 
-def utf8_bytes(documents: Iterable[Document]) -> int:
+def count_utf8_bytes(documents: Iterable[Document]) -> int:
     """The denominator of bits per byte."""
     return sum(len(document.text.encode()) for document in documents)
 
@@ -73,12 +73,12 @@ def utf8_bytes(documents: Iterable[Document]) -> int:
 def _stdlib() -> Corpus:
     def enter(folder: str) -> bool:
         return folder not in ("site-packages", "dist-packages", "test", "tests", "idle_test")
-    found, skipped = read_folder(Path(sysconfig.get_path("stdlib")), enter, suffix=".py", follow=False)
+    found, skipped = read_text_folder(Path(sysconfig.get_path("stdlib")), enter, suffix=".py", follow=False)
     return _split("stdlib", *_by_path(found), skipped)
 
 
 def _folder(root: Path) -> Corpus:
-    found, skipped = read_folder(root, enter=lambda folder: not folder.startswith("."))
+    found, skipped = read_text_folder(root, enter=lambda folder: not folder.startswith("."))
     return _split(str(root), *_by_path(found), skipped)
 
 
@@ -88,11 +88,11 @@ def _by_path(found):
 
 
 def _file(path: Path) -> Corpus:
-    pieces = [Document(f"{path.name}#{i}", piece) for i, piece in enumerate(cut(read_text(path)), 1)]
+    pieces = [Document(f"{path.name}#{i}", piece) for i, piece in enumerate(split_text(read_text_file(path)), 1)]
     return _split(str(path), pieces, [_sha256(d.text) for d in pieces], [])
 
 
-def cut(text: str, size: int = PIECE) -> Iterator[str]:
+def split_text(text: str, size: int = _PIECE_CHARS) -> Iterator[str]:
     """Pieces that join to `text`: cut at the first blank line after `size` characters, at any line end after
     twice that, and anywhere where there is no line end either."""
     start = 0
@@ -109,15 +109,15 @@ def cut(text: str, size: int = PIECE) -> Iterator[str]:
 def _split(name: str, documents: list[Document], hashes: list[bytes], skipped: list[str]) -> Corpus:
     full = [(document, h) for document, h in zip(documents, hashes) if document.text]
     if not full:
-        hint = f" (left out: {reasons(skipped)})" if skipped else ""
+        hint = f" (left out: {summarize_skip_reasons(skipped)})" if skipped else ""
         raise ValueError(f"the corpus {name} is empty{hint}; --data needs text: try --data stdlib")
-    out = {h for h in hashes if int.from_bytes(h) % HELD_OUT == 0}
+    out = {h for h in hashes if int.from_bytes(h) % _HELD_OUT_EVERY == 0}
     if not 0 < sum(h in out for _, h in full) < len(full):
         out = {min(h for _, h in full)}      # too few documents for a twentieth: hold out the lowest hash
     if all(h in out for _, h in full):
-        raise ValueError(f"the corpus {name} has no held-out documents: its {utf8_bytes(documents)} bytes "
+        raise ValueError(f"the corpus {name} has no held-out documents: its {count_utf8_bytes(documents)} bytes "
                          "make one document or equal ones, and training takes one and holding out another; "
-                         f"give a file above {2 * PIECE} bytes, a folder of two files, or --data stdlib")
+                         f"give a file above {2 * _PIECE_CHARS} bytes, a folder of two files, or --data stdlib")
     train, held_out = [], []
     for document, h in zip(documents, hashes):
         (held_out if h in out else train).append(document)

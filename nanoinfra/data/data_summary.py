@@ -4,11 +4,11 @@ Nothing is dropped in silence: a file that is no text, tokens that no sample hol
 than the one trained on.
 """
 from nanoinfra.data.corpus import Corpus
-from nanoinfra.data.sample_order import Packed
-from nanoinfra.data.text_files import reasons
+from nanoinfra.data.sample_order import PackedDataset
+from nanoinfra.data.text_files import summarize_skip_reasons
 
 
-def describe_data(source: Packed, seq: int) -> str:
+def describe_data(source: PackedDataset, seq: int) -> str:
     """One line: documents, bytes and tokens on each side of the split, and the samples of an epoch."""
     corpus, tokens = source.corpus, len(source.tokens)
     train, held_out = corpus.bytes
@@ -19,13 +19,13 @@ def describe_data(source: Packed, seq: int) -> str:
             f"{tokens:,} tokens make {windows:,} samples of {seq}{over}")
 
 
-def data_warnings(source: Packed, seq: int, vocab: int | None, global_batch: int) -> list[str]:
+def data_warnings(source: PackedDataset, seq: int, vocab: int | None, global_batch: int) -> list[str]:
     """A line for each thing that may not be meant. `vocab` is the size asked for, None where none was."""
     corpus, windows = source.corpus, source.windows(seq)
     train, held_out = corpus.bytes
     found = []
     if corpus.skipped:
-        found.append(left_out(corpus))
+        found.append(_describe_skipped(corpus))
     if held_out > train:
         found.append(f"--data {corpus.name} holds out {_size(held_out)}, more than the {_size(train)} to "
                      "train on: a file's name decides its side; give one file, which is cut, or more files")
@@ -38,12 +38,12 @@ def data_warnings(source: Packed, seq: int, vocab: int | None, global_batch: int
     return found
 
 
-def left_out(corpus: Corpus) -> str:
+def _describe_skipped(corpus: Corpus) -> str:
     """How many files were read and how many left out, for which reasons."""
     read = len(corpus.train) + len(corpus.held_out)
     encoding = any("UTF-" in reason for _, reason in corpus.skipped)
     return (f"--data {corpus.name}: {read} files are read, {len(corpus.skipped)} are left out: "
-            f"{reasons(corpus.skipped)}" + "; iconv turns other encodings into UTF-8" * encoding)
+            f"{summarize_skip_reasons(corpus.skipped)}" + "; iconv turns other encodings into UTF-8" * encoding)
 
 
 def _size(count):

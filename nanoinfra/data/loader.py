@@ -14,17 +14,17 @@ from math import log
 import numpy as np
 import torch
 
-from nanoinfra.data.corpus import Document, utf8_bytes
-from nanoinfra.data.sample_order import IGNORE, Packed, Random
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.corpus import Document, count_utf8_bytes
+from nanoinfra.data.sample_order import IGNORE_INDEX, PackedDataset, RandomTokenDataset
+from nanoinfra.data.train_tokenizer import BPETokenizer
 
-Batch = tuple[torch.Tensor, torch.Tensor]                # x (b, T), y (b, T), int64
+MicroBatch = tuple[torch.Tensor, torch.Tensor]                # x (b, T), y (b, T), int64
 
 
-class Loader:
+class MicroBatchLoader:
     """Micro-batches of one dp rank, step after step, made ahead in a background thread."""
 
-    def __init__(self, source: Packed | Random, *, seed: int, seq: int, global_batch: int | None = None,
+    def __init__(self, source: PackedDataset | RandomTokenDataset, *, seed: int, seq: int, global_batch: int | None = None,
                  micro_batch: int, dp_rank: int = 0, dp_size: int = 1, start: int = 0, prefetch: int = 2):
         """`start` is the cursor to go on from; `global_batch` defaults to micro_batch x dp_size.
 
@@ -43,7 +43,7 @@ class Loader:
         self.prefetch, self.pending = prefetch, deque()
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
-    def next(self) -> list[Batch]:
+    def next(self) -> list[MicroBatch]:
         """The m micro-batches of the next optimizer step. What went wrong in the thread is raised here."""
         while len(self.pending) < self.prefetch:
             ahead = self.consumed + len(self.pending) * self.global_batch
@@ -53,9 +53,9 @@ class Loader:
         self.consumed += self.global_batch
         return batches
 
-    def batches(self, cursor: int) -> list[Batch]:
+    def batches(self, cursor: int) -> list[MicroBatch]:
         """The micro-batches of the step whose first sample is `cursor`."""
-        rows = deal(self.global_batch, self.micro_batch, self.dp_rank, self.dp_size)
+        rows = deal_to_micro_batches(self.global_batch, self.micro_batch, self.dp_rank, self.dp_size)
         return [_stack([self.source.sample(cursor + i, self.seed, self.seq) for i in some], self.seq)
                 for some in rows]
 
@@ -69,31 +69,31 @@ class Loader:
         self.pending.clear()
 
 
-def deal(count: int, micro_batch: int, rank: int, size: int) -> list[range]:
+def deal_to_micro_batches(count: int, micro_batch: int, rank: int, size: int) -> list[range]:
     """Which of `count` items each of this rank's micro-batches holds; as many micro-batches on every rank."""
     share = range(rank, count, size)
     m = -(-count // (micro_batch * size))
     return [share[k * micro_batch:(k + 1) * micro_batch] for k in range(m)]
 
 
-class HeldOut:
+class HeldOutSet:
     """Held-out documents as windows of T: each from its start, end of text as first input and last target.
 
     `rows` are the windows' x and y, (T,) int64 each, padded with 0 and IGNORE; `tokens` counts targets,
     `bytes` the UTF-8 bytes of the documents.
     """
 
-    def __init__(self, documents: list[Document], tokenizer: Tokenizer, seq: int):
+    def __init__(self, documents: list[Document], tokenizer: BPETokenizer, seq: int):
         self.seq, self.rows, eot = seq, [], tokenizer.eot
         for ids in tokenizer.encode_all([document.text for document in documents]):
             s = [eot, *ids, eot]
             self.rows += [_padded(s[i:i + seq + 1], seq) for i in range(0, len(s) - 1, seq)]
-        self.tokens = sum(int((y != IGNORE).sum()) for _, y in self.rows)
-        self.bytes = utf8_bytes(documents)
+        self.tokens = sum(int((y != IGNORE_INDEX).sum()) for _, y in self.rows)
+        self.bytes = count_utf8_bytes(documents)
 
-    def batches(self, micro_batch: int, rank: int = 0, size: int = 1) -> Iterator[Batch]:
+    def batches(self, micro_batch: int, rank: int = 0, size: int = 1) -> Iterator[MicroBatch]:
         """Window i goes to rank i mod `size`; as many batches on every rank, dealt as in training."""
-        for some in deal(len(self.rows), micro_batch, rank, size):
+        for some in deal_to_micro_batches(len(self.rows), micro_batch, rank, size):
             yield _stack([self.rows[i] for i in some], self.seq)
 
     def bits_per_byte(self, nats: float) -> float:
@@ -102,12 +102,12 @@ class HeldOut:
 
 
 def _padded(s: list[int], seq: int) -> tuple[np.ndarray, np.ndarray]:
-    x, y = np.zeros(seq, np.int64), np.full(seq, IGNORE)
+    x, y = np.zeros(seq, np.int64), np.full(seq, IGNORE_INDEX)
     x[:len(s) - 1], y[:len(s) - 1] = s[:-1], s[1:]
     return x, y
 
 
-def _stack(rows: list[tuple[np.ndarray, np.ndarray]], seq: int) -> Batch:
-    rows = rows or [(np.zeros(seq, np.int64), np.full(seq, IGNORE))]
+def _stack(rows: list[tuple[np.ndarray, np.ndarray]], seq: int) -> MicroBatch:
+    rows = rows or [(np.zeros(seq, np.int64), np.full(seq, IGNORE_INDEX))]
     x, y = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
     return x, y                                          # (b, T), (b, T)

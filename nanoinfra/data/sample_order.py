@@ -12,37 +12,37 @@ from pathlib import Path
 import numpy as np
 
 from nanoinfra.data.corpus import Corpus, load_corpus
-from nanoinfra.data.token_cache import cached_folder
-from nanoinfra.data.train_tokenizer import Tokenizer, tokenizer_for
+from nanoinfra.data.token_cache import get_or_build_folder
+from nanoinfra.data.train_tokenizer import BPETokenizer, get_or_train_tokenizer
 
-IGNORE = -100                                # a target that is no target, as torch's cross entropy has it
+IGNORE_INDEX = -100                                # a target that is no target, as torch's cross entropy has it
 
 
-def open_source(data: str | Path, vocab: int, tokenizer: Tokenizer | None = None,
-                cache: str | Path | None = None) -> "Packed | Random":
+def open_dataset(data: str | Path, vocab: int, tokenizer: BPETokenizer | None = None,
+                cache: str | Path | None = None) -> "PackedDataset | RandomTokenDataset":
     """The source that `--data` names: `random`, or a corpus packed by `tokenizer`.
 
     Default is the corpus's own tokenizer of `vocab` entries (fewer where a small corpus has no more).
     """
     if str(data) == "random":
-        return Random(vocab)
+        return RandomTokenDataset(vocab)
     corpus = load_corpus(data)
-    return pack(corpus, tokenizer or tokenizer_for(corpus, vocab, cache), cache)
+    return pack_corpus(corpus, tokenizer or get_or_train_tokenizer(corpus, vocab, cache), cache)
 
 
-def pack(corpus: Corpus, tokenizer: Tokenizer, cache: str | Path | None = None) -> "Packed":
+def pack_corpus(corpus: Corpus, tokenizer: BPETokenizer, cache: str | Path | None = None) -> "PackedDataset":
     """The train documents as one stream, mapped from the cache: the ranks of a machine share its pages."""
     def fill(folder: Path) -> None:
-        tokens, starts = encode_stream([document.text for document in corpus.train], tokenizer)
+        tokens, starts = encode_token_stream([document.text for document in corpus.train], tokenizer)
         np.save(folder / "tokens.npy", tokens)
         np.save(folder / "starts.npy", starts)
 
-    folder = cached_folder(f"tokens-{corpus.hash[:16]}-{tokenizer.hash[:16]}", fill, cache)
+    folder = get_or_build_folder(f"tokens-{corpus.hash[:16]}-{tokenizer.hash[:16]}", fill, cache)
     tokens, starts = np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "starts.npy")
-    return Packed(tokens, starts, corpus, tokenizer)
+    return PackedDataset(tokens, starts, corpus, tokenizer)
 
 
-def encode_stream(texts: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def encode_token_stream(texts: list[str], tokenizer: BPETokenizer) -> tuple[np.ndarray, np.ndarray]:
     """EOT, then each text and its EOT: tokens (N,) of uint16 if they fit, and where each text starts (D,)."""
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     parts, lengths = [np.array([tokenizer.eot], kind)], []
@@ -54,11 +54,11 @@ def encode_stream(texts: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, n
     return np.concatenate(parts), starts
 
 
-class Packed:
+class PackedDataset:
     """Documents end to end. `starts[d]` is where document d begins, for masking across boundaries."""
 
     def __init__(self, tokens: np.ndarray, starts: np.ndarray, corpus: Corpus | None = None,
-                 tokenizer: Tokenizer | None = None):
+                 tokenizer: BPETokenizer | None = None):
         self.tokens, self.starts, self.corpus, self.tokenizer = tokens, starts, corpus, tokenizer
 
     def check(self, seq: int) -> None:
@@ -83,7 +83,7 @@ class Packed:
         return s[:-1], s[1:]
 
 
-class Random:
+class RandomTokenDataset:
     """Tokens without meaning for a model of `vocab` entries: for parity tests and measurements of speed."""
     corpus = tokenizer = None
 
@@ -99,7 +99,7 @@ class Random:
         length = 1 + int(draw[0] % seq)
         s = (draw[1:] % self.vocab).astype(np.int64)     # (T+1,)
         inside = np.arange(seq) < length
-        return np.where(inside, s[:-1], 0), np.where(inside, s[1:], IGNORE)
+        return np.where(inside, s[:-1], 0), np.where(inside, s[1:], IGNORE_INDEX)
 
 
 @lru_cache(maxsize=2)                                    # a batch may straddle two epochs

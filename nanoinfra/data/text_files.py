@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Skipped(NamedTuple):
+class SkippedFile(NamedTuple):
     """A file, folder or link that is left out."""
     path: str                  # relative to the corpus, with /
     reason: str
 
 
-def read_folder(root: Path, enter: Callable[[str], bool], suffix: str = "",
-                follow: bool = True) -> tuple[list[tuple[str, str]], list[Skipped]]:
+def read_text_folder(root: Path, enter: Callable[[str], bool], suffix: str = "",
+                follow: bool = True) -> tuple[list[tuple[str, str]], list[SkippedFile]]:
     """(relative path, text) of every text file below `root`, sorted, and what is left out.
 
     Folders are entered where `enter(name)`, links to folders with `follow` too; a hidden folder that is not
@@ -32,13 +32,13 @@ def read_folder(root: Path, enter: Callable[[str], bool], suffix: str = "",
     documents = []
     for path in tree.files:
         try:
-            documents.append((tree.name(path), read_text(path)))
+            documents.append((tree.name(path), read_text_file(path)))
         except OSError as error:
             tree.skip(path, error.strerror)
     return sorted(documents), tree.skipped
 
 
-def read_text(path: Path) -> str:
+def read_text_file(path: Path) -> str:
     """The text of a file, without its byte order mark. Raises OSError, with the reason, where it is none."""
     if path.exists() and not path.is_file():
         raise OSError(0, "not a regular file")       # a pipe would wait for a writer for ever
@@ -53,7 +53,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def reasons(skipped: Iterable[Skipped]) -> str:
+def summarize_skip_reasons(skipped: Iterable[SkippedFile]) -> str:
     """How many are left out for each reason, the most frequent first, with an example each."""
     skipped = list(skipped)
     first = {reason: path for path, reason in reversed(skipped)}
@@ -91,7 +91,7 @@ class _Tree:
                 self._take(link, linked=True)
 
     def skip(self, path, reason):
-        self.skipped.append(Skipped(self.name(path), reason))
+        self.skipped.append(SkippedFile(self.name(path), reason))
 
     def name(self, path):
         return path.relative_to(self.root).as_posix()
@@ -119,7 +119,7 @@ class _Tree:
         return seen
 
     def _closed(self, error):
-        self.skipped.append(Skipped(error.filename, error.strerror))
+        self.skipped.append(SkippedFile(error.filename, error.strerror))
 
 
 def _identity(path):

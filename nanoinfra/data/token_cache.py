@@ -15,16 +15,16 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-FORMAT = "v2"                  # raise it with any change to how an entry is made: old ones are then ignored
-CONTENT, SUMS = "content", "sha256.json"     # an entry: a folder of files, and {name: SHA-256} of them
+_CACHE_FORMAT = "v2"                  # raise it with any change to how an entry is made: old ones are then ignored
+CONTENT_FOLDER, CHECKSUMS_FILE = "content", "sha256.json"     # an entry: a folder of files, and {name: SHA-256} of them
 
 
-def cached_folder(name: str, fill: Callable[[Path], None], cache: str | Path | None = None) -> Path:
+def get_or_build_folder(name: str, fill: Callable[[Path], None], cache: str | Path | None = None) -> Path:
     """A folder with the files that `fill(folder)` writes, which is called where the cache has them not.
 
     `cache` is ~/.cache/nanoinfra by default. Raises ValueError where it cannot be written.
     """
-    root = cache_root(cache)
+    root = _cache_root(cache)
     entry = root / name
     try:
         if not _is_whole(entry):
@@ -34,29 +34,29 @@ def cached_folder(name: str, fill: Callable[[Path], None], cache: str | Path | N
                 _put(Path(own) / name, entry)
     except OSError as error:
         raise _unwritable(root, error) from error
-    return entry / CONTENT
+    return entry / CONTENT_FOLDER
 
 
-def cache_root(cache: str | Path | None = None) -> Path:
+def _cache_root(cache: str | Path | None = None) -> Path:
     """Where entries lie: in `cache`, else $XDG_CACHE_HOME/nanoinfra, else ~/.cache/nanoinfra.
 
     Raises ValueError where neither says a folder, nor the system for this user.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
     if cache is not None:
-        return Path(cache) / FORMAT
+        return Path(cache) / _CACHE_FORMAT
     if os.path.isabs(given):                 # by its specification others do not count
-        return Path(given) / "nanoinfra" / FORMAT
+        return Path(given) / "nanoinfra" / _CACHE_FORMAT
     try:
-        return Path.home() / ".cache" / "nanoinfra" / FORMAT
+        return Path.home() / ".cache" / "nanoinfra" / _CACHE_FORMAT
     except RuntimeError as error:
         raise ValueError(f"there is no home folder to keep tokenizer and tokens in ({error}); set "
                          "XDG_CACHE_HOME or HOME to a folder that can be written") from error
 
 
-def check_cache() -> None:
+def check_cache_writable() -> None:
     """Make the folder of the cache. Raises ValueError where it is not there and cannot be made."""
-    root = cache_root()
+    root = _cache_root()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,18 +69,18 @@ def _unwritable(root, error):
 
 
 def _write(entry, fill):
-    content = entry / CONTENT
+    content = entry / CONTENT_FOLDER
     content.mkdir(parents=True)
     fill(content)
     sums = {path.name: _sha256(path) for path in sorted(content.iterdir())}
-    (entry / SUMS).write_text(json.dumps(sums, indent=2))
+    (entry / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2))
 
 
 def _put(own, entry):
     try:
         os.rename(own, entry)
     except OSError:
-        if not (entry / CONTENT).is_dir():   # a folder that is there is another rank's, equal to ours
+        if not (entry / CONTENT_FOLDER).is_dir():   # a folder that is there is another rank's, equal to ours
             raise
 
 
@@ -99,7 +99,7 @@ def _is_whole(entry):
 def _fault(entry):
     """What is wrong with an entry, in words; None where nothing is."""
     try:
-        listed, content = json.loads((entry / SUMS).read_bytes()), entry / CONTENT
+        listed, content = json.loads((entry / CHECKSUMS_FILE).read_bytes()), entry / CONTENT_FOLDER
         if not isinstance(listed, dict) or {path.name for path in content.iterdir()} != set(listed):
             return "holds other files than were written"
         changed = [name for name, sha256 in listed.items() if _sha256(content / name) != sha256]

@@ -16,15 +16,15 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanoinfra.data.corpus import Corpus
-from nanoinfra.data.token_cache import cached_folder
+from nanoinfra.data.token_cache import get_or_build_folder
 
-END_OF_TEXT = "<|endoftext|>"
-VOCABULARY, CONFIG = "tokenizer.json", "tokenizer_config.json"
-SMALLEST = 257                               # 256 bytes and the end of text
-LONGEST_WORD = 256                           # bytes of a word that training looks at in one piece
+END_OF_TEXT_TOKEN = "<|endoftext|>"
+_TOKENIZER_FILE, _CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+_MIN_VOCAB_SIZE = 257                               # 256 bytes and the end of text
+MAX_TRAINING_WORD_BYTES = 256                           # bytes of a word that training looks at in one piece
 
 
-def tokenizer_for(corpus: Corpus, vocab: int = 4096, cache: str | Path | None = None) -> "Tokenizer":
+def get_or_train_tokenizer(corpus: Corpus, vocab: int = 4096, cache: str | Path | None = None) -> "BPETokenizer":
     """The tokenizer of `vocab` entries trained on `corpus.train`, from the cache where it is there.
 
     `.train_s` is the time its training took here, 0.0 where it came from the cache. Several ranks may call
@@ -34,22 +34,22 @@ def tokenizer_for(corpus: Corpus, vocab: int = 4096, cache: str | Path | None = 
 
     def fill(folder: Path) -> None:
         begin = time.perf_counter()
-        Tokenizer.train((document.text for document in corpus.train), vocab).save(folder)
+        BPETokenizer.train((document.text for document in corpus.train), vocab).save(folder)
         took.append(time.perf_counter() - begin)
 
     _check_vocab(vocab)
-    got = Tokenizer.load(cached_folder(f"tokenizer-{corpus.hash[:16]}-{vocab}", fill, cache))
+    got = BPETokenizer.load(get_or_build_folder(f"tokenizer-{corpus.hash[:16]}-{vocab}", fill, cache))
     got.train_s = sum(took, 0.0)
     return got
 
 
-class Tokenizer:
+class BPETokenizer:
     """Text to ids and back. `vocab_size` counts every id, `eot` is the id that ends a document.
 
     Raises ValueError where `backend` has no token named `end_of_text`.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT):
+    def __init__(self, backend: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT_TOKEN):
         eot = backend.token_to_id(end_of_text)
         if eot is None:
             raise ValueError(f"the tokenizer has no token {end_of_text!r} to end a document with; name the "
@@ -59,7 +59,7 @@ class Tokenizer:
         self.train_s = 0.0                   # seconds spent training it in this process
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab: int) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab: int) -> "BPETokenizer":
         """Learn `vocab` entries from `texts`; fewer where the texts have no more pairs that repeat.
 
         A merge costs the whole length of each word it occurs in, so a word of n bytes costs n^2. A run of
@@ -69,11 +69,11 @@ class Tokenizer:
         _check_vocab(vocab)
         backend = tokenizers.Tokenizer(models.BPE())
         words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_WORD)])
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(MAX_TRAINING_WORD_BYTES)])
         backend.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         backend.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=vocab, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False))
+            vocab_size=vocab, special_tokens=[END_OF_TEXT_TOKEN], initial_alphabet=alphabet, show_progress=False))
         backend.pre_tokenizer = words
         return cls(backend)
 
@@ -82,18 +82,18 @@ class Tokenizer:
         """Does `folder` hold what `save` writes, and nothing beside it that would change what it means?"""
         names = (path.name for path in Path(folder).glob("*"))
         config = _read(folder)
-        return sorted(names) == [VOCABULARY, CONFIG] and config == _config(config.get("eos_token"))
+        return sorted(names) == [_TOKENIZER_FILE, _CONFIG_FILE] and config == _config(config.get("eos_token"))
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer":
+    def load(cls, folder: str | Path) -> "BPETokenizer":
         """The tokenizer saved in `folder`. Raises ValueError where it holds none that was trained here."""
         if not cls.is_own(folder):
             raise ValueError(f"{folder} holds no tokenizer saved by nanoinfra; train one, or name the model "
                              "it belongs to as --model")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(Path(folder, VOCABULARY)))
+            backend = tokenizers.Tokenizer.from_file(str(Path(folder, _TOKENIZER_FILE)))
         except Exception as error:           # the package has no other kind
-            raise ValueError(f"{folder}/{VOCABULARY} is not what was saved: {error}") from error
+            raise ValueError(f"{folder}/{_TOKENIZER_FILE} is not what was saved: {error}") from error
         return cls(backend, _read(folder)["eos_token"])
 
     @property
@@ -121,8 +121,8 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into `folder`, made if needed."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, VOCABULARY).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        Path(folder, CONFIG).write_text(json.dumps(_config(self.end_of_text), indent=2), encoding="utf-8")
+        Path(folder, _TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        Path(folder, _CONFIG_FILE).write_text(json.dumps(_config(self.end_of_text), indent=2), encoding="utf-8")
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
@@ -132,9 +132,9 @@ class Tokenizer:
 
 
 def _check_vocab(vocab: int) -> None:
-    if vocab < SMALLEST:
+    if vocab < _MIN_VOCAB_SIZE:
         raise ValueError(f"a vocabulary of {vocab} cannot hold the 256 bytes and the end of text; "
-                         f"try --vocab {SMALLEST} or more")
+                         f"try --vocab {_MIN_VOCAB_SIZE} or more")
 
 
 def _config(end_of_text):
@@ -144,7 +144,7 @@ def _config(end_of_text):
 
 def _read(folder):
     try:
-        found = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
+        found = json.loads(Path(folder, _CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):            # none of ours, whatever it is
         return {}
     return found if isinstance(found, dict) else {}

@@ -28,8 +28,8 @@ from nanoinfra.parallel.pipeline.schedules import (
 from nanoinfra.parallel.pipeline.simulator import chunks
 from nanoinfra.parallel.pipeline.stage import PipelineStage
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
-from nanoinfra.train.step import execute
-from nanoinfra.train.train_stage import Replica
+from nanoinfra.train.step import execute_schedule
+from nanoinfra.train.train_stage import TrainStage
 
 
 def scheduled(order: Callable, p: int, m: int) -> list[list]:
@@ -88,7 +88,7 @@ def rehearse(lists: list[list], times: Sequence[float], slot: float = 0.0, devic
     for _ in range(repeats):
         stage = Sleeper(mesh, times, slot, chunks(lists), halves)
         comm.barrier(mesh.pp)
-        execute(order, stage)
+        execute_schedule(order, stage)
         stage.settle()
         trials.append((stage.real, stage.counted))
     return trials
@@ -104,7 +104,7 @@ def train(config: ModelConfig, kind: str, p: int, v: int, batches: list, dtype: 
     """
     mesh = Mesh(pp=p, dp=world_size() // p, device=device)
     flags = TrainFlags(ModelFlags(dtype=dtype), mesh=MeshFlags(pp=p), pipeline=PipelineFlags(kind, v))
-    replica = Replica(config, flags, mesh)
+    replica = TrainStage(config, flags, mesh)
     order = (lists[mesh.pp.rank] if lists else replica.schedule(len(batches)))[:-1]      # all but the step
     _, *steps = [_step(mesh, replica, order, batches) for _ in range(1 + repeats)]
     return {"loss": replica.loss.item(), "grads": {name: g.cpu() for name, g in replica.grads.items()},
@@ -119,7 +119,7 @@ def _step(mesh, replica, order, batches):
     comm.barrier(mesh.pp)
     mesh.ledger.take()
     begin = time.monotonic()
-    spans = execute(order, replica)
+    spans = execute_schedule(order, replica)
     if mesh.device == "cuda":
         torch.cuda.synchronize()
     rows = mesh.ledger.take()

@@ -21,7 +21,7 @@ from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.parallelize import units
 from nanoinfra.parallel.vocab_parallel import HeadLoss
 from nanoinfra.parallel.zero import Zero
-from nanoinfra.train.optimizer import Optimizer
+from nanoinfra.train.optimizer import MixedPrecisionOptimizer
 
 KINDS = ("weights", "gradients", "masters", "moments")
 
@@ -37,7 +37,7 @@ def held_and_sent(config: ModelConfig, stage: int, n: int, micro_batches: int = 
     x, y = torch.zeros(2, 1, 8, dtype=torch.long)
     with Storages() as storages:
         net, last, shared = _cut(config, mesh, stage, bucket_bytes)
-        optimizer = Optimizer(shared.shards)
+        optimizer = MixedPrecisionOptimizer(shared.shards)
         storages.watch(nn.ModuleList([net, last]), mesh.ledger)
         mesh.ledger.take()
         looks = [kept(net, shared, optimizer)]                     # moments, from the first step on
@@ -63,7 +63,7 @@ def _cut(config, mesh, stage, bucket_bytes):
                            bucket_bytes)
 
 
-def kept(net: nn.Module, shared: DataParallel | Zero, optimizer: Optimizer) -> list[int]:
+def kept(net: nn.Module, shared: DataParallel | Zero, optimizer: MixedPrecisionOptimizer) -> list[int]:
     """Bytes of each of KINDS on this rank now; a freed parameter has none."""
     reducer = getattr(shared, "reducer", shared)
     filling = [bucket.flat for bucket in reducer.buckets if bucket.flat is not None]

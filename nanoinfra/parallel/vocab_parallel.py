@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.sample_order import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import alone
 from nanoinfra.parallel.tensor_parallel import Whole, needed, read
@@ -110,7 +110,7 @@ class _HeadLoss(torch.autograd.Function):
         whole, kept = region.enter(hidden, "ends")                           # (B, T, C)
         logits = whole.flatten(0, -2) @ weight.T                             # (N, V/t), becomes its gradient
         wide = torch.promote_types(logits.dtype, torch.float32)
-        valid, at = targets != IGNORE, targets - start
+        valid, at = targets != IGNORE_INDEX, targets - start
         mine = valid & (at >= 0) & (at < len(weight))
         at = at.where(mine, 0)[:, None]                                      # (N, 1)
         total = _log_sum_exp(logits, region.axis, wide)                      # (N,)

@@ -20,7 +20,7 @@ from nanoinfra.serve.engine.detokenizer import Stream
 from nanoinfra.serve.engine.requests import Request, Sampling, check
 from nanoinfra.serve.engine.sampler import Sampler
 from nanoinfra.serve.options import GenerateOptions
-from nanoinfra.train.pretrained import open_pretrained
+from nanoinfra.train.pretrained import open_pretrained_weights
 
 
 def generate(model: Decoder, tokens: list[int], max_new: int, *, temperature: float = 0.0, top_k: int = 0,
@@ -81,7 +81,7 @@ def main(options: GenerateOptions, write: Callable[[str], object] | None = None)
     if options.tp < 1:
         raise ValueError(f"--tp {options.tp}: a model is cut over at least 1 rank; leave it out")
     mesh = Mesh(tp=options.tp)
-    weights = open_pretrained(options.model, mesh.world)
+    weights = open_pretrained_weights(options.model, mesh.world)
     text, dtype = weights.text, getattr(torch, options.dtype)
     model = serving(empty(weights.config), mesh, weights.read, dtype)
     write = write or _to_stdout if mesh.rank == 0 else _nowhere               # the ranks draw the same tokens

@@ -13,16 +13,16 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from nanoinfra.config import SIZES
-from nanoinfra.data.token_cache import check_cache
+from nanoinfra.data.token_cache import check_cache_writable
 from nanoinfra.distributed.mesh_check import check_fits
 from nanoinfra.formulas.pipeline import split
 from nanoinfra.formulas.tensor_parallel import check_heads
 from nanoinfra.parallel.pipeline import schedules
 
-T = TypeVar("T")
-Flat = Annotated[T, tyro.conf.arg(name="")]              # a group's flags carry no prefix
-FINE_TUNING_LR = 1e-4                                    # where weights are given, and no --lr
-Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+_T = TypeVar("T")
+_Flat = Annotated[_T, tyro.conf.arg(name="")]              # a group's flags carry no prefix
+_FINE_TUNING_LR = 1e-4                                    # where weights are given, and no --lr
+_DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class ModelFlags:
     untied: bool = False                                 # give the head weights of its own
     attention: Literal["naive", "sdpa"] = "sdpa"         # naive writes the T x T scores to memory
     recompute: Literal["none", "selective", "full"] = "none"  # what to run again in backward, not keep
-    dtype: Dtype = "float32"                             # to compute in; 16 bits have float32 masters
-    grad_dtype: Dtype | None = None                      # to sum gradients in; default: at least float32
+    dtype: _DtypeName = "float32"                             # to compute in; 16 bits have float32 masters
+    grad_dtype: _DtypeName | None = None                      # to sum gradients in; default: at least float32
     freeze: tuple[str, ...] = ()                         # parameters to leave as they are: 'embed.*', ...
     seed: int = 0                                        # of weights and of the order of samples
 
@@ -57,19 +57,19 @@ class MeshFlags:
     cp: int = 1                                          # context parallel
     tp: int = 1                                          # tensor parallel
     sp: bool = False                                     # cut the stream between matrices by tokens, over tp
-    sp_keep: bool = False                                # keep what --sp gathers; else gather it in backward
+    sp_save_gathered: bool = False                                # keep what --sp gathers; else gather it in backward
     zero: Literal[0, 1, 2, 3] = 0                        # cut over dp: 1 optimizer, 2 gradients, 3 weights
-    data_parallel: Literal["each", "buckets", "overlap"] = "overlap"  # when gradients leave, at --zero 0
+    grad_sync: Literal["each", "buckets", "overlap"] = "overlap"  # when gradients leave, at --zero 0
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None                           # a rank; default: OMP_NUM_THREADS, or cores / ranks
-    wire: tuple[str, ...] = ()                           # emulate AXIS=LATENCY,BANDWIDTH, in s and bytes/s
+    emulate_link: tuple[str, ...] = ()                           # emulate AXIS=LATENCY,BANDWIDTH, in s and bytes/s
 
 
 @dataclass(frozen=True)
 class PipelineFlags:
     """The pipeline, with --pp 2 or more."""
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1"] = "1f1b"  # who works when
-    virtual: int = 1                                     # chunks of layers a stage has, when interleaved
+    virtual_stages: int = 1                                     # chunks of layers a stage has, when interleaved
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class OptimizerFlags:
 class RunFlags:
     """The run."""
     steps: int = 100                                     # optimizer steps
-    seconds: float | None = None                         # train so long instead, saves and scores apart
+    max_seconds: float | None = None                         # train so long instead, saves and scores apart
     eval_every: int = 0                                  # held-out score every N steps and at end; 0: none
     save_every: int = 0                                  # checkpoint every N steps, besides the one at end
-    keep: int = 2                                        # checkpoints kept
+    keep_checkpoints: int = 2                                        # checkpoints kept
     out: Path = Path("runs/train")                       # run directory
     resume: bool = False                                 # go on from the newest good checkpoint in --out
     resume_from: int | None = None                       # go on from this step's; later ones are set aside
@@ -104,15 +104,15 @@ class RunFlags:
 @dataclass(frozen=True)
 class TrainFlags:
     """Train a decoder, on one rank or many; the losses do not depend on the mesh."""
-    model: Flat[ModelFlags] = field(default_factory=ModelFlags)
-    data: Flat[DataFlags] = field(default_factory=DataFlags)
-    mesh: Flat[MeshFlags] = field(default_factory=MeshFlags)
-    pipeline: Flat[PipelineFlags] = field(default_factory=PipelineFlags)
-    optimizer: Flat[OptimizerFlags] = field(default_factory=OptimizerFlags)
-    run: Flat[RunFlags] = field(default_factory=RunFlags)
+    model: _Flat[ModelFlags] = field(default_factory=ModelFlags)
+    data: _Flat[DataFlags] = field(default_factory=DataFlags)
+    mesh: _Flat[MeshFlags] = field(default_factory=MeshFlags)
+    pipeline: _Flat[PipelineFlags] = field(default_factory=PipelineFlags)
+    optimizer: _Flat[OptimizerFlags] = field(default_factory=OptimizerFlags)
+    run: _Flat[RunFlags] = field(default_factory=RunFlags)
 
 
-def plan_mesh(flags: MeshFlags, world: int) -> dict[str, int]:
+def mesh_axis_sizes(flags: MeshFlags, world: int) -> dict[str, int]:
     """{"pp":, "dp":, "cp":, "tp":} for `world` ranks. Raises ValueError where they do not fit."""
     if flags.cp != 1:
         raise ValueError(f"--cp {flags.cp}: context parallelism is not built yet; use --cp 1, --dp {world}")
@@ -121,7 +121,7 @@ def plan_mesh(flags: MeshFlags, world: int) -> dict[str, int]:
     return {"pp": flags.pp, "dp": dp, "cp": flags.cp, "tp": flags.tp}
 
 
-def ranks_wanted(flags: MeshFlags) -> int:
+def num_ranks_to_start(flags: MeshFlags) -> int:
     """How many ranks to start here: --nproc, or the product of the axes that are named."""
     product = (flags.dp or 1) * flags.pp * flags.cp * flags.tp
     world = flags.nproc or product
@@ -130,7 +130,7 @@ def ranks_wanted(flags: MeshFlags) -> int:
     return world
 
 
-def parse_wire(wires: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+def parse_emulated_links(wires: tuple[str, ...]) -> dict[str, tuple[float, float]]:
     """{"dp": (20e-6, 1e9)} from ("dp=20e-6,1e9",)."""
     result = {}
     for wire in wires:
@@ -138,22 +138,22 @@ def parse_wire(wires: tuple[str, ...]) -> dict[str, tuple[float, float]]:
             axis, numbers = wire.split("=")
             latency, bandwidth = map(float, numbers.split(","))
         except ValueError:
-            raise ValueError(f"--wire {wire!r} is not AXIS=LATENCY,BANDWIDTH; "
-                             "try --wire dp=20e-6,1e9") from None
+            raise ValueError(f"--emulate-link {wire!r} is not AXIS=LATENCY,BANDWIDTH; "
+                             "try --emulate-link dp=20e-6,1e9") from None
         if axis not in ("pp", "dp", "cp", "tp") or latency < 0 or bandwidth <= 0:
-            raise ValueError(f"--wire {wire!r}: the axis is pp, dp, cp or tp, latency is at least 0 s and "
-                             "bandwidth more than 0 bytes/s; try --wire dp=20e-6,1e9")
+            raise ValueError(f"--emulate-link {wire!r}: the axis is pp, dp, cp or tp, latency is at least 0 s and "
+                             "bandwidth more than 0 bytes/s; try --emulate-link dp=20e-6,1e9")
         result[axis] = latency, bandwidth
     return result
 
 
-def check(flags: TrainFlags, world: int) -> None:
+def check_train_flags(flags: TrainFlags, world: int) -> None:
     """Raise ValueError for what can be seen to be wrong before any rank starts or any data is read."""
-    mesh = plan_mesh(flags.mesh, world)
-    parse_wire(flags.mesh.wire)
+    mesh = mesh_axis_sizes(flags.mesh, world)
+    parse_emulated_links(flags.mesh.emulate_link)
     _check_memory(flags)
     at_least = {"--micro-batch": (flags.data.micro_batch, 1), "--global-batch": (flags.data.global_batch, 1),
-                "--seq": (flags.data.seq, 1), "--steps": (flags.run.steps, 1), "--keep": (flags.run.keep, 1),
+                "--seq": (flags.data.seq, 1), "--steps": (flags.run.steps, 1), "--keep-checkpoints": (flags.run.keep_checkpoints, 1),
                 "--threads": (flags.mesh.threads, 1), "--vocab": (flags.model.vocab, 257),
                 "--warmup": (flags.optimizer.warmup, 0), "--clip": (flags.optimizer.clip, 0),
                 "--lr": (flags.optimizer.lr, 0), "--min-lr": (flags.optimizer.min_lr, 0),
@@ -164,11 +164,11 @@ def check(flags: TrainFlags, world: int) -> None:
     for flag, (value, least) in at_least.items():
         if value is not None and value < least:
             raise ValueError(f"{flag} {value} is too small; give at least {least}")
-    if flags.run.seconds is not None and flags.run.seconds <= 0:
-        raise ValueError(f"--seconds {flags.run.seconds} leaves no time for a step; try --seconds 60")
+    if flags.run.max_seconds is not None and flags.run.max_seconds <= 0:
+        raise ValueError(f"--max-seconds {flags.run.max_seconds} leaves no time for a step; try --max-seconds 60")
     _check_data(flags.data.data, flags.run)
     _check_model(flags.model, flags.mesh.tp)
-    _check_optimizer(flags.optimizer, peak_lr(flags))
+    _check_optimizer(flags.optimizer, peak_learning_rate(flags))
     _check_pipeline(flags, mesh["dp"])
 
 
@@ -199,25 +199,25 @@ def _check_data(data, run):
         if below == "." or not any(part.startswith(".") for part in below.split(os.sep)):    # .. and hidden
             raise ValueError(f"--out {run.out} lies in --data {data}, so the run would read what it writes; "
                              "name an --out outside of it")
-    check_cache()
+    check_cache_writable()
 
 
 def _check_memory(flags):
-    if flags.mesh.zero and flags.mesh.data_parallel != "overlap":
-        raise ValueError(f"--data-parallel {flags.mesh.data_parallel} is plain data parallelism's, and "
+    if flags.mesh.zero and flags.mesh.grad_sync != "overlap":
+        raise ValueError(f"--grad-sync {flags.mesh.grad_sync} is plain data parallelism's, and "
                          f"--zero {flags.mesh.zero} sends buckets as they fill; leave one of them out")
     if flags.model.recompute == "selective" and flags.model.attention != "naive":
         raise ValueError(f"--recompute selective runs naive attention's scores again, and --attention "
                          f"{flags.model.attention} keeps none; use --attention naive, or --recompute full")
-    if flags.mesh.sp_keep and not flags.mesh.sp:
-        raise ValueError("--sp-keep keeps what sequence parallelism gathers; give --sp too")
+    if flags.mesh.sp_save_gathered and not flags.mesh.sp:
+        raise ValueError("--sp-save-gathered keeps what sequence parallelism gathers; give --sp too")
     if flags.mesh.sp and flags.mesh.tp == 1:
         raise ValueError("--sp cuts the stream over the ranks of --tp, and --tp is 1; give --tp 2, or leave "
                          "--sp out")
 
 
 def _check_pipeline(flags, dp):
-    pp, zero, kind, v = flags.mesh.pp, flags.mesh.zero, flags.pipeline.schedule, flags.pipeline.virtual
+    pp, zero, kind, v = flags.mesh.pp, flags.mesh.zero, flags.pipeline.schedule, flags.pipeline.virtual_stages
     if pp > 1 and zero > 1:
         raise ValueError(f"--zero {zero} sends gradients or weights with every micro-batch, and a pipeline "
                          f"needs many of them: that is not built for --pp {pp}; use --zero 1, which cuts the "
@@ -225,7 +225,7 @@ def _check_pipeline(flags, dp):
     if kind == "zb-h1" and flags.model.recompute == "full":
         raise ValueError("--recompute full runs a block again in backward, and --schedule zb-h1 has two of "
                          "those; use --recompute none, or --schedule 1f1b")
-    _, m = micro_batches(flags.data, dp)
+    _, m = global_batch_and_num_micro_batches(flags.data, dp)
     schedules.check(kind, pp, m, v)
     if flags.model.model in SIZES:
         split(SIZES[flags.model.model].model, pp * v, flags.data.seq or 1)
@@ -245,20 +245,20 @@ def _check_model(flags, tp):
                          "already: leave them out")
 
 
-def peak_lr(flags: TrainFlags) -> float:
+def peak_learning_rate(flags: TrainFlags) -> float:
     """--lr, or the size's own; of given weights FINE_TUNING_LR."""
     size = SIZES.get(flags.model.model)
-    usual = size.lr if size else FINE_TUNING_LR
+    usual = size.lr if size else _FINE_TUNING_LR
     return usual if flags.optimizer.lr is None else flags.optimizer.lr
 
 
-def micro_batches(flags: DataFlags, dp: int) -> tuple[int, int]:
+def global_batch_and_num_micro_batches(flags: DataFlags, dp: int) -> tuple[int, int]:
     """(global batch G, micro-batches a step m = ceil(G / (M dp)))."""
     G = flags.global_batch or flags.micro_batch * dp
     return G, ceil(G / (flags.micro_batch * dp))
 
 
-def to_json(flags: TrainFlags) -> dict:
+def flags_to_dict(flags: TrainFlags) -> dict:
     """Every flag by group and name, in JSON's types."""
     return {group.name: {f.name: str(v) if isinstance(v := getattr(part, f.name), Path) else v
                          for f in fields(part)}

@@ -13,7 +13,7 @@ from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.pipeline import chunk_names
 
 
-def frozen_names(patterns: Iterable[str], config: ModelConfig, chunks: int = 1) -> frozenset[str]:
+def frozen_parameter_names(patterns: Iterable[str], config: ModelConfig, chunks: int = 1) -> frozenset[str]:
     """The names of the parameters that `patterns` freeze, in a model that a pipeline cuts into `chunks`.
 
     Raises ValueError for a pattern that no name matches, and where a chunk has nothing left to train.
@@ -33,9 +33,9 @@ def frozen_names(patterns: Iterable[str], config: ModelConfig, chunks: int = 1) 
     return frozenset(found)
 
 
-def trained_parameters(patterns: Iterable[str], config: ModelConfig) -> int:
+def trainable_parameter_count(patterns: Iterable[str], config: ModelConfig) -> int:
     """How many numbers of the model `patterns` leave to be trained."""
-    frozen = frozen_names(patterns, config)
+    frozen = frozen_parameter_names(patterns, config)
     return sum(prod(shape) for name, shape in shapes(config).items() if name not in frozen)
 
 

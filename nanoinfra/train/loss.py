@@ -6,20 +6,20 @@ B sequences, T tokens, C width, V vocabulary.
 """
 import torch
 
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.sample_order import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import alone
 from nanoinfra.parallel import vocab_parallel
 from nanoinfra.parallel.tensor_parallel import Whole
 
 
-def count_valid(micro_batches, axis, *flags: int) -> list[int]:
+def count_valid_tokens(micro_batches, axis, *flags: int) -> list[int]:
     """[valid targets of the whole step on all ranks, *flags summed]: the one integer all-reduce of a step."""
-    valid = sum(int((y != IGNORE).sum()) for _, y in micro_batches)
+    valid = sum(int((y != IGNORE_INDEX).sum()) for _, y in micro_batches)
     return comm.all_reduce(torch.tensor([valid, *flags]), axis, "scalars").tolist()
 
 
-def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                   count: int) -> torch.Tensor:
     """-sum log p(target) / count, over targets that are not IGNORE; softmax in at least float32.
 

@@ -4,16 +4,16 @@ The loss is multiplied by a power of two before backward, the gradients are divi
 clipping, so that only rounding changes. One that is not finite anywhere skips the step on every rank and
 halves the scale; `grow_after` good steps in a row double it.  Micikevicius et al. 2018, section 3.2.
 """
-LARGEST = 2.0**24
+_MAX_LOSS_SCALE = 2.0**24
 
 
 class LossScale:
     """`value` multiplies the loss; call `update` once a step, with the same answer on every rank."""
 
     def __init__(self, value: float = 2.0**16, grow_after: int = 2000):
-        if not 1 <= value <= LARGEST or grow_after < 1:
+        if not 1 <= value <= _MAX_LOSS_SCALE or grow_after < 1:
             raise ValueError(f"a loss scale of {value:g} that grows after {grow_after} steps: it is 1 to "
-                             f"{LARGEST:g}, and grows after at least 1; try 65536 and 2000")
+                             f"{_MAX_LOSS_SCALE:g}, and grows after at least 1; try 65536 and 2000")
         self.value, self.grow_after, self.good = float(value), grow_after, 0
 
     def update(self, overflow: bool) -> None:
@@ -30,7 +30,7 @@ class LossScale:
             return
         self.good += 1
         if self.good == self.grow_after:
-            self.value, self.good = min(2 * self.value, LARGEST), 0
+            self.value, self.good = min(2 * self.value, _MAX_LOSS_SCALE), 0
 
     def state(self) -> dict:
         """What a checkpoint keeps; JSON can hold it."""

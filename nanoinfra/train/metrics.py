@@ -15,7 +15,7 @@ import torch
 from nanoinfra.distributed import comm
 
 
-class Log:
+class MetricsLog:
     """metrics.jsonl of a run directory; `go_on_after` keeps the lines up to that step and drops the rest.
 
     `lost` says in words which of them are not there; it is empty where all are.
@@ -28,7 +28,7 @@ class Log:
         if bad or len(kept) < go_on_after:
             self.lost = (f"{path.name} holds {len(kept)} of the {go_on_after} steps so far"
                          + f"; {bad} lines that are no step's are dropped" * bool(bad))
-        replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(path, "a")
 
     def write(self, line: dict) -> None:
@@ -37,7 +37,7 @@ class Log:
         self.file.flush()
 
 
-def read(path: Path) -> list[dict]:
+def read_metrics(path: Path) -> list[dict]:
     """The steps of a metrics.jsonl, in order; what a crash, a full disk or a hand has broken is left out."""
     return _sorted_out(path)[0]
 
@@ -61,14 +61,14 @@ def _step(text):
     return line if all(type(x) in (int, float) and math.isfinite(x) for x in numbers) else None
 
 
-def replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write a small file anew; a crash leaves the old one or the new one."""
     new = path.with_name(path.name + ".new")
     new.write_text(text)
     os.replace(new, path)
 
 
-def sent(rows) -> dict[str, int]:
+def payload_bytes_by_axis(rows) -> dict[str, int]:
     """Payload bytes by axis; scalars for loss, norm and counts under a key of their own."""
     total = {}
     for row in rows:
@@ -77,18 +77,18 @@ def sent(rows) -> dict[str, int]:
     return total
 
 
-def largest(numbers: list[float], axis) -> list[float]:
+def all_reduce_max(numbers: list[float], axis) -> list[float]:
     """Each number's largest value on any rank."""
     return comm.all_reduce(torch.tensor(numbers, dtype=torch.float64), axis, "scalars", op="max").tolist()
 
 
-def held(tensors) -> int:
+def distinct_storage_bytes(tensors) -> int:
     """Bytes of the distinct storages behind `tensors`."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
-class Bar:
+class ProgressBar:
     """A live line on a terminal; a plain one every ten seconds elsewhere."""
 
     def __init__(self, steps: int, seconds: float | None, start: int, elapsed: float = 0.0):
@@ -121,10 +121,10 @@ class Bar:
             self.bar.stop()
 
 
-def plot(path: Path, png: Path, title: str = "") -> None:
+def plot_loss_curve(path: Path, png: Path, title: str = "") -> None:
     """Draw loss (and held-out bits per byte, where there are any) over tokens from metrics.jsonl."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
-    lines = read(path)
+    lines = read_metrics(path)
     if not lines:
         return
     millions = [seen / 1e6 for seen in accumulate(line["tokens"] for line in lines)]
@@ -132,7 +132,7 @@ def plot(path: Path, png: Path, title: str = "") -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(millions, losses, color="#56B4E9", alpha=0.5, lw=1, label="each step")
-    axes.plot(millions, smooth(losses), color="#0072B2", lw=2, label="running mean")
+    axes.plot(millions, _running_mean(losses), color="#0072B2", lw=2, label="running mean")
     axes.set(xlabel="million tokens", ylabel="training loss, nats per token")
     axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
     axes.grid(color="#e6e6e6")
@@ -156,7 +156,7 @@ def _plot_scores(axes, scores):
     axes.spines[["top"]].set_visible(False)
 
 
-def smooth(values: list[float], weight: float | None = None) -> list[float]:
+def _running_mean(values: list[float], weight: float | None = None) -> list[float]:
     """An exponential running mean over about a twentieth of the values, corrected for its start."""
     weight = max(0.0, 1 - 20 / len(values)) if weight is None else weight
     out, mean, norm = [], 0.0, 0.0
@@ -166,7 +166,7 @@ def smooth(values: list[float], weight: float | None = None) -> list[float]:
     return out
 
 
-def trace_events(rank: int, spans, rows) -> list[dict]:
+def perfetto_trace_events(rank: int, spans, rows) -> list[dict]:
     """One rank's instructions and collectives as Perfetto events; times in microseconds."""
     def event(name, track, begin, end, **args):
         return {"name": name, "ph": "X", "pid": rank, "tid": track, "ts": begin * 1e6,

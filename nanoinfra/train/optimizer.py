@@ -11,10 +11,10 @@ import torch
 
 from nanoinfra.distributed import comm
 
-BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-8, 0.1        # GPT-3's (Brown et al. 2020, appendix B)
+ADAMW_BETAS, ADAMW_EPS, ADAMW_WEIGHT_DECAY = (0.9, 0.95), 1e-8, 0.1        # GPT-3's (Brown et al. 2020, appendix B)
 
 
-class Optimizer:
+class MixedPrecisionOptimizer:
     """`name` is "adamw" or "sgd" (plain). Matrices decay by `weight_decay` under AdamW, vectors do not.
 
     It moves a model's trainable parameters, or a rank's shards, {name: tensor}. `masters` may be given,
@@ -22,8 +22,8 @@ class Optimizer:
     """
 
     def __init__(self, model: torch.nn.Module | dict[str, torch.Tensor], name: str = "adamw",
-                 masters: dict[str, torch.Tensor] | None = None, betas: tuple[float, float] = BETAS,
-                 weight_decay: float = WEIGHT_DECAY):
+                 masters: dict[str, torch.Tensor] | None = None, betas: tuple[float, float] = ADAMW_BETAS,
+                 weight_decay: float = ADAMW_WEIGHT_DECAY):
         named = model.items() if isinstance(model, dict) else model.named_parameters()
         self.params = {n: p for n, p in named if isinstance(model, dict) or p.requires_grad}
         self.masters = {n: _master(p, (masters or {}).get(n)) for n, p in self.params.items()}
@@ -32,7 +32,7 @@ class Optimizer:
         if name == "adamw":
             groups = [{"params": g, "weight_decay": d}
                       for g, d in ((matrices, weight_decay), (vectors, 0.0)) if g]
-            self.torch = torch.optim.AdamW(groups, betas=betas, eps=EPS, fused=True)
+            self.torch = torch.optim.AdamW(groups, betas=betas, eps=ADAMW_EPS, fused=True)
         elif name == "sgd":
             self.torch = torch.optim.SGD(list(self.masters.values()), fused=True)
         else:
@@ -91,7 +91,7 @@ def _master(p, given):
     return p.detach().to(torch.float32) if given is None else given
 
 
-def clip(grads: dict[str, torch.Tensor], limit: float, scale: float = 1.0, axes: Iterable = (),
+def unscale_and_clip_grads(grads: dict[str, torch.Tensor], limit: float, scale: float = 1.0, axes: Iterable = (),
          counts: Callable[[str], bool] = lambda name: True) -> float:
     """Divide `grads` by `scale`, and on to a global 2-norm of at most `limit` (0: no limit).
 
@@ -114,7 +114,7 @@ def clip(grads: dict[str, torch.Tensor], limit: float, scale: float = 1.0, axes:
     return norm
 
 
-def learning_rate(step: int, progress: float, warmup: int, peak: float, schedule: str = "cosine",
+def scheduled_learning_rate(step: int, progress: float, warmup: int, peak: float, schedule: str = "cosine",
                   lowest: float | None = None) -> float:
     """The rate of `step` (from 1) at `progress` (0 to 1) of the run.
 

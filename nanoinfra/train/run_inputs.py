@@ -8,25 +8,25 @@ from dataclasses import dataclass
 
 from nanoinfra.config import SIZES, ModelConfig, sized
 from nanoinfra.data.data_summary import data_warnings, describe_data
-from nanoinfra.data.loader import HeldOut
-from nanoinfra.data.sample_order import Packed, Random, open_source
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.loader import HeldOutSet
+from nanoinfra.data.sample_order import PackedDataset, RandomTokenDataset, open_dataset
+from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed import comm
 from nanoinfra.formulas.tensor_parallel import check_heads
 from nanoinfra.model.weights.fill_model import Read, Weights
-from nanoinfra.train.config import TrainFlags, micro_batches
-from nanoinfra.train.launch.memory_check import changed, check_memory
-from nanoinfra.train.pretrained import open_pretrained
+from nanoinfra.train.config import TrainFlags, global_batch_and_num_micro_batches
+from nanoinfra.train.launch.memory_check import replace_flags, check_memory_fits
+from nanoinfra.train.pretrained import open_pretrained_weights
 
-LONGEST = 1024                               # tokens in a sample where pretrained weights would allow more
+_MAX_DEFAULT_SEQ_LEN = 1024                               # tokens in a sample where pretrained weights would allow more
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RunInputs:
     """Samples of `seq` tokens from `source`; `held_out` is None where there is no text to hold out."""
-    source: Packed | Random
+    source: PackedDataset | RandomTokenDataset
     seq: int
-    held_out: HeldOut | None
+    held_out: HeldOutSet | None
     model: ModelConfig
     weights: Weights | None                  # to start from; None: draw them
     identity: dict                           # what a run that goes on must find again
@@ -37,17 +37,17 @@ class Inputs:
         return self.weights and self.weights.read
 
 
-def open_inputs(flags: TrainFlags, mesh) -> Inputs:
+def open_run_inputs(flags: TrainFlags, mesh) -> RunInputs:
     """Read weights, corpus and tokenizer. Raises ValueError, on every rank, where one of them will not do."""
-    weights = None if flags.model.model in SIZES else open_pretrained(flags.model.model, mesh.world)
+    weights = None if flags.model.model in SIZES else open_pretrained_weights(flags.model.model, mesh.world)
     size = weights.config if weights else SIZES[flags.model.model].model
     check_heads(size, mesh.tp.size)
-    seq = flags.data.seq or min(size.context, LONGEST if weights else size.context)
+    seq = flags.data.seq or min(size.context, _MAX_DEFAULT_SEQ_LEN if weights else size.context)
     if weights:
-        check_memory(changed(flags, seq=seq), mesh.world.size, size)
+        check_memory_fits(replace_flags(flags, seq=seq), mesh.world.size, size)
     tokenizer = _tokenizer(flags, weights) if weights and flags.data.data != "random" else None
     vocab = flags.model.vocab or size.vocab
-    source = _first_on_rank_0(mesh, lambda: open_source(flags.data.data, vocab, tokenizer))
+    source = _first_on_rank_0(mesh, lambda: open_dataset(flags.data.data, vocab, tokenizer))
     source.check(seq)
     if source.corpus:
         _check_same(mesh, source)
@@ -55,11 +55,11 @@ def open_inputs(flags: TrainFlags, mesh) -> Inputs:
     config = _config(flags, source, size, seq, weights)
     held_out = None
     if source.corpus and flags.run.eval_every:
-        held_out = HeldOut(source.corpus.held_out, source.tokenizer, seq)
+        held_out = HeldOutSet(source.corpus.held_out, source.tokenizer, seq)
     identity = {"seed": flags.model.seed, "seq": seq,
                 "corpus": source.corpus.hash if source.corpus else "random",
                 "tokenizer": source.tokenizer.hash if source.tokenizer else f"vocabulary {config.vocab}"}
-    return Inputs(source, seq, held_out, config, weights, identity)
+    return RunInputs(source, seq, held_out, config, weights, identity)
 
 
 def _check_same(mesh, source):
@@ -75,7 +75,7 @@ def _check_same(mesh, source):
 def _say(flags, mesh, source, seq):
     """What is read, once: the news to stdout, and what may not be meant to stderr."""
     if mesh.rank == 0:
-        batch, _ = micro_batches(flags.data, mesh.data.size)
+        batch, _ = global_batch_and_num_micro_batches(flags.data, mesh.data.size)
         print(describe_data(source, seq), flush=True)
         for warning in data_warnings(source, seq, flags.model.vocab, batch):
             print(f"nanoinfra: {warning}", file=sys.stderr, flush=True)
@@ -92,7 +92,7 @@ def _tokenizer(flags, weights):
         raise ValueError(f"the tokenizer of {name} goes up to {last} ({token!r}), but the model knows ids "
                          f"below {vocab} alone; take the tokenizer that it was trained with")
     names = (text.backend.id_to_token(i) for i in sorted(text.ends))
-    return Tokenizer(text.backend, text.eos or next(filter(None, names), ""))
+    return BPETokenizer(text.backend, text.eos or next(filter(None, names), ""))
 
 
 def _config(flags, source, size, seq, weights):

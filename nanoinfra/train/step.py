@@ -22,7 +22,7 @@ from nanoinfra.parallel.pipeline.schedules import (
 )
 
 
-class Stage(Protocol):
+class StageProtocol(Protocol):
     """What the executor drives. A schedule of one stage calls forward, backward, reduce_grads and step."""
 
     def forward(self, micro: int, chunk: int) -> None: ...
@@ -35,7 +35,7 @@ class Stage(Protocol):
     def step(self) -> None: ...
 
 
-def execute(schedule: Iterable, stage: Stage) -> list[tuple[object, float, float]]:
+def execute_schedule(schedule: Iterable, stage: StageProtocol) -> list[tuple[object, float, float]]:
     """Run `schedule` on `stage`; returns (instruction, begin, end) in `time.monotonic` seconds, in order."""
     spans = []
     for instruction in schedule:

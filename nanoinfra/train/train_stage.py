@@ -18,15 +18,15 @@ from nanoinfra.model.weights.fill_model import Read
 from nanoinfra.parallel.parallelize import Chunks, Plan
 from nanoinfra.parallel.pipeline import schedules
 from nanoinfra.parallel.pipeline.stage import PipelineStage
-from nanoinfra.train.checkpoint.tensor_shards import Piece
+from nanoinfra.train.checkpoint.tensor_shards import TensorShard
 from nanoinfra.train.config import TrainFlags
-from nanoinfra.train.freeze import frozen_names
+from nanoinfra.train.freeze import frozen_parameter_names
 from nanoinfra.train.loss_scale import LossScale
-from nanoinfra.train.optimizer import BETAS, WEIGHT_DECAY, Optimizer, clip
-from nanoinfra.train.step import execute
+from nanoinfra.train.optimizer import ADAMW_BETAS, ADAMW_WEIGHT_DECAY, MixedPrecisionOptimizer, unscale_and_clip_grads
+from nanoinfra.train.step import execute_schedule
 
 
-class Replica(PipelineStage):
+class TrainStage(PipelineStage):
     """Model, gradients and optimizer of one rank. Implements `step.Stage`.
 
     `read(name, part)` gives the weights to go on from; without it they are drawn from the seed. Either way no
@@ -35,13 +35,13 @@ class Replica(PipelineStage):
 
     def __init__(self, config: ModelConfig, flags: TrainFlags, mesh, read: Read | None = None):
         self.mesh, self.shapes, self.width = mesh, shapes(config), config.width
-        self.kind, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual
+        self.kind, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual_stages
         dtype = getattr(torch, flags.model.dtype)
-        self.parallel = Chunks(config, mesh, plan(flags, config), read or drawn(config, flags.model.seed))
+        self.parallel = Chunks(config, mesh, parallel_config_from_flags(flags, config), read or initial_weights_reader(config, flags.model.seed))
         super().__init__(mesh.pp, mesh.twin("pp"), self.virtual, dtype, mesh.device, self.kind == "zb-h1")
         o = flags.optimizer
-        self.optimizer = Optimizer(self.parallel.shards, o.optimizer, self.parallel.masters, o.betas or BETAS,
-                                   WEIGHT_DECAY if o.weight_decay is None else o.weight_decay)
+        self.optimizer = MixedPrecisionOptimizer(self.parallel.shards, o.optimizer, self.parallel.masters, o.betas or ADAMW_BETAS,
+                                   ADAMW_WEIGHT_DECAY if o.weight_decay is None else o.weight_decay)
         self.limit, self.scale = flags.optimizer.clip, LossScale() if dtype == torch.float16 else None
         self.forwards = schedules.evaluate(mesh.pp.size, self.virtual)[mesh.pp.rank]
 
@@ -93,7 +93,7 @@ class Replica(PipelineStage):
 
         `skipped`: float16 gradients overflowed somewhere; the norm, which all ranks share, is no number then.
         """
-        self.grad_norm = clip(self.grads, self.limit, self.scale.value if self.scale else 1.0,
+        self.grad_norm = unscale_and_clip_grads(self.grads, self.limit, self.scale.value if self.scale else 1.0,
                               self.parallel.norm_axes(), self.parallel.counts)
         self.skipped = self.scale is not None and not math.isfinite(self.grad_norm)
         if self.scale:
@@ -113,7 +113,7 @@ class Replica(PipelineStage):
         nats = 0.0
         for batch in batches:
             self.begin([batch], count=1)
-            execute(self.forwards, self)
+            execute_schedule(self.forwards, self)
             self.settle()
             nats += self.loss.item()
         return nats
@@ -123,7 +123,7 @@ class Replica(PipelineStage):
         yield from self.parallel.tensors()
         yield from self.optimizer.state().values()
 
-    def pieces(self) -> list[tuple[Piece, torch.Tensor]]:
+    def pieces(self) -> list[tuple[TensorShard, torch.Tensor]]:
         """What a checkpoint keeps of this rank: its parts of the optimizer's state, and of what is frozen."""
         kept = self.optimizer.state() | self.parallel.frozen
         pairs = [self._piece(key, tensor) for key, tensor in kept.items()]
@@ -137,7 +137,7 @@ class Replica(PipelineStage):
         """What else a run needs to go on: the optimizer's count of steps, float16's scale."""
         return {"updates": self.optimizer.steps, "scale": self.scale.state() if self.scale else None}
 
-    def load(self, pairs: Iterable[tuple[Piece, torch.Tensor]], state: dict) -> None:
+    def load(self, pairs: Iterable[tuple[TensorShard, torch.Tensor]], state: dict) -> None:
         """Take back what `pieces` and `state` gave, whatever ranks wrote it."""
         tensors = {piece.name: tensor for piece, tensor in pairs}
         for name in tensors.keys() & self.parallel.frozen.keys():
@@ -152,21 +152,21 @@ class Replica(PipelineStage):
         name = key.rpartition("/")[2]
         box = self.parallel.box(name)
         size = tuple(stop - start for start, stop in box)
-        piece = Piece(key, tuple(start for start, _ in box), size, self.shapes[name])
+        piece = TensorShard(key, tuple(start for start, _ in box), size, self.shapes[name])
         return piece, tensor.view(-1)[:math.prod(size)].view(size)         # zeros follow in ZeRO's last
 
-def plan(flags: TrainFlags, config: ModelConfig) -> Plan:
+def parallel_config_from_flags(flags: TrainFlags, config: ModelConfig) -> Plan:
     """What the flags ask for besides the mesh; gradients are summed in at least float32 by default."""
     dtype, asked = getattr(torch, flags.model.dtype), flags.model.grad_dtype
     grad_dtype = getattr(torch, asked) if asked else torch.promote_types(dtype, torch.float32)
     mesh = flags.mesh
-    sp = "none" if not mesh.sp else "keep" if mesh.sp_keep else "gather"
-    frozen = frozen_names(flags.model.freeze, config, mesh.pp * flags.pipeline.virtual)
-    return Plan(sp, mesh.zero, flags.model.recompute, mesh.data_parallel, dtype, grad_dtype,
-                flags.pipeline.virtual, flags.model.attention, frozen)
+    sp = "none" if not mesh.sp else "keep" if mesh.sp_save_gathered else "gather"
+    frozen = frozen_parameter_names(flags.model.freeze, config, mesh.pp * flags.pipeline.virtual_stages)
+    return Plan(sp, mesh.zero, flags.model.recompute, mesh.grad_sync, dtype, grad_dtype,
+                flags.pipeline.virtual_stages, flags.model.attention, frozen)
 
 
-def drawn(config: ModelConfig, seed: int) -> Read:
+def initial_weights_reader(config: ModelConfig, seed: int) -> Read:
     """(name, part) -> first weights (float32): of the numbers `init_weights` draws for it, a part."""
     every = shapes(config)
     return lambda name, part: draw(name, every[name], config.layers, seed)[part]

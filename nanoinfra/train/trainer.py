@@ -11,44 +11,44 @@ from dataclasses import replace
 
 import torch
 
-from nanoinfra.data.loader import Loader
+from nanoinfra.data.loader import MicroBatchLoader
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.distributed.host_memory import resident_peak
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.train import metrics
-from nanoinfra.train.config import TrainFlags, check, micro_batches, parse_wire, peak_lr, plan_mesh, to_json
-from nanoinfra.train.freeze import trained_parameters
-from nanoinfra.train.launch.elastic_rank import is_rank
-from nanoinfra.train.launch.memory_check import changed, check_memory, describe_memory
+from nanoinfra.train.config import TrainFlags, check_train_flags, global_batch_and_num_micro_batches, parse_emulated_links, peak_learning_rate, mesh_axis_sizes, flags_to_dict
+from nanoinfra.train.freeze import trainable_parameter_count
+from nanoinfra.train.launch.elastic_rank import is_rank_process
+from nanoinfra.train.launch.memory_check import replace_flags, check_memory_fits, describe_memory_need
 from nanoinfra.train.launch.signals import StopRequest
-from nanoinfra.train.loss import count_valid
-from nanoinfra.train.optimizer import learning_rate
-from nanoinfra.train.run_directory.resume_check import changed_flags
-from nanoinfra.train.run_directory.run_directory import RunDir
-from nanoinfra.train.run_inputs import open_inputs
-from nanoinfra.train.step import execute
-from nanoinfra.train.train_stage import Replica
+from nanoinfra.train.loss import count_valid_tokens
+from nanoinfra.train.optimizer import scheduled_learning_rate
+from nanoinfra.train.run_directory.resume_check import describe_changed_flags
+from nanoinfra.train.run_directory.run_directory import RunDirectory
+from nanoinfra.train.run_inputs import open_run_inputs
+from nanoinfra.train.step import execute_schedule
+from nanoinfra.train.train_stage import TrainStage
 
 
 def train(flags: TrainFlags) -> list[dict]:
     """Train as `flags` say, on this rank of the run; returns the lines of metrics. Every rank calls it."""
-    check(flags, world_size())
-    check_memory(flags, world_size())
-    wire = parse_wire(flags.mesh.wire)
-    mesh = Mesh(**plan_mesh(flags.mesh, world_size()), wire=wire or None, device=flags.mesh.device,
+    check_train_flags(flags, world_size())
+    check_memory_fits(flags, world_size())
+    wire = parse_emulated_links(flags.mesh.emulate_link)
+    mesh = Mesh(**mesh_axis_sizes(flags.mesh, world_size()), wire=wire or None, device=flags.mesh.device,
                 timeout=flags.run.timeout)
     use_threads(flags.mesh.threads)
-    with RunDir(flags.run, mesh) as folder:
-        run = Run(flags, mesh, folder)
+    with RunDirectory(flags.run, mesh) as folder:
+        run = TrainingRun(flags, mesh, folder)
         try:
             while run.going():
                 batches = run.loader.next()
                 seen = batches if run.speaks else ()
-                valid, run.stopping = count_valid(seen, mesh.world, run.request.asked)
+                valid, run.stopping = count_valid_tokens(seen, mesh.world, run.request.asked)
                 run.replica.begin(batches, valid, run.learning_rate())
-                spans = execute(run.replica.schedule(len(batches)), run.replica)
+                spans = execute_schedule(run.replica.schedule(len(batches)), run.replica)
                 run.report(valid, spans)
                 if run.due(flags.run.save_every) or not run.going():
                     run.save()
@@ -57,30 +57,30 @@ def train(flags: TrainFlags) -> list[dict]:
             run.close()
 
 
-class Run:
+class TrainingRun:
     """All that a run holds on one rank. `step` counts finished steps, `elapsed` is rank 0's clock."""
 
-    def __init__(self, flags: TrainFlags, mesh: Mesh, folder: RunDir):
+    def __init__(self, flags: TrainFlags, mesh: Mesh, folder: RunDirectory):
         self.flags, self.mesh, self.dir = flags, mesh, folder
-        self.inputs = open_inputs(flags, self.mesh)
-        self.replica = Replica(self.inputs.model, flags, self.mesh, self.inputs.read)
+        self.inputs = open_run_inputs(flags, self.mesh)
+        self.replica = TrainStage(self.inputs.model, flags, self.mesh, self.inputs.read)
         self.speaks = self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.mesh.pp.size - 1  # of a loss
         self.stopping = 0
         self.lines, self.spans, self.rows = [], [], []
         state = self.dir.begin(self.inputs, self.replica, flags)
         self.step, self.elapsed = state["step"], state.get("elapsed", 0.0)
         G = flags.data.global_batch or state.get("global_batch")         # a run keeps it on any mesh
-        self.global_batch, _ = micro_batches(replace(flags.data, global_batch=G), self.mesh.data.size)
+        self.global_batch, _ = global_batch_and_num_micro_batches(replace(flags.data, global_batch=G), self.mesh.data.size)
         self.dir.describe(flags, self.inputs)
         self.loader = self._open_loader(state["consumed"])
         self.first = self.mesh.rank == 0
         if self.first:
             self._introduce(state)
-            self.log = metrics.Log(self.dir.path / "metrics.jsonl", self.step)
+            self.log = metrics.MetricsLog(self.dir.path / "metrics.jsonl", self.step)
             if self.log.lost:
                 self.dir.warn(self.log.lost)
-            self.bar = metrics.Bar(flags.run.steps, flags.run.seconds, self.step, self.elapsed)
-        self.request = StopRequest(lone=not is_rank())
+            self.bar = metrics.ProgressBar(flags.run.steps, flags.run.max_seconds, self.step, self.elapsed)
+        self.request = StopRequest(lone=not is_rank_process())
         self.request.start()
         self.mesh.ledger.take()
         self.mark = time.monotonic()
@@ -89,14 +89,14 @@ class Run:
     def going(self) -> bool:
         """Is there another step? Every rank answers alike."""
         run = self.flags.run
-        done = self.elapsed >= run.seconds if run.seconds else self.step >= run.steps
+        done = self.elapsed >= run.max_seconds if run.max_seconds else self.step >= run.steps
         return not (done or self.stopping)
 
     def learning_rate(self) -> float:
         """For the step about to be taken."""
         o, run = self.flags.optimizer, self.flags.run
-        progress = self.elapsed / run.seconds if run.seconds else self.step / run.steps
-        return learning_rate(self.step + 1, progress, o.warmup, peak_lr(self.flags), o.lr_schedule, o.min_lr)
+        progress = self.elapsed / run.max_seconds if run.max_seconds else self.step / run.steps
+        return scheduled_learning_rate(self.step + 1, progress, o.warmup, peak_learning_rate(self.flags), o.lr_schedule, o.min_lr)
 
     def due(self, every: int) -> bool:
         """Is this step one of each `every`? Never where that is 0."""
@@ -135,18 +135,18 @@ class Run:
         state = {**self.inputs.identity, **self.loader.state(), "threads": torch.get_num_threads(),
                  "global_batch": self.global_batch, "elapsed": self.elapsed,
                  "lr": self.replica.lr, "next_lr": self.learning_rate(),
-                 "model": self.inputs.model.to_dict(), "flags": to_json(self.flags)}
+                 "model": self.inputs.model.to_dict(), "flags": flags_to_dict(self.flags)}
         n = self.mesh.world.size
         with self._off_the_clock():
             self._check_weights()
-            self.dir.save(self.step, self.replica, state, self.flags.run.keep)
+            self.dir.save(self.step, self.replica, state, self.flags.run.keep_checkpoints)
             self.dir.plot(f"{self.flags.model.model}, {parameters(self.inputs.model):,} parameters, "
                           f"{self.flags.model.dtype}, {n} rank{'s' * (n > 1)}")
 
     def end(self) -> list[dict]:
         """Write the timeline, and say whether a signal ended the run."""
         if self.flags.run.trace:
-            events = metrics.trace_events(self.mesh.rank, self.spans, self.rows)
+            events = metrics.perfetto_trace_events(self.mesh.rank, self.spans, self.rows)
             ranks = comm.gather_objects(events, self.mesh.world, "trace")
             if self.first:
                 every = [event for events in ranks for event in events]
@@ -165,7 +165,7 @@ class Run:
 
     @contextmanager
     def _off_the_clock(self):
-        """Neither a step's time nor its traffic, nor part of --seconds."""
+        """Neither a step's time nor its traffic, nor part of --max-seconds."""
         begin = time.monotonic()
         yield
         self.began += time.monotonic() - begin
@@ -174,21 +174,21 @@ class Run:
 
     def _open_loader(self, consumed):
         data, flags = self.mesh.data, self.flags
-        return Loader(self.inputs.source, seed=flags.model.seed, seq=self.inputs.seq,
+        return MicroBatchLoader(self.inputs.source, seed=flags.model.seed, seq=self.inputs.seq,
                       global_batch=self.global_batch, micro_batch=flags.data.micro_batch, dp_rank=data.rank,
                       dp_size=data.size, start=consumed)
 
     def _introduce(self, state):
         G = self.global_batch
-        _, m = micro_batches(replace(self.flags.data, global_batch=G), self.mesh.data.size)
+        _, m = global_batch_and_num_micro_batches(replace(self.flags.data, global_batch=G), self.mesh.data.size)
         memory = (f", {self.flags.pipeline.schedule}" * (self.mesh.pp.size > 1)
                   + ", sequence parallel" * self.flags.mesh.sp
                   + f", ZeRO-{self.flags.mesh.zero}" * bool(self.flags.mesh.zero))
-        asked = changed(self.flags, seq=self.inputs.seq, global_batch=G)
-        held = describe_memory(asked, self.mesh.world.size, self.inputs.model)
+        asked = replace_flags(self.flags, seq=self.inputs.seq, global_batch=G)
+        held = describe_memory_need(asked, self.mesh.world.size, self.inputs.model)
         going_on = f", going on after step {self.step}" if self.step else ""
         freeze = self.flags.model.freeze
-        trained = f" ({trained_parameters(freeze, self.inputs.model):,} of them trained)" if freeze else ""
+        trained = f" ({trainable_parameter_count(freeze, self.inputs.model):,} of them trained)" if freeze else ""
         print(f"{self.flags.model.model}: {parameters(self.inputs.model):,} parameters{trained}, "
               f"{self.flags.model.dtype}, {self.mesh}{memory}; "
               f"{G} x {self.inputs.seq} tokens a step in {m} micro-batches a rank; "
@@ -199,7 +199,7 @@ class Run:
 
     def _say_what_changed(self, state):
         """Which flags are not as they were when the checkpoint was saved, and what that does to the rate."""
-        changed = changed_flags(state, self.flags, torch.get_num_threads(), self.global_batch)
+        changed = describe_changed_flags(state, self.flags, torch.get_num_threads(), self.global_batch)
         was, now = state.get("next_lr"), self.learning_rate()
         jumps = was is not None and self.going() and not math.isclose(was, now, rel_tol=1e-6)
         rate = f": the learning rate goes from {state['lr']:.3g} to {now:.3g}" if jumps else ""
@@ -207,7 +207,7 @@ class Run:
             print(f"other than before: {', '.join(changed)}{rate}", flush=True)
         if not self.going():
             run = self.flags.run
-            done = f"--seconds {run.seconds:g}" if run.seconds else f"--steps {run.steps}"
+            done = f"--max-seconds {run.max_seconds:g}" if run.max_seconds else f"--steps {run.steps}"
             print(f"nothing is left to do: the run has had {done} already; give more to go on", flush=True)
 
     def _resources(self, spans):
@@ -215,9 +215,9 @@ class Run:
         rows = self.mesh.ledger.take()
         if self.flags.run.trace:
             self.spans, self.rows = self.spans + spans, self.rows + rows
-        sent = metrics.sent(rows)
-        numbers = [metrics.held(self.replica.tensors()), resident_peak(), *sent.values()]
-        held, rss, *most_sent = map(int, metrics.largest(numbers, self.mesh.world))
+        sent = metrics.payload_bytes_by_axis(rows)
+        numbers = [metrics.distinct_storage_bytes(self.replica.tensors()), resident_peak(), *sent.values()]
+        held, rss, *most_sent = map(int, metrics.all_reduce_max(numbers, self.mesh.world))
         self.mesh.ledger.take()
         return {"peak_bytes": {"counted": held, "rss": rss}, "comm": dict(zip(sent, most_sent))}
 
@@ -228,7 +228,7 @@ class Run:
 
     def _check_weights(self):
         """The loss that says so comes a step after the update; a checkpoint in between would be spoilt."""
-        [bad] = metrics.largest([float(not self.replica.is_finite())], self.mesh.world)
+        [bad] = metrics.all_reduce_max([float(not self.replica.is_finite())], self.mesh.world)
         if bad:
             raise ValueError(f"step {self.step}: its update made weights that are no finite numbers, which "
                              f"are not saved; {self._remedy()}")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.data.corpus import cut, load_corpus
-from nanoinfra.data.text_files import reasons
+from nanoinfra.data.corpus import split_text, load_corpus
+from nanoinfra.data.text_files import summarize_skip_reasons
 
 TESTS = "test", "tests", "idle_test"
 
@@ -72,15 +72,15 @@ def test_a_file_is_split_by_content_wherever_it_stands(tmp_path):
 @settings(deadline=None, max_examples=50)
 @given(st.text("ab\n ", max_size=400), st.integers(1, 20))
 def test_pieces_join_to_the_text(text, size):
-    got = list(cut(text, size))
+    got = list(split_text(text, size))
     assert "".join(got) == text
     assert all(0 < len(piece) <= 4 * size for piece in got)
 
 
 def test_pieces_end_at_blank_lines_then_at_lines_then_anywhere():
-    assert list(cut("aaaaa\n\nbbbbb\n \ncc", 4)) == ["aaaaa\n\n", "bbbbb\n \n", "cc"]
-    assert list(cut("aaaa\naaaa\nbb", 4)) == ["aaaa\naaaa\n", "bb"]
-    assert list(cut("a" * 20, 4)) == ["a" * 8, "a" * 8, "a" * 4]
+    assert list(split_text("aaaaa\n\nbbbbb\n \ncc", 4)) == ["aaaaa\n\n", "bbbbb\n \n", "cc"]
+    assert list(split_text("aaaa\naaaa\nbb", 4)) == ["aaaa\naaaa\n", "bb"]
+    assert list(split_text("a" * 20, 4)) == ["a" * 8, "a" * 8, "a" * 4]
 
 
 def test_a_small_corpus_holds_out_the_lowest_hash(tmp_path):
@@ -140,7 +140,7 @@ def test_names_that_are_no_text_are_told(tmp_path):
     write(tmp_path, {"a.txt": b"one", "b.txt": b"two"})
     with open(os.fsencode(tmp_path) + b"/caf\xe9\n.txt", "wb") as file:
         file.write(b"\xe9")
-    assert reasons(load_corpus(tmp_path).skipped) == r"1 not UTF-8 text (e.g. 'caf\udce9\n.txt')"
+    assert summarize_skip_reasons(load_corpus(tmp_path).skipped) == r"1 not UTF-8 text (e.g. 'caf\udce9\n.txt')"
 
 
 @pytest.mark.parametrize("content, want", [

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoinfra.data.corpus import Document
-from nanoinfra.data.loader import HeldOut, Loader, deal
-from nanoinfra.data.sample_order import IGNORE, Packed, Random
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.loader import HeldOutSet, MicroBatchLoader, deal_to_micro_batches
+from nanoinfra.data.sample_order import IGNORE_INDEX, PackedDataset, RandomTokenDataset
+from nanoinfra.data.train_tokenizer import BPETokenizer
 
-BYTES = Tokenizer.train(["a"], 257)
-PACKED = Packed(np.arange(1 + 4 * 23), np.array([1]))         # 23 windows of 4
-SOURCES = st.sampled_from([PACKED, Random(257)])
+BYTES = BPETokenizer.train(["a"], 257)
+PACKED = PackedDataset(np.arange(1 + 4 * 23), np.array([1]))         # 23 windows of 4
+SOURCES = st.sampled_from([PACKED, RandomTokenDataset(257)])
 
 
-class Watched(Random):
+class Watched(RandomTokenDataset):
     """Tells which samples were made, in which thread; sample `bad` cannot be."""
     def __init__(self, bad=None):
         super().__init__(257)
@@ -34,7 +34,7 @@ class Watched(Random):
 
 
 def steps(count, **given):
-    loader = Loader(**{"source": PACKED, "seed": 0, "seq": 4, "micro_batch": 2, **given})
+    loader = MicroBatchLoader(**{"source": PACKED, "seed": 0, "seq": 4, "micro_batch": 2, **given})
     try:
         return [loader.next() for _ in range(count)]
     finally:
@@ -44,7 +44,7 @@ def steps(count, **given):
 def rows(batches):
     """The samples of micro-batches, without the rows that hold no target."""
     return [(tuple(x.tolist()), tuple(y.tolist())) for xs, ys in batches for x, y in zip(xs, ys)
-            if (y != IGNORE).any()]
+            if (y != IGNORE_INDEX).any()]
 
 
 def same(a, b):
@@ -70,14 +70,14 @@ def test_a_step_is_the_same_samples_on_any_mesh(source, dp, micro, batch, start,
 
 
 def test_an_uneven_batch_is_dealt_in_turn():
-    got = [list(map(list, deal(7, 2, r, 3))) for r in range(3)]
+    got = [list(map(list, deal_to_micro_batches(7, 2, r, 3))) for r in range(3)]
     assert got == [[[0, 3], [6]], [[1, 4], []], [[2, 5], []]]
-    assert [list(map(list, deal(2, 1, r, 3))) for r in range(3)] == [[[0]], [[1]], [[]]]
+    assert [list(map(list, deal_to_micro_batches(2, 1, r, 3))) for r in range(3)] == [[[0]], [[1]], [[]]]
 
 
 def test_an_empty_micro_batch_is_a_row_without_targets():
     (x, y), = steps(1, global_batch=2, micro_batch=3, dp_rank=2, dp_size=3)[0]
-    assert x.tolist() == [[0] * 4] and y.tolist() == [[IGNORE] * 4]
+    assert x.tolist() == [[0] * 4] and y.tolist() == [[IGNORE_INDEX] * 4]
     assert x.dtype == y.dtype == torch.int64
 
 
@@ -96,7 +96,7 @@ def test_an_epoch_deals_every_window_once():
 def test_resume_goes_on_from_what_was_consumed(source, prefetch, done, batch):
     given = {"source": source, "global_batch": batch, "dp_rank": 1, "dp_size": 2}
     want = steps(done + 3, seed=9, **given)
-    loader = Loader(seed=9, seq=4, micro_batch=2, prefetch=prefetch, **given)
+    loader = MicroBatchLoader(seed=9, seq=4, micro_batch=2, prefetch=prefetch, **given)
     for _ in range(done):
         loader.next()
     state = loader.state()
@@ -108,7 +108,7 @@ def test_resume_goes_on_from_what_was_consumed(source, prefetch, done, batch):
 
 def test_batches_are_made_ahead_in_a_thread():
     source = Watched()
-    loader = Loader(source, seed=0, seq=4, micro_batch=4, prefetch=3)
+    loader = MicroBatchLoader(source, seed=0, seq=4, micro_batch=4, prefetch=3)
     loader.next()
     assert source.ahead.wait()                      # samples 8.. belong to the third step
     assert source.threads == {"loader_0"} and loader.state()["consumed"] == 4
@@ -117,7 +117,7 @@ def test_batches_are_made_ahead_in_a_thread():
 
 
 def test_an_error_in_the_thread_is_raised_by_next_until_closed():
-    loader = Loader(Watched(bad=9), seed=0, seq=4, micro_batch=4)
+    loader = MicroBatchLoader(Watched(bad=9), seed=0, seq=4, micro_batch=4)
     loader.next(), loader.next()
     for _ in range(2):
         with pytest.raises(OSError, match="sample 9 is gone"):
@@ -127,7 +127,7 @@ def test_an_error_in_the_thread_is_raised_by_next_until_closed():
 
 
 def test_close_ends_the_thread():
-    loader = Loader(PACKED, seed=0, seq=4, micro_batch=1)
+    loader = MicroBatchLoader(PACKED, seed=0, seq=4, micro_batch=1)
     loader.next()
     thread, = loader.pool._threads
     loader.close()
@@ -148,31 +148,31 @@ def test_close_ends_the_thread():
 ])
 def test_sizes_that_cannot_be(given, match):
     with pytest.raises(ValueError, match=match):
-        Loader(**{"source": PACKED, "seed": 0, "seq": 4, "micro_batch": 2, **given})
+        MicroBatchLoader(**{"source": PACKED, "seed": 0, "seq": 4, "micro_batch": 2, **given})
 
 
 def test_held_out_documents_start_afresh_and_end():
     e, (a, b, c, d) = BYTES.eot, BYTES.encode("abcd")
-    got = HeldOut([Document("1", "abcd"), Document("2", ""), Document("3", "ab")], BYTES, seq=3)
+    got = HeldOutSet([Document("1", "abcd"), Document("2", ""), Document("3", "ab")], BYTES, seq=3)
     (x, y), = got.batches(micro_batch=9)
     assert x.tolist() == [[e, a, b], [c, d, 0], [e, 0, 0], [e, a, b]]
-    assert y.tolist() == [[a, b, c], [d, e, IGNORE], [e, IGNORE, IGNORE], [a, b, e]]
+    assert y.tolist() == [[a, b, c], [d, e, IGNORE_INDEX], [e, IGNORE_INDEX, IGNORE_INDEX], [a, b, e]]
     assert (got.tokens, got.bytes) == (4 + 2 + 3, 6)
     assert got.bits_per_byte(got.tokens * log(2) * 8) == pytest.approx(9 * 8 / 6)
 
 
 def test_bytes_are_those_of_utf8():
-    got = HeldOut([Document("1", "日本")], BYTES, seq=4)
+    got = HeldOutSet([Document("1", "日本")], BYTES, seq=4)
     assert (got.bytes, got.tokens) == (6, 7)
 
 
 @pytest.mark.parametrize("size, micro", [(1, 1), (2, 3), (5, 2), (7, 64)])
 def test_held_out_windows_are_dealt_once(corpus, tokenizer, size, micro):
-    held_out = HeldOut(corpus.held_out, tokenizer, seq=16)
+    held_out = HeldOutSet(corpus.held_out, tokenizer, seq=16)
     ranks = [list(held_out.batches(micro, rank, size)) for rank in range(size)]
     assert {len(rank) for rank in ranks} == {ceil(len(held_out.rows) / (micro * size))}
     want = [(tuple(x), tuple(y)) for x, y in held_out.rows]
     got = [rows(rank) for rank in ranks]
     assert [got[i % size][i // size] for i in range(len(want))] == want
     assert sum(map(len, got)) == len(want)
-    assert sum(int((y != IGNORE).sum()) for rank in ranks for _, y in rank) == held_out.tokens
+    assert sum(int((y != IGNORE_INDEX).sum()) for rank in ranks for _, y in rank) == held_out.tokens

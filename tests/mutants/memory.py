@@ -6,7 +6,7 @@
 import re
 from unittest import mock
 
-from nanoinfra.commands import parse
+from nanoinfra.commands import parse_command_line
 from nanoinfra.config import sized
 from nanoinfra.formulas import footprint, pipeline
 from nanoinfra.formulas.activations import activation_bytes, end_terms
@@ -40,10 +40,10 @@ def _(subject):
 
 
 def refuse(line, has):
-    flags = parse(["train", *line.split()])
+    flags = parse_command_line(["train", *line.split()])
     with mock.patch.object(memory_check, "host_memory", lambda: int(has)):
         try:
-            memory_check.check_memory(flags, config.ranks_wanted(flags.mesh))
+            memory_check.check_memory_fits(flags, config.num_ranks_to_start(flags.mesh))
         except ValueError as error:
             return str(error)
     return ""

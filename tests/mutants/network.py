@@ -88,7 +88,7 @@ def said(subject, told):
 
 
 def exposure():
-    return rendezvous.exposure()
+    return rendezvous.network_exposure_warning()
 
 
 HOSTS, TORCHRUN, QUIET = (c.name for c in warning.criteria)

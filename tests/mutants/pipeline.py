@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.sample_order import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
@@ -25,8 +25,8 @@ from nanoinfra.parallel.pipeline.schedules import (
 from nanoinfra.parallel.pipeline.simulator import in_flight, simulate, validate
 from nanoinfra.train import train_stage
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
-from nanoinfra.train.optimizer import clip
-from nanoinfra.train.step import execute
+from nanoinfra.train.optimizer import unscale_and_clip_grads
+from nanoinfra.train.step import execute_schedule
 
 T = 7
 CONFIG = ModelConfig(vocab=61, width=12, layers=8, heads=2, kv_heads=1, head_dim=6, hidden=20, context=T,
@@ -115,15 +115,15 @@ def step(kind, p, m, v):
     """One rank's part of a step: its loss, gradients, bytes sent; the norm."""
     mesh = Mesh(pp=p)
     flags = TrainFlags(ModelFlags(dtype="float64"), mesh=MeshFlags(pp=p), pipeline=PipelineFlags(kind, v))
-    stage = train_stage.Replica(CONFIG, flags, mesh)
+    stage = train_stage.TrainStage(CONFIG, flags, mesh)
     x, y = torch.randint(CONFIG.vocab, (2, 2 * m, T), generator=torch.Generator().manual_seed(m))
     for i in range(2 * m):
-        y[i, :i % T] = IGNORE
+        y[i, :i % T] = IGNORE_INDEX
     mesh.ledger.take()
-    stage.begin(list(zip(x.split(2), y.split(2))), int((y != IGNORE).sum()))
-    execute(stage.schedule(m)[:-1], stage)
+    stage.begin(list(zip(x.split(2), y.split(2))), int((y != IGNORE_INDEX).sum()))
+    execute_schedule(stage.schedule(m)[:-1], stage)
     sent = sum(row.payload for row in mesh.ledger.take() if row.op == "send")
-    norm = clip(dict(stage.grads), 0, axes=stage.parallel.norm_axes(), counts=stage.parallel.counts)
+    norm = unscale_and_clip_grads(dict(stage.grads), 0, axes=stage.parallel.norm_axes(), counts=stage.parallel.counts)
     return {"loss": stage.loss.item(), "norm": norm, "sent": sent,
             "grads": {name: grad.clone() for name, grad in stage.grads.items()}}
 
@@ -168,7 +168,7 @@ def never_splits(kind, p, m, v):
     return schedules.schedule("1f1b" if kind == "zb-h1" else kind, p, m, v)
 
 
-class DividesAgain(train_stage.Replica):
+class DividesAgain(train_stage.TrainStage):
     def upstream(self, loss):
         return torch.full_like(loss, 1 / len(self.batches))
 
@@ -214,7 +214,7 @@ def in_step(todo, stage):
             if begun:
                 comm.barrier(stage.axis)
             begun = True
-        execute([what], stage)
+        execute_schedule([what], stage)
 
 
 EXECUTED, KEPT, IDLE = (criterion.name for criterion in order.criteria)

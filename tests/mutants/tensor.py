@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.sample_order import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.comm import Pending
 from nanoinfra.distributed.mesh import Mesh
@@ -20,7 +20,7 @@ from nanoinfra.parallel.sequence_parallel import Cut
 from nanoinfra.parallel.tensor_parallel import RowLinear, Whole
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 from nanoinfra.parallel.vocab_parallel import HeadLoss
-from nanoinfra.train.optimizer import clip
+from nanoinfra.train.optimizer import unscale_and_clip_grads
 
 B, T, V = 3, 7, 201                          # a vocabulary that outweighs everything else
 CASES = [("gpt2", 2, "none"), ("llama", 4, "none"), ("qwen3", 2, "none"), ("gpt2", 2, "keep"),
@@ -92,7 +92,7 @@ def step(family, tp, sp, scale=1.0):
     mesh, cfg = Mesh(tp=tp), config(family)
     parallel = Composed(empty(cfg), mesh, Plan(sp=sp, dtype=torch.float64), drawn(cfg, scale))
     x, y = torch.randint(V, (2, B, T), generator=torch.Generator().manual_seed(1))
-    y[0, 0] = IGNORE
+    y[0, 0] = IGNORE_INDEX
     mesh.ledger.take()
     parallel.data.begin_step()
     parallel.data.before_backward(last=True)
@@ -103,7 +103,7 @@ def step(family, tp, sp, scale=1.0):
     for row in mesh.ledger.take():
         calls, payload = sent.get((row.op, row.tag), (0, 0))
         sent[row.op, row.tag] = calls + 1, payload + row.payload
-    norm = clip(dict(grads), 0, axes=[mesh.tp], counts=parallel.tensor.counts)
+    norm = unscale_and_clip_grads(dict(grads), 0, axes=[mesh.tp], counts=parallel.tensor.counts)
     found = {name: (tuple(slice(*ends) for ends in parallel.box(name)), grad.clone())
              for name, grad in grads.items()}
     return {"grads": found, "norm": norm, "loss": loss.item(), "sent": sent, "largest": seen.numel}
@@ -179,7 +179,7 @@ class WholeLogits(nn.Module):
 
     def forward(self, hidden, targets, count):
         logits = self.head(hidden).flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum") / count
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / count
 
 
 class SkipsTheTarget(HeadLoss):

@@ -10,7 +10,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models
 
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.tokenizer import Text
@@ -19,7 +19,7 @@ from nanoinfra.model.weights.hugging_face import tokenizer_files
 from nanoinfra.model.weights.hugging_face.tokenizer_files import copy_text, kept_ids, open_text
 from nanoinfra.serve.engine import detokenizer
 from nanoinfra.train import run_inputs
-from nanoinfra.train.pretrained import keep_text
+from nanoinfra.train.pretrained import save_pretrained_tokenizer
 from tests.model.tokenizer_kinds import save
 from tests.serve.letters import byte_text
 
@@ -144,7 +144,7 @@ def keep():
         (source / "generation_config.json").write_text('{"eos_token_id": [1, 4]}')
         save("llama2 class", out)
         (out / "chat_template.jinja").write_text("old")
-        keep_text(Weights(None, None, *open_text(source), source), run)
+        save_pretrained_tokenizer(Weights(None, None, *open_text(source), source), run)
         copy_text(run, out)
         (out / "config.json").write_text(json.dumps({"model_type": "llama", **kept_ids(run)}))
         return [_described(each) for each in (source, out)]
@@ -239,7 +239,7 @@ def any_number(given, path):
 
 
 def larger_one(flags, weights, right=run_inputs._tokenizer):
-    return right(flags, weights) if weights.text is None else Tokenizer(weights.text.backend, "<0>")
+    return right(flags, weights) if weights.text is None else BPETokenizer(weights.text.backend, "<0>")
 
 
 def none(flags, weights, right=run_inputs._tokenizer):

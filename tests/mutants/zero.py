@@ -22,8 +22,8 @@ from nanoinfra.parallel.parallelize import units
 from nanoinfra.parallel.vocab_parallel import HeadLoss
 from nanoinfra.parallel.zero import Zero
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
-from nanoinfra.train.loss import count_valid
-from nanoinfra.train.optimizer import Optimizer, clip
+from nanoinfra.train.loss import count_valid_tokens
+from nanoinfra.train.optimizer import MixedPrecisionOptimizer, unscale_and_clip_grads
 from nanoinfra.train.trainer import train
 
 N, STEPS, BUCKET = 2, 3, 1 << 16
@@ -90,12 +90,12 @@ def run(kind, stage, name="adamw"):
         net = init_weights(Decoder(CONFIG), seed=0).double()
         last = HeadLoss(net.head)
         shared = kind(net, mesh.data, stage, units(net, last), bucket_bytes=BUCKET)
-        optimizer = Optimizer(shared.shards, name)
+        optimizer = MixedPrecisionOptimizer(shared.shards, name)
         optimizer.state()
         storages.watch(torch.nn.ModuleList([net, last]), mesh.ledger)
         for _ in range(STEPS):
             mine = batches(mesh.data)
-            [count] = count_valid(mine, mesh.data)
+            [count] = count_valid_tokens(mine, mesh.data)
             mesh.ledger.take()
             shared.begin_step()
             for i, (x, y) in enumerate(mine):
@@ -219,13 +219,13 @@ class StaleWeights(Zero):
 
 
 def clips_before_unscaling(grads, limit, scale, *over):
-    norm = clip(grads, limit, 1.0, *over)
+    norm = unscale_and_clip_grads(grads, limit, 1.0, *over)
     torch._foreach_div_(list(grads.values()), scale)
     return norm / scale
 
 
 def calls_it_finite(grads, *how):
-    norm = clip(grads, *how)
+    norm = unscale_and_clip_grads(grads, *how)
     return norm if norm < float("inf") else 1.0
 
 

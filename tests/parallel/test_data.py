@@ -17,7 +17,7 @@ from nanoinfra.memory.recompute import recompute
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.data_parallel import STEPS, DataParallel, pack
-from nanoinfra.train.loss import count_valid, cross_entropy
+from nanoinfra.train.loss import count_valid_tokens, linear_cross_entropy
 from tests.parity import assert_same_gradients
 
 IGNORE = -100
@@ -209,12 +209,12 @@ def batches(mesh, micro_batches):
 
 
 def run(net, shared, mine, mesh):
-    [count] = count_valid(mine, mesh.data)
+    [count] = count_valid_tokens(mine, mesh.data)
     mesh.ledger.take()
     shared.begin_step()
     for i, (x, y) in enumerate(mine):
         shared.before_backward(last=i == len(mine) - 1)
-        cross_entropy(net.hidden(x), net.head.weight, y, count).backward()
+        linear_cross_entropy(net.hidden(x), net.head.weight, y, count).backward()
     return shared.finish()
 
 
@@ -231,7 +231,7 @@ def launch_times(how):
     shared = DataParallel(net, mesh.data, how, bucket_bytes=1 << 14)
     mesh.ledger.take()
     shared.before_backward(last=True)
-    cross_entropy(net.hidden(mine[0][0]), net.head.weight, mine[0][1], 50).backward()
+    linear_cross_entropy(net.hidden(mine[0][0]), net.head.weight, mine[0][1], 50).backward()
     end = time.monotonic()
     shared.finish()
     return mesh.ledger.take(), end
@@ -244,7 +244,7 @@ def sent_while_accumulating():
     mesh.ledger.take()
     for x, y in batches(mesh, 3)[:2]:
         shared.before_backward(last=False)
-        cross_entropy(net.hidden(x), net.head.weight, y, 50).backward()
+        linear_cross_entropy(net.hidden(x), net.head.weight, y, 50).backward()
     return len(mesh.ledger.take())
 
 

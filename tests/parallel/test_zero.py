@@ -22,8 +22,8 @@ from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.parallelize import units
 from nanoinfra.parallel.vocab_parallel import HeadLoss
 from nanoinfra.parallel.zero import Zero
-from nanoinfra.train.loss import count_valid
-from nanoinfra.train.optimizer import Optimizer, clip
+from nanoinfra.train.loss import count_valid_tokens
+from nanoinfra.train.optimizer import MixedPrecisionOptimizer, unscale_and_clip_grads
 from tests.families import KINDS
 from tests.parallel.test_data import batches, gradients_alone, model
 from tests.parity import assert_same_gradients
@@ -253,7 +253,7 @@ def gradients_shared(stage, micro_batches, how):
 
 
 def run(net, last, shared, mine, mesh):
-    [count] = count_valid(mine, mesh.data)
+    [count] = count_valid_tokens(mine, mesh.data)
     mesh.ledger.take()
     shared.begin_step()
     for i, (x, y) in enumerate(mine):
@@ -315,14 +315,14 @@ def bytes_held(config, stage, dtype):
         net = init_weights(Decoder(config), seed=0)
         last = HeadLoss(net.head)
         shared = Zero(net, mesh.data, stage, units(net, last), dtype, torch.float32, BUCKET)
-        optimizer = Optimizer(shared.shards)
+        optimizer = MixedPrecisionOptimizer(shared.shards)
         optimizer.state()                                                  # moments from the first step on
         storages.watch(nn.ModuleList([net, last]), mesh.ledger)
         steps = []
         for _ in range(3):
             run(net, last, shared, [(x, y)] * 2, mesh)
             grads = shared.finish()
-            clip(grads, 1.0, axes=[mesh.data])
+            unscale_and_clip_grads(grads, 1.0, axes=[mesh.data])
             optimizer.step(grads, lr=1e-3)
             grads = None
             shared.publish()
@@ -372,7 +372,7 @@ def odd_shared(stage):
             loss.backward()
         grads = shared.finish()
         shared.publish()
-    return described(shared, grads), clip(grads, 0, axes=[mesh.data])
+    return described(shared, grads), unscale_and_clip_grads(grads, 0, axes=[mesh.data])
 
 
 def partly_frozen(stage=0):

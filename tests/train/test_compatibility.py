@@ -11,9 +11,9 @@ from nanoinfra.train import metrics
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_before_renaming"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 ARGV = ["train", "--model", "test", "--data", "text", "--vocab", "330", "--seq", "64", "--micro-batch", "2",
-        "--global-batch", "8", "--dp", "2", "--pp", "2", "--schedule", "interleaved", "--virtual", "2",
-        "--data-parallel", "buckets", "--wire", "dp=1e-6,1e10", "--optimizer", "adamw", "--lr", "0.02",
-        "--warmup", "2", "--save-every", "40", "--keep", "1", "--eval-every", "40", "--threads", "1",
+        "--global-batch", "8", "--dp", "2", "--pp", "2", "--schedule", "interleaved", "--virtual-stages", "2",
+        "--grad-sync", "buckets", "--emulate-link", "dp=1e-6,1e10", "--optimizer", "adamw", "--lr", "0.02",
+        "--warmup", "2", "--save-every", "40", "--keep-checkpoints", "1", "--eval-every", "40", "--threads", "1",
         "--out", "run", "--steps", "83", "--resume"]
 
 
@@ -28,7 +28,7 @@ def old_run(tmp_path, monkeypatch):
 def test_an_old_run_is_resumed_to_the_same_metrics(old_run, ranks):
     """On the mesh that wrote it. In float32: another CPU may round otherwise."""
     assert ranks(4).run(main, ARGV) == [0] * 4
-    got = metrics.read(old_run / "metrics.jsonl")
+    got = metrics.read_metrics(old_run / "metrics.jsonl")
     assert [line["step"] for line in got] == list(range(1, 84))
     for line, want in zip(got[80:], EXPECTED["steps"], strict=True):
         assert {key: line[key] for key in ("tokens", "comm")} == {key: want[key] for key in ("tokens", "comm")}

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.parallel import vocab_parallel
-from nanoinfra.train.loss import IGNORE, count_valid, cross_entropy
+from nanoinfra.train.loss import IGNORE, count_valid_tokens, linear_cross_entropy
 
 
 def inputs(dtype=torch.float64, B=3, T=7, C=5, V=11):
@@ -26,7 +26,7 @@ def torch_loss(hidden, weight, targets, count):
 def test_loss_and_gradients_are_torchs(monkeypatch, rows_bytes):
     monkeypatch.setattr(vocab_parallel, "ROWS_BYTES", rows_bytes)
     (h, w, y), (h2, w2, _) = inputs(), inputs()
-    got, want = cross_entropy(h, w, y, 9), torch_loss(h2, w2, y, 9)
+    got, want = linear_cross_entropy(h, w, y, 9), torch_loss(h2, w2, y, 9)
     got.backward(torch.tensor(2.0, dtype=torch.float64))
     want.backward(torch.tensor(2.0, dtype=torch.float64))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
@@ -36,13 +36,13 @@ def test_loss_and_gradients_are_torchs(monkeypatch, rows_bytes):
 
 def test_count_is_the_only_divisor():
     h, w, y = inputs()
-    whole, ninth = cross_entropy(h, w, y, 1).item(), cross_entropy(h, w, y, 9).item()
+    whole, ninth = linear_cross_entropy(h, w, y, 1).item(), linear_cross_entropy(h, w, y, 9).item()
     assert ninth * 9 == pytest.approx(whole, rel=1e-14)
 
 
 def test_bf16_sums_in_float32_and_returns_it():
     (h, w, y), (h2, w2, _) = inputs(torch.bfloat16), inputs(torch.bfloat16)
-    got = cross_entropy(h, w, y, 9)
+    got = linear_cross_entropy(h, w, y, 9)
     assert got.dtype == torch.float32
     logits = (h2 @ w2.T).flatten(0, 1).float()
     want = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="sum") / 9
@@ -59,15 +59,15 @@ def test_float16_keeps_the_gradients_of_unlikely_tokens():
     weight = (-14 + torch.rand(500, 1, generator=random)).half()
     weight[0] = 0.0                                                        # the likely one, and the target
     w, exact = weight.clone().requires_grad_(), weight.double().requires_grad_()
-    cross_entropy(hidden, w, torch.zeros(1, 1, dtype=torch.long), 1).backward(torch.tensor(2.0**16))
-    cross_entropy(hidden.double(), exact, torch.zeros(1, 1, dtype=torch.long), 1).backward()
+    linear_cross_entropy(hidden, w, torch.zeros(1, 1, dtype=torch.long), 1).backward(torch.tensor(2.0**16))
+    linear_cross_entropy(hidden.double(), exact, torch.zeros(1, 1, dtype=torch.long), 1).backward()
     got, want = w.grad.double()[1:] / 2**16, exact.grad[1:]
     assert ((got - want).abs() / want).max() < 5e-3
 
 
 def test_nothing_but_ignored_targets_is_zero_with_zero_gradients():
     h, w, y = inputs()
-    got = cross_entropy(h, w, torch.full_like(y, IGNORE), 0)
+    got = linear_cross_entropy(h, w, torch.full_like(y, IGNORE), 0)
     got.backward()
     assert got == 0 and h.grad.abs().sum() == 0 and w.grad.abs().sum() == 0
 
@@ -76,7 +76,7 @@ def test_one_copy_of_the_logits_is_kept():
     h, w, y = inputs()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        cross_entropy(h, w, y, 9)
+        linear_cross_entropy(h, w, y, 9)
     assert kept == [(3, 7, 5), (11, 5), (21, 11)]
 
 
@@ -90,5 +90,5 @@ def counted():
     mesh = Mesh(dp=3)
     y = torch.full((1, 4), IGNORE)
     y[0, :mesh.rank + 1] = 5
-    got = count_valid([(None, y)], mesh.data, mesh.rank)
+    got = count_valid_tokens([(None, y)], mesh.data, mesh.rank)
     return got, [(row.op, row.tag, row.payload) for row in mesh.ledger.rows]

@@ -12,16 +12,16 @@ from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.pipeline.schedules import accumulate
 from nanoinfra.train import metrics
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
-from nanoinfra.train.step import execute
-from nanoinfra.train.train_stage import Replica
+from nanoinfra.train.step import execute_schedule
+from nanoinfra.train.train_stage import TrainStage
 
 
 def stepped(zero, config=None, **model):
     flags = TrainFlags(ModelFlags(**model), mesh=MeshFlags(zero=zero))
-    replica = Replica(config or sized("test"), flags, Mesh())
+    replica = TrainStage(config or sized("test"), flags, Mesh())
     x = torch.ones(2, 8, dtype=torch.long)
     replica.begin([(x, x)], 16, lr=1e-3)
-    execute(accumulate(1), replica)
+    execute_schedule(accumulate(1), replica)
     return replica
 
 
@@ -59,13 +59,13 @@ def test_the_held_out_score_is_one_ranks_at_every_stage(ranks, tmp_path):
         out = tmp_path.parent / f"{tmp_path.name}-{dp}-{tp}-{len(more)}"
         flags = [*argv, "--dp", str(dp), "--tp", str(tp), *more, "--threads", "1", "--out", str(out)]
         assert ranks(dp * tp).run(main, flags) == [0] * (dp * tp)
-        scores[dp, tp, *more] = [line["held_out_bpb"] for line in metrics.read(out / "metrics.jsonl")]
+        scores[dp, tp, *more] = [line["held_out_bpb"] for line in metrics.read_metrics(out / "metrics.jsonl")]
     for got in scores.values():
         assert got == pytest.approx(scores[1, 1], rel=1e-8)
 
 
 def test_masters_are_the_numbers_drawn_not_those_rounded_to_16_bits():
-    replica = Replica(sized("test"), TrainFlags(ModelFlags(dtype="bfloat16")), Mesh())
+    replica = TrainStage(sized("test"), TrainFlags(ModelFlags(dtype="bfloat16")), Mesh())
     want = init_weights(Decoder(sized("test")), seed=0)
     for name, master in replica.optimizer.masters.items():
         assert torch.equal(master, want.get_parameter(name).detach())
@@ -74,6 +74,6 @@ def test_masters_are_the_numbers_drawn_not_those_rounded_to_16_bits():
 @pytest.mark.parametrize("mesh", ["--tp", "--dp"])
 def test_seconds_are_one_ranks_seconds(ranks, tmp_path, mesh):
     argv = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-batch", "1", mesh, "2",
-            "--seconds", "1.5", "--threads", "1", "--out", str(tmp_path)]
+            "--max-seconds", "1.5", "--threads", "1", "--out", str(tmp_path)]
     assert ranks(2).run(main, argv) == [0, 0]
-    assert sum(line["step_s"] for line in metrics.read(tmp_path / "metrics.jsonl")) >= 1.4
+    assert sum(line["step_s"] for line in metrics.read_metrics(tmp_path / "metrics.jsonl")) >= 1.4

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanoinfra.train.loss_scale import LARGEST, LossScale
+from nanoinfra.train.loss_scale import _MAX_LOSS_SCALE, LossScale
 
 
 def values(scale, overflows):
@@ -31,7 +31,7 @@ def test_the_usual_scale():
 
 
 def test_it_stops_growing_at_the_largest():
-    assert values(LossScale(LARGEST / 2, grow_after=1), [False] * 3) == [LARGEST] * 3
+    assert values(LossScale(_MAX_LOSS_SCALE / 2, grow_after=1), [False] * 3) == [_MAX_LOSS_SCALE] * 3
 
 
 def test_below_one_the_model_is_to_blame():
@@ -49,10 +49,10 @@ def test_it_goes_on_from_its_state_and_stays_a_power_of_two(before, after, grow_
     other.load(json.loads(json.dumps(one.state())))
     got = values(one, after[:3])
     assert values(other, after[:3]) == got
-    assert all(1 <= value <= LARGEST and value.as_integer_ratio()[0].bit_count() == 1 for value in got)
+    assert all(1 <= value <= _MAX_LOSS_SCALE and value.as_integer_ratio()[0].bit_count() == 1 for value in got)
 
 
-@pytest.mark.parametrize("value, grow_after", [(0.5, 1), (LARGEST * 2, 1), (8, 0)])
+@pytest.mark.parametrize("value, grow_after", [(0.5, 1), (_MAX_LOSS_SCALE * 2, 1), (8, 0)])
 def test_a_scale_out_of_range_is_refused(value, grow_after):
     with pytest.raises(ValueError, match="try 65536 and 2000"):
         LossScale(value, grow_after)

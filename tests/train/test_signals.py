@@ -12,8 +12,8 @@ from nanoinfra.cli import main
 from nanoinfra.train import metrics, trainer
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.launch import signals
-from nanoinfra.train.launch.signals import ENDING, SAME, Hearing, StopRequest
-from nanoinfra.train.launch.stop_message import how_to_go_on
+from nanoinfra.train.launch.signals import TERMINATION_SIGNALS, _SAME_SIGNAL_SECONDS, SignalListener, StopRequest
+from nanoinfra.train.launch.stop_message import resume_command
 from tests.processes import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,14 +21,14 @@ QUICK = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-
 
 
 one = pytest.mark.parametrize("sign", [
-    pytest.param(each, id=each.name, marks=pytest.mark.prove if i else []) for i, each in enumerate(ENDING)])
+    pytest.param(each, id=each.name, marks=pytest.mark.prove if i else []) for i, each in enumerate(TERMINATION_SIGNALS)])
 
 
 @pytest.fixture
 def heard():
     """What a Hearing hears, which stands for the process's own."""
     said = []
-    hearing = Hearing(said.append)
+    hearing = SignalListener(said.append)
     hearing.start()
     yield said
     hearing.stop()
@@ -42,9 +42,9 @@ def request_(heard):
     asked.stop()
 
 
-@pytest.mark.parametrize("sign", ENDING)
+@pytest.mark.parametrize("sign", TERMINATION_SIGNALS)
 def test_the_first_signal_asks_and_says_so_at_once(capfd, heard, request_, sign, monkeypatch):
-    monkeypatch.setattr(signals, "SAME", 3600.0)             # however slow the machine is
+    monkeypatch.setattr(signals, "_SAME_SIGNAL_SECONDS", 3600.0)             # however slow the machine is
     os.kill(os.getpid(), sign)
     until(lambda: request_.asked)
     assert heard == []
@@ -55,12 +55,12 @@ def test_the_first_signal_asks_and_says_so_at_once(capfd, heard, request_, sign,
     assert request_.asked == 1 and heard == []
 
 
-@pytest.mark.parametrize("sign", ENDING)
+@pytest.mark.parametrize("sign", TERMINATION_SIGNALS)
 def test_a_second_one_goes_to_the_process(heard, request_, sign):
     """But not a second SIGHUP, of which a terminal that is closed sends several."""
     os.kill(os.getpid(), signal.SIGTERM)
     until(lambda: request_.asked)
-    request_.since -= SAME
+    request_.since -= _SAME_SIGNAL_SECONDS
     os.kill(os.getpid(), sign)
     if sign != signal.SIGHUP:
         until(lambda: heard == [sign])
@@ -76,7 +76,7 @@ def test_in_a_program_that_calls_train_a_second_ctrl_c_is_pythons():
     try:
         os.kill(os.getpid(), signal.SIGINT)
         until(lambda: asked.asked)
-        asked.since -= SAME
+        asked.since -= _SAME_SIGNAL_SECONDS
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             for _ in range(6000):
@@ -91,7 +91,7 @@ def test_a_rank_takes_any_number_of_signals_as_one(heard):
     asked.start()
     os.kill(os.getpid(), signal.SIGTERM)
     until(lambda: asked.asked)
-    asked.since -= SAME
+    asked.since -= _SAME_SIGNAL_SECONDS
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.05)
     asked.stop()
@@ -116,7 +116,7 @@ def test_what_nohup_ignores_stays_ignored():
     ("train --resume-from 4 --out x", "nanoinfra train --out x --resume"),
     ("train --resume-from=4 --resume", "nanoinfra train --resume")])
 def test_the_command_that_goes_on_does_not_go_back(given, want):
-    assert how_to_go_on(given.split()) == want
+    assert resume_command(given.split()) == want
 
 
 @one
@@ -129,12 +129,12 @@ def test_a_run_on_one_rank_saves_and_says_how_to_go_on(tmp_path, monkeypatch, ca
             os.kill(os.getpid(), sign)
         return execute(*args)
     monkeypatch.setattr(trainer, "execute", signalled)
-    monkeypatch.setattr(signals, "leave_terminal", lambda: None)         # pytest's
+    monkeypatch.setattr(signals, "redirect_terminal_to_devnull", lambda: None)         # pytest's
     argv = [*QUICK, "--steps", "100000", "--out", str(tmp_path)]
     assert main(argv) == 0
-    step = len(metrics.read(tmp_path / "metrics.jsonl"))
+    step = len(metrics.read_metrics(tmp_path / "metrics.jsonl"))
     asked, stopped = capfd.readouterr().err.splitlines()
-    saved = checkpoint.newest(tmp_path / "checkpoints")
+    saved = checkpoint.find_newest_checkpoint(tmp_path / "checkpoints")
     assert saved.name == f"step_{step:08d}" and 3 <= step < 1000
     assert asked.startswith(f"nanoinfra: {sign.name}: the run stops after this step and is saved")
     assert stopped == (f"nanoinfra: stopped after step {step}; saved in {saved}; go on with: "

@@ -17,7 +17,7 @@ from nanoinfra.parallel.pipeline.schedules import (
     accumulate,
     schedule,
 )
-from nanoinfra.train.step import execute
+from nanoinfra.train.step import execute_schedule
 
 
 class Recorder:
@@ -64,7 +64,7 @@ ORDERS = accumulate(3), schedule("zb-h1", 3, 4)[1], schedule("interleaved", 2, 4
 @pytest.mark.parametrize("order", ORDERS)
 def test_executor_runs_the_list_in_order_and_times_it(order):
     stage = Recorder()
-    spans = execute(order, stage)
+    spans = execute_schedule(order, stage)
     assert stage.did == order == [what for what, _, _ in spans]
     times = [t for _, begin, end in spans for t in (begin, end)]
     assert times == sorted(times)
@@ -75,4 +75,4 @@ def test_an_instruction_it_does_not_know_is_an_error():
     class Dance:
         pass
     with pytest.raises(TypeError, match="Dance"):
-        execute([Dance()], Recorder())
+        execute_schedule([Dance()], Recorder())

@@ -156,10 +156,10 @@ def check(kind: str, p: int, m: int, v: int = 1) -> None:
         raise ValueError(f"a schedule is one of {', '.join(ORDERS)}, not {kind!r}")
     if v != 1 and kind != "interleaved":
         raise ValueError(f"{v} chunks a stage are the interleaved schedule's, and this is {kind}; "
-                         "try --schedule interleaved, or --virtual 1")
+                         "try --schedule interleaved, or --virtual-stages 1")
     if kind == "interleaved" and (v < 2 or p < 2):
         raise ValueError(f"the interleaved schedule needs two stages and two chunks a stage, not pp {p} and "
-                         f"{v} chunks; try --pp 2 --virtual 2, or --schedule 1f1b")
+                         f"{v} chunks; try --pp 2 --virtual-stages 2, or --schedule 1f1b")
     if kind == "zb-h1" and p < 2:
         raise ValueError("zb-h1 fills the gaps of a pipeline, and one stage has none; try --pp 2, or "
                          "--schedule 1f1b")

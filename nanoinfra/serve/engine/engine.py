@@ -31,7 +31,7 @@ from nanoinfra.serve.engine.requests import Event, Logprob, Request, check
 from nanoinfra.serve.engine.sampler import Sampler, finite, logprobs, without
 from nanoinfra.serve.engine.scheduler import Scheduler, Sequence
 from nanoinfra.serve.options import EngineOptions
-from nanoinfra.train.pretrained import open_pretrained
+from nanoinfra.train.pretrained import open_pretrained_weights
 
 
 class Engine:
@@ -257,7 +257,7 @@ COUNTS = ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits",
 
 def open_engine(options: EngineOptions, mesh) -> Engine:
     """The engine of `nanoinfra serve` on this rank: weights, tokenizer, the blocks that --kv-memory holds."""
-    weights, dtype = open_pretrained(options.model, mesh.world), getattr(torch, options.dtype)
+    weights, dtype = open_pretrained_weights(options.model, mesh.world), getattr(torch, options.dtype)
     each = options.block_size * kv_cache_bytes_per_token(weights.config, dtype.itemsize, mesh.tp.size)
     n = options.kv_memory // each
     if n < 2:

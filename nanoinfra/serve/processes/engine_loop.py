@@ -20,7 +20,7 @@ from nanoinfra.model.tokenizer import Text
 from nanoinfra.serve.engine.requests import Event
 from nanoinfra.serve.engine.scheduler import QueueFull
 from nanoinfra.serve.processes.tp_group import Team
-from nanoinfra.train.launch.elastic_rank import end_with_parent
+from nanoinfra.train.launch.elastic_rank import die_with_parent
 
 MEANT_FOR_API = (signal.SIGINT, signal.SIGTERM)              # which lets work end; ranks ignore them
 BURST = (1024, 1 << 20)                      # requests and tokens that may be on their way, at the least
@@ -57,7 +57,7 @@ def main() -> None:
     argv[1] is the process id of the API, which has blocked the signals that are meant for it (life.py).
     """
     parent, *descriptors = map(int, sys.argv[1:])
-    end_with_parent(parent)
+    die_with_parent(parent)
     for sign in MEANT_FOR_API:
         signal.signal(sign, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANT_FOR_API)

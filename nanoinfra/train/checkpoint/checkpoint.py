@@ -21,15 +21,15 @@ from safetensors import safe_open
 from nanoinfra.distributed import comm
 from nanoinfra.train.checkpoint import manifest as disk
 from nanoinfra.train.checkpoint import retention
-from nanoinfra.train.checkpoint.manifest import OtherVersion, verify
-from nanoinfra.train.checkpoint.retention import Say, checkpoints, folder_of
-from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, Piece, check_cover
+from nanoinfra.train.checkpoint.manifest import CheckpointVersionError, verify_checkpoint
+from nanoinfra.train.checkpoint.retention import WarnFunction, list_checkpoints, checkpoint_folder
+from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard, check_shards_cover_tensor
 
-Pairs = Mapping[Piece, torch.Tensor] | Iterable[tuple[Piece, torch.Tensor]]
+_ShardTensors = Mapping[TensorShard, torch.Tensor] | Iterable[tuple[TensorShard, torch.Tensor]]
 
 
-def save(root: str | Path, step: int, tensors: Pairs, state: dict, axis, keep: int = 2,
-         say: Say = print) -> Path:
+def save_checkpoint(root: str | Path, step: int, tensors: _ShardTensors, state: dict, axis, keep: int = 2,
+         say: WarnFunction = print) -> Path:
     """Save each rank's pieces and rank 0's `state` (for JSON) in the folder `root`/step_{step}; returns it.
 
     Every rank of `axis` calls it. Afterwards the newest `keep` checkpoints up to this step remain; `say` is
@@ -38,15 +38,15 @@ def save(root: str | Path, step: int, tensors: Pairs, state: dict, axis, keep: i
     """
     if keep < 1:
         raise ValueError(f"keep={keep} would delete the checkpoint just saved; keep at least 1")
-    final = folder_of(root, step)
+    final = checkpoint_folder(root, step)
     tmp, me = final.with_suffix(".tmp"), f"rank{axis.rank}.safetensors"
     pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
     try:
         entries = _deal(_together(axis, lambda: _prepare(tmp, pairs, axis.rank, say)))
-        mine = [pair for pair in pairs if (me, pair[0]) in disk.sources(pair[0].name, entries[pair[0].name])]
-        written = _together(axis, lambda: disk.write_tensors(tmp / me, mine))
+        mine = [pair for pair in pairs if (me, pair[0]) in disk.shards_in_files(pair[0].name, entries[pair[0].name])]
+        written = _together(axis, lambda: disk.write_safetensors(tmp / me, mine))
         files = {f"rank{rank}.safetensors": listed for rank, listed in enumerate(written)}
-        body = {"format": disk.FORMAT, "step": step, "files": files, "tensors": entries}
+        body = {"format": disk.CHECKPOINT_FORMAT, "step": step, "files": files, "tensors": entries}
         _together(axis, lambda: axis.rank == 0 and _publish(tmp, final, body, state, keep, say))
     except CheckpointError as failure:
         left = _together(axis, lambda: axis.rank == 0 and _give_up(tmp))[0]
@@ -54,19 +54,19 @@ def save(root: str | Path, step: int, tensors: Pairs, state: dict, axis, keep: i
     return final
 
 
-def newest(root: str | Path, say: Say = print) -> Path | None:
+def find_newest_checkpoint(root: str | Path, say: WarnFunction = print) -> Path | None:
     """The newest checkpoint in `root` that verifies, or None; `say` is told each one refused, and why.
 
     Reads every byte of what it tries: on N ranks call `newest_of_all`. Raises OtherVersion for a whole one
     that another version of nanoinfra wrote: to take an older one would lose it.
     """
     refused = set()
-    while left := [folder for folder in checkpoints(root) if folder not in refused]:
+    while left := [folder for folder in list_checkpoints(root) if folder not in refused]:
         folder = left[-1]                    # looked for anew: a run may go on there, and let go of old ones
         try:
-            verify(folder)
+            verify_checkpoint(folder)
             return folder
-        except OtherVersion:
+        except CheckpointVersionError:
             raise
         except CheckpointError as reason:
             refused.add(folder)
@@ -75,16 +75,16 @@ def newest(root: str | Path, say: Say = print) -> Path | None:
     return None
 
 
-def newest_of_all(root: str | Path, axis, say: Say = print) -> Path | None:
+def find_newest_checkpoint_on_all_ranks(root: str | Path, axis, say: WarnFunction = print) -> Path | None:
     """`newest` as the axis's first rank finds it; the others take its word."""
     def name():
-        found = newest(root, say)
+        found = find_newest_checkpoint(root, say)
         return found and found.name
-    found = ask_first(axis, name)
+    found = run_on_first_rank(axis, name)
     return Path(root) / found if found else None
 
 
-def ask_first(axis, work: Callable[[], object]):
+def run_on_first_rank(axis, work: Callable[[], object]):
     """What `work()` (for JSON) gives on the axis's first rank, on every rank; all raise its ValueError."""
     answer, failure = {}, None
     if axis.rank == 0:
@@ -98,19 +98,19 @@ def ask_first(axis, work: Callable[[], object]):
     return answer["done"]
 
 
-def load(folder: str | Path, wanted: Iterable[Piece],
-         verified: dict | None = None) -> Iterator[tuple[Piece, torch.Tensor]]:
+def load_shards(folder: str | Path, wanted: Iterable[TensorShard],
+         verified: dict | None = None) -> Iterator[tuple[TensorShard, torch.Tensor]]:
     """Yield each wanted piece with its tensor (CPU, of the stored dtype), reading only the ranges it needs.
 
     `verified` is what `verify(folder)` returned, here or on another rank; without it this verifies first.
     Raises CheckpointError for a name that is not there, or one whose full shape is another.
     """
     folder = Path(folder)
-    entries = (verified or verify(folder))["tensors"]
+    entries = (verified or verify_checkpoint(folder))["tensors"]
     with ExitStack() as stack:
         @functools.cache
         def opened(file):
-            with disk.naming(folder / file, FileNotFoundError="is gone: the run there has let it go since; "
+            with disk.raise_as_checkpoint_error(folder / file, FileNotFoundError="is gone: the run there has let it go since; "
                                                               "start again, which takes a newer one"):
                 return stack.enter_context(safe_open(folder / file, framework="pt"))
         for piece in wanted:
@@ -120,13 +120,13 @@ def load(folder: str | Path, wanted: Iterable[Piece],
 def catalog(folder: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """{name: (full shape, dtype)} of every tensor in the checkpoint."""
     entries = disk.read_manifest(Path(folder))["tensors"]
-    return {name: (tuple(entry["shape"]), disk.dtype_of(entry["dtype"])) for name, entry in entries.items()}
+    return {name: (tuple(entry["shape"]), disk.torch_dtype_from_name(entry["dtype"])) for name, entry in entries.items()}
 
 
-def read_state(folder: str | Path) -> dict:
+def read_checkpoint_state(folder: str | Path) -> dict:
     """The `state` given to `save`, checked against the manifest."""
     path = Path(folder) / "state.json"
-    disk.check_file(path, disk.read_manifest(path.parent)["files"][path.name])
+    disk.check_file_sha256(path, disk.read_manifest(path.parent)["files"][path.name])
     return json.loads(path.read_bytes())
 
 
@@ -157,10 +157,10 @@ def _prepare(tmp, pairs, rank, say):
         if not root.exists():
             root.mkdir(parents=True)
             disk.fsync_folder(root.parent)
-        retention.sweep(root, say)
-        retention.make_way(tmp, "left")           # what could not be deleted
+        retention.delete_unfinished_checkpoints(root, say)
+        retention.rename_out_of_the_way(tmp, "left")           # what could not be deleted
         tmp.mkdir()
-    return [[piece.name, piece.offset, piece.size, piece.full, disk.dtype_name(x)] for piece, x in pairs]
+    return [[piece.name, piece.offset, piece.size, piece.full, disk.safetensors_dtype_name(x)] for piece, x in pairs]
 
 
 def _deal(held):
@@ -176,29 +176,29 @@ def _deal(held):
             if prod(size) and all(part != {**part, **box} for part in entry["pieces"]):
                 entry["pieces"].append({"file": f"rank{rank}.safetensors", **box})
     for name, entry in entries.items():
-        check_cover([piece for _, piece in disk.sources(name, entry)], name, entry["shape"])
+        check_shards_cover_tensor([piece for _, piece in disk.shards_in_files(name, entry)], name, entry["shape"])
     return entries
 
 
 def _publish(tmp, final, body, state, keep, say):
     """Complete the folder, make it durable, give it its name, and only then let old ones go."""
     text = json.dumps(state, indent=1).encode()
-    body["files"]["state.json"] = disk.write_file(tmp / "state.json", [text])
-    disk.write_file(tmp / "manifest.json", [disk.seal(body)])
+    body["files"]["state.json"] = disk.write_and_fsync_file(tmp / "state.json", [text])
+    disk.write_and_fsync_file(tmp / "manifest.json", [disk.serialize_manifest(body)])
     disk.fsync_folder(tmp)
     if os.path.lexists(final):
-        retention.set_aside(final, say)           # still a checkpoint, should the next line not run
+        retention.set_aside_for_second_save(final, say)           # still a checkpoint, should the next line not run
     os.rename(tmp, final)
     disk.fsync_folder(final.parent)
-    retention.prune(final, keep, say)
+    retention.delete_old_checkpoints(final, keep, say)
 
 
 def _give_up(tmp):
     """Remove what was begun; returns what is left, in words."""
     shutil.rmtree(tmp, ignore_errors=True)
     try:
-        good = newest(tmp.parent, say=lambda refused: None)
-    except OtherVersion as reason:
+        good = find_newest_checkpoint(tmp.parent, say=lambda refused: None)
+    except CheckpointVersionError as reason:
         return str(reason)
     left = f"the last good checkpoint is {good}" if good else f"there is no good checkpoint in {tmp.parent}"
     return f"{left}; delete {tmp} by hand" if tmp.exists() else left
@@ -215,8 +215,8 @@ def _entry(piece, entries, folder):
 
 
 def _read(piece, entry, opened):
-    out = torch.empty(piece.size, dtype=disk.dtype_of(entry["dtype"]))
-    for file, source in disk.sources(piece.name, entry):
+    out = torch.empty(piece.size, dtype=disk.torch_dtype_from_name(entry["dtype"]))
+    for file, source in disk.shards_in_files(piece.name, entry):
         common = piece.overlap(source)
         if common:
             out[common.within(piece)] = opened(file).get_slice(source.key)[common.within(source)]

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from nanoinfra.train.checkpoint import manifest as disk
 
-FULL = (errno.ENOSPC, errno.EDQUOT)          # what a full disk answers
-Say = Callable[[str], object]
+_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)          # what a full disk answers
+WarnFunction = Callable[[str], object]
 
 
-def checkpoints(root: str | Path) -> list[Path]:
+def list_checkpoints(root: str | Path) -> list[Path]:
     """The finished checkpoints in `root`, oldest first, good or not; a file of such a name is none.
 
     step_{n}.old counts as older than step_{n}.
@@ -26,39 +26,39 @@ def checkpoints(root: str | Path) -> list[Path]:
     root = Path(root)
     if not root.exists():
         return []
-    with disk.naming(root):
+    with disk.raise_as_checkpoint_error(root):
         found = [path for path in root.iterdir() if re.fullmatch(r"step_\d{8,}(\.old)?", path.name)]
     return sorted((path for path in found if path.is_dir()),
-                  key=lambda path: (step_of(path), path.suffix != ".old"))
+                  key=lambda path: (checkpoint_step(path), path.suffix != ".old"))
 
 
-def folder_of(root: str | Path, step: int) -> Path:
+def checkpoint_folder(root: str | Path, step: int) -> Path:
     """Where the checkpoint of `step` lies."""
     return Path(root) / f"step_{step:08d}"
 
 
-def step_of(folder: Path) -> int:
+def checkpoint_step(folder: Path) -> int:
     """The step in a checkpoint's name."""
     return int(folder.stem.removeprefix("step_"))
 
 
-def prune(final: Path, keep: int, say: Say) -> None:
+def delete_old_checkpoints(final: Path, keep: int, say: WarnFunction) -> None:
     """Let go of all but the newest `keep` checkpoints up to `final`; later ones stay."""
-    past = [path for path in checkpoints(final.parent) if step_of(path) <= step_of(final)]
+    past = [path for path in list_checkpoints(final.parent) if checkpoint_step(path) <= checkpoint_step(final)]
     replaced = [path for path in past if path.suffix == ".old" and path.with_suffix("") in past]
     current = [path for path in past if path not in replaced]
     for path in replaced + current[:-keep]:
         _discard(path, say)
 
 
-def sweep(root: Path, say: Say) -> None:
+def delete_unfinished_checkpoints(root: Path, say: WarnFunction) -> None:
     """Delete what saves and deletions that a crash cut short have left in `root`."""
     for path in root.iterdir():
         if re.fullmatch(r"step_\d{8,}(\.old)?\.tmp", path.name) and (path.is_dir() or path.is_symlink()):
             _discard(path, say)
 
 
-def make_way(path: Path, word: str) -> Path | None:
+def rename_out_of_the_way(path: Path, word: str) -> Path | None:
     """Give what is called `path` a free name, `path`.word if it is; returns it, None if nothing is there."""
     if not os.path.lexists(path):
         return None
@@ -68,18 +68,18 @@ def make_way(path: Path, word: str) -> Path | None:
     return free
 
 
-def set_aside(final: Path, say: Say) -> None:
+def set_aside_for_second_save(final: Path, say: WarnFunction) -> None:
     """Make room for a second save of this step: the first is still a checkpoint, as step_{n}.old."""
     old = final.with_suffix(".old")
     if old.is_dir() or old.is_symlink():
         _discard(old, say)
-    make_way(old, "left")                    # what could not be deleted
+    rename_out_of_the_way(old, "left")                    # what could not be deleted
     os.rename(final, old)
 
 
-def abandon_after(root: Path, step: int) -> list[Path]:
+def abandon_checkpoints_after(root: Path, step: int) -> list[Path]:
     """Rename the checkpoints after `step`, so that no run goes on from them; returns their new places."""
-    return [make_way(path, "abandoned") for path in checkpoints(root) if step_of(path) > step]
+    return [rename_out_of_the_way(path, "abandoned") for path in list_checkpoints(root) if checkpoint_step(path) > step]
 
 
 def _discard(path, say):
@@ -90,7 +90,7 @@ def _discard(path, say):
             os.rename(path, gone)            # half deleted, it is no checkpoint
         gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in _DISK_FULL_ERRNOS:
             raise
         say(f"cannot delete {gone if gone.exists() else path}: {error.strerror or error}; the run goes on "
             "without that")

@@ -15,7 +15,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """The box `[offset, offset + size)` of the logical tensor `name`, which has the shape `full`."""
     name: str
     offset: tuple[int, ...]
@@ -30,11 +30,11 @@ class Piece:
                              f"in a tensor of shape {list(self.full)}; cut it from Piece.whole(name, shape)")
 
     @classmethod
-    def whole(cls, name: str, shape: Sequence[int]) -> "Piece":
+    def whole(cls, name: str, shape: Sequence[int]) -> "TensorShard":
         """All of a tensor."""
         return cls(name, (0,) * len(shape), tuple(shape), tuple(shape))
 
-    def cut(self, dim: int, start: int, stop: int) -> "Piece":
+    def cut(self, dim: int, start: int, stop: int) -> "TensorShard":
         """The part from `start` up to `stop` along `dim`, counted within this piece, so cuts compose."""
         if not 0 <= start <= stop <= self.size[dim]:
             raise ValueError(f"cannot cut {start}:{stop} from the {self.size[dim]} places of {self.key} in "
@@ -43,7 +43,7 @@ class Piece:
         offset[dim], size[dim] = self.offset[dim] + start, stop - start
         return replace(self, offset=tuple(offset), size=tuple(size))
 
-    def overlap(self, other: "Piece") -> "Piece | None":
+    def overlap(self, other: "TensorShard") -> "TensorShard | None":
         """The box common to two pieces of one tensor; None where they share no element."""
         begin = [max(a, b) for a, b in zip(self.offset, other.offset)]
         end = [min(a + m, b + n) for a, m, b, n in zip(self.offset, self.size, other.offset, other.size)]
@@ -51,7 +51,7 @@ class Piece:
             return None
         return replace(self, offset=tuple(begin), size=tuple(e - b for b, e in zip(begin, end)))
 
-    def within(self, outer: "Piece | None" = None) -> tuple[slice, ...]:
+    def within(self, outer: "TensorShard | None" = None) -> tuple[slice, ...]:
         """Index of this box in a tensor that holds the piece `outer`; by default in the whole tensor."""
         base = outer.offset if outer else (0,) * len(self.full)
         return tuple(slice(o - b, o - b + s) for o, b, s in zip(self.offset, base, self.size))
@@ -64,7 +64,7 @@ class Piece:
         return f"{self.name}[{', '.join(f'{o}:{o + s}' for o, s in zip(self.offset, self.size))}]"
 
 
-def check_cover(pieces: Sequence[Piece], name: str, shape: Sequence[int]) -> None:
+def check_shards_cover_tensor(pieces: Sequence[TensorShard], name: str, shape: Sequence[int]) -> None:
     """Raise CheckpointError unless the pieces hold every element of the tensor exactly once."""
     for a, b in combinations(pieces, 2):
         if a.overlap(b):

@@ -26,31 +26,31 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 
 from nanoinfra.distributed.cpu_threads import default_threads
 from nanoinfra.distributed.loopback import HOST, master_store
-from nanoinfra.train.checkpoint.checkpoint import checkpoints
-from nanoinfra.train.launch.elastic_rank import BOARD, NOTES, OURS, STOPPED, end, make_folder
-from nanoinfra.train.launch.signals import announce, is_another, not_ignored, say
-from nanoinfra.train.launch.stop_message import how_to_go_on, say_where
-from nanoinfra.train.run_directory.ownership import last_config
+from nanoinfra.train.checkpoint.checkpoint import list_checkpoints
+from nanoinfra.train.launch.elastic_rank import STATUS_BOARD_FILE, ELASTIC_LOGS_FOLDER, LAUNCH_ID_PREFIX, STOP_NOTE_FILE, kill_process, make_run_folder
+from nanoinfra.train.launch.signals import announce_stop, is_second_signal, termination_signals_not_ignored, write_line_to_stderr
+from nanoinfra.train.launch.stop_message import resume_command, report_stopped_run
+from nanoinfra.train.run_directory.ownership import read_run_config
 
-PATIENCE = 300                               # seconds that ranks have to save, when a signal stops the run
+_SAVE_TIMEOUT_SECONDS = 300                               # seconds that ranks have to save, when a signal stops the run
 
 
-def launch(argv: list[str], nproc: int, out: Path | None = None, max_restarts: int = 0,
+def launch_ranks(argv: list[str], nproc: int, out: Path | None = None, max_restarts: int = 0,
            module: str = "nanoinfra.cli") -> int:
     """Run `python -m MODULE ARGV` on `nproc` ranks. Exit code 0, 2 for a user's mistake, 1 for a failed rank.
 
     `out` is a run's directory, where there is one.
     """
     if out:
-        make_folder(out)
+        make_run_folder(out)
     for logger in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(default_threads(nproc)))
-    started, meeting = time.time(), LoopbackRendezvous(OURS + uuid.uuid4().hex[:8])
+    started, meeting = time.time(), LoopbackRendezvous(LAUNCH_ID_PREFIX + uuid.uuid4().hex[:8])
     spec = WorkerSpec("rank", nproc, meeting, entrypoint=sys.executable, max_restarts=max_restarts,
                       args=("-m", module, *argv), monitor_interval=0.1)
     with _notes(out) as notes:
-        agent = Agent(spec, DefaultLogsSpecs(str(notes)), out)
+        agent = ElasticRankAgent(spec, DefaultLogsSpecs(str(notes)), out)
         try:
             with agent.taking_signals():
                 failures = agent.run().failures
@@ -95,11 +95,11 @@ class LoopbackRendezvous(RendezvousHandler):
         return True
 
 
-class Agent(LocalElasticAgent):
+class ElasticRankAgent(LocalElasticAgent):
     """torch's agent, which watches the ranks and starts them again, and here says why."""
 
     def __init__(self, spec: WorkerSpec, notes: DefaultLogsSpecs, out: Path | None):
-        super().__init__(spec, notes, shutdown_timeout=PATIENCE)
+        super().__init__(spec, notes, shutdown_timeout=_SAVE_TIMEOUT_SECONDS)
         self.name, self.out, self.stopped = spec.rdzv_handler.get_run_id(), out, 0.0
 
     @contextmanager
@@ -107,7 +107,7 @@ class Agent(LocalElasticAgent):
         """Here the first signal lets the ranks save and end, and a second one kills them."""
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""                # torch's own handlers stay out
         mine = threading.current_thread() is threading.main_thread()     # which alone hears signals
-        before = {sign: signal.signal(sign, self._signalled) for sign in not_ignored() if mine}
+        before = {sign: signal.signal(sign, self._signalled) for sign in termination_signals_not_ignored() if mine}
         try:
             yield
         finally:
@@ -119,11 +119,11 @@ class Agent(LocalElasticAgent):
         if not self.stopped:
             self.stopped = time.monotonic()
             if self.out:
-                announce(sign)
+                announce_stop(sign)
             raise SignalException("", sign)
-        if is_another(sign, self.stopped) and self._pcontext:
+        if is_second_signal(sign, self.stopped) and self._pcontext:
             for pid in self._pcontext.pids().values():
-                end(pid)
+                kill_process(pid)
 
     def _construct_event(self, state: str, source: EventSource, *details, **more) -> Event:
         """Without what nobody reads: for each event torch looks up this host's name, for a minute or more."""
@@ -147,13 +147,13 @@ class Agent(LocalElasticAgent):
 
     def _has_begun(self):
         """Has an attempt of this launch come as far as to describe its run?"""
-        return last_config(self.out).get("launch") == self.name
+        return read_run_config(self.out).get("launch") == self.name
 
 
 @contextmanager
 def _notes(out):
     """A folder for torch's notes on its ranks, which it would leave behind; a dead run's may be there."""
-    folder = out / NOTES if out else Path(tempfile.mkdtemp(prefix=OURS))
+    folder = out / ELASTIC_LOGS_FOLDER if out else Path(tempfile.mkdtemp(prefix=LAUNCH_ID_PREFIX))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -164,15 +164,15 @@ def _notes(out):
 
 def _after_signal(sign, out, argv, started):
     if out is None:
-        say(f"stopped by {sign.name}")
-    elif (note := out / STOPPED).exists() and note.stat().st_mtime >= started:
-        say_where(out, argv)
+        write_line_to_stderr(f"stopped by {sign.name}")
+    elif (note := out / STOP_NOTE_FILE).exists() and note.stat().st_mtime >= started:
+        report_stopped_run(out, argv)
         return 0
     else:
-        saved = checkpoints(out / "checkpoints")
-        left = f"the last checkpoint is {saved[-1]}, go on with: {how_to_go_on(argv)}" if saved else (
+        saved = list_checkpoints(out / "checkpoints")
+        left = f"the last checkpoint is {saved[-1]}, go on with: {resume_command(argv)}" if saved else (
             "nothing is saved yet")
-        say(f"stopped by {sign.name} before the ranks could save; {left}")
+        write_line_to_stderr(f"stopped by {sign.name} before the ranks could save; {left}")
     return 128 + sign
 
 
@@ -183,12 +183,12 @@ def _after_failure(failures, world, out):
         return 2
     remedy = "; --resume goes on from the last checkpoint" if out else ""
     print(f"nanoinfra: rank {rank} {_how(failures[rank])}{remedy}", file=sys.stderr)
-    if out and (out / BOARD).exists():
+    if out and (out / STATUS_BOARD_FILE).exists():
         from nanoinfra.distributed.ledger import Board, hang_report
-        positions = Board(out / BOARD, world).positions()
+        positions = Board(out / STATUS_BOARD_FILE, world).positions()
         fate = {r: "was killed" for r, failure in failures.items() if _killed(failure)}
         print(hang_report(positions, lambda r: fate.get(r, "")), file=sys.stderr)
-        (out / BOARD).unlink()
+        (out / STATUS_BOARD_FILE).unlink()
     return 1
 
 

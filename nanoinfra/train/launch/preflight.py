@@ -8,14 +8,14 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanoinfra.train.launch.elastic_rank import make_folder
+from nanoinfra.train.launch.elastic_rank import make_run_folder
 
-LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")          # what makes a process a rank
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")          # what makes a process a rank
 
 
-def check_paths(out: Path, trace: Path | None) -> None:
+def check_paths_writable(out: Path, trace: Path | None) -> None:
     """Can the run directory be written, and the timeline?"""
-    make_folder(out)
+    make_run_folder(out)
     with _writing(f"--out {out}"), tempfile.TemporaryFile(dir=out):      # root, say, on a read-only disk
         pass
     if trace:
@@ -23,7 +23,7 @@ def check_paths(out: Path, trace: Path | None) -> None:
             pass
 
 
-def check_device(device: str, ranks: int) -> None:
+def check_device_available(device: str, ranks: int) -> None:
     """Are there devices for `ranks` ranks on this host?"""
     if device != "cuda":
         return
@@ -39,10 +39,10 @@ def check_device(device: str, ranks: int) -> None:
                          f"a rank needs one of its own: start {found}, or use --device cpu")
 
 
-def check_rank(check: Callable[[int], object]) -> None:
+def check_launcher_environment(check: Callable[[int], object]) -> None:
     """Do the variables that make this process a rank make sense, and does `check` take their WORLD_SIZE?"""
-    told = {name: os.environ.get(name, "") for name in LAUNCHER}
-    here = by_environment()
+    told = {name: os.environ.get(name, "") for name in _LAUNCHER_VARIABLES}
+    here = describe_launcher_environment()
     if missing := [name for name, value in told.items() if not value]:
         raise ValueError(f"{here}, but {' and '.join(missing)} {'are' if missing[1:] else 'is'} not set; "
                          "start ranks with torchrun, or unset RANK and WORLD_SIZE to train in this process")
@@ -57,7 +57,7 @@ def check_rank(check: Callable[[int], object]) -> None:
         raise ValueError(f"{error}; {here}: unset them if no launcher has set them") from error
 
 
-def by_environment() -> str:
+def describe_launcher_environment() -> str:
     """What the environment makes this process, in words."""
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     return f"RANK={rank} and WORLD_SIZE={world} in the environment make this process a rank"

@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SAME = 0.5                                   # seconds in which signals are one: `timeout` sends two at once
+TERMINATION_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SAME_SIGNAL_SECONDS = 0.5                                   # seconds in which signals are one: `timeout` sends two at once
 
 
-class Hearing:
+class SignalListener:
     """From `start` to `stop` a thread calls `heard(sign)` for each signal that comes and is not ignored.
 
     One that starts later takes the signals over. It hears nothing where the main thread did not start it, nor
@@ -29,7 +29,7 @@ class Hearing:
     def __init__(self, heard: Callable[[signal.Signals], object]):
         self.heard, self.before, self.pipe = heard, {}, None
 
-    def start(self) -> "Hearing":
+    def start(self) -> "SignalListener":
         """Hear signals from here on."""
         if threading.current_thread() is threading.main_thread():
             self.pipe, self.end = socket.socketpair()
@@ -37,7 +37,7 @@ class Hearing:
             self.old_fd = signal.set_wakeup_fd(self.end.fileno(), warn_on_full_buffer=False)
             self.thread = threading.Thread(target=self._listen, name="hears signals", daemon=True)
             self.thread.start()
-            self.before = {sign: signal.signal(sign, self.handle) for sign in not_ignored()}
+            self.before = {sign: signal.signal(sign, self.handle) for sign in termination_signals_not_ignored()}
         return self
 
     def stop(self) -> None:
@@ -59,7 +59,7 @@ class Hearing:
                 self.heard(signal.Signals(came[0]))
 
 
-class StopRequest(Hearing):
+class StopRequest(SignalListener):
     """While a run trains: the first signal sets `asked`, which the run looks at once a step.
 
     A second one goes to whoever heard them before, and so does Python's KeyboardInterrupt in a program that
@@ -73,10 +73,10 @@ class StopRequest(Hearing):
     def _ask(self, sign):
         if not self.asked:
             self.asked, self.since = 1, time.monotonic()
-            announce(sign)
-        elif self.asked == 1 and self.lone and is_another(sign, self.since):
+            announce_stop(sign)
+        elif self.asked == 1 and self.lone and is_second_signal(sign, self.since):
             outer = getattr(self.before[sign], "__self__", None)
-            if isinstance(outer, Hearing):
+            if isinstance(outer, SignalListener):
                 outer.heard(sign)
             self.asked = 2
             _thread.interrupt_main(sign)     # once more, now that `handle` knows
@@ -88,54 +88,54 @@ class StopRequest(Hearing):
             signal.raise_signal(sign)
 
 
-def is_another(sign: int, since: float) -> bool:
+def is_second_signal(sign: int, since: float) -> bool:
     """Is it a second signal, when the first came at `since`? Of SIGHUP a terminal that goes sends several."""
-    return sign != signal.SIGHUP and time.monotonic() > since + SAME
+    return sign != signal.SIGHUP and time.monotonic() > since + _SAME_SIGNAL_SECONDS
 
 
-def ignore_from_here_on() -> None:
+def ignore_termination_signals() -> None:
     """Nothing is left to end but Python itself, whose last moments drop handlers."""
-    for sign in ENDING:
+    for sign in TERMINATION_SIGNALS:
         signal.signal(sign, signal.SIG_IGN)
 
 
-def not_ignored() -> list[signal.Signals]:
+def termination_signals_not_ignored() -> list[signal.Signals]:
     """Of the signals that end a run those that this process was not started to ignore."""
-    return [sign for sign in ENDING if signal.getsignal(sign) is not signal.SIG_IGN]
+    return [sign for sign in TERMINATION_SIGNALS if signal.getsignal(sign) is not signal.SIG_IGN]
 
 
-def announce(sign: signal.Signals) -> None:
+def announce_stop(sign: signal.Signals) -> None:
     """Say at once that the run will end, when it has saved."""
     if sign == signal.SIGHUP:
-        leave_terminal()
-    if speaks_for_all():
-        say(f"{sign.name}: the run stops after this step and is saved ...; a second signal ends it at once")
+        redirect_terminal_to_devnull()
+    if is_reporting_process():
+        write_line_to_stderr(f"{sign.name}: the run stops after this step and is saved ...; a second signal ends it at once")
 
 
-def end_at_once(sign: signal.Signals) -> None:
+def exit_immediately(sign: signal.Signals) -> None:
     """End this process: nothing is left to save, or nobody wants to wait for it."""
     if sign == signal.SIGHUP:
-        leave_terminal()
+        redirect_terminal_to_devnull()
     if os.isatty(2):
         os.write(2, b"\x1b[?25h")            # the cursor, which a progress bar hides
-    if speaks_for_all():
-        say(f"stopped by {sign.name}")
+    if is_reporting_process():
+        write_line_to_stderr(f"stopped by {sign.name}")
     os._exit(128 + sign)
 
 
-def say(text: str) -> None:
+def write_line_to_stderr(text: str) -> None:
     """One line on stderr, from any thread; on a terminal below the ^C that it shows."""
     with suppress(OSError):                  # of a pipe that nobody reads any more
         os.write(2, f"{os.isatty(2) * chr(10)}nanoinfra: {text}\n".encode())
 
 
-def speaks_for_all() -> bool:
+def is_reporting_process() -> bool:
     """Does this process say what happens to the run? Of ranks the first, unless our launcher does."""
-    from nanoinfra.train.launch.elastic_rank import is_rank, launched_by_us
-    return not is_rank() or (os.environ["RANK"] == "0" and not launched_by_us())
+    from nanoinfra.train.launch.elastic_rank import is_rank_process, launched_by_nanoinfra
+    return not is_rank_process() or (os.environ["RANK"] == "0" and not launched_by_nanoinfra())
 
 
-def leave_terminal() -> None:
+def redirect_terminal_to_devnull() -> None:
     """Let a process whose terminal is gone write to nowhere, instead of failing."""
     for fd in (1, 2):
         with suppress(OSError):

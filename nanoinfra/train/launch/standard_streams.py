@@ -10,7 +10,7 @@ import signal
 import sys
 
 
-def prepare(lasting: bool) -> None:
+def prepare_standard_streams(lasting: bool) -> None:
     """Before anything is written: what was closed leads to nowhere, and a character can be escaped.
 
     `lasting`: writing goes on, to nowhere, when it has failed once.
@@ -27,14 +27,14 @@ def prepare(lasting: bool) -> None:
         setattr(sys, name, stream)
 
 
-def stdout_is_read() -> bool:
+def stdout_has_reader() -> bool:
     """Is there somebody at the other end?"""
     states = select.poll()
     states.register(1, 0)
     return not any(state & (select.POLLERR | select.POLLHUP) for _, state in states.poll(0))
 
 
-def give_up_stdout() -> int:
+def discard_stdout() -> int:
     """Nobody reads: the exit code of a program that SIGPIPE ends; what is left goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 128 + signal.SIGPIPE

@@ -16,29 +16,29 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from nanoinfra.train.launch.elastic_rank import OURS, is_rank, launch_id, make_folder
+from nanoinfra.train.launch.elastic_rank import LAUNCH_ID_PREFIX, is_rank_process, launch_id, make_run_folder
 
-NAME = ".nanoinfra.lock"
-ME = uuid.uuid4().hex                        # two containers may have one host name, and one process id
-POLL = 0.1                                   # seconds
+LOCK_FILE_NAME = ".nanoinfra.lock"
+_PROCESS_UUID = uuid.uuid4().hex                        # two containers may have one host name, and one process id
+_POLL_SECONDS = 0.1                                   # seconds
 
 
 @contextmanager
-def locked(out: Path, patience: float = 0.0) -> Iterator[None]:
+def lock_run_directory(out: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the run directory `out`, which is made. Raises ValueError where another does, and names it.
 
     A holder of this same launch may take `patience` seconds to end. Inside another `locked`, and in a rank
     whose launcher holds the lock, this does nothing; on a file system without locks it warns.
     """
-    make_folder(out)
-    led = is_rank() and (launch_id() or "").startswith(OURS)
-    file = None if led else _take(out / NAME, time.monotonic() + patience)
+    make_run_folder(out)
+    led = is_rank_process() and (launch_id() or "").startswith(LAUNCH_ID_PREFIX)
+    file = None if led else _take(out / LOCK_FILE_NAME, time.monotonic() + patience)
     try:
         yield
     finally:
         if file is not None:
             with suppress(OSError):                      # a file that stays is as free as none
-                (out / NAME).unlink()                    # while it is still ours
+                (out / LOCK_FILE_NAME).unlink()                    # while it is still ours
             os.close(file)
 
 
@@ -51,11 +51,11 @@ def _take(path, until):
         except BlockingIOError:
             holder = _holder(file)
             os.close(file)
-            if holder.get("process") == [ME, os.getpid()]:
+            if holder.get("process") == [_PROCESS_UUID, os.getpid()]:
                 return None
             if launch_id() is None or holder.get("launch") != launch_id() or time.monotonic() > until:
                 raise ValueError(_refusal(path.parent, holder)) from None
-            time.sleep(POLL)
+            time.sleep(_POLL_SECONDS)
         except OSError as error:
             os.close(file)
             print(f"nanoinfra: {path} cannot be locked ({error.strerror}): take care that no second run goes "
@@ -85,7 +85,7 @@ def _is_at(path, file):
 
 def _sign(file):
     since = datetime.now().astimezone().isoformat(" ", "seconds")
-    who = {"process": [ME, os.getpid()], "host": socket.gethostname(), "since": since, "launch": launch_id()}
+    who = {"process": [_PROCESS_UUID, os.getpid()], "host": socket.gethostname(), "since": since, "launch": launch_id()}
     os.ftruncate(file, 0)
     os.pwrite(file, json.dumps(who).encode(), 0)
 

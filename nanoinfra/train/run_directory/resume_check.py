@@ -7,15 +7,15 @@ import json
 from pathlib import Path
 
 from nanoinfra.config import SIZES
-from nanoinfra.train.config import TrainFlags, to_json
-from nanoinfra.train.run_inputs import Inputs
+from nanoinfra.train.config import TrainFlags, flags_to_dict
+from nanoinfra.train.run_inputs import RunInputs
 
-NEEDED = ("step", "consumed", "updates", "scale", "seed", "seq", "corpus", "tokenizer", "model", "flags")
-SAID = {"model": ("model", "dtype", "grad_dtype"), "optimizer": None,      # None: all of them
-        "run": ("steps", "seconds")}
+_REQUIRED_STATE_KEYS = ("step", "consumed", "updates", "scale", "seed", "seq", "corpus", "tokenizer", "model", "flags")
+_REPORTED_FLAGS = {"model": ("model", "dtype", "grad_dtype"), "optimizer": None,      # None: all of them
+        "run": ("steps", "max_seconds")}
 
 
-def described(inputs: Inputs) -> dict:
+def data_description(inputs: RunInputs) -> dict:
     """What --data gave, in numbers that a sentence can hold: name, documents, bytes, tokenizer's entries."""
     corpus, tokenizer = inputs.source.corpus, inputs.source.tokenizer
     vocab = tokenizer.vocab_size if tokenizer else inputs.model.vocab
@@ -25,16 +25,16 @@ def described(inputs: Inputs) -> dict:
             "bytes": sum(corpus.bytes), "vocab": vocab}
 
 
-def check_same(run: Path, state: dict, inputs: Inputs, flags: TrainFlags, text: dict) -> None:
+def check_resumes_same_run(run: Path, state: dict, inputs: RunInputs, flags: TrainFlags, text: dict) -> None:
     """Raise ValueError, which says what is another and what to do, unless `flags` go on with `state`.
 
     `text` is what `described` gives of `inputs`.
     """
-    if missing := [key for key in NEEDED if key not in state]:
+    if missing := [key for key in _REQUIRED_STATE_KEYS if key not in state]:
         raise ValueError(f"--resume: the checkpoint of {run} says nothing of {', '.join(missing)}, so "
                          "another version of nanoinfra wrote it; go on with that one, or start a run of its "
                          f"own from its weights: --model {run} --out another")
-    was, now = state["flags"]["model"], to_json(flags)["model"]
+    was, now = state["flags"]["model"], flags_to_dict(flags)["model"]
     if was["model"] != now["model"] and {was["model"], now["model"]} & SIZES.keys():
         raise ValueError(f"--resume: the run in {run} trains --model {was['model']}, this is --model "
                          f"{now['model']}; give --model {was['model']}")
@@ -48,10 +48,10 @@ def check_same(run: Path, state: dict, inputs: Inputs, flags: TrainFlags, text: 
     _check_frozen(run, state, flags)
 
 
-def changed_flags(state: dict, flags: TrainFlags, threads: int, global_batch: int) -> list[str]:
+def describe_changed_flags(state: dict, flags: TrainFlags, threads: int, global_batch: int) -> list[str]:
     """["--steps 800 (500 before)", ...]: what moves the losses and is not as when `state` was saved."""
-    was, now, said = state["flags"], to_json(flags), []
-    for group, names in SAID.items():
+    was, now, said = state["flags"], flags_to_dict(flags), []
+    for group, names in _REPORTED_FLAGS.items():
         for name in [name for name in names or now[group] if name in was[group].keys() & now[group].keys()]:
             before, here = was[group][name], _plain(now[group][name])
             if before != here:

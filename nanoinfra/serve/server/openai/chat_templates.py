@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 
 from nanoinfra.model.tokenizer import Text, render_chat, renderer
 from nanoinfra.model.weights.import_transformers import without_torch
-from nanoinfra.train.launch.elastic_rank import end_with_parent
+from nanoinfra.train.launch.elastic_rank import die_with_parent
 
 SECONDS = 2.0                                # of the processor, for one chat
 PATIENCE = 20                                # seconds of a clock, on a machine however busy
@@ -93,7 +93,7 @@ class TemplateProcess:
 
 def main() -> None:
     """Be the child: chats come through pipe argv[1], each has argv[2] seconds of the processor."""
-    end_with_parent()
+    die_with_parent()
     for sign in (signal.SIGINT, signal.SIGTERM):             # meant for the server, which ends this one
         signal.signal(sign, signal.SIG_IGN)
     if sys.platform == "linux":
