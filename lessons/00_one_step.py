@@ -216,7 +216,7 @@ print(*map(inspect.getsource, (params.shapes, params.block_shapes, flops.forward
 
 # %%
 model, optimizer, gradients, step = trainers[NAME]
-moments = [tensor for name, tensor in optimizer.state().items() if name.startswith("exp_avg")]
+moments = [tensor for name, tensor in optimizer.state_dict().items() if name.startswith("exp_avg")]
 held = [*model.parameters(), *gradients().values(), *moments]
 with torch.device("meta"), FlopCounterMode(display=False) as counter:
     Decoder(config, attention="naive")(torch.zeros(B, T, dtype=torch.long)).sum().backward()

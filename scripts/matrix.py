@@ -23,7 +23,14 @@ from nanoinfra.distributed.pool.ranks import Ranks
 from nanoinfra.lab import draw
 from nanoinfra.lab.axes import largest_error as error
 from nanoinfra.lab.axes import step_of
-from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, PipelineFlags, TrainFlags, check_train_flags
+from nanoinfra.train.config import (
+    DataFlags,
+    MeshFlags,
+    ModelFlags,
+    PipelineFlags,
+    TrainFlags,
+    check_train_flags,
+)
 
 TECHNIQUES = {                               # flags; two that set one flag differently exclude each other
     "dp": {"dp": 2}, "ZeRO-1": {"dp": 2, "zero": 1}, "ZeRO-2": {"dp": 2, "zero": 2},

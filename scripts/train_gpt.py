@@ -55,7 +55,7 @@ seq = args.seq or size.model.context
 source = open_dataset(args.data, size.model.vocab)
 tokenizer = source.tokenizer
 G = args.global_batch or args.micro_batch * mesh.dp.size
-loader = MicroBatchLoader(source, seed=args.seed, seq=seq, global_batch=G, micro_batch=args.micro_batch,
+loader = MicroBatchLoader(source, seed=args.seed, seq_len=seq, global_batch=G, micro_batch=args.micro_batch,
                 dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
 
 # Model: drawn by parameter name, so every rank draws the same
@@ -79,7 +79,7 @@ def learning_rate(step, progress):
 
 began, step, elapsed = time.time(), 0, 0.0
 while elapsed < args.seconds if args.seconds else step < args.steps:
-    micro_batches = loader.next()
+    micro_batches = loader.next_step()
     [valid] = count_valid_tokens(micro_batches, mesh.data)              # of all ranks, known before any backward
 
     total = torch.zeros((), dtype=torch.float64)
@@ -109,14 +109,14 @@ loader.close()
 if tokenizer:
     held_out, nats = HeldOutSet(source.corpus.held_out, tokenizer, seq), torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
-        for x, y in held_out.batches(args.micro_batch, mesh.data.rank, mesh.data.size):
+        for x, y in held_out.micro_batches(args.micro_batch, mesh.data.rank, mesh.data.size):
             nats += linear_cross_entropy(model.hidden(x), model.head.weight, y, 1)
     nats = comm.all_reduce(nats, mesh.data).item()
     if mesh.rank == 0:
         print(f"held out: {held_out.bits_per_byte(nats):.4f} bits per byte")
-        prompt = [tokenizer.eot, *tokenizer.encode(args.prompt)]
+        prompt = [tokenizer.eot_token_id, *tokenizer.encode(args.prompt)]
         written = generate(model, prompt, min(100, seq - len(prompt)), temperature=0.8, top_k=50,
-                           ends=[tokenizer.eot])
+                           ends=[tokenizer.eot_token_id])
         print(args.prompt + tokenizer.decode(written))
 if dist.is_initialized():
     dist.destroy_process_group()

@@ -197,7 +197,7 @@ def test_a_mistake_only_ranks_can_see_is_one_line_too(tmp_path):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
-    monkeypatch.setattr("nanoinfra.train.trainer.count_valid", lambda *_: int("not a number"))
+    monkeypatch.setattr("nanoinfra.train.trainer.count_valid_tokens", lambda *_: int("not a number"))
     with pytest.raises(ValueError, match="invalid literal"):
         main([*QUICK, "--steps", "1", "--out", str(tmp_path)])
 

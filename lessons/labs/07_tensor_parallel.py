@@ -128,12 +128,12 @@ def mistake(broken):
 
 def step(mesh, replica):
     """({(op, tag): (calls, bytes)}, seconds that no rank could avoid to wait in layers, seconds)."""
-    batches = [tokens(mesh, replica.parallel.each[0].model.config.vocab)]
+    batches = [tokens(mesh, replica.parallel_model.each[0].model.config.vocab)]
     [count] = count_valid_tokens(batches, mesh.data)
     comm.barrier(mesh.tp)
     mesh.ledger.take()
     begin = time.monotonic()
-    replica.begin(batches, count, lr=1e-3)
+    replica.begin_step(batches, count, lr=1e-3)
     execute_schedule(accumulate(1), replica)
     rows = [row for row in mesh.ledger.take() if row.tag in ("layers", *TAGS)]
     if mesh.device == "cuda":
@@ -155,12 +155,12 @@ def tokens(mesh, vocab):
 
 def kept_by_layer(mesh, replica):
     """Bytes that a layer's forward leaves for backward: those kept after the second, less after the first."""
-    batches, marks = [tokens(mesh, replica.parallel.each[0].model.config.vocab)], []
+    batches, marks = [tokens(mesh, replica.parallel_model.each[0].model.config.vocab)], []
     [count] = count_valid_tokens(batches, mesh.data)
-    replica.begin(batches, count, lr=0.0)
-    with Kept(replica.parallel.each[0].model.parameters()) as kept:
+    replica.begin_step(batches, count, lr=0.0)
+    with Kept(replica.parallel_model.each[0].model.parameters()) as kept:
         hooks = [block.register_forward_hook(lambda *_: marks.append(kept.bytes()))
-                 for block in replica.parallel.each[0].model.blocks]
+                 for block in replica.parallel_model.each[0].model.blocks]
         replica.forward(0)
     for hook in hooks:
         hook.remove()

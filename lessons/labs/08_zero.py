@@ -85,7 +85,7 @@ def step(mesh, replica):
     comm.barrier(mesh.data)
     mesh.ledger.take()
     begin = time.monotonic()
-    replica.begin(batches, count, lr=1e-3)
+    replica.begin_step(batches, count, lr=1e-3)
     for instruction in accumulate(MICRO_BATCHES):
         execute_schedule([instruction], replica)
         if instruction in (Backward(0), ReduceGrads()):
@@ -106,14 +106,14 @@ def share(mesh):
 
 def held_by(replica):
     """Bytes of [weights, gradients, optimizer with masters], each storage once."""
-    shared = replica.parallel.each[0].data
+    shared = replica.parallel_model.each[0].data
     if reducer := getattr(shared, "reducer", None):                  # ZeRO's
         filling = [bucket.flat for bucket in reducer.buckets if bucket.flat is not None]
         gradients = [*reducer.grads.values(), *filling]
     else:
         gradients = [bucket.flat for bucket in shared.buckets]
-    return [nbytes(tensors) for tensors in (replica.parallel.each[0].model.parameters(), gradients,
-                                            replica.optimizer.state().values())]
+    return [nbytes(tensors) for tensors in (replica.parallel_model.each[0].model.parameters(), gradients,
+                                            replica.optimizer.state_dict().values())]
 
 
 def nbytes(tensors):

@@ -98,7 +98,7 @@ def train(mesh, config, sizes, wire=None, broken="", steps=STEPS):
     total = comm.all_reduce(torch.tensor([*mine.values()]), mesh.world).tolist()
     loss = comm.all_reduce(replica.loss.clone(), mesh.world).item() / here.tp.size   # the last stages have it
     return {"sent": dict(zip(mine, total)), "rows": rows, "loss": loss, "norm": replica.grad_norm,
-            "grads": {name: (replica.parallel.box(name), grad) for name, grad in replica.grads.items()},
+            "grads": {name: (replica.parallel_model.box(name), grad) for name, grad in replica.grads.items()},
             "seconds": [seconds for _, seconds in done[1:]]}
 
 
@@ -122,8 +122,8 @@ def step(mesh, replica, batches, broken):
     mesh.ledger.take()
     begin = time.monotonic()
     for turn in turns:
-        replica.begin(turn, count, lr=0.0)
-        execute_schedule(replica.schedule(len(turn))[:-1], replica)
+        replica.begin_step(turn, count, lr=0.0)
+        execute_schedule(replica.build_step_schedule(len(turn))[:-1], replica)
         grads = {name: grads.get(name, 0.0) + grad for name, grad in replica.grads.items()}
         loss = loss + replica.loss
     rows, replica.grads, replica.loss = mesh.ledger.take(), grads, loss

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from nanoinfra.data.text_files import SkippedFile, read_text_folder, read_text_file, summarize_skip_reasons
+from nanoinfra.data.text_files import SkippedFile, read_text_file, read_text_folder, summarize_skip_reasons
 
 _HELD_OUT_EVERY = 20                  # one document in so many is held out
 _PIECE_CHARS = 8192                   # characters after which a single file is cut, at the next blank line
@@ -35,7 +35,7 @@ class Corpus:
     skipped: tuple[SkippedFile, ...] = ()
 
     @cached_property
-    def hash(self) -> str:
+    def sha256(self) -> str:
         """SHA-256 over every path and text and its side of the split, in hexadecimal."""
         digest = hashlib.sha256()
         for side in (self.train, self.held_out):
@@ -45,7 +45,7 @@ class Corpus:
         return digest.hexdigest()
 
     @property
-    def bytes(self) -> tuple[int, int]:
+    def train_and_held_out_bytes(self) -> tuple[int, int]:
         """UTF-8 bytes of the train and of the held-out documents."""
         return count_utf8_bytes(self.train), count_utf8_bytes(self.held_out)
 

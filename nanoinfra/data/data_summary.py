@@ -11,8 +11,8 @@ from nanoinfra.data.text_files import summarize_skip_reasons
 def describe_data(source: PackedDataset, seq: int) -> str:
     """One line: documents, bytes and tokens on each side of the split, and the samples of an epoch."""
     corpus, tokens = source.corpus, len(source.tokens)
-    train, held_out = corpus.bytes
-    windows = source.windows(seq)
+    train, held_out = corpus.train_and_held_out_bytes
+    windows = source.samples_per_epoch(seq)
     over = f", the last {over:,} are in none" if (over := tokens - 1 - windows * seq) else ""
     return (f"--data {corpus.name}: {len(corpus.train)} documents ({_size(train)}) to train on, "
             f"{len(corpus.held_out)} ({_size(held_out)}) held out; "
@@ -21,8 +21,8 @@ def describe_data(source: PackedDataset, seq: int) -> str:
 
 def data_warnings(source: PackedDataset, seq: int, vocab: int | None, global_batch: int) -> list[str]:
     """A line for each thing that may not be meant. `vocab` is the size asked for, None where none was."""
-    corpus, windows = source.corpus, source.windows(seq)
-    train, held_out = corpus.bytes
+    corpus, windows = source.corpus, source.samples_per_epoch(seq)
+    train, held_out = corpus.train_and_held_out_bytes
     found = []
     if corpus.skipped:
         found.append(_describe_skipped(corpus))

@@ -36,37 +36,37 @@ class MicroBatchLoader:
                                    ("prefetch", prefetch, 1)):
             if value < least:
                 raise ValueError(f"{flag} is {value}; it must be at least {least}: try {flag} {least}")
-        source.check(seq)
-        self.source, self.seed, self.seq = source, seed, seq
+        source.check_seq_len(seq)
+        self.dataset, self.seed, self.seq_len = source, seed, seq
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.dp_rank, self.dp_size, self.consumed = dp_rank, dp_size, start
-        self.prefetch, self.pending = prefetch, deque()
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self.prefetch_steps, self._prefetched = prefetch, deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
-    def next(self) -> list[MicroBatch]:
+    def next_step(self) -> list[MicroBatch]:
         """The m micro-batches of the next optimizer step. What went wrong in the thread is raised here."""
-        while len(self.pending) < self.prefetch:
-            ahead = self.consumed + len(self.pending) * self.global_batch
-            self.pending.append(self.pool.submit(self.batches, ahead))
-        batches = self.pending[0].result()
-        self.pending.popleft()
+        while len(self._prefetched) < self.prefetch_steps:
+            ahead = self.consumed + len(self._prefetched) * self.global_batch
+            self._prefetched.append(self._thread.submit(self.micro_batches_at, ahead))
+        batches = self._prefetched[0].result()
+        self._prefetched.popleft()
         self.consumed += self.global_batch
         return batches
 
-    def batches(self, cursor: int) -> list[MicroBatch]:
+    def micro_batches_at(self, cursor: int) -> list[MicroBatch]:
         """The micro-batches of the step whose first sample is `cursor`."""
         rows = deal_to_micro_batches(self.global_batch, self.micro_batch, self.dp_rank, self.dp_size)
-        return [_stack([self.source.sample(cursor + i, self.seed, self.seq) for i in some], self.seq)
+        return [_stack([self.dataset.sample(cursor + i, self.seed, self.seq_len) for i in some], self.seq_len)
                 for some in rows]
 
-    def state(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         """What a checkpoint keeps: samples consumed (what was made ahead does not count) and the seed."""
         return {"consumed": self.consumed, "seed": self.seed}
 
     def close(self) -> None:
         """End the thread; `next` afterwards raises RuntimeError."""
-        self.pool.shutdown(cancel_futures=True)
-        self.pending.clear()
+        self._thread.shutdown(cancel_futures=True)
+        self._prefetched.clear()
 
 
 def deal_to_micro_batches(count: int, micro_batch: int, rank: int, size: int) -> list[range]:
@@ -84,21 +84,21 @@ class HeldOutSet:
     """
 
     def __init__(self, documents: list[Document], tokenizer: BPETokenizer, seq: int):
-        self.seq, self.rows, eot = seq, [], tokenizer.eot
-        for ids in tokenizer.encode_all([document.text for document in documents]):
+        self.seq_len, self.windows, eot = seq, [], tokenizer.eot_token_id
+        for ids in tokenizer.encode_batch([document.text for document in documents]):
             s = [eot, *ids, eot]
-            self.rows += [_padded(s[i:i + seq + 1], seq) for i in range(0, len(s) - 1, seq)]
-        self.tokens = sum(int((y != IGNORE_INDEX).sum()) for _, y in self.rows)
-        self.bytes = count_utf8_bytes(documents)
+            self.windows += [_padded(s[i:i + seq + 1], seq) for i in range(0, len(s) - 1, seq)]
+        self.num_targets = sum(int((y != IGNORE_INDEX).sum()) for _, y in self.windows)
+        self.num_bytes = count_utf8_bytes(documents)
 
-    def batches(self, micro_batch: int, rank: int = 0, size: int = 1) -> Iterator[MicroBatch]:
+    def micro_batches(self, micro_batch: int, rank: int = 0, size: int = 1) -> Iterator[MicroBatch]:
         """Window i goes to rank i mod `size`; as many batches on every rank, dealt as in training."""
-        for some in deal_to_micro_batches(len(self.rows), micro_batch, rank, size):
-            yield _stack([self.rows[i] for i in some], self.seq)
+        for some in deal_to_micro_batches(len(self.windows), micro_batch, rank, size):
+            yield _stack([self.windows[i] for i in some], self.seq_len)
 
     def bits_per_byte(self, nats: float) -> float:
         """-sum log2 p / bytes, from -sum ln p over all held-out tokens of all ranks."""
-        return nats / log(2) / self.bytes
+        return nats / log(2) / self.num_bytes
 
 
 def _padded(s: list[int], seq: int) -> tuple[np.ndarray, np.ndarray]:

@@ -37,7 +37,7 @@ def pack_corpus(corpus: Corpus, tokenizer: BPETokenizer, cache: str | Path | Non
         np.save(folder / "tokens.npy", tokens)
         np.save(folder / "starts.npy", starts)
 
-    folder = get_or_build_folder(f"tokens-{corpus.hash[:16]}-{tokenizer.hash[:16]}", fill, cache)
+    folder = get_or_build_folder(f"tokens-{corpus.sha256[:16]}-{tokenizer.sha256[:16]}", fill, cache)
     tokens, starts = np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "starts.npy")
     return PackedDataset(tokens, starts, corpus, tokenizer)
 
@@ -45,10 +45,10 @@ def pack_corpus(corpus: Corpus, tokenizer: BPETokenizer, cache: str | Path | Non
 def encode_token_stream(texts: list[str], tokenizer: BPETokenizer) -> tuple[np.ndarray, np.ndarray]:
     """EOT, then each text and its EOT: tokens (N,) of uint16 if they fit, and where each text starts (D,)."""
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    parts, lengths = [np.array([tokenizer.eot], kind)], []
+    parts, lengths = [np.array([tokenizer.eot_token_id], kind)], []
     for some in _chunks(texts, 64):                      # encodings are many times the size of their ids
-        for ids in tokenizer.encode_all(some):
-            parts.append(np.array([*ids, tokenizer.eot], kind))
+        for ids in tokenizer.encode_batch(some):
+            parts.append(np.array([*ids, tokenizer.eot_token_id], kind))
             lengths.append(len(ids) + 1)
     starts = 1 + np.cumsum([0, *lengths[:-1]])           # (D,), after the first EOT
     return np.concatenate(parts), starts
@@ -59,27 +59,27 @@ class PackedDataset:
 
     def __init__(self, tokens: np.ndarray, starts: np.ndarray, corpus: Corpus | None = None,
                  tokenizer: BPETokenizer | None = None):
-        self.tokens, self.starts, self.corpus, self.tokenizer = tokens, starts, corpus, tokenizer
+        self.tokens, self.document_starts, self.corpus, self.tokenizer = tokens, starts, corpus, tokenizer
 
-    def check(self, seq: int) -> None:
+    def check_seq_len(self, seq: int) -> None:
         """Raises ValueError where not even one sample of `seq` tokens and its last target fits."""
         if seq + 1 > len(self.tokens):
             raise ValueError(f"a sequence longer than the corpus: --seq {seq} takes {seq + 1} tokens, "
                              f"the corpus has {len(self.tokens)} to train on; try --seq "
                              f"{len(self.tokens) - 1}, or more text")
 
-    def windows(self, seq: int) -> int:
+    def samples_per_epoch(self, seq: int) -> int:
         """Samples in one epoch: windows of `seq` inputs that do not overlap."""
         return (len(self.tokens) - 1) // seq
 
-    def window(self, i: int, seq: int) -> np.ndarray:
+    def read_window(self, i: int, seq: int) -> np.ndarray:
         """Tokens of window i and the one after: (T+1,) int64."""
         return np.array(self.tokens[i * seq:(i + 1) * seq + 1], np.int64)
 
-    def sample(self, g: int, seed: int, seq: int) -> tuple[np.ndarray, np.ndarray]:
+    def get_sample(self, g: int, seed: int, seq: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of global sample g: two (T,) int64."""
-        epoch, place = divmod(g, self.windows(seq))
-        s = self.window(_order(seed, epoch, self.windows(seq))[place], seq)
+        epoch, place = divmod(g, self.samples_per_epoch(seq))
+        s = self.read_window(_order(seed, epoch, self.samples_per_epoch(seq))[place], seq)
         return s[:-1], s[1:]
 
 
@@ -90,10 +90,10 @@ class RandomTokenDataset:
     def __init__(self, vocab: int):
         self.vocab = vocab
 
-    def check(self, seq: int) -> None:
+    def check_seq_len(self, seq: int) -> None:
         """Every sequence length will do."""
 
-    def sample(self, g: int, seed: int, seq: int) -> tuple[np.ndarray, np.ndarray]:
+    def get_sample(self, g: int, seed: int, seq: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of global sample g: two (T,) int64; past the document 0 and IGNORE."""
         draw = np.random.PCG64([seed, g]).random_raw(seq + 2)
         length = 1 + int(draw[0] % seq)

@@ -38,8 +38,8 @@ def get_or_train_tokenizer(corpus: Corpus, vocab: int = 4096, cache: str | Path 
         took.append(time.perf_counter() - begin)
 
     _check_vocab(vocab)
-    got = BPETokenizer.load(get_or_build_folder(f"tokenizer-{corpus.hash[:16]}-{vocab}", fill, cache))
-    got.train_s = sum(took, 0.0)
+    got = BPETokenizer.load(get_or_build_folder(f"tokenizer-{corpus.sha256[:16]}-{vocab}", fill, cache))
+    got.train_seconds = sum(took, 0.0)
     return got
 
 
@@ -54,9 +54,9 @@ class BPETokenizer:
         if eot is None:
             raise ValueError(f"the tokenizer has no token {end_of_text!r} to end a document with; name the "
                              "one it has as eos_token in tokenizer_config.json")
-        self.backend, self.end_of_text, self.eot = backend, end_of_text, eot
+        self.backend_tokenizer, self.eot_token, self.eot_token_id = backend, end_of_text, eot
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        self.train_s = 0.0                   # seconds spent training it in this process
+        self.train_seconds = 0.0                   # seconds spent training it in this process
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab: int) -> "BPETokenizer":
@@ -78,7 +78,7 @@ class BPETokenizer:
         return cls(backend)
 
     @staticmethod
-    def is_own(folder: str | Path) -> bool:
+    def is_saved_here(folder: str | Path) -> bool:
         """Does `folder` hold what `save` writes, and nothing beside it that would change what it means?"""
         names = (path.name for path in Path(folder).glob("*"))
         config = _read(folder)
@@ -87,7 +87,7 @@ class BPETokenizer:
     @classmethod
     def load(cls, folder: str | Path) -> "BPETokenizer":
         """The tokenizer saved in `folder`. Raises ValueError where it holds none that was trained here."""
-        if not cls.is_own(folder):
+        if not cls.is_saved_here(folder):
             raise ValueError(f"{folder} holds no tokenizer saved by nanoinfra; train one, or name the model "
                              "it belongs to as --model")
         try:
@@ -97,9 +97,9 @@ class BPETokenizer:
         return cls(backend, _read(folder)["eos_token"])
 
     @property
-    def hash(self) -> str:
+    def sha256(self) -> str:
         """SHA-256 of tokenizer.json, in hexadecimal."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+        return hashlib.sha256(self.backend_tokenizer.to_str().encode()).hexdigest()
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """Ids of `text`, with nothing added.
@@ -107,26 +107,26 @@ class BPETokenizer:
         `<|endoftext|>` spelled out in a text is plain text, so that no document can end itself; with
         `specials` such names become their ids, as transformers does and chat templates want.
         """
-        return self.encode_all([text], specials)[0]
+        return self.encode_batch([text], specials)[0]
 
-    def encode_all(self, texts: list[str], specials: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: list[str], specials: bool = False) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        backend = self.backend if specials else self._plain
+        backend = self.backend_tokenizer if specials else self._plain
         return [got.ids for got in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into `folder`, made if needed."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, _TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        Path(folder, _CONFIG_FILE).write_text(json.dumps(_config(self.end_of_text), indent=2), encoding="utf-8")
+        Path(folder, _TOKENIZER_FILE).write_text(self.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
+        Path(folder, _CONFIG_FILE).write_text(json.dumps(_config(self.eot_token), indent=2), encoding="utf-8")
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        plain = tokenizers.Tokenizer.from_str(self.backend.to_str())    # a copy: threads may use both at once
+        plain = tokenizers.Tokenizer.from_str(self.backend_tokenizer.to_str())    # a copy: threads may use both at once
         plain.encode_special_tokens = True                              # as ordinary text
         return plain
 

@@ -42,11 +42,11 @@ def step_of(config: ModelConfig, flags: TrainFlags, seq: int, norm: Callable | N
     mesh = _mesh(flags)
     replica, batches = stage_of(config, flags, mesh, seq)
     mesh.ledger.take()
-    replica.begin(batches, valid(flags.data.global_batch, seq))
-    execute_schedule(replica.schedule(len(batches))[:-1], replica)                # all but the optimizer's step
+    replica.begin_step(batches, valid(flags.data.global_batch, seq))
+    execute_schedule(replica.build_step_schedule(len(batches))[:-1], replica)                # all but the optimizer's step
     rows, grads = mesh.ledger.take(), {}
     for name, grad in replica.grads.items():
-        box = replica.parallel.box(name)
+        box = replica.parallel_model.box(name)
         size = [stop - start for start, stop in box]
         grads[name] = box, grad.reshape(-1)[:prod(size)].view(size).clone()      # ZeRO's last has zeros after
     own = norm(replica.grads, mesh, mesh.ends("pp")) if norm else None
@@ -63,12 +63,12 @@ def paced(config: ModelConfig, flags: TrainFlags, seq: int, wire: dict[str, tupl
     """
     mesh, trials = _mesh(flags, wire), []
     replica, batches = stage_of(config, flags, mesh, seq)
-    emulate(replica.parallel.each[0].model.blocks, 2 * seconds / flags.data.micro_batch)
-    order = replica.schedule(len(batches))
+    emulate(replica.parallel_model.each[0].model.blocks, 2 * seconds / flags.data.micro_batch)
+    order = replica.build_step_schedule(len(batches))
     for _ in range(repeats + 1):
         comm.barrier(mesh.world)
         begin = time.monotonic()
-        replica.begin(batches, valid(flags.data.global_batch, seq))
+        replica.begin_step(batches, valid(flags.data.global_batch, seq))
         execute_schedule(order[:order.index(ReduceGrads()) + 1], replica)
         trials.append(time.monotonic() - begin)
     return trials[1:]                                                    # the first one warms up

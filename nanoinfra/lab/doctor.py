@@ -20,7 +20,7 @@ from nanoinfra.lab.measure import median
 from nanoinfra.lab.options import DoctorFlags
 from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
-from nanoinfra.train.config import parse_emulated_links, mesh_axis_sizes
+from nanoinfra.train.config import mesh_axis_sizes, parse_emulated_links
 
 DTYPES = ("float32", "bfloat16")
 

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanoinfra.train.config import MeshFlags, parse_emulated_links, mesh_axis_sizes, num_ranks_to_start
+from nanoinfra.train.config import MeshFlags, mesh_axis_sizes, num_ranks_to_start, parse_emulated_links
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def train(config: ModelConfig, kind: str, p: int, v: int, batches: list, dtype: 
     mesh = Mesh(pp=p, dp=world_size() // p, device=device)
     flags = TrainFlags(ModelFlags(dtype=dtype), mesh=MeshFlags(pp=p), pipeline=PipelineFlags(kind, v))
     replica = TrainStage(config, flags, mesh)
-    order = (lists[mesh.pp.rank] if lists else replica.schedule(len(batches)))[:-1]      # all but the step
+    order = (lists[mesh.pp.rank] if lists else replica.build_step_schedule(len(batches)))[:-1]      # all but the step
     _, *steps = [_step(mesh, replica, order, batches) for _ in range(1 + repeats)]
     return {"loss": replica.loss.item(), "grads": {name: g.cpu() for name, g in replica.grads.items()},
             **steps[-1], "seconds": [step["seconds"] for step in steps]}
@@ -113,9 +113,9 @@ def train(config: ModelConfig, kind: str, p: int, v: int, batches: list, dtype: 
 
 def _step(mesh, replica, order, batches):
     """Gradients of one step, and what was seen meanwhile."""
-    replica.begin(batches, sum(y.numel() for _, y in batches) * mesh.data.size)
-    kept = _Kept(parameter for chunk in replica.parallel.each for parameter in chunk.model.parameters())
-    hooks = [hook for chunk in replica.parallel.each for hook in _keeping(chunk.model.blocks, kept)]
+    replica.begin_step(batches, sum(y.numel() for _, y in batches) * mesh.data.size)
+    kept = _Kept(parameter for chunk in replica.parallel_model.each for parameter in chunk.model.parameters())
+    hooks = [hook for chunk in replica.parallel_model.each for hook in _keeping(chunk.model.blocks, kept)]
     comm.barrier(mesh.pp)
     mesh.ledger.take()
     begin = time.monotonic()

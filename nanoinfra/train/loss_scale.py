@@ -14,7 +14,7 @@ class LossScale:
         if not 1 <= value <= _MAX_LOSS_SCALE or grow_after < 1:
             raise ValueError(f"a loss scale of {value:g} that grows after {grow_after} steps: it is 1 to "
                              f"{_MAX_LOSS_SCALE:g}, and grows after at least 1; try 65536 and 2000")
-        self.value, self.grow_after, self.good = float(value), grow_after, 0
+        self.value, self.growth_interval, self.good_steps = float(value), grow_after, 0
 
     def update(self, overflow: bool) -> None:
         """Halve after a step that overflowed, double after `grow_after` in a row that did not.
@@ -26,16 +26,16 @@ class LossScale:
                 raise ValueError(f"gradients are not finite at a loss scale of {self.value:g}, and it must "
                                  f"not fall below 1: the model itself overflows; try --dtype bfloat16, or a "
                                  f"smaller --lr")
-            self.value, self.good = self.value / 2, 0
+            self.value, self.good_steps = self.value / 2, 0
             return
-        self.good += 1
-        if self.good == self.grow_after:
-            self.value, self.good = min(2 * self.value, _MAX_LOSS_SCALE), 0
+        self.good_steps += 1
+        if self.good_steps == self.growth_interval:
+            self.value, self.good_steps = min(2 * self.value, _MAX_LOSS_SCALE), 0
 
-    def state(self) -> dict:
+    def state_dict(self) -> dict:
         """What a checkpoint keeps; JSON can hold it."""
-        return {"value": self.value, "good": self.good}
+        return {"value": self.value, "good": self.good_steps}
 
-    def load(self, state: dict) -> None:
+    def load_state_dict(self, state: dict) -> None:
         """Go on from `state()`."""
-        self.value, self.good = float(state["value"]), int(state["good"])
+        self.value, self.good_steps = float(state["value"]), int(state["good"])

@@ -24,14 +24,14 @@ class MetricsLog:
     def __init__(self, path: Path, go_on_after: int = 0):
         lines, bad = _sorted_out(path) if go_on_after else ([], 0)
         kept = [line for line in lines if line["step"] <= go_on_after]
-        self.lost = ""
+        self.missing_steps_warning = ""
         if bad or len(kept) < go_on_after:
-            self.lost = (f"{path.name} holds {len(kept)} of the {go_on_after} steps so far"
+            self.missing_steps_warning = (f"{path.name} holds {len(kept)} of the {go_on_after} steps so far"
                          + f"; {bad} lines that are no step's are dropped" * bool(bad))
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(path, "a")
 
-    def write(self, line: dict) -> None:
+    def write_step(self, line: dict) -> None:
         """Append one step."""
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
@@ -103,7 +103,7 @@ class ProgressBar:
                                           completed=elapsed if seconds else start)
             self.bar.start()
 
-    def show(self, line: dict, elapsed: float, last: bool = False) -> None:
+    def show_step(self, line: dict, elapsed: float, last: bool = False) -> None:
         """Show a step's line of metrics, `elapsed` seconds into the run."""
         says = f"loss {line['loss']:.3f}  {line['tokens_per_s']:,.0f} tokens/s"
         if "held_out_bpb" in line:

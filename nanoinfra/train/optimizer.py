@@ -26,60 +26,60 @@ class MixedPrecisionOptimizer:
                  weight_decay: float = ADAMW_WEIGHT_DECAY):
         named = model.items() if isinstance(model, dict) else model.named_parameters()
         self.params = {n: p for n, p in named if isinstance(model, dict) or p.requires_grad}
-        self.masters = {n: _master(p, (masters or {}).get(n)) for n, p in self.params.items()}
-        vectors = [m for m in self.masters.values() if m.dim() < 2]
-        matrices = [m for m in self.masters.values() if m.dim() >= 2]
+        self.master_weights = {n: _master(p, (masters or {}).get(n)) for n, p in self.params.items()}
+        vectors = [m for m in self.master_weights.values() if m.dim() < 2]
+        matrices = [m for m in self.master_weights.values() if m.dim() >= 2]
         if name == "adamw":
             groups = [{"params": g, "weight_decay": d}
                       for g, d in ((matrices, weight_decay), (vectors, 0.0)) if g]
-            self.torch = torch.optim.AdamW(groups, betas=betas, eps=ADAMW_EPS, fused=True)
+            self.torch_optimizer = torch.optim.AdamW(groups, betas=betas, eps=ADAMW_EPS, fused=True)
         elif name == "sgd":
-            self.torch = torch.optim.SGD(list(self.masters.values()), fused=True)
+            self.torch_optimizer = torch.optim.SGD(list(self.master_weights.values()), fused=True)
         else:
             raise ValueError(f"no optimizer named {name!r}; there are adamw and sgd")
-        self.name, self.steps = name, 0
+        self.name, self.num_steps = name, 0
 
     def step(self, grads: dict[str, torch.Tensor], lr: float) -> None:
         """Move the masters against `grads`, then the model's weights to the masters."""
-        for group in self.torch.param_groups:
+        for group in self.torch_optimizer.param_groups:
             group["lr"] = lr
-        for n, master in self.masters.items():
+        for n, master in self.master_weights.items():
             master.grad = grads[n].to(master.dtype)
-        self.torch.step()
-        self.steps += 1
-        for master in self.masters.values():
+        self.torch_optimizer.step()
+        self.num_steps += 1
+        for master in self.master_weights.values():
             master.grad = None
         self._publish()
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps: masters under the parameters' names, moments as `exp_avg/NAME`."""
         moments = {} if self.name == "sgd" else {
             f"{key}/{n}": self._moments(m)[key]
-            for n, m in self.masters.items() for key in ("exp_avg", "exp_avg_sq")}
-        return {**{n: m.detach() for n, m in self.masters.items()}, **moments}
+            for n, m in self.master_weights.items() for key in ("exp_avg", "exp_avg_sq")}
+        return {**{n: m.detach() for n, m in self.master_weights.items()}, **moments}
 
-    def load(self, tensors: dict[str, torch.Tensor], steps: int) -> None:
+    def load_state_dict(self, tensors: dict[str, torch.Tensor], steps: int) -> None:
         """Take the tensors of `state()` back, after `steps` steps, and publish the weights.
 
         Of a shard the first rows may be given: those after them are no parameter's.
         """
         with torch.no_grad():
             for name, tensor in tensors.items():
-                self.state()[name].view(-1)[:tensor.numel()].copy_(tensor.view(-1))
-        for m in self.masters.values() if self.name == "adamw" else ():
+                self.state_dict()[name].view(-1)[:tensor.numel()].copy_(tensor.view(-1))
+        for m in self.master_weights.values() if self.name == "adamw" else ():
             self._moments(m)["step"].fill_(float(steps))
-        self.steps = steps
+        self.num_steps = steps
         self._publish()
 
     def _moments(self, master):
-        state = self.torch.state[master]
+        state = self.torch_optimizer.state[master]
         if not state:
             state.update(step=torch.zeros((), dtype=torch.float32, device=master.device),
                          exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
         return state
 
     def _publish(self):
-        pairs = [(p, self.masters[n]) for n, p in self.params.items() if p is not self.masters[n]]
+        pairs = [(p, self.master_weights[n]) for n, p in self.params.items() if p is not self.master_weights[n]]
         if pairs:
             with torch.no_grad():
                 torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])

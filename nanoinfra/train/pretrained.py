@@ -83,8 +83,8 @@ def _newest(folder, axis=None):
     manifest, every = read_manifest(step), shapes(config)
 
     def read(name, box=()):
-        piece = TensorShard.whole(name, every[name])
+        piece = TensorShard.of_whole_tensor(name, every[name])
         for dim, part in enumerate(bounds(name, every[name], box)):
-            piece = piece.cut(dim, part.start, part.stop)
+            piece = piece.slice_dim(dim, part.start, part.stop)
         return next(checkpoint.load_shards(step, [piece], manifest))[1]
     return config, read

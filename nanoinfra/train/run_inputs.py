@@ -15,7 +15,7 @@ from nanoinfra.distributed import comm
 from nanoinfra.formulas.tensor_parallel import check_heads
 from nanoinfra.model.weights.fill_model import Read, Weights
 from nanoinfra.train.config import TrainFlags, global_batch_and_num_micro_batches
-from nanoinfra.train.launch.memory_check import replace_flags, check_memory_fits
+from nanoinfra.train.launch.memory_check import check_memory_fits, replace_flags
 from nanoinfra.train.pretrained import open_pretrained_weights
 
 _MAX_DEFAULT_SEQ_LEN = 1024                               # tokens in a sample where pretrained weights would allow more
@@ -24,17 +24,17 @@ _MAX_DEFAULT_SEQ_LEN = 1024                               # tokens in a sample w
 @dataclass(frozen=True)
 class RunInputs:
     """Samples of `seq` tokens from `source`; `held_out` is None where there is no text to hold out."""
-    source: PackedDataset | RandomTokenDataset
-    seq: int
+    dataset: PackedDataset | RandomTokenDataset
+    seq_len: int
     held_out: HeldOutSet | None
-    model: ModelConfig
-    weights: Weights | None                  # to start from; None: draw them
-    identity: dict                           # what a run that goes on must find again
+    model_config: ModelConfig
+    pretrained_weights: Weights | None                  # to start from; None: draw them
+    data_identity: dict                           # what a run that goes on must find again
 
     @property
-    def read(self) -> Read | None:
+    def read_initial_weights(self) -> Read | None:
         """How to read the weights to start from."""
-        return self.weights and self.weights.read
+        return self.pretrained_weights and self.pretrained_weights.read
 
 
 def open_run_inputs(flags: TrainFlags, mesh) -> RunInputs:
@@ -48,7 +48,7 @@ def open_run_inputs(flags: TrainFlags, mesh) -> RunInputs:
     tokenizer = _tokenizer(flags, weights) if weights and flags.data.data != "random" else None
     vocab = flags.model.vocab or size.vocab
     source = _first_on_rank_0(mesh, lambda: open_dataset(flags.data.data, vocab, tokenizer))
-    source.check(seq)
+    source.check_seq_len(seq)
     if source.corpus:
         _check_same(mesh, source)
         _say(flags, mesh, source, seq)
@@ -57,14 +57,14 @@ def open_run_inputs(flags: TrainFlags, mesh) -> RunInputs:
     if source.corpus and flags.run.eval_every:
         held_out = HeldOutSet(source.corpus.held_out, source.tokenizer, seq)
     identity = {"seed": flags.model.seed, "seq": seq,
-                "corpus": source.corpus.hash if source.corpus else "random",
-                "tokenizer": source.tokenizer.hash if source.tokenizer else f"vocabulary {config.vocab}"}
+                "corpus": source.corpus.sha256 if source.corpus else "random",
+                "tokenizer": source.tokenizer.sha256 if source.tokenizer else f"vocabulary {config.vocab}"}
     return RunInputs(source, seq, held_out, config, weights, identity)
 
 
 def _check_same(mesh, source):
     """Raise ValueError, on every rank, where one has read another corpus than rank 0."""
-    found = comm.gather_objects([source.corpus.hash, source.tokenizer.hash], mesh.world, "caches")
+    found = comm.gather_objects([source.corpus.sha256, source.tokenizer.sha256], mesh.world, "caches")
     other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
     if other is not None:
         raise ValueError(f"rank {other} has read another --data {source.corpus.name} than rank 0: corpus "

@@ -18,10 +18,18 @@ from nanoinfra.distributed.host_memory import resident_peak
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.train import metrics
-from nanoinfra.train.config import TrainFlags, check_train_flags, global_batch_and_num_micro_batches, parse_emulated_links, peak_learning_rate, mesh_axis_sizes, flags_to_dict
+from nanoinfra.train.config import (
+    TrainFlags,
+    check_train_flags,
+    flags_to_dict,
+    global_batch_and_num_micro_batches,
+    mesh_axis_sizes,
+    parse_emulated_links,
+    peak_learning_rate,
+)
 from nanoinfra.train.freeze import trainable_parameter_count
 from nanoinfra.train.launch.elastic_rank import is_rank_process
-from nanoinfra.train.launch.memory_check import replace_flags, check_memory_fits, describe_memory_need
+from nanoinfra.train.launch.memory_check import check_memory_fits, describe_memory_need, replace_flags
 from nanoinfra.train.launch.signals import StopRequest
 from nanoinfra.train.loss import count_valid_tokens
 from nanoinfra.train.optimizer import scheduled_learning_rate
@@ -43,16 +51,16 @@ def train(flags: TrainFlags) -> list[dict]:
     with RunDirectory(flags.run, mesh) as folder:
         run = TrainingRun(flags, mesh, folder)
         try:
-            while run.going():
-                batches = run.loader.next()
-                seen = batches if run.speaks else ()
-                valid, run.stopping = count_valid_tokens(seen, mesh.world, run.request.asked)
-                run.replica.begin(batches, valid, run.learning_rate())
-                spans = execute_schedule(run.replica.schedule(len(batches)), run.replica)
-                run.report(valid, spans)
-                if run.due(flags.run.save_every) or not run.going():
-                    run.save()
-            return run.end()
+            while run.should_continue():
+                batches = run.data_loader.next_step()
+                seen = batches if run.reports_loss else ()
+                valid, run.stop_requests = count_valid_tokens(seen, mesh.world, run.stop_request.requested)
+                run.stage.begin_step(batches, valid, run.next_learning_rate())
+                spans = execute_schedule(run.stage.build_step_schedule(len(batches)), run.stage)
+                run.report_step(valid, spans)
+                if run.is_step_due(flags.run.save_every) or not run.should_continue():
+                    run.save_checkpoint()
+            return run.finish()
         finally:
             run.close()
 
@@ -61,107 +69,107 @@ class TrainingRun:
     """All that a run holds on one rank. `step` counts finished steps, `elapsed` is rank 0's clock."""
 
     def __init__(self, flags: TrainFlags, mesh: Mesh, folder: RunDirectory):
-        self.flags, self.mesh, self.dir = flags, mesh, folder
+        self.flags, self.mesh, self.run_directory = flags, mesh, folder
         self.inputs = open_run_inputs(flags, self.mesh)
-        self.replica = TrainStage(self.inputs.model, flags, self.mesh, self.inputs.read)
-        self.speaks = self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.mesh.pp.size - 1  # of a loss
-        self.stopping = 0
-        self.lines, self.spans, self.rows = [], [], []
-        state = self.dir.begin(self.inputs, self.replica, flags)
-        self.step, self.elapsed = state["step"], state.get("elapsed", 0.0)
+        self.stage = TrainStage(self.inputs.model_config, flags, self.mesh, self.inputs.read_initial_weights)
+        self.reports_loss = self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.mesh.pp.size - 1  # of a loss
+        self.stop_requests = 0
+        self.metrics_lines, self.spans, self.rows = [], [], []
+        state = self.run_directory.load_starting_state(self.inputs, self.stage, flags)
+        self.step, self.elapsed_seconds = state["step"], state.get("elapsed", 0.0)
         G = flags.data.global_batch or state.get("global_batch")         # a run keeps it on any mesh
         self.global_batch, _ = global_batch_and_num_micro_batches(replace(flags.data, global_batch=G), self.mesh.data.size)
-        self.dir.describe(flags, self.inputs)
-        self.loader = self._open_loader(state["consumed"])
-        self.first = self.mesh.rank == 0
-        if self.first:
+        self.run_directory.write_config_and_tokenizer(flags, self.inputs)
+        self.data_loader = self._open_loader(state["consumed"])
+        self.is_first_rank = self.mesh.rank == 0
+        if self.is_first_rank:
             self._introduce(state)
-            self.log = metrics.MetricsLog(self.dir.path / "metrics.jsonl", self.step)
-            if self.log.lost:
-                self.dir.warn(self.log.lost)
-            self.bar = metrics.ProgressBar(flags.run.steps, flags.run.max_seconds, self.step, self.elapsed)
-        self.request = StopRequest(lone=not is_rank_process())
-        self.request.start()
+            self.metrics_log = metrics.MetricsLog(self.run_directory.path / "metrics.jsonl", self.step)
+            if self.metrics_log.missing_steps_warning:
+                self.run_directory.warn_once(self.metrics_log.missing_steps_warning)
+            self.progress_bar = metrics.ProgressBar(flags.run.steps, flags.run.max_seconds, self.step, self.elapsed_seconds)
+        self.stop_request = StopRequest(is_single_process=not is_rank_process())
+        self.stop_request.start()
         self.mesh.ledger.take()
         self.mark = time.monotonic()
-        self.began = self.mark - self.elapsed
+        self.began = self.mark - self.elapsed_seconds
 
-    def going(self) -> bool:
+    def should_continue(self) -> bool:
         """Is there another step? Every rank answers alike."""
         run = self.flags.run
-        done = self.elapsed >= run.max_seconds if run.max_seconds else self.step >= run.steps
-        return not (done or self.stopping)
+        done = self.elapsed_seconds >= run.max_seconds if run.max_seconds else self.step >= run.steps
+        return not (done or self.stop_requests)
 
-    def learning_rate(self) -> float:
+    def next_learning_rate(self) -> float:
         """For the step about to be taken."""
         o, run = self.flags.optimizer, self.flags.run
-        progress = self.elapsed / run.max_seconds if run.max_seconds else self.step / run.steps
+        progress = self.elapsed_seconds / run.max_seconds if run.max_seconds else self.step / run.steps
         return scheduled_learning_rate(self.step + 1, progress, o.warmup, peak_learning_rate(self.flags), o.lr_schedule, o.min_lr)
 
-    def due(self, every: int) -> bool:
+    def is_step_due(self, every: int) -> bool:
         """Is this step one of each `every`? Never where that is 0."""
         return bool(every) and self.step % every == 0
 
-    def report(self, valid: int, spans: list) -> None:
+    def report_step(self, valid: int, spans: list) -> None:
         """Agree on the finished step's numbers and write them; stop a run whose loss is no number."""
         self.step += 1
-        clock = torch.tensor((time.monotonic() - self.began) * self.first, dtype=torch.float64)
-        both = torch.stack([self.replica.loss * self.speaks, clock])     # summed over ranks: rank 0's clock
-        loss, self.elapsed = comm.all_reduce(both, self.mesh.world, "scalars").tolist()
+        clock = torch.tensor((time.monotonic() - self.began) * self.is_first_rank, dtype=torch.float64)
+        both = torch.stack([self.stage.loss * self.reports_loss, clock])     # summed over ranks: rank 0's clock
+        loss, self.elapsed_seconds = comm.all_reduce(both, self.mesh.world, "scalars").tolist()
         self._check_finite(loss)
         now = time.monotonic()
         step_s, self.mark = now - self.mark, now
-        line = {"step": self.step, "loss": loss, **self.replica.norm(), "lr": self.replica.lr,
+        line = {"step": self.step, "loss": loss, **self.stage.grad_norm_metrics(), "lr": self.stage.lr,
                 "tokens": valid, "step_s": step_s, "tokens_per_s": valid / step_s, "mfu": None,
                 **self._resources(spans)}
-        if self.inputs.held_out and (self.due(self.flags.run.eval_every) or not self.going()):
-            line["held_out_bpb"] = self.evaluate()
-        self.lines.append(line)
-        if self.first:
-            self.log.write(line)
-            self.bar.show(line, self.elapsed, last=not self.going())
+        if self.inputs.held_out and (self.is_step_due(self.flags.run.eval_every) or not self.should_continue()):
+            line["held_out_bpb"] = self.evaluate_held_out()
+        self.metrics_lines.append(line)
+        if self.is_first_rank:
+            self.metrics_log.write_step(line)
+            self.progress_bar.show_step(line, self.elapsed_seconds, last=not self.should_continue())
 
-    def evaluate(self) -> float:
+    def evaluate_held_out(self) -> float:
         """Held-out bits per byte, over all ranks."""
         data, held_out = self.mesh.data, self.inputs.held_out
         with self._off_the_clock():
-            nats = self.replica.nats(held_out.batches(self.flags.data.micro_batch, data.rank, data.size))
-            mine = torch.tensor(nats * self.speaks, dtype=torch.float64)
+            nats = self.stage.sum_held_out_nats(held_out.micro_batches(self.flags.data.micro_batch, data.rank, data.size))
+            mine = torch.tensor(nats * self.reports_loss, dtype=torch.float64)
             total = comm.all_reduce(mine, self.mesh.world, "scalars")
         return held_out.bits_per_byte(total.item())
 
-    def save(self) -> None:
+    def save_checkpoint(self) -> None:
         """A checkpoint of this step, and the curve so far. ValueError where a weight is no finite number."""
-        state = {**self.inputs.identity, **self.loader.state(), "threads": torch.get_num_threads(),
-                 "global_batch": self.global_batch, "elapsed": self.elapsed,
-                 "lr": self.replica.lr, "next_lr": self.learning_rate(),
-                 "model": self.inputs.model.to_dict(), "flags": flags_to_dict(self.flags)}
+        state = {**self.inputs.data_identity, **self.data_loader.state_dict(), "threads": torch.get_num_threads(),
+                 "global_batch": self.global_batch, "elapsed": self.elapsed_seconds,
+                 "lr": self.stage.lr, "next_lr": self.next_learning_rate(),
+                 "model": self.inputs.model_config.to_dict(), "flags": flags_to_dict(self.flags)}
         n = self.mesh.world.size
         with self._off_the_clock():
             self._check_weights()
-            self.dir.save(self.step, self.replica, state, self.flags.run.keep_checkpoints)
-            self.dir.plot(f"{self.flags.model.model}, {parameters(self.inputs.model):,} parameters, "
+            self.run_directory.save_checkpoint(self.step, self.stage, state, self.flags.run.keep_checkpoints)
+            self.run_directory.write_loss_plot(f"{self.flags.model.model}, {parameters(self.inputs.model_config):,} parameters, "
                           f"{self.flags.model.dtype}, {n} rank{'s' * (n > 1)}")
 
-    def end(self) -> list[dict]:
+    def finish(self) -> list[dict]:
         """Write the timeline, and say whether a signal ended the run."""
         if self.flags.run.trace:
             events = metrics.perfetto_trace_events(self.mesh.rank, self.spans, self.rows)
             ranks = comm.gather_objects(events, self.mesh.world, "trace")
-            if self.first:
+            if self.is_first_rank:
                 every = [event for events in ranks for event in events]
                 self.flags.run.trace.write_text(json.dumps({"traceEvents": every}))
-        if self.stopping or self.request.asked:                          # or in its very last step
-            self.dir.say_stopped(self.step)
-        return self.lines
+        if self.stop_requests or self.stop_request.requested:                          # or in its very last step
+            self.run_directory.write_stop_note(self.step)
+        return self.metrics_lines
 
     def close(self) -> None:
         """Give back the loader's thread, the terminal, the log and the signal handler."""
-        self.loader.close()
-        if self.first:
-            self.bar.close()
-            self.log.file.close()
-        self.request.stop()
+        self.data_loader.close()
+        if self.is_first_rank:
+            self.progress_bar.close()
+            self.metrics_log.file.close()
+        self.stop_request.stop()
 
     @contextmanager
     def _off_the_clock(self):
@@ -174,9 +182,9 @@ class TrainingRun:
 
     def _open_loader(self, consumed):
         data, flags = self.mesh.data, self.flags
-        return MicroBatchLoader(self.inputs.source, seed=flags.model.seed, seq=self.inputs.seq,
+        return MicroBatchLoader(self.inputs.dataset, seed=flags.model.seed, seq_len=self.inputs.seq_len,
                       global_batch=self.global_batch, micro_batch=flags.data.micro_batch, dp_rank=data.rank,
-                      dp_size=data.size, start=consumed)
+                      dp_size=data.size, first_sample=consumed)
 
     def _introduce(self, state):
         G = self.global_batch
@@ -184,28 +192,28 @@ class TrainingRun:
         memory = (f", {self.flags.pipeline.schedule}" * (self.mesh.pp.size > 1)
                   + ", sequence parallel" * self.flags.mesh.sp
                   + f", ZeRO-{self.flags.mesh.zero}" * bool(self.flags.mesh.zero))
-        asked = replace_flags(self.flags, seq=self.inputs.seq, global_batch=G)
-        held = describe_memory_need(asked, self.mesh.world.size, self.inputs.model)
+        asked = replace_flags(self.flags, seq=self.inputs.seq_len, global_batch=G)
+        held = describe_memory_need(asked, self.mesh.world.size, self.inputs.model_config)
         going_on = f", going on after step {self.step}" if self.step else ""
         freeze = self.flags.model.freeze
-        trained = f" ({trainable_parameter_count(freeze, self.inputs.model):,} of them trained)" if freeze else ""
-        print(f"{self.flags.model.model}: {parameters(self.inputs.model):,} parameters{trained}, "
+        trained = f" ({trainable_parameter_count(freeze, self.inputs.model_config):,} of them trained)" if freeze else ""
+        print(f"{self.flags.model.model}: {parameters(self.inputs.model_config):,} parameters{trained}, "
               f"{self.flags.model.dtype}, {self.mesh}{memory}; "
-              f"{G} x {self.inputs.seq} tokens a step in {m} micro-batches a rank; "
+              f"{G} x {self.inputs.seq_len} tokens a step in {m} micro-batches a rank; "
               f"{held}; "
-              f"into {self.dir.path}{going_on}", flush=True)
+              f"into {self.run_directory.path}{going_on}", flush=True)
         if self.step:
             self._say_what_changed(state)
 
     def _say_what_changed(self, state):
         """Which flags are not as they were when the checkpoint was saved, and what that does to the rate."""
         changed = describe_changed_flags(state, self.flags, torch.get_num_threads(), self.global_batch)
-        was, now = state.get("next_lr"), self.learning_rate()
-        jumps = was is not None and self.going() and not math.isclose(was, now, rel_tol=1e-6)
+        was, now = state.get("next_lr"), self.next_learning_rate()
+        jumps = was is not None and self.should_continue() and not math.isclose(was, now, rel_tol=1e-6)
         rate = f": the learning rate goes from {state['lr']:.3g} to {now:.3g}" if jumps else ""
         if changed or rate:
             print(f"other than before: {', '.join(changed)}{rate}", flush=True)
-        if not self.going():
+        if not self.should_continue():
             run = self.flags.run
             done = f"--max-seconds {run.max_seconds:g}" if run.max_seconds else f"--steps {run.steps}"
             print(f"nothing is left to do: the run has had {done} already; give more to go on", flush=True)
@@ -216,22 +224,22 @@ class TrainingRun:
         if self.flags.run.trace:
             self.spans, self.rows = self.spans + spans, self.rows + rows
         sent = metrics.payload_bytes_by_axis(rows)
-        numbers = [metrics.distinct_storage_bytes(self.replica.tensors()), resident_peak(), *sent.values()]
+        numbers = [metrics.distinct_storage_bytes(self.stage.persistent_tensors()), resident_peak(), *sent.values()]
         held, rss, *most_sent = map(int, metrics.all_reduce_max(numbers, self.mesh.world))
         self.mesh.ledger.take()
         return {"peak_bytes": {"counted": held, "rss": rss}, "comm": dict(zip(sent, most_sent))}
 
     def _check_finite(self, loss):
-        norm = self.replica.grad_norm
-        if not (math.isfinite(loss) and (math.isfinite(norm) or self.replica.skipped)):
+        norm = self.stage.grad_norm
+        if not (math.isfinite(loss) and (math.isfinite(norm) or self.stage.skipped)):
             raise ValueError(f"step {self.step}: loss {loss}, gradient norm {norm}; {self._remedy()}")
 
     def _check_weights(self):
         """The loss that says so comes a step after the update; a checkpoint in between would be spoilt."""
-        [bad] = metrics.all_reduce_max([float(not self.replica.is_finite())], self.mesh.world)
+        [bad] = metrics.all_reduce_max([float(not self.stage.weights_are_finite())], self.mesh.world)
         if bad:
             raise ValueError(f"step {self.step}: its update made weights that are no finite numbers, which "
                              f"are not saved; {self._remedy()}")
 
     def _remedy(self):
-        return f"{self.dir.last_good(self.step)}; try --lr {self.replica.lr / 3:.2g} or a longer --warmup"
+        return f"{self.run_directory.describe_last_checkpoint(self.step)}; try --lr {self.stage.lr / 3:.2g} or a longer --warmup"

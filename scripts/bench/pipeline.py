@@ -121,7 +121,7 @@ class OurSide:
         self.m, self.mesh = m, Mesh(pp=P)
         flags = TrainFlags(ModelFlags(dtype=dtype), mesh=MeshFlags(pp=P), pipeline=PipelineFlags("1f1b"))
         self.replica = TrainStage(CONFIG, flags, self.mesh)
-        self.list = self.replica.schedule(m)
+        self.list = self.replica.build_step_schedule(m)
 
     def gradients(self, x, y):
         self.begin(x, y)
@@ -134,7 +134,7 @@ class OurSide:
         self.mesh.ledger.take()
 
     def begin(self, x, y):
-        self.replica.begin(list(zip(x.chunk(self.m), y.chunk(self.m))), count=B * T, lr=1e-4)
+        self.replica.begin_step(list(zip(x.chunk(self.m), y.chunk(self.m))), count=B * T, lr=1e-4)
 
 
 def first_weights(names):

@@ -166,7 +166,7 @@ class OurSide:
     def gradients(self, x, y):
         batches = [(x, y)]
         [valid] = count_valid_tokens(batches, self.mesh.data)
-        self.replica.begin(batches, valid, lr=1e-4)
+        self.replica.begin_step(batches, valid, lr=1e-4)
         execute_schedule([Forward(0), Backward(0, last=True), ReduceGrads()], self.replica)
         return self.replica.loss, self.replica.grads
 

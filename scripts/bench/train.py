@@ -86,7 +86,7 @@ def our_step(mesh):
     def step(x, y):
         batches = [(x, y)]
         [valid] = count_valid_tokens(batches, mesh.data)
-        replica.begin(batches, valid, lr=1e-4)
+        replica.begin_step(batches, valid, lr=1e-4)
         execute_schedule(accumulate(1), replica)
         mesh.ledger.take()
     return step

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.data import token_cache
-from nanoinfra.data.token_cache import CONTENT_FOLDER, _CACHE_FORMAT, CHECKSUMS_FILE, get_or_build_folder, check_cache_writable
+from nanoinfra.data.token_cache import (
+    _CACHE_FORMAT,
+    CHECKSUMS_FILE,
+    CONTENT_FOLDER,
+    check_cache_writable,
+    get_or_build_folder,
+)
 
 
 def entries(root):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.data.corpus import split_text, load_corpus
+from nanoinfra.data.corpus import load_corpus, split_text
 from nanoinfra.data.text_files import summarize_skip_reasons
 
 TESTS = "test", "tests", "idle_test"
@@ -37,7 +37,7 @@ def test_stdlib():
     there = {path.relative_to(home) for path in home.rglob("*.py")}
     want = {path.as_posix() for path in there if not out & set(path.parts[:-1])}
     assert paths <= want and len(want - paths) == len(got.skipped)
-    assert len(got.hash) == 64 and load_corpus("stdlib").hash == got.hash
+    assert len(got.sha256) == 64 and load_corpus("stdlib").sha256 == got.sha256
 
 
 def test_a_folder_is_split_by_path(folder, corpus):
@@ -45,7 +45,7 @@ def test_a_folder_is_split_by_path(folder, corpus):
     got = {d.path: d.text.encode() for d in (*corpus.train, *corpus.held_out)}
     assert got == want
     assert {d.path for d in corpus.held_out} == {path for path in want if held_by(path)} != set()
-    assert sum(corpus.bytes) == sum(map(len, want.values()))
+    assert sum(corpus.train_and_held_out_bytes) == sum(map(len, want.values()))
     assert corpus.skipped == ()
 
 
@@ -93,11 +93,11 @@ def test_a_small_corpus_holds_out_the_lowest_hash(tmp_path):
 def test_what_is_held_out_has_text(tmp_path):
     held = next(f"{i}" for i in range(1000) if held_by(f"{i}"))
     got = load_corpus(write(tmp_path, {held: b"", "x.txt": b"some", "y.txt": b"more"}))
-    assert min(got.bytes) > 0
+    assert min(got.train_and_held_out_bytes) > 0
 
 
 def test_the_hash_names_path_text_and_side(tmp_path):
-    got = [load_corpus(write(tmp_path / f"{k}", files)).hash for k, files in enumerate((
+    got = [load_corpus(write(tmp_path / f"{k}", files)).sha256 for k, files in enumerate((
         {"a": b"1", "b": b"2"}, {"a": b"1", "b": b"2"}, {"a": b"1", "b": b"3"}, {"a": b"1", "c": b"2"}))]
     assert got[0] == got[1] and len(set(got)) == 3
 

@@ -36,7 +36,7 @@ class Watched(RandomTokenDataset):
 def steps(count, **given):
     loader = MicroBatchLoader(**{"source": PACKED, "seed": 0, "seq": 4, "micro_batch": 2, **given})
     try:
-        return [loader.next() for _ in range(count)]
+        return [loader.next_step() for _ in range(count)]
     finally:
         loader.close()
 
@@ -57,7 +57,7 @@ def same(a, b):
        start=st.integers(0, 60), seed=st.integers(0, 2**40))
 def test_a_step_is_the_same_samples_on_any_mesh(source, dp, micro, batch, start, seed):
     given = {"source": source, "seed": seed, "global_batch": batch, "start": start}
-    want = [[tuple(map(tuple, source.sample(start + k * batch + i, seed, 4))) for i in range(batch)]
+    want = [[tuple(map(tuple, source.get_sample(start + k * batch + i, seed, 4))) for i in range(batch)]
             for k in range(2)]
     ranks = [steps(2, micro_batch=micro, dp_rank=r, dp_size=dp, **given) for r in range(dp)]
     for k in range(2):
@@ -96,10 +96,10 @@ def test_an_epoch_deals_every_window_once():
 def test_resume_goes_on_from_what_was_consumed(source, prefetch, done, batch):
     given = {"source": source, "global_batch": batch, "dp_rank": 1, "dp_size": 2}
     want = steps(done + 3, seed=9, **given)
-    loader = MicroBatchLoader(seed=9, seq=4, micro_batch=2, prefetch=prefetch, **given)
+    loader = MicroBatchLoader(seed=9, seq_len=4, micro_batch=2, prefetch_steps=prefetch, **given)
     for _ in range(done):
-        loader.next()
-    state = loader.state()
+        loader.next_step()
+    state = loader.state_dict()
     loader.close()
     assert state == {"consumed": done * batch, "seed": 9}
     got = steps(3, seed=state["seed"], start=state["consumed"], prefetch=prefetch, **given)
@@ -108,33 +108,33 @@ def test_resume_goes_on_from_what_was_consumed(source, prefetch, done, batch):
 
 def test_batches_are_made_ahead_in_a_thread():
     source = Watched()
-    loader = MicroBatchLoader(source, seed=0, seq=4, micro_batch=4, prefetch=3)
-    loader.next()
+    loader = MicroBatchLoader(source, seed=0, seq_len=4, micro_batch=4, prefetch_steps=3)
+    loader.next_step()
     assert source.ahead.wait()                      # samples 8.. belong to the third step
-    assert source.threads == {"loader_0"} and loader.state()["consumed"] == 4
+    assert source.threads == {"loader_0"} and loader.state_dict()["consumed"] == 4
     loader.close()
     assert source.made == list(range(12))
 
 
 def test_an_error_in_the_thread_is_raised_by_next_until_closed():
-    loader = MicroBatchLoader(Watched(bad=9), seed=0, seq=4, micro_batch=4)
-    loader.next(), loader.next()
+    loader = MicroBatchLoader(Watched(bad=9), seed=0, seq_len=4, micro_batch=4)
+    loader.next_step(), loader.next_step()
     for _ in range(2):
         with pytest.raises(OSError, match="sample 9 is gone"):
-            loader.next()
-    assert loader.state()["consumed"] == 8
+            loader.next_step()
+    assert loader.state_dict()["consumed"] == 8
     loader.close()
 
 
 def test_close_ends_the_thread():
-    loader = MicroBatchLoader(PACKED, seed=0, seq=4, micro_batch=1)
-    loader.next()
-    thread, = loader.pool._threads
+    loader = MicroBatchLoader(PACKED, seed=0, seq_len=4, micro_batch=1)
+    loader.next_step()
+    thread, = loader._thread._threads
     loader.close()
     loader.close()
     assert not thread.is_alive()
     with pytest.raises(RuntimeError):
-        loader.next()
+        loader.next_step()
 
 
 @pytest.mark.parametrize("given, match", [
@@ -152,27 +152,27 @@ def test_sizes_that_cannot_be(given, match):
 
 
 def test_held_out_documents_start_afresh_and_end():
-    e, (a, b, c, d) = BYTES.eot, BYTES.encode("abcd")
-    got = HeldOutSet([Document("1", "abcd"), Document("2", ""), Document("3", "ab")], BYTES, seq=3)
-    (x, y), = got.batches(micro_batch=9)
+    e, (a, b, c, d) = BYTES.eot_token_id, BYTES.encode("abcd")
+    got = HeldOutSet([Document("1", "abcd"), Document("2", ""), Document("3", "ab")], BYTES, seq_len=3)
+    (x, y), = got.micro_batches(micro_batch=9)
     assert x.tolist() == [[e, a, b], [c, d, 0], [e, 0, 0], [e, a, b]]
     assert y.tolist() == [[a, b, c], [d, e, IGNORE_INDEX], [e, IGNORE_INDEX, IGNORE_INDEX], [a, b, e]]
-    assert (got.tokens, got.bytes) == (4 + 2 + 3, 6)
-    assert got.bits_per_byte(got.tokens * log(2) * 8) == pytest.approx(9 * 8 / 6)
+    assert (got.num_targets, got.num_bytes) == (4 + 2 + 3, 6)
+    assert got.bits_per_byte(got.num_targets * log(2) * 8) == pytest.approx(9 * 8 / 6)
 
 
 def test_bytes_are_those_of_utf8():
-    got = HeldOutSet([Document("1", "日本")], BYTES, seq=4)
-    assert (got.bytes, got.tokens) == (6, 7)
+    got = HeldOutSet([Document("1", "日本")], BYTES, seq_len=4)
+    assert (got.num_bytes, got.num_targets) == (6, 7)
 
 
 @pytest.mark.parametrize("size, micro", [(1, 1), (2, 3), (5, 2), (7, 64)])
 def test_held_out_windows_are_dealt_once(corpus, tokenizer, size, micro):
-    held_out = HeldOutSet(corpus.held_out, tokenizer, seq=16)
-    ranks = [list(held_out.batches(micro, rank, size)) for rank in range(size)]
-    assert {len(rank) for rank in ranks} == {ceil(len(held_out.rows) / (micro * size))}
-    want = [(tuple(x), tuple(y)) for x, y in held_out.rows]
+    held_out = HeldOutSet(corpus.held_out, tokenizer, seq_len=16)
+    ranks = [list(held_out.micro_batches(micro, rank, size)) for rank in range(size)]
+    assert {len(rank) for rank in ranks} == {ceil(len(held_out.windows) / (micro * size))}
+    want = [(tuple(x), tuple(y)) for x, y in held_out.windows]
     got = [rows(rank) for rank in ranks]
     assert [got[i % size][i // size] for i in range(len(want))] == want
     assert sum(map(len, got)) == len(want)
-    assert sum(int((y != IGNORE_INDEX).sum()) for rank in ranks for _, y in rank) == held_out.tokens
+    assert sum(int((y != IGNORE_INDEX).sum()) for rank in ranks for _, y in rank) == held_out.num_targets

@@ -74,7 +74,7 @@ def test_a_held_out_side_larger_than_the_other_is_told(tmp_path):
 def test_one_rank_says_it(mixed, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(mixed.parent / "cache"))
     flags = parse("--model", "test", "--data", mixed, "--seq", "8")
-    source = run_inputs.open_run_inputs(flags, Mesh()).source
+    source = run_inputs.open_run_inputs(flags, Mesh()).dataset
     said = capsys.readouterr()
     assert said.out.count(f"--data {mixed}: 29 documents") == said.out.count("\n") == 1
     assert said.err.count(f"nanoinfra: --data {mixed}: 30 files are read, 30 are left out: 30 not UTF-8 text"

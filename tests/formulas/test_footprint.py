@@ -39,8 +39,8 @@ def allocated(config, recipe):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         replica = TrainStage(config, flags, Mesh())
         for _ in range(2):
-            replica.begin([(tokens, tokens)] * recipe.micro_batches, tokens.numel(), 1e-3)
-            execute_schedule(replica.schedule(recipe.micro_batches), replica)
+            replica.begin_step([(tokens, tokens)] * recipe.micro_batches, tokens.numel(), 1e-3)
+            execute_schedule(replica.build_step_schedule(recipe.micro_batches), replica)
     events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 

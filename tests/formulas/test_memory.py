@@ -31,10 +31,10 @@ def held_after_a_step(model, optimizer):
     grads = {name: p.grad for name, p in opt.params.items()}
     opt.step(grads, lr=1e-3)
     held = {"weights": total(model.parameters()), "gradients": total(grads.values())}
-    masters = [m for name, m in opt.masters.items() if m is not opt.params[name]]
+    masters = [m for name, m in opt.master_weights.items() if m is not opt.params[name]]
     held |= {"master": total(masters)} if masters else {}
     for kind in ("exp_avg", "exp_avg_sq") if optimizer == "adamw" else ():
-        held[kind] = total(t for name, t in opt.state().items() if name.startswith(kind + "/"))
+        held[kind] = total(t for name, t in opt.state_dict().items() if name.startswith(kind + "/"))
     return held
 
 

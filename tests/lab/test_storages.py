@@ -84,7 +84,7 @@ def test_an_optimizer_makes_moments_and_masters():
         optimizer.step(grads, lr=1e-3)
         assert storages.held() == (12 + 2) * psi + 4 * len(grads)      # a step counter a tensor
         grads = None
-        assert storages.held() == 12 * psi + 4 * len(optimizer.masters)
+        assert storages.held() == 12 * psi + 4 * len(optimizer.master_weights)
 
 
 def test_meta_tensors_hold_nothing():

@@ -78,7 +78,7 @@ ABOVE = _listed("no link leads upwards", FILES, {"texts/up": "."}, "a", "up")
 @words.criterion("a long word is learned from in parts", "property")
 def _(subject):
     parts = ["ab" * (MAX_TRAINING_WORD_BYTES // 2)] * 8
-    if subject(["".join(parts)], 300).backend.get_vocab() != BPETokenizer.train(parts, 300).backend.get_vocab():
+    if subject(["".join(parts)], 300).backend_tokenizer.get_vocab() != BPETokenizer.train(parts, 300).backend_tokenizer.get_vocab():
         raise Wrong("one long word teaches something else than its parts")
 
 
@@ -108,8 +108,8 @@ class Upwards(text_files._Tree):
 def cut_for_ever(texts, vocab):
     """Training's parts are those of encoding too."""
     made = BPETokenizer.train(texts, vocab)
-    made.backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [made.backend.pre_tokenizer, pre_tokenizers.FixedLength(MAX_TRAINING_WORD_BYTES)])
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [made.backend_tokenizer.pre_tokenizer, pre_tokenizers.FixedLength(MAX_TRAINING_WORD_BYTES)])
     return made
 
 
@@ -127,7 +127,7 @@ MUTANTS = [
     Mutant("links lead upwards", folders, patched(
         listing, "nanoinfra.data.text_files:_Tree", Upwards), ABOVE),
     Mutant("words are learned whole", words, patched(
-        BPETokenizer.train, "nanoinfra.data.train_tokenizer:LONGEST_WORD", 1 << 30),
+        BPETokenizer.train, "nanoinfra.data.train_tokenizer:MAX_TRAINING_WORD_BYTES", 1 << 30),
         "a long word is learned from in parts"),
     Mutant("words are cut for ever", words, cut_for_ever, "a long word is encoded in one piece"),
 ]

@@ -171,8 +171,8 @@ class KillsNobody(engine_processes.Life):
         pass
 
 
-ASKS_NOBODY = ("from nanoinfra.serve import loop; ask = loop.end_with_parent\n"
-               "loop.end_with_parent = lambda parent: ask()\nloop.main()")
+ASKS_NOBODY = ("from nanoinfra.serve import loop; ask = loop.die_with_parent\n"
+               "loop.die_with_parent = lambda parent: ask()\nloop.main()")
 YOUNG, ORPHAN, CHILD, STOPPED, NOTHING = (criterion.name for criterion in leaving.criteria)
 WORKER, LIFE = "nanoinfra.serve.processes.engine_client:Worker",
 "nanoinfra.serve.processes.engine_client:Life"

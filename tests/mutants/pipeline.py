@@ -120,8 +120,8 @@ def step(kind, p, m, v):
     for i in range(2 * m):
         y[i, :i % T] = IGNORE_INDEX
     mesh.ledger.take()
-    stage.begin(list(zip(x.split(2), y.split(2))), int((y != IGNORE_INDEX).sum()))
-    execute_schedule(stage.schedule(m)[:-1], stage)
+    stage.begin_step(list(zip(x.split(2), y.split(2))), int((y != IGNORE_INDEX).sum()))
+    execute_schedule(stage.build_step_schedule(m)[:-1], stage)
     sent = sum(row.payload for row in mesh.ledger.take() if row.op == "send")
     norm = unscale_and_clip_grads(dict(stage.grads), 0, axes=stage.parallel.norm_axes(), counts=stage.parallel.counts)
     return {"loss": stage.loss.item(), "norm": norm, "sent": sent,
@@ -220,7 +220,7 @@ def in_step(todo, stage):
 EXECUTED, KEPT, IDLE = (criterion.name for criterion in order.criteria)
 LOSS, GRADS, NORM, SENT = (criterion.name for criterion in pipeline.criteria)
 [BUSY] = (criterion.name for criterion in overlap.criteria)
-CHUNKS, REPLICA = "nanoinfra.train.train_stage:Chunks", "nanoinfra.train.train_stage:Replica"
+CHUNKS, REPLICA = "nanoinfra.train.train_stage:Chunks", "nanoinfra.train.train_stage:TrainStage"
 SPLIT, COMM = "nanoinfra.parallel.parallelize:split", "nanoinfra.parallel.pipeline.stage:comm"
 MUTANTS = [
     Mutant("a schedule with a missing receive", order, without_a_receive, EXECUTED),
@@ -235,5 +235,5 @@ MUTANTS = [
            patched(step, CHUNKS, CountsBothEnds), NORM),
     Mutant("every message sent twice", pipeline, patched(step, COMM, TWICE), SENT),
     Mutant("a serial pipeline, timed", overlap, serially, BUSY),
-    Mutant("stages in step", overlap, patched(pipes.rehearse, "nanoinfra.lab.pipes:execute", in_step), BUSY),
+    Mutant("stages in step", overlap, patched(pipes.rehearse, "nanoinfra.lab.pipes:execute_schedule", in_step), BUSY),
 ]

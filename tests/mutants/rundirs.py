@@ -94,13 +94,13 @@ def everywhere(name, replacement):
 
 LOCKED, STAYS, LEFT, LINKED = (criterion.name for criterion in folder.criteria)
 MUTANTS = [
-    Mutant("two runs in one folder", folder, everywhere("nanoinfra.train.run_directory.lock:locked",
+    Mutant("two runs in one folder", folder, everywhere("nanoinfra.train.run_directory.lock:lock_run_directory",
                                                         no_lock), LOCKED),
     Mutant("overwrites what it finds", folder,
-           everywhere("nanoinfra.train.run_directory.ownership:check_out", anything),
+           everywhere("nanoinfra.train.run_directory.ownership:check_out_folder", anything),
            STAYS),
     Mutant("leaves spoilt checkpoints where they are", folder, patched(
-        main, "nanoinfra.train.checkpoint.retention:abandon_after", lambda root, step: []), LEFT),
+        main, "nanoinfra.train.checkpoint.retention:abandon_checkpoints_after", lambda root, step: []), LEFT),
     Mutant("follows links when it deletes", folder, patched(
         main, "nanoinfra.train.checkpoint.retention:_discard", follows_links), LINKED),
 ]

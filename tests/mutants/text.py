@@ -190,7 +190,7 @@ def _(subject):
     text = replace(byte_text([f"<{i}>" for i in range(44)]), eos="<0>")
     if "below 299 alone" not in str(got := subject(299, text)):
         raise Wrong(f"a model of 299 tokens is trained with 300: {got}")
-    if isinstance(got := subject(300, text), str) or got.eot != 256:
+    if isinstance(got := subject(300, text), str) or got.eot_token_id != 256:
         raise Wrong(f"a model of 300 tokens is not trained with 300: {got}")
 
 

@@ -135,13 +135,13 @@ def counts_padding(micro_batches, axis, *flags):
 
 class ResumesAtTheFirstSample(RunDirectory):
     def begin(self, *given):
-        return super().begin(*given) | {"consumed": 0}
+        return super().load_starting_state(*given) | {"consumed": 0}
 
 
 PARITY, BYTES, OVERLAP = (criterion.name for criterion in training.criteria)
 [BITWISE] = (criterion.name for criterion in resuming.criteria)
 WRAP = "nanoinfra.parallel.parallelize:DataParallel"
-COUNT, OPTIMIZER = "nanoinfra.train.trainer:count_valid", "nanoinfra.train.train_stage:Optimizer"
+COUNT, OPTIMIZER = "nanoinfra.train.trainer:count_valid_tokens", "nanoinfra.train.train_stage:MixedPrecisionOptimizer"
 MUTANTS = [
     Mutant("no all-reduce", training, patched(main, WRAP, NoAllReduce), PARITY),
     Mutant("averages what is normalised already", training, patched(main, WRAP, Averages), PARITY),
@@ -155,5 +155,5 @@ MUTANTS = [
     Mutant("forgets the moments", resuming, patched(main, OPTIMIZER, ForgetsMoments), BITWISE),
     Mutant("forgets Adam's step count", resuming, patched(main, OPTIMIZER, ForgetsItsSteps), BITWISE),
     Mutant("deals the first samples again", resuming,
-           patched(main, "nanoinfra.train.trainer:RunDir", ResumesAtTheFirstSample), BITWISE),
+           patched(main, "nanoinfra.train.trainer:RunDirectory", ResumesAtTheFirstSample), BITWISE),
 ]

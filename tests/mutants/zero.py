@@ -91,7 +91,7 @@ def run(kind, stage, name="adamw"):
         last = HeadLoss(net.head)
         shared = kind(net, mesh.data, stage, units(net, last), bucket_bytes=BUCKET)
         optimizer = MixedPrecisionOptimizer(shared.shards, name)
-        optimizer.state()
+        optimizer.state_dict()
         storages.watch(torch.nn.ModuleList([net, last]), mesh.ledger)
         for _ in range(STEPS):
             mine = batches(mesh.data)
@@ -235,7 +235,7 @@ def with_reducer(kind):
 
 PARITY, SENT, HELD = (criterion.name for criterion in zero.criteria)
 CLIPPED, SKIPPED = (criterion.name for criterion in scaled.criteria)
-CLIP = "nanoinfra.train.train_stage:clip"
+CLIP = "nanoinfra.train.train_stage:unscale_and_clip_grads"
 MUTANTS = [
     Mutant("an optimizer that shards nothing", zero, UnshardedOptimizer, HELD),
     Mutant("gradients kept whole", zero, with_reducer(KeepsGradients), HELD),

@@ -52,14 +52,14 @@ def one_step(cfg, mesh, kind, v, micros):
     for m in micros:
         given, count = batches(m)
         mesh.ledger.take()
-        replica.begin(given, count)
+        replica.begin_step(given, count)
         most = 0
-        for what in replica.schedule(m)[:-1]:                              # all but the step
+        for what in replica.build_step_schedule(m)[:-1]:                              # all but the step
             execute_schedule([what], replica)
             most = max(most, len(replica.kept))
         rows = [row for row in mesh.ledger.take() if row.op == "send"]
         grads = {name: grad.clone() for name, grad in replica.grads.items()}
-        norm = unscale_and_clip_grads(dict(replica.grads), 0, axes=replica.parallel.norm_axes(), counts=replica.parallel.counts)
+        norm = unscale_and_clip_grads(dict(replica.grads), 0, axes=replica.parallel_model.norm_axes(), counts=replica.parallel_model.counts)
         found[m] = {"loss": replica.loss.item(), "norm": norm, "grads": grads, "most": most,
                     "sent": sum(row.payload for row in rows),
                     "left": (replica.coming, replica.leaving, replica.sent)}

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.checkpoint import manifest as disk
-from nanoinfra.train.checkpoint.checkpoint import catalog, list_checkpoints, load_shards, find_newest_checkpoint, read_checkpoint_state, save_checkpoint, verify_checkpoint
+from nanoinfra.train.checkpoint.checkpoint import (
+    catalog,
+    find_newest_checkpoint,
+    list_checkpoints,
+    load_shards,
+    read_checkpoint_state,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard
 
 
@@ -74,11 +82,11 @@ def bounds(total, n, r):
 def shards(name, shape, tp, zero, dim):
     """One piece a rank, tp counted fastest: ZeRO's rows of tensor parallelism's part along `dim`."""
     def piece(rank):
-        whole = TensorShard.whole(name, shape)
+        whole = TensorShard.of_whole_tensor(name, shape)
         if not shape:
             return whole
-        part = whole.cut(dim, *bounds(shape[dim], tp, rank % tp))
-        return part.cut(0, *bounds(part.size[0], zero, rank // tp))
+        part = whole.slice_dim(dim, *bounds(shape[dim], tp, rank % tp))
+        return part.slice_dim(0, *bounds(part.size[0], zero, rank // tp))
     return [piece(rank) for rank in range(tp * zero)]
 
 
@@ -88,7 +96,7 @@ def save_all(root, step, logical, n=2, keep=1, state=None):
         held = {}
         for name, x in logical.items():
             piece = shards(name, x.shape, 1, n, 0)[axis.rank]
-            held[piece] = x[piece.within()]
+            held[piece] = x[piece.slices_within()]
         return save_checkpoint(root, step, held, state or {"step": step}, axis, keep)
     return run(n, work)
 
@@ -100,7 +108,7 @@ def tensors(seed):
 
 
 def load_all(folder):
-    wanted = [TensorShard.whole(name, shape) for name, (shape, _) in catalog(folder).items()]
+    wanted = [TensorShard.of_whole_tensor(name, shape) for name, (shape, _) in catalog(folder).items()]
     return {piece.name: x for piece, x in load_shards(folder, wanted)}
 
 
@@ -122,12 +130,12 @@ def test_any_mesh_reads_what_any_other_wrote(shape, data):
     after = shards("w", shape, data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(dim))
     with tempfile.TemporaryDirectory() as root:
         done = run(len(before), lambda axis: save_checkpoint(
-            root, 1, {before[axis.rank]: want[before[axis.rank].within()]}, {}, axis))
+            root, 1, {before[axis.rank]: want[before[axis.rank].slices_within()]}, {}, axis))
         assert done == [Path(root) / "step_00000001"] * len(before)
         got = torch.full(shape, torch.nan, dtype=torch.float64)
         for piece, x in load_shards(done[0], after):
             assert tuple(x.shape) == piece.size
-            got[piece.within()] = x
+            got[piece.slices_within()] = x
     assert torch.equal(got, want)
 
 
@@ -139,18 +147,18 @@ def test_rows_of_rows_and_rows_of_columns_go_from_4_ranks_to_3_and_back(tmp_path
     cut = {name: shards(name, (11, 7), *before, dim) for name in names}
     n = before[0] * before[1]
     assert all(isinstance(path, Path) for path in run(n, lambda axis: save_checkpoint(
-        tmp_path, 5, [(cut[k][axis.rank], x[cut[k][axis.rank].within()]) for k, x in logical.items()],
+        tmp_path, 5, [(cut[k][axis.rank], x[cut[k][axis.rank].slices_within()]) for k, x in logical.items()],
         {"cursor": 40}, axis)))
     for name in names:
         for piece, got in load_shards(tmp_path / "step_00000005", shards(name, (11, 7), *after, dim)):
-            assert torch.equal(got, logical[name][piece.within()])
+            assert torch.equal(got, logical[name][piece.slices_within()])
     assert read_checkpoint_state(tmp_path / "step_00000005") == {"cursor": 40}
 
 
 def test_one_rank_needs_no_process_group(tmp_path):
     want = tensors(3)
     state = {"step": 2, "lr": 0.1 + 0.2, "config": {"data": "stdlib"}, "seed": 2**63}
-    folder = save_checkpoint(tmp_path / "runs" / "a", 2, {TensorShard.whole(name, x.shape): x for name, x in want.items()},
+    folder = save_checkpoint(tmp_path / "runs" / "a", 2, {TensorShard.of_whole_tensor(name, x.shape): x for name, x in want.items()},
                   state, Mesh().world)
     assert folder == tmp_path / "runs" / "a" / "step_00000002" == find_newest_checkpoint(folder.parent)
     assert same(load_all(folder), want) and read_checkpoint_state(folder) == state
@@ -165,7 +173,7 @@ def save_on_a_rank(root, step, full_disk_on=None):
     effect = full if axis.rank == full_disk_on else disk.write_all_bytes
     with mock.patch.object(disk, "write_all_bytes", side_effect=effect):
         try:
-            return str(save_checkpoint(root, step, {piece: x[piece.within()]}, {"step": step}, axis))
+            return str(save_checkpoint(root, step, {piece: x[piece.slices_within()]}, {"step": step}, axis))
         except CheckpointError as error:
             return str(error)
 
@@ -183,7 +191,7 @@ def test_real_ranks_save_and_agree_on_failure(tmp_path):
 
 def test_equal_pieces_are_written_once(tmp_path):
     x = torch.randn(6, 50)
-    run(3, lambda axis: save_checkpoint(tmp_path, 1, [(TensorShard.whole("norm", x.shape), x)], {}, axis))
+    run(3, lambda axis: save_checkpoint(tmp_path, 1, [(TensorShard.of_whole_tensor("norm", x.shape), x)], {}, axis))
     sizes = [path.stat().st_size for path in sorted((tmp_path / "step_00000001").glob("*.safetensors"))]
     assert sizes[0] > x.nbytes and max(sizes[1:]) < 100
     assert same(load_all(tmp_path / "step_00000001"), {"norm": x})
@@ -216,7 +224,7 @@ def test_load_reads_only_the_ranges_it_needs(tmp_path, monkeypatch):
             return Counted()
 
     monkeypatch.setattr(checkpoint, "safe_open", Spy)
-    piece = TensorShard.whole("w", x.shape).cut(0, 2, 6).cut(1, 3, 5)
+    piece = TensorShard.of_whole_tensor("w", x.shape).slice_dim(0, 2, 6).slice_dim(1, 3, 5)
     (_, got), = load_shards(tmp_path / "step_00000001", [piece])
     assert torch.equal(got, x[2:6, 3:5])
     assert opened == ["rank0.safetensors", "rank1.safetensors"] and read == [4, 4]
@@ -227,7 +235,7 @@ def test_load_verifies_unless_that_is_done(tmp_path, monkeypatch):
     folder, calls = tmp_path / "step_00000001", []
     manifest = verify_checkpoint(folder)
     monkeypatch.setattr(checkpoint, "verify_checkpoint", lambda path: calls.append(path) or verify_checkpoint(path))
-    wanted = [TensorShard.whole("w", (7, 3))]
+    wanted = [TensorShard.of_whole_tensor("w", (7, 3))]
     assert same(dict((p.name, x) for p, x in load_shards(folder, wanted, json.loads(json.dumps(manifest)))),
                 {"w": tensors(1)["w"]}) and not calls
     list(load_shards(folder, wanted))
@@ -236,8 +244,8 @@ def test_load_verifies_unless_that_is_done(tmp_path, monkeypatch):
 
 def test_what_is_not_in_the_checkpoint_is_named(tmp_path):
     save_all(tmp_path, 1, tensors(1))
-    for piece, text in [(TensorShard.whole("v", (7, 3)), "no tensor 'v'"),
-                        (TensorShard.whole("w", (7, 4)), r"'w' has shape \[7, 3\], not the wanted \[7, 4\]")]:
+    for piece, text in [(TensorShard.of_whole_tensor("v", (7, 3)), "no tensor 'v'"),
+                        (TensorShard.of_whole_tensor("w", (7, 4)), r"'w' has shape \[7, 3\], not the wanted \[7, 4\]")]:
         with pytest.raises(CheckpointError, match=text):
             list(load_shards(tmp_path / "step_00000001", [piece]))
 
@@ -382,7 +390,7 @@ def test_a_file_size_limit_is_an_error_and_not_a_signal(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
         with pytest.raises(CheckpointError) as caught:
-            save_checkpoint(tmp_path, 2, {TensorShard.whole("w", (9999,)): torch.zeros(9999)}, {}, Mesh().world)
+            save_checkpoint(tmp_path, 2, {TensorShard.of_whole_tensor("w", (9999,)): torch.zeros(9999)}, {}, Mesh().world)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "rank 0: " in str(caught.value) and "rank0.safetensors: File too large" in str(caught.value)
@@ -421,7 +429,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(tmp_
     assert find_newest_checkpoint(tmp_path, say=refused.append) == tmp_path / "step_00000001"
     assert len(refused) == 1 and refused[0].startswith("refused checkpoint step_00000002: ")
     with pytest.raises(CheckpointError, match=f"step_00000002/{name}: .*({reason})"):
-        list(load_shards(tmp_path / "step_00000002", [TensorShard.whole("w", (7, 3))]))
+        list(load_shards(tmp_path / "step_00000002", [TensorShard.of_whole_tensor("w", (7, 3))]))
 
 
 @pytest.mark.parametrize("parts, reason", [([(0, 3)], "hold 3 of its 4"), ([(0, 3), (2, 4)], "overlap")])
@@ -437,13 +445,13 @@ def test_a_manifest_whose_pieces_do_not_make_the_tensor_is_refused(tmp_path, par
 
 
 @pytest.mark.parametrize("make, reason", [
-    (lambda w, r: (w.cut(0, 0, 2 - r), torch.zeros(2 - r)), r"the pieces w\[0:2\] and w\[0:1\] overlap"),
-    (lambda w, r: (w.cut(0, r, 1 + r), torch.zeros(1)), "tensor w: the pieces hold 2 of its 4"),
+    (lambda w, r: (w.slice_dim(0, 0, 2 - r), torch.zeros(2 - r)), r"the pieces w\[0:2\] and w\[0:1\] overlap"),
+    (lambda w, r: (w.slice_dim(0, r, 1 + r), torch.zeros(1)), "tensor w: the pieces hold 2 of its 4"),
     (lambda w, r: (w, torch.zeros(4, dtype=[torch.float32, torch.float64][r])), "rank 1 holds it as F64"),
-    (lambda w, r: (w.cut(0, 2 * r, 2 * r + 2), torch.zeros(2 + r)), r"w\[2:4\]: a tensor of shape"),
+    (lambda w, r: (w.slice_dim(0, 2 * r, 2 * r + 2), torch.zeros(2 + r)), r"w\[2:4\]: a tensor of shape"),
 ])
 def test_ranks_that_disagree_all_raise_the_same(tmp_path, make, reason):
-    out = run(2, lambda axis: save_checkpoint(tmp_path, 1, [make(TensorShard.whole("w", (4,)), axis.rank)], {}, axis))
+    out = run(2, lambda axis: save_checkpoint(tmp_path, 1, [make(TensorShard.of_whole_tensor("w", (4,)), axis.rank)], {}, axis))
     assert isinstance(out[1], CheckpointError) and str(out[0]) == str(out[1])
     with pytest.raises(CheckpointError, match=f"cannot save step 1: .*{reason}.*; there is no good"):
         raise out[0]
@@ -552,4 +560,4 @@ def test_a_reader_beside_a_run_that_lets_checkpoints_go(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "verify_checkpoint", slowly)
     assert find_newest_checkpoint(tmp_path, say=said.append) == tmp_path / "step_00000002" and said == []
     with pytest.raises(CheckpointError, match="rank0.safetensors: is gone: .* start again"):
-        list(load_shards(tmp_path / "step_00000001", [TensorShard.whole("w", (7, 3))], old))
+        list(load_shards(tmp_path / "step_00000001", [TensorShard.of_whole_tensor("w", (7, 3))], old))

@@ -100,7 +100,7 @@ def reloaded(dtype):
         old, new = (TrainStage(sized("test"), TrainFlags(
             ModelFlags(dtype=dtype, freeze=("embed.*", "blocks.2.*"), seed=seed),
             mesh=MeshFlags(zero=stage, dp=2)), Mesh(dp=world_size())) for seed in (1, 0))
-        new.load([(piece, tensor.clone()) for piece, tensor in old.pieces()], old.state())
+        new.load_state_dict([(piece, tensor.clone()) for piece, tensor in old.tensor_shards()], old.state_dict())
         model = new.parallel.each[0].model
         found[stage] = {name: p.detach().clone() for name, p in model.named_parameters()
                         if name.startswith(("embed.", "blocks.2."))}
@@ -138,7 +138,7 @@ def test_only_what_trains_costs_memory(zero):
         flags = TrainFlags(ModelFlags(dtype="bfloat16", freeze=freeze), mesh=MeshFlags(zero=zero))
         recipe = Recipe(8, 1, dtype="bfloat16", frozen=frozen_parameter_names(freeze, UNTIED))
         replica = stepped(flags)
-        held = metrics.distinct_storage_bytes([*replica.tensors(), *replica.grads.values()])
+        held = metrics.distinct_storage_bytes([*replica.persistent_tensors(), *replica.grads.values()])
         assert held == sum(model_states(UNTIED, Layout(zero=zero), recipe).values())
         return held
     blocks = sum(torch.Size(shape).numel() for name, shape in shapes(UNTIED).items() if ".0." in name)
@@ -150,6 +150,6 @@ def stepped(flags):
     """One rank's replica after a step's backward, its gradients in hand."""
     replica = TrainStage(UNTIED, flags, Mesh())
     x = torch.ones(2, 8, dtype=torch.long)
-    replica.begin([(x, x)], 16, lr=1e-3)
+    replica.begin_step([(x, x)], 16, lr=1e-3)
     execute_schedule(accumulate(1), replica)
     return replica

@@ -19,8 +19,8 @@ from tests.train.runs import CLI, FLAGS, SAID, lines
 HOLD = """
 import sys
 from pathlib import Path
-from nanoinfra.train.run_directory.lock import locked
-with locked(Path(sys.argv[1])):
+from nanoinfra.train.run_directory.lock import lock_run_directory
+with lock_run_directory(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -17,16 +17,16 @@ def mixed():
     tensors = {str(dtype): (torch.arange(7) % 2).to(dtype) for dtype in disk.SAFETENSORS_DTYPES}
     tensors |= {"scalar": torch.tensor(1.5, dtype=torch.float64), "empty": torch.empty(0, 3),
                 "strided": torch.randn(5, 3).T, "grad": torch.randn(3, requires_grad=True)}
-    return {TensorShard.whole(name, x.shape): x for name, x in tensors.items()}
+    return {TensorShard.of_whole_tensor(name, x.shape): x for name, x in tensors.items()}
 
 
 def test_another_reader_opens_the_file_and_agrees(tmp_path):
     want = mixed()
     disk.write_safetensors(tmp_path / "rank0.safetensors", list(want.items()))
     got = load_file(tmp_path / "rank0.safetensors")
-    assert got.keys() == {piece.key for piece in want}
+    assert got.keys() == {piece.file_key for piece in want}
     for piece, x in want.items():
-        assert got[piece.key].dtype == x.dtype and torch.equal(got[piece.key], x)
+        assert got[piece.file_key].dtype == x.dtype and torch.equal(got[piece.file_key], x)
     with safe_open(tmp_path / "rank0.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -43,7 +43,7 @@ def test_every_tensor_is_aligned_in_the_file(tmp_path):
 
 
 def test_tensors_are_written_from_their_own_memory_one_at_a_time(tmp_path, monkeypatch):
-    tensors = {TensorShard.whole(str(i), (100 + i,)): torch.randn(100 + i) for i in range(3)}
+    tensors = {TensorShard.of_whole_tensor(str(i), (100 + i,)): torch.randn(100 + i) for i in range(3)}
     seen, write_all = [], disk.write_all_bytes
     monkeypatch.setattr(disk, "write_all_bytes", lambda file, data: (seen.append(data), write_all(file, data)))
     disk.write_safetensors(tmp_path / "f", list(tensors.items()))
@@ -80,7 +80,7 @@ def test_sha_is_of_the_bytes_on_disk(tmp_path):
 
 
 def test_wrong_tensors_are_named(tmp_path):
-    piece = TensorShard.whole("w", (4, 2)).cut(0, 1, 3)
+    piece = TensorShard.of_whole_tensor("w", (4, 2)).slice_dim(0, 1, 3)
     with pytest.raises(CheckpointError, match=r"w\[1:3, 0:2\]: a tensor of shape \[4, 2\]"):
         disk.write_safetensors(tmp_path / "a", [(piece, torch.zeros(4, 2))])
     with pytest.raises(CheckpointError, match="given twice"):

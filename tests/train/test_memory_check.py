@@ -10,8 +10,8 @@ from nanoinfra.config import sized
 from nanoinfra.train import config, metrics
 from nanoinfra.train.launch import memory_check
 from nanoinfra.train.launch.memory_check import (
-    _SHARED_LIBRARIES_BYTES,
     _PROCESS_BYTES,
+    _SHARED_LIBRARIES_BYTES,
     check_memory_fits,
     config_of_named_size,
     local_memory_by_part,
@@ -43,8 +43,8 @@ def untouched(monkeypatch):
     """Nothing starts ranks, reads a corpus, draws weights or makes batches."""
     def touched(*_, **__):
         raise AssertionError("something was begun")
-    for name in ("train.launch.launch", "train.inputs.open_source", "train.trainer.Replica",
-                 "train.trainer.Loader"):
+    for name in ("train.launch.launcher.launch_ranks", "train.run_inputs.open_dataset", "train.trainer.TrainStage",
+                 "train.trainer.MicroBatchLoader"):
         monkeypatch.setattr(f"nanoinfra.{name}", touched)
 
 
@@ -168,7 +168,7 @@ def test_weights_are_looked_at_before_the_corpus_is_read(machine, untouched, mon
     (run / "config.json").write_text(json.dumps({"nanoinfra": 1, "model": sized("nano").to_dict()}))
     (run / "checkpoints").mkdir()
     machine(24 * GB)
-    monkeypatch.setattr("nanoinfra.train.run_inputs.open_pretrained", lambda *_: Opened(sized("nano")))
+    monkeypatch.setattr("nanoinfra.train.run_inputs.open_pretrained_weights", lambda *_: Opened(sized("nano")))
     argv = ["train", "--model", str(run), "--seq", "100000000", "--out", str(tmp_path / "out")]
     assert main(argv) == 2
     said = capsys.readouterr().err

@@ -14,7 +14,7 @@ def line(step):
 
 def test_floats_survive_at_full_precision_and_each_line_is_there_at_once(tmp_path):
     log = metrics.MetricsLog(tmp_path / "m.jsonl")
-    log.write(line(1))
+    log.write_step(line(1))
     assert metrics.read_metrics(tmp_path / "m.jsonl") == [line(1)]                 # before the file is closed
     log.file.close()
 
@@ -24,7 +24,7 @@ def test_going_on_cuts_what_came_after_the_checkpoint(tmp_path):
     whole = "".join(json.dumps(line(i)) + "\n" for i in (1, 2, 3))
     path.write_text(whole + '{"step": 4, "sent": {"data": 4}')
     log = metrics.MetricsLog(path, go_on_after=2)
-    log.write(line(3))
+    log.write_step(line(3))
     log.file.close()
     assert metrics.read_metrics(path) == [line(1), line(2), line(3)]
 
@@ -64,7 +64,7 @@ def test_trace_has_one_process_a_rank_in_microseconds():
 def test_plot_draws_losses_and_held_out_points(tmp_path):
     log = metrics.MetricsLog(tmp_path / "m.jsonl")
     for i in range(5):
-        log.write({**line(i), **({"held_out_bpb": 2.0 - i / 10} if i % 2 else {})})
+        log.write_step({**line(i), **({"held_out_bpb": 2.0 - i / 10} if i % 2 else {})})
     log.file.close()
     metrics.plot_loss_curve(tmp_path / "m.jsonl", tmp_path / "loss.png", "test")
     assert (tmp_path / "loss.png").stat().st_size > 10_000

@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.train.optimizer import ADAMW_BETAS, ADAMW_WEIGHT_DECAY, MixedPrecisionOptimizer, unscale_and_clip_grads, scheduled_learning_rate
+from nanoinfra.train.optimizer import (
+    ADAMW_BETAS,
+    ADAMW_WEIGHT_DECAY,
+    MixedPrecisionOptimizer,
+    scheduled_learning_rate,
+    unscale_and_clip_grads,
+)
 
 
 def net(dtype=torch.float64, seed=0):
@@ -46,14 +52,14 @@ def test_bf16_model_has_float32_masters_that_keep_small_steps():
         optimizer.step(ones, lr=1e-5)                                      # each too small for bf16's 8 bits
     for n, p in model.named_parameters():
         want = drawn[n] - 8e-5
-        torch.testing.assert_close(optimizer.masters[n], want, rtol=1e-5, atol=1e-7)
-        assert p.dtype == torch.bfloat16 and torch.equal(p, optimizer.masters[n].bfloat16())
-    assert optimizer.masters["0.weight"].dtype == torch.float32 and before.dtype == torch.bfloat16
+        torch.testing.assert_close(optimizer.master_weights[n], want, rtol=1e-5, atol=1e-7)
+        assert p.dtype == torch.bfloat16 and torch.equal(p, optimizer.master_weights[n].bfloat16())
+    assert optimizer.master_weights["0.weight"].dtype == torch.float32 and before.dtype == torch.bfloat16
 
 
 def test_float32_model_is_its_own_master():
     model = net(torch.float32)
-    assert all(m is p for m, p in zip(MixedPrecisionOptimizer(model).masters.values(), model.parameters()))
+    assert all(m is p for m, p in zip(MixedPrecisionOptimizer(model).master_weights.values(), model.parameters()))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
@@ -62,10 +68,10 @@ def test_state_goes_round_bitwise(name):
     a = MixedPrecisionOptimizer(first, name)
     for step in range(2):
         a.step(draws(first, step), lr=0.1)
-    kept = {n: t.clone() for n, t in a.state().items()}
+    kept = {n: t.clone() for n, t in a.state_dict().items()}
     second = net(torch.bfloat16, seed=1)
     b = MixedPrecisionOptimizer(second, name)
-    b.load(kept, steps=2)
+    b.load_state_dict(kept, steps=2)
     a.step(draws(first, 2), lr=0.1)
     b.step(draws(second, 2), lr=0.1)
     for p, q in zip(first.parameters(), second.parameters()):
@@ -75,7 +81,7 @@ def test_state_goes_round_bitwise(name):
 def test_frozen_parameters_have_no_state():
     model = net()
     model[0].weight.requires_grad_(False)
-    assert not [n for n in MixedPrecisionOptimizer(model).state() if n.endswith("0.weight")]
+    assert not [n for n in MixedPrecisionOptimizer(model).state_dict() if n.endswith("0.weight")]
 
 
 def test_clip_scales_to_the_limit_and_returns_the_norm():
@@ -113,6 +119,6 @@ def test_a_cosine_ends_where_it_is_told_to():
 
 
 def test_betas_and_decay_are_those_given():
-    group, vectors = MixedPrecisionOptimizer(net(), betas=(0.8, 0.99), weight_decay=0.3).torch.param_groups
+    group, vectors = MixedPrecisionOptimizer(net(), betas=(0.8, 0.99), weight_decay=0.3).torch_optimizer.param_groups
     assert group["betas"] == vectors["betas"] == (0.8, 0.99)
     assert (group["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)

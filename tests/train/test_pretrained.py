@@ -23,7 +23,12 @@ from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.checkpoint.tensor_shards import TensorShard
 from nanoinfra.train.config import TrainFlags
-from nanoinfra.train.pretrained import export_to_hugging_face, save_pretrained_tokenizer, open_pretrained_weights, load_pretrained
+from nanoinfra.train.pretrained import (
+    export_to_hugging_face,
+    load_pretrained,
+    open_pretrained_weights,
+    save_pretrained_tokenizer,
+)
 from nanoinfra.train.run_inputs import open_run_inputs
 from tests.model.chat_model import TEMPLATE, chat_model
 from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, counting
@@ -39,8 +44,8 @@ def run(tmp_path):
     BPETokenizer.train(["one two"] * 9, vocab=258).save(tmp_path / "tokenizer")
     for step in (3, 5):
         weights = dict(scrambled(Decoder(config("llama")), seed=step).named_parameters())
-        tensors = {TensorShard.whole(name, p.shape): p.detach() for name, p in weights.items()}
-        tensors |= {TensorShard.whole(f"exp_avg/{name}", p.shape): p.detach() + 1 for name, p in weights.items()}
+        tensors = {TensorShard.of_whole_tensor(name, p.shape): p.detach() for name, p in weights.items()}
+        tensors |= {TensorShard.of_whole_tensor(f"exp_avg/{name}", p.shape): p.detach() + 1 for name, p in weights.items()}
         checkpoint.save_checkpoint(tmp_path / "checkpoints", step, tensors, {"step": step}, Mesh().world)
     return tmp_path
 
@@ -136,7 +141,7 @@ def test_training_goes_on_from_the_weights_of_a_run(tmp_path):
     assert main(again) == 0
     model = load_pretrained(first, torch.float64)[0]
     source = RandomTokenDataset(257)
-    pairs = [source.sample(g, seed=7, seq=16) for g in range(2)]
+    pairs = [source.get_sample(g, seed=7, seq=16) for g in range(2)]
     x, y = (torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1))
     want = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())    
     [line] = metrics.read_metrics(second / "metrics.jsonl")
@@ -238,7 +243,7 @@ def test_text_is_not_trained_on_with_the_tokenizer_of_another(tmp_path):
         open_run_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
     data[1] = "random"
     inputs = open_run_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
-    assert inputs.source.tokenizer is None and inputs.weights.text is None
+    assert inputs.dataset.tokenizer is None and inputs.pretrained_weights.text is None
 
 
 def test_a_run_that_kept_no_text_of_another_leaves_none(run, tmp_path):

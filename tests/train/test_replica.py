@@ -20,7 +20,7 @@ def stepped(zero, config=None, **model):
     flags = TrainFlags(ModelFlags(**model), mesh=MeshFlags(zero=zero))
     replica = TrainStage(config or sized("test"), flags, Mesh())
     x = torch.ones(2, 8, dtype=torch.long)
-    replica.begin([(x, x)], 16, lr=1e-3)
+    replica.begin_step([(x, x)], 16, lr=1e-3)
     execute_schedule(accumulate(1), replica)
     return replica
 
@@ -30,14 +30,14 @@ def test_gradients_are_summed_in_the_dtype_asked_for_and_float32_by_default(zero
     for asked, want in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
         replica = stepped(zero, dtype="bfloat16", grad_dtype=asked)
         assert {grad.dtype for grad in replica.grads.values()} == {want}
-        assert {p.dtype for p in replica.parallel.each[0].model.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in replica.parallel_model.each[0].model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_a_new_step_lets_go_of_the_last_ones_gradients(zero):
     replica = stepped(zero)
     old = [weakref.ref(grad) for grad in replica.grads.values()]
-    replica.begin([], 1, lr=0.0)
+    replica.begin_step([], 1, lr=0.0)
     assert not [ref for ref in old if ref() is not None]
 
 
@@ -67,7 +67,7 @@ def test_the_held_out_score_is_one_ranks_at_every_stage(ranks, tmp_path):
 def test_masters_are_the_numbers_drawn_not_those_rounded_to_16_bits():
     replica = TrainStage(sized("test"), TrainFlags(ModelFlags(dtype="bfloat16")), Mesh())
     want = init_weights(Decoder(sized("test")), seed=0)
-    for name, master in replica.optimizer.masters.items():
+    for name, master in replica.optimizer.master_weights.items():
         assert torch.equal(master, want.get_parameter(name).detach())
 
 

@@ -143,7 +143,7 @@ def test_the_seconds_spent_are_state(run, monkeypatch):
     timed = [*ARGV, "--max-seconds", "8", "--save-every", "6"]
     assert main([*timed, "--out", "whole"]) == 0
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(RunDirectory, "plot", killed)
+        patch.setattr(RunDirectory, "write_loss_plot", killed)
         main([*timed, "--out", "parts"])
     assert main([*timed, "--out", "parts", "--resume"]) == 0
     want, got = ([line["lr"] for line in lines(Path(out))] for out in ("whole", "parts"))
@@ -196,8 +196,8 @@ def test_weights_that_are_no_numbers_are_not_saved(run, capsys, monkeypatch):
 
     def spoils(self, grads, lr):
         step(self, grads, lr)
-        if self.steps == 5:
-            next(iter(self.masters.values())).data[0] = math.nan
+        if self.num_steps == 5:
+            next(iter(self.master_weights.values())).data[0] = math.nan
     monkeypatch.setattr(MixedPrecisionOptimizer, "step", spoils)
     assert resume("--steps", "9", "--save-every", "1") == 2
     said = capsys.readouterr().err
@@ -208,12 +208,12 @@ def test_weights_that_are_no_numbers_are_not_saved(run, capsys, monkeypatch):
 
 
 def test_a_checkpoint_that_is_spoilt_is_told_from_the_one_before_it(run, capsys, monkeypatch):
-    load = MixedPrecisionOptimizer.load
+    load = MixedPrecisionOptimizer.load_state_dict
 
     def spoilt(self, tensors, steps):
         load(self, tensors, steps)
-        next(iter(self.masters.values())).data[:] = math.nan
-    monkeypatch.setattr(MixedPrecisionOptimizer, "load", spoilt)
+        next(iter(self.master_weights.values())).data[:] = math.nan
+    monkeypatch.setattr(MixedPrecisionOptimizer, "load_state_dict", spoilt)
     assert resume("--steps", "9") == 2
     says = "step_00000003, which is spoilt already; go on from an earlier one with --resume-from 1 or 2; try"
     assert says in capsys.readouterr().err

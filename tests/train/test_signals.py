@@ -12,7 +12,12 @@ from nanoinfra.cli import main
 from nanoinfra.train import metrics, trainer
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.launch import signals
-from nanoinfra.train.launch.signals import TERMINATION_SIGNALS, _SAME_SIGNAL_SECONDS, SignalListener, StopRequest
+from nanoinfra.train.launch.signals import (
+    _SAME_SIGNAL_SECONDS,
+    TERMINATION_SIGNALS,
+    SignalListener,
+    StopRequest,
+)
 from nanoinfra.train.launch.stop_message import resume_command
 from tests.processes import until
 
@@ -36,7 +41,7 @@ def heard():
 
 @pytest.fixture
 def request_(heard):
-    asked = StopRequest(lone=True)
+    asked = StopRequest(is_single_process=True)
     asked.start()
     yield asked
     asked.stop()
@@ -70,7 +75,7 @@ def test_a_second_one_goes_to_the_process(heard, request_, sign):
 
 
 def test_in_a_program_that_calls_train_a_second_ctrl_c_is_pythons():
-    asked = StopRequest(lone=True)
+    asked = StopRequest(is_single_process=True)
     before = signal.getsignal(signal.SIGINT)
     asked.start()
     try:
@@ -87,7 +92,7 @@ def test_in_a_program_that_calls_train_a_second_ctrl_c_is_pythons():
 
 
 def test_a_rank_takes_any_number_of_signals_as_one(heard):
-    asked = StopRequest(lone=False)
+    asked = StopRequest(is_single_process=False)
     asked.start()
     os.kill(os.getpid(), signal.SIGTERM)
     until(lambda: asked.asked)
@@ -101,7 +106,7 @@ def test_a_rank_takes_any_number_of_signals_as_one(heard):
 def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        asked = StopRequest(lone=True)
+        asked = StopRequest(is_single_process=True)
         asked.start()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         asked.stop()

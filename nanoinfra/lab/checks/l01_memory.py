@@ -204,7 +204,7 @@ def _(subject):
 def _(subject):
     random = torch.Generator().manual_seed(2)
     overflows = (torch.rand(40, generator=random) < 0.2).tolist()
-    trial, scale, want = _Trial({}), _scale(1024.0), LossScale(1024.0, grow_after=3)
+    trial, scale, want = _Trial({}), _scale(1024.0), LossScale(1024.0, growth_interval=3)
     for step, overflow in enumerate(overflows):
         trial.slopes = dict.fromkeys(SHAPES, math.inf if overflow else 2.0**-20)
         before = scale["value"]

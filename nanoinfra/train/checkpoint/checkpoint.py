@@ -22,7 +22,7 @@ from nanoinfra.distributed import comm
 from nanoinfra.train.checkpoint import manifest as disk
 from nanoinfra.train.checkpoint import retention
 from nanoinfra.train.checkpoint.manifest import CheckpointVersionError, verify_checkpoint
-from nanoinfra.train.checkpoint.retention import WarnFunction, list_checkpoints, checkpoint_folder
+from nanoinfra.train.checkpoint.retention import WarnFunction, checkpoint_folder, list_checkpoints
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard, check_shards_cover_tensor
 
 _ShardTensors = Mapping[TensorShard, torch.Tensor] | Iterable[tuple[TensorShard, torch.Tensor]]
@@ -160,7 +160,7 @@ def _prepare(tmp, pairs, rank, say):
         retention.delete_unfinished_checkpoints(root, say)
         retention.rename_out_of_the_way(tmp, "left")           # what could not be deleted
         tmp.mkdir()
-    return [[piece.name, piece.offset, piece.size, piece.full, disk.safetensors_dtype_name(x)] for piece, x in pairs]
+    return [[piece.name, piece.offset, piece.size, piece.full_shape, disk.safetensors_dtype_name(x)] for piece, x in pairs]
 
 
 def _deal(held):
@@ -208,16 +208,16 @@ def _entry(piece, entries, folder):
     entry = entries.get(piece.name)
     if entry is None:
         raise CheckpointError(f"{folder}: has no tensor {piece.name!r} among its {len(entries)}")
-    if tuple(entry["shape"]) != piece.full:
+    if tuple(entry["shape"]) != piece.full_shape:
         raise CheckpointError(f"{folder}: tensor {piece.name!r} has shape {entry['shape']}, not the wanted "
-                              f"{list(piece.full)}")
+                              f"{list(piece.full_shape)}")
     return entry
 
 
 def _read(piece, entry, opened):
     out = torch.empty(piece.size, dtype=disk.torch_dtype_from_name(entry["dtype"]))
     for file, source in disk.shards_in_files(piece.name, entry):
-        common = piece.overlap(source)
+        common = piece.intersect(source)
         if common:
-            out[common.within(piece)] = opened(file).get_slice(source.key)[common.within(source)]
+            out[common.slices_within(piece)] = opened(file).get_slice(source.file_key)[common.slices_within(source)]
     return out

@@ -153,10 +153,10 @@ def _header(pairs):
     entries, begin = {}, 0
     for piece, tensor in pairs:
         if tuple(tensor.shape) != piece.size:
-            raise CheckpointError(f"{piece.key}: a tensor of shape {list(tensor.shape)} is given for a "
+            raise CheckpointError(f"{piece.file_key}: a tensor of shape {list(tensor.shape)} is given for a "
                                   f"piece of size {list(piece.size)}")
         end = begin + tensor.numel() * tensor.element_size()
-        entries[piece.key] = {"dtype": safetensors_dtype_name(tensor), "shape": piece.size, "data_offsets": [begin, end]}
+        entries[piece.file_key] = {"dtype": safetensors_dtype_name(tensor), "shape": piece.size, "data_offsets": [begin, end]}
         begin = end
     if len(entries) != len(pairs):
         raise CheckpointError(f"{len(pairs)} pieces have {len(entries)} different keys: one is given twice")

@@ -20,30 +20,30 @@ class TensorShard:
     name: str
     offset: tuple[int, ...]
     size: tuple[int, ...]
-    full: tuple[int, ...]
+    full_shape: tuple[int, ...]
 
     def __post_init__(self):
-        places = list(zip(self.offset, self.size, self.full))
-        if not (len(self.offset) == len(self.size) == len(self.full)
+        places = list(zip(self.offset, self.size, self.full_shape))
+        if not (len(self.offset) == len(self.size) == len(self.full_shape)
                 and all(0 <= o and 0 <= s and o + s <= f for o, s, f in places)):
             raise ValueError(f"{self.name}: no box of size {list(self.size)} at {list(self.offset)} fits "
-                             f"in a tensor of shape {list(self.full)}; cut it from Piece.whole(name, shape)")
+                             f"in a tensor of shape {list(self.full_shape)}; cut it from Piece.whole(name, shape)")
 
     @classmethod
-    def whole(cls, name: str, shape: Sequence[int]) -> "TensorShard":
+    def of_whole_tensor(cls, name: str, shape: Sequence[int]) -> "TensorShard":
         """All of a tensor."""
         return cls(name, (0,) * len(shape), tuple(shape), tuple(shape))
 
-    def cut(self, dim: int, start: int, stop: int) -> "TensorShard":
+    def slice_dim(self, dim: int, start: int, stop: int) -> "TensorShard":
         """The part from `start` up to `stop` along `dim`, counted within this piece, so cuts compose."""
         if not 0 <= start <= stop <= self.size[dim]:
-            raise ValueError(f"cannot cut {start}:{stop} from the {self.size[dim]} places of {self.key} in "
+            raise ValueError(f"cannot cut {start}:{stop} from the {self.size[dim]} places of {self.file_key} in "
                              f"dim {dim}; count from its own start")
         offset, size = list(self.offset), list(self.size)
         offset[dim], size[dim] = self.offset[dim] + start, stop - start
         return replace(self, offset=tuple(offset), size=tuple(size))
 
-    def overlap(self, other: "TensorShard") -> "TensorShard | None":
+    def intersect(self, other: "TensorShard") -> "TensorShard | None":
         """The box common to two pieces of one tensor; None where they share no element."""
         begin = [max(a, b) for a, b in zip(self.offset, other.offset)]
         end = [min(a + m, b + n) for a, m, b, n in zip(self.offset, self.size, other.offset, other.size)]
@@ -51,15 +51,15 @@ class TensorShard:
             return None
         return replace(self, offset=tuple(begin), size=tuple(e - b for b, e in zip(begin, end)))
 
-    def within(self, outer: "TensorShard | None" = None) -> tuple[slice, ...]:
+    def slices_within(self, outer: "TensorShard | None" = None) -> tuple[slice, ...]:
         """Index of this box in a tensor that holds the piece `outer`; by default in the whole tensor."""
-        base = outer.offset if outer else (0,) * len(self.full)
+        base = outer.offset if outer else (0,) * len(self.full_shape)
         return tuple(slice(o - b, o - b + s) for o, b, s in zip(self.offset, base, self.size))
 
     @property
-    def key(self) -> str:
+    def file_key(self) -> str:
         """Its name in a file: `w` for all of w, else with the range of each dim, as in `w[0:3, 4:8]`."""
-        if self.size == self.full:
+        if self.size == self.full_shape:
             return self.name
         return f"{self.name}[{', '.join(f'{o}:{o + s}' for o, s in zip(self.offset, self.size))}]"
 
@@ -67,8 +67,8 @@ class TensorShard:
 def check_shards_cover_tensor(pieces: Sequence[TensorShard], name: str, shape: Sequence[int]) -> None:
     """Raise CheckpointError unless the pieces hold every element of the tensor exactly once."""
     for a, b in combinations(pieces, 2):
-        if a.overlap(b):
-            raise CheckpointError(f"tensor {name}: the pieces {a.key} and {b.key} overlap")
+        if a.intersect(b):
+            raise CheckpointError(f"tensor {name}: the pieces {a.file_key} and {b.file_key} overlap")
     held = sum(prod(piece.size) for piece in pieces)
     if held != prod(shape):
         raise CheckpointError(f"tensor {name}: the pieces hold {held} of its {prod(shape)} elements")

@@ -27,9 +27,21 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from nanoinfra.distributed.cpu_threads import default_threads
 from nanoinfra.distributed.loopback import HOST, master_store
 from nanoinfra.train.checkpoint.checkpoint import list_checkpoints
-from nanoinfra.train.launch.elastic_rank import STATUS_BOARD_FILE, ELASTIC_LOGS_FOLDER, LAUNCH_ID_PREFIX, STOP_NOTE_FILE, kill_process, make_run_folder
-from nanoinfra.train.launch.signals import announce_stop, is_second_signal, termination_signals_not_ignored, write_line_to_stderr
-from nanoinfra.train.launch.stop_message import resume_command, report_stopped_run
+from nanoinfra.train.launch.elastic_rank import (
+    ELASTIC_LOGS_FOLDER,
+    LAUNCH_ID_PREFIX,
+    STATUS_BOARD_FILE,
+    STOP_NOTE_FILE,
+    kill_process,
+    make_run_folder,
+)
+from nanoinfra.train.launch.signals import (
+    announce_stop,
+    is_second_signal,
+    termination_signals_not_ignored,
+    write_line_to_stderr,
+)
+from nanoinfra.train.launch.stop_message import report_stopped_run, resume_command
 from nanoinfra.train.run_directory.ownership import read_run_config
 
 _SAVE_TIMEOUT_SECONDS = 300                               # seconds that ranks have to save, when a signal stops the run
@@ -52,7 +64,7 @@ def launch_ranks(argv: list[str], nproc: int, out: Path | None = None, max_resta
     with _notes(out) as notes:
         agent = ElasticRankAgent(spec, DefaultLogsSpecs(str(notes)), out)
         try:
-            with agent.taking_signals():
+            with agent.handle_stop_signals():
                 failures = agent.run().failures
         except SignalException as stop:
             return _after_signal(stop.sigval, out, argv, started)
@@ -100,10 +112,10 @@ class ElasticRankAgent(LocalElasticAgent):
 
     def __init__(self, spec: WorkerSpec, notes: DefaultLogsSpecs, out: Path | None):
         super().__init__(spec, notes, shutdown_timeout=_SAVE_TIMEOUT_SECONDS)
-        self.name, self.out, self.stopped = spec.rdzv_handler.get_run_id(), out, 0.0
+        self.launch_id, self.out, self.stopped_at = spec.rdzv_handler.get_run_id(), out, 0.0
 
     @contextmanager
-    def taking_signals(self):
+    def handle_stop_signals(self):
         """Here the first signal lets the ranks save and end, and a second one kills them."""
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""                # torch's own handlers stay out
         mine = threading.current_thread() is threading.main_thread()     # which alone hears signals
@@ -116,12 +128,12 @@ class ElasticRankAgent(LocalElasticAgent):
 
     def _signalled(self, sign, frame):
         sign = signal.Signals(sign)
-        if not self.stopped:
-            self.stopped = time.monotonic()
+        if not self.stopped_at:
+            self.stopped_at = time.monotonic()
             if self.out:
                 announce_stop(sign)
             raise SignalException("", sign)
-        if is_second_signal(sign, self.stopped) and self._pcontext:
+        if is_second_signal(sign, self.stopped_at) and self._pcontext:
             for pid in self._pcontext.pids().values():
                 kill_process(pid)
 
@@ -147,7 +159,7 @@ class ElasticRankAgent(LocalElasticAgent):
 
     def _has_begun(self):
         """Has an attempt of this launch come as far as to describe its run?"""
-        return read_run_config(self.out).get("launch") == self.name
+        return read_run_config(self.out).get("launch") == self.launch_id
 
 
 @contextmanager

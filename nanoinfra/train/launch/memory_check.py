@@ -14,7 +14,12 @@ from pathlib import Path
 from nanoinfra.config import SIZES, ModelConfig, sized
 from nanoinfra.distributed.host_memory import free_memory, host_memory, resident_peak
 from nanoinfra.formulas.footprint import Layout, Recipe, footprint, heap_rest
-from nanoinfra.train.config import TrainFlags, check_train_flags, global_batch_and_num_micro_batches, mesh_axis_sizes
+from nanoinfra.train.config import (
+    TrainFlags,
+    check_train_flags,
+    global_batch_and_num_micro_batches,
+    mesh_axis_sizes,
+)
 from nanoinfra.train.freeze import frozen_parameter_names
 
 _PROCESS_BYTES, _SHARED_LIBRARIES_BYTES = 260 << 20, 150 << 20    # of a rank without tensors; what a machine's ranks share of it

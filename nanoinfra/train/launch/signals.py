@@ -27,7 +27,7 @@ class SignalListener:
     """
 
     def __init__(self, heard: Callable[[signal.Signals], object]):
-        self.heard, self.before, self.pipe = heard, {}, None
+        self.on_signal, self.before, self.pipe = heard, {}, None
 
     def start(self) -> "SignalListener":
         """Hear signals from here on."""
@@ -56,7 +56,7 @@ class SignalListener:
     def _listen(self):
         while came := self.pipe.recv(1):
             if signal.getsignal(came[0]) == self.handle:
-                self.heard(signal.Signals(came[0]))
+                self.on_signal(signal.Signals(came[0]))
 
 
 class StopRequest(SignalListener):
@@ -68,22 +68,22 @@ class StopRequest(SignalListener):
 
     def __init__(self, lone: bool):
         super().__init__(self._ask)
-        self.lone, self.asked, self.since = lone, 0, 0.0
+        self.is_single_process, self.requested, self.since = lone, 0, 0.0
 
     def _ask(self, sign):
-        if not self.asked:
-            self.asked, self.since = 1, time.monotonic()
+        if not self.requested:
+            self.requested, self.since = 1, time.monotonic()
             announce_stop(sign)
-        elif self.asked == 1 and self.lone and is_second_signal(sign, self.since):
+        elif self.requested == 1 and self.is_single_process and is_second_signal(sign, self.since):
             outer = getattr(self.before[sign], "__self__", None)
             if isinstance(outer, SignalListener):
-                outer.heard(sign)
-            self.asked = 2
+                outer.on_signal(sign)
+            self.requested = 2
             _thread.interrupt_main(sign)     # once more, now that `handle` knows
 
     def handle(self, sign: int, frame) -> None:
         """Python's handler, in the main thread."""
-        if self.asked == 2:
+        if self.requested == 2:
             signal.signal(sign, self.before[sign])
             signal.raise_signal(sign)
 

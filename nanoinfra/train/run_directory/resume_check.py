@@ -17,12 +17,12 @@ _REPORTED_FLAGS = {"model": ("model", "dtype", "grad_dtype"), "optimizer": None,
 
 def data_description(inputs: RunInputs) -> dict:
     """What --data gave, in numbers that a sentence can hold: name, documents, bytes, tokenizer's entries."""
-    corpus, tokenizer = inputs.source.corpus, inputs.source.tokenizer
-    vocab = tokenizer.vocab_size if tokenizer else inputs.model.vocab
+    corpus, tokenizer = inputs.dataset.corpus, inputs.dataset.tokenizer
+    vocab = tokenizer.vocab_size if tokenizer else inputs.model_config.vocab
     if corpus is None:
         return {"data": "random", "vocab": vocab}
     return {"data": corpus.name, "documents": len(corpus.train) + len(corpus.held_out),
-            "bytes": sum(corpus.bytes), "vocab": vocab}
+            "bytes": sum(corpus.train_and_held_out_bytes), "vocab": vocab}
 
 
 def check_resumes_same_run(run: Path, state: dict, inputs: RunInputs, flags: TrainFlags, text: dict) -> None:
@@ -39,9 +39,9 @@ def check_resumes_same_run(run: Path, state: dict, inputs: RunInputs, flags: Tra
         raise ValueError(f"--resume: the run in {run} trains --model {was['model']}, this is --model "
                          f"{now['model']}; give --model {was['model']}")
     for key in ("seed", "seq"):
-        if state[key] != inputs.identity[key]:
+        if state[key] != inputs.data_identity[key]:
             raise ValueError(f"--resume: the run in {run} has {key} {state[key]}, this one "
-                             f"{inputs.identity[key]}; give --{key} {state[key]}")
+                             f"{inputs.data_identity[key]}; give --{key} {state[key]}")
     _check_text(run, state, inputs, text)
     _check_model(run, state, inputs)
     _check_optimizer(run, state, flags)
@@ -64,8 +64,8 @@ def describe_changed_flags(state: dict, flags: TrainFlags, threads: int, global_
 
 
 def _check_text(run, state, inputs, text):
-    was, same = state.get("text", {}), state["corpus"] == inputs.identity["corpus"]
-    if same and state["tokenizer"] == inputs.identity["tokenizer"]:
+    was, same = state.get("text", {}), state["corpus"] == inputs.data_identity["corpus"]
+    if same and state["tokenizer"] == inputs.data_identity["tokenizer"]:
         return
     if not same:
         raise ValueError(f"--resume: the run in {run} was trained on {_text(was)}, and now there is "
@@ -97,7 +97,7 @@ def _text_remedy(run, was, text):
 
 
 def _check_model(run, state, inputs):
-    was, now = state["model"], _plain(inputs.model.to_dict())
+    was, now = state["model"], _plain(inputs.model_config.to_dict())
     if unknown := was.keys() - now.keys():
         raise ValueError(f"--resume: the model of the run in {run} has {', '.join(sorted(unknown))}, which "
                          "this version of nanoinfra does not know; go on with the version that wrote it")

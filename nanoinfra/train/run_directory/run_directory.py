@@ -16,7 +16,12 @@ from nanoinfra.train.checkpoint import checkpoint, retention
 from nanoinfra.train.checkpoint.manifest import read_manifest
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError
 from nanoinfra.train.config import RunFlags, TrainFlags, flags_to_dict
-from nanoinfra.train.launch.elastic_rank import STOP_NOTE_FILE, launch_id, make_run_folder, ranks_were_restarted
+from nanoinfra.train.launch.elastic_rank import (
+    STOP_NOTE_FILE,
+    launch_id,
+    make_run_folder,
+    ranks_were_restarted,
+)
 from nanoinfra.train.pretrained import save_pretrained_tokenizer
 from nanoinfra.train.run_directory.lock import lock_run_directory
 from nanoinfra.train.run_directory.ownership import RUN_DIRECTORY_VERSION, check_out_folder, read_run_config
@@ -29,91 +34,91 @@ class RunDirectory:
     """One rank's view of it, open inside `with`. Raises ValueError where it is another's or in use."""
 
     def __init__(self, run: RunFlags, mesh):
-        self.run, self.mesh, self.first = run, mesh, mesh.rank == 0
-        self.path, self.checkpoints = run.out, run.out / "checkpoints"
-        self.held, self.said, self.went_on_after = ExitStack(), set(), 0
+        self.flags, self.mesh, self.is_first_rank = run, mesh, mesh.rank == 0
+        self.path, self.checkpoints_folder = run.out, run.out / "checkpoints"
+        self._open_locks, self._given_warnings, self.resumed_after_step = ExitStack(), set(), 0
 
     def __enter__(self):
-        with self.held:                      # let go of, unless all is well
+        with self._open_locks:                      # let go of, unless all is well
             checkpoint.run_on_first_rank(self.mesh.world, self._take)
-            self.held = self.held.pop_all()
+            self._open_locks = self._open_locks.pop_all()
         return self
 
     def __exit__(self, *_):
-        self.held.close()
+        self._open_locks.close()
 
-    def begin(self, inputs: RunInputs, replica: TrainStage, flags: TrainFlags) -> dict:
+    def load_starting_state(self, inputs: RunInputs, replica: TrainStage, flags: TrainFlags) -> dict:
         """The state to go on from; of a new run {"step": 0, "consumed": 0}.
 
         Ranks that the same launch has started again go on without being asked to.
         """
-        again, self.text = self._again(), data_description(inputs)
+        again, self.data_description = self._again(), data_description(inputs)
         name = checkpoint.run_on_first_rank(self.mesh.world, lambda: self._chosen(again))
         if name is None:
             return {"step": 0, "consumed": 0}
-        folder = self.checkpoints / name
+        folder = self.checkpoints_folder / name
         state = checkpoint.read_checkpoint_state(folder)
-        check_resumes_same_run(self.path, state, inputs, flags, self.text)
-        wanted = [piece for piece, _ in replica.pieces()]
+        check_resumes_same_run(self.path, state, inputs, flags, self.data_description)
+        wanted = [piece for piece, _ in replica.tensor_shards()]
         pieces = checkpoint.load_shards(folder, wanted, read_manifest(folder))  # rank 0 has verified every byte
-        replica.load(pieces, state)
-        self.went_on_after = state["step"]
-        if self.run.resume_from is not None and not again:
+        replica.load_state_dict(pieces, state)
+        self.resumed_after_step = state["step"]
+        if self.flags.resume_from is not None and not again:
             checkpoint.run_on_first_rank(self.mesh.world, lambda: self._abandon_after(state["step"]))
         return state
 
-    def save(self, step: int, replica: TrainStage, state: dict, keep: int) -> None:
+    def save_checkpoint(self, step: int, replica: TrainStage, state: dict, keep: int) -> None:
         """A checkpoint; each tensor, or part of one, is written by one of the ranks that hold it."""
-        data, pieces = self.mesh.data, replica.pieces()
-        mine = pieces if replica.parallel.plan.zero else pieces[data.rank::data.size]
-        state = {"step": step, "text": self.text, **replica.state(), **state}
-        checkpoint.save_checkpoint(self.checkpoints, step, mine, state, self.mesh.world, keep, self.warn)
+        data, pieces = self.mesh.data, replica.tensor_shards()
+        mine = pieces if replica.parallel_model.plan.zero else pieces[data.rank::data.size]
+        state = {"step": step, "text": self.data_description, **replica.state_dict(), **state}
+        checkpoint.save_checkpoint(self.checkpoints_folder, step, mine, state, self.mesh.world, keep, self.warn_once)
 
-    def describe(self, flags: TrainFlags, inputs: RunInputs) -> None:
+    def write_config_and_tokenizer(self, flags: TrainFlags, inputs: RunInputs) -> None:
         """Leave config.json and the tokenizer for whoever loads the run."""
-        if not self.first:
+        if not self.is_first_rank:
             return
-        config = {"nanoinfra": RUN_DIRECTORY_VERSION, "model": inputs.model.to_dict(), "flags": flags_to_dict(flags),
-                  "inputs": inputs.identity, "text": self.text, "launch": launch_id()}
+        config = {"nanoinfra": RUN_DIRECTORY_VERSION, "model": inputs.model_config.to_dict(), "flags": flags_to_dict(flags),
+                  "inputs": inputs.data_identity, "text": self.data_description, "launch": launch_id()}
         metrics.replace_file(self.path / "config.json", json.dumps(config, indent=2) + "\n")
-        if inputs.weights:
-            save_pretrained_tokenizer(inputs.weights, self.path / "tokenizer")
-        elif inputs.source.tokenizer:
+        if inputs.pretrained_weights:
+            save_pretrained_tokenizer(inputs.pretrained_weights, self.path / "tokenizer")
+        elif inputs.dataset.tokenizer:
             clear_text(self.path / "tokenizer", config=True)
-            inputs.source.tokenizer.save(self.path / "tokenizer")
+            inputs.dataset.tokenizer.save(self.path / "tokenizer")
         (self.path / STOP_NOTE_FILE).unlink(missing_ok=True)
 
-    def plot(self, title: str) -> None:
+    def write_loss_plot(self, title: str) -> None:
         """loss.png from metrics.jsonl, if it can be written: the run does not need it."""
-        if self.first:
+        if self.is_first_rank:
             try:
                 metrics.plot_loss_curve(self.path / "metrics.jsonl", self.path / "loss.png", title)
             except OSError as error:
-                self.warn(f"cannot write {self.path / 'loss.png'}: {error.strerror or error}; the run goes "
+                self.warn_once(f"cannot write {self.path / 'loss.png'}: {error.strerror or error}; the run goes "
                           "on without it")
 
-    def warn(self, text: str) -> None:
+    def warn_once(self, text: str) -> None:
         """Say once what does not end the run."""
-        if text not in self.said:
-            self.said.add(text)
+        if text not in self._given_warnings:
+            self._given_warnings.add(text)
             print(f"nanoinfra: {text}", file=sys.stderr, flush=True)
 
-    def say_stopped(self, step: int) -> None:
+    def write_stop_note(self, step: int) -> None:
         """Tell the launcher that a signal's stop was a good one."""
-        if self.first:
+        if self.is_first_rank:
             (self.path / STOP_NOTE_FILE).write_text(json.dumps({"step": step}))
 
-    def last_good(self, step: int) -> str:
+    def describe_last_checkpoint(self, step: int) -> str:
         """What to go on from after a loss or weights of `step` that are no numbers, in words.
 
         The first step of a resumed run has seen no update: its numbers are the checkpoint's own.
         """
-        saved = checkpoint.list_checkpoints(self.checkpoints)
+        saved = checkpoint.list_checkpoints(self.checkpoints_folder)
         if not saved:
             return "no checkpoint was saved yet"
         *before, newest = saved
         earlier = f"--resume-from {' or '.join(str(retention.checkpoint_step(path)) for path in before)}"
-        if step == self.went_on_after + 1 == retention.checkpoint_step(newest) + 1:
+        if step == self.resumed_after_step + 1 == retention.checkpoint_step(newest) + 1:
             way = f"go on from an earlier one with {earlier}" if before else "no earlier one is left"
             return f"the last checkpoint is {newest}, which is spoilt already; {way}"
         way = f", or, if that is spoilt already, from an earlier one with {earlier}" if before else ""
@@ -121,13 +126,13 @@ class RunDirectory:
 
     def _take(self):
         """Rank 0 looks whose folder it is, and keeps other runs out of it."""
-        check_out_folder(self.run)
-        self.held.enter_context(lock_run_directory(self.path, patience=self.run.timeout / 2))
-        make_run_folder(self.checkpoints)
+        check_out_folder(self.flags)
+        self._open_locks.enter_context(lock_run_directory(self.path, patience=self.flags.timeout / 2))
+        make_run_folder(self.checkpoints_folder)
 
     def _again(self):
         """Has this launch had ranks before, that went on from here? One may be on a host that joins now."""
-        config, start = read_run_config(self.path), self.run.resume_from
+        config, start = read_run_config(self.path), self.flags.resume_from
         again = ranks_were_restarted() or launch_id() is not None and config.get("launch") == launch_id()
         if start is not None:                # else they died before later checkpoints were abandoned
             again = again and config.get("flags", {}).get("run", {}).get("resume_from") == start
@@ -135,10 +140,10 @@ class RunDirectory:
 
     def _chosen(self, again):
         """The name of the checkpoint to go on from, None for a new run. ValueError where neither may be."""
-        there = checkpoint.list_checkpoints(self.checkpoints)
-        if self.run.resume_from is not None and not again:
+        there = checkpoint.list_checkpoints(self.checkpoints_folder)
+        if self.flags.resume_from is not None and not again:
             return self._asked_for(there)
-        if self.run.resume or again and there:
+        if self.flags.resume or again and there:
             return self._newest(there)
         if there:
             raise ValueError(f"{self.path} holds a run already, with {there[-1].name}; go on from it with "
@@ -150,11 +155,11 @@ class RunDirectory:
         return None
 
     def _asked_for(self, there):
-        step, folder = self.run.resume_from, retention.checkpoint_folder(self.checkpoints, self.run.resume_from)
+        step, folder = self.flags.resume_from, retention.checkpoint_folder(self.checkpoints_folder, self.flags.resume_from)
         steps = [str(retention.checkpoint_step(path)) for path in there if path != folder]
         others = f"; there are those of steps {', '.join(steps)}" if steps else "; there is no other"
         if folder not in there:
-            raise ValueError(f"--resume-from {step}: {self.checkpoints} has no checkpoint of it{others}")
+            raise ValueError(f"--resume-from {step}: {self.checkpoints_folder} has no checkpoint of it{others}")
         try:
             checkpoint.verify_checkpoint(folder)
         except CheckpointError as error:
@@ -162,14 +167,14 @@ class RunDirectory:
         return folder.name
 
     def _newest(self, there):
-        found = checkpoint.find_newest_checkpoint(self.checkpoints, self.warn)
+        found = checkpoint.find_newest_checkpoint(self.checkpoints_folder, self.warn_once)
         if found is None:
             begun = there or metrics.read_metrics(self.path / "metrics.jsonl")
             remedy = "train anew into another --out" if begun else "start without --resume"
-            raise ValueError(f"--resume: no good checkpoint in {self.checkpoints}; {remedy}")
+            raise ValueError(f"--resume: no good checkpoint in {self.checkpoints_folder}; {remedy}")
         return found.name
 
     def _abandon_after(self, step):
-        for path in retention.abandon_checkpoints_after(self.checkpoints, step):
+        for path in retention.abandon_checkpoints_after(self.checkpoints_folder, step):
             print(f"{path.with_suffix('').name} is set aside as {path.name}: --resume will not take it; "
                   "remove it when you need it no more", flush=True)
