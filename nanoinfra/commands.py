@@ -18,9 +18,9 @@ from nanoinfra.serve.options import GenerateOptions, ServeOptions
 from nanoinfra.train.config import TrainFlags
 
 _Command = (Annotated[TrainFlags, tyro.conf.subcommand("train")]
-           | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
-           | Annotated[ServeOptions, tyro.conf.subcommand("serve")]
-           | Annotated[DoctorFlags, tyro.conf.subcommand("doctor")])
+            | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
+            | Annotated[ServeOptions, tyro.conf.subcommand("serve")]
+            | Annotated[DoctorFlags, tyro.conf.subcommand("doctor")])
 
 
 def run_command(argv: list[str]) -> int:

@@ -53,7 +53,7 @@ def main():
 
     for step in range(args.steps):
         x, y = samples(step, args.global_batch, size.model.vocab, args.seq)
-        valid = int((y != IGNORE_INDEX).sum())                         # of the step, known before any backward
+        valid = int((y != IGNORE_INDEX).sum())  # of the step, known before any backward
         x, y = x[mesh.dp.rank::mesh.dp.size], y[mesh.dp.rank::mesh.dp.size]
 
         shared.begin_step()

@@ -40,7 +40,7 @@ class Stage(PipelineStage):
     def begin(self, x, y, micro_batches):
         """A new step: (G, T) tokens and targets, which every stage knows; the stream it does not."""
         self.x, self.y = x.tensor_split(micro_batches), y.tensor_split(micro_batches)
-        self.valid = int((y != IGNORE_INDEX).sum())                        # of the step, known before any backward
+        self.valid = int((y != IGNORE_INDEX).sum())  # of the step, known before any backward
         self.loss = torch.zeros((), dtype=torch.float64)
 
     def enter(self, micro):
@@ -125,7 +125,7 @@ def main():
 
     for step in range(args.steps):
         stage.begin(*samples(step, args.global_batch, config.vocab, args.seq), args.micro_batches)
-        execute_schedule(lists[mesh.pp.rank][:-2], stage)                     # all but its end, which is this:
+        execute_schedule(lists[mesh.pp.rank][:-2], stage)  # all but its end, which is this:
         stage.settle()                                               # what was sent has arrived
         if ends and "embed.weight" in named:
             comm.all_reduce(named["embed.weight"].grad, ends, "tied")

@@ -74,7 +74,8 @@ use_threads()
 
 # Model: each rank reads its part
 try:
-    config, read, text, *_ = drawn() if args.model == "test" else open_pretrained_weights(args.model, mesh.world)
+    config, read, text, *_ = drawn() if args.model == "test" else open_pretrained_weights(args.model,
+                                                                                          mesh.world)
     model = serving(empty(config), mesh, read, getattr(torch, args.dtype))
     lines = args.file.read_text().splitlines() if args.file else []
     prompts = args.prompts + [line for line in lines if line]

@@ -137,13 +137,15 @@ def main():
     torch.set_num_threads(args.threads)
     corpus = load_corpus(args.data)
     tokenizer = get_or_train_tokenizer(corpus, V, args.cache)
-    loader = MicroBatchLoader(pack_corpus(corpus, tokenizer, args.cache), seed=args.seed, seq_len=T, micro_batch=B)
+    loader = MicroBatchLoader(pack_corpus(corpus, tokenizer, args.cache), seed=args.seed, seq_len=T,
+                              micro_batch=B)
     model = GPT(tokenizer.vocab_size)
     steps, took = train(model, loader, args.seconds)
     loader.close()
     found = bits_per_byte(model, HeldOutSet(corpus.held_out, tokenizer, T))
     print(json.dumps({"bits_per_byte": round(found, 4), "seconds": round(took, 2), "steps": steps, "tokens":
-                      steps * B * T, "corpus": corpus.sha256[:16], "tokenizer_s": round(tokenizer.train_seconds, 1)}))
+                      steps * B * T, "corpus": corpus.sha256[:16],
+                      "tokenizer_s": round(tokenizer.train_seconds, 1)}))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def main():
 
     for step in range(args.steps):
         x, y = samples(step, args.global_batch, config.vocab, args.seq)
-        valid = int((y != IGNORE_INDEX).sum())                             # of the step, known before any backward
+        valid = int((y != IGNORE_INDEX).sum())  # of the step, known before any backward
         x, y = x[mesh.dp.rank::mesh.dp.size], y[mesh.dp.rank::mesh.dp.size]     # the same on all of a tp axis
 
         shared.begin_step()

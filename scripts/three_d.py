@@ -78,7 +78,8 @@ class Stage(pipeline.PipelineStage):
 
 def samples(step, per_step, vocab, T, seed=0):
     """The step's sequences (x, y), the same on every rank: documents of unequal length, drawn by number."""
-    pairs = [RandomTokenDataset(vocab).get_sample(g, seed, T) for g in range(step * per_step, (step + 1) * per_step)]
+    pairs = [RandomTokenDataset(vocab).get_sample(g, seed, T) for g
+             in range(step * per_step, (step + 1) * per_step)]
     return [torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1)]  # (G, T) each
 
 

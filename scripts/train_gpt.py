@@ -80,7 +80,7 @@ def learning_rate(step, progress):
 began, step, elapsed = time.time(), 0, 0.0
 while elapsed < args.seconds if args.seconds else step < args.steps:
     micro_batches = loader.next_step()
-    [valid] = count_valid_tokens(micro_batches, mesh.data)              # of all ranks, known before any backward
+    [valid] = count_valid_tokens(micro_batches, mesh.data)  # of all ranks, known before any backward
 
     total = torch.zeros((), dtype=torch.float64)
     shared.begin_step()

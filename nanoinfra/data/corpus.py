@@ -88,7 +88,8 @@ def _by_path(found):
 
 
 def _file(path: Path) -> Corpus:
-    pieces = [Document(f"{path.name}#{i}", piece) for i, piece in enumerate(split_text(read_text_file(path)), 1)]
+    pieces = [Document(f"{path.name}#{i}", piece) for i, piece
+              in enumerate(split_text(read_text_file(path)), 1)]
     return _split(str(path), pieces, [_sha256(d.text) for d in pieces], [])
 
 

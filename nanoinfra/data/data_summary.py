@@ -43,7 +43,8 @@ def _describe_skipped(corpus: Corpus) -> str:
     read = len(corpus.train) + len(corpus.held_out)
     encoding = any("UTF-" in reason for _, reason in corpus.skipped)
     return (f"--data {corpus.name}: {read} files are read, {len(corpus.skipped)} are left out: "
-            f"{summarize_skip_reasons(corpus.skipped)}" + "; iconv turns other encodings into UTF-8" * encoding)
+            f"{summarize_skip_reasons(corpus.skipped)}"
+            + "; iconv turns other encodings into UTF-8" * encoding)
 
 
 def _size(count):

@@ -24,7 +24,8 @@ MicroBatch = tuple[torch.Tensor, torch.Tensor]                # x (b, T), y (b, 
 class MicroBatchLoader:
     """Micro-batches of one dp rank, step after step, made ahead in a background thread."""
 
-    def __init__(self, source: PackedDataset | RandomTokenDataset, *, seed: int, seq: int, global_batch: int | None = None,
+    def __init__(self, source: PackedDataset | RandomTokenDataset, *, seed: int, seq: int, global_batch: int
+                 | None = None,
                  micro_batch: int, dp_rank: int = 0, dp_size: int = 1, start: int = 0, prefetch: int = 2):
         """`start` is the cursor to go on from; `global_batch` defaults to micro_batch x dp_size.
 

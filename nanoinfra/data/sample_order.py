@@ -15,11 +15,11 @@ from nanoinfra.data.corpus import Corpus, load_corpus
 from nanoinfra.data.token_cache import get_or_build_folder
 from nanoinfra.data.train_tokenizer import BPETokenizer, get_or_train_tokenizer
 
-IGNORE_INDEX = -100                                # a target that is no target, as torch's cross entropy has it
+IGNORE_INDEX = -100  # a target that is no target, as torch's cross entropy has it
 
 
 def open_dataset(data: str | Path, vocab: int, tokenizer: BPETokenizer | None = None,
-                cache: str | Path | None = None) -> "PackedDataset | RandomTokenDataset":
+                 cache: str | Path | None = None) -> "PackedDataset | RandomTokenDataset":
     """The source that `--data` names: `random`, or a corpus packed by `tokenizer`.
 
     Default is the corpus's own tokenizer of `vocab` entries (fewer where a small corpus has no more).

@@ -19,7 +19,7 @@ class SkippedFile(NamedTuple):
 
 
 def read_text_folder(root: Path, enter: Callable[[str], bool], suffix: str = "",
-                follow: bool = True) -> tuple[list[tuple[str, str]], list[SkippedFile]]:
+                     follow: bool = True) -> tuple[list[tuple[str, str]], list[SkippedFile]]:
     """(relative path, text) of every text file below `root`, sorted, and what is left out.
 
     Folders are entered where `enter(name)`, links to folders with `follow` too; a hidden folder that is not

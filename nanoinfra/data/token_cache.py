@@ -15,8 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-_CACHE_FORMAT = "v2"                  # raise it with any change to how an entry is made: old ones are then ignored
-CONTENT_FOLDER, CHECKSUMS_FILE = "content", "sha256.json"     # an entry: a folder of files, and {name: SHA-256} of them
+_CACHE_FORMAT = "v2"  # raise it with any change to how an entry is made: old ones are then ignored
+# an entry: a folder of files, and {name: SHA-256} of them
+CONTENT_FOLDER, CHECKSUMS_FILE = "content", "sha256.json"
 
 
 def get_or_build_folder(name: str, fill: Callable[[Path], None], cache: str | Path | None = None) -> Path:

@@ -24,7 +24,8 @@ _MIN_VOCAB_SIZE = 257                               # 256 bytes and the end of t
 MAX_TRAINING_WORD_BYTES = 256                           # bytes of a word that training looks at in one piece
 
 
-def get_or_train_tokenizer(corpus: Corpus, vocab: int = 4096, cache: str | Path | None = None) -> "BPETokenizer":
+def get_or_train_tokenizer(corpus: Corpus, vocab: int = 4096, cache: str | Path
+                           | None = None) -> "BPETokenizer":
     """The tokenizer of `vocab` entries trained on `corpus.train`, from the cache where it is there.
 
     `.train_s` is the time its training took here, 0.0 where it came from the cache. Several ranks may call
@@ -69,7 +70,8 @@ class BPETokenizer:
         _check_vocab(vocab)
         backend = tokenizers.Tokenizer(models.BPE())
         words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(MAX_TRAINING_WORD_BYTES)])
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words,
+                                                         pre_tokenizers.FixedLength(MAX_TRAINING_WORD_BYTES)])
         backend.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         backend.train_from_iterator(texts, trainers.BpeTrainer(
@@ -126,7 +128,8 @@ class BPETokenizer:
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        plain = tokenizers.Tokenizer.from_str(self.backend_tokenizer.to_str())    # a copy: threads may use both at once
+        # a copy: threads may use both at once
+        plain = tokenizers.Tokenizer.from_str(self.backend_tokenizer.to_str())
         plain.encode_special_tokens = True                              # as ordinary text
         return plain
 

@@ -43,7 +43,7 @@ def step_of(config: ModelConfig, flags: TrainFlags, seq: int, norm: Callable | N
     replica, batches = stage_of(config, flags, mesh, seq)
     mesh.ledger.take()
     replica.begin_step(batches, valid(flags.data.global_batch, seq))
-    execute_schedule(replica.build_step_schedule(len(batches))[:-1], replica)                # all but the optimizer's step
+    execute_schedule(replica.build_step_schedule(len(batches))[:-1], replica)  # all but the optimizer's step
     rows, grads = mesh.ledger.take(), {}
     for name, grad in replica.grads.items():
         box = replica.parallel_model.box(name)

@@ -28,7 +28,8 @@ DTYPES = ("float32", "bfloat16")
 def doctor(flags: DoctorFlags) -> dict:
     """Measure on the ranks of this run; rank 0 prints, and writes --out. The same report on every rank."""
     use_threads(flags.threads)
-    mesh = Mesh(**mesh_axis_sizes(flags.mesh, world_size()), wire=parse_emulated_links(flags.emulate_link), device=flags.device)
+    mesh = Mesh(**mesh_axis_sizes(flags.mesh, world_size()), wire=parse_emulated_links(flags.emulate_link),
+                device=flags.device)
     report = {"nanoinfra": 1, "hosts": hosts(mesh), "device": flags.device, "ranks": mesh.world.size,
               "threads": torch.get_num_threads(),
               "matmul": {dtype: _timed(mesh, matmul_rate(mesh, getattr(torch, dtype)), "FLOP/s")

@@ -105,7 +105,8 @@ def train(config: ModelConfig, kind: str, p: int, v: int, batches: list, dtype: 
     mesh = Mesh(pp=p, dp=world_size() // p, device=device)
     flags = TrainFlags(ModelFlags(dtype=dtype), mesh=MeshFlags(pp=p), pipeline=PipelineFlags(kind, v))
     replica = TrainStage(config, flags, mesh)
-    order = (lists[mesh.pp.rank] if lists else replica.build_step_schedule(len(batches)))[:-1]      # all but the step
+    # all but the step
+    order = (lists[mesh.pp.rank] if lists else replica.build_step_schedule(len(batches)))[:-1]
     _, *steps = [_step(mesh, replica, order, batches) for _ in range(1 + repeats)]
     return {"loss": replica.loss.item(), "grads": {name: g.cpu() for name, g in replica.grads.items()},
             **steps[-1], "seconds": [step["seconds"] for step in steps]}

@@ -71,7 +71,8 @@ def kept(net: nn.Module, shared: DataParallel | Zero, optimizer: MixedPrecisionO
     moments = [m for name, m in optimizer.state_dict().items() if name.startswith("exp_avg")]
     weights = {s.data_ptr(): s.nbytes() for s in (p.untyped_storage() for p in net.parameters())}
     return [sum(weights.values()),
-            *(sum(t.nbytes for t in ts) for ts in ([*filling, *rows], optimizer.master_weights.values(), moments))]
+            *(sum(t.nbytes for t in ts) for ts
+              in ([*filling, *rows], optimizer.master_weights.values(), moments))]
 
 
 def stack_step(cut: Callable, layers: int, width: int, seconds: float, wire: tuple[float, float],

@@ -57,19 +57,19 @@ class MeshFlags:
     cp: int = 1                                          # context parallel
     tp: int = 1                                          # tensor parallel
     sp: bool = False                                     # cut the stream between matrices by tokens, over tp
-    sp_save_gathered: bool = False                                # keep what --sp gathers; else gather it in backward
+    sp_save_gathered: bool = False  # keep what --sp gathers; else gather it in backward
     zero: Literal[0, 1, 2, 3] = 0                        # cut over dp: 1 optimizer, 2 gradients, 3 weights
     grad_sync: Literal["each", "buckets", "overlap"] = "overlap"  # when gradients leave, at --zero 0
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None                           # a rank; default: OMP_NUM_THREADS, or cores / ranks
-    emulate_link: tuple[str, ...] = ()                           # emulate AXIS=LATENCY,BANDWIDTH, in s and bytes/s
+    emulate_link: tuple[str, ...] = ()  # emulate AXIS=LATENCY,BANDWIDTH, in s and bytes/s
 
 
 @dataclass(frozen=True)
 class PipelineFlags:
     """The pipeline, with --pp 2 or more."""
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1"] = "1f1b"  # who works when
-    virtual_stages: int = 1                                     # chunks of layers a stage has, when interleaved
+    virtual_stages: int = 1  # chunks of layers a stage has, when interleaved
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ def check_train_flags(flags: TrainFlags, world: int) -> None:
     parse_emulated_links(flags.mesh.emulate_link)
     _check_memory(flags)
     at_least = {"--micro-batch": (flags.data.micro_batch, 1), "--global-batch": (flags.data.global_batch, 1),
-                "--seq": (flags.data.seq, 1), "--steps": (flags.run.steps, 1), "--keep-checkpoints": (flags.run.keep_checkpoints, 1),
+                "--seq": (flags.data.seq, 1), "--steps": (flags.run.steps, 1),
+                "--keep-checkpoints": (flags.run.keep_checkpoints, 1),
                 "--threads": (flags.mesh.threads, 1), "--vocab": (flags.model.vocab, 257),
                 "--warmup": (flags.optimizer.warmup, 0), "--clip": (flags.optimizer.clip, 0),
                 "--lr": (flags.optimizer.lr, 0), "--min-lr": (flags.optimizer.min_lr, 0),

@@ -20,7 +20,7 @@ def count_valid_tokens(micro_batches, axis, *flags: int) -> list[int]:
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                  count: int) -> torch.Tensor:
+                         count: int) -> torch.Tensor:
     """-sum log p(target) / count, over targets that are not IGNORE; softmax in at least float32.
 
     `hidden` (B, T, C) is what the head reads, `weight` (V, C) the whole head's, `targets` (B, T).

@@ -27,7 +27,7 @@ class MetricsLog:
         self.missing_steps_warning = ""
         if bad or len(kept) < go_on_after:
             self.missing_steps_warning = (f"{path.name} holds {len(kept)} of the {go_on_after} steps so far"
-                         + f"; {bad} lines that are no step's are dropped" * bool(bad))
+                                          + f"; {bad} lines that are no step's are dropped" * bool(bad))
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(path, "a")
 

@@ -11,7 +11,7 @@ import torch
 
 from nanoinfra.distributed import comm
 
-ADAMW_BETAS, ADAMW_EPS, ADAMW_WEIGHT_DECAY = (0.9, 0.95), 1e-8, 0.1        # GPT-3's (Brown et al. 2020, appendix B)
+ADAMW_BETAS, ADAMW_EPS, ADAMW_WEIGHT_DECAY = (0.9, 0.95), 1e-8, 0.1  # GPT-3's (Brown et al. 2020, appendix B)
 
 
 class MixedPrecisionOptimizer:
@@ -79,7 +79,8 @@ class MixedPrecisionOptimizer:
         return state
 
     def _publish(self):
-        pairs = [(p, self.master_weights[n]) for n, p in self.params.items() if p is not self.master_weights[n]]
+        pairs = [(p, self.master_weights[n]) for n, p in self.params.items()
+                 if p is not self.master_weights[n]]
         if pairs:
             with torch.no_grad():
                 torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
@@ -91,8 +92,9 @@ def _master(p, given):
     return p.detach().to(torch.float32) if given is None else given
 
 
-def unscale_and_clip_grads(grads: dict[str, torch.Tensor], limit: float, scale: float = 1.0, axes: Iterable = (),
-         counts: Callable[[str], bool] = lambda name: True) -> float:
+def unscale_and_clip_grads(grads: dict[str, torch.Tensor], limit: float, scale: float = 1.0,
+                           axes: Iterable = (),
+                           counts: Callable[[str], bool] = lambda name: True) -> float:
     """Divide `grads` by `scale`, and on to a global 2-norm of at most `limit` (0: no limit).
 
     In place; 16-bit ones, which would lose what the scale has saved, become float32 first. Returns the norm
@@ -115,7 +117,7 @@ def unscale_and_clip_grads(grads: dict[str, torch.Tensor], limit: float, scale: 
 
 
 def scheduled_learning_rate(step: int, progress: float, warmup: int, peak: float, schedule: str = "cosine",
-                  lowest: float | None = None) -> float:
+                            lowest: float | None = None) -> float:
     """The rate of `step` (from 1) at `progress` (0 to 1) of the run.
 
     Linear up over `warmup` steps, times a cosine's path from `peak` to `lowest` (default: a tenth of it), or

@@ -27,7 +27,7 @@ from nanoinfra.train.run_directory.ownership import read_model_config
 
 
 def load_pretrained(name: str | Path, dtype: torch.dtype = torch.float32,
-               attention: str = "sdpa") -> tuple[Decoder, Text | None, str | None]:
+                    attention: str = "sdpa") -> tuple[Decoder, Text | None, str | None]:
     """Model, tokenizer and chat template of a run directory or of what `load` opens. ValueError if none."""
     weights = open_pretrained_weights(name)
     return filled(weights.config, attention, dtype, weights.read), weights.text, weights.template
@@ -77,7 +77,7 @@ def _newest(folder, axis=None):
     """Configuration, and how to read parameters from the newest checkpoint that verifies."""
     config = read_model_config(folder)
     step = checkpoint.find_newest_checkpoint_on_all_ranks(folder / "checkpoints", axis or alone("world"),
-                                    say=lambda text: print(text, file=sys.stderr))
+                                                          say=lambda text: print(text, file=sys.stderr))
     if step is None:
         raise ValueError(f"no good checkpoint in {folder / 'checkpoints'}; train with --out {folder} first")
     manifest, every = read_manifest(step), shapes(config)

@@ -18,7 +18,7 @@ from nanoinfra.train.config import TrainFlags, global_batch_and_num_micro_batche
 from nanoinfra.train.launch.memory_check import check_memory_fits, replace_flags
 from nanoinfra.train.pretrained import open_pretrained_weights
 
-_MAX_DEFAULT_SEQ_LEN = 1024                               # tokens in a sample where pretrained weights would allow more
+_MAX_DEFAULT_SEQ_LEN = 1024  # tokens in a sample where pretrained weights would allow more
 
 
 @dataclass(frozen=True)

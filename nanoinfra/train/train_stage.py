@@ -42,11 +42,15 @@ class TrainStage(PipelineStage):
         self.mesh, self.shapes, self.width = mesh, shapes(config), config.width
         self.schedule_name, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual_stages
         dtype = getattr(torch, flags.model.dtype)
-        self.parallel_model = Chunks(config, mesh, parallel_config_from_flags(flags, config), read or initial_weights_reader(config, flags.model.seed))
-        super().__init__(mesh.pp, mesh.twin("pp"), self.virtual, dtype, mesh.device, self.schedule_name == "zb-h1")
+        self.parallel_model = Chunks(config, mesh, parallel_config_from_flags(flags, config), read
+                                     or initial_weights_reader(config, flags.model.seed))
+        super().__init__(mesh.pp, mesh.twin("pp"), self.virtual, dtype, mesh.device, self.schedule_name
+                         == "zb-h1")
         o = flags.optimizer
-        self.optimizer = MixedPrecisionOptimizer(self.parallel_model.shards, o.optimizer, self.parallel_model.masters, o.betas or ADAMW_BETAS,
-                                   ADAMW_WEIGHT_DECAY if o.weight_decay is None else o.weight_decay)
+        self.optimizer = MixedPrecisionOptimizer(self.parallel_model.shards, o.optimizer,
+                                                 self.parallel_model.masters, o.betas or ADAMW_BETAS,
+                                                 ADAMW_WEIGHT_DECAY if o.weight_decay is None
+                                                 else o.weight_decay)
         self.max_grad_norm, self.loss_scale = flags.optimizer.clip, LossScale() if dtype == torch.float16 else None
         self.forwards = schedules.evaluate(mesh.pp.size, self.virtual)[mesh.pp.rank]
 
@@ -70,7 +74,8 @@ class TrainStage(PipelineStage):
     def run(self, chunk: int, x: torch.Tensor, micro: int) -> torch.Tensor:
         """A chunk of the layers; after the last one this rank's share of the step's loss."""
         part, (tokens, targets) = self.parallel_model.each[chunk], self.micro_batches[micro]
-        y = part.run(x, part.model.places(tokens).to(self.device), targets.to(self.device), self.num_valid_tokens)
+        y = part.run(x, part.model.places(tokens).to(self.device), targets.to(self.device),
+                     self.num_valid_tokens)
         if part.loss:
             self.loss += y.detach().cpu()
         return y
@@ -98,8 +103,9 @@ class TrainStage(PipelineStage):
 
         `skipped`: float16 gradients overflowed somewhere; the norm, which all ranks share, is no number then.
         """
-        self.grad_norm = unscale_and_clip_grads(self.grads, self.max_grad_norm, self.loss_scale.value if self.loss_scale else 1.0,
-                              self.parallel_model.norm_axes(), self.parallel_model.counts)
+        self.grad_norm = unscale_and_clip_grads(self.grads, self.max_grad_norm, self.loss_scale.value
+                                                if self.loss_scale else 1.0,
+                                                self.parallel_model.norm_axes(), self.parallel_model.counts)
         self.skipped = self.loss_scale is not None and not math.isfinite(self.grad_norm)
         if self.loss_scale:
             self.loss_scale.update(self.skipped)
@@ -140,7 +146,8 @@ class TrainStage(PipelineStage):
 
     def state_dict(self) -> dict:
         """What else a run needs to go on: the optimizer's count of steps, float16's scale."""
-        return {"updates": self.optimizer.num_steps, "scale": self.loss_scale.state_dict() if self.loss_scale else None}
+        return {"updates": self.optimizer.num_steps, "scale": self.loss_scale.state_dict() if self.loss_scale
+                else None}
 
     def load_state_dict(self, pairs: Iterable[tuple[TensorShard, torch.Tensor]], state: dict) -> None:
         """Take back what `pieces` and `state` gave, whatever ranks wrote it."""

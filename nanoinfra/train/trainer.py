@@ -78,7 +78,8 @@ class TrainingRun:
         state = self.run_directory.load_starting_state(self.inputs, self.stage, flags)
         self.step, self.elapsed_seconds = state["step"], state.get("elapsed", 0.0)
         G = flags.data.global_batch or state.get("global_batch")         # a run keeps it on any mesh
-        self.global_batch, _ = global_batch_and_num_micro_batches(replace(flags.data, global_batch=G), self.mesh.data.size)
+        self.global_batch, _ = global_batch_and_num_micro_batches(replace(flags.data, global_batch=G),
+                                                                  self.mesh.data.size)
         self.run_directory.write_config_and_tokenizer(flags, self.inputs)
         self.data_loader = self._open_loader(state["consumed"])
         self.is_first_rank = self.mesh.rank == 0
@@ -87,7 +88,8 @@ class TrainingRun:
             self.metrics_log = metrics.MetricsLog(self.run_directory.path / "metrics.jsonl", self.step)
             if self.metrics_log.missing_steps_warning:
                 self.run_directory.warn_once(self.metrics_log.missing_steps_warning)
-            self.progress_bar = metrics.ProgressBar(flags.run.steps, flags.run.max_seconds, self.step, self.elapsed_seconds)
+            self.progress_bar = metrics.ProgressBar(flags.run.steps, flags.run.max_seconds, self.step,
+                                                    self.elapsed_seconds)
         self.stop_request = StopRequest(is_single_process=not is_rank_process())
         self.stop_request.start()
         self.mesh.ledger.take()
@@ -104,7 +106,8 @@ class TrainingRun:
         """For the step about to be taken."""
         o, run = self.flags.optimizer, self.flags.run
         progress = self.elapsed_seconds / run.max_seconds if run.max_seconds else self.step / run.steps
-        return scheduled_learning_rate(self.step + 1, progress, o.warmup, peak_learning_rate(self.flags), o.lr_schedule, o.min_lr)
+        return scheduled_learning_rate(self.step + 1, progress, o.warmup, peak_learning_rate(self.flags),
+                                       o.lr_schedule, o.min_lr)
 
     def is_step_due(self, every: int) -> bool:
         """Is this step one of each `every`? Never where that is 0."""
@@ -114,7 +117,7 @@ class TrainingRun:
         """Agree on the finished step's numbers and write them; stop a run whose loss is no number."""
         self.step += 1
         clock = torch.tensor((time.monotonic() - self.began) * self.is_first_rank, dtype=torch.float64)
-        both = torch.stack([self.stage.loss * self.reports_loss, clock])     # summed over ranks: rank 0's clock
+        both = torch.stack([self.stage.loss * self.reports_loss, clock])  # summed over ranks: rank 0's clock
         loss, self.elapsed_seconds = comm.all_reduce(both, self.mesh.world, "scalars").tolist()
         self._check_finite(loss)
         now = time.monotonic()
@@ -122,7 +125,8 @@ class TrainingRun:
         line = {"step": self.step, "loss": loss, **self.stage.grad_norm_metrics(), "lr": self.stage.lr,
                 "tokens": valid, "step_s": step_s, "tokens_per_s": valid / step_s, "mfu": None,
                 **self._resources(spans)}
-        if self.inputs.held_out and (self.is_step_due(self.flags.run.eval_every) or not self.should_continue()):
+        if self.inputs.held_out and (self.is_step_due(self.flags.run.eval_every)
+                                     or not self.should_continue()):
             line["held_out_bpb"] = self.evaluate_held_out()
         self.metrics_lines.append(line)
         if self.is_first_rank:
@@ -133,14 +137,16 @@ class TrainingRun:
         """Held-out bits per byte, over all ranks."""
         data, held_out = self.mesh.data, self.inputs.held_out
         with self._off_the_clock():
-            nats = self.stage.sum_held_out_nats(held_out.micro_batches(self.flags.data.micro_batch, data.rank, data.size))
+            nats = self.stage.sum_held_out_nats(held_out.micro_batches(self.flags.data.micro_batch, data.rank,
+                                                                       data.size))
             mine = torch.tensor(nats * self.reports_loss, dtype=torch.float64)
             total = comm.all_reduce(mine, self.mesh.world, "scalars")
         return held_out.bits_per_byte(total.item())
 
     def save_checkpoint(self) -> None:
         """A checkpoint of this step, and the curve so far. ValueError where a weight is no finite number."""
-        state = {**self.inputs.data_identity, **self.data_loader.state_dict(), "threads": torch.get_num_threads(),
+        state = {**self.inputs.data_identity, **self.data_loader.state_dict(),
+                 "threads": torch.get_num_threads(),
                  "global_batch": self.global_batch, "elapsed": self.elapsed_seconds,
                  "lr": self.stage.lr, "next_lr": self.next_learning_rate(),
                  "model": self.inputs.model_config.to_dict(), "flags": flags_to_dict(self.flags)}
@@ -149,7 +155,7 @@ class TrainingRun:
             self._check_weights()
             self.run_directory.save_checkpoint(self.step, self.stage, state, self.flags.run.keep_checkpoints)
             self.run_directory.write_loss_plot(f"{self.flags.model.model}, {parameters(self.inputs.model_config):,} parameters, "
-                          f"{self.flags.model.dtype}, {n} rank{'s' * (n > 1)}")
+                                               f"{self.flags.model.dtype}, {n} rank{'s' * (n > 1)}")
 
     def finish(self) -> list[dict]:
         """Write the timeline, and say whether a signal ended the run."""
@@ -159,7 +165,7 @@ class TrainingRun:
             if self.is_first_rank:
                 every = [event for events in ranks for event in events]
                 self.flags.run.trace.write_text(json.dumps({"traceEvents": every}))
-        if self.stop_requests or self.stop_request.requested:                          # or in its very last step
+        if self.stop_requests or self.stop_request.requested:  # or in its very last step
             self.run_directory.write_stop_note(self.step)
         return self.metrics_lines
 
@@ -183,12 +189,14 @@ class TrainingRun:
     def _open_loader(self, consumed):
         data, flags = self.mesh.data, self.flags
         return MicroBatchLoader(self.inputs.dataset, seed=flags.model.seed, seq_len=self.inputs.seq_len,
-                      global_batch=self.global_batch, micro_batch=flags.data.micro_batch, dp_rank=data.rank,
-                      dp_size=data.size, first_sample=consumed)
+                                global_batch=self.global_batch, micro_batch=flags.data.micro_batch,
+                                dp_rank=data.rank,
+                                dp_size=data.size, first_sample=consumed)
 
     def _introduce(self, state):
         G = self.global_batch
-        _, m = global_batch_and_num_micro_batches(replace(self.flags.data, global_batch=G), self.mesh.data.size)
+        _, m = global_batch_and_num_micro_batches(replace(self.flags.data, global_batch=G),
+                                                  self.mesh.data.size)
         memory = (f", {self.flags.pipeline.schedule}" * (self.mesh.pp.size > 1)
                   + ", sequence parallel" * self.flags.mesh.sp
                   + f", ZeRO-{self.flags.mesh.zero}" * bool(self.flags.mesh.zero))
@@ -224,7 +232,8 @@ class TrainingRun:
         if self.flags.run.trace:
             self.spans, self.rows = self.spans + spans, self.rows + rows
         sent = metrics.payload_bytes_by_axis(rows)
-        numbers = [metrics.distinct_storage_bytes(self.stage.persistent_tensors()), resident_peak(), *sent.values()]
+        numbers = [metrics.distinct_storage_bytes(self.stage.persistent_tensors()), resident_peak(),
+                   *sent.values()]
         held, rss, *most_sent = map(int, metrics.all_reduce_max(numbers, self.mesh.world))
         self.mesh.ledger.take()
         return {"peak_bytes": {"counted": held, "rss": rss}, "comm": dict(zip(sent, most_sent))}

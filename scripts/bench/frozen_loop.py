@@ -72,7 +72,8 @@ def main():
     torch.set_num_threads(args.threads)
     corpus = load_corpus(args.data)
     tokenizer = get_or_train_tokenizer(corpus, V, args.cache)
-    loader = MicroBatchLoader(pack_corpus(corpus, tokenizer, args.cache), seed=args.seed, seq_len=T, micro_batch=B)
+    loader = MicroBatchLoader(pack_corpus(corpus, tokenizer, args.cache), seed=args.seed, seq_len=T,
+                              micro_batch=B)
     model = GPT(tokenizer.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1,
                                   fused=True)

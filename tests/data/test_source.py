@@ -19,7 +19,7 @@ from nanoinfra.data.token_cache import _CACHE_FORMAT
 from nanoinfra.data.train_tokenizer import BPETokenizer, get_or_train_tokenizer
 
 BYTES = BPETokenizer.train(["a"], 257)
-COUNT = PackedDataset(np.arange(101), np.array([1]))                 # ten windows of ten; a token is its own place
+COUNT = PackedDataset(np.arange(101), np.array([1]))  # ten windows of ten; a token is its own place
 
 
 def documents(source):
@@ -100,7 +100,8 @@ def test_a_random_sample_depends_on_seed_and_index_alone():
 
 
 def test_open_source(folder, cache, tokenizer):
-    assert isinstance(open_dataset("random", 99), RandomTokenDataset) and open_dataset("random", 99).vocab == 99
+    assert isinstance(open_dataset("random", 99), RandomTokenDataset) and open_dataset("random",
+                                                                                       99).vocab == 99
     got = open_dataset(folder, 300, cache=cache)
     assert got.tokenizer.sha256 == tokenizer.sha256 and len(got.corpus.held_out) > 0
     assert open_dataset(folder, 300, tokenizer=BYTES, cache=cache).tokenizer is BYTES
@@ -111,7 +112,8 @@ def test_a_sequence_longer_than_the_corpus():
         COUNT.check(101)
     COUNT.check(100)
     assert COUNT.samples_per_epoch(100) == 1
-    assert PackedDataset(np.arange(100), np.array([1])).samples_per_epoch(10) == 9      # the last target needs a token too
+    # the last target needs a token too
+    assert PackedDataset(np.arange(100), np.array([1])).samples_per_epoch(10) == 9
 
 
 def damage(cache):

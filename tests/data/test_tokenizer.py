@@ -83,7 +83,8 @@ def test_transformers_loads_it(tokenizer, tmp_path, corpus):
 
 
 def test_the_end_of_text_may_have_another_name(tmp_path):
-    backend = tokenizers.Tokenizer.from_str(BYTES.backend_tokenizer.to_str().replace(END_OF_TEXT_TOKEN, "</s>"))
+    backend = tokenizers.Tokenizer.from_str(BYTES.backend_tokenizer.to_str().replace(END_OF_TEXT_TOKEN,
+                                                                                     "</s>"))
     with pytest.raises(ValueError, match=r"no token '<\|endoftext\|>' to end a document with"):
         BPETokenizer(backend)
     BPETokenizer(backend, "</s>").save(tmp_path)
@@ -104,7 +105,8 @@ def test_one_that_was_changed_is_none_of_ours(tmp_path, change):
 
 
 def test_it_is_trained_once(corpus, tmp_path):
-    first, second = get_or_train_tokenizer(corpus, 280, tmp_path), get_or_train_tokenizer(corpus, 280, tmp_path)
+    first, second = get_or_train_tokenizer(corpus, 280, tmp_path), get_or_train_tokenizer(corpus, 280,
+                                                                                          tmp_path)
     assert first.sha256 == second.sha256 and first.vocab_size == 280
     assert first.train_seconds > 0 == second.train_seconds
     assert get_or_train_tokenizer(corpus, 290, tmp_path).vocab_size == 290
@@ -146,7 +148,8 @@ def test_a_folder_with_one_long_line_takes_at_most_twice_the_files_time(tmp_path
 def test_a_long_word_is_learned_from_in_parts_and_encoded_whole(run, tmp_path):
     got = BPETokenizer.train([f"a {run}", "b"], 300)
     parts = [run[i:i + MAX_TRAINING_WORD_BYTES] for i in range(0, len(run), MAX_TRAINING_WORD_BYTES)]
-    first = [f" {run}"[i:i + MAX_TRAINING_WORD_BYTES] for i in range(0, len(run) + 1, MAX_TRAINING_WORD_BYTES)]
+    first = [f" {run}"[i:i + MAX_TRAINING_WORD_BYTES] for i
+             in range(0, len(run) + 1, MAX_TRAINING_WORD_BYTES)]
     assert got.sha256 in {BPETokenizer.train(["a", *own, "b"], 300).sha256 for own in (parts, first)}
     assert json.loads(got.backend_tokenizer.to_str())["pre_tokenizer"]["type"] == "ByteLevel"
     assert got.decode(got.encode(run)) == run

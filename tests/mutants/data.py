@@ -42,7 +42,8 @@ GONE = _restored("what is no entry is replaced", lambda path: os.rename(path, pa
 
 def sizes(entry):
     """What is wrong with an entry, for one who looks at sizes alone."""
-    return None if [f.stat().st_size for f in (entry / CONTENT_FOLDER).iterdir()] == [5] else "has another size"
+    return None if [f.stat().st_size for f
+                    in (entry / CONTENT_FOLDER).iterdir()] == [5] else "has another size"
 
 
 def listing(files, links):
@@ -78,7 +79,8 @@ ABOVE = _listed("no link leads upwards", FILES, {"texts/up": "."}, "a", "up")
 @words.criterion("a long word is learned from in parts", "property")
 def _(subject):
     parts = ["ab" * (MAX_TRAINING_WORD_BYTES // 2)] * 8
-    if subject(["".join(parts)], 300).backend_tokenizer.get_vocab() != BPETokenizer.train(parts, 300).backend_tokenizer.get_vocab():
+    if subject(["".join(parts)], 300).backend_tokenizer.get_vocab() != BPETokenizer.train(parts,
+                                                                                          300).backend_tokenizer.get_vocab():
         raise Wrong("one long word teaches something else than its parts")
 
 
@@ -128,6 +130,6 @@ MUTANTS = [
         listing, "nanoinfra.data.text_files:_Tree", Upwards), ABOVE),
     Mutant("words are learned whole", words, patched(
         BPETokenizer.train, "nanoinfra.data.train_tokenizer:MAX_TRAINING_WORD_BYTES", 1 << 30),
-        "a long word is learned from in parts"),
+           "a long word is learned from in parts"),
     Mutant("words are cut for ever", words, cut_for_ever, "a long word is encoded in one piece"),
 ]

@@ -15,7 +15,8 @@ def valid(y):
 
 
 def nats(model, x, y, reduction="sum"):
-    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX,
+                           reduction=reduction)
 
 
 def backward(model, batches, count):

@@ -81,7 +81,8 @@ MUTANTS = [
     Mutant("every schedule keeps what 1f1b does", kept,
            patched(keep, "nanoinfra.formulas.footprint:in_flight", one_at_a_time), UNDER_WAY),
     Mutant("one rank stands for all", refusal,
-           patched(refuse, "nanoinfra.train.launch.memory_check:ranks_sharing_memory", lambda *_: range(1)), EVERY),
+           patched(refuse, "nanoinfra.train.launch.memory_check:ranks_sharing_memory", lambda *_: range(1)),
+           EVERY),
     Mutant("the first remedy will do", refusal,
            patched(refuse, "nanoinfra.train.launch.memory_check:_fits", lambda *_: True), FITS),
 ]

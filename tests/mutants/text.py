@@ -125,7 +125,8 @@ def _refuses(name, says, kind="gpt2", **files):
     return name
 
 
-LFS = _refuses("a Git LFS pointer is named", "Git LFS pointer", tokenizer="version https://git-lfs.github.com\n")
+LFS = _refuses("a Git LFS pointer is named", "Git LFS pointer",
+               tokenizer="version https://git-lfs.github.com\n")
 OTHER = _refuses("a tokenizer that is more than its backend is refused", "is not one of",
                  tokenizer_config={"tokenizer_class": "CodeGenTokenizer"})
 IDS = _refuses("an eos that is no number is refused", "number of a token",

@@ -316,7 +316,7 @@ def bytes_held(config, stage, dtype):
         last = HeadLoss(net.head)
         shared = Zero(net, mesh.data, stage, units(net, last), dtype, torch.float32, BUCKET)
         optimizer = MixedPrecisionOptimizer(shared.shards)
-        optimizer.state_dict()                                                  # moments from the first step on
+        optimizer.state_dict()  # moments from the first step on
         storages.watch(nn.ModuleList([net, last]), mesh.ledger)
         steps = []
         for _ in range(3):

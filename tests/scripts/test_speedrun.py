@@ -46,7 +46,8 @@ def test_two_seconds_are_better_than_none(name, scripts, folder, tmp_path, monke
     corpus = load_corpus(folder)
     tokenizer = get_or_train_tokenizer(corpus, scripts[name].V, tmp_path)
     untrained = scripts[name].GPT(tokenizer.vocab_size)
-    want = scripts["speedrun"].bits_per_byte(untrained, HeldOutSet(corpus.held_out, tokenizer, scripts[name].T))
+    want = scripts["speedrun"].bits_per_byte(untrained,
+                                             HeldOutSet(corpus.held_out, tokenizer, scripts[name].T))
     assert 0 < got["bits_per_byte"] < want
     assert got["tokens"] == got["steps"] * scripts[name].B * scripts[name].T
     assert got["corpus"] == corpus.sha256[:16] and got["seconds"] >= 2

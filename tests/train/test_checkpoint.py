@@ -158,8 +158,9 @@ def test_rows_of_rows_and_rows_of_columns_go_from_4_ranks_to_3_and_back(tmp_path
 def test_one_rank_needs_no_process_group(tmp_path):
     want = tensors(3)
     state = {"step": 2, "lr": 0.1 + 0.2, "config": {"data": "stdlib"}, "seed": 2**63}
-    folder = save_checkpoint(tmp_path / "runs" / "a", 2, {TensorShard.of_whole_tensor(name, x.shape): x for name, x in want.items()},
-                  state, Mesh().world)
+    folder = save_checkpoint(tmp_path / "runs" / "a", 2,
+                             {TensorShard.of_whole_tensor(name, x.shape): x for name, x in want.items()},
+                             state, Mesh().world)
     assert folder == tmp_path / "runs" / "a" / "step_00000002" == find_newest_checkpoint(folder.parent)
     assert same(load_all(folder), want) and read_checkpoint_state(folder) == state
     assert {path.name for path in folder.iterdir()} == {"manifest.json", "rank0.safetensors", "state.json"}
@@ -191,7 +192,9 @@ def test_real_ranks_save_and_agree_on_failure(tmp_path):
 
 def test_equal_pieces_are_written_once(tmp_path):
     x = torch.randn(6, 50)
-    run(3, lambda axis: save_checkpoint(tmp_path, 1, [(TensorShard.of_whole_tensor("norm", x.shape), x)], {}, axis))
+    run(3,
+        lambda axis: save_checkpoint(tmp_path, 1, [(TensorShard.of_whole_tensor("norm", x.shape), x)], {},
+                                     axis))
     sizes = [path.stat().st_size for path in sorted((tmp_path / "step_00000001").glob("*.safetensors"))]
     assert sizes[0] > x.nbytes and max(sizes[1:]) < 100
     assert same(load_all(tmp_path / "step_00000001"), {"norm": x})
@@ -234,7 +237,8 @@ def test_load_verifies_unless_that_is_done(tmp_path, monkeypatch):
     save_all(tmp_path, 1, tensors(1))
     folder, calls = tmp_path / "step_00000001", []
     manifest = verify_checkpoint(folder)
-    monkeypatch.setattr(checkpoint, "verify_checkpoint", lambda path: calls.append(path) or verify_checkpoint(path))
+    monkeypatch.setattr(checkpoint, "verify_checkpoint", lambda path: calls.append(path)
+                        or verify_checkpoint(path))
     wanted = [TensorShard.of_whole_tensor("w", (7, 3))]
     assert same(dict((p.name, x) for p, x in load_shards(folder, wanted, json.loads(json.dumps(manifest)))),
                 {"w": tensors(1)["w"]}) and not calls
@@ -245,7 +249,8 @@ def test_load_verifies_unless_that_is_done(tmp_path, monkeypatch):
 def test_what_is_not_in_the_checkpoint_is_named(tmp_path):
     save_all(tmp_path, 1, tensors(1))
     for piece, text in [(TensorShard.of_whole_tensor("v", (7, 3)), "no tensor 'v'"),
-                        (TensorShard.of_whole_tensor("w", (7, 4)), r"'w' has shape \[7, 3\], not the wanted \[7, 4\]")]:
+                        (TensorShard.of_whole_tensor("w", (7, 4)),
+                         r"'w' has shape \[7, 3\], not the wanted \[7, 4\]")]:
         with pytest.raises(CheckpointError, match=text):
             list(load_shards(tmp_path / "step_00000001", [piece]))
 
@@ -342,7 +347,8 @@ def test_a_power_cut_at_any_operation_leaves_a_good_checkpoint(tmp_path, second_
         assert len(which) == 1 and refused == [], f"{at}: {log[at - 1]}"
         seen.add(which[0])
         assert all(isinstance(path, Path) for path in save_all(root, 3, tensors(3), n))
-        assert [path.name for path in root.iterdir()] == ["step_00000003"] and find_newest_checkpoint(root) is not None
+        assert [path.name for path
+                in root.iterdir()] == ["step_00000003"] and find_newest_checkpoint(root) is not None
     assert seen == {1, 2}
 
 
@@ -390,7 +396,8 @@ def test_a_file_size_limit_is_an_error_and_not_a_signal(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
         with pytest.raises(CheckpointError) as caught:
-            save_checkpoint(tmp_path, 2, {TensorShard.of_whole_tensor("w", (9999,)): torch.zeros(9999)}, {}, Mesh().world)
+            save_checkpoint(tmp_path, 2, {TensorShard.of_whole_tensor("w", (9999,)): torch.zeros(9999)}, {},
+                            Mesh().world)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "rank 0: " in str(caught.value) and "rank0.safetensors: File too large" in str(caught.value)
@@ -445,13 +452,17 @@ def test_a_manifest_whose_pieces_do_not_make_the_tensor_is_refused(tmp_path, par
 
 
 @pytest.mark.parametrize("make, reason", [
-    (lambda w, r: (w.slice_dim(0, 0, 2 - r), torch.zeros(2 - r)), r"the pieces w\[0:2\] and w\[0:1\] overlap"),
+    (lambda w, r: (w.slice_dim(0, 0, 2 - r), torch.zeros(2 - r)),
+     r"the pieces w\[0:2\] and w\[0:1\] overlap"),
     (lambda w, r: (w.slice_dim(0, r, 1 + r), torch.zeros(1)), "tensor w: the pieces hold 2 of its 4"),
     (lambda w, r: (w, torch.zeros(4, dtype=[torch.float32, torch.float64][r])), "rank 1 holds it as F64"),
     (lambda w, r: (w.slice_dim(0, 2 * r, 2 * r + 2), torch.zeros(2 + r)), r"w\[2:4\]: a tensor of shape"),
 ])
 def test_ranks_that_disagree_all_raise_the_same(tmp_path, make, reason):
-    out = run(2, lambda axis: save_checkpoint(tmp_path, 1, [make(TensorShard.of_whole_tensor("w", (4,)), axis.rank)], {}, axis))
+    out = run(2,
+              lambda axis: save_checkpoint(tmp_path, 1,
+                                           [make(TensorShard.of_whole_tensor("w", (4,)), axis.rank)], {},
+                                           axis))
     assert isinstance(out[1], CheckpointError) and str(out[0]) == str(out[1])
     with pytest.raises(CheckpointError, match=f"cannot save step 1: .*{reason}.*; there is no good"):
         raise out[0]

@@ -13,7 +13,8 @@ EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 ARGV = ["train", "--model", "test", "--data", "text", "--vocab", "330", "--seq", "64", "--micro-batch", "2",
         "--global-batch", "8", "--dp", "2", "--pp", "2", "--schedule", "interleaved", "--virtual-stages", "2",
         "--grad-sync", "buckets", "--emulate-link", "dp=1e-6,1e10", "--optimizer", "adamw", "--lr", "0.02",
-        "--warmup", "2", "--save-every", "40", "--keep-checkpoints", "1", "--eval-every", "40", "--threads", "1",
+        "--warmup", "2", "--save-every", "40", "--keep-checkpoints", "1", "--eval-every", "40", "--threads",
+        "1",
         "--out", "run", "--steps", "83", "--resume"]
 
 
@@ -31,7 +32,8 @@ def test_an_old_run_is_resumed_to_the_same_metrics(old_run, ranks):
     got = metrics.read_metrics(old_run / "metrics.jsonl")
     assert [line["step"] for line in got] == list(range(1, 84))
     for line, want in zip(got[80:], EXPECTED["steps"], strict=True):
-        assert {key: line[key] for key in ("tokens", "comm")} == {key: want[key] for key in ("tokens", "comm")}
+        assert {key: line[key] for key in ("tokens", "comm")} == {key: want[key] for key
+                                                                  in ("tokens", "comm")}
         assert line["lr"] == pytest.approx(want["lr"], rel=1e-12)
         assert line["loss"] == pytest.approx(want["loss"], rel=1e-4)
         assert line["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-3)

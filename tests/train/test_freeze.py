@@ -34,7 +34,7 @@ MORE = ["--dp 2", "--dp 2 --zero 1", "--dp 2 --zero 2 --recompute full", "--tp 2
 def test_names_are_matched_as_a_shell_would():
     config = sized("test")
     assert frozen_parameter_names(["blocks.1.attn.[qk].weight"], config) == {"blocks.1.attn.q.weight",
-                                                                   "blocks.1.attn.k.weight"}
+                                                                             "blocks.1.attn.k.weight"}
     assert frozen_parameter_names([], config) == frozenset()
     got = frozen_parameter_names(["*norm*"], config)
     assert got == {name for name in shapes(config) if "norm" in name}
@@ -81,7 +81,8 @@ def alone(folder):
     out = folder / "alone-frozen"
     assert main([*FLAGS, "--out", str(out)]) == 0
     model = load_pretrained(out, torch.float64)[0]
-    return metrics.read_metrics(out / "metrics.jsonl"), {name: p.detach() for name, p in model.named_parameters()}
+    return metrics.read_metrics(out / "metrics.jsonl"), {name: p.detach() for name, p
+                                                         in model.named_parameters()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -100,7 +101,8 @@ def reloaded(dtype):
         old, new = (TrainStage(sized("test"), TrainFlags(
             ModelFlags(dtype=dtype, freeze=("embed.*", "blocks.2.*"), seed=seed),
             mesh=MeshFlags(zero=stage, dp=2)), Mesh(dp=world_size())) for seed in (1, 0))
-        new.load_state_dict([(piece, tensor.clone()) for piece, tensor in old.tensor_shards()], old.state_dict())
+        new.load_state_dict([(piece, tensor.clone()) for piece, tensor in old.tensor_shards()],
+                            old.state_dict())
         model = new.parallel.each[0].model
         found[stage] = {name: p.detach().clone() for name, p in model.named_parameters()
                         if name.startswith(("embed.", "blocks.2."))}

@@ -45,7 +45,8 @@ def test_every_tensor_is_aligned_in_the_file(tmp_path):
 def test_tensors_are_written_from_their_own_memory_one_at_a_time(tmp_path, monkeypatch):
     tensors = {TensorShard.of_whole_tensor(str(i), (100 + i,)): torch.randn(100 + i) for i in range(3)}
     seen, write_all = [], disk.write_all_bytes
-    monkeypatch.setattr(disk, "write_all_bytes", lambda file, data: (seen.append(data), write_all(file, data)))
+    monkeypatch.setattr(disk, "write_all_bytes", lambda file,
+                        data: (seen.append(data), write_all(file, data)))
     disk.write_safetensors(tmp_path / "f", list(tensors.items()))
     got = [np.frombuffer(data, np.uint8).ctypes.data for data in seen[1:]]
     assert got == [x.data_ptr() for x in tensors.values()]

@@ -43,7 +43,8 @@ def untouched(monkeypatch):
     """Nothing starts ranks, reads a corpus, draws weights or makes batches."""
     def touched(*_, **__):
         raise AssertionError("something was begun")
-    for name in ("train.launch.launcher.launch_ranks", "train.run_inputs.open_dataset", "train.trainer.TrainStage",
+    for name in ("train.launch.launcher.launch_ranks", "train.run_inputs.open_dataset",
+                 "train.trainer.TrainStage",
                  "train.trainer.MicroBatchLoader"):
         monkeypatch.setattr(f"nanoinfra.{name}", touched)
 
@@ -153,9 +154,11 @@ def test_what_is_said_is_what_is_held(tmp_path, line):
     """Of the rank that holds the most; and so it is without what every process has."""
     line = f"{line} --data random --steps 3 --threads 1"
     flags, world = asked(line)
-    said = max(sum(rank_memory_by_part(flags, world, config_of_named_size(flags), rank).values()) for rank in range(world))
+    said = max(sum(rank_memory_by_part(flags, world, config_of_named_size(flags), rank).values()) for rank
+               in range(world))
     assert finish(["train", *line.split(), "--out", str(tmp_path)]) == 0
-    got = max(step["peak_bytes"]["rss"] for step in metrics.read_metrics(tmp_path / "metrics.jsonl")) - _SHARED_LIBRARIES_BYTES
+    got = max(step["peak_bytes"]["rss"] for step
+              in metrics.read_metrics(tmp_path / "metrics.jsonl")) - _SHARED_LIBRARIES_BYTES
     print(f"said {said / 1e6:,.0f} MB, had {got / 1e6:,.0f} MB, {said / got:.2f}; without the process "
           f"{(said - _PROCESS_BYTES) / (got - _PROCESS_BYTES):.2f}: {line}")
     assert said == pytest.approx(got, rel=0.15)
@@ -168,7 +171,8 @@ def test_weights_are_looked_at_before_the_corpus_is_read(machine, untouched, mon
     (run / "config.json").write_text(json.dumps({"nanoinfra": 1, "model": sized("nano").to_dict()}))
     (run / "checkpoints").mkdir()
     machine(24 * GB)
-    monkeypatch.setattr("nanoinfra.train.run_inputs.open_pretrained_weights", lambda *_: Opened(sized("nano")))
+    monkeypatch.setattr("nanoinfra.train.run_inputs.open_pretrained_weights",
+                        lambda *_: Opened(sized("nano")))
     argv = ["train", "--model", str(run), "--seq", "100000000", "--out", str(tmp_path / "out")]
     assert main(argv) == 2
     said = capsys.readouterr().err

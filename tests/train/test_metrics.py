@@ -43,7 +43,8 @@ def test_sent_adds_payload_by_axis_and_keeps_scalars_apart():
 
 def test_held_counts_a_shared_storage_once():
     x = torch.zeros(10)
-    assert metrics.distinct_storage_bytes([x, x[2:5], x.view(2, 5), torch.zeros(3, dtype=torch.float64)]) == 40 + 24
+    assert metrics.distinct_storage_bytes([x, x[2:5], x.view(2, 5),
+                                           torch.zeros(3, dtype=torch.float64)]) == 40 + 24
 
 
 def test_running_mean_is_corrected_for_its_start():

@@ -31,7 +31,8 @@ def test_three_steps_are_torchs(name):
     if name == "sgd":
         oracle = torch.optim.SGD(theirs.parameters(), lr=0.1)
     else:
-        decays = [{"params": [p], "weight_decay": ADAMW_WEIGHT_DECAY * (p.dim() > 1)} for p in theirs.parameters()]
+        decays = [{"params": [p], "weight_decay": ADAMW_WEIGHT_DECAY * (p.dim() > 1)} for p
+                  in theirs.parameters()]
         oracle = torch.optim.AdamW(decays, lr=0.1, betas=ADAMW_BETAS, foreach=False)
     for step in range(3):
         optimizer.step(draws(ours, step), lr=0.1)
@@ -59,7 +60,8 @@ def test_bf16_model_has_float32_masters_that_keep_small_steps():
 
 def test_float32_model_is_its_own_master():
     model = net(torch.float32)
-    assert all(m is p for m, p in zip(MixedPrecisionOptimizer(model).master_weights.values(), model.parameters()))
+    assert all(m is p for m, p
+               in zip(MixedPrecisionOptimizer(model).master_weights.values(), model.parameters()))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
@@ -96,7 +98,8 @@ def test_clip_divides_16_bit_gradients_in_float32():
     small = {"a": torch.tensor([2.0**-10], dtype=torch.float16)}
     unscale_and_clip_grads(small, 0, scale=2.0**16)
     assert small["a"].item() == 2.0**-26
-    assert unscale_and_clip_grads({"a": torch.full((10_000,), 1024, dtype=torch.float16)}, 0) == pytest.approx(102_400)
+    assert unscale_and_clip_grads({"a": torch.full((10_000,), 1024, dtype=torch.float16)},
+                                  0) == pytest.approx(102_400)
 
 
 def test_unknown_optimizer_is_named():
@@ -119,6 +122,7 @@ def test_a_cosine_ends_where_it_is_told_to():
 
 
 def test_betas_and_decay_are_those_given():
-    group, vectors = MixedPrecisionOptimizer(net(), betas=(0.8, 0.99), weight_decay=0.3).torch_optimizer.param_groups
+    group, vectors = MixedPrecisionOptimizer(net(), betas=(0.8, 0.99),
+                                             weight_decay=0.3).torch_optimizer.param_groups
     assert group["betas"] == vectors["betas"] == (0.8, 0.99)
     assert (group["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)

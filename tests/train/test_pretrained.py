@@ -45,7 +45,8 @@ def run(tmp_path):
     for step in (3, 5):
         weights = dict(scrambled(Decoder(config("llama")), seed=step).named_parameters())
         tensors = {TensorShard.of_whole_tensor(name, p.shape): p.detach() for name, p in weights.items()}
-        tensors |= {TensorShard.of_whole_tensor(f"exp_avg/{name}", p.shape): p.detach() + 1 for name, p in weights.items()}
+        tensors |= {TensorShard.of_whole_tensor(f"exp_avg/{name}", p.shape): p.detach() + 1 for name, p
+                    in weights.items()}
         checkpoint.save_checkpoint(tmp_path / "checkpoints", step, tensors, {"step": step}, Mesh().world)
     return tmp_path
 

@@ -78,7 +78,8 @@ def test_a_tour_of_all_pairs_of_meshes(ranks, tmp_path):
     argv = [*FLAGS, "--steps", str(len(tour)), "--dp", "1", "--lr-schedule", "constant"]
     assert main([*argv, "--out", str(tmp_path / "want")]) == 0
     go_on(ranks, tmp_path / "run", tour, every=1)
-    close(metrics.read_metrics(tmp_path / "run" / "metrics.jsonl"), metrics.read_metrics(tmp_path / "want" / "metrics.jsonl"))
+    close(metrics.read_metrics(tmp_path / "run" / "metrics.jsonl"),
+          metrics.read_metrics(tmp_path / "want" / "metrics.jsonl"))
 
 
 def go_on(ranks, run, meshes, every):

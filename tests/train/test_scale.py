@@ -16,12 +16,14 @@ def values(scale, overflows):
 
 
 def test_it_halves_on_overflow_and_doubles_after_good_steps_in_a_row():
-    got = values(LossScale(8, growth_interval=3), [False, False, True, False, False, False, False, True, True])
+    got = values(LossScale(8, growth_interval=3),
+                 [False, False, True, False, False, False, False, True, True])
     assert got == [8, 8, 4, 4, 4, 8, 8, 4, 2]
 
 
 def test_an_overflow_starts_the_count_again():
-    assert values(LossScale(8, growth_interval=2), [False, True, False, True, False, False]) == [8, 4, 4, 2, 2, 4]
+    assert values(LossScale(8, growth_interval=2), [False, True, False, True, False, False]) == [8, 4, 4, 2,
+                                                                                                 2, 4]
 
 
 def test_the_usual_scale():
@@ -49,7 +51,8 @@ def test_it_goes_on_from_its_state_and_stays_a_power_of_two(before, after, grow_
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     got = values(one, after[:3])
     assert values(other, after[:3]) == got
-    assert all(1 <= value <= _MAX_LOSS_SCALE and value.as_integer_ratio()[0].bit_count() == 1 for value in got)
+    assert all(1 <= value <= _MAX_LOSS_SCALE and value.as_integer_ratio()[0].bit_count() == 1 for value
+               in got)
 
 
 @pytest.mark.parametrize("value, grow_after", [(0.5, 1), (_MAX_LOSS_SCALE * 2, 1), (8, 0)])

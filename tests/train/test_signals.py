@@ -26,7 +26,8 @@ QUICK = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-
 
 
 one = pytest.mark.parametrize("sign", [
-    pytest.param(each, id=each.name, marks=pytest.mark.prove if i else []) for i, each in enumerate(TERMINATION_SIGNALS)])
+    pytest.param(each, id=each.name, marks=pytest.mark.prove if i
+                 else []) for i, each in enumerate(TERMINATION_SIGNALS)])
 
 
 @pytest.fixture

@@ -185,4 +185,4 @@ def test_the_culprit_waits_for_nobody():
     hangs = {"state": "left", "entered": {}}
     assert find_hung_ranks(0, [waits("pp 1>0", (1, 0)), waits("pp 2>1", (2, 1)), hangs]) == [2]
     assert find_hung_ranks(0, [waits("dp", (0, 1, 2)), hangs, {}]) == [1, 2]
-    assert find_hung_ranks(0, [waits("a", (0, 1)), waits("b", (0, 1))]) == []          # each waits for the other
+    assert find_hung_ranks(0, [waits("a", (0, 1)), waits("b", (0, 1))]) == []  # each waits for the other

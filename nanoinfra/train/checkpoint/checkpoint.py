@@ -29,7 +29,7 @@ _ShardTensors = Mapping[TensorShard, torch.Tensor] | Iterable[tuple[TensorShard,
 
 
 def save_checkpoint(root: str | Path, step: int, tensors: _ShardTensors, state: dict, axis, keep: int = 2,
-         say: WarnFunction = print) -> Path:
+                    say: WarnFunction = print) -> Path:
     """Save each rank's pieces and rank 0's `state` (for JSON) in the folder `root`/step_{step}; returns it.
 
     Every rank of `axis` calls it. Afterwards the newest `keep` checkpoints up to this step remain; `say` is
@@ -43,7 +43,8 @@ def save_checkpoint(root: str | Path, step: int, tensors: _ShardTensors, state: 
     pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
     try:
         entries = _deal(_together(axis, lambda: _prepare(tmp, pairs, axis.rank, say)))
-        mine = [pair for pair in pairs if (me, pair[0]) in disk.shards_in_files(pair[0].name, entries[pair[0].name])]
+        mine = [pair for pair in pairs if (me, pair[0])
+                in disk.shards_in_files(pair[0].name, entries[pair[0].name])]
         written = _together(axis, lambda: disk.write_safetensors(tmp / me, mine))
         files = {f"rank{rank}.safetensors": listed for rank, listed in enumerate(written)}
         body = {"format": disk.CHECKPOINT_FORMAT, "step": step, "files": files, "tensors": entries}
@@ -99,7 +100,7 @@ def run_on_first_rank(axis, work: Callable[[], object]):
 
 
 def load_shards(folder: str | Path, wanted: Iterable[TensorShard],
-         verified: dict | None = None) -> Iterator[tuple[TensorShard, torch.Tensor]]:
+                verified: dict | None = None) -> Iterator[tuple[TensorShard, torch.Tensor]]:
     """Yield each wanted piece with its tensor (CPU, of the stored dtype), reading only the ranges it needs.
 
     `verified` is what `verify(folder)` returned, here or on another rank; without it this verifies first.
@@ -110,8 +111,9 @@ def load_shards(folder: str | Path, wanted: Iterable[TensorShard],
     with ExitStack() as stack:
         @functools.cache
         def opened(file):
-            with disk.raise_as_checkpoint_error(folder / file, FileNotFoundError="is gone: the run there has let it go since; "
-                                                              "start again, which takes a newer one"):
+            with disk.raise_as_checkpoint_error(folder / file,
+                                                FileNotFoundError="is gone: the run there has let it go since; "
+                                                "start again, which takes a newer one"):
                 return stack.enter_context(safe_open(folder / file, framework="pt"))
         for piece in wanted:
             yield piece, _read(piece, _entry(piece, entries, folder), opened)
@@ -120,7 +122,8 @@ def load_shards(folder: str | Path, wanted: Iterable[TensorShard],
 def catalog(folder: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """{name: (full shape, dtype)} of every tensor in the checkpoint."""
     entries = disk.read_manifest(Path(folder))["tensors"]
-    return {name: (tuple(entry["shape"]), disk.torch_dtype_from_name(entry["dtype"])) for name, entry in entries.items()}
+    return {name: (tuple(entry["shape"]), disk.torch_dtype_from_name(entry["dtype"])) for name, entry
+            in entries.items()}
 
 
 def read_checkpoint_state(folder: str | Path) -> dict:
@@ -160,7 +163,8 @@ def _prepare(tmp, pairs, rank, say):
         retention.delete_unfinished_checkpoints(root, say)
         retention.rename_out_of_the_way(tmp, "left")           # what could not be deleted
         tmp.mkdir()
-    return [[piece.name, piece.offset, piece.size, piece.full_shape, disk.safetensors_dtype_name(x)] for piece, x in pairs]
+    return [[piece.name, piece.offset, piece.size, piece.full_shape, disk.safetensors_dtype_name(x)]
+            for piece, x in pairs]
 
 
 def _deal(held):
@@ -176,7 +180,8 @@ def _deal(held):
             if prod(size) and all(part != {**part, **box} for part in entry["pieces"]):
                 entry["pieces"].append({"file": f"rank{rank}.safetensors", **box})
     for name, entry in entries.items():
-        check_shards_cover_tensor([piece for _, piece in disk.shards_in_files(name, entry)], name, entry["shape"])
+        check_shards_cover_tensor([piece for _, piece in disk.shards_in_files(name, entry)], name,
+                                  entry["shape"])
     return entries
 
 
@@ -187,7 +192,7 @@ def _publish(tmp, final, body, state, keep, say):
     disk.write_and_fsync_file(tmp / "manifest.json", [disk.serialize_manifest(body)])
     disk.fsync_folder(tmp)
     if os.path.lexists(final):
-        retention.set_aside_for_second_save(final, say)           # still a checkpoint, should the next line not run
+        retention.set_aside_for_second_save(final, say)  # still a checkpoint, should the next line not run
     os.rename(tmp, final)
     disk.fsync_folder(final.parent)
     retention.delete_old_checkpoints(final, keep, say)

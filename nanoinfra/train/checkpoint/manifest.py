@@ -17,9 +17,10 @@ import torch
 from nanoinfra.model.weights.json_files import sync
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard, check_shards_cover_tensor
 
-CHECKPOINT_FORMAT = "nanoinfra checkpoint 1"            # of another version another one, sealed as this one is
-SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+CHECKPOINT_FORMAT = "nanoinfra checkpoint 1"  # of another version another one, sealed as this one is
+SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
+                      torch.bfloat16: "BF16",
+                      torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 def verify_checkpoint(folder: str | Path) -> dict:
@@ -34,7 +35,8 @@ def verify_checkpoint(folder: str | Path) -> dict:
         check_file_sha256(folder / name, listed)
     for name, entry in manifest["tensors"].items():
         try:
-            check_shards_cover_tensor([piece for _, piece in shards_in_files(name, entry)], name, entry["shape"])
+            check_shards_cover_tensor([piece for _, piece in shards_in_files(name, entry)], name,
+                                      entry["shape"])
         except CheckpointError as error:
             raise CheckpointError(f"{folder / 'manifest.json'}: {error}") from error
     return manifest
@@ -62,7 +64,7 @@ def read_manifest(folder: Path) -> dict:
         raise CheckpointError(f"{path}: is altered: its SHA-256 is not that of its text{or_other}")
     if unknown := {entry["dtype"] for entry in manifest["tensors"].values()} - {*SAFETENSORS_DTYPES.values()}:
         raise CheckpointVersionError(f"{path}: holds tensors of {', '.join(sorted(unknown))}, which this version of "
-                           f"nanoinfra ({CHECKPOINT_FORMAT!r}) does not read; use the version that wrote it")
+                                     f"nanoinfra ({CHECKPOINT_FORMAT!r}) does not read; use the version that wrote it")
     return manifest
 
 
@@ -156,7 +158,8 @@ def _header(pairs):
             raise CheckpointError(f"{piece.file_key}: a tensor of shape {list(tensor.shape)} is given for a "
                                   f"piece of size {list(piece.size)}")
         end = begin + tensor.numel() * tensor.element_size()
-        entries[piece.file_key] = {"dtype": safetensors_dtype_name(tensor), "shape": piece.size, "data_offsets": [begin, end]}
+        entries[piece.file_key] = {"dtype": safetensors_dtype_name(tensor), "shape": piece.size,
+                                   "data_offsets": [begin, end]}
         begin = end
     if len(entries) != len(pairs):
         raise CheckpointError(f"{len(pairs)} pieces have {len(entries)} different keys: one is given twice")

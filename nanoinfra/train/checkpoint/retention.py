@@ -44,7 +44,8 @@ def checkpoint_step(folder: Path) -> int:
 
 def delete_old_checkpoints(final: Path, keep: int, say: WarnFunction) -> None:
     """Let go of all but the newest `keep` checkpoints up to `final`; later ones stay."""
-    past = [path for path in list_checkpoints(final.parent) if checkpoint_step(path) <= checkpoint_step(final)]
+    past = [path for path in list_checkpoints(final.parent)
+            if checkpoint_step(path) <= checkpoint_step(final)]
     replaced = [path for path in past if path.suffix == ".old" and path.with_suffix("") in past]
     current = [path for path in past if path not in replaced]
     for path in replaced + current[:-keep]:
@@ -79,7 +80,8 @@ def set_aside_for_second_save(final: Path, say: WarnFunction) -> None:
 
 def abandon_checkpoints_after(root: Path, step: int) -> list[Path]:
     """Rename the checkpoints after `step`, so that no run goes on from them; returns their new places."""
-    return [rename_out_of_the_way(path, "abandoned") for path in list_checkpoints(root) if checkpoint_step(path) > step]
+    return [rename_out_of_the_way(path, "abandoned") for path in list_checkpoints(root)
+            if checkpoint_step(path) > step]
 
 
 def _discard(path, say):

@@ -17,8 +17,8 @@ from pathlib import Path
 
 LAUNCH_ID_PREFIX = "nanoinfra-"                          # how launches of train/launch/launcher.py are called
 STATUS_BOARD_FILE = "where_ranks_stand"                  # ledger.Board of a run under way
-ELASTIC_LOGS_FOLDER = ".ranks"                             # of our launcher in the run's directory, while the run lives
-STOP_NOTE_FILE = "stopped.json"                     # rank 0's note in the run directory: a signal ended the run
+ELASTIC_LOGS_FOLDER = ".ranks"  # of our launcher in the run's directory, while the run lives
+STOP_NOTE_FILE = "stopped.json"  # rank 0's note in the run directory: a signal ended the run
 
 
 def is_rank_process() -> bool:
@@ -44,7 +44,8 @@ def process_group_is_initialized() -> bool:
 
 def launch_id() -> str | None:
     """What all ranks of one launch share, started again or not; None where there is nothing of the kind."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none") if is_rank_process() else "none"    # or left in a shell
+    # or left in a shell
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none") if is_rank_process() else "none"
     return None if name == "none" else name                  # torchrun's name for a launch without one
 
 
@@ -91,7 +92,7 @@ def rank_process_group(device: str, out: Path | None = None, timeout: float = 60
         report_to(None)
         dist.destroy_process_group()
     if out:
-        (out / STATUS_BOARD_FILE).unlink(missing_ok=True)                # kept after a failure, for the launcher to read
+        (out / STATUS_BOARD_FILE).unlink(missing_ok=True)  # kept after a failure, for the launcher to read
 
 
 def _tidy(out):

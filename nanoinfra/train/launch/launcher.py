@@ -44,11 +44,11 @@ from nanoinfra.train.launch.signals import (
 from nanoinfra.train.launch.stop_message import report_stopped_run, resume_command
 from nanoinfra.train.run_directory.ownership import read_run_config
 
-_SAVE_TIMEOUT_SECONDS = 300                               # seconds that ranks have to save, when a signal stops the run
+_SAVE_TIMEOUT_SECONDS = 300  # seconds that ranks have to save, when a signal stops the run
 
 
 def launch_ranks(argv: list[str], nproc: int, out: Path | None = None, max_restarts: int = 0,
-           module: str = "nanoinfra.cli") -> int:
+                 module: str = "nanoinfra.cli") -> int:
     """Run `python -m MODULE ARGV` on `nproc` ranks. Exit code 0, 2 for a user's mistake, 1 for a failed rank.
 
     `out` is a run's directory, where there is one.
@@ -119,7 +119,8 @@ class ElasticRankAgent(LocalElasticAgent):
         """Here the first signal lets the ranks save and end, and a second one kills them."""
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""                # torch's own handlers stay out
         mine = threading.current_thread() is threading.main_thread()     # which alone hears signals
-        before = {sign: signal.signal(sign, self._signalled) for sign in termination_signals_not_ignored() if mine}
+        before = {sign: signal.signal(sign, self._signalled) for sign in termination_signals_not_ignored()
+                  if mine}
         try:
             yield
         finally:

@@ -22,8 +22,9 @@ from nanoinfra.train.config import (
 )
 from nanoinfra.train.freeze import frozen_parameter_names
 
-_PROCESS_BYTES, _SHARED_LIBRARIES_BYTES = 260 << 20, 150 << 20    # of a rank without tensors; what a machine's ranks share of it
-_CUDA_CONTEXT_BYTES = 600 << 20                          # of a rank on its card: CUDA's, cuBLAS's and NCCL's own
+# of a rank without tensors; what a machine's ranks share of it
+_PROCESS_BYTES, _SHARED_LIBRARIES_BYTES = 260 << 20, 150 << 20
+_CUDA_CONTEXT_BYTES = 600 << 20  # of a rank on its card: CUDA's, cuBLAS's and NCCL's own
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")                       # torchrun's variables
 _STDLIB_TEXT_BYTES = 12 << 20                            # text of the embedded corpus
 
@@ -46,7 +47,8 @@ def check_memory_fits(flags: TrainFlags, world: int, config: ModelConfig | None 
 
 def describe_memory_need(flags: TrainFlags, world: int, config: ModelConfig) -> str:
     """What this machine's ranks hold together, as the line that introduces a run says it."""
-    parts, there, many = local_memory_by_part(flags, world, config), memory_capacity_bytes(flags), len(ranks_sharing_memory(flags, world)) > 1
+    parts, there, many = local_memory_by_part(flags, world,
+                                              config), memory_capacity_bytes(flags), len(ranks_sharing_memory(flags, world)) > 1
     of, total = f" of {there / 1e9:,.1f}" if there else "", sum(parts.values())
     return (f"{'ranks hold' if many else 'holds'} {total / 1e9:,.1f}{of} GB{_others(flags, world, total)}, "
             f"modelled: {_largest(parts)}")
@@ -64,13 +66,14 @@ def rank_memory_by_part(flags: TrainFlags, world: int, config: ModelConfig, rank
     """Bytes that a rank holds at its worst moment, by part, but for the libraries that it shares."""
     mesh = mesh_axis_sizes(flags.mesh, world)
     stage = rank // (world // mesh["pp"])                                # pp is the outermost axis
-    what = config, parallel_layout_from_flags(flags, mesh), step_config_from_flags(flags, mesh["dp"], config), stage
+    what = config, parallel_layout_from_flags(flags, mesh), step_config_from_flags(flags, mesh["dp"],
+                                                                                   config), stage
     parts = footprint(*what)
     if flags.mesh.device == "cuda":
         return parts | {"data": 0, "processes": _CUDA_CONTEXT_BYTES}
     text = data_text_bytes(flags.data.data)
     training = parts | {"fragmentation": heap_rest(*what), "text": text, "processes": _PROCESS_BYTES}
-    reading = {"text": 2 * text, "processes": _PROCESS_BYTES}                     # once as read, once in documents
+    reading = {"text": 2 * text, "processes": _PROCESS_BYTES}  # once as read, once in documents
     return max(training, reading, key=lambda each: sum(each.values()))
 
 

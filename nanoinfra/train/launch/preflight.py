@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanoinfra.train.launch.elastic_rank import make_run_folder
 
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")          # what makes a process a rank
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what makes a process a rank
 
 
 def check_paths_writable(out: Path, trace: Path | None) -> None:

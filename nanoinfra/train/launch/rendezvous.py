@@ -49,7 +49,8 @@ def _wait_for_all(store, rank, world):
         time.sleep(0.02)
     if not store.check(everybody) and not launched_by_nanoinfra():
         print(f"nanoinfra: rank {rank} waits for the other ranks of {world}, {_STARTUP_TIMEOUT.seconds} s at most; "
-              f"{describe_launcher_environment()}: unset them if no launcher has set them", file=sys.stderr, flush=True)
+              f"{describe_launcher_environment()}: unset them if no launcher has set them", file=sys.stderr,
+              flush=True)
     try:
         store.wait(everybody, _STARTUP_TIMEOUT)
     except RuntimeError as error:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 TERMINATION_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_SAME_SIGNAL_SECONDS = 0.5                                   # seconds in which signals are one: `timeout` sends two at once
+_SAME_SIGNAL_SECONDS = 0.5  # seconds in which signals are one: `timeout` sends two at once
 
 
 class SignalListener:
@@ -37,7 +37,8 @@ class SignalListener:
             self.old_fd = signal.set_wakeup_fd(self.end.fileno(), warn_on_full_buffer=False)
             self.thread = threading.Thread(target=self._listen, name="hears signals", daemon=True)
             self.thread.start()
-            self.before = {sign: signal.signal(sign, self.handle) for sign in termination_signals_not_ignored()}
+            self.before = {sign: signal.signal(sign, self.handle) for sign
+                           in termination_signals_not_ignored()}
         return self
 
     def stop(self) -> None:

@@ -13,7 +13,7 @@ def report_stopped_run(out: Path, argv: list[str]) -> None:
     if note.exists() and is_reporting_process():
         step = json.loads(note.read_text())["step"]
         write_line_to_stderr(f"stopped after step {step}; saved in {out / 'checkpoints' / f'step_{step:08d}'}; "
-            f"go on with: {resume_command(argv)}")
+                             f"go on with: {resume_command(argv)}")
 
 
 def resume_command(argv: list[str]) -> str:

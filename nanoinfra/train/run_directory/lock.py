@@ -19,7 +19,7 @@ from pathlib import Path
 from nanoinfra.train.launch.elastic_rank import LAUNCH_ID_PREFIX, is_rank_process, launch_id, make_run_folder
 
 LOCK_FILE_NAME = ".nanoinfra.lock"
-_PROCESS_UUID = uuid.uuid4().hex                        # two containers may have one host name, and one process id
+_PROCESS_UUID = uuid.uuid4().hex  # two containers may have one host name, and one process id
 _POLL_SECONDS = 0.1                                   # seconds
 
 
@@ -85,7 +85,8 @@ def _is_at(path, file):
 
 def _sign(file):
     since = datetime.now().astimezone().isoformat(" ", "seconds")
-    who = {"process": [_PROCESS_UUID, os.getpid()], "host": socket.gethostname(), "since": since, "launch": launch_id()}
+    who = {"process": [_PROCESS_UUID, os.getpid()], "host": socket.gethostname(), "since": since,
+           "launch": launch_id()}
     os.ftruncate(file, 0)
     os.pwrite(file, json.dumps(who).encode(), 0)
 

@@ -12,10 +12,10 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.model.weights.json_files import read_json
 from nanoinfra.train.config import RunFlags
 
-RUN_DIRECTORY_VERSION = 1                                  # of a run directory, "nanoinfra" in its config.json
+RUN_DIRECTORY_VERSION = 1  # of a run directory, "nanoinfra" in its config.json
 RUN_FILES = ("config.json", "metrics.jsonl", "loss.png")
 _RUN_FOLDERS = ("checkpoints", "tokenizer")
-_MANIFEST_START = b'"nanoinfra checkpoint'              # in the first line of a manifest (train/checkpoint/manifest.py)
+_MANIFEST_START = b'"nanoinfra checkpoint'  # in the first line of a manifest (train/checkpoint/manifest.py)
 _TRACE_START = b'{"traceEvents"'                 # how a --trace begins
 
 
@@ -93,7 +93,8 @@ def _check_kinds(out):
 
 def _check_owner(out):
     """Is this folder a run's, as its config.json or its checkpoints say, or free?"""
-    there = [name for name in (*RUN_FILES, *_RUN_FOLDERS) if os.path.lexists(out / name) and not _is_empty(out / name)]
+    there = [name for name in (*RUN_FILES, *_RUN_FOLDERS) if os.path.lexists(out / name)
+             and not _is_empty(out / name)]
     ours, config = _has_checkpoints(out), read_run_config(out)
     if "nanoinfra" in config:
         _check_version(config, out)

@@ -10,9 +10,10 @@ from nanoinfra.config import SIZES
 from nanoinfra.train.config import TrainFlags, flags_to_dict
 from nanoinfra.train.run_inputs import RunInputs
 
-_REQUIRED_STATE_KEYS = ("step", "consumed", "updates", "scale", "seed", "seq", "corpus", "tokenizer", "model", "flags")
+_REQUIRED_STATE_KEYS = ("step", "consumed", "updates", "scale", "seed", "seq", "corpus", "tokenizer", "model",
+                        "flags")
 _REPORTED_FLAGS = {"model": ("model", "dtype", "grad_dtype"), "optimizer": None,      # None: all of them
-        "run": ("steps", "max_seconds")}
+                   "run": ("steps", "max_seconds")}
 
 
 def data_description(inputs: RunInputs) -> dict:

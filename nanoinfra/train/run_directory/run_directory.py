@@ -60,7 +60,8 @@ class RunDirectory:
         state = checkpoint.read_checkpoint_state(folder)
         check_resumes_same_run(self.path, state, inputs, flags, self.data_description)
         wanted = [piece for piece, _ in replica.tensor_shards()]
-        pieces = checkpoint.load_shards(folder, wanted, read_manifest(folder))  # rank 0 has verified every byte
+        # rank 0 has verified every byte
+        pieces = checkpoint.load_shards(folder, wanted, read_manifest(folder))
         replica.load_state_dict(pieces, state)
         self.resumed_after_step = state["step"]
         if self.flags.resume_from is not None and not again:
@@ -72,13 +73,15 @@ class RunDirectory:
         data, pieces = self.mesh.data, replica.tensor_shards()
         mine = pieces if replica.parallel_model.plan.zero else pieces[data.rank::data.size]
         state = {"step": step, "text": self.data_description, **replica.state_dict(), **state}
-        checkpoint.save_checkpoint(self.checkpoints_folder, step, mine, state, self.mesh.world, keep, self.warn_once)
+        checkpoint.save_checkpoint(self.checkpoints_folder, step, mine, state, self.mesh.world, keep,
+                                   self.warn_once)
 
     def write_config_and_tokenizer(self, flags: TrainFlags, inputs: RunInputs) -> None:
         """Leave config.json and the tokenizer for whoever loads the run."""
         if not self.is_first_rank:
             return
-        config = {"nanoinfra": RUN_DIRECTORY_VERSION, "model": inputs.model_config.to_dict(), "flags": flags_to_dict(flags),
+        config = {"nanoinfra": RUN_DIRECTORY_VERSION, "model": inputs.model_config.to_dict(),
+                  "flags": flags_to_dict(flags),
                   "inputs": inputs.data_identity, "text": self.data_description, "launch": launch_id()}
         metrics.replace_file(self.path / "config.json", json.dumps(config, indent=2) + "\n")
         if inputs.pretrained_weights:
@@ -95,7 +98,7 @@ class RunDirectory:
                 metrics.plot_loss_curve(self.path / "metrics.jsonl", self.path / "loss.png", title)
             except OSError as error:
                 self.warn_once(f"cannot write {self.path / 'loss.png'}: {error.strerror or error}; the run goes "
-                          "on without it")
+                               "on without it")
 
     def warn_once(self, text: str) -> None:
         """Say once what does not end the run."""
@@ -155,7 +158,8 @@ class RunDirectory:
         return None
 
     def _asked_for(self, there):
-        step, folder = self.flags.resume_from, retention.checkpoint_folder(self.checkpoints_folder, self.flags.resume_from)
+        step, folder = self.flags.resume_from, retention.checkpoint_folder(self.checkpoints_folder,
+                                                                           self.flags.resume_from)
         steps = [str(retention.checkpoint_step(path)) for path in there if path != folder]
         others = f"; there are those of steps {', '.join(steps)}" if steps else "; there is no other"
         if folder not in there:
