@@ -124,7 +124,7 @@ class ForgetsItsSteps(MixedPrecisionOptimizer):
 
 
 def local_count(micro_batches, axis, *flags):
-    valid = sum(int((y != loss.IGNORE).sum()) for _, y in micro_batches)
+    valid = sum(int((y != loss.IGNORE_INDEX).sum()) for _, y in micro_batches)
     return [valid * axis.size, *flags]
 
 

@@ -79,7 +79,7 @@ def test_the_lock_is_one_for_a_process_and_for_the_ranks_of_its_launch(tmp_path,
     with lock_run_directory(tmp_path), lock_run_directory(tmp_path):
         pass
     with another(tmp_path):
-        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": lock.OURS + "1"}.items():
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": lock.LAUNCH_ID_PREFIX + "1"}.items():
             monkeypatch.setenv(name, value)
         with lock_run_directory(tmp_path):
             pass

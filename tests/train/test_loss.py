@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.parallel import vocab_parallel
-from nanoinfra.train.loss import IGNORE, count_valid_tokens, linear_cross_entropy
+from nanoinfra.train.loss import IGNORE_INDEX, count_valid_tokens, linear_cross_entropy
 
 
 def inputs(dtype=torch.float64, B=3, T=7, C=5, V=11):
@@ -13,13 +13,13 @@ def inputs(dtype=torch.float64, B=3, T=7, C=5, V=11):
     hidden = torch.randn(B, T, C, generator=random).to(dtype).requires_grad_()
     weight = torch.randn(V, C, generator=random).to(dtype).requires_grad_()
     targets = torch.randint(V, (B, T), generator=random)
-    targets[0, 2:], targets[2] = IGNORE, IGNORE
+    targets[0, 2:], targets[2] = IGNORE_INDEX, IGNORE
     return hidden, weight, targets
 
 
 def torch_loss(hidden, weight, targets, count):
     logits = (hidden @ weight.T).flatten(0, 1)
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum") / count
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / count
 
 
 @pytest.mark.parametrize("rows_bytes", [1, 300, 2 << 20])                  # one row at a time, a few, all
@@ -45,7 +45,7 @@ def test_bf16_sums_in_float32_and_returns_it():
     got = linear_cross_entropy(h, w, y, 9)
     assert got.dtype == torch.float32
     logits = (h2 @ w2.T).flatten(0, 1).float()
-    want = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="sum") / 9
+    want = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / 9
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     got.backward()
     want.backward()
@@ -67,7 +67,7 @@ def test_float16_keeps_the_gradients_of_unlikely_tokens():
 
 def test_nothing_but_ignored_targets_is_zero_with_zero_gradients():
     h, w, y = inputs()
-    got = linear_cross_entropy(h, w, torch.full_like(y, IGNORE), 0)
+    got = linear_cross_entropy(h, w, torch.full_like(y, IGNORE_INDEX), 0)
     got.backward()
     assert got == 0 and h.grad.abs().sum() == 0 and w.grad.abs().sum() == 0
 
@@ -88,7 +88,7 @@ def test_count_valid_takes_one_all_reduce_and_carries_flags(ranks):
 
 def counted():
     mesh = Mesh(dp=3)
-    y = torch.full((1, 4), IGNORE)
+    y = torch.full((1, 4), IGNORE_INDEX)
     y[0, :mesh.rank + 1] = 5
     got = count_valid_tokens([(None, y)], mesh.data, mesh.rank)
     return got, [(row.op, row.tag, row.payload) for row in mesh.ledger.rows]

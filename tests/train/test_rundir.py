@@ -133,12 +133,12 @@ class Killed(Exception):
 
 def test_the_seconds_spent_are_state(run, monkeypatch):
     """Eight steps of a second each, in one part, and in two of which the first is cut off after a save."""
-    now, execute = [0.0], trainer.execute
+    now, execute = [0.0], trainer.execute_schedule
 
     def in_a_second(*given):
         now[0] += 1
         return execute(*given)
-    monkeypatch.setattr(trainer, "execute", in_a_second)
+    monkeypatch.setattr(trainer, "execute_schedule", in_a_second)
     monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now[0]))
     timed = [*ARGV, "--max-seconds", "8", "--save-every", "6"]
     assert main([*timed, "--out", "whole"]) == 0

@@ -127,14 +127,14 @@ def test_the_command_that_goes_on_does_not_go_back(given, want):
 
 @one
 def test_a_run_on_one_rank_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capfd, sign):
-    execute, calls = trainer.execute, []
+    execute, calls = trainer.execute_schedule, []
 
     def signalled(*args):
         calls.append(0)
         if len(calls) == 3:
             os.kill(os.getpid(), sign)
         return execute(*args)
-    monkeypatch.setattr(trainer, "execute", signalled)
+    monkeypatch.setattr(trainer, "execute_schedule", signalled)
     monkeypatch.setattr(signals, "redirect_terminal_to_devnull", lambda: None)         # pytest's
     argv = [*QUICK, "--steps", "100000", "--out", str(tmp_path)]
     assert main(argv) == 0
