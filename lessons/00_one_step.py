@@ -59,7 +59,7 @@ def trainer(name):
     x, y = torch.randint(model.config.vocab, (2, B, T))            # (B, T) each: tokens, and the next ones
 
     def gradients():
-        linear_cross_entropy(model.hidden(x), model.head.weight, y, count=B * T).backward()
+        linear_cross_entropy(model.hidden(x), model.head.weight, y, num_valid_tokens=B * T).backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
     def step():

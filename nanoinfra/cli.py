@@ -1,7 +1,7 @@
 """The command line: `nanoinfra train`, `nanoinfra generate`, `nanoinfra serve`, `nanoinfra doctor`.
 
-A user's mistake is one line on stderr with a fix that works, and exit code 2; an error that does not come
-from nanoinfra's own checks keeps its traceback. Signals are heard before anything else is imported.
+A user's mistake is answered by one line on stderr with a fix that works, and exit code 2; an error that does
+not come from nanoinfra's own checks keeps its traceback. Signal handlers are set before other imports.
 """
 import errno
 import sys
@@ -16,7 +16,7 @@ _TOO_MANY_FILES_ERRNOS = (errno.EMFILE, errno.ENFILE)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run the command in `argv` (default: sys.argv) and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         from nanoinfra.commands import run_command  # tyro takes a while
@@ -27,14 +27,14 @@ def main(argv: list[str] | None = None) -> int:
         return _mistake(str(error))
     except BrokenPipeError:
         if standard_streams.stdout_has_reader():
-            raise                            # it was another pipe
+            raise                            # another pipe broke, not stdout
         return standard_streams.discard_stdout()
     except OSError as error:
         return _mistake(_of_the_system(error))
 
 
 def _of_the_system(error):
-    """What the system refuses, in one line; raises what no user can mend."""
+    """One line on an OSError that the user can mend; raises any other."""
     where = f"{error.filename or 'to disk'}: {error.strerror}"
     if error.errno in _DISK_ERRNOS:
         return f"cannot write {where}; make room or name another --out"
@@ -53,13 +53,13 @@ def _mistake(message):
 
 
 def _ours(error):
-    """Was it raised by a line of nanoinfra, rather than somewhere below?"""
+    """Whether nanoinfra's own code raised the error, not a library that it calls."""
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     return Path(raised_in).resolve().is_relative_to(Path(__file__).resolve().parent)
 
 
-def run_console_script() -> None:
-    """The console script."""
+def run() -> None:
+    """The entry point of the `nanoinfra` program: set up streams and signals, run the command, exit."""
     standard_streams.prepare_standard_streams(lasting=sys.argv[1:2] == ["train"])
     signals.SignalListener(signals.exit_immediately).start()
     code = main()
@@ -68,4 +68,4 @@ def run_console_script() -> None:
 
 
 if __name__ == "__main__":
-    run_console_script()
+    run()

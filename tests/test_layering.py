@@ -10,7 +10,8 @@ import nanoinfra
 
 HOUSE = Path(nanoinfra.__file__).parent
 ROOT = HOUSE.parent
-FLOORS = [{"config"}, {"formulas", "kernels"}, {"distributed"}, {"model", "data"}, {"memory"}, {"parallel"},
+FLOORS = [{"config", "renamed_flags"}, {"formulas", "kernels"}, {"distributed"}, {"model", "data"},
+          {"memory"}, {"parallel"},
           {"train", "serve"},
           {"tune"}, {"plan"}, {"lab"}, {"commands"}, {"cli"}]
 BEFORE = {room: set().union(*FLOORS[:i]) for i, floor in enumerate(FLOORS) for room in floor}

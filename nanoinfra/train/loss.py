@@ -1,7 +1,7 @@
 """The cross-entropy loss, normalised once: this rank's sum over targets / valid targets of the whole step.
 
-Gradients then only need summing, over micro-batches (gradient accumulation) and over ranks. The product with the head and the softmax
-are one function, parallel/vocab_parallel.py's.
+Gradients then only need summing, over micro-batches (gradient accumulation) and over ranks. The product with
+the output head and the softmax are one function, that of parallel/vocab_parallel.py.
 B sequences, T tokens, C width, V vocabulary.
 """
 import torch
@@ -22,11 +22,11 @@ def count_valid_tokens(micro_batches, axis, *more_counts: int) -> list[int]:
     return comm.all_reduce(torch.tensor([valid, *more_counts]), axis, "scalars").tolist()
 
 
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                         count: int) -> torch.Tensor:
-    """-sum log p(target) / count, over targets that are not IGNORE; softmax in at least float32.
+def linear_cross_entropy(hidden: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor,
+                         num_valid_tokens: int) -> torch.Tensor:
+    """-sum log p(target) / num_valid_tokens over targets other than IGNORE_INDEX; softmax in >= float32.
 
     `hidden` (B, T, C) are the hidden states that the head reads, `head_weight` (V, C) is the whole head's
     weight, `targets` (B, T). Returns () in the wide dtype: this rank's share of the step's mean loss.
     """
-    return vocab_parallel.cross_entropy(hidden, weight, targets, count, Whole(alone("tp")), 0)
+    return vocab_parallel.cross_entropy(hidden, head_weight, targets, num_valid_tokens, Whole(alone("tp")), 0)

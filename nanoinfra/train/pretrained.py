@@ -77,7 +77,7 @@ def _newest(folder, axis=None):
     """Configuration, and how to read parameters from the newest checkpoint that verifies."""
     config = read_model_config(folder)
     step = checkpoint.find_newest_checkpoint_on_all_ranks(folder / "checkpoints", axis or alone("world"),
-                                                          say=lambda text: print(text, file=sys.stderr))
+                                                          warn=lambda text: print(text, file=sys.stderr))
     if step is None:
         raise ValueError(f"no good checkpoint in {folder / 'checkpoints'}; train with --out {folder} first")
     manifest, every = read_manifest(step), shapes(config)

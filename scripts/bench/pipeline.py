@@ -134,7 +134,7 @@ class OurSide:
         self.mesh.ledger.take()
 
     def begin(self, x, y):
-        self.replica.begin_step(list(zip(x.chunk(self.m), y.chunk(self.m))), count=B * T, lr=1e-4)
+        self.replica.begin_step(list(zip(x.chunk(self.m), y.chunk(self.m))), num_valid_tokens=B * T, lr=1e-4)
 
 
 def first_weights(names):

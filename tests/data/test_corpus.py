@@ -140,7 +140,8 @@ def test_names_that_are_no_text_are_told(tmp_path):
     write(tmp_path, {"a.txt": b"one", "b.txt": b"two"})
     with open(os.fsencode(tmp_path) + b"/caf\xe9\n.txt", "wb") as file:
         file.write(b"\xe9")
-    assert summarize_skip_reasons(load_corpus(tmp_path).skipped) == r"1 not UTF-8 text (e.g. 'caf\udce9\n.txt')"
+    skipped = load_corpus(tmp_path).skipped
+    assert summarize_skip_reasons(skipped) == r"1 not UTF-8 text (e.g. 'caf\udce9\n.txt')"
 
 
 @pytest.mark.parametrize("content, want", [

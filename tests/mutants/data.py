@@ -79,8 +79,8 @@ ABOVE = _listed("no link leads upwards", FILES, {"texts/up": "."}, "a", "up")
 @words.criterion("a long word is learned from in parts", "property")
 def _(subject):
     parts = ["ab" * (MAX_TRAINING_WORD_BYTES // 2)] * 8
-    if subject(["".join(parts)], 300).backend_tokenizer.get_vocab() != BPETokenizer.train(parts,
-                                                                                          300).backend_tokenizer.get_vocab():
+    got, want = subject(["".join(parts)], 300), BPETokenizer.train(parts, 300)
+    if got.backend_tokenizer.get_vocab() != want.backend_tokenizer.get_vocab():
         raise Wrong("one long word teaches something else than its parts")
 
 
@@ -88,7 +88,8 @@ def _(subject):
 def _(subject):
     got = len(subject(["ab ab ab"], 300).encode("c" * (MAX_TRAINING_WORD_BYTES - 1) + "ab"))
     if got != MAX_TRAINING_WORD_BYTES:
-        raise Wrong(f"{MAX_TRAINING_WORD_BYTES + 1} bytes with one merge are {got} tokens; want {MAX_TRAINING_WORD_BYTES}")
+        raise Wrong(f"{MAX_TRAINING_WORD_BYTES + 1} bytes with one merge are {got} tokens; want "
+                    f"{MAX_TRAINING_WORD_BYTES}")
 
 
 class Unread(text_files._Tree):

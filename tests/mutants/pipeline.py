@@ -123,8 +123,8 @@ def step(kind, p, m, v):
     stage.begin_step(list(zip(x.split(2), y.split(2))), int((y != IGNORE_INDEX).sum()))
     execute_schedule(stage.build_step_schedule(m)[:-1], stage)
     sent = sum(row.payload for row in mesh.ledger.take() if row.op == "send")
-    norm = unscale_and_clip_grads(dict(stage.grads), 0, axes=stage.parallel.norm_axes(),
-                                  counts=stage.parallel.counts)
+    norm = unscale_and_clip_grads(dict(stage.grads), 0, axes=stage.parallel_model.norm_axes(),
+                                  counted_in_norm=stage.parallel_model.counts)
     return {"loss": stage.loss.item(), "norm": norm, "sent": sent,
             "grads": {name: grad.clone() for name, grad in stage.grads.items()}}
 

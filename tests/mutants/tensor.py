@@ -103,7 +103,7 @@ def step(family, tp, sp, scale=1.0):
     for row in mesh.ledger.take():
         calls, payload = sent.get((row.op, row.tag), (0, 0))
         sent[row.op, row.tag] = calls + 1, payload + row.payload
-    norm = unscale_and_clip_grads(dict(grads), 0, axes=[mesh.tp], counts=parallel.tensor.counts)
+    norm = unscale_and_clip_grads(dict(grads), 0, axes=[mesh.tp], counted_in_norm=parallel.tensor.counts)
     found = {name: (tuple(slice(*ends) for ends in parallel.box(name)), grad.clone())
              for name, grad in grads.items()}
     return {"grads": found, "norm": norm, "loss": loss.item(), "sent": sent, "largest": seen.numel}

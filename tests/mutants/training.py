@@ -141,7 +141,8 @@ class ResumesAtTheFirstSample(RunDirectory):
 PARITY, BYTES, OVERLAP = (criterion.name for criterion in training.criteria)
 [BITWISE] = (criterion.name for criterion in resuming.criteria)
 WRAP = "nanoinfra.parallel.parallelize:DataParallel"
-COUNT, OPTIMIZER = "nanoinfra.train.trainer:count_valid_tokens", "nanoinfra.train.train_stage:MixedPrecisionOptimizer"
+COUNT = "nanoinfra.train.trainer:count_valid_tokens"
+OPTIMIZER = "nanoinfra.train.train_stage:MixedPrecisionOptimizer"
 MUTANTS = [
     Mutant("no all-reduce", training, patched(main, WRAP, NoAllReduce), PARITY),
     Mutant("averages what is normalised already", training, patched(main, WRAP, Averages), PARITY),

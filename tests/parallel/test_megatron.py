@@ -184,7 +184,7 @@ def shared(cfg, plan, dp, tp, micro, frozen):
         total += loss.detach()
     grads = parallel.finish()
     axes = [mesh.tp, *([mesh.data] if plan.zero else [])]
-    norm = unscale_and_clip_grads(dict(grads), 0, axes=axes, counts=parallel.tensor.counts)
+    norm = unscale_and_clip_grads(dict(grads), 0, axes=axes, counted_in_norm=parallel.tensor.counts)
     named = {}
     for name, grad in grads.items():
         size = [stop - start for start, stop in parallel.box(name)]

@@ -60,7 +60,7 @@ def one_step(cfg, mesh, kind, v, micros):
         rows = [row for row in mesh.ledger.take() if row.op == "send"]
         grads = {name: grad.clone() for name, grad in replica.grads.items()}
         norm = unscale_and_clip_grads(dict(replica.grads), 0, axes=replica.parallel_model.norm_axes(),
-                                      counts=replica.parallel_model.counts)
+                                      counted_in_norm=replica.parallel_model.counts)
         found[m] = {"loss": replica.loss.item(), "norm": norm, "grads": grads, "most": most,
                     "sent": sum(row.payload for row in rows),
                     "left": (replica.coming, replica.leaving, replica.sent)}

@@ -73,7 +73,7 @@ class Survivor:
 
     def saved(self) -> int:
         """The step of its newest good checkpoint."""
-        good = checkpoint.find_newest_checkpoint(self.run / "checkpoints", say=lambda refused: None)
+        good = checkpoint.find_newest_checkpoint(self.run / "checkpoints", warn=lambda refused: None)
         return checkpoint.read_checkpoint_state(good)["step"] if good else 0
 
     def poll(self):

@@ -89,6 +89,7 @@ def close(got, want):
 
 
 def weights(run: Path) -> dict:
-    manifest = json.loads((checkpoint.find_newest_checkpoint(run / "checkpoints") / "manifest.json").read_text())
+    newest = checkpoint.find_newest_checkpoint(run / "checkpoints")
+    manifest = json.loads((newest / "manifest.json").read_text())
     return {name: listed["sha256"] for name, listed in manifest["files"].items()
             if name.endswith(".safetensors")}

@@ -18,7 +18,6 @@ from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.checkpoint import manifest as disk
 from nanoinfra.train.checkpoint.checkpoint import (
-    catalog,
     find_newest_checkpoint,
     list_checkpoints,
     load_shards,
@@ -45,6 +44,13 @@ class Line:
         got = [json.loads(text) for text in self.slots]
         self.barrier.wait(300)
         return got
+
+
+def catalog(folder):
+    """{name: (full shape, dtype)} of every tensor in a checkpoint."""
+    entries = disk.read_manifest(folder)["tensors"]
+    return {name: (tuple(entry["shape"]), disk.torch_dtype_from_name(entry["dtype"]))
+            for name, entry in entries.items()}
 
 
 def run(n, work):
@@ -342,7 +348,7 @@ def test_a_power_cut_at_any_operation_leaves_a_good_checkpoint(tmp_path, second_
         assert any(isinstance(error, PowerCut) for error in out)
         machine.lose_unsynced(root)
         refused = []
-        got = load_all(find_newest_checkpoint(root, say=refused.append))
+        got = load_all(find_newest_checkpoint(root, warn=refused.append))
         which = [seed for seed in (1, 2) if same(got, tensors(seed))]
         assert len(which) == 1 and refused == [], f"{at}: {log[at - 1]}"
         seen.add(which[0])
@@ -433,7 +439,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(tmp_
     elif harm != "delete":
         path.write_bytes(whole[:len(whole) // 3] if harm == "truncate" else whole + b"\0")
     refused = []
-    assert find_newest_checkpoint(tmp_path, say=refused.append) == tmp_path / "step_00000001"
+    assert find_newest_checkpoint(tmp_path, warn=refused.append) == tmp_path / "step_00000001"
     assert len(refused) == 1 and refused[0].startswith("refused checkpoint step_00000002: ")
     with pytest.raises(CheckpointError, match=f"step_00000002/{name}: .*({reason})"):
         list(load_shards(tmp_path / "step_00000002", [TensorShard.of_whole_tensor("w", (7, 3))]))
@@ -534,7 +540,7 @@ def test_what_cannot_be_deleted_is_said_and_left(tmp_path, monkeypatch):
         real(path, **more)
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     for step in (1, 2, 3, 1, 1, 4):
-        assert save_checkpoint(tmp_path, step, {}, {}, Mesh().world, keep=1, say=said.append).exists()
+        assert save_checkpoint(tmp_path, step, {}, {}, Mesh().world, keep=1, warn=said.append).exists()
     assert list_checkpoints(tmp_path) == [tmp_path / "step_00000004"]
     assert set(said) == {f"cannot delete {tmp_path}/{name}: Permission denied; the run goes on without that"
                          for name in ("step_00000001.tmp", "step_00000001.old.tmp")}
@@ -551,7 +557,7 @@ def test_a_whole_checkpoint_of_another_version_is_neither_refused_as_bad_nor_pas
         find_newest_checkpoint(tmp_path)
     path.write_bytes(path.read_bytes().replace(b"checkpoint 2", b"checkpoint 3"))        # sealed otherwise
     refused = []
-    assert find_newest_checkpoint(tmp_path, say=refused.append) == tmp_path / "step_00000001"
+    assert find_newest_checkpoint(tmp_path, warn=refused.append) == tmp_path / "step_00000001"
     assert "is altered" in refused[0]
     assert "or of another version: its format is 'nanoinfra checkpoint 3'" in refused[0]
     next(iter(body["tensors"].values()))["dtype"] = "F8_E4M3"
@@ -569,6 +575,6 @@ def test_a_reader_beside_a_run_that_lets_checkpoints_go(tmp_path, monkeypatch):
             save_all(tmp_path, 2, tensors(2))                              # meanwhile
         return verify_checkpoint(folder)
     monkeypatch.setattr(checkpoint, "verify_checkpoint", slowly)
-    assert find_newest_checkpoint(tmp_path, say=said.append) == tmp_path / "step_00000002" and said == []
+    assert find_newest_checkpoint(tmp_path, warn=said.append) == tmp_path / "step_00000002" and said == []
     with pytest.raises(CheckpointError, match="rank0.safetensors: is gone: .* start again"):
         list(load_shards(tmp_path / "step_00000001", [TensorShard.of_whole_tensor("w", (7, 3))], old))

@@ -1,4 +1,4 @@
-"""A run directory that an earlier version wrote is resumed and generated from: tests/fixtures/run_before_renaming."""
+"""A run directory that an earlier version wrote (tests/fixtures/) is resumed and generated from."""
 import json
 import shutil
 from pathlib import Path

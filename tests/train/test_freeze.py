@@ -71,7 +71,8 @@ def test_any_mesh_trains_the_rest_as_one_rank_does(ranks, tmp_path, more):
     for name, p in load_pretrained(tmp_path, torch.float64)[0].named_parameters():
         torch.testing.assert_close(p.detach(), weights[name], rtol=1e-8, atol=1e-10)
         assert torch.equal(p.detach(), read(name, ()).double()) == (name in frozen), name
-    manifest = json.loads((checkpoint.find_newest_checkpoint(tmp_path / "checkpoints") / "manifest.json").read_text())
+    newest = checkpoint.find_newest_checkpoint(tmp_path / "checkpoints")
+    manifest = json.loads((newest / "manifest.json").read_text())
     moments = {name.partition("/")[2] for name in manifest["tensors"] if name.startswith("exp_avg/")}
     assert moments == weights.keys() - frozen
 

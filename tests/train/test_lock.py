@@ -50,7 +50,8 @@ def test_a_second_run_is_one_line_that_names_the_first_until_that_is_killed(tmp_
         first.kill()                         # the file stays, the lock does not
         first.wait()
         with lock_run_directory(out):
-            assert f'"process": ["{lock._PROCESS_UUID}", {os.getpid()}]' in (out / lock.LOCK_FILE_NAME).read_text()
+            written = (out / lock.LOCK_FILE_NAME).read_text()
+            assert f'"process": ["{lock._PROCESS_UUID}", {os.getpid()}]' in written
     assert list(out.iterdir()) == []
 
 
@@ -79,7 +80,8 @@ def test_the_lock_is_one_for_a_process_and_for_the_ranks_of_its_launch(tmp_path,
     with lock_run_directory(tmp_path), lock_run_directory(tmp_path):
         pass
     with another(tmp_path):
-        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": lock.LAUNCH_ID_PREFIX + "1"}.items():
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2",
+                            "TORCHELASTIC_RUN_ID": lock.LAUNCH_ID_PREFIX + "1"}.items():
             monkeypatch.setenv(name, value)
         with lock_run_directory(tmp_path):
             pass

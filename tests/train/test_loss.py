@@ -13,7 +13,7 @@ def inputs(dtype=torch.float64, B=3, T=7, C=5, V=11):
     hidden = torch.randn(B, T, C, generator=random).to(dtype).requires_grad_()
     weight = torch.randn(V, C, generator=random).to(dtype).requires_grad_()
     targets = torch.randint(V, (B, T), generator=random)
-    targets[0, 2:], targets[2] = IGNORE_INDEX, IGNORE
+    targets[0, 2:], targets[2] = IGNORE_INDEX, IGNORE_INDEX
     return hidden, weight, targets
 
 

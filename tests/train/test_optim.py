@@ -73,7 +73,7 @@ def test_state_goes_round_bitwise(name):
     kept = {n: t.clone() for n, t in a.state_dict().items()}
     second = net(torch.bfloat16, seed=1)
     b = MixedPrecisionOptimizer(second, name)
-    b.load_state_dict(kept, steps=2)
+    b.load_state_dict(kept, num_steps=2)
     a.step(draws(first, 2), lr=0.1)
     b.step(draws(second, 2), lr=0.1)
     for p, q in zip(first.parameters(), second.parameters()):
@@ -96,7 +96,7 @@ def test_clip_scales_to_the_limit_and_returns_the_norm():
 
 def test_clip_divides_16_bit_gradients_in_float32():
     small = {"a": torch.tensor([2.0**-10], dtype=torch.float16)}
-    unscale_and_clip_grads(small, 0, scale=2.0**16)
+    unscale_and_clip_grads(small, 0, loss_scale=2.0**16)
     assert small["a"].item() == 2.0**-26
     assert unscale_and_clip_grads({"a": torch.full((10_000,), 1024, dtype=torch.float16)},
                                   0) == pytest.approx(102_400)
@@ -110,15 +110,15 @@ def test_unknown_optimizer_is_named():
 @pytest.mark.parametrize("step, progress, want",
                          [(1, 0.0, 0.1), (10, 0.0, 1.0), (99, 0.5, 0.55), (99, 1.0, 0.1)])
 def test_rate_rises_in_a_line_and_falls_along_a_cosine_to_a_tenth(step, progress, want):
-    assert scheduled_learning_rate(step, progress, warmup=10, peak=1.0) == pytest.approx(want)
+    assert scheduled_learning_rate(step, progress, warmup_steps=10, peak_lr=1.0) == pytest.approx(want)
     assert scheduled_learning_rate(step, progress, 10, 1.0, "constant") == pytest.approx(min(1, step / 10))
     assert math.isclose(scheduled_learning_rate(1, 0, 0, 3.0, "constant"), 3.0)
 
 
 def test_a_cosine_ends_where_it_is_told_to():
-    assert scheduled_learning_rate(99, 1.0, 10, 1.0, lowest=0.3) == pytest.approx(0.3)
-    assert scheduled_learning_rate(99, 0.5, 10, 1.0, lowest=0.0) == pytest.approx(0.5)
-    assert scheduled_learning_rate(5, 0.0, 10, 1.0, lowest=0.3) == pytest.approx(0.5)
+    assert scheduled_learning_rate(99, 1.0, 10, 1.0, min_lr=0.3) == pytest.approx(0.3)
+    assert scheduled_learning_rate(99, 0.5, 10, 1.0, min_lr=0.0) == pytest.approx(0.5)
+    assert scheduled_learning_rate(5, 0.0, 10, 1.0, min_lr=0.3) == pytest.approx(0.5)
 
 
 def test_betas_and_decay_are_those_given():

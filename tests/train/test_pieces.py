@@ -42,7 +42,8 @@ def test_overlap_is_the_common_elements_and_indexes_both_sides(data):
     shape = data.draw(shapes)
     (a, _), (b, _) = data.draw(nested(shape)), data.draw(nested(shape))
     whole = torch.arange(int(torch.tensor(shape).prod())).reshape(shape)
-    want = sorted(set(whole[a.slices_within()].flatten().tolist()) & set(whole[b.slices_within()].flatten().tolist()))
+    want = sorted(set(whole[a.slices_within()].flatten().tolist())
+                  & set(whole[b.slices_within()].flatten().tolist()))
     common = a.intersect(b)
     assert common == b.intersect(a)
     if common is None:

@@ -1,8 +1,8 @@
-"""What a checkpoint is on disk: safetensors files, and a manifest by which every byte can be checked.
+"""The files of a checkpoint: safetensors, and a manifest with which every byte can be checked.
 
 A file is written as a stream (safetensors: 8 bytes for the header's length, a JSON header, raw little-endian
 bytes), its SHA-256 taken on the way, then fsynced; no tensor is copied but from a device. The manifest lists
-each file's size and SHA-256 and each tensor's pieces, and holds the SHA-256 of its own text.
+each file's size and SHA-256 and each tensor's shards, and holds the SHA-256 of its own text.
 """
 import hashlib
 import json
@@ -17,7 +17,7 @@ import torch
 from nanoinfra.model.weights.json_files import sync
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard, check_shards_cover_tensor
 
-CHECKPOINT_FORMAT = "nanoinfra checkpoint 1"  # of another version another one, sealed as this one is
+CHECKPOINT_FORMAT = "nanoinfra checkpoint 1"  # raised with every change of the format
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
                       torch.bfloat16: "BF16",
                       torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -26,8 +26,8 @@ SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16:
 def verify_checkpoint(folder: str | Path) -> dict:
     """Read and check every byte of a checkpoint; returns its manifest.
 
-    Raises CheckpointError naming the file and what is wrong: missing, truncated, altered, or its pieces do
-    not make up a tensor. A folder without a manifest is one whose save never finished.
+    Raises CheckpointError with the file and what is wrong: it is missing, truncated or altered, or the shards
+    do not make up a tensor. A folder without a manifest is one whose save never finished.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -35,7 +35,7 @@ def verify_checkpoint(folder: str | Path) -> dict:
         check_file_sha256(folder / name, listed)
     for name, entry in manifest["tensors"].items():
         try:
-            check_shards_cover_tensor([piece for _, piece in shards_in_files(name, entry)], name,
+            check_shards_cover_tensor([shard for _, shard in shards_in_files(name, entry)], name,
                                       entry["shape"])
         except CheckpointError as error:
             raise CheckpointError(f"{folder / 'manifest.json'}: {error}") from error
@@ -43,11 +43,14 @@ def verify_checkpoint(folder: str | Path) -> dict:
 
 
 class CheckpointVersionError(CheckpointError):
-    """A checkpoint, whole, that another version of nanoinfra wrote and can read."""
+    """An intact checkpoint that another version of nanoinfra wrote, and that this one cannot read."""
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest, itself checked; the files it lists are not. Raises OtherVersion where it is not ours."""
+    """Read manifest.json and check its own SHA-256, not the files it lists.
+
+    Raises CheckpointVersionError when another version of nanoinfra wrote it.
+    """
     path = folder / "manifest.json"
     with raise_as_checkpoint_error(path, FileNotFoundError="is missing, so the checkpoint is incomplete"):
         text = path.read_bytes()
@@ -58,18 +61,20 @@ def read_manifest(folder: Path) -> dict:
         raise CheckpointError(f"{path}: is altered or truncated: {error}") from error
     versions = f"its format is {written!r}, and this version of nanoinfra reads {CHECKPOINT_FORMAT!r}"
     if whole and written != CHECKPOINT_FORMAT:
-        raise CheckpointVersionError(f"{path}: {versions}; go on with the version that wrote it, or name another --out")
+        raise CheckpointVersionError(f"{path}: {versions}; go on with the version that wrote it, or name "
+                                     "another --out")
     if not whole:
         or_other = f", or of another version: {versions}" if written != CHECKPOINT_FORMAT else ""
         raise CheckpointError(f"{path}: is altered: its SHA-256 is not that of its text{or_other}")
     if unknown := {entry["dtype"] for entry in manifest["tensors"].values()} - {*SAFETENSORS_DTYPES.values()}:
-        raise CheckpointVersionError(f"{path}: holds tensors of {', '.join(sorted(unknown))}, which this version of "
-                                     f"nanoinfra ({CHECKPOINT_FORMAT!r}) does not read; use the version that wrote it")
+        raise CheckpointVersionError(f"{path}: holds tensors of {', '.join(sorted(unknown))}, which this "
+                                     f"version of nanoinfra ({CHECKPOINT_FORMAT!r}) does not read; use the "
+                                     "version that wrote it")
     return manifest
 
 
 def serialize_manifest(manifest: dict) -> bytes:
-    """The only text that may stand for this manifest, with the SHA-256 of all the rest as its last entry."""
+    """Return the canonical text of a manifest; its last entry is the SHA-256 of everything before it."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     text = json.dumps({**body, "sha256": digest}, indent=1)
@@ -77,11 +82,11 @@ def serialize_manifest(manifest: dict) -> bytes:
     return on_one_line.encode()
 
 
-def shards_in_files(name: str, entry: dict) -> list[tuple[str, TensorShard]]:
-    """(file, piece) of each part of a tensor, from the manifest's entry for it."""
-    full = tuple(entry["shape"])
-    return [(part["file"], TensorShard(name, tuple(part["offset"]), tuple(part["size"]), full))
-            for part in entry["pieces"]]
+def shards_in_files(name: str, manifest_entry: dict) -> list[tuple[str, TensorShard]]:
+    """Return (file, shard) for each shard of the tensor `name`, from its entry in the manifest."""
+    full_shape = tuple(manifest_entry["shape"])
+    return [(part["file"], TensorShard(name, tuple(part["offset"]), tuple(part["size"]), full_shape))
+            for part in manifest_entry["pieces"]]
 
 
 def check_file_sha256(path: Path, listed: dict) -> None:
@@ -97,7 +102,10 @@ def check_file_sha256(path: Path, listed: dict) -> None:
 
 @contextmanager
 def raise_as_checkpoint_error(path: Path, **reasons: str):
-    """Turn a system error into a CheckpointError that names the file and the reason."""
+    """Turn an OSError inside into a CheckpointError with the file and the reason.
+
+    `reasons` are texts by the name of the exception's class; by default it is the system's own.
+    """
     try:
         yield
     except OSError as error:
@@ -106,13 +114,13 @@ def raise_as_checkpoint_error(path: Path, **reasons: str):
 
 
 def write_safetensors(path: Path, pairs: Sequence[tuple[TensorShard, torch.Tensor]]) -> dict:
-    """Write pieces as a safetensors file; returns and raises as `write_file` does."""
+    """Write shards as a safetensors file; returns and raises as `write_and_fsync_file` does."""
     pairs = sorted(pairs, key=lambda pair: -pair[1].element_size())      # every offset aligned to its dtype
     return write_and_fsync_file(path, _stream(_header(pairs), (tensor for _, tensor in pairs)))
 
 
 def write_and_fsync_file(path: Path, chunks: Iterable) -> dict:
-    """Write `chunks` (buffers of bytes) to a new file and fsync it; returns the {"bytes", "sha256"} meant.
+    """Write `chunks` (buffers of bytes) to a new file and fsync it; returns its {"bytes":, "sha256":}.
 
     Raises CheckpointError with the file and the system's reason, such as "No space left on device".
     """
@@ -127,22 +135,23 @@ def write_and_fsync_file(path: Path, chunks: Iterable) -> dict:
 
 
 def write_all_bytes(file, data) -> None:
-    """Write all of `data`: near a full disk or a size limit the system may take only a part at first."""
+    """Write all of `data`; one write call may take only a part, near a full disk or a size limit."""
     view = memoryview(data)
     while view:
         view = view[file.write(view):]
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the folder's entries durable."""
+    """Flush the folder's entries to disk, so that new and renamed files survive a crash."""
     with raise_as_checkpoint_error(folder):
         sync(folder)
 
 
 def safetensors_dtype_name(tensor: torch.Tensor) -> str:
-    """The safetensors name of its dtype; raises CheckpointError for one that is not stored."""
+    """The safetensors name of the tensor's dtype; raises CheckpointError for one that cannot be stored."""
     if tensor.dtype not in SAFETENSORS_DTYPES:
-        raise CheckpointError(f"cannot store {tensor.dtype}; cast it to one of {', '.join(SAFETENSORS_DTYPES.values())}")
+        known = ", ".join(SAFETENSORS_DTYPES.values())
+        raise CheckpointError(f"cannot store {tensor.dtype}; cast it to one of {known}")
     return SAFETENSORS_DTYPES[tensor.dtype]
 
 
@@ -153,12 +162,12 @@ def torch_dtype_from_name(name: str) -> torch.dtype:
 
 def _header(pairs):
     entries, begin = {}, 0
-    for piece, tensor in pairs:
-        if tuple(tensor.shape) != piece.size:
-            raise CheckpointError(f"{piece.file_key}: a tensor of shape {list(tensor.shape)} is given for a "
-                                  f"piece of size {list(piece.size)}")
+    for shard, tensor in pairs:
+        if tuple(tensor.shape) != shard.size:
+            raise CheckpointError(f"{shard.file_key}: a tensor of shape {list(tensor.shape)} is given for a "
+                                  f"piece of size {list(shard.size)}")
         end = begin + tensor.numel() * tensor.element_size()
-        entries[piece.file_key] = {"dtype": safetensors_dtype_name(tensor), "shape": piece.size,
+        entries[shard.file_key] = {"dtype": safetensors_dtype_name(tensor), "shape": shard.size,
                                    "data_offsets": [begin, end]}
         begin = end
     if len(entries) != len(pairs):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.model.weights.json_files import read_json
+from nanoinfra.renamed_flags import with_new_flag_names
 from nanoinfra.train.config import RunFlags
 
 RUN_DIRECTORY_VERSION = 1  # of a run directory, "nanoinfra" in its config.json
@@ -63,9 +64,9 @@ def remove_run_files(out: Path) -> None:
 
 
 def read_run_config(run: Path) -> dict:
-    """config.json of a run directory, {} where it is missing or broken: a checkpoint holds the same."""
+    """Return a run's config.json with its flags under today's names, {} when it is missing or broken."""
     try:
-        return read_json(run / "config.json")
+        return with_new_flag_names(read_json(run / "config.json"))
     except ValueError:
         return {}
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 from nanoinfra.distributed import comm
 from nanoinfra.model.weights.hugging_face.tokenizer_files import clear_text
+from nanoinfra.renamed_flags import with_new_flag_names
 from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint, retention
 from nanoinfra.train.checkpoint.manifest import read_manifest
@@ -57,7 +58,7 @@ class RunDirectory:
         if name is None:
             return {"step": 0, "consumed": 0}
         folder = self.checkpoints_folder / name
-        state = checkpoint.read_checkpoint_state(folder)
+        state = with_new_flag_names(checkpoint.read_checkpoint_state(folder))
         check_resumes_same_run(self.path, state, inputs, flags, self.data_description)
         wanted = [piece for piece, _ in replica.tensor_shards()]
         # rank 0 has verified every byte
