@@ -166,7 +166,7 @@ predict("L03.wait_overlap", latency + transfer, "s")
 # %%exercise L03
 import torch.nn.functional as F
 
-from nanoinfra.data.sample_order import IGNORE_INDEX
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.comm import all_reduce
 
 

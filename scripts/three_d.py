@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nanoinfra.config import SIZES
-from nanoinfra.data.sample_order import IGNORE_INDEX, RandomTokenDataset
+from nanoinfra.data.token_datasets import IGNORE_INDEX, RandomTokenDataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.distributed.mesh import Mesh, world_size

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from nanoinfra.config import SIZES, sized
 from nanoinfra.data.loader import HeldOutSet, MicroBatchLoader
-from nanoinfra.data.sample_order import open_dataset
+from nanoinfra.data.token_datasets import open_dataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.distributed.mesh import Mesh

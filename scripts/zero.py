@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanoinfra.config import SIZES
-from nanoinfra.data.sample_order import IGNORE_INDEX, RandomTokenDataset
+from nanoinfra.data.token_datasets import IGNORE_INDEX, RandomTokenDataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.distributed.mesh import Mesh
@@ -29,7 +29,7 @@ from nanoinfra.parallel.zero import Zero
 def samples(step, per_step, vocab, T, seed=0):
     """The step's sequences (x, y), the same on every rank: documents of unequal length, drawn by number."""
     numbers = range(step * per_step, (step + 1) * per_step)
-    pairs = [RandomTokenDataset(vocab).sample(g, seed, T) for g in numbers]
+    pairs = [RandomTokenDataset(vocab).get_sample(g, seed, T) for g in numbers]
     return [torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1)]  # (G, T) each
 
 

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from nanoinfra.config import sized
-from nanoinfra.data.sample_order import IGNORE_INDEX
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.collectives import ring_seconds

@@ -4,7 +4,7 @@ Nothing is dropped in silence: a file that is no text, tokens that no sample hol
 than the one trained on.
 """
 from nanoinfra.data.corpus import Corpus
-from nanoinfra.data.sample_order import PackedDataset
+from nanoinfra.data.token_datasets import PackedDataset
 from nanoinfra.data.text_files import summarize_skip_reasons
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanoinfra.data.sample_order import IGNORE_INDEX
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import alone
 from nanoinfra.parallel.tensor_parallel import Whole, needed, read

@@ -6,7 +6,7 @@ B sequences, T tokens, C width, V vocabulary.
 """
 import torch
 
-from nanoinfra.data.sample_order import IGNORE_INDEX
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import alone
 from nanoinfra.parallel import vocab_parallel

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nanoinfra.config import SIZES, ModelConfig, sized
 from nanoinfra.data.data_summary import data_warnings, describe_data
 from nanoinfra.data.loader import HeldOutSet
-from nanoinfra.data.sample_order import PackedDataset, RandomTokenDataset, open_dataset
+from nanoinfra.data.token_datasets import PackedDataset, RandomTokenDataset, open_dataset
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed import comm
 from nanoinfra.formulas.tensor_parallel import check_heads
@@ -98,7 +98,7 @@ def _tokenizer(flags, weights):
 def _config(flags, source, size, seq, weights):
     if weights:
         return weights.config
-    vocab = source.tokenizer.vocab_size if source.tokenizer else source.vocab
+    vocab = source.tokenizer.vocab_size if source.tokenizer else source.vocab_size_size
     return sized(flags.model.model, vocab, seq, False if flags.model.untied else None)
 
 

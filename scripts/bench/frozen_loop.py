@@ -18,7 +18,7 @@ from torch import nn
 
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.data.loader import HeldOutSet, MicroBatchLoader
-from nanoinfra.data.sample_order import pack_corpus
+from nanoinfra.data.token_datasets import pack_corpus
 from nanoinfra.data.train_tokenizer import get_or_train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -2,7 +2,7 @@
 import pytest
 
 from nanoinfra.data.corpus import load_corpus
-from nanoinfra.data.sample_order import pack_corpus
+from nanoinfra.data.token_datasets import pack_corpus
 from nanoinfra.data.train_tokenizer import get_or_train_tokenizer
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nanoinfra.data.corpus import Document
 from nanoinfra.data.loader import HeldOutSet, MicroBatchLoader, deal_to_micro_batches
-from nanoinfra.data.sample_order import IGNORE_INDEX, PackedDataset, RandomTokenDataset
+from nanoinfra.data.token_datasets import IGNORE_INDEX, PackedDataset, RandomTokenDataset
 from nanoinfra.data.train_tokenizer import BPETokenizer
 
 BYTES = BPETokenizer.train(["a"], 257)
@@ -23,18 +23,18 @@ class Watched(RandomTokenDataset):
         super().__init__(257)
         self.bad, self.made, self.threads, self.ahead = bad, [], set(), threading.Event()
 
-    def sample(self, g, seed, seq):
+    def get_sample(self, g, seed, seq):
         if g == self.bad:
             raise OSError(f"sample {g} is gone")
         self.made.append(g)
         self.threads.add(threading.current_thread().name)
         if g >= 8:
             self.ahead.set()
-        return super().sample(g, seed, seq)
+        return super().get_sample(g, seed, seq)
 
 
 def steps(count, **given):
-    loader = MicroBatchLoader(**{"source": PACKED, "seed": 0, "seq": 4, "micro_batch": 2, **given})
+    loader = MicroBatchLoader(**{"dataset": PACKED, "seed": 0, "seq_len": 4, "micro_batch": 2, **given})
     try:
         return [loader.next_step() for _ in range(count)]
     finally:
@@ -56,7 +56,7 @@ def same(a, b):
 @given(source=SOURCES, dp=st.integers(1, 6), micro=st.integers(1, 4), batch=st.integers(1, 17),
        start=st.integers(0, 60), seed=st.integers(0, 2**40))
 def test_a_step_is_the_same_samples_on_any_mesh(source, dp, micro, batch, start, seed):
-    given = {"source": source, "seed": seed, "global_batch": batch, "start": start}
+    given = {"dataset": source, "seed": seed, "global_batch": batch, "first_sample": start}
     want = [[tuple(map(tuple, source.get_sample(start + k * batch + i, seed, 4))) for i in range(batch)]
             for k in range(2)]
     ranks = [steps(2, micro_batch=micro, dp_rank=r, dp_size=dp, **given) for r in range(dp)]
@@ -87,14 +87,14 @@ def test_the_global_batch_defaults_to_a_micro_batch_on_each_rank():
 
 
 def test_an_epoch_deals_every_window_once():
-    got = [row for step in steps(23, global_batch=2, start=0) for row in rows(step)]
+    got = [row for step in steps(23, global_batch=2, first_sample=0) for row in rows(step)]
     assert sorted(got[:23]) == sorted(got[23:]) == sorted(set(got)) and got[:23] != got[23:]
 
 
 @settings(deadline=None, max_examples=20)
 @given(source=SOURCES, prefetch=st.integers(1, 4), done=st.integers(0, 5), batch=st.integers(1, 9))
 def test_resume_goes_on_from_what_was_consumed(source, prefetch, done, batch):
-    given = {"source": source, "global_batch": batch, "dp_rank": 1, "dp_size": 2}
+    given = {"dataset": source, "global_batch": batch, "dp_rank": 1, "dp_size": 2}
     want = steps(done + 3, seed=9, **given)
     loader = MicroBatchLoader(seed=9, seq_len=4, micro_batch=2, prefetch_steps=prefetch, **given)
     for _ in range(done):
@@ -102,7 +102,7 @@ def test_resume_goes_on_from_what_was_consumed(source, prefetch, done, batch):
     state = loader.state_dict()
     loader.close()
     assert state == {"consumed": done * batch, "seed": 9}
-    got = steps(3, seed=state["seed"], start=state["consumed"], prefetch=prefetch, **given)
+    got = steps(3, seed=state["seed"], first_sample=state["consumed"], prefetch_steps=prefetch, **given)
     assert same(got, want[done:])
 
 
@@ -138,17 +138,17 @@ def test_close_ends_the_thread():
 
 
 @pytest.mark.parametrize("given, match", [
-    ({"seq": 93}, "--seq 93 takes 94 tokens, the corpus has 93 .* try --seq 92,"),
-    ({"seq": 0}, "--seq is 0; it must be at least 1"),
+    ({"seq_len": 93}, "--seq 93 takes 94 tokens, the corpus has 93 .* try --seq 92,"),
+    ({"seq_len": 0}, "--seq is 0; it must be at least 1"),
     ({"micro_batch": 0}, "--micro-batch is 0; it must be at least 1: try --micro-batch 1"),
     ({"global_batch": 0}, "--global-batch is 0"),
     ({"seed": -1}, "--seed is -1; it must be at least 0"),
-    ({"start": -1}, "start is -1"),
-    ({"prefetch": 0}, "prefetch is 0"),
+    ({"first_sample": -1}, "first_sample is -1"),
+    ({"prefetch_steps": 0}, "prefetch_steps is 0"),
 ])
 def test_sizes_that_cannot_be(given, match):
     with pytest.raises(ValueError, match=match):
-        MicroBatchLoader(**{"source": PACKED, "seed": 0, "seq": 4, "micro_batch": 2, **given})
+        MicroBatchLoader(**{"dataset": PACKED, "seed": 0, "seq_len": 4, "micro_batch": 2, **given})
 
 
 def test_held_out_documents_start_afresh_and_end():

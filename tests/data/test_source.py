@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoinfra.data.corpus import load_corpus
-from nanoinfra.data.sample_order import (
+from nanoinfra.data.token_datasets import (
     IGNORE_INDEX,
     PackedDataset,
     RandomTokenDataset,
@@ -66,7 +66,7 @@ def test_windows_do_not_overlap_and_meet_in_a_target(packed):
 
 def test_targets_are_the_next_tokens():
     for g in range(30):
-        x, y = COUNT.get_sample(g, seed=3, seq=10)
+        x, y = COUNT.get_sample(g, seed=3, seq_len=10)
         assert x.dtype == y.dtype == np.int64 and x[0] % 10 == 0
         assert np.array_equal(x, np.arange(x[0], x[0] + 10)) and np.array_equal(y, x + 1)
 
@@ -80,8 +80,8 @@ def test_an_epoch_is_a_permutation():
 
 
 def test_random_documents_differ_in_length():
-    source = RandomTokenDataset(vocab=257)
-    got = [source.get_sample(g, seed=1, seq=16) for g in range(400)]
+    source = RandomTokenDataset(vocab_size=257)
+    got = [source.get_sample(g, seed=1, seq_len=16) for g in range(400)]
     valid = [int((y != IGNORE_INDEX).sum()) for _, y in got]
     assert set(valid) == set(range(1, 17))
     for (x, y), n in zip(got, valid):
@@ -100,8 +100,8 @@ def test_a_random_sample_depends_on_seed_and_index_alone():
 
 
 def test_open_source(folder, cache, tokenizer):
-    assert isinstance(open_dataset("random", 99), RandomTokenDataset) and open_dataset("random",
-                                                                                       99).vocab == 99
+    random = open_dataset("random", 99)
+    assert isinstance(random, RandomTokenDataset) and random.vocab_size == 99
     got = open_dataset(folder, 300, cache=cache)
     assert got.tokenizer.sha256 == tokenizer.sha256 and len(got.corpus.held_out) > 0
     assert open_dataset(folder, 300, tokenizer=BYTES, cache=cache).tokenizer is BYTES
@@ -109,8 +109,8 @@ def test_open_source(folder, cache, tokenizer):
 
 def test_a_sequence_longer_than_the_corpus():
     with pytest.raises(ValueError, match="--seq 101 takes 102 tokens, the corpus has 101 .* try --seq 100,"):
-        COUNT.check(101)
-    COUNT.check(100)
+        COUNT.check_seq_len(101)
+    COUNT.check_seq_len(100)
     assert COUNT.samples_per_epoch(100) == 1
     # the last target needs a token too
     assert PackedDataset(np.arange(100), np.array([1])).samples_per_epoch(10) == 9

@@ -8,7 +8,7 @@ import tyro
 from nanoinfra.cli import main
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.data.data_summary import data_warnings, describe_data
-from nanoinfra.data.sample_order import PackedDataset
+from nanoinfra.data.token_datasets import PackedDataset
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.data.loader import HeldOutSet
-from nanoinfra.data.sample_order import pack_corpus
+from nanoinfra.data.token_datasets import pack_corpus
 from nanoinfra.data.train_tokenizer import (
     END_OF_TEXT_TOKEN,
     MAX_TRAINING_WORD_BYTES,

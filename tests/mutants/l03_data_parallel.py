@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.data.sample_order import IGNORE_INDEX
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.lab.checks import l03_data_parallel as check
 from nanoinfra.lab.mutants import Mutant

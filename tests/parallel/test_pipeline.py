@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.data.sample_order import IGNORE_INDEX
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.parameters import shapes

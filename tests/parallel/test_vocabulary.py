@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanoinfra.data.sample_order import IGNORE_INDEX
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh, alone
 from nanoinfra.parallel import vocab_parallel
 from nanoinfra.parallel.sequence_parallel import Cut

@@ -9,7 +9,7 @@ import tyro
 from safetensors.torch import load_file
 
 from nanoinfra.cli import main
-from nanoinfra.data.sample_order import RandomTokenDataset
+from nanoinfra.data.token_datasets import RandomTokenDataset
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.lab.storages import Storages
@@ -142,7 +142,7 @@ def test_training_goes_on_from_the_weights_of_a_run(tmp_path):
     assert main(again) == 0
     model = load_pretrained(first, torch.float64)[0]
     source = RandomTokenDataset(257)
-    pairs = [source.get_sample(g, seed=7, seq=16) for g in range(2)]
+    pairs = [source.get_sample(g, seed=7, seq_len=16) for g in range(2)]
     x, y = (torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1))
     want = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())    
     [line] = metrics.read_metrics(second / "metrics.jsonl")

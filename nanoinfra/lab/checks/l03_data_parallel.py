@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.data.sample_order import IGNORE_INDEX
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.same import same

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.data.sample_order import IGNORE_INDEX
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.pipeline import split

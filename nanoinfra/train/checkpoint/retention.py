@@ -60,7 +60,7 @@ def delete_unfinished_checkpoints(root: Path, warn: WarnFunction) -> None:
 
 
 def rename_out_of_the_way(path: Path, suffix: str) -> Path | None:
-    """Rename what is at `path` to a free name, first `path`.suffix. Returns the new path; None if it was free."""
+    """Rename what is at `path` to a free name, first `path`.suffix; returns the new path, or None."""
     if not os.path.lexists(path):
         return None
     names = (path.with_name(f"{path.name}.{suffix}{i or ''}") for i in count())
