@@ -9,9 +9,15 @@ OLD_AND_NEW = [(command, f"--{old.replace('_', '-')}", f"--{new.replace('_', '-'
                for command, renamed in RENAMED_FLAGS.items() for old, new in renamed.items()]
 
 
+@pytest.mark.parametrize("command", RENAMED_FLAGS)
+def test_new_names_are_flags_and_old_ones_are_not(command):
+    flags = set(_flag_names(_kinds()[command]))
+    for _, old, new in (row for row in OLD_AND_NEW if row[0] == command):
+        assert new in flags and old not in flags
+
+
 @pytest.mark.parametrize("command, old, new", OLD_AND_NEW)
 def test_an_old_flag_is_answered_with_its_new_name(capsys, command, old, new):
-    assert new in (flags := set(_flag_names(_kinds()[command]))) and old not in flags
     for words in ([old, "2"], [f"{old}=2"]):
         assert main([command, *words]) == 2
         assert capsys.readouterr().err == f"nanoinfra: {old} is now {new}; see nanoinfra {command} --help\n"

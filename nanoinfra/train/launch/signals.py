@@ -93,7 +93,7 @@ class StopRequest(SignalListener):
 
 
 def is_second_signal(sign: int, first_at: float) -> bool:
-    """Whether this is a second signal after that of time `first_at`; a closing terminal sends many SIGHUPs."""
+    """Whether this is a second signal, after one at `first_at`; a closing terminal sends many SIGHUPs."""
     return sign != signal.SIGHUP and time.monotonic() > first_at + _SAME_SIGNAL_SECONDS
 
 
@@ -113,7 +113,8 @@ def announce_stop(sign: signal.Signals) -> None:
     if sign == signal.SIGHUP:
         redirect_terminal_to_devnull()
     if is_reporting_process():
-        write_line_to_stderr(f"{sign.name}: the run stops after this step and is saved ...; a second signal ends it at once")
+        write_line_to_stderr(f"{sign.name}: the run stops after this step and is saved ...; a second signal "
+                             "ends it at once")
 
 
 def exit_immediately(sign: signal.Signals) -> None:
