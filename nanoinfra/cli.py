@@ -60,7 +60,7 @@ def _ours(error):
 
 def run() -> None:
     """The entry point of the `nanoinfra` program: set up streams and signals, run the command, exit."""
-    standard_streams.prepare_standard_streams(lasting=sys.argv[1:2] == ["train"])
+    standard_streams.prepare_standard_streams(survive_closed_pipe=sys.argv[1:2] == ["train"])
     signals.SignalListener(signals.exit_immediately).start()
     code = main()
     signals.ignore_termination_signals()

@@ -51,7 +51,7 @@ def test_held_out_text_teaches_nothing(tokenizer, corpus):
 
 def test_a_text_cannot_end_its_document(tokenizer):
     text = f"a{END_OF_TEXT_TOKEN}b"
-    plain, special = tokenizer.encode(text), tokenizer.encode(text, specials=True)
+    plain, special = tokenizer.encode(text), tokenizer.encode(text, parse_special_tokens=True)
     assert tokenizer.eot_token_id not in plain and special.count(tokenizer.eot_token_id) == 1
     assert tokenizer.decode(plain) == tokenizer.decode(special) == text
 
@@ -74,7 +74,7 @@ def test_transformers_loads_it(tokenizer, tmp_path, corpus):
     want = AutoTokenizer.from_pretrained(folder)
     assert (len(want), want.eos_token_id, want.eos_token) == (300, tokenizer.eot_token_id, END_OF_TEXT_TOKEN)
     for text in TEXTS + [document.text for document in corpus.train]:
-        assert tokenizer.encode(text, specials=True) == want(text)["input_ids"]
+        assert tokenizer.encode(text, parse_special_tokens=True) == want(text)["input_ids"]
         assert want.decode(tokenizer.encode(text)) == text
     want.save_pretrained(tmp_path / "again")
     assert BPETokenizer.is_saved_here(folder) and not BPETokenizer.is_saved_here(tmp_path / "again")

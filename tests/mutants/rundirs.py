@@ -71,7 +71,7 @@ def _(subject):
 
 
 @contextmanager
-def no_lock(out, patience=0.0):
+def no_lock(out, wait_seconds=0.0):
     yield
 
 

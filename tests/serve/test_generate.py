@@ -74,7 +74,7 @@ def test_tokens_come_one_by_one():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return BPETokenizer.train(["one two three"] * 9, vocab=262)     # foreign characters are single bytes
+    return BPETokenizer.train(["one two three"] * 9, vocab_size=262)     # foreign characters are single bytes
 
 
 @pytest.fixture(scope="module")

@@ -93,10 +93,10 @@ def test_a_rank_that_starts_again_waits_for_the_one_before_it(tmp_path, monkeypa
         monkeypatch.setenv(name, value)
     with another(tmp_path, "same") as before:
         monkeypatch.setattr(lock.time, "sleep", lambda seconds: before.kill())
-        with lock_run_directory(tmp_path, patience=600):
+        with lock_run_directory(tmp_path, wait_seconds=600):
             assert before.wait() == -9
     with another(tmp_path, "other"), pytest.raises(ValueError, match="is in use"), \
-            lock_run_directory(tmp_path, patience=600):
+            lock_run_directory(tmp_path, wait_seconds=600):
         pass
 
 

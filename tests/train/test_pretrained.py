@@ -41,7 +41,7 @@ from tests.model.twins import scrambled
 def run(tmp_path):
     """A run directory as the trainer leaves it: weights among moments, at steps 3 and 5."""
     (tmp_path / "config.json").write_text(json.dumps({"nanoinfra": 1, "model": config("llama").to_dict()}))
-    BPETokenizer.train(["one two"] * 9, vocab=258).save(tmp_path / "tokenizer")
+    BPETokenizer.train(["one two"] * 9, vocab_size=258).save(tmp_path / "tokenizer")
     for step in (3, 5):
         weights = dict(scrambled(Decoder(config("llama")), seed=step).named_parameters())
         tensors = {TensorShard.of_whole_tensor(name, p.shape): p.detach() for name, p in weights.items()}

@@ -184,11 +184,11 @@ def test_ranks_that_start_again_do_not_go_back_once_more(run, monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("TORCHELASTIC_RESTART_COUNT", "1")):
         monkeypatch.setenv(name, value)
     again = RunDirectory(flags, Mesh())
-    assert again._chosen(again._again()) == "step_00000001"
+    assert again._chosen(again._is_restart()) == "step_00000001"
     config = json.loads((run / "config.json").read_text())
     config["flags"]["run"]["resume_from"] = 1
     (run / "config.json").write_text(json.dumps(config))
-    assert again._chosen(again._again()) == "step_00000003"
+    assert again._chosen(again._is_restart()) == "step_00000003"
 
 
 def test_weights_that_are_no_numbers_are_not_saved(run, capsys, monkeypatch):

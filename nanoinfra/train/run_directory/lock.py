@@ -1,8 +1,8 @@
-"""One run at a time in a run's directory: a lock that ends with its process, kill -9 included.
+"""The lock of a run directory: one run at a time; the lock ends with its process, kill -9 included.
 
-It is flock(2) on a file that says who holds it. A launcher holds it for its ranks, those it starts again
-among them; under torchrun rank 0 does, and one that is started again waits for the rank 0 before it. Who only
-reads a run takes no lock: a finished checkpoint is never written to.
+It is flock(2) on a file that names its holder. A launcher holds it for its ranks, restarted ones included;
+under torchrun rank 0 holds it, and a restarted rank 0 waits for the one before it. Reading a run takes no
+lock, as a finished checkpoint is never written to.
 """
 import fcntl
 import json
@@ -19,31 +19,31 @@ from pathlib import Path
 from nanoinfra.train.launch.elastic_rank import LAUNCH_ID_PREFIX, is_rank_process, launch_id, make_run_folder
 
 LOCK_FILE_NAME = ".nanoinfra.lock"
-_PROCESS_UUID = uuid.uuid4().hex  # two containers may have one host name, and one process id
-_POLL_SECONDS = 0.1                                   # seconds
+_PROCESS_UUID = uuid.uuid4().hex             # containers may share host name and process id
+_POLL_SECONDS = 0.1
 
 
 @contextmanager
-def lock_run_directory(out: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold the run directory `out`, which is made. Raises ValueError where another does, and names it.
+def lock_run_directory(out: Path, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold the lock of the run directory `out`, which is made. Raises ValueError when another process has it.
 
-    A holder of this same launch may take `patience` seconds to end. Inside another `locked`, and in a rank
-    whose launcher holds the lock, this does nothing; on a file system without locks it warns.
+    A holder of this same launch may take `wait_seconds` to end. Nested in this process, and in a rank whose
+    launcher holds the lock, it does nothing; on a file system without locks it prints a warning.
     """
     make_run_folder(out)
     led = is_rank_process() and (launch_id() or "").startswith(LAUNCH_ID_PREFIX)
-    file = None if led else _take(out / LOCK_FILE_NAME, time.monotonic() + patience)
+    file = None if led else _take(out / LOCK_FILE_NAME, time.monotonic() + wait_seconds)
     try:
         yield
     finally:
         if file is not None:
-            with suppress(OSError):                      # a file that stays is as free as none
-                (out / LOCK_FILE_NAME).unlink()                    # while it is still ours
+            with suppress(OSError):                      # a file that stays does no harm
+                (out / LOCK_FILE_NAME).unlink()                    # before the lock is released
             os.close(file)
 
 
 def _take(path, until):
-    """The locked file; None where this process has it already, or where there are no locks."""
+    """The locked file; None when this process holds the lock already, or there are no locks here."""
     while True:
         file = _open(path)
         try:
@@ -65,7 +65,7 @@ def _take(path, until):
             if _is_at(path, file):
                 _sign(file)
                 return file
-            os.close(file)                               # its holder has removed it since: there is a new one
+            os.close(file)                               # its holder has removed it since; try the new file
 
 
 def _open(path):
@@ -92,7 +92,7 @@ def _sign(file):
 
 
 def _holder(file):
-    """What its holder has written; {} if that is not readable, as in the moment before it is written."""
+    """What the holder has written into the file; {} when it is not (yet) readable."""
     try:
         who = json.loads(os.pread(file, 4096, 0))
     except ValueError:

@@ -1,7 +1,8 @@
-"""Whose folder --out is: a new one, a run's, a run's of another version of nanoinfra, or somebody else's.
+"""Whose folder --out is: new, a run's, a run's of another version of nanoinfra, or another program's.
 
-A run writes config.json, metrics.jsonl, loss.png, tokenizer/ and checkpoints/. Files of these names that are
-no run's are refused, before anything is written. No torch here: the answer comes before ranks start.
+A run writes config.json, metrics.jsonl, loss.png, tokenizer/ and checkpoints/. When a folder holds files of
+these names that are no run's, --out is refused before anything is written. No torch is imported here, as the
+check runs before ranks start.
 """
 import os
 import shutil
@@ -21,7 +22,7 @@ _TRACE_START = b'{"traceEvents"'                 # how a --trace begins
 
 
 def check_out_folder(run: RunFlags) -> None:
-    """Raise ValueError where a run into --out, or its --trace, would overwrite what is not its own."""
+    """Raise ValueError when a run into --out, or its --trace, would overwrite files that are not a run's."""
     out, resuming = run.out, run.resume or run.resume_from is not None
     try:
         if resuming and not out.exists():
@@ -38,7 +39,7 @@ def check_out_folder(run: RunFlags) -> None:
 
 
 def read_model_config(run: Path) -> ModelConfig:
-    """The model of a run directory. ValueError names both versions where another one has described it."""
+    """Read the model configuration of a run directory. Raises ValueError when another version wrote it."""
     config, path = read_json(run / "config.json"), run / "config.json"
     _check_version(config, run)
     model = config.get("model")
@@ -47,7 +48,8 @@ def read_model_config(run: Path) -> ModelConfig:
         raise ValueError(f"{path} says nothing of the model; it is not as a run has left it")
     if unknown := model.keys() - known:
         raise ValueError(f"{path} describes a model by {', '.join(sorted(unknown))}, which this version of "
-                         f"nanoinfra (run format {RUN_DIRECTORY_VERSION}) does not know; use the version that wrote it")
+                         f"nanoinfra (run format {RUN_DIRECTORY_VERSION}) does not know; use the version "
+                         "that wrote it")
     try:
         return ModelConfig(**model)
     except TypeError as error:
@@ -55,7 +57,7 @@ def read_model_config(run: Path) -> ModelConfig:
 
 
 def remove_run_files(out: Path) -> None:
-    """Delete what a run has written into `out`, and nothing else; of a link, the link alone."""
+    """Delete the files that a run has written into `out`, and nothing else; links are not followed."""
     for path in (out / name for name in (*RUN_FILES, *_RUN_FOLDERS)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -93,7 +95,7 @@ def _check_kinds(out):
 
 
 def _check_owner(out):
-    """Is this folder a run's, as its config.json or its checkpoints say, or free?"""
+    """Raise ValueError unless the folder is free, or a run's by its config.json or checkpoints."""
     there = [name for name in (*RUN_FILES, *_RUN_FOLDERS) if os.path.lexists(out / name)
              and not _is_empty(out / name)]
     ours, config = _has_checkpoints(out), read_run_config(out)
@@ -125,7 +127,7 @@ def _check_trace(trace, out):
 
 
 def _has_checkpoints(out):
-    """Is one of nanoinfra's checkpoints in it, whatever became of config.json?"""
+    """Whether it holds a checkpoint of nanoinfra, even if config.json is missing or broken."""
     for path in (out / "checkpoints").glob("step_*/manifest.json"):
         with path.open("rb") as file:
             if _MANIFEST_START in file.read(64):

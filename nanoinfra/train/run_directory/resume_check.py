@@ -1,7 +1,7 @@
-"""May a run go on from a checkpoint, and what is other than it was: both in words, before a step is taken.
+"""Checks on --resume: whether these flags continue the same run, and which flags have changed.
 
-A run must find its model, data and kind of optimizer again, or it is another run; of everything else that a
-flag can change, what has changed is said, and how it moves the learning rate.
+The model, the data and the optimizer must be the same, or it is another run and is refused. Every other
+changed flag that affects the losses is printed, with the change of the learning rate.
 """
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ _REPORTED_FLAGS = {"model": ("model", "dtype", "grad_dtype"), "optimizer": None,
 
 
 def data_description(inputs: RunInputs) -> dict:
-    """What --data gave, in numbers that a sentence can hold: name, documents, bytes, tokenizer's entries."""
+    """Describe the data for error messages: its name, documents, bytes, and the vocabulary size."""
     corpus, tokenizer = inputs.dataset.corpus, inputs.dataset.tokenizer
     vocab = tokenizer.vocab_size if tokenizer else inputs.model_config.vocab
     if corpus is None:
@@ -26,10 +26,11 @@ def data_description(inputs: RunInputs) -> dict:
             "bytes": sum(corpus.train_and_held_out_bytes), "vocab": vocab}
 
 
-def check_resumes_same_run(run: Path, state: dict, inputs: RunInputs, flags: TrainFlags, text: dict) -> None:
-    """Raise ValueError, which says what is another and what to do, unless `flags` go on with `state`.
+def check_resumes_same_run(run: Path, state: dict, inputs: RunInputs, flags: TrainFlags,
+                           description: dict) -> None:
+    """Raise ValueError, with the difference and a remedy, unless `flags` continue the run saved in `state`.
 
-    `text` is what `described` gives of `inputs`.
+    `description` is what `data_description` returns for `inputs`; `run` is the run directory.
     """
     if missing := [key for key in _REQUIRED_STATE_KEYS if key not in state]:
         raise ValueError(f"--resume: the checkpoint of {run} says nothing of {', '.join(missing)}, so "
@@ -43,14 +44,14 @@ def check_resumes_same_run(run: Path, state: dict, inputs: RunInputs, flags: Tra
         if state[key] != inputs.data_identity[key]:
             raise ValueError(f"--resume: the run in {run} has {key} {state[key]}, this one "
                              f"{inputs.data_identity[key]}; give --{key} {state[key]}")
-    _check_text(run, state, inputs, text)
+    _check_text(run, state, inputs, description)
     _check_model(run, state, inputs)
     _check_optimizer(run, state, flags)
     _check_frozen(run, state, flags)
 
 
 def describe_changed_flags(state: dict, flags: TrainFlags, threads: int, global_batch: int) -> list[str]:
-    """["--steps 800 (500 before)", ...]: what moves the losses and is not as when `state` was saved."""
+    """List the changed flags that affect the losses: ["--steps 800 (500 before)", ...]."""
     was, now, said = state["flags"], flags_to_dict(flags), []
     for group, names in _REPORTED_FLAGS.items():
         for name in [name for name in names or now[group] if name in was[group].keys() & now[group].keys()]:
@@ -79,7 +80,7 @@ def _check_text(run, state, inputs, text):
 
 
 def _text(text, other=None):
-    """--data in words; beside an `other` of the same size they say that its content differs."""
+    """Describe the data in words; if `other` has the same size, say that only the content differs."""
     if "documents" not in text:
         return f"--data {text['data']}" if text else "other text"
     if other and all(other.get(key) == text[key] for key in ("documents", "bytes")):
@@ -129,14 +130,14 @@ def _freeze(patterns):
 
 
 def _model_flags(state):
-    """The flags that the run's model was given by."""
+    """The flags that describe the run's model."""
     flags = state["flags"]["model"]
     more = f" --vocab {flags['vocab']}" if flags.get("vocab") else " without --vocab"
     return f"--model {flags['model']}{more if flags['model'] in SIZES else ''}{' --untied' * flags['untied']}"
 
 
 def _plain(value):
-    return json.loads(json.dumps(value))     # as a checkpoint has kept it: tuples are lists
+    return json.loads(json.dumps(value))     # as JSON keeps it: tuples become lists
 
 
 def _word(value):
