@@ -73,12 +73,13 @@ def count_utf8_bytes(documents: Iterable[Document]) -> int:
 def _stdlib() -> Corpus:
     def enter(folder: str) -> bool:
         return folder not in ("site-packages", "dist-packages", "test", "tests", "idle_test")
-    found, skipped = read_text_folder(Path(sysconfig.get_path("stdlib")), enter, suffix=".py", follow=False)
+    found, skipped = read_text_folder(Path(sysconfig.get_path("stdlib")), enter, suffix=".py",
+                                      follow_links=False)
     return _split("stdlib", *_by_path(found), skipped)
 
 
 def _folder(root: Path) -> Corpus:
-    found, skipped = read_text_folder(root, enter=lambda folder: not folder.startswith("."))
+    found, skipped = read_text_folder(root, enter_folder=lambda folder: not folder.startswith("."))
     return _split(str(root), *_by_path(found), skipped)
 
 

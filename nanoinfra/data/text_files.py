@@ -1,8 +1,8 @@
-"""The text files of a folder, each decoded, or left out with a reason that a run can tell.
+"""Reading the text files of a folder; a file that cannot be read is left out with a reason.
 
-UTF-8 is read, with or without a byte order mark; no other encoding is guessed. Links are followed. A file is
-read once, whatever links lead to it, under its own name where that lies in the folder and else under the
-first link's in order; so it cannot come to lie on both sides of the split. Feeds corpus.py.
+UTF-8 is read, with or without a byte order mark; no other encoding is guessed. Symbolic links are followed. A
+file is read once, whatever links lead to it, under its own name if that lies in the folder, else under the
+first link's name; so it cannot be on both sides of the train and held-out split. Feeds corpus.py.
 """
 import codecs
 import os
@@ -18,15 +18,15 @@ class SkippedFile(NamedTuple):
     reason: str
 
 
-def read_text_folder(root: Path, enter: Callable[[str], bool], suffix: str = "",
-                     follow: bool = True) -> tuple[list[tuple[str, str]], list[SkippedFile]]:
-    """(relative path, text) of every text file below `root`, sorted, and what is left out.
+def read_text_folder(root: Path, enter_folder: Callable[[str], bool], suffix: str = "",
+                     follow_links: bool = True) -> tuple[list[tuple[str, str]], list[SkippedFile]]:
+    """Return (relative path, text) of every text file below `root`, sorted, and what was left out.
 
-    Folders are entered where `enter(name)`, links to folders with `follow` too; a hidden folder that is not
-    entered counts as left out. Raises OSError where `root` itself cannot be read.
+    A folder is entered when `enter_folder(name)` is true, a link to a folder only with `follow_links` too; a
+    hidden folder that is not entered counts as left out. Raises OSError when `root` itself cannot be read.
     """
     os.listdir(root)
-    tree = _Tree(root, enter, suffix, follow)
+    tree = _Tree(root, enter_folder, suffix, follow_links)
     tree.walk(root)
     tree.follow_links()
     documents = []
@@ -39,7 +39,7 @@ def read_text_folder(root: Path, enter: Callable[[str], bool], suffix: str = "",
 
 
 def read_text_file(path: Path) -> str:
-    """The text of a file, without its byte order mark. Raises OSError, with the reason, where it is none."""
+    """Return the text of a file, without its byte order mark. Raises OSError when it is no UTF-8 text."""
     if path.exists() and not path.is_file():
         raise OSError(0, "not a regular file")       # a pipe would wait for a writer for ever
     data = path.read_bytes()
@@ -54,7 +54,7 @@ def read_text_file(path: Path) -> str:
 
 
 def summarize_skip_reasons(skipped: Iterable[SkippedFile]) -> str:
-    """How many are left out for each reason, the most frequent first, with an example each."""
+    """Summarize how many files are left out for each reason, most frequent first, with an example each."""
     skipped = list(skipped)
     first = {reason: path for path, reason in reversed(skipped)}
     counts = Counter(reason for _, reason in skipped).most_common()

@@ -2,8 +2,8 @@
 
 The 256 bytes and `<|endoftext|>` are always there, so every text has tokens and 257 is the smallest
 vocabulary; each further entry merges the most frequent pair. Sennrich et al. 2016; over bytes: Radford et al.
-2019 (GPT-2). Cached by corpus hash and vocabulary. Feeds token_datasets.py. What comes with other models is read by
-model/weights/hugging_face/tokenizer_files.py.
+2019 (GPT-2). Cached by corpus hash and vocabulary. Feeds token_datasets.py. Tokenizers of other models
+are read by model/weights/hugging_face/tokenizer_files.py.
 """
 import hashlib
 import json

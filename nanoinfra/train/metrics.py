@@ -26,7 +26,8 @@ class MetricsLog:
         kept = [line for line in lines if line["step"] <= resumed_after_step]
         self.missing_steps_warning = ""
         if bad or len(kept) < resumed_after_step:
-            self.missing_steps_warning = (f"{path.name} holds {len(kept)} of the {resumed_after_step} steps so far"
+            of = f"{len(kept)} of the {resumed_after_step} steps so far"
+            self.missing_steps_warning = (f"{path.name} holds {of}"
                                           + f"; {bad} lines that are no step's are dropped" * bool(bad))
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(path, "a")
@@ -105,7 +106,7 @@ class ProgressBar:
             self.bar.start()
 
     def show_step(self, line: dict, elapsed_seconds: float, last: bool = False) -> None:
-        """Show a step's line of metrics, `elapsed_seconds` into the run; the `last` line is always printed."""
+        """Show a step's line of metrics, `elapsed_seconds` into the run; the `last` is always printed."""
         says = f"loss {line['loss']:.3f}  {line['tokens_per_s']:,.0f} tokens/s"
         if "held_out_bpb" in line:
             says += f"  held-out {line['held_out_bpb']:.3f} bits/byte"

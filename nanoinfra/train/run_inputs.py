@@ -1,7 +1,7 @@
-"""What a run trains, and on what: samples, held-out windows, and a size to draw or weights to go on from.
+"""The inputs of a run: dataset, held-out text, and the model, of a named size or from pretrained weights.
 
-A size takes the vocabulary of the corpus's own tokenizer; pretrained weights bring theirs.
-Rank 0 builds the caches, then the others read them.
+A named size takes the vocabulary of the corpus's own tokenizer; pretrained weights bring their tokenizer.
+Rank 0 builds the caches, then the other ranks read them.
 """
 import sys
 from dataclasses import dataclass
@@ -18,27 +18,27 @@ from nanoinfra.train.config import TrainFlags, global_batch_and_num_micro_batche
 from nanoinfra.train.launch.memory_check import check_memory_fits, replace_flags
 from nanoinfra.train.pretrained import open_pretrained_weights
 
-_MAX_DEFAULT_SEQ_LEN = 1024  # tokens in a sample where pretrained weights would allow more
+_MAX_DEFAULT_SEQ_LEN = 1024  # when pretrained weights would allow longer samples
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """Samples of `seq` tokens from `source`; `held_out` is None where there is no text to hold out."""
+    """Dataset, sequence length, model and weights of a run; `held_out` is None without --eval-every."""
     dataset: PackedDataset | RandomTokenDataset
     seq_len: int
     held_out: HeldOutSet | None
     model_config: ModelConfig
-    pretrained_weights: Weights | None                  # to start from; None: draw them
-    data_identity: dict                           # what a run that goes on must find again
+    pretrained_weights: Weights | None                  # to start from; None: weights are drawn
+    data_identity: dict                           # must be the same when the run resumes
 
     @property
     def read_initial_weights(self) -> Read | None:
-        """How to read the weights to start from."""
+        """How to read the weights to start from; None when they are drawn."""
         return self.pretrained_weights and self.pretrained_weights.read
 
 
 def open_run_inputs(flags: TrainFlags, mesh) -> RunInputs:
-    """Read weights, corpus and tokenizer. Raises ValueError, on every rank, where one of them will not do."""
+    """Open weights, corpus and tokenizer. Raises ValueError on every rank when one of them cannot be used."""
     weights = None if flags.model.model in SIZES else open_pretrained_weights(flags.model.model, mesh.world)
     size = weights.config if weights else SIZES[flags.model.model].model
     check_heads(size, mesh.tp.size)
@@ -63,7 +63,7 @@ def open_run_inputs(flags: TrainFlags, mesh) -> RunInputs:
 
 
 def _check_same(mesh, source):
-    """Raise ValueError, on every rank, where one has read another corpus than rank 0."""
+    """Raise ValueError on every rank when a rank has read another corpus than rank 0."""
     found = comm.gather_objects([source.corpus.sha256, source.tokenizer.sha256], mesh.world, "caches")
     other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
     if other is not None:
@@ -73,7 +73,7 @@ def _check_same(mesh, source):
 
 
 def _say(flags, mesh, source, seq):
-    """What is read, once: the news to stdout, and what may not be meant to stderr."""
+    """Print on rank 0 what data is read, and warnings to stderr."""
     if mesh.rank == 0:
         batch, _ = global_batch_and_num_micro_batches(flags.data, mesh.data.size)
         print(describe_data(source, seq), flush=True)
@@ -82,7 +82,7 @@ def _say(flags, mesh, source, seq):
 
 
 def _tokenizer(flags, weights):
-    """The tokenizer that came with the weights. ValueError where none did, or one of another model."""
+    """The tokenizer that came with the weights. Raises ValueError when there is none, or it does not fit."""
     name, text, vocab = flags.model.model, weights.text, weights.config.vocab
     if text is None:
         raise ValueError(f"{name} holds no tokenizer to read --data with; copy the files of the one it was "
@@ -98,12 +98,12 @@ def _tokenizer(flags, weights):
 def _config(flags, source, size, seq, weights):
     if weights:
         return weights.config
-    vocab = source.tokenizer.vocab_size if source.tokenizer else source.vocab_size_size
+    vocab = source.tokenizer.vocab_size if source.tokenizer else source.vocab_size
     return sized(flags.model.model, vocab, seq, False if flags.model.untied else None)
 
 
 def _first_on_rank_0(mesh, work):
-    """`work()` of every rank, after rank 0's has filled the caches; what is wrong there, all ranks raise."""
+    """Return `work()` on every rank; rank 0 runs it first and fills the caches; all raise its error."""
     problem = done = None
     if mesh.rank == 0:
         try:

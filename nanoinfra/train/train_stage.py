@@ -19,7 +19,7 @@ from nanoinfra.parallel.pipeline import schedules
 from nanoinfra.parallel.pipeline.stage import PipelineStage
 from nanoinfra.train.checkpoint.tensor_shards import TensorShard
 from nanoinfra.train.config import TrainFlags
-from nanoinfra.train.freeze import frozen_parameter_names
+from nanoinfra.train.frozen_parameters import frozen_parameter_names
 from nanoinfra.train.loss_scale import LossScale
 from nanoinfra.train.optimizer import (
     ADAMW_BETAS,

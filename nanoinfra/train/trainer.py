@@ -28,7 +28,7 @@ from nanoinfra.train.config import (
     parse_emulated_links,
     peak_learning_rate,
 )
-from nanoinfra.train.freeze import trainable_parameter_count
+from nanoinfra.train.frozen_parameters import trainable_parameter_count
 from nanoinfra.train.launch.elastic_rank import is_rank_process
 from nanoinfra.train.launch.memory_check import check_memory_fits, describe_memory_need, replace_flags
 from nanoinfra.train.launch.signals import StopRequest

@@ -52,21 +52,21 @@ def request_(heard):
 def test_the_first_signal_asks_and_says_so_at_once(capfd, heard, request_, sign, monkeypatch):
     monkeypatch.setattr(signals, "_SAME_SIGNAL_SECONDS", 3600.0)             # however slow the machine is
     os.kill(os.getpid(), sign)
-    until(lambda: request_.asked)
+    until(lambda: request_.requested)
     assert heard == []
     time.sleep(0.05)
     assert capfd.readouterr().err.strip().startswith(f"nanoinfra: {sign.name}: the run stops after this step")
     os.kill(os.getpid(), sign)               # at once: `timeout` and terminals send it twice
     time.sleep(0.05)
-    assert request_.asked == 1 and heard == []
+    assert request_.requested == 1 and heard == []
 
 
 @pytest.mark.parametrize("sign", TERMINATION_SIGNALS)
 def test_a_second_one_goes_to_the_process(heard, request_, sign):
     """But not a second SIGHUP, of which a terminal that is closed sends several."""
     os.kill(os.getpid(), signal.SIGTERM)
-    until(lambda: request_.asked)
-    request_.since -= _SAME_SIGNAL_SECONDS
+    until(lambda: request_.requested)
+    request_.requested_at -= _SAME_SIGNAL_SECONDS
     os.kill(os.getpid(), sign)
     if sign != signal.SIGHUP:
         until(lambda: heard == [sign])
@@ -81,8 +81,8 @@ def test_in_a_program_that_calls_train_a_second_ctrl_c_is_pythons():
     asked.start()
     try:
         os.kill(os.getpid(), signal.SIGINT)
-        until(lambda: asked.asked)
-        asked.since -= _SAME_SIGNAL_SECONDS
+        until(lambda: asked.requested)
+        asked.requested_at -= _SAME_SIGNAL_SECONDS
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             for _ in range(6000):
@@ -96,12 +96,12 @@ def test_a_rank_takes_any_number_of_signals_as_one(heard):
     asked = StopRequest(is_single_process=False)
     asked.start()
     os.kill(os.getpid(), signal.SIGTERM)
-    until(lambda: asked.asked)
-    asked.since -= _SAME_SIGNAL_SECONDS
+    until(lambda: asked.requested)
+    asked.requested_at -= _SAME_SIGNAL_SECONDS
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.05)
     asked.stop()
-    assert asked.asked == 1 and heard == []
+    assert asked.requested == 1 and heard == []
 
 
 def test_what_nohup_ignores_stays_ignored():

@@ -20,7 +20,7 @@ from nanoinfra.train.config import (
     global_batch_and_num_micro_batches,
     mesh_axis_sizes,
 )
-from nanoinfra.train.freeze import frozen_parameter_names
+from nanoinfra.train.frozen_parameters import frozen_parameter_names
 
 # of a rank without tensors; what a machine's ranks share of it
 _PROCESS_BYTES = 260 << 20                   # of a rank process, without its tensors
@@ -51,8 +51,8 @@ def describe_memory_need(flags: TrainFlags, world_size: int, config: ModelConfig
     parts, there = local_memory_by_part(flags, world_size, config), memory_capacity_bytes(flags)
     many = len(ranks_sharing_memory(flags, world_size)) > 1
     of, total = f" of {there / 1e9:,.1f}" if there else "", sum(parts.values())
-    return (f"{'ranks hold' if many else 'holds'} {total / 1e9:,.1f}{of} GB{_others(flags, world_size, total)}, "
-            f"modelled: {_largest(parts)}")
+    return (f"{'ranks hold' if many else 'holds'} {total / 1e9:,.1f}{of} GB"
+            f"{_others(flags, world_size, total)}, modelled: {_largest(parts)}")
 
 
 def local_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig) -> dict[str, int]:
@@ -63,7 +63,8 @@ def local_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig
     return dict(total)
 
 
-def rank_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig, rank: int = 0) -> dict[str, int]:
+def rank_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig,
+                        rank: int = 0) -> dict[str, int]:
     """Bytes that a rank holds at its peak, by part, without the libraries that it shares with others."""
     mesh = mesh_axis_sizes(flags.mesh, world_size)
     stage = rank // (world_size // mesh["pp"])                                # pp is the outermost axis
@@ -139,7 +140,7 @@ def replace_flags(flags: TrainFlags, **values) -> TrainFlags:
 
 
 def memory_saving_flags(flags: TrainFlags, dp: int, context: int) -> Iterator[dict]:
-    """Yield {flag: value} that need less memory, the least harmful first; up to "bfloat16" they keep losses."""
+    """Yield {flag: value} that need less memory, least harmful first; before "bfloat16" they keep losses."""
     G, _ = global_batch_and_num_micro_batches(flags.data, dp)
     half = [{"micro_batch": flags.data.micro_batch >> k, "global_batch": G}
             for k in range(1, flags.data.micro_batch.bit_length())]

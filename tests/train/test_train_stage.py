@@ -44,7 +44,7 @@ def test_a_new_step_lets_go_of_the_last_ones_gradients(zero):
 def test_stage_3_keeps_no_parameter_of_any_family_whole():
     gpt2 = ModelConfig(64, 32, 2, 2, 2, 16, 64, 16, family="gpt2")
     for config in (gpt2, sized("test")):
-        model = stepped(3, config).parallel.each[0].model
+        model = stepped(3, config).parallel_model.each[0].model
         assert {p.untyped_storage().nbytes() for p in model.parameters()} == {0}
 
 

@@ -1,8 +1,8 @@
-"""Parameters that training leaves as they are, chosen by name: `--freeze embed.* blocks.0.*`.
+"""Frozen parameters: training does not change them; names are chosen by `--freeze embed.* blocks.0.*`.
 
-What is frozen has no gradient, no master and no moments, and sends nothing but its weights; a checkpoint
-holds it all the same, so that the run can be served. Patterns are the shell's (fnmatch), over the names that
-`formulas.params.shapes` lists. Composes with every axis, ZeRO and recompute.
+A frozen parameter has no gradient, no master weights and no moments, and of it only weights are sent; a
+checkpoint holds it all the same, so that the run can be served. Patterns are the shell's (fnmatch), over the
+names that formulas/parameters.py lists. Composes with every axis, ZeRO and recompute.
 """
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -13,10 +13,11 @@ from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.pipeline import chunk_names
 
 
-def frozen_parameter_names(patterns: Iterable[str], config: ModelConfig, chunks: int = 1) -> frozenset[str]:
-    """The names of the parameters that `patterns` freeze, in a model that a pipeline cuts into `chunks`.
+def frozen_parameter_names(patterns: Iterable[str], config: ModelConfig,
+                           num_chunks: int = 1) -> frozenset[str]:
+    """Return the names of the parameters that `patterns` freeze, in a model of `num_chunks` pipeline chunks.
 
-    Raises ValueError for a pattern that no name matches, and where a chunk has nothing left to train.
+    Raises ValueError for a pattern that matches no name, and when a chunk has nothing left to train.
     """
     found = set()
     for pattern in patterns:
@@ -25,16 +26,16 @@ def frozen_parameter_names(patterns: Iterable[str], config: ModelConfig, chunks:
             some = ", ".join(dict.fromkeys(_abbreviated(name) for name in shapes(config)))
             raise ValueError(f"--freeze {pattern!r} is no parameter's name; they are {some}")
         found |= names
-    for i, names in enumerate(chunk_names(config, chunks, config.context) if found else ()):
+    for i, names in enumerate(chunk_names(config, num_chunks, config.context) if found else ()):
         if found.issuperset(names):
-            where = f"chunk {i} of the pipeline's {chunks}" if chunks > 1 else "this model"
+            where = f"chunk {i} of the pipeline's {num_chunks}" if num_chunks > 1 else "this model"
             raise ValueError(f"--freeze leaves nothing to train in {where} ({len(names)} parameters, all "
-                             "frozen); freeze fewer" + ", or use --pp 1" * (chunks > 1))
+                             "frozen); freeze fewer" + ", or use --pp 1" * (num_chunks > 1))
     return frozenset(found)
 
 
 def trainable_parameter_count(patterns: Iterable[str], config: ModelConfig) -> int:
-    """How many numbers of the model `patterns` leave to be trained."""
+    """Count the numbers in the parameters that `patterns` leave trainable."""
     frozen = frozen_parameter_names(patterns, config)
     return sum(prod(shape) for name, shape in shapes(config).items() if name not in frozen)
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoinfra.data.corpus import load_corpus
+from nanoinfra.data.token_cache import _CACHE_FORMAT
 from nanoinfra.data.token_datasets import (
     IGNORE_INDEX,
     PackedDataset,
@@ -15,7 +16,6 @@ from nanoinfra.data.token_datasets import (
     open_dataset,
     pack_corpus,
 )
-from nanoinfra.data.token_cache import _CACHE_FORMAT
 from nanoinfra.data.train_tokenizer import BPETokenizer, get_or_train_tokenizer
 
 BYTES = BPETokenizer.train(["a"], 257)
@@ -43,7 +43,7 @@ def test_any_documents_round_trip(texts):
 
 def test_tokens_are_as_small_as_fits_and_mapped(packed, corpus, tokenizer, cache, monkeypatch):
     assert packed.tokens.dtype == np.uint16 and isinstance(packed.tokens, np.memmap)
-    monkeypatch.setattr(BPETokenizer, "encode_all", None)        # a second time must not encode
+    monkeypatch.setattr(BPETokenizer, "encode_batch", None)        # a second time must not encode
     assert np.array_equal(pack_corpus(corpus, tokenizer, cache).tokens, packed.tokens)
     monkeypatch.undo()
     monkeypatch.setattr(tokenizer, "vocab_size", 1 << 17)

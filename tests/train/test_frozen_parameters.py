@@ -15,7 +15,7 @@ from nanoinfra.parallel.pipeline.schedules import accumulate
 from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
-from nanoinfra.train.freeze import frozen_parameter_names
+from nanoinfra.train.frozen_parameters import frozen_parameter_names
 from nanoinfra.train.pretrained import load_pretrained
 from nanoinfra.train.step import execute_schedule
 from nanoinfra.train.train_stage import TrainStage, initial_weights_reader
@@ -104,7 +104,7 @@ def reloaded(dtype):
             mesh=MeshFlags(zero=stage, dp=2)), Mesh(dp=world_size())) for seed in (1, 0))
         new.load_state_dict([(piece, tensor.clone()) for piece, tensor in old.tensor_shards()],
                             old.state_dict())
-        model = new.parallel.each[0].model
+        model = new.parallel_model.each[0].model
         found[stage] = {name: p.detach().clone() for name, p in model.named_parameters()
                         if name.startswith(("embed.", "blocks.2."))}
     return found
