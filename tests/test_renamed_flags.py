@@ -4,6 +4,8 @@ import pytest
 from nanoinfra.cli import main
 from nanoinfra.commands import _flag_names, _kinds
 from nanoinfra.renamed_flags import RENAMED_FLAGS, check_no_renamed_flags, with_new_flag_names
+from nanoinfra.train.config import RunFlags, TrainFlags, flags_to_dict
+from nanoinfra.train.run_directory.resume_check import describe_changed_flags
 
 OLD_AND_NEW = [(command, f"--{old.replace('_', '-')}", f"--{new.replace('_', '-')}")
                for command, renamed in RENAMED_FLAGS.items() for old, new in renamed.items()]
@@ -42,3 +44,12 @@ def test_what_a_run_has_stored_is_read_under_new_names():
         "mesh": {"emulate_link": [], "dp": 2}, "run": {"keep_checkpoints": 1, "max_seconds": None}}}
     assert with_new_flag_names({"step": 3}) == {"step": 3}
     assert with_new_flag_names({"flags": {"mesh": 7}}) == {"flags": {"mesh": 7}}
+
+
+def test_a_resumed_run_reports_what_has_changed_under_new_names():
+    stored = flags_to_dict(TrainFlags())
+    stored["run"]["seconds"] = 60.0
+    del stored["run"]["max_seconds"]
+    state = with_new_flag_names({"flags": stored})
+    assert describe_changed_flags(state, TrainFlags(run=RunFlags(steps=5)), 1, 8) == [
+        "--steps 5 (100 before)", "--max-seconds not given (60.0 before)"]

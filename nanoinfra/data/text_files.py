@@ -65,8 +65,10 @@ class _Tree:
     """What is found below `root`: `files` to read, `links` still to follow, and all that was `seen`."""
 
     def __init__(self, root, enter, suffix, follow):
-        self.root, self.enter, self.suffix, self.follow = root, enter, suffix, follow
-        self.files, self.links, self.skipped, self.seen = [], deque(), [], set()
+        self.root, self.enter = root, enter
+        self.suffix, self.follow = suffix, follow
+        self.files, self.links = [], deque()
+        self.skipped, self.seen = [], set()
 
     def walk(self, top, linked=False):
         """Take what lies below `top`; what a link has led to may have been seen before."""

@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 
 _CACHE_FORMAT = "v2"  # raise it with any change to how entries are made; older ones are then ignored
 # an entry: a folder of files, and {name: SHA-256} of them
-CONTENT_FOLDER, CHECKSUMS_FILE = "content", "sha256.json"
+CHECKSUMS_FILE = "sha256.json"               # of an entry: {name: SHA-256} of the files in its folder
+CONTENT_FOLDER = "content"
 
 
 def get_or_build_folder(name: str, write_files: Callable[[Path], None],

@@ -220,7 +220,8 @@ def _check_memory(flags):
 
 
 def _check_pipeline(flags, dp):
-    pp, zero, kind, v = flags.mesh.pp, flags.mesh.zero, flags.pipeline.schedule, flags.pipeline.virtual_stages
+    pp, zero = flags.mesh.pp, flags.mesh.zero
+    kind, v = flags.pipeline.schedule, flags.pipeline.virtual_stages
     if pp > 1 and zero > 1:
         raise ValueError(f"--zero {zero} sends gradients or weights with every micro-batch, and a pipeline "
                          f"needs many of them: that is not built for --pp {pp}; use --zero 1, which cuts the "

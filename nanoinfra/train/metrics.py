@@ -161,7 +161,8 @@ def _plot_scores(axes, scores):
 def _running_mean(values: list[float], weight: float | None = None) -> list[float]:
     """An exponential running mean over about a twentieth of the values, corrected for its start."""
     weight = max(0.0, 1 - 20 / len(values)) if weight is None else weight
-    out, mean, norm = [], 0.0, 0.0
+    out = []
+    mean, norm = 0.0, 0.0
     for value in values:
         mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
         out.append(mean / norm)

@@ -83,7 +83,8 @@ def _say(flags, mesh, source, seq):
 
 def _tokenizer(flags, weights):
     """The tokenizer that came with the weights. Raises ValueError when there is none, or it does not fit."""
-    name, text, vocab = flags.model.model, weights.text, weights.config.vocab
+    name, vocab = flags.model.model, weights.config.vocab
+    text = weights.text
     if text is None:
         raise ValueError(f"{name} holds no tokenizer to read --data with; copy the files of the one it was "
                          "trained with into it, or try --data random")

@@ -76,7 +76,8 @@ class TrainingRun:
     """
 
     def __init__(self, flags: TrainFlags, mesh: Mesh, folder: RunDirectory):
-        self.flags, self.mesh, self.run_directory = flags, mesh, folder
+        self.flags, self.mesh = flags, mesh
+        self.run_directory = folder
         self.inputs = open_run_inputs(flags, self.mesh)
         self.stage = TrainStage(self.inputs.model_config, flags, self.mesh, self.inputs.read_initial_weights)
         self.reports_loss = self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.mesh.pp.size - 1

@@ -23,7 +23,7 @@ def test_going_on_cuts_what_came_after_the_checkpoint(tmp_path):
     path = tmp_path / "m.jsonl"
     whole = "".join(json.dumps(line(i)) + "\n" for i in (1, 2, 3))
     path.write_text(whole + '{"step": 4, "sent": {"data": 4}')
-    log = metrics.MetricsLog(path, go_on_after=2)
+    log = metrics.MetricsLog(path, resumed_after_step=2)
     log.write_step(line(3))
     log.file.close()
     assert metrics.read_metrics(path) == [line(1), line(2), line(3)]

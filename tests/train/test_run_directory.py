@@ -106,7 +106,8 @@ def test_what_a_checkpoint_of_a_later_version_has_is_named(run):
     model = ModelConfig(**json.loads((run / "config.json").read_text())["model"])
     flags = TrainFlags(model=ModelFlags("test"))
     with pytest.raises(ValueError, match="has sinks, which this version of nanoinfra does not know"):
-        check_resumes_same_run(run, state, SimpleNamespace(data_identity=state, model_config=model), flags, {})
+        inputs = SimpleNamespace(data_identity=state, model_config=model)
+        check_resumes_same_run(run, state, inputs, flags, {})
 
 
 def test_flags_that_may_change_are_said_with_what_they_do_to_the_rate(run, capsys):

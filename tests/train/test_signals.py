@@ -32,7 +32,7 @@ one = pytest.mark.parametrize("sign", [
 
 @pytest.fixture
 def heard():
-    """What a Hearing hears, which stands for the process's own."""
+    """What a SignalListener hears, which stands for the process's own."""
     said = []
     hearing = SignalListener(said.append)
     hearing.start()

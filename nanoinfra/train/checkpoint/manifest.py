@@ -89,14 +89,14 @@ def shards_in_files(name: str, manifest_entry: dict) -> list[tuple[str, TensorSh
             for part in manifest_entry["pieces"]]
 
 
-def check_file_sha256(path: Path, listed: dict) -> None:
-    """Raise CheckpointError unless the file has the listed size and SHA-256."""
+def check_file_sha256(path: Path, expected: dict) -> None:
+    """Raise CheckpointError unless the file has the size and SHA-256 of its entry in the manifest."""
     with raise_as_checkpoint_error(path, FileNotFoundError="is missing"), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size != listed["bytes"]:
-            word = "truncated" if size < listed["bytes"] else "too long"
-            raise CheckpointError(f"{path}: is {word}: {size} bytes where {listed['bytes']} were written")
-        if hashlib.file_digest(file, "sha256").hexdigest() != listed["sha256"]:
+        if size != expected["bytes"]:
+            word = "truncated" if size < expected["bytes"] else "too long"
+            raise CheckpointError(f"{path}: is {word}: {size} bytes where {expected['bytes']} were written")
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
             raise CheckpointError(f"{path}: is altered: its SHA-256 is not the one in the manifest")
 
 

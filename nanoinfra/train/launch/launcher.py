@@ -112,7 +112,8 @@ class ElasticRankAgent(LocalElasticAgent):
 
     def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, out: Path | None):
         super().__init__(spec, logs, shutdown_timeout=_SAVE_TIMEOUT_SECONDS)
-        self.launch_id, self.out, self.stopped_at = spec.rdzv_handler.get_run_id(), out, 0.0
+        self.launch_id, self.out = spec.rdzv_handler.get_run_id(), out
+        self.stopped_at = 0.0                # time of the first signal; 0: none yet
 
     @contextmanager
     def handle_stop_signals(self):

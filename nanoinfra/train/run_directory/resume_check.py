@@ -52,7 +52,8 @@ def check_resumes_same_run(run: Path, state: dict, inputs: RunInputs, flags: Tra
 
 def describe_changed_flags(state: dict, flags: TrainFlags, threads: int, global_batch: int) -> list[str]:
     """List the changed flags that affect the losses: ["--steps 800 (500 before)", ...]."""
-    was, now, said = state["flags"], flags_to_dict(flags), []
+    was, now = state["flags"], flags_to_dict(flags)
+    said = []
     for group, names in _REPORTED_FLAGS.items():
         for name in [name for name in names or now[group] if name in was[group].keys() & now[group].keys()]:
             before, here = was[group][name], _plain(now[group][name])

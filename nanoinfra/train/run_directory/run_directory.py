@@ -38,7 +38,8 @@ class RunDirectory:
     """
 
     def __init__(self, run: RunFlags, mesh):
-        self.flags, self.mesh, self.is_first_rank = run, mesh, mesh.rank == 0
+        self.flags, self.mesh = run, mesh
+        self.is_first_rank = mesh.rank == 0
         self.path, self.checkpoints_folder = run.out, run.out / "checkpoints"
         self._open_locks, self._given_warnings = ExitStack(), set()
         self.resumed_after_step = 0
