@@ -39,8 +39,8 @@ from nanoinfra.lab.predict import predict
 from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.train.loss import cross_entropy
-from nanoinfra.train.optimizer import Optimizer
+from nanoinfra.train.loss import linear_cross_entropy
+from nanoinfra.train.optimizer import MixedPrecisionOptimizer
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 BATCHES = {"test": (8, 64), "nano": (2, 128)} | ({} if FAST else {"nano": (4, 256), "micro": (2, 512)})
@@ -55,11 +55,11 @@ def trainer(name):
     """A model of size `name`, its optimizer, and two functions: one gives gradients, one makes a step."""
     B, T = BATCHES[name]
     model = init_weights(Decoder(sized(name)), seed=0)
-    optimizer = Optimizer(model, "adamw")
+    optimizer = MixedPrecisionOptimizer(model, "adamw")
     x, y = torch.randint(model.config.vocab, (2, B, T))            # (B, T) each: tokens, and the next ones
 
     def gradients():
-        cross_entropy(model.hidden(x), model.head.weight, y, count=B * T).backward()
+        linear_cross_entropy(model.hidden(x), model.head.weight, y, num_valid_tokens=B * T).backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
     def step():
@@ -216,7 +216,7 @@ print(*map(inspect.getsource, (params.shapes, params.block_shapes, flops.forward
 
 # %%
 model, optimizer, gradients, step = trainers[NAME]
-moments = [tensor for name, tensor in optimizer.state().items() if name.startswith("exp_avg")]
+moments = [tensor for name, tensor in optimizer.state_dict().items() if name.startswith("exp_avg")]
 held = [*model.parameters(), *gradients().values(), *moments]
 with torch.device("meta"), FlopCounterMode(display=False) as counter:
     Decoder(config, attention="naive")(torch.zeros(B, T, dtype=torch.long)).sum().backward()

@@ -40,9 +40,9 @@ from nanoinfra.lab.table import Grid
 from nanoinfra.lab.text import batch
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.train.loss import cross_entropy
+from nanoinfra.train.loss import linear_cross_entropy
 from nanoinfra.train.loss_scale import LossScale
-from nanoinfra.train.optimizer import Optimizer
+from nanoinfra.train.optimizer import MixedPrecisionOptimizer
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 V, C, L, H, T, MEMORY = (512, 128, 2, 4, 64, 16e6) if FAST else (2048, 256, 4, 8, 256, 112e6)
@@ -64,7 +64,7 @@ class Device(Storages):
             raise MemoryError(f"out of memory in {label}")
 
 def loss_of(model, x, y, count):
-    return cross_entropy(model.hidden(x), model.head.weight, y, count)
+    return linear_cross_entropy(model.hidden(x), model.head.weight, y, count)
 
 def adam(model, lr):
     """Lesson 00's optimizer in the model's own dtype: an update, which also forgets the gradients."""
@@ -251,7 +251,7 @@ check.scaled_step(scaled_step)
 # do gradients become float32 here, for how long, and what does that cost?
 
 # %%
-print(*map(inspect.getsource, (Optimizer, LossScale)), sep="\n\n")
+print(*map(inspect.getsource, (MixedPrecisionOptimizer, LossScale)), sep="\n\n")
 
 # %% [markdown]
 # ## 5. Measure, compare, explain

@@ -167,7 +167,7 @@ predict("L03.wait_overlap", latency + transfer, "s")
 # %%exercise L03
 import torch.nn.functional as F
 
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.comm import all_reduce
 
 
@@ -175,7 +175,7 @@ def summed_gradients(model, batches, axis):
     """{name: gradient of the step's mean loss}, on every rank. `batches`: this rank's [(x, y)], (B, T)."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ### BEGIN SOLUTION
-    valid = sum((y != IGNORE).sum() for _, y in batches)
+    valid = sum((y != IGNORE_INDEX).sum() for _, y in batches)
     count = all_reduce(valid, axis)                                # () int64
     for x, y in batches:
         (nats(model, x, y) / count).backward()
@@ -187,7 +187,7 @@ def summed_gradients(model, batches, axis):
 
 def nats(model, x, y):
     """-sum log p over the valid targets."""
-    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 # %%
@@ -204,7 +204,7 @@ check.summed_gradients(summed_gradients)
 # %% nbgrader={"grade_id": "overlapped", "solution": true}
 # %%exercise L03
 from nanoinfra.parallel.data_parallel import pack_grad_buckets
-from nanoinfra.train.loss import count_valid
+from nanoinfra.train.loss import count_valid_tokens
 
 
 def overlapped_gradients(model, batches, axis, bucket_bytes):
@@ -212,7 +212,7 @@ def overlapped_gradients(model, batches, axis, bucket_bytes):
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     buckets = pack_grad_buckets(list(params.items())[::-1], bucket_bytes, None)
     home = {p: bucket for bucket in buckets for p in bucket.grad_views}
-    [count] = count_valid(batches, axis)                           # as in exercise 1
+    [count] = count_valid_tokens(batches, axis)                           # as in exercise 1
     last = False
 
     def arrive(p):
@@ -258,7 +258,7 @@ print(inspect.getsource(DataParallel))
 def bucketed_gradients(model, batches, axis, bucket_bytes):
     shared = DataParallel(model, axis, "buckets", bucket_bytes)
     axis.comm_log.take_records()                                             # the broadcast of the weights
-    [count], [(x, y)] = count_valid(batches, axis), batches        # one micro-batch here
+    [count], [(x, y)] = count_valid_tokens(batches, axis), batches        # one micro-batch here
     shared.prepare_for_backward(is_last=True)
     (nats(model, x, y) / count).backward()
     return shared.finish_grad_sync()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nanoinfra.config import SIZES
-from nanoinfra.data.sample_order import IGNORE, Random
+from nanoinfra.data.token_datasets import IGNORE_INDEX, RandomTokenDataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh
@@ -26,7 +26,7 @@ from nanoinfra.parallel.data_parallel import GRAD_SYNC_MODES, DataParallel
 def samples(step, per_step, vocab, T, seed=0):
     """The step's sequences (x, y), the same on every rank: documents of unequal length, drawn by number."""
     numbers = range(step * per_step, (step + 1) * per_step)
-    pairs = [Random(vocab).sample(g, seed, T) for g in numbers]
+    pairs = [RandomTokenDataset(vocab).get_sample(g, seed, T) for g in numbers]
     return [torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1)]  # (G, T) each
 
 
@@ -53,13 +53,13 @@ def main():
 
     for step in range(args.steps):
         x, y = samples(step, args.global_batch, size.model.vocab, args.seq)
-        valid = int((y != IGNORE).sum())                         # of the step, known before any backward
+        valid = int((y != IGNORE_INDEX).sum())  # of the step, known before any backward
         x, y = x[mesh.dp.rank::mesh.dp.size], y[mesh.dp.rank::mesh.dp.size]
 
         shared.zero_grad()
         shared.prepare_for_backward(is_last=True)
         logits = model(x)                                        # (B, T, V)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE,
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX,
                                                  reduction="sum") / valid
         loss.backward()                                          # buckets leave from inside, if --how overlap
         for name, gradient in shared.finish_grad_sync().items():  # summed over ranks: the mean over tokens

@@ -24,11 +24,11 @@ from nanoinfra.serve.generate import main as answer
 from nanoinfra.serve.options import GenerateOptions
 from nanoinfra.train import metrics
 from nanoinfra.train.config import RunFlags
-from nanoinfra.train.launch.elastic_rank import STOPPED
-from nanoinfra.train.launch.signals import Hearing, end_at_once
-from nanoinfra.train.pretrained import pretrained
-from nanoinfra.train.run_directory.lock import locked
-from nanoinfra.train.run_directory.ownership import check_out, remove_run
+from nanoinfra.train.launch.elastic_rank import STOP_NOTE_FILE
+from nanoinfra.train.launch.signals import SignalListener, exit_immediately
+from nanoinfra.train.pretrained import load_pretrained
+from nanoinfra.train.run_directory.lock import lock_run_directory
+from nanoinfra.train.run_directory.ownership import check_out_folder, remove_run_files
 
 HEADERS, NEW_TOKENS, STATEMENTS = 40, 96, 3
 QUESTION = "In one sentence: why are large language models trained on many GPUs?"
@@ -58,25 +58,25 @@ def main():
 def train(args):
     """Two ranks of the command line, anew: an earlier demo's run goes, and nothing else does."""
     try:
-        check_out(RunFlags(out=args.out))
-        with locked(args.out):
-            remove_run(args.out)
+        check_out_folder(RunFlags(out=args.out))
+        with lock_run_directory(args.out):
+            remove_run_files(args.out)
     except ValueError as error:
         sys.exit(f"demo: {error}")
     print(f"1. Training on two ranks for {args.seconds:.0f} s", flush=True)
     every = max(5, int(args.seconds))        # steps: the curve gets a few points of held-out bits per byte
     command = [sys.executable, "-m", "nanoinfra.cli", "train", "--model", "nano",
                "--dtype", "bfloat16", "--dp", "2", "--micro-batch", "8",
-               "--seconds", str(args.seconds), "--eval-every", str(every),
+               "--max-seconds", str(args.seconds), "--eval-every", str(every),
                "--save-every", str(every), "--out", str(args.out)]
     with subprocess.Popen(command) as run:
-        stop = Hearing(run.send_signal)      # it saves, and says how to go on
+        stop = SignalListener(run.send_signal)      # it saves, and says how to go on
         stop.start()
         code = run.wait()
         stop.stop()
-    if code or (args.out / STOPPED).exists():
+    if code or (args.out / STOP_NOTE_FILE).exists():
         sys.exit(code)
-    lines = metrics.read(args.out / "metrics.jsonl")
+    lines = metrics.read_metrics(args.out / "metrics.jsonl")
     tokens = sum(line["tokens"] for line in lines)
     print(f"   {len(lines)} steps, {tokens:,} tokens: loss {lines[0]['loss']:.2f} -> "
           f"{lines[-1]['loss']:.2f}, held out {lines[-1]['held_out_bpb']:.3f} bits per byte")
@@ -85,7 +85,7 @@ def train(args):
 def complete(args):
     """What share of held-out headers becomes a whole function, trained and untrained."""
     torch.set_num_threads(1)                 # matrices this small gain nothing from a second thread
-    trained, text, _ = pretrained(args.out)
+    trained, text, _ = load_pretrained(args.out)
     untrained = init_weights(Decoder(trained.config), seed=0)
     prompts = headers(args.headers)
     print(f"\n2. Completing {len(prompts)} function headers it has never seen", flush=True)
@@ -139,5 +139,5 @@ def chat():
 
 
 if __name__ == "__main__":
-    Hearing(end_at_once).start()
+    SignalListener(exit_immediately).start()
     main()

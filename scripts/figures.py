@@ -19,7 +19,7 @@ from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.lab.draw import BLUE, GREY, HOUSE, ORANGE
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel.data_parallel import GRAD_SYNC_MODES, DataParallel
-from nanoinfra.train.loss import cross_entropy
+from nanoinfra.train.loss import linear_cross_entropy
 
 CONFIG = ModelConfig(vocab=521, width=96, layers=6, heads=4, kv_heads=2, head_dim=24, hidden=256, context=32)
 WIRE, COMPUTE, BUCKET = {"dp": (0.5e-3, 60e6)}, 0.012, 400_000
@@ -43,7 +43,7 @@ def step(how):
         mesh.comm_log.take_records()
         shared.zero_grad()
         shared.prepare_for_backward(is_last=True)
-        cross_entropy(model.hidden(x), model.head.weight, x, 128).backward()
+        linear_cross_entropy(model.hidden(x), model.head.weight, x, 128).backward()
         shared.finish_grad_sync()
     rows, start = mesh.comm_log.take_records(), compute[0][0]
     return ([(a - start, b - start) for a, b in compute],

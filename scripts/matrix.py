@@ -23,14 +23,22 @@ from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.lab import draw
 from nanoinfra.lab.axes import largest_error as error
 from nanoinfra.lab.axes import step_of
-from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, PipelineFlags, TrainFlags, check
+from nanoinfra.train.config import (
+    DataFlags,
+    MeshFlags,
+    ModelFlags,
+    PipelineFlags,
+    TrainFlags,
+    check_train_flags,
+)
 
 TECHNIQUES = {                               # flags; two that set one flag differently exclude each other
     "dp": {"dp": 2}, "ZeRO-1": {"dp": 2, "zero": 1}, "ZeRO-2": {"dp": 2, "zero": 2},
     "ZeRO-3": {"dp": 2, "zero": 3}, "tp": {"tp": 2}, "sp": {"tp": 2, "sp": True},
-    "sp, kept": {"tp": 2, "sp": True, "sp_keep": True}, "gpipe": {"pp": 2, "schedule": "gpipe"},
+    "sp, kept": {"tp": 2, "sp": True, "sp_save_gathered": True}, "gpipe": {"pp": 2, "schedule": "gpipe"},
     "1f1b": {"pp": 2, "schedule": "1f1b"}, "zb-h1": {"pp": 2, "schedule": "zb-h1"},
-    "interleaved": {"pp": 2, "schedule": "interleaved", "virtual": 2}, "recompute": {"recompute": "full"},
+    "interleaved": {"pp": 2, "schedule": "interleaved", "virtual_stages": 2},
+              "recompute": {"recompute": "full"},
     "selective": {"recompute": "selective", "attention": "naive"}, "accumulation": {"micro_batch": 1},
     "untied head": {"untied": True}}
 TOLERANCE = 1e-10
@@ -44,7 +52,7 @@ def flags_of(names: tuple[str, ...]) -> TrainFlags:
     groups = [kind(**{flag: given[flag] for flag in kind.__dataclass_fields__ if flag in given})
               for kind in (ModelFlags, DataFlags, MeshFlags, PipelineFlags)]
     flags = TrainFlags(*groups)
-    check(flags, world(flags))
+    check_train_flags(flags, world(flags))
     return flags
 
 

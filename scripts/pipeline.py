@@ -7,7 +7,7 @@
 
 Every rank is a stage, with --chunks of the model; of these there are at most 4, as many as layers. The losses
 are the same with any of these, and those of `nanoinfra train --model test --data random --lr-schedule
-constant --warmup 0 --global-batch 16 --pp RANKS --schedule SCHEDULE --virtual CHUNKS`.
+constant --warmup 0 --global-batch 16 --pp RANKS --schedule SCHEDULE --virtual-stages CHUNKS`.
 """
 import argparse
 import os
@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanoinfra.config import SIZES
-from nanoinfra.data.sample_order import IGNORE, Random
+from nanoinfra.data.token_datasets import IGNORE_INDEX, RandomTokenDataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
@@ -27,7 +27,7 @@ from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.pipeline.schedules import SCHEDULES, build_pipeline_schedule
 from nanoinfra.parallel.pipeline.simulator import simulate_schedule
 from nanoinfra.parallel.pipeline.stage import PipelineStage, cut_to_pipeline_chunk
-from nanoinfra.train.step import execute
+from nanoinfra.train.step import execute_schedule
 
 
 class Stage(PipelineStage):
@@ -40,7 +40,7 @@ class Stage(PipelineStage):
     def begin(self, x, y, micro_batches):
         """A new step: (G, T) tokens and targets, which every stage knows; the stream it does not."""
         self.x, self.y = x.tensor_split(micro_batches), y.tensor_split(micro_batches)
-        self.valid = int((y != IGNORE).sum())                        # of the step, known before any backward
+        self.valid = int((y != IGNORE_INDEX).sum())  # of the step, known before any backward
         self.loss = torch.zeros((), dtype=torch.float64)
 
     def embed_input(self, micro):
@@ -52,7 +52,7 @@ class Stage(PipelineStage):
         if not model.head:
             return x                                                 # on to the next chunk, wherever it is
         logits, targets = model.head(x).flatten(0, 1), self.y[micro].flatten()                   # (B T, V)
-        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / self.valid
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum") / self.valid
         self.loss += loss.detach()
         return loss
 
@@ -63,7 +63,7 @@ class Stage(PipelineStage):
 def samples(step, per_step, vocab, T, seed=0):
     """The step's sequences (x, y), the same on every rank: documents of unequal length, drawn by number."""
     numbers = range(step * per_step, (step + 1) * per_step)
-    pairs = [Random(vocab).sample(g, seed, T) for g in numbers]
+    pairs = [RandomTokenDataset(vocab).get_sample(g, seed, T) for g in numbers]
     return [torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1)]  # (G, T) each
 
 
@@ -126,7 +126,7 @@ def main():
 
     for step in range(args.steps):
         stage.begin(*samples(step, args.global_batch, config.vocab, args.seq), args.micro_batches)
-        execute(lists[mesh.pp.rank][:-2], stage)                     # all but its end, which is this:
+        execute_schedule(lists[mesh.pp.rank][:-2], stage)  # all but its end, which is this:
         stage.wait_sends()                                               # what was sent has arrived
         if ends and "embed.weight" in named:
             comm.all_reduce(named["embed.weight"].grad, ends, "tied")

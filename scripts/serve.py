@@ -28,7 +28,7 @@ from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.block_pool import BlockPool
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
 from nanoinfra.serve.engine.scheduler import Scheduler, Sequence
-from nanoinfra.train.pretrained import open_pretrained
+from nanoinfra.train.pretrained import open_pretrained_weights
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("prompts", nargs="*", help="texts to go on from")
@@ -75,7 +75,8 @@ set_torch_threads()
 
 # Model: each rank reads its part
 try:
-    config, read, text, *_ = drawn() if args.model == "test" else open_pretrained(args.model, mesh.world)
+    config, read, text, *_ = drawn() if args.model == "test" else open_pretrained_weights(args.model,
+                                                                                          mesh.world)
     model = parallelize_for_serving(empty(config), mesh, read, getattr(torch, args.dtype))
     lines = args.file.read_text().splitlines() if args.file else []
     prompts = args.prompts + [line for line in lines if line]

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanoinfra.data.corpus import load_corpus
-from nanoinfra.data.loader import HeldOut, Loader
-from nanoinfra.data.sample_order import IGNORE, pack
-from nanoinfra.data.train_tokenizer import tokenizer_for
-from nanoinfra.train.loss import cross_entropy
+from nanoinfra.data.loader import HeldOutSet, MicroBatchLoader
+from nanoinfra.data.token_datasets import IGNORE_INDEX, pack_corpus
+from nanoinfra.data.train_tokenizer import get_or_train_tokenizer
+from nanoinfra.train.loss import linear_cross_entropy
 
 V, C, H, T, B = 1024, 128, 2, 512, 4
 K = C // H
@@ -92,8 +92,8 @@ def train(model, loader, seconds):
     squares = torch.zeros_like(model.ngrams.weight)
     steps, began, done = 0, time.perf_counter(), 0.0                     # done: share of the time
     while done < 1:
-        [(x, y)] = loader.next()                                         # (B, T) each
-        loss = cross_entropy(model.hidden(x), bf16(model.head), y, y.numel())
+        [(x, y)] = loader.next_step()                                         # (B, T) each
+        loss = linear_cross_entropy(model.hidden(x), bf16(model.head), y, y.numel())
         loss.backward()
         scale = min(1, done / WARMUP + 0.05, (1 - done) / DECAY)
         for group in adam.param_groups:
@@ -120,8 +120,8 @@ def adagrad(weight, squares, lr):
 def bits_per_byte(model, held_out):
     """-sum log2 p over all held-out tokens, end of text included, / UTF-8 bytes; `model` gives logits."""
     with torch.no_grad():
-        nats = sum(F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten(), ignore_index=IGNORE,
-                                   reduction="sum").item() for x, y in held_out.batches(8))
+        nats = sum(F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten(), ignore_index=IGNORE_INDEX,
+                                   reduction="sum").item() for x, y in held_out.micro_batches(8))
     return held_out.bits_per_byte(nats)
 
 
@@ -136,14 +136,16 @@ def main():
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     corpus = load_corpus(args.data)
-    tokenizer = tokenizer_for(corpus, V, args.cache)
-    loader = Loader(pack(corpus, tokenizer, args.cache), seed=args.seed, seq=T, micro_batch=B)
+    tokenizer = get_or_train_tokenizer(corpus, V, args.cache)
+    loader = MicroBatchLoader(pack_corpus(corpus, tokenizer, args.cache), seed=args.seed, seq_len=T,
+                              micro_batch=B)
     model = GPT(tokenizer.vocab_size)
     steps, took = train(model, loader, args.seconds)
     loader.close()
-    found = bits_per_byte(model, HeldOut(corpus.held_out, tokenizer, T))
+    found = bits_per_byte(model, HeldOutSet(corpus.held_out, tokenizer, T))
     print(json.dumps({"bits_per_byte": round(found, 4), "seconds": round(took, 2), "steps": steps, "tokens":
-                      steps * B * T, "corpus": corpus.hash[:16], "tokenizer_s": round(tokenizer.train_s, 1)}))
+                      steps * B * T, "corpus": corpus.sha256[:16],
+                      "tokenizer_s": round(tokenizer.train_seconds, 1)}))
 
 
 if __name__ == "__main__":

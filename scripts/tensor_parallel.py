@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from nanoinfra.config import SIZES
-from nanoinfra.data.sample_order import IGNORE, Random
+from nanoinfra.data.token_datasets import IGNORE_INDEX, RandomTokenDataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
@@ -31,7 +31,7 @@ from nanoinfra.parallel.vocab_parallel import VocabParallelEmbedding, vocab_para
 def samples(step, per_step, vocab, T, seed=0):
     """The step's sequences (x, y), the same on every rank: documents of unequal length, drawn by number."""
     numbers = range(step * per_step, (step + 1) * per_step)
-    pairs = [Random(vocab).sample(g, seed, T) for g in numbers]
+    pairs = [RandomTokenDataset(vocab).get_sample(g, seed, T) for g in numbers]
     return [torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1)]  # (G, T) each
 
 
@@ -115,7 +115,7 @@ def main():
 
     for step in range(args.steps):
         x, y = samples(step, args.global_batch, config.vocab, args.seq)
-        valid = int((y != IGNORE).sum())                             # of the step, known before any backward
+        valid = int((y != IGNORE_INDEX).sum())  # of the step, known before any backward
         x, y = x[mesh.dp.rank::mesh.dp.size], y[mesh.dp.rank::mesh.dp.size]     # the same on all of a tp axis
 
         shared.zero_grad()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nanoinfra.config import SIZES
-from nanoinfra.data.sample_order import IGNORE, Random
+from nanoinfra.data.token_datasets import IGNORE_INDEX, RandomTokenDataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
@@ -27,7 +27,7 @@ from nanoinfra.parallel.pipeline import stage as pipeline
 from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
-from nanoinfra.train.step import execute
+from nanoinfra.train.step import execute_schedule
 
 LR, DECAY = 3e-3, 0.1                        # matrices decay, vectors do not
 
@@ -79,7 +79,8 @@ class Stage(pipeline.PipelineStage):
 
 def samples(step, per_step, vocab, T, seed=0):
     """The step's sequences (x, y), the same on every rank: documents of unequal length, drawn by number."""
-    pairs = [Random(vocab).sample(g, seed, T) for g in range(step * per_step, (step + 1) * per_step)]
+    pairs = [RandomTokenDataset(vocab).get_sample(g, seed, T) for g
+             in range(step * per_step, (step + 1) * per_step)]
     return [torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1)]  # (G, T) each
 
 
@@ -126,8 +127,8 @@ def main():
     for step in range(args.steps):
         x, y = samples(step, args.global_batch, config.vocab, args.seq)
         mine = slice(mesh.dp.rank, None, mesh.dp.size)               # the same for all pp and tp ranks
-        stage.begin(x[mine], y[mine], int((y != IGNORE).sum()), args.micro_batches)
-        execute(instructions, stage)
+        stage.begin(x[mine], y[mine], int((y != IGNORE_INDEX).sum()), args.micro_batches)
+        execute_schedule(instructions, stage)
         grads = stage.gradients()
         clip(grads, mesh, stage.ends)
         for name, p in stage.model.named_parameters():

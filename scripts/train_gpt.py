@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from nanoinfra.config import SIZES, sized
-from nanoinfra.data.loader import HeldOut, Loader
-from nanoinfra.data.sample_order import open_source
+from nanoinfra.data.loader import HeldOutSet, MicroBatchLoader
+from nanoinfra.data.token_datasets import open_dataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh
@@ -25,8 +25,8 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.serve.generate import generate
-from nanoinfra.train.loss import count_valid, cross_entropy
-from nanoinfra.train.optimizer import clip
+from nanoinfra.train.loss import count_valid_tokens, linear_cross_entropy
+from nanoinfra.train.optimizer import unscale_and_clip_grads
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default="stdlib", help="stdlib, random, a text file or a folder")
@@ -52,10 +52,10 @@ set_torch_threads()
 # Data: one global order of samples, dealt to the ranks
 size = SIZES[args.size]
 seq = args.seq or size.model.context
-source = open_source(args.data, size.model.vocab)
+source = open_dataset(args.data, size.model.vocab)
 tokenizer = source.tokenizer
 G = args.global_batch or args.micro_batch * mesh.dp.size
-loader = Loader(source, seed=args.seed, seq=seq, global_batch=G, micro_batch=args.micro_batch,
+loader = MicroBatchLoader(source, seed=args.seed, seq_len=seq, global_batch=G, micro_batch=args.micro_batch,
                 dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
 
 # Model: drawn by parameter name, so every rank draws the same
@@ -79,18 +79,18 @@ def learning_rate(step, progress):
 
 began, step, elapsed = time.time(), 0, 0.0
 while elapsed < args.seconds if args.seconds else step < args.steps:
-    micro_batches = loader.next()
-    [valid] = count_valid(micro_batches, mesh.data)              # of all ranks, known before any backward
+    micro_batches = loader.next_step()
+    [valid] = count_valid_tokens(micro_batches, mesh.data)  # of all ranks, known before any backward
 
     total = torch.zeros((), dtype=torch.float64)
     shared.zero_grad()
     for i, (x, y) in enumerate(micro_batches):                   # (B, T) each
-        loss = cross_entropy(model.hidden(x), model.head.weight, y, valid)
+        loss = linear_cross_entropy(model.hidden(x), model.head.weight, y, valid)
         shared.prepare_for_backward(is_last=i == len(micro_batches) - 1)
         loss.backward()                                          # the last one sends its buckets as they fill
         total += loss.detach()
     gradients = shared.finish_grad_sync()                                  # {name: the sum over ranks}
-    clip(gradients, 1.0)
+    unscale_and_clip_grads(gradients, 1.0)
     for name, gradient in gradients.items():
         model.get_parameter(name).grad = gradient
     for group in optimizer.param_groups:
@@ -107,16 +107,16 @@ while elapsed < args.seconds if args.seconds else step < args.steps:
 
 loader.close()
 if tokenizer:
-    held_out, nats = HeldOut(source.corpus.held_out, tokenizer, seq), torch.zeros((), dtype=torch.float64)
+    held_out, nats = HeldOutSet(source.corpus.held_out, tokenizer, seq), torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
-        for x, y in held_out.batches(args.micro_batch, mesh.data.rank, mesh.data.size):
-            nats += cross_entropy(model.hidden(x), model.head.weight, y, 1)
+        for x, y in held_out.micro_batches(args.micro_batch, mesh.data.rank, mesh.data.size):
+            nats += linear_cross_entropy(model.hidden(x), model.head.weight, y, 1)
     nats = comm.all_reduce(nats, mesh.data).item()
     if mesh.rank == 0:
         print(f"held out: {held_out.bits_per_byte(nats):.4f} bits per byte")
-        prompt = [tokenizer.eot, *tokenizer.encode(args.prompt)]
+        prompt = [tokenizer.eot_token_id, *tokenizer.encode(args.prompt)]
         written = generate(model, prompt, min(100, seq - len(prompt)), temperature=0.8, top_k=50,
-                           eos_token_ids=[tokenizer.eot])
+                           eos_token_ids=[tokenizer.eot_token_id])
         print(args.prompt + tokenizer.decode(written))
 if dist.is_initialized():
     dist.destroy_process_group()

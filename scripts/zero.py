@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanoinfra.config import SIZES
-from nanoinfra.data.sample_order import IGNORE, Random
+from nanoinfra.data.token_datasets import IGNORE_INDEX, RandomTokenDataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh
@@ -29,7 +29,7 @@ from nanoinfra.parallel.zero import ZeroDataParallel
 def samples(step, per_step, vocab, T, seed=0):
     """The step's sequences (x, y), the same on every rank: documents of unequal length, drawn by number."""
     numbers = range(step * per_step, (step + 1) * per_step)
-    pairs = [Random(vocab).sample(g, seed, T) for g in numbers]
+    pairs = [RandomTokenDataset(vocab).get_sample(g, seed, T) for g in numbers]
     return [torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1)]  # (G, T) each
 
 
@@ -92,14 +92,14 @@ def main():
 
     for step in range(args.steps):
         x, y = samples(step, args.global_batch, size.model.vocab, args.seq)
-        valid = int((y != IGNORE).sum())                         # of the step, known before any backward
+        valid = int((y != IGNORE_INDEX).sum())  # of the step, known before any backward
         x, y = x[mesh.dp.rank::mesh.dp.size], y[mesh.dp.rank::mesh.dp.size]
         total, most = torch.zeros((), dtype=torch.float64), [0, 0, 0]
 
         shared.zero_grad()
         for i, (x_, y_) in enumerate(zip(x.tensor_split(a), y.tensor_split(a))):
             logits = model(x_)                                   # (B, T, V); stage 3 gathers and frees inside
-            loss = F.cross_entropy(logits.flatten(0, 1), y_.flatten(), ignore_index=IGNORE,
+            loss = F.cross_entropy(logits.flatten(0, 1), y_.flatten(), ignore_index=IGNORE_INDEX,
                                    reduction="sum") / valid
             shared.prepare_for_backward(is_last=i == a - 1)
             loss.backward()                                      # from stage 2 on, buckets leave from inside

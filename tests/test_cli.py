@@ -46,7 +46,7 @@ def test_trainer_needs_no_optional_package(tmp_path):
     code = BARE + f"from nanoinfra.cli import main; sys.exit(main({argv}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 2
+    assert len(metrics.read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
 BARE = """
@@ -70,9 +70,9 @@ MISTAKES = {
     "a mesh that does not fit the ranks": (["--nproc", "3", "--dp", "2"], "try --dp 3"),
     "an axis that is not built": (["--cp", "2"], "--cp 1"),
     "more stages than layers": (["--pp", "8"], "at most 4"),
-    "chunks of a schedule that has none": (["--pp", "2", "--virtual", "2"], "--schedule interleaved"),
+    "chunks of a schedule that has none": (["--pp", "2", "--virtual-stages", "2"], "--schedule interleaved"),
     "an interleaved schedule that would hang": (
-        ["--pp", "2", "--schedule", "interleaved", "--virtual", "2", "--global-batch", "6"],
+        ["--pp", "2", "--schedule", "interleaved", "--virtual-stages", "2", "--global-batch", "6"],
         "try 4 micro-batches"),
     "halves of a backward that one stage has not": (["--schedule", "zb-h1"], "try --pp 2"),
     "halves of a backward that runs again": (
@@ -82,7 +82,7 @@ MISTAKES = {
     "an axis without ranks": (["--tp", "0", "--nproc", "2"], "at least 1"),
     "fewer ranks than an axis has": (["--tp", "2", "--nproc", "1"], "try 2 ranks"),
     "a stream cut over one rank": (["--sp"], "give --tp 2"),
-    "kept, what is not gathered": (["--sp-keep", "--tp", "2"], "give --sp too"),
+    "kept, what is not gathered": (["--sp-save-gathered", "--tp", "2"], "give --sp too"),
     "an unknown model": (["--model", "gigantic"], "test, nano, micro"),
     "an unknown flag": (["--modle", "nano"], "did you mean --model? see nanoinfra train --help"),
     "a flag cut short": (["--step", "5"], "option --step; did you mean --steps? see nanoinfra train --help"),
@@ -101,9 +101,9 @@ MISTAKES = {
     "a file that is no text": (["--data", "{tmp}/binary"], "UTF-8"),
     "an --out that is a file": (["--out", "{tmp}/binary"], "binary"),
     "an --out that is a file, for two ranks": (["--out", "{tmp}/binary", "--dp", "2"], "binary"),
-    "a wire that is no wire": (["--wire", "dp=fast"], "dp=20e-6,1e9"),
+    "a wire that is no wire": (["--emulate-link", "dp=fast"], "dp=20e-6,1e9"),
     "no steps": (["--steps", "0"], "at least 1"),
-    "ZeRO and another way to send": (["--zero", "2", "--data-parallel", "each"], "leave one of them out"),
+    "ZeRO and another way to send": (["--zero", "2", "--grad-sync", "each"], "leave one of them out"),
     "selective recompute of a fused core": (["--recompute", "selective"], "--attention naive"),
     "nothing to resume": (["--resume", "--out", "{tmp}/new"], "start without --resume"),
 }
@@ -198,7 +198,7 @@ def test_a_mistake_only_ranks_can_see_is_one_line_too(tmp_path):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
-    monkeypatch.setattr("nanoinfra.train.trainer.count_valid", lambda *_: int("not a number"))
+    monkeypatch.setattr("nanoinfra.train.trainer.count_valid_tokens", lambda *_: int("not a number"))
     with pytest.raises(ValueError, match="invalid literal"):
         main([*QUICK, "--steps", "1", "--out", str(tmp_path)])
 
@@ -223,14 +223,14 @@ def test_full_disk_at_any_write_leaves_the_last_checkpoint_good(tmp_path, monkey
     capsys.readouterr()
     for fails in sorted({*range(0, writes, every), writes - 1}):
         with monkeypatch.context() as patch:
-            patch.setattr(manifest, "write_all", FullDisk(fails))
+            patch.setattr(manifest, "write_all_bytes", FullDisk(fails))
             assert main([*QUICK, "--steps", "3", "--resume", "--out", str(tmp_path)]) == 2
         said = capsys.readouterr().err
         assert "No space left on device" in said and said.count("\n") == 1, said
-        assert checkpoint.newest(tmp_path / "checkpoints").name == "step_00000002"
+        assert checkpoint.find_newest_checkpoint(tmp_path / "checkpoints").name == "step_00000002"
         assert not list((tmp_path / "checkpoints").glob("*.tmp"))
     assert main([*QUICK, "--steps", "3", "--resume", "--out", str(tmp_path)]) == 0
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in metrics.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_file_size_limit_stops_with_one_line(tmp_path):
@@ -240,7 +240,7 @@ def test_file_size_limit_stops_with_one_line(tmp_path):
     done = subprocess.run(limited, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "File too large" in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert checkpoint.newest(tmp_path / "checkpoints") is None
+    assert checkpoint.find_newest_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_checkpoint(tmp_path, capsys):
@@ -249,13 +249,13 @@ def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_checkpoint(tmp_pa
     said = capsys.readouterr().err
     assert "step" in said and "nan" in said and "the last checkpoint is" in said, said
     assert said.count("\n") == 1, said
-    assert checkpoint.newest(tmp_path / "checkpoints") is not None
+    assert checkpoint.find_newest_checkpoint(tmp_path / "checkpoints") is not None
 
 
 def test_run_directory_holds_what_the_contract_says(tmp_path):
     trace = tmp_path / "trace.json"
     assert main([*QUICK, "--steps", "3", "--out", str(tmp_path), "--trace", str(trace)]) == 0
-    lines = metrics.read(tmp_path / "metrics.jsonl")
+    lines = metrics.read_metrics(tmp_path / "metrics.jsonl")
     keys = {"step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s",
             "mfu", "peak_bytes", "comm"}
     assert [set(line) for line in lines] == [keys] * 3
@@ -271,7 +271,7 @@ class FullDisk:
     """The disk is full from write number `fails` on."""
 
     def __init__(self, fails):
-        self.left, self.write = fails, manifest.write_all
+        self.left, self.write = fails, manifest.write_all_bytes
 
     def __call__(self, file, data):
         if self.left == 0:
@@ -284,7 +284,7 @@ def count_writes(monkeypatch, tmp_path):
     """Writes of one save, counted on a run beside."""
     counter = FullDisk(-1)
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write_all", counter)
+        patch.setattr(manifest, "write_all_bytes", counter)
         assert main([*QUICK, "--steps", "1", "--out", str(tmp_path / "count")]) == 0
     return -1 - counter.left
 

@@ -21,7 +21,7 @@ def test_losses_on_cuda_are_the_cpus(tmp_path, dp):
         out = tmp_path / device
         argv = ["train", *FLAGS, "--dp", str(dp), "--device", device, "--out", str(out)]
         subprocess.run([sys.executable, "-m", "nanoinfra.cli", *argv], check=True)
-        lines[device] = metrics.read(out / "metrics.jsonl")
+        lines[device] = metrics.read_metrics(out / "metrics.jsonl")
     for want, got in zip(lines["cpu"], lines["cuda"], strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-8)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-8)

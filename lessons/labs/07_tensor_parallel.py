@@ -33,11 +33,11 @@ from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.parallel.tensor_parallel import TensorParallelRegion
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
-from nanoinfra.train.loss import count_valid
-from nanoinfra.train.step import execute
-from nanoinfra.train.train_stage import Replica
+from nanoinfra.train.loss import count_valid_tokens
+from nanoinfra.train.step import execute_schedule
+from nanoinfra.train.train_stage import TrainStage
 
-MODES = {"none": {}, "keep": {"sp": True, "sp_keep": True}, "gather": {"sp": True}}
+MODES = {"none": {}, "keep": {"sp": True, "sp_save_gathered": True}, "gather": {"sp": True}}
 WIRES = {"real": {}, "node": {"tp": (20e-6, 112.5e6)}, "net": {"tp": (20e-6, 12.5e6)}}      # s, bytes/s
 TAGS = ("ends", "loss", "tp grads")                                  # besides "layers"
 PREDICTIONS = {f"L07.lab_{what}_{mode}": unit for what, unit in
@@ -110,7 +110,7 @@ def train(mesh, config, mode, broken):
     mode = "keep" if (broken, mode) == ("kept-after-all", "gather") else mode
     flags = TrainFlags(ModelFlags(dtype="bfloat16"), mesh=MeshFlags(tp=mesh.tp.size, **MODES[mode]))
     with mistake(broken):
-        replica = Replica(config, flags, mesh)
+        replica = TrainStage(config, flags, mesh)
         _, *steps = [step(mesh, replica) for _ in range(STEPS)]
         kept = kept_by_layer(mesh, replica)
     sents, waits, seconds = zip(*steps)
@@ -129,13 +129,13 @@ def mistake(broken):
 
 def step(mesh, replica):
     """({(op, tag): (calls, bytes)}, seconds that no rank could avoid to wait in layers, seconds)."""
-    batches = [tokens(mesh, replica.parallel.chunks[0].model.config.vocab)]
-    [count] = count_valid(batches, mesh.data)
+    batches = [tokens(mesh, replica.parallel_model.chunks[0].model.config.vocab)]
+    [count] = count_valid_tokens(batches, mesh.data)
     comm.barrier(mesh.tp)
     mesh.comm_log.take_records()
     begin = time.monotonic()
-    replica.begin(batches, count, lr=1e-3)
-    execute(gradient_accumulation_schedule(1), replica)
+    replica.begin_step(batches, count, lr=1e-3)
+    execute_schedule(gradient_accumulation_schedule(1), replica)
     rows = [row for row in mesh.comm_log.take_records() if row.tag in ("layers", *TAGS)]
     if mesh.device == "cuda":
         torch.cuda.synchronize()
@@ -156,12 +156,12 @@ def tokens(mesh, vocab):
 
 def kept_by_layer(mesh, replica):
     """Bytes that a layer's forward leaves for backward: those kept after the second, less after the first."""
-    batches, marks = [tokens(mesh, replica.parallel.chunks[0].model.config.vocab)], []
-    [count] = count_valid(batches, mesh.data)
-    replica.begin(batches, count, lr=0.0)
-    with Kept(replica.parallel.chunks[0].model.parameters()) as kept:
+    batches, marks = [tokens(mesh, replica.parallel_model.chunks[0].model.config.vocab)], []
+    [count] = count_valid_tokens(batches, mesh.data)
+    replica.begin_step(batches, count, lr=0.0)
+    with Kept(replica.parallel_model.chunks[0].model.parameters()) as kept:
         hooks = [block.register_forward_hook(lambda *_: marks.append(kept.bytes()))
-                 for block in replica.parallel.chunks[0].model.blocks]
+                 for block in replica.parallel_model.chunks[0].model.blocks]
         replica.forward(0)
     for hook in hooks:
         hook.remove()

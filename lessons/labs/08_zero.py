@@ -23,9 +23,9 @@ from nanoinfra.lab.table import Grid
 from nanoinfra.parallel.pipeline.schedules import Backward, ReduceGrads, gradient_accumulation_schedule
 from nanoinfra.parallel.zero import FSDPParamGroup
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
-from nanoinfra.train.loss import count_valid
-from nanoinfra.train.step import execute
-from nanoinfra.train.train_stage import Replica
+from nanoinfra.train.loss import count_valid_tokens
+from nanoinfra.train.step import execute_schedule
+from nanoinfra.train.train_stage import TrainStage
 
 STAGES = (0, 1, 2, 3)
 PREDICTIONS = {f"L08.lab_{what}_{stage}": "B" for what in ("held", "sent") for stage in STAGES}
@@ -70,7 +70,7 @@ def train(mesh, config, stage, broken):
     flags = TrainFlags(ModelFlags(dtype="bfloat16", grad_dtype="bfloat16"), mesh=MeshFlags(zero=stage))
     free = (lambda unit: None) if broken == "never-freed" else FSDPParamGroup.reshard
     with mock.patch.object(FSDPParamGroup, "reshard", free):
-        replica = Replica(config, flags, mesh)
+        replica = TrainStage(config, flags, mesh)
         _, *steps = [step(mesh, replica) for _ in range(STEPS)]
     helds, rows, seconds = zip(*steps)                               # helds (steps, 2 moments, 3 kinds)
     held = comm.all_reduce(torch.tensor(helds).amax((0, 1)), mesh.data, op="max").tolist()
@@ -81,13 +81,13 @@ def train(mesh, config, stage, broken):
 def step(mesh, replica):
     """([bytes held by kind] at two moments, the ledger's rows of weights and gradients, seconds) of one."""
     batches, held = share(mesh), []
-    [count] = count_valid(batches, mesh.data)
+    [count] = count_valid_tokens(batches, mesh.data)
     comm.barrier(mesh.data)
     mesh.comm_log.take_records()
     begin = time.monotonic()
-    replica.begin(batches, count, lr=1e-3)
+    replica.begin_step(batches, count, lr=1e-3)
     for instruction in gradient_accumulation_schedule(MICRO_BATCHES):
-        execute([instruction], replica)
+        execute_schedule([instruction], replica)
         if instruction in (Backward(0), ReduceGrads()):
             held.append(held_by(replica))
     rows = [row for row in mesh.comm_log.take_records() if row.tag in ("weights", "grads")]
@@ -106,14 +106,14 @@ def share(mesh):
 
 def held_by(replica):
     """Bytes of [weights, gradients, optimizer with masters], each storage once."""
-    shared = replica.parallel.chunks[0].data_parallel
+    shared = replica.parallel_model.chunks[0].data_parallel
     if reducer := getattr(shared, "reducer", None):                  # ZeRO's
         filling = [bucket.flat_grads for bucket in reducer.buckets if bucket.flat_grads is not None]
         gradients = [*reducer.grads.values(), *filling]
     else:
         gradients = [bucket.flat_grads for bucket in shared.buckets]
-    return [nbytes(tensors) for tensors in (replica.parallel.chunks[0].model.parameters(), gradients,
-                                            replica.optimizer.state().values())]
+    return [nbytes(tensors) for tensors in (replica.parallel_model.chunks[0].model.parameters(), gradients,
+                                            replica.optimizer.state_dict().values())]
 
 
 def nbytes(tensors):

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from nanoinfra.config import sized
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.collectives import ring_seconds
@@ -30,7 +30,7 @@ from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
 from nanoinfra.parallel.parallelize import ParallelModel
 from nanoinfra.train.config import OptimizerFlags
-from nanoinfra.train.step import execute
+from nanoinfra.train.step import execute_schedule
 
 MESHES, AXES, NET = ("copies", "cut", "deep", "cube"), ("pp", "dp", "tp"), (20e-6, 12.5e6)      # s, bytes/s
 SENT = ("copies_dp", "cut_tp", "deep_pp", "deep_tied", "cube_tp", "cube_pp", "cube_dp", "cube_tied")
@@ -98,7 +98,7 @@ def train(mesh, config, sizes, wire=None, broken="", steps=STEPS):
     total = comm.all_reduce(torch.tensor([*mine.values()]), mesh.world).tolist()
     loss = comm.all_reduce(replica.loss.clone(), mesh.world).item() / here.tp.size   # the last stages have it
     return {"sent": dict(zip(mine, total)), "rows": rows, "loss": loss, "norm": replica.grad_norm,
-            "grads": {name: (replica.parallel.shard_bounds(name), grad)
+            "grads": {name: (replica.parallel_model.shard_bounds(name), grad)
                       for name, grad in replica.grads.items()},
             "seconds": [seconds for _, seconds in done[1:]]}
 
@@ -115,7 +115,7 @@ def mistake(broken):
 
 def step(mesh, replica, batches, broken):
     """(the ledger's rows until all gradients are summed, seconds) of one step, which moves no weight."""
-    own = sum(int((y != IGNORE).sum()) for _, y in batches)
+    own = sum(int((y != IGNORE_INDEX).sum()) for _, y in batches)
     count = own if broken == "own-tokens" else valid(SEQUENCES, T)
     turns = [[one] for one in batches] if broken == "every-micro-batch" else [batches]
     grads, loss = {}, 0
@@ -123,8 +123,8 @@ def step(mesh, replica, batches, broken):
     mesh.comm_log.take_records()
     begin = time.monotonic()
     for turn in turns:
-        replica.begin(turn, count, lr=0.0)
-        execute(replica.schedule(len(turn))[:-1], replica)
+        replica.begin_step(turn, count, lr=0.0)
+        execute_schedule(replica.build_step_schedule(len(turn))[:-1], replica)
         grads = {name: grads.get(name, 0.0) + grad for name, grad in replica.grads.items()}
         loss = loss + replica.loss
     rows, replica.grads, replica.loss = mesh.comm_log.take_records(), grads, loss

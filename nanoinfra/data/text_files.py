@@ -1,8 +1,8 @@
-"""The text files of a folder, each decoded, or left out with a reason that a run can tell.
+"""Reading the text files of a folder; a file that cannot be read is left out with a reason.
 
-UTF-8 is read, with or without a byte order mark; no other encoding is guessed. Links are followed. A file is
-read once, whatever links lead to it, under its own name where that lies in the folder and else under the
-first link's in order; so it cannot come to lie on both sides of the split. Feeds corpus.py.
+UTF-8 is read, with or without a byte order mark; no other encoding is guessed. Symbolic links are followed. A
+file is read once, whatever links lead to it, under its own name if that lies in the folder, else under the
+first link's name; so it cannot be on both sides of the train and held-out split. Feeds corpus.py.
 """
 import codecs
 import os
@@ -12,34 +12,34 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Skipped(NamedTuple):
+class SkippedFile(NamedTuple):
     """A file, folder or link that is left out."""
     path: str                  # relative to the corpus, with /
     reason: str
 
 
-def read_folder(root: Path, enter: Callable[[str], bool], suffix: str = "",
-                follow: bool = True) -> tuple[list[tuple[str, str]], list[Skipped]]:
-    """(relative path, text) of every text file below `root`, sorted, and what is left out.
+def read_text_folder(root: Path, enter_folder: Callable[[str], bool], suffix: str = "",
+                     follow_links: bool = True) -> tuple[list[tuple[str, str]], list[SkippedFile]]:
+    """Return (relative path, text) of every text file below `root`, sorted, and what was left out.
 
-    Folders are entered where `enter(name)`, links to folders with `follow` too; a hidden folder that is not
-    entered counts as left out. Raises OSError where `root` itself cannot be read.
+    A folder is entered when `enter_folder(name)` is true, a link to a folder only with `follow_links` too; a
+    hidden folder that is not entered counts as left out. Raises OSError when `root` itself cannot be read.
     """
     os.listdir(root)
-    tree = _Tree(root, enter, suffix, follow)
+    tree = _Tree(root, enter_folder, suffix, follow_links)
     tree.walk(root)
     tree.follow_links()
     documents = []
     for path in tree.files:
         try:
-            documents.append((tree.name(path), read_text(path)))
+            documents.append((tree.name(path), read_text_file(path)))
         except OSError as error:
             tree.skip(path, error.strerror)
     return sorted(documents), tree.skipped
 
 
-def read_text(path: Path) -> str:
-    """The text of a file, without its byte order mark. Raises OSError, with the reason, where it is none."""
+def read_text_file(path: Path) -> str:
+    """Return the text of a file, without its byte order mark. Raises OSError when it is no UTF-8 text."""
     if path.exists() and not path.is_file():
         raise OSError(0, "not a regular file")       # a pipe would wait for a writer for ever
     data = path.read_bytes()
@@ -53,8 +53,8 @@ def read_text(path: Path) -> str:
     return text
 
 
-def reasons(skipped: Iterable[Skipped]) -> str:
-    """How many are left out for each reason, the most frequent first, with an example each."""
+def summarize_skip_reasons(skipped: Iterable[SkippedFile]) -> str:
+    """Summarize how many files are left out for each reason, most frequent first, with an example each."""
     skipped = list(skipped)
     first = {reason: path for path, reason in reversed(skipped)}
     counts = Counter(reason for _, reason in skipped).most_common()
@@ -65,8 +65,10 @@ class _Tree:
     """What is found below `root`: `files` to read, `links` still to follow, and all that was `seen`."""
 
     def __init__(self, root, enter, suffix, follow):
-        self.root, self.enter, self.suffix, self.follow = root, enter, suffix, follow
-        self.files, self.links, self.skipped, self.seen = [], deque(), [], set()
+        self.root, self.enter = root, enter
+        self.suffix, self.follow = suffix, follow
+        self.files, self.links = [], deque()
+        self.skipped, self.seen = [], set()
 
     def walk(self, top, linked=False):
         """Take what lies below `top`; what a link has led to may have been seen before."""
@@ -91,7 +93,7 @@ class _Tree:
                 self._take(link, linked=True)
 
     def skip(self, path, reason):
-        self.skipped.append(Skipped(self.name(path), reason))
+        self.skipped.append(SkippedFile(self.name(path), reason))
 
     def name(self, path):
         return path.relative_to(self.root).as_posix()
@@ -119,7 +121,7 @@ class _Tree:
         return seen
 
     def _closed(self, error):
-        self.skipped.append(Skipped(error.filename, error.strerror))
+        self.skipped.append(SkippedFile(error.filename, error.strerror))
 
 
 def _identity(path):

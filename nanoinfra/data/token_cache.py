@@ -1,10 +1,9 @@
-"""A folder that is either whole or absent: what several ranks may build at once without harming each other.
+"""The on-disk cache of trained tokenizers and packed tokens; several ranks may build an entry at once.
 
-Everyone who finds it missing writes a copy of their own beside it; one rename puts the first copy in place,
-the others throw theirs away. A process killed half-way leaves a stray `tmp*` folder and no entry. An entry
-lists the SHA-256 of its files; whoever opens it verifies them, at 1 to 2 GB/s, and what is not as it was
-written is removed, said and built again. Holds the tokenizer and the packed tokens, under names that carry
-the hash of all they were made from.
+Each process that finds an entry missing writes its own copy beside it; one rename puts the first copy in
+place and the others are thrown away, so that an entry is complete or absent. A killed process leaves a stray
+`tmp*` folder and no entry. An entry lists the SHA-256 of its files and is verified when opened (1 to 2 GB/s);
+a damaged one is reported, removed and built again. Names of entries carry the hash of what they were made of.
 """
 import hashlib
 import json
@@ -15,48 +14,51 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-FORMAT = "v2"                  # raise it with any change to how an entry is made: old ones are then ignored
-CONTENT, SUMS = "content", "sha256.json"     # an entry: a folder of files, and {name: SHA-256} of them
+_CACHE_FORMAT = "v2"  # raise it with any change to how entries are made; older ones are then ignored
+# an entry: a folder of files, and {name: SHA-256} of them
+CHECKSUMS_FILE = "sha256.json"               # of an entry: {name: SHA-256} of the files in its folder
+CONTENT_FOLDER = "content"
 
 
-def cached_folder(name: str, fill: Callable[[Path], None], cache: str | Path | None = None) -> Path:
-    """A folder with the files that `fill(folder)` writes, which is called where the cache has them not.
+def get_or_build_folder(name: str, write_files: Callable[[Path], None],
+                        cache: str | Path | None = None) -> Path:
+    """Return the cached folder `name`; when it is missing or damaged, `write_files(folder)` fills it first.
 
-    `cache` is ~/.cache/nanoinfra by default. Raises ValueError where it cannot be written.
+    `cache` is ~/.cache/nanoinfra by default. Raises ValueError when it cannot be written.
     """
-    root = cache_root(cache)
+    root = _cache_root(cache)
     entry = root / name
     try:
         if not _is_whole(entry):
             root.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=root) as own:
-                _write(Path(own) / name, fill)
+                _write(Path(own) / name, write_files)
                 _put(Path(own) / name, entry)
     except OSError as error:
         raise _unwritable(root, error) from error
-    return entry / CONTENT
+    return entry / CONTENT_FOLDER
 
 
-def cache_root(cache: str | Path | None = None) -> Path:
-    """Where entries lie: in `cache`, else $XDG_CACHE_HOME/nanoinfra, else ~/.cache/nanoinfra.
+def _cache_root(cache: str | Path | None = None) -> Path:
+    """The cache folder: `cache`, else $XDG_CACHE_HOME/nanoinfra, else ~/.cache/nanoinfra.
 
-    Raises ValueError where neither says a folder, nor the system for this user.
+    Raises ValueError when there is no home folder either.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
     if cache is not None:
-        return Path(cache) / FORMAT
+        return Path(cache) / _CACHE_FORMAT
     if os.path.isabs(given):                 # by its specification others do not count
-        return Path(given) / "nanoinfra" / FORMAT
+        return Path(given) / "nanoinfra" / _CACHE_FORMAT
     try:
-        return Path.home() / ".cache" / "nanoinfra" / FORMAT
+        return Path.home() / ".cache" / "nanoinfra" / _CACHE_FORMAT
     except RuntimeError as error:
         raise ValueError(f"there is no home folder to keep tokenizer and tokens in ({error}); set "
                          "XDG_CACHE_HOME or HOME to a folder that can be written") from error
 
 
-def check_cache() -> None:
-    """Make the folder of the cache. Raises ValueError where it is not there and cannot be made."""
-    root = cache_root()
+def check_cache_writable() -> None:
+    """Make the cache folder. Raises ValueError when it does not exist and cannot be made."""
+    root = _cache_root()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -68,24 +70,24 @@ def _unwritable(root, error):
                       "or set XDG_CACHE_HOME to a folder that can be written")
 
 
-def _write(entry, fill):
-    content = entry / CONTENT
+def _write(entry, write_files):
+    content = entry / CONTENT_FOLDER
     content.mkdir(parents=True)
-    fill(content)
+    write_files(content)
     sums = {path.name: _sha256(path) for path in sorted(content.iterdir())}
-    (entry / SUMS).write_text(json.dumps(sums, indent=2))
+    (entry / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2))
 
 
 def _put(own, entry):
     try:
         os.rename(own, entry)
     except OSError:
-        if not (entry / CONTENT).is_dir():   # a folder that is there is another rank's, equal to ours
+        if not (entry / CONTENT_FOLDER).is_dir():   # another rank was first; its folder is equal
             raise
 
 
 def _is_whole(entry):
-    """Is it there, every byte as it was written? What is not is taken out of the way."""
+    """Whether the entry exists with every byte as it was written; a damaged entry is removed."""
     if (looked_at := _inode(entry)) is None:
         return False
     if fault := _fault(entry):
@@ -97,9 +99,9 @@ def _is_whole(entry):
 
 
 def _fault(entry):
-    """What is wrong with an entry, in words; None where nothing is."""
+    """What is wrong with an entry, in words; None when it is good."""
     try:
-        listed, content = json.loads((entry / SUMS).read_bytes()), entry / CONTENT
+        listed, content = json.loads((entry / CHECKSUMS_FILE).read_bytes()), entry / CONTENT_FOLDER
         if not isinstance(listed, dict) or {path.name for path in content.iterdir()} != set(listed):
             return "holds other files than were written"
         changed = [name for name, sha256 in listed.items() if _sha256(content / name) != sha256]
@@ -109,7 +111,7 @@ def _fault(entry):
 
 
 def _inode(path):
-    """What tells a folder from another of its name; None where there is none."""
+    """The inode, which tells a folder from another of the same name; None when there is no folder."""
     try:
         return path.lstat().st_ino
     except FileNotFoundError:

@@ -11,7 +11,7 @@ from math import inf, prod
 import torch
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.lab import draw
@@ -19,8 +19,8 @@ from nanoinfra.lab.nap import emulate
 from nanoinfra.lab.predict import quantity
 from nanoinfra.parallel.pipeline.schedules import ReduceGrads
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, TrainFlags
-from nanoinfra.train.step import execute
-from nanoinfra.train.train_stage import Replica
+from nanoinfra.train.step import execute_schedule
+from nanoinfra.train.train_stage import TrainStage
 
 COLOURS = {"tp": draw.BLUE, "pp": draw.ORANGE, "dp": draw.GREEN}
 WAYS = {"pp": (1.5, 0.0), "dp": (0.55, 0.5), "tp": (0.0, 1.0)}       # of an axis on paper, a place on it
@@ -42,11 +42,11 @@ def step_of(config: ModelConfig, flags: TrainFlags, seq: int, norm: Callable | N
     mesh = _mesh(flags)
     replica, batches = stage_of(config, flags, mesh, seq)
     mesh.comm_log.take_records()
-    replica.begin(batches, valid(flags.data.global_batch, seq))
-    execute(replica.schedule(len(batches))[:-1], replica)                # all but the optimizer's step
+    replica.begin_step(batches, valid(flags.data.global_batch, seq))
+    execute_schedule(replica.build_step_schedule(len(batches))[:-1], replica)  # all but the optimizer's step
     rows, grads = mesh.comm_log.take_records(), {}
     for name, grad in replica.grads.items():
-        box = replica.parallel.shard_bounds(name)
+        box = replica.parallel_model.shard_bounds(name)
         size = [stop - start for start, stop in box]
         grads[name] = box, grad.reshape(-1)[:prod(size)].view(size).clone()      # ZeRO's last has zeros after
     own = norm(replica.grads, mesh, mesh.first_last_subgroup("pp")) if norm else None
@@ -63,18 +63,18 @@ def paced(config: ModelConfig, flags: TrainFlags, seq: int, wire: dict[str, tupl
     """
     mesh, trials = _mesh(flags, wire), []
     replica, batches = stage_of(config, flags, mesh, seq)
-    emulate(replica.parallel.chunks[0].model.blocks, 2 * seconds / flags.data.micro_batch)
-    order = replica.schedule(len(batches))
+    emulate(replica.parallel_model.chunks[0].model.blocks, 2 * seconds / flags.data.micro_batch)
+    order = replica.build_step_schedule(len(batches))
     for _ in range(repeats + 1):
         comm.barrier(mesh.world)
         begin = time.monotonic()
-        replica.begin(batches, valid(flags.data.global_batch, seq))
-        execute(order[:order.index(ReduceGrads()) + 1], replica)
+        replica.begin_step(batches, valid(flags.data.global_batch, seq))
+        execute_schedule(order[:order.index(ReduceGrads()) + 1], replica)
         trials.append(time.monotonic() - begin)
     return trials[1:]                                                    # the first one warms up
 
 
-def stage_of(config: ModelConfig, flags: TrainFlags, mesh, seq: int) -> tuple[Replica, list]:
+def stage_of(config: ModelConfig, flags: TrainFlags, mesh, seq: int) -> tuple[TrainStage, list]:
     """The trainer's stage of this rank, and its data rank's micro-batches [(x, y)], (B, T) each.
 
     Sequence g of the step has `seq` - g % `seq` valid targets: data ranks have different numbers of them.
@@ -82,9 +82,9 @@ def stage_of(config: ModelConfig, flags: TrainFlags, mesh, seq: int) -> tuple[Re
     x, y = torch.randint(config.vocab, (2, flags.data.global_batch, seq),
                          generator=torch.Generator().manual_seed(0))     # (G, T)
     for g, row in enumerate(y):
-        row[:g % seq] = IGNORE
+        row[:g % seq] = IGNORE_INDEX
     x, y = (part[mesh.data.rank::mesh.data.size].split(flags.data.micro_batch) for part in (x, y))
-    return Replica(config, flags, mesh), list(zip(x, y))
+    return TrainStage(config, flags, mesh), list(zip(x, y))
 
 
 def valid(sequences: int, seq: int) -> int:

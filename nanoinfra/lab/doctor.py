@@ -20,7 +20,7 @@ from nanoinfra.lab.measure import median
 from nanoinfra.lab.options import DoctorFlags
 from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
-from nanoinfra.train.config import parse_wire, plan_mesh
+from nanoinfra.train.config import mesh_axis_sizes, parse_emulated_links
 
 DTYPES = ("float32", "bfloat16")
 
@@ -28,7 +28,7 @@ DTYPES = ("float32", "bfloat16")
 def doctor(flags: DoctorFlags) -> dict:
     """Measure on the ranks of this run; rank 0 prints, and writes --out. The same report on every rank."""
     set_torch_threads(flags.threads)
-    mesh = Mesh(**plan_mesh(flags.mesh, world_size()), emulated_links=parse_wire(flags.wire),
+    mesh = Mesh(**mesh_axis_sizes(flags.mesh, world_size()), emulated_links=parse_emulated_links(flags.emulate_link),
                 device=flags.device)
     report = {"nanoinfra": 1, "hosts": hosts(mesh), "device": flags.device, "ranks": mesh.world.size,
               "threads": torch.get_num_threads(),

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanoinfra.train.config import MeshFlags, parse_wire, plan_mesh, ranks_wanted
+from nanoinfra.train.config import MeshFlags, mesh_axis_sizes, num_ranks_to_start, parse_emulated_links
 
 
 @dataclass(frozen=True)
@@ -16,21 +16,21 @@ class DoctorFlags:
     tp: int = 1                              # tensor parallel
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None               # a rank; default: OMP_NUM_THREADS, or cores / ranks
-    wire: tuple[str, ...] = ()               # emulate AXIS=LATENCY,BANDWIDTH, in s and bytes/s
+    emulate_link: tuple[str, ...] = ()               # emulate AXIS=LATENCY,BANDWIDTH, in s and bytes/s
     out: Path | None = None                  # write the numbers here too, as JSON
 
     @property
     def mesh(self) -> MeshFlags:
         """The flags that shape the mesh, as `nanoinfra train` has them."""
         return MeshFlags(nproc=self.nproc, dp=self.dp, pp=self.pp, cp=self.cp, tp=self.tp,
-                         device=self.device, threads=self.threads, wire=self.wire)
+                         device=self.device, threads=self.threads, emulate_link=self.emulate_link)
 
 
 def check(flags: DoctorFlags) -> int:
     """How many ranks to start. Raises ValueError for a mesh, a wire or a file that cannot be."""
-    world = ranks_wanted(flags.mesh)
-    plan_mesh(flags.mesh, world)
-    parse_wire(flags.wire)
+    world = num_ranks_to_start(flags.mesh)
+    mesh_axis_sizes(flags.mesh, world)
+    parse_emulated_links(flags.emulate_link)
     if flags.threads is not None and flags.threads < 1:
         raise ValueError(f"--threads {flags.threads} is too small; give at least 1")
     if flags.out and not flags.out.parent.is_dir():

@@ -28,8 +28,8 @@ from nanoinfra.parallel.pipeline.schedules import (
 from nanoinfra.parallel.pipeline.simulator import chunks_per_stage
 from nanoinfra.parallel.pipeline.stage import PipelineStage
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
-from nanoinfra.train.step import execute
-from nanoinfra.train.train_stage import Replica
+from nanoinfra.train.step import execute_schedule
+from nanoinfra.train.train_stage import TrainStage
 
 
 def scheduled(order: Callable, p: int, m: int) -> list[list]:
@@ -88,7 +88,7 @@ def rehearse(lists: list[list], times: Sequence[float], slot: float = 0.0, devic
     for _ in range(repeats):
         stage = Sleeper(mesh, times, slot, chunks_per_stage(lists), halves)
         comm.barrier(mesh.pp)
-        execute(order, stage)
+        execute_schedule(order, stage)
         stage.wait_sends()
         trials.append((stage.real, stage.counted))
     return trials
@@ -104,8 +104,9 @@ def train(config: ModelConfig, kind: str, p: int, v: int, batches: list, dtype: 
     """
     mesh = Mesh(pp=p, dp=world_size() // p, device=device)
     flags = TrainFlags(ModelFlags(dtype=dtype), mesh=MeshFlags(pp=p), pipeline=PipelineFlags(kind, v))
-    replica = Replica(config, flags, mesh)
-    order = (lists[mesh.pp.rank] if lists else replica.schedule(len(batches)))[:-1]      # all but the step
+    replica = TrainStage(config, flags, mesh)
+    # all but the step
+    order = (lists[mesh.pp.rank] if lists else replica.build_step_schedule(len(batches)))[:-1]
     _, *steps = [_step(mesh, replica, order, batches) for _ in range(1 + repeats)]
     return {"loss": replica.loss.item(), "grads": {name: g.cpu() for name, g in replica.grads.items()},
             **steps[-1], "seconds": [step["seconds"] for step in steps]}
@@ -113,13 +114,13 @@ def train(config: ModelConfig, kind: str, p: int, v: int, batches: list, dtype: 
 
 def _step(mesh, replica, order, batches):
     """Gradients of one step, and what was seen meanwhile."""
-    replica.begin(batches, sum(y.numel() for _, y in batches) * mesh.data.size)
-    kept = _Kept(parameter for chunk in replica.parallel.chunks for parameter in chunk.model.parameters())
-    hooks = [hook for chunk in replica.parallel.chunks for hook in _keeping(chunk.model.blocks, kept)]
+    replica.begin_step(batches, sum(y.numel() for _, y in batches) * mesh.data.size)
+    kept = _Kept(parameter for chunk in replica.parallel_model.chunks for parameter in chunk.model.parameters())
+    hooks = [hook for chunk in replica.parallel_model.chunks for hook in _keeping(chunk.model.blocks, kept)]
     comm.barrier(mesh.pp)
     mesh.comm_log.take_records()
     begin = time.monotonic()
-    spans = execute(order, replica)
+    spans = execute_schedule(order, replica)
     if mesh.device == "cuda":
         torch.cuda.synchronize()
     rows = mesh.comm_log.take_records()

@@ -23,8 +23,8 @@ from nanoinfra.lab.measure import Measurement, machine
 from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
 from nanoinfra.lab.where import project, root, shown, work
-from nanoinfra.train.launch.elastic_rank import is_rank
-from nanoinfra.train.launch.signals import Hearing, end_at_once
+from nanoinfra.train.launch.elastic_rank import is_rank_process
+from nanoinfra.train.launch.signals import SignalListener, exit_immediately
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # the launcher's
 
@@ -34,10 +34,10 @@ def run(lab: ModuleType, model: str, broken: str = "") -> int:
     import torch
 
     from nanoinfra.distributed.mesh import Mesh
-    from nanoinfra.train.launch.elastic_rank import process_group
+    from nanoinfra.train.launch.elastic_rank import rank_process_group
     device = "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "cpu"
     torch.set_num_threads(1)                           # so that times on 1, 2, 4, 8 ranks compare
-    with process_group(device, work()):
+    with rank_process_group(device, work()):
         measured = lab.measure(Mesh(dp=WORLD, device=device), model, broken)
     if RANK:
         return 0
@@ -186,13 +186,13 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(2)                              # torchrun ends all as soon as one has ended
         return 2
     try:
-        if not is_rank():
+        if not is_rank_process():
             print(_progress(lab), flush=True)
         if given.check:
             return 0
-        if given.nproc > 1 and not is_rank():
-            from nanoinfra.train.launch.launcher import launch
-            return launch(argv, given.nproc, module="nanoinfra.lab.run")
+        if given.nproc > 1 and not is_rank_process():
+            from nanoinfra.train.launch.launcher import launch_ranks
+            return launch_ranks(argv, given.nproc, module="nanoinfra.lab.run")
         return run(lab, model, given.broken)
     except Exception as error:
         print(_failure(lab, error), file=sys.stderr)
@@ -200,5 +200,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    Hearing(end_at_once).start()
+    SignalListener(exit_immediately).start()
     sys.exit(main())

@@ -21,7 +21,7 @@ from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.parallelize import fsdp_units
 from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
 from nanoinfra.parallel.zero import ZeroDataParallel
-from nanoinfra.train.optimizer import Optimizer
+from nanoinfra.train.optimizer import MixedPrecisionOptimizer
 
 KINDS = ("weights", "gradients", "masters", "moments")
 
@@ -37,7 +37,7 @@ def held_and_sent(config: ModelConfig, stage: int, n: int, micro_batches: int = 
     x, y = torch.zeros(2, 1, 8, dtype=torch.long)
     with Storages() as storages:
         net, last, shared = _cut(config, mesh, stage, bucket_bytes)
-        optimizer = Optimizer(shared.param_shards)
+        optimizer = MixedPrecisionOptimizer(shared.param_shards)
         storages.watch(nn.ModuleList([net, last]), mesh.comm_log)
         mesh.comm_log.take_records()
         looks = [kept(net, shared, optimizer)]                     # moments, from the first step on
@@ -63,15 +63,16 @@ def _cut(config, mesh, stage, bucket_bytes):
                                        torch.bfloat16, bucket_bytes)
 
 
-def kept(net: nn.Module, shared: DataParallel | ZeroDataParallel, optimizer: Optimizer) -> list[int]:
+def kept(net: nn.Module, shared: DataParallel | ZeroDataParallel, optimizer: MixedPrecisionOptimizer) -> list[int]:
     """Bytes of each of KINDS on this rank now; a freed parameter has none."""
     reducer = getattr(shared, "reducer", shared)
     filling = [bucket.flat_grads for bucket in reducer.buckets if bucket.flat_grads is not None]
     rows = reducer.grads.values() if isinstance(shared, ZeroDataParallel) else ()  # of what has arrived
-    moments = [m for name, m in optimizer.state().items() if name.startswith("exp_avg")]
+    moments = [m for name, m in optimizer.state_dict().items() if name.startswith("exp_avg")]
     weights = {s.data_ptr(): s.nbytes() for s in (p.untyped_storage() for p in net.parameters())}
     return [sum(weights.values()),
-            *(sum(t.nbytes for t in ts) for ts in ([*filling, *rows], optimizer.masters.values(), moments))]
+            *(sum(t.nbytes for t in ts) for ts
+              in ([*filling, *rows], optimizer.master_weights.values(), moments))]
 
 
 def stack_step(cut: Callable, layers: int, width: int, seconds: float, wire: tuple[float, float],

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import single_rank_axis
 from nanoinfra.parallel.tensor_parallel import (
@@ -122,7 +122,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         full_hidden, saved = region.gather_input(hidden, "ends")             # (B, T, C)
         logits = full_hidden.flatten(0, -2) @ weight.T                       # (N, V/t), becomes its gradient
         wide = torch.promote_types(logits.dtype, torch.float32)
-        valid, index = targets != IGNORE, targets - vocab_start
+        valid, index = targets != IGNORE_INDEX, targets - vocab_start
         is_local = valid & (index >= 0) & (index < len(weight))
         index = index.where(is_local, 0)[:, None]                            # (N, 1)
         log_sum_exp = _log_sum_exp(logits, region.axis, wide)                # (N,)

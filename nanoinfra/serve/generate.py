@@ -20,7 +20,7 @@ from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer
 from nanoinfra.serve.engine.requests import Request, SamplingParams, check_request
 from nanoinfra.serve.engine.sampler import Sampler
 from nanoinfra.serve.options import GenerateOptions
-from nanoinfra.train.pretrained import open_pretrained
+from nanoinfra.train.pretrained import open_pretrained_weights
 
 
 def generate(model: Decoder, prompt_token_ids: list[int], max_new_tokens: int, *, temperature: float = 0.0,
@@ -86,7 +86,7 @@ def main(options: GenerateOptions, write: Callable[[str], object] | None = None)
     if options.tp < 1:
         raise ValueError(f"--tp {options.tp}: a model is cut over at least 1 rank; leave it out")
     mesh = Mesh(tp=options.tp)
-    weights = open_pretrained(options.model, mesh.world)
+    weights = open_pretrained_weights(options.model, mesh.world)
     tokenizer, dtype = weights.text, getattr(torch, options.dtype)
     model = parallelize_for_serving(empty(weights.config), mesh, weights.read, dtype)
     write = write or _to_stdout if mesh.rank == 0 else _nowhere               # all ranks have the same tokens

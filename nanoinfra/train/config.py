@@ -1,7 +1,7 @@
-"""The flags of `nanoinfra train`, in five groups. No torch here: `--help` must answer at once.
+"""The flags of `nanoinfra train`, in six groups; no torch is imported, so that `--help` answers at once.
 
-Not every combination has to exist at once; `check` refuses one that does not, with the reason, before any
-rank starts. Sizes, learning rates and contexts that are not given follow from --model.
+`check_train_flags` refuses a combination that is not supported, with the reason, before any rank starts.
+Sizes, learning rates and contexts that are not given follow from --model.
 """
 import os
 from dataclasses import dataclass, field, fields
@@ -13,116 +13,117 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from nanoinfra.config import SIZES
-from nanoinfra.data.token_cache import check_cache
+from nanoinfra.data.token_cache import check_cache_writable
 from nanoinfra.distributed.mesh_check import check_mesh_size
 from nanoinfra.formulas.pipeline import split
 from nanoinfra.formulas.tensor_parallel import check_heads
 from nanoinfra.parallel.pipeline import schedules
 
-T = TypeVar("T")
-Flat = Annotated[T, tyro.conf.arg(name="")]              # a group's flags carry no prefix
-FINE_TUNING_LR = 1e-4                                    # where weights are given, and no --lr
-Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+_T = TypeVar("T")
+_Flat = Annotated[_T, tyro.conf.arg(name="")]  # the flags of a group have no prefix
+_FINE_TUNING_LR = 1e-4  # the peak learning rate when --model names weights and --lr is not given
+_DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class ModelFlags:
     """The model."""
-    model: str = "nano"                                  # a size (see README), a folder, smollm2-135m
-    vocab: int | None = None                             # vocabulary; default: the size's
-    untied: bool = False                                 # give the head weights of its own
-    attention: Literal["naive", "sdpa"] = "sdpa"         # naive writes the T x T scores to memory
-    recompute: Literal["none", "selective", "full"] = "none"  # what to run again in backward, not keep
-    dtype: Dtype = "float32"                             # to compute in; 16 bits have float32 masters
-    grad_dtype: Dtype | None = None                      # to sum gradients in; default: at least float32
-    freeze: tuple[str, ...] = ()                         # parameters to leave as they are: 'embed.*', ...
-    seed: int = 0                                        # of weights and of the order of samples
+    model: str = "nano"  # a size (table in README), a run directory, a Hugging Face folder, smollm2-135m
+    vocab: int | None = None  # vocabulary size of a model that is drawn; default: the size's
+    untied: bool = False  # give the output head weights of its own, not those of the embedding
+    attention: Literal["naive", "sdpa"] = "sdpa"  # naive writes the T x T scores to memory
+    recompute: Literal["none", "selective", "full"] = "none"  # activation checkpointing, in backward
+    dtype: _DtypeName = "float32"  # to compute in; 16-bit types have float32 master weights
+    grad_dtype: _DtypeName | None = None  # to sum gradients in; default: at least float32
+    freeze: tuple[str, ...] = ()  # parameters that are not trained, by name patterns: 'embed.*' 'blocks.0.*'
+    seed: int = 0  # of the initial weights and of the order of samples
 
 
 @dataclass(frozen=True)
 class DataFlags:
     """The data."""
-    data: str = "stdlib"                                 # stdlib, random, a text file, or a folder of them
-    seq: int | None = None                               # tokens in a sample; default: the model's context
-    micro_batch: int = 8                                 # sequences a data-parallel rank runs at once
-    global_batch: int | None = None                      # sequences in one step; default: micro-batch x dp
+    data: str = "stdlib"  # stdlib (Python's library), random (tokens), a text file, or a folder of text files
+    seq: int | None = None  # sequence length: tokens in a sample; default: the model's context
+    micro_batch: int = 8  # sequences in one forward pass of a data-parallel rank
+    global_batch: int | None = None  # sequences in one optimizer step; default: micro-batch x dp
 
 
 @dataclass(frozen=True)
 class MeshFlags:
     """The mesh: world = pp x dp x cp x tp ranks."""
-    nproc: int | None = None                             # ranks to start here; default: product of the axes
-    dp: int | None = None                                # data parallel; default: ranks / (pp x cp x tp)
-    pp: int = 1                                          # pipeline parallel
-    cp: int = 1                                          # context parallel
-    tp: int = 1                                          # tensor parallel
-    sp: bool = False                                     # cut the stream between matrices by tokens, over tp
-    sp_keep: bool = False                                # keep what --sp gathers; else gather it in backward
-    zero: Literal[0, 1, 2, 3] = 0                        # cut over dp: 1 optimizer, 2 gradients, 3 weights
-    data_parallel: Literal["each", "buckets", "overlap"] = "overlap"  # when gradients leave, at --zero 0
-    device: Literal["cpu", "cuda"] = "cpu"
-    threads: int | None = None                           # a rank; default: OMP_NUM_THREADS, or cores / ranks
-    wire: tuple[str, ...] = ()                           # emulate AXIS=LATENCY,BANDWIDTH, in s and bytes/s
+    nproc: int | None = None  # ranks to start on this host; default: the product of the axes
+    dp: int | None = None  # data-parallel size; default: ranks / (pp x cp x tp)
+    pp: int = 1  # pipeline-parallel size
+    cp: int = 1  # context-parallel size
+    tp: int = 1  # tensor-parallel size
+    sp: bool = False  # sequence parallel: shard activations between the matrices by tokens, over tp
+    sp_save_gathered: bool = False  # save what --sp gathers for backward, do not gather it again
+    zero: Literal[0, 1, 2, 3] = 0  # shard over dp: 1 optimizer state, 2 also gradients, 3 also weights
+    grad_sync: Literal["each", "buckets", "overlap"] = "overlap"  # how --zero 0 all-reduces gradients
+    device: Literal["cpu", "cuda"] = "cpu"  # cuda: one GPU a rank
+    threads: int | None = None  # CPU threads of a rank; default: OMP_NUM_THREADS, or cores / ranks
+    emulate_link: tuple[str, ...] = ()  # slow an axis down: AXIS=LATENCY,BANDWIDTH in seconds and bytes/s
 
 
 @dataclass(frozen=True)
 class PipelineFlags:
     """The pipeline, with --pp 2 or more."""
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1"] = "1f1b"  # who works when
-    virtual: int = 1                                     # chunks of layers a stage has, when interleaved
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1"] = "1f1b"  # the order of forward and backward
+    virtual_stages: int = 1  # model chunks of each stage, for --schedule interleaved
 
 
 @dataclass(frozen=True)
 class OptimizerFlags:
     """The optimizer."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float | None = None                              # peak; default: the size's
-    warmup: int = 10                                     # steps of linear warm-up
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
-    min_lr: float | None = None                          # where cosine ends; default: a tenth of the peak
-    betas: tuple[float, float] | None = None             # adamw's decay of its moments; default: 0.9 0.95
-    weight_decay: float | None = None                    # adamw's, of matrices alone; default: 0.1
-    clip: float = 1.0                                    # largest global gradient norm; 0: never clip
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is plain, without momentum
+    lr: float | None = None  # peak learning rate; default: the size's
+    warmup: int = 10  # steps of linear learning-rate warm-up
+    lr_schedule: Literal["cosine", "constant"] = "cosine"  # the learning rate after the warm-up
+    min_lr: float | None = None  # learning rate at the end of the cosine; default: a tenth of the peak
+    betas: tuple[float, float] | None = None  # decay rates of AdamW's two moments; default: 0.9 0.95
+    weight_decay: float | None = None  # AdamW's weight decay, of matrices only; default: 0.1
+    clip: float = 1.0  # clip gradients to this global norm; 0: never
 
 
 @dataclass(frozen=True)
 class RunFlags:
     """The run."""
-    steps: int = 100                                     # optimizer steps
-    seconds: float | None = None                         # train so long instead, saves and scores apart
-    eval_every: int = 0                                  # held-out score every N steps and at end; 0: none
-    save_every: int = 0                                  # checkpoint every N steps, besides the one at end
-    keep: int = 2                                        # checkpoints kept
-    out: Path = Path("runs/train")                       # run directory
-    resume: bool = False                                 # go on from the newest good checkpoint in --out
-    resume_from: int | None = None                       # go on from this step's; later ones are set aside
-    trace: Path | None = None                            # write a Perfetto timeline, one row a rank
-    max_restarts: int = 0                                # start failed ranks again, from the last checkpoint
-    timeout: float = 600                                 # seconds until a rank that does not come is lost
+    steps: int = 100  # optimizer steps
+    max_seconds: float | None = None  # train this long instead; saving and evaluating do not count
+    eval_every: int = 0  # evaluate on held-out text every N steps and at the end; 0: never
+    save_every: int = 0  # save a checkpoint every N steps, besides the one at the end
+    keep_checkpoints: int = 2  # keep this many of the newest checkpoints
+    out: Path = Path("runs/train")  # run directory: metrics.jsonl, checkpoints, config.json
+    resume: bool = False  # resume from the newest good checkpoint in --out
+    resume_from: int | None = None  # resume from the checkpoint of this step; later ones are set aside
+    trace: Path | None = None  # write a Perfetto timeline with one row a rank to this file
+    max_restarts: int = 0  # restart all ranks from the last checkpoint, this many times, when one fails
+    timeout: float = 600  # seconds until a rank that does not enter a collective counts as lost
 
 
 @dataclass(frozen=True)
 class TrainFlags:
     """Train a decoder, on one rank or many; the losses do not depend on the mesh."""
-    model: Flat[ModelFlags] = field(default_factory=ModelFlags)
-    data: Flat[DataFlags] = field(default_factory=DataFlags)
-    mesh: Flat[MeshFlags] = field(default_factory=MeshFlags)
-    pipeline: Flat[PipelineFlags] = field(default_factory=PipelineFlags)
-    optimizer: Flat[OptimizerFlags] = field(default_factory=OptimizerFlags)
-    run: Flat[RunFlags] = field(default_factory=RunFlags)
+    model: _Flat[ModelFlags] = field(default_factory=ModelFlags)
+    data: _Flat[DataFlags] = field(default_factory=DataFlags)
+    mesh: _Flat[MeshFlags] = field(default_factory=MeshFlags)
+    pipeline: _Flat[PipelineFlags] = field(default_factory=PipelineFlags)
+    optimizer: _Flat[OptimizerFlags] = field(default_factory=OptimizerFlags)
+    run: _Flat[RunFlags] = field(default_factory=RunFlags)
 
 
-def plan_mesh(flags: MeshFlags, world: int) -> dict[str, int]:
-    """{"pp":, "dp":, "cp":, "tp":} for `world` ranks. Raises ValueError where they do not fit."""
+def mesh_axis_sizes(flags: MeshFlags, world_size: int) -> dict[str, int]:
+    """Return {"pp":, "dp":, "cp":, "tp":} for `world_size` ranks. Raises ValueError when they do not fit."""
     if flags.cp != 1:
-        raise ValueError(f"--cp {flags.cp}: context parallelism is not built yet; use --cp 1, --dp {world}")
-    dp = flags.dp if flags.dp is not None else max(1, world // max(1, flags.pp * flags.cp * flags.tp))
-    check_mesh_size(world, flags.pp, dp, flags.cp, flags.tp)
+        raise ValueError(f"--cp {flags.cp}: context parallelism is not built yet; use --cp 1, "
+                         f"--dp {world_size}")
+    dp = flags.dp if flags.dp is not None else max(1, world_size // max(1, flags.pp * flags.cp * flags.tp))
+    check_mesh_size(world_size, flags.pp, dp, flags.cp, flags.tp)
     return {"pp": flags.pp, "dp": dp, "cp": flags.cp, "tp": flags.tp}
 
 
-def ranks_wanted(flags: MeshFlags) -> int:
-    """How many ranks to start here: --nproc, or the product of the axes that are named."""
+def num_ranks_to_start(flags: MeshFlags) -> int:
+    """Return the number of ranks to start on this host: --nproc, or the product of the named axes."""
     product = (flags.dp or 1) * flags.pp * flags.cp * flags.tp
     world = flags.nproc or product
     if world < 1:
@@ -130,30 +131,31 @@ def ranks_wanted(flags: MeshFlags) -> int:
     return world
 
 
-def parse_wire(wires: tuple[str, ...]) -> dict[str, tuple[float, float]]:
-    """{"dp": (20e-6, 1e9)} from ("dp=20e-6,1e9",)."""
+def parse_emulated_links(links: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+    """Parse --emulate-link: {"dp": (20e-6, 1e9)}, in seconds and bytes/s, from ("dp=20e-6,1e9",)."""
     result = {}
-    for wire in wires:
+    for link in links:
         try:
-            axis, numbers = wire.split("=")
+            axis, numbers = link.split("=")
             latency, bandwidth = map(float, numbers.split(","))
         except ValueError:
-            raise ValueError(f"--wire {wire!r} is not AXIS=LATENCY,BANDWIDTH; "
-                             "try --wire dp=20e-6,1e9") from None
+            raise ValueError(f"--emulate-link {link!r} is not AXIS=LATENCY,BANDWIDTH; "
+                             "try --emulate-link dp=20e-6,1e9") from None
         if axis not in ("pp", "dp", "cp", "tp") or latency < 0 or bandwidth <= 0:
-            raise ValueError(f"--wire {wire!r}: the axis is pp, dp, cp or tp, latency is at least 0 s and "
-                             "bandwidth more than 0 bytes/s; try --wire dp=20e-6,1e9")
+            raise ValueError(f"--emulate-link {link!r}: the axis is pp, dp, cp or tp, latency is at least "
+                             "0 s and bandwidth more than 0 bytes/s; try --emulate-link dp=20e-6,1e9")
         result[axis] = latency, bandwidth
     return result
 
 
-def check(flags: TrainFlags, world: int) -> None:
-    """Raise ValueError for what can be seen to be wrong before any rank starts or any data is read."""
-    mesh = plan_mesh(flags.mesh, world)
-    parse_wire(flags.mesh.wire)
+def check_train_flags(flags: TrainFlags, world_size: int) -> None:
+    """Raise ValueError for every mistake that can be seen before a rank starts or data is read."""
+    mesh = mesh_axis_sizes(flags.mesh, world_size)
+    parse_emulated_links(flags.mesh.emulate_link)
     _check_memory(flags)
     at_least = {"--micro-batch": (flags.data.micro_batch, 1), "--global-batch": (flags.data.global_batch, 1),
-                "--seq": (flags.data.seq, 1), "--steps": (flags.run.steps, 1), "--keep": (flags.run.keep, 1),
+                "--seq": (flags.data.seq, 1), "--steps": (flags.run.steps, 1),
+                "--keep-checkpoints": (flags.run.keep_checkpoints, 1),
                 "--threads": (flags.mesh.threads, 1), "--vocab": (flags.model.vocab, 257),
                 "--warmup": (flags.optimizer.warmup, 0), "--clip": (flags.optimizer.clip, 0),
                 "--lr": (flags.optimizer.lr, 0), "--min-lr": (flags.optimizer.min_lr, 0),
@@ -164,11 +166,12 @@ def check(flags: TrainFlags, world: int) -> None:
     for flag, (value, least) in at_least.items():
         if value is not None and value < least:
             raise ValueError(f"{flag} {value} is too small; give at least {least}")
-    if flags.run.seconds is not None and flags.run.seconds <= 0:
-        raise ValueError(f"--seconds {flags.run.seconds} leaves no time for a step; try --seconds 60")
+    if flags.run.max_seconds is not None and flags.run.max_seconds <= 0:
+        raise ValueError(f"--max-seconds {flags.run.max_seconds} leaves no time for a step; "
+                         "try --max-seconds 60")
     _check_data(flags.data.data, flags.run)
     _check_model(flags.model, flags.mesh.tp)
-    _check_optimizer(flags.optimizer, peak_lr(flags))
+    _check_optimizer(flags.optimizer, peak_learning_rate(flags))
     _check_pipeline(flags, mesh["dp"])
 
 
@@ -199,25 +202,26 @@ def _check_data(data, run):
         if below == "." or not any(part.startswith(".") for part in below.split(os.sep)):    # .. and hidden
             raise ValueError(f"--out {run.out} lies in --data {data}, so the run would read what it writes; "
                              "name an --out outside of it")
-    check_cache()
+    check_cache_writable()
 
 
 def _check_memory(flags):
-    if flags.mesh.zero and flags.mesh.data_parallel != "overlap":
-        raise ValueError(f"--data-parallel {flags.mesh.data_parallel} is plain data parallelism's, and "
+    if flags.mesh.zero and flags.mesh.grad_sync != "overlap":
+        raise ValueError(f"--grad-sync {flags.mesh.grad_sync} is plain data parallelism's, and "
                          f"--zero {flags.mesh.zero} sends buckets as they fill; leave one of them out")
     if flags.model.recompute == "selective" and flags.model.attention != "naive":
         raise ValueError(f"--recompute selective runs naive attention's scores again, and --attention "
                          f"{flags.model.attention} keeps none; use --attention naive, or --recompute full")
-    if flags.mesh.sp_keep and not flags.mesh.sp:
-        raise ValueError("--sp-keep keeps what sequence parallelism gathers; give --sp too")
+    if flags.mesh.sp_save_gathered and not flags.mesh.sp:
+        raise ValueError("--sp-save-gathered keeps what sequence parallelism gathers; give --sp too")
     if flags.mesh.sp and flags.mesh.tp == 1:
         raise ValueError("--sp cuts the stream over the ranks of --tp, and --tp is 1; give --tp 2, or leave "
                          "--sp out")
 
 
 def _check_pipeline(flags, dp):
-    pp, zero, kind, v = flags.mesh.pp, flags.mesh.zero, flags.pipeline.schedule, flags.pipeline.virtual
+    pp, zero = flags.mesh.pp, flags.mesh.zero
+    kind, v = flags.pipeline.schedule, flags.pipeline.virtual_stages
     if pp > 1 and zero > 1:
         raise ValueError(f"--zero {zero} sends gradients or weights with every micro-batch, and a pipeline "
                          f"needs many of them: that is not built for --pp {pp}; use --zero 1, which cuts the "
@@ -225,7 +229,7 @@ def _check_pipeline(flags, dp):
     if kind == "zb-h1" and flags.model.recompute == "full":
         raise ValueError("--recompute full runs a block again in backward, and --schedule zb-h1 has two of "
                          "those; use --recompute none, or --schedule 1f1b")
-    _, m = micro_batches(flags.data, dp)
+    _, m = global_batch_and_num_micro_batches(flags.data, dp)
     schedules.check_schedule_config(kind, pp, m, v)
     if flags.model.model in SIZES:
         split(SIZES[flags.model.model].model, pp * v, flags.data.seq or 1)
@@ -245,21 +249,21 @@ def _check_model(flags, tp):
                          "already: leave them out")
 
 
-def peak_lr(flags: TrainFlags) -> float:
-    """--lr, or the size's own; of given weights FINE_TUNING_LR."""
+def peak_learning_rate(flags: TrainFlags) -> float:
+    """Return --lr; by default the size's own rate, or 1e-4 when --model names weights."""
     size = SIZES.get(flags.model.model)
-    usual = size.lr if size else FINE_TUNING_LR
+    usual = size.lr if size else _FINE_TUNING_LR
     return usual if flags.optimizer.lr is None else flags.optimizer.lr
 
 
-def micro_batches(flags: DataFlags, dp: int) -> tuple[int, int]:
-    """(global batch G, micro-batches a step m = ceil(G / (M dp)))."""
+def global_batch_and_num_micro_batches(flags: DataFlags, dp: int) -> tuple[int, int]:
+    """Return the global batch G and the micro-batches of a step, m = ceil(G / (M dp))."""
     G = flags.global_batch or flags.micro_batch * dp
     return G, ceil(G / (flags.micro_batch * dp))
 
 
-def to_json(flags: TrainFlags) -> dict:
-    """Every flag by group and name, in JSON's types."""
+def flags_to_dict(flags: TrainFlags) -> dict:
+    """Return {group: {flag: value}} with values that JSON can hold."""
     return {group.name: {f.name: str(v) if isinstance(v := getattr(part, f.name), Path) else v
                          for f in fields(part)}
             for group in fields(flags) for part in [getattr(flags, group.name)]}

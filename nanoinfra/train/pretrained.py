@@ -1,4 +1,4 @@
-"""Every model that can be served: what model/weights/load.py opens,
+"""Open every model that can be served: what model/weights/load.py opens,
 and the run directories of `nanoinfra train`.
 
 A run's weights are the newest checkpoint that verifies, whatever mesh wrote it; they are read tensor by
@@ -22,40 +22,36 @@ from nanoinfra.model.weights.load import open_weights
 from nanoinfra.model.weights.tensor_sources import bounds
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.checkpoint.manifest import read_manifest
-from nanoinfra.train.checkpoint.tensor_shards import Piece
-from nanoinfra.train.run_directory.ownership import model_of
+from nanoinfra.train.checkpoint.tensor_shards import TensorShard
+from nanoinfra.train.run_directory.ownership import read_model_config
 
 
-def pretrained(name: str | Path, dtype: torch.dtype = torch.float32,
-               attention: str = "sdpa") -> tuple[Decoder, Text | None, str | None]:
-    """Model, tokenizer and chat template of a run directory or of what `load` opens. ValueError if none."""
-    weights = open_pretrained(name)
+def load_pretrained(name_or_path: str | Path, dtype: torch.dtype = torch.float32,
+                    attention: str = "sdpa") -> tuple[Decoder, Text | None, str | None]:
+    """Load model, tokenizer and chat template of a run directory, a model folder or file, or a known name.
+
+    Raises ValueError when `name_or_path` is none of them.
+    """
+    weights = open_pretrained_weights(name_or_path)
     return filled(weights.config, attention, dtype, weights.read), weights.text, weights.template
 
 
-def from_run(folder: str | Path, dtype: torch.dtype = torch.float32,
-             attention: str = "sdpa") -> tuple[Decoder, Text | None]:
-    """Model and tokenizer of a run directory. Raises ValueError where no checkpoint in it is whole."""
-    weights = open_run(folder)
-    return filled(weights.config, attention, dtype, weights.read), weights.text
+def open_pretrained_weights(name_or_path: str | Path, axis: MeshAxis | None = None) -> Weights:
+    """Open the weights of a run directory or of what `open_weights` opens, to be read whole or in slices.
 
-
-def open_pretrained(name: str | Path, axis: MeshAxis | None = None) -> Weights:
-    """The weights of a run directory or of what `load` opens, to be read whole or in parts.
-
-    Every rank of `axis` calls it; of a run directory the first one verifies the checkpoint.
+    Every rank of `axis` calls it; its first rank verifies the checkpoint of a run directory.
     """
-    run = "nanoinfra" in read_json(Path(name) / "config.json")
-    return open_run(name, axis) if run else open_weights(name)
+    is_run = "nanoinfra" in read_json(Path(name_or_path) / "config.json")
+    return open_run_weights(name_or_path, axis) if is_run else open_weights(name_or_path)
 
 
-def open_run(folder: str | Path, axis: MeshAxis | None = None) -> Weights:
-    """The newest weights of a run directory. Raises ValueError where no checkpoint in it is whole."""
+def open_run_weights(folder: str | Path, axis: MeshAxis | None = None) -> Weights:
+    """Open the newest weights of a run directory. Raises ValueError when it has no good checkpoint."""
     folder = Path(folder)
     return Weights(*_newest(folder, axis), *open_text(folder / "tokenizer"), folder / "tokenizer")
 
 
-def export(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+def export_to_hugging_face(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the newest checkpoint of a run directory as a Hugging Face folder, with its tokenizer.
 
     Whatever mesh and ZeRO stage wrote it, no more is held at a time than a block, or the embedding.
@@ -65,8 +61,8 @@ def export(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float
     write_hf(config, read, dtype, folder, Path(run) / "tokenizer", shard_bytes=block)
 
 
-def keep_text(weights: Weights, folder: str | Path) -> None:
-    """Leave tokenizer and chat template of `weights` in `folder`, for a run that starts from them."""
+def save_pretrained_tokenizer(weights: Weights, folder: str | Path) -> None:
+    """Write the tokenizer and chat template of `weights` into `folder`, for a run that starts from them."""
     if weights.files is not None:
         copy_text(weights.files, folder, config=True)
     elif weights.text is not None:
@@ -74,17 +70,17 @@ def keep_text(weights: Weights, folder: str | Path) -> None:
 
 
 def _newest(folder, axis=None):
-    """Configuration, and how to read parameters from the newest checkpoint that verifies."""
-    config = model_of(folder)
-    step = checkpoint.newest_of_all(folder / "checkpoints", axis or single_rank_axis("world"),
-                                    say=lambda text: print(text, file=sys.stderr))
+    """The model configuration, and a function that reads parameters from the newest good checkpoint."""
+    config = read_model_config(folder)
+    step = checkpoint.find_newest_checkpoint_on_all_ranks(folder / "checkpoints", axis or single_rank_axis("world"),
+                                                          warn=lambda text: print(text, file=sys.stderr))
     if step is None:
         raise ValueError(f"no good checkpoint in {folder / 'checkpoints'}; train with --out {folder} first")
     manifest, every = read_manifest(step), shapes(config)
 
     def read(name, box=()):
-        piece = Piece.whole(name, every[name])
+        piece = TensorShard.of_whole_tensor(name, every[name])
         for dim, part in enumerate(bounds(name, every[name], box)):
-            piece = piece.cut(dim, part.start, part.stop)
-        return next(checkpoint.load(step, [piece], manifest))[1]
+            piece = piece.slice_dim(dim, part.start, part.stop)
+        return next(checkpoint.load_shards(step, [piece], manifest))[1]
     return config, read

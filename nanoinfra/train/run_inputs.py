@@ -1,70 +1,70 @@
-"""What a run trains, and on what: samples, held-out windows, and a size to draw or weights to go on from.
+"""The inputs of a run: dataset, held-out text, and the model, of a named size or from pretrained weights.
 
-A size takes the vocabulary of the corpus's own tokenizer; pretrained weights bring theirs.
-Rank 0 builds the caches, then the others read them.
+A named size takes the vocabulary of the corpus's own tokenizer; pretrained weights bring their tokenizer.
+Rank 0 builds the caches, then the other ranks read them.
 """
 import sys
 from dataclasses import dataclass
 
 from nanoinfra.config import SIZES, ModelConfig, sized
 from nanoinfra.data.data_summary import data_warnings, describe_data
-from nanoinfra.data.loader import HeldOut
-from nanoinfra.data.sample_order import Packed, Random, open_source
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.loader import HeldOutSet
+from nanoinfra.data.token_datasets import PackedDataset, RandomTokenDataset, open_dataset
+from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed import comm
 from nanoinfra.formulas.tensor_parallel import check_heads
 from nanoinfra.model.weights.fill_model import Read, Weights
-from nanoinfra.train.config import TrainFlags, micro_batches
-from nanoinfra.train.launch.memory_check import changed, check_memory
-from nanoinfra.train.pretrained import open_pretrained
+from nanoinfra.train.config import TrainFlags, global_batch_and_num_micro_batches
+from nanoinfra.train.launch.memory_check import check_memory_fits, replace_flags
+from nanoinfra.train.pretrained import open_pretrained_weights
 
-LONGEST = 1024                               # tokens in a sample where pretrained weights would allow more
+_MAX_DEFAULT_SEQ_LEN = 1024  # when pretrained weights would allow longer samples
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Samples of `seq` tokens from `source`; `held_out` is None where there is no text to hold out."""
-    source: Packed | Random
-    seq: int
-    held_out: HeldOut | None
-    model: ModelConfig
-    weights: Weights | None                  # to start from; None: draw them
-    identity: dict                           # what a run that goes on must find again
+class RunInputs:
+    """Dataset, sequence length, model and weights of a run; `held_out` is None without --eval-every."""
+    dataset: PackedDataset | RandomTokenDataset
+    seq_len: int
+    held_out: HeldOutSet | None
+    model_config: ModelConfig
+    pretrained_weights: Weights | None                  # to start from; None: weights are drawn
+    data_identity: dict                           # must be the same when the run resumes
 
     @property
-    def read(self) -> Read | None:
-        """How to read the weights to start from."""
-        return self.weights and self.weights.read
+    def read_initial_weights(self) -> Read | None:
+        """How to read the weights to start from; None when they are drawn."""
+        return self.pretrained_weights and self.pretrained_weights.read
 
 
-def open_inputs(flags: TrainFlags, mesh) -> Inputs:
-    """Read weights, corpus and tokenizer. Raises ValueError, on every rank, where one of them will not do."""
-    weights = None if flags.model.model in SIZES else open_pretrained(flags.model.model, mesh.world)
+def open_run_inputs(flags: TrainFlags, mesh) -> RunInputs:
+    """Open weights, corpus and tokenizer. Raises ValueError on every rank when one of them cannot be used."""
+    weights = None if flags.model.model in SIZES else open_pretrained_weights(flags.model.model, mesh.world)
     size = weights.config if weights else SIZES[flags.model.model].model
     check_heads(size, mesh.tp.size)
-    seq = flags.data.seq or min(size.context, LONGEST if weights else size.context)
+    seq = flags.data.seq or min(size.context, _MAX_DEFAULT_SEQ_LEN if weights else size.context)
     if weights:
-        check_memory(changed(flags, seq=seq), mesh.world.size, size)
+        check_memory_fits(replace_flags(flags, seq=seq), mesh.world.size, size)
     tokenizer = _tokenizer(flags, weights) if weights and flags.data.data != "random" else None
     vocab = flags.model.vocab or size.vocab
-    source = _first_on_rank_0(mesh, lambda: open_source(flags.data.data, vocab, tokenizer))
-    source.check(seq)
+    source = _first_on_rank_0(mesh, lambda: open_dataset(flags.data.data, vocab, tokenizer))
+    source.check_seq_len(seq)
     if source.corpus:
         _check_same(mesh, source)
         _say(flags, mesh, source, seq)
     config = _config(flags, source, size, seq, weights)
     held_out = None
     if source.corpus and flags.run.eval_every:
-        held_out = HeldOut(source.corpus.held_out, source.tokenizer, seq)
+        held_out = HeldOutSet(source.corpus.held_out, source.tokenizer, seq)
     identity = {"seed": flags.model.seed, "seq": seq,
-                "corpus": source.corpus.hash if source.corpus else "random",
-                "tokenizer": source.tokenizer.hash if source.tokenizer else f"vocabulary {config.vocab}"}
-    return Inputs(source, seq, held_out, config, weights, identity)
+                "corpus": source.corpus.sha256 if source.corpus else "random",
+                "tokenizer": source.tokenizer.sha256 if source.tokenizer else f"vocabulary {config.vocab}"}
+    return RunInputs(source, seq, held_out, config, weights, identity)
 
 
 def _check_same(mesh, source):
-    """Raise ValueError, on every rank, where one has read another corpus than rank 0."""
-    found = comm.all_gather_json([source.corpus.hash, source.tokenizer.hash], mesh.world, "caches")
+    """Raise ValueError on every rank when a rank has read another corpus than rank 0."""
+    found = comm.all_gather_json([source.corpus.sha256, source.tokenizer.sha256], mesh.world, "caches")
     other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
     if other is not None:
         raise ValueError(f"rank {other} has read another --data {source.corpus.name} than rank 0: corpus "
@@ -73,17 +73,18 @@ def _check_same(mesh, source):
 
 
 def _say(flags, mesh, source, seq):
-    """What is read, once: the news to stdout, and what may not be meant to stderr."""
+    """Print on rank 0 what data is read, and warnings to stderr."""
     if mesh.rank == 0:
-        batch, _ = micro_batches(flags.data, mesh.data.size)
+        batch, _ = global_batch_and_num_micro_batches(flags.data, mesh.data.size)
         print(describe_data(source, seq), flush=True)
         for warning in data_warnings(source, seq, flags.model.vocab, batch):
             print(f"nanoinfra: {warning}", file=sys.stderr, flush=True)
 
 
 def _tokenizer(flags, weights):
-    """The tokenizer that came with the weights. ValueError where none did, or one of another model."""
-    name, text, vocab = flags.model.model, weights.text, weights.config.vocab
+    """The tokenizer that came with the weights. Raises ValueError when there is none, or it does not fit."""
+    name, vocab = flags.model.model, weights.config.vocab
+    text = weights.text
     if text is None:
         raise ValueError(f"{name} holds no tokenizer to read --data with; copy the files of the one it was "
                          "trained with into it, or try --data random")
@@ -92,18 +93,18 @@ def _tokenizer(flags, weights):
         raise ValueError(f"the tokenizer of {name} goes up to {last} ({token!r}), but the model knows ids "
                          f"below {vocab} alone; take the tokenizer that it was trained with")
     names = (text.backend.id_to_token(i) for i in sorted(text.ends))
-    return Tokenizer(text.backend, text.eos or next(filter(None, names), ""))
+    return BPETokenizer(text.backend, text.eos or next(filter(None, names), ""))
 
 
 def _config(flags, source, size, seq, weights):
     if weights:
         return weights.config
-    vocab = source.tokenizer.vocab_size if source.tokenizer else source.vocab
+    vocab = source.tokenizer.vocab_size if source.tokenizer else source.vocab_size
     return sized(flags.model.model, vocab, seq, False if flags.model.untied else None)
 
 
 def _first_on_rank_0(mesh, work):
-    """`work()` of every rank, after rank 0's has filled the caches; what is wrong there, all ranks raise."""
+    """Return `work()` on every rank; rank 0 runs it first and fills the caches; all raise its error."""
     problem = done = None
     if mesh.rank == 0:
         try:

@@ -1,4 +1,4 @@
-"""A step is a schedule, and a schedule is data: one executor runs the instructions of any of them.
+"""Execute one training step: a schedule is a list of instructions, and one function runs any schedule.
 
 The same list can be drawn, counted and checked with no process started (parallel/pipeline/simulator.py).
 Accumulation over m micro-batches is the schedule of a pipeline with one stage. ShallowSpeed (Boehm 2022) has
@@ -22,8 +22,11 @@ from nanoinfra.parallel.pipeline.schedules import (
 )
 
 
-class Stage(Protocol):
-    """What the executor drives. A schedule of one stage calls forward, backward, reduce_grads and step."""
+class StageProtocol(Protocol):
+    """The methods that a schedule's instructions call; TrainStage implements them.
+
+    A schedule of one stage calls only forward, backward, reduce_grads and step.
+    """
 
     def forward(self, micro: int, chunk: int) -> None: ...
     def backward(self, micro: int, chunk: int, is_last: bool) -> None: ...
@@ -35,8 +38,11 @@ class Stage(Protocol):
     def step(self) -> None: ...
 
 
-def execute(schedule: Iterable, stage: Stage) -> list[tuple[object, float, float]]:
-    """Run `schedule` on `stage`; returns (instruction, begin, end) in `time.monotonic` seconds, in order."""
+def execute_schedule(schedule: Iterable, stage: StageProtocol) -> list[tuple[object, float, float]]:
+    """Run the instructions of `schedule` on `stage`, in order.
+
+    Returns (instruction, begin, end) of each, in seconds of `time.monotonic`.
+    """
     spans = []
     for instruction in schedule:
         begin = time.monotonic()

@@ -1,10 +1,9 @@
-"""What the executor drives: one rank's share of a training, a whole model or a pipeline's chunks of it.
+"""One rank's training state: its model chunks, gradients, optimizer and loss scale.
 
-Forward keeps a micro-batch's stream or loss, backward frees it, gradients are summed as
-parallel/parallelize.py has arranged it, the optimizer moves float32 masters, whole or in parts. The loss is
-divided by the step's global count of valid tokens before any backward, so nothing is divided afterwards; in
-float16 it is multiplied by a scale on the way, and a step whose gradients overflow on any rank is skipped on
-all.
+Forward keeps a micro-batch's hidden states or loss and backward frees them; gradients are summed as
+parallel/parallelize.py arranges it; the optimizer updates float32 master weights, whole or sharded (mixed
+precision). The loss is divided by the step's global count of valid tokens before backward. In float16 it is
+multiplied by the loss scale, and a step whose gradients overflow on any rank is skipped on all ranks.
 """
 import math
 from collections.abc import Iterable, Iterator
@@ -18,159 +17,174 @@ from nanoinfra.model.weights.fill_model import Read
 from nanoinfra.parallel.parallelize import ParallelConfig, ParallelModel
 from nanoinfra.parallel.pipeline import schedules
 from nanoinfra.parallel.pipeline.stage import PipelineStage
-from nanoinfra.train.checkpoint.tensor_shards import Piece
+from nanoinfra.train.checkpoint.tensor_shards import TensorShard
 from nanoinfra.train.config import TrainFlags
-from nanoinfra.train.freeze import frozen_names
+from nanoinfra.train.frozen_parameters import frozen_parameter_names
 from nanoinfra.train.loss_scale import LossScale
-from nanoinfra.train.optimizer import BETAS, WEIGHT_DECAY, Optimizer, clip
-from nanoinfra.train.step import execute
+from nanoinfra.train.optimizer import (
+    ADAMW_BETAS,
+    ADAMW_WEIGHT_DECAY,
+    MixedPrecisionOptimizer,
+    unscale_and_clip_grads,
+)
+from nanoinfra.train.step import execute_schedule
 
 
-class Replica(PipelineStage):
-    """Model, gradients and optimizer of one rank. Implements `step.Stage`.
+class TrainStage(PipelineStage):
+    """The model chunks, gradients and optimizer of one rank; implements step.StageProtocol.
 
-    `read(name, part)` gives the weights to go on from; without it they are drawn from the seed. Either way no
-    rank ever holds more than its own parts, and one parameter.
+    `read_parameter(name, slices)` gives the weights to start from; without it they are drawn from the seed.
+    Either way a rank never holds more than its own shards and one whole parameter.
     """
 
-    def __init__(self, config: ModelConfig, flags: TrainFlags, mesh, read: Read | None = None):
-        self.mesh, self.shapes, self.width = mesh, shapes(config), config.width
-        self.kind, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual
+    def __init__(self, config: ModelConfig, flags: TrainFlags, mesh,
+                 read_parameter: Read | None = None):
+        self.mesh = mesh
+        self.full_shapes, self.width = shapes(config), config.width
+        self.schedule_name, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual_stages
         dtype = getattr(torch, flags.model.dtype)
-        self.parallel = ParallelModel(config, mesh, plan(flags, config), read
-                                      or drawn(config, flags.model.seed))
+        self.parallel_model = ParallelModel(config, mesh, parallel_config_from_flags(flags, config),
+                                     read_parameter or initial_weights_reader(config, flags.model.seed))
         super().__init__(mesh.pp, mesh.duplicate_axis("pp"), self.virtual, dtype, mesh.device,
-                         self.kind == "zb-h1")
+                         self.schedule_name == "zb-h1")
         o = flags.optimizer
-        self.optimizer = Optimizer(self.parallel.param_shards, o.optimizer, self.parallel.master_weights,
-                                   o.betas or BETAS,
-                                   WEIGHT_DECAY if o.weight_decay is None else o.weight_decay)
-        self.limit, self.scale = flags.optimizer.clip, LossScale() if dtype == torch.float16 else None
-        self.forwards = schedules.forward_only_schedule(mesh.pp.size, self.virtual)[mesh.pp.rank]
+        weight_decay = ADAMW_WEIGHT_DECAY if o.weight_decay is None else o.weight_decay
+        self.optimizer = MixedPrecisionOptimizer(self.parallel_model.param_shards, o.optimizer,
+                                                 self.parallel_model.master_weights,
+                                   o.betas or ADAMW_BETAS,
+                                                 weight_decay)
+        self.max_grad_norm = flags.optimizer.clip
+        self.loss_scale = LossScale() if dtype == torch.float16 else None
+        self.forward_schedule = schedules.forward_only_schedule(mesh.pp.size, self.virtual)[mesh.pp.rank]
 
-    def schedule(self, micro_batches: int) -> list:
-        """What this rank does in a step."""
+    def build_step_schedule(self, num_micro_batches: int) -> list:
+        """This rank's instructions for one step of `num_micro_batches` micro-batches."""
         pp = self.mesh.pp
-        return schedules.build_pipeline_schedule(self.kind, pp.size, micro_batches, self.virtual)[pp.rank]
+        return schedules.build_pipeline_schedule(self.schedule_name, pp.size, num_micro_batches, self.virtual)[pp.rank]
 
-    def begin(self, batches: list, count: int, lr: float = 0.0) -> None:
-        """A new step: its micro-batches [(x (B, T), y (B, T))], valid tokens on all ranks, learning rate."""
-        self.batches, self.count, self.lr = batches, count, lr
+    def begin_step(self, micro_batches: list, num_valid_tokens: int, lr: float = 0.0) -> None:
+        """Begin a step on `micro_batches` [(x (B, T), y (B, T))], with the valid tokens of all ranks."""
+        self.micro_batches = micro_batches
+        self.num_valid_tokens = num_valid_tokens
+        self.lr = lr
         self.loss = torch.zeros((), dtype=torch.float64)
-        self.grads = None                    # the last step's, which would live on beside this one's
-        self.parallel.zero_grad()
+        self.grads = None                    # frees the last step's gradients before new ones are made
+        self.parallel_model.zero_grad()
 
     def embed_input(self, micro: int) -> torch.Tensor:
-        """The embedded tokens of a micro-batch."""
-        model, x = self.parallel.chunks[0].model, self.batches[micro][0].to(self.device)
+        """Embed the tokens of micro-batch number `micro`."""
+        model, x = self.parallel_model.chunks[0].model, self.micro_batches[micro][0].to(self.device)
         return model.start(x, model.places(x))
 
     def forward_chunk(self, chunk: int, x: torch.Tensor, micro: int) -> torch.Tensor:
-        """A chunk of the layers; after the last one this rank's share of the step's loss."""
-        part, (tokens, targets) = self.parallel.chunks[chunk], self.batches[micro]
+        """Run one chunk of the layers; the last chunk returns this rank's share of the step's loss."""
+        part, (tokens, targets) = self.parallel_model.chunks[chunk], self.micro_batches[micro]
         y = part.forward_chunk(x, part.model.places(tokens).to(self.device), targets.to(self.device),
-                               self.count)
+                               self.num_valid_tokens)
         if part.loss_head:
             self.loss += y.detach().cpu()
         return y
 
     def activation_shape(self, micro: int) -> tuple[int, ...]:
-        """(B, T, C), or under sequence parallelism this rank's share of it."""
-        B, T = self.batches[micro][0].shape
-        return B, self.parallel.chunks[0].tensor_parallel.region.local_seq_len(T), self.width
+        """The shape (B, T, C) of the hidden states between stages; T is this rank's part under --sp."""
+        B, T = self.micro_batches[micro][0].shape
+        return B, self.parallel_model.chunks[0].tensor_parallel.region.local_seq_len(T), self.width
 
     def loss_grad(self, loss: torch.Tensor) -> torch.Tensor | None:
-        """float16's scale."""
-        return torch.full_like(loss, self.scale.value) if self.scale else None
+        """The gradient of the loss that backward starts from: the loss scale in float16, else None (1)."""
+        return torch.full_like(loss, self.loss_scale.value) if self.loss_scale else None
 
     def prepare_for_backward(self, chunk: int, is_last: bool) -> None:
-        """The chunk's buckets may leave in its last backward."""
-        self.parallel.chunks[chunk].data_parallel.prepare_for_backward(is_last)
+        """Let the chunk's gradient buckets be sent during its last backward of the step."""
+        self.parallel_model.chunks[chunk].data_parallel.prepare_for_backward(is_last)
 
     def reduce_grads(self) -> None:
-        """Wait for the sums over the ranks."""
+        """Wait until all gradients are summed over the ranks."""
         self.wait_sends()
-        self.grads = self.parallel.finish_grad_sync()
+        self.grads = self.parallel_model.finish_grad_sync()
 
     def step(self) -> None:
-        """Clip and update; `grad_norm` is the norm before clipping.
+        """Unscale and clip the gradients and update the weights; `grad_norm` is the norm before clipping.
 
-        `skipped`: float16 gradients overflowed somewhere; the norm, which all ranks share, is no number then.
+        `skipped` is True when float16 gradients overflowed on any rank: the norm is then not finite anywhere.
         """
-        self.grad_norm = clip(self.grads, self.limit, self.scale.value if self.scale else 1.0,
-                              self.parallel.grad_norm_axes(), self.parallel.counted_in_norm)
-        self.skipped = self.scale is not None and not math.isfinite(self.grad_norm)
-        if self.scale:
-            self.scale.update(self.skipped)
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        self.grad_norm = unscale_and_clip_grads(self.grads, self.max_grad_norm, scale,
+                                                self.parallel_model.grad_norm_axes(), self.parallel_model.counted_in_norm)
+        self.skipped = self.loss_scale is not None and not math.isfinite(self.grad_norm)
+        if self.loss_scale:
+            self.loss_scale.update(self.skipped)
         if not self.skipped:
             self.optimizer.step(self.grads, self.lr)
-            self.parallel.all_gather_params()
+            self.parallel_model.all_gather_params()
 
-    def norm(self) -> dict:
-        """The step's line of metrics on it: null where float16 overflowed, which skipped the step."""
+    def grad_norm_metrics(self) -> dict:
+        """The gradient norm and loss scale for metrics.jsonl; the norm is null when the step was skipped."""
         norm = {"grad_norm": None if self.skipped else self.grad_norm}
-        return norm | {"loss_scale": self.scale.value} if self.scale else norm
+        return norm | {"loss_scale": self.loss_scale.value} if self.loss_scale else norm
 
     @torch.no_grad()
-    def nats(self, batches: Iterator) -> float:
-        """-sum ln p over the valid targets of this rank's held-out batches, where its loss is known."""
+    def sum_held_out_nats(self, micro_batches: Iterator) -> float:
+        """Return -sum ln p over the valid targets of held-out `micro_batches`; 0 before the last stage."""
         nats = 0.0
-        for batch in batches:
-            self.begin([batch], count=1)
-            execute(self.forwards, self)
+        for micro_batch in micro_batches:
+            self.begin_step([micro_batch], num_valid_tokens=1)
+            execute_schedule(self.forward_schedule, self)
             self.wait_sends()
             nats += self.loss.item()
         return nats
 
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Everything it keeps between steps: weights, gradient buckets, masters, moments."""
-        yield from self.parallel.persistent_tensors()
-        yield from self.optimizer.state().values()
+    def persistent_tensors(self) -> Iterator[torch.Tensor]:
+        """The tensors kept between steps: weights, gradient buckets, master weights, optimizer moments."""
+        yield from self.parallel_model.persistent_tensors()
+        yield from self.optimizer.state_dict().values()
 
-    def pieces(self) -> list[tuple[Piece, torch.Tensor]]:
-        """What a checkpoint keeps of this rank: its parts of the optimizer's state, and of what is frozen."""
-        kept = self.optimizer.state() | self.parallel.frozen_params
-        pairs = [self._piece(key, tensor) for key, tensor in kept.items()]
-        return [(piece, tensor) for piece, tensor in pairs if tensor.numel()]
+    def tensor_shards(self) -> list[tuple[TensorShard, torch.Tensor]]:
+        """This rank's shards for a checkpoint: master weights, moments and frozen parameters."""
+        kept = self.optimizer.state_dict() | self.parallel_model.frozen_params
+        pairs = [self._shard(key, tensor) for key, tensor in kept.items()]
+        return [(shard, tensor) for shard, tensor in pairs if tensor.numel()]
 
-    def is_finite(self) -> bool:
-        """Are all weights of this rank finite numbers?"""
-        return all(bool(master.isfinite().all()) for master in self.optimizer.masters.values())
+    def weights_are_finite(self) -> bool:
+        """Return whether all weights of this rank are finite numbers."""
+        return all(bool(master.isfinite().all()) for master in self.optimizer.master_weights.values())
 
-    def state(self) -> dict:
-        """What else a run needs to go on: the optimizer's count of steps, float16's scale."""
-        return {"updates": self.optimizer.steps, "scale": self.scale.state() if self.scale else None}
+    def state_dict(self) -> dict:
+        """The state that is no tensor, for state.json: the optimizer's step count and the loss scale."""
+        scale = self.loss_scale.state_dict() if self.loss_scale else None
+        return {"updates": self.optimizer.num_steps, "scale": scale}
 
-    def load(self, pairs: Iterable[tuple[Piece, torch.Tensor]], state: dict) -> None:
-        """Take back what `pieces` and `state` gave, whatever ranks wrote it."""
-        tensors = {piece.name: tensor for piece, tensor in pairs}
-        for name in tensors.keys() & self.parallel.frozen_params.keys():
+    def load_state_dict(self, shards: Iterable[tuple[TensorShard, torch.Tensor]], state: dict) -> None:
+        """Restore what `tensor_shards` and `state_dict` gave, whatever mesh wrote it."""
+        tensors = {shard.name: tensor for shard, tensor in shards}
+        for name in tensors.keys() & self.parallel_model.frozen_params.keys():
             tensor = tensors.pop(name)
-            self.parallel.frozen_params[name].view(-1)[:tensor.numel()].copy_(tensor.view(-1))
-        self.optimizer.load(tensors, state["updates"])
-        if self.scale and state["scale"]:
-            self.scale.load(state["scale"])
-        self.parallel.all_gather_params(include_frozen=True)
+            self.parallel_model.frozen_params[name].view(-1)[:tensor.numel()].copy_(tensor.view(-1))
+        self.optimizer.load_state_dict(tensors, state["updates"])
+        if self.loss_scale and state["scale"]:
+            self.loss_scale.load_state_dict(state["scale"])
+        self.parallel_model.all_gather_params(include_frozen=True)
 
-    def _piece(self, key, tensor):
+    def _shard(self, key, tensor):
         name = key.rpartition("/")[2]
-        box = self.parallel.shard_bounds(name)
+        box = self.parallel_model.shard_bounds(name)
         size = tuple(stop - start for start, stop in box)
-        piece = Piece(key, tuple(start for start, _ in box), size, self.shapes[name])
-        return piece, tensor.view(-1)[:math.prod(size)].view(size)         # zeros follow in ZeRO's last
+        shard = TensorShard(key, tuple(start for start, _ in box), size, self.full_shapes[name])
+        return shard, tensor.view(-1)[:math.prod(size)].view(size)       # without ZeRO's padding
 
-def plan(flags: TrainFlags, config: ModelConfig) -> ParallelConfig:
-    """What the flags ask for besides the mesh; gradients are summed in at least float32 by default."""
+
+def parallel_config_from_flags(flags: TrainFlags, config: ModelConfig) -> ParallelConfig:
+    """Translate the flags into a parallel configuration; gradients are summed in >= float32 by default."""
     dtype, asked = getattr(torch, flags.model.dtype), flags.model.grad_dtype
     grad_dtype = getattr(torch, asked) if asked else torch.promote_types(dtype, torch.float32)
     mesh = flags.mesh
-    sp = "none" if not mesh.sp else "keep" if mesh.sp_keep else "gather"
-    frozen = frozen_names(flags.model.freeze, config, mesh.pp * flags.pipeline.virtual)
-    return ParallelConfig(sp, mesh.zero, flags.model.recompute, mesh.data_parallel, dtype, grad_dtype,
-                flags.pipeline.virtual, flags.model.attention, frozen)
+    sp = "none" if not mesh.sp else "keep" if mesh.sp_save_gathered else "gather"
+    frozen = frozen_parameter_names(flags.model.freeze, config, mesh.pp * flags.pipeline.virtual_stages)
+    return ParallelConfig(sp, mesh.zero, flags.model.recompute, mesh.grad_sync, dtype, grad_dtype,
+                flags.pipeline.virtual_stages, flags.model.attention, frozen)
 
 
-def drawn(config: ModelConfig, seed: int) -> Read:
-    """(name, part) -> first weights (float32): of the numbers `init_weights` draws for it, a part."""
-    every = shapes(config)
-    return lambda name, part: draw(name, every[name], config.layers, seed)[part]
+def initial_weights_reader(config: ModelConfig, seed: int) -> Read:
+    """Return read(name, slices) -> those slices of the float32 initial weights, drawn from seed and name."""
+    full_shapes = shapes(config)
+    return lambda name, slices: draw(name, full_shapes[name], config.layers, seed)[slices]

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanoinfra.data.corpus import load_corpus
-from nanoinfra.data.loader import HeldOut, Loader
-from nanoinfra.data.sample_order import pack
-from nanoinfra.data.train_tokenizer import tokenizer_for
+from nanoinfra.data.loader import HeldOutSet, MicroBatchLoader
+from nanoinfra.data.token_datasets import pack_corpus
+from nanoinfra.data.train_tokenizer import get_or_train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from speedrun import bits_per_byte  # noqa: E402
@@ -71,14 +71,15 @@ def main():
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     corpus = load_corpus(args.data)
-    tokenizer = tokenizer_for(corpus, V, args.cache)
-    loader = Loader(pack(corpus, tokenizer, args.cache), seed=args.seed, seq=T, micro_batch=B)
+    tokenizer = get_or_train_tokenizer(corpus, V, args.cache)
+    loader = MicroBatchLoader(pack_corpus(corpus, tokenizer, args.cache), seed=args.seed, seq_len=T,
+                              micro_batch=B)
     model = GPT(tokenizer.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1,
                                   fused=True)
     step, began, done = 0, time.perf_counter(), 0.0                      # done: share of the time
     while done < 1:
-        [(x, y)] = loader.next()                                         # (B, T) each
+        [(x, y)] = loader.next_step()                                         # (B, T) each
         F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step += 1
@@ -88,10 +89,10 @@ def main():
         optimizer.zero_grad()
         done = (time.perf_counter() - began) / args.seconds
     loader.close()
-    found = bits_per_byte(model, HeldOut(corpus.held_out, tokenizer, T))
+    found = bits_per_byte(model, HeldOutSet(corpus.held_out, tokenizer, T))
     print(json.dumps({"bits_per_byte": round(found, 4), "seconds": round(done * args.seconds, 2),
-                      "steps": step, "tokens": step * B * T, "corpus": corpus.hash[:16],
-                      "tokenizer_s": round(tokenizer.train_s, 1)}))
+                      "steps": step, "tokens": step * B * T, "corpus": corpus.sha256[:16],
+                      "tokenizer_s": round(tokenizer.train_seconds, 1)}))
 
 
 if __name__ == "__main__":

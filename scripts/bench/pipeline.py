@@ -36,8 +36,8 @@ from nanoinfra.formulas.parameters import parameters, shapes  # noqa: E402
 from nanoinfra.formulas.pipeline import sent_bytes, split  # noqa: E402
 from nanoinfra.model.init import draw  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags  # noqa: E402
-from nanoinfra.train.step import execute  # noqa: E402
-from nanoinfra.train.train_stage import Replica  # noqa: E402
+from nanoinfra.train.step import execute_schedule  # noqa: E402
+from nanoinfra.train.train_stage import TrainStage  # noqa: E402
 
 P = 2                                                    # stages
 
@@ -120,21 +120,21 @@ class OurSide:
     def __init__(self, m, dtype="bfloat16"):
         self.m, self.mesh = m, Mesh(pp=P)
         flags = TrainFlags(ModelFlags(dtype=dtype), mesh=MeshFlags(pp=P), pipeline=PipelineFlags("1f1b"))
-        self.replica = Replica(CONFIG, flags, self.mesh)
-        self.list = self.replica.schedule(m)
+        self.replica = TrainStage(CONFIG, flags, self.mesh)
+        self.list = self.replica.build_step_schedule(m)
 
     def gradients(self, x, y):
         self.begin(x, y)
-        execute(self.list[:-1], self.replica)
+        execute_schedule(self.list[:-1], self.replica)
         return self.replica.loss, self.replica.grads
 
     def step(self, x, y):
         self.begin(x, y)
-        execute(self.list, self.replica)
+        execute_schedule(self.list, self.replica)
         self.mesh.comm_log.take_records()
 
     def begin(self, x, y):
-        self.replica.begin(list(zip(x.chunk(self.m), y.chunk(self.m))), count=B * T, lr=1e-4)
+        self.replica.begin_step(list(zip(x.chunk(self.m), y.chunk(self.m))), num_valid_tokens=B * T, lr=1e-4)
 
 
 def first_weights(names):

@@ -9,7 +9,8 @@ side gives to torch.distributed in a step is counted.
 The peer at its best: one matrix for q, k, v with its rows in heads' order, so that one column-parallel linear
 makes them all; local tensors between the linears; loss_parallel (--whole-logits, without it, was no faster);
 masters that are plain tensors, and one sum for all norms' gradients, where DTensor would take a collective
-for each. Its SequenceParallel keeps for backward what it has gathered, as our --sp-keep does: the same bytes.
+for each. Its SequenceParallel keeps for backward what it has gathered, as our --sp-save-gathered does: the
+same bytes.
 Against our --sp as in the paper, which gathers again ("gather"), it sends less and holds more.
 """
 import argparse
@@ -43,12 +44,12 @@ from nanoinfra.formulas.parameters import parameters, shapes  # noqa: E402
 from nanoinfra.model.init import draw  # noqa: E402
 from nanoinfra.parallel.pipeline.schedules import Backward, Forward, ReduceGrads  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
-from nanoinfra.train.loss import count_valid  # noqa: E402
-from nanoinfra.train.step import execute  # noqa: E402
-from nanoinfra.train.train_stage import Replica  # noqa: E402
+from nanoinfra.train.loss import count_valid_tokens  # noqa: E402
+from nanoinfra.train.step import execute_schedule  # noqa: E402
+from nanoinfra.train.train_stage import TrainStage  # noqa: E402
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-FLAGS = {"none": {}, "keep": dict(sp=True, sp_keep=True), "gather": dict(sp=True)}
+FLAGS = {"none": {}, "keep": dict(sp=True, sp_save_gathered=True), "gather": dict(sp=True)}
 
 
 class PeerBlock(Block):
@@ -161,13 +162,13 @@ class OurSide:
     def __init__(self, sp, dtype="bfloat16"):
         self.mesh = Mesh(tp=N)
         flags = TrainFlags(model=ModelFlags(dtype=dtype), mesh=MeshFlags(tp=N, **FLAGS[sp]))
-        self.replica = Replica(CONFIG, flags, self.mesh)
+        self.replica = TrainStage(CONFIG, flags, self.mesh)
 
     def gradients(self, x, y):
         batches = [(x, y)]
-        [valid] = count_valid(batches, self.mesh.data)
-        self.replica.begin(batches, valid, lr=1e-4)
-        execute([Forward(0), Backward(0, is_last=True), ReduceGrads()], self.replica)
+        [valid] = count_valid_tokens(batches, self.mesh.data)
+        self.replica.begin_step(batches, valid, lr=1e-4)
+        execute_schedule([Forward(0), Backward(0, is_last=True), ReduceGrads()], self.replica)
         return self.replica.loss, self.replica.grads
 
     def step(self, x, y):

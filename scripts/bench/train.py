@@ -28,9 +28,9 @@ from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
 from nanoinfra.formulas.parameters import parameters  # noqa: E402
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule  # noqa: E402
 from nanoinfra.train.config import ModelFlags, TrainFlags  # noqa: E402
-from nanoinfra.train.loss import count_valid  # noqa: E402
-from nanoinfra.train.step import execute  # noqa: E402
-from nanoinfra.train.train_stage import Replica  # noqa: E402
+from nanoinfra.train.loss import count_valid_tokens  # noqa: E402
+from nanoinfra.train.step import execute_schedule  # noqa: E402
+from nanoinfra.train.train_stage import TrainStage  # noqa: E402
 
 V, C, L, H, T, B = 8192, 384, 6, 6, 256, 8
 CONFIG = ModelConfig(V, C, L, H, H, C // H, 4 * C, T, tied=False, family="gpt2")
@@ -81,13 +81,13 @@ def peer_step(mesh):
 
 
 def our_step(mesh):
-    replica = Replica(CONFIG, TrainFlags(model=ModelFlags(dtype="bfloat16")), mesh)
+    replica = TrainStage(CONFIG, TrainFlags(model=ModelFlags(dtype="bfloat16")), mesh)
 
     def step(x, y):
         batches = [(x, y)]
-        [valid] = count_valid(batches, mesh.data)
-        replica.begin(batches, valid, lr=1e-4)
-        execute(gradient_accumulation_schedule(1), replica)
+        [valid] = count_valid_tokens(batches, mesh.data)
+        replica.begin_step(batches, valid, lr=1e-4)
+        execute_schedule(gradient_accumulation_schedule(1), replica)
         mesh.comm_log.take_records()
     return step
 

@@ -42,9 +42,9 @@ from nanoinfra.distributed.mesh import Mesh  # noqa: E402
 from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
-from nanoinfra.train.loss import count_valid  # noqa: E402
-from nanoinfra.train.step import execute  # noqa: E402
-from nanoinfra.train.train_stage import Replica  # noqa: E402
+from nanoinfra.train.loss import count_valid_tokens  # noqa: E402
+from nanoinfra.train.step import execute_schedule  # noqa: E402
+from nanoinfra.train.train_stage import TrainStage  # noqa: E402
 
 N = 2                                                    # ranks
 GRADS = {"deepspeed": "bfloat16", "fsdp2": "float32"}    # what a peer sums gradients in, and ours against it
@@ -68,13 +68,13 @@ class Model(Plain):
 def our_step(stage, peer):
     mesh = Mesh(dp=N)
     flags = TrainFlags(model=ModelFlags(dtype="bfloat16", grad_dtype=GRADS[peer]), mesh=MeshFlags(zero=stage))
-    replica = Replica(CONFIG, flags, mesh)
+    replica = TrainStage(CONFIG, flags, mesh)
 
     def step(x, y):
         batches = [(x, y)]
-        [valid] = count_valid(batches, mesh.data)
-        replica.begin(batches, valid, lr=1e-4)
-        execute(gradient_accumulation_schedule(1), replica)
+        [valid] = count_valid_tokens(batches, mesh.data)
+        replica.begin_step(batches, valid, lr=1e-4)
+        execute_schedule(gradient_accumulation_schedule(1), replica)
         mesh.comm_log.take_records()
     return step
 

@@ -2,8 +2,8 @@
 import pytest
 
 from nanoinfra.data.corpus import load_corpus
-from nanoinfra.data.sample_order import pack
-from nanoinfra.data.train_tokenizer import tokenizer_for
+from nanoinfra.data.token_datasets import pack_corpus
+from nanoinfra.data.train_tokenizer import get_or_train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +30,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(corpus, cache):
-    return tokenizer_for(corpus, 300, cache)
+    return get_or_train_tokenizer(corpus, 300, cache)
 
 
 @pytest.fixture(scope="session")
 def packed(corpus, tokenizer, cache):
-    return pack(corpus, tokenizer, cache)
+    return pack_corpus(corpus, tokenizer, cache)

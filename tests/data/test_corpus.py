@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.data.corpus import cut, load_corpus
-from nanoinfra.data.text_files import reasons
+from nanoinfra.data.corpus import load_corpus, split_text
+from nanoinfra.data.text_files import summarize_skip_reasons
 
 TESTS = "test", "tests", "idle_test"
 
@@ -37,7 +37,7 @@ def test_stdlib():
     there = {path.relative_to(home) for path in home.rglob("*.py")}
     want = {path.as_posix() for path in there if not out & set(path.parts[:-1])}
     assert paths <= want and len(want - paths) == len(got.skipped)
-    assert len(got.hash) == 64 and load_corpus("stdlib").hash == got.hash
+    assert len(got.sha256) == 64 and load_corpus("stdlib").sha256 == got.sha256
 
 
 def test_a_folder_is_split_by_path(folder, corpus):
@@ -45,7 +45,7 @@ def test_a_folder_is_split_by_path(folder, corpus):
     got = {d.path: d.text.encode() for d in (*corpus.train, *corpus.held_out)}
     assert got == want
     assert {d.path for d in corpus.held_out} == {path for path in want if held_by(path)} != set()
-    assert sum(corpus.bytes) == sum(map(len, want.values()))
+    assert sum(corpus.train_and_held_out_bytes) == sum(map(len, want.values()))
     assert corpus.skipped == ()
 
 
@@ -72,15 +72,15 @@ def test_a_file_is_split_by_content_wherever_it_stands(tmp_path):
 @settings(deadline=None, max_examples=50)
 @given(st.text("ab\n ", max_size=400), st.integers(1, 20))
 def test_pieces_join_to_the_text(text, size):
-    got = list(cut(text, size))
+    got = list(split_text(text, size))
     assert "".join(got) == text
     assert all(0 < len(piece) <= 4 * size for piece in got)
 
 
 def test_pieces_end_at_blank_lines_then_at_lines_then_anywhere():
-    assert list(cut("aaaaa\n\nbbbbb\n \ncc", 4)) == ["aaaaa\n\n", "bbbbb\n \n", "cc"]
-    assert list(cut("aaaa\naaaa\nbb", 4)) == ["aaaa\naaaa\n", "bb"]
-    assert list(cut("a" * 20, 4)) == ["a" * 8, "a" * 8, "a" * 4]
+    assert list(split_text("aaaaa\n\nbbbbb\n \ncc", 4)) == ["aaaaa\n\n", "bbbbb\n \n", "cc"]
+    assert list(split_text("aaaa\naaaa\nbb", 4)) == ["aaaa\naaaa\n", "bb"]
+    assert list(split_text("a" * 20, 4)) == ["a" * 8, "a" * 8, "a" * 4]
 
 
 def test_a_small_corpus_holds_out_the_lowest_hash(tmp_path):
@@ -93,11 +93,11 @@ def test_a_small_corpus_holds_out_the_lowest_hash(tmp_path):
 def test_what_is_held_out_has_text(tmp_path):
     held = next(f"{i}" for i in range(1000) if held_by(f"{i}"))
     got = load_corpus(write(tmp_path, {held: b"", "x.txt": b"some", "y.txt": b"more"}))
-    assert min(got.bytes) > 0
+    assert min(got.train_and_held_out_bytes) > 0
 
 
 def test_the_hash_names_path_text_and_side(tmp_path):
-    got = [load_corpus(write(tmp_path / f"{k}", files)).hash for k, files in enumerate((
+    got = [load_corpus(write(tmp_path / f"{k}", files)).sha256 for k, files in enumerate((
         {"a": b"1", "b": b"2"}, {"a": b"1", "b": b"2"}, {"a": b"1", "b": b"3"}, {"a": b"1", "c": b"2"}))]
     assert got[0] == got[1] and len(set(got)) == 3
 
@@ -140,7 +140,8 @@ def test_names_that_are_no_text_are_told(tmp_path):
     write(tmp_path, {"a.txt": b"one", "b.txt": b"two"})
     with open(os.fsencode(tmp_path) + b"/caf\xe9\n.txt", "wb") as file:
         file.write(b"\xe9")
-    assert reasons(load_corpus(tmp_path).skipped) == r"1 not UTF-8 text (e.g. 'caf\udce9\n.txt')"
+    skipped = load_corpus(tmp_path).skipped
+    assert summarize_skip_reasons(skipped) == r"1 not UTF-8 text (e.g. 'caf\udce9\n.txt')"
 
 
 @pytest.mark.parametrize("content, want", [

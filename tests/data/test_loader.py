@@ -8,35 +8,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoinfra.data.corpus import Document
-from nanoinfra.data.loader import HeldOut, Loader, deal
-from nanoinfra.data.sample_order import IGNORE, Packed, Random
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.loader import HeldOutSet, MicroBatchLoader, deal_to_micro_batches
+from nanoinfra.data.token_datasets import IGNORE_INDEX, PackedDataset, RandomTokenDataset
+from nanoinfra.data.train_tokenizer import BPETokenizer
 
-BYTES = Tokenizer.train(["a"], 257)
-PACKED = Packed(np.arange(1 + 4 * 23), np.array([1]))         # 23 windows of 4
-SOURCES = st.sampled_from([PACKED, Random(257)])
+BYTES = BPETokenizer.train(["a"], 257)
+PACKED = PackedDataset(np.arange(1 + 4 * 23), np.array([1]))         # 23 windows of 4
+SOURCES = st.sampled_from([PACKED, RandomTokenDataset(257)])
 
 
-class Watched(Random):
+class Watched(RandomTokenDataset):
     """Tells which samples were made, in which thread; sample `bad` cannot be."""
     def __init__(self, bad=None):
         super().__init__(257)
         self.bad, self.made, self.threads, self.ahead = bad, [], set(), threading.Event()
 
-    def sample(self, g, seed, seq):
+    def get_sample(self, g, seed, seq):
         if g == self.bad:
             raise OSError(f"sample {g} is gone")
         self.made.append(g)
         self.threads.add(threading.current_thread().name)
         if g >= 8:
             self.ahead.set()
-        return super().sample(g, seed, seq)
+        return super().get_sample(g, seed, seq)
 
 
 def steps(count, **given):
-    loader = Loader(**{"source": PACKED, "seed": 0, "seq": 4, "micro_batch": 2, **given})
+    loader = MicroBatchLoader(**{"dataset": PACKED, "seed": 0, "seq_len": 4, "micro_batch": 2, **given})
     try:
-        return [loader.next() for _ in range(count)]
+        return [loader.next_step() for _ in range(count)]
     finally:
         loader.close()
 
@@ -44,7 +44,7 @@ def steps(count, **given):
 def rows(batches):
     """The samples of micro-batches, without the rows that hold no target."""
     return [(tuple(x.tolist()), tuple(y.tolist())) for xs, ys in batches for x, y in zip(xs, ys)
-            if (y != IGNORE).any()]
+            if (y != IGNORE_INDEX).any()]
 
 
 def same(a, b):
@@ -56,8 +56,8 @@ def same(a, b):
 @given(source=SOURCES, dp=st.integers(1, 6), micro=st.integers(1, 4), batch=st.integers(1, 17),
        start=st.integers(0, 60), seed=st.integers(0, 2**40))
 def test_a_step_is_the_same_samples_on_any_mesh(source, dp, micro, batch, start, seed):
-    given = {"source": source, "seed": seed, "global_batch": batch, "start": start}
-    want = [[tuple(map(tuple, source.sample(start + k * batch + i, seed, 4))) for i in range(batch)]
+    given = {"dataset": source, "seed": seed, "global_batch": batch, "first_sample": start}
+    want = [[tuple(map(tuple, source.get_sample(start + k * batch + i, seed, 4))) for i in range(batch)]
             for k in range(2)]
     ranks = [steps(2, micro_batch=micro, dp_rank=r, dp_size=dp, **given) for r in range(dp)]
     for k in range(2):
@@ -70,14 +70,14 @@ def test_a_step_is_the_same_samples_on_any_mesh(source, dp, micro, batch, start,
 
 
 def test_an_uneven_batch_is_dealt_in_turn():
-    got = [list(map(list, deal(7, 2, r, 3))) for r in range(3)]
+    got = [list(map(list, deal_to_micro_batches(7, 2, r, 3))) for r in range(3)]
     assert got == [[[0, 3], [6]], [[1, 4], []], [[2, 5], []]]
-    assert [list(map(list, deal(2, 1, r, 3))) for r in range(3)] == [[[0]], [[1]], [[]]]
+    assert [list(map(list, deal_to_micro_batches(2, 1, r, 3))) for r in range(3)] == [[[0]], [[1]], [[]]]
 
 
 def test_an_empty_micro_batch_is_a_row_without_targets():
     (x, y), = steps(1, global_batch=2, micro_batch=3, dp_rank=2, dp_size=3)[0]
-    assert x.tolist() == [[0] * 4] and y.tolist() == [[IGNORE] * 4]
+    assert x.tolist() == [[0] * 4] and y.tolist() == [[IGNORE_INDEX] * 4]
     assert x.dtype == y.dtype == torch.int64
 
 
@@ -87,92 +87,92 @@ def test_the_global_batch_defaults_to_a_micro_batch_on_each_rank():
 
 
 def test_an_epoch_deals_every_window_once():
-    got = [row for step in steps(23, global_batch=2, start=0) for row in rows(step)]
+    got = [row for step in steps(23, global_batch=2, first_sample=0) for row in rows(step)]
     assert sorted(got[:23]) == sorted(got[23:]) == sorted(set(got)) and got[:23] != got[23:]
 
 
 @settings(deadline=None, max_examples=20)
 @given(source=SOURCES, prefetch=st.integers(1, 4), done=st.integers(0, 5), batch=st.integers(1, 9))
 def test_resume_goes_on_from_what_was_consumed(source, prefetch, done, batch):
-    given = {"source": source, "global_batch": batch, "dp_rank": 1, "dp_size": 2}
+    given = {"dataset": source, "global_batch": batch, "dp_rank": 1, "dp_size": 2}
     want = steps(done + 3, seed=9, **given)
-    loader = Loader(seed=9, seq=4, micro_batch=2, prefetch=prefetch, **given)
+    loader = MicroBatchLoader(seed=9, seq_len=4, micro_batch=2, prefetch_steps=prefetch, **given)
     for _ in range(done):
-        loader.next()
-    state = loader.state()
+        loader.next_step()
+    state = loader.state_dict()
     loader.close()
     assert state == {"consumed": done * batch, "seed": 9}
-    got = steps(3, seed=state["seed"], start=state["consumed"], prefetch=prefetch, **given)
+    got = steps(3, seed=state["seed"], first_sample=state["consumed"], prefetch_steps=prefetch, **given)
     assert same(got, want[done:])
 
 
 def test_batches_are_made_ahead_in_a_thread():
     source = Watched()
-    loader = Loader(source, seed=0, seq=4, micro_batch=4, prefetch=3)
-    loader.next()
+    loader = MicroBatchLoader(source, seed=0, seq_len=4, micro_batch=4, prefetch_steps=3)
+    loader.next_step()
     assert source.ahead.wait()                      # samples 8.. belong to the third step
-    assert source.threads == {"loader_0"} and loader.state()["consumed"] == 4
+    assert source.threads == {"loader_0"} and loader.state_dict()["consumed"] == 4
     loader.close()
     assert source.made == list(range(12))
 
 
 def test_an_error_in_the_thread_is_raised_by_next_until_closed():
-    loader = Loader(Watched(bad=9), seed=0, seq=4, micro_batch=4)
-    loader.next(), loader.next()
+    loader = MicroBatchLoader(Watched(bad=9), seed=0, seq_len=4, micro_batch=4)
+    loader.next_step(), loader.next_step()
     for _ in range(2):
         with pytest.raises(OSError, match="sample 9 is gone"):
-            loader.next()
-    assert loader.state()["consumed"] == 8
+            loader.next_step()
+    assert loader.state_dict()["consumed"] == 8
     loader.close()
 
 
 def test_close_ends_the_thread():
-    loader = Loader(PACKED, seed=0, seq=4, micro_batch=1)
-    loader.next()
-    thread, = loader.pool._threads
+    loader = MicroBatchLoader(PACKED, seed=0, seq_len=4, micro_batch=1)
+    loader.next_step()
+    thread, = loader._thread._threads
     loader.close()
     loader.close()
     assert not thread.is_alive()
     with pytest.raises(RuntimeError):
-        loader.next()
+        loader.next_step()
 
 
 @pytest.mark.parametrize("given, match", [
-    ({"seq": 93}, "--seq 93 takes 94 tokens, the corpus has 93 .* try --seq 92,"),
-    ({"seq": 0}, "--seq is 0; it must be at least 1"),
+    ({"seq_len": 93}, "--seq 93 takes 94 tokens, the corpus has 93 .* try --seq 92,"),
+    ({"seq_len": 0}, "--seq is 0; it must be at least 1"),
     ({"micro_batch": 0}, "--micro-batch is 0; it must be at least 1: try --micro-batch 1"),
     ({"global_batch": 0}, "--global-batch is 0"),
     ({"seed": -1}, "--seed is -1; it must be at least 0"),
-    ({"start": -1}, "start is -1"),
-    ({"prefetch": 0}, "prefetch is 0"),
+    ({"first_sample": -1}, "first_sample is -1"),
+    ({"prefetch_steps": 0}, "prefetch_steps is 0"),
 ])
 def test_sizes_that_cannot_be(given, match):
     with pytest.raises(ValueError, match=match):
-        Loader(**{"source": PACKED, "seed": 0, "seq": 4, "micro_batch": 2, **given})
+        MicroBatchLoader(**{"dataset": PACKED, "seed": 0, "seq_len": 4, "micro_batch": 2, **given})
 
 
 def test_held_out_documents_start_afresh_and_end():
-    e, (a, b, c, d) = BYTES.eot, BYTES.encode("abcd")
-    got = HeldOut([Document("1", "abcd"), Document("2", ""), Document("3", "ab")], BYTES, seq=3)
-    (x, y), = got.batches(micro_batch=9)
+    e, (a, b, c, d) = BYTES.eot_token_id, BYTES.encode("abcd")
+    got = HeldOutSet([Document("1", "abcd"), Document("2", ""), Document("3", "ab")], BYTES, seq_len=3)
+    (x, y), = got.micro_batches(micro_batch=9)
     assert x.tolist() == [[e, a, b], [c, d, 0], [e, 0, 0], [e, a, b]]
-    assert y.tolist() == [[a, b, c], [d, e, IGNORE], [e, IGNORE, IGNORE], [a, b, e]]
-    assert (got.tokens, got.bytes) == (4 + 2 + 3, 6)
-    assert got.bits_per_byte(got.tokens * log(2) * 8) == pytest.approx(9 * 8 / 6)
+    assert y.tolist() == [[a, b, c], [d, e, IGNORE_INDEX], [e, IGNORE_INDEX, IGNORE_INDEX], [a, b, e]]
+    assert (got.num_targets, got.num_bytes) == (4 + 2 + 3, 6)
+    assert got.bits_per_byte(got.num_targets * log(2) * 8) == pytest.approx(9 * 8 / 6)
 
 
 def test_bytes_are_those_of_utf8():
-    got = HeldOut([Document("1", "日本")], BYTES, seq=4)
-    assert (got.bytes, got.tokens) == (6, 7)
+    got = HeldOutSet([Document("1", "日本")], BYTES, seq_len=4)
+    assert (got.num_bytes, got.num_targets) == (6, 7)
 
 
 @pytest.mark.parametrize("size, micro", [(1, 1), (2, 3), (5, 2), (7, 64)])
 def test_held_out_windows_are_dealt_once(corpus, tokenizer, size, micro):
-    held_out = HeldOut(corpus.held_out, tokenizer, seq=16)
-    ranks = [list(held_out.batches(micro, rank, size)) for rank in range(size)]
-    assert {len(rank) for rank in ranks} == {ceil(len(held_out.rows) / (micro * size))}
-    want = [(tuple(x), tuple(y)) for x, y in held_out.rows]
+    held_out = HeldOutSet(corpus.held_out, tokenizer, seq_len=16)
+    ranks = [list(held_out.micro_batches(micro, rank, size)) for rank in range(size)]
+    assert {len(rank) for rank in ranks} == {ceil(len(held_out.windows) / (micro * size))}
+    want = [(tuple(x), tuple(y)) for x, y in held_out.windows]
     got = [rows(rank) for rank in ranks]
     assert [got[i % size][i // size] for i in range(len(want))] == want
     assert sum(map(len, got)) == len(want)
-    assert sum(int((y != IGNORE).sum()) for rank in ranks for _, y in rank) == held_out.tokens
+    assert sum(int((y != IGNORE_INDEX).sum()) for rank in ranks for _, y in rank) == held_out.num_targets

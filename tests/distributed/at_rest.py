@@ -26,8 +26,8 @@ from nanoinfra.distributed.pool import rank_main
 from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.distributed.pool.rank_processes import _PRELOADED_MODULES, RankFailedError
 from nanoinfra.serve.processes.tp_group import TensorParallelGroup
-from nanoinfra.train.launch.elastic_rank import end_with_parent, process_group
-from nanoinfra.train.launch.launcher import launch
+from nanoinfra.train.launch.elastic_rank import die_with_parent, rank_process_group
+from nanoinfra.train.launch.launcher import launch_ranks
 from tests.distributed.sockets import another_interface, listening
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT              # torch's agent takes them
@@ -41,7 +41,7 @@ def launched(look, *without: str) -> bool:
         looker = threading.Thread(target=_look_at_launched, args=(look, Path(folder), before))
         looker.start()
         try:
-            return launch([folder, *without], 2, module=__name__) == 0
+            return launch_ranks([folder, *without], 2, module=__name__) == 0
         finally:
             Path(folder, "ended").touch()
             looker.join()
@@ -60,7 +60,7 @@ def _look_at_launched(look, folder, before):
 
 
 def _launched_rank(folder, *without):
-    with _without(without), process_group("cpu"):
+    with _without(without), rank_process_group("cpu"):
         _meet()
         (folder / f"pid{os.getpid()}").touch()
         if _wait_for((folder / "go").exists):
@@ -118,7 +118,7 @@ class _Reports(TensorParallelGroup):
 
 
 def _team_rank(rank, pipes, report, store, without):
-    end_with_parent()
+    die_with_parent()
     team = _Reports(rank, pipes)
     with _elsewhere(), _without(without), mock.patch("nanoinfra.distributed.loopback.start_loopback_store",
                                                      store):

@@ -21,7 +21,7 @@ from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Block, Decoder
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
-from nanoinfra.train.loss import cross_entropy
+from nanoinfra.train.loss import linear_cross_entropy
 from tests.families import KINDS
 
 HOW = [("naive", "none"), ("sdpa", "none"), ("naive", "selective"), ("naive", "full"), ("sdpa", "full")]
@@ -47,7 +47,7 @@ def saved_bytes_by_phase(model, batch, seq, backward=False):
 
     tokens = torch.zeros(batch, seq, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = cross_entropy(model.hidden(tokens), model.head.weight, tokens, batch * seq)
+        loss = linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, batch * seq)
         assert loss.requires_grad
         forward = held()
         loss.backward() if backward else None
@@ -93,7 +93,7 @@ def test_what_recompute_keeps_is_gone_while_one_layer_works(family, dtype):
         return tensor
     tokens = torch.zeros(2, 11, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = cross_entropy(model.hidden(tokens), model.head.weight, tokens, 22)
+        loss = linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 22)
         kept = peaks[-1]
         loss.backward()
     assert kept < max(peaks) <= kept + working_bytes(config, 2, 11, dtype.itemsize, "naive")

@@ -14,8 +14,8 @@ from nanoinfra.formulas.model_states import BYTES
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.formulas.zero import zero_bytes
 from nanoinfra.train.config import DataFlags, ModelFlags, OptimizerFlags, TrainFlags
-from nanoinfra.train.step import execute
-from nanoinfra.train.train_stage import Replica
+from nanoinfra.train.step import execute_schedule
+from nanoinfra.train.train_stage import TrainStage
 
 LLAMA = ModelConfig(300, 64, 4, 4, 2, 16, 172, 128)
 GPT2 = replace(LLAMA, kv_heads=4, hidden=256, family="gpt2")
@@ -37,10 +37,10 @@ def allocated(config, recipe):
     tokens = torch.zeros(recipe.micro_batch, recipe.seq, dtype=torch.long)
     flags = TrainFlags(model, DataFlags(), optimizer=OptimizerFlags(recipe.optimizer))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        replica = Replica(config, flags, Mesh())
+        replica = TrainStage(config, flags, Mesh())
         for _ in range(2):
-            replica.begin([(tokens, tokens)] * recipe.micro_batches, tokens.numel(), 1e-3)
-            execute(replica.schedule(recipe.micro_batches), replica)
+            replica.begin_step([(tokens, tokens)] * recipe.micro_batches, tokens.numel(), 1e-3)
+            execute_schedule(replica.build_step_schedule(recipe.micro_batches), replica)
     events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 

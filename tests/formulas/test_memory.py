@@ -8,8 +8,8 @@ from nanoinfra.formulas.model_states import kv_cache_bytes_per_token, state_byte
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.model.attention import naive
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.train.loss import cross_entropy
-from nanoinfra.train.optimizer import Optimizer
+from nanoinfra.train.loss import linear_cross_entropy
+from nanoinfra.train.optimizer import MixedPrecisionOptimizer
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -26,15 +26,15 @@ def test_states_are_the_trainers(dtype, optimizer):
 def held_after_a_step(model, optimizer):
     """Bytes by kind of the tensors that a model and its optimizer own."""
     tokens = torch.zeros(1, 4, dtype=torch.long)
-    cross_entropy(model.hidden(tokens), model.head.weight, tokens, 4).backward()
-    opt = Optimizer(model, optimizer)
+    linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 4).backward()
+    opt = MixedPrecisionOptimizer(model, optimizer)
     grads = {name: p.grad for name, p in opt.params.items()}
     opt.step(grads, lr=1e-3)
     held = {"weights": total(model.parameters()), "gradients": total(grads.values())}
-    masters = [m for name, m in opt.masters.items() if m is not opt.params[name]]
+    masters = [m for name, m in opt.master_weights.items() if m is not opt.params[name]]
     held |= {"master": total(masters)} if masters else {}
     for kind in ("exp_avg", "exp_avg_sq") if optimizer == "adamw" else ():
-        held[kind] = total(t for name, t in opt.state().items() if name.startswith(kind + "/"))
+        held[kind] = total(t for name, t in opt.state_dict().items() if name.startswith(kind + "/"))
     return held
 
 

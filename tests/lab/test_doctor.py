@@ -33,7 +33,7 @@ def test_two_ranks_report_alike_and_the_first_writes(ranks, tmp_path):
 
 @pytest.mark.timed
 def test_an_emulated_wire_comes_out_as_given(ranks):
-    flags = DoctorFlags(pp=2, threads=1, wire=("pp=0.004,1e8",))
+    flags = DoctorFlags(pp=2, threads=1, emulate_link=("pp=0.004,1e8",))
     report, _ = ranks(2).run(doctor, flags, mutants=QUICK)
     assert report["wires"]["pp"]["emulated"] and report["wires"]["pp"]["op"] == "send"
     assert report["wires"]["pp"]["latency"]["value"] == pytest.approx(0.004, rel=0.1)
@@ -56,7 +56,7 @@ def test_one_rank_has_no_wires(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, says", [
     (["--nproc", "3", "--tp", "2"], "try"), (["--threads", "0"], "give at least 1"),
-    (["--wire", "dp=fast"], "dp=20e-6,1e9"), (["--out", "nowhere/doctor.json"], "make it first")])
+    (["--emulate-link", "dp=fast"], "dp=20e-6,1e9"), (["--out", "nowhere/doctor.json"], "make it first")])
 def test_a_mistake_is_one_line(argv, says, capsys):
     assert main(["doctor", *argv]) == 2
     said = capsys.readouterr().err

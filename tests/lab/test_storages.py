@@ -13,8 +13,8 @@ from nanoinfra.formulas.activations import activation_bytes
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.train.loss import cross_entropy
-from nanoinfra.train.optimizer import Optimizer
+from nanoinfra.train.loss import linear_cross_entropy
+from nanoinfra.train.optimizer import MixedPrecisionOptimizer
 
 
 def test_a_tensor_counts_while_it_lives_and_its_views_count_once():
@@ -70,7 +70,7 @@ def test_saved_activations_are_what_the_formula_says():
     model = Decoder(config)
     tokens = torch.zeros(2, 16, dtype=torch.long)
     with Storages(of=[tokens]) as storages:
-        loss = cross_entropy(model.hidden(tokens), model.head.weight, tokens, 32)
+        loss = linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 32)
         assert storages.held() == activation_bytes(config, 2, 16, 4) + loss.nbytes
 
 
@@ -78,13 +78,13 @@ def test_an_optimizer_makes_moments_and_masters():
     model = Decoder(sized("test")).bfloat16()
     psi = parameters(sized("test"))
     with Storages() as storages:
-        optimizer = Optimizer(model, "adamw")
+        optimizer = MixedPrecisionOptimizer(model, "adamw")
         assert storages.held() == 4 * psi
         grads = {name: torch.zeros_like(p) for name, p in optimizer.params.items()}
         optimizer.step(grads, lr=1e-3)
         assert storages.held() == (12 + 2) * psi + 4 * len(grads)      # a step counter a tensor
         grads = None
-        assert storages.held() == 12 * psi + 4 * len(optimizer.masters)
+        assert storages.held() == 12 * psi + 4 * len(optimizer.master_weights)
 
 
 def test_meta_tensors_hold_nothing():
@@ -171,7 +171,7 @@ def test_it_changes_no_number(operators):
         model = Decoder(sized("test"))
         tokens = torch.arange(32).view(2, 16)
         with around:
-            cross_entropy(model.hidden(tokens), model.head.weight, tokens, 32).backward()
+            linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 32).backward()
         return [p.grad for p in model.parameters()]
     want, got = gradients(torch.enable_grad()), gradients(Storages(operators=operators))
     assert all(torch.equal(a, b) for a, b in zip(want, got))

@@ -17,7 +17,7 @@ from nanoinfra.model import attention
 from nanoinfra.model.decoder import Block, Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
-from nanoinfra.train.loss import cross_entropy
+from nanoinfra.train.loss import linear_cross_entropy
 from tests.families import KINDS
 from tests.parity import assert_same_gradients
 
@@ -38,7 +38,7 @@ def gradients(model, micro_batches=2):
     draw = torch.Generator().manual_seed(1)
     for _ in range(micro_batches):
         tokens = torch.randint(61, (2, 11), generator=draw)
-        cross_entropy(model.hidden(tokens), model.head.weight, tokens, 22 * micro_batches).backward()
+        linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 22 * micro_batches).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -234,7 +234,7 @@ def shared_gradients(how):
     batches = [torch.randint(61, (2, 11), generator=draw) for _ in range(4)][mesh.dp.rank::2]
     for i, tokens in enumerate(batches):
         shared.prepare_for_backward(is_last=i == 1)
-        cross_entropy(model.hidden(tokens), model.head.weight, tokens, 88).backward()
+        linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 88).backward()
     return {name: grad.clone() for name, grad in shared.finish_grad_sync().items()}
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanoinfra.config import RopeScaling
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.model.weights.hugging_face.weights import INDEX, SINGLE, load_hf, open_hf, save_hf
@@ -150,7 +150,7 @@ def test_what_hugging_face_cannot_hold_is_refused(tmp_path):
 
 
 def test_the_tokenizer_goes_along(tmp_path):
-    Tokenizer.train(["one two three two one"] * 9, vocab=260).save(tmp_path / "tokenizer")
+    BPETokenizer.train(["one two three two one"] * 9, vocab_size=260).save(tmp_path / "tokenizer")
     save_hf(init_weights(Decoder(config("llama")), 0), tmp_path / "model", tmp_path / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     eos = json.loads((tmp_path / "model" / "config.json").read_text())["eos_token_id"]

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.hugging_face.weights import save_hf
 from nanoinfra.model.weights.load import load, located, open_weights, packaged
@@ -14,7 +14,7 @@ from tests.model.twins import scrambled
 
 
 def test_a_hugging_face_folder_comes_with_tokenizer_and_template(tmp_path):
-    Tokenizer.train(["one two"] * 9, vocab=258).save(tmp_path / "tokenizer")
+    BPETokenizer.train(["one two"] * 9, vocab_size=258).save(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     save_hf(scrambled(Decoder(config("qwen3"))), tmp_path / "m", tmp_path / "tokenizer")
     model, text, template = load(tmp_path / "m", torch.float64, "naive")

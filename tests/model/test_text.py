@@ -191,7 +191,7 @@ def test_a_sentencepiece_model_is_converted(tmp_path):
     (None, r"need the package transformers; pip install 'nanoinfra\[hub\]'"),
     (types.SimpleNamespace(__version__="4.57.0"), "need transformers 5 or newer, here is 4.57.0")])
 def test_without_transformers_5_a_folder_is_refused_and_our_own_is_read(monkeypatch, tmp_path, there, says):
-    own.Tokenizer.train(["one two"] * 9, vocab=258).save(tmp_path / "own")
+    own.BPETokenizer.train(["one two"] * 9, vocab_size=258).save(tmp_path / "own")
     save("gpt2", tmp_path / "theirs")
     monkeypatch.setitem(sys.modules, "transformers", there)
     text, template = open_text(tmp_path / "own")
@@ -203,7 +203,7 @@ def test_without_transformers_5_a_folder_is_refused_and_our_own_is_read(monkeypa
 
 
 def test_a_tokenizer_of_our_own_that_was_changed_is_read_by_transformers(tmp_path):
-    own.Tokenizer.train(["one two"] * 9, vocab=258).save(tmp_path)
+    own.BPETokenizer.train(["one two"] * 9, vocab_size=258).save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("chat")
     text, template = open_text(tmp_path)
     assert template == "chat" and text.ends == {0}

@@ -8,9 +8,9 @@ from pathlib import Path
 from tokenizers import pre_tokenizers
 
 from nanoinfra.data import text_files
-from nanoinfra.data.text_files import read_folder
-from nanoinfra.data.token_cache import CONTENT, cached_folder
-from nanoinfra.data.train_tokenizer import LONGEST_WORD, Tokenizer
+from nanoinfra.data.text_files import read_text_folder
+from nanoinfra.data.token_cache import CONTENT_FOLDER, get_or_build_folder
+from nanoinfra.data.train_tokenizer import MAX_TRAINING_WORD_BYTES, BPETokenizer
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 
@@ -20,9 +20,9 @@ caches, folders, words = Check("cached folder"), Check("folder of texts"), Check
 def reopened(damage):
     """(content, lines said) of an entry that is opened again after `damage(path of its file)`."""
     with tempfile.TemporaryDirectory() as root, contextlib.redirect_stderr(io.StringIO()) as said:
-        path = cached_folder("x", lambda folder: (folder / "a").write_bytes(b"whole"), root) / "a"
+        path = get_or_build_folder("x", lambda folder: (folder / "a").write_bytes(b"whole"), root) / "a"
         damage(path)
-        again = cached_folder("x", lambda folder: (folder / "a").write_bytes(b"whole"), root)
+        again = get_or_build_folder("x", lambda folder: (folder / "a").write_bytes(b"whole"), root)
         return (again / "a").read_bytes(), said.getvalue().count("\n")
 
 
@@ -42,7 +42,8 @@ GONE = _restored("what is no entry is replaced", lambda path: os.rename(path, pa
 
 def sizes(entry):
     """What is wrong with an entry, for one who looks at sizes alone."""
-    return None if [f.stat().st_size for f in (entry / CONTENT).iterdir()] == [5] else "has another size"
+    return None if [f.stat().st_size for f
+                    in (entry / CONTENT_FOLDER).iterdir()] == [5] else "has another size"
 
 
 def listing(files, links):
@@ -54,7 +55,7 @@ def listing(files, links):
             (home / path).write_bytes(text)
         for path, target in links.items():
             (home / path).symlink_to(home / target)
-        found, skipped = read_folder(home / "texts", lambda name: True)
+        found, skipped = read_text_folder(home / "texts", lambda name: True)
         return dict(found), dict(skipped)
 
 
@@ -77,16 +78,18 @@ ABOVE = _listed("no link leads upwards", FILES, {"texts/up": "."}, "a", "up")
 
 @words.criterion("a long word is learned from in parts", "property")
 def _(subject):
-    parts = ["ab" * (LONGEST_WORD // 2)] * 8
-    if subject(["".join(parts)], 300).backend.get_vocab() != Tokenizer.train(parts, 300).backend.get_vocab():
+    parts = ["ab" * (MAX_TRAINING_WORD_BYTES // 2)] * 8
+    got, want = subject(["".join(parts)], 300), BPETokenizer.train(parts, 300)
+    if got.backend_tokenizer.get_vocab() != want.backend_tokenizer.get_vocab():
         raise Wrong("one long word teaches something else than its parts")
 
 
 @words.criterion("a long word is encoded in one piece", "property")
 def _(subject):
-    got = len(subject(["ab ab ab"], 300).encode("c" * (LONGEST_WORD - 1) + "ab"))
-    if got != LONGEST_WORD:
-        raise Wrong(f"{LONGEST_WORD + 1} bytes with one merge are {got} tokens; want {LONGEST_WORD}")
+    got = len(subject(["ab ab ab"], 300).encode("c" * (MAX_TRAINING_WORD_BYTES - 1) + "ab"))
+    if got != MAX_TRAINING_WORD_BYTES:
+        raise Wrong(f"{MAX_TRAINING_WORD_BYTES + 1} bytes with one merge are {got} tokens; want "
+                    f"{MAX_TRAINING_WORD_BYTES}")
 
 
 class Unread(text_files._Tree):
@@ -107,9 +110,9 @@ class Upwards(text_files._Tree):
 
 def cut_for_ever(texts, vocab):
     """Training's parts are those of encoding too."""
-    made = Tokenizer.train(texts, vocab)
-    made.backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [made.backend.pre_tokenizer, pre_tokenizers.FixedLength(LONGEST_WORD)])
+    made = BPETokenizer.train(texts, vocab)
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [made.backend_tokenizer.pre_tokenizer, pre_tokenizers.FixedLength(MAX_TRAINING_WORD_BYTES)])
     return made
 
 
@@ -127,7 +130,7 @@ MUTANTS = [
     Mutant("links lead upwards", folders, patched(
         listing, "nanoinfra.data.text_files:_Tree", Upwards), ABOVE),
     Mutant("words are learned whole", words, patched(
-        Tokenizer.train, "nanoinfra.data.train_tokenizer:LONGEST_WORD", 1 << 30),
-        "a long word is learned from in parts"),
+        BPETokenizer.train, "nanoinfra.data.train_tokenizer:MAX_TRAINING_WORD_BYTES", 1 << 30),
+           "a long word is learned from in parts"),
     Mutant("words are cut for ever", words, cut_for_ever, "a long word is encoded in one piece"),
 ]

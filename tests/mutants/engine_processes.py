@@ -173,8 +173,8 @@ class KillsNobody(engine_processes.EngineProcesses):
         pass
 
 
-ASKS_NOBODY = ("from nanoinfra.serve.processes import engine_loop as loop; ask = loop.end_with_parent\n"
-               "loop.end_with_parent = lambda parent: ask()\nloop.main()")
+ASKS_NOBODY = ("from nanoinfra.serve.processes import engine_loop as loop; ask = loop.die_with_parent\n"
+               "loop.die_with_parent = lambda parent: ask()\nloop.main()")
 YOUNG, ORPHAN, CHILD, STOPPED, NOTHING = (criterion.name for criterion in leaving.criteria)
 WORKER = "nanoinfra.serve.processes.engine_client:EngineClient"
 LIFE = "nanoinfra.serve.processes.engine_client:EngineProcesses"

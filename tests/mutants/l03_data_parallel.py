@@ -2,20 +2,21 @@
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.lab.checks import l03_data_parallel as check
 from nanoinfra.lab.mutants import Mutant
 from nanoinfra.parallel.data_parallel import pack_grad_buckets
-from nanoinfra.train.loss import count_valid
+from nanoinfra.train.loss import count_valid_tokens
 
 
 def valid(y):
-    return int((y != IGNORE).sum())
+    return int((y != IGNORE_INDEX).sum())
 
 
 def nats(model, x, y, reduction="sum"):
-    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction=reduction)
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX,
+                           reduction=reduction)
 
 
 def backward(model, batches, count):
@@ -30,7 +31,7 @@ def summed(model, axis, reduce=comm.all_reduce):
 
 
 def never_sends(model, batches, axis):
-    backward(model, batches, *count_valid(batches, axis))
+    backward(model, batches, *count_valid_tokens(batches, axis))
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -51,22 +52,22 @@ def takes_the_mean_of_each_micro_batch(model, batches, axis):
 
 
 def averages(model, batches, axis):
-    backward(model, batches, *count_valid(batches, axis))
+    backward(model, batches, *count_valid_tokens(batches, axis))
     return {name: grad / axis.size for name, grad in summed(model, axis).items()}
 
 
 def forgets_all_but_the_last_micro_batch(model, batches, axis):
-    backward(model, batches[-1:], *count_valid(batches, axis))
+    backward(model, batches[-1:], *count_valid_tokens(batches, axis))
     return summed(model, axis)
 
 
 def sums_in_float32(model, batches, axis):
-    backward(model, batches, *count_valid(batches, axis))
+    backward(model, batches, *count_valid_tokens(batches, axis))
     return summed(model, axis, lambda grad, axis: grad.copy_(comm.all_reduce(grad.float(), axis)))
 
 
 def sends_every_micro_batch(model, batches, axis):
-    [count], total = count_valid(batches, axis), {}
+    [count], total = count_valid_tokens(batches, axis), {}
     for x, y in batches:
         model.zero_grad()
         (nats(model, x, y) / count).backward()
@@ -75,7 +76,7 @@ def sends_every_micro_batch(model, batches, axis):
 
 
 def sends_one_flat_tensor(model, batches, axis):
-    backward(model, batches, *count_valid(batches, axis))
+    backward(model, batches, *count_valid_tokens(batches, axis))
     flat = comm.all_reduce(torch.cat([p.grad.flatten() for p in model.parameters()]), axis)
     parts = flat.split([p.numel() for p in model.parameters()])
     return {name: part.view_as(p) for (name, p), part in zip(model.named_parameters(), parts)}
@@ -83,7 +84,7 @@ def sends_one_flat_tensor(model, batches, axis):
 
 def overlapped(model, batches, axis, bucket_bytes, full=lambda bucket: not bucket.params_awaiting_grad,
                when=lambda last: last, wait_in_hook=False, wait=True, after=False,
-               size=lambda given: given, count=count_valid):
+               size=lambda given: given, count=count_valid_tokens):
     """The right one, with a place for each slip."""
     params = dict(model.named_parameters())
     parts = pack_grad_buckets(list(params.items())[::-1], size(bucket_bytes), None)

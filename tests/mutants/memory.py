@@ -6,7 +6,7 @@
 import re
 from unittest import mock
 
-from nanoinfra.commands import parse
+from nanoinfra.commands import parse_command_line
 from nanoinfra.config import sized
 from nanoinfra.formulas import footprint, pipeline
 from nanoinfra.formulas.activations import activation_bytes, end_terms
@@ -40,10 +40,10 @@ def _(subject):
 
 
 def refuse(line, has):
-    flags = parse(["train", *line.split()])
+    flags = parse_command_line(["train", *line.split()])
     with mock.patch.object(memory_check, "host_memory_limit_bytes", lambda: int(has)):
         try:
-            memory_check.check_memory(flags, config.ranks_wanted(flags.mesh))
+            memory_check.check_memory_fits(flags, config.num_ranks_to_start(flags.mesh))
         except ValueError as error:
             return str(error)
     return ""
@@ -81,7 +81,8 @@ MUTANTS = [
     Mutant("every schedule keeps what 1f1b does", kept,
            patched(keep, "nanoinfra.formulas.footprint:in_flight", one_at_a_time), UNDER_WAY),
     Mutant("one rank stands for all", refusal,
-           patched(refuse, "nanoinfra.train.launch.memory_check:ranks_here", lambda *_: range(1)), EVERY),
+           patched(refuse, "nanoinfra.train.launch.memory_check:ranks_sharing_memory", lambda *_: range(1)),
+           EVERY),
     Mutant("the first remedy will do", refusal,
            patched(refuse, "nanoinfra.train.launch.memory_check:_fits", lambda *_: True), FITS),
 ]

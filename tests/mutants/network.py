@@ -88,7 +88,7 @@ def said(subject, told):
 
 
 def exposure():
-    return rendezvous.exposure()
+    return rendezvous.network_exposure_warning()
 
 
 HOSTS, TORCHRUN, QUIET = (c.name for c in warning.criteria)
@@ -109,9 +109,9 @@ MUTANTS = [
     Mutant("gloo left to itself", of_engine, leaves_gloo_alone(teamed, "nanoinfra.distributed.loopback"),
            LOOPBACK),
     Mutant("two hosts taken for one", warning,
-           patched(exposure, f"{MODULE}:on_one_host", lambda: True), HOSTS),
+           patched(exposure, f"{MODULE}:all_ranks_on_one_host", lambda: True), HOSTS),
     Mutant("every launcher taken for ours", warning,
-           patched(exposure, f"{MODULE}:launched_by_us", lambda: True), TORCHRUN),
+           patched(exposure, f"{MODULE}:launched_by_nanoinfra", lambda: True), TORCHRUN),
     Mutant("our launcher taken for torchrun", warning,
-           patched(exposure, f"{MODULE}:launched_by_us", lambda: False), QUIET),
+           patched(exposure, f"{MODULE}:launched_by_nanoinfra", lambda: False), QUIET),
 ]

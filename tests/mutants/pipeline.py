@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
@@ -29,8 +29,8 @@ from nanoinfra.parallel.pipeline.simulator import (
 )
 from nanoinfra.train import train_stage
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
-from nanoinfra.train.optimizer import clip
-from nanoinfra.train.step import execute
+from nanoinfra.train.optimizer import unscale_and_clip_grads
+from nanoinfra.train.step import execute_schedule
 
 T = 7
 CONFIG = ModelConfig(vocab=61, width=12, layers=8, heads=2, kv_heads=1, head_dim=6, hidden=20, context=T,
@@ -119,16 +119,16 @@ def step(kind, p, m, v):
     """One rank's part of a step: its loss, gradients, bytes sent; the norm."""
     mesh = Mesh(pp=p)
     flags = TrainFlags(ModelFlags(dtype="float64"), mesh=MeshFlags(pp=p), pipeline=PipelineFlags(kind, v))
-    stage = train_stage.Replica(CONFIG, flags, mesh)
+    stage = train_stage.TrainStage(CONFIG, flags, mesh)
     x, y = torch.randint(CONFIG.vocab, (2, 2 * m, T), generator=torch.Generator().manual_seed(m))
     for i in range(2 * m):
-        y[i, :i % T] = IGNORE
+        y[i, :i % T] = IGNORE_INDEX
     mesh.comm_log.take_records()
-    stage.begin(list(zip(x.split(2), y.split(2))), int((y != IGNORE).sum()))
-    execute(stage.schedule(m)[:-1], stage)
+    stage.begin_step(list(zip(x.split(2), y.split(2))), int((y != IGNORE_INDEX).sum()))
+    execute_schedule(stage.build_step_schedule(m)[:-1], stage)
     sent = sum(row.payload_bytes for row in mesh.comm_log.take_records() if row.op == "send")
-    norm = clip(dict(stage.grads), 0, axes=stage.parallel.grad_norm_axes(),
-                counts=stage.parallel.counted_in_norm)
+    norm = unscale_and_clip_grads(dict(stage.grads), 0, axes=stage.parallel_model.grad_norm_axes(),
+                                  counted_in_norm=stage.parallel_model.counted_in_norm)
     return {"loss": stage.loss.item(), "norm": norm, "sent": sent,
             "grads": {name: grad.clone() for name, grad in stage.grads.items()}}
 
@@ -173,7 +173,7 @@ def never_splits(kind, p, m, v):
     return schedules.build_pipeline_schedule("1f1b" if kind == "zb-h1" else kind, p, m, v)
 
 
-class DividesAgain(train_stage.Replica):
+class DividesAgain(train_stage.TrainStage):
     def loss_grad(self, loss):
         return torch.full_like(loss, 1 / len(self.batches))
 
@@ -219,13 +219,13 @@ def in_step(todo, stage):
             if begun:
                 comm.barrier(stage.axis)
             begun = True
-        execute([what], stage)
+        execute_schedule([what], stage)
 
 
 EXECUTED, KEPT, IDLE = (criterion.name for criterion in order.criteria)
 LOSS, GRADS, NORM, SENT = (criterion.name for criterion in pipeline.criteria)
 [BUSY] = (criterion.name for criterion in overlap.criteria)
-CHUNKS, REPLICA = "nanoinfra.train.train_stage:ParallelModel", "nanoinfra.train.train_stage:Replica"
+CHUNKS, REPLICA = "nanoinfra.train.train_stage:ParallelModel", "nanoinfra.train.train_stage:TrainStage"
 SPLIT, COMM = "nanoinfra.parallel.parallelize:split", "nanoinfra.parallel.pipeline.stage:comm"
 MUTANTS = [
     Mutant("a schedule with a missing receive", order, without_a_receive, EXECUTED),
@@ -240,5 +240,6 @@ MUTANTS = [
            patched(step, CHUNKS, CountsBothEnds), NORM),
     Mutant("every message sent twice", pipeline, patched(step, COMM, TWICE), SENT),
     Mutant("a serial pipeline, timed", overlap, serially, BUSY),
-    Mutant("stages in step", overlap, patched(pipes.rehearse, "nanoinfra.lab.pipes:execute", in_step), BUSY),
+    Mutant("stages in step", overlap,
+           patched(pipes.rehearse, "nanoinfra.lab.pipes:execute_schedule", in_step), BUSY),
 ]

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.comm import AsyncCollective
 from nanoinfra.distributed.mesh import Mesh
@@ -20,7 +20,7 @@ from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
 from nanoinfra.parallel.tensor_parallel import RowParallelLinear, TensorParallelRegion
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
-from nanoinfra.train.optimizer import clip
+from nanoinfra.train.optimizer import unscale_and_clip_grads
 
 B, T, V = 3, 7, 201                          # a vocabulary that outweighs everything else
 CASES = [("gpt2", 2, "none"), ("llama", 4, "none"), ("qwen3", 2, "none"), ("gpt2", 2, "keep"),
@@ -93,7 +93,7 @@ def step(family, tp, sp, scale=1.0):
     parallel = ParallelChunk(empty(cfg), mesh, ParallelConfig(sequence_parallel=sp, dtype=torch.float64),
                              drawn(cfg, scale))
     x, y = torch.randint(V, (2, B, T), generator=torch.Generator().manual_seed(1))
-    y[0, 0] = IGNORE
+    y[0, 0] = IGNORE_INDEX
     mesh.comm_log.take_records()
     parallel.data_parallel.zero_grad()
     parallel.data_parallel.prepare_for_backward(is_last=True)
@@ -104,7 +104,7 @@ def step(family, tp, sp, scale=1.0):
     for row in mesh.comm_log.take_records():
         calls, payload = sent.get((row.op, row.tag), (0, 0))
         sent[row.op, row.tag] = calls + 1, payload + row.payload_bytes
-    norm = clip(dict(grads), 0, axes=[mesh.tp], counts=parallel.tensor_parallel.counted_in_norm)
+    norm = unscale_and_clip_grads(dict(grads), 0, axes=[mesh.tp], counted_in_norm=parallel.tensor_parallel.counted_in_norm)
     found = {name: (tuple(slice(*ends) for ends in parallel.shard_bounds(name)), grad.clone())
              for name, grad in grads.items()}
     return {"grads": found, "norm": norm, "loss": loss.item(), "sent": sent, "largest": seen.numel}
@@ -180,7 +180,7 @@ class WholeLogits(nn.Module):
 
     def forward(self, hidden, targets, count):
         logits = self.head(hidden).flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum") / count
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / count
 
 
 class SkipsTheTarget(VocabParallelLoss):

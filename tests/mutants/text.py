@@ -10,7 +10,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models
 
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.tokenizer import Text
@@ -19,7 +19,7 @@ from nanoinfra.model.weights.hugging_face import tokenizer_files
 from nanoinfra.model.weights.hugging_face.tokenizer_files import copy_text, kept_ids, open_text
 from nanoinfra.serve.engine import detokenizer
 from nanoinfra.train import run_inputs
-from nanoinfra.train.pretrained import keep_text
+from nanoinfra.train.pretrained import save_pretrained_tokenizer
 from tests.model.tokenizer_kinds import save
 from tests.serve.letters import byte_text
 
@@ -125,7 +125,8 @@ def _refuses(name, says, kind="gpt2", **files):
     return name
 
 
-LFS = _refuses("a Git LFS pointer is named", "Git LFS pointer", tokenizer="version https://git-lfs.github.com\n")
+LFS = _refuses("a Git LFS pointer is named", "Git LFS pointer",
+               tokenizer="version https://git-lfs.github.com\n")
 OTHER = _refuses("a tokenizer that is more than its backend is refused", "is not one of",
                  tokenizer_config={"tokenizer_class": "CodeGenTokenizer"})
 IDS = _refuses("an eos that is no number is refused", "number of a token",
@@ -144,7 +145,7 @@ def keep():
         (source / "generation_config.json").write_text('{"eos_token_id": [1, 4]}')
         save("llama2 class", out)
         (out / "chat_template.jinja").write_text("old")
-        keep_text(Weights(None, None, *open_text(source), source), run)
+        save_pretrained_tokenizer(Weights(None, None, *open_text(source), source), run)
         copy_text(run, out)
         (out / "config.json").write_text(json.dumps({"model_type": "llama", **kept_ids(run)}))
         return [_described(each) for each in (source, out)]
@@ -190,7 +191,7 @@ def _(subject):
     text = replace(byte_text([f"<{i}>" for i in range(44)]), eos="<0>")
     if "below 299 alone" not in str(got := subject(299, text)):
         raise Wrong(f"a model of 299 tokens is trained with 300: {got}")
-    if isinstance(got := subject(300, text), str) or got.eot != 256:
+    if isinstance(got := subject(300, text), str) or got.eot_token_id != 256:
         raise Wrong(f"a model of 300 tokens is not trained with 300: {got}")
 
 
@@ -239,7 +240,7 @@ def any_number(given, path):
 
 
 def larger_one(flags, weights, right=run_inputs._tokenizer):
-    return right(flags, weights) if weights.text is None else Tokenizer(weights.text.backend, "<0>")
+    return right(flags, weights) if weights.text is None else BPETokenizer(weights.text.backend, "<0>")
 
 
 def none(flags, weights, right=run_inputs._tokenizer):

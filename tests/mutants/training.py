@@ -11,8 +11,8 @@ from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.train import loss, metrics
-from nanoinfra.train.optimizer import Optimizer
-from nanoinfra.train.run_directory.run_directory import RunDir
+from nanoinfra.train.optimizer import MixedPrecisionOptimizer
+from nanoinfra.train.run_directory.run_directory import RunDirectory
 
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--steps", "4", "--seq", "16",
          "--global-batch", "7", "--micro-batch", "2", "--optimizer", "sgd", "--lr", "0.3", "--lr-schedule",
@@ -56,7 +56,7 @@ def _(subject):
         main([*adam, "--out", str(whole)])
         subject([*adam, "--steps", "2", "--out", str(parts)])
         subject([*adam, "--resume", "--out", str(parts)])
-        want, got = (metrics.read(each / "metrics.jsonl") for each in (whole, parts))
+        want, got = (metrics.read_metrics(each / "metrics.jsonl") for each in (whole, parts))
     for w, g in zip(want, got, strict=True):
         if (w["loss"], w["grad_norm"]) != (g["loss"], g["grad_norm"]):
             raise Wrong(f"step {w['step']}: loss {g['loss']!r} after resuming, {w['loss']!r} without")
@@ -65,7 +65,7 @@ def _(subject):
 def run(subject, n, *more):
     with tempfile.TemporaryDirectory() as folder:
         ranks(n).run(subject, [*FLAGS, *more, "--out", folder])
-        return metrics.read(Path(folder, "metrics.jsonl"))
+        return metrics.read_metrics(Path(folder, "metrics.jsonl"))
 
 
 def timeline(subject):
@@ -112,19 +112,19 @@ class WaitsForBackward(DataParallel):
         super().__init__(model, axis, "buckets", **more)
 
 
-class ForgetsMoments(Optimizer):
+class ForgetsMoments(MixedPrecisionOptimizer):
     def load(self, tensors, steps):
         kept = {n: torch.zeros_like(t) if "/" in n else t for n, t in tensors.items()}
         super().load(kept, steps)
 
 
-class ForgetsItsSteps(Optimizer):
+class ForgetsItsSteps(MixedPrecisionOptimizer):
     def load(self, tensors, steps):
         super().load(tensors, 0)
 
 
 def local_count(micro_batches, axis, *flags):
-    valid = sum(int((y != loss.IGNORE).sum()) for _, y in micro_batches)
+    valid = sum(int((y != loss.IGNORE_INDEX).sum()) for _, y in micro_batches)
     return [valid * axis.size, *flags]
 
 
@@ -133,15 +133,16 @@ def counts_padding(micro_batches, axis, *flags):
     return comm.all_reduce(torch.tensor([valid, *flags]), axis, "scalars").tolist()
 
 
-class ResumesAtTheFirstSample(RunDir):
+class ResumesAtTheFirstSample(RunDirectory):
     def begin(self, *given):
-        return super().begin(*given) | {"consumed": 0}
+        return super().load_starting_state(*given) | {"consumed": 0}
 
 
 PARITY, BYTES, OVERLAP = (criterion.name for criterion in training.criteria)
 [BITWISE] = (criterion.name for criterion in resuming.criteria)
 WRAP = "nanoinfra.parallel.parallelize:DataParallel"
-COUNT, OPTIMIZER = "nanoinfra.train.trainer:count_valid", "nanoinfra.train.train_stage:Optimizer"
+COUNT = "nanoinfra.train.trainer:count_valid_tokens"
+OPTIMIZER = "nanoinfra.train.train_stage:MixedPrecisionOptimizer"
 MUTANTS = [
     Mutant("no all-reduce", training, patched(main, WRAP, NoAllReduce), PARITY),
     Mutant("averages what is normalised already", training, patched(main, WRAP, Averages), PARITY),
@@ -155,5 +156,5 @@ MUTANTS = [
     Mutant("forgets the moments", resuming, patched(main, OPTIMIZER, ForgetsMoments), BITWISE),
     Mutant("forgets Adam's step count", resuming, patched(main, OPTIMIZER, ForgetsItsSteps), BITWISE),
     Mutant("deals the first samples again", resuming,
-           patched(main, "nanoinfra.train.trainer:RunDir", ResumesAtTheFirstSample), BITWISE),
+           patched(main, "nanoinfra.train.trainer:RunDirectory", ResumesAtTheFirstSample), BITWISE),
 ]

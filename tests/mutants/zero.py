@@ -22,8 +22,8 @@ from nanoinfra.parallel.parallelize import fsdp_units
 from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
 from nanoinfra.parallel.zero import ZeroDataParallel
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
-from nanoinfra.train.loss import count_valid
-from nanoinfra.train.optimizer import Optimizer, clip
+from nanoinfra.train.loss import count_valid_tokens
+from nanoinfra.train.optimizer import MixedPrecisionOptimizer, unscale_and_clip_grads
 from nanoinfra.train.trainer import train
 
 N, STEPS, BUCKET = 2, 3, 1 << 16
@@ -91,12 +91,12 @@ def run(kind, stage, name="adamw"):
         net = init_weights(Decoder(CONFIG), seed=0).double()
         last = VocabParallelLoss(net.head)
         shared = kind(net, mesh.data, stage, fsdp_units(net, last), bucket_bytes=BUCKET)
-        optimizer = Optimizer(shared.param_shards, name)
-        optimizer.state()
+        optimizer = MixedPrecisionOptimizer(shared.param_shards, name)
+        optimizer.state_dict()
         storages.watch(torch.nn.ModuleList([net, last]), mesh.comm_log)
         for _ in range(STEPS):
             mine = batches(mesh.data)
-            [count] = count_valid(mine, mesh.data)
+            [count] = count_valid_tokens(mine, mesh.data)
             mesh.comm_log.take_records()
             shared.zero_grad()
             for i, (x, y) in enumerate(mine):
@@ -220,13 +220,13 @@ class StaleWeights(ZeroDataParallel):
 
 
 def clips_before_unscaling(grads, limit, scale, *over):
-    norm = clip(grads, limit, 1.0, *over)
+    norm = unscale_and_clip_grads(grads, limit, 1.0, *over)
     torch._foreach_div_(list(grads.values()), scale)
     return norm / scale
 
 
 def calls_it_finite(grads, *how):
-    norm = clip(grads, *how)
+    norm = unscale_and_clip_grads(grads, *how)
     return norm if norm < float("inf") else 1.0
 
 
@@ -236,7 +236,7 @@ def with_reducer(kind):
 
 PARITY, SENT, HELD = (criterion.name for criterion in zero.criteria)
 CLIPPED, SKIPPED = (criterion.name for criterion in scaled.criteria)
-CLIP = "nanoinfra.train.train_stage:clip"
+CLIP = "nanoinfra.train.train_stage:unscale_and_clip_grads"
 MUTANTS = [
     Mutant("an optimizer that shards nothing", zero, UnshardedOptimizer, HELD),
     Mutant("gradients kept whole", zero, with_reducer(KeepsGradients), HELD),

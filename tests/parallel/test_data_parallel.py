@@ -17,7 +17,7 @@ from nanoinfra.memory.recompute import activation_checkpoint
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.data_parallel import GRAD_SYNC_MODES, DataParallel, pack_grad_buckets
-from nanoinfra.train.loss import count_valid, cross_entropy
+from nanoinfra.train.loss import count_valid_tokens, linear_cross_entropy
 from tests.parity import assert_same_gradients
 
 IGNORE = -100
@@ -210,12 +210,12 @@ def batches(mesh, micro_batches):
 
 
 def run(net, shared, mine, mesh):
-    [count] = count_valid(mine, mesh.data)
+    [count] = count_valid_tokens(mine, mesh.data)
     mesh.comm_log.take_records()
     shared.zero_grad()
     for i, (x, y) in enumerate(mine):
         shared.prepare_for_backward(is_last=i == len(mine) - 1)
-        cross_entropy(net.hidden(x), net.head.weight, y, count).backward()
+        linear_cross_entropy(net.hidden(x), net.head.weight, y, count).backward()
     return shared.finish_grad_sync()
 
 
@@ -232,7 +232,7 @@ def launch_times(how):
     shared = DataParallel(net, mesh.data, how, bucket_bytes=1 << 14)
     mesh.comm_log.take_records()
     shared.prepare_for_backward(is_last=True)
-    cross_entropy(net.hidden(mine[0][0]), net.head.weight, mine[0][1], 50).backward()
+    linear_cross_entropy(net.hidden(mine[0][0]), net.head.weight, mine[0][1], 50).backward()
     end = time.monotonic()
     shared.finish_grad_sync()
     return mesh.comm_log.take_records(), end
@@ -245,7 +245,7 @@ def sent_while_accumulating():
     mesh.comm_log.take_records()
     for x, y in batches(mesh, 3)[:2]:
         shared.prepare_for_backward(is_last=False)
-        cross_entropy(net.hidden(x), net.head.weight, y, 50).backward()
+        linear_cross_entropy(net.hidden(x), net.head.weight, y, 50).backward()
     return len(mesh.comm_log.take_records())
 
 

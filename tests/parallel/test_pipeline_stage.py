@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.parameters import shapes
@@ -17,9 +17,9 @@ from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
 from nanoinfra.parallel.pipeline.simulator import simulate_schedule
 from nanoinfra.parallel.pipeline.stage import cut_to_pipeline_chunk
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
-from nanoinfra.train.optimizer import clip
-from nanoinfra.train.step import execute
-from nanoinfra.train.train_stage import Replica
+from nanoinfra.train.optimizer import unscale_and_clip_grads
+from nanoinfra.train.step import execute_schedule
+from nanoinfra.train.train_stage import TrainStage
 from tests.parity import assert_same_gradients
 
 V, C, T = 61, 12, 9
@@ -39,28 +39,28 @@ def batches(m):
     made = []
     for k in range(m):
         x, y = torch.randint(V, (2, 1 + k % 2, T), generator=rng)
-        y[0, :k % T] = IGNORE
+        y[0, :k % T] = IGNORE_INDEX
         made.append((x, y))
-    return made, sum(int((y != IGNORE).sum()) for _, y in made)
+    return made, sum(int((y != IGNORE_INDEX).sum()) for _, y in made)
 
 
 def one_step(cfg, mesh, kind, v, micros):
     """For each m {loss, norm, gradients, bytes sent, most micro-batches kept} of one rank."""
     flags = TrainFlags(ModelFlags(dtype="float64"), mesh=MeshFlags(pp=mesh.pp.size),
                        pipeline=PipelineFlags(kind, v))
-    replica, found = Replica(cfg, flags, mesh), {}
+    replica, found = TrainStage(cfg, flags, mesh), {}
     for m in micros:
         given, count = batches(m)
         mesh.comm_log.take_records()
-        replica.begin(given, count)
+        replica.begin_step(given, count)
         most = 0
-        for what in replica.schedule(m)[:-1]:                              # all but the step
-            execute([what], replica)
+        for what in replica.build_step_schedule(m)[:-1]:                              # all but the step
+            execute_schedule([what], replica)
             most = max(most, len(replica._saved_for_backward))
         rows = [row for row in mesh.comm_log.take_records() if row.op == "send"]
         grads = {name: grad.clone() for name, grad in replica.grads.items()}
-        norm = clip(dict(replica.grads), 0, axes=replica.parallel.grad_norm_axes(),
-                    counts=replica.parallel.counted_in_norm)
+        norm = unscale_and_clip_grads(dict(replica.grads), 0, axes=replica.parallel_model.grad_norm_axes(),
+                                      counted_in_norm=replica.parallel_model.counted_in_norm)
         found[m] = {"loss": replica.loss.item(), "norm": norm, "grads": grads, "most": most,
                     "sent": sum(row.payload_bytes for row in rows),
                     "left": (replica._pending_recvs, replica._ready_to_send, replica._pending_sends)}

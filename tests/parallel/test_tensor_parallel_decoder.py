@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanoinfra.config import FAMILIES, ModelConfig
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.tensor_parallel import SEQUENCE_PARALLEL_MODES as SP
@@ -19,7 +19,7 @@ from nanoinfra.parallel.sequence_parallel import SequenceParallelPositionEmbeddi
 from nanoinfra.parallel.tensor_parallel import RowParallelLinear
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 from nanoinfra.parallel.vocab_parallel import ParallelLMHead, VocabParallelEmbedding
-from nanoinfra.train.loss import count_valid, cross_entropy
+from nanoinfra.train.loss import count_valid_tokens, linear_cross_entropy
 from tests.families import KINDS, VARIANTS
 from tests.parity import assert_same_gradients
 
@@ -128,7 +128,7 @@ def samples(cfg, n=5):
     random = torch.Generator().manual_seed(1)
     x, y = torch.randint(cfg.vocab, (2, n, T), generator=random)
     for i in range(n):
-        y[i, :i] = IGNORE
+        y[i, :i] = IGNORE_INDEX
     return x, y
 
 
@@ -155,7 +155,7 @@ def alone(cfg, frozen):
             p.copy_(read(name, ()))
     freeze(model, frozen)
     x, y = samples(cfg)
-    cross_entropy(model.hidden(x), model.head.weight, y, int((y != IGNORE).sum())).backward()
+    linear_cross_entropy(model.hidden(x), model.head.weight, y, int((y != IGNORE_INDEX).sum())).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -167,7 +167,7 @@ def freeze(model, frozen):
 def shared(cfg, plan, dp, tp, micro, frozen):
     """(loss of all ranks, norm, {name: (box, this rank's gradient of it)}) of one step."""
     from nanoinfra.distributed import comm
-    from nanoinfra.train.optimizer import clip
+    from nanoinfra.train.optimizer import unscale_and_clip_grads
     mesh = Mesh(dp=dp, tp=tp)
     torch.manual_seed(mesh.rank)                       # a random state of its own on each rank
     model = empty(cfg, "naive")
@@ -176,8 +176,8 @@ def shared(cfg, plan, dp, tp, micro, frozen):
     x, y = (part[mesh.data.rank::dp] for part in samples(cfg))
     batches = list(zip(x.split(micro), y.split(micro)))
     while len(batches) < -(-5 // (micro * dp)):        # a rank that has fewer samples
-        batches.append((x[:1], torch.full_like(y[:1], IGNORE)))
-    [count] = count_valid(batches, mesh.data)
+        batches.append((x[:1], torch.full_like(y[:1], IGNORE_INDEX)))
+    [count] = count_valid_tokens(batches, mesh.data)
     parallel.data_parallel.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for i, (x, y) in enumerate(batches):
@@ -187,7 +187,7 @@ def shared(cfg, plan, dp, tp, micro, frozen):
         total += loss.detach()
     grads = parallel.finish_grad_sync()
     axes = [mesh.tp, *([mesh.data] if plan.zero_stage else [])]
-    norm = clip(dict(grads), 0, axes=axes, counts=parallel.tensor_parallel.counted_in_norm)
+    norm = unscale_and_clip_grads(dict(grads), 0, axes=axes, counted_in_norm=parallel.tensor_parallel.counted_in_norm)
     named = {}
     for name, grad in grads.items():
         size = [stop - start for start, stop in parallel.shard_bounds(name)]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh, single_rank_axis
 from nanoinfra.parallel import vocab_parallel
 from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
@@ -24,13 +24,13 @@ def inputs(dtype=torch.float64, scale=1.0):
     hidden = torch.randn(B, T, C, generator=random).to(dtype).requires_grad_()
     weight = (scale * torch.randn(V, C, generator=random)).to(dtype)
     targets = torch.randint(V, (B, T), generator=random)
-    targets[0, :2] = IGNORE
+    targets[0, :2] = IGNORE_INDEX
     return hidden, weight, targets
 
 
 def torch_loss(hidden, weight, targets):
     logits = (hidden @ weight.T).flatten(0, 1)
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum") / 8
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / 8
 
 
 def rows(n, rank):

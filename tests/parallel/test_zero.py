@@ -22,8 +22,8 @@ from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.parallelize import fsdp_units
 from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
 from nanoinfra.parallel.zero import ZeroDataParallel
-from nanoinfra.train.loss import count_valid
-from nanoinfra.train.optimizer import Optimizer, clip
+from nanoinfra.train.loss import count_valid_tokens
+from nanoinfra.train.optimizer import MixedPrecisionOptimizer, unscale_and_clip_grads
 from tests.families import KINDS
 from tests.parallel.test_data_parallel import batches, gradients_alone, model
 from tests.parity import assert_same_gradients
@@ -255,7 +255,7 @@ def gradients_shared(stage, micro_batches, how):
 
 
 def run(net, last, shared, mine, mesh):
-    [count] = count_valid(mine, mesh.data)
+    [count] = count_valid_tokens(mine, mesh.data)
     mesh.comm_log.take_records()
     shared.zero_grad()
     for i, (x, y) in enumerate(mine):
@@ -318,14 +318,14 @@ def bytes_held(config, stage, dtype):
         net = init_weights(Decoder(config), seed=0)
         last = VocabParallelLoss(net.head)
         shared = ZeroDataParallel(net, mesh.data, stage, fsdp_units(net, last), dtype, torch.float32, BUCKET)
-        optimizer = Optimizer(shared.param_shards)
-        optimizer.state()                                                  # moments from the first step on
+        optimizer = MixedPrecisionOptimizer(shared.param_shards)
+        optimizer.state_dict()  # moments from the first step on
         storages.watch(nn.ModuleList([net, last]), mesh.comm_log)
         steps = []
         for _ in range(3):
             run(net, last, shared, [(x, y)] * 2, mesh)
             grads = shared.finish_grad_sync()
-            clip(grads, 1.0, axes=[mesh.data])
+            unscale_and_clip_grads(grads, 1.0, axes=[mesh.data])
             optimizer.step(grads, lr=1e-3)
             grads = None
             shared.all_gather_params()
@@ -375,7 +375,7 @@ def odd_shared(stage):
             loss.backward()
         grads = shared.finish_grad_sync()
         shared.all_gather_params()
-    return described(shared, grads), clip(grads, 0, axes=[mesh.data])
+    return described(shared, grads), unscale_and_clip_grads(grads, 0, axes=[mesh.data])
 
 
 def partly_frozen(stage=0):

@@ -29,7 +29,7 @@ def test_losses_are_the_command_lines(tmp_path, script, world, more):
     own, theirs = SCRIPTS[script]
     main(["train", "--model", "test", "--data", "random", "--out", str(tmp_path), "--threads", "1",
           *SAME, *theirs])
-    want = [line["loss"] for line in metrics.read(tmp_path / "metrics.jsonl")]
+    want = [line["loss"] for line in metrics.read_metrics(tmp_path / "metrics.jsonl")]
     assert losses(script, world, [*SAME, *own, *more]) == pytest.approx(want, abs=1e-9)
 
 

@@ -13,7 +13,7 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.model.weights.hugging_face.weights import write_hf
 from nanoinfra.serve.generate import generate
-from nanoinfra.train.pretrained import pretrained
+from nanoinfra.train.pretrained import load_pretrained
 from tests.model.twins import scrambled
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def alone(model, new=NEW):
 
 def test_tokens_are_those_of_one_prompt_alone(folder):
     out = serve("--model", folder, "--dtype", "float64", "--max-tokens", NEW, "--ids", *TIGHT, *PROMPTS)
-    want = alone(pretrained(folder, torch.float64)[0])
+    want = alone(load_pretrained(folder, torch.float64)[0])
     assert said(out) == want and len({token for tokens in want for token in tokens}) > 20
     used, away = map(int, re.search(r"at most (\d+) of 14 blocks .* (\d+) sent away", out).groups())
     assert used == 14 and away > 0
@@ -77,7 +77,7 @@ def test_a_mistake_is_one_line(argv, says):
 def test_more_ranks_say_the_same(folder, world):
     out = serve("--model", folder, "--dtype", "float64", "--max-tokens", NEW, "--ids", *TIGHT, *PROMPTS,
                 world=world)
-    assert said(out) == alone(pretrained(folder, torch.float64)[0])
+    assert said(out) == alone(load_pretrained(folder, torch.float64)[0])
 
 
 @pytest.mark.prove
@@ -86,7 +86,7 @@ def test_smollm2_says_what_it_says_alone():
     out = serve("--model", "smollm2-135m", "--max-tokens", 20, "--block-size", 4, "--max-num-batched-tokens",
                 7, "--ids",
                 *prompts)
-    model, text, _ = pretrained("smollm2-135m")
+    model, text, _ = load_pretrained("smollm2-135m")
     assert said(out) == [list(generate(model, text.encode(prompt), 20,
                                        eos_token_ids=text.ends)) for prompt in prompts]
 

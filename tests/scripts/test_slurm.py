@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.commands import parse
+from nanoinfra.commands import parse_command_line
 
 SLURM = Path(__file__).resolve().parents[2] / "scripts" / "slurm"
 STANDINS = {"scontrol": "echo nodeA; echo nodeB", "hostname": "echo nodeB",
@@ -39,7 +39,7 @@ def test_training_meets_at_the_first_node_and_may_lose_the_other(run, gpus, devi
     assert (flags["nnodes"], flags["nproc-per-node"], flags["max-restarts"]) == ("1:2", ranks, "9")
     assert (flags["rdzv-endpoint"], flags["local-addr"], flags["rdzv-id"]) == ("nodeA:29400", "nodeB", "7")
     assert flags["rdzv-conf"].startswith("is_host=false,")
-    ours = parse(got[got.index("nanoinfra.cli") + 1:])                  # as nanoinfra understands it
+    ours = parse_command_line(got[got.index("nanoinfra.cli") + 1:])  # as nanoinfra understands it
     assert (ours.mesh.device, ours.model.model, str(ours.run.out)) == (device, "small", "runs/a b")
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nanoinfra.data.corpus import load_corpus
-from nanoinfra.data.loader import HeldOut
-from nanoinfra.data.train_tokenizer import tokenizer_for
+from nanoinfra.data.loader import HeldOutSet
+from nanoinfra.data.train_tokenizer import get_or_train_tokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -44,23 +44,24 @@ def test_two_seconds_are_better_than_none(name, scripts, folder, tmp_path, monke
     got = json.loads(capsys.readouterr().out.splitlines()[-1])
 
     corpus = load_corpus(folder)
-    tokenizer = tokenizer_for(corpus, scripts[name].V, tmp_path)
+    tokenizer = get_or_train_tokenizer(corpus, scripts[name].V, tmp_path)
     untrained = scripts[name].GPT(tokenizer.vocab_size)
-    want = scripts["speedrun"].bits_per_byte(untrained, HeldOut(corpus.held_out, tokenizer, scripts[name].T))
+    want = scripts["speedrun"].bits_per_byte(untrained,
+                                             HeldOutSet(corpus.held_out, tokenizer, scripts[name].T))
     assert 0 < got["bits_per_byte"] < want
     assert got["tokens"] == got["steps"] * scripts[name].B * scripts[name].T
-    assert got["corpus"] == corpus.hash[:16] and got["seconds"] >= 2
+    assert got["corpus"] == corpus.sha256[:16] and got["seconds"] >= 2
 
 
 def test_the_score_is_the_definition(scripts, folder, tmp_path):
     corpus = load_corpus(folder)
-    tokenizer = tokenizer_for(corpus, 300, tmp_path)
+    tokenizer = get_or_train_tokenizer(corpus, 300, tmp_path)
     table = torch.randn(300, 300, generator=torch.Generator().manual_seed(1)).double()
-    got = scripts["speedrun"].bits_per_byte(lambda x: table[x], HeldOut(corpus.held_out, tokenizer, 7))
+    got = scripts["speedrun"].bits_per_byte(lambda x: table[x], HeldOutSet(corpus.held_out, tokenizer, 7))
 
     bits = 0.0
     for document in corpus.held_out:
-        tokens = [tokenizer.eot, *tokenizer.encode(document.text), tokenizer.eot]
+        tokens = [tokenizer.eot_token_id, *tokenizer.encode(document.text), tokenizer.eot_token_id]
         for now, then in zip(tokens, tokens[1:]):
             row = table[now].tolist()
             bits += math.log2(math.fsum(map(math.exp, row))) - row[then] / math.log(2)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.tokenizer import CLEAN_UP, Text
 from nanoinfra.model.weights.hugging_face.tokenizer_files import open_text
 from nanoinfra.serve.engine.detokenizer import (
@@ -25,7 +25,8 @@ BYTES, LETTERS = byte_text(["<end>"]), letters(first=0, n=128)
 
 @pytest.fixture(scope="module")
 def text():
-    return Text(Tokenizer.train(["one two three"] * 9, vocab=262).backend)       # others are single bytes
+    # others are single bytes
+    return Text(BPETokenizer.train(["one two three"] * 9, vocab_size=262).backend_tokenizer)
 
 
 def test_no_part_of_a_character_is_ever_shown(text):

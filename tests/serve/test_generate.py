@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.hugging_face.weights import save_hf
 from nanoinfra.serve import generate as generation
@@ -74,7 +74,7 @@ def test_tokens_come_one_by_one():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(["one two three"] * 9, vocab=262)     # foreign characters are single bytes
+    return BPETokenizer.train(["one two three"] * 9, vocab_size=262)     # foreign characters are single bytes
 
 
 @pytest.fixture(scope="module")

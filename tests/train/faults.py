@@ -73,8 +73,8 @@ class Survivor:
 
     def saved(self) -> int:
         """The step of its newest good checkpoint."""
-        good = checkpoint.newest(self.run / "checkpoints", say=lambda refused: None)
-        return checkpoint.read_state(good)["step"] if good else 0
+        good = checkpoint.find_newest_checkpoint(self.run / "checkpoints", warn=lambda refused: None)
+        return checkpoint.read_checkpoint_state(good)["step"] if good else 0
 
     def poll(self):
         return self.process.poll()
@@ -107,7 +107,7 @@ def corrupt(survivor, draw):
     pids = survivor.ranks()
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)                                       # no save may come between
-    finished = checkpoint.checkpoints(survivor.run / "checkpoints")
+    finished = checkpoint.list_checkpoints(survivor.run / "checkpoints")
     if len(finished) > 1:
         damage(draw.choice(sorted(finished[-1].iterdir())), draw)
     os.kill(draw.choice(pids), signal.SIGKILL)

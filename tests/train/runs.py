@@ -25,7 +25,7 @@ FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "
 def undisturbed(tmp_path, *more):
     """The lines of a run on two ranks that nothing disturbs; its directory is tmp_path / "undisturbed"."""
     (tmp_path / "undisturbed").symlink_to(_undisturbed(tmp_path.parent, *more))
-    return metrics.read(tmp_path / "undisturbed" / "metrics.jsonl")
+    return metrics.read_metrics(tmp_path / "undisturbed" / "metrics.jsonl")
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def finish(argv):
 
 def lines(run: Path) -> int:
     path = run / "metrics.jsonl"
-    return len(metrics.read(path)) if path.exists() else 0
+    return len(metrics.read_metrics(path)) if path.exists() else 0
 
 
 def children(pid: int) -> list[int]:
@@ -89,6 +89,7 @@ def close(got, want):
 
 
 def weights(run: Path) -> dict:
-    manifest = json.loads((checkpoint.newest(run / "checkpoints") / "manifest.json").read_text())
+    newest = checkpoint.find_newest_checkpoint(run / "checkpoints")
+    manifest = json.loads((newest / "manifest.json").read_text())
     return {name: listed["sha256"] for name, listed in manifest["files"].items()
             if name.endswith(".safetensors")}

@@ -17,8 +17,15 @@ from hypothesis import strategies as st
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.checkpoint import manifest as disk
-from nanoinfra.train.checkpoint.checkpoint import catalog, checkpoints, load, newest, read_state, save, verify
-from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, Piece
+from nanoinfra.train.checkpoint.checkpoint import (
+    find_newest_checkpoint,
+    list_checkpoints,
+    load_shards,
+    read_checkpoint_state,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard
 
 
 class PowerCut(BaseException):
@@ -37,6 +44,13 @@ class Line:
         got = [json.loads(text) for text in self.slots]
         self.barrier.wait(300)
         return got
+
+
+def catalog(folder):
+    """{name: (full shape, dtype)} of every tensor in a checkpoint."""
+    entries = disk.read_manifest(folder)["tensors"]
+    return {name: (tuple(entry["shape"]), disk.torch_dtype_from_name(entry["dtype"]))
+            for name, entry in entries.items()}
 
 
 def run(n, work):
@@ -74,11 +88,11 @@ def bounds(total, n, r):
 def shards(name, shape, tp, zero, dim):
     """One piece a rank, tp counted fastest: ZeRO's rows of tensor parallelism's part along `dim`."""
     def piece(rank):
-        whole = Piece.whole(name, shape)
+        whole = TensorShard.of_whole_tensor(name, shape)
         if not shape:
             return whole
-        part = whole.cut(dim, *bounds(shape[dim], tp, rank % tp))
-        return part.cut(0, *bounds(part.size[0], zero, rank // tp))
+        part = whole.slice_dim(dim, *bounds(shape[dim], tp, rank % tp))
+        return part.slice_dim(0, *bounds(part.size[0], zero, rank // tp))
     return [piece(rank) for rank in range(tp * zero)]
 
 
@@ -88,8 +102,8 @@ def save_all(root, step, logical, n=2, keep=1, state=None):
         held = {}
         for name, x in logical.items():
             piece = shards(name, x.shape, 1, n, 0)[axis.rank]
-            held[piece] = x[piece.within()]
-        return save(root, step, held, state or {"step": step}, axis, keep)
+            held[piece] = x[piece.slices_within()]
+        return save_checkpoint(root, step, held, state or {"step": step}, axis, keep)
     return run(n, work)
 
 
@@ -100,8 +114,8 @@ def tensors(seed):
 
 
 def load_all(folder):
-    wanted = [Piece.whole(name, shape) for name, (shape, _) in catalog(folder).items()]
-    return {piece.name: x for piece, x in load(folder, wanted)}
+    wanted = [TensorShard.of_whole_tensor(name, shape) for name, (shape, _) in catalog(folder).items()]
+    return {piece.name: x for piece, x in load_shards(folder, wanted)}
 
 
 def same(got, want):
@@ -121,13 +135,13 @@ def test_any_mesh_reads_what_any_other_wrote(shape, data):
     before = shards("w", shape, data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2)), data.draw(dim))
     after = shards("w", shape, data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(dim))
     with tempfile.TemporaryDirectory() as root:
-        done = run(len(before), lambda axis: save(
-            root, 1, {before[axis.rank]: want[before[axis.rank].within()]}, {}, axis))
+        done = run(len(before), lambda axis: save_checkpoint(
+            root, 1, {before[axis.rank]: want[before[axis.rank].slices_within()]}, {}, axis))
         assert done == [Path(root) / "step_00000001"] * len(before)
         got = torch.full(shape, torch.nan, dtype=torch.float64)
-        for piece, x in load(done[0], after):
+        for piece, x in load_shards(done[0], after):
             assert tuple(x.shape) == piece.size
-            got[piece.within()] = x
+            got[piece.slices_within()] = x
     assert torch.equal(got, want)
 
 
@@ -138,22 +152,23 @@ def test_rows_of_rows_and_rows_of_columns_go_from_4_ranks_to_3_and_back(tmp_path
     logical = {name: torch.randn(11, 7) for name in names}
     cut = {name: shards(name, (11, 7), *before, dim) for name in names}
     n = before[0] * before[1]
-    assert all(isinstance(path, Path) for path in run(n, lambda axis: save(
-        tmp_path, 5, [(cut[k][axis.rank], x[cut[k][axis.rank].within()]) for k, x in logical.items()],
+    assert all(isinstance(path, Path) for path in run(n, lambda axis: save_checkpoint(
+        tmp_path, 5, [(cut[k][axis.rank], x[cut[k][axis.rank].slices_within()]) for k, x in logical.items()],
         {"cursor": 40}, axis)))
     for name in names:
-        for piece, got in load(tmp_path / "step_00000005", shards(name, (11, 7), *after, dim)):
-            assert torch.equal(got, logical[name][piece.within()])
-    assert read_state(tmp_path / "step_00000005") == {"cursor": 40}
+        for piece, got in load_shards(tmp_path / "step_00000005", shards(name, (11, 7), *after, dim)):
+            assert torch.equal(got, logical[name][piece.slices_within()])
+    assert read_checkpoint_state(tmp_path / "step_00000005") == {"cursor": 40}
 
 
 def test_one_rank_needs_no_process_group(tmp_path):
     want = tensors(3)
     state = {"step": 2, "lr": 0.1 + 0.2, "config": {"data": "stdlib"}, "seed": 2**63}
-    folder = save(tmp_path / "runs" / "a", 2, {Piece.whole(name, x.shape): x for name, x in want.items()},
-                  state, Mesh().world)
-    assert folder == tmp_path / "runs" / "a" / "step_00000002" == newest(folder.parent)
-    assert same(load_all(folder), want) and read_state(folder) == state
+    folder = save_checkpoint(tmp_path / "runs" / "a", 2,
+                             {TensorShard.of_whole_tensor(name, x.shape): x for name, x in want.items()},
+                             state, Mesh().world)
+    assert folder == tmp_path / "runs" / "a" / "step_00000002" == find_newest_checkpoint(folder.parent)
+    assert same(load_all(folder), want) and read_checkpoint_state(folder) == state
     assert {path.name for path in folder.iterdir()} == {"manifest.json", "rank0.safetensors", "state.json"}
     assert catalog(folder)["half"] == ((5,), torch.bfloat16)
 
@@ -162,10 +177,10 @@ def save_on_a_rank(root, step, full_disk_on=None):
     axis, x = Mesh(dp=2).world, torch.arange(30.).reshape(10, 3)
     piece = shards("w", x.shape, 1, 2, 0)[axis.rank]
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    effect = full if axis.rank == full_disk_on else disk.write_all
-    with mock.patch.object(disk, "write_all", side_effect=effect):
+    effect = full if axis.rank == full_disk_on else disk.write_all_bytes
+    with mock.patch.object(disk, "write_all_bytes", side_effect=effect):
         try:
-            return str(save(root, step, {piece: x[piece.within()]}, {"step": step}, axis))
+            return str(save_checkpoint(root, step, {piece: x[piece.slices_within()]}, {"step": step}, axis))
         except CheckpointError as error:
             return str(error)
 
@@ -183,7 +198,9 @@ def test_real_ranks_save_and_agree_on_failure(tmp_path):
 
 def test_equal_pieces_are_written_once(tmp_path):
     x = torch.randn(6, 50)
-    run(3, lambda axis: save(tmp_path, 1, [(Piece.whole("norm", x.shape), x)], {}, axis))
+    run(3,
+        lambda axis: save_checkpoint(tmp_path, 1, [(TensorShard.of_whole_tensor("norm", x.shape), x)], {},
+                                     axis))
     sizes = [path.stat().st_size for path in sorted((tmp_path / "step_00000001").glob("*.safetensors"))]
     assert sizes[0] > x.nbytes and max(sizes[1:]) < 100
     assert same(load_all(tmp_path / "step_00000001"), {"norm": x})
@@ -216,8 +233,8 @@ def test_load_reads_only_the_ranges_it_needs(tmp_path, monkeypatch):
             return Counted()
 
     monkeypatch.setattr(checkpoint, "safe_open", Spy)
-    piece = Piece.whole("w", x.shape).cut(0, 2, 6).cut(1, 3, 5)
-    (_, got), = load(tmp_path / "step_00000001", [piece])
+    piece = TensorShard.of_whole_tensor("w", x.shape).slice_dim(0, 2, 6).slice_dim(1, 3, 5)
+    (_, got), = load_shards(tmp_path / "step_00000001", [piece])
     assert torch.equal(got, x[2:6, 3:5])
     assert opened == ["rank0.safetensors", "rank1.safetensors"] and read == [4, 4]
 
@@ -225,21 +242,23 @@ def test_load_reads_only_the_ranges_it_needs(tmp_path, monkeypatch):
 def test_load_verifies_unless_that_is_done(tmp_path, monkeypatch):
     save_all(tmp_path, 1, tensors(1))
     folder, calls = tmp_path / "step_00000001", []
-    manifest = verify(folder)
-    monkeypatch.setattr(checkpoint, "verify", lambda path: calls.append(path) or verify(path))
-    wanted = [Piece.whole("w", (7, 3))]
-    assert same(dict((p.name, x) for p, x in load(folder, wanted, json.loads(json.dumps(manifest)))),
+    manifest = verify_checkpoint(folder)
+    monkeypatch.setattr(checkpoint, "verify_checkpoint", lambda path: calls.append(path)
+                        or verify_checkpoint(path))
+    wanted = [TensorShard.of_whole_tensor("w", (7, 3))]
+    assert same(dict((p.name, x) for p, x in load_shards(folder, wanted, json.loads(json.dumps(manifest)))),
                 {"w": tensors(1)["w"]}) and not calls
-    list(load(folder, wanted))
+    list(load_shards(folder, wanted))
     assert calls == [folder]
 
 
 def test_what_is_not_in_the_checkpoint_is_named(tmp_path):
     save_all(tmp_path, 1, tensors(1))
-    for piece, text in [(Piece.whole("v", (7, 3)), "no tensor 'v'"),
-                        (Piece.whole("w", (7, 4)), r"'w' has shape \[7, 3\], not the wanted \[7, 4\]")]:
+    for piece, text in [(TensorShard.of_whole_tensor("v", (7, 3)), "no tensor 'v'"),
+                        (TensorShard.of_whole_tensor("w", (7, 4)),
+                         r"'w' has shape \[7, 3\], not the wanted \[7, 4\]")]:
         with pytest.raises(CheckpointError, match=text):
-            list(load(tmp_path / "step_00000001", [piece]))
+            list(load_shards(tmp_path / "step_00000001", [piece]))
 
 
 class Disk:
@@ -254,11 +273,11 @@ class Disk:
         self.at, self.power_cut, self.stuck, self.random = at, power_cut, stuck, random.Random(seed)
         self.lock, self.log, self.unsynced = threading.RLock(), [], set()
         self.real = {"mkdir": os.mkdir, "rename": os.rename, "fsync": os.fsync}
-        self.rmtree, self.write_all = shutil.rmtree, disk.write_all
+        self.rmtree, self.write_all = shutil.rmtree, disk.write_all_bytes
         for name in self.real:
             patch.setattr(os, name, lambda *a, _name=name, **k: self.do(_name, *a, **k))
         patch.setattr(shutil, "rmtree", self.remove)
-        patch.setattr(disk, "write_all", self.write)
+        patch.setattr(disk, "write_all_bytes", self.write)
 
     def hit(self, *entry):
         """Log an operation; True where this one is the one to fail."""
@@ -329,12 +348,13 @@ def test_a_power_cut_at_any_operation_leaves_a_good_checkpoint(tmp_path, second_
         assert any(isinstance(error, PowerCut) for error in out)
         machine.lose_unsynced(root)
         refused = []
-        got = load_all(newest(root, say=refused.append))
+        got = load_all(find_newest_checkpoint(root, warn=refused.append))
         which = [seed for seed in (1, 2) if same(got, tensors(seed))]
         assert len(which) == 1 and refused == [], f"{at}: {log[at - 1]}"
         seen.add(which[0])
         assert all(isinstance(path, Path) for path in save_all(root, 3, tensors(3), n))
-        assert [path.name for path in root.iterdir()] == ["step_00000003"] and newest(root) is not None
+        assert [path.name for path
+                in root.iterdir()] == ["step_00000003"] and find_newest_checkpoint(root) is not None
     assert seen == {1, 2}
 
 
@@ -354,12 +374,12 @@ def test_a_full_disk_at_any_operation_is_one_line_and_spares_the_last(tmp_path, 
         for part in (f"cannot save step {second_step}: rank ", "No space left on device", "\n"):
             assert (part in text) == (part != "\n"), text
         assert stuck or file in text
-        good = newest(root)
+        good = find_newest_checkpoint(root)
         assert text.endswith(f"the last good checkpoint is {good}")
         got = load_all(good)
         assert same(got, tensors(1)) or same(got, tensors(2))
         if name in ("write", "mkdir") and second_step == 2:
-            assert [path.name for path in checkpoints(root)] == ["step_00000001"]
+            assert [path.name for path in list_checkpoints(root)] == ["step_00000001"]
         assert damaged(root) == []
         assert all(isinstance(path, Path) for path in save_all(root, 3, tensors(3)))
 
@@ -382,7 +402,8 @@ def test_a_file_size_limit_is_an_error_and_not_a_signal(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
         with pytest.raises(CheckpointError) as caught:
-            save(tmp_path, 2, {Piece.whole("w", (9999,)): torch.zeros(9999)}, {}, Mesh().world)
+            save_checkpoint(tmp_path, 2, {TensorShard.of_whole_tensor("w", (9999,)): torch.zeros(9999)}, {},
+                            Mesh().world)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "rank 0: " in str(caught.value) and "rank0.safetensors: File too large" in str(caught.value)
@@ -399,9 +420,9 @@ def test_a_flip_of_a_bit_in_any_byte_is_refused_by_name(tmp_path):
             bad[place] ^= 1 << flips.randrange(8)
             path.write_bytes(bad)
             with pytest.raises(CheckpointError, match=f"{path.name}: is altered"):
-                verify(path.parent)
+                verify_checkpoint(path.parent)
         path.write_bytes(good)
-    verify(tmp_path / "step_00000001")
+    verify_checkpoint(tmp_path / "step_00000001")
 
 
 @pytest.mark.parametrize("name", ["rank0.safetensors", "rank1.safetensors", "state.json", "manifest.json"])
@@ -418,10 +439,10 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(tmp_
     elif harm != "delete":
         path.write_bytes(whole[:len(whole) // 3] if harm == "truncate" else whole + b"\0")
     refused = []
-    assert newest(tmp_path, say=refused.append) == tmp_path / "step_00000001"
+    assert find_newest_checkpoint(tmp_path, warn=refused.append) == tmp_path / "step_00000001"
     assert len(refused) == 1 and refused[0].startswith("refused checkpoint step_00000002: ")
     with pytest.raises(CheckpointError, match=f"step_00000002/{name}: .*({reason})"):
-        list(load(tmp_path / "step_00000002", [Piece.whole("w", (7, 3))]))
+        list(load_shards(tmp_path / "step_00000002", [TensorShard.of_whole_tensor("w", (7, 3))]))
 
 
 @pytest.mark.parametrize("parts, reason", [([(0, 3)], "hold 3 of its 4"), ([(0, 3), (2, 4)], "overlap")])
@@ -431,19 +452,23 @@ def test_a_manifest_whose_pieces_do_not_make_the_tensor_is_refused(tmp_path, par
     manifest = disk.read_manifest(folder)
     manifest["tensors"]["w"]["pieces"] = [
         {"file": "rank0.safetensors", "offset": [a], "size": [b - a]} for a, b in parts]
-    (folder / "manifest.json").write_bytes(disk.seal(manifest))
+    (folder / "manifest.json").write_bytes(disk.serialize_manifest(manifest))
     with pytest.raises(CheckpointError, match=f"manifest.json: tensor w: .*{reason}"):
-        verify(folder)
+        verify_checkpoint(folder)
 
 
 @pytest.mark.parametrize("make, reason", [
-    (lambda w, r: (w.cut(0, 0, 2 - r), torch.zeros(2 - r)), r"the pieces w\[0:2\] and w\[0:1\] overlap"),
-    (lambda w, r: (w.cut(0, r, 1 + r), torch.zeros(1)), "tensor w: the pieces hold 2 of its 4"),
+    (lambda w, r: (w.slice_dim(0, 0, 2 - r), torch.zeros(2 - r)),
+     r"the pieces w\[0:2\] and w\[0:1\] overlap"),
+    (lambda w, r: (w.slice_dim(0, r, 1 + r), torch.zeros(1)), "tensor w: the pieces hold 2 of its 4"),
     (lambda w, r: (w, torch.zeros(4, dtype=[torch.float32, torch.float64][r])), "rank 1 holds it as F64"),
-    (lambda w, r: (w.cut(0, 2 * r, 2 * r + 2), torch.zeros(2 + r)), r"w\[2:4\]: a tensor of shape"),
+    (lambda w, r: (w.slice_dim(0, 2 * r, 2 * r + 2), torch.zeros(2 + r)), r"w\[2:4\]: a tensor of shape"),
 ])
 def test_ranks_that_disagree_all_raise_the_same(tmp_path, make, reason):
-    out = run(2, lambda axis: save(tmp_path, 1, [make(Piece.whole("w", (4,)), axis.rank)], {}, axis))
+    out = run(2,
+              lambda axis: save_checkpoint(tmp_path, 1,
+                                           [make(TensorShard.of_whole_tensor("w", (4,)), axis.rank)], {},
+                                           axis))
     assert isinstance(out[1], CheckpointError) and str(out[0]) == str(out[1])
     with pytest.raises(CheckpointError, match=f"cannot save step 1: .*{reason}.*; there is no good"):
         raise out[0]
@@ -460,16 +485,16 @@ def test_the_newest_k_are_kept_and_unfinished_ones_go(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}")
     for step in range(1, 6):
         save_all(tmp_path, step, tensors(step), keep=3)
-    assert [path.name for path in checkpoints(tmp_path)] == [f"step_0000000{step}" for step in (3, 4, 5)]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step_0000000{step}" for step in (3, 4, 5)]
     assert damaged(tmp_path) == [] and (tmp_path / "metrics.jsonl").exists()
     with pytest.raises(ValueError, match="keep=0"):
-        save(tmp_path, 6, {}, {}, Mesh().world, keep=0)
+        save_checkpoint(tmp_path, 6, {}, {}, Mesh().world, keep=0)
 
 
 def test_a_save_never_deletes_itself_or_what_is_newer(tmp_path):
     for step in (8, 9, 4):
         save_all(tmp_path, step, tensors(step), keep=1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000004", "step_00000009"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000004", "step_00000009"]
 
 
 def test_the_same_step_is_replaced(tmp_path):
@@ -480,12 +505,12 @@ def test_the_same_step_is_replaced(tmp_path):
 
 
 def test_a_root_that_cannot_be_used_is_one_line(tmp_path):
-    assert newest(tmp_path / "none") is None
+    assert find_newest_checkpoint(tmp_path / "none") is None
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file: Not a directory"):
-        newest(tmp_path / "file")
+        find_newest_checkpoint(tmp_path / "file")
     with pytest.raises(CheckpointError, match="rank 0: .*file.*: (Not a directory|File exists)"):
-        save(tmp_path / "file", 1, {}, {}, Mesh().world)
+        save_checkpoint(tmp_path / "file", 1, {}, {}, Mesh().world)
 
 
 def test_what_has_an_old_checkpoints_name_ends_no_save_and_loses_nothing(tmp_path):
@@ -501,7 +526,7 @@ def test_what_has_an_old_checkpoints_name_ends_no_save_and_loses_nothing(tmp_pat
     for step in range(2, 7):
         assert save_all(root, step, tensors(step)) == [root / f"step_0000000{step}"] * 2
     assert same(load_all(theirs / "step_00000001"), tensors(1))
-    assert checkpoints(root) == [root / "step_00000006"]
+    assert list_checkpoints(root) == [root / "step_00000006"]
     files = {path.read_text() for path in root.iterdir() if path.is_file()}
     assert files == {"step_00000002", "step_00000004", "step_00000005.tmp"}
 
@@ -515,8 +540,8 @@ def test_what_cannot_be_deleted_is_said_and_left(tmp_path, monkeypatch):
         real(path, **more)
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     for step in (1, 2, 3, 1, 1, 4):
-        assert save(tmp_path, step, {}, {}, Mesh().world, keep=1, say=said.append).exists()
-    assert checkpoints(tmp_path) == [tmp_path / "step_00000004"]
+        assert save_checkpoint(tmp_path, step, {}, {}, Mesh().world, keep=1, warn=said.append).exists()
+    assert list_checkpoints(tmp_path) == [tmp_path / "step_00000004"]
     assert set(said) == {f"cannot delete {tmp_path}/{name}: Permission denied; the run goes on without that"
                          for name in ("step_00000001.tmp", "step_00000001.old.tmp")}
 
@@ -526,30 +551,30 @@ def test_a_whole_checkpoint_of_another_version_is_neither_refused_as_bad_nor_pas
         save_all(tmp_path, step, tensors(step), keep=2)
     path = tmp_path / "step_00000002" / "manifest.json"
     body = json.loads(path.read_bytes())
-    path.write_bytes(disk.seal({**body, "format": "nanoinfra checkpoint 2"}))
+    path.write_bytes(disk.serialize_manifest({**body, "format": "nanoinfra checkpoint 2"}))
     says = "'nanoinfra checkpoint 2', and this version of nanoinfra reads 'nanoinfra checkpoint 1'; go on"
-    with pytest.raises(disk.OtherVersion, match=says):
-        newest(tmp_path)
+    with pytest.raises(disk.CheckpointVersionError, match=says):
+        find_newest_checkpoint(tmp_path)
     path.write_bytes(path.read_bytes().replace(b"checkpoint 2", b"checkpoint 3"))        # sealed otherwise
     refused = []
-    assert newest(tmp_path, say=refused.append) == tmp_path / "step_00000001"
+    assert find_newest_checkpoint(tmp_path, warn=refused.append) == tmp_path / "step_00000001"
     assert "is altered" in refused[0]
     assert "or of another version: its format is 'nanoinfra checkpoint 3'" in refused[0]
     next(iter(body["tensors"].values()))["dtype"] = "F8_E4M3"
-    path.write_bytes(disk.seal(body))
-    with pytest.raises(disk.OtherVersion, match="holds tensors of F8_E4M3"):
-        newest(tmp_path)
+    path.write_bytes(disk.serialize_manifest(body))
+    with pytest.raises(disk.CheckpointVersionError, match="holds tensors of F8_E4M3"):
+        find_newest_checkpoint(tmp_path)
 
 
 def test_a_reader_beside_a_run_that_lets_checkpoints_go(tmp_path, monkeypatch):
     save_all(tmp_path, 1, tensors(1))
-    old, said = verify(tmp_path / "step_00000001"), []
+    old, said = verify_checkpoint(tmp_path / "step_00000001"), []
 
     def slowly(folder):
         if folder.name == "step_00000001":
             save_all(tmp_path, 2, tensors(2))                              # meanwhile
-        return verify(folder)
-    monkeypatch.setattr(checkpoint, "verify", slowly)
-    assert newest(tmp_path, say=said.append) == tmp_path / "step_00000002" and said == []
+        return verify_checkpoint(folder)
+    monkeypatch.setattr(checkpoint, "verify_checkpoint", slowly)
+    assert find_newest_checkpoint(tmp_path, warn=said.append) == tmp_path / "step_00000002" and said == []
     with pytest.raises(CheckpointError, match="rank0.safetensors: is gone: .* start again"):
-        list(load(tmp_path / "step_00000001", [Piece.whole("w", (7, 3))], old))
+        list(load_shards(tmp_path / "step_00000001", [TensorShard.of_whole_tensor("w", (7, 3))], old))

@@ -11,7 +11,7 @@ import pytest
 
 from nanoinfra.cli import main
 from nanoinfra.train.run_directory import lock
-from nanoinfra.train.run_directory.lock import locked
+from nanoinfra.train.run_directory.lock import lock_run_directory
 from tests.processes import started, until
 from tests.train.faults import needs_linux, processes_of
 from tests.train.runs import CLI, FLAGS, SAID, lines
@@ -19,8 +19,8 @@ from tests.train.runs import CLI, FLAGS, SAID, lines
 HOLD = """
 import sys
 from pathlib import Path
-from nanoinfra.train.run_directory.lock import locked
-with locked(Path(sys.argv[1])):
+from nanoinfra.train.run_directory.lock import lock_run_directory
+with lock_run_directory(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -46,11 +46,12 @@ def test_a_second_run_is_one_line_that_names_the_first_until_that_is_killed(tmp_
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and f"--out {out} is in use: process {first.pid} on " in said
         assert "since 20" in said and "another --out" in said
-        assert [path.name for path in out.iterdir()] == [lock.NAME]
+        assert [path.name for path in out.iterdir()] == [lock.LOCK_FILE_NAME]
         first.kill()                         # the file stays, the lock does not
         first.wait()
-        with locked(out):
-            assert f'"process": ["{lock.ME}", {os.getpid()}]' in (out / lock.NAME).read_text()
+        with lock_run_directory(out):
+            written = (out / lock.LOCK_FILE_NAME).read_text()
+            assert f'"process": ["{lock._PROCESS_UUID}", {os.getpid()}]' in written
     assert list(out.iterdir()) == []
 
 
@@ -67,7 +68,7 @@ def test_a_run_on_two_ranks_holds_it_until_it_is_killed(tmp_path, launcher, caps
         first.kill()
         until(lambda: not processes_of(tmp_path / "run"))
     assert main([*argv[:-2], "--dp", "1", "--steps", "7", "--resume"]) == 0
-    assert not (tmp_path / "run" / lock.NAME).exists()
+    assert not (tmp_path / "run" / lock.LOCK_FILE_NAME).exists()
 
 
 def test_every_rank_of_a_second_run_refuses(ranks, tmp_path):
@@ -76,14 +77,15 @@ def test_every_rank_of_a_second_run_refuses(ranks, tmp_path):
 
 
 def test_the_lock_is_one_for_a_process_and_for_the_ranks_of_its_launch(tmp_path, monkeypatch):
-    with locked(tmp_path), locked(tmp_path):
+    with lock_run_directory(tmp_path), lock_run_directory(tmp_path):
         pass
     with another(tmp_path):
-        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": lock.OURS + "1"}.items():
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2",
+                            "TORCHELASTIC_RUN_ID": lock.LAUNCH_ID_PREFIX + "1"}.items():
             monkeypatch.setenv(name, value)
-        with locked(tmp_path):
+        with lock_run_directory(tmp_path):
             pass
-        assert (tmp_path / lock.NAME).exists()
+        assert (tmp_path / lock.LOCK_FILE_NAME).exists()
 
 
 def test_a_rank_that_starts_again_waits_for_the_one_before_it(tmp_path, monkeypatch):
@@ -91,10 +93,10 @@ def test_a_rank_that_starts_again_waits_for_the_one_before_it(tmp_path, monkeypa
         monkeypatch.setenv(name, value)
     with another(tmp_path, "same") as before:
         monkeypatch.setattr(lock.time, "sleep", lambda seconds: before.kill())
-        with locked(tmp_path, patience=600):
+        with lock_run_directory(tmp_path, wait_seconds=600):
             assert before.wait() == -9
     with another(tmp_path, "other"), pytest.raises(ValueError, match="is in use"), \
-            locked(tmp_path, patience=600):
+            lock_run_directory(tmp_path, wait_seconds=600):
         pass
 
 
@@ -103,25 +105,25 @@ def test_a_lock_that_is_removed_as_it_is_taken_is_taken_anew(tmp_path, monkeypat
 
     def after_its_holder_has_gone(file, how):
         if not removed:
-            removed.append((tmp_path / lock.NAME).unlink())
+            removed.append((tmp_path / lock.LOCK_FILE_NAME).unlink())
         real(file, how)
     monkeypatch.setattr(lock.fcntl, "flock", after_its_holder_has_gone)
-    with locked(tmp_path):
-        assert removed and lock.ME in (tmp_path / lock.NAME).read_text()
+    with lock_run_directory(tmp_path):
+        assert removed and lock._PROCESS_UUID in (tmp_path / lock.LOCK_FILE_NAME).read_text()
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     monkeypatch.setattr(lock.fcntl, "flock", refuse)
-    with locked(tmp_path):
+    with lock_run_directory(tmp_path):
         assert "cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 def test_an_unreadable_holder_is_still_a_holder(tmp_path):
-    with open(tmp_path / lock.NAME, "w") as file:
+    with open(tmp_path / lock.LOCK_FILE_NAME, "w") as file:
         file.write("[")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process trains into it"), locked(tmp_path):
+        with pytest.raises(ValueError, match="another process trains into it"), lock_run_directory(tmp_path):
             pass

@@ -5,17 +5,17 @@ import re
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.commands import parse
+from nanoinfra.commands import parse_command_line
 from nanoinfra.config import sized
 from nanoinfra.train import config, metrics
 from nanoinfra.train.launch import memory_check
 from nanoinfra.train.launch.memory_check import (
-    LIBRARIES,
-    PROCESS,
-    check_memory,
-    drawn_config,
-    need,
-    rank_parts,
+    _PROCESS_BYTES,
+    _SHARED_LIBRARIES_BYTES,
+    check_memory_fits,
+    config_of_named_size,
+    local_memory_by_part,
+    rank_memory_by_part,
 )
 from tests.train.runs import finish
 
@@ -24,9 +24,9 @@ GB = 1e9
 
 def asked(line):
     """(flags, ranks) of `nanoinfra train LINE`, as the command line has them."""
-    flags = parse(["train", *line.split()])
-    world = config.ranks_wanted(flags.mesh)
-    config.check(flags, world)
+    flags = parse_command_line(["train", *line.split()])
+    world = config.num_ranks_to_start(flags.mesh)
+    config.check_train_flags(flags, world)
     return flags, world
 
 
@@ -43,8 +43,9 @@ def untouched(monkeypatch):
     """Nothing starts ranks, reads a corpus, draws weights or makes batches."""
     def touched(*_, **__):
         raise AssertionError("something was begun")
-    for name in ("train.launch.launch", "train.inputs.open_source", "train.trainer.Replica",
-                 "train.trainer.Loader"):
+    for name in ("train.launch.launcher.launch_ranks", "train.run_inputs.open_dataset",
+                 "train.trainer.TrainStage",
+                 "train.trainer.MicroBatchLoader"):
         monkeypatch.setattr(f"nanoinfra.{name}", touched)
 
 
@@ -83,35 +84,35 @@ def test_the_remedy_fits(machine, line):
     has, remedy = REMEDIES[line]
     machine(has)
     with pytest.raises(ValueError, match=remedy) as refused:
-        check_memory(*asked(line))
+        check_memory_fits(*asked(line))
     if tried := re.search(r"; try (.*)", str(refused.value)):
         words = tried[1].split()
         kept = re.sub(f"({'|'.join(words[::2])}) \\S+", "", line)
-        check_memory(*asked(f"{kept} {tried[1]}"))
+        check_memory_fits(*asked(f"{kept} {tried[1]}"))
 
 
 def test_what_fits_exactly_is_not_refused(machine):
     flags, world = asked("--model nano --dp 2")
-    total = sum(need(flags, world, drawn_config(flags)).values())
+    total = sum(local_memory_by_part(flags, world, config_of_named_size(flags)).values())
     machine(total)
-    check_memory(flags, world)
+    check_memory_fits(flags, world)
     machine(total - 1)
     with pytest.raises(ValueError, match="this machine has"):
-        check_memory(flags, world)
+        check_memory_fits(flags, world)
 
 
 def test_a_machine_answers_for_its_own_ranks(monkeypatch):
     flags, world = asked("--model nano --dp 2 --pp 2 --data random")
-    model = drawn_config(flags)
-    both = need(flags, world, model)
+    model = config_of_named_size(flags)
+    both = local_memory_by_part(flags, world, model)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     halves = []
     for rank in (0, 3):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
-        halves.append(need(flags, world, model))
+        halves.append(local_memory_by_part(flags, world, model))
     first, last = (sum(half.values()) for half in halves)
-    assert first + last == sum(both.values()) + LIBRARIES
+    assert first + last == sum(both.values()) + _SHARED_LIBRARIES_BYTES
     assert halves[0]["weights"] != halves[1]["weights"]                    # stages of their own
 
 
@@ -119,15 +120,15 @@ def test_text_counts_as_far_as_a_rank_keeps_it(tmp_path):
     (tmp_path / "in" / "deep").mkdir(parents=True)
     for name, size in (("a", 3000), ("in/deep/b", 5000)):
         (tmp_path / name).write_bytes(b"x" * size)
-    assert memory_check.text_bytes(tmp_path) == 8000
-    assert memory_check.text_bytes(tmp_path / "a") == 3000
-    assert memory_check.text_bytes(tmp_path / "none") == memory_check.text_bytes("random") == 0
+    assert memory_check.data_text_bytes(tmp_path) == 8000
+    assert memory_check.data_text_bytes(tmp_path / "a") == 3000
+    assert memory_check.data_text_bytes(tmp_path / "none") == memory_check.data_text_bytes("random") == 0
 
 
 def test_a_run_says_what_it_holds(machine, capsys, tmp_path):
     line = "--model test --data random --steps 1 --threads 1"
     flags, world = asked(line)
-    want = sum(need(flags, world, drawn_config(flags)).values()) / GB
+    want = sum(local_memory_by_part(flags, world, config_of_named_size(flags)).values()) / GB
     machine(24 * GB)
     assert main(["train", *line.split(), "--out", str(tmp_path)]) == 0
     assert f"; holds {want:.1f} of 24.0 GB, modelled: processes 0.3 GB" in capsys.readouterr().out
@@ -153,13 +154,15 @@ def test_what_is_said_is_what_is_held(tmp_path, line):
     """Of the rank that holds the most; and so it is without what every process has."""
     line = f"{line} --data random --steps 3 --threads 1"
     flags, world = asked(line)
-    said = max(sum(rank_parts(flags, world, drawn_config(flags), rank).values()) for rank in range(world))
+    said = max(sum(rank_memory_by_part(flags, world, config_of_named_size(flags), rank).values()) for rank
+               in range(world))
     assert finish(["train", *line.split(), "--out", str(tmp_path)]) == 0
-    got = max(step["peak_bytes"]["rss"] for step in metrics.read(tmp_path / "metrics.jsonl")) - LIBRARIES
+    got = max(step["peak_bytes"]["rss"] for step
+              in metrics.read_metrics(tmp_path / "metrics.jsonl")) - _SHARED_LIBRARIES_BYTES
     print(f"said {said / 1e6:,.0f} MB, had {got / 1e6:,.0f} MB, {said / got:.2f}; without the process "
-          f"{(said - PROCESS) / (got - PROCESS):.2f}: {line}")
+          f"{(said - _PROCESS_BYTES) / (got - _PROCESS_BYTES):.2f}: {line}")
     assert said == pytest.approx(got, rel=0.15)
-    assert said - PROCESS == pytest.approx(got - PROCESS, rel=0.15)
+    assert said - _PROCESS_BYTES == pytest.approx(got - _PROCESS_BYTES, rel=0.15)
 
 
 def test_weights_are_looked_at_before_the_corpus_is_read(machine, untouched, monkeypatch, capsys, tmp_path):
@@ -168,7 +171,8 @@ def test_weights_are_looked_at_before_the_corpus_is_read(machine, untouched, mon
     (run / "config.json").write_text(json.dumps({"nanoinfra": 1, "model": sized("nano").to_dict()}))
     (run / "checkpoints").mkdir()
     machine(24 * GB)
-    monkeypatch.setattr("nanoinfra.train.run_inputs.open_pretrained", lambda *_: Opened(sized("nano")))
+    monkeypatch.setattr("nanoinfra.train.run_inputs.open_pretrained_weights",
+                        lambda *_: Opened(sized("nano")))
     argv = ["train", "--model", str(run), "--seq", "100000000", "--out", str(tmp_path / "out")]
     assert main(argv) == 2
     said = capsys.readouterr().err

@@ -13,7 +13,7 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
 from nanoinfra.train import metrics
-from nanoinfra.train.pretrained import export
+from nanoinfra.train.pretrained import export_to_hugging_face
 
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--steps", "5", "--seq", "23",
          "--global-batch", "7", "--warmup", "2", "--clip", "0.4"]
@@ -26,16 +26,16 @@ ZERO_CASES = [  # zero, recompute, dp, micro-batch, optimizer, untied
     (1, "none", 3, 1, "adamw", False), (2, "full", 2, 3, "sgd", False), (3, "none", 4, 1, "adamw", False),
     (3, "full", 3, 3, "adamw", True)]                            # all of them: make prove
 TENSOR_CASES = [  # tp, dp, more flags, micro-batch, optimizer, untied
-    (2, 1, "", 3, "adamw", False), (4, 1, "--sp --sp-keep", 7, "sgd", True),
+    (2, 1, "", 3, "adamw", False), (4, 1, "--sp --sp-save-gathered", 7, "sgd", True),
     (2, 1, "--sp --recompute full", 3, "adamw", False),
     (2, 2, "--sp --zero 3 --recompute full", 3, "adamw", False)]           # and many more under make prove
 EVERY_TENSOR = [
     (tp, dp, f"{sp} --zero {zero} --recompute {recompute}", 3, "adamw", untied)
-    for tp, dp in ((2, 1), (4, 1), (2, 2), (2, 3), (4, 2)) for sp in ("", "--sp", "--sp --sp-keep")
+    for tp, dp in ((2, 1), (4, 1), (2, 2), (2, 3), (4, 2)) for sp in ("", "--sp", "--sp --sp-save-gathered")
     for zero in (0, 1, 2, 3) for recompute, untied in (("none", False), ("full", True)) if dp > 1 or not zero]
 PIPELINE_CASES = [  # pp, tp, dp, more flags, micro-batch, optimizer, untied; random ones under make prove
     (2, 1, 1, "--schedule gpipe", 2, "adamw", False),
-    (2, 1, 1, "--schedule interleaved --virtual 2", 2, "sgd", True),
+    (2, 1, 1, "--schedule interleaved --virtual-stages 2", 2, "sgd", True),
     (4, 1, 1, "--schedule zb-h1", 3, "adamw", True), (2, 2, 1, "--sp --schedule zb-h1", 1, "adamw", False),
     (2, 1, 2, "--zero 1 --recompute full", 1, "sgd", False)]
 
@@ -45,8 +45,8 @@ def drawn(seed, n):
     rng, found = random.Random(seed), []
     while len(found) < n:
         pp, tp, dp = (rng.choice(sizes) for sizes in ((1, 2, 4), (1, 2), (1, 2, 3)))
-        kind = rng.choice(["gpipe", "1f1b", "interleaved --virtual 2", "zb-h1"]) if pp > 1 else "1f1b"
-        sp = rng.choice(["", "--sp", "--sp --sp-keep"]) if tp > 1 else ""
+        kind = rng.choice(["gpipe", "1f1b", "interleaved --virtual-stages 2", "zb-h1"]) if pp > 1 else "1f1b"
+        sp = rng.choice(["", "--sp", "--sp --sp-save-gathered"]) if tp > 1 else ""
         zero = rng.choice([0, 1] if pp > 1 else [0, 1, 2, 3]) if dp > 1 else 0
         recompute = rng.choice(["none", "full"]) if kind != "zb-h1" else "none"
         micro = rng.choice([1, 2, 3])
@@ -78,12 +78,12 @@ def test_zero_changes_no_loss_and_no_norm(ranks, tmp_path, zero, recompute, dp, 
 def test_tp_and_sp_change_no_loss_and_no_norm(ranks, tmp_path, tp, dp, more, micro, optimizer, untied):
     compare(ranks, tmp_path, dp, micro, optimizer, untied, "--tp", tp, *more.split(), world=tp * dp)
     if dp == 1:                                                            # or else ZeRO cuts what is summed
-        sp = "keep" if "--sp-keep" in more else "gather" if "--sp" in more else "none"
+        sp = "keep" if "--sp-save-gathered" in more else "gather" if "--sp" in more else "none"
         recompute, want = "full" if "full" in more else "none", {}
         for rows in [micro] * (7 // micro) + [7 % micro] * (7 % micro > 0):
             want |= {key: want.get(key, 0) * (key[1] != "tp grads") + sent for key, (_, sent) in tensor_sent(
                 sized("test"), tp, rows, 23, 1, 8, 8, sp, recompute).items()}
-        lines = metrics.read(tmp_path / "metrics.jsonl")
+        lines = metrics.read_metrics(tmp_path / "metrics.jsonl")
         assert {line["comm"]["tp"] for line in lines} == {sum(want.values())}
 
 
@@ -124,7 +124,7 @@ def compare(ranks, tmp_path, dp, micro, optimizer, untied, *more, world=None):
             "--out", str(tmp_path), *map(str, more)]
     world = world or dp
     assert ranks(world).run(main, argv + ["--untied"] * untied) == [0] * world
-    got = metrics.read(tmp_path / "metrics.jsonl")
+    got = metrics.read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in got] == [1, 2, 3, 4, 5]
     for w, g in zip(want, got):
         assert g["loss"] == pytest.approx(w["loss"], rel=1e-8)
@@ -143,7 +143,7 @@ def _alone(optimizer, untied, folder):
     out = folder / f"alone-{optimizer}-{untied}"
     argv = [*FLAGS, "--micro-batch", "7", "--optimizer", optimizer, "--threads", "1", "--out", str(out)]
     assert main(argv + ["--untied"] * untied) == 0
-    return metrics.read(out / "metrics.jsonl")
+    return metrics.read_metrics(out / "metrics.jsonl")
 
 
 @pytest.mark.prove
@@ -157,8 +157,9 @@ def test_a_pretrained_model_with_nine_heads_on_three_ranks(ranks, tmp_path):
     for tp, more in ((1, ()), (3, ("--sp",))):
         out = tmp_path / f"tp{tp}"
         assert set(ranks(tp).run(main, [*argv, "--tp", str(tp), *more, "--out", str(out)])) == {0}
-        export(out, tmp_path / f"exported{tp}", torch.float64)
-        got[tp] = metrics.read(out / "metrics.jsonl"), load_hf(tmp_path / f"exported{tp}", torch.float64)
+        export_to_hugging_face(out, tmp_path / f"exported{tp}", torch.float64)
+        got[tp] = metrics.read_metrics(out / "metrics.jsonl"), load_hf(tmp_path / f"exported{tp}",
+                                                                       torch.float64)
     for w, g in zip(got[1][0], got[3][0], strict=True):
         assert (g["loss"], g["grad_norm"]) == pytest.approx((w["loss"], w["grad_norm"]), rel=1e-8)
     for w, g in zip(got[1][1].parameters(), got[3][1].parameters(), strict=True):
@@ -173,6 +174,6 @@ def test_16_bits_under_tp_stay_near_one_rank(ranks, tmp_path, dtype, rel):
         argv = [*FLAGS, "--dtype", dtype, "--micro-batch", "7", "--dp", "1", "--tp", str(tp)]
         argv += ["--threads", "1", "--out", str(tmp_path / f"{tp}")] + ["--sp"] * (tp > 1)
         assert ranks(tp).run(main, argv) == [0] * tp
-        lines[tp] = metrics.read(tmp_path / f"{tp}" / "metrics.jsonl")
+        lines[tp] = metrics.read_metrics(tmp_path / f"{tp}" / "metrics.jsonl")
     for w, g in zip(lines[1], lines[2], strict=True):
         assert g["loss"] == pytest.approx(w["loss"], rel=rel)

@@ -9,8 +9,8 @@ import tyro
 from safetensors.torch import load_file
 
 from nanoinfra.cli import main
-from nanoinfra.data.sample_order import Random
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.token_datasets import RandomTokenDataset
+from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
@@ -21,10 +21,15 @@ from nanoinfra.model.weights.json_files import read_json
 from nanoinfra.model.weights.load import open_weights
 from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint
-from nanoinfra.train.checkpoint.tensor_shards import Piece
+from nanoinfra.train.checkpoint.tensor_shards import TensorShard
 from nanoinfra.train.config import TrainFlags
-from nanoinfra.train.pretrained import export, keep_text, open_pretrained, pretrained
-from nanoinfra.train.run_inputs import open_inputs
+from nanoinfra.train.pretrained import (
+    export_to_hugging_face,
+    load_pretrained,
+    open_pretrained_weights,
+    save_pretrained_tokenizer,
+)
+from nanoinfra.train.run_inputs import open_run_inputs
 from tests.model.chat_model import TEMPLATE, chat_model
 from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, counting
 from tests.model.test_decoder import config
@@ -36,12 +41,13 @@ from tests.model.twins import scrambled
 def run(tmp_path):
     """A run directory as the trainer leaves it: weights among moments, at steps 3 and 5."""
     (tmp_path / "config.json").write_text(json.dumps({"nanoinfra": 1, "model": config("llama").to_dict()}))
-    Tokenizer.train(["one two"] * 9, vocab=258).save(tmp_path / "tokenizer")
+    BPETokenizer.train(["one two"] * 9, vocab_size=258).save(tmp_path / "tokenizer")
     for step in (3, 5):
         weights = dict(scrambled(Decoder(config("llama")), seed=step).named_parameters())
-        tensors = {Piece.whole(name, p.shape): p.detach() for name, p in weights.items()}
-        tensors |= {Piece.whole(f"exp_avg/{name}", p.shape): p.detach() + 1 for name, p in weights.items()}
-        checkpoint.save(tmp_path / "checkpoints", step, tensors, {"step": step}, Mesh().world)
+        tensors = {TensorShard.of_whole_tensor(name, p.shape): p.detach() for name, p in weights.items()}
+        tensors |= {TensorShard.of_whole_tensor(f"exp_avg/{name}", p.shape): p.detach() + 1 for name, p
+                    in weights.items()}
+        checkpoint.save_checkpoint(tmp_path / "checkpoints", step, tensors, {"step": step}, Mesh().world)
     return tmp_path
 
 
@@ -51,7 +57,7 @@ def same(model, step):
 
 
 def test_a_run_directory_gives_its_newest_weights_and_its_tokenizer(run):
-    model, text, template = pretrained(run, torch.float64, "naive")
+    model, text, template = load_pretrained(run, torch.float64, "naive")
     assert same(model, 5) and model.head.weight is model.embed.weight
     assert model.embed.weight.dtype == torch.float64
     assert template is None and text.ends == {text.backend.token_to_id("<|endoftext|>")}
@@ -59,20 +65,20 @@ def test_a_run_directory_gives_its_newest_weights_and_its_tokenizer(run):
 
 @pytest.mark.parametrize("t", [2, 6])
 def test_parts_of_all_ranks_make_the_whole(run, t):
-    weights = open_pretrained(run)
-    assert_parts_make_the_whole(weights, pretrained(run)[0], t)
+    weights = open_pretrained_weights(run)
+    assert_parts_make_the_whole(weights, load_pretrained(run)[0], t)
     assert weights.template is None and weights.text.encode("two")
 
 
 def test_a_rank_reads_its_part_of_the_checkpoint(run, monkeypatch):
-    counts, weights = [], open_pretrained(run)
+    counts, weights = [], open_pretrained_weights(run)
     monkeypatch.setattr(checkpoint, "safe_open", counting(counts))
     assert_a_rank_reads_its_part(weights, counts)
 
 
 def verified(run):
-    with mock.patch.object(checkpoint, "verify", wraps=checkpoint.verify) as verify:
-        weights = open_pretrained(run, Mesh(tp=2).world)
+    with mock.patch.object(checkpoint, "verify_checkpoint", wraps=checkpoint.verify_checkpoint) as verify:
+        weights = open_pretrained_weights(run, Mesh(tp=2).world)
         return verify.call_count, weights.read("embed.weight").sum().item()
 
 
@@ -82,10 +88,10 @@ def test_one_of_the_ranks_verifies_for_all(run, ranks):
 
 
 def test_whatever_else_can_be_loaded_is_opened_too(run, tmp_path):
-    export(run, tmp_path / "out")
-    weights = open_pretrained(tmp_path / "out")
+    export_to_hugging_face(run, tmp_path / "out")
+    weights = open_pretrained_weights(tmp_path / "out")
     assert weights.config == config("llama") and weights.text.encode("two")
-    assert_parts_make_the_whole(weights, pretrained(run)[0], 2)
+    assert_parts_make_the_whole(weights, load_pretrained(run)[0], 2)
 
 
 def test_export_is_loaded_by_transformers_and_never_holds_more_than_a_block(ranks, tmp_path):
@@ -97,8 +103,8 @@ def test_export_is_loaded_by_transformers_and_never_holds_more_than_a_block(rank
     assert ranks(3).run(main, argv) == [0, 0, 0]
     gc.collect()
     with Storages(operators=True) as storages:
-        export(out, tmp_path / "exported")
-    want, _, _ = pretrained(out)
+        export_to_hugging_face(out, tmp_path / "exported")
+    want, _, _ = load_pretrained(out)
     biggest = max(sum(p.nbytes for p in want.blocks[0].parameters()), want.embed.weight.nbytes)
     assert 0.9 * biggest < storages.peak <= 2 * biggest                    # with a tensor read and its copy
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="float32")
@@ -108,24 +114,24 @@ def test_export_is_loaded_by_transformers_and_never_holds_more_than_a_block(rank
 
 
 def test_export_in_another_dtype_and_never_into_the_run_itself(run, tmp_path):
-    export(run, tmp_path / "out", torch.bfloat16)
+    export_to_hugging_face(run, tmp_path / "out", torch.bfloat16)
     stored = {name: t for f in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(f).items()}
     assert {t.dtype for t in stored.values()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="name another folder"):
-        export(run, run)
+        export_to_hugging_face(run, run)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, capsys):
     [file] = (run / "checkpoints" / "step_00000005").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
-    assert same(pretrained(run)[0], 3)
+    assert same(load_pretrained(run)[0], 3)
     assert "refused" in capsys.readouterr().err
 
 
 def test_a_run_without_checkpoints_is_refused(run, tmp_path):
     (run / "checkpoints").rename(run / "gone")
     with pytest.raises(ValueError, match="no good checkpoint in .*checkpoints; train with --out"):
-        pretrained(run)
+        load_pretrained(run)
 
 
 def test_training_goes_on_from_the_weights_of_a_run(tmp_path):
@@ -134,19 +140,19 @@ def test_training_goes_on_from_the_weights_of_a_run(tmp_path):
     assert main(["train", "--model", "test", *quick, "--steps", "5", "--out", str(first)]) == 0
     again = ["train", "--model", str(first), *quick, "--steps", "1", "--seed", "7", "--out", str(second)]
     assert main(again) == 0
-    model = pretrained(first, torch.float64)[0]
-    source = Random(257)
-    pairs = [source.sample(g, seed=7, seq=16) for g in range(2)]
+    model = load_pretrained(first, torch.float64)[0]
+    source = RandomTokenDataset(257)
+    pairs = [source.get_sample(g, seed=7, seq_len=16) for g in range(2)]
     x, y = (torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1))
     want = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())    
-    [line] = metrics.read(second / "metrics.jsonl")
+    [line] = metrics.read_metrics(second / "metrics.jsonl")
     assert line["loss"] == pytest.approx(want.item(), rel=1e-6)  # pretrained reads float32
     assert line["lr"] == pytest.approx(1e-5)  # warm-up's tenth of 1e-4
 
 
 def test_a_run_goes_out_to_transformers(run, tmp_path):
     """As README shows it: weights and tokenizer."""
-    model, text, _ = pretrained(run)
+    model, text, _ = load_pretrained(run)
     save_hf(model, tmp_path / "exported", tokenizer=run / "tokenizer")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
@@ -182,23 +188,23 @@ def test_a_chat_model_that_was_trained_on_is_still_one(tmp_path):
     source, run, out = chat_model(tmp_path, "llama2 class"), tmp_path / "run", tmp_path / "out"
     data = ["--data", str(tmp_path / "text")]
     assert main(["train", "--model", str(source), *data, *QUICK, "--out", str(run)]) == 0
-    weights, (want, template) = open_pretrained(run), open_text(source)
+    weights, (want, template) = open_pretrained_weights(run), open_text(source)
     assert weights.template == template == TEMPLATE and weights.text.ends == {1, 4}
     assert weights.text.special_tokens == want.special_tokens
     (out / "additional_chat_templates").mkdir(parents=True)
     stale = [out / "vocab.json", out / "tokenizer.model", out / "additional_chat_templates" / "old.jinja"]
     for path in stale:
         path.write_text("stale")
-    export(run, out)
+    export_to_hugging_face(run, out)
     assert_same_text(source, out)
     assert not any(path.exists() for path in stale)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     x = torch.arange(7)[None]
-    torch.testing.assert_close(theirs(x).logits, pretrained(run)[0](x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs(x).logits, load_pretrained(run)[0](x), rtol=1e-4, atol=1e-5)
     assert theirs.generation_config.eos_token_id == [1, 4]
     again = tmp_path / "again"
     assert main(["train", "--model", str(run), "--data", "random", *QUICK, "--out", str(again)]) == 0
-    export(again, out)
+    export_to_hugging_face(again, out)
     assert_same_text(source, out)
 
 
@@ -206,7 +212,7 @@ def test_a_chat_model_that_was_trained_on_is_still_one(tmp_path):
 def test_the_text_of_every_kind_is_kept(kind, tmp_path):
     source = save(kind, tmp_path / "source", eos_token_id=1, bos_token_id=0)
     weights = Weights(config("llama"), None, *open_text(source), source)
-    keep_text(weights, tmp_path / "run")
+    save_pretrained_tokenizer(weights, tmp_path / "run")
     copy_text(tmp_path / "run", tmp_path / "out")
     theirs = {"model_type": "llama", **kept_ids(tmp_path / "run")}
     (tmp_path / "out" / "config.json").write_text(json.dumps(theirs))
@@ -216,7 +222,7 @@ def test_the_text_of_every_kind_is_kept(kind, tmp_path):
 
 def test_the_text_of_a_gguf_model_is_written_as_transformers_reads_it(tmp_path):
     weights = open_weights("smollm2-135m")
-    keep_text(weights, tmp_path)
+    save_pretrained_tokenizer(weights, tmp_path)
     text, template = open_text(tmp_path)
     assert (text.ends, text.bos, text.eos) == (weights.text.ends, weights.text.bos, weights.text.eos)
     assert template == weights.template
@@ -232,20 +238,20 @@ def test_text_is_not_trained_on_with_the_tokenizer_of_another(tmp_path):
     source = chat_model(tmp_path, "gpt2", vocab=320)
     data = ["--data", str(tmp_path / "text"), *QUICK, "--out", str(tmp_path / "run")]
     with pytest.raises(ValueError, match="goes up to 3.. .*, but the model knows ids below 320 alone"):
-        open_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
+        open_run_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
     clear_text(source)
     with pytest.raises(ValueError, match="holds no tokenizer to read --data with; .* or try --data random"):
-        open_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
+        open_run_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
     data[1] = "random"
-    inputs = open_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
-    assert inputs.source.tokenizer is None and inputs.weights.text is None
+    inputs = open_run_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
+    assert inputs.dataset.tokenizer is None and inputs.pretrained_weights.text is None
 
 
 def test_a_run_that_kept_no_text_of_another_leaves_none(run, tmp_path):
     """Its folder was that of a chat model's run before."""
     save("gpt2", tmp_path / "other" / "tokenizer")
     (tmp_path / "other" / "tokenizer" / "chat_template.jinja").write_text("x")
-    keep_text(open_pretrained(run), tmp_path / "other" / "tokenizer")
+    save_pretrained_tokenizer(open_pretrained_weights(run), tmp_path / "other" / "tokenizer")
     assert open_text(tmp_path / "other" / "tokenizer")[1] is None
     assert sorted(path.name for path in (tmp_path / "other" / "tokenizer").iterdir()) == sorted(
         path.name for path in (run / "tokenizer").iterdir())

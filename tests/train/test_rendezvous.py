@@ -12,7 +12,7 @@ from torch.distributed import HashStore, PrefixStore
 from torch.distributed.elastic.events import EventSource
 
 from nanoinfra.train.launch import rendezvous
-from nanoinfra.train.launch.launcher import Agent
+from nanoinfra.train.launch.launcher import ElasticRankAgent
 from tests.distributed.sockets import (
     another_interface,
     beyond_loopback,
@@ -40,8 +40,8 @@ ONE = "torchrun listens on every interface"
     ({"MASTER_ADDR": "10.0.0.1"}, False, SEVERAL)])
 def test_what_is_said_of_the_network(told, one_host, says):
     with mock.patch.dict(os.environ, {"WORLD_SIZE": "2", **told}, clear=True):
-        assert rendezvous.on_one_host() == one_host
-        got = rendezvous.exposure()
+        assert rendezvous.all_ranks_on_one_host() == one_host
+        got = rendezvous.network_exposure_warning()
     assert got.startswith(says) and bool(got) == bool(says) and "\n" not in got
 
 
@@ -50,7 +50,7 @@ def test_a_rank_started_by_hand_has_its_store_on_loopback(capsys):
     port = free_port()
     told = {**BY_HAND, "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(port)}
     with mock.patch.dict(os.environ, told):
-        met = rendezvous.meet()
+        met = rendezvous.rendezvous_ranks()
     assert [at for at in listening([os.getpid()]) if at[1] == port] == [("127.0.0.1", port)]
     assert (met["rank"], met["world_size"], met["store"].get("rank 0")) == (0, 1, b"is there")
     assert capsys.readouterr().err == ""
@@ -66,7 +66,7 @@ def test_on_several_hosts_the_users_interface_stays_and_rank_0_says_once_what_th
     told = {**TORCHRUN, "MASTER_ADDR": "node1", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2", "RANK": rank,
             "GLOO_SOCKET_IFNAME": "ib0", "TORCHELASTIC_RESTART_COUNT": attempt}
     with mock.patch.dict(os.environ, told):
-        rendezvous.meet()
+        rendezvous.rendezvous_ranks()
         assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0" and "NCCL_SOCKET_IFNAME" not in os.environ
     assert capsys.readouterr().err.count(f"nanoinfra: {SEVERAL}") == lines
 
@@ -117,7 +117,7 @@ def test_the_launcher_looks_up_no_name_for_what_nobody_reads(monkeypatch):
     """torch's agent records an event for each rank, with the host's full name: a minute where it has none."""
     for lookup in ("getfqdn", "gethostbyaddr", "gethostbyname", "getaddrinfo"):
         monkeypatch.setattr(socket, lookup, mock.Mock(side_effect=AssertionError(lookup)))
-    event = Agent._construct_event(mock.Mock(), "SUCCEEDED", EventSource.AGENT)
+    event = ElasticRankAgent._construct_event(mock.Mock(), "SUCCEEDED", EventSource.AGENT)
     assert event.source == EventSource.AGENT and event.name.endswith("SUCCEEDED")
 
 

@@ -12,8 +12,13 @@ from nanoinfra.cli import main
 from nanoinfra.train import metrics, trainer
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.launch import signals
-from nanoinfra.train.launch.signals import ENDING, SAME, Hearing, StopRequest
-from nanoinfra.train.launch.stop_message import how_to_go_on
+from nanoinfra.train.launch.signals import (
+    _SAME_SIGNAL_SECONDS,
+    TERMINATION_SIGNALS,
+    SignalListener,
+    StopRequest,
+)
+from nanoinfra.train.launch.stop_message import resume_command
 from tests.processes import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,14 +26,15 @@ QUICK = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-
 
 
 one = pytest.mark.parametrize("sign", [
-    pytest.param(each, id=each.name, marks=pytest.mark.prove if i else []) for i, each in enumerate(ENDING)])
+    pytest.param(each, id=each.name, marks=pytest.mark.prove if i
+                 else []) for i, each in enumerate(TERMINATION_SIGNALS)])
 
 
 @pytest.fixture
 def heard():
-    """What a Hearing hears, which stands for the process's own."""
+    """What a SignalListener hears, which stands for the process's own."""
     said = []
-    hearing = Hearing(said.append)
+    hearing = SignalListener(said.append)
     hearing.start()
     yield said
     hearing.stop()
@@ -36,31 +42,31 @@ def heard():
 
 @pytest.fixture
 def request_(heard):
-    asked = StopRequest(lone=True)
+    asked = StopRequest(is_single_process=True)
     asked.start()
     yield asked
     asked.stop()
 
 
-@pytest.mark.parametrize("sign", ENDING)
+@pytest.mark.parametrize("sign", TERMINATION_SIGNALS)
 def test_the_first_signal_asks_and_says_so_at_once(capfd, heard, request_, sign, monkeypatch):
-    monkeypatch.setattr(signals, "SAME", 3600.0)             # however slow the machine is
+    monkeypatch.setattr(signals, "_SAME_SIGNAL_SECONDS", 3600.0)             # however slow the machine is
     os.kill(os.getpid(), sign)
-    until(lambda: request_.asked)
+    until(lambda: request_.requested)
     assert heard == []
     time.sleep(0.05)
     assert capfd.readouterr().err.strip().startswith(f"nanoinfra: {sign.name}: the run stops after this step")
     os.kill(os.getpid(), sign)               # at once: `timeout` and terminals send it twice
     time.sleep(0.05)
-    assert request_.asked == 1 and heard == []
+    assert request_.requested == 1 and heard == []
 
 
-@pytest.mark.parametrize("sign", ENDING)
+@pytest.mark.parametrize("sign", TERMINATION_SIGNALS)
 def test_a_second_one_goes_to_the_process(heard, request_, sign):
     """But not a second SIGHUP, of which a terminal that is closed sends several."""
     os.kill(os.getpid(), signal.SIGTERM)
-    until(lambda: request_.asked)
-    request_.since -= SAME
+    until(lambda: request_.requested)
+    request_.requested_at -= _SAME_SIGNAL_SECONDS
     os.kill(os.getpid(), sign)
     if sign != signal.SIGHUP:
         until(lambda: heard == [sign])
@@ -70,13 +76,13 @@ def test_a_second_one_goes_to_the_process(heard, request_, sign):
 
 
 def test_in_a_program_that_calls_train_a_second_ctrl_c_is_pythons():
-    asked = StopRequest(lone=True)
+    asked = StopRequest(is_single_process=True)
     before = signal.getsignal(signal.SIGINT)
     asked.start()
     try:
         os.kill(os.getpid(), signal.SIGINT)
-        until(lambda: asked.asked)
-        asked.since -= SAME
+        until(lambda: asked.requested)
+        asked.requested_at -= _SAME_SIGNAL_SECONDS
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             for _ in range(6000):
@@ -87,21 +93,21 @@ def test_in_a_program_that_calls_train_a_second_ctrl_c_is_pythons():
 
 
 def test_a_rank_takes_any_number_of_signals_as_one(heard):
-    asked = StopRequest(lone=False)
+    asked = StopRequest(is_single_process=False)
     asked.start()
     os.kill(os.getpid(), signal.SIGTERM)
-    until(lambda: asked.asked)
-    asked.since -= SAME
+    until(lambda: asked.requested)
+    asked.requested_at -= _SAME_SIGNAL_SECONDS
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.05)
     asked.stop()
-    assert asked.asked == 1 and heard == []
+    assert asked.requested == 1 and heard == []
 
 
 def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        asked = StopRequest(lone=True)
+        asked = StopRequest(is_single_process=True)
         asked.start()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         asked.stop()
@@ -116,25 +122,25 @@ def test_what_nohup_ignores_stays_ignored():
     ("train --resume-from 4 --out x", "nanoinfra train --out x --resume"),
     ("train --resume-from=4 --resume", "nanoinfra train --resume")])
 def test_the_command_that_goes_on_does_not_go_back(given, want):
-    assert how_to_go_on(given.split()) == want
+    assert resume_command(given.split()) == want
 
 
 @one
 def test_a_run_on_one_rank_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capfd, sign):
-    execute, calls = trainer.execute, []
+    execute, calls = trainer.execute_schedule, []
 
     def signalled(*args):
         calls.append(0)
         if len(calls) == 3:
             os.kill(os.getpid(), sign)
         return execute(*args)
-    monkeypatch.setattr(trainer, "execute", signalled)
-    monkeypatch.setattr(signals, "leave_terminal", lambda: None)         # pytest's
+    monkeypatch.setattr(trainer, "execute_schedule", signalled)
+    monkeypatch.setattr(signals, "redirect_terminal_to_devnull", lambda: None)         # pytest's
     argv = [*QUICK, "--steps", "100000", "--out", str(tmp_path)]
     assert main(argv) == 0
-    step = len(metrics.read(tmp_path / "metrics.jsonl"))
+    step = len(metrics.read_metrics(tmp_path / "metrics.jsonl"))
     asked, stopped = capfd.readouterr().err.splitlines()
-    saved = checkpoint.newest(tmp_path / "checkpoints")
+    saved = checkpoint.find_newest_checkpoint(tmp_path / "checkpoints")
     assert saved.name == f"step_{step:08d}" and 3 <= step < 1000
     assert asked.startswith(f"nanoinfra: {sign.name}: the run stops after this step and is saved")
     assert stopped == (f"nanoinfra: stopped after step {step}; saved in {saved}; go on with: "

@@ -17,7 +17,7 @@ from nanoinfra.parallel.pipeline.schedules import (
     build_pipeline_schedule,
     gradient_accumulation_schedule,
 )
-from nanoinfra.train.step import execute
+from nanoinfra.train.step import execute_schedule
 
 
 class Recorder:
@@ -65,7 +65,7 @@ ORDERS = (gradient_accumulation_schedule(3), build_pipeline_schedule("zb-h1", 3,
 @pytest.mark.parametrize("order", ORDERS)
 def test_executor_runs_the_list_in_order_and_times_it(order):
     stage = Recorder()
-    spans = execute(order, stage)
+    spans = execute_schedule(order, stage)
     assert stage.did == order == [what for what, _, _ in spans]
     times = [t for _, begin, end in spans for t in (begin, end)]
     assert times == sorted(times)
@@ -76,4 +76,4 @@ def test_an_instruction_it_does_not_know_is_an_error():
     class Dance:
         pass
     with pytest.raises(TypeError, match="Dance"):
-        execute([Dance()], Recorder())
+        execute_schedule([Dance()], Recorder())

@@ -12,7 +12,7 @@ from nanoinfra.lab.same import same
 from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.train.loss import cross_entropy
+from nanoinfra.train.loss import linear_cross_entropy
 from nanoinfra.train.loss_scale import LossScale
 
 PREDICTIONS = {"L01.states": "B", "L01.layer_float32": "B", "L01.layer_bfloat16": "B",
@@ -204,7 +204,7 @@ def _(subject):
 def _(subject):
     random = torch.Generator().manual_seed(2)
     overflows = (torch.rand(40, generator=random) < 0.2).tolist()
-    trial, scale, want = _Trial({}), _scale(1024.0), LossScale(1024.0, grow_after=3)
+    trial, scale, want = _Trial({}), _scale(1024.0), LossScale(1024.0, growth_interval=3)
     for step, overflow in enumerate(overflows):
         trial.slopes = dict.fromkeys(SHAPES, math.inf if overflow else 2.0**-20)
         before = scale["value"]
@@ -265,7 +265,7 @@ def _scale(value):
 
 def _loss(model, tokens):
     """As one micro-batch of a step of a million tokens."""
-    return cross_entropy(model.hidden(tokens), model.head.weight, tokens, 2**20)
+    return linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 2**20)
 
 
 def _moved(moved, what, why=""):

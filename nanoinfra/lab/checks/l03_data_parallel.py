@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.same import same
@@ -132,21 +132,21 @@ def batches(rank: int, n: int, micro_batches: int) -> list[tuple[torch.Tensor, t
     draw = torch.Generator().manual_seed(1)
     x, y = torch.randint(CONFIG.vocab, (2, 7, 16), generator=draw)                     # (7, T) each
     for i in range(7):
-        y[i, 3 + 2 * i:] = IGNORE
+        y[i, 3 + 2 * i:] = IGNORE_INDEX
     parts = zip(x[rank::n].tensor_split(micro_batches), y[rank::n].tensor_split(micro_batches))
-    return [(a, b) if len(a) else (x[:1], torch.full_like(y[:1], IGNORE)) for a, b in parts]
+    return [(a, b) if len(a) else (x[:1], torch.full_like(y[:1], IGNORE_INDEX)) for a, b in parts]
 
 
 @functools.cache
 def one_rank() -> dict[str, torch.Tensor]:
     """The gradients that all should have: of the mean over all valid targets."""
     (x, y), = batches(0, 1, 1)
-    return _gradients(x, y, int((y != IGNORE).sum()))
+    return _gradients(x, y, int((y != IGNORE_INDEX).sum()))
 
 
 def _gradients(x, y, count):
     net = model()
-    nats = F.cross_entropy(net(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="sum")
+    nats = F.cross_entropy(net(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     (nats / count).backward()
     return {name: p.grad for name, p in net.named_parameters()}
 
@@ -157,7 +157,7 @@ def _slips(n):
     if n == 1:
         return {}
     shares = [batches(r, n, 1)[0] for r in range(n)]
-    means = [_gradients(x, y, int((y != IGNORE).sum())) for x, y in shares]
+    means = [_gradients(x, y, int((y != IGNORE_INDEX).sum())) for x, y in shares]
     summed = {name: sum(mean[name] for mean in means) for name in means[0]}
     return {"each rank divided by its own count, and the means were averaged?":
                 {name: grad / n for name, grad in summed.items()},

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.pipeline import split
@@ -63,7 +63,7 @@ def model() -> Decoder:
 def batch(k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Micro-batch k, one or two sequences, with valid targets that differ."""
     x, y = torch.randint(CONFIG.vocab, (2, 1 + k % 2, T), generator=torch.Generator().manual_seed(k))
-    y[0, :k % T] = IGNORE
+    y[0, :k % T] = IGNORE_INDEX
     return x, y
 
 
@@ -74,7 +74,7 @@ def batches(m: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def count(batches) -> int:
     """Valid targets of the step."""
-    return sum(int((y != IGNORE).sum()) for _, y in batches)
+    return sum(int((y != IGNORE_INDEX).sum()) for _, y in batches)
 
 
 def share(m: int, k: int) -> dict[str, torch.Tensor]:
@@ -123,4 +123,4 @@ def sent(n: int, r: int, m: int) -> tuple[int, int]:
 
 
 def _nats(logits, y):
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

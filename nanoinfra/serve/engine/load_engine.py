@@ -12,12 +12,12 @@ from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine import cpu_decoder_block, packed_linear
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.options import EngineOptions
-from nanoinfra.train.pretrained import open_pretrained
+from nanoinfra.train.pretrained import open_pretrained_weights
 
 
 def load_engine(options: EngineOptions, mesh: Mesh) -> Engine:
     """This rank's engine for `nanoinfra serve`: weights, tokenizer, the KV blocks that --kv-memory holds."""
-    weights, dtype = open_pretrained(options.model, mesh.world), getattr(torch, options.dtype)
+    weights, dtype = open_pretrained_weights(options.model, mesh.world), getattr(torch, options.dtype)
     block_bytes = options.block_size * kv_cache_bytes_per_token(weights.config, dtype.itemsize, mesh.tp.size)
     num_blocks = options.kv_memory // block_bytes
     if num_blocks < 2:

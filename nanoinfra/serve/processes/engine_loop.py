@@ -20,7 +20,7 @@ from nanoinfra.model.tokenizer import Text
 from nanoinfra.serve.engine.requests import RequestOutput
 from nanoinfra.serve.engine.scheduler import QueueFull
 from nanoinfra.serve.processes.tp_group import TensorParallelGroup
-from nanoinfra.train.launch.elastic_rank import end_with_parent
+from nanoinfra.train.launch.elastic_rank import die_with_parent
 
 API_SIGNALS = (signal.SIGINT,
                signal.SIGTERM)    # for the API process, which lets requests end; ranks ignore them
@@ -59,7 +59,7 @@ def main() -> None:
     argv[1] is the process id of the API process, which has blocked the signals that are meant for it.
     """
     parent, *descriptors = map(int, sys.argv[1:])
-    end_with_parent(parent)
+    die_with_parent(parent)
     for sign in API_SIGNALS:
         signal.signal(sign, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, API_SIGNALS)

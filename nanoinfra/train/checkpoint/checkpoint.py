@@ -1,10 +1,10 @@
-"""Checkpoints that any mesh can resume, and that a crash at any byte leaves usable.
+"""Distributed checkpoints: resharded on load to any mesh, and usable after a crash at any byte of a save.
 
-A checkpoint is the folder step_00000012: each rank's pieces in rank{r}.safetensors, state.json, and, written
-last, manifest.json. All is written to step_00000012.tmp, fsynced and renamed, so a finished name stands for
-finished bytes, and `verify` (train/checkpoint/manifest.py) checks them. A save writes every logical byte
-once: of equal pieces the first rank's is kept. Nothing is pickled. Composes with every parallelism through
-`Piece` (train/checkpoint/tensor_shards.py); ranks on several machines need a folder that all of them see.
+A checkpoint is the folder step_00000012: each rank's shards in rank{r}.safetensors, state.json, and, written
+last, manifest.json. All files are written to step_00000012.tmp, fsynced and renamed; `verify_checkpoint`
+(train/checkpoint/manifest.py) checks every byte. Of equal shards only the first rank's is written. Nothing is
+pickled. Works with every parallelism through `TensorShard` (train/checkpoint/tensor_shards.py); ranks on
+several hosts need a folder that all of them see.
 """
 import functools
 import json
@@ -21,71 +21,75 @@ from safetensors import safe_open
 from nanoinfra.distributed import comm
 from nanoinfra.train.checkpoint import manifest as disk
 from nanoinfra.train.checkpoint import retention
-from nanoinfra.train.checkpoint.manifest import OtherVersion, verify
-from nanoinfra.train.checkpoint.retention import Say, checkpoints, folder_of
-from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, Piece, check_cover
+from nanoinfra.train.checkpoint.manifest import CheckpointVersionError, verify_checkpoint
+from nanoinfra.train.checkpoint.retention import WarnFunction, checkpoint_folder, list_checkpoints
+from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard, check_shards_cover_tensor
 
-Pairs = Mapping[Piece, torch.Tensor] | Iterable[tuple[Piece, torch.Tensor]]
+_ShardTensors = Mapping[TensorShard, torch.Tensor] | Iterable[tuple[TensorShard, torch.Tensor]]
 
 
-def save(root: str | Path, step: int, tensors: Pairs, state: dict, axis, keep: int = 2,
-         say: Say = print) -> Path:
-    """Save each rank's pieces and rank 0's `state` (for JSON) in the folder `root`/step_{step}; returns it.
+def save_checkpoint(root: str | Path, step: int, tensors: _ShardTensors, state: dict, axis, keep: int = 2,
+                    warn: WarnFunction = print) -> Path:
+    """Save each rank's shards and rank 0's `state` (for JSON) in the folder `root`/step_{step}; returns it.
 
-    Every rank of `axis` calls it. Afterwards the newest `keep` checkpoints up to this step remain; `say` is
-    told what of the others cannot be deleted. Where any rank fails, all raise one CheckpointError; the
-    unfinished is removed, what was there before is untouched.
+    Every rank of `axis` calls it. Afterwards the newest `keep` checkpoints up to this step remain; `warn`
+    gets a line on each older one that cannot be deleted. When any rank fails, all ranks raise one
+    CheckpointError, the unfinished folder is removed, and older checkpoints stay untouched.
     """
     if keep < 1:
         raise ValueError(f"keep={keep} would delete the checkpoint just saved; keep at least 1")
-    final = folder_of(root, step)
-    tmp, me = final.with_suffix(".tmp"), f"rank{axis.rank}.safetensors"
+    final = checkpoint_folder(root, step)
+    tmp, own_file = final.with_suffix(".tmp"), f"rank{axis.rank}.safetensors"
     pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
     try:
-        entries = _deal(_together(axis, lambda: _prepare(tmp, pairs, axis.rank, say)))
-        mine = [pair for pair in pairs if (me, pair[0]) in disk.sources(pair[0].name, entries[pair[0].name])]
-        written = _together(axis, lambda: disk.write_tensors(tmp / me, mine))
+        entries = _assign_shards_to_files(_on_all_ranks(axis, lambda: _prepare(tmp, pairs, axis.rank, warn)))
+        mine = [pair for pair in pairs if (own_file, pair[0])
+                in disk.shards_in_files(pair[0].name, entries[pair[0].name])]
+        written = _on_all_ranks(axis, lambda: disk.write_safetensors(tmp / own_file, mine))
         files = {f"rank{rank}.safetensors": listed for rank, listed in enumerate(written)}
-        body = {"format": disk.FORMAT, "step": step, "files": files, "tensors": entries}
-        _together(axis, lambda: axis.rank == 0 and _publish(tmp, final, body, state, keep, say))
+        body = {"format": disk.CHECKPOINT_FORMAT, "step": step, "files": files, "tensors": entries}
+        _on_all_ranks(axis, lambda: axis.rank == 0 and _commit(tmp, final, body, state, keep, warn))
     except CheckpointError as failure:
-        left = _together(axis, lambda: axis.rank == 0 and _give_up(tmp))[0]
+        left = _on_all_ranks(axis, lambda: axis.rank == 0 and _remove_unfinished(tmp))[0]
         raise CheckpointError(f"cannot save step {step}: {failure}; {left}") from failure
     return final
 
 
-def newest(root: str | Path, say: Say = print) -> Path | None:
-    """The newest checkpoint in `root` that verifies, or None; `say` is told each one refused, and why.
+def find_newest_checkpoint(root: str | Path, warn: WarnFunction = print) -> Path | None:
+    """Return the newest checkpoint in `root` that verifies, or None; `warn` gets a line on each refused one.
 
-    Reads every byte of what it tries: on N ranks call `newest_of_all`. Raises OtherVersion for a whole one
-    that another version of nanoinfra wrote: to take an older one would lose it.
+    Reads every byte of what it tries: on N ranks call `find_newest_checkpoint_on_all_ranks`. Raises
+    CheckpointVersionError for an intact one that another version wrote, as taking an older one would lose it.
     """
     refused = set()
-    while left := [folder for folder in checkpoints(root) if folder not in refused]:
-        folder = left[-1]                    # looked for anew: a run may go on there, and let go of old ones
+    while left := [folder for folder in list_checkpoints(root) if folder not in refused]:
+        folder = left[-1]                    # listed again each time: a run may be writing there now
         try:
-            verify(folder)
+            verify_checkpoint(folder)
             return folder
-        except OtherVersion:
+        except CheckpointVersionError:
             raise
         except CheckpointError as reason:
             refused.add(folder)
             if folder.exists():
-                say(f"refused checkpoint {folder.name}: {reason}")
+                warn(f"refused checkpoint {folder.name}: {reason}")
     return None
 
 
-def newest_of_all(root: str | Path, axis, say: Say = print) -> Path | None:
-    """`newest` as the axis's first rank finds it; the others take its word."""
+def find_newest_checkpoint_on_all_ranks(root: str | Path, axis, warn: WarnFunction = print) -> Path | None:
+    """Return what `find_newest_checkpoint` finds on the axis's first rank, on every rank of the axis."""
     def name():
-        found = newest(root, say)
+        found = find_newest_checkpoint(root, warn)
         return found and found.name
-    found = ask_first(axis, name)
+    found = run_on_first_rank(axis, name)
     return Path(root) / found if found else None
 
 
-def ask_first(axis, work: Callable[[], object]):
-    """What `work()` (for JSON) gives on the axis's first rank, on every rank; all raise its ValueError."""
+def run_on_first_rank(axis, work: Callable[[], object]):
+    """Return, on every rank, what `work()` returns on the axis's first rank (for JSON).
+
+    When `work` raises OSError or ValueError there, every rank raises ValueError with its message.
+    """
     answer, failure = {}, None
     if axis.rank == 0:
         try:
@@ -98,40 +102,35 @@ def ask_first(axis, work: Callable[[], object]):
     return answer["done"]
 
 
-def load(folder: str | Path, wanted: Iterable[Piece],
-         verified: dict | None = None) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Yield each wanted piece with its tensor (CPU, of the stored dtype), reading only the ranges it needs.
+def load_shards(folder: str | Path, wanted: Iterable[TensorShard],
+                manifest: dict | None = None) -> Iterator[tuple[TensorShard, torch.Tensor]]:
+    """Yield each wanted shard with its tensor (on the CPU, in the stored dtype), reading only its own ranges.
 
-    `verified` is what `verify(folder)` returned, here or on another rank; without it this verifies first.
-    Raises CheckpointError for a name that is not there, or one whose full shape is another.
+    `manifest` is what `verify_checkpoint(folder)` returned, here or on another rank; by default it is called.
+    The shards may be cut otherwise than those saved (resharding). Raises CheckpointError for a tensor that is
+    not in the checkpoint or has another full shape there.
     """
     folder = Path(folder)
-    entries = (verified or verify(folder))["tensors"]
+    entries = (manifest or verify_checkpoint(folder))["tensors"]
     with ExitStack() as stack:
         @functools.cache
         def opened(file):
-            with disk.naming(folder / file, FileNotFoundError="is gone: the run there has let it go since; "
-                                                              "start again, which takes a newer one"):
+            gone = "is gone: the run there has let it go since; start again, which takes a newer one"
+            with disk.raise_as_checkpoint_error(folder / file, FileNotFoundError=gone):
                 return stack.enter_context(safe_open(folder / file, framework="pt"))
-        for piece in wanted:
-            yield piece, _read(piece, _entry(piece, entries, folder), opened)
+        for shard in wanted:
+            yield shard, _read(shard, _entry(shard, entries, folder), opened)
 
 
-def catalog(folder: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """{name: (full shape, dtype)} of every tensor in the checkpoint."""
-    entries = disk.read_manifest(Path(folder))["tensors"]
-    return {name: (tuple(entry["shape"]), disk.dtype_of(entry["dtype"])) for name, entry in entries.items()}
-
-
-def read_state(folder: str | Path) -> dict:
-    """The `state` given to `save`, checked against the manifest."""
+def read_checkpoint_state(folder: str | Path) -> dict:
+    """Return the `state` that was given to `save_checkpoint`, checked against the manifest."""
     path = Path(folder) / "state.json"
-    disk.check_file(path, disk.read_manifest(path.parent)["files"][path.name])
+    disk.check_file_sha256(path, disk.read_manifest(path.parent)["files"][path.name])
     return json.loads(path.read_bytes())
 
 
-def _together(axis, work):
-    """Each rank's result of `work()`, on every rank; where any of them failed, every rank raises."""
+def _on_all_ranks(axis, work):
+    """Return every rank's result of `work()` on every rank; when any of them fails, all raise."""
     failure = None
     try:
         mine = {"done": work()}
@@ -150,21 +149,22 @@ def _reason(error):
     return f"{error.filename}: {error.strerror}" if named else str(error)
 
 
-def _prepare(tmp, pairs, rank, say):
-    """Rank 0 makes an empty folder; each rank tells what it holds."""
+def _prepare(tmp, pairs, rank, warn):
+    """Rank 0 makes an empty folder; each rank returns what shards it holds."""
     if rank == 0:
         root = tmp.parent
         if not root.exists():
             root.mkdir(parents=True)
             disk.fsync_folder(root.parent)
-        retention.sweep(root, say)
-        retention.make_way(tmp, "left")           # what could not be deleted
+        retention.delete_unfinished_checkpoints(root, warn)
+        retention.rename_out_of_the_way(tmp, "left")           # what could not be deleted
         tmp.mkdir()
-    return [[piece.name, piece.offset, piece.size, piece.full, disk.dtype_name(x)] for piece, x in pairs]
+    return [[piece.name, piece.offset, piece.size, piece.full_shape, disk.safetensors_dtype_name(x)]
+            for piece, x in pairs]
 
 
-def _deal(held):
-    """The manifest's entry of each tensor, every piece to be written by the first rank that holds it."""
+def _assign_shards_to_files(held):
+    """The manifest's entry of each tensor; the first rank that holds a shard writes it."""
     entries = {}
     for rank, rows in enumerate(held):
         for name, offset, size, full, dtype in rows:
@@ -176,29 +176,31 @@ def _deal(held):
             if prod(size) and all(part != {**part, **box} for part in entry["pieces"]):
                 entry["pieces"].append({"file": f"rank{rank}.safetensors", **box})
     for name, entry in entries.items():
-        check_cover([piece for _, piece in disk.sources(name, entry)], name, entry["shape"])
+        check_shards_cover_tensor([piece for _, piece in disk.shards_in_files(name, entry)], name,
+                                  entry["shape"])
     return entries
 
 
-def _publish(tmp, final, body, state, keep, say):
-    """Complete the folder, make it durable, give it its name, and only then let old ones go."""
+def _commit(tmp, final, body, state, keep, warn):
+    """Write state and manifest, fsync, rename the folder to its final name, and then delete old ones."""
     text = json.dumps(state, indent=1).encode()
-    body["files"]["state.json"] = disk.write_file(tmp / "state.json", [text])
-    disk.write_file(tmp / "manifest.json", [disk.seal(body)])
+    body["files"]["state.json"] = disk.write_and_fsync_file(tmp / "state.json", [text])
+    disk.write_and_fsync_file(tmp / "manifest.json", [disk.serialize_manifest(body)])
     disk.fsync_folder(tmp)
     if os.path.lexists(final):
-        retention.set_aside(final, say)           # still a checkpoint, should the next line not run
+        # It stays a checkpoint, in case that the next line does not run.
+        retention.set_aside_for_second_save(final, warn)
     os.rename(tmp, final)
     disk.fsync_folder(final.parent)
-    retention.prune(final, keep, say)
+    retention.delete_old_checkpoints(final, keep, warn)
 
 
-def _give_up(tmp):
-    """Remove what was begun; returns what is left, in words."""
+def _remove_unfinished(tmp):
+    """Remove the unfinished folder; returns, in words, which checkpoint is left."""
     shutil.rmtree(tmp, ignore_errors=True)
     try:
-        good = newest(tmp.parent, say=lambda refused: None)
-    except OtherVersion as reason:
+        good = find_newest_checkpoint(tmp.parent, warn=lambda refused: None)
+    except CheckpointVersionError as reason:
         return str(reason)
     left = f"the last good checkpoint is {good}" if good else f"there is no good checkpoint in {tmp.parent}"
     return f"{left}; delete {tmp} by hand" if tmp.exists() else left
@@ -208,16 +210,17 @@ def _entry(piece, entries, folder):
     entry = entries.get(piece.name)
     if entry is None:
         raise CheckpointError(f"{folder}: has no tensor {piece.name!r} among its {len(entries)}")
-    if tuple(entry["shape"]) != piece.full:
+    if tuple(entry["shape"]) != piece.full_shape:
         raise CheckpointError(f"{folder}: tensor {piece.name!r} has shape {entry['shape']}, not the wanted "
-                              f"{list(piece.full)}")
+                              f"{list(piece.full_shape)}")
     return entry
 
 
 def _read(piece, entry, opened):
-    out = torch.empty(piece.size, dtype=disk.dtype_of(entry["dtype"]))
-    for file, source in disk.sources(piece.name, entry):
-        common = piece.overlap(source)
+    out = torch.empty(piece.size, dtype=disk.torch_dtype_from_name(entry["dtype"]))
+    for file, source in disk.shards_in_files(piece.name, entry):
+        common = piece.intersect(source)
         if common:
-            out[common.within(piece)] = opened(file).get_slice(source.key)[common.within(source)]
+            stored = opened(file).get_slice(source.file_key)
+            out[common.slices_within(piece)] = stored[common.slices_within(source)]
     return out

@@ -1,8 +1,8 @@
-"""The checkpoints that a folder keeps: their names, and how old ones leave it.
+"""Checkpoint folders: their names, which of them a run keeps, and how old ones are deleted.
 
-step_00000012 is a finished checkpoint, step_00000012.old one that a second save of step 12 has set aside,
-step_00000012.tmp one that is being written or deleted. Deleting follows no link, and what cannot be deleted
-is said and left there: a save has succeeded without it. Nothing else in the folder is touched.
+step_00000012 is a finished checkpoint; step_00000012.old is one that a second save of step 12 has set aside;
+step_00000012.tmp is one that is being written or deleted. Deletion follows no symbolic link. A checkpoint
+that cannot be deleted is reported and left: the save itself has succeeded. Other files are never touched.
 """
 import errno
 import os
@@ -14,83 +14,85 @@ from pathlib import Path
 
 from nanoinfra.train.checkpoint import manifest as disk
 
-FULL = (errno.ENOSPC, errno.EDQUOT)          # what a full disk answers
-Say = Callable[[str], object]
+_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)          # the errors of a full disk
+WarnFunction = Callable[[str], object]
 
 
-def checkpoints(root: str | Path) -> list[Path]:
-    """The finished checkpoints in `root`, oldest first, good or not; a file of such a name is none.
+def list_checkpoints(root: str | Path) -> list[Path]:
+    """List the finished checkpoint folders in `root`, oldest first, without verifying them.
 
     step_{n}.old counts as older than step_{n}.
     """
     root = Path(root)
     if not root.exists():
         return []
-    with disk.naming(root):
+    with disk.raise_as_checkpoint_error(root):
         found = [path for path in root.iterdir() if re.fullmatch(r"step_\d{8,}(\.old)?", path.name)]
     return sorted((path for path in found if path.is_dir()),
-                  key=lambda path: (step_of(path), path.suffix != ".old"))
+                  key=lambda path: (checkpoint_step(path), path.suffix != ".old"))
 
 
-def folder_of(root: str | Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
+def checkpoint_folder(root: str | Path, step: int) -> Path:
+    """The path of the checkpoint of `step`."""
     return Path(root) / f"step_{step:08d}"
 
 
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
+def checkpoint_step(folder: Path) -> int:
+    """The step number in a checkpoint's folder name."""
     return int(folder.stem.removeprefix("step_"))
 
 
-def prune(final: Path, keep: int, say: Say) -> None:
-    """Let go of all but the newest `keep` checkpoints up to `final`; later ones stay."""
-    past = [path for path in checkpoints(final.parent) if step_of(path) <= step_of(final)]
+def delete_old_checkpoints(final: Path, keep: int, warn: WarnFunction) -> None:
+    """Delete all but the newest `keep` checkpoints up to `final`; checkpoints of later steps stay."""
+    past = [path for path in list_checkpoints(final.parent)
+            if checkpoint_step(path) <= checkpoint_step(final)]
     replaced = [path for path in past if path.suffix == ".old" and path.with_suffix("") in past]
     current = [path for path in past if path not in replaced]
     for path in replaced + current[:-keep]:
-        _discard(path, say)
+        _discard(path, warn)
 
 
-def sweep(root: Path, say: Say) -> None:
-    """Delete what saves and deletions that a crash cut short have left in `root`."""
+def delete_unfinished_checkpoints(root: Path, warn: WarnFunction) -> None:
+    """Delete the .tmp folders that crashed saves and deletions have left in `root`."""
     for path in root.iterdir():
         if re.fullmatch(r"step_\d{8,}(\.old)?\.tmp", path.name) and (path.is_dir() or path.is_symlink()):
-            _discard(path, say)
+            _discard(path, warn)
 
 
-def make_way(path: Path, word: str) -> Path | None:
-    """Give what is called `path` a free name, `path`.word if it is; returns it, None if nothing is there."""
+def rename_out_of_the_way(path: Path, suffix: str) -> Path | None:
+    """Rename what is at `path` to a free name, first `path`.suffix; returns the new path, or None."""
     if not os.path.lexists(path):
         return None
-    names = (path.with_name(f"{path.name}.{word}{i or ''}") for i in count())
+    names = (path.with_name(f"{path.name}.{suffix}{i or ''}") for i in count())
     free = next(name for name in names if not os.path.lexists(name))
     os.rename(path, free)
     return free
 
 
-def set_aside(final: Path, say: Say) -> None:
-    """Make room for a second save of this step: the first is still a checkpoint, as step_{n}.old."""
+def set_aside_for_second_save(final: Path, warn: WarnFunction) -> None:
+    """Rename the checkpoint of this step to step_{n}.old, where it still counts as a checkpoint."""
     old = final.with_suffix(".old")
     if old.is_dir() or old.is_symlink():
-        _discard(old, say)
-    make_way(old, "left")                    # what could not be deleted
+        _discard(old, warn)
+    rename_out_of_the_way(old, "left")                    # in case it could not be deleted
     os.rename(final, old)
 
 
-def abandon_after(root: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, so that no run goes on from them; returns their new places."""
-    return [make_way(path, "abandoned") for path in checkpoints(root) if step_of(path) > step]
+def abandon_checkpoints_after(root: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, so that no run resumes from them; returns their new paths."""
+    return [rename_out_of_the_way(path, "abandoned") for path in list_checkpoints(root)
+            if checkpoint_step(path) > step]
 
 
-def _discard(path, say):
-    """Delete a checkpoint or the rest of one; of a link, the link alone."""
+def _discard(path, warn):
+    """Delete a checkpoint or an unfinished one; of a symbolic link only the link."""
     gone = path if path.suffix == ".tmp" else path.with_name(f"{path.name}.tmp")
     try:
         if gone != path:
-            os.rename(path, gone)            # half deleted, it is no checkpoint
+            os.rename(path, gone)            # half deleted, it must not look like a checkpoint
         gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in _DISK_FULL_ERRNOS:
             raise
-        say(f"cannot delete {gone if gone.exists() else path}: {error.strerror or error}; the run goes on "
+        warn(f"cannot delete {gone if gone.exists() else path}: {error.strerror or error}; the run goes on "
             "without that")

@@ -1,8 +1,9 @@
-"""A rank's life: found by torchrun's variables, it joins the others and says where it stands.
+"""One rank process under torchrun or our launcher: it joins the process group and reports where it stands.
 
-It dies with its launcher. Where a collective does not end, it says which rank has not come, and ends that one
-if it is on this host: a stopped process obeys no other signal. Started again by the same launch, it goes on
-from the newest good checkpoint (train/run_directory/run_directory.py asks `launch_id` and `restarted`).
+It is found by torchrun's environment variables and dies with its launcher. When a collective does not end, it
+prints which rank has not entered it, and kills that rank if it is on this host, as a stopped process obeys no
+other signal. When the same launch restarts its ranks, they resume from the newest good checkpoint
+(train/run_directory/run_directory.py asks `launch_id` and `ranks_were_restarted`).
 """
 import ctypes
 import json
@@ -15,114 +16,115 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-OURS = "nanoinfra-"                          # how launches of train/launch/launcher.py are called
-BOARD = "where_ranks_stand"                  # StatusBoard of a run under way
-NOTES = ".ranks"                             # of our launcher in the run's directory, while the run lives
-STOPPED = "stopped.json"                     # rank 0's note in the run directory: a signal ended the run
+LAUNCH_ID_PREFIX = "nanoinfra-"              # begins the run id of every launch by train/launch/launcher.py
+STATUS_BOARD_FILE = "where_ranks_stand"      # in the run directory: the status of each rank, while it runs
+ELASTIC_LOGS_FOLDER = ".ranks"               # in the run directory: files of torch's agent, while it runs
+STOP_NOTE_FILE = "stopped.json"              # in the run directory: rank 0's note that a signal ended the run
 
 
-def is_rank() -> bool:
-    """Was this process started by torchrun or by `launch`?"""
+def is_rank_process() -> bool:
+    """Whether torchrun or `launch_ranks` started this process as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launched_by_us() -> bool:
-    """Is this a rank of train/launch/launcher.py, which speaks for it?"""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS)
+def launched_by_nanoinfra() -> bool:
+    """Whether train/launch/launcher.py started this rank; the launcher then prints for it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(LAUNCH_ID_PREFIX)
 
 
-def local_rank() -> int:
-    """This rank's place on its host, by LOCAL_RANK; who starts ranks by hand may leave it out on one host."""
+def _local_rank() -> int:
+    """This rank's number on its host: LOCAL_RANK, or RANK when ranks are started by hand on one host."""
     return int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
 
 
-def joined() -> bool:
-    """Is this process a rank already, of a pool say?"""
+def process_group_is_initialized() -> bool:
+    """Whether this process has joined a process group already, as the ranks of a pool have."""
     distributed = sys.modules.get("torch.distributed")       # not imported for this: it takes a second
     return distributed is not None and distributed.is_initialized()
 
 
 def launch_id() -> str | None:
-    """What all ranks of one launch share, started again or not; None where there is nothing of the kind."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none") if is_rank() else "none"    # or left in a shell
-    return None if name == "none" else name                  # torchrun's name for a launch without one
+    """The run id that all ranks of a launch share, restarted or not; None when there is none."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none") if is_rank_process() else "none"
+    return None if name == "none" else name  # torchrun's name for a launch without an id
 
 
-def restarted() -> bool:
-    """Has this launch started its ranks before?"""
-    return is_rank() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def ranks_were_restarted() -> bool:
+    """Whether this launch has started its ranks before (--max-restarts)."""
+    return is_rank_process() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 @contextmanager
-def process_group(device: str, out: Path | None = None, timeout: float = 600.0):
-    """This rank's life in torch.distributed, with a board in `out` that says where each rank stands.
+def rank_process_group(device: str, out: Path | None = None, timeout: float = 600.0):
+    """Join torch.distributed for the time of the `with`, with a status board of all ranks in `out`.
 
-    A collective may take `timeout` seconds. A plain process, or a rank of a pool, stays what it is.
+    A collective may take `timeout` seconds. Does nothing in a process that is no rank, or in a pool's rank.
     """
-    if joined() or not is_rank():
-        if out and out.is_dir() and not joined():
-            _tidy(out)
+    if process_group_is_initialized() or not is_rank_process():
+        if out and out.is_dir() and not process_group_is_initialized():
+            _remove_files_of_killed_launcher(out)
         yield
         return
-    end_with_parent()
+    die_with_parent()
     import torch.distributed as dist
 
     from nanoinfra.distributed.comm import CollectiveFailed
     from nanoinfra.distributed.status_board import StatusBoard, report_status_to
-    from nanoinfra.train.launch.rendezvous import meet
+    from nanoinfra.train.launch.rendezvous import rendezvous_ranks
     if device == "cuda":
         import torch
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(_local_rank())
     board, rank = None, int(os.environ["RANK"])
     if out:
-        make_folder(out)
-        board = StatusBoard(out / BOARD, int(os.environ["WORLD_SIZE"]), rank)
-        board.write_status({})                      # over what an earlier attempt has left there
+        make_run_folder(out)
+        board = StatusBoard(out / STATUS_BOARD_FILE, int(os.environ["WORLD_SIZE"]), rank)
+        board.write_status({})                      # overwrite the status of an earlier attempt
         report_status_to(board)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"           # counts travel on the CPU
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **meet())
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **rendezvous_ranks())
     try:
         yield
     except CollectiveFailed as lost:
-        print(f"nanoinfra: rank {rank}: {lost}{_who(board, rank, lost)}", file=sys.stderr, flush=True)
+        print(f"nanoinfra: rank {rank}: {lost}{_describe_hang(board, rank, lost)}",
+              file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(1)                          # what torch still holds waits for the lost one too
+        os._exit(1)                          # destroying the group would wait for the lost rank
     finally:
         report_status_to(None)
         dist.destroy_process_group()
     if out:
-        (out / BOARD).unlink(missing_ok=True)                # kept after a failure, for the launcher to read
+        (out / STATUS_BOARD_FILE).unlink(missing_ok=True)  # kept after a failure, for the launcher to read
 
 
-def _tidy(out):
-    """Remove what the launcher of an earlier run could not, because it was killed."""
-    shutil.rmtree(out / NOTES, ignore_errors=True)
-    (out / BOARD).unlink(missing_ok=True)
+def _remove_files_of_killed_launcher(out):
+    """Remove the files that a launcher which was killed has left in the run directory."""
+    shutil.rmtree(out / ELASTIC_LOGS_FOLDER, ignore_errors=True)
+    (out / STATUS_BOARD_FILE).unlink(missing_ok=True)
 
 
-def end_with_parent(parent: int | None = None) -> None:
-    """Ask Linux to kill this process when its launcher dies; elsewhere nobody does.
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when its parent dies; on other systems this does nothing.
 
-    `parent` is the launcher's process id: who knows it notices that the launcher has died already.
+    `parent` is the parent's process id; when it is given, a parent that has died already is noticed.
     """
     if sys.platform == "linux":
         parent = parent or os.getppid()
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)           # PR_SET_PDEATHSIG
         if os.getppid() != parent:
-            os._exit(1)                      # it died before
+            os._exit(1)                      # the parent died before prctl
 
 
-def leave_error(message: str) -> bool:
-    """In a rank of `launch`, hand a user's mistake to the launcher, to print once. False under torchrun."""
-    ours = is_rank() and launched_by_us()
+def send_error_to_launcher(message: str) -> bool:
+    """In a rank of our launcher, give it a user's mistake to print once, and return True; else False."""
+    ours = is_rank_process() and launched_by_nanoinfra()
     if ours:
         note = json.dumps({"message": message, "timestamp": time.time()})
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(note)
     return ours
 
 
-def make_folder(path: Path) -> None:
-    """A run directory, or a folder in it. Raises ValueError where it cannot be made."""
+def make_run_folder(path: Path) -> None:
+    """Make a run directory, or a folder in it. Raises ValueError when it cannot be made."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -130,34 +132,39 @@ def make_folder(path: Path) -> None:
                          "name a folder that you may write to") from error
 
 
-def _who(board, rank, lost):
-    """Who did not come, in words. The hung ones that are on this host are ended."""
+def _describe_hang(board, rank, lost):
+    """Which ranks did not enter the collective, in words; those that hang on this host are killed."""
     from nanoinfra.distributed.status_board import hang_report
     if board is None:
         return ""
-    positions = board.read_statuses()
-    said = f"; {hang_report(positions).splitlines()[rank]}"
-    hung = culprits(rank, positions) if "imed out" in str(lost) else []
-    for other, at in enumerate(positions):
-        if other != rank and at.get("host") == board.process_identity["host"]:
-            state = "stopped" if is_stopped(at["pid"]) else "hung" if other in hung else ""
-            if state and end(at["pid"]):
-                said += f"; rank {other} (process {at['pid']}) was {state}: ended it"
-    return said
+    statuses = board.read_statuses()
+    killed = _kill_hung_ranks_on_this_host(board, statuses, rank, lost)
+    return "; ".join(["", hang_report(statuses).splitlines()[rank], *killed])
 
 
-def culprits(rank: int, positions: list[dict]) -> list[int]:
-    """Whom `rank` waits for, directly or through others that wait, and who wait for nobody themselves."""
+def _kill_hung_ranks_on_this_host(board, statuses, rank, lost):
+    """Kill the ranks that hang or are stopped on this host; returns a line on each."""
+    hung, lines = find_hung_ranks(rank, statuses) if "imed out" in str(lost) else [], []
+    for other, status in enumerate(statuses):
+        if other != rank and status.get("host") == board.process_identity["host"]:
+            state = "stopped" if _is_stopped(status["pid"]) else "hung" if other in hung else ""
+            if state and kill_process(status["pid"]):
+                lines.append(f"rank {other} (process {status['pid']}) was {state}: ended it")
+    return lines
+
+
+def find_hung_ranks(waiting_rank: int, statuses: list[dict]) -> list[int]:
+    """The ranks that `waiting_rank` waits for, directly or through others, and that wait for nobody."""
     from nanoinfra.distributed.status_board import missing_ranks
-    found, new = set(), {rank}
+    found, new = set(), {waiting_rank}
     while new:
         found |= new
-        new = {late for r in new for late in missing_ranks(r, positions)} - found
-    return sorted(r for r in found if positions[r].get("state") != "waits")
+        new = {late for r in new for late in missing_ranks(r, statuses)} - found
+    return sorted(r for r in found if statuses[r].get("state") != "waits")
 
 
-def is_stopped(pid: int) -> bool:
-    """Has a signal stopped this process? Seen on Linux alone."""
+def _is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped this process; known on Linux only."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -165,8 +172,8 @@ def is_stopped(pid: int) -> bool:
     return state == "T"
 
 
-def end(pid: int) -> bool:
-    """SIGKILL for process `pid`; was there one?"""
+def kill_process(pid: int) -> bool:
+    """Send SIGKILL to process `pid`; returns whether there was one."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:

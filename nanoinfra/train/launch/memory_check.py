@@ -1,4 +1,4 @@
-"""Will the run's memory be had? formulas/footprint.py says what each rank holds, the machine what there is.
+"""The memory check: does this machine, or each GPU, have the memory that formulas/footprint.py predicts?
 
 Refused is only what exceeds all that the machine, or the card, has. The numbers are modelled: tensors are
 counted, the process was measured once, as the constants here say, and so was the heap
@@ -14,95 +14,105 @@ from pathlib import Path
 from nanoinfra.config import SIZES, ModelConfig, sized
 from nanoinfra.distributed.host_memory import available_memory_bytes, host_memory_limit_bytes, peak_rss_bytes
 from nanoinfra.formulas.footprint import Layout, Recipe, footprint, heap_rest
-from nanoinfra.train.config import TrainFlags, check, micro_batches, plan_mesh
-from nanoinfra.train.freeze import frozen_names
+from nanoinfra.train.config import (
+    TrainFlags,
+    check_train_flags,
+    global_batch_and_num_micro_batches,
+    mesh_axis_sizes,
+)
+from nanoinfra.train.frozen_parameters import frozen_parameter_names
 
-PROCESS, LIBRARIES = 260 << 20, 150 << 20    # of a rank without tensors; what a machine's ranks share of it
-CONTEXT = 600 << 20                          # of a rank on its card: CUDA's, cuBLAS's and NCCL's own
-PLACE = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")                       # torchrun's variables
-STDLIB = 12 << 20                            # text of the embedded corpus
+# of a rank without tensors; what a machine's ranks share of it
+_PROCESS_BYTES = 260 << 20                   # of a rank process, without its tensors
+_SHARED_LIBRARIES_BYTES = 150 << 20          # that the processes of a machine share
+_CUDA_CONTEXT_BYTES = 600 << 20              # of a rank on its GPU: CUDA's, cuBLAS's and NCCL's own
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")             # torchrun's variables
+_STDLIB_TEXT_BYTES = 12 << 20                # text of the embedded corpus
 
 
-def check_memory(flags: TrainFlags, world: int, config: ModelConfig | None = None) -> None:
-    """Raise ValueError, with flags that would fit, where this machine cannot hold its ranks of the run.
+def check_memory_fits(flags: TrainFlags, world_size: int, config: ModelConfig | None = None) -> None:
+    """Raise ValueError, with flags that would fit, when this machine cannot hold its ranks of the run.
 
-    `config` is the model's where --model names weights: of those nothing is known until they are opened. Then
-    `flags` must say how long a sample is.
+    `config` must be given once weights that --model names have been opened; before that their size is not
+    known and nothing is checked. `flags` must then contain the sequence length.
     """
-    config = config or drawn_config(flags)
-    if config is None or (there := capacity(flags)) is None:
+    config = config or config_of_named_size(flags)
+    if config is None or (there := memory_capacity_bytes(flags)) is None:
         return
-    parts = need(flags, world, config)
+    parts = local_memory_by_part(flags, world_size, config)
     if sum(parts.values()) > there:
         where = "this machine" if flags.mesh.device == "cpu" else "a card"
         raise ValueError(f"the run would hold {_gb(sum(parts.values()))} (modelled: {_largest(parts)}), and "
-                         f"{where} has {_gb(there)}; {_remedy(flags, world, config, there)}")
+                         f"{where} has {_gb(there)}; {_remedy(flags, world_size, config, there)}")
 
 
-def describe_memory(flags: TrainFlags, world: int, config: ModelConfig) -> str:
-    """What this machine's ranks hold together, as the line that introduces a run says it."""
-    parts, there, many = need(flags, world, config), capacity(flags), len(ranks_here(flags, world)) > 1
+def describe_memory_need(flags: TrainFlags, world_size: int, config: ModelConfig) -> str:
+    """The memory that this machine's ranks hold together, in words for the first line of a run."""
+    parts, there = local_memory_by_part(flags, world_size, config), memory_capacity_bytes(flags)
+    many = len(ranks_sharing_memory(flags, world_size)) > 1
     of, total = f" of {there / 1e9:,.1f}" if there else "", sum(parts.values())
-    return (f"{'ranks hold' if many else 'holds'} {total / 1e9:,.1f}{of} GB{_others(flags, world, total)}, "
-            f"modelled: {_largest(parts)}")
+    return (f"{'ranks hold' if many else 'holds'} {total / 1e9:,.1f}{of} GB"
+            f"{_others(flags, world_size, total)}, modelled: {_largest(parts)}")
 
 
-def need(flags: TrainFlags, world: int, config: ModelConfig) -> dict[str, int]:
-    """Bytes that the ranks on this machine hold together, by part; with GPUs, that this rank's card holds."""
-    total = Counter(libraries=LIBRARIES) if flags.mesh.device == "cpu" else Counter()
-    for rank in ranks_here(flags, world):
-        total.update(rank_parts(flags, world, config, rank))
+def local_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig) -> dict[str, int]:
+    """Bytes that the ranks of this machine hold together, by part; with GPUs, of this rank's GPU."""
+    total = Counter(libraries=_SHARED_LIBRARIES_BYTES) if flags.mesh.device == "cpu" else Counter()
+    for rank in ranks_sharing_memory(flags, world_size):
+        total.update(rank_memory_by_part(flags, world_size, config, rank))
     return dict(total)
 
 
-def rank_parts(flags: TrainFlags, world: int, config: ModelConfig, rank: int = 0) -> dict[str, int]:
-    """Bytes that a rank holds at its worst moment, by part, but for the libraries that it shares."""
-    mesh = plan_mesh(flags.mesh, world)
-    stage = rank // (world // mesh["pp"])                                # pp is the outermost axis
-    what = config, layout(flags, mesh), recipe(flags, mesh["dp"], config), stage
+def rank_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig,
+                        rank: int = 0) -> dict[str, int]:
+    """Bytes that a rank holds at its peak, by part, without the libraries that it shares with others."""
+    mesh = mesh_axis_sizes(flags.mesh, world_size)
+    stage = rank // (world_size // mesh["pp"])                                # pp is the outermost axis
+    what = config, parallel_layout_from_flags(flags, mesh), step_config_from_flags(flags, mesh["dp"],
+                                                                                   config), stage
     parts = footprint(*what)
     if flags.mesh.device == "cuda":
-        return parts | {"data": 0, "processes": CONTEXT}
-    text = text_bytes(flags.data.data)
-    training = parts | {"fragmentation": heap_rest(*what), "text": text, "processes": PROCESS}
-    reading = {"text": 2 * text, "processes": PROCESS}                     # once as read, once in documents
+        return parts | {"data": 0, "processes": _CUDA_CONTEXT_BYTES}
+    text = data_text_bytes(flags.data.data)
+    training = parts | {"fragmentation": heap_rest(*what), "text": text, "processes": _PROCESS_BYTES}
+    reading = {"text": 2 * text, "processes": _PROCESS_BYTES}  # once as read, once in documents
     return max(training, reading, key=lambda each: sum(each.values()))
 
 
-def layout(flags: TrainFlags, mesh: dict[str, int]) -> Layout:
-    """How the flags cut the model, over `mesh` as `plan_mesh` gives it."""
-    sp = "none" if not flags.mesh.sp else "keep" if flags.mesh.sp_keep else "gather"
+def parallel_layout_from_flags(flags: TrainFlags, mesh: dict[str, int]) -> Layout:
+    """The parallel layout of the flags for formulas/footprint.py; `mesh` is from `mesh_axis_sizes`."""
+    sp = "none" if not flags.mesh.sp else "keep" if flags.mesh.sp_save_gathered else "gather"
     return Layout(mesh["pp"], mesh["dp"], mesh["tp"], sp, flags.mesh.zero, flags.pipeline.schedule,
-                  flags.pipeline.virtual)
+                  flags.pipeline.virtual_stages)
 
 
-def recipe(flags: TrainFlags, dp: int, config: ModelConfig) -> Recipe:
-    """What one of `dp` data-parallel ranks does in a step."""
-    model, (G, m) = flags.model, micro_batches(flags.data, dp)
+def step_config_from_flags(flags: TrainFlags, dp: int, config: ModelConfig) -> Recipe:
+    """The work of one of `dp` data-parallel ranks in a step, for formulas/footprint.py."""
+    model, (G, m) = flags.model, global_batch_and_num_micro_batches(flags.data, dp)
     grad_dtype = model.grad_dtype or ("float64" if model.dtype == "float64" else "float32")
     return Recipe(flags.data.seq or config.context, min(flags.data.micro_batch, -(-G // dp)), m, model.dtype,
                   grad_dtype, flags.optimizer.optimizer, model.attention, model.recompute,
-                  frozen_names(model.freeze, config))
+                  frozen_parameter_names(model.freeze, config))
 
 
-def drawn_config(flags: TrainFlags) -> ModelConfig | None:
-    """The model of a size, its vocabulary the most it may be; None where --model names weights."""
+def config_of_named_size(flags: TrainFlags) -> ModelConfig | None:
+    """The model of a named size, with the largest vocabulary it may get; None when --model names weights."""
     model = flags.model
     if model.model not in SIZES:
         return None
     return sized(model.model, model.vocab, flags.data.seq, False if model.untied else None)
 
 
-def ranks_here(flags: TrainFlags, world: int) -> range:
-    """The ranks that share this machine's memory; with GPUs, the one that has this card."""
-    if not os.environ.keys() >= set(PLACE):                              # none has been started yet
-        return range(1 if flags.mesh.device == "cuda" else world)
-    rank, place, many = (int(os.environ[name]) for name in PLACE)
+def ranks_sharing_memory(flags: TrainFlags, world_size: int) -> range:
+    """The ranks that share this machine's memory; with GPUs, the one rank of this GPU."""
+    if not os.environ.keys() >= set(_RANK_VARIABLES):                              # none has been started yet
+        return range(1 if flags.mesh.device == "cuda" else world_size)
+    rank, place, many = (int(os.environ[name]) for name in _RANK_VARIABLES)
     return range(rank, rank + 1) if flags.mesh.device == "cuda" else range(rank - place, rank - place + many)
 
 
-def capacity(flags: TrainFlags) -> int | None:
-    """Bytes that this machine, or this rank's card, has in all; None where that cannot be known."""
+def memory_capacity_bytes(flags: TrainFlags) -> int | None:
+    """The total memory of this machine, or of this rank's GPU; None when it cannot be known."""
     if flags.mesh.device == "cpu":
         return host_memory_limit_bytes()
     import torch
@@ -111,17 +121,17 @@ def capacity(flags: TrainFlags) -> int | None:
 
 
 @functools.cache
-def text_bytes(data: str | Path) -> int:
-    """Bytes of the text that --data names, which a rank keeps besides its tokens. What is not there has 0."""
+def data_text_bytes(data: str | Path) -> int:
+    """Bytes of the text that --data names, which a rank keeps besides its tokens; 0 for a missing file."""
     if str(data) in ("random", "stdlib"):
-        return STDLIB if str(data) == "stdlib" else 0
+        return _STDLIB_TEXT_BYTES if str(data) == "stdlib" else 0
     path = Path(data)
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def changed(flags: TrainFlags, **values) -> TrainFlags:
-    """`flags` with other values, given by a flag's name."""
+def replace_flags(flags: TrainFlags, **values) -> TrainFlags:
+    """Return `flags` with other values, given by the names of flags."""
     for group in ("model", "data", "mesh"):
         part = getattr(flags, group)
         mine = {name: value for name, value in values.items() if hasattr(part, name)}
@@ -129,9 +139,9 @@ def changed(flags: TrainFlags, **values) -> TrainFlags:
     return flags
 
 
-def remedies(flags: TrainFlags, dp: int, context: int) -> Iterator[dict]:
-    """Other values of flags that need less, the harmless first: those above "bfloat16" keep the losses."""
-    G, _ = micro_batches(flags.data, dp)
+def memory_saving_flags(flags: TrainFlags, dp: int, context: int) -> Iterator[dict]:
+    """Yield {flag: value} that need less memory, least harmful first; before "bfloat16" they keep losses."""
+    G, _ = global_batch_and_num_micro_batches(flags.data, dp)
     half = [{"micro_batch": flags.data.micro_batch >> k, "global_batch": G}
             for k in range(1, flags.data.micro_batch.bit_length())]
     zero = [{"zero": stage} for stage in range(flags.mesh.zero + 1, 4 if dp > 1 else 0)]
@@ -144,7 +154,7 @@ def remedies(flags: TrainFlags, dp: int, context: int) -> Iterator[dict]:
 
 
 def _smaller(flags, G, seq):
-    """Runs of less: shorter samples, fewer of them, the size's own vocabulary, a smaller size."""
+    """Smaller runs: shorter samples, a smaller global batch, the size's own vocabulary, a smaller model."""
     yield from ({"seq": 1 << k} for k in reversed(range(5, seq.bit_length())) if 1 << k < seq)
     yield from ({"global_batch": G >> k} for k in range(1, G.bit_length()))
     sizes, model = list(SIZES), flags.model
@@ -153,37 +163,37 @@ def _smaller(flags, G, seq):
         yield from ({"model": name} for name in reversed(sizes[:sizes.index(model.model)]))
 
 
-def _remedy(flags, world, config, there):
-    """The first remedy that fits, in words."""
-    dp = plan_mesh(flags.mesh, world)["dp"]
-    for values in remedies(flags, dp, config.context):
-        other = changed(flags, **values)
-        if other != flags and _works(other, world) and _fits(other, world, config, there):
+def _remedy(flags, world_size, config, there):
+    """The first of `memory_saving_flags` that fits, in words."""
+    dp = mesh_axis_sizes(flags.mesh, world_size)["dp"]
+    for values in memory_saving_flags(flags, dp, config.context):
+        other = replace_flags(flags, **values)
+        if other != flags and _works(other, world_size) and _fits(other, world_size, config, there):
             return "try " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
     return "no other --recompute, --zero, --micro-batch, --dtype or --seq makes it fit; take fewer ranks"
 
 
-def _works(flags, world):
+def _works(flags, world_size):
     try:
-        check(flags, world)
+        check_train_flags(flags, world_size)
     except ValueError:
         return False
     return True
 
 
-def _fits(flags, world, config, there):
-    config = drawn_config(flags) or config
-    return sum(need(flags, world, config).values()) <= there
+def _fits(flags, world_size, config, there):
+    config = config_of_named_size(flags) or config
+    return sum(local_memory_by_part(flags, world_size, config).values()) <= there
 
 
-def _others(flags, world, total):
-    """A warning where so much is not free at present, besides what the ranks have by now, all alike."""
-    free = available_memory_bytes() + len(ranks_here(flags, world)) * peak_rss_bytes()
+def _others(flags, world_size, total):
+    """A warning when less memory is free now, besides what the ranks hold already."""
+    free = available_memory_bytes() + len(ranks_sharing_memory(flags, world_size)) * peak_rss_bytes()
     return f" ({_gb(free)} free at present)" if flags.mesh.device == "cpu" and total > free else ""
 
 
 def _largest(parts):
-    """The four largest of them, in words; what is less than can be seen is left out."""
+    """The four largest parts, in words, without those below 0.05 GB."""
     first = sorted(parts.items(), key=lambda part: -part[1])[:4]
     return ", ".join(f"{name} {_gb(n)}" for name, n in first if n >= 0.05e9)
 

@@ -1,9 +1,9 @@
-"""SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is gone): one rule, on one rank and under a launcher.
+"""Handling of SIGINT (Ctrl-C), SIGTERM and SIGHUP (terminal closed), on one rank and under a launcher.
 
-While there is nothing to save, the command ends at once: one line, exit code 128 + the signal's number. A run
-that trains finishes its step, saves, says where, and ends with 0; a second signal ends it at once. A signal
-that is ignored, as nohup ignores SIGHUP, stays ignored. A thread hears them: Python's own handlers would wait
-for C code, for a tokenizer to be built, a backward, a rank that does not come.
+While there is nothing to save, the command exits at once with one line and code 128 + the signal's number. A
+run in training finishes its step, saves a checkpoint, prints where, and exits with 0; a second signal ends it
+at once. A signal that is ignored, as nohup ignores SIGHUP, stays ignored. A thread receives the signals:
+Python's own handlers would wait for C code, such as a backward or a collective that does not end.
 """
 import _thread
 import os
@@ -15,33 +15,35 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SAME = 0.5                                   # seconds in which signals are one: `timeout` sends two at once
+TERMINATION_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SAME_SIGNAL_SECONDS = 0.5  # signals this close count as one: `timeout` sends two
 
 
-class Hearing:
-    """From `start` to `stop` a thread calls `heard(sign)` for each signal that comes and is not ignored.
+class SignalListener:
+    """A thread that calls `on_signal(sign)`, from `start` to `stop`, for each termination signal not ignored.
 
-    One that starts later takes the signals over. It hears nothing where the main thread did not start it, nor
-    what somebody has set a handler of his own for meanwhile.
+    A listener that starts later takes the signals over. It receives nothing when it was not started in the
+    main thread, and no signal for which other code has set a handler meanwhile.
     """
 
-    def __init__(self, heard: Callable[[signal.Signals], object]):
-        self.heard, self.before, self.pipe = heard, {}, None
+    def __init__(self, on_signal: Callable[[signal.Signals], object]):
+        self.on_signal, self.before = on_signal, {}
+        self.pipe = None
 
-    def start(self) -> "Hearing":
-        """Hear signals from here on."""
+    def start(self) -> "SignalListener":
+        """Begin to receive signals; does nothing outside the main thread."""
         if threading.current_thread() is threading.main_thread():
             self.pipe, self.end = socket.socketpair()
             self.end.setblocking(False)
             self.old_fd = signal.set_wakeup_fd(self.end.fileno(), warn_on_full_buffer=False)
             self.thread = threading.Thread(target=self._listen, name="hears signals", daemon=True)
             self.thread.start()
-            self.before = {sign: signal.signal(sign, self.handle) for sign in not_ignored()}
+            signs = termination_signals_not_ignored()
+            self.before = {sign: signal.signal(sign, self.handle) for sign in signs}
         return self
 
     def stop(self) -> None:
-        """Give them back to who had them."""
+        """Restore the signal handlers that were set before `start`."""
         if self.pipe:
             for sign, handler in self.before.items():
                 signal.signal(sign, handler)
@@ -51,92 +53,95 @@ class Hearing:
             self.pipe.close()
 
     def handle(self, sign: int, frame) -> None:
-        """Python's handler, in the main thread: the signal was heard already."""
+        """Python's own handler, called in the main thread; the thread has received the signal already."""
 
     def _listen(self):
         while came := self.pipe.recv(1):
             if signal.getsignal(came[0]) == self.handle:
-                self.heard(signal.Signals(came[0]))
+                self.on_signal(signal.Signals(came[0]))
 
 
-class StopRequest(Hearing):
-    """While a run trains: the first signal sets `asked`, which the run looks at once a step.
+class StopRequest(SignalListener):
+    """During training, the first signal sets `requested`, which the run reads once a step.
 
-    A second one goes to whoever heard them before, and so does Python's KeyboardInterrupt in a program that
-    calls `train`. A rank, of a launcher that decides, takes any number as one.
+    A second signal goes to the handler of before, so that it ends the process or raises KeyboardInterrupt in
+    a program that calls `train`. In a rank of a launcher (`is_single_process` False) every signal counts as
+    the first: the launcher decides.
     """
 
-    def __init__(self, lone: bool):
-        super().__init__(self._ask)
-        self.lone, self.asked, self.since = lone, 0, 0.0
+    def __init__(self, is_single_process: bool):
+        super().__init__(self._request)
+        self.is_single_process = is_single_process
+        self.requested, self.requested_at = 0, 0.0
 
-    def _ask(self, sign):
-        if not self.asked:
-            self.asked, self.since = 1, time.monotonic()
-            announce(sign)
-        elif self.asked == 1 and self.lone and is_another(sign, self.since):
+    def _request(self, sign):
+        if not self.requested:
+            self.requested, self.requested_at = 1, time.monotonic()
+            announce_stop(sign)
+        elif self.requested == 1 and self.is_single_process and is_second_signal(sign, self.requested_at):
             outer = getattr(self.before[sign], "__self__", None)
-            if isinstance(outer, Hearing):
-                outer.heard(sign)
-            self.asked = 2
-            _thread.interrupt_main(sign)     # once more, now that `handle` knows
+            if isinstance(outer, SignalListener):
+                outer.on_signal(sign)
+            self.requested = 2
+            _thread.interrupt_main(sign)     # again, for `handle` to raise it
 
     def handle(self, sign: int, frame) -> None:
-        """Python's handler, in the main thread."""
-        if self.asked == 2:
+        """Python's own handler, in the main thread; raises a second signal for the handler of before."""
+        if self.requested == 2:
             signal.signal(sign, self.before[sign])
             signal.raise_signal(sign)
 
 
-def is_another(sign: int, since: float) -> bool:
-    """Is it a second signal, when the first came at `since`? Of SIGHUP a terminal that goes sends several."""
-    return sign != signal.SIGHUP and time.monotonic() > since + SAME
+def is_second_signal(sign: int, first_at: float) -> bool:
+    """Whether this is a second signal, after one at `first_at`; a closing terminal sends many SIGHUPs."""
+    return sign != signal.SIGHUP and time.monotonic() > first_at + _SAME_SIGNAL_SECONDS
 
 
-def ignore_from_here_on() -> None:
-    """Nothing is left to end but Python itself, whose last moments drop handlers."""
-    for sign in ENDING:
+def ignore_termination_signals() -> None:
+    """Ignore termination signals while the interpreter exits, as it drops the handlers before its end."""
+    for sign in TERMINATION_SIGNALS:
         signal.signal(sign, signal.SIG_IGN)
 
 
-def not_ignored() -> list[signal.Signals]:
-    """Of the signals that end a run those that this process was not started to ignore."""
-    return [sign for sign in ENDING if signal.getsignal(sign) is not signal.SIG_IGN]
+def termination_signals_not_ignored() -> list[signal.Signals]:
+    """The termination signals that this process was not started to ignore."""
+    return [sign for sign in TERMINATION_SIGNALS if signal.getsignal(sign) is not signal.SIG_IGN]
 
 
-def announce(sign: signal.Signals) -> None:
-    """Say at once that the run will end, when it has saved."""
+def announce_stop(sign: signal.Signals) -> None:
+    """Print that the run stops after this step and saves a checkpoint."""
     if sign == signal.SIGHUP:
-        leave_terminal()
-    if speaks_for_all():
-        say(f"{sign.name}: the run stops after this step and is saved ...; a second signal ends it at once")
+        redirect_terminal_to_devnull()
+    if is_reporting_process():
+        write_line_to_stderr(f"{sign.name}: the run stops after this step and is saved ...; a second signal "
+                             "ends it at once")
 
 
-def end_at_once(sign: signal.Signals) -> None:
-    """End this process: nothing is left to save, or nobody wants to wait for it."""
+def exit_immediately(sign: signal.Signals) -> None:
+    """Print one line and end this process with code 128 + the signal's number, without saving."""
     if sign == signal.SIGHUP:
-        leave_terminal()
+        redirect_terminal_to_devnull()
     if os.isatty(2):
         os.write(2, b"\x1b[?25h")            # the cursor, which a progress bar hides
-    if speaks_for_all():
-        say(f"stopped by {sign.name}")
+    if is_reporting_process():
+        write_line_to_stderr(f"stopped by {sign.name}")
     os._exit(128 + sign)
 
 
-def say(text: str) -> None:
-    """One line on stderr, from any thread; on a terminal below the ^C that it shows."""
-    with suppress(OSError):                  # of a pipe that nobody reads any more
+def write_line_to_stderr(text: str) -> None:
+    """Write one line to stderr, from any thread; on a terminal below the ^C that it shows."""
+    with suppress(OSError):                  # when nobody reads the pipe any more
         os.write(2, f"{os.isatty(2) * chr(10)}nanoinfra: {text}\n".encode())
 
 
-def speaks_for_all() -> bool:
-    """Does this process say what happens to the run? Of ranks the first, unless our launcher does."""
-    from nanoinfra.train.launch.elastic_rank import is_rank, launched_by_us
-    return not is_rank() or (os.environ["RANK"] == "0" and not launched_by_us())
+def is_reporting_process() -> bool:
+    """Whether this process reports on the run: rank 0, or a launcher of ours instead of its ranks."""
+    from nanoinfra.train.launch.elastic_rank import is_rank_process, launched_by_nanoinfra
+    return not is_rank_process() or (os.environ["RANK"] == "0" and not launched_by_nanoinfra())
 
 
-def leave_terminal() -> None:
-    """Let a process whose terminal is gone write to nowhere, instead of failing."""
+def redirect_terminal_to_devnull() -> None:
+    """Redirect stdout and stderr to /dev/null when their terminal is gone, so that writing does not fail."""
     for fd in (1, 2):
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(fd).st_mode):

@@ -1,7 +1,7 @@
-"""stdout and stderr of a command: neither a closed pipe, a terminal that is gone nor an encoding ends a run.
+"""stdout and stderr of a command: a training run survives a closed pipe, a closed terminal, an encoding.
 
 `nanoinfra train | head -1` and `| tee log`, where Ctrl-C ends tee first, train on and save. Other commands
-write for whoever reads: they end where nobody does.
+end when nobody reads their output any more.
 """
 import io
 import os
@@ -10,38 +10,39 @@ import signal
 import sys
 
 
-def prepare(lasting: bool) -> None:
-    """Before anything is written: what was closed leads to nowhere, and a character can be escaped.
+def prepare_standard_streams(survive_closed_pipe: bool) -> None:
+    """Set up stdout and stderr before anything is written: closed ones become /dev/null, characters that
+    the encoding lacks are escaped.
 
-    `lasting`: writing goes on, to nowhere, when it has failed once.
+    With `survive_closed_pipe`, later output goes to /dev/null once writing has failed.
     """
-    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:        # else the next file that is opened is stdout
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:        # else the next file opened would be stdout
         pass
     os.close(fd)
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name) or open(number, "w", closefd=False)
-        if lasting:
+        if survive_closed_pipe:
             raw = io.BufferedWriter(_Lasting(number, "w", closefd=False))
             stream = io.TextIOWrapper(raw, stream.encoding, line_buffering=True)
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
 
 
-def stdout_is_read() -> bool:
-    """Is there somebody at the other end?"""
+def stdout_has_reader() -> bool:
+    """Whether the other end of stdout is still open."""
     states = select.poll()
     states.register(1, 0)
     return not any(state & (select.POLLERR | select.POLLHUP) for _, state in states.poll(0))
 
 
-def give_up_stdout() -> int:
-    """Nobody reads: the exit code of a program that SIGPIPE ends; what is left goes nowhere."""
+def discard_stdout() -> int:
+    """Redirect stdout to /dev/null; returns the exit code of a program that SIGPIPE ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 128 + signal.SIGPIPE
 
 
 class _Lasting(io.FileIO):
-    """A file descriptor that leads to nowhere once it cannot be written."""
+    """A file descriptor that is redirected to /dev/null once it cannot be written."""
 
     def write(self, data) -> int:
         try:

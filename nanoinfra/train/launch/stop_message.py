@@ -1,23 +1,24 @@
-"""What is said of a run that a signal has ended: where it stopped, what is saved, how to go on."""
+"""The message on a run that a signal has stopped: the step, the saved checkpoint, the command to resume."""
 import json
 import shlex
 from pathlib import Path
 
-from nanoinfra.train.launch.elastic_rank import STOPPED
-from nanoinfra.train.launch.signals import say, speaks_for_all
+from nanoinfra.train.launch.elastic_rank import STOP_NOTE_FILE
+from nanoinfra.train.launch.signals import is_reporting_process, write_line_to_stderr
 
 
-def say_where(out: Path, argv: list[str]) -> None:
-    """If a signal has stopped the run of `nanoinfra ARGV` in `out`: the step, what is saved, how to go on."""
-    note = out / STOPPED
-    if note.exists() and speaks_for_all():
+def report_stopped_run(out: Path, argv: list[str]) -> None:
+    """If a signal has stopped the run of `nanoinfra ARGV` in `out`, print where, and how to resume it."""
+    note = out / STOP_NOTE_FILE
+    if note.exists() and is_reporting_process():
         step = json.loads(note.read_text())["step"]
-        say(f"stopped after step {step}; saved in {out / 'checkpoints' / f'step_{step:08d}'}; "
-            f"go on with: {how_to_go_on(argv)}")
+        saved = out / "checkpoints" / f"step_{step:08d}"
+        write_line_to_stderr(f"stopped after step {step}; saved in {saved}; "
+                             f"go on with: {resume_command(argv)}")
 
 
-def how_to_go_on(argv: list[str]) -> str:
-    """The command that resumes the run of `nanoinfra ARGV`; one that went back does not go back again."""
+def resume_command(argv: list[str]) -> str:
+    """Return the command that resumes the run of `nanoinfra ARGV`: with --resume, without --resume-from."""
     kept = [word for before, word in zip(["", *argv], argv) if "--resume-from" not in (before, word)
             and not word.startswith("--resume-from=")]
     return shlex.join(["nanoinfra", *kept, *["--resume"] * ("--resume" not in kept)])

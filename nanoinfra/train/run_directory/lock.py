@@ -1,8 +1,8 @@
-"""One run at a time in a run's directory: a lock that ends with its process, kill -9 included.
+"""The lock of a run directory: one run at a time; the lock ends with its process, kill -9 included.
 
-It is flock(2) on a file that says who holds it. A launcher holds it for its ranks, those it starts again
-among them; under torchrun rank 0 does, and one that is started again waits for the rank 0 before it. Who only
-reads a run takes no lock: a finished checkpoint is never written to.
+It is flock(2) on a file that names its holder. A launcher holds it for its ranks, restarted ones included;
+under torchrun rank 0 holds it, and a restarted rank 0 waits for the one before it. Reading a run takes no
+lock, as a finished checkpoint is never written to.
 """
 import fcntl
 import json
@@ -16,34 +16,34 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from nanoinfra.train.launch.elastic_rank import OURS, is_rank, launch_id, make_folder
+from nanoinfra.train.launch.elastic_rank import LAUNCH_ID_PREFIX, is_rank_process, launch_id, make_run_folder
 
-NAME = ".nanoinfra.lock"
-ME = uuid.uuid4().hex                        # two containers may have one host name, and one process id
-POLL = 0.1                                   # seconds
+LOCK_FILE_NAME = ".nanoinfra.lock"
+_PROCESS_UUID = uuid.uuid4().hex             # containers may share host name and process id
+_POLL_SECONDS = 0.1
 
 
 @contextmanager
-def locked(out: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold the run directory `out`, which is made. Raises ValueError where another does, and names it.
+def lock_run_directory(out: Path, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold the lock of the run directory `out`, which is made. Raises ValueError when another process has it.
 
-    A holder of this same launch may take `patience` seconds to end. Inside another `locked`, and in a rank
-    whose launcher holds the lock, this does nothing; on a file system without locks it warns.
+    A holder of this same launch may take `wait_seconds` to end. Nested in this process, and in a rank whose
+    launcher holds the lock, it does nothing; on a file system without locks it prints a warning.
     """
-    make_folder(out)
-    led = is_rank() and (launch_id() or "").startswith(OURS)
-    file = None if led else _take(out / NAME, time.monotonic() + patience)
+    make_run_folder(out)
+    led = is_rank_process() and (launch_id() or "").startswith(LAUNCH_ID_PREFIX)
+    file = None if led else _take(out / LOCK_FILE_NAME, time.monotonic() + wait_seconds)
     try:
         yield
     finally:
         if file is not None:
-            with suppress(OSError):                      # a file that stays is as free as none
-                (out / NAME).unlink()                    # while it is still ours
+            with suppress(OSError):                      # a file that stays does no harm
+                (out / LOCK_FILE_NAME).unlink()                    # before the lock is released
             os.close(file)
 
 
 def _take(path, until):
-    """The locked file; None where this process has it already, or where there are no locks."""
+    """The locked file; None when this process holds the lock already, or there are no locks here."""
     while True:
         file = _open(path)
         try:
@@ -51,11 +51,11 @@ def _take(path, until):
         except BlockingIOError:
             holder = _holder(file)
             os.close(file)
-            if holder.get("process") == [ME, os.getpid()]:
+            if holder.get("process") == [_PROCESS_UUID, os.getpid()]:
                 return None
             if launch_id() is None or holder.get("launch") != launch_id() or time.monotonic() > until:
                 raise ValueError(_refusal(path.parent, holder)) from None
-            time.sleep(POLL)
+            time.sleep(_POLL_SECONDS)
         except OSError as error:
             os.close(file)
             print(f"nanoinfra: {path} cannot be locked ({error.strerror}): take care that no second run goes "
@@ -65,7 +65,7 @@ def _take(path, until):
             if _is_at(path, file):
                 _sign(file)
                 return file
-            os.close(file)                               # its holder has removed it since: there is a new one
+            os.close(file)                               # its holder has removed it since; try the new file
 
 
 def _open(path):
@@ -85,13 +85,14 @@ def _is_at(path, file):
 
 def _sign(file):
     since = datetime.now().astimezone().isoformat(" ", "seconds")
-    who = {"process": [ME, os.getpid()], "host": socket.gethostname(), "since": since, "launch": launch_id()}
+    who = {"process": [_PROCESS_UUID, os.getpid()], "host": socket.gethostname(), "since": since,
+           "launch": launch_id()}
     os.ftruncate(file, 0)
     os.pwrite(file, json.dumps(who).encode(), 0)
 
 
 def _holder(file):
-    """What its holder has written; {} if that is not readable, as in the moment before it is written."""
+    """What the holder has written into the file; {} when it is not (yet) readable."""
     try:
         who = json.loads(os.pread(file, 4096, 0))
     except ValueError:

@@ -1,7 +1,8 @@
-"""Whose folder --out is: a new one, a run's, a run's of another version of nanoinfra, or somebody else's.
+"""Whose folder --out is: new, a run's, a run's of another version of nanoinfra, or another program's.
 
-A run writes config.json, metrics.jsonl, loss.png, tokenizer/ and checkpoints/. Files of these names that are
-no run's are refused, before anything is written. No torch here: the answer comes before ranks start.
+A run writes config.json, metrics.jsonl, loss.png, tokenizer/ and checkpoints/. When a folder holds files of
+these names that are no run's, --out is refused before anything is written. No torch is imported here, as the
+check runs before ranks start.
 """
 import os
 import shutil
@@ -10,17 +11,18 @@ from pathlib import Path
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.model.weights.json_files import read_json
+from nanoinfra.renamed_flags import with_new_flag_names
 from nanoinfra.train.config import RunFlags
 
-VERSION = 1                                  # of a run directory, "nanoinfra" in its config.json
-FILES = ("config.json", "metrics.jsonl", "loss.png")
-FOLDERS = ("checkpoints", "tokenizer")
-OURS = b'"nanoinfra checkpoint'              # in the first line of a manifest (train/checkpoint/manifest.py)
-TIMELINE = b'{"traceEvents"'                 # how a --trace begins
+RUN_DIRECTORY_VERSION = 1  # of a run directory, "nanoinfra" in its config.json
+RUN_FILES = ("config.json", "metrics.jsonl", "loss.png")
+_RUN_FOLDERS = ("checkpoints", "tokenizer")
+_MANIFEST_START = b'"nanoinfra checkpoint'  # in the first line of a manifest (train/checkpoint/manifest.py)
+_TRACE_START = b'{"traceEvents"'                 # how a --trace begins
 
 
-def check_out(run: RunFlags) -> None:
-    """Raise ValueError where a run into --out, or its --trace, would overwrite what is not its own."""
+def check_out_folder(run: RunFlags) -> None:
+    """Raise ValueError when a run into --out, or its --trace, would overwrite files that are not a run's."""
     out, resuming = run.out, run.resume or run.resume_from is not None
     try:
         if resuming and not out.exists():
@@ -36,8 +38,8 @@ def check_out(run: RunFlags) -> None:
                          "read and write") from error
 
 
-def model_of(run: Path) -> ModelConfig:
-    """The model of a run directory. ValueError names both versions where another one has described it."""
+def read_model_config(run: Path) -> ModelConfig:
+    """Read the model configuration of a run directory. Raises ValueError when another version wrote it."""
     config, path = read_json(run / "config.json"), run / "config.json"
     _check_version(config, run)
     model = config.get("model")
@@ -46,26 +48,27 @@ def model_of(run: Path) -> ModelConfig:
         raise ValueError(f"{path} says nothing of the model; it is not as a run has left it")
     if unknown := model.keys() - known:
         raise ValueError(f"{path} describes a model by {', '.join(sorted(unknown))}, which this version of "
-                         f"nanoinfra (run format {VERSION}) does not know; use the version that wrote it")
+                         f"nanoinfra (run format {RUN_DIRECTORY_VERSION}) does not know; use the version "
+                         "that wrote it")
     try:
         return ModelConfig(**model)
     except TypeError as error:
         raise ValueError(f"{path} does not describe a whole model: {error}") from error
 
 
-def remove_run(out: Path) -> None:
-    """Delete what a run has written into `out`, and nothing else; of a link, the link alone."""
-    for path in (out / name for name in (*FILES, *FOLDERS)):
+def remove_run_files(out: Path) -> None:
+    """Delete the files that a run has written into `out`, and nothing else; links are not followed."""
+    for path in (out / name for name in (*RUN_FILES, *_RUN_FOLDERS)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
-def last_config(run: Path) -> dict:
-    """config.json of a run directory, {} where it is missing or broken: a checkpoint holds the same."""
+def read_run_config(run: Path) -> dict:
+    """Return a run's config.json with its flags under today's names, {} when it is missing or broken."""
     try:
-        return read_json(run / "config.json")
+        return with_new_flag_names(read_json(run / "config.json"))
     except ValueError:
         return {}
 
@@ -74,16 +77,16 @@ def _check_place(out):
     if out == out.parent:
         raise ValueError(f"--out {out} is the whole file system; name a folder, --out runs/mine")
     for run in (out.parent, out.parent.parent):
-        if out.relative_to(run).parts[0] in FOLDERS and "nanoinfra" in last_config(run):
+        if out.relative_to(run).parts[0] in _RUN_FOLDERS and "nanoinfra" in read_run_config(run):
             raise ValueError(f"--out {out} is a part of the run in {run}; give --out {run} to go on with it, "
                              "or a folder outside")
 
 
 def _check_kinds(out):
-    for name in FILES:
+    for name in RUN_FILES:
         if (out / name).is_dir():
             raise ValueError(f"--out {out} holds a folder {name}, where a run has a file; name another --out")
-    for name in FOLDERS:
+    for name in _RUN_FOLDERS:
         if os.path.lexists(out / name) and not (out / name).is_dir():
             raise ValueError(f"--out {out} holds a file {name}, where a run has a folder; name another --out")
     if (out / "tokenizer").is_symlink():
@@ -92,9 +95,10 @@ def _check_kinds(out):
 
 
 def _check_owner(out):
-    """Is this folder a run's, as its config.json or its checkpoints say, or free?"""
-    there = [name for name in (*FILES, *FOLDERS) if os.path.lexists(out / name) and not _is_empty(out / name)]
-    ours, config = _has_checkpoints(out), last_config(out)
+    """Raise ValueError unless the folder is free, or a run's by its config.json or checkpoints."""
+    there = [name for name in (*RUN_FILES, *_RUN_FOLDERS) if os.path.lexists(out / name)
+             and not _is_empty(out / name)]
+    ours, config = _has_checkpoints(out), read_run_config(out)
     if "nanoinfra" in config:
         _check_version(config, out)
     elif config or there and not ours:
@@ -103,30 +107,30 @@ def _check_owner(out):
 
 
 def _check_version(config, run):
-    if (version := config.get("nanoinfra")) != VERSION:
+    if (version := config.get("nanoinfra")) != RUN_DIRECTORY_VERSION:
         raise ValueError(f"{run} holds a run of another version of nanoinfra: its format is {version}, and "
-                         f"this version reads {VERSION}; use the version that wrote it")
+                         f"this version reads {RUN_DIRECTORY_VERSION}; use the version that wrote it")
 
 
 def _check_trace(trace, out):
-    own = [out / name for name in (*FILES, *FOLDERS)]
+    own = [out / name for name in (*RUN_FILES, *_RUN_FOLDERS)]
     if any(path.resolve() in (trace.resolve(), *trace.resolve().parents) for path in own):
         raise ValueError(f"--trace {trace}: the run itself writes to that; try --trace {out}/trace.json")
     if trace.exists():
         if trace.is_dir():
             raise ValueError(f"--trace {trace} is a folder; name a file in it")
         with trace.open("rb") as file:
-            if file.read(len(TIMELINE)) not in (TIMELINE, b""):
+            if file.read(len(_TRACE_START)) not in (_TRACE_START, b""):
                 raise ValueError(f"--trace {trace} is a file already, and no timeline; name another")
     elif not trace.parent.is_dir() and trace.parent.resolve() != out.resolve():
         raise ValueError(f"--trace {trace}: there is no folder {trace.parent}; make it first")
 
 
 def _has_checkpoints(out):
-    """Is one of nanoinfra's checkpoints in it, whatever became of config.json?"""
+    """Whether it holds a checkpoint of nanoinfra, even if config.json is missing or broken."""
     for path in (out / "checkpoints").glob("step_*/manifest.json"):
         with path.open("rb") as file:
-            if OURS in file.read(64):
+            if _MANIFEST_START in file.read(64):
                 return True
     return False
 

@@ -1,57 +1,60 @@
-"""May a run go on from a checkpoint, and what is other than it was: both in words, before a step is taken.
+"""Checks on --resume: whether these flags continue the same run, and which flags have changed.
 
-A run must find its model, data and kind of optimizer again, or it is another run; of everything else that a
-flag can change, what has changed is said, and how it moves the learning rate.
+The model, the data and the optimizer must be the same, or it is another run and is refused. Every other
+changed flag that affects the losses is printed, with the change of the learning rate.
 """
 import json
 from pathlib import Path
 
 from nanoinfra.config import SIZES
-from nanoinfra.train.config import TrainFlags, to_json
-from nanoinfra.train.run_inputs import Inputs
+from nanoinfra.train.config import TrainFlags, flags_to_dict
+from nanoinfra.train.run_inputs import RunInputs
 
-NEEDED = ("step", "consumed", "updates", "scale", "seed", "seq", "corpus", "tokenizer", "model", "flags")
-SAID = {"model": ("model", "dtype", "grad_dtype"), "optimizer": None,      # None: all of them
-        "run": ("steps", "seconds")}
+_REQUIRED_STATE_KEYS = ("step", "consumed", "updates", "scale", "seed", "seq", "corpus", "tokenizer", "model",
+                        "flags")
+_REPORTED_FLAGS = {"model": ("model", "dtype", "grad_dtype"), "optimizer": None,      # None: all of them
+                   "run": ("steps", "max_seconds")}
 
 
-def described(inputs: Inputs) -> dict:
-    """What --data gave, in numbers that a sentence can hold: name, documents, bytes, tokenizer's entries."""
-    corpus, tokenizer = inputs.source.corpus, inputs.source.tokenizer
-    vocab = tokenizer.vocab_size if tokenizer else inputs.model.vocab
+def data_description(inputs: RunInputs) -> dict:
+    """Describe the data for error messages: its name, documents, bytes, and the vocabulary size."""
+    corpus, tokenizer = inputs.dataset.corpus, inputs.dataset.tokenizer
+    vocab = tokenizer.vocab_size if tokenizer else inputs.model_config.vocab
     if corpus is None:
         return {"data": "random", "vocab": vocab}
     return {"data": corpus.name, "documents": len(corpus.train) + len(corpus.held_out),
-            "bytes": sum(corpus.bytes), "vocab": vocab}
+            "bytes": sum(corpus.train_and_held_out_bytes), "vocab": vocab}
 
 
-def check_same(run: Path, state: dict, inputs: Inputs, flags: TrainFlags, text: dict) -> None:
-    """Raise ValueError, which says what is another and what to do, unless `flags` go on with `state`.
+def check_resumes_same_run(run: Path, state: dict, inputs: RunInputs, flags: TrainFlags,
+                           description: dict) -> None:
+    """Raise ValueError, with the difference and a remedy, unless `flags` continue the run saved in `state`.
 
-    `text` is what `described` gives of `inputs`.
+    `description` is what `data_description` returns for `inputs`; `run` is the run directory.
     """
-    if missing := [key for key in NEEDED if key not in state]:
+    if missing := [key for key in _REQUIRED_STATE_KEYS if key not in state]:
         raise ValueError(f"--resume: the checkpoint of {run} says nothing of {', '.join(missing)}, so "
                          "another version of nanoinfra wrote it; go on with that one, or start a run of its "
                          f"own from its weights: --model {run} --out another")
-    was, now = state["flags"]["model"], to_json(flags)["model"]
+    was, now = state["flags"]["model"], flags_to_dict(flags)["model"]
     if was["model"] != now["model"] and {was["model"], now["model"]} & SIZES.keys():
         raise ValueError(f"--resume: the run in {run} trains --model {was['model']}, this is --model "
                          f"{now['model']}; give --model {was['model']}")
     for key in ("seed", "seq"):
-        if state[key] != inputs.identity[key]:
+        if state[key] != inputs.data_identity[key]:
             raise ValueError(f"--resume: the run in {run} has {key} {state[key]}, this one "
-                             f"{inputs.identity[key]}; give --{key} {state[key]}")
-    _check_text(run, state, inputs, text)
+                             f"{inputs.data_identity[key]}; give --{key} {state[key]}")
+    _check_text(run, state, inputs, description)
     _check_model(run, state, inputs)
     _check_optimizer(run, state, flags)
     _check_frozen(run, state, flags)
 
 
-def changed_flags(state: dict, flags: TrainFlags, threads: int, global_batch: int) -> list[str]:
-    """["--steps 800 (500 before)", ...]: what moves the losses and is not as when `state` was saved."""
-    was, now, said = state["flags"], to_json(flags), []
-    for group, names in SAID.items():
+def describe_changed_flags(state: dict, flags: TrainFlags, threads: int, global_batch: int) -> list[str]:
+    """List the changed flags that affect the losses: ["--steps 800 (500 before)", ...]."""
+    was, now = state["flags"], flags_to_dict(flags)
+    said = []
+    for group, names in _REPORTED_FLAGS.items():
         for name in [name for name in names or now[group] if name in was[group].keys() & now[group].keys()]:
             before, here = was[group][name], _plain(now[group][name])
             if before != here:
@@ -64,8 +67,8 @@ def changed_flags(state: dict, flags: TrainFlags, threads: int, global_batch: in
 
 
 def _check_text(run, state, inputs, text):
-    was, same = state.get("text", {}), state["corpus"] == inputs.identity["corpus"]
-    if same and state["tokenizer"] == inputs.identity["tokenizer"]:
+    was, same = state.get("text", {}), state["corpus"] == inputs.data_identity["corpus"]
+    if same and state["tokenizer"] == inputs.data_identity["tokenizer"]:
         return
     if not same:
         raise ValueError(f"--resume: the run in {run} was trained on {_text(was)}, and now there is "
@@ -78,7 +81,7 @@ def _check_text(run, state, inputs, text):
 
 
 def _text(text, other=None):
-    """--data in words; beside an `other` of the same size they say that its content differs."""
+    """Describe the data in words; if `other` has the same size, say that only the content differs."""
     if "documents" not in text:
         return f"--data {text['data']}" if text else "other text"
     if other and all(other.get(key) == text[key] for key in ("documents", "bytes")):
@@ -97,7 +100,7 @@ def _text_remedy(run, was, text):
 
 
 def _check_model(run, state, inputs):
-    was, now = state["model"], _plain(inputs.model.to_dict())
+    was, now = state["model"], _plain(inputs.model_config.to_dict())
     if unknown := was.keys() - now.keys():
         raise ValueError(f"--resume: the model of the run in {run} has {', '.join(sorted(unknown))}, which "
                          "this version of nanoinfra does not know; go on with the version that wrote it")
@@ -128,14 +131,14 @@ def _freeze(patterns):
 
 
 def _model_flags(state):
-    """The flags that the run's model was given by."""
+    """The flags that describe the run's model."""
     flags = state["flags"]["model"]
     more = f" --vocab {flags['vocab']}" if flags.get("vocab") else " without --vocab"
     return f"--model {flags['model']}{more if flags['model'] in SIZES else ''}{' --untied' * flags['untied']}"
 
 
 def _plain(value):
-    return json.loads(json.dumps(value))     # as a checkpoint has kept it: tuples are lists
+    return json.loads(json.dumps(value))     # as JSON keeps it: tuples become lists
 
 
 def _word(value):

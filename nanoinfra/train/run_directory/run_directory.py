@@ -1,7 +1,7 @@
-"""The directory of a run: config.json, tokenizer/, metrics.jsonl, loss.png, checkpoints/.
+"""The run directory: config.json, tokenizer/, metrics.jsonl, loss.png, checkpoints/.
 
-What a run must remember is its checkpoint: weights, optimizer, step, samples consumed, seconds spent, and the
-identity of what it reads. Rank 0 writes the small files; every rank its part of a checkpoint
+A checkpoint holds all that a run needs to resume: weights, optimizer state, step, samples consumed, seconds
+spent, and the identity of its data. Rank 0 writes the small files, every rank its shards of a checkpoint
 (train/checkpoint/checkpoint.py). One run at a time has it (train/run_directory/lock.py), and none but a run's
 is taken (train/run_directory/ownership.py).
 """
@@ -11,165 +11,181 @@ from contextlib import ExitStack
 
 from nanoinfra.distributed import comm
 from nanoinfra.model.weights.hugging_face.tokenizer_files import clear_text
+from nanoinfra.renamed_flags import with_new_flag_names
 from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint, retention
 from nanoinfra.train.checkpoint.manifest import read_manifest
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError
-from nanoinfra.train.config import RunFlags, TrainFlags, to_json
-from nanoinfra.train.launch.elastic_rank import STOPPED, launch_id, make_folder, restarted
-from nanoinfra.train.pretrained import keep_text
-from nanoinfra.train.run_directory.lock import locked
-from nanoinfra.train.run_directory.ownership import VERSION, check_out, last_config
-from nanoinfra.train.run_directory.resume_check import check_same, described
-from nanoinfra.train.run_inputs import Inputs
-from nanoinfra.train.train_stage import Replica
+from nanoinfra.train.config import RunFlags, TrainFlags, flags_to_dict
+from nanoinfra.train.launch.elastic_rank import (
+    STOP_NOTE_FILE,
+    launch_id,
+    make_run_folder,
+    ranks_were_restarted,
+)
+from nanoinfra.train.pretrained import save_pretrained_tokenizer
+from nanoinfra.train.run_directory.lock import lock_run_directory
+from nanoinfra.train.run_directory.ownership import RUN_DIRECTORY_VERSION, check_out_folder, read_run_config
+from nanoinfra.train.run_directory.resume_check import check_resumes_same_run, data_description
+from nanoinfra.train.run_inputs import RunInputs
+from nanoinfra.train.train_stage import TrainStage
 
 
-class RunDir:
-    """One rank's view of it, open inside `with`. Raises ValueError where it is another's or in use."""
+class RunDirectory:
+    """One rank's view of the run directory, locked inside `with`.
+
+    Raises ValueError when the folder is not a run's or another process is training into it.
+    """
 
     def __init__(self, run: RunFlags, mesh):
-        self.run, self.mesh, self.first = run, mesh, mesh.rank == 0
-        self.path, self.checkpoints = run.out, run.out / "checkpoints"
-        self.held, self.said, self.went_on_after = ExitStack(), set(), 0
+        self.flags, self.mesh = run, mesh
+        self.is_first_rank = mesh.rank == 0
+        self.path, self.checkpoints_folder = run.out, run.out / "checkpoints"
+        self._open_locks, self._given_warnings = ExitStack(), set()
+        self.resumed_after_step = 0
 
     def __enter__(self):
-        with self.held:                      # let go of, unless all is well
-            checkpoint.ask_first(self.mesh.world, self._take)
-            self.held = self.held.pop_all()
+        with self._open_locks:               # released again if the check fails
+            checkpoint.run_on_first_rank(self.mesh.world, self._take)
+            self._open_locks = self._open_locks.pop_all()
         return self
 
     def __exit__(self, *_):
-        self.held.close()
+        self._open_locks.close()
 
-    def begin(self, inputs: Inputs, replica: Replica, flags: TrainFlags) -> dict:
-        """The state to go on from; of a new run {"step": 0, "consumed": 0}.
+    def load_starting_state(self, inputs: RunInputs, stage: TrainStage, flags: TrainFlags) -> dict:
+        """Load the checkpoint to resume from into `stage`, and return its state.
 
-        Ranks that the same launch has started again go on without being asked to.
+        A new run gets {"step": 0, "consumed": 0}. Ranks that the same launch has restarted resume without
+        --resume.
         """
-        again, self.text = self._again(), described(inputs)
-        name = checkpoint.ask_first(self.mesh.world, lambda: self._chosen(again))
+        restarted, self.data_description = self._is_restart(), data_description(inputs)
+        name = checkpoint.run_on_first_rank(self.mesh.world, lambda: self._chosen(restarted))
         if name is None:
             return {"step": 0, "consumed": 0}
-        folder = self.checkpoints / name
-        state = checkpoint.read_state(folder)
-        check_same(self.path, state, inputs, flags, self.text)
-        wanted = [piece for piece, _ in replica.pieces()]
-        pieces = checkpoint.load(folder, wanted, read_manifest(folder))  # rank 0 has verified every byte
-        replica.load(pieces, state)
-        self.went_on_after = state["step"]
-        if self.run.resume_from is not None and not again:
-            checkpoint.ask_first(self.mesh.world, lambda: self._abandon_after(state["step"]))
+        folder = self.checkpoints_folder / name
+        state = with_new_flag_names(checkpoint.read_checkpoint_state(folder))
+        check_resumes_same_run(self.path, state, inputs, flags, self.data_description)
+        wanted = [shard for shard, _ in stage.tensor_shards()]
+        # Rank 0 has verified every byte already.
+        stage.load_state_dict(checkpoint.load_shards(folder, wanted, read_manifest(folder)), state)
+        self.resumed_after_step = state["step"]
+        if self.flags.resume_from is not None and not restarted:
+            checkpoint.run_on_first_rank(self.mesh.world, lambda: self._abandon_after(state["step"]))
         return state
 
-    def save(self, step: int, replica: Replica, state: dict, keep: int) -> None:
-        """A checkpoint; each tensor, or part of one, is written by one of the ranks that hold it."""
-        data, pieces = self.mesh.data, replica.pieces()
-        mine = pieces if replica.parallel.config.zero_stage else pieces[data.rank::data.size]
-        state = {"step": step, "text": self.text, **replica.state(), **state}
-        checkpoint.save(self.checkpoints, step, mine, state, self.mesh.world, keep, self.warn)
+    def save_checkpoint(self, step: int, stage: TrainStage, state: dict, keep: int) -> None:
+        """Save a checkpoint; each tensor or shard is written by one of the ranks that hold it."""
+        data, shards = self.mesh.data, stage.tensor_shards()
+        own = shards if stage.parallel_model.config.zero_stage else shards[data.rank::data.size]
+        state = {"step": step, "text": self.data_description, **stage.state_dict(), **state}
+        checkpoint.save_checkpoint(self.checkpoints_folder, step, own, state, self.mesh.world, keep,
+                                   self.warn_once)
 
-    def describe(self, flags: TrainFlags, inputs: Inputs) -> None:
-        """Leave config.json and the tokenizer for whoever loads the run."""
-        if not self.first:
+    def write_config_and_tokenizer(self, flags: TrainFlags, inputs: RunInputs) -> None:
+        """Write config.json and tokenizer/, with which the run can be loaded and served."""
+        if not self.is_first_rank:
             return
-        config = {"nanoinfra": VERSION, "model": inputs.model.to_dict(), "flags": to_json(flags),
-                  "inputs": inputs.identity, "text": self.text, "launch": launch_id()}
-        metrics.replace(self.path / "config.json", json.dumps(config, indent=2) + "\n")
-        if inputs.weights:
-            keep_text(inputs.weights, self.path / "tokenizer")
-        elif inputs.source.tokenizer:
+        config = {"nanoinfra": RUN_DIRECTORY_VERSION, "model": inputs.model_config.to_dict(),
+                  "flags": flags_to_dict(flags), "inputs": inputs.data_identity,
+                  "text": self.data_description, "launch": launch_id()}
+        metrics.replace_file(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        if inputs.pretrained_weights:
+            save_pretrained_tokenizer(inputs.pretrained_weights, self.path / "tokenizer")
+        elif inputs.dataset.tokenizer:
             clear_text(self.path / "tokenizer", config=True)
-            inputs.source.tokenizer.save(self.path / "tokenizer")
-        (self.path / STOPPED).unlink(missing_ok=True)
+            inputs.dataset.tokenizer.save(self.path / "tokenizer")
+        (self.path / STOP_NOTE_FILE).unlink(missing_ok=True)
 
-    def plot(self, title: str) -> None:
-        """loss.png from metrics.jsonl, if it can be written: the run does not need it."""
-        if self.first:
+    def write_loss_plot(self, title: str) -> None:
+        """Draw loss.png from metrics.jsonl; when it cannot be written, print a warning and go on."""
+        if self.is_first_rank:
             try:
-                metrics.plot(self.path / "metrics.jsonl", self.path / "loss.png", title)
+                metrics.plot_loss_curve(self.path / "metrics.jsonl", self.path / "loss.png", title)
             except OSError as error:
-                self.warn(f"cannot write {self.path / 'loss.png'}: {error.strerror or error}; the run goes "
-                          "on without it")
+                self.warn_once(f"cannot write {self.path / 'loss.png'}: {error.strerror or error}; the run "
+                               "goes on without it")
 
-    def warn(self, text: str) -> None:
-        """Say once what does not end the run."""
-        if text not in self.said:
-            self.said.add(text)
+    def warn_once(self, text: str) -> None:
+        """Print a warning to stderr, each text only once."""
+        if text not in self._given_warnings:
+            self._given_warnings.add(text)
             print(f"nanoinfra: {text}", file=sys.stderr, flush=True)
 
-    def say_stopped(self, step: int) -> None:
-        """Tell the launcher that a signal's stop was a good one."""
-        if self.first:
-            (self.path / STOPPED).write_text(json.dumps({"step": step}))
+    def write_stop_note(self, step: int) -> None:
+        """Leave the launcher a note that the run was stopped by a signal and has saved step `step`."""
+        if self.is_first_rank:
+            (self.path / STOP_NOTE_FILE).write_text(json.dumps({"step": step}))
 
-    def last_good(self, step: int) -> str:
-        """What to go on from after a loss or weights of `step` that are no numbers, in words.
+    def describe_last_checkpoint(self, step: int) -> str:
+        """Say which checkpoint to resume from, after a loss or weights of `step` that are not finite.
 
-        The first step of a resumed run has seen no update: its numbers are the checkpoint's own.
+        When that is the first step after resuming, the checkpoint itself is spoilt: no update has happened.
         """
-        saved = checkpoint.checkpoints(self.checkpoints)
+        saved = checkpoint.list_checkpoints(self.checkpoints_folder)
         if not saved:
             return "no checkpoint was saved yet"
         *before, newest = saved
-        earlier = f"--resume-from {' or '.join(str(retention.step_of(path)) for path in before)}"
-        if step == self.went_on_after + 1 == retention.step_of(newest) + 1:
+        earlier = f"--resume-from {' or '.join(str(retention.checkpoint_step(path)) for path in before)}"
+        if step == self.resumed_after_step + 1 == retention.checkpoint_step(newest) + 1:
             way = f"go on from an earlier one with {earlier}" if before else "no earlier one is left"
             return f"the last checkpoint is {newest}, which is spoilt already; {way}"
         way = f", or, if that is spoilt already, from an earlier one with {earlier}" if before else ""
         return f"the last checkpoint is {newest}: go on from there with --resume{way}"
 
     def _take(self):
-        """Rank 0 looks whose folder it is, and keeps other runs out of it."""
-        check_out(self.run)
-        self.held.enter_context(locked(self.path, patience=self.run.timeout / 2))
-        make_folder(self.checkpoints)
+        """On rank 0: check whose folder it is, lock it, and make checkpoints/."""
+        check_out_folder(self.flags)
+        self._open_locks.enter_context(lock_run_directory(self.path, wait_seconds=self.flags.timeout / 2))
+        make_run_folder(self.checkpoints_folder)
 
-    def _again(self):
-        """Has this launch had ranks before, that went on from here? One may be on a host that joins now."""
-        config, start = last_config(self.path), self.run.resume_from
-        again = restarted() or launch_id() is not None and config.get("launch") == launch_id()
-        if start is not None:                # else they died before later checkpoints were abandoned
+    def _is_restart(self):
+        """Whether this launch has had ranks before that trained into this folder; asked of all ranks."""
+        config, start = read_run_config(self.path), self.flags.resume_from
+        again = ranks_were_restarted() or launch_id() is not None and config.get("launch") == launch_id()
+        if start is not None:                # else they died before later ones were set aside
             again = again and config.get("flags", {}).get("run", {}).get("resume_from") == start
         return any(comm.all_gather_json(again, self.mesh.world, "checkpoint"))
 
-    def _chosen(self, again):
-        """The name of the checkpoint to go on from, None for a new run. ValueError where neither may be."""
-        there = checkpoint.checkpoints(self.checkpoints)
-        if self.run.resume_from is not None and not again:
+    def _chosen(self, restarted):
+        """The name of the checkpoint to resume from, None for a new run; ValueError if neither is allowed."""
+        there = checkpoint.list_checkpoints(self.checkpoints_folder)
+        if self.flags.resume_from is not None and not restarted:
             return self._asked_for(there)
-        if self.run.resume or again and there:
+        if self.flags.resume or restarted and there:
             return self._newest(there)
         if there:
             raise ValueError(f"{self.path} holds a run already, with {there[-1].name}; go on from it with "
                              "--resume, or name another --out")
-        if not again and (lines := metrics.read(self.path / "metrics.jsonl")):
+        if not restarted and (lines := metrics.read_metrics(self.path / "metrics.jsonl")):
             raise ValueError(f"{self.path} holds the metrics of {len(lines)} steps of a run that has no "
                              "checkpoint to go on from; name another --out, or remove its metrics.jsonl to "
                              "begin anew")
         return None
 
     def _asked_for(self, there):
-        step, folder = self.run.resume_from, retention.folder_of(self.checkpoints, self.run.resume_from)
-        steps = [str(retention.step_of(path)) for path in there if path != folder]
+        step = self.flags.resume_from
+        folder = retention.checkpoint_folder(self.checkpoints_folder, step)
+        steps = [str(retention.checkpoint_step(path)) for path in there if path != folder]
         others = f"; there are those of steps {', '.join(steps)}" if steps else "; there is no other"
         if folder not in there:
-            raise ValueError(f"--resume-from {step}: {self.checkpoints} has no checkpoint of it{others}")
+            raise ValueError(f"--resume-from {step}: {self.checkpoints_folder} has no checkpoint of it"
+                             f"{others}")
         try:
-            checkpoint.verify(folder)
+            checkpoint.verify_checkpoint(folder)
         except CheckpointError as error:
             raise ValueError(f"--resume-from {step}: {error}{others}") from error
         return folder.name
 
     def _newest(self, there):
-        found = checkpoint.newest(self.checkpoints, self.warn)
+        found = checkpoint.find_newest_checkpoint(self.checkpoints_folder, self.warn_once)
         if found is None:
-            begun = there or metrics.read(self.path / "metrics.jsonl")
+            begun = there or metrics.read_metrics(self.path / "metrics.jsonl")
             remedy = "train anew into another --out" if begun else "start without --resume"
-            raise ValueError(f"--resume: no good checkpoint in {self.checkpoints}; {remedy}")
+            raise ValueError(f"--resume: no good checkpoint in {self.checkpoints_folder}; {remedy}")
         return found.name
 
     def _abandon_after(self, step):
-        for path in retention.abandon_after(self.checkpoints, step):
+        for path in retention.abandon_checkpoints_after(self.checkpoints_folder, step):
             print(f"{path.with_suffix('').name} is set aside as {path.name}: --resume will not take it; "
                   "remove it when you need it no more", flush=True)

@@ -9,7 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.tokenizer import Text
 from nanoinfra.model.weights import import_transformers
 from nanoinfra.model.weights.json_files import check_content, read_json
@@ -30,9 +30,9 @@ METHODS = ("__call__", "encode", "_encode_plus", "decode", "_decode", "clean_up_
 def open_text(folder: str | Path) -> tuple[Text | None, str | None]:
     """Tokenizer and chat template of a folder; None where it has none. ValueError names what is wrong."""
     folder = Path(folder)
-    if Tokenizer.is_own(folder):
-        own = Tokenizer.load(folder)
-        return Text(own.backend, frozenset({own.eot}), own.end_of_text, own.end_of_text), None
+    if BPETokenizer.is_saved_here(folder):
+        own = BPETokenizer.load(folder)
+        return Text(own.backend_tokenizer, frozenset({own.eot_token_id}), own.eot_token, own.eot_token), None
     if not any((folder / name).is_file() for name in VOCABULARIES):
         if (folder / "tokenizer_config.json").exists():
             raise ValueError(f"{folder} holds a tokenizer_config.json, but no tokenizer.json "
@@ -95,8 +95,8 @@ def kept_ids(folder: str | Path | None) -> dict:
     """What a model's config.json says of the tokenizer that `folder` keeps for it."""
     if folder is None:
         return dict.fromkeys(IDS)
-    if Tokenizer.is_own(folder):
-        eot = Tokenizer.load(folder).eot
+    if BPETokenizer.is_saved_here(folder):
+        eot = BPETokenizer.load(folder).eot_token_id
         return {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
     theirs = read_json(Path(folder, "config.json"))
     return {name: theirs[name] for name in KEPT if name in theirs}

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 
 from nanoinfra.model.tokenizer import Text, render_chat, renderer
 from nanoinfra.model.weights.import_transformers import without_torch
-from nanoinfra.train.launch.elastic_rank import end_with_parent
+from nanoinfra.train.launch.elastic_rank import die_with_parent
 
 _MAX_CPU_SECONDS_PER_CHAT = 2.0              # of CPU time
 _RENDER_TIMEOUT_SECONDS = 20                 # of wall time, on a busy machine
@@ -95,7 +95,7 @@ class ChatTemplateProcess:
 
 def main() -> None:
     """The child's main function. argv: file descriptor of its pipe, seconds of CPU time for each chat."""
-    end_with_parent()
+    die_with_parent()
     for signum in (signal.SIGINT, signal.SIGTERM):           # for the server, which ends the child
         signal.signal(signum, signal.SIG_IGN)
     if sys.platform == "linux":

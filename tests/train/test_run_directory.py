@@ -13,13 +13,13 @@ from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.train import metrics, trainer
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.config import ModelFlags, RunFlags, TrainFlags
-from nanoinfra.train.optimizer import Optimizer
-from nanoinfra.train.run_directory.resume_check import check_same
-from nanoinfra.train.run_directory.run_directory import RunDir
+from nanoinfra.train.optimizer import MixedPrecisionOptimizer
+from nanoinfra.train.run_directory.resume_check import check_resumes_same_run
+from nanoinfra.train.run_directory.run_directory import RunDirectory
 from tests.train.runs import bits
 
 ARGV = ["train", "--model", "test", "--data", "text", "--vocab", "260", "--dtype", "float64", "--seq", "8",
-        "--micro-batch", "2", "--threads", "1", "--warmup", "0", "--steps", "3", "--keep", "9",
+        "--micro-batch", "2", "--threads", "1", "--warmup", "0", "--steps", "3", "--keep-checkpoints", "9",
         "--out", "run"]
 
 
@@ -31,7 +31,7 @@ def made(tmp_path_factory):
         (folder / "text" / name).parent.mkdir(exist_ok=True)
         (folder / "text" / name).write_text(f"{name} few words and a few more\n" * 9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "plot", lambda *_: None)
+        patch.setattr(metrics, "plot_loss_curve", lambda *_: None)
         patch.chdir(folder)
         assert main([*ARGV, "--save-every", "1"]) == 0
     return folder
@@ -40,7 +40,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def run(made, tmp_path, monkeypatch):
     """A copy of it that a test may spoil; its picture is not drawn."""
-    monkeypatch.setattr(metrics, "plot", lambda *_: None)
+    monkeypatch.setattr(metrics, "plot_loss_curve", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return Path("run")
@@ -51,11 +51,11 @@ def resume(*more):
 
 
 def lines(run):
-    return metrics.read(run / "metrics.jsonl")
+    return metrics.read_metrics(run / "metrics.jsonl")
 
 
 def saved(run):
-    return [path.name for path in checkpoint.checkpoints(run / "checkpoints")]
+    return [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")]
 
 
 def test_a_run_without_a_checkpoint_is_not_wiped(run, capsys):
@@ -97,16 +97,17 @@ def test_another_run_is_refused_in_words(run, capsys, what):
 
 def test_what_a_checkpoint_of_another_version_lacks_is_named(run):
     with pytest.raises(ValueError, match="says nothing of consumed, .* another version .*--out another"):
-        check_same(run, {"step": 3}, None, None, {})
+        check_resumes_same_run(run, {"step": 3}, None, None, {})
 
 
 def test_what_a_checkpoint_of_a_later_version_has_is_named(run):
-    state = checkpoint.read_state(run / "checkpoints" / "step_00000003")
+    state = checkpoint.read_checkpoint_state(run / "checkpoints" / "step_00000003")
     state["model"]["sinks"] = 4
     model = ModelConfig(**json.loads((run / "config.json").read_text())["model"])
     flags = TrainFlags(model=ModelFlags("test"))
     with pytest.raises(ValueError, match="has sinks, which this version of nanoinfra does not know"):
-        check_same(run, state, SimpleNamespace(identity=state, model=model), flags, {})
+        inputs = SimpleNamespace(data_identity=state, model_config=model)
+        check_resumes_same_run(run, state, inputs, flags, {})
 
 
 def test_flags_that_may_change_are_said_with_what_they_do_to_the_rate(run, capsys):
@@ -133,17 +134,17 @@ class Killed(Exception):
 
 def test_the_seconds_spent_are_state(run, monkeypatch):
     """Eight steps of a second each, in one part, and in two of which the first is cut off after a save."""
-    now, execute = [0.0], trainer.execute
+    now, execute = [0.0], trainer.execute_schedule
 
     def in_a_second(*given):
         now[0] += 1
         return execute(*given)
-    monkeypatch.setattr(trainer, "execute", in_a_second)
+    monkeypatch.setattr(trainer, "execute_schedule", in_a_second)
     monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    timed = [*ARGV, "--seconds", "8", "--save-every", "6"]
+    timed = [*ARGV, "--max-seconds", "8", "--save-every", "6"]
     assert main([*timed, "--out", "whole"]) == 0
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(RunDir, "plot", killed)
+        patch.setattr(RunDirectory, "write_loss_plot", killed)
         main([*timed, "--out", "parts"])
     assert main([*timed, "--out", "parts", "--resume"]) == 0
     want, got = ([line["lr"] for line in lines(Path(out))] for out in ("whole", "parts"))
@@ -183,22 +184,22 @@ def test_ranks_that_start_again_do_not_go_back_once_more(run, monkeypatch):
     flags = RunFlags(out=run, resume_from=1)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("TORCHELASTIC_RESTART_COUNT", "1")):
         monkeypatch.setenv(name, value)
-    again = RunDir(flags, Mesh())
-    assert again._chosen(again._again()) == "step_00000001"
+    again = RunDirectory(flags, Mesh())
+    assert again._chosen(again._is_restart()) == "step_00000001"
     config = json.loads((run / "config.json").read_text())
     config["flags"]["run"]["resume_from"] = 1
     (run / "config.json").write_text(json.dumps(config))
-    assert again._chosen(again._again()) == "step_00000003"
+    assert again._chosen(again._is_restart()) == "step_00000003"
 
 
 def test_weights_that_are_no_numbers_are_not_saved(run, capsys, monkeypatch):
-    step = Optimizer.step
+    step = MixedPrecisionOptimizer.step
 
     def spoils(self, grads, lr):
         step(self, grads, lr)
-        if self.steps == 5:
-            next(iter(self.masters.values())).data[0] = math.nan
-    monkeypatch.setattr(Optimizer, "step", spoils)
+        if self.num_steps == 5:
+            next(iter(self.master_weights.values())).data[0] = math.nan
+    monkeypatch.setattr(MixedPrecisionOptimizer, "step", spoils)
     assert resume("--steps", "9", "--save-every", "1") == 2
     said = capsys.readouterr().err
     assert "step 5: its update made weights that are no finite numbers" in said
@@ -208,12 +209,12 @@ def test_weights_that_are_no_numbers_are_not_saved(run, capsys, monkeypatch):
 
 
 def test_a_checkpoint_that_is_spoilt_is_told_from_the_one_before_it(run, capsys, monkeypatch):
-    load = Optimizer.load
+    load = MixedPrecisionOptimizer.load_state_dict
 
     def spoilt(self, tensors, steps):
         load(self, tensors, steps)
-        next(iter(self.masters.values())).data[:] = math.nan
-    monkeypatch.setattr(Optimizer, "load", spoilt)
+        next(iter(self.master_weights.values())).data[:] = math.nan
+    monkeypatch.setattr(MixedPrecisionOptimizer, "load_state_dict", spoilt)
     assert resume("--steps", "9") == 2
     says = "step_00000003, which is spoilt already; go on from an earlier one with --resume-from 1 or 2; try"
     assert says in capsys.readouterr().err
@@ -242,7 +243,7 @@ def test_a_broken_config_is_written_anew(run, config):
 def test_a_picture_that_cannot_be_drawn_ends_nothing(run, capsys, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(metrics, "plot", refuse)
+    monkeypatch.setattr(metrics, "plot_loss_curve", refuse)
     assert resume("--steps", "5", "--save-every", "1") == 0
     said = capsys.readouterr().err
     assert said.count("loss.png: Permission denied; the run goes on without it") == 1

@@ -8,14 +8,14 @@ import tyro
 from nanoinfra.cli import main
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.data.data_summary import data_warnings, describe_data
-from nanoinfra.data.sample_order import Packed
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.token_datasets import PackedDataset
+from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.train import run_inputs
-from nanoinfra.train.config import TrainFlags, check
+from nanoinfra.train.config import TrainFlags, check_train_flags
 
-BYTES = Tokenizer.train(["a"], 257)
+BYTES = BPETokenizer.train(["a"], 257)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def mixed(tmp_path):
 
 
 def packed(folder, tokens):
-    return Packed(range(tokens), [1], load_corpus(folder), BYTES)
+    return PackedDataset(range(tokens), [1], load_corpus(folder), BYTES)
 
 
 def parse(*argv):
@@ -74,7 +74,7 @@ def test_a_held_out_side_larger_than_the_other_is_told(tmp_path):
 def test_one_rank_says_it(mixed, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(mixed.parent / "cache"))
     flags = parse("--model", "test", "--data", mixed, "--seq", "8")
-    source = run_inputs.open_inputs(flags, Mesh()).source
+    source = run_inputs.open_run_inputs(flags, Mesh()).dataset
     said = capsys.readouterr()
     assert said.out.count(f"--data {mixed}: 29 documents") == said.out.count("\n") == 1
     assert said.err.count(f"nanoinfra: --data {mixed}: 30 files are read, 30 are left out: 30 not UTF-8 text"
@@ -111,5 +111,5 @@ def test_what_is_refused_before_ranks_start(tmp_path, monkeypatch, capsys, argv,
 def test_a_run_beside_its_data_is_well(tmp_path, monkeypatch, data, out):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / data).mkdir(exist_ok=True)
-    check(parse("--data", tmp_path / data, "--out", tmp_path / out), 1)
-    check(parse("--data", "x" * 300), 1)     # the one who reads it says that it is not there
+    check_train_flags(parse("--data", tmp_path / data, "--out", tmp_path / out), 1)
+    check_train_flags(parse("--data", "x" * 300), 1)     # the one who reads it says that it is not there

@@ -6,11 +6,17 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.data import token_cache
-from nanoinfra.data.token_cache import CONTENT, FORMAT, SUMS, cached_folder, check_cache
+from nanoinfra.data.token_cache import (
+    _CACHE_FORMAT,
+    CHECKSUMS_FILE,
+    CONTENT_FOLDER,
+    check_cache_writable,
+    get_or_build_folder,
+)
 
 
 def entries(root):
-    return sorted(path.name for path in (root / FORMAT).iterdir())
+    return sorted(path.name for path in (root / _CACHE_FORMAT).iterdir())
 
 
 def test_an_entry_is_made_once(tmp_path):
@@ -20,7 +26,7 @@ def test_an_entry_is_made_once(tmp_path):
         made.append(folder)
         (folder / "a").write_text("whole")
 
-    first, second = cached_folder("x", fill, tmp_path), cached_folder("x", fill, tmp_path)
+    first, second = get_or_build_folder("x", fill, tmp_path), get_or_build_folder("x", fill, tmp_path)
     assert first == second and (first / "a").read_text() == "whole"
     assert len(made) == 1 and entries(tmp_path) == ["x"]
 
@@ -28,9 +34,9 @@ def test_an_entry_is_made_once(tmp_path):
 def test_the_loser_of_a_race_takes_the_winners_entry(tmp_path):
     def fill(folder):
         (folder / "a").write_text("loser")
-        cached_folder("x", lambda winner: (winner / "a").write_text("winner"), tmp_path)
+        get_or_build_folder("x", lambda winner: (winner / "a").write_text("winner"), tmp_path)
 
-    got = cached_folder("x", fill, tmp_path)
+    got = get_or_build_folder("x", fill, tmp_path)
     assert (got / "a").read_text() == "winner"
     assert entries(tmp_path) == ["x"]
 
@@ -41,24 +47,25 @@ def test_a_failure_half_way_leaves_no_entry(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cached_folder("x", fill, tmp_path)
+        get_or_build_folder("x", fill, tmp_path)
     assert entries(tmp_path) == []
 
 
 DAMAGE = {
-    "a page of zeros": lambda entry: zero(entry / CONTENT / "a", 4096, 4096),
-    "a truncated file": lambda entry: os.truncate(entry / CONTENT / "a", 4096),
-    "a longer file": lambda entry: (entry / CONTENT / "a").write_bytes(b"whole" * 4096 + b"x"),
-    "a missing file": lambda entry: (entry / CONTENT / "a").unlink(),
-    "another file beside it": lambda entry: (entry / CONTENT / "b").write_text("x"),
-    "a folder in a file's place": lambda entry: in_its_place(entry / CONTENT / "a", Path.mkdir),
-    "a pointer to nowhere": lambda entry: in_its_place(entry / CONTENT / "a", lambda a: a.symlink_to("gone")),
-    "no list": lambda entry: (entry / SUMS).unlink(),
-    "a cut list": lambda entry: os.truncate(entry / SUMS, 20),
-    "a list of zeros": lambda entry: zero(entry / SUMS, 0, 60),
-    "another kind of list": lambda entry: (entry / SUMS).write_text('["a"]'),
-    "no text": lambda entry: (entry / SUMS).write_bytes(b"\xff"),
-    "no content": lambda entry: shutil.rmtree(entry / CONTENT),
+    "a page of zeros": lambda entry: zero(entry / CONTENT_FOLDER / "a", 4096, 4096),
+    "a truncated file": lambda entry: os.truncate(entry / CONTENT_FOLDER / "a", 4096),
+    "a longer file": lambda entry: (entry / CONTENT_FOLDER / "a").write_bytes(b"whole" * 4096 + b"x"),
+    "a missing file": lambda entry: (entry / CONTENT_FOLDER / "a").unlink(),
+    "another file beside it": lambda entry: (entry / CONTENT_FOLDER / "b").write_text("x"),
+    "a folder in a file's place": lambda entry: in_its_place(entry / CONTENT_FOLDER / "a", Path.mkdir),
+    "a pointer to nowhere": lambda entry: in_its_place(entry / CONTENT_FOLDER / "a",
+                                                       lambda a: a.symlink_to("gone")),
+    "no list": lambda entry: (entry / CHECKSUMS_FILE).unlink(),
+    "a cut list": lambda entry: os.truncate(entry / CHECKSUMS_FILE, 20),
+    "a list of zeros": lambda entry: zero(entry / CHECKSUMS_FILE, 0, 60),
+    "another kind of list": lambda entry: (entry / CHECKSUMS_FILE).write_text('["a"]'),
+    "no text": lambda entry: (entry / CHECKSUMS_FILE).write_bytes(b"\xff"),
+    "no content": lambda entry: shutil.rmtree(entry / CONTENT_FOLDER),
     "an empty folder": lambda entry: in_its_place(entry, Path.mkdir),
     "the files of an older version": lambda entry: (shutil.rmtree(entry), entry.mkdir(),
                                                     (entry / "a").write_text("old")),
@@ -82,12 +89,12 @@ def test_what_is_not_as_it_was_written_is_made_again_and_said_once(tmp_path, cap
     def fill(folder):
         (folder / "a").write_bytes(b"whole" * 4096)
 
-    cached_folder("x", fill, tmp_path)
-    DAMAGE[damage](tmp_path / FORMAT / "x")
+    get_or_build_folder("x", fill, tmp_path)
+    DAMAGE[damage](tmp_path / _CACHE_FORMAT / "x")
     for _ in range(2):
-        assert (cached_folder("x", fill, tmp_path) / "a").read_bytes() == b"whole" * 4096
+        assert (get_or_build_folder("x", fill, tmp_path) / "a").read_bytes() == b"whole" * 4096
     said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith(f"nanoinfra: {tmp_path / FORMAT / 'x'} ")
+    assert len(said) == 1 and said[0].startswith(f"nanoinfra: {tmp_path / _CACHE_FORMAT / 'x'} ")
     assert said[0].endswith("; it is made again") and entries(tmp_path) == ["x"]
 
 
@@ -95,31 +102,31 @@ def test_an_entry_that_another_has_mended_meanwhile_stays(tmp_path, monkeypatch)
     def fill(folder):
         (folder / "a").write_text("whole")
 
-    cached_folder("x", fill, tmp_path)
-    DAMAGE["a file"](tmp_path / FORMAT / "x")
+    get_or_build_folder("x", fill, tmp_path)
+    DAMAGE["a file"](tmp_path / _CACHE_FORMAT / "x")
     find, mended = token_cache._fault, []
 
     def slowly(entry):
         fault = find(entry)
         if not mended:                       # as long as this one looks, another makes it
             mended.append(True)
-            mended.append(cached_folder("x", fill, tmp_path).stat().st_ino)
+            mended.append(get_or_build_folder("x", fill, tmp_path).stat().st_ino)
         return fault
 
     monkeypatch.setattr(token_cache, "_fault", slowly)
-    got = cached_folder("x", lambda folder: (folder / "a").write_text("mine"), tmp_path)
+    got = get_or_build_folder("x", lambda folder: (folder / "a").write_text("mine"), tmp_path)
     assert got.stat().st_ino == mended[1] and (got / "a").read_text() == "whole"
 
 
 def test_a_good_entry_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
-    cached_folder("x", lambda folder: (folder / "a").write_text("whole"), tmp_path)
+    get_or_build_folder("x", lambda folder: (folder / "a").write_text("whole"), tmp_path)
     monkeypatch.setattr(token_cache, "TemporaryDirectory", None)
     monkeypatch.setattr(Path, "mkdir", None)
-    assert (cached_folder("x", None, tmp_path) / "a").read_text() == "whole"
+    assert (get_or_build_folder("x", None, tmp_path) / "a").read_text() == "whole"
 
 
 def test_a_damaged_entry_where_nothing_can_be_written_is_a_clear_error(tmp_path, monkeypatch):
-    entry = cached_folder("x", lambda folder: (folder / "a").write_text("whole"), tmp_path).parent
+    entry = get_or_build_folder("x", lambda folder: (folder / "a").write_text("whole"), tmp_path).parent
     in_its_place(entry, lambda path: path.write_text("x"))
 
     def closed(dir):
@@ -127,7 +134,7 @@ def test_a_damaged_entry_where_nothing_can_be_written_is_a_clear_error(tmp_path,
 
     monkeypatch.setattr(token_cache, "TemporaryDirectory", closed)
     with pytest.raises(ValueError, match=r"cannot be written \(Read-only file system\); .*XDG_CACHE_HOME"):
-        cached_folder("x", None, tmp_path)
+        get_or_build_folder("x", None, tmp_path)
 
 
 @pytest.mark.parametrize("xdg, want", [
@@ -137,20 +144,20 @@ def test_the_default_is_the_users_cache(tmp_path, monkeypatch, xdg, want):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if xdg is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", xdg.format(tmp=tmp_path))
-    got = cached_folder("x", lambda folder: None)
-    assert got == tmp_path / want / "nanoinfra" / FORMAT / "x" / CONTENT and got.is_dir()
-    check_cache()
+    got = get_or_build_folder("x", lambda folder: None)
+    assert got == tmp_path / want / "nanoinfra" / _CACHE_FORMAT / "x" / CONTENT_FOLDER and got.is_dir()
+    check_cache_writable()
 
 
 def test_a_user_without_a_home_is_told_which_variable_helps(monkeypatch, tmp_path):
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])    # as the system does for an unknown one
-    for look in (lambda: cached_folder("x", None), check_cache):
+    for look in (lambda: get_or_build_folder("x", None), check_cache_writable):
         with pytest.raises(ValueError, match="no home folder .*; set XDG_CACHE_HOME or HOME to a folder"):
             look()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cached_folder("x", lambda folder: None).is_relative_to(tmp_path)
+    assert get_or_build_folder("x", lambda folder: None).is_relative_to(tmp_path)
 
 
 def test_a_cache_that_cannot_be_made_is_refused_before_it_is_wanted(tmp_path, monkeypatch):
@@ -160,18 +167,18 @@ def test_a_cache_that_cannot_be_made_is_refused_before_it_is_wanted(tmp_path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(os, "mkdir", closed)                     # root may everything
     with pytest.raises(ValueError, match=r"cannot be written \(Permission denied\); .* set XDG_CACHE_HOME"):
-        check_cache()
+        check_cache_writable()
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    check_cache()
+    check_cache_writable()
     monkeypatch.setattr(os, "mkdir", closed)
-    check_cache()                                                # what is wanted may be in it
+    check_cache_writable()                                                # what is wanted may be in it
 
 
 def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cache .*file.* cannot be written .*Not a directory.*; make room"):
-        cached_folder("x", lambda folder: None, tmp_path / "file")
+        get_or_build_folder("x", lambda folder: None, tmp_path / "file")
 
 
 def test_a_full_disk_is_a_clear_error(tmp_path):
@@ -179,5 +186,5 @@ def test_a_full_disk_is_a_clear_error(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ValueError, match="No space left on device"):
-        cached_folder("x", fill, tmp_path)
+        get_or_build_folder("x", fill, tmp_path)
     assert entries(tmp_path) == []

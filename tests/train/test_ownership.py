@@ -8,7 +8,7 @@ import pytest
 from nanoinfra.cli import main
 from nanoinfra.config import SIZES
 from nanoinfra.train.config import RunFlags
-from nanoinfra.train.run_directory.ownership import check_out, model_of
+from nanoinfra.train.run_directory.ownership import check_out_folder, read_model_config
 from tests.train.runs import FLAGS
 
 MANIFEST = '{\n "format": "nanoinfra checkpoint 1",\n'
@@ -57,7 +57,7 @@ def test_a_folder_that_is_not_a_runs_is_refused_and_left_as_it_is(tmp_path, caps
     {"config.json": "{", "checkpoints/step_00000001/manifest.json": MANIFEST}])
 def test_a_new_folder_a_runs_and_what_does_not_collide_are_taken(tmp_path, files):
     (fill(tmp_path, files) / "checkpoints").mkdir(exist_ok=True)
-    check_out(RunFlags(out=tmp_path))
+    check_out_folder(RunFlags(out=tmp_path))
 
 
 @pytest.mark.parametrize("out, says", [
@@ -66,14 +66,14 @@ def test_a_new_folder_a_runs_and_what_does_not_collide_are_taken(tmp_path, files
 def test_a_part_of_a_run_or_of_everything_is_no_place_for_one(tmp_path, out, says):
     fill(tmp_path, {"config.json": MINE, "checkpoints/step_00000001/manifest.json": MANIFEST})
     with pytest.raises(ValueError, match=re.escape(says.format(run=tmp_path))):
-        check_out(RunFlags(out=Path(out.format(run=tmp_path))))
+        check_out_folder(RunFlags(out=Path(out.format(run=tmp_path))))
 
 
 def test_a_linked_tokenizer_is_not_written_through(tmp_path):
     fill(tmp_path, {"run/config.json": MINE, "theirs/tokenizer.json": "{}"})
     (tmp_path / "run" / "tokenizer").symlink_to(tmp_path / "theirs")
     with pytest.raises(ValueError, match="tokenizer is a link"):
-        check_out(RunFlags(out=tmp_path / "run"))
+        check_out_folder(RunFlags(out=tmp_path / "run"))
 
 
 def test_nothing_is_made_where_there_is_nothing_to_resume(tmp_path, capsys):
@@ -88,9 +88,9 @@ def test_nothing_is_made_where_there_is_nothing_to_resume(tmp_path, capsys):
 def test_a_trace_overwrites_only_a_trace(tmp_path, trace, says):
     fill(tmp_path, {"letter.txt": "Dear Sir", "run/config.json": MINE, "old.json": '{"traceEvents": []}'})
     with pytest.raises(ValueError, match=says):
-        check_out(RunFlags(out=tmp_path / "run", trace=tmp_path / trace))
+        check_out_folder(RunFlags(out=tmp_path / "run", trace=tmp_path / trace))
     for good in ("old.json", "new.json", "new/trace.json"):
-        check_out(RunFlags(out=tmp_path / "new", trace=tmp_path / good))
+        check_out_folder(RunFlags(out=tmp_path / "new", trace=tmp_path / good))
 
 
 @pytest.mark.parametrize("config, says", [
@@ -101,6 +101,6 @@ def test_a_trace_overwrites_only_a_trace(tmp_path, trace, says):
 def test_a_model_that_this_version_does_not_know_is_one_line(tmp_path, capsys, config, says):
     fill(tmp_path, {"config.json": json.dumps(config)})
     with pytest.raises(ValueError, match=says):
-        model_of(tmp_path)
+        read_model_config(tmp_path)
     assert main(["generate", str(tmp_path), "x"]) == 2
     assert says in capsys.readouterr().err

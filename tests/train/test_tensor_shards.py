@@ -7,17 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanoinfra.train.checkpoint import tensor_shards
-from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, Piece, check_cover
+from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard, check_shards_cover_tensor
 
 
 @st.composite
 def nested(draw, shape, cuts=3):
     """A piece made by up to `cuts` cuts of a tensor of `shape`, and the cuts."""
-    piece, made = Piece.whole("w", shape), []
+    piece, made = TensorShard.of_whole_tensor("w", shape), []
     for _ in range(draw(st.integers(0, cuts)) if shape else 0):
         dim = draw(st.integers(0, len(shape) - 1))
         start, stop = sorted(draw(st.tuples(*[st.integers(0, piece.size[dim])] * 2)))
-        piece = piece.cut(dim, start, stop)
+        piece = piece.slice_dim(dim, start, stop)
         made.append((dim, start, stop))
     return piece, made
 
@@ -33,7 +33,7 @@ def test_a_cut_of_a_cut_is_a_plain_box(data):
     want = whole
     for dim, start, stop in cuts:
         want = want.narrow(dim, start, stop - start)
-    got = whole[piece.within()]
+    got = whole[piece.slices_within()]
     assert torch.equal(got, want) and tuple(got.shape) == piece.size
 
 
@@ -42,57 +42,58 @@ def test_overlap_is_the_common_elements_and_indexes_both_sides(data):
     shape = data.draw(shapes)
     (a, _), (b, _) = data.draw(nested(shape)), data.draw(nested(shape))
     whole = torch.arange(int(torch.tensor(shape).prod())).reshape(shape)
-    want = sorted(set(whole[a.within()].flatten().tolist()) & set(whole[b.within()].flatten().tolist()))
-    common = a.overlap(b)
-    assert common == b.overlap(a)
+    want = sorted(set(whole[a.slices_within()].flatten().tolist())
+                  & set(whole[b.slices_within()].flatten().tolist()))
+    common = a.intersect(b)
+    assert common == b.intersect(a)
     if common is None:
         assert want == []
     else:
         for held in (a, b):
-            assert whole[held.within()][common.within(held)].flatten().tolist() == want != []
+            assert whole[held.slices_within()][common.slices_within(held)].flatten().tolist() == want != []
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 4), st.data())
 def test_cover_accepts_a_partition_and_nothing_less_or_more(rows, columns, data):
     total, start, parts = sum(rows), 0, []
     for n in rows:
-        parts.append(Piece.whole("w", (total, columns)).cut(0, start, start + n))
+        parts.append(TensorShard.of_whole_tensor("w", (total, columns)).slice_dim(0, start, start + n))
         start += n
-    check_cover(parts, "w", (total, columns))
+    check_shards_cover_tensor(parts, "w", (total, columns))
     full = [p for p in parts if p.size[0]]
     if full:
         one = data.draw(st.sampled_from(full))
         with pytest.raises(CheckpointError, match="overlap"):
-            check_cover([*parts, one], "w", (total, columns))
+            check_shards_cover_tensor([*parts, one], "w", (total, columns))
         with pytest.raises(CheckpointError, match=f"of its {total * columns} elements"):
-            check_cover([p for p in parts if p != one], "w", (total, columns))
+            check_shards_cover_tensor([p for p in parts if p != one], "w", (total, columns))
 
 
 def test_an_overlap_and_a_gap_of_equal_size_do_not_cancel():
-    whole = Piece.whole("w", (6,))
+    whole = TensorShard.of_whole_tensor("w", (6,))
     with pytest.raises(CheckpointError, match=r"w\[0:3\] and w\[2:5\] overlap"):
-        check_cover([whole.cut(0, 0, 3), whole.cut(0, 2, 5)], "w", (6,))
+        check_shards_cover_tensor([whole.slice_dim(0, 0, 3), whole.slice_dim(0, 2, 5)], "w", (6,))
 
 
 def test_a_scalar_is_held_exactly_once():
-    scalar = Piece.whole("t", ())
-    check_cover([scalar], "t", ())
+    scalar = TensorShard.of_whole_tensor("t", ())
+    check_shards_cover_tensor([scalar], "t", ())
     for wrong in ([], [scalar, scalar]):
         with pytest.raises(CheckpointError):
-            check_cover(wrong, "t", ())
+            check_shards_cover_tensor(wrong, "t", ())
 
 
 def test_keys_say_the_range():
-    whole = Piece.whole("blocks.0.attn.q.weight", (8, 6))
-    assert whole.key == "blocks.0.attn.q.weight"
-    assert whole.cut(1, 3, 6).cut(0, 2, 5).key == "blocks.0.attn.q.weight[2:5, 3:6]"
+    whole = TensorShard.of_whole_tensor("blocks.0.attn.q.weight", (8, 6))
+    assert whole.file_key == "blocks.0.attn.q.weight"
+    assert whole.slice_dim(1, 3, 6).slice_dim(0, 2, 5).file_key == "blocks.0.attn.q.weight[2:5, 3:6]"
 
 
 @pytest.mark.parametrize("make", [
-    lambda: Piece("w", (0,), (3, 3), (3, 3)),
-    lambda: Piece("w", (2, 0), (2, 3), (3, 3)),
-    lambda: Piece("w", (-1, 0), (2, 3), (3, 3)),
-    lambda: Piece.whole("w", (4, 4)).cut(0, 2, 4).cut(0, 0, 3),
+    lambda: TensorShard("w", (0,), (3, 3), (3, 3)),
+    lambda: TensorShard("w", (2, 0), (2, 3), (3, 3)),
+    lambda: TensorShard("w", (-1, 0), (2, 3), (3, 3)),
+    lambda: TensorShard.of_whole_tensor("w", (4, 4)).slice_dim(0, 2, 4).slice_dim(0, 0, 3),
 ])
 def test_a_box_outside_its_tensor_is_refused(make):
     with pytest.raises(ValueError, match="w"):

@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.train.optimizer import BETAS, WEIGHT_DECAY, Optimizer, clip, learning_rate
+from nanoinfra.train.optimizer import (
+    ADAMW_BETAS,
+    ADAMW_WEIGHT_DECAY,
+    MixedPrecisionOptimizer,
+    scheduled_learning_rate,
+    unscale_and_clip_grads,
+)
 
 
 def net(dtype=torch.float64, seed=0):
@@ -21,12 +27,13 @@ def draws(model, step):
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_three_steps_are_torchs(name):
     ours, theirs = net(), net()
-    optimizer = Optimizer(ours, name)
+    optimizer = MixedPrecisionOptimizer(ours, name)
     if name == "sgd":
         oracle = torch.optim.SGD(theirs.parameters(), lr=0.1)
     else:
-        decays = [{"params": [p], "weight_decay": WEIGHT_DECAY * (p.dim() > 1)} for p in theirs.parameters()]
-        oracle = torch.optim.AdamW(decays, lr=0.1, betas=BETAS, foreach=False)
+        decays = [{"params": [p], "weight_decay": ADAMW_WEIGHT_DECAY * (p.dim() > 1)} for p
+                  in theirs.parameters()]
+        oracle = torch.optim.AdamW(decays, lr=0.1, betas=ADAMW_BETAS, foreach=False)
     for step in range(3):
         optimizer.step(draws(ours, step), lr=0.1)
         for n, p in theirs.named_parameters():
@@ -39,33 +46,34 @@ def test_three_steps_are_torchs(name):
 def test_bf16_model_has_float32_masters_that_keep_small_steps():
     model = net(torch.bfloat16)
     drawn = {n: p.detach().float() + 1e-4 for n, p in model.named_parameters()}
-    optimizer = Optimizer(model, "sgd", {n: m.clone() for n, m in drawn.items()})
+    optimizer = MixedPrecisionOptimizer(model, "sgd", {n: m.clone() for n, m in drawn.items()})
     ones = {n: torch.ones_like(m) for n, m in drawn.items()}
     before = model[0].weight.detach().clone()
     for _ in range(8):
         optimizer.step(ones, lr=1e-5)                                      # each too small for bf16's 8 bits
     for n, p in model.named_parameters():
         want = drawn[n] - 8e-5
-        torch.testing.assert_close(optimizer.masters[n], want, rtol=1e-5, atol=1e-7)
-        assert p.dtype == torch.bfloat16 and torch.equal(p, optimizer.masters[n].bfloat16())
-    assert optimizer.masters["0.weight"].dtype == torch.float32 and before.dtype == torch.bfloat16
+        torch.testing.assert_close(optimizer.master_weights[n], want, rtol=1e-5, atol=1e-7)
+        assert p.dtype == torch.bfloat16 and torch.equal(p, optimizer.master_weights[n].bfloat16())
+    assert optimizer.master_weights["0.weight"].dtype == torch.float32 and before.dtype == torch.bfloat16
 
 
 def test_float32_model_is_its_own_master():
     model = net(torch.float32)
-    assert all(m is p for m, p in zip(Optimizer(model).masters.values(), model.parameters()))
+    assert all(m is p for m, p
+               in zip(MixedPrecisionOptimizer(model).master_weights.values(), model.parameters()))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_state_goes_round_bitwise(name):
     first = net(torch.bfloat16)
-    a = Optimizer(first, name)
+    a = MixedPrecisionOptimizer(first, name)
     for step in range(2):
         a.step(draws(first, step), lr=0.1)
-    kept = {n: t.clone() for n, t in a.state().items()}
+    kept = {n: t.clone() for n, t in a.state_dict().items()}
     second = net(torch.bfloat16, seed=1)
-    b = Optimizer(second, name)
-    b.load(kept, steps=2)
+    b = MixedPrecisionOptimizer(second, name)
+    b.load_state_dict(kept, num_steps=2)
     a.step(draws(first, 2), lr=0.1)
     b.step(draws(second, 2), lr=0.1)
     for p, q in zip(first.parameters(), second.parameters()):
@@ -75,44 +83,46 @@ def test_state_goes_round_bitwise(name):
 def test_frozen_parameters_have_no_state():
     model = net()
     model[0].weight.requires_grad_(False)
-    assert not [n for n in Optimizer(model).state() if n.endswith("0.weight")]
+    assert not [n for n in MixedPrecisionOptimizer(model).state_dict() if n.endswith("0.weight")]
 
 
 def test_clip_scales_to_the_limit_and_returns_the_norm():
     grads = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
-    assert clip(grads, 1.0) == pytest.approx(5.0)
+    assert unscale_and_clip_grads(grads, 1.0) == pytest.approx(5.0)
     assert grads["a"][0] == pytest.approx(0.6) and grads["b"][0, 0] == pytest.approx(0.8)
-    assert clip(grads, 2.0) == pytest.approx(1.0) and grads["b"][0, 0] == pytest.approx(0.8)
-    assert clip({"a": torch.tensor([30.0])}, 0) == 30.0
+    assert unscale_and_clip_grads(grads, 2.0) == pytest.approx(1.0) and grads["b"][0, 0] == pytest.approx(0.8)
+    assert unscale_and_clip_grads({"a": torch.tensor([30.0])}, 0) == 30.0
 
 
 def test_clip_divides_16_bit_gradients_in_float32():
     small = {"a": torch.tensor([2.0**-10], dtype=torch.float16)}
-    clip(small, 0, scale=2.0**16)
+    unscale_and_clip_grads(small, 0, loss_scale=2.0**16)
     assert small["a"].item() == 2.0**-26
-    assert clip({"a": torch.full((10_000,), 1024, dtype=torch.float16)}, 0) == pytest.approx(102_400)
+    assert unscale_and_clip_grads({"a": torch.full((10_000,), 1024, dtype=torch.float16)},
+                                  0) == pytest.approx(102_400)
 
 
 def test_unknown_optimizer_is_named():
     with pytest.raises(ValueError, match="adamw and sgd"):
-        Optimizer(net(), "lion")
+        MixedPrecisionOptimizer(net(), "lion")
 
 
 @pytest.mark.parametrize("step, progress, want",
                          [(1, 0.0, 0.1), (10, 0.0, 1.0), (99, 0.5, 0.55), (99, 1.0, 0.1)])
 def test_rate_rises_in_a_line_and_falls_along_a_cosine_to_a_tenth(step, progress, want):
-    assert learning_rate(step, progress, warmup=10, peak=1.0) == pytest.approx(want)
-    assert learning_rate(step, progress, 10, 1.0, "constant") == pytest.approx(min(1, step / 10))
-    assert math.isclose(learning_rate(1, 0, 0, 3.0, "constant"), 3.0)
+    assert scheduled_learning_rate(step, progress, warmup_steps=10, peak_lr=1.0) == pytest.approx(want)
+    assert scheduled_learning_rate(step, progress, 10, 1.0, "constant") == pytest.approx(min(1, step / 10))
+    assert math.isclose(scheduled_learning_rate(1, 0, 0, 3.0, "constant"), 3.0)
 
 
 def test_a_cosine_ends_where_it_is_told_to():
-    assert learning_rate(99, 1.0, 10, 1.0, lowest=0.3) == pytest.approx(0.3)
-    assert learning_rate(99, 0.5, 10, 1.0, lowest=0.0) == pytest.approx(0.5)
-    assert learning_rate(5, 0.0, 10, 1.0, lowest=0.3) == pytest.approx(0.5)
+    assert scheduled_learning_rate(99, 1.0, 10, 1.0, min_lr=0.3) == pytest.approx(0.3)
+    assert scheduled_learning_rate(99, 0.5, 10, 1.0, min_lr=0.0) == pytest.approx(0.5)
+    assert scheduled_learning_rate(5, 0.0, 10, 1.0, min_lr=0.3) == pytest.approx(0.5)
 
 
 def test_betas_and_decay_are_those_given():
-    group, vectors = Optimizer(net(), betas=(0.8, 0.99), weight_decay=0.3).torch.param_groups
+    group, vectors = MixedPrecisionOptimizer(net(), betas=(0.8, 0.99),
+                                             weight_decay=0.3).torch_optimizer.param_groups
     assert group["betas"] == vectors["betas"] == (0.8, 0.99)
     assert (group["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)

@@ -13,10 +13,10 @@ from nanoinfra.cli import main
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.train.checkpoint import checkpoint, retention
-from nanoinfra.train.run_directory.lock import NAME
+from nanoinfra.train.run_directory.lock import LOCK_FILE_NAME
 
 FLAGS = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-batch", "2", "--threads", "1",
-         "--save-every", "1", "--keep", "9"]
+         "--save-every", "1", "--keep-checkpoints", "9"]
 
 folder = Check("a run's directory")
 
@@ -34,7 +34,7 @@ def made(subject):
 
 @folder.criterion("a folder that another run has is refused", "property")
 def _(subject):
-    with made(subject) as run, open(run.out / NAME, "w") as theirs:
+    with made(subject) as run, open(run.out / LOCK_FILE_NAME, "w") as theirs:
         fcntl.flock(theirs, fcntl.LOCK_EX)
         if (code := run("--steps", "1")) != 2:
             raise Wrong(f"a second run into a locked folder ends with {code}, want 2")
@@ -54,7 +54,7 @@ def _(subject):
     with made(subject) as run:
         run("--steps", "3")
         run("--resume-from", "1", "--steps", "1")
-        saved = [path.name for path in checkpoint.checkpoints(run.out / "checkpoints")]
+        saved = [path.name for path in checkpoint.list_checkpoints(run.out / "checkpoints")]
         if saved != ["step_00000001"]:
             raise Wrong(f"after --resume-from 1 --resume may take {saved[-1]}")
 
@@ -65,13 +65,13 @@ def _(subject):
         Path(theirs, "weights").write_text("precious")
         run("--steps", "1")
         (run.out / "checkpoints" / "step_00000000").symlink_to(theirs)
-        code = run("--resume", "--steps", "3", "--keep", "1")
+        code = run("--resume", "--steps", "3", "--keep-checkpoints", "1")
         if code or not Path(theirs, "weights").exists():
             raise Wrong(f"ends with {code}, and the link's target is {'kept' if code else 'lost'}")
 
 
 @contextmanager
-def no_lock(out, patience=0.0):
+def no_lock(out, wait_seconds=0.0):
     yield
 
 
@@ -94,13 +94,14 @@ def everywhere(name, replacement):
 
 LOCKED, STAYS, LEFT, LINKED = (criterion.name for criterion in folder.criteria)
 MUTANTS = [
-    Mutant("two runs in one folder", folder, everywhere("nanoinfra.train.run_directory.lock:locked",
+    Mutant("two runs in one folder", folder,
+           everywhere("nanoinfra.train.run_directory.lock:lock_run_directory",
                                                         no_lock), LOCKED),
     Mutant("overwrites what it finds", folder,
-           everywhere("nanoinfra.train.run_directory.ownership:check_out", anything),
+           everywhere("nanoinfra.train.run_directory.ownership:check_out_folder", anything),
            STAYS),
     Mutant("leaves spoilt checkpoints where they are", folder, patched(
-        main, "nanoinfra.train.checkpoint.retention:abandon_after", lambda root, step: []), LEFT),
+        main, "nanoinfra.train.checkpoint.retention:abandon_checkpoints_after", lambda root, step: []), LEFT),
     Mutant("follows links when it deletes", folder, patched(
         main, "nanoinfra.train.checkpoint.retention:_discard", follows_links), LINKED),
 ]

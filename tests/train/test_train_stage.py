@@ -12,16 +12,16 @@ from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.train import metrics
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
-from nanoinfra.train.step import execute
-from nanoinfra.train.train_stage import Replica
+from nanoinfra.train.step import execute_schedule
+from nanoinfra.train.train_stage import TrainStage
 
 
 def stepped(zero, config=None, **model):
     flags = TrainFlags(ModelFlags(**model), mesh=MeshFlags(zero=zero))
-    replica = Replica(config or sized("test"), flags, Mesh())
+    replica = TrainStage(config or sized("test"), flags, Mesh())
     x = torch.ones(2, 8, dtype=torch.long)
-    replica.begin([(x, x)], 16, lr=1e-3)
-    execute(gradient_accumulation_schedule(1), replica)
+    replica.begin_step([(x, x)], 16, lr=1e-3)
+    execute_schedule(gradient_accumulation_schedule(1), replica)
     return replica
 
 
@@ -30,21 +30,21 @@ def test_gradients_are_summed_in_the_dtype_asked_for_and_float32_by_default(zero
     for asked, want in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
         replica = stepped(zero, dtype="bfloat16", grad_dtype=asked)
         assert {grad.dtype for grad in replica.grads.values()} == {want}
-        assert {p.dtype for p in replica.parallel.chunks[0].model.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in replica.parallel_model.chunks[0].model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_a_new_step_lets_go_of_the_last_ones_gradients(zero):
     replica = stepped(zero)
     old = [weakref.ref(grad) for grad in replica.grads.values()]
-    replica.begin([], 1, lr=0.0)
+    replica.begin_step([], 1, lr=0.0)
     assert not [ref for ref in old if ref() is not None]
 
 
 def test_stage_3_keeps_no_parameter_of_any_family_whole():
     gpt2 = ModelConfig(64, 32, 2, 2, 2, 16, 64, 16, family="gpt2")
     for config in (gpt2, sized("test")):
-        model = stepped(3, config).parallel.chunks[0].model
+        model = stepped(3, config).parallel_model.chunks[0].model
         assert {p.untyped_storage().nbytes() for p in model.parameters()} == {0}
 
 
@@ -59,21 +59,21 @@ def test_the_held_out_score_is_one_ranks_at_every_stage(ranks, tmp_path):
         out = tmp_path.parent / f"{tmp_path.name}-{dp}-{tp}-{len(more)}"
         flags = [*argv, "--dp", str(dp), "--tp", str(tp), *more, "--threads", "1", "--out", str(out)]
         assert ranks(dp * tp).run(main, flags) == [0] * (dp * tp)
-        scores[dp, tp, *more] = [line["held_out_bpb"] for line in metrics.read(out / "metrics.jsonl")]
+        scores[dp, tp, *more] = [line["held_out_bpb"] for line in metrics.read_metrics(out / "metrics.jsonl")]
     for got in scores.values():
         assert got == pytest.approx(scores[1, 1], rel=1e-8)
 
 
 def test_masters_are_the_numbers_drawn_not_those_rounded_to_16_bits():
-    replica = Replica(sized("test"), TrainFlags(ModelFlags(dtype="bfloat16")), Mesh())
+    replica = TrainStage(sized("test"), TrainFlags(ModelFlags(dtype="bfloat16")), Mesh())
     want = init_weights(Decoder(sized("test")), seed=0)
-    for name, master in replica.optimizer.masters.items():
+    for name, master in replica.optimizer.master_weights.items():
         assert torch.equal(master, want.get_parameter(name).detach())
 
 
 @pytest.mark.parametrize("mesh", ["--tp", "--dp"])
 def test_seconds_are_one_ranks_seconds(ranks, tmp_path, mesh):
     argv = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-batch", "1", mesh, "2",
-            "--seconds", "1.5", "--threads", "1", "--out", str(tmp_path)]
+            "--max-seconds", "1.5", "--threads", "1", "--out", str(tmp_path)]
     assert ranks(2).run(main, argv) == [0, 0]
-    assert sum(line["step_s"] for line in metrics.read(tmp_path / "metrics.jsonl")) >= 1.4
+    assert sum(line["step_s"] for line in metrics.read_metrics(tmp_path / "metrics.jsonl")) >= 1.4

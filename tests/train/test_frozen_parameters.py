@@ -15,10 +15,10 @@ from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
-from nanoinfra.train.freeze import frozen_names
-from nanoinfra.train.pretrained import pretrained
-from nanoinfra.train.step import execute
-from nanoinfra.train.train_stage import Replica, drawn
+from nanoinfra.train.frozen_parameters import frozen_parameter_names
+from nanoinfra.train.pretrained import load_pretrained
+from nanoinfra.train.step import execute_schedule
+from nanoinfra.train.train_stage import TrainStage, initial_weights_reader
 
 PATTERNS = ["embed.*", "blocks.0.*", "*.attn.k.weight"]
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--steps", "3", "--seq", "23",
@@ -33,10 +33,10 @@ MORE = ["--dp 2", "--dp 2 --zero 1", "--dp 2 --zero 2 --recompute full", "--tp 2
 
 def test_names_are_matched_as_a_shell_would():
     config = sized("test")
-    assert frozen_names(["blocks.1.attn.[qk].weight"], config) == {"blocks.1.attn.q.weight",
-                                                                   "blocks.1.attn.k.weight"}
-    assert frozen_names([], config) == frozenset()
-    got = frozen_names(["*norm*"], config)
+    assert frozen_parameter_names(["blocks.1.attn.[qk].weight"], config) == {"blocks.1.attn.q.weight",
+                                                                             "blocks.1.attn.k.weight"}
+    assert frozen_parameter_names([], config) == frozenset()
+    got = frozen_parameter_names(["*norm*"], config)
     assert got == {name for name in shapes(config) if "norm" in name}
 
 
@@ -46,7 +46,7 @@ def test_names_are_matched_as_a_shell_would():
     (["embed.*", "blocks.[01].*"], 2, "chunk 0 of the pipeline's 2")])
 def test_what_cannot_be_frozen_is_refused(patterns, chunks, says):
     with pytest.raises(ValueError) as error:
-        frozen_names(patterns, sized("test"), chunks)
+        frozen_parameter_names(patterns, sized("test"), chunks)
     assert says in str(error.value)
 
 
@@ -63,15 +63,16 @@ def test_any_mesh_trains_the_rest_as_one_rank_does(ranks, tmp_path, more):
     world = 2 ** sum(axis in more for axis in ("--dp", "--tp", "--pp"))
     want, weights = alone(tmp_path.parent)
     assert ranks(world).run(main, [*FLAGS, *more.split(), "--out", str(tmp_path)]) == [0] * world
-    for got, one in zip(metrics.read(tmp_path / "metrics.jsonl"), want, strict=True):
+    for got, one in zip(metrics.read_metrics(tmp_path / "metrics.jsonl"), want, strict=True):
         assert got["loss"] == pytest.approx(one["loss"], rel=1e-8)
         assert got["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-8)
     config = sized("test", 257, 23, False)
-    frozen, read = frozen_names(PATTERNS, config), drawn(config, 0)
-    for name, p in pretrained(tmp_path, torch.float64)[0].named_parameters():
+    frozen, read = frozen_parameter_names(PATTERNS, config), initial_weights_reader(config, 0)
+    for name, p in load_pretrained(tmp_path, torch.float64)[0].named_parameters():
         torch.testing.assert_close(p.detach(), weights[name], rtol=1e-8, atol=1e-10)
         assert torch.equal(p.detach(), read(name, ()).double()) == (name in frozen), name
-    manifest = json.loads((checkpoint.newest(tmp_path / "checkpoints") / "manifest.json").read_text())
+    newest = checkpoint.find_newest_checkpoint(tmp_path / "checkpoints")
+    manifest = json.loads((newest / "manifest.json").read_text())
     moments = {name.partition("/")[2] for name in manifest["tensors"] if name.startswith("exp_avg/")}
     assert moments == weights.keys() - frozen
 
@@ -80,15 +81,16 @@ def test_any_mesh_trains_the_rest_as_one_rank_does(ranks, tmp_path, more):
 def alone(folder):
     out = folder / "alone-frozen"
     assert main([*FLAGS, "--out", str(out)]) == 0
-    model = pretrained(out, torch.float64)[0]
-    return metrics.read(out / "metrics.jsonl"), {name: p.detach() for name, p in model.named_parameters()}
+    model = load_pretrained(out, torch.float64)[0]
+    return metrics.read_metrics(out / "metrics.jsonl"), {name: p.detach() for name, p
+                                                         in model.named_parameters()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_frozen_weights_come_back_from_a_checkpoint(ranks, dtype):
     for whole in ranks(2).run(reloaded, dtype):
         for stage, weights in whole.items():
-            want = drawn(sized("test"), 1)
+            want = initial_weights_reader(sized("test"), 1)
             for name, got in weights.items():
                 assert torch.equal(got, want(name, ()).to(got.dtype)), (stage, name)
 
@@ -97,11 +99,12 @@ def reloaded(dtype):
     """{stage: {name: whole weight}} of two ranks that were drawn from seed 0 and loaded what seed 1 wrote."""
     found = {}
     for stage in (0, 1, 2):
-        old, new = (Replica(sized("test"), TrainFlags(
+        old, new = (TrainStage(sized("test"), TrainFlags(
             ModelFlags(dtype=dtype, freeze=("embed.*", "blocks.2.*"), seed=seed),
             mesh=MeshFlags(zero=stage, dp=2)), Mesh(dp=world_size())) for seed in (1, 0))
-        new.load([(piece, tensor.clone()) for piece, tensor in old.pieces()], old.state())
-        model = new.parallel.chunks[0].model
+        new.load_state_dict([(piece, tensor.clone()) for piece, tensor in old.tensor_shards()],
+                            old.state_dict())
+        model = new.parallel_model.chunks[0].model
         found[stage] = {name: p.detach().clone() for name, p in model.named_parameters()
                         if name.startswith(("embed.", "blocks.2."))}
     return found
@@ -113,11 +116,11 @@ def test_the_flags_reach_the_optimizer_and_the_run_says_what_it_trains(tmp_path,
     for steps, decay in ((1, 0.0), (1, 0.3), (2, 0.3)):
         out = tmp_path / f"{steps}-{decay}"
         assert main([*argv, "--steps", str(steps), "--weight-decay", str(decay), "--out", str(out)]) == 0
-        moved[steps, decay] = pretrained(out, torch.float64)[0].get_parameter("blocks.1.mlp.up.weight")
+        moved[steps, decay] = load_pretrained(out, torch.float64)[0].get_parameter("blocks.1.mlp.up.weight")
     assert "62,816 parameters (54,592 of them trained)" in capsys.readouterr().out
-    rates = [line["lr"] for line in metrics.read(out / "metrics.jsonl")]
+    rates = [line["lr"] for line in metrics.read_metrics(out / "metrics.jsonl")]
     assert rates == pytest.approx([0.01, 0.007])           # a cosine's beginning and its middle
-    first = drawn(sized("test", 257, 23, False), 0)("blocks.1.mlp.up.weight", ()).double()
+    first = initial_weights_reader(sized("test", 257, 23, False), 0)("blocks.1.mlp.up.weight", ()).double()
     torch.testing.assert_close(moved[1, 0.0] - moved[1, 0.3], 0.01 * 0.3 * first, rtol=1e-9, atol=1e-12)
 
 
@@ -136,9 +139,9 @@ def test_only_what_trains_costs_memory(zero):
     """As formulas/footprint.py counts it."""
     def bytes_held(*freeze):
         flags = TrainFlags(ModelFlags(dtype="bfloat16", freeze=freeze), mesh=MeshFlags(zero=zero))
-        recipe = Recipe(8, 1, dtype="bfloat16", frozen=frozen_names(freeze, UNTIED))
+        recipe = Recipe(8, 1, dtype="bfloat16", frozen=frozen_parameter_names(freeze, UNTIED))
         replica = stepped(flags)
-        held = metrics.held([*replica.tensors(), *replica.grads.values()])
+        held = metrics.distinct_storage_bytes([*replica.persistent_tensors(), *replica.grads.values()])
         assert held == sum(model_states(UNTIED, Layout(zero=zero), recipe).values())
         return held
     blocks = sum(torch.Size(shape).numel() for name, shape in shapes(UNTIED).items() if ".0." in name)
@@ -148,8 +151,8 @@ def test_only_what_trains_costs_memory(zero):
 
 def stepped(flags):
     """One rank's replica after a step's backward, its gradients in hand."""
-    replica = Replica(UNTIED, flags, Mesh())
+    replica = TrainStage(UNTIED, flags, Mesh())
     x = torch.ones(2, 8, dtype=torch.long)
-    replica.begin([(x, x)], 16, lr=1e-3)
-    execute(gradient_accumulation_schedule(1), replica)
+    replica.begin_step([(x, x)], 16, lr=1e-3)
+    execute_schedule(gradient_accumulation_schedule(1), replica)
     return replica

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanoinfra.train.loss_scale import LARGEST, LossScale
+from nanoinfra.train.loss_scale import _MAX_LOSS_SCALE, LossScale
 
 
 def values(scale, overflows):
@@ -16,12 +16,14 @@ def values(scale, overflows):
 
 
 def test_it_halves_on_overflow_and_doubles_after_good_steps_in_a_row():
-    got = values(LossScale(8, grow_after=3), [False, False, True, False, False, False, False, True, True])
+    got = values(LossScale(8, growth_interval=3),
+                 [False, False, True, False, False, False, False, True, True])
     assert got == [8, 8, 4, 4, 4, 8, 8, 4, 2]
 
 
 def test_an_overflow_starts_the_count_again():
-    assert values(LossScale(8, grow_after=2), [False, True, False, True, False, False]) == [8, 4, 4, 2, 2, 4]
+    assert values(LossScale(8, growth_interval=2), [False, True, False, True, False, False]) == [8, 4, 4, 2,
+                                                                                                 2, 4]
 
 
 def test_the_usual_scale():
@@ -31,7 +33,7 @@ def test_the_usual_scale():
 
 
 def test_it_stops_growing_at_the_largest():
-    assert values(LossScale(LARGEST / 2, grow_after=1), [False] * 3) == [LARGEST] * 3
+    assert values(LossScale(_MAX_LOSS_SCALE / 2, growth_interval=1), [False] * 3) == [_MAX_LOSS_SCALE] * 3
 
 
 def test_below_one_the_model_is_to_blame():
@@ -44,15 +46,16 @@ def test_below_one_the_model_is_to_blame():
 
 @given(st.lists(st.booleans(), max_size=60), st.lists(st.booleans(), max_size=60), st.integers(1, 7))
 def test_it_goes_on_from_its_state_and_stays_a_power_of_two(before, after, grow_after):
-    one, other = LossScale(2.0**23, grow_after), LossScale(grow_after=grow_after)
+    one, other = LossScale(2.0**23, grow_after), LossScale(growth_interval=grow_after)
     values(one, before[:20])
-    other.load(json.loads(json.dumps(one.state())))
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     got = values(one, after[:3])
     assert values(other, after[:3]) == got
-    assert all(1 <= value <= LARGEST and value.as_integer_ratio()[0].bit_count() == 1 for value in got)
+    assert all(1 <= value <= _MAX_LOSS_SCALE and value.as_integer_ratio()[0].bit_count() == 1 for value
+               in got)
 
 
-@pytest.mark.parametrize("value, grow_after", [(0.5, 1), (LARGEST * 2, 1), (8, 0)])
+@pytest.mark.parametrize("value, grow_after", [(0.5, 1), (_MAX_LOSS_SCALE * 2, 1), (8, 0)])
 def test_a_scale_out_of_range_is_refused(value, grow_after):
     with pytest.raises(ValueError, match="try 65536 and 2000"):
         LossScale(value, grow_after)
