@@ -1,10 +1,10 @@
-"""The shape of a decoder: the numbers from which parameters, FLOPs and bytes follow.
+"""The model configuration: sizes, model family and RoPE scaling of a decoder, and the named model sizes.
 
-`ModelConfig` is all that formulas, model, checkpoints and planner know of a model; `SIZES` is the one dial
-of the command line. A family says which parts a decoder is made of: GPT-2 (Radford et al. 2019), LLaMA
-(Touvron et al. 2023; SmolLM2 is one), Qwen2 (2024: LLaMA with biases of q, k, v), Qwen3 (2025: LLaMA with
-normed queries and keys), Mistral (Jiang et al. 2023: LLaMA with a sliding window), Phi-3 (Abdin et al. 2024:
-the same), OPT (Zhang et al. 2022: GPT-2 with ReLU), BLOOM (2022: GPT-2 with ALiBi and normed embeddings).
+`ModelConfig` is all that formulas, model, checkpoints and planner know of a model. Families: GPT-2 (Radford
+et al. 2019), LLaMA (Touvron et al. 2023; also SmolLM2), Qwen2 (2024: LLaMA with biases of q, k, v), Qwen3
+(2025: LLaMA with RMSNorm on q and k), Mistral (Jiang et al. 2023: LLaMA with a sliding window), Phi-3 (Abdin
+et al. 2024: the same), OPT (Zhang et al. 2022: GPT-2 with ReLU), BLOOM (2022: GPT-2 with ALiBi and a norm
+after the embedding).
 """
 from dataclasses import asdict, dataclass, replace
 
@@ -14,13 +14,13 @@ ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class Family:
-    """The parts a decoder is made of. Adding a family is adding a row to `FAMILIES`."""
+    """The building blocks of a model family. To add a family is to add a row to `MODEL_FAMILIES`."""
     norm: str                  # "layer" (weight and bias) or "rms" (weight)
-    gated: bool                # has the MLP a gate: down(act(gate(x)) * up(x)) instead of down(act(up(x)))
-    activation: str            # one of ACTIVATIONS, unless the configuration names another
+    gated: bool                # the MLP has a gate: down(act(gate(x)) * up(x)) instead of down(act(up(x)))
+    activation: str            # one of ACTIVATION_NAMES, unless the configuration names another
     position: str              # "learned", "rope" or "alibi"
-    biases: tuple[str, ...] = ()   # linear layers of a block that have one, unless the configuration says
-    qk_norm: bool = False      # RMS norm over each head of q and of k, before RoPE
+    biases: tuple[str, ...] = ()   # linears of a block that have a bias, unless the configuration says so
+    qk_norm: bool = False      # RMSNorm over each head of q and of k, before RoPE
     embed_norm: bool = False   # a norm after the embedding
 
 
@@ -40,9 +40,9 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's frequencies are stretched for longer sequences than a model was first trained with.
+    """RoPE scaling: how RoPE's frequencies change for a longer context than the model was first trained with.
 
-    The formulas, and which of the numbers each kind reads, are in model/rope.py.
+    The formulas, and the fields that each kind reads, are in model/rope.py.
     """
     kind: str                              # "linear", "dynamic", "yarn", "llama3" or "factors"
     factor: float = 1.0
@@ -52,13 +52,17 @@ class RopeScaling:
     beta_fast: float = 32.0                # yarn
     beta_slow: float = 1.0                 # yarn
     attention_factor: float = 1.0          # yarn: cos and sin are multiplied by it
-    truncate: bool = True                  # yarn: whole pairs as borders
+    truncate: bool = True                  # yarn: the ramp begins and ends at whole pairs
     factors: tuple[float, ...] = ()        # factors: what each pair's frequency is divided by, (K/2,)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of one decoder; letters as in shape comments. Hashable, and JSON through `to_dict`."""
+    """The configuration of one decoder; the letters are those of shape comments. It is hashable.
+
+    Raises ValueError for an unknown family or activation, a window below 1, or heads that kv_heads does not
+    divide.
+    """
     vocab: int                 # V
     width: int                 # C
     layers: int                # L
@@ -66,17 +70,17 @@ class ModelConfig:
     kv_heads: int              # KV heads; divides H
     head_dim: int              # K; H*K may differ from C (Qwen3)
     hidden: int                # F, inside the MLP
-    context: int               # longest sequence it is made for
-    tied: bool = True          # the head is the embedding
-    family: str = "llama"      # a key of FAMILIES
+    context: int               # T, the longest sequence (context length)
+    tied: bool = True          # the head shares its weight with the embedding
+    family: str = "llama"      # a key of MODEL_FAMILIES
     eps: float = 1e-5          # inside the norms
     theta: float = 10000.0     # RoPE base
     rope_scaling: RopeScaling | None = None
-    window: int | None = None  # tokens that a query sees, itself included; None: all before it
-    full_layers: int = 0       # the first layers, which have no window
+    window: int | None = None  # sliding window: tokens that a query sees, itself included; None: no window
+    full_layers: int = 0       # so many of the first layers have no window
     activation: str | None = None          # of the MLP; None: the family's
-    attention_bias: bool | None = None     # have q, k, v and o biases; None: as the family
-    mlp_bias: bool | None = None           # have the MLP's linear layers biases; None: as the family
+    attention_bias: bool | None = None     # q, k, v and o have biases; None: as the family
+    mlp_bias: bool | None = None           # the linears of the MLP have biases; None: as the family
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -96,37 +100,41 @@ class ModelConfig:
 
     @property
     def parts(self) -> Family:
-        """The parts this decoder is made of."""
+        """The building blocks of this decoder's family."""
         return FAMILIES[self.family]
 
     @property
     def act(self) -> str:
-        """The MLP's activation."""
+        """The name of the MLP's activation: the configuration's, or the family's."""
         return self.activation or self.parts.activation
 
     @property
     def cached_context(self) -> int:
-        """The longest sequence whose keys may be kept: past it dynamic scaling turns all of them anew."""
+        """The longest sequence that a KV cache can hold.
+
+        Dynamic RoPE scaling changes the angles of all keys past the original context, so cached keys would be
+        wrong there.
+        """
         scaling = self.rope_scaling
         return scaling.original_context if scaling and scaling.kind == "dynamic" else self.context
 
     def has_bias(self, linear: str) -> bool:
-        """Has this linear layer of a block ("q", "k", "v", "o", "gate", "up", "down") a bias?"""
+        """Whether this linear of a block ("q", "k", "v", "o", "gate", "up" or "down") has a bias."""
         said = self.attention_bias if linear in ATTENTION else self.mlp_bias
         return linear in self.parts.biases if said is None else said
 
     def window_of(self, layer: int) -> int | None:
-        """Tokens that a query of this layer sees, itself included; None: all before it."""
+        """The sliding window of this layer: tokens that a query sees, itself included; None: no window."""
         return None if layer < self.full_layers else self.window
 
     def to_dict(self) -> dict:
-        """The fields by name, for JSON."""
+        """The fields by name, as plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Size:
-    """One notch of the dial: a model, and the learning rate that suits AdamW there."""
+    """A named model size: its configuration, and a learning rate for AdamW that suits it."""
     model: ModelConfig
     lr: float
 
@@ -149,7 +157,10 @@ SIZES = {                    # V      C    L   H  KV     F     T  tied    lr
 
 def sized(name: str, vocab: int | None = None, context: int | None = None,
           tied: bool | None = None) -> ModelConfig:
-    """The model of size `name`, with another vocabulary, context or head where given."""
+    """The ModelConfig of a named size, with another vocabulary, context or tying where given.
+
+    Raises ValueError for a name that `MODEL_SIZES` does not have.
+    """
     if name not in SIZES:
         raise ValueError(f"no size named {name!r}; there are {', '.join(SIZES)}")
     given = {"vocab": vocab, "context": context, "tied": tied}

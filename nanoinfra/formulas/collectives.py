@@ -1,8 +1,8 @@
-"""Bytes and seconds of collectives.
+"""Collectives: the bytes that each rank sends, and their seconds by the alpha-beta model.
 
-Payload S is the full tensor's bytes: what all-reduce sums, all-gather returns, reduce-scatter and all-to-all
-take. Ring, per rank: all-reduce 2 (n-1)/n S, all-gather, reduce-scatter, all-to-all (n-1)/n S, broadcast S.
-Seconds by the alpha-beta model (Hockney 1994): steps * alpha + bytes / beta; `fit` finds both from times.
+The payload S is the full tensor's bytes: all-reduce sums it, all-gather returns it, reduce-scatter and
+all-to-all take it. In a ring each of n ranks sends 2 (n-1)/n S for an all-reduce, (n-1)/n S for all-gather,
+reduce-scatter and all-to-all, S for a broadcast. Seconds are steps * alpha + bytes / beta (Hockney 1994).
 Rings: Patarasuk & Yuan 2009.  Trees: Thakur, Rabenseifner & Gropp 2005.
 """
 from dataclasses import dataclass
@@ -34,17 +34,17 @@ _STEPS = {
 
 
 def ring_bytes(op: str, payload: float, n: int) -> float:
-    """Bytes each of `n` ranks sends (for recv: receives) in a ring `op` on `payload` bytes; 0 when n is 1."""
+    """Bytes that each rank sends (for recv: receives) in a ring collective `op`; 0 on a single rank."""
     return payload * _SENT[op](n) if n > 1 else 0.0
 
 
 def ring_steps(op: str, n: int) -> int:
-    """Messages that follow one another in a ring `op` on `n` ranks: each pays the latency once."""
+    """Messages of a ring collective `op` that follow one another; each of them pays the latency once."""
     return _STEPS[op](n) if n > 1 else 0
 
 
 def ring_seconds(op: str, payload: float, n: int, latency: float, bandwidth: float) -> float:
-    """Seconds a ring `op` takes; `latency` in s a message, `bandwidth` in bytes/s a direction of a link."""
+    """Seconds of a ring collective `op`; `latency` in s a message, `bandwidth` in bytes/s a direction."""
     return ring_steps(op, n) * latency + ring_bytes(op, payload, n) / bandwidth
 
 
@@ -60,7 +60,7 @@ def tree_seconds(payload: float, n: int, latency: float, bandwidth: float) -> fl
 
 @dataclass(frozen=True)
 class Fit:
-    """alpha and beta of a wire that was timed, and by what share the times miss that line."""
+    """Latency (alpha) and bandwidth (beta) fitted to measured seconds, and the relative errors of the fit."""
     latency: float                           # s a message
     bandwidth: float                         # bytes/s, one direction of a link
     mean_miss: float
@@ -68,11 +68,11 @@ class Fit:
 
 
 def fit(op: str, n: int, seconds: dict[int, float]) -> Fit:
-    """The alpha and beta that come closest to the seconds of ring `op` on `n` ranks, by payload.
+    """Fit latency and bandwidth to the measured seconds of the ring collective `op`, by payload bytes.
 
-    Closest: the least sum of relative misses, so a microsecond counts at 4 kB and a wild time bends nothing.
-    Such a line goes through two of the points (or one, at alpha = 0), so all of those are tried.
-    Raises ValueError where nothing was sent.
+    The fit has the least sum of relative errors, so that a microsecond counts at 4 kB and an outlier bends
+    nothing. Such a line goes through two of the points (or through one, at alpha = 0), so all of these lines
+    are tried. Raises ValueError where nothing was sent.
     """
     points = [(ring_steps(op, n), ring_bytes(op, payload, n), t) for payload, t in seconds.items()]
     lines = [line for pair in combinations(points, 2) if (line := _through(*pair))]
@@ -98,11 +98,11 @@ def _misses(points, alpha, inverse):
 
 
 def step_bytes(payload: float, ranks: int, servers: int) -> tuple[float, float]:
-    """(a server's, a worker's) bytes in one step of a parameter server over its link.
+    """Bytes in one step of a parameter server over (a server's link, a worker's link).
 
-    A rank's link carries both directions at once, so what counts is its busier direction, in push and in
-    pull. `payload` is the bytes of the parameters; `servers == ranks` means one server on every worker, which
-    sends what an all-reduce sends (Li et al. 2014; Rajbhandari et al. 2020 call it ZeRO-1).
+    A rank's link carries both directions at once, so the busier direction counts, in push and in pull.
+    `payload` is the bytes of the weights. `servers == ranks` means a server on every worker, which together
+    send as much as an all-reduce (Li et al. 2014; Rajbhandari et al. 2020 call it ZeRO-1).
     """
     if servers == ranks:
         both = ring_bytes("reduce_scatter", payload, ranks) + ring_bytes("all_gather", payload, ranks)
@@ -111,10 +111,9 @@ def step_bytes(payload: float, ranks: int, servers: int) -> tuple[float, float]:
 
 
 def pull_seconds(payload: float, ranks: int, servers: int, latency: float, bandwidth: float) -> float:
-    """Seconds until the last worker has its weights: a server's link sends to one after the other.
+    """Seconds until the last worker has pulled the weights: a server's link sends to one after the other.
 
-    Push takes as long where the receiver's link is the narrow one; distributed/emulated_link.py charges the
-    sender's alone.
+    A push takes as long where the receiver's link is the narrow one; the emulated link charges the sender's.
     """
     if servers == ranks:
         return ring_seconds("all_gather", payload, ranks, latency, bandwidth)

@@ -1,11 +1,9 @@
-"""What a call of a served decoder costs, and how many tokens a second it can give at most.
+"""The cost of inference: FLOPs and bytes of one forward call, and the roofline's limit in tokens a second.
 
-A call runs T new tokens of each of B sequences, which then have S: prefill is T = S, decode T = 1. It reads
-all weights once and S cached tokens of each sequence, Psi d + B S (2 L KV K d) bytes, activations aside, so
-
-    tokens/s <= B T / max(bytes / bandwidth, FLOPs / peak)
-
-Pope et al. 2022, section 2; the roofline of Williams et al. 2009. `dtype_bytes` d of a weight and of a key.
+A call computes T new tokens of each of B sequences, which then have S tokens: prefill has T = S, decode has
+T = 1. It reads all weights and S cached tokens of each sequence: Psi d + B S (2 L KV K d) bytes, d bytes for
+a weight or key; activations are left out. So tokens/s <= B T / max(bytes / bandwidth, FLOPs / peak FLOPs).
+Pope et al. 2022, section 2; the roofline of Williams et al. 2009.
 """
 from math import inf
 
@@ -16,9 +14,10 @@ from nanoinfra.formulas.parameters import parameters_by_part
 
 
 def call_flops(config: ModelConfig, batch: int, new: int, total: int) -> int:
-    """FLOPs of a call of `new` tokens that see `total`; the head reads the last one of each sequence.
+    """FLOPs of one forward call: `batch` sequences of `total_tokens`, of which `new_tokens` are computed.
 
-    By convention every query meets all `total` keys, as in flops.py.
+    The head computes the last token of each sequence alone. By convention every query meets all
+    `total_tokens` keys, as in flops.py.
     """
     forward = forward_flops(config, total)
     head = forward.pop("head")
@@ -26,41 +25,44 @@ def call_flops(config: ModelConfig, batch: int, new: int, total: int) -> int:
 
 
 def weight_bytes(config: ModelConfig, dtype_bytes: int) -> int:
-    """Bytes of the weights that a call reads whole: all but what is looked up, row by row."""
+    """Bytes of weights that one call reads: all of them but the embeddings, of which it reads single rows."""
     parts = parameters_by_part(config)
     looked_up = parts["positions"] + (0 if config.tied else parts["embedding"])
     return dtype_bytes * (sum(parts.values()) - looked_up)
 
 
 def cache_bytes(config: ModelConfig, batch: int, total: int, dtype_bytes: int) -> int:
-    """Bytes of keys and values that a call reads, `total` tokens of each sequence: the new ones too."""
+    """Bytes of KV cache that one call reads: `total_tokens` of each sequence, the new tokens included."""
     return batch * total * kv_cache_bytes_per_token(config, dtype_bytes)
 
 
 def call_bytes(config: ModelConfig, batch: int, total: int, dtype_bytes: int) -> int:
-    """Bytes that a call reads, however many tokens are new."""
+    """Bytes of weights and KV cache that one call reads, whatever the number of new tokens."""
     return weight_bytes(config, dtype_bytes) + cache_bytes(config, batch, total, dtype_bytes)
 
 
 def intensity(config: ModelConfig, batch: int, new: int, total: int, dtype_bytes: int) -> float:
-    """FLOPs a byte that is read."""
+    """FLOPs for each byte that one call reads."""
     return call_flops(config, batch, new, total) / call_bytes(config, batch, total, dtype_bytes)
 
 
 def even_batch(config: ModelConfig, total: int, dtype_bytes: int) -> float:
-    """Sequences of `total` tokens whose cache is as large as the weights: past it, batching gains little."""
+    """The batch size at which KV cache and weights have the same bytes; larger batches gain little."""
     return weight_bytes(config, dtype_bytes) / cache_bytes(config, 1, total, dtype_bytes)
 
 
 def ceiling(config: ModelConfig, batch: int, new: int, total: int, dtype_bytes: int, bandwidth: float = inf,
             peak: float = inf) -> float:
-    """Tokens/s of calls of `new` tokens that see `total`, at most: `bandwidth` in B/s, `peak` in FLOP/s."""
+    """The roofline's limit in tokens/s; `bandwidth` is in bytes/s, `peak_flops` in FLOP/s."""
     read, work = call_bytes(config, batch, total, dtype_bytes), call_flops(config, batch, new, total)
     return batch * new * min(bandwidth / read, peak / work)
 
 
 def answer_flops(config: ModelConfig, prompt: int, new: int, cached: bool = True) -> int:
-    """FLOPs of `new` tokens after a prompt: prefill and a token a call, or all tokens again in each call."""
+    """FLOPs to generate `new_tokens` after a prompt of `prompt_tokens`.
+
+    With a KV cache: a prefill, then one token a call. Without one, each call computes all tokens again.
+    """
     if cached:
         steps = range(prompt + 1, prompt + new)
         return call_flops(config, 1, prompt, prompt) + sum(call_flops(config, 1, 1, S) for S in steps)

@@ -1,11 +1,9 @@
-"""What a training rank holds at its worst moment, part by part: bytes that follow from shapes and flags.
+"""The peak memory of a training rank, by part: modelled bytes that follow from shapes and flags.
 
-    weights + gradients + optimizer     model states, cut by tp, pp and ZeRO          formulas/zero.py
-    activations, once a micro-batch     that the schedule has under way               formulas/activations.py
-    work                                what one product, layer or update has in hand
-    buffers                             gradients, units, messages on their way
-
-The largest of a run's moments counts. States: Rajbhandari et al. 2020; activations: Korthikanti et al. 2022.
+The parts are weights, gradients and optimizer states, sharded by tp, pp and ZeRO (formulas/zero.py); saved
+activations of each micro-batch in flight (formulas/activations.py); temporary work tensors of one product,
+layer or update; communication buffers; input batches. The largest moment of a run counts. On a CPU the heap
+adds its fragmentation. States: Rajbhandari et al. 2020; activations: Korthikanti et al. 2022.
 """
 from math import prod
 from typing import NamedTuple
@@ -20,28 +18,28 @@ from nanoinfra.formulas.traffic_by_axis import TIED, chunks, held_shapes
 from nanoinfra.formulas.zero import padded, states_bytes, zero_buffers
 
 ROWS_BYTES = 2 << 20                         # of logits at a time, as in parallel/vocab_parallel.py
-MAPPED = 32 << 20                            # DEFAULT_MMAP_THRESHOLD_MAX
-HOLES = {2: 0.7, 4: 0.25, 8: 0.25}           # of what a step makes, by bytes of a number
-MADE = ("activations", "work", "buffers")    # by a step, and gone after it
+MAPPED = 32 << 20                            # DEFAULT_MMAP_THRESHOLD_MAX of glibc
+HOLES = {2: 0.7, 4: 0.25, 8: 0.25}           # share of what a step allocates, by bytes of a number
+MADE = ("activations", "work", "buffers")    # parts that a step allocates and frees
 PREFETCH = 2                                 # steps that the loader makes ahead
 
 
 class Layout(NamedTuple):
-    """Over how many ranks a model is cut, and how."""
+    """How a model is parallelized: the sizes of the mesh axes, ZeRO stage, pipeline schedule."""
     pp: int = 1
     dp: int = 1
     tp: int = 1
-    sp: str = "none"                         # of tensor.SP
+    sp: str = "none"                         # one of SEQUENCE_PARALLEL_MODES
     zero: int = 0
     schedule: str = "1f1b"
-    virtual: int = 1                         # chunks of a stage
+    virtual: int = 1                         # chunks of the model that each stage holds
 
 
 class Recipe(NamedTuple):
-    """What a data-parallel rank does in a step."""
+    """The shapes and settings of one training step on a data-parallel rank."""
     seq: int                                 # T
-    micro_batch: int                         # sequences at once
-    micro_batches: int = 1                   # one after another
+    micro_batch: int                         # sequences in one forward
+    micro_batches: int = 1                   # forwards in one step (gradient accumulation)
     dtype: str = "float32"
     grad_dtype: str = "float32"
     optimizer: str = "adamw"
@@ -51,19 +49,23 @@ class Recipe(NamedTuple):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number of the stream."""
+        """Bytes of one number of weights and hidden states."""
         return BYTES[self.dtype]
 
 
 def footprint(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int = 0) -> dict[str, int]:
-    """Bytes that a rank of `stage` holds at its worst moment, by part; the process itself apart."""
+    """Bytes that a rank of pipeline stage `stage` holds at its peak, by part; without the process itself."""
     worst = max(moments(config, layout, recipe, stage).values(), key=lambda parts: sum(parts.values()))
     return {name: n for name, n in worst.items() if n}
 
 
 def moments(config: ModelConfig, layout: Layout, recipe: Recipe,
             stage: int = 0) -> dict[str, dict[str, int]]:
-    """The parts at each moment that can be the worst one: of the start, of a step."""
+    """Bytes by part at each moment of the run that can be the peak.
+
+    "start": weights are drawn or read; "loss": all activations are there; "layer": backward recomputes a
+    layer; "reduced": gradients are reduced; "update": the optimizer steps.
+    """
     states = model_states(config, layout, recipe, stage)
     whole, travelling = states.pop("gradients"), buffers(config, layout, recipe, stage)
     last = stage == layout.pp - 1
@@ -83,10 +85,10 @@ def moments(config: ModelConfig, layout: Layout, recipe: Recipe,
 
 
 def model_states(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int = 0) -> dict[str, int]:
-    """Bytes of "weights", "gradients" and "optimizer" (masters and moments), all gradients in hand.
+    """Bytes of "weights", "gradients" and "optimizer" (master weights and moments) with all gradients.
 
-    ZeRO-1 keeps gradients whole from micro-batch to micro-batch; of a single one they leave as in stage 2.
-    What is frozen has weights alone, cut by ZeRO-3.
+    ZeRO-1 keeps gradients unsharded from micro-batch to micro-batch; with a single micro-batch it reduces
+    them as stage 2 does. Frozen parameters have weights alone, sharded by ZeRO-3.
     """
     zero = 2 if layout.zero == 1 and recipe.micro_batches == 1 else layout.zero
     held = held_shapes(config, layout.pp, layout.tp, stage, v=layout.virtual)
@@ -101,15 +103,15 @@ def model_states(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int
 
 
 def gradients_held(layout: Layout, recipe: Recipe, whole: int) -> int:
-    """Gradients there while activations are at their most, of `whole` at the end of the step.
+    """Bytes of gradients while activations are at their peak; `whole` is what they take at the step's end.
 
-    Plain data parallelism keeps its buckets. ZeRO forgets the last step's: its first micro-batch finds none.
+    Plain data parallelism keeps its buckets. ZeRO frees the last step's: its first micro-batch finds none.
     """
     return whole if layout.zero == 0 or recipe.micro_batches > 1 else 0
 
 
 def activations(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int = 0) -> int:
-    """Bytes kept for backward by the micro-batches that a stage has under way, and its border's streams."""
+    """Bytes of saved activations of the micro-batches in flight in a stage, with its input and output."""
     p, v, d = layout.pp, layout.virtual, recipe.itemsize
     flying = in_flight(layout.schedule, p, stage, recipe.micro_batches, v)
     how = _how(layout, recipe)
@@ -120,27 +122,28 @@ def activations(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int 
 
 
 def last_ends(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:
-    """Bytes of logits, final norm and what the head read, of the micro-batches that the last stage has."""
+    """Bytes of logits, final norm and head input, for the micro-batches in flight in the last stage."""
     return _flying_ends(layout, recipe) * sum(_end_terms(config, layout, recipe).values())
 
 
 def logits_bytes(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:
-    """Those of the logits alone."""
+    """Bytes of the logits of the micro-batches in flight in the last stage."""
     return _flying_ends(layout, recipe) * _end_terms(config, layout, recipe)["logits"]
 
 
 def loss_work(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:
-    """In hand around the loss: rows of wide logits, or both gradients of the head and its scaled input."""
+    """Work bytes of the loss: rows of float32 logits, or the head's two gradients and its scaled input."""
     d, tokens = recipe.itemsize, recipe.micro_batch * recipe.seq
     rows = min(ROWS_BYTES, tokens * part(config, layout.tp).vocab * max(4, d))
     return max(rows * (2 if d < 4 else 1), 2 * tokens * config.width * d + _head(config, layout, recipe))
 
 
 def layer_work(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:
-    """In hand while one layer goes back: what runs again, and gradients of what it had made.
+    """Work bytes of one layer's backward: what it recomputes, and gradients of its activations.
 
-    Gradients: of the stream, three times in wide; of the MLP's hidden, twice behind a gate, and of a matrix;
-    or of naive attention's squares, twice, when what the MLP and the values' product had read is gone.
+    These gradients are three of the hidden states (float32 at least), those of the MLP's hidden units (two
+    with a gate) and of one matrix; or two of naive attention's matrices, when the inputs of the MLP and of
+    the values' product are freed.
     """
     mine, how, wide = part(config, layout.tp), _how(layout, recipe), max(4, recipe.itemsize)
     tokens = recipe.micro_batch * padded_seq(recipe.seq, layout.tp, layout.sp)
@@ -155,18 +158,18 @@ def layer_work(config: ModelConfig, layout: Layout, recipe: Recipe) -> int:
 
 
 def update_work(recipe: Recipe, gradients: int) -> int:
-    """The optimizer's copy of the gradients, where their dtype is not its own."""
+    """Bytes of the optimizer's copy of the gradients, where their dtype differs from the master weights'."""
     own, wide = BYTES[recipe.grad_dtype], max(4, recipe.itemsize)
     return 0 if own == wide else gradients // own * wide
 
 
 def draw_work(config: ModelConfig) -> int:
-    """The largest parameter, drawn or read whole in float32, and a rank's part of it."""
+    """Bytes of the largest parameter, drawn or read whole in float32, and of a rank's shard of it."""
     return 2 * 4 * max(map(prod, shapes(config).values()))
 
 
 def buffers(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int = 0) -> int:
-    """What is on its way over dp (ZeRO) and pp: buckets or units, and four messages."""
+    """Bytes of communication buffers: ZeRO's buckets or units over dp, and four messages over pp."""
     B, d = recipe.micro_batch, recipe.itemsize
     stream = message_bytes(config, B, recipe.seq, d) // (layout.tp if layout.sp != "none" else 1)
     messages = 4 * stream if layout.pp > 1 else 0
@@ -179,7 +182,7 @@ def buffers(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int = 0)
 
 
 def batches(recipe: Recipe) -> int:
-    """Tokens and targets, int64, of the steps at hand, and one sample while it is drawn."""
+    """Bytes of int64 tokens and targets: this step's, those of prefetched steps, and a sample being made."""
     step = 16 * recipe.micro_batches * recipe.micro_batch * recipe.seq
     return (1 + PREFETCH) * step + 16 * recipe.micro_batch * recipe.seq + 41 * recipe.seq
 
@@ -194,7 +197,7 @@ def _end_terms(config, layout, recipe):
 
 
 def _flying_ends(layout, recipe):
-    """How many micro-batches the last stage has under way in its last chunk."""
+    """The number of micro-batches in flight in the last stage's last chunk."""
     flying = in_flight(layout.schedule, layout.pp, layout.pp - 1, recipe.micro_batches, layout.virtual)
     return -(-flying // layout.virtual)
 
@@ -205,13 +208,13 @@ def _head(config, layout, recipe):
 
 
 def heap_rest(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int = 0) -> int:
-    """Bytes that glibc's heap keeps beside those of `footprint` on a CPU, modelled.
+    """Bytes that glibc's heap takes beside those of `peak_memory_by_part` on a CPU, modelled.
 
-    A block of 32 MiB or more is mapped by itself and given back when it is freed. A smaller one comes from
-    the heap, which gives nothing back from its middle: what it held at its most stays beside blocks that are
-    mapped at another moment, say logits, which are gone before a layer runs again. An aligned block does not
-    fit where one of the same size was (glibc bug 14581, up to 2.37): a share of the heap is holes, measured
-    with 2.36.
+    A block of 32 MiB or more is mapped by itself and returned to the system when it is freed. A smaller one
+    comes from the heap, which returns nothing from its middle: its peak stays resident beside blocks that are
+    mapped at another moment, such as logits, which are freed before a layer is recomputed. And an aligned
+    block does not fit where one of the same size was (glibc bug 14581, up to 2.37), so a share of the heap is
+    holes, measured with glibc 2.36.
     """
     mine, column = part(config, layout.tp), recipe.micro_batch * recipe.seq * recipe.itemsize
     if column * mine.hidden >= MAPPED:

@@ -1,9 +1,8 @@
-"""How many parameters a decoder has, exactly: one map from name to shape, and sums over it.
+"""The parameters of a decoder: the shape of each by its name, and exact counts. No model is built for it.
 
+The names are those of model/decoder.py's `named_parameters()`. A tied head counts once, as embedding.
 GPT-2: Psi = 12 L C^2 (1 + 13/(12 C) + (V + T)/(12 L C)) + 2 C: Narayanan et al. 2021, equation 2, and the
-2 C of the final norm, which the paper leaves out. OPT has the same, BLOOM no T C and 2 C more. A tied head
-counts once, as embedding. The map names what `model/decoder.py` names, so that anyone can know a model's
-tensors without building it.
+2 C of the final norm, which the paper leaves out. OPT has the same; BLOOM has no T C, and 2 C more.
 V vocabulary, C width, L layers, H query heads, KV key/value heads, K head_dim, F hidden, T context.
 """
 from math import prod
@@ -14,12 +13,15 @@ PARTS = ("embedding", "positions", "attention", "mlp", "norms", "head")
 
 
 def parameters(config: ModelConfig) -> int:
-    """Number of parameters, a tied head counted once."""
+    """The number of parameters; a tied head counts once."""
     return sum(parameters_by_part(config).values())
 
 
 def parameters_by_part(config: ModelConfig) -> dict[str, int]:
-    """Number of parameters in each of `PARTS`; biases go with their matrix, q's and k's norms with norms."""
+    """The number of parameters in each of `MODEL_PARTS`.
+
+    A bias counts with its matrix; the norms of q and k count with the norms.
+    """
     count = dict.fromkeys(PARTS, 0)
     for name, shape in shapes(config).items():
         count[part_of(name)] += prod(shape)
@@ -27,7 +29,7 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
 
 
 def part_of(name: str) -> str:
-    """The one of `PARTS` that the parameter called `name` belongs to."""
+    """The one of `MODEL_PARTS` to which this parameter belongs. Raises ValueError for an unknown name."""
     for word, part in (("norm", "norms"), (".attn.", "attention"), (".mlp.", "mlp"),
                        ("embed.", "embedding"), ("positions.", "positions"), ("head.", "head")):
         if word in name:
@@ -36,7 +38,7 @@ def part_of(name: str) -> str:
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by name, in the order of `named_parameters()`; matrices are (out, in)."""
+    """The shape of every parameter by name, in the order of `named_parameters()`; matrices are (out, in)."""
     V, C = config.vocab, config.width
     found = {"embed.weight": (V, C)}
     if config.parts.position == "learned":
@@ -51,7 +53,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of one block, by its name inside the block."""
+    """The shape of every parameter of one block (layer), by its name inside the block."""
     C, F, K = config.width, config.hidden, config.head_dim
     queries, keys = config.heads * K, config.kv_heads * K
     found = _norm("norm1", config)

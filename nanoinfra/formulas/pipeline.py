@@ -1,11 +1,10 @@
-"""Pipelines in numbers: which layers a stage gets, how long it idles, what it keeps, what it sends.
+"""Pipeline parallelism: the layers of each stage, idle time and bubble, micro-batches in flight, bytes sent.
 
     gpipe, 1f1b   idle (p-1)(F+B+W) of a step        fraction (p-1)/(m+p-1)
     interleaved   (p-1)(F+B+W)/v                     (p-1)/(v m+p-1)
     zb-h1         (p-1) max(F, B, F+B-W) for m >= p
-F, B, W: seconds of a stage's forward and of its backward to inputs and to weights, for one micro-batch; p
-stages, m micro-batches, v chunks a stage. Narayanan et al. 2021, section 2.2; Qi et al. 2023, table 2.
-B sequences, T tokens, C width.
+F, B, W: seconds of a stage's forward, backward for inputs and backward for weights of one micro-batch;
+p stages, m micro-batches, v chunks a stage. Narayanan et al. 2021, section 2.2; Qi et al. 2023, table 2.
 """
 from itertools import accumulate
 
@@ -15,11 +14,12 @@ from nanoinfra.formulas.parameters import shapes
 
 
 def split(config: ModelConfig, n: int, seq: int) -> list[tuple[int, int]]:
-    """(first layer, one past the last) of each of `n` chunks: the costliest of them costs the least it can.
+    """(first layer, one past the last) of each of `n` chunks, so that the costliest chunk costs the least.
 
-    A chunk costs its layers' FLOPs, the last one the head's too; the embedding, a look-up, has none. Layers
-    are alike, so all but the last chunk share evenly, and those before get the fewer: they keep the most
-    micro-batches. The last may be the head alone. Raises ValueError where chunks outnumber the layers.
+    A chunk costs the FLOPs of its layers; the last one has the head too. The embedding, a look-up, has none.
+    Layers are alike, so all chunks but the last get equal numbers of them, the first chunks one fewer where
+    that is uneven: they keep the most micro-batches in flight. The last chunk may be the head alone.
+    Raises ValueError where there are more chunks than layers.
     """
     L = config.layers
     if n > L:
@@ -37,7 +37,7 @@ def split(config: ModelConfig, n: int, seq: int) -> list[tuple[int, int]]:
 
 
 def chunk_names(config: ModelConfig, n: int, seq: int) -> list[list[str]]:
-    """The names of the parameters of each of `n` chunks; a tied matrix is the first's and the last's."""
+    """The names of the parameters of each of `n` chunks; a tied weight is in the first and in the last."""
     borders, names = split(config, n, seq), [[] for _ in range(n)]
     for name in shapes(config):
         head, layer = name.split(".")[:2]
@@ -59,11 +59,12 @@ def chunk_flops(config: ModelConfig, n: int, seq: int) -> list[float]:
 
 
 def idle(kind: str, p: int, m: int, F: float, B: float, W: float, v: int = 1) -> float:
-    """Seconds of a step in which a stage computes nothing, all stages alike and messages free.
+    """Seconds of a step in which a stage idles, where all stages cost the same and messages cost nothing.
 
-    zb-h1 with m < p: exact where W <= min(F, B), from Qi et al. With m >= p the paper's (p-1)(F+B-W) is the
-    term that leads while W <= min(F, B): rank 0 cannot begin its first backward before p F + (p-1) B, so it
-    idles (p-1) B at least, and the last rank waits (p-1) F for its first input. Raises ValueError elsewhere.
+    zb-h1 with m < p is exact where W <= min(F, B), from Qi et al.; elsewhere a ValueError says so. With
+    m >= p the paper's (p-1)(F+B-W) is the largest term while W <= min(F, B): rank 0 cannot begin its first
+    backward before p F + (p-1) B, so it idles at least (p-1) B, and the last rank waits (p-1) F for its first
+    input.
     """
     if kind in ("gpipe", "1f1b"):
         return (p - 1) * (F + B + W)
@@ -80,24 +81,25 @@ def idle(kind: str, p: int, m: int, F: float, B: float, W: float, v: int = 1) ->
 
 
 def bubble(p: int, m: int, v: int = 1) -> float:
-    """The share of a step that a stage idles: gpipe, 1f1b (v = 1), interleaved."""
+    """The bubble: the share of a step that a stage idles, for gpipe, 1f1b (v = 1) and interleaved."""
     return (p - 1) / (v * m + p - 1)
 
 
 def in_flight(kind: str, p: int, r: int, m: int, v: int = 1) -> int:
-    """The most micro-batches, by chunk, of which stage `r` keeps activations at a time."""
+    """The most micro-batches in flight: stage `r` keeps activations of so many, counted by chunk."""
     ahead = {"gpipe": m, "1f1b": p - r, "zb-h1": p, "interleaved": 2 * (p - 1 - r) + (v - 1) * p + 1}[kind]
     return min(ahead, m * v)
 
 
 def message_bytes(config: ModelConfig, batch: int, seq: int, itemsize: int) -> int:
-    """Bytes of a message between stages: B T C numbers. Under sequence parallelism a rank sends 1/t of it."""
+    """Bytes of one message between stages: B T C numbers. With sequence parallelism a rank sends 1/t of it.
+    """
     return batch * seq * config.width * itemsize
 
 
 def sent_bytes(config: ModelConfig, p: int, m: int, batch: int, seq: int, itemsize: int,
                v: int = 1) -> list[int]:
-    """Bytes each stage sends in a step: a message for every micro-batch and chunk border, there and back."""
+    """Bytes that each stage sends in a step: a message a micro-batch and chunk border, in each direction."""
     each = m * message_bytes(config, batch, seq, itemsize)
     borders = [v * 2 - (r == 0) - (r == p - 1) for r in range(p)]        # borders of its chunks
     return [each * borders[r] for r in range(p)]

@@ -1,10 +1,10 @@
-"""Tensor parallelism over t ranks: which part of each parameter a rank holds, and what a step sends.
+"""Tensor parallelism (TP) over t ranks: the shard of each parameter that a rank holds, and its traffic.
 
-Column-parallel matrices (q, k, v, gate, up) are cut along their outputs, row-parallel ones (o, down) along
-their inputs, embedding and head along the vocabulary; the rest stays whole. Heads are cut as heads: where
-there are fewer KV heads than ranks, t/KV neighbours hold the same one. A cut that does not come out even
-gives the last rank less: ceil(d/t) places a rank. Wire: 8 (t-1)/t BTC numbers a layer and micro-batch.
-Shoeybi et al. 2019 (Megatron-LM), section 3; sequence-parallel: Korthikanti et al. 2022, section 4.2.2.
+Column-parallel linears (q, k, v, gate, up) are sharded along their outputs, row-parallel ones (o, down) along
+their inputs, embedding and head along the vocabulary; the rest is replicated. Attention is sharded by whole
+heads: with fewer KV heads than ranks, t/KV neighbouring ranks hold a replica of the same one. In an uneven
+split each rank has ceil(d/t) rows, the last ranks fewer. A layer sends 8 (t-1)/t BTC numbers a micro-batch.
+Shoeybi et al. 2019 (Megatron-LM), section 3; sequence parallelism: Korthikanti et al. 2022, section 4.2.2.
 """
 from dataclasses import replace
 from math import ceil, prod
@@ -18,11 +18,13 @@ Box = tuple[tuple[int, int], ...]            # (start, stop) in each dim
 OUTPUTS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up", "embed", "head")
 INPUTS = ("attn.o.weight", "mlp.down.weight")
 HEAD_NORMS = (".attn.q_norm.weight", ".attn.k_norm.weight")
-SP = ("none", "keep", "gather")              # what backward does for an input gathered along the sequence
+# What is saved of a linear's all-gathered input: nothing is gathered, all of it, or this rank's tokens alone,
+# which backward gathers again.
+SP = ("none", "keep", "gather")
 
 
 def check_heads(config: ModelConfig, t: int) -> None:
-    """Raise ValueError, with a t that works, unless `t` ranks can share the model's heads and vocabulary."""
+    """Raise ValueError, with a tp that works, unless `tp` ranks can split the model's heads and matrices."""
     misfit = _misfit(config, t)
     if misfit:
         works = max(n for n in range(1, t) if not _misfit(config, n))
@@ -30,24 +32,24 @@ def check_heads(config: ModelConfig, t: int) -> None:
 
 
 def check_sp(sp: str) -> None:
-    """Raise ValueError unless `sp` is one of `SP`."""
+    """Raise ValueError unless `sp` is one of `SEQUENCE_PARALLEL_MODES`."""
     if sp not in SP:
         raise ValueError(f"sp {sp!r} is not one of {', '.join(SP)}")
 
 
 def padded_seq(seq: int, t: int, sp: str) -> int:
-    """Tokens of a sequence with those of zeros that make `t` equal stretches of it, where `sp` cuts it."""
+    """The sequence length that sequence parallelism pads to, so that `tp` ranks have equally many tokens."""
     check_sp(sp)
     return seq if sp == "none" else t * ceil(seq / t)
 
 
 def box(config: ModelConfig, name: str, t: int, rank: int) -> Box:
-    """The part of parameter `name` that `rank` of `t` holds."""
+    """The shard of one parameter that `rank` of `tp` ranks holds: its (start, stop) in each dim."""
     return boxes(config, t, rank)[name]
 
 
 def boxes(config: ModelConfig, t: int, rank: int) -> dict[str, Box]:
-    """The part of every parameter, by name, that `rank` of `t` holds."""
+    """The shard of every parameter, by name, that `rank` of `tp` ranks holds."""
     found = {}
     for name, shape in shapes(config).items():
         dim = cut_dim(name)
@@ -59,12 +61,12 @@ def boxes(config: ModelConfig, t: int, rank: int) -> dict[str, Box]:
 
 
 def extent(box: Box) -> tuple[int, ...]:
-    """The shape of what lies in `box`."""
+    """The shape of a shard."""
     return tuple(stop - start for start, stop in box)
 
 
 def cut_dim(name: str) -> int | None:
-    """The dim along which parameter `name` is cut, or None: 0 is outputs, 1 inputs."""
+    """The dim along which a parameter is sharded: 0 (outputs), 1 (inputs), or None if it is replicated."""
     if name.endswith(INPUTS):
         return 1
     module = name.rpartition(".")[0]
@@ -72,18 +74,21 @@ def cut_dim(name: str) -> int | None:
 
 
 def stretch(size: int, t: int, rank: int) -> tuple[int, int]:
-    """Places [start, stop) of `size` that `rank` holds: ceil(size/t), the last ranks less."""
+    """The range [start, stop) of `size` rows that `rank` holds: ceil(size/tp), the last ranks fewer."""
     each = ceil(size / t)
     return min(size, rank * each), min(size, (rank + 1) * each)
 
 
 def copies(config: ModelConfig, t: int) -> int:
-    """How many neighbouring ranks hold the same KV head."""
+    """The number of neighbouring ranks that hold a replica of the same KV head."""
     return max(1, t // config.kv_heads)
 
 
 def part(config: ModelConfig, t: int) -> ModelConfig:
-    """The sizes that rank 0 of `t` computes with, no rank has larger ones: C, K and layers are everyone's."""
+    """The heads, hidden units and vocabulary of one TP rank, as a ModelConfig.
+
+    They are rank 0's, and no rank has larger ones. Width, head_dim and layers are the same on every rank.
+    """
     check_heads(config, t)
     return replace(config, heads=config.heads // t, kv_heads=max(1, config.kv_heads // t),
                    hidden=ceil(config.hidden / t), vocab=ceil(config.vocab / t))
@@ -92,12 +97,13 @@ def part(config: ModelConfig, t: int) -> ModelConfig:
 def tensor_sent(config: ModelConfig, t: int, batch: int, seq: int, micro_batches: int = 1,
                 dtype_bytes: int = 4, grad_bytes: int = 4, sp: str = "none",
                 recompute: str = "none") -> dict[tuple[str, str], tuple[int, int]]:
-    """{(op, tag): (calls, payload bytes)} of one step on one of `t` ranks, exactly; norms' scalars apart.
+    """{(op, tag): (calls, payload bytes)} of the TP collectives of one step on one of `tp` ranks, exactly.
 
-    A micro-batch is `batch` sequences of `seq` tokens. Tags: "layers", the blocks' collectives; "ends", those
-    of embedding and head; "loss", three numbers a token, in float32 at least (maximum, sum of exponentials,
-    the target's logit); "tp grads", gradients that are parts of a sum, once a step, in `grad_bytes`. With
-    `sp` the residual stream travels as t ceil(T/t) tokens.
+    A micro-batch is `batch` sequences of `seq` tokens. Tags: "layers" for the collectives of the blocks,
+    "ends" for those of embedding and head, "loss" for three numbers a token in float32 at least (maximum, sum
+    of exponentials, the target's logit), "tp grads" for partial gradients, summed once a step in
+    `grad_bytes`. With `sp` the hidden states travel as t ceil(T/t) tokens. The grad-norm's scalars are not
+    counted.
     """
     check_heads(config, t)
     if t == 1:
@@ -113,11 +119,11 @@ def tensor_sent(config: ModelConfig, t: int, batch: int, seq: int, micro_batches
 
 
 def layer_calls(sp: str = "none", recompute: str = "none") -> dict[str, int]:
-    """Collectives of one layer and micro-batch, each on the whole residual stream.
+    """The number of TP collectives of one layer and micro-batch, each on the hidden states (B, T, C).
 
-    Attention and MLP have one each way: all-reduce (g forward, f backward), or with `sp` an all-gather and a
-    reduce-scatter both ways. "full" recompute runs the forward's again, to the end; "selective" recomputes
-    between f and g. "gather" has backward gather anew what a weight's gradient is made of.
+    Attention and MLP have one in forward and one in backward: an all-reduce (g and f in Megatron-LM), or with
+    `sp` an all-gather and a reduce-scatter. "full" recompute runs forward's again; "selective" recomputes
+    between f and g, without collectives. With "gather", backward gathers the linears' inputs again.
     """
     check_sp(sp)
     if recompute not in RECOMPUTED:
@@ -139,10 +145,10 @@ def layer_wire_bytes(config: ModelConfig, t: int, batch: int, seq: int, dtype_by
 
 
 def grad_sums(config: ModelConfig, t: int, sp: str = "none") -> list[int]:
-    """Numbers in each all-reduce of gradients once a step, those of no number left out.
+    """The numbers in each of the TP all-reduces of gradients that end a step; empty ones are left out.
 
-    First, over all `t` ranks, what `partial` names, in one piece; second, over the `copies` ranks that share
-    a KV head, the gradients of their rows of k and v.
+    The first, over all `tp` ranks, has the gradients for which `has_partial_grad` holds, in one tensor. The
+    second, over the `kv_head_replicas` ranks that share a KV head, has the gradients of k and v.
     """
     held = {name: prod(stop - start for start, stop in box) for name, box in boxes(config, t, 0).items()}
     summed = sum(n for name, n in held.items() if t > 1 and partial(name, sp))
@@ -151,28 +157,29 @@ def grad_sums(config: ModelConfig, t: int, sp: str = "none") -> list[int]:
 
 
 def partial(name: str, sp: str = "none") -> bool:
-    """Is a rank's gradient of parameter `name` a part of a sum over all ranks?
+    """Whether each rank's gradient of a parameter is a partial sum, to be all-reduced over all TP ranks.
 
-    Those of the norms of q and k are, each rank having its own heads; with sp that of every parameter that
-    stays whole, as a rank's tokens are its own too: norms, positions, biases of o and down.
+    This holds for the norms of q and k, because each rank has other heads. With sequence parallelism each
+    rank has other tokens too, so it holds for every replicated parameter: norms, positions, biases of o and
+    down.
     """
     return name.endswith(HEAD_NORMS) or (sp != "none" and cut_dim(name) is None)
 
 
 def _region(config, t, batch, seq, dtype_bytes, sp):
-    """Bytes of the residual stream of a micro-batch, as collectives see it."""
+    """Payload bytes of a collective on the hidden states of one micro-batch."""
     return batch * padded_seq(seq, t, sp) * config.width * dtype_bytes
 
 
 def _end_calls(sp):
-    """Of one micro-batch: the embedding is left as attention is, the head read as q, k and v are."""
+    """Collectives of embedding and head for one micro-batch, as for a layer's row and column linears."""
     if sp == "none":
         return {"all_reduce": 2}
     return {"all_gather": 3 if sp == "gather" else 2, "reduce_scatter": 2}
 
 
 def _heads(config, name, t, rank):
-    """The rows, or for o the columns, of this rank's heads; None for what has no heads."""
+    """The rows (for o the columns) of this rank's heads; None for a parameter without heads."""
     if ".attn." not in name:
         return None
     n, place = config.heads // t, rank
@@ -182,7 +189,7 @@ def _heads(config, name, t, rank):
 
 
 def _misfit(config, t):
-    """What keeps `t` ranks from sharing the model, or None."""
+    """The reason why `t` ranks cannot split the model, or None."""
     H, KV = config.heads, config.kv_heads
     if H % t or (KV % t and t % KV):
         return (f"cannot share {H} query and {KV} KV heads: it must divide {H}, and divide {KV} or be a "

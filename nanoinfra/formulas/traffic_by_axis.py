@@ -1,9 +1,8 @@
-"""What a rank of a pp x dp x tp mesh sends in a step, by axis, exactly: each axis sees what the others leave.
+"""3D parallelism: the parameters and the bytes sent in a step of one rank of a pp x dp x tp mesh, by axis.
 
-    tp    4 L/p + 1 all-reduces of B T C numbers a micro-batch, the one more at either end; the loss's three
-    pp    B T C numbers a micro-batch and border of the stage
-    dp    once a step all gradients held, about Psi/(p t); the tied weight is held at both ends
-    tied  V C/t numbers, summed over both ends
+tp: 4 L/p + 1 all-reduces of B T C numbers a micro-batch (the one is the embedding's or the head's), three
+numbers a token for the loss. pp: B T C numbers a micro-batch and border of the stage. dp: once a step all
+gradients that the rank holds, about Psi/(p t). tied: V C/t numbers, summed over first and last stage.
 Without sequence parallelism and ZeRO. Narayanan et al. 2021 (PTD-P), section 3.
 p stages, d data ranks, t tensor ranks; m micro-batches of B sequences of T tokens; V vocabulary, C width.
 """
@@ -17,13 +16,16 @@ TIED = "embed.weight"
 
 
 def held(config: ModelConfig, p: int, t: int, stage: int = 0, rank: int = 0) -> dict[str, int]:
-    """{parameter: numbers of it} that tensor rank `rank` of a stage has. Raises ValueError as `sent` does."""
+    """{parameter: count} of the numbers that TP rank `rank` of a pipeline stage holds.
+
+    Raises ValueError as `step_bytes_by_axis` does.
+    """
     return {name: prod(shape) for name, shape in held_shapes(config, p, t, stage, rank).items()}
 
 
 def held_shapes(config: ModelConfig, p: int, t: int, stage: int = 0, rank: int = 0,
                 v: int = 1) -> dict[str, tuple[int, ...]]:
-    """{parameter: the shape of its part} that tensor rank `rank` of a stage of `v` chunks has."""
+    """{parameter: shape of its shard} that TP rank `rank` of a stage of `v` chunks holds."""
     check_heads(config, t)
     layers = {f"blocks.{i}" for start, stop in chunks(config, p, stage, v) for i in range(start, stop)}
     first = ("embed", "positions", "embed_norm") if stage == 0 else ()
@@ -36,16 +38,17 @@ def held_shapes(config: ModelConfig, p: int, t: int, stage: int = 0, rank: int =
 
 
 def chunks(config: ModelConfig, p: int, stage: int, v: int = 1) -> list[tuple[int, int]]:
-    """(first layer, one past the last) of each of a stage's `v` chunks: every p-th of the model's."""
+    """(first layer, one past the last) of each of a stage's `v` chunks: every p-th chunk of the model."""
     return split(config, p * v, config.context)[stage::p]
 
 
 def sent(config: ModelConfig, p: int, d: int, t: int, batch: int, seq: int, micro_batches: int,
          itemsize: int, stage: int = 0, rank: int = 0, recompute: str = "none") -> dict[str, int]:
-    """{axis: payload bytes} of one step of tensor rank `rank` of pipeline stage `stage`; scalars apart.
+    """{axis: payload bytes} that TP rank `rank` of pipeline stage `stage` sends in one step; without scalars.
 
-    `micro_batches` are a data rank's, of `batch` sequences; stream and gradients are of `itemsize` bytes a
-    number. Raises ValueError where t ranks cannot share the heads, or p stages the layers.
+    `micro_batches` is the number of one data-parallel rank, each of `batch` sequences; hidden states and
+    gradients have `itemsize` bytes a number. Raises ValueError where t ranks cannot split the heads, or p
+    stages the layers.
     """
     numbers = held(config, p, t, stage, rank)
     start, stop = split(config, p, config.context)[stage]

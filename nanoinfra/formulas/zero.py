@@ -1,10 +1,10 @@
-"""What ZeRO holds and sends, exactly, from the shapes of a decoder, the ranks n and the stage.
+"""ZeRO: the bytes that each of n ranks holds and sends, exactly, by stage.
 
-A parameter of d0 rows is cut into n shards of ceil(d0/n) rows, the last ones filled up with zeros, which
-travel too. A tied weight is used twice: its gradient leaves twice, and stage 3 gathers it for each use.
-The limit is the paper's: 2 Psi, (a+1) Psi, 3 a Psi elements a step, a micro-batches; 16 Psi bytes become
-4 Psi + 12 Psi/n, 2 Psi + 14 Psi/n, 16 Psi/n. Here stage 3 casts weights from their float32 masters whenever
-it gathers them, and keeps no other copy: 14 Psi/n. Rajbhandari et al. 2020, sections 5 and 7.
+A parameter of d0 rows has n shards of ceil(d0/n) rows; the last shards are padded with zeros, which are sent
+too. A tied weight is used twice: its gradient is reduced twice, and stage 3 gathers it for each use.
+The paper's limits: 2 Psi, (a+1) Psi, 3 a Psi elements sent in a step of a micro-batches; 16 Psi bytes become
+4 Psi + 12 Psi/n, 2 Psi + 14 Psi/n, 16 Psi/n. Our stage 3 casts the weights from their float32 masters when it
+gathers them and keeps no other copy: 14 Psi/n. Rajbhandari et al. 2020, sections 5 and 7.
 """
 from collections.abc import Iterable
 from math import ceil, prod
@@ -14,20 +14,20 @@ from nanoinfra.formulas.model_states import BYTES, OPTIMIZER_STATES
 from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.tensor_parallel import boxes, extent
 
-BUCKET_BYTES = 25 << 20                      # of gradients or weights that travel together
+BUCKET_BYTES = 25 << 20                      # gradients, or weights, of one collective
 
 
 def padded(shape: tuple[int, ...], n: int) -> int:
-    """Elements of a parameter of `shape` with the zero rows that make n equal shards of it."""
+    """Elements of a parameter of `shape`, padded with zero rows so that `ranks` ranks get equal shards."""
     rows, *rest = shape or (1,)
     return n * ceil(rows / n) * prod(rest)
 
 
 def zero_bytes(config: ModelConfig, n: int, stage: int, precision: str = "float32", optimizer: str = "adamw",
                grad_bytes: int | None = None) -> dict[str, int]:
-    """Bytes of model states a rank holds, by kind, all gradients in hand; what is on its way is apart.
+    """Bytes of model states that a rank holds, by kind, when all gradients are there; without buffers.
 
-    Stage 0 keeps everything whole. At stage 1 gradients are whole until the last micro-batch's backward.
+    Stage 0 shards nothing. At stage 1 gradients are not sharded before the last micro-batch's backward.
     """
     used = [shape for _, shape in _named_uses(config)]
     return states_bytes(shapes(config).values(), used, n, stage, precision, optimizer, grad_bytes)
@@ -36,7 +36,7 @@ def zero_bytes(config: ModelConfig, n: int, stage: int, precision: str = "float3
 def states_bytes(held: Iterable[tuple[int, ...]], used: Iterable[tuple[int, ...]], n: int, stage: int,
                  precision: str = "float32", optimizer: str = "adamw",
                  grad_bytes: int | None = None) -> dict[str, int]:
-    """`zero_bytes` of a rank that without ZeRO has parameters of shapes `held`; `used`: one for each use."""
+    """`zero_model_state_bytes` of given shapes: `held` has one a parameter, `used` one for each use of it."""
     own = BYTES[precision]
     wide, grad = max(4, own), own if grad_bytes is None else grad_bytes
     whole, uses = (sum(padded(shape, n) for shape in some) for some in (held, used))
@@ -52,10 +52,10 @@ def states_bytes(held: Iterable[tuple[int, ...]], used: Iterable[tuple[int, ...]
 
 def zero_buffers(config: ModelConfig, n: int, stage: int, precision: str = "float32",
                  grad_bytes: int | None = None, bucket_bytes: int = BUCKET_BYTES, tp: int = 1) -> int:
-    """The most bytes on their way at a time, beside `zero_bytes`, on the first of `tp` ranks.
+    """The most bytes of communication buffers at a time, on the first of `tp` ranks.
 
-    Gradients: two buckets (or twice the largest parameter); at stage 3 two units', and two units of weights.
-    Stages 1 and 2 gather weights when no gradient is under way, also by two buckets.
+    Stages 1 and 2 have two buckets of gradients (or twice the largest parameter); later, when no gradient is
+    in flight, two buckets of gathered weights. Stage 3 has the gradients and the weights of two units.
     """
     own = BYTES[precision]
     grad = own if grad_bytes is None else grad_bytes
@@ -68,7 +68,7 @@ def zero_buffers(config: ModelConfig, n: int, stage: int, precision: str = "floa
 
 def zero_payload(config: ModelConfig, n: int, stage: int, micro_batches: int = 1, precision: str = "float32",
                  grad_bytes: int | None = None) -> dict[str, int]:
-    """Payload bytes of a step by collective. At stage 0 one all-reduce of each gradient."""
+    """Payload bytes of one step by collective; stage 0 all-reduces each gradient once."""
     own = BYTES[precision]
     grad, a = own if grad_bytes is None else grad_bytes, micro_batches
     whole, used = sum(_sizes(config, n)), sum(_uses(config, n))
@@ -81,11 +81,11 @@ def zero_payload(config: ModelConfig, n: int, stage: int, micro_batches: int = 1
 def zero_calls(config: ModelConfig, n: int, stage: int, micro_batches: int = 1, precision: str = "float32",
                grad_bytes: int | None = None, bucket_bytes: int = BUCKET_BYTES,
                copies: int = 2) -> dict[str, int]:
-    """Collectives of a step of stage 1 to 3.
+    """The number of collectives of one step at stage 1 to 3, by collective.
 
-    A bucket of gradients under way exists `copies` times (gloo 2, NCCL 1) and one more fills, within the room
-    of two `bucket_bytes`; buckets are filled last parameter first. Weights are gathered by `bucket_bytes`, at
-    stage 3 by units.
+    A gradient bucket in flight takes `copies` buffers (gloo 2, NCCL 1) and one more bucket fills, all within
+    two `bucket_bytes`; buckets fill from the last parameter to the first. Weights are gathered in groups of
+    `bucket_bytes`, at stage 3 by units.
     """
     own, a, groups = BYTES[precision], micro_batches, units(config)
     grad = own if grad_bytes is None else grad_bytes
@@ -98,9 +98,9 @@ def zero_calls(config: ModelConfig, n: int, stage: int, micro_batches: int = 1, 
 
 
 def units(config: ModelConfig, tp: int = 1) -> list[list[tuple[int, ...]]]:
-    """The shapes that stage 3 gathers together: embeddings, each block, the last norm and the head.
+    """The parameter shapes of each unit that stage 3 gathers at once, on the first of `tp` ranks.
 
-    They are those of the first of `tp` ranks.
+    The units are the embeddings, each block, and the final norm with the head.
     """
     found, unit_of = {}, dict.fromkeys(("embed", "positions", "embed_norm"), "first")
     unit_of |= {"norm": "last", "head": "last"}
@@ -124,7 +124,7 @@ def _sizes(config, n):
 
 
 def _groups(sizes: Iterable[int], limit: int) -> int:
-    """How many groups of at most `limit` they make, in this order; what is larger goes alone."""
+    """The number of groups of at most `limit` that `sizes` make in this order; a larger one is alone."""
     count, held = 0, limit + 1
     for size in sizes:
         if held + size > limit:

@@ -1,10 +1,9 @@
-"""Causal attention with grouped queries: softmax(q k^T / sqrt(K)) v, query t seeing keys 0..t.
+"""Causal self-attention with grouped queries: softmax(q k^T / sqrt(K)) v, where query t sees keys 0..t.
 
 Vaswani et al. 2017; GQA (Ainslie et al. 2023): H/KV query heads share one key/value head; ALiBi (Press et al.
 2022): a score falls by its head's slope for each token of distance; sliding window (Jiang et al. 2023): a
-query sees the last W tokens, itself included. The core that does the sums is an attribute: `naive` writes
-the (T, S) scores to memory, `sdpa` is torch's fused one; a KV cache, given as an argument, takes the core's
-place. So is `read`, which makes q, k and v of the input.
+query sees the last W tokens, itself included. Two attributes can be replaced from outside: the attention core
+(naive or torch's sdpa; a KV cache argument takes its place) and `in_proj`, which computes q, k and v.
 B sequences, T query tokens, S key tokens, H query heads, KV key heads, G = H/KV, K head_dim.
 """
 import math
@@ -21,16 +20,16 @@ from nanoinfra.model.rope import rotate
 
 
 class Mask(NamedTuple):
-    """What a query sees of the keys up to its own, and how."""
-    window: int | None = None                # the last so many tokens, itself included; None: all
-    slopes: tuple[float, ...] | None = None  # ALiBi's, one for each query head
+    """The causal mask of a layer: its sliding window and its ALiBi slopes."""
+    window: int | None = None                # tokens that a query sees, itself included; None: all before it
+    slopes: tuple[float, ...] | None = None  # one for each query head; None: no ALiBi
 
 
 CAUSAL = Mask()
 
 
 class Attention(nn.Module):
-    """Self-attention of one layer. Heads are counted from the projections, so slices of them work."""
+    """Self-attention of one layer. It counts heads from its projections, so a shard of them works too."""
 
     def __init__(self, config: ModelConfig, layer: int, attention: str = "sdpa"):
         super().__init__()
@@ -49,7 +48,7 @@ class Attention(nn.Module):
         self.mask = Mask(config.window_of(layer), slopes)
 
     def forward(self, x: torch.Tensor, rope=None, cache=None) -> torch.Tensor:
-        """`x` (B, T, C) -> (B, T, C). `rope` is (cos, sin) or None; a cache replaces the core."""
+        """`x` (B, T, C) -> (B, T, C). `rope` is (cos, sin) or None; a KV `cache` replaces the core."""
         q, k, v = map(self._heads, self.read(x, self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -64,18 +63,19 @@ class Attention(nn.Module):
 
 
 def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = CAUSAL) -> torch.Tensor:
-    """Attention as written. `k`, `v` (B, KV, S, K); `q` (B, H, T, K) are the last T of the S tokens.
+    """Attention as in the paper: the scores (T, S) are written to memory.
 
-    ALiBi's slopes multiply the key's place instead of its distance from the query: within a row of scores the
-    two differ by a constant, for which softmax does not care.
+    `q` (B, H, T, K) are the last T of the S tokens of `k` and `v` (B, KV, S, K). ALiBi's slopes multiply the
+    key's position instead of its distance from the query: within a row of scores the two differ by a
+    constant, which softmax ignores.
     """
     (T, K), (KV, S) = q.shape[2:], k.shape[1:3]
     q = q.unflatten(1, (KV, -1))                                          # (B, KV, G, T, K)
     scores = (q.flatten(2, 3) @ k.mT).view(*q.shape[:-1], S)              # (B, KV, G, T, S)
     scores = scores / math.sqrt(K)
     if mask.slopes is not None:
-        places = torch.arange(1 - S, 1, device=q.device)                  # (S,), the newest key's is 0
-        scores = scores + _times(mask.slopes, places, q).view(KV, -1, 1, S)     # wide from here on
+        positions = torch.arange(1 - S, 1, device=q.device)               # (S,), 0 for the newest key
+        scores = scores + _times(mask.slopes, positions, q).view(KV, -1, 1, S)  # float32 from here on
     if T > 1 or mask.window is not None:                                  # a single query is the newest token
         scores = scores.masked_fill(hidden_keys(T, S, q.device, mask.window), -math.inf)
     weights = scores.softmax(dim=-1, dtype=wide(q.dtype)).to(q.dtype)     # (B, KV, G, T, S)
@@ -84,29 +84,33 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = CAUSAL
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = CAUSAL) -> torch.Tensor:
-    """The same by torch's fused kernel, which never writes the scores to memory.
+    """The same as `naive_attention` by torch's fused kernel, which does not write the scores to memory.
 
-    (But it reads ALiBi's bias, and a mask where there is a window that hides something.)
+    It does read ALiBi's bias from memory, and a mask where a sliding window hides keys.
     """
     (H, T), (KV, S) = q.shape[1:3], k.shape[1:3]
     if mask.slopes is not None:
         return F.scaled_dot_product_attention(q, k, v, _bias(mask, T, S, q), enable_gqa=H != KV)
     plain = T == S and (mask.window is None or S <= mask.window)
-    seen = None if plain else ~hidden_keys(T, S, q.device, mask.window)   # torch's own aligns at the start
+    seen = None if plain else ~hidden_keys(T, S, q.device, mask.window)   # torch's mask aligns at the start
     return F.scaled_dot_product_attention(q, k, v, seen, is_causal=plain, enable_gqa=H != KV)
 
 
 def hidden_keys(T: int, S: int, device: torch.device, window: int | None = None) -> torch.Tensor:
-    """(T, S), true where query t, the (S - T + t)-th token, sees no key: later, or before its window."""
+    """A mask (T, S), true where a key is hidden from query t: it is later, or before the query's window.
+
+    Query t is the (S - T + t)-th token.
+    """
     keys = torch.ones(T, S, dtype=torch.bool, device=device)
     later = keys.triu(S - T + 1)
     return later if window is None else later | keys.tril(S - T - window)
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """2^(-8 h/n) for h = 1..n, where n, the number of heads, is a power of two.
+    """The ALiBi slope of each head: 2^(-8 h/n) for h = 1..n, where the number of heads n is a power of two.
 
-    For others, as BLOOM has it: the slopes of the power of two below, then every second one of the next.
+    For another number, as in BLOOM: the slopes of the next smaller power of two, then every second slope of
+    the next larger one.
     """
     n = 2 ** (heads.bit_length() - 1)
     ladder = [2.0 ** (-8 * h / n) for h in range(1, n + 1)]
@@ -114,16 +118,16 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 
 def _bias(mask, T, S, q):
-    """ALiBi's bias with what is hidden: (1, H, T, S). 16 bits hold it well near 0, where it counts."""
-    places = torch.arange(S, device=q.device)
-    distance = places - places[S - T:].unsqueeze(-1)                      # (T, S), 0 or less
+    """ALiBi's bias (1, H, T, S), -inf for hidden keys. 16 bits are precise near 0, where it matters."""
+    positions = torch.arange(S, device=q.device)
+    distance = positions - positions[S - T:].unsqueeze(-1)                # (T, S), 0 or less
     bias = _times(mask.slopes, distance, q).masked_fill(hidden_keys(T, S, q.device, mask.window), -math.inf)
     return bias.to(q.dtype).unsqueeze(0)
 
 
-def _times(slopes, places, q):
-    """Each slope times all `places`, wide: (H, *places)."""
-    return torch.tensor(slopes, dtype=wide(q.dtype), device=q.device).view(-1, *[1] * places.dim()) * places
+def _times(slopes, x, q):
+    """Each slope times `x`, in float32 at least: (H, *x)."""
+    return torch.tensor(slopes, dtype=wide(q.dtype), device=q.device).view(-1, *[1] * x.dim()) * x
 
 
 CORES = {"naive": naive, "sdpa": sdpa}

@@ -1,9 +1,9 @@
-"""First weights, drawn by name: a parameter's values depend on the seed and its own name alone.
+"""Weight initialization by name: a parameter's initial values depend on the seed and its own name alone.
 
-Normal with standard deviation 0.02, and 0.02 / sqrt(2 L) for the 2 L matrices that write to the residual
-stream (GPT-2, Radford et al. 2019, section 2.3). Norms start at 1, biases at 0. Neither the order of
-construction nor the dtype nor the number of ranks changes a draw: who owns a slice draws the whole and
-keeps the slice.
+They are normal with standard deviation 0.02, and 0.02 / sqrt(2 L) for the 2 L matrices that write to the
+residual stream (GPT-2, Radford et al. 2019, section 2.3). Norm weights are 1, biases 0. Neither the order of
+construction nor the dtype nor the number of ranks changes a value: a rank draws the whole tensor and keeps
+its shard.
 """
 import hashlib
 import math
@@ -15,7 +15,7 @@ RESIDUAL = ("attn.o.weight", "mlp.down.weight")
 
 
 def init_weights(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Fill every parameter of a `Decoder` in place, each in its own dtype and device. Returns the model."""
+    """Initialize every parameter of a `Decoder` in place, in its own dtype and device. Returns the model."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(draw(name, parameter.shape, model.config.layers, seed))
@@ -23,7 +23,7 @@ def init_weights(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def draw(name: str, shape: tuple[int, ...], layers: int, seed: int) -> torch.Tensor:
-    """The whole initial tensor `name`, float32 on the CPU, for a model of `layers` layers."""
+    """The whole initial tensor of the parameter `name`, float32 on the CPU; the model has `layers` layers."""
     if name.endswith("bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
@@ -33,6 +33,6 @@ def draw(name: str, shape: tuple[int, ...], layers: int, seed: int) -> torch.Ten
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator of its own for every (seed, name), seeded by the first 8 bytes of their SHA-256."""
+    """A CPU random generator for (seed, name), seeded with the first 8 bytes of their SHA-256."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -1,4 +1,4 @@
-"""The parts between the matrix products: norms and the MLP.
+"""The layers of a decoder block besides attention: norms and the MLP.
 
 LayerNorm (Ba et al. 2016), RMSNorm (Zhang & Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight.
 SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)). GELU: exact, or by tanh as in GPT-2.
@@ -14,12 +14,12 @@ from nanoinfra.config import ModelConfig
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to sum, divide and take angles in: float32, or float64 in a float64 model."""
+    """float64 for float64, else float32: the dtype for sums, divisions and angles (mixed precision)."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim; the root mean square is taken in at least float32."""
+    """x / rms(x) * weight over the last dim; the root mean square is computed in at least float32."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -33,14 +33,14 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """The family's norm over C. (torch's layer_norm, too, sums in float32 for bf16.)"""
+    """A LayerNorm or RMSNorm over C, as the family has it. (torch's layer_norm sums bf16 in float32 too.)"""
     if config.parts.norm == "layer":
         return nn.LayerNorm(config.width, eps=config.eps)
     return RMSNorm(config.width, config.eps)
 
 
 def apart(x: torch.Tensor, *linears: nn.Module) -> list[torch.Tensor]:
-    """What each of `linears` makes of `x`."""
+    """Apply each of `linears` to `x`: the default `in_proj`, which parallelism and packing replace."""
     return [linear(x) for linear in linears]
 
 
@@ -49,9 +49,9 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, appr
 
 
 class MLP(nn.Module):
-    """C -> F -> C. With a `gate` (SwiGLU) it decides, per hidden unit, how much of `up` passes.
+    """The feed-forward layer, C -> F -> C. A gated MLP (SwiGLU) scales each hidden unit of `up` by its gate.
 
-    `read` applies the linears that read the input; like attention's core it is an attribute.
+    `in_proj`, which applies the input linears, is an attribute: parallelism replaces it from outside.
     """
 
     def __init__(self, config: ModelConfig):

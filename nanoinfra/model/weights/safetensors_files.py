@@ -1,6 +1,6 @@
-"""The tensors of a Hugging Face folder by name: safetensors, in one file or in several under an index.
+"""The safetensors of a Hugging Face folder, by tensor name: one file, or several with an index.
 
-Files are mapped, not read: a slice touches the pages that hold it. Used by hf.py.
+The files are memory-mapped: reading a slice touches only the pages that hold it.
 """
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from nanoinfra.model.weights.json_files import check_content, read_json
 from nanoinfra.model.weights.tensor_sources import Box
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-FLOATS = ("F64", "F32", "F16", "BF16")       # safetensors' names for what a weight may be stored as
+FLOATS = ("F64", "F32", "F16", "BF16")       # safetensors' names of the dtypes that can be read
 
 
 class Tensors:
-    """The tensors of `folder`, the base's `prefix` dropped from their names.
+    """The stored tensors of `folder`; the base model's `prefix` is removed from their names.
 
-    Raises ValueError for what is missing, cannot be read, or is there twice.
+    Raises ValueError for a file that is missing or cannot be read, and for a tensor that is there twice.
     """
 
     def __init__(self, folder: Path, prefix: str):
@@ -33,14 +33,14 @@ class Tensors:
         self.names = set(self.slices)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, from the file's header. ValueError for a tensor that is not of floats."""
+        """The shape of a tensor, from the file's header. Raises ValueError where it is not of floats."""
         if (dtype := self.slices[name].get_dtype()) not in FLOATS:
             raise ValueError(f"{name} is stored as {dtype}, but quantised weights are not read here; they "
                              f"can be {', '.join(FLOATS)}")
         return tuple(self.slices[name].get_shape())
 
     def fetch(self, name: str, box: Box) -> torch.Tensor:
-        """The part `box` of a tensor: a view of the mapped file."""
+        """A part of a tensor, as a view of the mapped file."""
         return self.slices[name][box]
 
 
@@ -53,7 +53,7 @@ def _opened(file):
 
 
 def _files(folder):
-    """The files that hold the folder's weights. ValueError where there are none, or two sets of them."""
+    """The files of the folder's weights. Raises ValueError where there are none, or two sets of them."""
     single, index, adapter = folder / SINGLE, folder / INDEX, folder / "adapter_config.json"
     if adapter.exists():
         raise ValueError(f"{adapter} says that an adapter (LoRA) belongs to the weights; merge it into them "
@@ -72,7 +72,7 @@ def _files(folder):
 
 
 def _shards(index):
-    """The names of the files in an index: all in its folder, and there."""
+    """The names of the files in an index. Raises ValueError for one that is not in the index's folder."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(x, str) for x in places.values()):
         raise ValueError(f"{index} has no weight_map from names of tensors to names of files")

@@ -1,9 +1,9 @@
-"""Where our parameters lie in a foreign file, and which of its elements make up a part of one.
+"""How our parameters map to stored tensors of other formats, and how a part of a parameter is read from them.
 
-A tensor-parallel rank reads its box of every parameter and no more. A box is one slice for each dim. Stored
-matrices may be turned (GPT-2), hold several of ours one after another (q, k and v in GPT-2 and Phi-3, gate
-and up in Phi-3) or by turns, a head of each (BLOOM), or begin with rows that are not ours (OPT), so one box
-of ours may be several of theirs.
+A tensor-parallel rank reads its shard of every parameter and no more; a part is one slice for each dim.
+Stored matrices can be transposed (GPT-2), can fuse several of ours one after another (q, k and v in GPT-2 and
+Phi-3, gate and up in Phi-3) or interleaved head by head (BLOOM), or can begin with rows that no parameter has
+(OPT). So one part of ours can be several parts of a stored tensor.
 """
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,17 +17,17 @@ Box = tuple[slice, ...]              # one for each dim; () is all of a tensor
 
 
 class Source(NamedTuple):
-    """Where one of our tensors lies in a foreign file."""
-    name: str                        # the tensor's name there
+    """Where one of our parameters lies in a stored tensor."""
+    name: str                        # the stored tensor's name
     transposed: bool = False         # stored (in, out): GPT-2's Conv1D
-    fused: tuple[str, ...] = ()      # linears of a block that lie there one after another, ours among them
-    turn: int | None = None          # fused head by head, (H, 3, K) rows: ours are the turn-th K of each 3 K
-    before: int = 0                  # rows stored before our first; `sources` counts the fused ones
+    fused: tuple[str, ...] = ()      # linears of a block that are stored in one tensor, ours among them
+    turn: int | None = None          # fused head by head, (H, 3, K) rows: ours is this one of the three
+    before: int = 0                  # rows stored before our first; `parameter_sources` adds the fused ones
     after: int = 0                   # rows stored after our last
 
 
 def sources(config: ModelConfig, table: dict[str, Source]) -> dict[str, Source]:
-    """Where each parameter of such a decoder lies: a family's table with its layers written out."""
+    """Where each parameter of a decoder lies: a family's `table`, whose names have {i}, for every layer."""
     found, every = {}, shapes(config)
     for name in every:
         layer = name.split(".")[1] if name.startswith("blocks.") else ""
@@ -43,7 +43,10 @@ def sources(config: ModelConfig, table: dict[str, Source]) -> dict[str, Source]:
 
 
 def made_shape(source: Source, stored: Sequence[int]) -> tuple:
-    """The shape of our parameter in a tensor of shape `stored`; broken where it holds no three of them."""
+    """The shape that our parameter has if the stored tensor has the shape `stored`.
+
+    A fraction of rows means that q, k and v cannot share the tensor; no parameter has such a shape.
+    """
     if not stored:
         return ()
     rows, *rest = reversed(stored) if source.transposed else stored
@@ -54,7 +57,7 @@ def made_shape(source: Source, stored: Sequence[int]) -> tuple:
 
 def read_box(source: Source, shape: Sequence[int], head_dim: int, box: Box,
              fetch: Callable[[str, Box], torch.Tensor]) -> torch.Tensor:
-    """`box`, as `bounds` gives it, of our parameter of `shape`: made of `fetch(name, box)` of stored ones."""
+    """Read a part of our parameter, as `resolve_slices` gives it, by `read_stored(stored_name, slices)`."""
     (rows, *rest), found = box, []
     for start, stop in _stretches(source, rows.start, rows.stop, head_dim):
         part = (slice(start, stop), *rest)
@@ -64,7 +67,10 @@ def read_box(source: Source, shape: Sequence[int], head_dim: int, box: Box,
 
 
 def joined(source: Source, head_dim: int, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The stored tensor, of ours, `source` being the first one's. Rows that are not ours are zeros."""
+    """The tensor to store, from the parameters that it fuses; `source` is the first one's.
+
+    Rows that no parameter has are zeros.
+    """
     if source.turn is not None:
         parts = torch.stack([x.unflatten(0, (-1, head_dim)) for x in parts], dim=1)       # (H, 3, K, ...)
         parts = [parts.flatten(0, 2)]
@@ -73,7 +79,8 @@ def joined(source: Source, head_dim: int, parts: Sequence[torch.Tensor]) -> torc
 
 
 def bounds(name: str, shape: Sequence[int], box: Box) -> Box:
-    """`box` with its bounds written out. ValueError where it is no part of a tensor of `shape`."""
+    """`slices` with explicit start and stop. Raises ValueError where they are no part of a tensor of `shape`.
+    """
     found = tuple(slice(part.start or 0, size if part.stop is None else part.stop)
                   for part, size in zip(box or (slice(None),) * len(shape), shape))
     if box and (len(box) != len(shape) or any(part.step not in (None, 1) for part in box)) or not all(
@@ -84,7 +91,7 @@ def bounds(name: str, shape: Sequence[int], box: Box) -> Box:
 
 
 def _stretches(source, start, stop, head_dim):
-    """(start, stop) of the stored rows that hold our rows from `start` to `stop`, in our order."""
+    """(start, stop) of each run of stored rows that hold our rows from `start` to `stop`, in our order."""
     if source.turn is None or start == stop:
         return [(start + source.before, stop + source.before)]
     found = []

@@ -1,9 +1,9 @@
-"""Byte-level BPE from a GGUF file's tokens and merges, split as its `tokenizer.ggml.pre` says.
+"""Build a byte-level BPE tokenizer from a GGUF file's tokens, merges and pre-tokenizer name.
 
-Merges never cross a split, so a wrong pre-tokeniser gives other ids for the same text: SmolLM2 reads "2024"
-as four digits. The file only names the rule; here are those of the families that the decoder has, as
-llama.cpp writes them (src/llama-vocab.cpp), one expression after the other. Any other name is refused. There
-is no normaliser: llama.cpp has none, Qwen's own NFC not either.
+Merges never cross a split of the pre-tokenizer, so a wrong one gives other ids for the same text: SmolLM2
+splits "2024" into four digits. The file only names its pre-tokenizer (`tokenizer.ggml.pre`); here are those
+of the families that the decoder has, as in llama.cpp (src/llama-vocab.cpp). Any other name is refused. There
+is no normalizer: llama.cpp has none, not even Qwen's NFC.
 """
 from typing import NamedTuple
 
@@ -19,10 +19,10 @@ CASES_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Splits(NamedTuple):
-    """How a text is cut before the bytes."""
-    expressions: tuple[str, ...]
-    whole_words: bool = False                # is a word that is a token taken without merging
-    bos: bool = False                        # does a text begin with bos where the file does not say
+    """How a text is split before byte-level BPE merges are applied."""
+    expressions: tuple[str, ...]             # regular expressions, applied one after the other
+    whole_words: bool = False                # a word that is a token needs no merges
+    bos: bool = False                        # a text begins with BOS where the file does not say
 
 
 _GPT2, _DIGITS = Splits((GPT2,)), Splits((r"\p{N}", GPT2))
@@ -50,7 +50,10 @@ PRE = {
 
 
 def byte_level_bpe(tokens: list[str], merges: list[str], pre: str | None) -> Tokenizer:
-    """Byte-level BPE with the splits that `pre` names. ValueError for another name, or broken merges."""
+    """A byte-level BPE tokenizer with the pre-tokenizer called `pre`.
+
+    Raises ValueError for an unknown pre-tokenizer, or for merges that do not fit the tokens.
+    """
     if pre not in PRE:
         raise ValueError(f"its pre-tokeniser {pre!r} is unknown (known: {', '.join(PRE)}), and "
                          "another would split text differently than the model was trained on")
@@ -60,7 +63,7 @@ def byte_level_bpe(tokens: list[str], merges: list[str], pre: str | None) -> Tok
     try:
         model = models.BPE({token: i for i, token in enumerate(tokens)}, pairs,
                            ignore_merges=PRE[pre].whole_words)
-    except Exception as error:               # of a merge whose parts are no tokens
+    except Exception as error:               # a merge whose parts are not tokens
         raise ValueError(f"its tokenizer's merges do not fit its tokens: {error}") from error
     backend = Tokenizer(model)
     splits = [pre_tokenizers.Split(Regex(each), "isolated") for each in PRE[pre].expressions]
@@ -71,5 +74,5 @@ def byte_level_bpe(tokens: list[str], merges: list[str], pre: str | None) -> Tok
 
 
 def opens_with_bos(pre: str) -> bool:
-    """Does a text begin with bos where the file does not say?"""
+    """Whether a text begins with BOS where the file does not say, with the pre-tokenizer called `pre`."""
     return PRE[pre].bos

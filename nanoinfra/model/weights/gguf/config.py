@@ -1,8 +1,8 @@
-"""What a GGUF file's keys say of the decoder: its ModelConfig, as llama.cpp computes it.
+"""The ModelConfig of a GGUF file, from its metadata, as llama.cpp computes it.
 
-Each architecture's keys are read, known to change nothing, or refused by name. RoPE is scaled as in llama.cpp
-(src/llama-context.cpp, ggml/src/ggml-cpu/ops.cpp): linear by 1 / factor; yarn with cos and sin times
-(1 + 0.1 ln factor) * attn_factor; Llama 3.1's per-pair factors lie in the tensor rope_freqs.weight.
+Each metadata key of an architecture is read, known to change nothing, or refused by name. RoPE is scaled as
+in llama.cpp (src/llama-context.cpp, ggml/src/ggml-cpu/ops.cpp): linear by 1 / factor; yarn with cos and sin
+times (1 + 0.1 ln factor) * attn_factor; Llama 3.1's per-pair factors are in the tensor rope_freqs.weight.
 """
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ SIZES = {"width": "embedding_length", "layers": "block_count", "heads": "attenti
          "hidden": "feed_forward_length", "context": "context_length"}
 EPS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
 ARCHITECTURES = ("gpt2", "llama", "phi3", "qwen2", "qwen3")     # Mistral's files say llama
-WINDOW = ("phi3",)                           # in whose files a sliding window stands
+WINDOW = ("phi3",)                           # architectures whose files have a sliding window
 HARMLESS = {*SIZES.values(), *EPS.values(), "attention.head_count_kv", "vocab_size", "rope.freq_base",
             "rope.scaling.finetuned", "tensor_data_layout"}
 ROPE = {"rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor",
@@ -27,26 +27,29 @@ NEUTRAL = {                                  # key -> the values with which it c
     "final_logit_softcapping": (0,), "logit_scale": (0, 1), "residual_scale": (0, 1),
     "embedding_scale": (0, 1), "expert_count": (0,), "expert_used_count": (0,), "nextn_predict_layers": (0,),
     "pooling_type": (0,), "use_parallel_residual": (False,), "leading_dense_block_count": (0,),
-    # llama.cpp reads what follows for other architectures only
+    # llama.cpp reads the following keys for other architectures only
     "rope.scaling.yarn_ext_factor": (1,), "rope.scaling.yarn_beta_fast": (32,),
     "rope.scaling.yarn_beta_slow": (1,), "rope.scaling.yarn_log_multiplier": (0,),
     "rope.scaling.alpha": (0,)}
 
 
 LINEAR = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
-          "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}          # linear layers, ours -> theirs
+          "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}          # linears, ours -> GGUF's
 WORDS = {int: "whole number", float: "number", str: "string", bool: "truth value", list: "list of strings",
          np.ndarray: "list of numbers"}
 
 
 class Keys:
-    """A file's fields by their types. ValueError, with the key's name, for one missing or of another type."""
+    """Typed access to a GGUF file's metadata; `prefix` is put before every key.
+
+    Raises ValueError, with the key's name, for a key that is missing or has a value of another type.
+    """
 
     def __init__(self, fields: Mapping[str, object], prefix: str = ""):
         self.fields, self.prefix = fields, prefix
 
     def get(self, key: str, kind: type, *default):
-        """The value of `key`, a `kind`, or the default where there is no such key."""
+        """The value of `key`, which must be a `kind`, or the default where there is no such key."""
         name = self.prefix + key
         if name not in self.fields:
             if default:
@@ -60,7 +63,7 @@ class Keys:
         return got
 
     def size(self, key: str, *default: int) -> int:
-        """A number of at least 1, the same for every layer where the file has one for each."""
+        """A whole number of at least 1; where the file has one for each layer, they must be the same."""
         name = self.prefix + key
         got = self.fields.get(name)
         if isinstance(got, np.ndarray) and len(got) and (got == got[0]).all():
@@ -73,7 +76,7 @@ class Keys:
         return got
 
     def positive(self, key: str, *default: float) -> float:
-        """A finite number above 0, the shortest decimal of its float32: 1e-05 for 9.999999747378752e-06."""
+        """A finite number above 0, as its float32's shortest decimal: 1e-05 for 9.999999747378752e-06."""
         got = self.get(key, float, *default)
         if not (math.isfinite(got) and got > 0):
             raise ValueError(f"the key {self.prefix + key} is {got}, not a finite number above 0")
@@ -81,9 +84,10 @@ class Keys:
 
 
 def read_config(fields: Mapping[str, object], tensors: Mapping[str, object], rope_factors=()) -> ModelConfig:
-    """The ModelConfig of an open GGUF file's `fields`, with biases and head as its `tensors` tell.
+    """The ModelConfig of an open GGUF file; the names of its `tensors` tell which biases and head it has.
 
-    `rope_factors` are the numbers of its rope_freqs.weight, where it has one.
+    `rope_factors` are the numbers of its rope_freqs.weight, where it has one. Raises ValueError for what the
+    decoder does not have.
     """
     architecture = architecture_of(fields)
     keys = Keys(fields, f"{architecture}.")
@@ -100,7 +104,7 @@ def read_config(fields: Mapping[str, object], tensors: Mapping[str, object], rop
 
 
 def architecture_of(fields: Mapping[str, object]) -> str:
-    """One of `ARCHITECTURES`. ValueError for what is another, or no model, or a piece of one."""
+    """The file's model architecture. Raises ValueError if it is unknown, no model, or a piece of a model."""
     keys = Keys(fields)
     if (pieces := keys.get("split.count", int, 1)) > 1:
         raise ValueError(f"it is one of {pieces} pieces of a model; put them together with llama.cpp's "
@@ -116,7 +120,7 @@ def architecture_of(fields: Mapping[str, object]) -> str:
 def _heads(keys, heads, width):
     head_dim = keys.size("attention.key_length", max(1, width // heads))
     kv_heads = keys.size("attention.head_count_kv", heads)
-    if heads % kv_heads:                     # before ModelConfig seeks what would fit
+    if heads % kv_heads:                     # before ModelConfig searches for a number that divides
         raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads evenly")
     for key in ("attention.value_length", "rope.dimension_count"):
         if (got := keys.size(key, head_dim)) != head_dim:
@@ -127,7 +131,7 @@ def _heads(keys, heads, width):
 
 
 def _check_keys(keys, config):
-    """Refuse by name a key of the architecture that is not read here, unless it changes nothing."""
+    """Raise ValueError for a key of the architecture that is not read here, unless it changes nothing."""
     known = HARMLESS | {"attention.key_length", "attention.value_length", "rope.dimension_count"}
     known |= ROPE if config.parts.position == "rope" else set()
     known |= {"attention.sliding_window"} if config.family in WINDOW else set()
@@ -140,9 +144,9 @@ def _check_keys(keys, config):
 
 
 def _window(keys, architecture):
-    """The sliding window, the query included, that a file of Phi-3's says; 0 is none.
+    """The sliding window of a Phi-3 file, the query included; 0 is none.
 
-    transformers has it so; llama.cpp gives every query all keys, and warns that this may be worse.
+    It is transformers' meaning; llama.cpp gives every query all keys, and warns that this can be worse.
     """
     if architecture not in WINDOW:
         return None
@@ -150,9 +154,9 @@ def _window(keys, architecture):
 
 
 def _biased(config, names):
-    """`config` with the biases that its file's linear layers have, as the first layer's `names` say.
+    """`config` with the biases that the linears of the file's first layer have, by their tensor `names`.
 
-    llama.cpp takes a bias where there is one. LLaMA with biases of q, k and v alone is Qwen2.
+    llama.cpp uses a bias where there is one. LLaMA with biases of q, k and v alone is Qwen2.
     """
     layers = [x for x in LINEAR if x != "gate" or config.parts.gated]
     there = {x for x in layers if f"blk.0.{LINEAR[x]}.bias" in names}
@@ -164,7 +168,7 @@ def _biased(config, names):
                 found = replace(config, family=family, attention_bias=attention, mlp_bias=mlp)
                 if {x for x in layers if found.has_bias(x)} == there:
                     return found
-    return config                            # whoever checks the names says which are too many
+    return config                            # check_tensor_names refuses the surplus biases by name
 
 
 def _rope_scaling(keys, config, rope_factors):

@@ -1,9 +1,9 @@
-"""A GGUF file as it lies on the disk: its header's keys and values, and where each tensor's bytes are.
+"""The GGUF file format: the metadata of its header, and where each tensor's bytes are.
 
-magic, version, two counts; key, type, value each; name, dims, type, offset of each tensor; then the data, at
-multiples of the alignment.  https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-Every count is held against the bytes that are left before anything is read or kept by it, so a broken header
-costs no memory and no time. What block a type has, and its weights, the `gguf` package knows.
+A file has magic, version and two counts; key, type and value of each metadata entry; name, dims, type and
+offset of each tensor; then the data, aligned.  https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Every count is compared with the bytes that follow before anything is allocated for it, so that a damaged
+header costs no memory and no time. The `gguf` package knows the blocks of each quantization type.
 """
 import struct
 from functools import lru_cache
@@ -22,33 +22,33 @@ STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 MAX_DIMS = 4
 CUT = "the file is cut off or damaged, fetch it again"
-MOST_STRINGS = 2 ** 21                       # in an array: no vocabulary has more tokens or merges
+MOST_STRINGS = 2 ** 21                       # no vocabulary has more tokens or merges
 
 
 class Stored(NamedTuple):
-    """One tensor's bytes in the file; a row is a whole number of blocks, rows follow each other."""
+    """Where one tensor's bytes are in the file. A row is a whole number of blocks; rows follow each other."""
     kind: int                                # gguf.GGMLQuantizationType
     shape: tuple[int, ...]                   # (rows, columns) as torch has it, or (columns,)
     start: int                               # first byte, in the file
 
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """The stored bytes of one row."""
         size, nbytes = block_of(self.kind)
         return self.shape[-1] // size * nbytes
 
     def nbytes(self) -> int:
-        """Bytes of all."""
+        """The stored bytes of the whole tensor."""
         return prod(self.shape[:-1]) * self.row_bytes()
 
 
 class GGUFFile(NamedTuple):
-    """A GGUF file, opened: `data` is the mapped file."""
+    """An open GGUF file, memory-mapped."""
     fields: dict[str, object]                # a number, a string, an array of numbers or a list of strings
     tensors: dict[str, Stored]
     data: np.ndarray
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        """The part `box` of a tensor, float32, dequantised from no more blocks than hold it."""
+        """A part of a tensor as float32, dequantized from no more blocks than hold it."""
         import gguf
         tensor = self.tensors[name]
         kind, (size, nbytes) = gguf.GGMLQuantizationType(tensor.kind), block_of(tensor.kind)
@@ -62,11 +62,11 @@ class GGUFFile(NamedTuple):
 
 
 def read_gguf(file: str | Path) -> GGUFFile:
-    """Open a GGUF file and read its header. Raises ValueError, without the file's name, for a broken one."""
+    """Open a GGUF file and read its header. Raises ValueError, without the file's name, if it is damaged."""
     optional("gguf", "GGUF files")
     try:
         data = np.memmap(file, mode="r")
-    except (ValueError, OSError) as error:   # ValueError: it is empty
+    except (ValueError, OSError) as error:   # an empty file raises ValueError
         raise ValueError(f"it cannot be read: {error}") from error
     header = _Header(data)
     tensor_count, key_count = header.start()
@@ -87,7 +87,7 @@ def read_gguf(file: str | Path) -> GGUFFile:
 
 @lru_cache
 def block_of(kind: int) -> tuple[int, int]:
-    """(weights, bytes) of a block of this type. ValueError where nobody here can read it."""
+    """(weights, bytes) of one block of a quantization type. Raises ValueError if it cannot be dequantized."""
     import gguf
     try:
         size, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
@@ -99,10 +99,10 @@ def block_of(kind: int) -> tuple[int, int]:
 
 
 class _Header:
-    """Reads a header from its first byte on; `at` is the next."""
+    """Reads a header from its first byte on; `at` is the offset of the next byte."""
 
     def __init__(self, data):
-        self.data, self.at = memoryview(data), 0       # a memoryview is cut faster than an array
+        self.data, self.at = memoryview(data), 0       # slicing a memoryview is faster than an array
 
     def take(self, count: int) -> memoryview:
         """The next `count` bytes."""
@@ -112,18 +112,18 @@ class _Header:
         return self.data[self.at - count:self.at]
 
     def number(self, form: str):
-        """The next number, of a type of `NUMBERS`."""
+        """The next number, whose type has the struct letter `form`."""
         return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
 
     def count(self, what: str, least: int, most: int = 2 ** 64) -> int:
-        """The next number, a count of things of at least so many bytes each."""
+        """The next number, a count of things that take at least `least` bytes each."""
         n, left = self.number("Q"), len(self.data) - self.at
         if n > most or n * least > left:
             raise ValueError(f"it claims {n} {what}, but only {left} bytes follow: {CUT}")
         return n
 
     def string(self, what: str) -> str:
-        """The next string: its length, its bytes."""
+        """The next string: a length and UTF-8 bytes."""
         raw = bytes(self.take(self.number("Q")))
         try:
             return raw.decode()
@@ -131,7 +131,7 @@ class _Header:
             raise ValueError(f"{what} is no UTF-8: {raw[:40]!r}") from error
 
     def start(self) -> tuple[int, int]:
-        """(tensors, keys) after magic and version."""
+        """Check magic and version; return the counts (tensors, keys)."""
         magic = bytes(self.data[:24])
         if magic.startswith(b"version https://git-l"):
             raise ValueError("it is a Git LFS pointer, not the file itself; run `git lfs pull`")
@@ -162,7 +162,7 @@ class _Header:
         return np.frombuffer(self.take(self.count(f"items of {key}", form.itemsize) * form.itemsize), form)
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """(name, shape as torch has it, type, offset)."""
+        """(name, shape in torch's order, type, offset) of the next tensor."""
         name, dims = self.string("a tensor's name"), self.number("I")
         if not 1 <= dims <= MAX_DIMS:
             raise ValueError(f"the tensor {name} has {dims} dims, none has more than {MAX_DIMS}")
@@ -171,7 +171,7 @@ class _Header:
 
 
 def _placed(listed, end, alignment, size):
-    """The tensors with their first bytes: inside the file, each after the one before."""
+    """The tensors with their first bytes; checked to lie inside the file, each after the one before."""
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r}, not a power of two")
     data, free, placed = -(-end // alignment) * alignment, 0, {}

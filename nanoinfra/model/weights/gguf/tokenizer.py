@@ -1,8 +1,9 @@
-"""The tokenizer inside a GGUF file, as llama.cpp reads it: its kind, its special tokens, what ends an answer.
+"""The tokenizer in a GGUF file, as llama.cpp reads it, with its special and end-of-generation tokens.
 
-`tokenizer.ggml.model` is "gpt2" (byte-level BPE, gguf_bpe.py) or "llama" (sentencepiece's BPE by scores,
-gguf_spm.py). Special tokens are found in text before anything else. llama.cpp knows more ends than the file
-names: tokens called <|eot_id|>, <|im_end|> and so on (src/llama-vocab.cpp, special_eog_ids).
+`tokenizer.ggml.model` is "gpt2" (byte-level BPE, bpe_tokenizer.py) or "llama" (SentencePiece BPE by scores,
+sentencepiece_tokenizer.py). Special tokens are found in text before anything else. llama.cpp ends a
+generation at more tokens than the file names: <|eot_id|>, <|im_end|> and so on (src/llama-vocab.cpp,
+special_eog_ids).
 """
 from collections.abc import Mapping, Sequence
 
@@ -15,12 +16,12 @@ from nanoinfra.model.weights.gguf.config import Keys
 from nanoinfra.model.weights.gguf.sentencepiece_tokenizer import spm
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4     # tokenizer.ggml.token_type
-ENDS = {                                     # what these are called ends an answer
+ENDS = {                                     # each of them ends a generation (llama.cpp's EOG)
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
     "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
     "<｜end▁of▁sentence｜>", "[e~["}
-FILL = {                                     # of filling in the middle; the first three end an answer too
+FILL = {                                     # fill-in-the-middle (FIM); the first three end a generation too
     "fim_pad": {"<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"},
     "fim_rep": {"<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"},
     "fim_sep": {"<|file_sep|>"},
@@ -32,11 +33,11 @@ FILL = {                                     # of filling in the middle; the fir
                 "<|code_middle|>", "<|middle|>"}}
 FILL_ENDS = ("fim_pad", "fim_rep", "fim_sep")
 IDS = {"gpt2": {}, "llama": {"bos": 1, "eos": 2}}       # where the file does not say
-NO_STRIP = ("<unk>", "<s>", "<|endoftext|>")            # Phi-3's others swallow the space after them
+NO_STRIP = ("<unk>", "<s>", "<|endoftext|>")            # Phi-3's other tokens strip the space after them
 
 
 def build_text(fields: Mapping[str, object]) -> Text:
-    """The tokenizer of an open GGUF file's `fields`. Raises ValueError for one that is unknown or broken."""
+    """The tokenizer in an open GGUF file's metadata. Raises ValueError if it is unknown or broken."""
     keys = Keys(fields, "tokenizer.ggml.")
     model = keys.get("model", str)
     if model not in IDS:
@@ -57,7 +58,7 @@ def build_text(fields: Mapping[str, object]) -> Text:
 
 
 def _tokens(keys):
-    """Names and kinds of all tokens; llama.cpp names what is empty, and takes some for control tokens."""
+    """Text and type of all tokens; as in llama.cpp, empty ones get a name, known ones are control."""
     tokens = keys.get("tokens", list)
     kinds = keys.get("token_type", np.ndarray, np.full(len(tokens), NORMAL)).tolist()
     if len(kinds) < len(tokens):
@@ -81,7 +82,7 @@ def _id(keys, name, count, default):
 
 
 def _ends(tokens, ids):
-    """Ids that end an answer."""
+    """The ids that end a generation."""
     place = {token: i for i, token in enumerate(tokens)}
     found = {ids[name] for name in ("eos", "eot", "eom", *FILL_ENDS)} - {None}
     named = ENDS.union(*(FILL[name] for name in FILL_ENDS if ids[name] is None))
@@ -89,7 +90,7 @@ def _ends(tokens, ids):
 
 
 def _add_tokens(backend: Tokenizer, tokens: Sequence[str], kinds: Sequence[int], strips: bool) -> None:
-    """Special tokens are found in text by name; those that the user defined are text all the same."""
+    """Add tokens that are found in text by name: special ones, and user-defined ones, which are decoded."""
     for special, wanted in ((True, (UNKNOWN, CONTROL)), (False, (USER_DEFINED,))):
         found = [AddedToken(token, special=special, normalized=False, rstrip=strips and token not in NO_STRIP)
                  for token, kind in zip(tokens, kinds) if kind in wanted]
@@ -97,7 +98,7 @@ def _add_tokens(backend: Tokenizer, tokens: Sequence[str], kinds: Sequence[int],
 
 
 def _surround(backend, keys, ids, begins):
-    """The first and the last token, where the file asks for them."""
+    """Make the tokenizer add BOS and EOS to a text, where the file asks for it."""
     names = []
     for name, default in (("bos", begins), ("eos", False)):
         if keys.get(f"add_{name}_token", bool, default):

@@ -1,9 +1,9 @@
-"""GGUF files in: llama.cpp's one-file format with weights (quantised or not), tokenizer and chat template.
+"""Read GGUF files, llama.cpp's one-file format: weights (quantized or not), tokenizer and chat template.
 
-Quantised types are dequantised by the `gguf` package's own code; Q4_1 is d * nibble + m over 32 weights, 5
-bits a weight. For architecture "llama", llama.cpp interleaves the two halves of each head's rows of q and
-k, so that its RoPE can turn neighbours; that is undone here. (gguf_file.py knows the bytes, gguf_config.py
-the keys, gguf_text.py the tokenizer.)
+The `gguf` package dequantizes; Q4_1 is d * nibble + m over 32 weights, 5 bits a weight. For architecture
+"llama", llama.cpp interleaves the two halves of each head's rows of q and k, because its RoPE rotates
+neighbours; that is undone here. file_format.py reads the bytes, config.py the metadata, tokenizer.py the
+tokenizer.
 """
 from collections.abc import Collection
 from pathlib import Path
@@ -23,21 +23,21 @@ BLOCK = {"norm1": "attn_norm", "norm2": "ffn_norm", "attn.q_norm": "attn_q_norm"
          "attn.k_norm": "attn_k_norm"}
 OUTER = {"embed": "token_embd", "positions": "position_embd", "norm": "output_norm", "head": "output"}
 FUSED = {"attn_qkv": ("attn.q", "attn.k", "attn.v"), "ffn_up": ("mlp.gate", "mlp.up")}
-FACTORS = "rope_freqs.weight"                # Llama 3.1's, one for each pair
+FACTORS = "rope_freqs.weight"                # Llama 3.1's RoPE factors, one for each pair
 
 
 def load_gguf(file: str | Path, dtype: torch.dtype = torch.float32,
               attention: str = "sdpa") -> tuple[Decoder, Text, str | None]:
-    """Model, tokenizer and chat template (None where there is none) of a GGUF file.
+    """Load (model, tokenizer, chat template) of a GGUF file; the template is None where there is none.
 
-    Raises ValueError naming what is unknown, missing, surplus or misshapen.
+    Raises ValueError naming what is unknown or missing, what is there beside it, and wrong shapes.
     """
     weights = open_gguf(file)
     return filled(weights.config, attention, dtype, weights.read), weights.text, weights.template
 
 
 def open_gguf(file: str | Path) -> Weights:
-    """The weights of a GGUF file, to be read whole or in parts; raises as `load_gguf` does."""
+    """Open the weights of a GGUF file, to be read whole or in parts; raises as `load_gguf_model` does."""
     if not Path(file).is_file():
         raise ValueError(f"there is no file {file}")
     try:
@@ -57,20 +57,20 @@ def open_gguf(file: str | Path) -> Weights:
 
 
 def _described(opened: GGUFFile, architecture: str) -> tuple[ModelConfig, set[str]]:
-    """The configuration, and the names of tensors that are no parameters but part of it."""
+    """The configuration, and the names of tensors that belong to it and are no parameters."""
     factors, used = [], set()
-    if architecture == "llama" and FACTORS in opened.tensors:             # for others llama.cpp reads none
+    if architecture == "llama" and FACTORS in opened.tensors:             # llama.cpp reads no other's
         if len(shape := opened.tensors[FACTORS].shape) != 1:
             raise ValueError(f"{FACTORS} has the shape {shape}, not one of a number for each pair")
         factors, used = opened.read(FACTORS, (slice(0, shape[0]),)).tolist(), {FACTORS}
     config = read_config(opened.fields, opened.tensors, factors)
-    if config.layers > len(opened.tensors):  # before anybody lists what each layer has
+    if config.layers > len(opened.tensors):  # before the parameters of so many layers are listed
         raise ValueError(f"it has {len(opened.tensors)} tensors, too few for {config.layers} layers")
     return config, used
 
 
 def _names(tensors: Collection[str], architecture: str) -> dict[str, Source]:
-    """Where each of our parameters lies, layers as {i}; q, k and v in one tensor where the file has that."""
+    """Where each of our parameters lies, layers as {i}; q, k and v are one tensor if the file fuses them."""
     blocks = BLOCK | {f"{'attn' if x in 'qkvo' else 'mlp'}.{x}": theirs for x, theirs in LINEAR.items()}
     names = {f"blocks.{{i}}.{ours}": Source(f"blk.{{i}}.{theirs}") for ours, theirs in blocks.items()}
     for theirs, fused in FUSED.items():
@@ -83,22 +83,22 @@ def _names(tensors: Collection[str], architecture: str) -> dict[str, Source]:
 
 
 def _fetch(opened, name, box, config, architecture):
-    """The part `box` of a stored tensor (out, in), its rows in our order."""
-    if any(part.start == part.stop for part in box):                      # numpy cannot shape no blocks
+    """A part of a stored tensor (out, in), its rows in our order."""
+    if any(part.start == part.stop for part in box):                      # numpy cannot reshape an empty one
         return torch.empty([part.stop - part.start for part in box])
     (start, stop), K = (box[0].start, box[0].stop), config.head_dim
     turned = {"attn_q": config.heads, "attn_k": config.kv_heads, "attn_qkv": config.heads + config.kv_heads}
     if architecture != "llama" or start >= turned.get(name.split(".")[-2], 0) * K:
         return opened.read(name, box)
     first = start // K * K
-    heads = opened.read(name, (slice(first, -(-stop // K) * K), *box[1:]))     # a row's place is its head's
+    heads = opened.read(name, (slice(first, -(-stop // K) * K), *box[1:]))     # rows move within their head
     return halves_from_pairs(heads, K)[start - first:stop - first]
 
 
 def halves_from_pairs(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of q or k (heads * K, C) back from llama.cpp's order (0, K/2, 1, K/2 + 1, ...) of each head.
+    """Undo llama.cpp's order of each head's rows of q or k: (0, K/2, 1, K/2 + 1, ...).
 
-    A bias (heads * K,) likewise.
+    `x` is a weight (heads * K, C) or a bias (heads * K,).
     """
     pairs = x.view(-1, head_dim // 2, 2, *x.shape[1:])                    # (H, K/2, 2, C)
     return pairs.transpose(1, 2).reshape(x.shape)                         # (H, 2, K/2, C)

@@ -1,9 +1,9 @@
-"""A Hugging Face folder's config.json as a ModelConfig and back, by the tables of hf_fields.py.
+"""Convert a Hugging Face config.json to a ModelConfig and back, by the tables of config_fields.py.
 
-What config.json says, transformers' AutoConfig says: its defaults, its other names for keys, its older forms.
-Sizes are looked at before, since AutoConfig makes lists as long as they say. Whatever asks for what the
-decoder does not have is refused by name, never dropped; so is, on the way out, what their format has no key
-for. transformers is imported when a folder is read, and only then; torch is not needed.
+transformers' AutoConfig interprets config.json: its defaults, its other names of keys, its older forms. Sizes
+are checked before, because AutoConfig makes lists of that length. A value that the decoder does not support
+is refused by name, never dropped; so is, when writing, a value for which Hugging Face has no key.
+transformers is imported only when a folder is read; torch is not needed.
 """
 import math
 from copy import deepcopy
@@ -31,11 +31,11 @@ LARGEST = {"num_hidden_layers": 4096, "n_layer": 4096, "max_position_embeddings"
            **dict.fromkeys(("hidden_size", "n_embd", "n_embed", "intermediate_size", "ffn_dim", "n_inner",
                             "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "num_labels"),
                            2**20)}
-BLOOM_CONTEXT = 2048                         # it has no longest sequence: this is what BLOOM was trained with
+BLOOM_CONTEXT = 2048                         # BLOOM's config has no context; it was trained with this one
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The configuration of a Hugging Face folder. ValueError where it is none that this decoder has."""
+    """Read the configuration of a Hugging Face folder. Raises ValueError if it is not supported."""
     path = Path(folder, "config.json")
     theirs = read_json(path)
     if not theirs and not path.exists():
@@ -44,7 +44,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def config_from(theirs: dict, where: str) -> ModelConfig:
-    """Their config.json as a ModelConfig. Raises ValueError, with `where`, for what we do not compute."""
+    """The ModelConfig of a Hugging Face config.json. Raises ValueError, with `where`, if not supported."""
     try:
         table = _checked(theirs)
         asking = transformers("Hugging Face folders").AutoConfig.for_model
@@ -52,14 +52,14 @@ def config_from(theirs: dict, where: str) -> ModelConfig:
         _refuse_others(table, read, plain)
         return _model(theirs["model_type"], table, read)
     except ValueError as error:
-        said = str(error).startswith(f"{where}: ")                         # by `asked`
+        said = str(error).startswith(f"{where}: ")                         # call_transformers added it
         raise ValueError(str(error) if said else f"{where}: {error}") from error
 
 
 def config_to(config: ModelConfig) -> dict:
-    """A ModelConfig as their config.json; token ids and dtype are the writer's to add.
+    """The Hugging Face config.json of a ModelConfig, without token ids and dtype.
 
-    Raises ValueError, naming a field, for what would be read back as something else.
+    Raises ValueError, naming a field, for a value that would be read back as another.
     """
     family, config = config.family, _plain(config)
     table = TABLES[family]
@@ -78,7 +78,7 @@ def config_to(config: ModelConfig) -> dict:
 
 
 def _checked(theirs):
-    """The family's table, for a config.json that transformers may be given."""
+    """The family's table. Raises ValueError for a config.json that transformers must not be given."""
     family = theirs.get("model_type")
     if not isinstance(family, str) or family not in TABLES:
         raise ValueError(f"model_type {_shown(family)} is unknown; known are {', '.join(TABLES)}")
@@ -98,10 +98,10 @@ def _checked(theirs):
 
 
 def _attributes(asking, theirs):
-    """The attributes of transformers' configuration, and the declared ones of one that says nothing."""
+    """The attributes of transformers' configuration, and the defaults of the declared ones."""
     family = theirs["model_type"]
-    given = {key: deepcopy(value) for key, value in theirs.items()          # transformers writes into it
-             if key not in ("model_type", "auto_map")}
+    given = {key: deepcopy(value) for key, value in theirs.items()
+             if key not in ("model_type", "auto_map")}                       # a copy: transformers changes it
     plain = asking(family)
     declared = {field.name: getattr(plain, field.name) for field in fields(plain)}
     for key in given.keys() - {*declared, *plain.attribute_map, *SETTABLE}:
@@ -109,12 +109,12 @@ def _attributes(asking, theirs):
             raise ValueError(f"the key {key!r} would replace a part of transformers' own class")
     config = asking(family, **given)
     if hasattr(config, "rope_parameters"):
-        config.standardize_rope_params()     # once more, as before RoPE is computed: all attributes are there
+        config.standardize_rope_params()     # as before RoPE is computed, when all attributes are there
     return vars(config), declared
 
 
 def _refuse_others(table, read, plain):
-    """Raise ValueError for an attribute that changes the mathematics and is not at what the decoder has."""
+    """Raise ValueError for an attribute that changes the computation and has an unsupported value."""
     known = {*table.fields.values(), table.activation, *table.biases.values(), *WINDOWS[table.windows],
              *table.same, *HARMLESS, *RANDOM, *table.harmless, "rope_parameters"}
     for key, other in table.same.items():
@@ -125,7 +125,7 @@ def _refuse_others(table, read, plain):
         allowed = table.fixed.get(key, (plain[key],))
         if read[key] not in allowed:
             raise ValueError(f"{key} is {_shown(read[key])}, but this decoder has only {allowed[0]!r}")
-    for key in RANDOM & plain.keys():        # transformers builds no model with others
+    for key in RANDOM & plain.keys():        # transformers refuses other values
         most = 1 if "drop" in key else math.inf
         if read[key] is not None and not 0 <= read[key] <= most:
             raise ValueError(f"{key} is {_shown(read[key])}, which must be a number from 0 to {most}")
@@ -156,7 +156,7 @@ def _model(family, table, read):
 
 
 def _absent(read, key):
-    """Is what this attribute means left to the family? GPT-2's n_inner and BLOOM's seq_length may be null."""
+    """Whether the family's default holds: GPT-2's n_inner and BLOOM's seq_length can be null."""
     return key not in read or (read[key] is None and key in ("n_inner", "seq_length"))
 
 
@@ -167,7 +167,7 @@ def _activation(key, name):
 
 
 def _windows(table, read):
-    """`window` and `full_layers`."""
+    """The fields `window` and `full_layers` of ModelConfig."""
     window, full = read["sliding_window"], 0
     if table.windows == "layered":
         kinds = read["layer_types"]
@@ -184,7 +184,7 @@ def _windows(table, read):
 
 
 def _windows_to(table, config):
-    if table.windows == "all":               # and full_layers have no key
+    if table.windows == "all":               # these families have no key for full_layers
         return {"sliding_window": config.window}
     kinds = ["full_attention" if config.window_of(layer) is None else "sliding_attention"
              for layer in range(config.layers)]
@@ -201,7 +201,7 @@ def _check_back(config, back):
 
 
 def _plain(config):
-    """`config` in the one way of saying the same that `config_from` uses."""
+    """`config` in canonical form, as `model_config_from_hf` gives it."""
     parts, sliding = config.parts, config.window is not None and config.full_layers < config.layers
     biases = {"attention_bias": ATTENTION, "mlp_bias": MLP[not parts.gated:]}
     biases = {name: None if all(config.has_bias(x) == (x in parts.biases) for x in linears)
@@ -220,7 +220,7 @@ def _whole(read, key):
 
 
 def _among(value, allowed):
-    """(True is 1 in Python.)"""
+    """Whether `value` is in `allowed`, with its type: in Python True equals 1."""
     return any(type(value) is type(one) and value == one for one in allowed)
 
 

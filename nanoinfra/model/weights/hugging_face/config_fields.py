@@ -1,27 +1,27 @@
-"""What transformers' configurations mean for a decoder: one table a family, and what none may say.
+"""The attributes of transformers' configurations and their meaning for a decoder: one table for each family.
 
-A table names the attributes that become fields of ModelConfig, those that the decoder has in one way only,
-and those that change nothing it computes; an attribute in none of them must be at transformers' default.
-Keys that a configuration class does not declare are ignored, as transformers ignores them, but for those
-that its code looks for all the same (`UNDECLARED`). Read and written by hf_config.py.
+A table names the attributes that become fields of ModelConfig, those of which the decoder supports only some
+values, and those that change nothing in the logits; any other attribute must have transformers' default.
+Keys that a configuration class does not declare are ignored, as transformers ignores them, except the
+`UNDECLARED_HF_KEYS`, which its code reads nevertheless.
 """
 from dataclasses import dataclass, field
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_python": "gelu",
                **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast",
-                                "gelu_accurate"), "gelu_tanh")}           # theirs -> ours
-WRITTEN = {"silu": "silu", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}   # and back
+                                "gelu_accurate"), "gelu_tanh")}
+WRITTEN = {"silu": "silu", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
-# Attributes of every configuration that no decoder's logits depend on: training, outputs, token ids, history.
+# Attributes of every configuration that do not change the logits: training, outputs, token ids, history.
 HARMLESS = frozenset((
     "transformers_version", "architectures", "output_hidden_states", "dtype", "id2label",
     "label2id", "problem_type", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
     "chunk_size_feed_forward", "pretraining_tp"))
-# Rates of dropout, and deviations of first weights: for training alone.
+# Dropout rates, and standard deviations of initial weights: they matter for training alone.
 RANDOM = frozenset(("dropout", "layerdrop", "attention_dropout", "hidden_dropout", "resid_pdrop",
                     "embd_pdrop", "attn_pdrop", "initializer_range", "init_std"))
-# Keys that transformers' code reads whether or not a configuration declares them, and the values that mean
-# what we compute; with none, the key must be absent.
+# Keys that transformers' code reads even if a configuration does not declare them, and the supported values;
+# where there is none, the key must be absent.
 UNDECLARED = {
     "is_causal": (True,), "sliding_window": (None,), "attention_chunk_size": (None,), "layer_types": (),
     "per_layer_config": (None, {}), "kv_sharing_modes": (None,), "partial_rotary_factor": (None, 1, 1.0),
@@ -29,29 +29,29 @@ UNDECLARED = {
     "transformers_weights": (None,), "configuration_files": (), "output_hidden_states": (None, True, False),
     **dict.fromkeys(("text_config", "text_encoder", "decoder", "generator"), (None,)),
     **dict.fromkeys(("dtype", "torch_dtype"), (None, "float64", "float32", "float16", "bfloat16"))}
-# Names of transformers' class, beside its fields, that a configuration may have a value for.
+# Attributes of transformers' class, besides its fields, that a configuration can set.
 SETTABLE = ("rope_scaling", "num_labels", "torch_dtype", "output_attentions", "attn_implementation",
             "_attn_implementation", "name_or_path", "_name_or_path", "per_layer_config")
-# How a family has sliding windows: in all layers, or by layers; the attributes that say so.
+# How a family has sliding windows (none, in all layers, by layer), and the attributes for it.
 WINDOWS = {None: (), "all": ("sliding_window",),
            "layered": ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")}
 
 
 @dataclass(frozen=True)
 class Table:
-    """What the configuration of one family says, by the names of transformers' attributes."""
+    """How transformers' configuration of one family maps to a ModelConfig."""
     architecture: str                        # transformers' class
-    fields: dict[str, str]                   # ModelConfig's fields -> theirs, of one meaning
-    activation: str | None = None            # ACTIVATIONS has its values
-    biases: dict[str, str] = field(default_factory=dict)  # attention_bias and mlp_bias -> theirs
-    windows: str | None = None               # a key of WINDOWS
-    fixed: dict[str, tuple] = field(default_factory=dict)  # attribute -> the values the decoder has
-    harmless: frozenset[str] = frozenset()   # what else changes no logits
-    same: dict[str, str] = field(default_factory=dict)    # attribute -> the one that it must be equal to
-    whole_heads: bool = False                # must the heads divide the width? transformers refuses others
-    cores: tuple = ("eager", "sdpa")         # what attn_implementation may be: transformers has them
-    pads: bool = True                        # must the pad token be one of the vocabulary? as above
-    scaled: bool = True                      # can RoPE be stretched? (Phi-3's by longrope alone)
+    fields: dict[str, str]                   # field of ModelConfig -> attribute with the same meaning
+    activation: str | None = None            # its values are in ACTIVATION_FROM_HF
+    biases: dict[str, str] = field(default_factory=dict)  # attention_bias, mlp_bias -> attribute
+    windows: str | None = None               # a key of SLIDING_WINDOW_HF_KEYS
+    fixed: dict[str, tuple] = field(default_factory=dict)  # attribute -> supported values
+    harmless: frozenset[str] = frozenset()   # further attributes that do not change the logits
+    same: dict[str, str] = field(default_factory=dict)    # attribute -> another one that it must equal
+    whole_heads: bool = False                # transformers requires that the heads divide the width
+    cores: tuple = ("eager", "sdpa")         # the values of attn_implementation that transformers has
+    pads: bool = True                        # transformers requires a pad token of the vocabulary
+    scaled: bool = True                      # RoPE can be scaled (Phi-3 has longrope alone)
 
 
 _SIZES = {"vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
@@ -87,7 +87,7 @@ TABLES = {
         biases={"attention_bias": "enable_bias", "mlp_bias": "enable_bias"}, whole_heads=True,
         same={"word_embed_proj_dim": "hidden_size"},
         fixed={"do_layer_norm_before": (True,), "_remove_final_layer_norm": (False,),
-               "layer_norm_elementwise_affine": (True,)}),          # and eps is torch's 1e-5
+               "layer_norm_elementwise_affine": (True,)}),          # eps is torch's default, 1e-5
     "bloom": Table(
         "BloomForCausalLM", _BLOOM, whole_heads=True, pads=False, cores=("eager",),
         fixed={"apply_residual_connection_post_layernorm": (False,), "slow_but_exact": (False,)}),

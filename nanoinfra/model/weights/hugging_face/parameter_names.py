@@ -1,24 +1,23 @@
-"""What Hugging Face calls our tensors, one table a family; it stays here.
+"""Hugging Face's parameter names for ours, one table for each family, to read and to write.
 
 GPT-2 stores its matrices (in, out) (Conv1D) with q, k and v side by side in `c_attn`; Phi-3 stores q, k and v
-one after another, gate and up too; BLOOM stores q, k and v by turns, a head of each; OPT's positions begin
-with two rows that no token reads; the other families store all as torch does. Used by hf.py, in both
-directions.
+in one tensor, gate and up in another; BLOOM interleaves q, k and v head by head; OPT's position embeddings
+begin with two rows that no token reads; the other families store all tensors as torch does.
 """
 from dataclasses import dataclass
 
 from nanoinfra.model.weights.tensor_sources import Source
 
-HEAD = "lm_head.weight"                      # carries no prefix, in any family
+HEAD = "lm_head.weight"                      # without prefix in every family
 QKV, GATE_UP = ("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up")
 
 
 @dataclass(frozen=True)
 class Names:
-    """How the tensors of one family are called."""
+    """The stored names of one family's parameters."""
     prefix: str                              # before every name but the head's
-    tensors: dict[str, Source]               # ours -> theirs; {i} is a layer
-    buffers: str                             # names that are no weights, as a regular expression
+    tensors: dict[str, Source]               # our name -> where it is stored; {i} is a layer
+    buffers: str                             # a regular expression for stored names that are no parameters
 
 
 def _both(ours, theirs, **how):
@@ -48,7 +47,7 @@ def _gpt2():
 def _llama():
     block = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
     block |= {f"attn.{x}": f"self_attn.{x}_proj" for x in "qkvo"}
-    block |= {f"attn.{x}_norm": f"self_attn.{x}_norm" for x in "qk"}      # Qwen3 alone has these
+    block |= {f"attn.{x}_norm": f"self_attn.{x}_norm" for x in "qk"}      # only Qwen3 has these
     block |= {f"mlp.{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
     return {"embed.weight": Source("embed_tokens.weight"), "norm.weight": Source("norm.weight"),
             "head.weight": Source(HEAD), **_block(block, "layers")}

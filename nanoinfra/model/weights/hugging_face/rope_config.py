@@ -1,8 +1,8 @@
-"""RoPE in transformers' words and in ours: rope_parameters to theta, scaling and context, and back.
+"""Convert transformers' rope_parameters to RoPE's theta, scaling and context length, and back.
 
-The numbers are taken as transformers' modeling_rope_utils.py takes them; the formulas are in model/rope.py.
-The context is the longest sequence a stretched model is made for: factor times max_position_embeddings where
-that is the original length (linear, dynamic), as vLLM has it, and yarn's original length times its factor.
+Values are read as in transformers' modeling_rope_utils.py; the formulas are in model/rope.py. The context is
+the longest sequence of a model with scaled RoPE: factor times max_position_embeddings where that is the
+original length (linear, dynamic), as in vLLM; for yarn, factor times the original length.
 """
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from nanoinfra.config import ModelConfig, RopeScaling
 
 LONGEST = 2**31
 ORIGINAL = "original_max_position_embeddings"
-KINDS = {                                    # RopeScaling's fields -> theirs
+KINDS = {                                    # kind -> {field of RopeScaling: transformers' key}
     "linear": {"factor": "factor"},
     "dynamic": {"factor": "factor"},
     "yarn": {"factor": "factor", "original_context": ORIGINAL, "attention_factor": "attention_factor",
@@ -19,13 +19,13 @@ KINDS = {                                    # RopeScaling's fields -> theirs
     "llama3": {"factor": "factor", "original_context": ORIGINAL, "low_freq_factor": "low_freq_factor",
                "high_freq_factor": "high_freq_factor"},
 }
-LLAMA3 = [RopeScaling("llama3", factor, 8192) for factor in (8.0, 32.0)]  # Llama 3.1's, and 3.2's
+LLAMA3 = [RopeScaling("llama3", factor, 8192) for factor in (8.0, 32.0)]  # Llama 3.1 and 3.2
 
 
 def rope_from(rope: Mapping, longest: int, head_dim: int) -> tuple[float, RopeScaling | None, int]:
-    """Theta, scaling and context of their `rope` parameters and max_position_embeddings `longest`.
+    """(theta, scaling, context) of transformers' rope_parameters and max_position_embeddings.
 
-    Raises ValueError for what is not computed here, or cannot be computed at all.
+    Raises ValueError for scaling that is not supported here, or that cannot be computed at all.
     """
     if head_dim % 2:
         raise ValueError(f"RoPE turns pairs, and a head of {head_dim} has an odd number")
@@ -58,7 +58,7 @@ def rope_from(rope: Mapping, longest: int, head_dim: int) -> tuple[float, RopeSc
 
 
 def rope_to(config: ModelConfig) -> dict:
-    """Their `rope_parameters` and `max_position_embeddings` for a ModelConfig that has RoPE."""
+    """transformers' `rope_parameters` and `max_position_embeddings` for a ModelConfig with RoPE."""
     scaling, longest = config.rope_scaling, config.context
     if scaling is None:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": config.theta},
@@ -73,9 +73,9 @@ def rope_to(config: ModelConfig) -> dict:
 
 
 def plain_scaling(config: ModelConfig) -> RopeScaling | None:
-    """The scaling of `config` by a kind that they have, without numbers that it does not read.
+    """The RoPE scaling of `config` as a kind that transformers has, with unused fields at their defaults.
 
-    Raises ValueError for factors by pair that are not those of Llama 3.
+    Raises ValueError for per-pair factors that are not those of Llama 3.
     """
     scaling = config.rope_scaling
     if scaling is None:
@@ -89,7 +89,7 @@ def plain_scaling(config: ModelConfig) -> RopeScaling | None:
 
 
 def number(theirs: Mapping, key: str) -> float | int:
-    """The number under `key`, more than 0, and one that float32 holds. ValueError for anything else."""
+    """The value of `key`, a number above 0 that float32 can hold. Raises ValueError for anything else."""
     value = theirs.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-30 < value < 1e30:
         raise ValueError(f"{key} is {str(value)[:40]!r}, which must be a number more than 0")
@@ -97,7 +97,7 @@ def number(theirs: Mapping, key: str) -> float | int:
 
 
 def _divided(context, factor):
-    """The length that `factor` makes `context` of, where one is."""
+    """The original length that `factor` scales to `context`, if there is one."""
     near = int(context / factor)
     return next((n for n in range(near, near + 3) if int(n * factor) == context), near)
 
@@ -109,7 +109,7 @@ def _context(kind, given, longest):
 
 
 def _yarn(rope, longest, theta):
-    """`rope` with what is absent in it filled in as transformers does."""
+    """`rope` with its missing values filled in as transformers does."""
     if theta <= 1:
         raise ValueError(f"rope_theta is {theta}, but rope_type 'yarn' divides by its logarithm; it must be "
                          "more than 1")
@@ -132,7 +132,7 @@ def _mscale(factor, scale):
 
 
 def _named(config):
-    """Llama 3's scaling that `factors` are the numbers of. ValueError where they are of none."""
+    """The Llama 3 scaling that gives these per-pair factors. Raises ValueError where none does."""
     for scaling in LLAMA3:
         if all(math.isclose(got, want, rel_tol=1e-5) for got, want in
                zip(config.rope_scaling.factors, _llama3_factors(scaling, config), strict=True)):

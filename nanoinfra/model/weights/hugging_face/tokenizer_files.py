@@ -1,9 +1,9 @@
-"""The text files of a Hugging Face folder: opened, copied to where they are kept, written for a GGUF model.
+"""The tokenizer files of a Hugging Face folder: open, copy, remove and write them.
 
-What they mean is what transformers' AutoTokenizer makes of them: a tokenizer of the `tokenizers` package,
-special tokens by name, a chat template. So a run that starts from such a folder keeps exact copies,
-config.json with them (AutoTokenizer looks there too), and its export has them again. A tokenizer that was
-trained here (data/train_tokenizer.py) is read with `tokenizers` alone.
+transformers' AutoTokenizer interprets them: a tokenizer of the `tokenizers` package, special tokens by name,
+a chat template. So a run that starts from such a folder keeps exact copies, with config.json (AutoTokenizer
+reads it too), and its export has them again. A tokenizer that nanoinfra trained (data/train_tokenizer.py)
+needs only the `tokenizers` package.
 """
 import json
 import shutil
@@ -18,17 +18,20 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", 
                 "sentencepiece.bpe.model", "tiktoken.model", "tekken.json")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
           "chat_template.jinja", "generation_config.json")
-TEMPLATES = "additional_chat_templates"                 # the folder of further ones
-TEXT_FILES = (*VOCABULARIES, "tokenizer.*.json", *BESIDE, TEMPLATES)                # patterns
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id")       # config.json has them, and our configuration not
+TEMPLATES = "additional_chat_templates"
+TEXT_FILES = (*VOCABULARIES, "tokenizer.*.json", *BESIDE, TEMPLATES)
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")       # in config.json, but not in our ModelConfig
 KEPT = (*IDS, "tokenizer_class")
-MOST_BYTES = 1 << 28                         # of a file; the largest vocabularies take 40 MB
-MOST_DIGITS = 8                              # of an id: transformers counts up to it
+MOST_BYTES = 1 << 28                         # the largest vocabularies take 40 MB
+MOST_DIGITS = 8                              # transformers counts up to the largest id
 METHODS = ("__call__", "encode", "_encode_plus", "decode", "_decode", "clean_up_tokenization")
 
 
 def open_text(folder: str | Path) -> tuple[Text | None, str | None]:
-    """Tokenizer and chat template of a folder; None where it has none. ValueError names what is wrong."""
+    """Open (tokenizer, chat template) of a folder; each is None where it has none.
+
+    Raises ValueError naming the file that is wrong or missing.
+    """
     folder = Path(folder)
     if Tokenizer.is_own(folder):
         own = Tokenizer.load(folder)
@@ -41,13 +44,13 @@ def open_text(folder: str | Path) -> tuple[Text | None, str | None]:
     library = import_transformers.transformers("the tokenizers of Hugging Face folders")
     _check_files(folder)
     if not (folder / "tokenizer.json").is_file() and any(folder.glob("*.model")):
-        for package in ("sentencepiece", "google.protobuf"):             # else transformers asks for tiktoken
+        for package in ("sentencepiece", "google.protobuf"):  # without them transformers demands tiktoken
             import_transformers.optional(package, f"{folder}: tokenizers that are not tokenizer.json")
     try:
         theirs = import_transformers.asked(str(folder), library.AutoTokenizer.from_pretrained, str(folder),
                            local_files_only=True, trust_remote_code=False)
     except ValueError:
-        for path in folder.glob("*.json"):   # names the one that is no JSON
+        for path in folder.glob("*.json"):   # raises ValueError for the file that is not valid JSON
             read_json(path)
         raise
     _check_kind(theirs, library.PreTrainedTokenizerFast, folder)
@@ -55,7 +58,7 @@ def open_text(folder: str | Path) -> tuple[Text | None, str | None]:
 
 
 def copy_text(source: str | Path, folder: str | Path, config: bool = False) -> None:
-    """Make the text files of `folder` those of `source`, with `config` config.json too; no others stay."""
+    """Replace the tokenizer files of `folder` by those of `source`; with `config`, config.json too."""
     source, folder = Path(source), Path(folder)
     if source.resolve() == folder.resolve():
         return
@@ -68,14 +71,14 @@ def copy_text(source: str | Path, folder: str | Path, config: bool = False) -> N
 
 
 def clear_text(folder: str | Path, config: bool = False) -> None:
-    """Remove the text files of a folder, and with `config` config.json: what is written next is all of it."""
+    """Remove all tokenizer files of a folder; with `config`, config.json too."""
     for path in _files(Path(folder), config):
         path.unlink()
     shutil.rmtree(Path(folder, TEMPLATES), ignore_errors=True)
 
 
 def write_text(text: Text, template: str | None, folder: str | Path) -> None:
-    """Write `text`, which came from no folder, as one that transformers reads to the same."""
+    """Write the tokenizer of a GGUF file as a Hugging Face folder that transformers reads to the same one."""
     folder = Path(folder)
     clear_text(folder, config=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +95,7 @@ def write_text(text: Text, template: str | None, folder: str | Path) -> None:
 
 
 def kept_ids(folder: str | Path | None) -> dict:
-    """What a model's config.json says of the tokenizer that `folder` keeps for it."""
+    """The entries of a model's config.json that come from its tokenizer's folder: special token ids."""
     if folder is None:
         return dict.fromkeys(IDS)
     if Tokenizer.is_own(folder):
@@ -104,7 +107,7 @@ def kept_ids(folder: str | Path | None) -> dict:
 
 def _text(theirs, folder):
     backend = theirs.backend_tokenizer
-    backend.no_truncation()                  # tokenizer.json may ask for both, for batches of a training
+    backend.no_truncation()                  # tokenizer.json can ask for both, for training batches
     backend.no_padding()
     ends = {theirs.eos_token_id} - {None}
     for name in ("generation_config.json", "config.json"):
@@ -117,7 +120,7 @@ def _text(theirs, folder):
 
 
 def _ids(given, path):
-    """The ids of an eos_token_id: one, several, or none."""
+    """The ids of an eos_token_id entry: one, several, or none."""
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(type(i) is int for i in ids):
         raise ValueError(f"{path}: eos_token_id is {given!r:.80}; it must be the number of a token, or "
@@ -134,7 +137,7 @@ def _template(theirs, folder):
 
 
 def _files(folder, config=False):
-    """Those that are there, of all that AutoTokenizer reads."""
+    """The tokenizer files of a folder: those that AutoTokenizer reads."""
     names = (*VOCABULARIES, *BESIDE, *["config.json"] * config)
     paths = {*map(folder.joinpath, names), *folder.glob("tokenizer.*.json")}
     return [path for path in paths if path.is_file()]
@@ -152,7 +155,7 @@ def _check_files(folder):
 
 
 def _check_kind(theirs, base, folder):
-    """Refuse what is more than a backend: another way to cut, to join or to clean text."""
+    """Raise ValueError for a tokenizer class that splits, joins or cleans text in its own way."""
     kind = type(theirs)
     other = [name for name in METHODS if getattr(kind, name) is not getattr(base, name, None)]
     if other or not getattr(theirs, "is_fast", False):

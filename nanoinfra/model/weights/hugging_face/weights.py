@@ -1,8 +1,8 @@
-"""Hugging Face folders in and out: config.json and safetensors, in one file or sharded under an index.
+"""Read and write Hugging Face folders: config.json and safetensors, in one file or sharded with an index.
 
-In, tensor by tensor, with every missing, surplus or misshapen one named and nothing left at random values;
-out, a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads unchanged. Names are
-hf_names.py's, configurations hf_config.py's.
+Weights are read tensor by tensor; every tensor that is missing, surplus or of a wrong shape is named, and no
+parameter is left at random values. `transformers.AutoModelForCausalLM.from_pretrained` loads what is written.
+Names are mapped in parameter_names.py, configurations in config.py.
 """
 import json
 import re
@@ -26,15 +26,19 @@ from nanoinfra.model.weights.tensor_sources import joined, sources
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Decoder:
-    """The model in a Hugging Face folder. ValueError names what is unknown, missing, surplus or misshapen."""
+    """Load the model in a Hugging Face folder.
+
+    Raises ValueError naming what is unknown or missing, what is there beside it, and wrong shapes.
+    """
     weights = open_hf(folder)
     return filled(weights.config, attention, dtype, weights.read)
 
 
 def open_hf(folder: str | Path) -> Weights:
-    """The weights in a Hugging Face folder, to be read whole or in parts; raises as `load_hf` does.
+    """Open the weights in a Hugging Face folder, to be read whole or in parts.
 
-    A head stored beside the embedding it is tied to is compared where, and as far as, the embedding is read.
+    Raises ValueError as `load_hf_model` does. Where a tied head is stored beside its embedding, each part of
+    the embedding that is read is compared with it.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -54,7 +58,7 @@ def open_hf(folder: str | Path) -> Weights:
 
 def save_hf(model: Decoder, folder: str | Path, tokenizer: str | Path | None = None,
             shard_bytes: int = 4 * 2**30) -> None:
-    """Write `model` as a Hugging Face folder; as `write_hf`, in the dtype of its weights."""
+    """Write `model` as a Hugging Face folder in the dtype of its weights, as `write_hf_folder` does."""
     whole = shapes(model.config)
 
     def read(name):
@@ -68,9 +72,10 @@ def save_hf(model: Decoder, folder: str | Path, tokenizer: str | Path | None = N
 
 def write_hf(config: ModelConfig, read: Callable[[str], torch.Tensor], dtype: torch.dtype,
              folder: str | Path, tokenizer: str | Path | None = None, shard_bytes: int = 4 * 2**30) -> None:
-    """Write a Hugging Face folder of the parameters `read(name)`, as `dtype`, with the `tokenizer`'s files.
+    """Write a Hugging Face folder with the parameters `read_parameter(name)`, cast to `dtype`.
 
-    Past `shard_bytes` they go into several files and an index, each file written before the next is read.
+    `tokenizer_folder` is a folder whose tokenizer files are copied. Weights of more than `shard_bytes` go
+    into several files with an index; each file is written before the parameters of the next are read.
     """
     folder, theirs = Path(folder), config_to(config) | _own(dtype, tokenizer)
     with replaced(folder, TEXT_FILES) as new:
@@ -86,7 +91,7 @@ def _write_weights(config, read, dtype, folder, shard_bytes):
                                               for i in range(1, len(shards) + 1)]
     for file, shard in zip(names, shards, strict=True):
         save_file({theirs: _join(config, read, dtype, parts) for theirs, parts in shard.items()},
-                  folder / file, {"format": "pt"})                 # no name: freed before the next is read
+                  folder / file, {"format": "pt"})                 # no variable: freed before the next shard
     if len(shards) > 1:
         places = {theirs: file for file, shard in zip(names, shards, strict=True) for theirs in shard}
         index = json.dumps({"metadata": {}, "weight_map": places}, indent=2)
@@ -94,7 +99,7 @@ def _write_weights(config, read, dtype, folder, shard_bytes):
 
 
 def _checked(weights, tensors, folder):
-    """`weights`, which refuse an embedding that the stored head is tied to and is not."""
+    """`weights` whose reader raises ValueError where the stored head differs from its tied embedding."""
     def read(name, box=()):
         x = weights.read(name, box)
         if name == "embed.weight":
@@ -107,7 +112,7 @@ def _checked(weights, tensors, folder):
 
 
 def _shards(config, dtype, shard_bytes):
-    """Their names with the parameters each is made of, in groups of `shard_bytes` at most (or one name)."""
+    """Stored names with the parameters that each fuses, in shards of at most `shard_bytes` (or one name)."""
     names, shape_of = NAMES[config.family], shapes(config)
     parts = {}
     for ours, source in sources(config, names.tensors).items():
@@ -115,7 +120,7 @@ def _shards(config, dtype, shard_bytes):
         parts.setdefault(prefix + source.name, []).append((ours, source))
     shards, room = [{}], shard_bytes
     for theirs, made_of in parts.items():
-        rows_before = made_of[0][1].before                         # of none of ours
+        rows_before = made_of[0][1].before                         # rows that no parameter has
         count = sum(prod(shape_of[ours]) for ours, _ in made_of) + rows_before * config.width
         size = count * dtype.itemsize
         if size > room and shards[-1]:
@@ -126,11 +131,11 @@ def _shards(config, dtype, shard_bytes):
 
 
 def _join(config, read, dtype, parts):
-    """Their tensor from ours, `parts` of (our name, where it lies)."""
+    """The stored tensor from our parameters; `parts` are pairs (our name, its source)."""
     return joined(parts[0][1], config.head_dim, [read(ours).to("cpu", dtype) for ours, _ in parts])
 
 
 def _own(dtype, tokenizer):
-    """What config.json says beside the shape: the dtype, and the tokenizer's first and last token."""
+    """The entries of config.json besides the model's: the dtype, and the tokenizer's special token ids."""
     name = str(dtype).removeprefix("torch.")
     return kept_ids(tokenizer) | {"dtype": name, "torch_dtype": name}
