@@ -38,7 +38,7 @@ from nanoinfra.lab.mutants import collect
 from nanoinfra.lab.predict import predict
 from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.train.loss import cross_entropy
 from nanoinfra.train.optimizer import Optimizer
 

@@ -39,7 +39,7 @@ from nanoinfra.lab.storages import Storages
 from nanoinfra.lab.table import Grid
 from nanoinfra.lab.text import batch
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.train.loss import cross_entropy
 from nanoinfra.train.loss_scale import LossScale
 from nanoinfra.train.optimizer import Optimizer

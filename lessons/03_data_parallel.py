@@ -40,7 +40,7 @@ from nanoinfra.lab.nap import emulate
 from nanoinfra.lab.predict import predict
 from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.pipeline.simulator import Task, replay
 

@@ -40,7 +40,7 @@ from nanoinfra.lab.storages import Storages
 from nanoinfra.lab.table import Grid
 from nanoinfra.memory import recompute as real
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 B, T, C, L, H = (2, 48, 64, 4, 4) if FAST else (2, 320, 256, 8, 8)

@@ -27,7 +27,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas import decoding
+from nanoinfra.formulas import inference_cost
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab import draw
@@ -40,7 +40,7 @@ from nanoinfra.lab.mutants import collect
 from nanoinfra.lab.predict import predict
 from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve import generate as real
 from nanoinfra.serve.engine.packed_linear import Packed, pack
 
@@ -264,7 +264,7 @@ def answer_flops(n):
 
 
 few, many = (1, 8, 24) if FAST else (1, 32, 64, 128), range(1, 129)
-lines = {how: (many, [decoding.answer_flops(MHA, 16, n, how == "your cache") / 1e9 for n in many])
+lines = {how: (many, [inference_cost.answer_flops(MHA, 16, n, how == "your cache") / 1e9 for n in many])
          for how in ("all tokens again", "your cache")}
 dots = {"all tokens again": (few, [sum(map(again_flops, range(16, 16 + n))) / 1e9 for n in few]),
         "your cache": (few, [answer_flops(n) / 1e9 for n in few])}
@@ -277,11 +277,11 @@ draw.curves(lines, dots, "tokens of the answer", "GFLOPs, all of them",
 
 # %%
 smooth = [2 ** (i / 8) for i in range(57)]
-lines = {kind.upper(): (smooth, [decoding.ceiling(config, B, 1, S, D, beta, pi) for B in smooth])
+lines = {kind.upper(): (smooth, [inference_cost.ceiling(config, B, 1, S, D, beta, pi) for B in smooth])
          for kind, config in sorted(CONFIGS.items())}                # in this order: MHA is orange below too
-lines["arithmetic (MHA)"] = smooth, [decoding.ceiling(MHA, 1, 1, S, D, peak=pi)] * len(smooth)
+lines["arithmetic (MHA)"] = smooth, [inference_cost.ceiling(MHA, 1, 1, S, D, peak=pi)] * len(smooth)
 dots = {kind.upper(): (BATCHES, [each[B].value for B in BATCHES]) for kind, each in sorted(wrote.items())}
-batches(lines, dots, decoding.even_batch(MHA, S, D), f"writing at S = {S}, and two ceilings")
+batches(lines, dots, inference_cost.even_batch(MHA, S, D), f"writing at S = {S}, and two ceilings")
 
 # %% [markdown]
 # **The roofline.** The same calls by intensity, with their batch. Memory limits them left of the edge.
@@ -297,10 +297,10 @@ roof(calls, D, beta, pi, "under one roof: reading computes, writing fetches")
 
 # %%
 def served(name, config, S=2048, beta=3.35e12, pi=989e12, memory=80e9):
-    own, kv = decoding.weight_bytes(config, 2), kv_cache_bytes_per_token(config, 2)
+    own, kv = inference_cost.weight_bytes(config, 2), kv_cache_bytes_per_token(config, 2)
     fit = int((memory - 2 * parameters(config)) // (S * kv))
-    one, full = (decoding.ceiling(config, B, 1, S, 2, beta, pi) for B in (1, fit))
-    return (name, f"{own / 1e9:.1f} GB", f"{kv / 1024:,.4g} KiB", f"{decoding.even_batch(config, S, 2):.0f}",
+    one, full = (inference_cost.ceiling(config, B, 1, S, 2, beta, pi) for B in (1, fit))
+    return (name, f"{own / 1e9:.1f} GB", f"{kv / 1024:,.4g} KiB", f"{inference_cost.even_batch(config, S, 2):.0f}",
             f"{fit:,}", f"{one:,.0f}", f"{full:,.0f}")
 
 

@@ -33,7 +33,7 @@ from nanoinfra.lab.predict import predict
 from nanoinfra.lab.replay import Ruled, Watched, draw_trace, numbers, policies, replay
 from nanoinfra.lab.served import serve
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.engine.block_pool import Blocks
 from nanoinfra.serve.engine.scheduler import Scheduler
 from nanoinfra.serve.generate import generate

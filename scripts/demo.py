@@ -18,7 +18,7 @@ import torch
 
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.generate import generate
 from nanoinfra.serve.generate import main as answer
 from nanoinfra.serve.options import GenerateOptions

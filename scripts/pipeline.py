@@ -23,7 +23,7 @@ from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.pipeline import split
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.pipeline.schedules import ORDERS, schedule
 from nanoinfra.parallel.pipeline.simulator import simulate
 from nanoinfra.parallel.pipeline.stage import PipelineStage, cut

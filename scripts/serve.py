@@ -22,7 +22,7 @@ from nanoinfra.config import sized
 from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.parameters import parameters, shapes
-from nanoinfra.model.init import draw
+from nanoinfra.model.initialization import draw
 from nanoinfra.model.weights.fill_model import Weights, empty
 from nanoinfra.parallel.parallelize import serving
 from nanoinfra.serve.engine.block_pool import Blocks

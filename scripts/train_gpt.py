@@ -22,7 +22,7 @@ from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.serve.generate import generate
 from nanoinfra.train.loss import count_valid, cross_entropy

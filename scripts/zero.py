@@ -21,7 +21,7 @@ from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.zero import Zero
 

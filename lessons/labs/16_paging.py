@@ -25,7 +25,7 @@ from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.replay import Watched, draw_trace, numbers
 from nanoinfra.lab.served import serve
 from nanoinfra.lab.table import Grid
-from nanoinfra.model.init import draw
+from nanoinfra.model.initialization import draw
 from nanoinfra.model.weights.fill_model import empty
 from nanoinfra.parallel.parallelize import serving
 from nanoinfra.serve.engine.paged_attention import PagedKV

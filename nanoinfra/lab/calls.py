@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.decoding import call_flops, intensity
+from nanoinfra.formulas.inference_cost import call_flops, intensity
 from nanoinfra.lab import draw
 from nanoinfra.lab.caches import Cache
 from nanoinfra.lab.measure import Measurement, median, timed

@@ -18,7 +18,7 @@ from nanoinfra.lab import draw
 from nanoinfra.lab.kept import Kept
 from nanoinfra.lab.nap import emulate
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 from nanoinfra.parallel.vocab_parallel import HeadLoss
 

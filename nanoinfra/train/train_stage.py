@@ -13,7 +13,7 @@ import torch
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.parameters import shapes
-from nanoinfra.model.init import draw
+from nanoinfra.model.initialization import draw
 from nanoinfra.model.weights.fill_model import Read
 from nanoinfra.parallel.parallelize import Chunks, Plan
 from nanoinfra.parallel.pipeline import schedules

@@ -34,7 +34,7 @@ from nanoinfra.distributed.mesh import Mesh  # noqa: E402
 from nanoinfra.distributed.pool.ranks import Ranks  # noqa: E402
 from nanoinfra.formulas.parameters import parameters, shapes  # noqa: E402
 from nanoinfra.formulas.pipeline import sent_bytes, split  # noqa: E402
-from nanoinfra.model.init import draw  # noqa: E402
+from nanoinfra.model.initialization import draw  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.step import execute  # noqa: E402
 from nanoinfra.train.train_stage import Replica  # noqa: E402

@@ -40,7 +40,7 @@ from nanoinfra.distributed.mesh import Mesh  # noqa: E402
 from nanoinfra.distributed.pool.ranks import Ranks  # noqa: E402
 from nanoinfra.formulas.collectives import ring_bytes  # noqa: E402
 from nanoinfra.formulas.parameters import parameters, shapes  # noqa: E402
-from nanoinfra.model.init import draw  # noqa: E402
+from nanoinfra.model.initialization import draw  # noqa: E402
 from nanoinfra.parallel.pipeline.schedules import Backward, Forward, ReduceGrads  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.loss import count_valid  # noqa: E402

@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from nanoinfra.config import sized
-from nanoinfra.formulas import decoding
+from nanoinfra.formulas import inference_cost
 from nanoinfra.lab.caches import Cache, seen
 from nanoinfra.lab.calls import arithmetic, bandwidths, batches, counts, rate, roof
 from nanoinfra.model.attention import naive
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 
 NANO = sized("test")
 
@@ -34,9 +34,9 @@ def test_a_cache_is_filled_call_after_call_and_knows_nothing_before():
 def test_counts_are_the_formulas():
     for B, T, S in ((1, 1, 9), (3, 4, 4), (2, 3, 8)):
         flops, read = counts(NANO, attend, B, T, S)
-        assert flops == decoding.call_flops(NANO, B, T, S)
-        assert read == {"weights": decoding.weight_bytes(NANO, 4),
-                        "cache": decoding.cache_bytes(NANO, B, S, 4)}
+        assert flops == inference_cost.call_flops(NANO, B, T, S)
+        assert read == {"weights": inference_cost.weight_bytes(NANO, 4),
+                        "cache": inference_cost.cache_bytes(NANO, B, S, 4)}
 
 
 def test_a_rate_is_of_calls_of_that_shape():

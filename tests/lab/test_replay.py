@@ -12,7 +12,7 @@ from nanoinfra.lab import batches
 from nanoinfra.lab.replay import Job, Ruled, Watched, draw_trace, numbers, policies, replay
 from nanoinfra.lab.served import serve
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.engine.block_pool import Blocks
 from nanoinfra.serve.generate import generate
 

@@ -15,7 +15,7 @@ from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.memory import recompute
 from nanoinfra.model import attention
 from nanoinfra.model.decoder import Block, Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.train.loss import cross_entropy
 from tests.families import KINDS

@@ -6,7 +6,7 @@ import torch
 from nanoinfra.config import ModelConfig, sized
 from nanoinfra.model.attention import CAUSAL, Mask
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from tests.families import VARIANTS
 from tests.model.twins import FAMILIES, tokens
 

@@ -15,7 +15,7 @@ from nanoinfra.config import ModelConfig, RopeScaling
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.model.weights import json_files, safetensors_files, tensor_sources
 from nanoinfra.model.weights.hugging_face import config as hf_config
 from nanoinfra.model.weights.hugging_face import config_fields

@@ -8,9 +8,9 @@ from unittest import mock
 
 from nanoinfra.commands import parse
 from nanoinfra.config import sized
-from nanoinfra.formulas import footprint, pipeline
+from nanoinfra.formulas import memory_footprint, pipeline
 from nanoinfra.formulas.activations import activation_bytes, end_terms
-from nanoinfra.formulas.footprint import Layout, Recipe
+from nanoinfra.formulas.memory_footprint import Layout, Recipe
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.train import config
@@ -22,7 +22,7 @@ TWO = "--model nano --dp 2 --micro-batch 64"
 
 
 def keep(layout, stage=0):
-    return footprint.activations(CONFIG, layout, RECIPE, stage)
+    return memory_footprint.activations(CONFIG, layout, RECIPE, stage)
 
 
 @kept.criterion("one rank keeps what one forward leaves", "parity")
@@ -77,9 +77,9 @@ ALONE, UNDER_WAY = (c.name for c in kept.criteria)
 EVERY, FITS = (c.name for c in refusal.criteria)
 MUTANTS = [
     Mutant("logits are forgotten", kept,
-           patched(keep, "nanoinfra.formulas.footprint:end_terms", without_logits), ALONE),
+           patched(keep, "nanoinfra.formulas.memory_footprint:end_terms", without_logits), ALONE),
     Mutant("every schedule keeps what 1f1b does", kept,
-           patched(keep, "nanoinfra.formulas.footprint:in_flight", one_at_a_time), UNDER_WAY),
+           patched(keep, "nanoinfra.formulas.memory_footprint:in_flight", one_at_a_time), UNDER_WAY),
     Mutant("one rank stands for all", refusal,
            patched(refuse, "nanoinfra.train.launch.memory_check:ranks_here", lambda *_: range(1)), EVERY),
     Mutant("the first remedy will do", refusal,

@@ -13,7 +13,7 @@ from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.tensor_parallel import tensor_sent
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model.init import draw, generator
+from nanoinfra.model.initialization import draw, generator
 from nanoinfra.model.weights.fill_model import empty
 from nanoinfra.parallel.parallelize import Composed, Plan
 from nanoinfra.parallel.sequence_parallel import Cut

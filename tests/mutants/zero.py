@@ -16,7 +16,7 @@ from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.lab.same import same
 from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel import zero as module
 from nanoinfra.parallel.parallelize import units
 from nanoinfra.parallel.vocab_parallel import HeadLoss

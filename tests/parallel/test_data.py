@@ -15,7 +15,7 @@ from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.memory.recompute import recompute
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import STEPS, DataParallel, pack
 from nanoinfra.train.loss import count_valid, cross_entropy
 from tests.parity import assert_same_gradients

@@ -11,7 +11,7 @@ from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.tensor_parallel import boxes
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import draw, generator
+from nanoinfra.model.initialization import draw, generator
 from nanoinfra.model.weights.fill_model import empty
 from nanoinfra.parallel.parallelize import Composed, Plan
 from nanoinfra.parallel.sequence_parallel import SP, CutPositions

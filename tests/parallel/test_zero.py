@@ -18,7 +18,7 @@ from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.lab.storages import Storages
 from nanoinfra.memory import recompute
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.parallelize import units
 from nanoinfra.parallel.vocab_parallel import HeadLoss
 from nanoinfra.parallel.zero import Zero

@@ -10,7 +10,7 @@ import torch
 
 from nanoinfra.config import sized
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.model.weights.hugging_face.weights import write_hf
 from nanoinfra.serve.generate import generate
 from nanoinfra.train.pretrained import pretrained

@@ -8,7 +8,7 @@ import torch
 from nanoinfra.cli import main
 from nanoinfra.config import sized
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.formulas.footprint import Layout, Recipe, model_states
+from nanoinfra.formulas.memory_footprint import Layout, Recipe, model_states
 from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.pipeline import chunk_names
 from nanoinfra.parallel.pipeline.schedules import accumulate
@@ -133,7 +133,7 @@ def test_a_run_goes_on_with_what_it_has_frozen_and_with_nothing_else(tmp_path, c
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_only_what_trains_costs_memory(zero):
-    """As formulas/footprint.py counts it."""
+    """As formulas/memory_footprint.py counts it."""
     def bytes_held(*freeze):
         flags = TrainFlags(ModelFlags(dtype="bfloat16", freeze=freeze), mesh=MeshFlags(zero=zero))
         recipe = Recipe(8, 1, dtype="bfloat16", frozen=frozen_names(freeze, UNTIED))

@@ -10,7 +10,7 @@ from nanoinfra.cli import main
 from nanoinfra.config import ModelConfig, sized
 from nanoinfra.formulas.tensor_parallel import tensor_sent
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
 from nanoinfra.train import metrics
 from nanoinfra.train.pretrained import export

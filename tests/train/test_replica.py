@@ -8,7 +8,7 @@ from nanoinfra.cli import main
 from nanoinfra.config import ModelConfig, sized
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.pipeline.schedules import accumulate
 from nanoinfra.train import metrics
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags

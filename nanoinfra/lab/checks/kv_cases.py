@@ -7,7 +7,7 @@ import torch
 from nanoinfra.config import ModelConfig
 from nanoinfra.model.attention import naive
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.generate import KVCache
 
 HEADS = [(4, 2), (3, 3), (6, 1)]             # query heads, KV heads: grouped, one each, one for all

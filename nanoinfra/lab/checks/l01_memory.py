@@ -11,7 +11,7 @@ from nanoinfra.lab.checks.adam_cases import BETAS, EPS, SHAPES
 from nanoinfra.lab.same import same
 from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.train.loss import cross_entropy
 from nanoinfra.train.loss_scale import LossScale
 

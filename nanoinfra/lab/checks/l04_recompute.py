@@ -11,7 +11,7 @@ from nanoinfra.lab.kept import Kept
 from nanoinfra.lab.same import same
 from nanoinfra.memory.recompute import apply
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.train.loss import cross_entropy
 
 PREDICTIONS = {"L04.kept_none": "B", "L04.kept_selective": "B", "L04.kept_full": "B",

@@ -12,7 +12,7 @@ from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.pipeline import split
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.pipeline.schedules import ORDERS
 from nanoinfra.parallel.pipeline.stage import cut
 

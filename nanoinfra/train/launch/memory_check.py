@@ -1,8 +1,8 @@
-"""Will the run's memory be had? formulas/footprint.py says what each rank holds, the machine what there is.
+"""Will the run's memory be had? formulas/memory_footprint.py says what each rank holds, the machine what there is.
 
 Refused is only what exceeds all that the machine, or the card, has. The numbers are modelled: tensors are
 counted, the process was measured once, as the constants here say, and so was the heap
-(formulas/footprint.py).
+(formulas/memory_footprint.py).
 """
 import functools
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nanoinfra.config import SIZES, ModelConfig, sized
 from nanoinfra.distributed.host_memory import free_memory, host_memory, resident_peak
-from nanoinfra.formulas.footprint import Layout, Recipe, footprint, heap_rest
+from nanoinfra.formulas.memory_footprint import Layout, Recipe, footprint, heap_rest
 from nanoinfra.train.config import TrainFlags, check, micro_batches, plan_mesh
 from nanoinfra.train.freeze import frozen_names
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanoinfra.config import RopeScaling
 from nanoinfra.data.train_tokenizer import Tokenizer
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.model.weights.hugging_face.weights import INDEX, SINGLE, load_hf, open_hf, save_hf
 from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, counting, parts
 from tests.model.test_decoder import config

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from nanoinfra.config import ModelConfig, sized
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.activations import activation_bytes, layers_bytes
-from nanoinfra.formulas.footprint import Layout, Recipe, activations, footprint, model_states, moments
+from nanoinfra.formulas.memory_footprint import Layout, Recipe, activations, footprint, model_states, moments
 from nanoinfra.formulas.model_states import BYTES
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.formulas.zero import zero_bytes

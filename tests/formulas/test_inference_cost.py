@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoinfra.config import ModelConfig, sized
-from nanoinfra.formulas import decoding
+from nanoinfra.formulas import inference_cost
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab.traffic import Traffic
@@ -40,49 +40,49 @@ def test_flops_and_bytes_are_what_the_operators_do(configs, data, batch, new, be
         with FlopCounterMode(display=False) as counter, traffic:
             tokens, places = torch.zeros(batch, new, dtype=torch.long), torch.arange(before, total)
             model.head(model.hidden(tokens, places, cache)[:, -1])
-    assert counter.get_total_flops() == decoding.call_flops(config, batch, new, total)
-    assert traffic.read["weights"] == decoding.weight_bytes(config, dtype.itemsize)
-    assert traffic.read["cache"] == decoding.cache_bytes(config, batch, total, dtype.itemsize)
+    assert counter.get_total_flops() == inference_cost.call_flops(config, batch, new, total)
+    assert traffic.read["weights"] == inference_cost.weight_bytes(config, dtype.itemsize)
+    assert traffic.read["cache"] == inference_cost.cache_bytes(config, batch, total, dtype.itemsize)
 
 
 def test_weights_that_are_looked_up_are_not_read_whole():
-    assert decoding.weight_bytes(sized("nano"), 4) == 4 * parameters(sized("nano"))             # a tied head
+    assert inference_cost.weight_bytes(sized("nano"), 4) == 4 * parameters(sized("nano"))             # a tied head
     untied, c = sized("nano", tied=False), sized("nano")
-    assert decoding.weight_bytes(untied, 4) == decoding.weight_bytes(c, 4)
-    assert decoding.weight_bytes(OPT, 2) == 2 * (parameters(OPT) - 2048 * 5120)                 # positions
+    assert inference_cost.weight_bytes(untied, 4) == inference_cost.weight_bytes(c, 4)
+    assert inference_cost.weight_bytes(OPT, 2) == 2 * (parameters(OPT) - 2048 * 5120)                 # positions
 
 
 def test_the_ceiling_is_the_lower_of_the_two():
     c, B, S = sized("nano"), 4, 100
-    read, work = decoding.call_bytes(c, B, S, 4), decoding.call_flops(c, B, 1, S)
-    assert decoding.ceiling(c, B, 1, S, 4, bandwidth=read) == 4                      # a call a second
-    assert decoding.ceiling(c, B, 1, S, 4, peak=2 * work) == 8
-    assert decoding.ceiling(c, B, 1, S, 4, read, 2 * work) == 4
-    assert decoding.ceiling(c, B, 1, S, 4, read, work / 2) == 2
-    assert decoding.ceiling(c, B, 1, S, 4) == inf
+    read, work = inference_cost.call_bytes(c, B, S, 4), inference_cost.call_flops(c, B, 1, S)
+    assert inference_cost.ceiling(c, B, 1, S, 4, bandwidth=read) == 4                      # a call a second
+    assert inference_cost.ceiling(c, B, 1, S, 4, peak=2 * work) == 8
+    assert inference_cost.ceiling(c, B, 1, S, 4, read, 2 * work) == 4
+    assert inference_cost.ceiling(c, B, 1, S, 4, read, work / 2) == 2
+    assert inference_cost.ceiling(c, B, 1, S, 4) == inf
 
 
 def test_batching_ends_where_caches_outgrow_the_weights():
     c, S = sized("micro"), 512
-    even = decoding.even_batch(c, S, 2)
-    assert even * S * kv_cache_bytes_per_token(c, 2) == pytest.approx(decoding.weight_bytes(c, 2))
-    alone, most = decoding.ceiling(c, 1, 1, S, 2, 1e9), 1e9 / (S * kv_cache_bytes_per_token(c, 2))
-    assert decoding.ceiling(c, even, 1, S, 2, 1e9) == pytest.approx(most / 2)        # half of the limit
-    assert alone < decoding.ceiling(c, 10**6, 1, S, 2, 1e9) < most
+    even = inference_cost.even_batch(c, S, 2)
+    assert even * S * kv_cache_bytes_per_token(c, 2) == pytest.approx(inference_cost.weight_bytes(c, 2))
+    alone, most = inference_cost.ceiling(c, 1, 1, S, 2, 1e9), 1e9 / (S * kv_cache_bytes_per_token(c, 2))
+    assert inference_cost.ceiling(c, even, 1, S, 2, 1e9) == pytest.approx(most / 2)        # half of the limit
+    assert alone < inference_cost.ceiling(c, 10**6, 1, S, 2, 1e9) < most
 
 
 def test_intensity_is_two_flops_a_weight_and_token():
     """Pope et al. 2022: 2 FLOPs a parameter and token, over 2 bytes of bfloat16; the cache aside."""
     big = replace(OPT, kv_heads=1)
-    assert decoding.intensity(big, 1, 1, 1, 2) == pytest.approx(1, rel=0.01)
-    assert decoding.intensity(big, 64, 1, 1, 2) == pytest.approx(64, rel=0.01)
+    assert inference_cost.intensity(big, 1, 1, 1, 2) == pytest.approx(1, rel=0.01)
+    assert inference_cost.intensity(big, 64, 1, 1, 2) == pytest.approx(64, rel=0.01)
 
 
 def test_an_answer_is_linear_with_the_cache_and_square_without():
     c = sized("nano")
-    cached = [decoding.answer_flops(c, 16, n) for n in (1, 129, 257)]
-    again = [decoding.answer_flops(c, 16, n, cached=False) for n in (1, 128, 256)]
-    assert cached[0] == again[0] == decoding.call_flops(c, 1, 16, 16)
+    cached = [inference_cost.answer_flops(c, 16, n) for n in (1, 129, 257)]
+    again = [inference_cost.answer_flops(c, 16, n, cached=False) for n in (1, 128, 256)]
+    assert cached[0] == again[0] == inference_cost.call_flops(c, 1, 16, 16)
     assert cached[2] - cached[0] < 2.2 * (cached[1] - cached[0])
     assert again[2] > 3.5 * again[1]
-    assert again[1] == sum(decoding.call_flops(c, 1, n, n) for n in range(16, 144))
+    assert again[1] == sum(inference_cost.call_flops(c, 1, n, n) for n in range(16, 144))

@@ -6,7 +6,7 @@ import torch
 
 from nanoinfra.config import sized
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import draw, init_weights
+from nanoinfra.model.initialization import draw, init_weights
 
 
 def test_a_draw_depends_on_seed_and_name_alone():
