@@ -8,33 +8,35 @@ after the embedding).
 """
 from dataclasses import asdict, dataclass, replace
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")          # gelu is exact (erf), gelu_tanh GPT-2's formula
-ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+ACTIVATION_NAMES = ("silu", "gelu", "gelu_tanh", "relu")     # gelu is exact (erf), gelu_tanh GPT-2's formula
+ATTENTION_LINEARS = ("q", "k", "v", "o")
+MLP_LINEARS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
-class Family:
+class Architecture:
     """The building blocks of a model family. To add a family is to add a row to `MODEL_FAMILIES`."""
-    norm: str                  # "layer" (weight and bias) or "rms" (weight)
-    gated: bool                # the MLP has a gate: down(act(gate(x)) * up(x)) instead of down(act(up(x)))
-    activation: str            # one of ACTIVATION_NAMES, unless the configuration names another
-    position: str              # "learned", "rope" or "alibi"
-    biases: tuple[str, ...] = ()   # linears of a block that have a bias, unless the configuration says so
+    norm_type: str             # "layer" (weight and bias) or "rms" (weight)
+    gated_mlp: bool            # the MLP has a gate: down(act(gate(x)) * up(x)) instead of down(act(up(x)))
+    mlp_activation: str        # one of ACTIVATION_NAMES, unless the configuration names another
+    position_encoding: str     # "learned", "rope" or "alibi"
+    biased_linears: tuple[str, ...] = ()   # linears of a block with a bias, unless the configuration says so
     qk_norm: bool = False      # RMSNorm over each head of q and of k, before RoPE
     embed_norm: bool = False   # a norm after the embedding
 
 
-LLAMA = Family(norm="rms", gated=True, activation="silu", position="rope")
-GPT2 = Family(norm="layer", gated=False, activation="gelu_tanh", position="learned", biases=ATTENTION + MLP)
-FAMILIES = {
-    "gpt2": GPT2,
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "phi3": LLAMA,
-    "qwen2": replace(LLAMA, biases=("q", "k", "v")),
-    "qwen3": replace(LLAMA, qk_norm=True),
-    "opt": replace(GPT2, activation="relu"),
-    "bloom": replace(GPT2, position="alibi", embed_norm=True),
+_LLAMA = Architecture(norm_type="rms", gated_mlp=True, mlp_activation="silu", position_encoding="rope")
+_GPT2 = Architecture(norm_type="layer", gated_mlp=False, mlp_activation="gelu_tanh",
+                     position_encoding="learned", biased_linears=ATTENTION_LINEARS + MLP_LINEARS)
+MODEL_FAMILIES = {
+    "gpt2": _GPT2,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "phi3": _LLAMA,
+    "qwen2": replace(_LLAMA, biased_linears=("q", "k", "v")),
+    "qwen3": replace(_LLAMA, qk_norm=True),
+    "opt": replace(_GPT2, mlp_activation="relu"),
+    "bloom": replace(_GPT2, position_encoding="alibi", embed_norm=True),
 }
 
 
@@ -83,8 +85,8 @@ class ModelConfig:
     mlp_bias: bool | None = None           # the linears of the MLP have biases; None: as the family
 
     def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise ValueError(f"family {self.family!r} is not one of {', '.join(FAMILIES)}")
+        if self.family not in MODEL_FAMILIES:
+            raise ValueError(f"family {self.family!r} is not one of {', '.join(MODEL_FAMILIES)}")
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             fits = max(d for d in range(1, self.heads + 1)
                        if self.heads % d == 0 and d <= max(1, self.kv_heads))
@@ -92,24 +94,25 @@ class ModelConfig:
                              f"try kv_heads={fits}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"a window of {self.window} tokens shows a query nothing; try window=1 or None")
-        if self.act not in ACTIVATIONS:
-            raise ValueError(f"activation {self.act!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.mlp_activation not in ACTIVATION_NAMES:
+            raise ValueError(f"activation {self.mlp_activation!r} is not one of "
+                             f"{', '.join(ACTIVATION_NAMES)}")
         if isinstance(self.rope_scaling, dict):                          # from JSON
             scaling = self.rope_scaling | {"factors": tuple(self.rope_scaling["factors"])}
             object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
 
     @property
-    def parts(self) -> Family:
+    def architecture(self) -> Architecture:
         """The building blocks of this decoder's family."""
-        return FAMILIES[self.family]
+        return MODEL_FAMILIES[self.family]
 
     @property
-    def act(self) -> str:
+    def mlp_activation(self) -> str:
         """The name of the MLP's activation: the configuration's, or the family's."""
-        return self.activation or self.parts.activation
+        return self.activation or self.architecture.mlp_activation
 
     @property
-    def cached_context(self) -> int:
+    def max_cacheable_seq_len(self) -> int:
         """The longest sequence that a KV cache can hold.
 
         Dynamic RoPE scaling changes the angles of all keys past the original context, so cached keys would be
@@ -118,12 +121,12 @@ class ModelConfig:
         scaling = self.rope_scaling
         return scaling.original_context if scaling and scaling.kind == "dynamic" else self.context
 
-    def has_bias(self, linear: str) -> bool:
+    def has_bias(self, linear_name: str) -> bool:
         """Whether this linear of a block ("q", "k", "v", "o", "gate", "up" or "down") has a bias."""
-        said = self.attention_bias if linear in ATTENTION else self.mlp_bias
-        return linear in self.parts.biases if said is None else said
+        said = self.attention_bias if linear_name in ATTENTION_LINEARS else self.mlp_bias
+        return linear_name in self.architecture.biased_linears if said is None else said
 
-    def window_of(self, layer: int) -> int | None:
+    def sliding_window_of_layer(self, layer: int) -> int | None:
         """The sliding window of this layer: tokens that a query sees, itself included; None: no window."""
         return None if layer < self.full_layers else self.window
 
@@ -133,18 +136,18 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """A named model size: its configuration, and a learning rate for AdamW that suits it."""
-    model: ModelConfig
+    config: ModelConfig
     lr: float
 
 
 def _size(family, vocab, width, layers, heads, kv_heads, hidden, context, tied, lr):
     K = width // heads
-    return Size(ModelConfig(vocab, width, layers, heads, kv_heads, K, hidden, context, tied, family), lr)
+    return ModelSize(ModelConfig(vocab, width, layers, heads, kv_heads, K, hidden, context, tied, family), lr)
 
 
-SIZES = {                    # V      C    L   H  KV     F     T  tied    lr
+MODEL_SIZES = {              # V      C    L   H  KV     F     T  tied    lr
     "test": _size("llama",   257,   32,   4,  4,  2,   88,   64, True, 3e-3),
     "nano": _size("llama",  4096,  128,   4,  4,  2,  344,  256, True, 3e-3),
     "micro": _size("llama", 4096,  256,  12,  8,  4,  688,  512, True, 1.5e-3),
@@ -155,13 +158,14 @@ SIZES = {                    # V      C    L   H  KV     F     T  tied    lr
 }
 
 
-def sized(name: str, vocab: int | None = None, context: int | None = None,
-          tied: bool | None = None) -> ModelConfig:
+def config_for_size(size: str, vocab: int | None = None, context: int | None = None,
+                    tied: bool | None = None) -> ModelConfig:
     """The ModelConfig of a named size, with another vocabulary, context or tying where given.
 
     Raises ValueError for a name that `MODEL_SIZES` does not have.
     """
-    if name not in SIZES:
-        raise ValueError(f"no size named {name!r}; there are {', '.join(SIZES)}")
+    if size not in MODEL_SIZES:
+        raise ValueError(f"no size named {size!r}; there are {', '.join(MODEL_SIZES)}")
     given = {"vocab": vocab, "context": context, "tied": tied}
-    return replace(SIZES[name].model, **{k: v for k, v in given.items() if v is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(MODEL_SIZES[size].config, **given)

@@ -111,7 +111,8 @@ def complete_one(model, text, prompt, seed):
     """The function that `prompt` begins, as the model writes it, cut at the last complete line."""
     prompt = prompt.rstrip()                 # the model has learned line end and indent as one token
     ids = text.encode(prompt)
-    new = list(generate(model, ids, NEW_TOKENS, temperature=0.5, top_k=40, seed=seed, ends=text.ends))
+    new = list(generate(model, ids, NEW_TOKENS, temperature=0.5, top_k=40, seed=seed,
+                        ends=text.eos_token_ids))
     written = prompt + text.decode(new)
     if len(new) == NEW_TOKENS:               # it was cut off: the last line is a part of one
         written = written.rpartition("\n")[0] + "\n"

@@ -43,7 +43,7 @@ def step(how):
         mesh.ledger.take()
         shared.begin_step()
         shared.before_backward(last=True)
-        cross_entropy(model.hidden(x), model.head.weight, x, 128).backward()
+        cross_entropy(model.hidden_states(x), model.head.weight, x, 128).backward()
         shared.finish()
     rows, start = mesh.ledger.take(), compute[0][0]
     return ([(a - start, b - start) for a, b in compute],

@@ -15,7 +15,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from nanoinfra.config import SIZES
+from nanoinfra.config import MODEL_SIZES
 from nanoinfra.data.sample_order import IGNORE, Random
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import use_threads
@@ -44,7 +44,7 @@ def divide(model, axis, region):
         attn, mlp = block.attn, block.mlp
         for linear in (attn.q, attn.k, attn.v, mlp.gate, mlp.up):
             cut(linear, 0, axis)                                     # outputs: (D/t, C)
-        attn.read = mlp.read = region.read                           # f: an all-reduce, or with sp a gather
+        attn.in_proj = mlp.in_proj = region.read                       # f: an all-reduce, or with sp a gather
         attn.o = RowLinear(cut(attn.o, 1, axis), region)             # inputs: (C, D/t), then g, the sum
         mlp.down = RowLinear(cut(mlp.down, 1, axis), region)
     V, each = model.config.vocab, -(-model.config.vocab // axis.size)
@@ -104,7 +104,7 @@ def main():
     mesh = Mesh(dp=world_size() // args.tp, tp=args.tp)
     use_threads()
 
-    config = SIZES["test"].model             # 4 query heads, 2 KV heads: for at most 2 ranks
+    config = MODEL_SIZES["test"].config             # 4 query heads, 2 KV heads: for at most 2 ranks
     region = Cut(mesh.tp, keep=False) if args.sp else Whole(mesh.tp)
     model = init_weights(Decoder(config), seed=0).to(getattr(torch, args.dtype))
     start = divide(model, mesh.tp, region)
@@ -119,7 +119,7 @@ def main():
 
         shared.begin_step()
         shared.before_backward(last=True)
-        hidden = model.hidden(x)                                     # (B, T, C), with sp (B, T/t, C)
+        hidden = model.hidden_states(x)                                     # (B, T, C), with sp (B, T/t, C)
         loss = cross_entropy(hidden, model.head.weight, y, valid, region, start)    # logits are (B T, V/t)
         loss.backward()
         grads = shared.finish()                                      # {name: this rank's part of it}

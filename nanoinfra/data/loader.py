@@ -16,7 +16,7 @@ import torch
 
 from nanoinfra.data.corpus import Document, utf8_bytes
 from nanoinfra.data.sample_order import IGNORE, Packed, Random
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.train_tokenizer import BPETokenizer
 
 Batch = tuple[torch.Tensor, torch.Tensor]                # x (b, T), y (b, T), int64
 
@@ -83,7 +83,7 @@ class HeldOut:
     `bytes` the UTF-8 bytes of the documents.
     """
 
-    def __init__(self, documents: list[Document], tokenizer: Tokenizer, seq: int):
+    def __init__(self, documents: list[Document], tokenizer: BPETokenizer, seq: int):
         self.seq, self.rows, eot = seq, [], tokenizer.eot
         for ids in tokenizer.encode_all([document.text for document in documents]):
             s = [eot, *ids, eot]

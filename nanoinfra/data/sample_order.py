@@ -13,12 +13,12 @@ import numpy as np
 
 from nanoinfra.data.corpus import Corpus, load_corpus
 from nanoinfra.data.token_cache import cached_folder
-from nanoinfra.data.train_tokenizer import Tokenizer, tokenizer_for
+from nanoinfra.data.train_tokenizer import BPETokenizer, tokenizer_for
 
 IGNORE = -100                                # a target that is no target, as torch's cross entropy has it
 
 
-def open_source(data: str | Path, vocab: int, tokenizer: Tokenizer | None = None,
+def open_source(data: str | Path, vocab: int, tokenizer: BPETokenizer | None = None,
                 cache: str | Path | None = None) -> "Packed | Random":
     """The source that `--data` names: `random`, or a corpus packed by `tokenizer`.
 
@@ -30,7 +30,7 @@ def open_source(data: str | Path, vocab: int, tokenizer: Tokenizer | None = None
     return pack(corpus, tokenizer or tokenizer_for(corpus, vocab, cache), cache)
 
 
-def pack(corpus: Corpus, tokenizer: Tokenizer, cache: str | Path | None = None) -> "Packed":
+def pack(corpus: Corpus, tokenizer: BPETokenizer, cache: str | Path | None = None) -> "Packed":
     """The train documents as one stream, mapped from the cache: the ranks of a machine share its pages."""
     def fill(folder: Path) -> None:
         tokens, starts = encode_stream([document.text for document in corpus.train], tokenizer)
@@ -42,7 +42,7 @@ def pack(corpus: Corpus, tokenizer: Tokenizer, cache: str | Path | None = None) 
     return Packed(tokens, starts, corpus, tokenizer)
 
 
-def encode_stream(texts: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def encode_stream(texts: list[str], tokenizer: BPETokenizer) -> tuple[np.ndarray, np.ndarray]:
     """EOT, then each text and its EOT: tokens (N,) of uint16 if they fit, and where each text starts (D,)."""
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     parts, lengths = [np.array([tokenizer.eot], kind)], []
@@ -58,7 +58,7 @@ class Packed:
     """Documents end to end. `starts[d]` is where document d begins, for masking across boundaries."""
 
     def __init__(self, tokens: np.ndarray, starts: np.ndarray, corpus: Corpus | None = None,
-                 tokenizer: Tokenizer | None = None):
+                 tokenizer: BPETokenizer | None = None):
         self.tokens, self.starts, self.corpus, self.tokenizer = tokens, starts, corpus, tokenizer
 
     def check(self, seq: int) -> None:

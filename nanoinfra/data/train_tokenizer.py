@@ -24,7 +24,7 @@ SMALLEST = 257                               # 256 bytes and the end of text
 LONGEST_WORD = 256                           # bytes of a word that training looks at in one piece
 
 
-def tokenizer_for(corpus: Corpus, vocab: int = 4096, cache: str | Path | None = None) -> "Tokenizer":
+def tokenizer_for(corpus: Corpus, vocab: int = 4096, cache: str | Path | None = None) -> "BPETokenizer":
     """The tokenizer of `vocab` entries trained on `corpus.train`, from the cache where it is there.
 
     `.train_s` is the time its training took here, 0.0 where it came from the cache. Several ranks may call
@@ -34,16 +34,16 @@ def tokenizer_for(corpus: Corpus, vocab: int = 4096, cache: str | Path | None = 
 
     def fill(folder: Path) -> None:
         begin = time.perf_counter()
-        Tokenizer.train((document.text for document in corpus.train), vocab).save(folder)
+        BPETokenizer.train((document.text for document in corpus.train), vocab).save(folder)
         took.append(time.perf_counter() - begin)
 
     _check_vocab(vocab)
-    got = Tokenizer.load(cached_folder(f"tokenizer-{corpus.hash[:16]}-{vocab}", fill, cache))
+    got = BPETokenizer.load(cached_folder(f"tokenizer-{corpus.hash[:16]}-{vocab}", fill, cache))
     got.train_s = sum(took, 0.0)
     return got
 
 
-class Tokenizer:
+class BPETokenizer:
     """Text to ids and back. `vocab_size` counts every id, `eot` is the id that ends a document.
 
     Raises ValueError where `backend` has no token named `end_of_text`.
@@ -54,12 +54,12 @@ class Tokenizer:
         if eot is None:
             raise ValueError(f"the tokenizer has no token {end_of_text!r} to end a document with; name the "
                              "one it has as eos_token in tokenizer_config.json")
-        self.backend, self.end_of_text, self.eot = backend, end_of_text, eot
+        self.backend_tokenizer, self.end_of_text, self.eot = backend, end_of_text, eot
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.train_s = 0.0                   # seconds spent training it in this process
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab: int) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab: int) -> "BPETokenizer":
         """Learn `vocab` entries from `texts`; fewer where the texts have no more pairs that repeat.
 
         A merge costs the whole length of each word it occurs in, so a word of n bytes costs n^2. A run of
@@ -85,7 +85,7 @@ class Tokenizer:
         return sorted(names) == [VOCABULARY, CONFIG] and config == _config(config.get("eos_token"))
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer":
+    def load(cls, folder: str | Path) -> "BPETokenizer":
         """The tokenizer saved in `folder`. Raises ValueError where it holds none that was trained here."""
         if not cls.is_own(folder):
             raise ValueError(f"{folder} holds no tokenizer saved by nanoinfra; train one, or name the model "
@@ -99,7 +99,7 @@ class Tokenizer:
     @property
     def hash(self) -> str:
         """SHA-256 of tokenizer.json, in hexadecimal."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+        return hashlib.sha256(self.backend_tokenizer.to_str().encode()).hexdigest()
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """Ids of `text`, with nothing added.
@@ -111,22 +111,22 @@ class Tokenizer:
 
     def encode_all(self, texts: list[str], specials: bool = False) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        backend = self.backend if specials else self._plain
+        backend = self.backend_tokenizer if specials else self._plain
         return [got.ids for got in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into `folder`, made if needed."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, VOCABULARY).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        Path(folder, VOCABULARY).write_text(self.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
         Path(folder, CONFIG).write_text(json.dumps(_config(self.end_of_text), indent=2), encoding="utf-8")
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        plain = tokenizers.Tokenizer.from_str(self.backend.to_str())    # a copy: threads may use both at once
+        plain = tokenizers.Tokenizer.from_str(self.backend_tokenizer.to_str())   # a copy: threads use both
         plain.encode_special_tokens = True                              # as ordinary text
         return plain
 

@@ -25,10 +25,10 @@ class Link:
     def seconds(self, op: str, payload: int, n: int) -> float:
         """How long `op` holds the link."""
         from nanoinfra.formulas.collectives import (
-            ring_seconds,  # so that dist/ can be lifted without formulas/
+            ring_collective_seconds,  # so that dist/ can be lifted without formulas/
         )
 
-        return ring_seconds(op, payload, n, self.latency, self.bandwidth)
+        return ring_collective_seconds(op, payload, n, self.latency, self.bandwidth)
 
     def enter(self, op: str, payload: int, n: int, latest: Callable) -> "Transfer":
         """Queue a collective of `n` ranks; `latest(stamp)` starts to make `stamp` their last entry."""

@@ -41,10 +41,10 @@ class Row:
     def wire_bytes(self) -> float:
         """Bytes this rank sends if the collective is a ring (modelled)."""
         from nanoinfra.formulas.collectives import (
-            ring_bytes,  # here, so that dist/ can be lifted without formulas/
+            ring_bytes_per_rank,  # here, so that dist/ can be lifted without formulas/
         )
 
-        return ring_bytes(self.op, self.payload, self.n)
+        return ring_bytes_per_rank(self.op, self.payload, self.n)
 
 
 class Ledger:

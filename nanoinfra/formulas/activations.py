@@ -12,35 +12,41 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.flops import RECOMPUTED
-from nanoinfra.formulas.tensor_parallel import padded_seq, part
+from nanoinfra.formulas.flops import RECOMPUTED_FLOP_TERMS
+from nanoinfra.formulas.tensor_parallel import padded_seq_len, tp_rank_config
 
-SQUARES = ("mask", "softmax", "weights")     # the terms that grow with T^2
+ATTENTION_MATRIX_TERMS = ("mask", "softmax", "weights")     # the terms that grow with T^2
 
 
-def activation_bytes(config: ModelConfig, batch: int, seq: int, dtype_bytes: int, attention: str = "sdpa",
-                     recompute: str = "none", tp: int = 1, sp: str = "none") -> int:
+def saved_activation_bytes(config: ModelConfig, batch: int, seq: int, dtype_bytes: int,
+                           attention: str = "sdpa", recompute: str = "none", tp: int = 1,
+                           sp: str = "none") -> int:
     """Bytes that forward saves for backward, from tokens to loss, for `batch` sequences of `seq` tokens."""
-    every = range(config.layers)
-    ends = end_terms(config, batch, seq, dtype_bytes, tp, sp)
-    return sum(ends.values()) + layers_bytes(config, every, batch, seq, dtype_bytes, attention, recompute, tp,
-                                             sp)
+    layers = saved_activation_bytes_of_layers(config, range(config.layers), batch, seq, dtype_bytes,
+                                              attention, recompute, tp, sp)
+    ends = embedding_and_head_bytes_by_term(config, batch, seq, dtype_bytes, tp, sp)
+    return sum(ends.values()) + layers
 
 
-def layers_bytes(config: ModelConfig, layers: Iterable[int], batch: int, seq: int, dtype_bytes: int,
-                 attention: str = "sdpa", recompute: str = "none", tp: int = 1, sp: str = "none") -> int:
+def saved_activation_bytes_of_layers(config: ModelConfig, layers: Iterable[int], batch: int, seq: int,
+                                     dtype_bytes: int, attention: str = "sdpa", recompute: str = "none",
+                                     tp: int = 1, sp: str = "none") -> int:
     """Bytes that forward saves for backward in the layers with the indices `layers`.
 
     The embedding, the final norm and the head are not part of them.
     """
-    windows = Counter(map(config.window_of, layers))
-    terms = {window: activation_terms(replace(config, window=window), batch, seq, dtype_bytes, attention,
-                                      recompute, tp, sp) for window in windows}
-    return sum(n * sum(terms[window].values()) for window, n in windows.items())
+    windows = Counter(map(config.sliding_window_of_layer, layers))
+    found = 0
+    for window, count in windows.items():
+        terms = layer_activation_bytes_by_term(replace(config, window=window), batch, seq, dtype_bytes,
+                                               attention, recompute, tp, sp)
+        found += count * sum(terms.values())
+    return found
 
 
-def activation_terms(config: ModelConfig, batch: int, seq: int, dtype_bytes: int, attention: str = "sdpa",
-                     recompute: str = "none", tp: int = 1, sp: str = "none") -> dict[str, int]:
+def layer_activation_bytes_by_term(config: ModelConfig, batch: int, seq: int, dtype_bytes: int,
+                                   attention: str = "sdpa", recompute: str = "none", tp: int = 1,
+                                   sp: str = "none") -> dict[str, int]:
     """Bytes that the forward of one layer saves for backward, by term, on one of `tp` ranks.
 
     Where `config` has a sliding window, the layer has it too.
@@ -59,12 +65,13 @@ def activation_terms(config: ModelConfig, batch: int, seq: int, dtype_bytes: int
     tokens = _tokens(batch, seq, tp, sp)
     if recompute == "full":
         return {"block_input": tokens.residual * config.width * dtype_bytes}
-    terms = _layer(part(config, tp), tokens, dtype_bytes, attention)
-    return {term: n for term, n in terms.items() if recompute == "none" or term not in SQUARES}
+    terms = _layer(tp_rank_config(config, tp), tokens, dtype_bytes, attention)
+    return {term: n for term, n in terms.items() if recompute == "none" or term not in ATTENTION_MATRIX_TERMS}
 
 
-def working_bytes(config: ModelConfig, batch: int, seq: int, dtype_bytes: int, attention: str = "sdpa",
-                  recompute: str = "full", tp: int = 1, sp: str = "none") -> int:
+def recompute_working_bytes(config: ModelConfig, batch: int, seq: int, dtype_bytes: int,
+                            attention: str = "sdpa", recompute: str = "full", tp: int = 1,
+                            sp: str = "none") -> int:
     """Extra bytes that backward needs while it recomputes one layer (activation checkpointing).
 
     "full" needs all that the layer would have saved, less its input where the norm reads the saved tensor
@@ -74,15 +81,15 @@ def working_bytes(config: ModelConfig, batch: int, seq: int, dtype_bytes: int, a
     """
     _check(attention, recompute)
     tokens = _tokens(batch, seq, tp, sp)
-    terms = _layer(part(config, tp), tokens, dtype_bytes, attention)
+    terms = _layer(tp_rank_config(config, tp), tokens, dtype_bytes, attention)
     if recompute != "full":
-        return sum(terms[term] for term in SQUARES) if recompute == "selective" else 0
-    shared = config.parts.norm == "layer" or dtype_bytes >= 4
+        return sum(terms[term] for term in ATTENTION_MATRIX_TERMS) if recompute == "selective" else 0
+    shared = config.architecture.norm_type == "layer" or dtype_bytes >= 4
     return sum(terms.values()) - (tokens.residual * config.width * dtype_bytes if shared else 0)
 
 
-def end_terms(config: ModelConfig, batch: int, seq: int, dtype_bytes: int, tp: int = 1,
-              sp: str = "none") -> dict[str, int]:
+def embedding_and_head_bytes_by_term(config: ModelConfig, batch: int, seq: int, dtype_bytes: int,
+                                     tp: int = 1, sp: str = "none") -> dict[str, int]:
     """Bytes of activations saved outside the layers, by term, on one of `tp` ranks.
 
     Tokens and learned positions are int64 indices, the same on every rank; with RoPE, positions are cos and
@@ -90,30 +97,17 @@ def end_terms(config: ModelConfig, batch: int, seq: int, dtype_bytes: int, tp: i
     of all tokens, ceil(V/t) each, which their gradient overwrites, and the head's input. The three numbers a
     token that the ranks all-reduce are freed before that.
     """
-    d, tokens, norms = dtype_bytes, _tokens(batch, seq, tp, sp), 2 if config.parts.embed_norm else 1
-    places = {"learned": 8 * padded_seq(seq, tp, sp), "rope": seq * config.head_dim * _wide(d), "alibi": 0}
+    d, tokens = dtype_bytes, _tokens(batch, seq, tp, sp)
+    norms = 2 if config.architecture.embed_norm else 1
+    positions = {"learned": 8 * padded_seq_len(seq, tp, sp), "rope": seq * config.head_dim * _wide(d),
+                 "alibi": 0}
     return {
         "tokens": 8 * batch * seq,
-        "positions": places[config.parts.position],
+        "positions": positions[config.architecture.position_encoding],
         **_norms(config, norms, tokens.residual, d),
         "head_input": tokens.read * config.width * d,
-        "logits": batch * seq * part(config, tp).vocab * d,
+        "logits": batch * seq * tp_rank_config(config, tp).vocab * d,
     }
-
-
-def table_2(s: int, b: int, h: int, a: int, t: int = 1, sp: bool = False, recompute: str = "none") -> float:
-    """The paper's bytes a layer: s tokens, b sequences, h width, a heads, t ranks; Korthikanti et al. 2022.
-
-    34 sbh + 5 as^2b at t = 1. Theirs are 16-bit GPT-2 with dropout, masks of a byte, softmax unfused and in
-    16 bits, MHA, hidden 4 h; the norms' statistics and the causal mask are left out. Full recompute has one
-    row, the block's input, whole on every rank.
-    """
-    if recompute not in RECOMPUTED:
-        raise ValueError(f"recompute {recompute!r} is not one of {', '.join(RECOMPUTED)}")
-    if recompute == "full":
-        return 2 * s * b * h
-    squares = 5 * a * s * s * b / t if recompute == "none" else 0
-    return s * b * h * (34 / t if sp else 10 + 24 / t) + squares
 
 
 class _Tokens(NamedTuple):
@@ -129,14 +123,14 @@ class _Tokens(NamedTuple):
 
 
 def _tokens(batch, seq, tp, sp):
-    whole = batch * padded_seq(seq, tp, sp)
+    whole = batch * padded_seq_len(seq, tp, sp)
     mine = whole if sp == "none" else whole // tp
     return _Tokens(batch, seq, residual=mine, read=mine if sp == "gather" else whole)
 
 
 def _check(attention, recompute):
-    if recompute not in RECOMPUTED:
-        raise ValueError(f"recompute {recompute!r} is not one of {', '.join(RECOMPUTED)}")
+    if recompute not in RECOMPUTED_FLOP_TERMS:
+        raise ValueError(f"recompute {recompute!r} is not one of {', '.join(RECOMPUTED_FLOP_TERMS)}")
     if attention not in ("naive", "sdpa"):
         raise ValueError(f"attention {attention!r} is not one of naive, sdpa")
     if recompute == "selective" and attention != "naive":
@@ -161,13 +155,13 @@ def _layer(config, tokens, d, attention):
 
 def _mlp_tensors(config):
     """Saved tensors (B, T, F): gelu(up) and up, or relu(up) alone; a gated MLP saves two more."""
-    return (1 if config.act == "relu" else 2) + (2 if config.parts.gated else 0)
+    return (1 if config.mlp_activation == "relu" else 2) + (2 if config.architecture.gated_mlp else 0)
 
 
 def _norms(config, n, tokens, d):
     """n norms over C. LayerNorm saves input, mean and 1/std; RMSNorm its float32 input, 1/rms, input/rms."""
     C = config.width
-    if config.parts.norm == "layer":
+    if config.architecture.norm_type == "layer":
         return {"norm_input": n * tokens * C * d, "norm_stats": n * tokens * 2 * d}
     return {"norm_input": n * tokens * C * _wide(d), "norm_stats": n * tokens * _wide(d),
             "norm_scaled": n * tokens * C * d}
@@ -175,7 +169,7 @@ def _norms(config, n, tokens, d):
 
 def _head_norms(config, tokens, d):
     """RMSNorm over each head of q and k saves the same three tensors."""
-    if not config.parts.qk_norm:
+    if not config.architecture.qk_norm:
         return {}
     heads, K = config.heads + config.kv_heads, config.head_dim
     return {"qk_norm_input": tokens * heads * K * _wide(d), "qk_norm_stats": tokens * heads * _wide(d),
@@ -191,7 +185,8 @@ def _core(config, batch, seq, d, attention):
     already and is the same tensor as o's input. ALiBi needs a mask of numbers (1, H, T, T), a window that
     hides keys one of (T, T). Not covered: sdpa with RoPE at head_dim 2, where torch's kernel is not fused.
     """
-    squares, position = batch * config.heads * seq * seq, config.parts.position
+    squares = batch * config.heads * seq * seq
+    position = config.architecture.position_encoding
     if attention == "naive":
         return {"mask": seq * seq if seq > 1 or config.window else 0, "softmax": squares * _wide(d),
                 "weights": squares * d if d < 4 else 0}

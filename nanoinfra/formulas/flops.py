@@ -8,11 +8,12 @@ B sequences of T tokens, V vocabulary, C width, L layers, H query heads, KV key 
 """
 from nanoinfra.config import ModelConfig
 
-LAYER = ("qkvo", "scores", "values", "mlp")
-RECOMPUTED = {"none": (), "selective": ("scores", "values"), "full": LAYER}     # terms that run forward twice
+_LAYER_TERMS = ("qkvo", "scores", "values", "mlp")
+RECOMPUTED_FLOP_TERMS = {"none": (), "selective": ("scores", "values"), "full": _LAYER_TERMS}
+"""The terms of forward that backward computes again, for each mode of activation recomputation."""
 
 
-def forward_flops(config: ModelConfig, seq: int, causal: bool = False) -> dict[str, int]:
+def forward_flops_per_token(config: ModelConfig, seq: int, causal: bool = False) -> dict[str, int]:
     """FLOPs of the forward of one token in a sequence of `seq` tokens, over all layers, by term.
 
     "scores" is q k^T, "values" is softmax(scores) v. By convention a query meets all `seq` keys (PaLM,
@@ -26,13 +27,13 @@ def forward_flops(config: ModelConfig, seq: int, causal: bool = False) -> dict[s
         "qkvo": 2 * L * C * (2 * queries + 2 * keys),
         "scores": square,
         "values": square,
-        "mlp": 2 * L * C * config.hidden * (3 if config.parts.gated else 2),
+        "mlp": 2 * L * C * config.hidden * (3 if config.architecture.gated_mlp else 2),
         "head": 2 * C * config.vocab,
     }
 
 
-def train_flops(config: ModelConfig, batch: int, seq: int, causal: bool = False,
-                recompute: str = "none") -> int:
+def forward_backward_flops(config: ModelConfig, batch: int, seq: int, causal: bool = False,
+                           recompute: str = "none") -> int:
     """FLOPs of forward and backward over `batch` sequences of `seq` tokens.
 
     recompute "none" gives the model FLOPs, 3 x forward: each product has two in backward, one for each
@@ -42,16 +43,17 @@ def train_flops(config: ModelConfig, batch: int, seq: int, causal: bool = False,
     Narayanan et al. 2021, equation 3. Every weight is assumed to be trained. By convention the backward of a
     fused attention kernel, which computes its scores again (2 L H K T^2 a sequence), does not count them.
     """
-    if recompute not in RECOMPUTED:
-        raise ValueError(f"recompute {recompute!r} is not one of {', '.join(RECOMPUTED)}")
-    forward = forward_flops(config, seq, causal)
-    return batch * seq * (3 * sum(forward.values()) + sum(forward[term] for term in RECOMPUTED[recompute]))
+    if recompute not in RECOMPUTED_FLOP_TERMS:
+        raise ValueError(f"recompute {recompute!r} is not one of {', '.join(RECOMPUTED_FLOP_TERMS)}")
+    forward = forward_flops_per_token(config, seq, causal)
+    recomputed = sum(forward[term] for term in RECOMPUTED_FLOP_TERMS[recompute])
+    return batch * seq * (3 * sum(forward.values()) + recomputed)
 
 
-def mfu(tokens_per_s: float, config: ModelConfig, seq: int, peak_flops: float) -> float:
+def model_flops_utilization(tokens_per_s: float, config: ModelConfig, seq: int, peak_flops: float) -> float:
     """MFU, model FLOPs utilization: model FLOPs/s as a share of `peak_flops` (FLOP/s of all devices).
 
     Model FLOPs are `forward_backward_flops` with its defaults: no recompute, attention not halved, the head
     included. So recompute lowers MFU, and a kernel that skips the masked half of attention raises it.
     """
-    return tokens_per_s * train_flops(config, 1, seq) / seq / peak_flops
+    return tokens_per_s * forward_backward_flops(config, 1, seq) / seq / peak_flops

@@ -8,62 +8,68 @@ Pope et al. 2022, section 2; the roofline of Williams et al. 2009.
 from math import inf
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.flops import forward_flops
+from nanoinfra.formulas.flops import forward_flops_per_token
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
-from nanoinfra.formulas.parameters import parameters_by_part
+from nanoinfra.formulas.parameters import parameter_count_by_part
 
 
-def call_flops(config: ModelConfig, batch: int, new: int, total: int) -> int:
+def inference_flops(config: ModelConfig, batch: int, new_tokens: int, total_tokens: int) -> int:
     """FLOPs of one forward call: `batch` sequences of `total_tokens`, of which `new_tokens` are computed.
 
     The head computes the last token of each sequence alone. By convention every query meets all
     `total_tokens` keys, as in flops.py.
     """
-    forward = forward_flops(config, total)
+    forward = forward_flops_per_token(config, total_tokens)
     head = forward.pop("head")
-    return batch * (new * sum(forward.values()) + head)
+    return batch * (new_tokens * sum(forward.values()) + head)
 
 
-def weight_bytes(config: ModelConfig, dtype_bytes: int) -> int:
+def weight_bytes_read(config: ModelConfig, dtype_bytes: int) -> int:
     """Bytes of weights that one call reads: all of them but the embeddings, of which it reads single rows."""
-    parts = parameters_by_part(config)
+    parts = parameter_count_by_part(config)
     looked_up = parts["positions"] + (0 if config.tied else parts["embedding"])
     return dtype_bytes * (sum(parts.values()) - looked_up)
 
 
-def cache_bytes(config: ModelConfig, batch: int, total: int, dtype_bytes: int) -> int:
+def kv_cache_bytes_read(config: ModelConfig, batch: int, total_tokens: int, dtype_bytes: int) -> int:
     """Bytes of KV cache that one call reads: `total_tokens` of each sequence, the new tokens included."""
-    return batch * total * kv_cache_bytes_per_token(config, dtype_bytes)
+    return batch * total_tokens * kv_cache_bytes_per_token(config, dtype_bytes)
 
 
-def call_bytes(config: ModelConfig, batch: int, total: int, dtype_bytes: int) -> int:
+def inference_bytes_read(config: ModelConfig, batch: int, total_tokens: int, dtype_bytes: int) -> int:
     """Bytes of weights and KV cache that one call reads, whatever the number of new tokens."""
-    return weight_bytes(config, dtype_bytes) + cache_bytes(config, batch, total, dtype_bytes)
+    kv_cache = kv_cache_bytes_read(config, batch, total_tokens, dtype_bytes)
+    return weight_bytes_read(config, dtype_bytes) + kv_cache
 
 
-def intensity(config: ModelConfig, batch: int, new: int, total: int, dtype_bytes: int) -> float:
+def arithmetic_intensity(config: ModelConfig, batch: int, new_tokens: int, total_tokens: int,
+                         dtype_bytes: int) -> float:
     """FLOPs for each byte that one call reads."""
-    return call_flops(config, batch, new, total) / call_bytes(config, batch, total, dtype_bytes)
+    flops = inference_flops(config, batch, new_tokens, total_tokens)
+    return flops / inference_bytes_read(config, batch, total_tokens, dtype_bytes)
 
 
-def even_batch(config: ModelConfig, total: int, dtype_bytes: int) -> float:
+def batch_size_where_cache_equals_weights(config: ModelConfig, total_tokens: int, dtype_bytes: int) -> float:
     """The batch size at which KV cache and weights have the same bytes; larger batches gain little."""
-    return weight_bytes(config, dtype_bytes) / cache_bytes(config, 1, total, dtype_bytes)
+    return weight_bytes_read(config, dtype_bytes) / kv_cache_bytes_read(config, 1, total_tokens, dtype_bytes)
 
 
-def ceiling(config: ModelConfig, batch: int, new: int, total: int, dtype_bytes: int, bandwidth: float = inf,
-            peak: float = inf) -> float:
+def max_tokens_per_second(config: ModelConfig, batch: int, new_tokens: int, total_tokens: int,
+                          dtype_bytes: int, bandwidth: float = inf, peak_flops: float = inf) -> float:
     """The roofline's limit in tokens/s; `bandwidth` is in bytes/s, `peak_flops` in FLOP/s."""
-    read, work = call_bytes(config, batch, total, dtype_bytes), call_flops(config, batch, new, total)
-    return batch * new * min(bandwidth / read, peak / work)
+    bytes_read = inference_bytes_read(config, batch, total_tokens, dtype_bytes)
+    flops = inference_flops(config, batch, new_tokens, total_tokens)
+    return batch * new_tokens * min(bandwidth / bytes_read, peak_flops / flops)
 
 
-def answer_flops(config: ModelConfig, prompt: int, new: int, cached: bool = True) -> int:
+def generation_flops(config: ModelConfig, prompt_tokens: int, new_tokens: int, use_cache: bool = True) -> int:
     """FLOPs to generate `new_tokens` after a prompt of `prompt_tokens`.
 
     With a KV cache: a prefill, then one token a call. Without one, each call computes all tokens again.
     """
-    if cached:
-        steps = range(prompt + 1, prompt + new)
-        return call_flops(config, 1, prompt, prompt) + sum(call_flops(config, 1, 1, S) for S in steps)
-    return sum(call_flops(config, 1, S, S) for S in range(prompt, prompt + new))
+    if use_cache:
+        prefill = inference_flops(config, 1, prompt_tokens, prompt_tokens)
+        totals = range(prompt_tokens + 1, prompt_tokens + new_tokens)
+        return prefill + sum(inference_flops(config, 1, 1, total) for total in totals)
+    totals = range(prompt_tokens, prompt_tokens + new_tokens)
+    return sum(inference_flops(config, 1, total, total) for total in totals)

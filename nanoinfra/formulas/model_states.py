@@ -6,12 +6,12 @@ Psi parameters, L layers, KV key/value heads, K head_dim. Activations are in for
 """
 from nanoinfra.config import ModelConfig
 
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-OPTIMIZER_STATES = {"sgd": (), "adamw": ("exp_avg", "exp_avg_sq")}
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+OPTIMIZER_STATE_NAMES = {"sgd": (), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
-def state_bytes(psi: int, precision: str = "float32", optimizer: str = "adamw",
-                grad_bytes: int | None = None) -> dict[str, int]:
+def model_state_bytes(num_parameters: int, precision: str = "float32", optimizer: str = "adamw",
+                      grad_bytes: int | None = None) -> dict[str, int]:
     """Bytes of the model states of `num_parameters` parameters, by kind.
 
     In mixed precision (16-bit weights) the master weights and the optimizer states are float32; `grad_bytes`
@@ -19,15 +19,16 @@ def state_bytes(psi: int, precision: str = "float32", optimizer: str = "adamw",
     and float64 everything has the bytes of `precision`. AdamW's step counter, one number a tensor, is left
     out. Raises ValueError for an unknown precision or optimizer.
     """
-    if precision not in BYTES:
-        raise ValueError(f"precision {precision!r} is not one of {', '.join(BYTES)}")
-    if optimizer not in OPTIMIZER_STATES:
-        raise ValueError(f"optimizer {optimizer!r} is not one of {', '.join(OPTIMIZER_STATES)}")
-    own = BYTES[precision]
-    held = {"weights": own * psi, "gradients": (own if grad_bytes is None else grad_bytes) * psi}
+    if precision not in DTYPE_BYTES:
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(DTYPE_BYTES)}")
+    if optimizer not in OPTIMIZER_STATE_NAMES:
+        raise ValueError(f"optimizer {optimizer!r} is not one of {', '.join(OPTIMIZER_STATE_NAMES)}")
+    own = DTYPE_BYTES[precision]
+    grad = own if grad_bytes is None else grad_bytes
+    held = {"weights": own * num_parameters, "gradients": grad * num_parameters}
     if own < 4:
-        held["master"] = 4 * psi
-    return held | {kind: max(4, own) * psi for kind in OPTIMIZER_STATES[optimizer]}
+        held["master"] = 4 * num_parameters
+    return held | {kind: max(4, own) * num_parameters for kind in OPTIMIZER_STATE_NAMES[optimizer]}
 
 
 def kv_cache_bytes_per_token(config: ModelConfig, dtype_bytes: int, tp: int = 1) -> int:

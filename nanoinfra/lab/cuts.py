@@ -36,12 +36,12 @@ def step_of(config: ModelConfig, t: int, sp: str, batch: int,
     cut = TensorParallel(model, mesh, sp)
     x, y = torch.randint(config.vocab, (2, batch, seq), generator=torch.Generator().manual_seed(0))
     mesh.ledger.take()                                                       # the weights, from rank 0
-    loss = HeadLoss(model.head)(model.hidden(x), y, batch * seq)
+    loss = HeadLoss(model.head)(model.hidden_states(x), y, batch * seq)
     loss.backward()
     cut.finish({name: p.grad for name, p in model.named_parameters()})
-    rows, places = mesh.ledger.take(), model.places(x)
-    stream = model.start(x, places).detach().requires_grad_()
-    rope = model.angles(places, stream.dtype)
+    rows, places = mesh.ledger.take(), model.default_positions(x)
+    stream = model.embed_tokens(x, places).detach().requires_grad_()
+    rope = model.rope_cos_sin(places, stream.dtype)
     with Kept(model.parameters()) as kept:
         out = model.blocks[0](stream, rope)
         sizes = [tensor.untyped_storage().nbytes() for tensor in kept.tensors()]

@@ -14,7 +14,7 @@ from nanoinfra.distributed import comm
 from nanoinfra.distributed.benchmarks import matmul_rate, wire_times
 from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.distributed.mesh import AXES, Mesh, world_size
-from nanoinfra.formulas.collectives import fit
+from nanoinfra.formulas.collectives import fit_latency_bandwidth
 from nanoinfra.lab import devices
 from nanoinfra.lab.measure import median
 from nanoinfra.lab.options import DoctorFlags
@@ -55,12 +55,12 @@ def wire(mesh: Mesh, name: str) -> dict:
     axis, op = getattr(mesh, name), "send" if name == "pp" else "all_reduce"
     times = wire_times(mesh, axis, op)
     n = axis.size if op == "all_reduce" else 2
-    fits = [fit(op, n, dict(zip(times, seconds))) for seconds in zip(*times.values())]
-    whole = fit(op, n, {size: middle(seconds) for size, seconds in times.items()})
+    fits = [fit_latency_bandwidth(op, n, dict(zip(times, seconds))) for seconds in zip(*times.values())]
+    whole = fit_latency_bandwidth(op, n, {size: middle(seconds) for size, seconds in times.items()})
     return {"ranks": axis.size, "op": op, "emulated": axis.link is not None,
             "latency": _timed(mesh, [f.latency for f in fits], "s"),
             "bandwidth": _timed(mesh, [f.bandwidth for f in fits], "B/s"),
-            "mean_miss": whole.mean_miss, "worst_miss": whole.worst_miss,
+            "mean_miss": whole.mean_relative_error, "worst_miss": whole.max_relative_error,
             "seconds": {size: _timed(mesh, seconds, "s") for size, seconds in times.items()}}
 
 

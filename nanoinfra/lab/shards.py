@@ -43,7 +43,7 @@ def held_and_sent(config: ModelConfig, stage: int, n: int, micro_batches: int = 
         looks = [kept(net, shared, optimizer)]                     # moments, from the first step on
         shared.begin_step()
         for i in range(a):
-            loss = last(net.hidden(x), y, 8 * n * a)
+            loss = last(net.hidden_states(x), y, 8 * n * a)
             shared.before_backward(last=i == a - 1)
             loss.backward()
             looks.append(kept(net, shared, optimizer))

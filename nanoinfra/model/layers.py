@@ -13,7 +13,7 @@ from torch import nn
 from nanoinfra.config import ModelConfig
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: the dtype for sums, divisions and angles (mixed precision)."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -27,24 +27,24 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.to(wide(x.dtype))
+        y = x.to(at_least_float32(x.dtype))
         y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
         return y.to(x.dtype) * self.weight
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """A LayerNorm or RMSNorm over C, as the family has it. (torch's layer_norm sums bf16 in float32 too.)"""
-    if config.parts.norm == "layer":
+    if config.architecture.norm_type == "layer":
         return nn.LayerNorm(config.width, eps=config.eps)
     return RMSNorm(config.width, config.eps)
 
 
-def apart(x: torch.Tensor, *linears: nn.Module) -> list[torch.Tensor]:
+def separate_linears(x: torch.Tensor, *linears: nn.Module) -> list[torch.Tensor]:
     """Apply each of `linears` to `x`: the default `in_proj`, which parallelism and packing replace."""
     return [linear(x) for linear in linears]
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
+_ACTIVATION_FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
                "relu": F.relu}
 
 
@@ -57,15 +57,15 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, F_, bias = config.width, config.hidden, config.has_bias
-        self.gate = nn.Linear(C, F_, bias=bias("gate")) if config.parts.gated else None
+        self.gate = nn.Linear(C, F_, bias=bias("gate")) if config.architecture.gated_mlp else None
         self.up = nn.Linear(C, F_, bias=bias("up"))
         self.down = nn.Linear(F_, C, bias=bias("down"))
-        self.act = ACTIVATIONS[config.act]
-        self.read = apart
+        self.act = _ACTIVATION_FUNCTIONS[config.mlp_activation]
+        self.in_proj = separate_linears
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate is None:
-            up, = self.read(x, self.up)                                   # (B, T, F)
+            up, = self.in_proj(x, self.up)                                   # (B, T, F)
             return self.down(self.act(up))                                # (B, T, C)
-        gate, up = self.read(x, self.gate, self.up)                       # (B, T, F) each
+        gate, up = self.in_proj(x, self.gate, self.up)                       # (B, T, F) each
         return self.down(self.act(gate) * up)                             # (B, T, C)

@@ -10,10 +10,10 @@ import math
 import torch
 
 from nanoinfra.config import ModelConfig, RopeScaling
-from nanoinfra.model.layers import wide
+from nanoinfra.model.layers import at_least_float32
 
 
-def rope_angles(positions: torch.Tensor, config: ModelConfig,
+def rope_cos_sin(positions: torch.Tensor, config: ModelConfig,
                 dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin) of position * f_j for `positions` (T,) or (B, T), in at least float32.
 
@@ -22,17 +22,17 @@ def rope_angles(positions: torch.Tensor, config: ModelConfig,
     """
     scaling, theta = config.rope_scaling, config.theta
     if scaling and scaling.kind == "dynamic":
-        theta = dynamic_theta(scaling, theta, config.head_dim, 1 + int(positions.max()))
-    j = torch.arange(0, config.head_dim, 2, device=positions.device).to(wide(dtype))
+        theta = dynamic_ntk_theta(scaling, theta, config.head_dim, 1 + int(positions.max()))
+    j = torch.arange(0, config.head_dim, 2, device=positions.device).to(at_least_float32(dtype))
     frequency = 1.0 / theta ** (j / config.head_dim)                      # (K/2,)
-    if scaling and scaling.kind in STRETCHED:
-        frequency = STRETCHED[scaling.kind](frequency, scaling, theta)
+    if scaling and scaling.kind in ROPE_FREQUENCY_SCALING:
+        frequency = ROPE_FREQUENCY_SCALING[scaling.kind](frequency, scaling, theta)
     angle = positions.unsqueeze(-2).unsqueeze(-1) * frequency             # (1, T, K/2) or (B, 1, T, K/2)
     longer = scaling.attention_factor if scaling else 1.0
     return (angle.cos(), angle.sin()) if longer == 1.0 else (angle.cos() * longer, angle.sin() * longer)
 
 
-def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def apply_rotary_emb(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotate the pairs (x[j], x[j + K/2]) of `x` (B, H, T, K) by the angles of `rope`, (cos, sin).
 
     The paper pairs neighbours, Hugging Face the two halves of a head; only the order of q's and k's rows
@@ -43,7 +43,7 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def dynamic_theta(scaling: RopeScaling, theta: float, head_dim: int, length: int) -> float:
+def dynamic_ntk_theta(scaling: RopeScaling, theta: float, head_dim: int, length: int) -> float:
     """RoPE's base for a sequence of `length` tokens under dynamic NTK scaling.
 
     It is `theta` up to the original context T0, then theta (factor T / T0 - factor + 1)^(K / (K - 2)), so
@@ -92,4 +92,4 @@ def _factors(frequency, scaling, theta):
     return frequency / torch.tensor(scaling.factors, dtype=frequency.dtype, device=frequency.device)
 
 
-STRETCHED = {"linear": _linear, "yarn": _yarn, "llama3": _llama3, "factors": _factors}
+ROPE_FREQUENCY_SCALING = {"linear": _linear, "yarn": _yarn, "llama3": _llama3, "factors": _factors}

@@ -15,10 +15,10 @@ from torch import nn
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed import comm
-from nanoinfra.formulas.pipeline import split
+from nanoinfra.formulas.pipeline import split_layers_into_chunks
 from nanoinfra.memory import recompute
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import Read, empty
+from nanoinfra.model.weights.fill_model import ReadParameter, decoder_on_meta_device
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.pipeline import stage as pipeline
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel, exchange
@@ -48,7 +48,7 @@ class Composed:
     `frozen`, {name: tensor}, nobody's.
     """
 
-    def __init__(self, model: Decoder, mesh, plan: Plan, read: Read):
+    def __init__(self, model: Decoder, mesh, plan: Plan, read: ReadParameter):
         self.model, self.zero = model, plan.zero
         for name in plan.frozen & dict(model.named_parameters()).keys():
             model.get_parameter(name).requires_grad_(False)
@@ -72,7 +72,7 @@ class Composed:
     def run(self, x: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
         """What the layers make of the stream `x` at `places` (T,); with the head their loss, ()."""
         self.tensor.region.share(len(places))
-        x = self.model.layers(x, places)
+        x = self.model.blocks_and_norm(x, places)
         return self.loss(x, targets, count) if self.loss else x
 
     def finish(self) -> dict[str, torch.Tensor]:
@@ -91,10 +91,11 @@ class Composed:
 class Chunks:
     """All of a model that one rank trains: its stage's chunks, each of them composed."""
 
-    def __init__(self, config: ModelConfig, mesh, plan: Plan, read: Read):
+    def __init__(self, config: ModelConfig, mesh, plan: Plan, read: ReadParameter):
         p, r, n = mesh.pp.size, mesh.pp.rank, mesh.pp.size * plan.virtual
-        borders = split(config, n, config.context)
-        parts = [pipeline.cut(empty(config, plan.attention).train(), *borders[i], last=i == n - 1)
+        borders = split_layers_into_chunks(config, n, config.context)
+        parts = [pipeline.cut(decoder_on_meta_device(config, plan.attention).train(), *borders[i],
+                              last=i == n - 1)
                  for i in range(r, n, p)]
         self.each = [Composed(part, mesh, plan, read) for part in parts]
         self.mesh, self.plan = mesh, plan
@@ -145,7 +146,7 @@ class Chunks:
 TIED = "embed.weight"                        # the head's too, where it is tied
 
 
-def serving(model: Decoder, mesh, read: Read, dtype: torch.dtype) -> Decoder:
+def serving(model: Decoder, mesh, read: ReadParameter, dtype: torch.dtype) -> Decoder:
     """`model`, without storage so far, cut over `mesh.tp` and filled, for generation."""
     tensor = TensorParallel(model, mesh)
     exchange(model, lambda name, p: nn.Parameter(tensor.part(read, name, mesh.device, dtype), False))

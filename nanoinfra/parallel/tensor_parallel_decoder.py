@@ -12,9 +12,15 @@ import torch
 from torch import nn
 
 from nanoinfra.distributed import comm
-from nanoinfra.formulas.tensor_parallel import boxes, check_heads, copies, cut_dim, partial
+from nanoinfra.formulas.tensor_parallel import (
+    check_tp_fits_model,
+    has_partial_grad,
+    kv_head_replicas,
+    shard_bounds_by_parameter,
+    tp_sharded_dim,
+)
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import Read
+from nanoinfra.model.weights.fill_model import ReadParameter
 from nanoinfra.parallel.sequence_parallel import SP, Cut, CutPositions
 from nanoinfra.parallel.tensor_parallel import RowLinear, Whole
 from nanoinfra.parallel.vocab_parallel import VocabEmbedding, VocabHead
@@ -32,19 +38,20 @@ class TensorParallel:
         if sp not in SP:
             raise ValueError(f"sequence parallelism is one of {', '.join(SP)}, not {sp!r}")
         config, self.axis = model.config, mesh.tp
-        check_heads(config, self.axis.size)
-        self.boxes = boxes(config, self.axis.size, self.axis.rank)
-        self.sharing = mesh.inner("tp", copies(config, self.axis.size))
+        check_tp_fits_model(config, self.axis.size)
+        self.boxes = shard_bounds_by_parameter(config, self.axis.size, self.axis.rank)
+        self.sharing = mesh.inner("tp", kv_head_replicas(config, self.axis.size))
         self.region = Whole(self.axis) if sp == "none" else Cut(self.axis, sp == "keep")
         exchange(model, self._mine)
         self._divide_ends(model, self.boxes["embed.weight"][0][0])
         for block in model.blocks:
             self._divide(block)
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.parts = [name for name in trained if partial(name, sp)]
+        self.parts = [name for name in trained if has_partial_grad(name, sp)]
         self.shared = [name for name in trained if self.sharing.size > 1 and _module(name) in ("k", "v")]
 
-    def part(self, read: Read, name: str, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def part(self, read: ReadParameter, name: str, device: str,
+             dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """This rank's part of parameter `name`, read by itself."""
         box = tuple(slice(*ends) for ends in self.boxes[name])
         return read(name, box).to(device, dtype, copy=True).contiguous()     # a file is only mapped
@@ -59,7 +66,7 @@ class TensorParallel:
         """Of the ranks that hold the same part of parameter `name`: does a sum over the axis take mine?"""
         if _module(name) in ("k", "v"):
             return self.sharing.rank == 0
-        return cut_dim(name) is not None or self.axis.rank == 0
+        return tp_sharded_dim(name) is not None or self.axis.rank == 0
 
     def _divide_ends(self, model, start):
         """Those that are there: of a pipeline's chunk perhaps none."""
@@ -75,10 +82,10 @@ class TensorParallel:
 
     def _divide(self, block):
         attn, mlp, heads = block.attn, block.mlp, block.attn.o.weight.shape[1] // block.attn.head_dim
-        attn.read = mlp.read = self.region.read
+        attn.in_proj = mlp.in_proj = self.region.read
         attn.o, mlp.down = RowLinear(attn.o, self.region), RowLinear(mlp.down, self.region)
-        if slopes := attn.mask.slopes:                                       # ALiBi's, one a query head
-            attn.mask = attn.mask._replace(slopes=slopes[self.axis.rank * heads:][:heads])
+        if slopes := attn.mask.alibi_slopes:                                       # ALiBi's, one a query head
+            attn.mask = attn.mask._replace(alibi_slopes=slopes[self.axis.rank * heads:][:heads])
 
     def _mine(self, name, p):
         if not p.is_meta:

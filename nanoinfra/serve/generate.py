@@ -11,10 +11,10 @@ import torch
 
 from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.model.attention import CAUSAL, Mask, naive, sdpa
+from nanoinfra.model.attention import CAUSAL_MASK, AttentionMask, naive_attention, sdpa_attention
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.tokenizer import Text, render_chat
-from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.model.tokenizer import Tokenizer, apply_chat_template
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import serving
 from nanoinfra.serve.engine.detokenizer import Stream
 from nanoinfra.serve.engine.requests import Request, Sampling, check
@@ -31,7 +31,7 @@ def generate(model: Decoder, tokens: list[int], max_new: int, *, temperature: fl
     sampling option out of range, or a prompt whose continuation does not fit the model's context.
     """
     how = Sampling(temperature, top_k, top_p, seed=seed)
-    check(Request("", tokens, how, max_new), model.config.cached_context, model.config.vocab)
+    check(Request("", tokens, how, max_new), model.config.max_cacheable_seq_len, model.config.vocab)
     return _generate(model, tokens, max_new, Sampler(how, seed), frozenset(ends))
 
 
@@ -42,7 +42,7 @@ def _generate(model, tokens, max_new, sampler, ends):
     new = list(tokens)
     for _ in range(max_new):
         places = torch.arange(cache.length, cache.length + len(new), device=device)
-        hidden = model.hidden(torch.tensor([new], device=device), places, cache)        # (1, T, C)
+        hidden = model.hidden_states(torch.tensor([new], device=device), places, cache)        # (1, T, C)
         cache.length += len(new)
         token = sampler.draw(model.head(hidden[0, -1]))                                 # of (V,) logits
         if token in ends:
@@ -62,7 +62,7 @@ class KVCache:
         self.layers, self.capacity, self.length = [None] * layers, capacity, 0
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               mask: Mask = CAUSAL) -> torch.Tensor:
+               mask: AttentionMask = CAUSAL_MASK) -> torch.Tensor:
         """Keep `k`, `v` (B, KV, T, K) and let `q` (B, H, T, K) see of all so far what `mask` says."""
         (B, KV, T, K), end = k.shape, self.length + k.shape[2]
         if end > self.capacity:
@@ -71,7 +71,7 @@ class KVCache:
             self.layers[layer] = k.new_empty(2, B, KV, self.capacity, K)
         keys, values = self.layers[layer]                                 # (B, KV, capacity, K) each
         keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
-        core = naive if T == 1 else sdpa  # for one query two matrix products beat the fused kernel on CPU
+        core = naive_attention if T == 1 else sdpa_attention    # for one query sdpa is slower on CPU
         return core(q, keys[:, :, :end], values[:, :, :end], mask)
 
 
@@ -82,20 +82,20 @@ def main(options: GenerateOptions, write: Callable[[str], object] | None = None)
         raise ValueError(f"--tp {options.tp}: a model is cut over at least 1 rank; leave it out")
     mesh = Mesh(tp=options.tp)
     weights = open_pretrained(options.model, mesh.world)
-    text, dtype = weights.text, getattr(torch, options.dtype)
-    model = serving(empty(weights.config), mesh, weights.read, dtype)
+    text, dtype = weights.tokenizer, getattr(torch, options.dtype)
+    model = serving(decoder_on_meta_device(weights.config), mesh, weights.read_parameter, dtype)
     write = write or _to_stdout if mesh.rank == 0 else _nowhere               # the ranks draw the same tokens
-    for piece in stream(model, text, _prompt(options, text, weights.template), options):
+    for piece in stream(model, text, _prompt(options, text, weights.chat_template), options):
         write(piece)
     write("\n")
     return 0
 
 
-def stream(model: Decoder, text: Text, prompt: list[int], options: GenerateOptions) -> Iterator[str]:
+def stream(model: Decoder, text: Tokenizer, prompt: list[int], options: GenerateOptions) -> Iterator[str]:
     """The continuation of `prompt` (token ids) as pieces of text."""
     shown = Stream(text)
     how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    for token in generate(model, prompt, options.max_new_tokens, ends=text.ends, **how):
+    for token in generate(model, prompt, options.max_new_tokens, ends=text.eos_token_ids, **how):
         yield shown.push(token)
     yield shown.finish()
 
@@ -109,7 +109,7 @@ def _prompt(options, text, template):
     if template is None:
         raise ValueError(f"{options.model} has no chat template; leave out --chat")
     messages = [{"role": "user", "content": options.prompt}]
-    return text.encode(render_chat(template, messages, text), begin=False)
+    return text.encode(apply_chat_template(template, messages, text), add_special_tokens=False)
 
 
 def _nowhere(piece):

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from math import prod
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.parameters import shapes
-from nanoinfra.formulas.pipeline import chunk_names
+from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.formulas.pipeline import chunk_parameter_names
 
 
 def frozen_names(patterns: Iterable[str], config: ModelConfig, chunks: int = 1) -> frozenset[str]:
@@ -20,12 +20,12 @@ def frozen_names(patterns: Iterable[str], config: ModelConfig, chunks: int = 1) 
     """
     found = set()
     for pattern in patterns:
-        names = {name for name in shapes(config) if fnmatchcase(name, pattern)}
+        names = {name for name in parameter_shapes(config) if fnmatchcase(name, pattern)}
         if not names:
-            some = ", ".join(dict.fromkeys(_abbreviated(name) for name in shapes(config)))
+            some = ", ".join(dict.fromkeys(_abbreviated(name) for name in parameter_shapes(config)))
             raise ValueError(f"--freeze {pattern!r} is no parameter's name; they are {some}")
         found |= names
-    for i, names in enumerate(chunk_names(config, chunks, config.context) if found else ()):
+    for i, names in enumerate(chunk_parameter_names(config, chunks, config.context) if found else ()):
         if found.issuperset(names):
             where = f"chunk {i} of the pipeline's {chunks}" if chunks > 1 else "this model"
             raise ValueError(f"--freeze leaves nothing to train in {where} ({len(names)} parameters, all "
@@ -36,7 +36,7 @@ def frozen_names(patterns: Iterable[str], config: ModelConfig, chunks: int = 1) 
 def trained_parameters(patterns: Iterable[str], config: ModelConfig) -> int:
     """How many numbers of the model `patterns` leave to be trained."""
     frozen = frozen_names(patterns, config)
-    return sum(prod(shape) for name, shape in shapes(config).items() if name not in frozen)
+    return sum(prod(shape) for name, shape in parameter_shapes(config).items() if name not in frozen)
 
 
 def _abbreviated(name):

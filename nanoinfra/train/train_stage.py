@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.parameters import shapes
-from nanoinfra.model.initialization import draw
-from nanoinfra.model.weights.fill_model import Read
+from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.model.initialization import draw_initial_tensor
+from nanoinfra.model.weights.fill_model import ReadParameter
 from nanoinfra.parallel.parallelize import Chunks, Plan
 from nanoinfra.parallel.pipeline import schedules
 from nanoinfra.parallel.pipeline.stage import PipelineStage
@@ -33,8 +33,8 @@ class Replica(PipelineStage):
     rank ever holds more than its own parts, and one parameter.
     """
 
-    def __init__(self, config: ModelConfig, flags: TrainFlags, mesh, read: Read | None = None):
-        self.mesh, self.shapes, self.width = mesh, shapes(config), config.width
+    def __init__(self, config: ModelConfig, flags: TrainFlags, mesh, read: ReadParameter | None = None):
+        self.mesh, self.shapes, self.width = mesh, parameter_shapes(config), config.width
         self.kind, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual
         dtype = getattr(torch, flags.model.dtype)
         self.parallel = Chunks(config, mesh, plan(flags, config), read or drawn(config, flags.model.seed))
@@ -60,12 +60,13 @@ class Replica(PipelineStage):
     def enter(self, micro: int) -> torch.Tensor:
         """The embedded tokens of a micro-batch."""
         model, x = self.parallel.each[0].model, self.batches[micro][0].to(self.device)
-        return model.start(x, model.places(x))
+        return model.embed_tokens(x, model.default_positions(x))
 
     def run(self, chunk: int, x: torch.Tensor, micro: int) -> torch.Tensor:
         """A chunk of the layers; after the last one this rank's share of the step's loss."""
         part, (tokens, targets) = self.parallel.each[chunk], self.batches[micro]
-        y = part.run(x, part.model.places(tokens).to(self.device), targets.to(self.device), self.count)
+        y = part.run(x, part.model.default_positions(tokens).to(self.device), targets.to(self.device),
+                     self.count)
         if part.loss:
             self.loss += y.detach().cpu()
         return y
@@ -166,7 +167,7 @@ def plan(flags: TrainFlags, config: ModelConfig) -> Plan:
                 flags.pipeline.virtual, flags.model.attention, frozen)
 
 
-def drawn(config: ModelConfig, seed: int) -> Read:
+def drawn(config: ModelConfig, seed: int) -> ReadParameter:
     """(name, part) -> first weights (float32): of the numbers `init_weights` draws for it, a part."""
-    every = shapes(config)
-    return lambda name, part: draw(name, every[name], config.layers, seed)[part]
+    every = parameter_shapes(config)
+    return lambda name, part: draw_initial_tensor(name, every[name], config.layers, seed)[part]

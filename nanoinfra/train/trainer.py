@@ -16,7 +16,7 @@ from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.distributed.host_memory import resident_peak
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.formulas.parameters import parameters
+from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.train import metrics
 from nanoinfra.train.config import TrainFlags, check, micro_batches, parse_wire, peak_lr, plan_mesh, to_json
 from nanoinfra.train.freeze import trained_parameters
@@ -140,7 +140,7 @@ class Run:
         with self._off_the_clock():
             self._check_weights()
             self.dir.save(self.step, self.replica, state, self.flags.run.keep)
-            self.dir.plot(f"{self.flags.model.model}, {parameters(self.inputs.model):,} parameters, "
+            self.dir.plot(f"{self.flags.model.model}, {parameter_count(self.inputs.model):,} parameters, "
                           f"{self.flags.model.dtype}, {n} rank{'s' * (n > 1)}")
 
     def end(self) -> list[dict]:
@@ -189,7 +189,7 @@ class Run:
         going_on = f", going on after step {self.step}" if self.step else ""
         freeze = self.flags.model.freeze
         trained = f" ({trained_parameters(freeze, self.inputs.model):,} of them trained)" if freeze else ""
-        print(f"{self.flags.model.model}: {parameters(self.inputs.model):,} parameters{trained}, "
+        print(f"{self.flags.model.model}: {parameter_count(self.inputs.model):,} parameters{trained}, "
               f"{self.flags.model.dtype}, {self.mesh}{memory}; "
               f"{G} x {self.inputs.seq} tokens a step in {m} micro-batches a rank; "
               f"{held}; "

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.data.sample_order import IGNORE, Packed, Random, encode_stream, open_source, pack
 from nanoinfra.data.token_cache import FORMAT
-from nanoinfra.data.train_tokenizer import Tokenizer, tokenizer_for
+from nanoinfra.data.train_tokenizer import BPETokenizer, tokenizer_for
 
-BYTES = Tokenizer.train(["a"], 257)
+BYTES = BPETokenizer.train(["a"], 257)
 COUNT = Packed(np.arange(101), np.array([1]))                 # ten windows of ten; a token is its own place
 
 
@@ -36,7 +36,7 @@ def test_any_documents_round_trip(texts):
 
 def test_tokens_are_as_small_as_fits_and_mapped(packed, corpus, tokenizer, cache, monkeypatch):
     assert packed.tokens.dtype == np.uint16 and isinstance(packed.tokens, np.memmap)
-    monkeypatch.setattr(Tokenizer, "encode_all", None)        # a second time must not encode
+    monkeypatch.setattr(BPETokenizer, "encode_all", None)        # a second time must not encode
     assert np.array_equal(pack(corpus, tokenizer, cache).tokens, packed.tokens)
     monkeypatch.undo()
     monkeypatch.setattr(tokenizer, "vocab_size", 1 << 17)

@@ -9,13 +9,13 @@ from nanoinfra.cli import main
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.data.data_summary import data_warnings, describe_data
 from nanoinfra.data.sample_order import Packed
-from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.train import run_inputs
 from nanoinfra.train.config import TrainFlags, check
 
-BYTES = Tokenizer.train(["a"], 257)
+BYTES = BPETokenizer.train(["a"], 257)
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.data.loader import HeldOut
 from nanoinfra.data.sample_order import pack
-from nanoinfra.data.train_tokenizer import END_OF_TEXT, LONGEST_WORD, Tokenizer, tokenizer_for
+from nanoinfra.data.train_tokenizer import END_OF_TEXT, LONGEST_WORD, BPETokenizer, tokenizer_for
 
-BYTES = Tokenizer.train(["ab " * 1000], 257)
+BYTES = BPETokenizer.train(["ab " * 1000], 257)
 TEXTS = ["", "def f(x):\n    return x\n", "naïve 日本 🙂\r\n\t", "a\0b \x7f", "  two  spaces  "]
 
 
@@ -39,8 +39,8 @@ def test_merges_are_learned(tokenizer, corpus):
 
 
 def test_held_out_text_teaches_nothing(tokenizer, corpus):
-    want = Tokenizer.train([d.text for d in corpus.train], 300)
-    leak = Tokenizer.train([d.text for d in corpus.train] + [d.text * 50 for d in corpus.held_out], 300)
+    want = BPETokenizer.train([d.text for d in corpus.train], 300)
+    leak = BPETokenizer.train([d.text for d in corpus.train] + [d.text * 50 for d in corpus.held_out], 300)
     assert tokenizer.hash == want.hash != leak.hash
 
 
@@ -52,12 +52,12 @@ def test_a_text_cannot_end_its_document(tokenizer):
 
 
 def test_a_small_text_gives_a_smaller_vocabulary():
-    assert Tokenizer.train(["abab abab"], 4096).vocab_size < 270
+    assert BPETokenizer.train(["abab abab"], 4096).vocab_size < 270
 
 
 def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    got = Tokenizer.load(tmp_path)
+    got = BPETokenizer.load(tmp_path)
     assert (got.hash, got.eot, got.vocab_size) == (tokenizer.hash, tokenizer.eot, 300)
     assert [got.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
 
@@ -72,17 +72,17 @@ def test_transformers_loads_it(tokenizer, tmp_path, corpus):
         assert tokenizer.encode(text, specials=True) == want(text)["input_ids"]
         assert want.decode(tokenizer.encode(text)) == text
     want.save_pretrained(tmp_path / "again")
-    assert Tokenizer.is_own(folder) and not Tokenizer.is_own(tmp_path / "again")
+    assert BPETokenizer.is_own(folder) and not BPETokenizer.is_own(tmp_path / "again")
     with pytest.raises(ValueError, match="holds no tokenizer saved by nanoinfra"):
-        Tokenizer.load(tmp_path / "again")
+        BPETokenizer.load(tmp_path / "again")
 
 
 def test_the_end_of_text_may_have_another_name(tmp_path):
-    backend = tokenizers.Tokenizer.from_str(BYTES.backend.to_str().replace(END_OF_TEXT, "</s>"))
+    backend = tokenizers.Tokenizer.from_str(BYTES.backend_tokenizer.to_str().replace(END_OF_TEXT, "</s>"))
     with pytest.raises(ValueError, match=r"no token '<\|endoftext\|>' to end a document with"):
-        Tokenizer(backend)
-    Tokenizer(backend, "</s>").save(tmp_path)
-    assert Tokenizer.load(tmp_path).eot == BYTES.eot
+        BPETokenizer(backend)
+    BPETokenizer(backend, "</s>").save(tmp_path)
+    assert BPETokenizer.load(tmp_path).eot == BYTES.eot
 
 
 @pytest.mark.parametrize("change", [
@@ -95,7 +95,7 @@ def test_one_that_was_changed_is_none_of_ours(tmp_path, change):
     BYTES.save(tmp_path)
     change(tmp_path)
     with pytest.raises(ValueError, match="holds no tokenizer saved by nanoinfra|is not what was saved"):
-        Tokenizer.load(tmp_path)
+        BPETokenizer.load(tmp_path)
 
 
 def test_it_is_trained_once(corpus, tmp_path):
@@ -113,7 +113,7 @@ def test_a_vocabulary_below_the_bytes(corpus, vocab, tmp_path):
 
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="holds no tokenizer saved by nanoinfra"):
-        Tokenizer.load(tmp_path)
+        BPETokenizer.load(tmp_path)
 
 
 LETTERS = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=250_000))
@@ -139,15 +139,15 @@ def test_a_folder_with_one_long_line_takes_at_most_twice_the_files_time(tmp_path
 
 @pytest.mark.parametrize("run", [LETTERS[:9_999], " " * 9_999, "\n" * 9_999, "=+/" * 3_333, "12" * 4_999])
 def test_a_long_word_is_learned_from_in_parts_and_encoded_whole(run, tmp_path):
-    got = Tokenizer.train([f"a {run}", "b"], 300)
+    got = BPETokenizer.train([f"a {run}", "b"], 300)
     parts = [run[i:i + LONGEST_WORD] for i in range(0, len(run), LONGEST_WORD)]
     first = [f" {run}"[i:i + LONGEST_WORD] for i in range(0, len(run) + 1, LONGEST_WORD)]
-    assert got.hash in {Tokenizer.train(["a", *own, "b"], 300).hash for own in (parts, first)}
-    assert json.loads(got.backend.to_str())["pre_tokenizer"]["type"] == "ByteLevel"
+    assert got.hash in {BPETokenizer.train(["a", *own, "b"], 300).hash for own in (parts, first)}
+    assert json.loads(got.backend_tokenizer.to_str())["pre_tokenizer"]["type"] == "ByteLevel"
     assert got.decode(got.encode(run)) == run
 
 
 def test_a_text_without_long_words_teaches_what_it_always_did():
     texts = [f"def f{i}(x):\n    return '{'x' * i}', {{'a':[{i},{i + 1}]}}\n\n" for i in range(200)]
-    got = Tokenizer.train(texts, 300)
+    got = BPETokenizer.train(texts, 300)
     assert got.hash == "8572ea8ac3b4acc4d16c8d99be6c91d2259a7974a0bb7ec90d0cc0ca8d7f1352"

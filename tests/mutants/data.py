@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers
 from nanoinfra.data import text_files
 from nanoinfra.data.text_files import read_folder
 from nanoinfra.data.token_cache import CONTENT, cached_folder
-from nanoinfra.data.train_tokenizer import LONGEST_WORD, Tokenizer
+from nanoinfra.data.train_tokenizer import LONGEST_WORD, BPETokenizer
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 
@@ -78,7 +78,8 @@ ABOVE = _listed("no link leads upwards", FILES, {"texts/up": "."}, "a", "up")
 @words.criterion("a long word is learned from in parts", "property")
 def _(subject):
     parts = ["ab" * (LONGEST_WORD // 2)] * 8
-    if subject(["".join(parts)], 300).backend.get_vocab() != Tokenizer.train(parts, 300).backend.get_vocab():
+    whole, cut = subject(["".join(parts)], 300), BPETokenizer.train(parts, 300)
+    if whole.backend_tokenizer.get_vocab() != cut.backend_tokenizer.get_vocab():
         raise Wrong("one long word teaches something else than its parts")
 
 
@@ -107,9 +108,9 @@ class Upwards(text_files._Tree):
 
 def cut_for_ever(texts, vocab):
     """Training's parts are those of encoding too."""
-    made = Tokenizer.train(texts, vocab)
-    made.backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [made.backend.pre_tokenizer, pre_tokenizers.FixedLength(LONGEST_WORD)])
+    made = BPETokenizer.train(texts, vocab)
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [made.backend_tokenizer.pre_tokenizer, pre_tokenizers.FixedLength(LONGEST_WORD)])
     return made
 
 
@@ -127,7 +128,7 @@ MUTANTS = [
     Mutant("links lead upwards", folders, patched(
         listing, "nanoinfra.data.text_files:_Tree", Upwards), ABOVE),
     Mutant("words are learned whole", words, patched(
-        Tokenizer.train, "nanoinfra.data.train_tokenizer:LONGEST_WORD", 1 << 30),
+        BPETokenizer.train, "nanoinfra.data.train_tokenizer:LONGEST_WORD", 1 << 30),
         "a long word is learned from in parts"),
     Mutant("words are cut for ever", words, cut_for_ever, "a long word is encoded in one piece"),
 ]

@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.processes.engine_loop import Ready
 from nanoinfra.serve.server import limits
 from nanoinfra.serve.server.errors import Refused
@@ -40,7 +40,7 @@ class Letters:
 def ask(kind, **body):
     """(why it was refused, or None; characters that were tokenized; chats rendered; fields kept)."""
     letters, rendered, kept = Letters(), [], ()
-    ready = Ready({"context": CONTEXT, "vocab": 97}, Text(letters), "template")
+    ready = Ready({"context": CONTEXT, "vocab": 97}, Tokenizer(letters), "template")
     try:
         question = read(kind, json.dumps(body).encode())
         kept = question.model_extra or ()

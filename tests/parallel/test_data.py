@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.config import sized
+from nanoinfra.config import config_for_size
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.memory.recompute import recompute
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
@@ -115,7 +115,8 @@ def test_unknown_step_is_refused():
 @pytest.mark.parametrize("how", ["buckets", "overlap"])
 def test_exposed_wait_is_what_the_schedule_predicts(ranks, how):
     layers, floats, compute, wire = 4, 100_000, 0.05, (1e-3, 8e6)
-    send = ring_seconds("all_reduce", 4 * floats, 2, *wire)                # 0.052 s, just above compute
+    send = ring_collective_seconds("all_reduce", 4 * floats, 2,
+                                   *wire)                # 0.052 s, just above compute
     want = layers * send if how == "buckets" else exposed(layers, compute, send)
     for _ in range(3):                                                     # a busy machine gets three tries
         got = max(ranks(2).run(exposed_wait, how, layers, floats, compute, wire))
@@ -170,7 +171,7 @@ if __name__ == "__main__":
 
 
 def model(dtype=torch.float64):
-    return init_weights(Decoder(sized("test", context=16)), seed=3).to(dtype)
+    return init_weights(Decoder(config_for_size("test", context=16)), seed=3).to(dtype)
 
 
 def samples():
@@ -214,7 +215,7 @@ def run(net, shared, mine, mesh):
     shared.begin_step()
     for i, (x, y) in enumerate(mine):
         shared.before_backward(last=i == len(mine) - 1)
-        cross_entropy(net.hidden(x), net.head.weight, y, count).backward()
+        cross_entropy(net.hidden_states(x), net.head.weight, y, count).backward()
     return shared.finish()
 
 
@@ -231,7 +232,7 @@ def launch_times(how):
     shared = DataParallel(net, mesh.data, how, bucket_bytes=1 << 14)
     mesh.ledger.take()
     shared.before_backward(last=True)
-    cross_entropy(net.hidden(mine[0][0]), net.head.weight, mine[0][1], 50).backward()
+    cross_entropy(net.hidden_states(mine[0][0]), net.head.weight, mine[0][1], 50).backward()
     end = time.monotonic()
     shared.finish()
     return mesh.ledger.take(), end
@@ -244,7 +245,7 @@ def sent_while_accumulating():
     mesh.ledger.take()
     for x, y in batches(mesh, 3)[:2]:
         shared.before_backward(last=False)
-        cross_entropy(net.hidden(x), net.head.weight, y, 50).backward()
+        cross_entropy(net.hidden_states(x), net.head.weight, y, 50).backward()
     return len(mesh.ledger.take())
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import empty
-from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
 from nanoinfra.parallel.parallelize import serving
 from nanoinfra.serve.engine import packed_linear
 from nanoinfra.serve.engine.engine import Engine, open_engine
@@ -89,7 +89,7 @@ def test_ranks_that_share_the_model_say_the_same(ranks, tp):
 
 def sharded(state, tp):
     cfg, mesh = config("llama"), Mesh(tp=tp)
-    model = serving(empty(cfg), mesh, lambda name, box=(): state[name][box], torch.float64)
+    model = serving(decoder_on_meta_device(cfg), mesh, lambda name, box=(): state[name][box], torch.float64)
     engine = Engine(model, blocks=12, size=4, budget=6, ledger=mesh.ledger)
     assert engine.kv.pool.shape[1] == 2 * max(1, cfg.kv_heads // tp)
     for i in range(6):
@@ -309,12 +309,12 @@ def test_packed_weights_make_the_same_logits(family, dtype):
 
 
 def test_an_engine_of_a_folder_has_the_blocks_that_its_memory_holds(tmp_path):
-    save_hf(tiny().float(), tmp_path)
+    save_hf_model(tiny().float(), tmp_path)
     options = EngineOptions(str(tmp_path), block_size=4, kv_memory=20_000)
     engine, c = open_engine(options, Mesh()), config("llama")
     each = 4 * 2 * c.layers * c.kv_heads * c.head_dim * 4
     assert engine.info()["blocks"] == 20_000 // each and engine.kv.pool.nbytes <= 20_000
     engine.add(Request("r", prompt(0, 5), GREEDY, max_tokens=3))
-    assert run(engine)["r", 0] == alone(load_hf(tmp_path), prompt(0, 5), 3)
+    assert run(engine)["r", 0] == alone(load_hf_model(tmp_path), prompt(0, 5), 3)
     with pytest.raises(ValueError, match=f"holds 1 blocks of 4 tokens, {each} bytes each on a rank"):
         open_engine(replace(options, kv_memory=each), Mesh())

@@ -10,8 +10,8 @@ import torch
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import empty
-from nanoinfra.model.weights.load import open_weights
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.load import open_model_weights
 from nanoinfra.parallel.parallelize import serving
 from nanoinfra.serve.engine.engine import Engine, use_cpu_kernels
 from nanoinfra.serve.engine.requests import Request, Sampling
@@ -27,8 +27,8 @@ def tiny(family, seed):
 
 
 def smollm2():
-    weights = open_weights("smollm2-135m")
-    return serving(empty(weights.config), Mesh(), weights.read, torch.float32)
+    weights = open_model_weights("smollm2-135m")
+    return serving(decoder_on_meta_device(weights.config), Mesh(), weights.read_parameter, torch.float32)
 
 
 def asked(vocab, seed, longest):

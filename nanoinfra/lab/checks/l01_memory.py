@@ -265,7 +265,7 @@ def _scale(value):
 
 def _loss(model, tokens):
     """As one micro-batch of a step of a million tokens."""
-    return cross_entropy(model.hidden(tokens), model.head.weight, tokens, 2**20)
+    return cross_entropy(model.hidden_states(tokens), model.head.weight, tokens, 2**20)
 
 
 def _moved(moved, what, why=""):

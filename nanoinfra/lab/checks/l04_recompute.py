@@ -180,7 +180,7 @@ def _decoder_gradients(call):
         block.forward = functools.partial(call, block.forward)
     for seed in (0, 1):
         tokens = torch.randint(CONFIG.vocab, (2, T), generator=torch.Generator().manual_seed(seed))
-        cross_entropy(model.hidden(tokens), model.head.weight, tokens, 4 * T).backward()
+        cross_entropy(model.hidden_states(tokens), model.head.weight, tokens, 4 * T).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -14,21 +14,21 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from types import ModuleType
 
-OLDEST = 5                                   # major version: 4 reads the same files in other ways
+_OLDEST_MAJOR_VERSION = 5                    # version 4 reads the same files in other ways
 
 
-def transformers(purpose: str) -> ModuleType:
+def import_transformers(purpose: str) -> ModuleType:
     """Import transformers for `purpose` ("Hugging Face folders"). Raises ValueError if missing or too old."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    found = optional("transformers", purpose)
-    if int(found.__version__.partition(".")[0]) < OLDEST:
-        raise ValueError(f"{purpose} need transformers {OLDEST} or newer, here is {found.__version__}; "
-                         "pip install --upgrade 'nanoinfra[hub]'")
+    found = import_optional_package("transformers", purpose)
+    if int(found.__version__.partition(".")[0]) < _OLDEST_MAJOR_VERSION:
+        raise ValueError(f"{purpose} need transformers {_OLDEST_MAJOR_VERSION} or newer, here is "
+                         f"{found.__version__}; pip install --upgrade 'nanoinfra[hub]'")
     return found
 
 
-def optional(package: str, purpose: str) -> ModuleType:
+def import_optional_package(package: str, purpose: str) -> ModuleType:
     """Import a package of the hub extra. Raises ValueError, which names the extra, if it is not installed."""
     try:
         return importlib.import_module(package)
@@ -36,7 +36,7 @@ def optional(package: str, purpose: str) -> ModuleType:
         raise ValueError(f"{purpose} need the package {package}; pip install 'nanoinfra[hub]'") from error
 
 
-def without_torch() -> None:
+def hide_torch_from_transformers() -> None:
     """Make torch unimportable in this process, so that transformers loads without it. Call it first.
 
     transformers imports torch wherever it finds it, which takes seconds and hundreds of megabytes. Python
@@ -45,17 +45,17 @@ def without_torch() -> None:
     sys.modules["torch"] = None
 
 
-def asked(where: str, call: Callable, *args, **options):
+def call_transformers(where: str, call: Callable, *args, **options):
     """Call a function of transformers. Whatever it raises becomes a ValueError about the file `where`."""
     try:
-        with _silent(), panics_as_errors():
+        with _silent(), rust_panics_as_errors():
             return call(*args, **options)
     except Exception as error:               # of any kind: the files can be anybody's
-        raise ValueError(f"{where}: transformers does not read it: {in_one_line(error)}") from error
+        raise ValueError(f"{where}: transformers does not read it: {error_in_one_line(error)}") from error
 
 
 @contextmanager
-def panics_as_errors():
+def rust_panics_as_errors():
     """Turn a panic of a Rust extension, which Python does not see as an Exception, into a RuntimeError."""
     try:
         yield
@@ -65,7 +65,7 @@ def panics_as_errors():
         raise RuntimeError(f"it panicked: {panic}") from panic
 
 
-def in_one_line(error: BaseException) -> str:
+def error_in_one_line(error: BaseException) -> str:
     """The message of `error` in one line, or the name of its class where it has no message."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 

@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-POINTER = b"version https://git-lfs"         # the first bytes of a Git LFS pointer file
-LARGEST = 64 * 2**20                         # a hundred times the largest index
+GIT_LFS_POINTER_START = b"version https://git-lfs"         # the first bytes of a Git LFS pointer file
+MAX_JSON_BYTES = 64 * 2**20                         # a hundred times the largest index
 
 
 def read_json(path: Path) -> dict:
@@ -28,12 +28,12 @@ def read_json(path: Path) -> dict:
     return got
 
 
-def check_content(path: Path) -> None:
+def check_file_is_fetched(path: Path) -> None:
     """Raise ValueError where `path` is not a file, or is only a Git LFS pointer to one."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     with path.open("rb") as file:
-        if file.read(len(POINTER)) == POINTER:
+        if file.read(len(GIT_LFS_POINTER_START)) == GIT_LFS_POINTER_START:
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself; fetch it with git lfs pull, "
                              "or the whole folder with hf download")
 
@@ -42,15 +42,15 @@ def _content(path):
     try:
         if not path.exists():
             return None
-        check_content(path)
-        if (size := path.stat().st_size) > LARGEST:
+        check_file_is_fetched(path)
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise ValueError(f"{path} has {size} bytes, too many for what it should hold")
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """fsync a file or a folder. A new file needs both: without its folder's entry it is lost in a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

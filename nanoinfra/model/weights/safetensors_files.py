@@ -7,46 +7,47 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nanoinfra.model.weights.json_files import check_content, read_json
-from nanoinfra.model.weights.tensor_sources import Box
+from nanoinfra.model.weights.json_files import check_file_is_fetched, read_json
+from nanoinfra.model.weights.tensor_sources import TensorSlices
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-FLOATS = ("F64", "F32", "F16", "BF16")       # safetensors' names of the dtypes that can be read
+SAFETENSORS_FILE = "model.safetensors"
+SAFETENSORS_INDEX_FILE = "model.safetensors.index.json"
+_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")    # safetensors' names of the dtypes that can be read
 
 
-class Tensors:
-    """The stored tensors of `folder`; the base model's `prefix` is removed from their names.
+class SafetensorsFolder:
+    """The stored tensors of `folder`; the base model's `name_prefix` is removed from their names.
 
     Raises ValueError for a file that is missing or cannot be read, and for a tensor that is there twice.
     """
 
-    def __init__(self, folder: Path, prefix: str):
-        self.slices = {}                     # name without prefix -> safetensors' slice of the whole
+    def __init__(self, folder: Path, name_prefix: str):
+        self.stored_slices = {}              # name without prefix -> safetensors' slice of the whole tensor
         self.folder = folder
         for file in _files(folder):
             handle = _opened(file)
             for name in handle.keys():
-                key = name.removeprefix(prefix)
-                if key in self.slices:
+                key = name.removeprefix(name_prefix)
+                if key in self.stored_slices:
                     raise ValueError(f"{file} holds {name}, which an earlier file of the folder holds too")
-                self.slices[key] = handle.get_slice(name)
-        self.names = set(self.slices)
+                self.stored_slices[key] = handle.get_slice(name)
+        self.names = set(self.stored_slices)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header. Raises ValueError where it is not of floats."""
-        if (dtype := self.slices[name].get_dtype()) not in FLOATS:
+        if (dtype := self.stored_slices[name].get_dtype()) not in _FLOAT_DTYPES:
             raise ValueError(f"{name} is stored as {dtype}, but quantised weights are not read here; they "
-                             f"can be {', '.join(FLOATS)}")
-        return tuple(self.slices[name].get_shape())
+                             f"can be {', '.join(_FLOAT_DTYPES)}")
+        return tuple(self.stored_slices[name].get_shape())
 
-    def fetch(self, name: str, box: Box) -> torch.Tensor:
+    def read_slices(self, name: str, slices: TensorSlices) -> torch.Tensor:
         """A part of a tensor, as a view of the mapped file."""
-        return self.slices[name][box]
+        return self.stored_slices[name][slices]
 
 
 def _opened(file):
     try:
-        check_content(file)
+        check_file_is_fetched(file)
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
@@ -54,20 +55,21 @@ def _opened(file):
 
 def _files(folder):
     """The files of the folder's weights. Raises ValueError where there are none, or two sets of them."""
-    single, index, adapter = folder / SINGLE, folder / INDEX, folder / "adapter_config.json"
+    single, index = folder / SAFETENSORS_FILE, folder / SAFETENSORS_INDEX_FILE
+    adapter = folder / "adapter_config.json"
     if adapter.exists():
         raise ValueError(f"{adapter} says that an adapter (LoRA) belongs to the weights; merge it into them "
                          "with peft's merge_and_unload and save_pretrained, or remove that file")
     if single.exists() and index.exists():
         older = min(single, index, key=lambda path: path.stat().st_mtime)
-        raise ValueError(f"{folder} holds both {SINGLE} and {INDEX}, two sets of weights; remove the stale "
-                         f"one, likely the older: {older.name}")
+        raise ValueError(f"{folder} holds both {SAFETENSORS_FILE} and {SAFETENSORS_INDEX_FILE}, two sets of "
+                         f"weights; remove the stale one, likely the older: {older.name}")
     if index.exists():
         return [folder / name for name in _shards(index)]
     if not single.exists():
         pickles = ("; its .bin files are pickles, which are not read here: load the folder with transformers "
                    "and save_pretrained it elsewhere") if any(folder.glob("*.bin")) else ""
-        raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}{pickles}")
+        raise ValueError(f"{folder} holds neither {SAFETENSORS_FILE} nor {SAFETENSORS_INDEX_FILE}{pickles}")
     return [single]
 
 

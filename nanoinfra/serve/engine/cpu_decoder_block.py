@@ -37,7 +37,7 @@ class Norm(nn.Module):
 class Block(nn.Module):
     """decoder.Block, made of the packed one that it replaces."""
 
-    def __init__(self, block: decoder.Block, passes: ctypes.CDLL):
+    def __init__(self, block: decoder.DecoderBlock, passes: ctypes.CDLL):
         super().__init__()
         self.attn, self.mlp, self.passes = block.attn, block.mlp, passes
         attn, mlp = block.attn, block.mlp
@@ -94,8 +94,9 @@ class PagesInPlace(PagedKV):
 
 def suit(config: ModelConfig) -> bool:
     """Is it a model of this kind?"""
-    parts = config.parts
-    return (parts.norm, parts.position, parts.gated, config.act) == ("rms", "rope", True, "silu")
+    parts = config.architecture
+    return (parts.norm_type, parts.position_encoding, parts.gated_mlp,
+            config.mlp_activation) == ("rms", "rope", True, "silu")
 
 
 def compile_for(model: decoder.Decoder, kv: PagedKV) -> ctypes.CDLL:

@@ -9,8 +9,8 @@ import re
 
 from tokenizers.decoders import DecodeStream
 
-from nanoinfra.model.tokenizer import CLEAN_UP, Text
-from nanoinfra.model.weights.import_transformers import panics_as_errors
+from nanoinfra.model.tokenizer import CLEAN_UP_REPLACEMENTS, Tokenizer
+from nanoinfra.model.weights.import_transformers import rust_panics_as_errors
 
 LONGEST = 4                                  # bytes of a character, and so its tokens at most
 BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")      # a token that stands for a byte, where the decoder says so
@@ -25,19 +25,21 @@ class Stream:
     far back (text.py lists those that do not) gives all at the end.
     """
 
-    def __init__(self, text: Text):
+    def __init__(self, text: Tokenizer):
         self.text, self.stream = text, DecodeStream(skip_special_tokens=True)
         self.context, self.held = [], []     # ids that DecodeStream has shown last; that it has and holds
         self.run, self.skip = [], 0          # ids that it has not seen; characters shown of what it holds
-        self.cleaners = [Replacer(*pair) for pair in CLEAN_UP.items()] if text.clean_up else []
+        replacements = CLEAN_UP_REPLACEMENTS.items() if text.clean_up_tokenization_spaces else ()
+        self.cleaners = [Replacer(*pair) for pair in replacements]
 
     def push(self, token: int) -> str:
         """The text that is certain now and was not before."""
-        spelled = self.text.backend.id_to_token(token)
-        if spelled is None or token in self.text.special_ids:
+        spelled = self.text.backend_tokenizer.id_to_token(token)
+        if spelled is None or token in self.text.special_token_ids:
             return ""
         self.run.append(token)
-        if not self.text.is_local or self.text.has_bytes and BYTE.fullmatch(spelled):
+        text = self.text
+        if not text.is_incrementally_decodable or text.has_byte_fallback and BYTE.fullmatch(spelled):
             return ""
         ids, self.run = self.run, []
         self.held += ids
@@ -60,7 +62,8 @@ class Stream:
         A character may lie across the cut. Its bytes behind it are no character by themselves, a U+FFFD each
         at the most: so many are skipped as make both parts the whole.
         """
-        whole, last, anchor = self._behind(self.context, self.held), self.held[-LONGEST:], self.text.anchor
+        whole, last = self._behind(self.context, self.held), self.held[-LONGEST:]
+        anchor = self.text.decoding_prefix_ids
         rest = self._behind(anchor, last)
         for skip in range(LONGEST):
             if whole.endswith(rest[skip:]):
@@ -74,14 +77,14 @@ class Stream:
 
     def _behind(self, context, ids):
         """The text of `ids` behind `context`."""
-        decode = self.text.backend.decode
-        with panics_as_errors():
+        decode = self.text.backend_tokenizer.decode
+        with rust_panics_as_errors():
             return decode(context + ids)[len(decode(context)) if context else 0:]
 
     def _step(self, ids):
         """What DecodeStream shows for `ids`."""
-        with panics_as_errors():
-            return self.stream.step(self.text.backend, ids) or ""
+        with rust_panics_as_errors():
+            return self.stream.step(self.text.backend_tokenizer, ids) or ""
 
     def _clean(self, new, last=False):
         for cleaner in self.cleaners:
@@ -114,7 +117,7 @@ class Writer:
     While `passes` is set, one that comes ends nothing.
     """
 
-    def __init__(self, text: Text, stop: tuple[str, ...] = ()):
+    def __init__(self, text: Tokenizer, stop: tuple[str, ...] = ()):
         self.stream, self.stop, self.held, self.stopped = Stream(text), stop, "", False
         self.passes = False
 

@@ -19,8 +19,8 @@ from nanoinfra.distributed.ledger import Ledger
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.kernels.cpu import decode_kernels
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.tokenizer import Text
-from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.model.tokenizer import Tokenizer
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import serving
 from nanoinfra.serve.engine import cpu_decoder_block, packed_linear
 from nanoinfra.serve.engine.block_pool import Blocks, root
@@ -42,7 +42,8 @@ class Engine:
     chats. Further arguments: Scheduler's. `ledger` holds the collectives of the last step.
     """
 
-    def __init__(self, model: Decoder, text: Text | None = None, template: str | None = None, *, blocks: int,
+    def __init__(self, model: Decoder, text: Tokenizer | None = None, template: str | None = None, *,
+                 blocks: int,
                  size: int = 16, ledger: Ledger | None = None, **limits):
         self.model, self.text, self.template, self.ledger = model, text, template, ledger or Ledger()
         self.kv, self.blocks = PagedKV(model, blocks, size), Blocks(blocks, size)
@@ -58,7 +59,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Take a request. ValueError for one that cannot be answered; QueueFull where too much waits."""
-        check(request, self.model.config.cached_context, self.model.config.vocab)
+        check(request, self.model.config.max_cacheable_seq_len, self.model.config.vocab)
         if request.id in self.of:
             raise ValueError(f"request {request.id!r} is here already; give each an id of its own")
         start = root(version=self.version, salt=request.salt)
@@ -84,7 +85,7 @@ class Engine:
         self.ledger.take()                   # a server's would grow for ever
         if plan.work:
             work, tokens, places = self.kv.begin(plan)
-            hidden = self.model.hidden(tokens, places, self.kv)[0]                       # (N, C)
+            hidden = self.model.hidden_states(tokens, places, self.kv)[0]                       # (N, C)
             self.scheduler.done(plan)
             self._count(plan, work)
             events += self._mend(work, hidden)
@@ -104,7 +105,8 @@ class Engine:
     def info(self) -> dict:
         """What does not change: context and vocabulary of the model, the KV memory's blocks."""
         config = self.model.config
-        return {"context": config.cached_context, "vocab": config.vocab, "blocks": len(self.blocks.holders),
+        return {"context": config.max_cacheable_seq_len, "vocab": config.vocab,
+                "blocks": len(self.blocks.holders),
                 "block_size": self.blocks.size}
 
     def stats(self) -> dict:
@@ -225,12 +227,12 @@ class Engine:
         request, sequence = run.request, run.sequence
         if request.max_tokens == 0:                                      # the prompt alone was to be scored
             return [self._end(run, "", [], [], "length")]
-        ends = self.text.ends if self.text else frozenset()
+        ends = self.text.eos_token_ids if self.text else frozenset()
         banned, plain = run.banned(ends), run.sampler.plain
         token = likeliest if plain and not banned else run.sampler.draw(
             without(logits, banned), sequence.tokens, sequence.prompt)
         said = [] if request.logprobs is None else logprobs(logits[None], [token], request.logprobs)
-        text, finish = run.push(token, ends, self.model.config.cached_context - sequence.prompt)
+        text, finish = run.push(token, ends, self.model.config.max_cacheable_seq_len - sequence.prompt)
         self.counts["generation_tokens"] += 1
         how = self._end if finish else self._event
         return [how(run, text, [token], said, finish)]
@@ -263,8 +265,8 @@ def open_engine(options: EngineOptions, mesh) -> Engine:
     if n < 2:
         raise ValueError(f"--kv-memory {options.kv_memory} holds {n} blocks of {options.block_size} tokens, "
                          f"{each} bytes each on a rank; give at least {2 * each}")
-    model = serving(empty(weights.config), mesh, weights.read, dtype)
-    engine = Engine(model, weights.text, weights.template, blocks=n, size=options.block_size,
+    model = serving(decoder_on_meta_device(weights.config), mesh, weights.read_parameter, dtype)
+    engine = Engine(model, weights.tokenizer, weights.chat_template, blocks=n, size=options.block_size,
                     ledger=mesh.ledger, budget=options.budget, seats=options.seats, queue=options.queue,
                     queue_tokens=options.queue_tokens)
     alone_on_cpu = mesh.device == "cpu" and mesh.tp.size == 1 and dtype in packed_linear.DTYPES

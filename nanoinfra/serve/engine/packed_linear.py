@@ -100,7 +100,7 @@ def pack(model: Decoder, gemv: Callable | None = None) -> None:
         attn.qkv, attn.o = _together(gemv, attn.q, attn.k, attn.v), Packed(attn.o, gemv=gemv)
         mlp.gate_up = _together(gemv, *filter(None, (mlp.gate, mlp.up)))
         mlp.down = Packed(mlp.down, gemv=gemv)
-        attn.read, mlp.read = attn.qkv.read, mlp.gate_up.read
+        attn.in_proj, mlp.in_proj = attn.qkv.read, mlp.gate_up.read
     model.head = Packed(model.head, gemv=gemv)
 
 

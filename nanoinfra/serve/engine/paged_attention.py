@@ -12,9 +12,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.model.attention import CAUSAL, Mask, sdpa
+from nanoinfra.model.attention import CAUSAL_MASK, AttentionMask, sdpa_attention
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.layers import wide
+from nanoinfra.model.layers import at_least_float32
 from nanoinfra.serve.engine.scheduler import Plan, Sequence
 
 
@@ -43,7 +43,7 @@ class PagedKV:
         return work, self._tensor([tokens]), self._tensor([[i for span in places for i in span]])
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               mask: Mask = CAUSAL) -> torch.Tensor:
+               mask: AttentionMask = CAUSAL_MASK) -> torch.Tensor:
         """Keep `k`, `v` (1, KV, N, K); let `q` (1, H, N, K) see of its sequence so far what `mask` says."""
         memory = self.pool[layer]                                                        # (2 KV, n, p, K)
         memory.flatten(1, 2).index_copy_(1, self.slots, torch.cat([k[0], v[0]]))
@@ -60,7 +60,8 @@ class PagedKV:
                                      .transpose(1, 2) for x in (q, k, v))                # (B, heads, T, K)
             if blocks is not None:
                 keys, values = memory.index_select(1, blocks).flatten(1, 2)[None, :, :S].chunk(2, 1)
-            y = sdpa(queries, keys, values, mask)                                        # (B, H, T, K)
+            y = sdpa_attention(queries, keys, values,
+                               mask)                                        # (B, H, T, K)
             parts.append(y.transpose(1, 2).flatten(0, 1))
         return parts
 
@@ -72,8 +73,9 @@ class PagedKV:
         keys, values = both.view(2, self.KV, len(bias), -1, q.shape[-1]).transpose(1, 2)  # (B, KV, S, K)
         if mask.window is not None:
             bias = bias.masked_fill(places < -mask.window, -math.inf)
-        if mask.slopes is not None:
-            steep = torch.tensor(mask.slopes, dtype=wide(q.dtype), device=q.device).view(self.KV, -1, 1)
+        if mask.alibi_slopes is not None:
+            steep = torch.tensor(mask.alibi_slopes, dtype=at_least_float32(q.dtype),
+                                 device=q.device).view(self.KV, -1, 1)
             bias = (bias + steep * places).to(q.dtype)                                   # (B, KV, G, S)
         return F.scaled_dot_product_attention(queries, keys, values, bias).flatten(1, 2)
 

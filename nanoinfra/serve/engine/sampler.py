@@ -12,7 +12,7 @@ from math import isfinite
 
 import torch
 
-from nanoinfra.model.layers import wide
+from nanoinfra.model.layers import at_least_float32
 from nanoinfra.serve.engine.requests import Logprob, Sampling
 
 GREEDY_BELOW = 1e-5                          # temperature, as vLLM's: what it would tell apart is rounding
@@ -55,7 +55,7 @@ class Sampler:
 
 def sample(logits: torch.Tensor, how: Sampling, draws: torch.Generator) -> int:
     """One token id from `logits` (V,) by temperature (at least GREEDY_BELOW), top-k, top-p and min-p."""
-    best, ids = logits.cpu().to(wide(logits.dtype)).sort(descending=True, stable=True)
+    best, ids = logits.cpu().to(at_least_float32(logits.dtype)).sort(descending=True, stable=True)
     best, ids = (best[:how.top_k], ids[:how.top_k]) if how.top_k > 0 else (best, ids)
     chance = ((best - best[0]) / how.temperature).softmax(-1)             # of 0 and less: nothing overflows
     before = chance.cumsum(-1) - chance                                   # what the likelier ones make up
@@ -81,7 +81,7 @@ class Adjustment:
 
         `tokens` are those of the last call, and more; the first `prompt` were given.
         """
-        logits = logits.to(wide(logits.dtype))
+        logits = logits.to(at_least_float32(logits.dtype))
         if self.offset is None:
             self.offset = self.biased(logits).clone()
             self.divisor = torch.ones_like(logits) if self.how.repetition != 1.0 else None
@@ -138,7 +138,7 @@ def logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Logp
     """For each row of `logits` (T, V) that of its token, and the `top` likeliest: as the model gave them."""
     if not tokens:
         return []
-    every = logits.to(wide(logits.dtype)).log_softmax(-1)                 # (T, V)
+    every = logits.to(at_least_float32(logits.dtype)).log_softmax(-1)                 # (T, V)
     chosen = every.gather(1, torch.tensor(tokens, device=every.device)[:, None])[:, 0].tolist()
     values, ids = (part.tolist() for part in every.topk(top, -1))         # (T, top)
     return [Logprob(token, logprob, list(zip(id_row, row)))

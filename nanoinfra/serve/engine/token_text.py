@@ -6,8 +6,8 @@ A token may be a part of a character, as bytes of UTF-8: GPT-2 spells each byte 
 import codecs
 from collections.abc import Sequence
 
-from nanoinfra.model.tokenizer import Text
-from nanoinfra.model.weights.import_transformers import panics_as_errors
+from nanoinfra.model.tokenizer import Tokenizer
+from nanoinfra.model.weights.import_transformers import rust_panics_as_errors
 from nanoinfra.serve.engine.detokenizer import BYTE
 
 PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]            # bytes that GPT-2 spells as Latin-1
@@ -18,7 +18,7 @@ BYTES = {chr(byte): byte for byte in PLAIN} | {chr(256 + i): byte for i, byte in
 class Spelling:
     """The tokens of one tokenizer; each is decoded once."""
 
-    def __init__(self, text: Text):
+    def __init__(self, text: Tokenizer):
         self.text, self.tokens = text, {}
 
     def token(self, token: int) -> str:
@@ -29,10 +29,10 @@ class Spelling:
 
     def bytes(self, token: int) -> bytes:
         """Its own bytes."""
-        name = self.text.backend.id_to_token(token) or ""
-        if token in self.text.added_ids:
+        name = self.text.backend_tokenizer.id_to_token(token) or ""
+        if token in self.text.added_token_ids:
             return name.encode()
-        if self.text.has_bytes and BYTE.fullmatch(name):
+        if self.text.has_byte_fallback and BYTE.fullmatch(name):
             return bytes([int(name[3:5], 16)])
         if self.text.is_byte_level and all(letter in BYTES for letter in name):
             return bytes(BYTES[letter] for letter in name)
@@ -44,8 +44,9 @@ class Spelling:
         return alone if whole.endswith(alone) else whole
 
     def _decode(self, ids, behind=None):
-        decode, behind = self.text.backend.decode, self.text.anchor if behind is None else list(behind)
-        with panics_as_errors():
+        decode = self.text.backend_tokenizer.decode
+        behind = self.text.decoding_prefix_ids if behind is None else list(behind)
+        with rust_panics_as_errors():
             whole = decode(behind + ids, skip_special_tokens=False)
             return whole[len(decode(behind)):] if behind else whole
 
@@ -74,7 +75,7 @@ class Offsets:
     def next(self, token: int) -> int:
         """Where the next token begins."""
         at = self.at
-        if token not in self.spelling.text.special_ids:
+        if token not in self.spelling.text.special_token_ids:
             new = self.spelling.bytes(token) if self.begun else self.spelling.first(token)
             self.at, self.begun = at + len(self.decoder.decode(new)), True
         return at

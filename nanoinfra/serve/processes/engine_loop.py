@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from multiprocessing.connection import Connection
 
-from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.engine.requests import Event
 from nanoinfra.serve.engine.scheduler import QueueFull
 from nanoinfra.serve.processes.tp_group import Team
@@ -30,7 +30,7 @@ BURST = (1024, 1 << 20)                      # requests and tokens that may be o
 class Ready:
     """The engine is loaded: what the API must know of the model."""
     info: dict                               # Engine.info()
-    text: Text
+    text: Tokenizer
     template: str | None = None              # chat template
     room: tuple[float, float] = (inf, inf)   # requests and tokens that may be on their way to it
 

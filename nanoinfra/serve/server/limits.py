@@ -6,7 +6,7 @@ with log-probabilities written, while no other thread of the API process runs.
 """
 from collections.abc import Sequence
 
-from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.server.errors import CONTEXT_LENGTH_EXCEEDED, Refused
 
@@ -64,7 +64,7 @@ def check_choices(prompts: int, n: int) -> None:
                            f"{MOST_PROMPTS} at once", "n")
 
 
-def encode(text: str, tokenizer: Text, context: int, begin: bool = True) -> list[int]:
+def encode(text: str, tokenizer: Tokenizer, context: int, begin: bool = True) -> list[int]:
     """The ids of `text`. Raises Refused, before all of it is tokenized, where they cannot fit the context.
 
     A long text is tried in pieces first, for tokens take a hundred times what their characters do. Cuts add

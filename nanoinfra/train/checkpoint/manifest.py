@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nanoinfra.model.weights.json_files import sync
+from nanoinfra.model.weights.json_files import fsync_path
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, Piece, check_cover
 
 FORMAT = "nanoinfra checkpoint 1"            # of another version another one, sealed as this one is
@@ -134,7 +134,7 @@ def write_all(file, data) -> None:
 def fsync_folder(folder: Path) -> None:
     """Make the folder's entries durable."""
     with naming(folder):
-        sync(folder)
+        fsync_path(folder)
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

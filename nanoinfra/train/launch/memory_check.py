@@ -1,4 +1,5 @@
-"""Will the run's memory be had? formulas/memory_footprint.py says what each rank holds, the machine what there is.
+"""Will the run's memory be had? formulas/memory_footprint.py says what each rank holds,
+the machine what there is.
 
 Refused is only what exceeds all that the machine, or the card, has. The numbers are modelled: tensors are
 counted, the process was measured once, as the constants here say, and so was the heap
@@ -11,9 +12,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from nanoinfra.config import SIZES, ModelConfig, sized
+from nanoinfra.config import MODEL_SIZES, ModelConfig, config_for_size
 from nanoinfra.distributed.host_memory import free_memory, host_memory, resident_peak
-from nanoinfra.formulas.memory_footprint import Layout, Recipe, footprint, heap_rest
+from nanoinfra.formulas.memory_footprint import (
+    ParallelLayout,
+    TrainingStepConfig,
+    heap_fragmentation_bytes,
+    peak_memory_by_part,
+)
 from nanoinfra.train.config import TrainFlags, check, micro_batches, plan_mesh
 from nanoinfra.train.freeze import frozen_names
 
@@ -60,27 +66,28 @@ def rank_parts(flags: TrainFlags, world: int, config: ModelConfig, rank: int = 0
     mesh = plan_mesh(flags.mesh, world)
     stage = rank // (world // mesh["pp"])                                # pp is the outermost axis
     what = config, layout(flags, mesh), recipe(flags, mesh["dp"], config), stage
-    parts = footprint(*what)
+    parts = peak_memory_by_part(*what)
     if flags.mesh.device == "cuda":
         return parts | {"data": 0, "processes": CONTEXT}
     text = text_bytes(flags.data.data)
-    training = parts | {"fragmentation": heap_rest(*what), "text": text, "processes": PROCESS}
+    training = parts | {"fragmentation": heap_fragmentation_bytes(*what), "text": text, "processes": PROCESS}
     reading = {"text": 2 * text, "processes": PROCESS}                     # once as read, once in documents
     return max(training, reading, key=lambda each: sum(each.values()))
 
 
-def layout(flags: TrainFlags, mesh: dict[str, int]) -> Layout:
+def layout(flags: TrainFlags, mesh: dict[str, int]) -> ParallelLayout:
     """How the flags cut the model, over `mesh` as `plan_mesh` gives it."""
     sp = "none" if not flags.mesh.sp else "keep" if flags.mesh.sp_keep else "gather"
-    return Layout(mesh["pp"], mesh["dp"], mesh["tp"], sp, flags.mesh.zero, flags.pipeline.schedule,
+    return ParallelLayout(mesh["pp"], mesh["dp"], mesh["tp"], sp, flags.mesh.zero, flags.pipeline.schedule,
                   flags.pipeline.virtual)
 
 
-def recipe(flags: TrainFlags, dp: int, config: ModelConfig) -> Recipe:
+def recipe(flags: TrainFlags, dp: int, config: ModelConfig) -> TrainingStepConfig:
     """What one of `dp` data-parallel ranks does in a step."""
     model, (G, m) = flags.model, micro_batches(flags.data, dp)
     grad_dtype = model.grad_dtype or ("float64" if model.dtype == "float64" else "float32")
-    return Recipe(flags.data.seq or config.context, min(flags.data.micro_batch, -(-G // dp)), m, model.dtype,
+    return TrainingStepConfig(flags.data.seq or config.context, min(flags.data.micro_batch, -(-G // dp)), m,
+                              model.dtype,
                   grad_dtype, flags.optimizer.optimizer, model.attention, model.recompute,
                   frozen_names(model.freeze, config))
 
@@ -88,9 +95,9 @@ def recipe(flags: TrainFlags, dp: int, config: ModelConfig) -> Recipe:
 def drawn_config(flags: TrainFlags) -> ModelConfig | None:
     """The model of a size, its vocabulary the most it may be; None where --model names weights."""
     model = flags.model
-    if model.model not in SIZES:
+    if model.model not in MODEL_SIZES:
         return None
-    return sized(model.model, model.vocab, flags.data.seq, False if model.untied else None)
+    return config_for_size(model.model, model.vocab, flags.data.seq, False if model.untied else None)
 
 
 def ranks_here(flags: TrainFlags, world: int) -> range:
@@ -147,9 +154,9 @@ def _smaller(flags, G, seq):
     """Runs of less: shorter samples, fewer of them, the size's own vocabulary, a smaller size."""
     yield from ({"seq": 1 << k} for k in reversed(range(5, seq.bit_length())) if 1 << k < seq)
     yield from ({"global_batch": G >> k} for k in range(1, G.bit_length()))
-    sizes, model = list(SIZES), flags.model
+    sizes, model = list(MODEL_SIZES), flags.model
     if model.model in sizes:
-        yield {"vocab": min(model.vocab or 0, SIZES[model.model].model.vocab) or None}
+        yield {"vocab": min(model.vocab or 0, MODEL_SIZES[model.model].config.vocab) or None}
         yield from ({"model": name} for name in reversed(sizes[:sizes.index(model.model)]))
 
 

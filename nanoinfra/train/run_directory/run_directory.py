@@ -10,7 +10,7 @@ import sys
 from contextlib import ExitStack
 
 from nanoinfra.distributed import comm
-from nanoinfra.model.weights.hugging_face.tokenizer_files import clear_text
+from nanoinfra.model.weights.hugging_face.tokenizer_files import remove_tokenizer_files
 from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint, retention
 from nanoinfra.train.checkpoint.manifest import read_manifest
@@ -79,7 +79,7 @@ class RunDir:
         if inputs.weights:
             keep_text(inputs.weights, self.path / "tokenizer")
         elif inputs.source.tokenizer:
-            clear_text(self.path / "tokenizer", config=True)
+            remove_tokenizer_files(self.path / "tokenizer", include_config=True)
             inputs.source.tokenizer.save(self.path / "tokenizer")
         (self.path / STOPPED).unlink(missing_ok=True)
 

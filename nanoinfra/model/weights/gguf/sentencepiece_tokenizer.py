@@ -10,33 +10,33 @@ from collections.abc import Set
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def spm(keys, tokens: list[str], special: Set[str]) -> Tokenizer:
+def build_sentencepiece_bpe(keys, tokens: list[str], special: Set[str]) -> Tokenizer:
     """The tokenizer of these tokens and of `keys`' scores; `special` tokens are split off a text before.
 
     Raises ValueError for scores or tokens with which it would encode differently than SentencePiece.
     """
-    scores = keys.get("scores", np.ndarray).tolist()
+    scores = keys.get_typed("scores", np.ndarray).tolist()
     if len(scores) < len(tokens) or not np.isfinite(scores).all():
         raise ValueError(f"its tokenizer has {len(tokens)} tokens, but {len(scores)} scores, or some that "
                          "are no numbers")
     ids = {token: i for i, token in enumerate(tokens)}
-    if missing := [byte for byte in BYTES if byte not in ids]:
+    if missing := [byte for byte in BYTE_TOKENS if byte not in ids]:
         raise ValueError(f"its tokenizer lacks the token {missing[0]} for a byte, without which not every "
                          "text can be written")
-    whole = [token for token in tokens if token not in special or SPACE in token]
+    whole = [token for token in tokens if token not in special or _SPACE in token]
     if out := [token for token in whole if _joins_no_token(token, ids)]:
         raise ValueError(f"its tokenizer has {out[0]!r}, but not every character of it as a token")
     merges = merges_by_score(whole, scores, ids)
     backend = Tokenizer(models.BPE(ids, merges, byte_fallback=True))
-    prefix = keys.get("add_space_prefix", bool, True)
+    prefix = keys.get_typed("add_space_prefix", bool, True)
     backend.normalizer = normalizers.Sequence(
-        [*([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)])
+        [*([normalizers.Prepend(_SPACE)] if prefix else []), normalizers.Replace(" ", _SPACE)])
     backend.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
          *([decoders.Strip(" ", 1, 0)] if prefix else [])])
     return backend
 

@@ -13,8 +13,8 @@ import sys
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
-from nanoinfra.model.tokenizer import Text, render_chat, renderer
-from nanoinfra.model.weights.import_transformers import without_torch
+from nanoinfra.model.tokenizer import Tokenizer, apply_chat_template, load_chat_template_renderer
+from nanoinfra.model.weights.import_transformers import hide_torch_from_transformers
 from nanoinfra.train.launch.elastic_rank import end_with_parent
 
 SECONDS = 2.0                                # of the processor, for one chat
@@ -34,14 +34,15 @@ class TemplateProcess:
     def __init__(self, seconds: float = SECONDS):
         self.seconds, self.process, self.pipe = seconds, None, None
 
-    def render(self, template: str, messages: list[dict], text: Text, tools: list[dict] | None = None) -> str:
+    def render(self, template: str, messages: list[dict], text: Tokenizer,
+               tools: list[dict] | None = None) -> str:
         """What render_chat returns for the same. Raises ValueError where it fails or ends."""
         try:
             if self.process and self.process.poll() is not None:         # killed by somebody, between chats
                 self._end()
             if self.process is None:
                 self._start()
-            self.pipe.send_bytes(json.dumps([template, messages, text.special_tokens, tools]).encode())
+            self.pipe.send_bytes(json.dumps([template, messages, text.special_tokens_map, tools]).encode())
             said = json.loads(self._hear(PATIENCE))
         except (EOFError, OSError) as error:
             raise ValueError(self._end() if self.process else str(error)) from error
@@ -98,9 +99,9 @@ def main() -> None:
         signal.signal(sign, signal.SIG_IGN)
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    without_torch()
+    hide_torch_from_transformers()
     with suppress(ValueError):               # it is said of the first chat
-        renderer()
+        load_chat_template_renderer()
     pipe, seconds = Connection(int(sys.argv[1])), float(sys.argv[2])
     pipe.send_bytes(b"ready")
     with suppress(EOFError, OSError):                        # the server is no more
@@ -116,7 +117,8 @@ def answer(template: str, messages: list[dict], special_tokens: dict[str, str],
            tools: list[dict] | None = None) -> bytes:
     """JSON: the text, or the error that messages make of a template."""
     try:
-        said = {"text": render_chat(template, messages, Text(None, named=special_tokens), tools)}
+        tokenizer = Tokenizer(None, other_special_tokens=special_tokens)
+        said = {"text": apply_chat_template(template, messages, tokenizer, tools)}
         if len(said["text"].encode()) > MOST_RENDERED:       # raises for half a surrogate pair
             said = {"error": f"it makes more than {MOST_RENDERED} bytes of them"}
     except Exception as error:               # a template may fail in every way a program can

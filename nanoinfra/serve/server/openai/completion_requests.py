@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationError
 
-from nanoinfra.model.tokenizer import Text, render_chat
+from nanoinfra.model.tokenizer import Tokenizer, apply_chat_template
 from nanoinfra.serve.engine.requests import Request, Sampling, Unanswerable, check
 from nanoinfra.serve.processes.engine_loop import Ready
 from nanoinfra.serve.server import limits
@@ -63,7 +63,7 @@ class Question(Unsupported):
             return "max_completion_tokens"
         return self.spelled.get(param, param)
 
-    def _request(self, name, tokens, max_tokens, logprobs, text: Text, echo=False) -> Request:
+    def _request(self, name, tokens, max_tokens, logprobs, text: Tokenizer, echo=False) -> Request:
         if "" in self.stop:
             raise Refused(400, "a stop string is empty; leave it out", "stop")
         sampling = Sampling(self.temperature, max(0, self.top_k), self.top_p, self.min_p,
@@ -74,8 +74,8 @@ class Question(Unsupported):
 
     def _stop_token_ids(self, text):
         """Those asked for, and of stop strings that are special tokens: no text ever shows these."""
-        named = (text.backend.token_to_id(stop) for stop in self.stop)
-        return (*self.stop_token_ids, *(token for token in named if token in text.special_ids))
+        named = (text.backend_tokenizer.token_to_id(stop) for stop in self.stop)
+        return (*self.stop_token_ids, *(token for token in named if token in text.special_token_ids))
 
 
 ONLY_CHATS = "tools are for /v1/chat/completions"
@@ -157,7 +157,8 @@ def read(kind: type[Question], body: bytes) -> Question:
         raise Refused(400, f"{where}: {says}{also}" if where else says + also, where or None) from None
 
 
-def requests_of(question: Question, name: str, ready: Ready, render: Render = render_chat) -> list[Request]:
+def requests_of(question: Question, name: str, ready: Ready,
+                render: Render = apply_chat_template) -> list[Request]:
     """What the engine is asked. Raises Refused for what no engine with this model could answer.
 
     `render(template, messages, text, tools)` makes a prompt of a chat.

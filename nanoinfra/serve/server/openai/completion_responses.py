@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from io import StringIO
 from math import isfinite
 
-from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.engine.requests import Event, Logprob, Request
 from nanoinfra.serve.engine.token_text import Offsets, Spelling
 from nanoinfra.serve.server import limits
@@ -41,7 +41,8 @@ class Answer:
     whole, part = "", ""                     # what OpenAI calls the object at the end, and a chunk
     places_at_end = 0                        # tokens that `last` writes
 
-    def __init__(self, question: Question, name: str, model: str, requests: Sequence[Request], text: Text):
+    def __init__(self, question: Question, name: str, model: str, requests: Sequence[Request],
+                 text: Tokenizer):
         self.question, self.text, self.spelling = question, text, Spelling(text)
         self.head = {"id": name, "created": int(time.time()), "model": model}
         self.first = {request.id: i * question.n for i, request in enumerate(requests)}
