@@ -203,9 +203,10 @@ def frequencies(config, scaling):
 def test_only_a_folder_needs_transformers():
     code = ("import sys; sys.modules['transformers'] = None\n"
             "import nanoinfra.cli, nanoinfra.train.pretrained, nanoinfra.model.weights.load\n"
-            "from nanoinfra.model.weights.hugging_face.config import model_config_from_hf, model_config_to_hf\n"
+            "from nanoinfra.model.weights.hugging_face import config\n"
             "from nanoinfra.config import config_for_size\n"
-            "try: model_config_from_hf(model_config_to_hf(config_for_size('test')), 'here')\n"
+            "theirs = config.model_config_to_hf(config_for_size('test'))\n"
+            "try: config.model_config_from_hf(theirs, 'here')\n"
             "except ValueError as error: print(error)")
     got = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert got == "here: Hugging Face folders need the package transformers; pip install 'nanoinfra[hub]'\n"

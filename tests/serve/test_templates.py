@@ -106,7 +106,8 @@ def test_the_child_dies_with_its_server():
 def test_the_child_does_without_torch_and_unpickles_nothing():
     code = ("import pickle, sys\nimport nanoinfra.serve.server.openai.chat_templates as t\n"
             "assert 'torch' not in sys.modules\n"
-            "t.hide_torch_from_transformers()\nt.load_chat_template_renderer()\npickle.loads = pickle.Unpickler = None\n"
+            "t.hide_torch_from_transformers()\n"
+            "t.load_chat_template_renderer()\npickle.loads = pickle.Unpickler = None\n"
             "said = t.answer('{{ messages }}{{ pad_token }}', [], {'pad_token': 'p'})\n"
             "assert said == b'{\"text\": \"[]p\"}'\n"
             "peak = int(open('/proc/self/status').read().split('VmPeak:')[1].split()[0]) * 1024\n"

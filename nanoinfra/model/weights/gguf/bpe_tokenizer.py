@@ -58,7 +58,8 @@ def build_byte_level_bpe(tokens: list[str], merges: list[str], pre_tokenizer: st
     """
     if pre_tokenizer not in PRE_TOKENIZERS:
         raise ValueError(f"its pre-tokeniser {pre_tokenizer!r} is unknown (known: "
-                         f"{', '.join(PRE_TOKENIZERS)}), and another would split text differently than the model was trained on")
+                         f"{', '.join(PRE_TOKENIZERS)}), and "
+                         "another would split text differently than the model was trained on")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if wrong := [merge for merge, pair in zip(merges, pairs) if len(pair) != 2]:
         raise ValueError(f"its tokenizer's merge {wrong[0]!r} is not two tokens with a space between")
