@@ -27,7 +27,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanoinfra.config import SIZES, ModelConfig, sized
+from nanoinfra.config import MODEL_SIZES, ModelConfig, config_for_size
 from nanoinfra.formulas import flops
 from nanoinfra.formulas import parameters as params
 from nanoinfra.lab import draw
@@ -38,7 +38,7 @@ from nanoinfra.lab.mutants import collect
 from nanoinfra.lab.predict import predict
 from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.train.loss import linear_cross_entropy
 from nanoinfra.train.optimizer import MixedPrecisionOptimizer
 
@@ -54,12 +54,12 @@ torch.set_num_threads(1)                     # one core: your browser keeps the 
 def trainer(name):
     """A model of size `name`, its optimizer, and two functions: one gives gradients, one makes a step."""
     B, T = BATCHES[name]
-    model = init_weights(Decoder(sized(name)), seed=0)
+    model = init_weights(Decoder(config_for_size(name)), seed=0)
     optimizer = MixedPrecisionOptimizer(model, "adamw")
     x, y = torch.randint(model.config.vocab, (2, B, T))            # (B, T) each: tokens, and the next ones
 
     def gradients():
-        linear_cross_entropy(model.hidden(x), model.head.weight, y, num_valid_tokens=B * T).backward()
+        linear_cross_entropy(model.hidden_states(x), model.head.weight, y, num_valid_tokens=B * T).backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
     def step():
@@ -99,7 +99,7 @@ Grid(f"a step on one of {machine()}", ("size", "B x T", "a step", "so GPT-2 smal
 
 # %%
 NAME = list(BATCHES)[-1]
-config, (B, T) = sized(NAME), BATCHES[NAME]
+config, (B, T) = config_for_size(NAME), BATCHES[NAME]
 V, C, L, F = config.vocab, config.width, config.layers, config.hidden
 H, KV, K = config.heads, config.kv_heads, config.head_dim
 print(f"{NAME}: {V=} {C=} {L=} {H=} {KV=} {K=} {F=}, a tied head; a step has {B=} {T=}")
@@ -151,7 +151,7 @@ def shares(rows, title):
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=10, frameon=False)
     return picture
 
-by_part = {name: params.parameters_by_part(size.model) for name, size in SIZES.items()}
+by_part = {name: params.parameter_count_by_part(size.config) for name, size in MODEL_SIZES.items()}
 for parts in by_part.values():
     parts["embedding, positions, head"] = sum(map(parts.pop, ("embedding", "positions", "head")))
 shares({f"{name}, {sum(parts.values()) / 1e6:,.2f} M": parts for name, parts in by_part.items()},
@@ -205,8 +205,9 @@ check.train_flops(train_flops)
 # equations are the same count in GPT-2's shapes. What do they handle that yours leaves out? See (e) below.
 
 # %%
-print(*map(inspect.getsource, (params.shapes, params.block_shapes, flops.forward_flops, flops.train_flops,
-                               flops.mfu)), sep="\n\n")
+print(*map(inspect.getsource, (params.parameter_shapes, params.block_parameter_shapes,
+                               flops.forward_flops_per_token, flops.forward_backward_flops,
+                               flops.model_flops_utilization)), sep="\n\n")
 
 # %% [markdown]
 # ## 5. Measure, compare, explain
@@ -260,7 +261,7 @@ def budget(name):
     steps = [clocked(name) for _ in range(5)]
     return {part: median([step[part] for step in steps]).value for part in steps[0]}
 
-ideal = {name: flops.train_flops(sized(name), *BATCHES[name]) / peak for name in BATCHES}
+ideal = {name: flops.forward_backward_flops(config_for_size(name), *BATCHES[name]) / peak for name in BATCHES}
 shares({f"{name}, MFU {ideal[name] / times[name].value:.0%}": budget(name) for name in BATCHES},
        "a step's time (timed, medians of 5 clocked steps)")
 
@@ -271,8 +272,8 @@ shares({f"{name}, MFU {ideal[name] / times[name].value:.0%}": budget(name) for n
 # factor of two? Work it out; the next picture marks it.
 
 # %%
-xl, lengths = sized("xl"), [2 ** (k / 4) for k in range(32, 69)]   # 256 to 128 Ki
-terms = [flops.forward_flops(xl, round(length)) for length in lengths]
+xl, lengths = config_for_size("xl"), [2 ** (k / 4) for k in range(32, 69)]   # 256 to 128 Ki
+terms = [flops.forward_flops_per_token(xl, round(length)) for length in lengths]
 order = ("head", "mlp", "qkvo", "scores", "values")
 picture, axes = draw.canvas(8.6, 4.2, "GPT-2 xl: where the FLOPs go")
 axes.stackplot(lengths, [[t[term] / sum(t.values()) for t in terms] for term in order], edgecolor="white",
@@ -299,14 +300,14 @@ def duration(seconds):
     return f"{float(f'{seconds / UNITS[unit]:.2g}'):,.10g} {unit}"             # two digits
 
 def training(name, size):
-    psi = params.parameters(size)
-    work = flops.train_flops(size, 1, size.context) / size.context * 20 * psi
+    psi = params.parameter_count(size)
+    work = flops.forward_backward_flops(size, 1, size.context) / size.context * 20 * psi
     return (name, f"{psi:,}", f"{16 * psi / 1e6:,.0f} MB", f"{1600 * psi / memory:,.1f} %",
             duration(work / peak * times[NAME].value / ideal[NAME]), duration(work / (0.4 * 989e12)))
 
 Grid(f"modelled: this machine, with {memory / 1e9:.0f} GB, and an H100",
      ("size", "parameters", "states", "of this memory", "training, here", "on the H100"),
-     [*(training(name, size.model) for name, size in SIZES.items()),
+     [*(training(name, size.config) for name, size in MODEL_SIZES.items()),
       training("GPT-3", ModelConfig(50257, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2"))])
 
 # %% [markdown]

@@ -25,10 +25,10 @@ from dataclasses import replace
 
 import torch
 
-from nanoinfra.config import ModelConfig, sized
-from nanoinfra.formulas.activations import activation_bytes
-from nanoinfra.formulas.model_states import state_bytes
-from nanoinfra.formulas.parameters import parameters
+from nanoinfra.config import ModelConfig, config_for_size
+from nanoinfra.formulas.activations import saved_activation_bytes
+from nanoinfra.formulas.model_states import model_state_bytes
+from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.lab.checks import l01_memory as check
 from nanoinfra.lab.compare import compare
 from nanoinfra.lab.held import against_float16, during, losses, over_step, stacked
@@ -39,7 +39,7 @@ from nanoinfra.lab.storages import Storages
 from nanoinfra.lab.table import Grid
 from nanoinfra.lab.text import batch
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.train.loss import linear_cross_entropy
 from nanoinfra.train.loss_scale import LossScale
 from nanoinfra.train.optimizer import MixedPrecisionOptimizer
@@ -64,7 +64,7 @@ class Device(Storages):
             raise MemoryError(f"out of memory in {label}")
 
 def loss_of(model, x, y, count):
-    return linear_cross_entropy(model.hidden(x), model.head.weight, y, count)
+    return linear_cross_entropy(model.hidden_states(x), model.head.weight, y, count)
 
 def adam(model, lr):
     """Lesson 00's optimizer in the model's own dtype: an update, which also forgets the gradients."""
@@ -83,7 +83,7 @@ def two_steps(dtype, B):
         except MemoryError as failure:
             return str(failure)
 
-Grid(f"{parameters(CONFIG):,} parameters, T = {T}, a device with {MEMORY / 1e6:.0f} MB",
+Grid(f"{parameter_count(CONFIG):,} parameters, T = {T}, a device with {MEMORY / 1e6:.0f} MB",
      ("sequences", "float32", "all in bfloat16"),
      [(f"B = {B}", two_steps(torch.float32, B), two_steps(torch.bfloat16, B)) for B in (1, 2, 4, 8)])
 
@@ -105,7 +105,8 @@ def end(name, dtype, make_step):
     model = copy.deepcopy(trained).to(dtype)
     _steps, nats = ends[name] = go_on(model, make_step(model, 1e-5), LAST, first=1000)
     still = sum((p == q.to(dtype)).sum() for p, q in zip(model.parameters(), trained.parameters()))
-    print(f"{name}: loss {nats[0]:.4f} to {nats[-1]:.4f}, {still / parameters(SMALL):.0%} of weights unmoved")
+    share = still / parameter_count(SMALL)
+    print(f"{name}: loss {nats[0]:.4f} to {nats[-1]:.4f}, {share:.0%} of weights unmoved")
 
 def plain(model, lr):
     update = adam(model, lr)
@@ -115,7 +116,7 @@ trained, ends = init_weights(Decoder(SMALL), seed=0), {}
 go_on(trained, plain(trained, 3e-3), FIRST, first=0)
 end("float32", torch.float32, plain)
 end("all in bfloat16", torch.bfloat16, plain)
-B, psi, START = 4, parameters(CONFIG), 2.0**36                     # for the predictions
+B, psi, START = 4, parameter_count(CONFIG), 2.0**36                     # for the predictions
 loss_of(trained, *batch(0), 2**19).backward()
 g = max(p.grad.abs().max().item() for p in trained.parameters())
 print(f"{psi=:,} {B=} {T=} {C=} {H=} START=2^{math.log2(START):g} g=2^{math.log2(g):.2f}")
@@ -157,14 +158,14 @@ predict("L01.skipped", math.ceil(math.log2(START * g / 65504)), "steps")
 # GPT-2 xl, by such formulas (modelled): 16 bytes a parameter, and 16 again. What does mixed precision save?
 
 # %%
-xl, psi_xl = sized("xl"), parameters(sized("xl"))
-rows = {"float32": state_bytes(psi_xl),
-        "all in bfloat16": {kind: held // 2 for kind, held in state_bytes(psi_xl).items()},
-        "mixed": state_bytes(psi_xl, "bfloat16"),
-        "mixed, gradients\nsummed in float32": state_bytes(psi_xl, "bfloat16", grad_bytes=4)}
+xl, psi_xl = config_for_size("xl"), parameter_count(config_for_size("xl"))
+rows = {"float32": model_state_bytes(psi_xl),
+        "all in bfloat16": {kind: held // 2 for kind, held in model_state_bytes(psi_xl).items()},
+        "mixed": model_state_bytes(psi_xl, "bfloat16"),
+        "mixed, gradients\nsummed in float32": model_state_bytes(psi_xl, "bfloat16", grad_bytes=4)}
 for name, row in rows.items():
     row |= {"m": row.pop("exp_avg"), "v": row.pop("exp_avg_sq"),           # Adam's two moments
-            "activations": activation_bytes(xl, 4, 1024, 4 if name == "float32" else 2)}
+            "activations": saved_activation_bytes(xl, 4, 1024, 4 if name == "float32" else 2)}
 stacked(rows, "GPT-2 xl, a step of 4 x 1024 tokens: bytes by kind")
 
 # %% [markdown]

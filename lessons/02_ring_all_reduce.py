@@ -30,7 +30,7 @@ import torch
 from nanoinfra.distributed import comm, ring_collectives
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.rank_pool import RankPool
-from nanoinfra.formulas.collectives import ring_seconds, tree_seconds
+from nanoinfra.formulas.collectives import ring_collective_seconds, tree_all_reduce_seconds
 from nanoinfra.lab import draw
 from nanoinfra.lab.checks import l02_ring as check
 from nanoinfra.lab.compare import compare
@@ -276,8 +276,8 @@ def tree_all_reduce(x, axis):
 sizes = [2**k for k in ((14, 17, 20) if FAST else (14, 16, 18, 20, 22))]
 smooth = [2 ** (k / 16) for k in range(16 * 14, 16 * (20 if FAST else 22) + 1)]
 models = {
-    "ring": lambda s: ring_seconds("all_reduce", s, N, ALPHA, BETA),
-    "tree": lambda s: tree_seconds(s, N, ALPHA, BETA),
+    "ring": lambda s: ring_collective_seconds("all_reduce", s, N, ALPHA, BETA),
+    "tree": lambda s: tree_all_reduce_seconds(s, N, ALPHA, BETA),
     "plain": lambda s: N * (ALPHA + s / BETA),                     # one copy in, N - 1 copies out, one by one
 }
 ways = {"ring": ring_all_reduce, "tree": tree_all_reduce, "plain": naive_all_reduce}

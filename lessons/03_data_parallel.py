@@ -29,8 +29,8 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.rank_pool import RankPool
-from nanoinfra.formulas.collectives import ring_seconds
-from nanoinfra.formulas.parameters import block_shapes
+from nanoinfra.formulas.collectives import ring_collective_seconds
+from nanoinfra.formulas.parameters import block_parameter_shapes
 from nanoinfra.lab import draw
 from nanoinfra.lab.checks import l03_data_parallel as check
 from nanoinfra.lab.compare import compare
@@ -40,7 +40,7 @@ from nanoinfra.lab.nap import emulate
 from nanoinfra.lab.predict import predict
 from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.pipeline.simulator import SimulatedTask, simulate_tasks
 
@@ -133,10 +133,10 @@ Grid("the plain way", ("ranks", "step", "of that, waiting", "gradient off by"), 
 # Of several micro-batches, only the last lets gradients leave: a step sends its bytes once.
 
 # %%
-P, C = len(block_shapes(CONFIG)), SECONDS * SEQUENCES / N
-S = sum(4 * prod(shape) for shape in block_shapes(CONFIG).values())          # float32
+P, C = len(block_parameter_shapes(CONFIG)), SECONDS * SEQUENCES / N
+S = sum(4 * prod(shape) for shape in block_parameter_shapes(CONFIG).values())          # float32
 print(f"{N=} {L=} {P=} S={S:,} B, alpha {ALPHA * 1e3:g} ms, beta {BETA / 1e6:g} MB/s, {C=:g} s, "
-      f"t(S) {ring_seconds('all_reduce', S, N, ALPHA, BETA) * 1e3:.1f} ms")
+      f"t(S) {ring_collective_seconds('all_reduce', S, N, ALPHA, BETA) * 1e3:.1f} ms")
 
 # %% [markdown]
 # Commit six numbers for a step on N ranks: the calls of *each* and of *buckets*; the bytes that a rank hands
@@ -308,7 +308,7 @@ def exposed(bucket_bytes):
     tasks, at = {layer: SimulatedTask("rank", C) for layer in range(1, L + 1)}, 0
     for size in (bucket.flat_grads.nbytes for bucket in pack_grad_buckets(params[::-1], bucket_bytes, None)):
         at += size                                              # gradients of ceil(at / S) layers
-        tasks["sum", at] = SimulatedTask("wire", ring_seconds("all_reduce", size, N, ALPHA, BETA),
+        tasks["sum", at] = SimulatedTask("wire", ring_collective_seconds("all_reduce", size, N, ALPHA, BETA),
                                          (ceil(at / S),))
     return max(end for _, end in simulate_tasks(tasks).values()) - L * C
 

@@ -26,8 +26,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanoinfra.config import ModelConfig, sized
-from nanoinfra.formulas.parameters import parameters
+from nanoinfra.config import ModelConfig, config_for_size
+from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.lab import draw
 from nanoinfra.lab.checks import l04_recompute as check
 from nanoinfra.lab.compare import compare
@@ -40,7 +40,7 @@ from nanoinfra.lab.storages import Storages
 from nanoinfra.lab.table import Grid
 from nanoinfra.memory import recompute as real
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 B, T, C, L, H = (2, 48, 64, 4, 4) if FAST else (2, 320, 256, 8, 8)
@@ -58,10 +58,10 @@ torch.set_num_threads(1)                     # one core: your browser keeps the 
 def forward(name, seq, memory=24e9):
     """A row of the table: layer after layer, until the memory is full."""
     with torch.device("meta"):
-        model, verdict = Decoder(sized(name, context=seq), "naive"), "fits"
+        model, verdict = Decoder(config_for_size(name, context=seq), "naive"), "fits"
         x = torch.zeros(4, seq, dtype=torch.long)
-        x = model.start(x, model.places(x))
-        states = 16 * parameters(model.config)
+        x = model.embed_tokens(x, model.default_positions(x))
+        states = 16 * parameter_count(model.config)
         with Kept(model.parameters()) as kept:
             for i, block in enumerate(model.blocks, start=1):
                 x = block(x)
@@ -294,7 +294,7 @@ def peaks(layers, x):
             y.sum().backward()
         yield kept.peak / x.nbytes
 
-gpt = sized("small" if FAST else "xl")
+gpt = config_for_size("small" if FAST else "xl")
 ks = [k for k in range(1, gpt.layers + 1) if gpt.layers % k == 0]
 with torch.device("meta"):
     chain = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(max(ks)))

@@ -23,11 +23,11 @@ import os
 
 import torch
 
-from nanoinfra.config import ModelConfig, sized
+from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.formulas import pipeline as formulas
-from nanoinfra.formulas.activations import activation_terms
-from nanoinfra.formulas.parameters import parameters
+from nanoinfra.formulas.activations import layer_activation_bytes_by_term
+from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.lab import draw
 from nanoinfra.lab.checks import l06_pipeline as check
 from nanoinfra.lab.compare import compare
@@ -66,10 +66,10 @@ def on_ranks(lists, times, slot=0.0, repeats=1):
         measured([real for real, _ in trial]) for trial in zip(*stages)]
 
 
-states, rows = 16 * parameters(sized("xl")), []
+states, rows = 16 * parameter_count(config_for_size("xl")), []
 for p in (1, 2, 4):
     _, [naive] = on_ranks(build_pipeline_schedule("gpipe", p, 1), [P * M // p * t for t in EVEN], SLOT / 4)
-    rows.append((str(p), f"{sized('xl').layers // p}", f"{states / p / 1e9:.1f} GB",
+    rows.append((str(p), f"{config_for_size('xl').layers // p}", f"{states / p / 1e9:.1f} GB",
                  f"{naive.step_seconds:.2f} s",
                  f"{sum(naive.idle_seconds) / p / naive.step_seconds:.0%}"))
 Grid("a batch through p stages", ("ranks", "layers", "states of each, about", "a step, timed", "idle"), rows)
@@ -96,7 +96,7 @@ gantt({"one batch, four ranks": naive}, "one stage works, three wait", "s")
 # last stage never waits less than (p−1)F, nor the first, which may hold p micro-batches, less than (p−1)B.)
 
 # %%
-layer, message = sum(activation_terms(CONFIG, B, T, 4).values()), 4 * B * T * C
+layer, message = sum(layer_activation_bytes_by_term(CONFIG, B, T, 4).values()), 4 * B * T * C
 print(f"p={P} m={M} v={V}, {L} layers; F, B, W in slots of {SLOT * 1e3:g} ms: EVEN {EVEN}, or WIDE {WIDE}:\n"
       "few tokens in wide layers, whose weights' gradients take longest.\n"
       f"A layer keeps {layer:,} bytes of a micro-batch for backward; a message, B T C float32 numbers, "
@@ -311,7 +311,7 @@ def share(idle, m):
     return idle / (idle + m * sum(EVEN))
 
 
-lines = {name: (MORE, [share(formulas.idle(kind, P, m, *EVEN, v), m) for m in MORE])
+lines = {name: (MORE, [share(formulas.pipeline_idle_seconds(kind, P, m, *EVEN, v), m) for m in MORE])
          for name, (kind, v) in KINDS.items()}
 dots = {name: (MICROS, [share(max(on_ranks(build_pipeline_schedule(kind, P, m, v), EVEN)[0].idle_seconds), m)
                         for m in MICROS])

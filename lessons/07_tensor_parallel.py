@@ -24,10 +24,10 @@ import os
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.rank_pool import RankPool
-from nanoinfra.formulas.activations import activation_bytes
-from nanoinfra.formulas.collectives import ring_seconds
-from nanoinfra.formulas.parameters import parameters, shapes
-from nanoinfra.formulas.tensor_parallel import tensor_sent
+from nanoinfra.formulas.activations import saved_activation_bytes
+from nanoinfra.formulas.collectives import ring_collective_seconds
+from nanoinfra.formulas.parameters import parameter_count, parameter_shapes
+from nanoinfra.formulas.tensor_parallel import tp_collectives_per_step
 from nanoinfra.lab import predict as book
 from nanoinfra.lab.checks import l07_tensor as check
 from nanoinfra.lab.compare import compare
@@ -59,8 +59,9 @@ gpt3 = ModelConfig(51200, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2"
 
 def fits(n, t=1, memory=80e9):
     """A row: n ranks, of which t share each layer."""
-    states, layer = 16 * parameters(gpt3) / n, 4 * 12 * gpt3.width**2 / t
-    kept = activation_bytes(gpt3, 1, gpt3.context, 2, tp=t, sp="gather" if t > 1 else "none") / gpt3.layers
+    states, layer = 16 * parameter_count(gpt3) / n, 4 * 12 * gpt3.width**2 / t
+    kept = saved_activation_bytes(gpt3, 1, gpt3.context, 2, tp=t,
+                                  sp="gather" if t > 1 else "none") / gpt3.layers
     fit = int(max(0, memory - states - layer) // kept)
     verdict = "fits" if fit >= gpt3.layers else f"out of memory in layer {fit + 1} of {gpt3.layers}"
     gigabytes = (f"{size / 1e9:.1f} GB" for size in (states, layer, gpt3.layers * kept))
@@ -120,7 +121,8 @@ for how, numbers in {"one": norms + read + between, "none": norms + read + betwe
     predict(f"L07.kept_{how}", 4 * B * T * numbers, "B")
 predict("L07.loss", 3 * 4 * B * T, "B")
 for where, t, wire in (("inside", 2, INSIDE), ("between", 4, BETWEEN)):
-    predict(f"L07.step_{where}", L * (SECONDS / t + 4 * ring_seconds("all_reduce", region, t, *wire)), "s")
+    predict(f"L07.step_{where}", L * (SECONDS / t + 4 * ring_collective_seconds("all_reduce", region, t,
+                                                                                *wire)), "s")
 ### END SOLUTION
 
 # %% [markdown]
@@ -132,7 +134,7 @@ def cuts():
     return TensorParallel(Decoder(CONFIG), Mesh(tp=N)).shard_bounds_by_parameter
 
 
-cut_map(world.run(cuts), shapes(CONFIG))
+cut_map(world.run(cuts), parameter_shapes(CONFIG))
 
 # %% [markdown]
 # **Exercise 1: an MLP on t ranks.** `share` gives rank r = `axis.rank` of `axis.size` its r-th stretch of the
@@ -254,7 +256,7 @@ for it in (tensor_parallel.RowParallelLinear, tensor_parallel._ReduceFromRegion,
 ways = {"one": (1, "none"), "two": (2, "none"), **{sp: (N, sp) for sp in ("none", "keep", "gather")}}
 runs, lines = {how: world.run(step_of, CONFIG, *way, B, T)[0] for how, way in ways.items()}, []
 for how, (t, sp) in ways.items():
-    for (op, tag), want in tensor_sent(CONFIG, t, B, T, sp=sp).items():
+    for (op, tag), want in tp_collectives_per_step(CONFIG, t, B, T, sp=sp).items():
         sizes = [row.payload_bytes for row in runs[how][1] if (row.op, row.tag) == (op, tag)]
         got = len(sizes), sum(sizes)
         lines.append((f"{t} ranks, sp {sp}", f"{op}: {tag}", *(f"{n:,}" for n in (*want, *got)),
@@ -306,7 +308,7 @@ def theirs(t):
 
 
 def ours(t):
-    wait = ring_seconds("all_reduce", region, t, *(INSIDE if t <= 2 else BETWEEN))
+    wait = ring_collective_seconds("all_reduce", region, t, *(INSIDE if t <= 2 else BETWEEN))
     return 100 / (1 + 4 * wait * t / SECONDS)
 
 

@@ -23,13 +23,13 @@ import os
 
 import torch
 
-from nanoinfra.config import ModelConfig, sized
+from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.rank_pool import RankPool
-from nanoinfra.formulas.collectives import ring_seconds
-from nanoinfra.formulas.model_states import state_bytes
-from nanoinfra.formulas.parameters import parameters, shapes
-from nanoinfra.formulas.zero import padded
+from nanoinfra.formulas.collectives import ring_collective_seconds
+from nanoinfra.formulas.model_states import model_state_bytes
+from nanoinfra.formulas.parameters import parameter_count, parameter_shapes
+from nanoinfra.formulas.zero import zero_padded_numel
 from nanoinfra.lab import predict as book
 from nanoinfra.lab.checks import l08_zero as check
 from nanoinfra.lab.compare import compare
@@ -57,11 +57,12 @@ world = RankPool(N, timeout=120)
 
 # %%
 held = {n: world.run(held_and_sent, CONFIG, 0, n)[0][0] for n in (1, 2, 4)}
-Grid(f"data parallelism, {parameters(CONFIG):,} parameters: bytes on each rank", ("ranks", *KINDS, "all"),
+Grid(f"data parallelism, {parameter_count(CONFIG):,} parameters: bytes on each rank", ("ranks", *KINDS,
+                                                                                       "all"),
      [(str(n), *(f"{b:,}" for b in kinds.values()), f"{sum(kinds.values()):,}") for n, kinds in held.items()])
 
 # %%
-xl = sum(state_bytes(parameters(sized("xl")), "bfloat16").values())
+xl = sum(model_state_bytes(parameter_count(config_for_size("xl")), "bfloat16").values())
 print(f"GPT-2 xl: {xl / 1e9:.0f} GB on each rank, be it of 1 or of 1000. 64 ranks hold {64 * xl / 1e12:.2f} "
       f"TB, of which {63 * xl / 1e12:.2f} TB are copies")
 
@@ -86,10 +87,11 @@ print(f"GPT-2 xl: {xl / 1e9:.0f} GB on each rank, be it of 1 or of 1000. 64 rank
 # keeps no 16-bit rows of the weights here, only their masters.
 
 # %%
-psi = parameters(CONFIG)                                              # the embedding once
-whole = sum(padded(shape, N) for shape in shapes(CONFIG).values())    # with the zeros
-used = whole + padded((CONFIG.vocab, CONFIG.width), N)                # and the head
-t = ring_seconds("all_gather", 4 * WIDTH**2, N, ALPHA, BETA)          # s to gather a layer, or to scatter it
+psi = parameter_count(CONFIG)                                              # the embedding once
+whole = sum(zero_padded_numel(shape, N) for shape in parameter_shapes(CONFIG).values())    # with the zeros
+used = whole + zero_padded_numel((CONFIG.vocab, CONFIG.width), N)                # and the head
+t = ring_collective_seconds("all_gather", 4 * WIDTH**2, N, ALPHA,
+                            BETA)          # s to gather a layer, or to scatter it
 print(f"{N=} {A=} psi {psi:,}, with zeros {whole:,}, with both uses {used:,}; {LAYERS=}, each gathered in "
       f"{t * 1e3:.1f} ms, computes for {SECONDS * 500:.0f} ms forward, {SECONDS * 1e3:.0f} ms backward")
 
@@ -128,8 +130,8 @@ def cuts():
     return ZeroDataParallel(Decoder(CONFIG), Mesh(dp=N).data, 1).row_ranges
 
 
-first = [name for name in shapes(CONFIG) if name[:8] in ("embed.we", "blocks.0")]
-shard_map(world.run(cuts), {name: shapes(CONFIG)[name] for name in first})
+first = [name for name in parameter_shapes(CONFIG) if name[:8] in ("embed.we", "blocks.0")]
+shard_map(world.run(cuts), {name: parameter_shapes(CONFIG)[name] for name in first})
 
 # %% [markdown]
 # **Exercise 1: ZeRO-1.** `cut(x, n)` lays rows out for n ranks: 7 rows on 4 ranks become (4, 2, ...), the

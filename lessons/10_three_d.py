@@ -24,9 +24,9 @@ import os
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.rank_pool import RankPool
-from nanoinfra.formulas.collectives import ring_seconds
-from nanoinfra.formulas.parameters import parameters
-from nanoinfra.formulas.pipeline import split
+from nanoinfra.formulas.collectives import ring_collective_seconds
+from nanoinfra.formulas.parameters import parameter_count
+from nanoinfra.formulas.pipeline import split_layers_into_chunks
 from nanoinfra.lab import predict as book
 from nanoinfra.lab.axes import axis_bars, bytes_by_axis, cubes, flags_of, largest_error, paced, step_of
 from nanoinfra.lab.checks import l10_three_d as check
@@ -80,8 +80,8 @@ Grid("GPT-3, one axis alone (modelled)", COLUMNS, [
 
 # %%
 print(f"{p=} {d=} {t=}, {l=} layers a stage, {m=} micro-batches of {B=} x {T=}, {C=} {V=}, "
-      f"{parameters(CONFIG):,} parameters")
-matrices = (parameters(CONFIG) - V * C - C) // CONFIG.layers - 2 * C
+      f"{parameter_count(CONFIG):,} parameters")
+matrices = (parameter_count(CONFIG) - V * C - C) // CONFIG.layers - 2 * C
 print(f"a layer: {matrices:,} numbers in matrices, two norms of {C}; one norm more before the head. It takes "
       f"{SECONDS * 1e3:g} ms forward, twice that back")
 for where, (alpha, beta) in {"inside": INSIDE, "between": BETWEEN}.items():
@@ -109,13 +109,13 @@ for what, number in bytes_.items():
     predict(f"L10.{what}", number, "B")
 for slow in AXES:
     wire = {axis: BETWEEN if axis == slow else INSIDE for axis in AXES}
-    one, small = (ring_seconds("all_reduce", size, t, *wire["tp"]) for size in (S, loss / 3))
+    one, small = (ring_collective_seconds("all_reduce", size, t, *wire["tp"]) for size in (S, loss / 3))
     forward, backward = l * (SECONDS + 2 * one), l * (2 * SECONDS + 2 * one)
     pipe = simulate_schedule(build_pipeline_schedule("1f1b", p, m), [forward + one, forward + 3 * small],
-                             [backward, backward + one], 0,
-                             ring_seconds("send", S, 2, *wire["pp"])).step_seconds
-    sums = (ring_seconds("all_reduce", bytes_["dp_first"], d, *wire["dp"]),
-            ring_seconds("all_reduce", bytes_["tied"], 2, *wire["pp"]))
+                             [backward, backward + one], 0, ring_collective_seconds("send", S, 2,
+                                                                                    *wire["pp"])).step_seconds
+    sums = (ring_collective_seconds("all_reduce", bytes_["dp_first"], d, *wire["dp"]),
+            ring_collective_seconds("all_reduce", bytes_["tied"], 2, *wire["pp"]))
     predict(f"L10.step_{slow}", pipe + sum(sums), "s")
 ### END SOLUTION
 
@@ -130,7 +130,7 @@ def place():
 
 
 at = world.run(place)
-stages = " and ".join(", ".join(map(str, range(*ends))) for ends in split(CONFIG, p, T))
+stages = " and ".join(", ".join(map(str, range(*ends))) for ends in split_layers_into_chunks(CONFIG, p, T))
 legend = f"pp: layers {stages}\ndp: sequences 0, 2, ... and 1, 3, ...\ntp: heads 0, 1 and 2, 3"
 cubes({legend: (lambda rank: at[rank], 4, {})}, AXES, "who stands where")
 

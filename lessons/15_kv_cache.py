@@ -27,9 +27,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas import decoding
+from nanoinfra.formulas import inference_cost
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
-from nanoinfra.formulas.parameters import parameters
+from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.lab import draw
 from nanoinfra.lab.caches import Cache, seen
 from nanoinfra.lab.calls import arithmetic, bandwidths, batches, counts, rate, roof
@@ -40,7 +40,7 @@ from nanoinfra.lab.mutants import collect
 from nanoinfra.lab.predict import predict
 from nanoinfra.lab.table import Grid
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve import generate as real
 from nanoinfra.serve.engine.packed_linear import PackedLinear, pack_linears
 
@@ -60,7 +60,7 @@ torch.set_num_threads(1)                     # one core: your browser keeps the 
 # %%
 def again(model, tokens):
     """The next token of each sequence, (B, 1), by a forward over all its tokens, (B, n)."""
-    return model.head(model.hidden(tokens)[:, -1]).argmax(-1, keepdim=True)
+    return model.head(model.hidden_states(tokens)[:, -1]).argmax(-1, keepdim=True)
 
 
 @functools.cache
@@ -180,9 +180,10 @@ check.attend(attend)
 
 # %% [markdown]
 # **Exercise 2: generate.** `cache = make(capacity)` gives a cache for so many tokens. Ask for as many as are
-# ever looked at: is that all of the answer? `model.hidden(tokens, places, cache)` is (B, T, C) for `tokens`
-# (B, T) at `places` (T,), and calls `cache.attend` in each layer. Then add T to `cache.length`, which no one
-# does for you. `model.head` makes logits of the rows it is given. Greedy: `argmax`. Eight to twelve lines.
+# ever looked at: is that all of the answer? `model.hidden_states(tokens, places, cache)` is (B, T, C) for
+# `tokens` (B, T) at `places` (T,), and calls `cache.attend` in each layer. Then add T to `cache.length`,
+# which no one does for you. `model.head` makes logits of the rows it is given. Greedy: `argmax`. Eight to
+# twelve lines.
 
 # %% nbgrader={"grade_id": "generate", "solution": true}
 # %%exercise L15
@@ -196,7 +197,7 @@ def generate(model, prompt, n, make):
     cache, new, made = make(prompt.shape[1] + n - 1), prompt, []
     for _ in range(n):
         places = torch.arange(cache.length, cache.length + new.shape[1])
-        hidden = model.hidden(new, places, cache)                  # (B, T, C)
+        hidden = model.hidden_states(new, places, cache)                  # (B, T, C)
         cache.length += new.shape[1]
         new = model.head(hidden[:, -1]).argmax(-1, keepdim=True)   # (B, 1)
         made.append(new)
@@ -264,7 +265,7 @@ def answer_flops(n):
 
 
 few, many = (1, 8, 24) if FAST else (1, 32, 64, 128), range(1, 129)
-lines = {how: (many, [decoding.answer_flops(MHA, 16, n, how == "your cache") / 1e9 for n in many])
+lines = {how: (many, [inference_cost.generation_flops(MHA, 16, n, how == "your cache") / 1e9 for n in many])
          for how in ("all tokens again", "your cache")}
 dots = {"all tokens again": (few, [sum(map(again_flops, range(16, 16 + n))) / 1e9 for n in few]),
         "your cache": (few, [answer_flops(n) / 1e9 for n in few])}
@@ -277,11 +278,14 @@ draw.curves(lines, dots, "tokens of the answer", "GFLOPs, all of them",
 
 # %%
 smooth = [2 ** (i / 8) for i in range(57)]
-lines = {kind.upper(): (smooth, [decoding.ceiling(config, B, 1, S, D, beta, pi) for B in smooth])
+lines = {kind.upper(): (smooth, [inference_cost.max_tokens_per_second(config, B, 1, S, D, beta,
+                                                                      pi) for B in smooth])
          for kind, config in sorted(CONFIGS.items())}                # in this order: MHA is orange below too
-lines["arithmetic (MHA)"] = smooth, [decoding.ceiling(MHA, 1, 1, S, D, peak=pi)] * len(smooth)
+lines["arithmetic (MHA)"] = smooth, [inference_cost.max_tokens_per_second(MHA, 1, 1, S, D,
+                                                                          peak_flops=pi)] * len(smooth)
 dots = {kind.upper(): (BATCHES, [each[B].value for B in BATCHES]) for kind, each in sorted(wrote.items())}
-batches(lines, dots, decoding.even_batch(MHA, S, D), f"writing at S = {S}, and two ceilings")
+batches(lines, dots, inference_cost.batch_size_where_cache_equals_weights(MHA, S, D),
+        f"writing at S = {S}, and two ceilings")
 
 # %% [markdown]
 # **The roofline.** The same calls by intensity, with their batch. Memory limits them left of the edge.
@@ -297,10 +301,11 @@ roof(calls, D, beta, pi, "under one roof: reading computes, writing fetches")
 
 # %%
 def served(name, config, S=2048, beta=3.35e12, pi=989e12, memory=80e9):
-    own, kv = decoding.weight_bytes(config, 2), kv_cache_bytes_per_token(config, 2)
-    fit = int((memory - 2 * parameters(config)) // (S * kv))
-    one, full = (decoding.ceiling(config, B, 1, S, 2, beta, pi) for B in (1, fit))
-    return (name, f"{own / 1e9:.1f} GB", f"{kv / 1024:,.4g} KiB", f"{decoding.even_batch(config, S, 2):.0f}",
+    own, kv = inference_cost.weight_bytes_read(config, 2), kv_cache_bytes_per_token(config, 2)
+    fit = int((memory - 2 * parameter_count(config)) // (S * kv))
+    one, full = (inference_cost.max_tokens_per_second(config, B, 1, S, 2, beta, pi) for B in (1, fit))
+    return (name, f"{own / 1e9:.1f} GB", f"{kv / 1024:,.4g} KiB",
+            f"{inference_cost.batch_size_where_cache_equals_weights(config, S, 2):.0f}",
             f"{fit:,}", f"{one:,.0f}", f"{full:,.0f}")
 
 

@@ -22,7 +22,7 @@ import inspect
 import os
 from dataclasses import replace
 
-from nanoinfra.config import ModelConfig, sized
+from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.lab.batches import memory, pool, steps_by_memory, table, timeline, waste_by_size
 from nanoinfra.lab.checks import l16_paging as check
@@ -33,7 +33,7 @@ from nanoinfra.lab.predict import predict
 from nanoinfra.lab.replay import Ruled, Watched, draw_trace, numbers, policies, replay
 from nanoinfra.lab.served import serve
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.engine.block_pool import BlockPool
 from nanoinfra.serve.engine.scheduler import Scheduler
 from nanoinfra.serve.generate import generate
@@ -292,7 +292,7 @@ table(RUNS | {"yours, 28 blocks": YOURS, "real, 28 blocks": REAL, "prefix, not s
 # request comes in first, not as it comes back; `prompt_tokens` counts what is read again, too.)
 
 # %%
-model = init_weights(Decoder(sized("test")), seed=0).double()
+model = init_weights(Decoder(config_for_size("test")), seed=0).double()
 alone = [list(generate(model, list(job.tokens), job.new)) for job in JOBS]
 for run in (ORCA, PAGES, REAL):
     blocks = run.block_pool

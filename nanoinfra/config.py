@@ -1,48 +1,50 @@
-"""The shape of a decoder: the numbers from which parameters, FLOPs and bytes follow.
+"""The model configuration: sizes, model family and RoPE scaling of a decoder, and the named model sizes.
 
-`ModelConfig` is all that formulas, model, checkpoints and planner know of a model; `SIZES` is the one dial
-of the command line. A family says which parts a decoder is made of: GPT-2 (Radford et al. 2019), LLaMA
-(Touvron et al. 2023; SmolLM2 is one), Qwen2 (2024: LLaMA with biases of q, k, v), Qwen3 (2025: LLaMA with
-normed queries and keys), Mistral (Jiang et al. 2023: LLaMA with a sliding window), Phi-3 (Abdin et al. 2024:
-the same), OPT (Zhang et al. 2022: GPT-2 with ReLU), BLOOM (2022: GPT-2 with ALiBi and normed embeddings).
+`ModelConfig` is all that formulas, model, checkpoints and planner know of a model. Families: GPT-2 (Radford
+et al. 2019), LLaMA (Touvron et al. 2023; also SmolLM2), Qwen2 (2024: LLaMA with biases of q, k, v), Qwen3
+(2025: LLaMA with RMSNorm on q and k), Mistral (Jiang et al. 2023: LLaMA with a sliding window), Phi-3 (Abdin
+et al. 2024: the same), OPT (Zhang et al. 2022: GPT-2 with ReLU), BLOOM (2022: GPT-2 with ALiBi and a norm
+after the embedding).
 """
 from dataclasses import asdict, dataclass, replace
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")          # gelu is exact (erf), gelu_tanh GPT-2's formula
-ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+ACTIVATION_NAMES = ("silu", "gelu", "gelu_tanh", "relu")     # gelu is exact (erf), gelu_tanh GPT-2's formula
+ATTENTION_LINEARS = ("q", "k", "v", "o")
+MLP_LINEARS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
-class Family:
-    """The parts a decoder is made of. Adding a family is adding a row to `FAMILIES`."""
-    norm: str                  # "layer" (weight and bias) or "rms" (weight)
-    gated: bool                # has the MLP a gate: down(act(gate(x)) * up(x)) instead of down(act(up(x)))
-    activation: str            # one of ACTIVATIONS, unless the configuration names another
-    position: str              # "learned", "rope" or "alibi"
-    biases: tuple[str, ...] = ()   # linear layers of a block that have one, unless the configuration says
-    qk_norm: bool = False      # RMS norm over each head of q and of k, before RoPE
+class Architecture:
+    """The building blocks of a model family. To add a family is to add a row to `MODEL_FAMILIES`."""
+    norm_type: str             # "layer" (weight and bias) or "rms" (weight)
+    gated_mlp: bool            # the MLP has a gate: down(act(gate(x)) * up(x)) instead of down(act(up(x)))
+    mlp_activation: str        # one of ACTIVATION_NAMES, unless the configuration names another
+    position_encoding: str     # "learned", "rope" or "alibi"
+    biased_linears: tuple[str, ...] = ()   # linears of a block with a bias, unless the configuration says so
+    qk_norm: bool = False      # RMSNorm over each head of q and of k, before RoPE
     embed_norm: bool = False   # a norm after the embedding
 
 
-LLAMA = Family(norm="rms", gated=True, activation="silu", position="rope")
-GPT2 = Family(norm="layer", gated=False, activation="gelu_tanh", position="learned", biases=ATTENTION + MLP)
-FAMILIES = {
-    "gpt2": GPT2,
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "phi3": LLAMA,
-    "qwen2": replace(LLAMA, biases=("q", "k", "v")),
-    "qwen3": replace(LLAMA, qk_norm=True),
-    "opt": replace(GPT2, activation="relu"),
-    "bloom": replace(GPT2, position="alibi", embed_norm=True),
+_LLAMA = Architecture(norm_type="rms", gated_mlp=True, mlp_activation="silu", position_encoding="rope")
+_GPT2 = Architecture(norm_type="layer", gated_mlp=False, mlp_activation="gelu_tanh",
+                     position_encoding="learned", biased_linears=ATTENTION_LINEARS + MLP_LINEARS)
+MODEL_FAMILIES = {
+    "gpt2": _GPT2,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "phi3": _LLAMA,
+    "qwen2": replace(_LLAMA, biased_linears=("q", "k", "v")),
+    "qwen3": replace(_LLAMA, qk_norm=True),
+    "opt": replace(_GPT2, mlp_activation="relu"),
+    "bloom": replace(_GPT2, position_encoding="alibi", embed_norm=True),
 }
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's frequencies are stretched for longer sequences than a model was first trained with.
+    """RoPE scaling: how RoPE's frequencies change for a longer context than the model was first trained with.
 
-    The formulas, and which of the numbers each kind reads, are in model/rope.py.
+    The formulas, and the fields that each kind reads, are in model/rope.py.
     """
     kind: str                              # "linear", "dynamic", "yarn", "llama3" or "factors"
     factor: float = 1.0
@@ -52,13 +54,17 @@ class RopeScaling:
     beta_fast: float = 32.0                # yarn
     beta_slow: float = 1.0                 # yarn
     attention_factor: float = 1.0          # yarn: cos and sin are multiplied by it
-    truncate: bool = True                  # yarn: whole pairs as borders
+    truncate: bool = True                  # yarn: the ramp begins and ends at whole pairs
     factors: tuple[float, ...] = ()        # factors: what each pair's frequency is divided by, (K/2,)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of one decoder; letters as in shape comments. Hashable, and JSON through `to_dict`."""
+    """The configuration of one decoder; the letters are those of shape comments. It is hashable.
+
+    Raises ValueError for an unknown family or activation, a window below 1, or heads that kv_heads does not
+    divide.
+    """
     vocab: int                 # V
     width: int                 # C
     layers: int                # L
@@ -66,21 +72,21 @@ class ModelConfig:
     kv_heads: int              # KV heads; divides H
     head_dim: int              # K; H*K may differ from C (Qwen3)
     hidden: int                # F, inside the MLP
-    context: int               # longest sequence it is made for
-    tied: bool = True          # the head is the embedding
-    family: str = "llama"      # a key of FAMILIES
+    context: int               # T, the longest sequence (context length)
+    tied: bool = True          # the head shares its weight with the embedding
+    family: str = "llama"      # a key of MODEL_FAMILIES
     eps: float = 1e-5          # inside the norms
     theta: float = 10000.0     # RoPE base
     rope_scaling: RopeScaling | None = None
-    window: int | None = None  # tokens that a query sees, itself included; None: all before it
-    full_layers: int = 0       # the first layers, which have no window
+    window: int | None = None  # sliding window: tokens that a query sees, itself included; None: no window
+    full_layers: int = 0       # so many of the first layers have no window
     activation: str | None = None          # of the MLP; None: the family's
-    attention_bias: bool | None = None     # have q, k, v and o biases; None: as the family
-    mlp_bias: bool | None = None           # have the MLP's linear layers biases; None: as the family
+    attention_bias: bool | None = None     # q, k, v and o have biases; None: as the family
+    mlp_bias: bool | None = None           # the linears of the MLP have biases; None: as the family
 
     def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise ValueError(f"family {self.family!r} is not one of {', '.join(FAMILIES)}")
+        if self.family not in MODEL_FAMILIES:
+            raise ValueError(f"family {self.family!r} is not one of {', '.join(MODEL_FAMILIES)}")
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             fits = max(d for d in range(1, self.heads + 1)
                        if self.heads % d == 0 and d <= max(1, self.kv_heads))
@@ -88,55 +94,60 @@ class ModelConfig:
                              f"try kv_heads={fits}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"a window of {self.window} tokens shows a query nothing; try window=1 or None")
-        if self.act not in ACTIVATIONS:
-            raise ValueError(f"activation {self.act!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.mlp_activation not in ACTIVATION_NAMES:
+            raise ValueError(f"activation {self.mlp_activation!r} is not one of "
+                             f"{', '.join(ACTIVATION_NAMES)}")
         if isinstance(self.rope_scaling, dict):                          # from JSON
             scaling = self.rope_scaling | {"factors": tuple(self.rope_scaling["factors"])}
             object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
 
     @property
-    def parts(self) -> Family:
-        """The parts this decoder is made of."""
-        return FAMILIES[self.family]
+    def architecture(self) -> Architecture:
+        """The building blocks of this decoder's family."""
+        return MODEL_FAMILIES[self.family]
 
     @property
-    def act(self) -> str:
-        """The MLP's activation."""
-        return self.activation or self.parts.activation
+    def mlp_activation(self) -> str:
+        """The name of the MLP's activation: the configuration's, or the family's."""
+        return self.activation or self.architecture.mlp_activation
 
     @property
-    def cached_context(self) -> int:
-        """The longest sequence whose keys may be kept: past it dynamic scaling turns all of them anew."""
+    def max_cacheable_seq_len(self) -> int:
+        """The longest sequence that a KV cache can hold.
+
+        Dynamic RoPE scaling changes the angles of all keys past the original context, so cached keys would be
+        wrong there.
+        """
         scaling = self.rope_scaling
         return scaling.original_context if scaling and scaling.kind == "dynamic" else self.context
 
-    def has_bias(self, linear: str) -> bool:
-        """Has this linear layer of a block ("q", "k", "v", "o", "gate", "up", "down") a bias?"""
-        said = self.attention_bias if linear in ATTENTION else self.mlp_bias
-        return linear in self.parts.biases if said is None else said
+    def has_bias(self, linear_name: str) -> bool:
+        """Whether this linear of a block ("q", "k", "v", "o", "gate", "up" or "down") has a bias."""
+        said = self.attention_bias if linear_name in ATTENTION_LINEARS else self.mlp_bias
+        return linear_name in self.architecture.biased_linears if said is None else said
 
-    def window_of(self, layer: int) -> int | None:
-        """Tokens that a query of this layer sees, itself included; None: all before it."""
+    def sliding_window_of_layer(self, layer: int) -> int | None:
+        """The sliding window of this layer: tokens that a query sees, itself included; None: no window."""
         return None if layer < self.full_layers else self.window
 
     def to_dict(self) -> dict:
-        """The fields by name, for JSON."""
+        """The fields by name, as plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class Size:
-    """One notch of the dial: a model, and the learning rate that suits AdamW there."""
-    model: ModelConfig
+class ModelSize:
+    """A named model size: its configuration, and a learning rate for AdamW that suits it."""
+    config: ModelConfig
     lr: float
 
 
 def _size(family, vocab, width, layers, heads, kv_heads, hidden, context, tied, lr):
     K = width // heads
-    return Size(ModelConfig(vocab, width, layers, heads, kv_heads, K, hidden, context, tied, family), lr)
+    return ModelSize(ModelConfig(vocab, width, layers, heads, kv_heads, K, hidden, context, tied, family), lr)
 
 
-SIZES = {                    # V      C    L   H  KV     F     T  tied    lr
+MODEL_SIZES = {              # V      C    L   H  KV     F     T  tied    lr
     "test": _size("llama",   257,   32,   4,  4,  2,   88,   64, True, 3e-3),
     "nano": _size("llama",  4096,  128,   4,  4,  2,  344,  256, True, 3e-3),
     "micro": _size("llama", 4096,  256,  12,  8,  4,  688,  512, True, 1.5e-3),
@@ -147,10 +158,14 @@ SIZES = {                    # V      C    L   H  KV     F     T  tied    lr
 }
 
 
-def sized(name: str, vocab: int | None = None, context: int | None = None,
-          tied: bool | None = None) -> ModelConfig:
-    """The model of size `name`, with another vocabulary, context or head where given."""
-    if name not in SIZES:
-        raise ValueError(f"no size named {name!r}; there are {', '.join(SIZES)}")
+def config_for_size(size: str, vocab: int | None = None, context: int | None = None,
+                    tied: bool | None = None) -> ModelConfig:
+    """The ModelConfig of a named size, with another vocabulary, context or tying where given.
+
+    Raises ValueError for a name that `MODEL_SIZES` does not have.
+    """
+    if size not in MODEL_SIZES:
+        raise ValueError(f"no size named {size!r}; there are {', '.join(MODEL_SIZES)}")
     given = {"vocab": vocab, "context": context, "tied": tied}
-    return replace(SIZES[name].model, **{k: v for k, v in given.items() if v is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(MODEL_SIZES[size].config, **given)

@@ -13,13 +13,13 @@ import os
 import torch
 import torch.distributed as dist
 
-from nanoinfra.config import SIZES
+from nanoinfra.config import MODEL_SIZES
 from nanoinfra.data.token_datasets import IGNORE_INDEX, RandomTokenDataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import GRAD_SYNC_MODES, DataParallel
 
 
@@ -46,13 +46,13 @@ def main():
     mesh = Mesh(dp=dist.get_world_size() if dist.is_initialized() else 1)
     set_torch_threads()
 
-    size = SIZES["test"]
-    model = init_weights(Decoder(size.model), seed=0).to(getattr(torch, args.dtype))
+    size = MODEL_SIZES["test"]
+    model = init_weights(Decoder(size.config), seed=0).to(getattr(torch, args.dtype))
     shared = DataParallel(model, mesh.data, args.how)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)  # Adam would hide gradients N times too large
 
     for step in range(args.steps):
-        x, y = samples(step, args.global_batch, size.model.vocab, args.seq)
+        x, y = samples(step, args.global_batch, size.config.vocab, args.seq)
         valid = int((y != IGNORE_INDEX).sum())  # of the step, known before any backward
         x, y = x[mesh.dp.rank::mesh.dp.size], y[mesh.dp.rank::mesh.dp.size]
 

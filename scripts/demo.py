@@ -18,7 +18,7 @@ import torch
 
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.generate import generate
 from nanoinfra.serve.generate import main as answer
 from nanoinfra.serve.options import GenerateOptions
@@ -112,7 +112,7 @@ def complete_one(model, text, prompt, seed):
     prompt = prompt.rstrip()                 # the model has learned line end and indent as one token
     ids = text.encode(prompt)
     new = list(generate(model, ids, NEW_TOKENS, temperature=0.5, top_k=40, seed=seed,
-                        eos_token_ids=text.ends))
+                        eos_token_ids=text.eos_token_ids))
     written = prompt + text.decode(new)
     if len(new) == NEW_TOKENS:               # it was cut off: the last line is a part of one
         written = written.rpartition("\n")[0] + "\n"

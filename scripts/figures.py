@@ -43,7 +43,7 @@ def step(how):
         mesh.comm_log.take_records()
         shared.zero_grad()
         shared.prepare_for_backward(is_last=True)
-        linear_cross_entropy(model.hidden(x), model.head.weight, x, 128).backward()
+        linear_cross_entropy(model.hidden_states(x), model.head.weight, x, 128).backward()
         shared.finish_grad_sync()
     rows, start = mesh.comm_log.take_records(), compute[0][0]
     return ([(a - start, b - start) for a, b in compute],

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanoinfra.config import SIZES
+from nanoinfra.config import MODEL_SIZES
 from nanoinfra.data.token_datasets import IGNORE_INDEX, RandomTokenDataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.formulas.pipeline import split
+from nanoinfra.formulas.pipeline import split_layers_into_chunks
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.pipeline.schedules import SCHEDULES, build_pipeline_schedule
 from nanoinfra.parallel.pipeline.simulator import simulate_schedule
 from nanoinfra.parallel.pipeline.stage import PipelineStage, cut_to_pipeline_chunk
@@ -44,11 +44,12 @@ class Stage(PipelineStage):
         self.loss = torch.zeros((), dtype=torch.float64)
 
     def embed_input(self, micro):
-        return self.chunks[0].start(self.x[micro], torch.arange(self.x[micro].shape[1]))         # (B, T, C)
+        return self.chunks[0].embed_tokens(self.x[micro],
+                                           torch.arange(self.x[micro].shape[1]))         # (B, T, C)
 
     def forward_chunk(self, chunk, x, micro):
         model = self.chunks[chunk]
-        x = model.layers(x, torch.arange(x.shape[1]))                                            # (B, T, C)
+        x = model.blocks_and_norm(x, torch.arange(x.shape[1]))                         # (B, T, C)
         if not model.head:
             return x                                                 # on to the next chunk, wherever it is
         logits, targets = model.head(x).flatten(0, 1), self.y[micro].flatten()                   # (B T, V)
@@ -109,12 +110,13 @@ def main():
 
     if "RANK" in os.environ:                 # torchrun started us
         dist.init_process_group("gloo")
-    mesh, config = Mesh(pp=world_size()), SIZES["test"].model
+    mesh, config = Mesh(pp=world_size()), MODEL_SIZES["test"].config
     set_torch_threads()
 
     p, dtype = mesh.pp.size, getattr(torch, args.dtype)
     lists = build_pipeline_schedule(args.schedule, p, args.micro_batches, args.chunks)     # of every stage
-    borders = split(config, p * args.chunks, args.seq)[mesh.pp.rank::p]     # layers of this one's chunks
+    borders = split_layers_into_chunks(config, p * args.chunks,
+                                       args.seq)[mesh.pp.rank::p]     # layers of this one's chunks
     chunks = [cut_to_pipeline_chunk(init_weights(Decoder(config), seed=0).to(dtype), *border)
               for border in borders]
     stage = Stage(chunks, mesh, dtype, halves=args.schedule == "zb-h1")

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanoinfra.config import sized
+from nanoinfra.config import config_for_size
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.formulas.parameters import parameters, shapes
-from nanoinfra.model.init import draw
-from nanoinfra.model.weights.fill_model import Weights, empty
+from nanoinfra.formulas.parameters import parameter_count, parameter_shapes
+from nanoinfra.model.initialization import draw_initial_tensor
+from nanoinfra.model.weights.fill_model import PretrainedWeights, decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.block_pool import BlockPool
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
@@ -48,9 +48,10 @@ args = parser.parse_args()
 
 def drawn():
     """The `test` size with weights drawn by name."""
-    config = sized("test")
-    every = shapes(config)
-    return Weights(config, lambda name, box=(): draw(name, every[name], config.layers, seed=0)[box])
+    config = config_for_size("test")
+    every = parameter_shapes(config)
+    return PretrainedWeights(config, lambda name, box=(): draw_initial_tensor(name, every[name],
+                                                                              config.layers, seed=0)[box])
 
 
 def encode(prompt):
@@ -77,7 +78,7 @@ set_torch_threads()
 try:
     config, read, text, *_ = drawn() if args.model == "test" else open_pretrained_weights(args.model,
                                                                                           mesh.world)
-    model = parallelize_for_serving(empty(config), mesh, read, getattr(torch, args.dtype))
+    model = parallelize_for_serving(decoder_on_meta_device(config), mesh, read, getattr(torch, args.dtype))
     lines = args.file.read_text().splitlines() if args.file else []
     prompts = args.prompts + [line for line in lines if line]
     prompts = prompts or ["The first of all programs", "The first of all questions"]
@@ -93,15 +94,16 @@ try:
     for prompt, sequence in zip(prompts, sequences):
         if args.max_tokens < 1:
             raise ValueError(f"--max-tokens {args.max_tokens} leaves nothing to do; ask for at least 1")
-        if sequence.num_prompt_tokens + args.max_tokens > config.cached_context:
+        if sequence.num_prompt_tokens + args.max_tokens > config.max_cacheable_seq_len:
             raise ValueError(f"{prompt[:30]!r} has {sequence.num_prompt_tokens} tokens: with "
                              f"{args.max_tokens} new ones they do not fit the context of "
-                             f"{config.cached_context}; lower --max-tokens")
+                             f"{config.max_cacheable_seq_len}; "
+                             "lower --max-tokens")
         scheduler.add_sequence(sequence)
 except ValueError as mistake:
     refuse(mistake)
 
-ends = text.ends if text else ()
+ends = text.eos_token_ids if text else ()
 began, steps, most, hits, preempted = time.perf_counter(), 0, 0, 0, 0
 while scheduler.running or scheduler.waiting:
     plan = scheduler.schedule()                                  # who computes how many tokens
@@ -111,7 +113,8 @@ while scheduler.running or scheduler.waiting:
         continue
     with torch.inference_mode():
         chunks, tokens, positions = kv.prepare_inputs(plan)      # (1, N) of all sequences, one after another
-        hidden = model.hidden(tokens, positions, kv)[0]          # (N, C); attention finds its blocks in kv
+        hidden = model.hidden_states(tokens, positions,
+                                     kv)[0]          # (N, C); attention finds its blocks in kv
         scheduler.mark_computed(plan)
         lasts = [end - 1 for end in accumulate(count for _, _, count in chunks)]
         ready = [(row, each) for row, (each, _, _) in zip(lasts, chunks)
@@ -134,8 +137,9 @@ if mesh.rank == 0:
         new = sequence.tokens[sequence.num_prompt_tokens:]
         print(f"{prompt}|{decode(new)}" + (f"\nids {new}" if args.ids else ""))
     made = sum(len(each.tokens) - each.num_prompt_tokens for each in sequences)
-    print(f"\n{parameters(config):,} parameters on {mesh.tp.size} ranks: {made} tokens for {len(prompts)} "
-          f"prompts in {steps} steps, {made / seconds:,.0f} tokens/s; at most {most} of {args.blocks} blocks "
-          f"used, {hits} prompt tokens known already, {preempted} sent away for want of blocks")
+    print(f"\n{parameter_count(config):,} parameters on {mesh.tp.size} ranks: {made} tokens for "
+          f"{len(prompts)} prompts in {steps} steps, {made / seconds:,.0f} tokens/s; at most {most} of "
+          f"{args.blocks} blocks used, {hits} prompt tokens known already, {preempted} sent away for want of "
+          "blocks")
 if dist.is_initialized():
     dist.destroy_process_group()

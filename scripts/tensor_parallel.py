@@ -15,13 +15,13 @@ import os
 import torch
 import torch.distributed as dist
 
-from nanoinfra.config import SIZES
+from nanoinfra.config import MODEL_SIZES
 from nanoinfra.data.token_datasets import IGNORE_INDEX, RandomTokenDataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
 from nanoinfra.parallel.tensor_parallel import RowParallelLinear, TensorParallelRegion, shard_linear
@@ -44,7 +44,7 @@ def divide(model, axis, region):
         attn, mlp = block.attn, block.mlp
         for linear in (attn.q, attn.k, attn.v, mlp.gate, mlp.up):
             shard_linear(linear, 0, axis)                                     # outputs: (D/t, C)
-        attn.read = mlp.read = region.column_parallel_linear  # f: an all-reduce, or with sp a gather
+        attn.in_proj = mlp.in_proj = region.column_parallel_linear  # f: an all-reduce, or with sp a gather
         attn.o = RowParallelLinear(shard_linear(attn.o, 1, axis), region)  # inputs: (C, D/t), then g, the sum
         mlp.down = RowParallelLinear(shard_linear(mlp.down, 1, axis), region)
     V, each = model.config.vocab, -(-model.config.vocab // axis.size)
@@ -104,7 +104,7 @@ def main():
     mesh = Mesh(dp=world_size() // args.tp, tp=args.tp)
     set_torch_threads()
 
-    config = SIZES["test"].model             # 4 query heads, 2 KV heads: for at most 2 ranks
+    config = MODEL_SIZES["test"].config             # 4 query heads, 2 KV heads: for at most 2 ranks
     region = SequenceParallelRegion(mesh.tp,
                                     save_gathered=False) if args.sp else TensorParallelRegion(mesh.tp)
     model = init_weights(Decoder(config), seed=0).to(getattr(torch, args.dtype))
@@ -120,7 +120,7 @@ def main():
 
         shared.zero_grad()
         shared.prepare_for_backward(is_last=True)
-        hidden = model.hidden(x)                                     # (B, T, C), with sp (B, T/t, C)
+        hidden = model.hidden_states(x)                                     # (B, T, C), with sp (B, T/t, C)
         # logits are (B T, V/t)
         loss = vocab_parallel_cross_entropy(hidden, model.head.weight, y, valid, region, start)
         loss.backward()

@@ -14,14 +14,14 @@ import os
 import torch
 import torch.distributed as dist
 
-from nanoinfra.config import SIZES
+from nanoinfra.config import MODEL_SIZES
 from nanoinfra.data.token_datasets import IGNORE_INDEX, RandomTokenDataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.formulas.pipeline import split
+from nanoinfra.formulas.pipeline import split_layers_into_chunks
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.pipeline import stage as pipeline
 from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
@@ -50,10 +50,10 @@ class Stage(pipeline.PipelineStage):
         self.data.zero_grad()
 
     def embed_input(self, micro):
-        return self.model.start(self.x[micro], torch.arange(self.x[micro].shape[1]))             # (B, T, C)
+        return self.model.embed_tokens(self.x[micro], torch.arange(self.x[micro].shape[1]))     # (B, T, C)
 
     def forward_chunk(self, chunk, x, micro):
-        x = self.model.layers(x, torch.arange(self.x[micro].shape[1]))                           # (B, T, C)
+        x = self.model.blocks_and_norm(x, torch.arange(self.x[micro].shape[1]))        # (B, T, C)
         if not self.loss_of:
             return x                                                 # on to the next stage
         loss = self.loss_of(x, self.y[micro], self.valid)
@@ -117,9 +117,10 @@ def main():
         dist.init_process_group("gloo")
     mesh = Mesh(pp=args.pp, dp=world_size() // (args.pp * args.tp), tp=args.tp)
     set_torch_threads()
-    config, dtype = SIZES["test"].model, getattr(torch, args.dtype)
+    config, dtype = MODEL_SIZES["test"].config, getattr(torch, args.dtype)
     whole = init_weights(Decoder(config), seed=0).to(dtype)
-    layers = pipeline.cut_to_pipeline_chunk(whole, *split(config, args.pp, args.seq)[mesh.pp.rank])
+    layers = pipeline.cut_to_pipeline_chunk(whole, *split_layers_into_chunks(config, args.pp,
+                                                                             args.seq)[mesh.pp.rank])
     stage = Stage(layers, mesh, dtype, "gather" if args.sp else "none")
     instructions = build_pipeline_schedule("1f1b", args.pp, args.micro_batches)[mesh.pp.rank][:-2]
     optimizer = adamw(list(stage.model.parameters()), LR)

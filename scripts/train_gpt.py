@@ -14,15 +14,15 @@ import time
 import torch
 import torch.distributed as dist
 
-from nanoinfra.config import SIZES, sized
+from nanoinfra.config import MODEL_SIZES, config_for_size
 from nanoinfra.data.loader import HeldOutSet, MicroBatchLoader
 from nanoinfra.data.token_datasets import open_dataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.parameters import parameters
+from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.serve.generate import generate
 from nanoinfra.train.loss import count_valid_tokens, linear_cross_entropy
@@ -30,7 +30,7 @@ from nanoinfra.train.optimizer import unscale_and_clip_grads
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default="stdlib", help="stdlib, random, a text file or a folder")
-parser.add_argument("--size", default="nano", choices=SIZES, help="the one dial")
+parser.add_argument("--size", default="nano", choices=MODEL_SIZES, help="the one dial")
 parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--seconds", type=float, help="stop after this long instead")
 parser.add_argument("--seq", type=int, help="tokens in a sample; default: the size's context")
@@ -50,16 +50,16 @@ mesh = Mesh(dp=dist.get_world_size() if dist.is_initialized() else 1)
 set_torch_threads()
 
 # Data: one global order of samples, dealt to the ranks
-size = SIZES[args.size]
-seq = args.seq or size.model.context
-source = open_dataset(args.data, size.model.vocab)
+size = MODEL_SIZES[args.size]
+seq = args.seq or size.config.context
+source = open_dataset(args.data, size.config.vocab)
 tokenizer = source.tokenizer
 G = args.global_batch or args.micro_batch * mesh.dp.size
 loader = MicroBatchLoader(source, seed=args.seed, seq_len=seq, global_batch=G, micro_batch=args.micro_batch,
                 dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
 
 # Model: drawn by parameter name, so every rank draws the same
-config = sized(args.size, tokenizer.vocab_size if tokenizer else None, seq)
+config = config_for_size(args.size, tokenizer.vocab_size if tokenizer else None, seq)
 model = init_weights(Decoder(config), args.seed).to(getattr(torch, args.dtype))
 shared = DataParallel(model, mesh.data)
 matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -67,7 +67,7 @@ vectors = [p for p in model.parameters() if p.dim() < 2]
 groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
 optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 if mesh.rank == 0:
-    print(f"{args.size}: {parameters(config):,} parameters, {G} x {seq} tokens a step "
+    print(f"{args.size}: {parameter_count(config):,} parameters, {G} x {seq} tokens a step "
           f"on {mesh.dp.size} ranks")
 
 
@@ -85,7 +85,7 @@ while elapsed < args.seconds if args.seconds else step < args.steps:
     total = torch.zeros((), dtype=torch.float64)
     shared.zero_grad()
     for i, (x, y) in enumerate(micro_batches):                   # (B, T) each
-        loss = linear_cross_entropy(model.hidden(x), model.head.weight, y, valid)
+        loss = linear_cross_entropy(model.hidden_states(x), model.head.weight, y, valid)
         shared.prepare_for_backward(is_last=i == len(micro_batches) - 1)
         loss.backward()                                          # the last one sends its buckets as they fill
         total += loss.detach()
@@ -110,7 +110,7 @@ if tokenizer:
     held_out, nats = HeldOutSet(source.corpus.held_out, tokenizer, seq), torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for x, y in held_out.micro_batches(args.micro_batch, mesh.data.rank, mesh.data.size):
-            nats += linear_cross_entropy(model.hidden(x), model.head.weight, y, 1)
+            nats += linear_cross_entropy(model.hidden_states(x), model.head.weight, y, 1)
     nats = comm.all_reduce(nats, mesh.data).item()
     if mesh.rank == 0:
         print(f"held out: {held_out.bits_per_byte(nats):.4f} bits per byte")

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanoinfra.config import SIZES
+from nanoinfra.config import MODEL_SIZES
 from nanoinfra.data.token_datasets import IGNORE_INDEX, RandomTokenDataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.zero import ZeroDataParallel
 
@@ -84,14 +84,14 @@ def main():
     mesh = Mesh(dp=dist.get_world_size() if dist.is_initialized() else 1)
     set_torch_threads()
 
-    size, a = SIZES["test"], args.micro_batches
-    model = init_weights(Decoder(size.model), seed=0).to(getattr(torch, args.dtype))
+    size, a = MODEL_SIZES["test"], args.micro_batches
+    model = init_weights(Decoder(size.config), seed=0).to(getattr(torch, args.dtype))
     shared = share(model, mesh.data, args.stage)
     optimizer = adamw(shared.param_shards, args.lr)
     mesh.comm_log.take_records()  # the broadcast of the first weights
 
     for step in range(args.steps):
-        x, y = samples(step, args.global_batch, size.model.vocab, args.seq)
+        x, y = samples(step, args.global_batch, size.config.vocab, args.seq)
         valid = int((y != IGNORE_INDEX).sum())  # of the step, known before any backward
         x, y = x[mesh.dp.rank::mesh.dp.size], y[mesh.dp.rank::mesh.dp.size]
         total, most = torch.zeros((), dtype=torch.float64), [0, 0, 0]

@@ -1,7 +1,7 @@
 """Each kind of decoder once: families that are made of the same parts are one kind."""
-from nanoinfra.config import FAMILIES, RopeScaling
+from nanoinfra.config import MODEL_FAMILIES, RopeScaling
 
-KINDS = tuple({parts: name for name, parts in reversed(FAMILIES.items())}.values())[::-1]
+KINDS = tuple({parts: name for name, parts in reversed(MODEL_FAMILIES.items())}.values())[::-1]
 VARIANTS = {                                 # what a configuration may change, of the family named
     "mistral": {"window": 5},
     "window above": {"family": "qwen2", "window": 4, "full_layers": 1},

@@ -12,7 +12,7 @@ import pytest
 
 from nanoinfra.cli import main
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.parameters import parameters
+from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint, manifest
 
@@ -259,7 +259,7 @@ def test_run_directory_holds_what_the_contract_says(tmp_path):
     keys = {"step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s",
             "mfu", "peak_bytes", "comm"}
     assert [set(line) for line in lines] == [keys] * 3
-    psi = parameters(ModelConfig(**json.loads((tmp_path / "config.json").read_text())["model"]))
+    psi = parameter_count(ModelConfig(**json.loads((tmp_path / "config.json").read_text())["model"]))
     assert lines[0]["peak_bytes"]["counted"] == 16 * psi    # float32: weights, gradients, two moments
     events = json.loads(trace.read_text())["traceEvents"]
     names = [event["name"] for event in events if event["ph"] == "X"]

@@ -2,8 +2,8 @@
 import re
 from pathlib import Path
 
-from nanoinfra.config import SIZES
-from nanoinfra.formulas.parameters import parameters
+from nanoinfra.config import MODEL_SIZES
+from nanoinfra.formulas.parameters import parameter_count
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -26,12 +26,12 @@ def test_line_counts_are_those_of_the_files():
 
 def test_the_table_of_sizes_is_the_codes():
     rows = re.findall(r"^\| (\w+) \| (llama|gpt2) \| (.+) \|$", TEXT, re.M)
-    assert [row[0] for row in rows] == list(SIZES)
+    assert [row[0] for row in rows] == list(MODEL_SIZES)
     for name, family, rest in rows:
-        m, lr = SIZES[name].model, SIZES[name].lr
+        m, lr = MODEL_SIZES[name].config, MODEL_SIZES[name].lr
         *numbers, tied, rate, count = (cell.strip() for cell in rest.split("|"))
         assert [int(n) for n in numbers] == [m.layers, m.width, m.heads, m.kv_heads, m.context, m.vocab]
         assert family == m.family and (tied == "yes") == m.tied and float(rate) == lr
-        psi = parameters(m)
+        psi = parameter_count(m)
         said = float(count.replace(",", "").removesuffix(" M")) * (1e6 if count.endswith("M") else 1)
         assert abs(said - psi) <= (0.01 * psi if count.endswith("M") else 0), (name, psi)

@@ -16,10 +16,10 @@ from unittest import mock
 
 import torch
 
-from nanoinfra.config import sized
+from nanoinfra.config import config_for_size
 from nanoinfra.distributed import comm
 from nanoinfra.formulas import pipeline as formulas
-from nanoinfra.formulas.parameters import parameters
+from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.lab.measure import counted, median
 from nanoinfra.lab.pipes import rehearse, scheduled, train
 from nanoinfra.lab.predict import quantity
@@ -73,16 +73,17 @@ def expect(n, model):
     config, want = shape(model), {}
     for kind in KINDS:
         name, v = used(kind, n)
-        held = max(formulas.in_flight(name, n, r, MICROS, v) for r in range(n)) / v
-        sent = max(formulas.sent_bytes(config, n, MICROS, SEQUENCES, T, BYTES, v))
-        want |= {f"idle_{kind}": formulas.idle(name, n, MICROS, *TIMES, v), f"held_{kind}": held,
+        held = max(formulas.predicted_micro_batches_in_flight(name, n, r, MICROS, v) for r in range(n)) / v
+        sent = max(formulas.pipeline_sent_bytes_per_stage(config, n, MICROS, SEQUENCES, T, BYTES, v))
+        want |= {f"idle_{kind}": formulas.pipeline_idle_seconds(name, n, MICROS, *TIMES, v),
+                 f"held_{kind}": held,
                  f"sent_{kind}": sent}
     return {f"L06.lab_{key}": value for key, value in want.items()}
 
 
 def shape(model):
     """GPT-2 in the width of a size, with a vocabulary so small that the head is less than a layer."""
-    size = sized(model)
+    size = config_for_size(model)
     return replace(size, family="gpt2", layers=LAYERS, vocab=VOCAB, context=CONTEXT, tied=False,
                    kv_heads=size.heads, hidden=4 * size.width)
 
@@ -159,8 +160,8 @@ def over(mesh, values):
 def show(config, n, rows):
     """What each stage held and sent."""
     slots = f"{', '.join(map(str, TIMES))} slots of {quantity(SLOT, 's')}"
-    print(f"{parameters(config):,} parameters, {LAYERS} layers; {MICROS} micro-batches of {SEQUENCES} x {T} "
-          f"tokens; a stage that sleeps takes {slots}")
+    print(f"{parameter_count(config):,} parameters, {LAYERS} layers; {MICROS} micro-batches of "
+          f"{SEQUENCES} x {T} tokens; a stage that sleeps takes {slots}")
     columns = "schedule", "micro-batches held by each", "messages sent by each", "loss"
     Grid(f"{n} stage{'s' if n > 1 else ''}", columns, rows).show()
 

@@ -18,13 +18,13 @@ from unittest import mock
 
 import torch
 
-from nanoinfra.config import sized
+from nanoinfra.config import config_for_size
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.activations import activation_terms
-from nanoinfra.formulas.collectives import ring_seconds
-from nanoinfra.formulas.parameters import parameters
-from nanoinfra.formulas.tensor_parallel import layer_calls, tensor_sent
+from nanoinfra.formulas.activations import layer_activation_bytes_by_term
+from nanoinfra.formulas.collectives import ring_collective_seconds
+from nanoinfra.formulas.parameters import parameter_count
+from nanoinfra.formulas.tensor_parallel import tp_collectives_per_layer, tp_collectives_per_step
 from nanoinfra.lab.kept import Kept
 from nanoinfra.lab.measure import counted, median
 from nanoinfra.lab.predict import quantity
@@ -75,16 +75,16 @@ def expect(n, model):
     """{key: number} by formula, on n ranks: all that is counted."""
     config, want = shape(model), {}
     for mode in MODES:
-        sent = tensor_sent(config, n, SEQUENCES, T, dtype_bytes=BYTES, sp=mode)
-        layer = sum(activation_terms(config, SEQUENCES, T, BYTES, tp=n, sp=mode).values())
+        sent = tp_collectives_per_step(config, n, SEQUENCES, T, dtype_bytes=BYTES, sp=mode)
+        layer = sum(layer_activation_bytes_by_term(config, SEQUENCES, T, BYTES, tp=n, sp=mode).values())
         want |= {key: got.value for key, got in counts(config, mode, layer, sent).items()}
-        want[f"calls_{mode}"] = sum(layer_calls(mode).values()) * (n > 1)
+        want[f"calls_{mode}"] = sum(tp_collectives_per_layer(mode).values()) * (n > 1)
     return {f"L07.lab_{key}": value for key, value in want.items()}
 
 
 def shape(model):
     """GPT-2 in the width and depth of a size, with heads and a head of its own for 8 ranks."""
-    size = sized(model)
+    size = config_for_size(model)
     return replace(size, family="gpt2", heads=HEADS, kv_heads=HEADS, head_dim=size.width // HEADS,
                    hidden=4 * size.width, context=T, tied=False)
 
@@ -172,13 +172,13 @@ def kept_by_layer(mesh, replica):
 
 def show(config, n, rows, times):
     """Print what was sent by tag, and steps beside what the alpha-beta model says of their layers' wire."""
-    print(f"GPT-2 of {parameters(config):,} parameters over {n} ranks, {SEQUENCES} x {T} tokens a step")
+    print(f"GPT-2 of {parameter_count(config):,} parameters over {n} ranks, {SEQUENCES} x {T} tokens a step")
     Grid("in one step", ("sp", "tag", "collective", "calls", "payload"), rows).show()
     lines = []
     for mode, wire, loss, seconds, waits, sent, link in times:
         modelled = ""
         if link:
-            each = {op: ring_seconds(op, size / calls, n, link.latency, link.bandwidth)
+            each = {op: ring_collective_seconds(op, size / calls, n, link.latency, link.bandwidth)
                     for op, (calls, size) in sent.items()}
             modelled = quantity(sum(calls * each[op] for op, (calls, _) in sent.items()), "s")
         timed = (quantity(middle(values), "s") for values in (seconds, waits))

@@ -13,10 +13,10 @@ from unittest import mock
 
 import torch
 
-from nanoinfra.config import sized
+from nanoinfra.config import config_for_size
 from nanoinfra.distributed import comm
-from nanoinfra.formulas.parameters import parameters
-from nanoinfra.formulas.zero import zero_bytes, zero_payload
+from nanoinfra.formulas.parameters import parameter_count
+from nanoinfra.formulas.zero import zero_model_state_bytes, zero_payload_bytes
 from nanoinfra.lab.measure import counted, median
 from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.table import Grid
@@ -39,7 +39,7 @@ MICRO_BATCHES, SEQUENCES, T, STEPS = 2, 2, 64, 4
 
 def measure(mesh, model, broken=""):
     """{key: Measurement}: bytes held, bytes and calls sent, and seconds, a stage."""
-    config, found, rows = sized(model, tied=False), {}, []
+    config, found, rows = config_for_size(model, tied=False), {}, []
     for stage in STAGES:
         if mesh.rank == 0:
             print(f"stage {stage} ...", flush=True)
@@ -48,7 +48,7 @@ def measure(mesh, model, broken=""):
                         "calls": counted(calls, "calls"), "step": median(seconds)}
         rows.append((str(stage), *(quantity(n, "B") for n in held), f"{loss:.3f}"))
     if mesh.rank == 0:
-        title = f"{parameters(config):,} parameters: what a rank holds"
+        title = f"{parameter_count(config):,} parameters: what a rank holds"
         Grid(title, ("stage", "weights", "gradients", "optimizer", "loss"), rows).show()
     return {f"L08.lab_{what}_{stage}": found[stage][what]
             for what in ("held", "sent", "calls", "step") for stage in STAGES}
@@ -56,9 +56,9 @@ def measure(mesh, model, broken=""):
 
 def expect(n, model):
     """{key: bytes} by formula, on n ranks."""
-    config = sized(model, tied=False)
-    held = [sum(zero_bytes(config, n, stage, "bfloat16").values()) for stage in STAGES]
-    sent = [sum(zero_payload(config, n, stage, MICRO_BATCHES, "bfloat16").values()) * (n > 1)
+    config = config_for_size(model, tied=False)
+    held = [sum(zero_model_state_bytes(config, n, stage, "bfloat16").values()) for stage in STAGES]
+    sent = [sum(zero_payload_bytes(config, n, stage, MICRO_BATCHES, "bfloat16").values()) * (n > 1)
             for stage in STAGES]
     return {f"L08.lab_{what}_{stage}": value for what, values in (("held", held), ("sent", sent))
             for stage, value in zip(STAGES, values)}

@@ -17,13 +17,13 @@ from unittest import mock
 
 import torch
 
-from nanoinfra.config import sized
+from nanoinfra.config import config_for_size
 from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.collectives import ring_seconds
-from nanoinfra.formulas.parameters import parameters
-from nanoinfra.formulas.traffic_by_axis import sent
+from nanoinfra.formulas.collectives import ring_collective_seconds
+from nanoinfra.formulas.parameters import parameter_count
+from nanoinfra.formulas.traffic_by_axis import step_bytes_by_axis
 from nanoinfra.lab.axes import bytes_by_axis, errors, flags_of, stage_of, valid
 from nanoinfra.lab.measure import counted, median
 from nanoinfra.lab.predict import quantity
@@ -69,7 +69,7 @@ def expect(n, model):
     config, want = shape(model), dict.fromkeys(COUNTED, 0)
     for name, sizes in meshes(n).items():
         p, d, t = sizes.values()
-        ranks = [sent(config, p, d, t, B, T, SEQUENCES // (B * d), 8, stage, rank)
+        ranks = [step_bytes_by_axis(config, p, d, t, B, T, SEQUENCES // (B * d), 8, stage, rank)
                  for stage in range(p) for rank in range(t)]
         want |= {f"{name}_{axis}": d * sum(each[axis] for each in ranks) for axis in ranks[0]}
     return {f"L10.lab_{key}": want[key] for key in COUNTED}
@@ -83,7 +83,7 @@ def meshes(n):
 
 def shape(model):
     """A size's width and vocabulary, with layers and heads for 8 ranks."""
-    size = sized(model)
+    size = config_for_size(model)
     return replace(size, layers=8, heads=8, kv_heads=8, head_dim=size.width // 8, context=T, tied=True)
 
 
@@ -152,7 +152,7 @@ def norms_off(mesh, got, right):
 def show(config, rows, cube, slow):
     """Print what each mesh sent, and the cube's steps beside what the alpha-beta model says of rank 0."""
     columns = ("mesh", "pp x dp x tp", "loss", *cube["sent"])
-    Grid(f"{parameters(config):,} parameters, a step: payloads of all ranks", columns, rows).show()
+    Grid(f"{parameter_count(config):,} parameters, a step: payloads of all ranks", columns, rows).show()
     lines = [("none", quantity(middle(cube["seconds"]), "s"), "", "")]
     for axis, run in slow.items():
         mine = [row for row in cube["rows"] if row.axis_name.replace("data", "dp") == axis
@@ -167,4 +167,4 @@ def show(config, rows, cube, slow):
 
 def seconds_of(row):
     """What the slow wire takes for a row of the ledger."""
-    return ring_seconds(row.op, row.payload_bytes, row.axis_size, *NET)
+    return ring_collective_seconds(row.op, row.payload_bytes, row.axis_size, *NET)

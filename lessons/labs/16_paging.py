@@ -14,19 +14,19 @@ from unittest import mock
 
 import torch
 
-from nanoinfra.config import sized
+from nanoinfra.config import config_for_size
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import paged_kv
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
-from nanoinfra.formulas.parameters import parameters, shapes
+from nanoinfra.formulas.parameters import parameter_count, parameter_shapes
 from nanoinfra.lab.measure import counted, median
 from nanoinfra.lab.predict import quantity
 from nanoinfra.lab.replay import Watched, draw_trace, numbers
 from nanoinfra.lab.served import serve
 from nanoinfra.lab.table import Grid
-from nanoinfra.model.init import draw
-from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.model.initialization import draw_initial_tensor
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
 
@@ -49,7 +49,7 @@ def measure(mesh, model, broken=""):
     """{key: Measurement}: steps, collectives, bytes, what is left empty, memory of a rank; tokens/s."""
     config, found, rows, said = shape(model), {}, [], {}
     mesh = Mesh(tp=mesh.world.size, device=mesh.device)
-    net = parallelize_for_serving(empty(config), mesh, drawn(config), torch.float32)
+    net = parallelize_for_serving(decoder_on_meta_device(config), mesh, drawn(config), torch.float32)
     for way in WAYS:
         if mesh.rank == 0:
             print(f"{way} ...", flush=True)
@@ -72,30 +72,32 @@ def measure(mesh, model, broken=""):
 def expect(n, model):
     """{key: number} by formula, on n ranks: all that is counted."""
     config, want = shape(model), {}
-    kept = [paged_kv.kept(prompt, new) for _, prompt, new in TRACE]
-    steps = {"static": paged_kv.static_steps(TRACE, SEATS), "orca": paged_kv.orca_steps(TRACE, SEATS),
-             "pages": paged_kv.free_steps(TRACE)}
+    kept = [paged_kv.kv_tokens_at_end(prompt, new) for _, prompt, new in TRACE]
+    steps = {"static": paged_kv.static_batching_steps(TRACE, SEATS),
+             "orca": paged_kv.continuous_batching_steps(TRACE, SEATS),
+             "pages": paged_kv.unlimited_batching_steps(TRACE)}
     for way in WAYS:
-        sent = paged_kv.served(config, n, steps[way], sum(kept), sum(new for *_, new in TRACE), BYTES)
+        sent = paged_kv.tp_serving_collectives(config, n, steps[way], sum(kept), sum(new for *_,
+                                                                                     new in TRACE), BYTES)
         calls, size = map(sum, zip(*sent.values()))
         want |= {f"steps_{way}": steps[way], f"calls_{way}": calls, f"bytes_{way}": size}
     want["waste_whole"] = sum(LONGEST - tokens for tokens in kept)
-    want["waste_pages"] = sum(paged_kv.empty(tokens, SIZE) for tokens in kept)
+    want["waste_pages"] = sum(paged_kv.unused_slots_in_last_block(tokens, SIZE) for tokens in kept)
     want["memory"] = PLACES * kv_cache_bytes_per_token(config, BYTES, n)
     return {f"L16.lab_{key}": value for key, value in want.items()}
 
 
 def shape(model):
     """A LLaMA in the width and depth of a size, with heads for 8 ranks, of which 4 have keys and values."""
-    size = sized(model)
+    size = config_for_size(model)
     return replace(size, family="llama", heads=8, kv_heads=4, head_dim=size.width // 8, vocab=VOCAB,
                    context=LONGEST, tied=False)
 
 
 def drawn(config):
     """`read(name, box)` of weights that are drawn by name, the same on any number of ranks."""
-    every = shapes(config)
-    return lambda name, box=(): draw(name, every[name], config.layers, seed=0)[box]
+    every = parameter_shapes(config)
+    return lambda name, box=(): draw_initial_tensor(name, every[name], config.layers, seed=0)[box]
 
 
 def served(mesh, net, way, broken):
@@ -138,8 +140,8 @@ def all_heads():
 
 def show(config, n, rows):
     """What each policy sent, and how full its batches were."""
-    print(f"{parameters(config):,} parameters, {config.heads} query and {config.kv_heads} KV heads, over {n} "
-          f"rank{'s' if n > 1 else ''}; {len(JOBS)} requests, KV memory for {PLACES} tokens")
+    print(f"{parameter_count(config):,} parameters, {config.heads} query and {config.kv_heads} KV heads, "
+          f"over {n} rank{'s' if n > 1 else ''}; {len(JOBS)} requests, KV memory for {PLACES} tokens")
     Grid("the whole trace", ("policy", "tag", "collectives", "payload", "most in a batch", "tokens a step",
                              "answers unlike static's"), rows).show()
 

@@ -36,9 +36,9 @@ class CommRecord:
     def modelled_ring_bytes(self) -> float:
         """Bytes that this rank sends if the collective is a ring (modelled)."""
         # imported here, so that distributed/ can be lifted without formulas/
-        from nanoinfra.formulas.collectives import ring_bytes
+        from nanoinfra.formulas.collectives import ring_bytes_per_rank
 
-        return ring_bytes(self.op, self.payload_bytes, self.axis_size)
+        return ring_bytes_per_rank(self.op, self.payload_bytes, self.axis_size)
 
 
 class CommLog:

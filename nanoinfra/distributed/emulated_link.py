@@ -25,9 +25,9 @@ class EmulatedLink:
     def transfer_seconds(self, op: str, payload_bytes: int, num_ranks: int) -> float:
         """How long `op` holds the link."""
         # imported here, so that distributed/ can be lifted without formulas/
-        from nanoinfra.formulas.collectives import ring_seconds
+        from nanoinfra.formulas.collectives import ring_collective_seconds
 
-        return ring_seconds(op, payload_bytes, num_ranks, self.latency, self.bandwidth)
+        return ring_collective_seconds(op, payload_bytes, num_ranks, self.latency, self.bandwidth)
 
     def start_transfer(self, op: str, payload_bytes: int, num_ranks: int,
                        start_max: Callable[[torch.Tensor], object]) -> "_Transfer":

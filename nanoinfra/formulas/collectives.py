@@ -1,8 +1,8 @@
-"""Bytes and seconds of collectives.
+"""Collectives: the bytes that each rank sends, and their seconds by the alpha-beta model.
 
-Payload S is the full tensor's bytes: what all-reduce sums, all-gather returns, reduce-scatter and all-to-all
-take. Ring, per rank: all-reduce 2 (n-1)/n S, all-gather, reduce-scatter, all-to-all (n-1)/n S, broadcast S.
-Seconds by the alpha-beta model (Hockney 1994): steps * alpha + bytes / beta; `fit` finds both from times.
+The payload S is the full tensor's bytes: all-reduce sums it, all-gather returns it, reduce-scatter and
+all-to-all take it. In a ring each of n ranks sends 2 (n-1)/n S for an all-reduce, (n-1)/n S for all-gather,
+reduce-scatter and all-to-all, S for a broadcast. Seconds are steps * alpha + bytes / beta (Hockney 1994).
 Rings: Patarasuk & Yuan 2009.  Trees: Thakur, Rabenseifner & Gropp 2005.
 """
 from dataclasses import dataclass
@@ -33,56 +33,53 @@ _STEPS = {
 }
 
 
-def ring_bytes(op: str, payload: float, n: int) -> float:
-    """Bytes each of `n` ranks sends (for recv: receives) in a ring `op` on `payload` bytes; 0 when n is 1."""
-    return payload * _SENT[op](n) if n > 1 else 0.0
+def ring_bytes_per_rank(op: str, payload_bytes: float, ranks: int) -> float:
+    """Bytes that each rank sends (for recv: receives) in a ring collective `op`; 0 on a single rank."""
+    return payload_bytes * _SENT[op](ranks) if ranks > 1 else 0.0
 
 
-def ring_steps(op: str, n: int) -> int:
-    """Messages that follow one another in a ring `op` on `n` ranks: each pays the latency once."""
-    return _STEPS[op](n) if n > 1 else 0
+def ring_steps(op: str, ranks: int) -> int:
+    """Messages of a ring collective `op` that follow one another; each of them pays the latency once."""
+    return _STEPS[op](ranks) if ranks > 1 else 0
 
 
-def ring_seconds(op: str, payload: float, n: int, latency: float, bandwidth: float) -> float:
-    """Seconds a ring `op` takes; `latency` in s a message, `bandwidth` in bytes/s a direction of a link."""
-    return ring_steps(op, n) * latency + ring_bytes(op, payload, n) / bandwidth
+def ring_collective_seconds(op: str, payload_bytes: float, ranks: int, latency: float,
+                            bandwidth: float) -> float:
+    """Seconds of a ring collective `op`; `latency` in s a message, `bandwidth` in bytes/s a direction."""
+    return ring_steps(op, ranks) * latency + ring_bytes_per_rank(op, payload_bytes, ranks) / bandwidth
 
 
-def tree_bytes(payload: float, n: int) -> float:
-    """Bytes the busiest rank sends in a binomial-tree all-reduce (reduce, broadcast): log2(n) S, the root."""
-    return payload * ceil(log2(n)) if n > 1 else 0.0
-
-
-def tree_seconds(payload: float, n: int, latency: float, bandwidth: float) -> float:
+def tree_all_reduce_seconds(payload_bytes: float, ranks: int, latency: float, bandwidth: float) -> float:
     """Seconds of a binomial-tree all-reduce: 2 ceil(log2 n) messages of all the payload, one by one."""
-    return 2 * ceil(log2(n)) * (latency + payload / bandwidth) if n > 1 else 0.0
+    return 2 * ceil(log2(ranks)) * (latency + payload_bytes / bandwidth) if ranks > 1 else 0.0
 
 
 @dataclass(frozen=True)
-class Fit:
-    """alpha and beta of a wire that was timed, and by what share the times miss that line."""
+class LatencyBandwidthFit:
+    """Latency (alpha) and bandwidth (beta) fitted to measured seconds, and the relative errors of the fit."""
     latency: float                           # s a message
     bandwidth: float                         # bytes/s, one direction of a link
-    mean_miss: float
-    worst_miss: float
+    mean_relative_error: float
+    max_relative_error: float
 
 
-def fit(op: str, n: int, seconds: dict[int, float]) -> Fit:
-    """The alpha and beta that come closest to the seconds of ring `op` on `n` ranks, by payload.
+def fit_latency_bandwidth(op: str, ranks: int, seconds_by_payload: dict[int, float]) -> LatencyBandwidthFit:
+    """Fit latency and bandwidth to the measured seconds of the ring collective `op`, by payload bytes.
 
-    Closest: the least sum of relative misses, so a microsecond counts at 4 kB and a wild time bends nothing.
-    Such a line goes through two of the points (or one, at alpha = 0), so all of those are tried.
-    Raises ValueError where nothing was sent.
+    The fit has the least sum of relative errors, so that a microsecond counts at 4 kB and an outlier bends
+    nothing. Such a line goes through two of the points (or through one, at alpha = 0), so all of these lines
+    are tried. Raises ValueError where nothing was sent.
     """
-    points = [(ring_steps(op, n), ring_bytes(op, payload, n), t) for payload, t in seconds.items()]
+    points = [(ring_steps(op, ranks), ring_bytes_per_rank(op, payload_bytes, ranks), seconds)
+              for payload_bytes, seconds in seconds_by_payload.items()]
     lines = [line for pair in combinations(points, 2) if (line := _through(*pair))]
     lines += [(0.0, t / sent) for _, sent, t in points if sent]
     if not lines:
-        raise ValueError(f"{op} on {n} ranks, timed at {list(seconds)} bytes, shows no bandwidth; time two "
-                         "sizes or more on two ranks or more")
-    alpha, inverse = min(lines, key=lambda line: sum(_misses(points, *line)))
-    misses = _misses(points, alpha, inverse)
-    return Fit(alpha, 1 / inverse, sum(misses) / len(misses), max(misses))
+        raise ValueError(f"{op} on {ranks} ranks, timed at {list(seconds_by_payload)} bytes, shows no "
+                         "bandwidth; time two sizes or more on two ranks or more")
+    alpha, inverse = min(lines, key=lambda line: sum(_relative_errors(points, *line)))
+    errors = _relative_errors(points, alpha, inverse)
+    return LatencyBandwidthFit(alpha, 1 / inverse, sum(errors) / len(errors), max(errors))
 
 
 def _through(a, b):
@@ -93,29 +90,30 @@ def _through(a, b):
     return (alpha, inverse) if inverse > 0 and alpha >= 0 else None
 
 
-def _misses(points, alpha, inverse):
+def _relative_errors(points, alpha, inverse):
     return [abs(steps * alpha + sent * inverse - t) / t for steps, sent, t in points]
 
 
-def step_bytes(payload: float, ranks: int, servers: int) -> tuple[float, float]:
-    """(a server's, a worker's) bytes in one step of a parameter server over its link.
+def parameter_server_step_bytes(payload_bytes: float, ranks: int, servers: int) -> tuple[float, float]:
+    """Bytes in one step of a parameter server over (a server's link, a worker's link).
 
-    A rank's link carries both directions at once, so what counts is its busier direction, in push and in
-    pull. `payload` is the bytes of the parameters; `servers == ranks` means one server on every worker, which
-    sends what an all-reduce sends (Li et al. 2014; Rajbhandari et al. 2020 call it ZeRO-1).
+    A rank's link carries both directions at once, so the busier direction counts, in push and in pull.
+    `payload_bytes` is the bytes of the weights. `servers == ranks` means a server on every worker, which
+    together send as much as an all-reduce (Li et al. 2014; Rajbhandari et al. 2020 call it ZeRO-1).
     """
     if servers == ranks:
-        both = ring_bytes("reduce_scatter", payload, ranks) + ring_bytes("all_gather", payload, ranks)
-        return both, both
-    return 2 * payload * (ranks - servers) / servers, 2 * payload
+        push = ring_bytes_per_rank("reduce_scatter", payload_bytes, ranks)
+        pull = ring_bytes_per_rank("all_gather", payload_bytes, ranks)
+        return push + pull, push + pull
+    return 2 * payload_bytes * (ranks - servers) / servers, 2 * payload_bytes
 
 
-def pull_seconds(payload: float, ranks: int, servers: int, latency: float, bandwidth: float) -> float:
-    """Seconds until the last worker has its weights: a server's link sends to one after the other.
+def parameter_server_pull_seconds(payload_bytes: float, ranks: int, servers: int, latency: float,
+                                  bandwidth: float) -> float:
+    """Seconds until the last worker has pulled the weights: a server's link sends to one after the other.
 
-    Push takes as long where the receiver's link is the narrow one; distributed/emulated_link.py charges the
-    sender's alone.
+    A push takes as long where the receiver's link is the narrow one; the emulated link charges the sender's.
     """
     if servers == ranks:
-        return ring_seconds("all_gather", payload, ranks, latency, bandwidth)
-    return (ranks - servers) * (latency + payload / servers / bandwidth)
+        return ring_collective_seconds("all_gather", payload_bytes, ranks, latency, bandwidth)
+    return (ranks - servers) * (latency + payload_bytes / servers / bandwidth)

@@ -1,193 +1,188 @@
-"""Tensor parallelism over t ranks: which part of each parameter a rank holds, and what a step sends.
+"""Tensor parallelism (TP) over t ranks: the shard of each parameter that a rank holds, and its traffic.
 
-Column-parallel matrices (q, k, v, gate, up) are cut along their outputs, row-parallel ones (o, down) along
-their inputs, embedding and head along the vocabulary; the rest stays whole. Heads are cut as heads: where
-there are fewer KV heads than ranks, t/KV neighbours hold the same one. A cut that does not come out even
-gives the last rank less: ceil(d/t) places a rank. Wire: 8 (t-1)/t BTC numbers a layer and micro-batch.
-Shoeybi et al. 2019 (Megatron-LM), section 3; sequence-parallel: Korthikanti et al. 2022, section 4.2.2.
+Column-parallel linears (q, k, v, gate, up) are sharded along their outputs, row-parallel ones (o, down) along
+their inputs, embedding and head along the vocabulary; the rest is replicated. Attention is sharded by whole
+heads: with fewer KV heads than ranks, t/KV neighbouring ranks hold a replica of the same one. In an uneven
+split each rank has ceil(d/t) rows, the last ranks fewer. A layer sends 8 (t-1)/t BTC numbers a micro-batch.
+Shoeybi et al. 2019 (Megatron-LM), section 3; sequence parallelism: Korthikanti et al. 2022, section 4.2.2.
 """
 from dataclasses import replace
 from math import ceil, prod
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.collectives import ring_bytes
-from nanoinfra.formulas.flops import RECOMPUTED
-from nanoinfra.formulas.parameters import shapes
+from nanoinfra.formulas.flops import RECOMPUTED_FLOP_TERMS
+from nanoinfra.formulas.parameters import parameter_shapes
 
-Box = tuple[tuple[int, int], ...]            # (start, stop) in each dim
-OUTPUTS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up", "embed", "head")
-INPUTS = ("attn.o.weight", "mlp.down.weight")
-HEAD_NORMS = (".attn.q_norm.weight", ".attn.k_norm.weight")
+ShardBounds = tuple[tuple[int, int], ...]    # (start, stop) in each dim
+_COLUMN_PARALLEL = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up", "embed", "head")
+_ROW_PARALLEL = ("attn.o.weight", "mlp.down.weight")
+_QK_NORMS = (".attn.q_norm.weight", ".attn.k_norm.weight")
 # what backward does for an input gathered along the sequence
 SEQUENCE_PARALLEL_MODES = ("none", "keep", "gather")
 
 
-def check_heads(config: ModelConfig, t: int) -> None:
-    """Raise ValueError, with a t that works, unless `t` ranks can share the model's heads and vocabulary."""
-    misfit = _misfit(config, t)
+def check_tp_fits_model(config: ModelConfig, tp: int) -> None:
+    """Raise ValueError, with a tp that works, unless `tp` ranks can split the model's heads and matrices."""
+    misfit = _misfit(config, tp)
     if misfit:
-        works = max(n for n in range(1, t) if not _misfit(config, n))
-        raise ValueError(f"tp={t} {misfit}; try --tp {works}")
+        works = max(n for n in range(1, tp) if not _misfit(config, n))
+        raise ValueError(f"tp={tp} {misfit}; try --tp {works}")
 
 
-def check_sp(sp: str) -> None:
-    """Raise ValueError unless `sp` is one of `SP`."""
+def _check_sp(sp: str) -> None:
+    """Raise ValueError unless `sp` is one of `SEQUENCE_PARALLEL_MODES`."""
     if sp not in SEQUENCE_PARALLEL_MODES:
         raise ValueError(f"sp {sp!r} is not one of {', '.join(SEQUENCE_PARALLEL_MODES)}")
 
 
-def padded_seq(seq: int, t: int, sp: str) -> int:
-    """Tokens of a sequence with those of zeros that make `t` equal stretches of it, where `sp` cuts it."""
-    check_sp(sp)
-    return seq if sp == "none" else t * ceil(seq / t)
+def padded_seq_len(seq: int, tp: int, sp: str) -> int:
+    """The sequence length that sequence parallelism pads to, so that `tp` ranks have equally many tokens."""
+    _check_sp(sp)
+    return seq if sp == "none" else tp * ceil(seq / tp)
 
 
-def box(config: ModelConfig, name: str, t: int, rank: int) -> Box:
-    """The part of parameter `name` that `rank` of `t` holds."""
-    return boxes(config, t, rank)[name]
+def shard_bounds(config: ModelConfig, parameter_name: str, tp: int, rank: int) -> ShardBounds:
+    """The shard of one parameter that `rank` of `tp` ranks holds: its (start, stop) in each dim."""
+    return shard_bounds_by_parameter(config, tp, rank)[parameter_name]
 
 
-def boxes(config: ModelConfig, t: int, rank: int) -> dict[str, Box]:
-    """The part of every parameter, by name, that `rank` of `t` holds."""
+def shard_bounds_by_parameter(config: ModelConfig, tp: int, rank: int) -> dict[str, ShardBounds]:
+    """The shard of every parameter, by name, that `rank` of `tp` ranks holds."""
     found = {}
-    for name, shape in shapes(config).items():
-        dim = cut_dim(name)
+    for name, shape in parameter_shapes(config).items():
+        dim = tp_sharded_dim(name)
         whole = [(0, size) for size in shape]
         if dim is not None:
-            whole[dim] = _heads(config, name, t, rank) or stretch(shape[dim], t, rank)
+            whole[dim] = _heads(config, name, tp, rank) or tp_shard_range(shape[dim], tp, rank)
         found[name] = tuple(whole)
     return found
 
 
-def extent(box: Box) -> tuple[int, ...]:
-    """The shape of what lies in `box`."""
-    return tuple(stop - start for start, stop in box)
+def shard_shape(bounds: ShardBounds) -> tuple[int, ...]:
+    """The shape of a shard."""
+    return tuple(stop - start for start, stop in bounds)
 
 
-def cut_dim(name: str) -> int | None:
-    """The dim along which parameter `name` is cut, or None: 0 is outputs, 1 inputs."""
-    if name.endswith(INPUTS):
+def tp_sharded_dim(parameter_name: str) -> int | None:
+    """The dim along which a parameter is sharded: 0 (outputs), 1 (inputs), or None if it is replicated."""
+    if parameter_name.endswith(_ROW_PARALLEL):
         return 1
-    module = name.rpartition(".")[0]
-    return 0 if module.endswith(OUTPUTS) else None
+    module = parameter_name.rpartition(".")[0]
+    return 0 if module.endswith(_COLUMN_PARALLEL) else None
 
 
-def stretch(size: int, t: int, rank: int) -> tuple[int, int]:
-    """Places [start, stop) of `size` that `rank` holds: ceil(size/t), the last ranks less."""
-    each = ceil(size / t)
+def tp_shard_range(size: int, tp: int, rank: int) -> tuple[int, int]:
+    """The range [start, stop) of `size` rows that `rank` holds: ceil(size/tp), the last ranks fewer."""
+    each = ceil(size / tp)
     return min(size, rank * each), min(size, (rank + 1) * each)
 
 
-def copies(config: ModelConfig, t: int) -> int:
-    """How many neighbouring ranks hold the same KV head."""
-    return max(1, t // config.kv_heads)
+def kv_head_replicas(config: ModelConfig, tp: int) -> int:
+    """The number of neighbouring ranks that hold a replica of the same KV head."""
+    return max(1, tp // config.kv_heads)
 
 
-def part(config: ModelConfig, t: int) -> ModelConfig:
-    """The sizes that rank 0 of `t` computes with, no rank has larger ones: C, K and layers are everyone's."""
-    check_heads(config, t)
-    return replace(config, heads=config.heads // t, kv_heads=max(1, config.kv_heads // t),
-                   hidden=ceil(config.hidden / t), vocab=ceil(config.vocab / t))
+def tp_rank_config(config: ModelConfig, tp: int) -> ModelConfig:
+    """The heads, hidden units and vocabulary of one TP rank, as a ModelConfig.
 
-
-def tensor_sent(config: ModelConfig, t: int, batch: int, seq: int, micro_batches: int = 1,
-                dtype_bytes: int = 4, grad_bytes: int = 4, sp: str = "none",
-                recompute: str = "none") -> dict[tuple[str, str], tuple[int, int]]:
-    """{(op, tag): (calls, payload bytes)} of one step on one of `t` ranks, exactly; norms' scalars apart.
-
-    A micro-batch is `batch` sequences of `seq` tokens. Tags: "layers", the blocks' collectives; "ends", those
-    of embedding and head; "loss", three numbers a token, in float32 at least (maximum, sum of exponentials,
-    the target's logit); "tp grads", gradients that are parts of a sum, once a step, in `grad_bytes`. With
-    `sp` the residual stream travels as t ceil(T/t) tokens.
+    They are rank 0's, and no rank has larger ones. Width, head_dim and layers are the same on every rank.
     """
-    check_heads(config, t)
-    if t == 1:
+    check_tp_fits_model(config, tp)
+    return replace(config, heads=config.heads // tp, kv_heads=max(1, config.kv_heads // tp),
+                   hidden=ceil(config.hidden / tp), vocab=ceil(config.vocab / tp))
+
+
+def tp_collectives_per_step(config: ModelConfig, tp: int, batch: int, seq: int, micro_batches: int = 1,
+                            dtype_bytes: int = 4, grad_bytes: int = 4, sp: str = "none",
+                            recompute: str = "none") -> dict[tuple[str, str], tuple[int, int]]:
+    """{(op, tag): (calls, payload bytes)} of the TP collectives of one step on one of `tp` ranks, exactly.
+
+    A micro-batch is `batch` sequences of `seq` tokens. Tags: "layers" for the collectives of the blocks,
+    "ends" for those of embedding and head, "loss" for three numbers a token in float32 at least (maximum, sum
+    of exponentials, the target's logit), "tp grads" for partial gradients, summed once a step in
+    `grad_bytes`. With `sp` the hidden states travel as t ceil(T/t) tokens. The grad-norm's scalars are not
+    counted.
+    """
+    check_tp_fits_model(config, tp)
+    if tp == 1:
         return {}
-    region = _region(config, t, batch, seq, dtype_bytes, sp)
-    a, layer = micro_batches, layer_calls(sp, recompute)
+    hidden_states = _hidden_states_bytes(config, tp, batch, seq, dtype_bytes, sp)
+    a, layer = micro_batches, tp_collectives_per_layer(sp, recompute)
     calls = {(op, "layers"): a * config.layers * n for op, n in layer.items()}
     calls |= {(op, "ends"): a * n for op, n in _end_calls(sp).items()}
-    sent = {key: (n, n * region) for key, n in calls.items()}
+    sent = {key: (n, n * hidden_states) for key, n in calls.items()}
     sent["all_reduce", "loss"] = (3 * a, 3 * a * batch * seq * max(4, dtype_bytes))
-    sums = grad_sums(config, t, sp)
+    sums = tp_grad_all_reduce_sizes(config, tp, sp)
     return sent | {("all_reduce", "tp grads"): (len(sums), sum(sums) * grad_bytes)} if sums else sent
 
 
-def layer_calls(sp: str = "none", recompute: str = "none") -> dict[str, int]:
-    """Collectives of one layer and micro-batch, each on the whole residual stream.
+def tp_collectives_per_layer(sp: str = "none", recompute: str = "none") -> dict[str, int]:
+    """The number of TP collectives of one layer and micro-batch, each on the hidden states (B, T, C).
 
-    Attention and MLP have one each way: all-reduce (g forward, f backward), or with `sp` an all-gather and a
-    reduce-scatter both ways. "full" recompute runs the forward's again, to the end; "selective" recomputes
-    between f and g. "gather" has backward gather anew what a weight's gradient is made of.
+    Attention and MLP have one in forward and one in backward: an all-reduce (g and f in Megatron-LM), or with
+    `sp` an all-gather and a reduce-scatter. "full" recompute runs forward's again; "selective" recomputes
+    between f and g, without collectives. With "gather", backward gathers the linears' inputs again.
     """
-    check_sp(sp)
-    if recompute not in RECOMPUTED:
-        raise ValueError(f"recompute {recompute!r} is not one of {', '.join(RECOMPUTED)}")
+    _check_sp(sp)
+    if recompute not in RECOMPUTED_FLOP_TERMS:
+        raise ValueError(f"recompute {recompute!r} is not one of {', '.join(RECOMPUTED_FLOP_TERMS)}")
     passes = 3 if recompute == "full" else 2
     if sp == "none":
         return {"all_reduce": 2 * passes}
     return {"all_gather": 2 * passes + (2 if sp == "gather" else 0), "reduce_scatter": 2 * passes}
 
 
-def layer_wire_bytes(config: ModelConfig, t: int, batch: int, seq: int, dtype_bytes: int = 4,
-                     sp: str = "none", recompute: str = "none") -> float:
-    """Bytes that a rank sends in rings for one layer and micro-batch.
+def tp_grad_all_reduce_sizes(config: ModelConfig, tp: int, sp: str = "none") -> list[int]:
+    """The numbers in each of the TP all-reduces of gradients that end a step; empty ones are left out.
 
-    8 (t-1)/t BTC numbers without sp and with "keep", 10 (t-1)/t with "gather"; full recompute 4 (t-1)/t more.
+    The first, over all `tp` ranks, has the gradients for which `has_partial_grad` holds, in one tensor. The
+    second, over the `kv_head_replicas` ranks that share a KV head, has the gradients of k and v.
     """
-    region = _region(config, t, batch, seq, dtype_bytes, sp)
-    return sum(n * ring_bytes(op, region, t) for op, n in layer_calls(sp, recompute).items())
-
-
-def grad_sums(config: ModelConfig, t: int, sp: str = "none") -> list[int]:
-    """Numbers in each all-reduce of gradients once a step, those of no number left out.
-
-    First, over all `t` ranks, what `partial` names, in one piece; second, over the `copies` ranks that share
-    a KV head, the gradients of their rows of k and v.
-    """
-    held = {name: prod(stop - start for start, stop in box) for name, box in boxes(config, t, 0).items()}
-    summed = sum(n for name, n in held.items() if t > 1 and partial(name, sp))
+    bounds = shard_bounds_by_parameter(config, tp, 0)
+    held = {name: prod(shard_shape(each)) for name, each in bounds.items()}
+    summed = sum(n for name, n in held.items() if tp > 1 and has_partial_grad(name, sp))
     shared = sum(n for name, n in held.items() if ".attn.k." in name or ".attn.v." in name)
-    return [n for n in (summed, shared if copies(config, t) > 1 else 0) if n]
+    return [n for n in (summed, shared if kv_head_replicas(config, tp) > 1 else 0) if n]
 
 
-def partial(name: str, sp: str = "none") -> bool:
-    """Is a rank's gradient of parameter `name` a part of a sum over all ranks?
+def has_partial_grad(parameter_name: str, sp: str = "none") -> bool:
+    """Whether each rank's gradient of a parameter is a partial sum, to be all-reduced over all TP ranks.
 
-    Those of the norms of q and k are, each rank having its own heads; with sp that of every parameter that
-    stays whole, as a rank's tokens are its own too: norms, positions, biases of o and down.
+    This holds for the norms of q and k, because each rank has other heads. With sequence parallelism each
+    rank has other tokens too, so it holds for every replicated parameter: norms, positions, biases of o and
+    down.
     """
-    return name.endswith(HEAD_NORMS) or (sp != "none" and cut_dim(name) is None)
+    return parameter_name.endswith(_QK_NORMS) or (sp != "none" and tp_sharded_dim(parameter_name) is None)
 
 
-def _region(config, t, batch, seq, dtype_bytes, sp):
-    """Bytes of the residual stream of a micro-batch, as collectives see it."""
-    return batch * padded_seq(seq, t, sp) * config.width * dtype_bytes
+def _hidden_states_bytes(config, tp, batch, seq, dtype_bytes, sp):
+    """Payload bytes of a collective on the hidden states of one micro-batch."""
+    return batch * padded_seq_len(seq, tp, sp) * config.width * dtype_bytes
 
 
 def _end_calls(sp):
-    """Of one micro-batch: the embedding is left as attention is, the head read as q, k and v are."""
+    """Collectives of embedding and head for one micro-batch, as for a layer's row and column linears."""
     if sp == "none":
         return {"all_reduce": 2}
     return {"all_gather": 3 if sp == "gather" else 2, "reduce_scatter": 2}
 
 
-def _heads(config, name, t, rank):
-    """The rows, or for o the columns, of this rank's heads; None for what has no heads."""
+def _heads(config, name, tp, rank):
+    """The rows (for o the columns) of this rank's heads; None for a parameter without heads."""
     if ".attn." not in name:
         return None
-    n, place = config.heads // t, rank
+    n, place = config.heads // tp, rank
     if ".attn.k." in name or ".attn.v." in name:
-        n, place = max(1, config.kv_heads // t), rank // copies(config, t)
+        n, place = max(1, config.kv_heads // tp), rank // kv_head_replicas(config, tp)
     return place * n * config.head_dim, (place + 1) * n * config.head_dim
 
 
-def _misfit(config, t):
-    """What keeps `t` ranks from sharing the model, or None."""
+def _misfit(config, tp):
+    """The reason why `tp` ranks cannot split the model, or None."""
     H, KV = config.heads, config.kv_heads
-    if H % t or (KV % t and t % KV):
+    if H % tp or (KV % tp and tp % KV):
         return (f"cannot share {H} query and {KV} KV heads: it must divide {H}, and divide {KV} or be a "
                 f"multiple of it")
     for what, size in (("vocabulary", config.vocab), ("MLP's width", config.hidden)):
-        if ceil(size / t) * (t - 1) >= size:
+        if ceil(size / tp) * (tp - 1) >= size:
             return f"leaves a rank without a part of the {what} of {size}"

@@ -114,7 +114,7 @@ def pool(scheduler: Watched, title: str = "", columns: int = 16) -> draw.Picture
 def steps_by_memory(jobs: list[Job], memories: Sequence[int], longest: int, size: int) -> draw.Picture:
     """Steps that the policies take in KV memory of so many tokens, beside the least that fit into it."""
     runs = [policies(jobs, places, longest, size) for places in memories]
-    lines = {way: (memories, [paged_kv.least_steps(numbers(jobs), places, size,
+    lines = {way: (memories, [paged_kv.min_steps_with_kv_memory(numbers(jobs), places, size,
                                                    whole) for places in memories])
              for way, whole in (("Orca", longest), ("pages", None))}
     ways = ("Orca", "pages", "static batches")
@@ -127,7 +127,7 @@ def steps_by_memory(jobs: list[Job], memories: Sequence[int], longest: int, size
 def waste_by_size(jobs: list[Job], places: int, sizes: Sequence[int]) -> draw.Picture:
     """What sequences leave empty in blocks of several sizes."""
     left = [replay(jobs, Watched(BlockPool(places // size, size))).left.values() for size in sizes]
-    lines = {"on average": (sizes, [paged_kv.empty_on_average(size) for size in sizes]),
+    lines = {"on average": (sizes, [paged_kv.mean_unused_slots_per_sequence(size) for size in sizes]),
              "at most": (sizes, [size - 1 for size in sizes])}
     dots = {"on average": (sizes, [sum(each) / len(each) for each in left]),
             "at most": (sizes, [max(each) for each in left])}

@@ -1,7 +1,7 @@
 """A KV cache around a student's `attend`, and a picture of who sees whom in a call.
 
     cache = Cache(attend, config, batch=1, capacity=64)
-    model.hidden(tokens, places, cache)
+    model.hidden_states(tokens, places, cache)
     cache.length += tokens.shape[1]
 """
 import math
@@ -10,7 +10,7 @@ import torch
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.lab import draw
-from nanoinfra.model.attention import hidden_keys
+from nanoinfra.model.attention import hidden_key_mask
 
 
 class Cache:
@@ -35,7 +35,7 @@ def seen(calls: dict[str, tuple[int, int]], title: str) -> draw.Picture:
     kinds = {"key was kept": draw.SKY, "key is new": draw.BLUE, "key is later, not seen": "#e8e8e8"}
     left = 0
     for name, (T, S) in calls.items():
-        hidden = hidden_keys(T, S, torch.device("cpu")).tolist()
+        hidden = hidden_key_mask(T, S, torch.device("cpu")).tolist()
         for t in range(T):
             for s in range(S):
                 kind = [*kinds][2 if hidden[t][s] else int(s >= S - T)]

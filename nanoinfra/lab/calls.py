@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.decoding import call_flops, intensity
+from nanoinfra.formulas.inference_cost import arithmetic_intensity, inference_flops
 from nanoinfra.lab import draw
 from nanoinfra.lab.caches import Cache
 from nanoinfra.lab.measure import Measurement, median, timed
@@ -59,7 +59,7 @@ def rate(model: Decoder, attend: Callable, B: int, T: int, S: int, repeats: int)
 @torch.no_grad()
 def _call(model, cache, B, T, S):
     cache.length = S - T
-    hidden = model.hidden(torch.zeros(B, T, dtype=torch.long), torch.arange(S - T, S), cache)
+    hidden = model.hidden_states(torch.zeros(B, T, dtype=torch.long), torch.arange(S - T, S), cache)
     model.head(hidden[:, -1]).argmax(-1)
     return True
 
@@ -103,4 +103,5 @@ def _beside(picture):
 
 def _place(call, dtype_bytes):
     config, B, T, S, tokens_per_s = call
-    return intensity(config, B, T, S, dtype_bytes), call_flops(config, B, T, S) / (B * T) * tokens_per_s / 1e9
+    flops = inference_flops(config, B, T, S) / (B * T) * tokens_per_s
+    return arithmetic_intensity(config, B, T, S, dtype_bytes), flops / 1e9

@@ -8,11 +8,11 @@ train/tr11-176B-ml/chronicles-prequel.md).
 from math import ceil
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.collectives import ring_bytes
-from nanoinfra.formulas.flops import train_flops
-from nanoinfra.formulas.parameters import parameters
-from nanoinfra.formulas.pipeline import bubble
-from nanoinfra.formulas.traffic_by_axis import sent
+from nanoinfra.formulas.collectives import ring_bytes_per_rank
+from nanoinfra.formulas.flops import forward_backward_flops
+from nanoinfra.formulas.parameters import parameter_count
+from nanoinfra.formulas.pipeline import pipeline_bubble_fraction
+from nanoinfra.formulas.traffic_by_axis import step_bytes_by_axis
 from nanoinfra.lab.table import Grid
 
 GPT3 = ModelConfig(51200, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2")
@@ -33,17 +33,19 @@ def gpt3_on(pp: int = 1, dp: int = 1, tp: int = 1, inside: str = "", zero: int =
     Micro-batches are of one sequence; ZeRO, stage 1 or 3, cuts over dp. Activations are left out, and nothing
     is hidden behind compute.
     """
-    mesh, m, psi = f"{pp} x {dp} x {tp}", ceil(BATCH / dp), parameters(GPT3) / pp / tp
+    mesh, m, psi = f"{pp} x {dp} x {tp}", ceil(BATCH / dp), parameter_count(GPT3) / pp / tp
     try:
         on = wires(GPT3, pp, dp, tp, 1, m)
     except ValueError as refused:
         return mesh, "", "", "", "", "", "", "", str(refused)
     on["dp"] *= 1.5 * m if zero == 3 else 1                              # 3 m Psi / 2 Psi
     waits = [size / (NODE if axis == inside else NET) for axis, size in on.items()]
-    compute = train_flops(GPT3, BATCH, GPT3.context) / (pp * dp * tp) / SPEED / (1 - bubble(pp, m))
+    compute = forward_backward_flops(GPT3, BATCH, GPT3.context) / (pp * dp * tp) / SPEED
+    compute /= 1 - pipeline_bubble_fraction(pp, m)
     states = psi * (16 / dp if zero == 3 else 4 + 12 / dp)
     days = (compute + sum(waits)) * TOKENS / BATCH / GPT3.context / 86400
-    return (mesh, inside, f"{states / 1e9:.0f} GB", f"{bubble(pp, m):.0%}", f"{compute:.0f} s",
+    return (mesh, inside, f"{states / 1e9:.0f} GB", f"{pipeline_bubble_fraction(pp, m):.0%}",
+            f"{compute:.0f} s",
             *(f"{s:.1f} s" for s in waits), f"{days:,.0f} days" if states < MEMORY else "out of memory")
 
 
@@ -53,8 +55,9 @@ def bloom_trials() -> Grid:
     for (pp, dp, tp, batch), timed in TRIALS.items():
         m = 2048 // (dp * batch)
         on = wires(BLOOM, pp, dp, tp, batch, m, recompute="full")
-        states = parameters(BLOOM) / pp / tp * (4 + 12 / dp)
-        rows.append((f"{pp} x {dp} x {tp}", str(batch), f"{bubble(pp, m):.0%}", f"{states / 1e9:.0f}",
+        states = parameter_count(BLOOM) / pp / tp * (4 + 12 / dp)
+        rows.append((f"{pp} x {dp} x {tp}", str(batch), f"{pipeline_bubble_fraction(pp, m):.0%}",
+                     f"{states / 1e9:.0f}",
                      *(f"{size / 1e9:,.0f}" for size in on.values()), *map(str, timed)))
     columns = ("pp x dp x tp", "micro-batch", "idle", "GB of states", "GB sent on pp", "on dp",
                "on tp (in a node)", "GB in use", "s a step")
@@ -64,6 +67,8 @@ def bloom_trials() -> Grid:
 def wires(config: ModelConfig, pp: int, dp: int, tp: int, batch: int, micro_batches: int,
           recompute: str = "none") -> dict[str, float]:
     """{axis: bytes} that a GPU in the middle of the pipeline sends in rings in a step, 16 bits a number."""
-    on = sent(config, pp, dp, tp, batch, config.context, micro_batches, 2, pp // 2, recompute=recompute)
-    return {"pp": ring_bytes("send", on["pp"], pp), "dp": ring_bytes("all_reduce", on["dp"], dp),
-            "tp": ring_bytes("all_reduce", on["tp"], tp)}
+    on = step_bytes_by_axis(config, pp, dp, tp, batch, config.context, micro_batches, 2, pp // 2,
+                            recompute=recompute)
+    return {"pp": ring_bytes_per_rank("send", on["pp"], pp), "dp": ring_bytes_per_rank("all_reduce",
+                                                                                       on["dp"], dp),
+            "tp": ring_bytes_per_rank("all_reduce", on["tp"], tp)}

@@ -18,7 +18,7 @@ from nanoinfra.lab import draw
 from nanoinfra.lab.kept import Kept
 from nanoinfra.lab.nap import emulate
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
 
@@ -36,12 +36,12 @@ def step_of(config: ModelConfig, t: int, sp: str, batch: int,
     cut = TensorParallel(model, mesh, sp)
     x, y = torch.randint(config.vocab, (2, batch, seq), generator=torch.Generator().manual_seed(0))
     mesh.comm_log.take_records()  # the weights, from rank 0
-    loss = VocabParallelLoss(model.head)(model.hidden(x), y, batch * seq)
+    loss = VocabParallelLoss(model.head)(model.hidden_states(x), y, batch * seq)
     loss.backward()
     cut.all_reduce_partial_grads({name: p.grad for name, p in model.named_parameters()})
-    rows, places = mesh.comm_log.take_records(), model.places(x)
-    stream = model.start(x, places).detach().requires_grad_()
-    rope = model.angles(places, stream.dtype)
+    rows, places = mesh.comm_log.take_records(), model.default_positions(x)
+    stream = model.embed_tokens(x, places).detach().requires_grad_()
+    rope = model.rope_cos_sin(places, stream.dtype)
     with Kept(model.parameters()) as kept:
         out = model.blocks[0](stream, rope)
         sizes = [tensor.untyped_storage().nbytes() for tensor in kept.tensors()]

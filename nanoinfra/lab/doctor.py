@@ -14,7 +14,7 @@ from nanoinfra.distributed import comm
 from nanoinfra.distributed.benchmarks import measure_matmul_flops_per_second, time_collective_by_payload
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import MESH_AXIS_NAMES, Mesh, world_size
-from nanoinfra.formulas.collectives import fit
+from nanoinfra.formulas.collectives import fit_latency_bandwidth
 from nanoinfra.lab import devices
 from nanoinfra.lab.measure import median
 from nanoinfra.lab.options import DoctorFlags
@@ -28,7 +28,8 @@ DTYPES = ("float32", "bfloat16")
 def doctor(flags: DoctorFlags) -> dict:
     """Measure on the ranks of this run; rank 0 prints, and writes --out. The same report on every rank."""
     set_torch_threads(flags.threads)
-    mesh = Mesh(**mesh_axis_sizes(flags.mesh, world_size()), emulated_links=parse_emulated_links(flags.emulate_link),
+    mesh = Mesh(**mesh_axis_sizes(flags.mesh, world_size()),
+                emulated_links=parse_emulated_links(flags.emulate_link),
                 device=flags.device)
     report = {"nanoinfra": 1, "hosts": hosts(mesh), "device": flags.device, "ranks": mesh.world.size,
               "threads": torch.get_num_threads(),
@@ -58,12 +59,12 @@ def wire(mesh: Mesh, name: str) -> dict:
     axis, op = getattr(mesh, name), "send" if name == "pp" else "all_reduce"
     times = time_collective_by_payload(mesh, axis, op)
     n = axis.size if op == "all_reduce" else 2
-    fits = [fit(op, n, dict(zip(times, seconds))) for seconds in zip(*times.values())]
-    whole = fit(op, n, {size: middle(seconds) for size, seconds in times.items()})
+    fits = [fit_latency_bandwidth(op, n, dict(zip(times, seconds))) for seconds in zip(*times.values())]
+    whole = fit_latency_bandwidth(op, n, {size: middle(seconds) for size, seconds in times.items()})
     return {"ranks": axis.size, "op": op, "emulated": axis.emulated_link is not None,
             "latency": _timed(mesh, [f.latency for f in fits], "s"),
             "bandwidth": _timed(mesh, [f.bandwidth for f in fits], "B/s"),
-            "mean_miss": whole.mean_miss, "worst_miss": whole.worst_miss,
+            "mean_miss": whole.mean_relative_error, "worst_miss": whole.max_relative_error,
             "seconds": {size: _timed(mesh, seconds, "s") for size, seconds in times.items()}}
 
 

@@ -43,7 +43,7 @@ def held_and_sent(config: ModelConfig, stage: int, n: int, micro_batches: int = 
         looks = [kept(net, shared, optimizer)]                     # moments, from the first step on
         shared.zero_grad()
         for i in range(a):
-            loss = last(net.hidden(x), y, 8 * n * a)
+            loss = last(net.hidden_states(x), y, 8 * n * a)
             shared.prepare_for_backward(is_last=i == a - 1)
             loss.backward()
             looks.append(kept(net, shared, optimizer))
@@ -63,7 +63,8 @@ def _cut(config, mesh, stage, bucket_bytes):
                                        torch.bfloat16, bucket_bytes)
 
 
-def kept(net: nn.Module, shared: DataParallel | ZeroDataParallel, optimizer: MixedPrecisionOptimizer) -> list[int]:
+def kept(net: nn.Module, shared: DataParallel | ZeroDataParallel,
+         optimizer: MixedPrecisionOptimizer) -> list[int]:
     """Bytes of each of KINDS on this rank now; a freed parameter has none."""
     reducer = getattr(shared, "reducer", shared)
     filling = [bucket.flat_grads for bucket in reducer.buckets if bucket.flat_grads is not None]

@@ -120,7 +120,7 @@ def _map(change, tree):
 
 
 def _naive(core):
-    name = getattr(core, "__name__", type(core).__name__)
+    name = getattr(core, "__name__", type(core).__name__).removesuffix("_attention")
     if name != "naive":
         raise ValueError(f"selective recompute saves the scores of naive attention, and {name} keeps none, "
                          f"so there is nothing to save; try --attention naive, or --recompute full")

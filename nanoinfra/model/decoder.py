@@ -1,7 +1,7 @@
-"""The decoder: embed the tokens, L blocks of attention and MLP around a residual stream, norm, head.
+"""The decoder: token embedding, L blocks of attention and MLP with residual connections, final norm, head.
 
-GPT-2, LLaMA, Mistral, Phi-3, Qwen2, Qwen3, OPT and BLOOM by configuration alone (config.py says who
-they are). GPT-2's block has 12 C^2 parameters in its matrices. Nothing here knows of ranks, of pages or of a
+It is GPT-2, LLaMA, Mistral, Phi-3, Qwen2, Qwen3, OPT or BLOOM by configuration alone (config.py has their
+papers). GPT-2's block has 12 C^2 parameters in its matrices. This file knows no ranks, no pages and no
 training loop: parallelism replaces linears and attention cores from outside, a KV cache is an argument.
 B sequences, T tokens, C width, V vocabulary, K head_dim.
 """
@@ -11,11 +11,11 @@ from torch import nn
 from nanoinfra.config import ModelConfig
 from nanoinfra.model.attention import Attention
 from nanoinfra.model.layers import MLP, make_norm
-from nanoinfra.model.rope import rope_angles
+from nanoinfra.model.rope import rope_cos_sin
 
 
-class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+class DecoderBlock(nn.Module):
+    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, layer: int, attention: str = "sdpa"):
         super().__init__()
@@ -30,58 +30,59 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer. Holds torch's default weights until `init_weights` or a loader fills it."""
+    """A decoder-only transformer, with torch's default weights until `init_weights` or a loader fills it."""
 
     def __init__(self, config: ModelConfig, attention: str = "sdpa"):
         super().__init__()
-        if config.parts.position == "rope" and config.head_dim % 2:
+        if config.architecture.position_encoding == "rope" and config.head_dim % 2:
             raise ValueError(f"head_dim {config.head_dim} is odd, but RoPE turns pairs; "
                              f"try {config.head_dim + 1}")
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.width)
-        if config.parts.position == "learned":
+        if config.architecture.position_encoding == "learned":
             self.positions = nn.Embedding(config.context, config.width)
-        self.embed_norm = make_norm(config) if config.parts.embed_norm else None
-        self.blocks = nn.ModuleList(Block(config, layer, attention) for layer in range(config.layers))
+        self.embed_norm = make_norm(config) if config.architecture.embed_norm else None
+        self.blocks = nn.ModuleList(DecoderBlock(config, layer, attention) for layer in range(config.layers))
         self.norm = make_norm(config)
         self.head = nn.Linear(config.width, config.vocab, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
 
     def forward(self, tokens: torch.Tensor, positions=None, cache=None) -> torch.Tensor:
-        """Logits (B, T, V) for `tokens` (B, T); arguments as in `hidden`."""
-        return self.head(self.hidden(tokens, positions, cache))           # (B, T, V)
+        """Logits (B, T, V) for `tokens` (B, T); the arguments are those of `hidden_states`."""
+        return self.head(self.hidden_states(tokens, positions, cache))           # (B, T, V)
 
-    def hidden(self, tokens: torch.Tensor, positions=None, cache=None) -> torch.Tensor:
-        """What the head reads, after the final norm: (B, T, C) for `tokens` (B, T).
+    def hidden_states(self, tokens: torch.Tensor, positions=None, cache=None) -> torch.Tensor:
+        """The last hidden states, after the final norm: (B, T, C) for `tokens` (B, T).
 
-        `positions` (T,) or (B, T) are the tokens' places in their sequences, 0..T-1 where not given. `cache`,
-        where given, holds the earlier tokens and attends for every layer; without it attention is plainly
-        causal. ALiBi knows no positions: it counts the keys between.
+        `positions` (T,) or (B, T) are the tokens' positions in their sequences, by default 0..T-1. A KV
+        `cache` holds the earlier tokens and computes attention for every layer; without it attention is
+        causal over `tokens`. ALiBi does not use positions: it counts the keys between.
         """
-        positions = self.places(tokens) if positions is None else positions
-        return self.layers(self.start(tokens, positions), positions, cache)
+        positions = self.default_positions(tokens) if positions is None else positions
+        return self.blocks_and_norm(self.embed_tokens(tokens, positions), positions, cache)
 
-    def start(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The first block's input: (B, T, C)."""
+    def embed_tokens(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The input of the first block (B, T, C): token embeddings, with learned positions and norm."""
         x = self.embed(tokens)                                            # (B, T, C)
-        if self.config.parts.position == "learned":
+        if self.config.architecture.position_encoding == "learned":
             x = x + self.positions(positions)                             # (B, T, C)
         return x if self.embed_norm is None else self.embed_norm(x)
 
-    def layers(self, x: torch.Tensor, positions: torch.Tensor, cache=None) -> torch.Tensor:
-        """What the blocks and the final norm make of `x` (B, T, C), at `positions`: (B, T, C)."""
-        rope = self.angles(positions, x.dtype)
+    def blocks_and_norm(self, x: torch.Tensor, positions: torch.Tensor, cache=None) -> torch.Tensor:
+        """Apply all blocks and the final norm to `x` (B, T, C) at `positions`: (B, T, C)."""
+        rope = self.rope_cos_sin(positions, x.dtype)
         for block in self.blocks:
             x = block(x, rope, cache)                                     # (B, T, C)
         return self.norm(x)
 
-    def angles(self, positions: torch.Tensor, dtype: torch.dtype):
-        """RoPE's angles at `positions`, for all blocks; None where the family has no RoPE."""
-        return rope_angles(positions, self.config, dtype) if self.config.parts.position == "rope" else None
+    def rope_cos_sin(self, positions: torch.Tensor, dtype: torch.dtype):
+        """RoPE's cos and sin at `positions`, for all blocks; None where the family has no RoPE."""
+        has_rope = self.config.architecture.position_encoding == "rope"
+        return rope_cos_sin(positions, self.config, dtype) if has_rope else None
 
-    def places(self, tokens: torch.Tensor) -> torch.Tensor:
-        """0..T-1 for `tokens` (B, T). Raises ValueError past the model's context."""
+    def default_positions(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The positions 0..T-1 of `tokens` (B, T). Raises ValueError past the model's context."""
         T = tokens.shape[-1]
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the model's context of {self.config.context}; "

@@ -16,10 +16,10 @@ from torch import nn
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh, MeshAxis
-from nanoinfra.formulas.pipeline import split
+from nanoinfra.formulas.pipeline import split_layers_into_chunks
 from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import Read, empty
+from nanoinfra.model.weights.fill_model import ReadParameter, decoder_on_meta_device
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.pipeline.stage import cut_to_pipeline_chunk
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel, replace_parameters
@@ -51,7 +51,7 @@ class ParallelChunk:
     `param_shards`; nothing updates the `frozen_params`.
     """
 
-    def __init__(self, model: Decoder, mesh: Mesh, config: ParallelConfig, read: Read):
+    def __init__(self, model: Decoder, mesh: Mesh, config: ParallelConfig, read: ReadParameter):
         self.model, self.zero_stage = model, config.zero_stage
         for name in config.frozen_names & dict(model.named_parameters()).keys():
             model.get_parameter(name).requires_grad_(False)
@@ -85,7 +85,7 @@ class ParallelChunk:
                       num_valid_tokens: int) -> torch.Tensor:
         """The layers' output for hidden states `x` at `positions` (T,); on the last chunk the loss, ()."""
         self.tensor_parallel.region.set_seq_len(len(positions))
-        x = self.model.layers(x, positions)
+        x = self.model.blocks_and_norm(x, positions)
         return self.loss_head(x, targets, num_valid_tokens) if self.loss_head else x
 
     def finish_grad_sync(self) -> dict[str, torch.Tensor]:
@@ -104,11 +104,12 @@ class ParallelChunk:
 class ParallelModel:
     """All of the model that one rank trains: its pipeline stage's chunks, with all parallelism applied."""
 
-    def __init__(self, model_config: ModelConfig, mesh: Mesh, config: ParallelConfig, read: Read):
+    def __init__(self, model_config: ModelConfig, mesh: Mesh, config: ParallelConfig, read: ReadParameter):
         self.mesh, self.config = mesh, config
         p, n = mesh.pp.size, mesh.pp.size * config.virtual_stages
-        layers = split(model_config, n, model_config.context)
-        models = [cut_to_pipeline_chunk(empty(model_config, config.attention).train(), *layers[i],
+        layers = split_layers_into_chunks(model_config, n, model_config.context)
+        models = [cut_to_pipeline_chunk(decoder_on_meta_device(model_config, config.attention).train(),
+                                        *layers[i],
                                         is_last_chunk=i == n - 1) for i in range(mesh.pp.rank, n, p)]
         self.chunks = [ParallelChunk(model, mesh, config, read) for model in models]
         is_tied = model_config.tied and p > 1
@@ -163,7 +164,7 @@ class ParallelModel:
         return {name: tensor for chunk in self.chunks for name, tensor in getattr(chunk, attribute).items()}
 
 
-def parallelize_for_serving(model: Decoder, mesh: Mesh, read: Read, dtype: torch.dtype) -> Decoder:
+def parallelize_for_serving(model: Decoder, mesh: Mesh, read: ReadParameter, dtype: torch.dtype) -> Decoder:
     """Shard `model`, which comes without storage, over `mesh.tp` and read its weights, for generation."""
     tp = TensorParallel(model, mesh)
 

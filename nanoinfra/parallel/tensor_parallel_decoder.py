@@ -16,14 +16,14 @@ from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.tensor_parallel import (
     SEQUENCE_PARALLEL_MODES,
-    boxes,
-    check_heads,
-    copies,
-    cut_dim,
-    partial,
+    check_tp_fits_model,
+    has_partial_grad,
+    kv_head_replicas,
+    shard_bounds_by_parameter,
+    tp_sharded_dim,
 )
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import Read
+from nanoinfra.model.weights.fill_model import ReadParameter
 from nanoinfra.parallel.sequence_parallel import SequenceParallelPositionEmbedding, SequenceParallelRegion
 from nanoinfra.parallel.tensor_parallel import RowParallelLinear, TensorParallelRegion
 from nanoinfra.parallel.vocab_parallel import ParallelLMHead, VocabParallelEmbedding
@@ -44,9 +44,9 @@ class TensorParallel:
             raise ValueError(f"sequence parallelism is one of {', '.join(SEQUENCE_PARALLEL_MODES)}, "
                              f"not {sp!r}")
         config, self.axis = model.config, mesh.tp
-        check_heads(config, self.axis.size)
-        self.shard_bounds_by_parameter = boxes(config, self.axis.size, self.axis.rank)
-        self.kv_replica_axis = mesh.subgroup_of_size("tp", copies(config, self.axis.size))
+        check_tp_fits_model(config, self.axis.size)
+        self.shard_bounds_by_parameter = shard_bounds_by_parameter(config, self.axis.size, self.axis.rank)
+        self.kv_replica_axis = mesh.subgroup_of_size("tp", kv_head_replicas(config, self.axis.size))
         if sp == "none":
             self.region = TensorParallelRegion(self.axis)
         else:
@@ -56,11 +56,11 @@ class TensorParallel:
         for block in model.blocks:
             self._replace_linears(block)
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        self._partial_grad_names = [name for name in trained if partial(name, sp)]
+        self._partial_grad_names = [name for name in trained if has_partial_grad(name, sp)]
         self._replicated_kv_names = [name for name in trained if self.kv_replica_axis.size > 1
                                      and _module_name(name) in ("k", "v")]
 
-    def read_shard(self, read: Read, param_name: str, device: str,
+    def read_shard(self, read: ReadParameter, param_name: str, device: str,
                    dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Read only this rank's shard of a parameter, onto `device`."""
         shard = tuple(slice(*bounds) for bounds in self.shard_bounds_by_parameter[param_name])
@@ -76,7 +76,7 @@ class TensorParallel:
         """Whether this rank's gradient counts in the norm: of ranks that hold the same shard, one does."""
         if _module_name(param_name) in ("k", "v"):
             return self.kv_replica_axis.rank == 0
-        return cut_dim(param_name) is not None or self.axis.rank == 0
+        return tp_sharded_dim(param_name) is not None or self.axis.rank == 0
 
     def _replace_embedding_and_head(self, model, vocab_start):
         """A pipeline chunk may have only one of them, or neither."""
@@ -93,10 +93,10 @@ class TensorParallel:
     def _replace_linears(self, block):
         attn, mlp = block.attn, block.mlp
         heads = attn.o.weight.shape[1] // attn.head_dim
-        attn.read = mlp.read = self.region.column_parallel_linear
+        attn.in_proj = mlp.in_proj = self.region.column_parallel_linear
         attn.o, mlp.down = RowParallelLinear(attn.o, self.region), RowParallelLinear(mlp.down, self.region)
-        if slopes := attn.mask.slopes:                           # ALiBi's, one a query head
-            attn.mask = attn.mask._replace(slopes=slopes[self.axis.rank * heads:][:heads])
+        if slopes := attn.mask.alibi_slopes:                           # ALiBi's, one a query head
+            attn.mask = attn.mask._replace(alibi_slopes=slopes[self.axis.rank * heads:][:heads])
 
     def _shard_of(self, name, p):
         if not p.is_meta:

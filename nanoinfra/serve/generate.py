@@ -11,10 +11,10 @@ import torch
 
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.model.attention import CAUSAL, Mask, naive, sdpa
+from nanoinfra.model.attention import CAUSAL_MASK, AttentionMask, naive_attention, sdpa_attention
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.tokenizer import Text, render_chat
-from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.model.tokenizer import Tokenizer, apply_chat_template
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer
 from nanoinfra.serve.engine.requests import Request, SamplingParams, check_request
@@ -34,7 +34,7 @@ def generate(model: Decoder, prompt_token_ids: list[int], max_new_tokens: int, *
     """
     params = SamplingParams(temperature, top_k, top_p, seed=seed)
     request = Request("", prompt_token_ids, params, max_new_tokens)
-    check_request(request, model.config.cached_context, model.config.vocab)
+    check_request(request, model.config.max_cacheable_seq_len, model.config.vocab)
     return _generate(model, prompt_token_ids, max_new_tokens, Sampler(params, seed), frozenset(eos_token_ids))
 
 
@@ -46,7 +46,7 @@ def _generate(model, prompt_token_ids, max_new_tokens, sampler, eos_token_ids):
     new = list(prompt_token_ids)
     for _ in range(max_new_tokens):
         positions = torch.arange(cache.length, cache.length + len(new), device=device)
-        hidden = model.hidden(torch.tensor([new], device=device), positions, cache)     # (1, T, C)
+        hidden = model.hidden_states(torch.tensor([new], device=device), positions, cache)     # (1, T, C)
         cache.length += len(new)
         token = sampler.sample_next_token(model.head(hidden[0, -1]))                    # of (V,) logits
         if token in eos_token_ids:
@@ -67,7 +67,7 @@ class KVCache:
         self.length = 0
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               mask: Mask = CAUSAL) -> torch.Tensor:
+               mask: AttentionMask = CAUSAL_MASK) -> torch.Tensor:
         """Store `k`, `v` (B, KV, T, K); attend with `q` to all keys so far, as `mask` says: (B, H, T, K)."""
         (B, KV, T, K), end = k.shape, self.length + k.shape[2]
         if end > self.capacity:
@@ -76,7 +76,7 @@ class KVCache:
             self.layers[layer] = k.new_empty(2, B, KV, self.capacity, K)
         keys, values = self.layers[layer]                                 # (B, KV, capacity, K) each
         keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
-        core = naive if T == 1 else sdpa  # for one query two matrix products beat the fused kernel on CPU
+        core = naive_attention if T == 1 else sdpa_attention    # for one query sdpa is slower on CPU
         return core(q, keys[:, :, :end], values[:, :, :end], mask)
 
 
@@ -87,22 +87,24 @@ def main(options: GenerateOptions, write: Callable[[str], object] | None = None)
         raise ValueError(f"--tp {options.tp}: a model is cut over at least 1 rank; leave it out")
     mesh = Mesh(tp=options.tp)
     weights = open_pretrained_weights(options.model, mesh.world)
-    tokenizer, dtype = weights.text, getattr(torch, options.dtype)
-    model = parallelize_for_serving(empty(weights.config), mesh, weights.read, dtype)
+    tokenizer, dtype = weights.tokenizer, getattr(torch, options.dtype)
+    model = parallelize_for_serving(decoder_on_meta_device(weights.config), mesh, weights.read_parameter,
+                                    dtype)
     write = write or _to_stdout if mesh.rank == 0 else _nowhere               # all ranks have the same tokens
-    prompt_token_ids = _encode_prompt(options, tokenizer, weights.template)
+    prompt_token_ids = _encode_prompt(options, tokenizer, weights.chat_template)
     for piece in stream_text(model, tokenizer, prompt_token_ids, options):
         write(piece)
     write("\n")
     return 0
 
 
-def stream_text(model: Decoder, tokenizer: Text, prompt_token_ids: list[int],
+def stream_text(model: Decoder, tokenizer: Tokenizer, prompt_token_ids: list[int],
                 options: GenerateOptions) -> Iterator[str]:
     """Generate the continuation of a prompt and yield its text piece by piece."""
     detokenizer = IncrementalDetokenizer(tokenizer)
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    for token in generate(model, prompt_token_ids, options.max_new_tokens, eos_token_ids=tokenizer.ends,
+    for token in generate(model, prompt_token_ids, options.max_new_tokens,
+                          eos_token_ids=tokenizer.eos_token_ids,
                           **sampling):
         yield detokenizer.push_token(token)
     yield detokenizer.flush()
@@ -117,7 +119,7 @@ def _encode_prompt(options, tokenizer, chat_template):
     if chat_template is None:
         raise ValueError(f"{options.model} has no chat template; leave out --chat")
     messages = [{"role": "user", "content": options.prompt}]
-    return tokenizer.encode(render_chat(chat_template, messages, tokenizer), begin=False)
+    return tokenizer.encode(apply_chat_template(chat_template, messages, tokenizer), add_special_tokens=False)
 
 
 def _nowhere(piece):

@@ -12,11 +12,11 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
-from nanoinfra.config import SIZES
+from nanoinfra.config import MODEL_SIZES
 from nanoinfra.data.token_cache import check_cache_writable
 from nanoinfra.distributed.mesh_check import check_mesh_size
-from nanoinfra.formulas.pipeline import split
-from nanoinfra.formulas.tensor_parallel import check_heads
+from nanoinfra.formulas.pipeline import split_layers_into_chunks
+from nanoinfra.formulas.tensor_parallel import check_tp_fits_model
 from nanoinfra.parallel.pipeline import schedules
 
 _T = TypeVar("T")
@@ -231,19 +231,19 @@ def _check_pipeline(flags, dp):
                          "those; use --recompute none, or --schedule 1f1b")
     _, m = global_batch_and_num_micro_batches(flags.data, dp)
     schedules.check_schedule_config(kind, pp, m, v)
-    if flags.model.model in SIZES:
-        split(SIZES[flags.model.model].model, pp * v, flags.data.seq or 1)
+    if flags.model.model in MODEL_SIZES:
+        split_layers_into_chunks(MODEL_SIZES[flags.model.model].config, pp * v, flags.data.seq or 1)
 
 
 def _check_model(flags, tp):
-    if flags.model in SIZES:
-        check_heads(SIZES[flags.model].model, tp)
+    if flags.model in MODEL_SIZES:
+        check_tp_fits_model(MODEL_SIZES[flags.model].config, tp)
         return
     if flags.model != "smollm2-135m" and not Path(flags.model).exists():
-        close = get_close_matches(flags.model, [*SIZES, "smollm2-135m"], n=1)
+        close = get_close_matches(flags.model, [*MODEL_SIZES, "smollm2-135m"], n=1)
         meant = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"--model {flags.model!r} is neither a size ({', '.join(SIZES)}), nor smollm2-135m, "
-                         f"nor a folder or .gguf file that is there{meant}")
+        raise ValueError(f"--model {flags.model!r} is neither a size ({', '.join(MODEL_SIZES)}), nor "
+                         f"smollm2-135m, nor a folder or .gguf file that is there{meant}")
     if flags.vocab or flags.untied:
         raise ValueError(f"--vocab and --untied shape a model that is drawn; {flags.model} has its shape "
                          "already: leave them out")
@@ -251,7 +251,7 @@ def _check_model(flags, tp):
 
 def peak_learning_rate(flags: TrainFlags) -> float:
     """Return --lr; by default the size's own rate, or 1e-4 when --model names weights."""
-    size = SIZES.get(flags.model.model)
+    size = MODEL_SIZES.get(flags.model.model)
     usual = size.lr if size else _FINE_TUNING_LR
     return usual if flags.optimizer.lr is None else flags.optimizer.lr
 

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from math import prod
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.parameters import shapes
-from nanoinfra.formulas.pipeline import chunk_names
+from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.formulas.pipeline import chunk_parameter_names
 
 
 def frozen_parameter_names(patterns: Iterable[str], config: ModelConfig,
@@ -21,12 +21,12 @@ def frozen_parameter_names(patterns: Iterable[str], config: ModelConfig,
     """
     found = set()
     for pattern in patterns:
-        names = {name for name in shapes(config) if fnmatchcase(name, pattern)}
+        names = {name for name in parameter_shapes(config) if fnmatchcase(name, pattern)}
         if not names:
-            some = ", ".join(dict.fromkeys(_abbreviated(name) for name in shapes(config)))
+            some = ", ".join(dict.fromkeys(_abbreviated(name) for name in parameter_shapes(config)))
             raise ValueError(f"--freeze {pattern!r} is no parameter's name; they are {some}")
         found |= names
-    for i, names in enumerate(chunk_names(config, num_chunks, config.context) if found else ()):
+    for i, names in enumerate(chunk_parameter_names(config, num_chunks, config.context) if found else ()):
         if found.issuperset(names):
             where = f"chunk {i} of the pipeline's {num_chunks}" if num_chunks > 1 else "this model"
             raise ValueError(f"--freeze leaves nothing to train in {where} ({len(names)} parameters, all "
@@ -37,7 +37,7 @@ def frozen_parameter_names(patterns: Iterable[str], config: ModelConfig,
 def trainable_parameter_count(patterns: Iterable[str], config: ModelConfig) -> int:
     """Count the numbers in the parameters that `patterns` leave trainable."""
     frozen = frozen_parameter_names(patterns, config)
-    return sum(prod(shape) for name, shape in shapes(config).items() if name not in frozen)
+    return sum(prod(shape) for name, shape in parameter_shapes(config).items() if name not in frozen)
 
 
 def _abbreviated(name):

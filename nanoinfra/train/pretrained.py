@@ -11,15 +11,19 @@ from pathlib import Path
 import torch
 
 from nanoinfra.distributed.mesh import MeshAxis, single_rank_axis
-from nanoinfra.formulas.parameters import block_shapes, shapes
+from nanoinfra.formulas.parameters import block_parameter_shapes, parameter_shapes
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.tokenizer import Text
-from nanoinfra.model.weights.fill_model import Weights, filled
-from nanoinfra.model.weights.hugging_face.tokenizer_files import copy_text, open_text, write_text
-from nanoinfra.model.weights.hugging_face.weights import write_hf
+from nanoinfra.model.tokenizer import Tokenizer
+from nanoinfra.model.weights.fill_model import PretrainedWeights, build_filled_decoder
+from nanoinfra.model.weights.hugging_face.tokenizer_files import (
+    copy_tokenizer_files,
+    open_hf_tokenizer,
+    write_tokenizer_files,
+)
+from nanoinfra.model.weights.hugging_face.weights import write_hf_folder
 from nanoinfra.model.weights.json_files import read_json
-from nanoinfra.model.weights.load import open_weights
-from nanoinfra.model.weights.tensor_sources import bounds
+from nanoinfra.model.weights.load import open_model_weights
+from nanoinfra.model.weights.tensor_sources import resolve_slices
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.checkpoint.manifest import read_manifest
 from nanoinfra.train.checkpoint.tensor_shards import TensorShard
@@ -27,28 +31,30 @@ from nanoinfra.train.run_directory.ownership import read_model_config
 
 
 def load_pretrained(name_or_path: str | Path, dtype: torch.dtype = torch.float32,
-                    attention: str = "sdpa") -> tuple[Decoder, Text | None, str | None]:
+                    attention: str = "sdpa") -> tuple[Decoder, Tokenizer | None, str | None]:
     """Load model, tokenizer and chat template of a run directory, a model folder or file, or a known name.
 
     Raises ValueError when `name_or_path` is none of them.
     """
     weights = open_pretrained_weights(name_or_path)
-    return filled(weights.config, attention, dtype, weights.read), weights.text, weights.template
+    model = build_filled_decoder(weights.config, attention, dtype, weights.read_parameter)
+    return model, weights.tokenizer, weights.chat_template
 
 
-def open_pretrained_weights(name_or_path: str | Path, axis: MeshAxis | None = None) -> Weights:
+def open_pretrained_weights(name_or_path: str | Path, axis: MeshAxis | None = None) -> PretrainedWeights:
     """Open the weights of a run directory or of what `open_weights` opens, to be read whole or in slices.
 
     Every rank of `axis` calls it; its first rank verifies the checkpoint of a run directory.
     """
     is_run = "nanoinfra" in read_json(Path(name_or_path) / "config.json")
-    return open_run_weights(name_or_path, axis) if is_run else open_weights(name_or_path)
+    return open_run_weights(name_or_path, axis) if is_run else open_model_weights(name_or_path)
 
 
-def open_run_weights(folder: str | Path, axis: MeshAxis | None = None) -> Weights:
+def open_run_weights(folder: str | Path, axis: MeshAxis | None = None) -> PretrainedWeights:
     """Open the newest weights of a run directory. Raises ValueError when it has no good checkpoint."""
     folder = Path(folder)
-    return Weights(*_newest(folder, axis), *open_text(folder / "tokenizer"), folder / "tokenizer")
+    return PretrainedWeights(*_newest(folder, axis), *open_hf_tokenizer(folder / "tokenizer"),
+                             folder / "tokenizer")
 
 
 def export_to_hugging_face(run: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -57,30 +63,31 @@ def export_to_hugging_face(run: str | Path, folder: str | Path, dtype: torch.dty
     Whatever mesh and ZeRO stage wrote it, no more is held at a time than a block, or the embedding.
     """
     config, read = _newest(Path(run))
-    block = sum(prod(shape) for shape in block_shapes(config).values()) * dtype.itemsize
-    write_hf(config, read, dtype, folder, Path(run) / "tokenizer", shard_bytes=block)
+    block = sum(prod(shape) for shape in block_parameter_shapes(config).values()) * dtype.itemsize
+    write_hf_folder(config, read, dtype, folder, Path(run) / "tokenizer", shard_bytes=block)
 
 
-def save_pretrained_tokenizer(weights: Weights, folder: str | Path) -> None:
+def save_pretrained_tokenizer(weights: PretrainedWeights, folder: str | Path) -> None:
     """Write the tokenizer and chat template of `weights` into `folder`, for a run that starts from them."""
-    if weights.files is not None:
-        copy_text(weights.files, folder, config=True)
-    elif weights.text is not None:
-        write_text(weights.text, weights.template, folder)
+    if weights.tokenizer_folder is not None:
+        copy_tokenizer_files(weights.tokenizer_folder, folder, include_config=True)
+    elif weights.tokenizer is not None:
+        write_tokenizer_files(weights.tokenizer, weights.chat_template, folder)
 
 
 def _newest(folder, axis=None):
     """The model configuration, and a function that reads parameters from the newest good checkpoint."""
     config = read_model_config(folder)
-    step = checkpoint.find_newest_checkpoint_on_all_ranks(folder / "checkpoints", axis or single_rank_axis("world"),
+    step = checkpoint.find_newest_checkpoint_on_all_ranks(folder / "checkpoints",
+                                                          axis or single_rank_axis("world"),
                                                           warn=lambda text: print(text, file=sys.stderr))
     if step is None:
         raise ValueError(f"no good checkpoint in {folder / 'checkpoints'}; train with --out {folder} first")
-    manifest, every = read_manifest(step), shapes(config)
+    manifest, every = read_manifest(step), parameter_shapes(config)
 
     def read(name, box=()):
         piece = TensorShard.of_whole_tensor(name, every[name])
-        for dim, part in enumerate(bounds(name, every[name], box)):
+        for dim, part in enumerate(resolve_slices(name, every[name], box)):
             piece = piece.slice_dim(dim, part.start, part.stop)
         return next(checkpoint.load_shards(step, [piece], manifest))[1]
     return config, read

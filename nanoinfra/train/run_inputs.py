@@ -6,14 +6,14 @@ Rank 0 builds the caches, then the other ranks read them.
 import sys
 from dataclasses import dataclass
 
-from nanoinfra.config import SIZES, ModelConfig, sized
+from nanoinfra.config import MODEL_SIZES, ModelConfig, config_for_size
 from nanoinfra.data.data_summary import data_warnings, describe_data
 from nanoinfra.data.loader import HeldOutSet
 from nanoinfra.data.token_datasets import PackedDataset, RandomTokenDataset, open_dataset
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed import comm
-from nanoinfra.formulas.tensor_parallel import check_heads
-from nanoinfra.model.weights.fill_model import Read, Weights
+from nanoinfra.formulas.tensor_parallel import check_tp_fits_model
+from nanoinfra.model.weights.fill_model import PretrainedWeights, ReadParameter
 from nanoinfra.train.config import TrainFlags, global_batch_and_num_micro_batches
 from nanoinfra.train.launch.memory_check import check_memory_fits, replace_flags
 from nanoinfra.train.pretrained import open_pretrained_weights
@@ -28,20 +28,21 @@ class RunInputs:
     seq_len: int
     held_out: HeldOutSet | None
     model_config: ModelConfig
-    pretrained_weights: Weights | None                  # to start from; None: weights are drawn
+    pretrained_weights: PretrainedWeights | None                  # to start from; None: weights are drawn
     data_identity: dict                           # must be the same when the run resumes
 
     @property
-    def read_initial_weights(self) -> Read | None:
+    def read_initial_weights(self) -> ReadParameter | None:
         """How to read the weights to start from; None when they are drawn."""
-        return self.pretrained_weights and self.pretrained_weights.read
+        return self.pretrained_weights and self.pretrained_weights.read_parameter
 
 
 def open_run_inputs(flags: TrainFlags, mesh) -> RunInputs:
     """Open weights, corpus and tokenizer. Raises ValueError on every rank when one of them cannot be used."""
-    weights = None if flags.model.model in SIZES else open_pretrained_weights(flags.model.model, mesh.world)
-    size = weights.config if weights else SIZES[flags.model.model].model
-    check_heads(size, mesh.tp.size)
+    weights = None if flags.model.model in MODEL_SIZES else open_pretrained_weights(flags.model.model,
+                                                                                    mesh.world)
+    size = weights.config if weights else MODEL_SIZES[flags.model.model].config
+    check_tp_fits_model(size, mesh.tp.size)
     seq = flags.data.seq or min(size.context, _MAX_DEFAULT_SEQ_LEN if weights else size.context)
     if weights:
         check_memory_fits(replace_flags(flags, seq=seq), mesh.world.size, size)
@@ -84,23 +85,23 @@ def _say(flags, mesh, source, seq):
 def _tokenizer(flags, weights):
     """The tokenizer that came with the weights. Raises ValueError when there is none, or it does not fit."""
     name, vocab = flags.model.model, weights.config.vocab
-    text = weights.text
+    text = weights.tokenizer
     if text is None:
         raise ValueError(f"{name} holds no tokenizer to read --data with; copy the files of the one it was "
                          "trained with into it, or try --data random")
-    token, last = max(text.backend.get_vocab().items(), key=lambda entry: entry[1])
+    token, last = max(text.backend_tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     if last >= vocab:
         raise ValueError(f"the tokenizer of {name} goes up to {last} ({token!r}), but the model knows ids "
                          f"below {vocab} alone; take the tokenizer that it was trained with")
-    names = (text.backend.id_to_token(i) for i in sorted(text.ends))
-    return BPETokenizer(text.backend, text.eos or next(filter(None, names), ""))
+    names = (text.backend_tokenizer.id_to_token(i) for i in sorted(text.eos_token_ids))
+    return BPETokenizer(text.backend_tokenizer, text.eos_token or next(filter(None, names), ""))
 
 
 def _config(flags, source, size, seq, weights):
     if weights:
         return weights.config
     vocab = source.tokenizer.vocab_size if source.tokenizer else source.vocab_size
-    return sized(flags.model.model, vocab, seq, False if flags.model.untied else None)
+    return config_for_size(flags.model.model, vocab, seq, False if flags.model.untied else None)
 
 
 def _first_on_rank_0(mesh, work):

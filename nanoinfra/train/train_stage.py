@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.parameters import shapes
-from nanoinfra.model.init import draw
-from nanoinfra.model.weights.fill_model import Read
+from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.model.initialization import draw_initial_tensor
+from nanoinfra.model.weights.fill_model import ReadParameter
 from nanoinfra.parallel.parallelize import ParallelConfig, ParallelModel
 from nanoinfra.parallel.pipeline import schedules
 from nanoinfra.parallel.pipeline.stage import PipelineStage
@@ -38,9 +38,9 @@ class TrainStage(PipelineStage):
     """
 
     def __init__(self, config: ModelConfig, flags: TrainFlags, mesh,
-                 read_parameter: Read | None = None):
+                 read_parameter: ReadParameter | None = None):
         self.mesh = mesh
-        self.full_shapes, self.width = shapes(config), config.width
+        self.full_shapes, self.width = parameter_shapes(config), config.width
         self.schedule_name, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual_stages
         dtype = getattr(torch, flags.model.dtype)
         self.parallel_model = ParallelModel(config, mesh, parallel_config_from_flags(flags, config),
@@ -60,7 +60,8 @@ class TrainStage(PipelineStage):
     def build_step_schedule(self, num_micro_batches: int) -> list:
         """This rank's instructions for one step of `num_micro_batches` micro-batches."""
         pp = self.mesh.pp
-        return schedules.build_pipeline_schedule(self.schedule_name, pp.size, num_micro_batches, self.virtual)[pp.rank]
+        return schedules.build_pipeline_schedule(self.schedule_name, pp.size, num_micro_batches,
+                                                 self.virtual)[pp.rank]
 
     def begin_step(self, micro_batches: list, num_valid_tokens: int, lr: float = 0.0) -> None:
         """Begin a step on `micro_batches` [(x (B, T), y (B, T))], with the valid tokens of all ranks."""
@@ -74,12 +75,13 @@ class TrainStage(PipelineStage):
     def embed_input(self, micro: int) -> torch.Tensor:
         """Embed the tokens of micro-batch number `micro`."""
         model, x = self.parallel_model.chunks[0].model, self.micro_batches[micro][0].to(self.device)
-        return model.start(x, model.places(x))
+        return model.embed_tokens(x, model.default_positions(x))
 
     def forward_chunk(self, chunk: int, x: torch.Tensor, micro: int) -> torch.Tensor:
         """Run one chunk of the layers; the last chunk returns this rank's share of the step's loss."""
         part, (tokens, targets) = self.parallel_model.chunks[chunk], self.micro_batches[micro]
-        y = part.forward_chunk(x, part.model.places(tokens).to(self.device), targets.to(self.device),
+        y = part.forward_chunk(x, part.model.default_positions(tokens).to(self.device),
+                               targets.to(self.device),
                                self.num_valid_tokens)
         if part.loss_head:
             self.loss += y.detach().cpu()
@@ -184,7 +186,7 @@ def parallel_config_from_flags(flags: TrainFlags, config: ModelConfig) -> Parall
                 flags.pipeline.virtual_stages, flags.model.attention, frozen)
 
 
-def initial_weights_reader(config: ModelConfig, seed: int) -> Read:
+def initial_weights_reader(config: ModelConfig, seed: int) -> ReadParameter:
     """Return read(name, slices) -> those slices of the float32 initial weights, drawn from seed and name."""
-    full_shapes = shapes(config)
-    return lambda name, slices: draw(name, full_shapes[name], config.layers, seed)[slices]
+    full_shapes = parameter_shapes(config)
+    return lambda name, slices: draw_initial_tensor(name, full_shapes[name], config.layers, seed)[slices]

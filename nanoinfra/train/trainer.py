@@ -17,7 +17,7 @@ from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.host_memory import peak_rss_bytes
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.formulas.parameters import parameters
+from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.train import metrics
 from nanoinfra.train.config import (
     TrainFlags,
@@ -49,7 +49,8 @@ def train(flags: TrainFlags) -> list[dict]:
     check_train_flags(flags, world_size())
     check_memory_fits(flags, world_size())
     links = parse_emulated_links(flags.mesh.emulate_link)
-    mesh = Mesh(**mesh_axis_sizes(flags.mesh, world_size()), emulated_links=links or None, device=flags.mesh.device,
+    mesh = Mesh(**mesh_axis_sizes(flags.mesh, world_size()), emulated_links=links or None,
+                device=flags.mesh.device,
                 timeout=flags.run.timeout)
     set_torch_threads(flags.mesh.threads)
     with RunDirectory(flags.run, mesh) as folder:
@@ -168,7 +169,7 @@ class TrainingRun:
                  "elapsed": self.elapsed_seconds,
                  "lr": self.stage.lr, "next_lr": self.next_learning_rate(),
                  "model": self.inputs.model_config.to_dict(), "flags": flags_to_dict(self.flags)}
-        n, size = self.mesh.world.size, parameters(self.inputs.model_config)
+        n, size = self.mesh.world.size, parameter_count(self.inputs.model_config)
         with self._off_the_clock():
             self._check_weights()
             self.run_directory.save_checkpoint(self.step, self.stage, state, self.flags.run.keep_checkpoints)
@@ -223,7 +224,7 @@ class TrainingRun:
         going_on = f", going on after step {self.step}" if self.step else ""
         freeze = self.flags.model.freeze
         trained = f" ({trainable_parameter_count(freeze, config):,} of them trained)" if freeze else ""
-        print(f"{self.flags.model.model}: {parameters(config):,} parameters{trained}, "
+        print(f"{self.flags.model.model}: {parameter_count(config):,} parameters{trained}, "
               f"{self.flags.model.dtype}, {self.mesh}{parallel}; "
               f"{G} x {self.inputs.seq_len} tokens a step in {m} micro-batches a rank; "
               f"{memory}; "

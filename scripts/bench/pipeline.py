@@ -32,9 +32,9 @@ from zero import ADAMW  # noqa: E402
 
 from nanoinfra.distributed.mesh import Mesh  # noqa: E402
 from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
-from nanoinfra.formulas.parameters import parameters, shapes  # noqa: E402
-from nanoinfra.formulas.pipeline import sent_bytes, split  # noqa: E402
-from nanoinfra.model.init import draw  # noqa: E402
+from nanoinfra.formulas.parameters import parameter_count, parameter_shapes  # noqa: E402
+from nanoinfra.formulas.pipeline import pipeline_sent_bytes_per_stage, split_layers_into_chunks  # noqa: E402
+from nanoinfra.model.initialization import draw_initial_tensor  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.step import execute_schedule  # noqa: E402
 from nanoinfra.train.train_stage import TrainStage  # noqa: E402
@@ -63,7 +63,7 @@ class PeerSide:
 
     def __init__(self, m, dtype=torch.bfloat16):
         self.rank, self.m = torch.distributed.get_rank(), m
-        start, stop = split(CONFIG, P, T)[self.rank]
+        start, stop = split_layers_into_chunks(CONFIG, P, T)[self.rank]
         self.model = PeerStage(start, stop).to(dtype)
         self.names = {name: renamed()[name] for name in self.model.state_dict()}
         self.model.load_state_dict({theirs: first_weights(names) for theirs, names in self.names.items()})
@@ -139,8 +139,8 @@ class OurSide:
 
 def first_weights(names):
     """Ours; q, k and v in one."""
-    every = shapes(CONFIG)
-    return torch.cat([draw(name, every[name], L, seed=0) for name in names])
+    every = parameter_shapes(CONFIG)
+    return torch.cat([draw_initial_tensor(name, every[name], L, seed=0) for name in names])
 
 
 def draw_tokens(draws):
@@ -204,12 +204,12 @@ def bench(m, pairs, steps):
 def race(m, args):
     with RankPool(P, timeout=1800) as ranks:
         apart, sizes = zip(*ranks.run(same, m))
-        assert sum(sizes) == parameters(CONFIG)
+        assert sum(sizes) == parameter_count(CONFIG)
         print(f"\n{m} micro-batches: in float64 gradients at most {max(apart):.1e} apart", flush=True)
         results = ranks.run(bench, m, args.pairs, args.steps)
     result = summary(f"1F1B with {m} micro-batches against torch's", results[0][0], "tokens/s")
     result["gradients_apart"], result["wire"] = max(apart), {}
-    want = sent_bytes(CONFIG, P, m, B // m, T, 2)
+    want = pipeline_sent_bytes_per_stage(CONFIG, P, m, B // m, T, 2)
     for i, side in enumerate(("ours", "peer")):
         seen = [wires[i] for _, wires in results]
         sent = [sum(size for op, (_, size) in wire.items() if op.startswith("send")) for wire in seen]

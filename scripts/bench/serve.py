@@ -192,11 +192,11 @@ def main():
     import torch
 
     from nanoinfra.lab.measure import machine
-    from nanoinfra.model.weights.hugging_face.weights import write_hf
-    from nanoinfra.model.weights.load import open_weights
+    from nanoinfra.model.weights.hugging_face.weights import write_hf_folder
+    from nanoinfra.model.weights.load import open_model_weights
     if not (MODEL / "config.json").exists():
-        weights = open_weights("smollm2-135m")
-        write_hf(weights.config, weights.read, torch.bfloat16, MODEL)
+        weights = open_model_weights("smollm2-135m")
+        write_hf_folder(weights.config, weights.read_parameter, torch.bfloat16, MODEL)
     bandwidth, weights = memory_bandwidth(), 2 * 134_515_008
     peers = {"vllm": args.vllm} if args.vllm else {}
     results, mine = [], Side("ours", sys.executable)

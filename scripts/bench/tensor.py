@@ -39,9 +39,9 @@ from zero import draw as draw_tokens  # noqa: E402
 
 from nanoinfra.distributed.mesh import Mesh  # noqa: E402
 from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
-from nanoinfra.formulas.collectives import ring_bytes  # noqa: E402
-from nanoinfra.formulas.parameters import parameters, shapes  # noqa: E402
-from nanoinfra.model.init import draw  # noqa: E402
+from nanoinfra.formulas.collectives import ring_bytes_per_rank  # noqa: E402
+from nanoinfra.formulas.parameters import parameter_count, parameter_shapes  # noqa: E402
+from nanoinfra.model.initialization import draw_initial_tensor  # noqa: E402
 from nanoinfra.parallel.pipeline.schedules import Backward, Forward, ReduceGrads  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.loss import count_valid_tokens  # noqa: E402
@@ -93,7 +93,7 @@ def parallelized(mesh, sp, whole, dtype):
 
 def first_weights():
     """Our own, in the peer's names: its qkv has for each head the rows of q, k and v."""
-    ours = {name: draw(name, shape, L, seed=0) for name, shape in shapes(CONFIG).items()}
+    ours = {name: draw_initial_tensor(name, s, L, seed=0) for name, s in parameter_shapes(CONFIG).items()}
     return {theirs: torch.cat([ours[name].unflatten(0, (H, 1, -1)) for name in names], 1).flatten(0, 2)
             if len(names) > 1 else ours[names[0]] for theirs, names in renamed().items()}
 
@@ -101,7 +101,7 @@ def first_weights():
 def renamed():
     """{the peer's name: ours, or those of q, k and v}."""
     found = {}
-    for name in shapes(CONFIG):
+    for name in parameter_shapes(CONFIG):
         theirs = name.replace("attn.", "").replace("mlp.", "")
         for part in ("q", "k", "v"):
             theirs = theirs.replace(f".{part}.", ".qkv.")
@@ -204,7 +204,7 @@ def same(sp, whole):
     prepare()
     x, y = draw_tokens(torch.Generator().manual_seed(7))[:, :2]
     ours, peer = OurSide(sp, "float64"), PeerSide(sp != "none", whole, torch.float64)
-    assert sum(p.numel() for p in Peer().parameters()) == parameters(CONFIG)
+    assert sum(p.numel() for p in Peer().parameters()) == parameter_count(CONFIG)
     (want_loss, want), (got_loss, grads) = ours.gradients(x, y), peer.gradients(x, y)
     worst, norm = 0.0, torch.stack([w.norm() for w in want.values()]).norm()
     by_name = dict(zip(dict(peer.model.named_parameters()), grads))
@@ -271,7 +271,7 @@ def race(sp, args):
     result = summary(f"{name} against torch's DTensor", rates, "tokens/s")
     result["gradients_apart"], result["wire"] = apart, {}
     for side, seen in zip(("ours", "peer"), wires):
-        sent = int(sum(ring_bytes(op, payload, N) for (op, _), (_, payload) in seen.items()))
+        sent = int(sum(ring_bytes_per_rank(op, payload, N) for (op, _), (_, payload) in seen.items()))
         calls = [f"{calls} {op} {dtype} {size / 1e6:.2f} MB" for (op, dtype), (calls, size) in seen.items()]
         print(f"  {side} a step: {', '.join(calls)} (counted); "
               f"a rank sends {sent / 1e6:.2f} MB (modelled)", flush=True)

@@ -25,7 +25,7 @@ from paired import alternate, summary  # noqa: E402
 from nanoinfra.config import ModelConfig  # noqa: E402
 from nanoinfra.distributed.mesh import Mesh  # noqa: E402
 from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
-from nanoinfra.formulas.parameters import parameters  # noqa: E402
+from nanoinfra.formulas.parameters import parameter_count  # noqa: E402
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule  # noqa: E402
 from nanoinfra.train.config import ModelFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.loss import count_valid_tokens  # noqa: E402
@@ -66,7 +66,7 @@ class Plain(nn.Module):
 
 def peer_step(mesh):
     model = Plain()
-    assert sum(p.numel() for p in model.parameters()) == parameters(CONFIG)
+    assert sum(p.numel() for p in model.parameters()) == parameter_count(CONFIG)
     if mesh.data.size > 1:
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1,

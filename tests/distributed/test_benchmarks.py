@@ -5,7 +5,7 @@ import torch
 
 from nanoinfra.distributed.benchmarks import measure_matmul_flops_per_second, time_collective_by_payload
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.formulas.collectives import fit
+from nanoinfra.formulas.collectives import fit_latency_bandwidth
 
 WIRE = (4e-3, 1e8)                           # slow enough to be timed beside other work
 QUICK = ("nanoinfra.distributed.benchmarks", "_MAX_CALL_SECONDS", 0.1)
@@ -15,7 +15,7 @@ def fitted(axis, op):
     mesh = Mesh(**{axis: world_size()}, emulated_links={axis: WIRE})
     times = time_collective_by_payload(mesh, getattr(mesh, axis), op, rounds=5)
     middle = {size: sorted(seconds)[2] for size, seconds in times.items()}
-    return fit(op, world_size() if op == "all_reduce" else 2, middle)
+    return fit_latency_bandwidth(op, world_size() if op == "all_reduce" else 2, middle)
 
 
 @pytest.mark.timed

@@ -6,7 +6,7 @@ import torch
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.emulated_link import EmulatedLink
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.collectives import ring_collective_seconds
 
 WIRE = (10e-3, 1e6)                          # 10 ms, 1 MB/s: slow enough to be timed beside other work
 SLACK = 1.1
@@ -20,7 +20,7 @@ def pair(n):
 
 
 def seconds(op, n, x):
-    return ring_seconds(op, x.nbytes * (n if op == "all_gather" else 1), n, *WIRE)
+    return ring_collective_seconds(op, x.nbytes * (n if op == "all_gather" else 1), n, *WIRE)
 
 
 def sync(op, late):
@@ -116,4 +116,5 @@ def test_messages_arrive_when_the_formula_says(ranks):
 
 def test_seconds_are_the_formula():
     got = EmulatedLink(1e-3, 1e6).transfer_seconds("all_reduce", 4000, 4)
-    assert got == ring_seconds("all_reduce", 4000, 4, 1e-3, 1e6)
+    assert got == ring_collective_seconds("all_reduce", 4000, 4,
+                                                                                     1e-3, 1e6)

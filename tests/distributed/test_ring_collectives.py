@@ -5,7 +5,7 @@ import torch
 
 from nanoinfra.distributed import comm, ring_collectives
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.formulas.collectives import ring_bytes, ring_seconds
+from nanoinfra.formulas.collectives import ring_bytes_per_rank, ring_collective_seconds
 
 WIRE = (5e-3, 1e6)
 
@@ -33,7 +33,7 @@ def test_rings_equal_comm_and_send_what_the_paper_says(ranks, op, hops, n):
             assert same or op != "all_reduce"
             assert len(rows) == hops * (n - 1)
             assert all(row == ("ring_shift", "ring", payload // n) for row in rows)
-            assert sum(sent for _, _, sent in rows) == ring_bytes(op, payload, n)
+            assert sum(sent for _, _, sent in rows) == ring_bytes_per_rank(op, payload, n)
 
 
 def reduce_transposed():
@@ -66,7 +66,7 @@ def timed():
 
 @pytest.mark.timed
 def test_hops_on_an_emulated_wire_take_what_the_formula_says(ranks):
-    want = ring_seconds("all_reduce", 480_000, 3, *WIRE)                               # 0.66 s
+    want = ring_collective_seconds("all_reduce", 480_000, 3, *WIRE)                               # 0.66 s
     times = ranks(3).run(timed)
     for _, end in times:
         assert want <= end - min(begin for begin, _ in times) <= 1.1 * want

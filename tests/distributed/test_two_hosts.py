@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.train import metrics
 from tests.distributed.two_hosts import RATE, NoRights, TwoHosts
 from tests.processes import until
@@ -84,7 +84,7 @@ def test_the_cable_takes_what_the_formula_says(hosts, tmp_path):
     large = {int(size): m["value"] for size, m in got["seconds"].items() if int(size) >= 1 << 20}
     assert len(large) >= 2
     for size, seconds in large.items():
-        want = ring_seconds("all_reduce", size, 2, got["latency"]["value"], RATE)
+        want = ring_collective_seconds("all_reduce", size, 2, got["latency"]["value"], RATE)
         print(f"{size} bytes: {seconds:.4f} s, formula {want:.4f} s")
         assert seconds == pytest.approx(want, rel=0.25)
 

@@ -9,7 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.tensor_parallel import check_heads
+from nanoinfra.formulas.tensor_parallel import check_tp_fits_model
 from tests.families import KINDS
 
 VARIANTS = [{}, {}, {"window": 3}, {"window": 5, "full_layers": 1}, {"attention_bias": True},
@@ -59,7 +59,7 @@ def _ranks(config):
 
 def _fits(config, t):
     try:
-        check_heads(config, t)
+        check_tp_fits_model(config, t)
     except ValueError:
         return False
     return True

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from nanoinfra.config import ModelConfig, sized
-from nanoinfra.formulas.flops import forward_flops, mfu, train_flops
-from nanoinfra.formulas.parameters import parameters, parameters_by_part, shapes
+from nanoinfra.config import ModelConfig, config_for_size
+from nanoinfra.formulas.flops import forward_backward_flops, forward_flops_per_token, model_flops_utilization
+from nanoinfra.formulas.parameters import parameter_count, parameter_count_by_part, parameter_shapes
 from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
 
@@ -46,13 +46,13 @@ def gpt(width, layers, heads):
 def test_naive_is_what_the_counter_counts(configs, data, batch, seq):
     config = data.draw(configs)
     forward, backward = counted(Decoder(config, "naive"), batch, seq)
-    assert forward == batch * seq * sum(forward_flops(config, seq).values())
-    assert forward + backward == train_flops(config, batch, seq)
+    assert forward == batch * seq * sum(forward_flops_per_token(config, seq).values())
+    assert forward + backward == forward_backward_flops(config, batch, seq)
 
 
 @pytest.mark.parametrize("config", SMALL, ids=name)
 def test_sdpa_on_a_cpu_is_counted_without_attention(config):
-    terms = forward_flops(config, 11)
+    terms = forward_flops_per_token(config, 11)
     want = 2 * 11 * sum(terms[term] for term in ("qkvo", "mlp", "head"))
     assert counted(Decoder(config, "sdpa"), 2, 11) == (want, 2 * want)
 
@@ -60,9 +60,9 @@ def test_sdpa_on_a_cpu_is_counted_without_attention(config):
 @pytest.mark.parametrize("config", SMALL, ids=name)
 def test_sdpa_computes_scores_again_in_backward(config):
     forward, backward = counted(Decoder(config, "sdpa"), 2, 11, CPU_KERNEL)
-    terms = forward_flops(config, 11)
+    terms = forward_flops_per_token(config, 11)
     assert forward == 2 * 11 * sum(terms.values())
-    assert forward + backward == train_flops(config, 2, 11) + 2 * 11 * terms["scores"]
+    assert forward + backward == forward_backward_flops(config, 2, 11) + 2 * 11 * terms["scores"]
     assert terms["scores"] * 11 == 2 * config.layers * config.heads * config.head_dim * 11**2
 
 
@@ -70,17 +70,17 @@ def test_sdpa_computes_scores_again_in_backward(config):
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_is_what_the_counter_counts(config, recompute):
     forward, backward = counted(apply_activation_checkpointing(Decoder(config, "naive"), recompute), 2, 11)
-    assert forward == train_flops(config, 2, 11) // 3
-    assert forward + backward == train_flops(config, 2, 11, recompute=recompute)
+    assert forward == forward_backward_flops(config, 2, 11) // 3
+    assert forward + backward == forward_backward_flops(config, 2, 11, recompute=recompute)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_torch_stops_a_recompute_before_its_last_product(recompute):
-    config = sized("test")
+    config = config_for_size("test")
     got = sum(counted(recomputing(Decoder(config, "naive"), recompute), 2, 11))
-    terms = forward_flops(config, 11)
+    terms = forward_flops_per_token(config, 11)
     last = terms["values"] if recompute == "selective" else terms["mlp"] // 3
-    assert got == train_flops(config, 2, 11, recompute=recompute) - 2 * 11 * last
+    assert got == forward_backward_flops(config, 2, 11, recompute=recompute) - 2 * 11 * last
 
 
 def recomputing(model, recompute):
@@ -99,39 +99,41 @@ def again(fn):
 @given(data=st.data(), seq=st.integers(1, 20))
 def test_a_token_costs_6_parameters_and_12LHKT(configs, data, seq):
     config = data.draw(configs)
-    matrices = sum(prod(shape) for name, shape in shapes(config).items()
+    matrices = sum(prod(shape) for name, shape in parameter_shapes(config).items()
                    if len(shape) == 2 and not name.startswith(("embed", "positions")))
     matrices += config.vocab * config.width if config.tied else 0
     square = 12 * config.layers * config.heads * config.head_dim * seq
-    assert train_flops(config, 1, seq) == seq * (6 * matrices + square)
-    assert train_flops(config, 1, seq, causal=True) == seq * (6 * matrices + square // 2)
+    assert forward_backward_flops(config, 1, seq) == seq * (6 * matrices + square)
+    assert forward_backward_flops(config, 1, seq, causal=True) == seq * (6 * matrices + square // 2)
 
 
 @pytest.mark.parametrize("size", ["small", "medium", "large", "xl"])
 @pytest.mark.parametrize("seq", [128, 1024])
 def test_gpt2_is_the_published_form(size, seq):
-    config = sized(size)
+    config = config_for_size(size)
     B, T, C, L, V = 5, seq, config.width, config.layers, config.vocab
     head = 6 * B * T * C * V
     once = 72 * B * L * T * C * C                                # Korthikanti et al. 2022, equation 7
-    assert train_flops(config, B, T) == once + once * T // (6 * C) + head
-    assert train_flops(config, B, T, recompute="selective") == once + once * 2 * T // (9 * C) + head
+    assert forward_backward_flops(config, B, T) == once + once * T // (6 * C) + head
+    assert forward_backward_flops(config, B, T,
+                                  recompute="selective") == once + once * 2 * T // (9 * C) + head
     full = 96 * B * L * T * C * C                                # Narayanan et al. 2021, equation 3
-    assert train_flops(config, B, T, recompute="full") == full + full * T // (6 * C) + head
+    assert forward_backward_flops(config, B, T, recompute="full") == full + full * T // (6 * C) + head
 
 
 def test_6_psi_t_is_near_when_width_is_large():
-    gpt3, small = gpt(12288, 96, 96), sized("small")
-    got = train_flops(gpt3, 1, 2048) / (6 * parameters(gpt3) * 2048)
+    gpt3, small = gpt(12288, 96, 96), config_for_size("small")
+    got = forward_backward_flops(gpt3, 1, 2048) / (6 * parameter_count(gpt3) * 2048)
     assert got == pytest.approx(1 + 2048 / (6 * 12288), abs=0.001)
-    without_positions = parameters(small) - parameters_by_part(small)["positions"]
-    assert train_flops(small, 1, 1024) / (6 * without_positions * 1024) == pytest.approx(1.15, abs=0.01)
+    without_positions = parameter_count(small) - parameter_count_by_part(small)["positions"]
+    assert forward_backward_flops(small, 1, 1024) / (6 * without_positions * 1024) == pytest.approx(1.15,
+                                                                                                    abs=0.01)
 
 
 @pytest.mark.parametrize("gpus, seconds, want", [(2240, 60.1, 126), (2800, 50.2, 121), (3360, 44.4, 113)])
 def test_hardware_flops_of_mt_nlg_530b(gpus, seconds, want):
     """Smith et al. 2022: TFLOP/s a GPU, batch 1920, full recompute."""
-    flops = train_flops(gpt(20480, 105, 128), 1920, 2048, recompute="full")
+    flops = forward_backward_flops(gpt(20480, 105, 128), 1920, 2048, recompute="full")
     assert flops / seconds / gpus / 1e12 == pytest.approx(want, abs=0.6)
 
 
@@ -139,10 +141,10 @@ def test_hardware_flops_of_mt_nlg_530b(gpus, seconds, want):
     (6144, 48, 64, 8, 4, 1.10, 0.415), (12288, 96, 96, 64, 64, 13.75, 0.514),
     (20480, 105, 128, 280, 280, 37.83, 0.560), (25600, 128, 160, 512, 512, 71.49, 0.563)])
 def test_mfu_is_that_of_korthikanti_2022(width, layers, heads, gpus, batch, seconds, want):
-    got = mfu(batch * 2048 / seconds, gpt(width, layers, heads), 2048, gpus * 312e12)
+    got = model_flops_utilization(batch * 2048 / seconds, gpt(width, layers, heads), 2048, gpus * 312e12)
     assert got == pytest.approx(want, abs=0.0025)                # printed times have three digits
 
 
 def test_unknown_recompute_is_refused():
     with pytest.raises(ValueError, match="recompute 'half' is not one of none, selective, full"):
-        train_flops(sized("test"), 1, 8, recompute="half")
+        forward_backward_flops(config_for_size("test"), 1, 8, recompute="half")

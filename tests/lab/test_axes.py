@@ -6,8 +6,8 @@ import torch
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.comm_log import CommRecord
-from nanoinfra.formulas.collectives import ring_seconds
-from nanoinfra.formulas.traffic_by_axis import sent
+from nanoinfra.formulas.collectives import ring_collective_seconds
+from nanoinfra.formulas.traffic_by_axis import step_bytes_by_axis
 from nanoinfra.lab import draw
 from nanoinfra.lab.axes import axis_bars, bytes_by_axis, cubes, flags_of, largest_error, paced, step_of
 from nanoinfra.lab.clusters import COLUMNS, TRIALS, bloom_trials, gpt3_on
@@ -33,7 +33,8 @@ def test_a_step_on_a_mesh_is_one_rank_s_and_sends_what_the_formulas_say(ranks, s
         at = run["at"]
         assert run["norm"] == pytest.approx(alone["norm"], rel=1e-12)
         assert run["own"] == (len(run["grads"]), at["pp"])                       # two stages: both are ends
-        assert bytes_by_axis(run["rows"]) == sent(CONFIG, *sizes, B, T, m, 8, at["pp"], at["tp"])
+        assert bytes_by_axis(run["rows"]) == step_bytes_by_axis(CONFIG, *sizes, B, T, m, 8, at["pp"],
+                                                                at["tp"])
     assert [tuple(run["at"][axis] for axis in ONE) for run in runs] == [
         (i, j, k) for i in range(sizes[0]) for j in range(sizes[1]) for k in range(sizes[2])]
 
@@ -48,13 +49,15 @@ def test_so_it_is_on_more_ranks(ranks, sizes):
     if sizes[1] < 8:                         # eight data ranks have a sequence each, half a micro-batch
         for run in runs:
             at, m = run["at"], G // (B * sizes[1])
-            assert bytes_by_axis(run["rows"]) == sent(CONFIG, *sizes, B, T, m, 8, at["pp"], at["tp"])
+            assert bytes_by_axis(run["rows"]) == step_bytes_by_axis(CONFIG, *sizes, B, T, m, 8, at["pp"],
+                                                                    at["tp"])
 
 
 def test_layers_take_their_nap_and_ranks_wait_for_every_axis(ranks):
     wire, sizes = {"pp": (5e-3, 1e6), "dp": (1e-3, 1e6), "tp": (1e-3, 1e6)}, {"pp": 2, "dp": 1, "tp": 2}
-    one = ring_seconds("all_reduce", 8 * B * T * 16, 2, *wire["tp"])
-    messages = 2 * ring_seconds("send", 8 * B * T * 16, 2, *wire["pp"])          # of the last micro-batch
+    one = ring_collective_seconds("all_reduce", 8 * B * T * 16, 2, *wire["tp"])
+    messages = 2 * ring_collective_seconds("send", 8 * B * T * 16, 2,
+                                           *wire["pp"])          # of the last micro-batch
     least = (4 + 1) * (3 * 0.01 + 4 * one) + messages                            # each stage has a layer
     trials = ranks(4).run(paced, CONFIG, flags_of(sizes, B, G), T, wire, 0.01, 2)
     assert all(len(each) == 2 for each in trials) and min(map(max, zip(*trials))) >= least

@@ -2,21 +2,21 @@
 import pytest
 import torch
 
-from nanoinfra.config import sized
-from nanoinfra.formulas import decoding
+from nanoinfra.config import config_for_size
+from nanoinfra.formulas import inference_cost
 from nanoinfra.lab.caches import Cache, seen
 from nanoinfra.lab.calls import arithmetic, bandwidths, batches, counts, rate, roof
-from nanoinfra.model.attention import naive
+from nanoinfra.model.attention import naive_attention
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 
-NANO = sized("test")
+NANO = config_for_size("test")
 
 
 def attend(memory, length, q, k, v):
     end = length + k.shape[2]
     memory[0, :, :, length:end], memory[1, :, :, length:end] = k, v
-    return naive(q, *memory[:, :, :, :end])
+    return naive_attention(q, *memory[:, :, :, :end])
 
 
 @torch.no_grad()
@@ -25,18 +25,18 @@ def test_a_cache_is_filled_call_after_call_and_knows_nothing_before():
     cache = Cache(attend, NANO, 2, 10, torch.float64)
     assert cache.memory.isnan().all()
     for begin, end in ((0, 4), (4, 5), (5, 9)):
-        got = model.hidden(tokens[:, begin:end], torch.arange(begin, end), cache)
+        got = model.hidden_states(tokens[:, begin:end], torch.arange(begin, end), cache)
         cache.length = end
-    torch.testing.assert_close(got, model.hidden(tokens)[:, 5:], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got, model.hidden_states(tokens)[:, 5:], rtol=1e-10, atol=1e-10)
     assert not cache.memory[..., :9, :].isnan().any() and cache.memory[..., 9, :].isnan().all()
 
 
 def test_counts_are_the_formulas():
     for B, T, S in ((1, 1, 9), (3, 4, 4), (2, 3, 8)):
         flops, read = counts(NANO, attend, B, T, S)
-        assert flops == decoding.call_flops(NANO, B, T, S)
-        assert read == {"weights": decoding.weight_bytes(NANO, 4),
-                        "cache": decoding.cache_bytes(NANO, B, S, 4)}
+        assert flops == inference_cost.inference_flops(NANO, B, T, S)
+        assert read == {"weights": inference_cost.weight_bytes_read(NANO, 4),
+                        "cache": inference_cost.kv_cache_bytes_read(NANO, B, S, 4)}
 
 
 def test_a_rate_is_of_calls_of_that_shape():

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.config import sized
-from nanoinfra.formulas.activations import activation_terms
+from nanoinfra.config import config_for_size
+from nanoinfra.formulas.activations import layer_activation_bytes_by_term
 from nanoinfra.lab.kept import Kept
 from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
@@ -30,13 +30,14 @@ def test_what_backward_frees_is_gone_but_the_peak_stays():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 def test_layers_keep_what_the_formula_says_on_any_device(device, how):
-    config = sized("test")
+    config = config_for_size("test")
     with torch.device(device):
         model = apply_activation_checkpointing(Decoder(config, "naive"), how)
         x = torch.zeros(2, 9, dtype=torch.long)
-        places = model.places(x)
-        x, rope = model.start(x, places), model.angles(places, torch.get_default_dtype())
+        places = model.default_positions(x)
+        x, rope = model.embed_tokens(x, places), model.rope_cos_sin(places, torch.get_default_dtype())
         with Kept([*model.parameters(), *rope]) as kept:
             for block in model.blocks:
                 x = block(x, rope)
-    assert kept.bytes() == config.layers * sum(activation_terms(config, 2, 9, 4, "naive", how).values())
+    assert kept.bytes() == config.layers * sum(layer_activation_bytes_by_term(config, 2, 9, 4, "naive",
+                                                                              how).values())

@@ -1,6 +1,6 @@
 import pytest
 
-from nanoinfra.formulas.activations import activation_terms
+from nanoinfra.formulas.activations import layer_activation_bytes_by_term
 from nanoinfra.lab.checks import l04_recompute as check
 from nanoinfra.lab.mutants import collect
 from nanoinfra.memory import recompute
@@ -60,6 +60,7 @@ def test_no_two_slips_of_a_probe_give_the_same_number():
 
 def test_the_modules_own_recompute_and_formulas_pass():
     def kept(config, batch, seq, d, how):
-        return config.layers * sum(activation_terms(config, batch, seq, d, "naive", how).values())
+        return config.layers * sum(layer_activation_bytes_by_term(config, batch, seq, d, "naive",
+                                                                  how).values())
     assert check.recompute.report(recompute.activation_checkpoint).exit_code == 0
     assert check.kept_bytes.report(kept).exit_code == 0

@@ -4,10 +4,10 @@ import math
 import pytest
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.activations import activation_terms
-from nanoinfra.formulas.collectives import ring_seconds
-from nanoinfra.formulas.parameters import shapes
-from nanoinfra.formulas.tensor_parallel import boxes, tensor_sent
+from nanoinfra.formulas.activations import layer_activation_bytes_by_term
+from nanoinfra.formulas.collectives import ring_collective_seconds
+from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.formulas.tensor_parallel import shard_bounds_by_parameter, tp_collectives_per_step
 from nanoinfra.lab.cuts import GPT2, cliff, cut_map, kept_bars, paced, step_of
 from nanoinfra.lab.mutants import collect
 
@@ -67,32 +67,34 @@ def test_a_step_sends_and_keeps_what_the_formulas_say(ranks, sp):
     (want, *_), = ranks(1).run(step_of, CONFIG, 1, "none", 2, 8)
     for loss, rows, kept in runs:
         assert loss == pytest.approx(want, rel=1e-5) and len(kept) == len(GPT2)
-        sent = tensor_sent(CONFIG, 2, 2, 8, sp=sp)
+        sent = tp_collectives_per_step(CONFIG, 2, 2, 8, sp=sp)
         got = {key: [row.payload_bytes for row in rows if (row.op, row.tag) == key] for key in sent}
         assert {key: (len(sizes), sum(sizes)) for key, sizes in got.items()} == sent
-        assert sum(kept) == sum(activation_terms(CONFIG, 2, 8, 4, tp=2, sp=sp).values())
+        assert sum(kept) == sum(layer_activation_bytes_by_term(CONFIG, 2, 8, 4, tp=2, sp=sp).values())
 
 
 def test_layers_take_their_nap_and_wait_for_the_wire(ranks):
     wire = (1e-3, 1e6)
-    least = CONFIG.layers * (0.06 / 2 + 4 * ring_seconds("all_reduce", 2 * 8 * 24 * 4, 2, *wire))
+    least = CONFIG.layers * (0.06 / 2 + 4 * ring_collective_seconds("all_reduce", 2 * 8 * 24 * 4, 2, *wire))
     for trials in ranks(2).run(paced, CONFIG, 2, wire, 0.06, 2, 8, 2):
         assert len(trials) == 2 and min(trials) >= least
 
 
 def test_each_number_of_a_matrix_is_drawn_once_and_what_everyone_has_is_grey():
-    picture = cut_map([boxes(CONFIG, 2, rank) for rank in range(2)], shapes(CONFIG))
+    picture = cut_map([shard_bounds_by_parameter(CONFIG, 2, rank) for rank in range(2)],
+                      parameter_shapes(CONFIG))
     parts = picture.figure.axes[0].patches
     sizes = [part.get_width() * part.get_height() for part in parts if part.get_width() > 3]
     matrices = ("embed", "attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
-    want = sum(shape[0] * shape[1] for name, shape in shapes(CONFIG).items()
+    want = sum(shape[0] * shape[1] for name, shape in parameter_shapes(CONFIG).items()
                if name.startswith(("embed", "blocks.0")) and name.removesuffix(".weight").endswith(matrices))
     ends = CONFIG.vocab * CONFIG.width + 2 * CONFIG.context * CONFIG.width     # tied head; positions, by both
     assert sum(sizes) == want + ends and len(sizes) == 2 * (len(matrices) + 2)
 
 
 def test_the_bias_of_a_row_parallel_matrix_is_drawn_after_g():
-    picture = cut_map([boxes(CONFIG, 2, rank) for rank in range(2)], shapes(CONFIG))
+    picture = cut_map([shard_bounds_by_parameter(CONFIG, 2, rank) for rank in range(2)],
+                      parameter_shapes(CONFIG))
     places = {(text.get_text(), text.get_position()[0]) for text in picture.figure.axes[0].texts}
     g, biases = (sorted(x for text, x in places if text == what) for what in ("g", "bias"))
     o, down = (next(x for text, x in places if text == what) for what in ("o", "down"))

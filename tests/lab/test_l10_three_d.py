@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from nanoinfra.distributed import comm
-from nanoinfra.formulas.parameters import shapes
-from nanoinfra.formulas.traffic_by_axis import held
+from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.formulas.traffic_by_axis import rank_parameter_counts
 from nanoinfra.lab.checks import l10_three_d as check
 from nanoinfra.lab.checks import three_d_cases as cases
 from nanoinfra.lab.mutants import collect
@@ -68,11 +68,12 @@ def test_the_cases_are_cut_as_the_formulas_say(sizes):
     p, _, t = sizes
     for stage in range(p):
         got = {name: cases.total(name, sizes, 0).numel() for name in cases.names(p, stage)}
-        assert got == held(cases.CONFIG, p, t, stage)
+        assert got == rank_parameter_counts(cases.CONFIG, p, t, stage)
 
 
 def test_the_norm_of_the_cases_is_one_model_s_whatever_the_mesh_cuts():
-    one = torch.stack([cases.total(name, (1, 1, 1), 0).norm() for name in shapes(cases.CONFIG)]).norm().item()
+    one = torch.stack([cases.total(name, (1, 1, 1),
+                                   0).norm() for name in parameter_shapes(cases.CONFIG)]).norm().item()
     assert cases.norm((1, 1, 1)) == pytest.approx(one, rel=1e-12)
     assert cases.norm((4, 1, 1)) == pytest.approx(one, rel=1e-12)
     assert all(abs(value / cases.norm((2, 2, 2)) - 1) > 1e-9

@@ -7,7 +7,7 @@ from nanoinfra.lab.checks import l15_kv_cache as check
 from nanoinfra.lab.exercise import extract, load, sections
 from nanoinfra.lab.mutants import collect
 from nanoinfra.lab.where import project
-from nanoinfra.model.attention import naive
+from nanoinfra.model.attention import naive_attention
 from nanoinfra.serve.generate import generate
 
 HINTS = {
@@ -85,7 +85,7 @@ def einsums(q, k, v):
     return torch.einsum("bkgts,bksd->bkgtd", weights, v).flatten(1, 2)
 
 
-@pytest.mark.parametrize("core", [naive, fused, einsums])
+@pytest.mark.parametrize("core", [naive_attention, fused, einsums])
 def test_other_ways_to_attend_pass(core):
     assert check.attend.report(attends(core)).exit_code == 0
 
@@ -119,7 +119,7 @@ def test_two_dims_of_places_and_a_whole_forward_are_fine_too():
         for _ in range(n):
             T = made[-1].shape[1]
             places = (torch.arange(T) + cache.length).expand(len(prompt), T)
-            hidden = model.hidden(made[-1], places, cache)
+            hidden = model.hidden_states(made[-1], places, cache)
             cache.length += T
             made.append(model.head(hidden[:, -1:]).argmax(-1))
         return torch.cat(made[1:], 1)
@@ -129,7 +129,7 @@ def test_two_dims_of_places_and_a_whole_forward_are_fine_too():
 def test_what_runs_past_its_memory_is_told_so():
     def small(model, prompt, n, make):
         cache = make(prompt.shape[1])
-        model.hidden(prompt, None, cache)
+        model.hidden_states(prompt, None, cache)
         cache.length += prompt.shape[1]
-        return model.hidden(prompt[:, :1], torch.tensor([cache.length]), cache)
+        return model.hidden_states(prompt[:, :1], torch.tensor([cache.length]), cache)
     assert "8 tokens do not fit a KV cache for 7" in check.generate.report(small).first_failure.text

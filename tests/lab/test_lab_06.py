@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.pipeline import split
+from nanoinfra.formulas.pipeline import split_layers_into_chunks
 from nanoinfra.lab import run
 
 ROOT = Path(__file__).parents[2]
@@ -51,4 +51,5 @@ def test_other_numbers_of_stages_too(ranks, n):
 def test_stages_are_equal_for_every_number_of_chunks(model):
     lab = run.find("06")
     for n in (1, 2, 4, 8, 16):
-        assert {stop - start for start, stop in split(lab.shape(model), n, lab.T)} == {lab.LAYERS // n}
+        assert {stop - start for start, stop in split_layers_into_chunks(lab.shape(model), n,
+                                                                         lab.T)} == {lab.LAYERS // n}

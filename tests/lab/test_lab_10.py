@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.parameters import parameters
+from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.lab import run
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def test_it_counts_what_the_formulas_say_unless_it_is_broken(ranks, n, broken, e
 def test_the_formulas_are_those_of_the_handout(n):
     lab = run.find("10")
     want = {key.removeprefix("L10.lab_"): value for key, value in lab.expect(n, "nano").items()}
-    psi, (p, d, t) = parameters(lab.shape("nano")), lab.meshes(n)["cube"].values()
+    psi, (p, d, t) = parameter_count(lab.shape("nano")), lab.meshes(n)["cube"].values()
     stream, ends, loss = 8 * 16 * 64 * 128, 8 * 4096 * 128, 3 * 8 * 16 * 64      # of the step's tokens
     assert p * d * t == n and stream == 2**20 and psi == 2_107_520
     assert want["copies_dp"] == 8 * n * psi * (n > 1)

@@ -49,7 +49,7 @@ def test_it_counts_what_the_formulas_say_unless_it_is_broken(ranks, n, broken, e
 def test_nobody_waits_for_a_page_be_blocks_as_large_again():
     lab = run.find("16")
     for size in (lab.SIZE, 2 * lab.SIZE):
-        assert paged_kv.peak_blocks(lab.TRACE, size) <= lab.PLACES // size
+        assert paged_kv.peak_blocks_in_use(lab.TRACE, size) <= lab.PLACES // size
 
 
 def test_the_numbers_of_the_handout():
@@ -62,6 +62,6 @@ def test_the_numbers_of_the_handout():
 
 @pytest.mark.parametrize("model", run.find("16").MODELS)
 def test_every_size_can_be_cut_eight_times(model):
-    from nanoinfra.formulas.tensor_parallel import check_heads
+    from nanoinfra.formulas.tensor_parallel import check_tp_fits_model
     for n in (1, 2, 4, 8):
-        check_heads(run.find("16").shape(model), n)
+        check_tp_fits_model(run.find("16").shape(model), n)

@@ -4,7 +4,7 @@ import torch
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas import pipeline as formulas
-from nanoinfra.formulas.activations import activation_terms
+from nanoinfra.formulas.activations import layer_activation_bytes_by_term
 from nanoinfra.lab.pipes import rehearse, scheduled, train
 from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule, gpipe, one_f_one_b, zb_h1
 from nanoinfra.parallel.pipeline.simulator import simulate_schedule
@@ -29,13 +29,13 @@ def test_ranks_count_the_slots_of_the_clock(ranks, kind, v):
     clock = simulate_schedule(lists, *(t / v for t in times))
     for rank, [(_, counted)] in enumerate(ranks(2).run(rehearse, lists, times)):
         assert [span[1:] for span in counted] == [span[1:] for span in clock.compute_spans[rank]]
-    assert clock.idle_seconds == [formulas.idle(kind, 2, M, *times, v)] * 2
+    assert clock.idle_seconds == [formulas.pipeline_idle_seconds(kind, 2, M, *times, v)] * 2
 
 
 def test_who_goes_one_at_a_time_is_seen_to_idle(ranks):
     def serial(p, r, m):
         return sorted(gpipe(p, r, m), key=lambda what: what.micro_batch)
-    least = formulas.idle("1f1b", 2, M, 1, 1, 1)
+    least = formulas.pipeline_idle_seconds("1f1b", 2, M, 1, 1, 1)
     for [(_, counted)] in ranks(2).run(rehearse, scheduled(serial, 2, M), (1, 1, 1)):
         assert counted[-1][2] - sum(end - begin for _, begin, end in counted) > least
 
@@ -50,14 +50,14 @@ def test_asleep_a_computation_takes_its_slots_and_stages_stand_side_by_side(rank
 
 
 def test_a_real_step_keeps_and_sends_what_the_formulas_say(ranks):
-    layer = sum(activation_terms(CONFIG, B, T, 8).values())
+    layer = sum(layer_activation_bytes_by_term(CONFIG, B, T, 8).values())
     (want,) = ranks(1).run(train, CONFIG, "1f1b", 1, 1, batches())
     for kind, v in KINDS:
         runs = ranks(2).run(train, CONFIG, kind, 2, v, batches())
         sent = [sum(row.payload_bytes for row in run["rows"] if row.op == "send") for run in runs]
         chunk = CONFIG.layers // (2 * v) * layer
-        assert sent == formulas.sent_bytes(CONFIG, 2, M, B, T, 8, v)
-        held = [formulas.in_flight(kind, 2, r, M, v) for r in range(2)]
+        assert sent == formulas.pipeline_sent_bytes_per_stage(CONFIG, 2, M, B, T, 8, v)
+        held = [formulas.predicted_micro_batches_in_flight(kind, 2, r, M, v) for r in range(2)]
         assert [run["kept"] for run in runs] == [chunk * n for n in held]
         assert sum(run["loss"] for run in runs) == pytest.approx(want["loss"], rel=1e-12)
         for run in runs:
@@ -67,7 +67,7 @@ def test_a_real_step_keeps_and_sends_what_the_formulas_say(ranks):
 
 
 def test_a_real_step_runs_the_lists_it_is_given(ranks):
-    layer = sum(activation_terms(CONFIG, B, T, 8).values())
+    layer = sum(layer_activation_bytes_by_term(CONFIG, B, T, 8).values())
     runs = ranks(2).run(train, CONFIG, "1f1b", 2, 1, batches(), lists=scheduled(gpipe, 2, M), repeats=2)
     assert [run["kept"] for run in runs] == [M * 2 * layer] * 2
     assert [len(run["seconds"]) for run in runs] == [2, 2]

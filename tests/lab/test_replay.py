@@ -6,19 +6,19 @@ from random import Random
 import pytest
 from matplotlib.colors import to_rgb
 
-from nanoinfra.config import sized
+from nanoinfra.config import config_for_size
 from nanoinfra.formulas import paged_kv
 from nanoinfra.lab import batches
 from nanoinfra.lab.replay import Job, Ruled, Watched, draw_trace, numbers, policies, replay
 from nanoinfra.lab.served import serve
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.engine.block_pool import BlockPool
 from nanoinfra.serve.generate import generate
 
 LONGEST, SIZE = 64, 4
 JOBS = draw_trace(24, LONGEST, 1.5, 9)
-MODEL = init_weights(Decoder(sized("test")), 0).double()
+MODEL = init_weights(Decoder(config_for_size("test")), 0).double()
 
 
 def traces(n, most=20):
@@ -36,20 +36,20 @@ def test_all_three_policies_take_the_formulas_steps():
         for seats in (1, 3, 5):
             runs = policies(jobs, seats * LONGEST, LONGEST, SIZE)
             static, orca, pages = runs.values()
-            assert static.steps == paged_kv.static_steps(trace, seats)
-            assert orca.steps == paged_kv.orca_steps(trace, seats)
-            assert pages.steps >= paged_kv.least_steps(trace, seats * LONGEST, SIZE)
-            assert orca.steps >= paged_kv.least_steps(trace, seats * LONGEST, SIZE, LONGEST)
+            assert static.steps == paged_kv.static_batching_steps(trace, seats)
+            assert orca.steps == paged_kv.continuous_batching_steps(trace, seats)
+            assert pages.steps >= paged_kv.min_steps_with_kv_memory(trace, seats * LONGEST, SIZE)
+            assert orca.steps >= paged_kv.min_steps_with_kv_memory(trace, seats * LONGEST, SIZE, LONGEST)
         roomy = replay(jobs, Watched(BlockPool(400, SIZE)))
-        assert roomy.steps == paged_kv.free_steps(trace)
-        assert max(step.used for step in roomy.log) == paged_kv.peak_blocks(trace, SIZE)
+        assert roomy.steps == paged_kv.unlimited_batching_steps(trace)
+        assert max(step.used for step in roomy.log) == paged_kv.peak_blocks_in_use(trace, SIZE)
 
 
 def test_what_is_left_empty_is_the_formulas():
-    kept = [paged_kv.kept(prompt, new) for _, prompt, new in numbers(JOBS)]
+    kept = [paged_kv.kv_tokens_at_end(prompt, new) for _, prompt, new in numbers(JOBS)]
     for run, want in zip(policies(JOBS, 4 * LONGEST, LONGEST, SIZE).values(),
                          ([LONGEST - n for n in kept], [LONGEST - n for n in kept],
-                          [paged_kv.empty(n, SIZE) for n in kept])):
+                          [paged_kv.unused_slots_in_last_block(n, SIZE) for n in kept])):
         assert [run.left[i] for i in range(len(JOBS))] == want
 
 
@@ -73,7 +73,7 @@ def test_a_shared_prefix_is_found_from_the_step_after_it_was_computed():
     jobs = [Job(job.arrival, prefix + job.tokens, job.new) for job in JOBS]
     later = sum(job.arrival > 0 for job in jobs)
     run = replay(jobs, Watched(BlockPool(200, SIZE)))
-    assert run.counts["prefix_hits"] == SIZE * paged_kv.saved_blocks(18, 1 + later, SIZE)
+    assert run.counts["prefix_hits"] == SIZE * paged_kv.blocks_saved_by_prefix_caching(18, 1 + later, SIZE)
     fresh = replay(jobs, Watched(BlockPool(200, SIZE)), fresh=True)
     assert fresh.counts["prefix_hits"] == 0
     assert fresh.computed - run.computed == run.counts["prefix_hits"]
@@ -100,7 +100,7 @@ def test_the_engine_does_what_the_replay_does(blocks, size, limits):
 
 def test_the_engine_in_static_batches_takes_as_many_steps():
     engine, said, _ = serve(MODEL, JOBS, 4, LONGEST, static=4)
-    assert engine.scheduler.steps == paged_kv.static_steps(numbers(JOBS), 4)
+    assert engine.scheduler.steps == paged_kv.static_batching_steps(numbers(JOBS), 4)
     assert [len(tokens) for tokens in said] == [job.new for job in JOBS]
 
 
@@ -114,7 +114,7 @@ def test_a_rule_of_ones_own_is_replayed_too():
             sequence.block_table += [blocks.allocate() for _ in range(need)]
             yield sequence, sequence.num_computed_tokens, count
     run = replay(JOBS, Ruled(one_at_a_time, BlockPool(40, SIZE)))
-    assert run.steps == paged_kv.orca_steps(numbers(JOBS), 1)
+    assert run.steps == paged_kv.continuous_batching_steps(numbers(JOBS), 1)
 
 
 def test_the_trace_is_one_seeds_and_fits():

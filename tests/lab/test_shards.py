@@ -1,14 +1,15 @@
 """What the lesson on ZeRO counts and times is what the formulas say; a picture shows what it was given."""
 import pytest
 
-from nanoinfra.config import sized
-from nanoinfra.formulas.collectives import ring_seconds
-from nanoinfra.formulas.zero import zero_bytes, zero_payload
+from nanoinfra.config import config_for_size
+from nanoinfra.formulas.collectives import ring_collective_seconds
+from nanoinfra.formulas.zero import zero_model_state_bytes, zero_payload_bytes
 from nanoinfra.lab.maps import held_bars, shard_map, stack_timeline
 from nanoinfra.lab.shards import KINDS, exposed, held_and_sent, stack_step
 from nanoinfra.parallel.zero import ZeroDataParallel
 
-CONFIG = sized("test", tied=False, vocab=259)                      # 259 rows leave a remainder on two ranks
+CONFIG = config_for_size("test", tied=False,
+                         vocab=259)                      # 259 rows leave a remainder on two ranks
 WIRE = (1e-3, 4e6)
 
 
@@ -20,12 +21,12 @@ def texts(picture):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_held_and_sent_are_the_formulas(ranks, stage):
-    want = zero_bytes(CONFIG, 2, stage, "bfloat16")
+    want = zero_model_state_bytes(CONFIG, 2, stage, "bfloat16")
     moments = want["exp_avg"] + want["exp_avg_sq"]
     for kinds, peak, rows in ranks(2).run(held_and_sent, CONFIG, stage, 2, micro_batches=3):
         assert kinds == dict(zip(KINDS, (want["weights"], want["gradients"], want["master"], moments)))
         assert sum(kinds.values()) < peak < sum(kinds.values()) + 8 * 4 * 259 * 32 + 300_000
-        sent = zero_payload(CONFIG, 2, stage, 3, "bfloat16")
+        sent = zero_payload_bytes(CONFIG, 2, stage, 3, "bfloat16")
         assert {op: sum(row.payload_bytes for row in rows if row.op == op) for op in sent} == sent
 
 
@@ -39,7 +40,7 @@ def test_a_stack_that_nothing_cuts_waits_for_nothing_and_notes_forward_and_backw
 
 @pytest.mark.timed
 def test_the_exposed_wait_is_that_of_two_gathers_and_a_scatter(ranks):
-    t = ring_seconds("all_gather", 4 * 128 * 128, 2, *WIRE)
+    t = ring_collective_seconds("all_gather", 4 * 128 * 128, 2, *WIRE)
     got = exposed(ranks(2).run(stack_step, by_zero, 3, 128, 0.04, WIRE, 3))
     assert got.n == 3 and 2.5 * t < got.value < 5 * t                  # of nine transfers
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.config import sized
+from nanoinfra.config import config_for_size
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.activations import activation_bytes
-from nanoinfra.formulas.parameters import parameters
+from nanoinfra.formulas.activations import saved_activation_bytes
+from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.train.loss import linear_cross_entropy
@@ -66,17 +66,17 @@ def test_what_only_autograd_holds_counts_and_so_do_gradients():
 
 
 def test_saved_activations_are_what_the_formula_says():
-    config = sized("test")
+    config = config_for_size("test")
     model = Decoder(config)
     tokens = torch.zeros(2, 16, dtype=torch.long)
     with Storages(of=[tokens]) as storages:
-        loss = linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 32)
-        assert storages.held() == activation_bytes(config, 2, 16, 4) + loss.nbytes
+        loss = linear_cross_entropy(model.hidden_states(tokens), model.head.weight, tokens, 32)
+        assert storages.held() == saved_activation_bytes(config, 2, 16, 4) + loss.nbytes
 
 
 def test_an_optimizer_makes_moments_and_masters():
-    model = Decoder(sized("test")).bfloat16()
-    psi = parameters(sized("test"))
+    model = Decoder(config_for_size("test")).bfloat16()
+    psi = parameter_count(config_for_size("test"))
     with Storages() as storages:
         optimizer = MixedPrecisionOptimizer(model, "adamw")
         assert storages.held() == 4 * psi
@@ -168,10 +168,10 @@ def test_collectives_are_marked_and_their_buffers_count(ranks):
 def test_it_changes_no_number(operators):
     def gradients(around):
         torch.manual_seed(0)
-        model = Decoder(sized("test"))
+        model = Decoder(config_for_size("test"))
         tokens = torch.arange(32).view(2, 16)
         with around:
-            linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 32).backward()
+            linear_cross_entropy(model.hidden_states(tokens), model.head.weight, tokens, 32).backward()
         return [p.grad for p in model.parameters()]
     want, got = gradients(torch.enable_grad()), gradients(Storages(operators=operators))
     assert all(torch.equal(a, b) for a, b in zip(want, got))

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.config import ModelConfig, sized
+from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.memory import recompute
 from nanoinfra.model import attention
-from nanoinfra.model.decoder import Block, Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.decoder import Decoder, DecoderBlock
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.train.loss import linear_cross_entropy
 from tests.families import KINDS
@@ -38,7 +38,8 @@ def gradients(model, micro_batches=2):
     draw = torch.Generator().manual_seed(1)
     for _ in range(micro_batches):
         tokens = torch.randint(61, (2, 11), generator=draw)
-        linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 22 * micro_batches).backward()
+        linear_cross_entropy(model.hidden_states(tokens), model.head.weight, tokens,
+                             22 * micro_batches).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -59,8 +60,8 @@ def test_forward_calls(monkeypatch, how, blocks, cores):
             calls[name] += 1
             return fn(*args)
         return count
-    monkeypatch.setattr(Block, "forward", counting("block", Block.forward))
-    monkeypatch.setitem(attention.CORES, "naive", counting("core", attention.naive))
+    monkeypatch.setattr(DecoderBlock, "forward", counting("block", DecoderBlock.forward))
+    monkeypatch.setitem(attention.ATTENTION_CORES, "naive", counting("core", attention.naive_attention))
     gradients(decoder("naive", how), micro_batches=2)
     assert calls == {"block": 2 * 3 * blocks, "core": 2 * 3 * cores}
 
@@ -191,7 +192,7 @@ def test_gradients_of_gradients_are_refused_not_wrong():
 def test_without_grad_nothing_is_kept_and_nothing_runs_twice():
     model = decoder("naive", "full")
     with torch.no_grad():
-        out = model.hidden(torch.zeros(1, 4, dtype=torch.long))
+        out = model.hidden_states(torch.zeros(1, 4, dtype=torch.long))
     assert not out.requires_grad
 
 
@@ -234,7 +235,7 @@ def shared_gradients(how):
     batches = [torch.randint(61, (2, 11), generator=draw) for _ in range(4)][mesh.dp.rank::2]
     for i, tokens in enumerate(batches):
         shared.prepare_for_backward(is_last=i == 1)
-        linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 88).backward()
+        linear_cross_entropy(model.hidden_states(tokens), model.head.weight, tokens, 88).backward()
     return {name: grad.clone() for name, grad in shared.finish_grad_sync().items()}
 
 
@@ -262,7 +263,7 @@ def test_what_cannot_be_is_refused(how, complaint):
 
 
 def test_none_changes_nothing():
-    model = Decoder(sized("test"))
+    model = Decoder(config_for_size("test"))
     assert recompute.apply_activation_checkpointing(model, "none") is model
     assert all("forward" not in vars(block) for block in model.blocks)
 

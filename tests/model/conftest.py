@@ -1,14 +1,14 @@
 """The real SmolLM2, loaded once."""
 import pytest
 
-from nanoinfra.model.weights.load import load, packaged
+from nanoinfra.model.weights.load import load_model, locate_packaged_model
 
 
 @pytest.fixture(scope="session")
 def smollm2_file():
-    return packaged("smollm2-135m")
+    return locate_packaged_model("smollm2-135m")
 
 
 @pytest.fixture(scope="session")
 def smollm2():
-    return load("smollm2-135m")
+    return load_model("smollm2-135m")

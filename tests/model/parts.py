@@ -4,13 +4,14 @@ from math import prod
 import torch
 from safetensors import safe_open
 
-from nanoinfra.formulas.parameters import parameters
-from nanoinfra.formulas.tensor_parallel import boxes
+from nanoinfra.formulas.parameters import parameter_count
+from nanoinfra.formulas.tensor_parallel import shard_bounds_by_parameter
 
 
 def parts(config, t, rank):
     """{name: box} of one rank, as slices."""
-    return {name: tuple(slice(*pair) for pair in box) for name, box in boxes(config, t, rank).items()}
+    bounds = shard_bounds_by_parameter(config, t, rank)
+    return {name: tuple(slice(*pair) for pair in each) for name, each in bounds.items()}
 
 
 def assert_parts_make_the_whole(weights, model, t):
@@ -20,7 +21,7 @@ def assert_parts_make_the_whole(weights, model, t):
     cut = 0
     for rank in range(t):
         for name, box in parts(weights.config, t, rank).items():
-            part = weights.read(name, box)
+            part = weights.read_parameter(name, box)
             assert part.shape == got[name][box].shape
             got[name][box] = part.to(got[name].dtype)
             cut += part.shape != want[name].shape
@@ -32,9 +33,9 @@ def assert_a_rank_reads_its_part(weights, counts):
     """`counts` are the elements each access to the file gave."""
     config, counts[:] = weights.config, []
     for name, box in parts(config, 2, 0).items():
-        weights.read(name, box)
-    held = sum(prod(b - a for a, b in box) for box in boxes(config, 2, 0).values())
-    assert sum(counts) == held < 0.6 * parameters(config)
+        weights.read_parameter(name, box)
+    held = sum(prod(b - a for a, b in box) for box in shard_bounds_by_parameter(config, 2, 0).values())
+    assert sum(counts) == held < 0.6 * parameter_count(config)
 
 
 def counting(counts):

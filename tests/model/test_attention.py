@@ -5,7 +5,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.model.attention import CAUSAL, Attention, Mask, alibi_slopes, naive, sdpa
+from nanoinfra.model.attention import (
+    CAUSAL_MASK,
+    Attention,
+    AttentionMask,
+    alibi_slopes,
+    naive_attention,
+    sdpa_attention,
+)
 
 
 def heads(T=5, S=5, dtype=torch.float64):
@@ -24,19 +31,20 @@ def by_hand(q, k, v, slopes=(0.0,) * 6):
     return out
 
 
-@pytest.mark.parametrize("core", [naive, sdpa])
+@pytest.mark.parametrize("core", [naive_attention, sdpa_attention])
 @pytest.mark.parametrize("T, S", [(5, 5), (3, 8), (1, 8), (1, 1)])
 def test_cores_match_attention_by_hand(core, T, S):
     q, k, v = heads(T, S)
     torch.testing.assert_close(core(q, k, v), by_hand(q, k, v), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("core", [naive, sdpa])
+@pytest.mark.parametrize("core", [naive_attention, sdpa_attention])
 @pytest.mark.parametrize("T, S", [(5, 5), (3, 8), (1, 8)])
 def test_cores_match_alibi_by_hand(core, T, S):
     q, k, v = heads(T, S)
     want = by_hand(q, k, v, alibi_slopes(6))
-    torch.testing.assert_close(core(q, k, v, Mask(slopes=alibi_slopes(6))), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(core(q, k, v, AttentionMask(alibi_slopes=alibi_slopes(6))), want, rtol=1e-12,
+                               atol=1e-12)
     assert (core(q, k, v) - want).abs().max() > 0.05
 
 
@@ -49,21 +57,21 @@ def test_slopes_are_the_papers_and_blooms():
         torch.testing.assert_close(torch.tensor(alibi_slopes(n)), want, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("core", [naive, sdpa])
+@pytest.mark.parametrize("core", [naive_attention, sdpa_attention])
 def test_alibi_in_bfloat16_loses_less_than_transformers_does(core):
     """Theirs rounds slope * place to 16 bits: at place 1500 and slope 1/2 to a multiple of 4."""
     draws, slopes = torch.Generator().manual_seed(0), alibi_slopes(8)
     q, k, v = (torch.randn(1, 8, n, 16, generator=draws, dtype=torch.bfloat16) for n in (8, 1500, 1500))
-    want = naive(q.double(), k.double(), v.double(), Mask(slopes=slopes))
+    want = naive_attention(q.double(), k.double(), v.double(), AttentionMask(alibi_slopes=slopes))
     places = (torch.tensor(slopes)[:, None] * torch.arange(1500)).bfloat16()              # (H, S)
     future = torch.ones(8, 1500, dtype=torch.bool).triu(1493)
     scores = (q @ k.mT / 4 + places[:, None]).masked_fill(future, -math.inf)
     theirs = scores.softmax(-1, dtype=torch.float32).bfloat16() @ v
-    lost, ours = ((x - want).abs().max() for x in (theirs, core(q, k, v, Mask(slopes=slopes))))
+    lost, ours = ((x - want).abs().max() for x in (theirs, core(q, k, v, AttentionMask(alibi_slopes=slopes))))
     assert ours < 0.05 < 0.5 < lost
 
 
-@pytest.mark.parametrize("core", [naive, sdpa])
+@pytest.mark.parametrize("core", [naive_attention, sdpa_attention])
 @pytest.mark.parametrize("T", [1, 4, 9])
 @pytest.mark.parametrize("slopes", [None, alibi_slopes(6)])
 def test_a_window_is_as_if_the_keys_before_it_were_not_there(core, T, slopes):
@@ -71,15 +79,16 @@ def test_a_window_is_as_if_the_keys_before_it_were_not_there(core, T, slopes):
     shapes = (2, 6, T, 4), (2, 3, 9, 4), (2, 3, 9, 4)
     q, k, v = (torch.randn(shape, generator=draws, dtype=torch.float64) for shape in shapes)
     for window in (1, 3, 8, 9, 20):
-        got = core(q, k, v, Mask(window, slopes))
+        got = core(q, k, v, AttentionMask(window, slopes))
         for t in range(T):
             end = 9 - T + t + 1
             near = slice(max(0, end - window), end)
-            want = naive(q[:, :, t:t + 1], k[:, :, near], v[:, :, near], Mask(slopes=slopes))
+            want = naive_attention(q[:, :, t:t + 1], k[:, :, near], v[:, :, near],
+                                   AttentionMask(alibi_slopes=slopes))
             torch.testing.assert_close(got[:, :, t:t + 1], want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("core", [naive, sdpa])
+@pytest.mark.parametrize("core", [naive_attention, sdpa_attention])
 def test_no_query_sees_the_future(core):
     q, k, v = heads()
     want = core(q, k, v)[:, :, :3]
@@ -87,10 +96,11 @@ def test_no_query_sees_the_future(core):
     torch.testing.assert_close(core(q, k, v)[:, :, :3], want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("mask", [CAUSAL, Mask(slopes=alibi_slopes(6)), Mask(window=3)])
+@pytest.mark.parametrize("mask", [CAUSAL_MASK, AttentionMask(alibi_slopes=alibi_slopes(6)),
+                                  AttentionMask(window=3)])
 def test_gradients_of_both_cores_agree(mask):
     grads = []
-    for core in (naive, sdpa):
+    for core in (naive_attention, sdpa_attention):
         q, k, v = (x.requires_grad_() for x in heads())
         core(q, k, v, mask).square().sum().backward()
         grads.append([x.grad for x in (q, k, v)])
@@ -100,10 +110,10 @@ def test_gradients_of_both_cores_agree(mask):
 
 def test_naive_keeps_the_scores_and_softmaxes_bfloat16_in_float32():
     q, k, v = heads(64, 64, torch.bfloat16)
-    wide = naive(*(x.float() for x in (q, k, v)))
-    assert (naive(q, k, v) - wide).abs().max() < 0.02
+    wide = naive_attention(*(x.float() for x in (q, k, v)))
+    assert (naive_attention(q, k, v) - wide).abs().max() < 0.02
     with FlopCounterMode(display=False) as counted:
-        naive(q, k, v)
+        naive_attention(q, k, v)
     assert counted.get_total_flops() == 2 * 2 * (2 * 6 * 64 * 64 * 6)        # B H T S K, twice, 2 FLOPs each
 
 

@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanoinfra.config import ModelConfig, sized
-from nanoinfra.model.attention import CAUSAL, Mask
+from nanoinfra.config import ModelConfig, config_for_size
+from nanoinfra.model.attention import CAUSAL_MASK, AttentionMask
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from tests.families import VARIANTS
 from tests.model.twins import FAMILIES, tokens
 
@@ -39,7 +39,7 @@ def test_parameters_have_the_agreed_names(family, tied):
     want = ["embed.weight"] + ["positions.weight"] * (family in ("gpt2", "opt"))
     want += ["embed_norm.weight", "embed_norm.bias"] * (family == "bloom")
     want += [f"blocks.{i}.{name}" for i in range(2) for name in NAMES[family].split()]
-    want += ["norm.weight"] + ["norm.bias"] * (model.config.parts.norm == "layer")
+    want += ["norm.weight"] + ["norm.bias"] * (model.config.architecture.norm_type == "layer")
     want += ["head.weight"] * (not tied)
     assert [name for name, _ in model.named_parameters()] == want
     assert (model.head.weight is model.embed.weight) == tied
@@ -60,7 +60,7 @@ def test_positions_given_are_the_positions_used(family):
     want = model(x)
     torch.testing.assert_close(model(x, torch.arange(9).expand(2, 9)), want, rtol=1e-12, atol=1e-14)
     shifted = model(x, torch.arange(9) + 20)
-    if model.config.parts.position == "learned":
+    if model.config.architecture.position_encoding == "learned":
         assert (shifted - want).abs().max() > 1e-3
     elif family == "bloom":                                      # ALiBi takes none
         assert torch.equal(shifted, want)
@@ -75,7 +75,7 @@ def test_cores_and_caches_are_seen_by_every_layer():
 
         def attend(self, layer, q, k, v, mask):
             self.seen.append((layer, tuple(q.shape), tuple(k.shape), tuple(v.shape)))
-            assert mask == CAUSAL
+            assert mask == CAUSAL_MASK
             return torch.zeros_like(q)
 
     Decoder(config("llama"))(tokens(97, (2, 5)), cache=Cache())
@@ -85,9 +85,10 @@ def test_cores_and_caches_are_seen_by_every_layer():
 def test_embed_norm_norms_what_the_embedding_gives():
     model, x = init_weights(Decoder(config("bloom")), seed=3), tokens(97, (2, 5))
     want = torch.nn.functional.layer_norm(model.embed(x), (30,), eps=1e-5)
-    got = model.start(x, model.places(x))
+    got = model.embed_tokens(x, model.default_positions(x))
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-    assert model.angles(model.places(x), x.dtype) is None and Decoder(config("gpt2")).embed_norm is None
+    assert model.rope_cos_sin(model.default_positions(x),
+                              x.dtype) is None and Decoder(config("gpt2")).embed_norm is None
 
 
 def test_slopes_are_numbers_that_a_rank_can_slice():
@@ -100,7 +101,7 @@ def test_slopes_are_numbers_that_a_rank_can_slice():
         for linear in (half.q, half.k, half.v):
             linear.weight.data, linear.bias.data = linear.weight.data[rows], linear.bias.data[rows]
         half.o.weight.data = half.o.weight.data[:, rows]
-        half.mask = Mask(slopes=half.mask.slopes[rows.start // 5:rows.stop // 5])
+        half.mask = AttentionMask(alibi_slopes=half.mask.alibi_slopes[rows.start // 5:rows.stop // 5])
         halves.append(half(x))
     torch.testing.assert_close(sum(halves) - attn.o.bias, want, rtol=1e-10, atol=1e-12)
 
@@ -115,4 +116,4 @@ def test_mistakes_are_named():
 def test_every_named_size_builds():
     for name in ("test", "nano", "small", "xl"):
         with torch.device("meta"):
-            assert Decoder(sized(name)).config.context >= 64
+            assert Decoder(config_for_size(name)).config.context >= 64

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from nanoinfra.model.weights.gguf.weights import load_gguf, open_gguf
+from nanoinfra.model.weights.gguf.weights import load_gguf_model, open_gguf_weights
 from tests.model.gguf_files import models, prompt, write_model
 from tests.model.gguf_tokenizers import STRINGS, tokenizers
 from tests.model.record_llama_cpp import RECORDED, SHOWN, ask_ids, ask_logits, shown
@@ -20,7 +20,7 @@ ROUNDED = 5e-2                               # of all, where llama.cpp quantises
 
 def ours(path):
     with torch.no_grad():
-        return load_gguf(path)[0](torch.tensor([prompt()]))[0]
+        return load_gguf_model(path)[0](torch.tensor([prompt()]))[0]
 
 
 def assert_near(got, want, name, how):
@@ -43,7 +43,7 @@ def test_logits_are_llama_cpps(tmp_path, name):
 def texts(tmp_path_factory):
     """{name: Text} of all small tokenizers, as they come to another process."""
     path = tmp_path_factory.mktemp("tokenizers") / "t.gguf"
-    return {name: pickle.loads(pickle.dumps(open_gguf(write_model(path, "llama", **how)).text))
+    return {name: pickle.loads(pickle.dumps(open_gguf_weights(write_model(path, "llama", **how)).tokenizer))
             for name, how in tokenizers().items()}
 
 
@@ -51,7 +51,7 @@ def texts(tmp_path_factory):
 def test_ids_and_ends_are_llama_cpps(texts, name):
     for string, want in zip(STRINGS, WANT[f"ids {name}"], strict=True):
         assert texts[name].encode(string) == want, repr(string)
-    assert sorted(texts[name].ends) == WANT[f"ends {name}"]
+    assert sorted(texts[name].eos_token_ids) == WANT[f"ends {name}"]
 
 
 @pytest.mark.parametrize("name", tokenizers())
@@ -78,5 +78,5 @@ def test_llama_cpp_says_the_same_today(tmp_path):
         assert_near(ours(path), ask_logits(path, prompt()), name, how)
     for name, how in tokenizers().items():
         path = write_model(tmp_path / "t.gguf", "llama", **how)
-        text, (ids, ends) = open_gguf(path).text, ask_ids(path, STRINGS)
-        assert ([text.encode(string) for string in STRINGS], sorted(text.ends)) == (ids, ends), name
+        text, (ids, ends) = open_gguf_weights(path).tokenizer, ask_ids(path, STRINGS)
+        assert ([text.encode(string) for string in STRINGS], sorted(text.eos_token_ids)) == (ids, ends), name

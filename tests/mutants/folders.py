@@ -15,12 +15,12 @@ from nanoinfra.config import ModelConfig, RopeScaling
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.model.weights import json_files, safetensors_files, tensor_sources
 from nanoinfra.model.weights.hugging_face import config as hf_config
 from nanoinfra.model.weights.hugging_face import config_fields
-from nanoinfra.model.weights.hugging_face.parameter_names import QKV
-from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
+from nanoinfra.model.weights.hugging_face.parameter_names import QKV_LINEARS
+from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
 
 configurations, layouts, exports, problems = (Check(name) for name in ("configurations", "layouts", "exports",
                                                                        "broken folders"))
@@ -33,7 +33,7 @@ CONFIG = ModelConfig(vocab=11, width=12, layers=2, heads=2, kv_heads=1, head_dim
 def read(family, **changes):
     """The ModelConfig of a config.json, or the line that refuses it."""
     try:
-        return hf_config.config_from({"model_type": family, **SIZES, **changes}, "here")
+        return hf_config.model_config_from_hf({"model_type": family, **SIZES, **changes}, "here")
     except ValueError as error:
         return str(error)
 
@@ -99,14 +99,16 @@ def _(subject):
 def fused(stored):
     """Where row 1 of q, k and v of layer 1 is read from, of a stored tensor, and each one's shape there."""
     inner = ("norm1", "norm2", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
-    table = {f"blocks.{{i}}.{name}.weight": tensor_sources.Source(name) for name in inner}
-    table |= {f"{name}.weight": tensor_sources.Source(name) for name in ("embed", "norm")}
-    table |= {f"blocks.{{i}}.{name}.weight": tensor_sources.Source("w{i}", fused=QKV) for name in QKV}
-    found = tensor_sources.sources(CONFIG, table)
-    mine = [found[f"blocks.1.{name}.weight"] for name in QKV]
-    rows = [tensor_sources.read_box(each, (4,), 6, (slice(1, 2),), lambda name, box: stored[box]).item()
+    table = {f"blocks.{{i}}.{name}.weight": tensor_sources.TensorSource(name) for name in inner}
+    table |= {f"{name}.weight": tensor_sources.TensorSource(name) for name in ("embed", "norm")}
+    qkv = tensor_sources.TensorSource("w{i}", fused_linears=QKV_LINEARS)
+    table |= {f"blocks.{{i}}.{name}.weight": qkv for name in QKV_LINEARS}
+    found = tensor_sources.parameter_sources(CONFIG, table)
+    mine = [found[f"blocks.1.{name}.weight"] for name in QKV_LINEARS]
+    rows = [tensor_sources.read_parameter_slices(each, (4,), 6, (slice(1, 2),), lambda name,
+                                                 box: stored[box]).item()
             for each in mine]
-    return rows, [tensor_sources.made_shape(each, stored.shape) for each in mine]
+    return rows, [tensor_sources.shape_from_stored(each, stored.shape) for each in mine]
 
 
 @layouts.criterion("fused rows lie one after another", "property")
@@ -126,7 +128,7 @@ def _(subject):
 def exported(folder, sizes, calls=10**6):
     """Two models, one after the other, the second stopped after so many changes of the folder."""
     models = [init_weights(Decoder(CONFIG), seed) for seed in (0, 1)]
-    save_hf(models[0], folder, shard_bytes=sizes[0])
+    save_hf_model(models[0], folder, shard_bytes=sizes[0])
     replace, left = os.replace, [calls]
 
     def counted(*paths):
@@ -135,7 +137,7 @@ def exported(folder, sizes, calls=10**6):
             raise InterruptedError
         replace(*paths)
     with mock.patch.object(os, "replace", counted), suppress(InterruptedError):
-        save_hf(models[1], folder, shard_bytes=sizes[1])
+        save_hf_model(models[1], folder, shard_bytes=sizes[1])
     return models
 
 
@@ -145,7 +147,7 @@ def _(subject):
         with tempfile.TemporaryDirectory() as folder:
             _, want = subject(Path(folder), sizes)
             try:
-                got = load_hf(folder)
+                got = load_hf_model(folder)
             except ValueError as error:
                 raise Wrong(f"nothing can be read: {error}") from error
             if not torch.equal(got.embed.weight, want.embed.weight):
@@ -161,7 +163,7 @@ def _(subject):
         with tempfile.TemporaryDirectory() as folder:
             subject(Path(folder), (2000, 2000), calls)
             try:
-                load_hf(folder)
+                load_hf_model(folder)
             except ValueError as error:
                 if "holds no config.json" in str(error):
                     continue
@@ -171,10 +173,10 @@ def _(subject):
 def opened(change):
     """The line that refuses a folder, changed by `change`; "" where it opens, the error's name if no line."""
     with tempfile.TemporaryDirectory() as folder:
-        save_hf(init_weights(Decoder(CONFIG), 0), folder, shard_bytes=2000)
+        save_hf_model(init_weights(Decoder(CONFIG), 0), folder, shard_bytes=2000)
         change(Path(folder))
         try:
-            load_hf(folder)
+            load_hf_model(folder)
         except ValueError as error:
             return str(error)
         except Exception as error:
@@ -184,7 +186,8 @@ def opened(change):
 
 @problems.criterion("pointers of Git LFS are named", "property")
 def _(subject):
-    got = subject(lambda folder: (folder / "config.json").write_bytes(json_files.POINTER + b".github.com"))
+    pointer = json_files.GIT_LFS_POINTER_START + b".github.com"
+    got = subject(lambda folder: (folder / "config.json").write_bytes(pointer))
     if "Git LFS" not in got:
         raise Wrong(f"a pointer is answered {got!r}")
 
@@ -192,7 +195,7 @@ def _(subject):
 @problems.criterion("two sets of weights are refused", "property")
 def _(subject):
     def change(folder):
-        (folder / safetensors_files.SINGLE).write_bytes(next(folder.glob("model-*")).read_bytes())
+        (folder / safetensors_files.SAFETENSORS_FILE).write_bytes(next(folder.glob("model-*")).read_bytes())
     got = subject(change)
     if "stale" not in got:
         raise Wrong(f"both forms of weights are answered {got!r}")
@@ -201,14 +204,14 @@ def _(subject):
 @problems.criterion("an index names files of its folder", "property")
 def _(subject):
     def change(folder):
-        path = folder / safetensors_files.INDEX
+        path = folder / safetensors_files.SAFETENSORS_INDEX_FILE
         path.write_text(path.read_text().replace("model-00001", "../model-00001"))
     if "of its folder" not in (got := subject(change)):
         raise Wrong(f"an index that leaves its folder is answered {got!r}")
 
 
-def _reversed(config, table, inner=tensor_sources.sources):
-    return {name: each._replace(before=each.after, after=each.before) for name, each in
+def _reversed(config, table, inner=tensor_sources.parameter_sources):
+    return {name: each._replace(rows_before=each.rows_after, rows_after=each.rows_before) for name, each in
             inner(config, table).items()}
 
 
@@ -225,17 +228,18 @@ MUTANTS = [
         read, "nanoinfra.model.weights.hugging_face.config:_refuse_others", lambda *args: None),
         "what is not computed is refused"),
     Mutant("undeclared keys are ignored", configurations, patched(
-        read, "nanoinfra.model.weights.hugging_face.config:UNDECLARED", {}),
+        read, "nanoinfra.model.weights.hugging_face.config:UNDECLARED_HF_KEYS", {}),
         "keys that are read undeclared are refused"),
     Mutant("1 is as good as true", configurations, patched(
         read, "nanoinfra.model.weights.hugging_face.config:_among", lambda value, allowed: value in allowed),
         "keys that are read undeclared are refused"),
     Mutant("attributes of the class are set", configurations, patched(
-        read, "nanoinfra.model.weights.hugging_face.config:SETTABLE", (*config_fields.SETTABLE,
+        read, "nanoinfra.model.weights.hugging_face.config:SETTABLE_HF_KEYS",
+        (*config_fields.SETTABLE_HF_KEYS,
                                                                        "attribute_map")),
         "no key replaces a part of the class"),
     Mutant("sizes go to transformers first", configurations, patched(
-        read, "nanoinfra.model.weights.hugging_face.config:LARGEST", {}),
+        read, "nanoinfra.model.weights.hugging_face.config:MAX_CONFIG_VALUES", {}),
         "sizes are seen before lists are made of them"),
     Mutant("the attention factor is left out", configurations, patched(
         read, "nanoinfra.model.weights.hugging_face.rope_config:_mscale", lambda *args: 1.0),
@@ -251,19 +255,20 @@ MUTANTS = [
         read, "nanoinfra.model.weights.hugging_face.config:deepcopy", lambda x: x),
         "transformers' dicts are its own"),
     Mutant("parts in the other order", layouts, patched(
-        fused, "nanoinfra.model.weights.tensor_sources:sources", _reversed),
+        fused, "nanoinfra.model.weights.tensor_sources:parameter_sources", _reversed),
         "fused rows lie one after another"),
     Mutant("rows after ours are not counted", layouts, patched(
-        fused, "nanoinfra.model.weights.tensor_sources:made_shape",
-        lambda each, stored: (min(stored[0] - each.before, 12 if each.before == 0 else 6),)),
+        fused, "nanoinfra.model.weights.tensor_sources:shape_from_stored",
+        lambda each, stored: (min(stored[0] - each.rows_before, 12 if each.rows_before == 0 else 6),)),
         "a fused tensor is checked whole"),
     Mutant("old weights stay", exports, patched(
-        exported, "nanoinfra.model.weights.replace_files:WEIGHTS", ()), "the last export is what is read"),
+        exported, "nanoinfra.model.weights.replace_files:_REPLACED_WEIGHTS", ()),
+        "the last export is what is read"),
     Mutant("files are written in place", exports, patched(
-        exported, "nanoinfra.model.weights.hugging_face.weights:replaced", _in_place),
+        exported, "nanoinfra.model.weights.hugging_face.weights:replace_model_files", _in_place),
         "an export cut off is no model"),
     Mutant("pointers are JSON", problems, patched(
-        opened, "nanoinfra.model.weights.json_files:check_content", lambda path: None),
+        opened, "nanoinfra.model.weights.json_files:check_file_is_fetched", lambda path: None),
         "pointers of Git LFS are named"),
     Mutant("the index wins", problems, patched(
         opened, "nanoinfra.model.weights.safetensors_files:_files",

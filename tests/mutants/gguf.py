@@ -17,8 +17,8 @@ from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.weights.gguf import bpe_tokenizer, file_format, sentencepiece_tokenizer, weights
 from nanoinfra.model.weights.gguf import config as gguf_config
-from nanoinfra.model.weights.gguf.tokenizer import build_text
-from nanoinfra.model.weights.gguf.weights import FUSED, load_gguf, open_gguf
+from nanoinfra.model.weights.gguf.tokenizer import build_gguf_tokenizer
+from nanoinfra.model.weights.gguf.weights import FUSED_GGUF_TENSORS, load_gguf_model, open_gguf_weights
 from tests.model.gguf_files import FACTORS, MODELS, names, prompt, write_model
 from tests.model.gguf_tokenizers import STRINGS, tokenizers
 from tests.model.record_llama_cpp import RECORDED, SHOWN
@@ -32,16 +32,16 @@ def model(name):
     architecture, how = MODELS[name]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = write_model(Path(folder, "m.gguf"), architecture, **how)
-        return load_gguf(path)[0](torch.tensor([prompt()]))[0, :, :SHOWN]
+        return load_gguf_model(path)[0](torch.tensor([prompt()]))[0, :, :SHOWN]
 
 
 def text(name):
     """(ids of all strings, ids that end an answer)."""
     how = tokenizers()[name]
-    built = build_text(how["tokenizer"] | how.get("general", {}) | {
+    built = build_gguf_tokenizer(how["tokenizer"] | how.get("general", {}) | {
         f"tokenizer.ggml.{key}": np.array(how["tokenizer"][f"tokenizer.ggml.{key}"])
         for key in ("token_type", "scores") if f"tokenizer.ggml.{key}" in how["tokenizer"]})
-    return [built.encode(string) for string in STRINGS], sorted(built.ends)
+    return [built.encode(string) for string in STRINGS], sorted(built.eos_token_ids)
 
 
 def opens(**how):
@@ -51,7 +51,7 @@ def opens(**how):
         path = write_model(Path(folder, "m.gguf"), "llama", **how)
         path.write_bytes(change(path.read_bytes()))
         try:
-            open_gguf(path)
+            open_gguf_weights(path)
         except ValueError as error:
             return str(error)
 
@@ -134,8 +134,8 @@ _refuses("an unknown pre-tokeniser", "is unknown", tokenizer=names(64) | {"token
 
 def fetches(wrong):
     """Read tensors as if the file's architecture was `wrong(name, architecture)`."""
-    right = weights._fetch
-    return patched(model, "nanoinfra.model.weights.gguf.weights:_fetch",
+    right = weights._read_stored
+    return patched(model, "nanoinfra.model.weights.gguf.weights:_read_stored",
                    lambda *args: right(*args[:4], wrong(args[1], args[4])))
 
 
@@ -152,12 +152,13 @@ def only(kind, **change):
 
 def pre(**other):
     """With other splits of some names."""
-    return patched(text, "nanoinfra.model.weights.gguf.bpe_tokenizer:PRE", bpe_tokenizer.PRE | {
+    return patched(text, "nanoinfra.model.weights.gguf.bpe_tokenizer:PRE_TOKENIZERS",
+                   bpe_tokenizer.PRE_TOKENIZERS | {
         name.replace("_", "-"): splits for name, splits in other.items()})
 
 
 def composed(tokens, merges, name):
-    backend = bpe_tokenizer.byte_level_bpe(tokens, merges, name)
+    backend = bpe_tokenizer.build_byte_level_bpe(tokens, merges, name)
     backend.normalizer = normalizers.NFC()
     return backend
 
@@ -169,15 +170,15 @@ def shortest_first(tokens, scores, ids):
 
 def unplaced(listed, end, alignment, size):
     start = -(-end // alignment) * alignment
-    return {name: file_format.Stored(kind, shape, start + offset)
+    return {name: file_format.StoredTensor(kind, shape, start + offset)
             for name, (shape, kind, offset) in listed.items()}
 
 
 def placed_anywhere(listed, end, alignment, size):
     """Only the end is looked at."""
     found = unplaced(listed, end, alignment, size)
-    if any(tensor.start + tensor.nbytes() > size for tensor in found.values()):
-        raise ValueError(file_format.CUT)
+    if any(tensor.start_byte + tensor.nbytes() > size for tensor in found.values()):
+        raise ValueError(file_format.DAMAGED_FILE_HINT)
     return found
 
 
@@ -186,15 +187,15 @@ class Believing(file_format._Header):
         return self.number("Q")
 
 
-class First(gguf_config.Keys):
-    def size(self, key, *default):
-        got = self.fields.get(self.prefix + key, *default)
+class First(gguf_config.GGUFMetadata):
+    def positive_int(self, key, *default):
+        got = self.metadata.get(self.prefix + key, *default)
         return got[0].item() if isinstance(got, np.ndarray) else got
 
 
-class Careless(gguf_config.Keys):
-    def positive(self, key, *default):
-        return self.get(key, float, *default)
+class Careless(gguf_config.GGUFMetadata):
+    def positive_float(self, key, *default):
+        return self.get_typed(key, float, *default)
 
 
 def whole_model(fields):
@@ -205,21 +206,22 @@ def all_turned(keys, heads, width):
     return {"head_dim": width // heads, "kv_heads": keys.size("attention.head_count_kv", heads)}
 
 
-merges_by_score, THREES = sentencepiece_tokenizer.merges_by_score, bpe_tokenizer.PRE["dbrx"]
+merges_by_score, THREES = sentencepiece_tokenizer.merges_by_score, bpe_tokenizer.PRE_TOKENIZERS["dbrx"]
 FILE, CONFIG = "nanoinfra.model.weights.gguf.file_format:", "nanoinfra.model.weights.gguf.config:"
 SPM, TEXT = "nanoinfra.model.weights.gguf.sentencepiece_tokenizer:", "nanoinfra.model.weights.gguf.tokenizer:"
 
 MUTANTS = [
     Mutant("pairs are left as llama.cpp has them", models,
-           patched(model, "nanoinfra.model.weights.gguf.weights:halves_from_pairs", lambda x, K: x), "llama"),
+           patched(model, "nanoinfra.model.weights.gguf.weights:deinterleave_rope_rows", lambda x, K: x),
+           "llama"),
     Mutant("pairs are undone in every architecture", models, fetches(lambda name, said: "llama"), "qwen2"),
     Mutant("pairs of fused tensors are left", models,
            fetches(lambda name, said: "qwen2" if "attn_qkv" in name else said), "llama, fused"),
     Mutant("pairs of biases are left", models,
            fetches(lambda name, said: "qwen2" if name.endswith("bias") else said), "llama, all biases"),
     Mutant("up before gate", models,
-           patched(model, "nanoinfra.model.weights.gguf.weights:FUSED",
-                   FUSED | {"ffn_up": ("mlp.up", "mlp.gate")}), "phi3"),
+           patched(model, "nanoinfra.model.weights.gguf.weights:FUSED_GGUF_TENSORS",
+                   FUSED_GGUF_TENSORS | {"ffn_up": ("mlp.up", "mlp.gate")}), "phi3"),
     Mutant("biases are those of the family", models,
            patched(model, CONFIG + "_biased", lambda config, names: config), "llama, all biases"),
     Mutant("no scaling", models, scaled(lambda scaling, _: None), "llama, linear"),
@@ -238,8 +240,9 @@ MUTANTS = [
     Mutant("ends by key alone", texts, patched(text, TEXT + "ENDS", set()), "bpe, gpt-2"),
     Mutant("tokens of filling in never end", texts, patched(text, TEXT + "FILL_ENDS", ()),
            "bpe, ends by name and by key"),
-    Mutant("digits stay together", texts, pre(smollm=bpe_tokenizer.PRE["gpt-2"]), "bpe, smollm"),
-    Mutant("whole words are merged too", texts, pre(llama_bpe=THREES._replace(bos=True)), "bpe, llama-bpe"),
+    Mutant("digits stay together", texts, pre(smollm=bpe_tokenizer.PRE_TOKENIZERS["gpt-2"]), "bpe, smollm"),
+    Mutant("whole words are merged too", texts, pre(llama_bpe=THREES._replace(adds_bos_token=True)),
+           "bpe, llama-bpe"),
     Mutant("no first token where nothing is said", texts,
            patched(text, TEXT + "opens_with_bos", lambda pre: False), "bpe, llama-bpe"),
     Mutant("shortest left part first", texts,
@@ -256,7 +259,7 @@ MUTANTS = [
     Mutant("counts are believed", files, patched(opens, FILE + "_Header", Believing), "counts without end"),
     Mutant("pieces are wholes", files, patched(patched(
         opens, CONFIG + "architecture_of", whole_model),
-        "nanoinfra.model.weights.gguf.weights:architecture_of", whole_model),
+        "nanoinfra.model.weights.gguf.weights:gguf_architecture", whole_model),
         "a piece of a model"),
     Mutant("unknown keys are passed over", files,
            patched(opens, CONFIG + "_check_keys", lambda keys, config: None), "keys that change the maths"),
@@ -272,7 +275,7 @@ MUTANTS = [
            patched(opens, SPM + "_joins_no_token", lambda token, ids: False),
            "a token of what is none"),
     Mutant("an unknown pre-tokeniser is GPT-2's", files,
-           patched(opens, "nanoinfra.model.weights.gguf.bpe_tokenizer:PRE",
-                   bpe_tokenizer.PRE | {"viking": bpe_tokenizer.PRE["gpt-2"]}),
+           patched(opens, "nanoinfra.model.weights.gguf.bpe_tokenizer:PRE_TOKENIZERS",
+                   bpe_tokenizer.PRE_TOKENIZERS | {"viking": bpe_tokenizer.PRE_TOKENIZERS["gpt-2"]}),
            "an unknown pre-tokeniser"),
 ]

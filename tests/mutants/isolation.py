@@ -154,7 +154,7 @@ class _Spoiled:
     """The model with another head."""
 
     def __init__(self, model, head):
-        self.hidden, self.config, self.head = model.hidden, model.config, head
+        self.hidden_states, self.config, self.head = model.hidden_states, model.config, head
 
 
 def _nan_of(engine, name, logits):

@@ -105,7 +105,7 @@ def going(model, prompt, n, make, capacity=lambda P, n: P + n - 1, feed=None, pl
     for _ in range(n + calls + len(todo) - 1):
         new = todo.pop(0) if todo else feed(all_) if feed else made[-1]
         begin = cache.length if place is None else place(cache.length, prompt.shape[1])
-        hidden = model.hidden(new, torch.arange(begin, begin + new.shape[1]), cache)
+        hidden = model.hidden_states(new, torch.arange(begin, begin + new.shape[1]), cache)
         cache.length += new.shape[1] if advance else 0
         if todo:
             continue
@@ -125,7 +125,8 @@ def gives_nothing(*args):
 def runs_all_tokens_again(model, prompt, n, make):
     make(prompt.shape[1] + n - 1)
     for _ in range(n):
-        prompt = torch.cat([prompt, model.hidden(prompt)[:, -1:].matmul(model.head.weight.T).argmax(-1)], 1)
+        logits = model.hidden_states(prompt)[:, -1:].matmul(model.head.weight.T)
+        prompt = torch.cat([prompt, logits.argmax(-1)], 1)
     return prompt[:, -n:]
 
 
@@ -134,7 +135,7 @@ def keeps_the_cache_and_runs_all_again(model, prompt, n, make):
     made = prompt
     for _ in range(n):
         cache = make(made.shape[1])
-        hidden = model.hidden(made, torch.arange(made.shape[1]), cache)
+        hidden = model.hidden_states(made, torch.arange(made.shape[1]), cache)
         made = torch.cat([made, model.head(hidden[:, -1]).argmax(-1, True)], 1)
     return made[:, -n:]
 
@@ -143,7 +144,7 @@ def counts_twice(model, prompt, n, make):
     """Places by a counter of its own, and a cache that is one ahead."""
     cache, new, made, begin = make(prompt.shape[1] + n), prompt, [], 0
     for _ in range(n):
-        hidden = model.hidden(new, torch.arange(begin, begin + new.shape[1]), cache)
+        hidden = model.hidden_states(new, torch.arange(begin, begin + new.shape[1]), cache)
         begin += new.shape[1]
         cache.length = begin + 1
         new = model.head(hidden[:, -1]).argmax(-1, True)

@@ -7,35 +7,35 @@ import re
 from unittest import mock
 
 from nanoinfra.commands import parse_command_line
-from nanoinfra.config import sized
-from nanoinfra.formulas import footprint, pipeline
-from nanoinfra.formulas.activations import activation_bytes, end_terms
-from nanoinfra.formulas.footprint import Layout, Recipe
+from nanoinfra.config import config_for_size
+from nanoinfra.formulas import memory_footprint, pipeline
+from nanoinfra.formulas.activations import embedding_and_head_bytes_by_term, saved_activation_bytes
+from nanoinfra.formulas.memory_footprint import ParallelLayout, TrainingStepConfig
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.train import config
 from nanoinfra.train.launch import memory_check
 
 kept, refusal = Check("kept"), Check("refusal")
-CONFIG, RECIPE = sized("nano", tied=False), Recipe(256, 8, 6)
+CONFIG, RECIPE = config_for_size("nano", tied=False), TrainingStepConfig(256, 8, 6)
 TWO = "--model nano --dp 2 --micro-batch 64"
 
 
 def keep(layout, stage=0):
-    return footprint.activations(CONFIG, layout, RECIPE, stage)
+    return memory_footprint.stage_activation_bytes(CONFIG, layout, RECIPE, stage)
 
 
 @kept.criterion("one rank keeps what one forward leaves", "parity")
 def _(subject):
-    want = activation_bytes(CONFIG, 8, 256, 4)
-    if (got := subject(Layout())) != want:
+    want = saved_activation_bytes(CONFIG, 8, 256, 4)
+    if (got := subject(ParallelLayout())) != want:
         raise Wrong(f"{got} bytes, want {want}")
 
 
 @kept.criterion("a stage keeps the micro-batches that its schedule has under way", "parity")
 def _(subject):
-    one = subject(Layout(pp=2, schedule="1f1b")) / 2                       # at the first stage of two
-    if (got := subject(Layout(pp=2, schedule="gpipe"))) != 6 * one:
+    one = subject(ParallelLayout(pp=2, schedule="1f1b")) / 2                       # at the first stage of two
+    if (got := subject(ParallelLayout(pp=2, schedule="gpipe"))) != 6 * one:
         raise Wrong(f"gpipe keeps {got} bytes of six micro-batches of {one}")
 
 
@@ -66,20 +66,22 @@ def _(subject):
 
 
 def without_logits(*args):
-    return {**end_terms(*args), "logits": 0}
+    return {**embedding_and_head_bytes_by_term(*args), "logits": 0}
 
 
 def one_at_a_time(kind, p, r, m, v=1):
-    return pipeline.in_flight("1f1b", p, r, m)
+    return pipeline.predicted_micro_batches_in_flight("1f1b", p, r, m)
 
 
 ALONE, UNDER_WAY = (c.name for c in kept.criteria)
 EVERY, FITS = (c.name for c in refusal.criteria)
 MUTANTS = [
     Mutant("logits are forgotten", kept,
-           patched(keep, "nanoinfra.formulas.footprint:end_terms", without_logits), ALONE),
+           patched(keep, "nanoinfra.formulas.memory_footprint:embedding_and_head_bytes_by_term",
+                   without_logits), ALONE),
     Mutant("every schedule keeps what 1f1b does", kept,
-           patched(keep, "nanoinfra.formulas.footprint:in_flight", one_at_a_time), UNDER_WAY),
+           patched(keep, "nanoinfra.formulas.memory_footprint:predicted_micro_batches_in_flight",
+                   one_at_a_time), UNDER_WAY),
     Mutant("one rank stands for all", refusal,
            patched(refuse, "nanoinfra.train.launch.memory_check:ranks_sharing_memory", lambda *_: range(1)),
            EVERY),

@@ -57,14 +57,15 @@ def _(subject):
 def _(subject):
     for kind, p, m, v in KINDS:
         for r, stage in enumerate(subject(kind, p, m, v)):
-            if (got := max_micro_batches_in_flight(stage)) > (want := formulas.in_flight(kind, p, r, m, v)):
+            if (got := max_micro_batches_in_flight(stage)) > (want := formulas.predicted_micro_batches_in_flight(kind, p, r, m,
+                                                                                               v)):
                 raise Wrong(f"{kind}: stage {r} of {p} keeps {got} of {m} micro-batches, want {want}")
 
 
 @order.criterion("idles as long as the paper says", "resource")
 def _(subject):
     for kind, p, m, v in KINDS:
-        want = formulas.idle(kind, p, m, *TIMES, v)
+        want = formulas.pipeline_idle_seconds(kind, p, m, *TIMES, v)
         got = max(simulate_schedule(subject(kind, p, m, v), *(t / v for t in TIMES)).idle_seconds)
         if not abs(got - want) < 1e-9:
             raise Wrong(f"{kind}: a stage of {p} idles {got} slots with {m} micro-batches, want {want}")
@@ -100,7 +101,7 @@ def _(subject):
 @pipeline.criterion("sends a message a border, there and back", "resource")
 def _(subject):
     for kind, p, m, v, _, results in _runs(subject):
-        want = formulas.sent_bytes(CONFIG, p, m, 2, T, 8, v)
+        want = formulas.pipeline_sent_bytes_per_stage(CONFIG, p, m, 2, T, 8, v)
         if (got := [result["sent"] for result in results]) != want:
             raise Wrong(f"{kind}: stages send {got} bytes, want {want}")
 
@@ -190,7 +191,7 @@ class CountsBothEnds(ParallelModel):
 
 
 def layers_swapped(config, n, seq):
-    borders = formulas.split(config, n, seq)
+    borders = formulas.split_layers_into_chunks(config, n, seq)
     borders[-3:-1] = borders[-3:-1][::-1]
     return borders
 
@@ -226,7 +227,8 @@ EXECUTED, KEPT, IDLE = (criterion.name for criterion in order.criteria)
 LOSS, GRADS, NORM, SENT = (criterion.name for criterion in pipeline.criteria)
 [BUSY] = (criterion.name for criterion in overlap.criteria)
 CHUNKS, REPLICA = "nanoinfra.train.train_stage:ParallelModel", "nanoinfra.train.train_stage:TrainStage"
-SPLIT, COMM = "nanoinfra.parallel.parallelize:split", "nanoinfra.parallel.pipeline.stage:comm"
+SPLIT = "nanoinfra.parallel.parallelize:split_layers_into_chunks"
+COMM = "nanoinfra.parallel.pipeline.stage:comm"
 MUTANTS = [
     Mutant("a schedule with a missing receive", order, without_a_receive, EXECUTED),
     Mutant("two stages' orders swapped", order, stages_swapped, EXECUTED),

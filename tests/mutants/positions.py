@@ -12,7 +12,7 @@ from nanoinfra.config import ModelConfig, RopeScaling
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model import attention, rope
-from nanoinfra.model.attention import Mask
+from nanoinfra.model.attention import AttentionMask
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.serve.engine.cpu_decoder_block import CpuPagedKVCache
 from nanoinfra.serve.engine.engine import Engine
@@ -29,7 +29,7 @@ K, THETA, FIRST = 16, 5000.0, 256            # head_dim, base, original context
 def attend(core, T, S, W):
     """(T, S): how much of each key each query sees, all keys being alike."""
     q, k, v = torch.zeros(1, 1, T, S), torch.zeros(1, 1, S, S), torch.eye(S)[None, None]
-    return getattr(attention, core)(q, k, v, Mask(W))[0, 0]
+    return getattr(attention, core)(q, k, v, AttentionMask(W))[0, 0]
 
 
 @window.criterion("a query sees the last W keys up to its own, itself included", "property")
@@ -70,7 +70,7 @@ def _(subject):
 def turn(scaling, length=FIRST):
     """Angle of each pair at position 1 of a sequence of `length`, and what cos and sin are multiplied by."""
     config = replace(SMALL, head_dim=K, theta=THETA, rope_scaling=scaling)
-    cos, sin = rope.rope_angles(torch.arange(length), config, torch.float64)
+    cos, sin = rope.rope_cos_sin(torch.arange(length), config, torch.float64)
     return torch.atan2(sin[0, 1], cos[0, 1]).tolist(), float(torch.hypot(sin[0, 1], cos[0, 1])[0])
 
 
@@ -117,22 +117,22 @@ def _(subject):
     near(subject(RopeScaling("llama3", 8.0, FIRST))[0], want, "llama3")
 
 
-def wider(T, S, device, window=None, hidden=attention.hidden_keys):
+def wider(T, S, device, window=None, hidden=attention.hidden_key_mask):
     return hidden(T, S, device, window and window + 1)
 
 
-def without_window(T, S, device, window=None, hidden=attention.hidden_keys):
+def without_window(T, S, device, window=None, hidden=attention.hidden_key_mask):
     return hidden(T, S, device)
 
 
 class BlindAlone(PagedKVCache):
     def _attend_decodes(self, memory, q, mask):
-        return super()._attend_decodes(memory, q, Mask())
+        return super()._attend_decodes(memory, q, AttentionMask())
 
 
 class BlindInC(CpuPagedKVCache):
     def rope_cache_and_attend(self, attn, qkv, rope):
-        attn.mask = Mask()
+        attn.mask = AttentionMask()
         return super().rope_cache_and_attend(attn, qkv, rope)
 
 
@@ -157,13 +157,14 @@ def by_factor_alone(scaling, theta, head_dim, length):
 
 
 def stretched(**kinds):
-    return patched(turn, "nanoinfra.model.rope:STRETCHED", {**rope.STRETCHED, **kinds})
+    return patched(turn, "nanoinfra.model.rope:ROPE_FREQUENCY_SCALING", {**rope.ROPE_FREQUENCY_SCALING,
+                                                                         **kinds})
 
 
 SEES, = (c.name for c in window.criteria)
 SAYS, = (c.name for c in pages.criteria)
 LINEAR, DYNAMIC, YARN, LLAMA3 = (c.name for c in stretch.criteria)
-HIDDEN = "nanoinfra.model.attention:hidden_keys"
+HIDDEN = "nanoinfra.model.attention:hidden_key_mask"
 MUTANTS = [
     Mutant("a window is one key too wide", window, patched(attend, HIDDEN, wider), SEES),
     Mutant("a window hides nothing", window, patched(attend, HIDDEN, without_window), SEES),
@@ -174,7 +175,7 @@ MUTANTS = [
            patched(serve, "nanoinfra.serve.engine.cpu_decoder_block:CpuPagedKVCache", BlindInC), SAYS),
     Mutant("linear divides nothing", stretch, stretched(linear=lambda f, scaling, theta: f), LINEAR),
     Mutant("dynamic grows by its factor at once", stretch,
-           patched(turn, "nanoinfra.model.rope:dynamic_theta", by_factor_alone), DYNAMIC),
+           patched(turn, "nanoinfra.model.rope:dynamic_ntk_theta", by_factor_alone), DYNAMIC),
     Mutant("yarn divides every pair", stretch, stretched(yarn=all_factors), YARN),
     Mutant("yarn's borders are swapped", stretch, stretched(yarn=pairs_from_the_front), YARN),
     Mutant("yarn's borders are always whole", stretch, stretched(yarn=always_whole), YARN),

@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server import request_limits
 from nanoinfra.serve.server.errors import APIError
@@ -45,7 +45,7 @@ class Letters:
 def ask(kind, **body):
     """(why it was refused, or None; characters that were tokenized; chats rendered; fields kept)."""
     letters, rendered, kept = Letters(), [], ()
-    ready = EngineReady({"context": CONTEXT, "vocab": 97}, Text(letters), "template")
+    ready = EngineReady({"context": CONTEXT, "vocab": 97}, Tokenizer(letters), "template")
     try:
         question = parse_request_body(kind, json.dumps(body).encode())
         kept = question.model_extra or ()

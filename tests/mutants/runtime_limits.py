@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
 from nanoinfra.serve.engine.requests import Logprob, Request, RequestOutput
 from nanoinfra.serve.server import handlers
@@ -41,11 +41,11 @@ class Live:
     def render(self, messages, template):
         """What a child says of a chat that has 0.2 s of the processor; after 2 s it is ended from here."""
         child, done = ChatTemplateProcess(cpu_seconds=0.2), threading.Event()
-        child.render_chat_template("", HI, Text(None))
+        child.render_chat_template("", HI, Tokenizer(None))
         watch = threading.Thread(target=self._watch, args=(child, used(child.process.pid) + 2, done))
         watch.start()
         try:
-            return child.render_chat_template(template, messages, Text(None))
+            return child.render_chat_template(template, messages, Tokenizer(None))
         except ValueError as error:
             return str(error)
         finally:
@@ -111,7 +111,7 @@ class Live:
         """Bytes that each log-probability takes in an answer that is not streamed."""
         question = parse_request_body(ChatCompletionRequest,
                                       json.dumps({"messages": HI, "logprobs": True}).encode())
-        answer = ChatCompletionResponse(question, "r", "m", [Request("r", [1])], Text(None))
+        answer = ChatCompletionResponse(question, "r", "m", [Request("r", [1])], Tokenizer(None))
         tracemalloc.start()
         for _ in range(tokens):
             likely = [(1000 + i, -0.5 - i) for i in range(top)]

@@ -301,9 +301,10 @@ MUTANTS = [
     *(Mutant(name, serving, patched(serve, f"{ENGINES}:{kind.__base__.__name__}", kind), rejected_by)
       for name, (kind, rejected_by) in VARIANTS.items()),
     Mutant("an acausal mask in a chunk", serving,
-           patched(serve, "nanoinfra.serve.engine.paged_attention:sdpa", looks_ahead), CHUNK),
+           patched(serve, "nanoinfra.serve.engine.paged_attention:sdpa_attention", looks_ahead), CHUNK),
     Mutant("a chunk's mask begins at key 0", serving,
-           patched(serve, "nanoinfra.serve.engine.paged_attention:sdpa", aligns_at_the_start), CHUNK),
+           patched(serve, "nanoinfra.serve.engine.paged_attention:sdpa_attention", aligns_at_the_start),
+           CHUNK),
     Mutant("a page is known by its own tokens alone", serving,
            patched(serve, "nanoinfra.serve.engine.scheduler:extend_block_hashes", of_its_own_tokens), KNOWN),
     Mutant("old weights' keys stay known", serving, functools.partial(serve, kind=ForgetsToForget), NEWER),

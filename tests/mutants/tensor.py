@@ -9,12 +9,12 @@ from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.comm import AsyncCollective
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.parameters import shapes
-from nanoinfra.formulas.tensor_parallel import tensor_sent
+from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.formulas.tensor_parallel import tp_collectives_per_step
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model.init import draw, generator
-from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.model.initialization import draw_initial_tensor, named_generator
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig
 from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
 from nanoinfra.parallel.tensor_parallel import RowParallelLinear, TensorParallelRegion
@@ -79,7 +79,7 @@ def _(subject):
 @tensor.criterion("sends what the paper says", "resource")
 def _(subject):
     for family, tp, sp in CASES:
-        wanted = tensor_sent(config(family), tp, B, T, dtype_bytes=8, grad_bytes=8, sp=sp)
+        wanted = tp_collectives_per_step(config(family), tp, B, T, dtype_bytes=8, grad_bytes=8, sp=sp)
         for rank, got in enumerate(ranks(tp).run(subject, family, tp, sp)):
             for key in wanted | got["sent"]:
                 if got["sent"].get(key) != wanted.get(key):
@@ -90,21 +90,24 @@ def _(subject):
 def step(family, tp, sp, scale=1.0):
     """One rank's part of a training step: gradients with their places, norm, loss, calls and bytes sent."""
     mesh, cfg = Mesh(tp=tp), config(family)
-    parallel = ParallelChunk(empty(cfg), mesh, ParallelConfig(sequence_parallel=sp, dtype=torch.float64),
-                             drawn(cfg, scale))
+    parallel = ParallelChunk(decoder_on_meta_device(cfg), mesh, ParallelConfig(sequence_parallel=sp,
+                                                                               dtype=torch.float64),
+                             drawn(cfg,
+                                                                                                   scale))
     x, y = torch.randint(V, (2, B, T), generator=torch.Generator().manual_seed(1))
     y[0, 0] = IGNORE_INDEX
     mesh.comm_log.take_records()
     parallel.data_parallel.zero_grad()
     parallel.data_parallel.prepare_for_backward(is_last=True)
     with Largest() as seen:
-        loss = parallel.loss_head(parallel.model.hidden(x), y, B * T - 1)
+        loss = parallel.loss_head(parallel.model.hidden_states(x), y, B * T - 1)
         loss.backward()
     grads, sent = parallel.finish_grad_sync(), {}
     for row in mesh.comm_log.take_records():
         calls, payload = sent.get((row.op, row.tag), (0, 0))
         sent[row.op, row.tag] = calls + 1, payload + row.payload_bytes
-    norm = unscale_and_clip_grads(dict(grads), 0, axes=[mesh.tp], counted_in_norm=parallel.tensor_parallel.counted_in_norm)
+    norm = unscale_and_clip_grads(dict(grads), 0, axes=[mesh.tp],
+                                  counted_in_norm=parallel.tensor_parallel.counted_in_norm)
     found = {name: (tuple(slice(*ends) for ends in parallel.shard_bounds(name)), grad.clone())
              for name, grad in grads.items()}
     return {"grads": found, "norm": norm, "loss": loss.item(), "sent": sent, "largest": seen.numel}
@@ -117,11 +120,12 @@ def config(family):
 
 def drawn(cfg, scale):
     """Weights that leave nothing at 0 or 1; those of the head times `scale`."""
-    every = shapes(cfg)
+    every = parameter_shapes(cfg)
 
     def read(name, part):
-        noise = torch.empty(every[name]).normal_(0, 0.3, generator=generator(0, name))
-        return (draw(name, every[name], cfg.layers, 0) + noise)[part] * (scale if "head" in name else 1)
+        noise = torch.empty(every[name]).normal_(0, 0.3, generator=named_generator(0, name))
+        return (draw_initial_tensor(name, every[name], cfg.layers,
+                                    0) + noise)[part] * (scale if "head" in name else 1)
     return read
 
 

@@ -13,10 +13,14 @@ from tokenizers import decoders, models
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model.tokenizer import Text
-from nanoinfra.model.weights.fill_model import Weights
+from nanoinfra.model.tokenizer import Tokenizer
+from nanoinfra.model.weights.fill_model import PretrainedWeights
 from nanoinfra.model.weights.hugging_face import tokenizer_files
-from nanoinfra.model.weights.hugging_face.tokenizer_files import copy_text, kept_ids, open_text
+from nanoinfra.model.weights.hugging_face.tokenizer_files import (
+    copy_tokenizer_files,
+    open_hf_tokenizer,
+    tokenizer_keys_for_config,
+)
 from nanoinfra.serve.engine import detokenizer
 from nanoinfra.train import run_inputs
 from nanoinfra.train.pretrained import save_pretrained_tokenizer
@@ -40,7 +44,7 @@ def words(decoder, *tokens, **more):
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=tokens[0]))
     backend.decoder = decoder
-    return Text(backend, **more)
+    return Tokenizer(backend, **more)
 
 
 def reaching_back():
@@ -48,7 +52,7 @@ def reaching_back():
 
 
 def spaced():
-    return words(decoders.Fuse(), "a ", "'", " b", ".", clean_up=True)
+    return words(decoders.Fuse(), "a ", "'", " b", ".", clean_up_tokenization_spaces=True)
 
 
 def pieces():
@@ -90,7 +94,7 @@ def read(kind, **files):
             before = json.loads(path.read_text()) if path.exists() and isinstance(content, dict) else {}
             path.write_text(json.dumps(before | content) if isinstance(content, dict) else content)
         try:
-            return open_text(folder)[0]
+            return open_hf_tokenizer(folder)[0]
         except ValueError as error:
             return str(error)
 
@@ -106,13 +110,13 @@ def _(subject):
 @folders.criterion("an eos named anywhere ends an answer", "property")
 def _(subject):
     text = subject("gpt2", generation_config={"eos_token_id": [3, 4]}, config={"eos_token_id": 2})
-    if (got := text.ends) != {1, 2, 3, 4}:
+    if (got := text.eos_token_ids) != {1, 2, 3, 4}:
         raise Wrong(f"{got} end an answer, want 1 to 4")
 
 
 @folders.criterion("special tokens are found by name", "property")
 def _(subject):
-    if (got := subject("llama2").special_tokens.get("pad_token")) != "<pad>":
+    if (got := subject("llama2").special_tokens_map.get("pad_token")) != "<pad>":
         raise Wrong(f"the pad token is {got!r}, want <pad>")
 
 
@@ -145,9 +149,10 @@ def keep():
         (source / "generation_config.json").write_text('{"eos_token_id": [1, 4]}')
         save("llama2 class", out)
         (out / "chat_template.jinja").write_text("old")
-        save_pretrained_tokenizer(Weights(None, None, *open_text(source), source), run)
-        copy_text(run, out)
-        (out / "config.json").write_text(json.dumps({"model_type": "llama", **kept_ids(run)}))
+        save_pretrained_tokenizer(PretrainedWeights(None, None, *open_hf_tokenizer(source), source), run)
+        copy_tokenizer_files(run, out)
+        (out / "config.json").write_text(json.dumps({"model_type": "llama",
+                                                     **tokenizer_keys_for_config(run)}))
         return [_described(each) for each in (source, out)]
 
 
@@ -175,7 +180,7 @@ GENERATION = _keeps("generation", "generation_config.json")
 def train(vocab, text):
     """The tokenizer that a model of `vocab` tokens is trained with, or why it is not with that of `text`."""
     try:
-        return run_inputs._tokenizer(mock.Mock(), Weights(mock.Mock(vocab=vocab), None, text))
+        return run_inputs._tokenizer(mock.Mock(), PretrainedWeights(mock.Mock(vocab=vocab), None, text))
     except ValueError as error:
         return str(error)
 
@@ -188,7 +193,7 @@ def _(subject):
 
 @trained.criterion("the model knows every id of it", "property")
 def _(subject):
-    text = replace(byte_text([f"<{i}>" for i in range(44)]), eos="<0>")
+    text = replace(byte_text([f"<{i}>" for i in range(44)]), eos_token="<0>")
     if "below 299 alone" not in str(got := subject(299, text)):
         raise Wrong(f"a model of 299 tokens is trained with 300: {got}")
     if isinstance(got := subject(300, text), str) or got.eot_token_id != 256:
@@ -220,19 +225,20 @@ def cuts_prompts(theirs, folder, right=tokenizer_files._text):
     before = theirs.backend_tokenizer.truncation, theirs.backend_tokenizer.padding
     text = right(theirs, folder)
     if before[0]:
-        text.backend.enable_truncation(before[0]["max_length"])
-        text.backend.enable_padding(length=before[1]["length"])
+        text.backend_tokenizer.enable_truncation(before[0]["max_length"])
+        text.backend_tokenizer.enable_padding(length=before[1]["length"])
     return text
 
 
 def knows_bos_and_eos(theirs, folder, right=tokenizer_files._text):
     text = right(theirs, folder)
-    return Text(text.backend, text.ends, text.bos, text.eos)
+    return Tokenizer(text.backend_tokenizer, text.eos_token_ids, text.bos_token, text.eos_token)
 
 
 def one_name(theirs, folder, right=tokenizer_files._text):
     text = right(theirs, folder)
-    return Text(text.backend, frozenset({theirs.eos_token_id}), text.bos, text.eos, text.named)
+    return Tokenizer(text.backend_tokenizer, frozenset({theirs.eos_token_id}), text.bos_token,
+                     text.eos_token, text.other_special_tokens)
 
 
 def any_number(given, path):
@@ -240,11 +246,13 @@ def any_number(given, path):
 
 
 def larger_one(flags, weights, right=run_inputs._tokenizer):
-    return right(flags, weights) if weights.text is None else BPETokenizer(weights.text.backend, "<0>")
+    if weights.tokenizer is None:
+        return right(flags, weights)
+    return BPETokenizer(weights.tokenizer.backend_tokenizer, "<0>")
 
 
 def none(flags, weights, right=run_inputs._tokenizer):
-    return weights.text and right(flags, weights)
+    return weights.tokenizer and right(flags, weights)
 
 
 NEEDED, KNOWN = (c.name for c in trained.criteria)
@@ -252,29 +260,31 @@ SHORT = shown.criteria[-1].name
 CUT, ENDS, NAMED = (c.name for c in folders.criteria[:3])
 HF = "nanoinfra.model.weights.hugging_face.tokenizer_files"
 MUTANTS = [
-    Mutant("bytes are shown one by one", shown, patching(show, Text, "has_bytes", False), RUN),
-    Mutant("every decoder is taken for local", shown, patching(show, Text, "is_local", True), FAR),
+    Mutant("bytes are shown one by one", shown, patching(show, Tokenizer, "has_byte_fallback", False), RUN),
+    Mutant("every decoder is taken for local", shown, patching(show, Tokenizer, "is_incrementally_decodable",
+                                                               True), FAR),
     Mutant("a piece is cleaned alone", shown,
            patched(show, "nanoinfra.serve.engine.detokenizer:StreamingReplacer", HoldsNoSpace), CLEANED),
     Mutant("the last character of a cut comes twice", shown,
            patched(show, "nanoinfra.serve.engine.detokenizer:IncrementalDetokenizer", SkipsNothing), ACROSS),
-    Mutant("special ids are decoded again and again", shown, patching(show, Text, "special_ids", ()), SHORT),
+    Mutant("special ids are decoded again and again", shown, patching(show, Tokenizer, "special_token_ids",
+                                                                      ()), SHORT),
     Mutant("truncation is left", folders, patched(read, f"{HF}:_text", cuts_prompts), CUT),
     Mutant("the tokenizer's eos alone", folders, patched(read, f"{HF}:_text", one_name), ENDS),
     Mutant("bos and eos alone have names", folders, patched(read, f"{HF}:_text", knows_bos_and_eos), NAMED),
     Mutant("files are not looked at", folders,
            patched(read, f"{HF}:_check_files", lambda folder: None), HUGE),
     Mutant("a pointer is taken for the file", folders,
-           patched(read, "nanoinfra.model.weights.json_files:POINTER", b"\0"), LFS),
+           patched(read, "nanoinfra.model.weights.json_files:GIT_LFS_POINTER_START", b"\0"), LFS),
     Mutant("classes are not looked at", folders, patched(read, f"{HF}:METHODS", ()), OTHER),
     Mutant("any eos", folders, patched(read, f"{HF}:_ids", any_number), IDS),
     Mutant("any number of tokens", folders, patched(read, f"{HF}:MOST_DIGITS", 99), HUGE),
     Mutant("old templates stay", kept, patched(keep, f"{HF}:clear_text", lambda *given: None), TEMPLATES),
     Mutant("further templates are lost", kept, patched(keep, f"{HF}:TEMPLATES", "none"), TEMPLATES),
     Mutant("bos, eos and pad are lost", kept, patched(
-        keep, "nanoinfra.model.weights.hugging_face.tokenizer_files:KEPT", ()), CONFIG),
+        keep, "nanoinfra.model.weights.hugging_face.tokenizer_files:TOKENIZER_KEYS_IN_CONFIG", ()), CONFIG),
     Mutant("generation_config.json is lost", kept,
-           patched(keep, f"{HF}:BESIDE", tokenizer_files.BESIDE[:-1]), GENERATION),
+           patched(keep, f"{HF}:BESIDE", tokenizer_files.TOKENIZER_SIDE_FILES[:-1]), GENERATION),
     Mutant("no tokenizer", trained, patched(train, "nanoinfra.train.run_inputs:_tokenizer", none), NEEDED),
     Mutant("a larger one", trained, patched(train, "nanoinfra.train.run_inputs:_tokenizer", larger_one),
            KNOWN),

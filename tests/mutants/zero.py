@@ -16,7 +16,7 @@ from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.lab.same import same
 from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel import zero as module
 from nanoinfra.parallel.parallelize import fsdp_units
 from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
@@ -44,7 +44,7 @@ def _(subject):
 @zero.criterion("sends what the paper says", "resource")
 def _(subject):
     for stage in (1, 2, 3):
-        wanted = formulas.zero_payload(CONFIG, N, stage, 2, "float64")
+        wanted = formulas.zero_payload_bytes(CONFIG, N, stage, 2, "float64")
         for rank, mine in enumerate(ranks(N).run(run, subject, stage)):
             for op, bytes_ in wanted.items():
                 if mine["sent"].get(op) != bytes_:
@@ -55,10 +55,11 @@ def _(subject):
 @zero.criterion("a rank holds its part at every moment", "resource")
 def _(subject):
     [alone] = ranks(1).run(run, ZeroDataParallel, 1)
-    more = alone["peak"] - sum(formulas.zero_bytes(CONFIG, 1, 1, "float64").values())    # activations, mostly
+    more = alone["peak"] - sum(formulas.zero_model_state_bytes(CONFIG, 1, 1,
+                                                               "float64").values())    # activations, mostly
     for stage in (1, 2, 3):
-        states = sum(formulas.zero_bytes(CONFIG, N, stage, "float64").values())
-        most = states + formulas.zero_buffers(CONFIG, N, stage, "float64", bucket_bytes=BUCKET) + more
+        states = sum(formulas.zero_model_state_bytes(CONFIG, N, stage, "float64").values())
+        most = states + formulas.zero_buffer_bytes(CONFIG, N, stage, "float64", bucket_bytes=BUCKET) + more
         for rank, mine in enumerate(ranks(N).run(run, subject, stage)):
             if mine["peak"] > most:
                 raise Wrong(f"rank {rank} holds {mine['peak']:,} bytes at stage {stage} ({mine['when']}), "
@@ -100,7 +101,7 @@ def run(kind, stage, name="adamw"):
             mesh.comm_log.take_records()
             shared.zero_grad()
             for i, (x, y) in enumerate(mine):
-                loss = last(net.hidden(x), y, count)
+                loss = last(net.hidden_states(x), y, count)
                 shared.prepare_for_backward(is_last=i == len(mine) - 1)
                 loss.backward()
             grads = shared.finish_grad_sync()

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.config import sized
+from nanoinfra.config import config_for_size
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.memory.recompute import activation_checkpoint
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import GRAD_SYNC_MODES, DataParallel, pack_grad_buckets
 from nanoinfra.train.loss import count_valid_tokens, linear_cross_entropy
 from tests.parity import assert_same_gradients
@@ -116,7 +116,8 @@ def test_unknown_step_is_refused():
 @pytest.mark.parametrize("how", ["buckets", "overlap"])
 def test_exposed_wait_is_what_the_schedule_predicts(ranks, how):
     layers, floats, compute, wire = 4, 100_000, 0.05, (1e-3, 8e6)
-    send = ring_seconds("all_reduce", 4 * floats, 2, *wire)                # 0.052 s, just above compute
+    send = ring_collective_seconds("all_reduce", 4 * floats, 2,
+                                   *wire)                # 0.052 s, just above compute
     want = layers * send if how == "buckets" else exposed(layers, compute, send)
     for _ in range(3):                                                     # a busy machine gets three tries
         got = max(ranks(2).run(exposed_wait, how, layers, floats, compute, wire))
@@ -171,7 +172,7 @@ if __name__ == "__main__":
 
 
 def model(dtype=torch.float64):
-    return init_weights(Decoder(sized("test", context=16)), seed=3).to(dtype)
+    return init_weights(Decoder(config_for_size("test", context=16)), seed=3).to(dtype)
 
 
 def samples():
@@ -215,7 +216,7 @@ def run(net, shared, mine, mesh):
     shared.zero_grad()
     for i, (x, y) in enumerate(mine):
         shared.prepare_for_backward(is_last=i == len(mine) - 1)
-        linear_cross_entropy(net.hidden(x), net.head.weight, y, count).backward()
+        linear_cross_entropy(net.hidden_states(x), net.head.weight, y, count).backward()
     return shared.finish_grad_sync()
 
 
@@ -232,7 +233,7 @@ def launch_times(how):
     shared = DataParallel(net, mesh.data, how, bucket_bytes=1 << 14)
     mesh.comm_log.take_records()
     shared.prepare_for_backward(is_last=True)
-    linear_cross_entropy(net.hidden(mine[0][0]), net.head.weight, mine[0][1], 50).backward()
+    linear_cross_entropy(net.hidden_states(mine[0][0]), net.head.weight, mine[0][1], 50).backward()
     end = time.monotonic()
     shared.finish_grad_sync()
     return mesh.comm_log.take_records(), end
@@ -245,7 +246,7 @@ def sent_while_accumulating():
     mesh.comm_log.take_records()
     for x, y in batches(mesh, 3)[:2]:
         shared.prepare_for_backward(is_last=False)
-        linear_cross_entropy(net.hidden(x), net.head.weight, y, 50).backward()
+        linear_cross_entropy(net.hidden_states(x), net.head.weight, y, 50).backward()
     return len(mesh.comm_log.take_records())
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.collectives import pull_seconds, step_bytes
+from nanoinfra.formulas.collectives import parameter_server_pull_seconds, parameter_server_step_bytes
 from nanoinfra.parallel.parameter_server import ParameterServer
 from nanoinfra.parallel.zero import ZeroDataParallel
 
@@ -37,7 +37,7 @@ def test_parameter_server_sends_what_the_paper_says(ranks):
     psi = 8 * sum(p.numel() for p in model().parameters())
     for n, servers in FORMS:
         padded = -(-psi // 8 // servers) * servers * 8
-        want_server, want_worker = step_bytes(padded, n, servers)
+        want_server, want_worker = parameter_server_step_bytes(padded, n, servers)
         for rank, rows in enumerate(ranks(n).run(traffic, servers)):
             got = sum(row.modelled_ring_bytes for row in rows)
             assert got == pytest.approx(want_server if rank < servers else want_worker, rel=1e-12)
@@ -69,7 +69,8 @@ def test_pulling_from_one_server_takes_as_long_as_there_are_workers(ranks):
     seconds = {(n, servers): shortest(ranks(n).run(pull_times, floats, servers, wire), servers)
                for n, servers in ((2, 1), (3, 1), (4, 1), (4, 2), (4, 4))}
     for (n, servers), got in seconds.items():
-        assert got == pytest.approx(pull_seconds(8 * floats, n, servers, *wire), rel=0.1), (n, servers)
+        want = parameter_server_pull_seconds(8 * floats, n, servers, *wire)
+        assert got == pytest.approx(want, rel=0.1), (n, servers)
     for n in (3, 4):
         assert seconds[n, 1] == pytest.approx((n - 1) * seconds[2, 1], rel=0.1)
     assert seconds[4, 4] < seconds[4, 2] < seconds[3, 1] < seconds[4, 1]

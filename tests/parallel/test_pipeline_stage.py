@@ -9,10 +9,10 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
-from nanoinfra.formulas.parameters import shapes
+from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.lab.gantt import measured
 from nanoinfra.lab.pipes import rehearse
-from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
 from nanoinfra.parallel.pipeline.simulator import simulate_schedule
 from nanoinfra.parallel.pipeline.stage import cut_to_pipeline_chunk
@@ -91,13 +91,13 @@ def test_gradients_match_one_rank(ranks, pp, kind, v, family, tied):
                 torch.testing.assert_close(grad, want["grads"][name], rtol=1e-9, atol=1e-12)
         merged = {name: grad for one in got for name, grad in one["grads"].items()}
         assert_same_gradients(merged, want["grads"], where=f"{kind} pp {pp} m {m}")
-        assert sum(len(one["grads"]) for one in got) == len(shapes(cfg)) + tied
+        assert sum(len(one["grads"]) for one in got) == len(parameter_shapes(cfg)) + tied
 
 
 @pytest.mark.parametrize("kind, v", [("1f1b", 1), ("interleaved", 2)])
 def test_a_head_that_stands_alone_is_the_last_chunk_s_and_no_other_s(ranks, kind, v):
     cfg = replace(config("llama"), vocab=2000, layers=4)
-    assert formulas.split(cfg, 2 * v, cfg.context)[-1] == (4, 4)
+    assert formulas.split_layers_into_chunks(cfg, 2 * v, cfg.context)[-1] == (4, 4)
     results = [result[4] for result in ranks(2).run(on_a_rank, cfg, 2, kind, v, [4])]
     want = one_step(cfg, Mesh(), "1f1b", 1, [4])[4]
     merged = {name: grad for one in results for name, grad in one["grads"].items()}
@@ -109,25 +109,29 @@ def test_a_head_that_stands_alone_is_the_last_chunk_s_and_no_other_s(ranks, kind
 def test_it_sends_and_keeps_what_the_formulas_say(ranks, pp, kind, v):
     cfg, m = config("llama"), 4
     got = [result[m] for result in ranks(pp).run(on_a_rank, cfg, pp, kind, v, [m])]
-    both = [formulas.sent_bytes(cfg, pp, m // 2, size, T, 8, v) for size in (1, 2)]    # half have two samples
+    both = [formulas.pipeline_sent_bytes_per_stage(cfg, pp, m // 2, size, T, 8, v)
+            for size in (1, 2)]                                              # half have two samples
     assert [one["sent"] for one in got] == [a + b for a, b in zip(*both)]
-    assert [one["most"] for one in got] == [formulas.in_flight(kind, pp, r, m, v) for r in range(pp)]
+    assert [one["most"] for one in got] == [formulas.predicted_micro_batches_in_flight(kind, pp, r, m,
+                                                                                       v) for r in range(pp)]
     assert all(one["left"] == ({}, {}, {}) for one in got)
 
 
 def test_chunks_keep_the_names_and_share_them_out():
     for tied in (True, False):
         cfg = config("gpt2", tied)
-        parts = [cut_to_pipeline_chunk(empty(cfg), *border) for border in formulas.split(cfg, 4, T)]
+        parts = [cut_to_pipeline_chunk(decoder_on_meta_device(cfg),
+                     *border) for border in formulas.split_layers_into_chunks(cfg, 4, T)]
         named = [[name for name, _ in part.named_parameters()] for part in parts]
         assert sorted(name for names in named for name in names) == sorted(
-            [*shapes(cfg), *(["embed.weight"] if tied else [])])
+            [*parameter_shapes(cfg), *(["embed.weight"] if tied else [])])
         assert [any("norm." in name and "blocks" not in name for name in names) for names in named] == [
             False, False, False, True]
-        assert all(tuple(p.shape) == shapes(cfg)[name] for part in parts
+        assert all(tuple(p.shape) == parameter_shapes(cfg)[name] for part in parts
                    for name, p in part.named_parameters())
     untied = replace(config("llama"), tied=False)
-    assert "embed.weight" not in dict(cut_to_pipeline_chunk(empty(untied), 6, 8).named_parameters())
+    assert "embed.weight" not in dict(cut_to_pipeline_chunk(decoder_on_meta_device(untied), 6,
+                                                            8).named_parameters())
 
 
 @pytest.mark.timed

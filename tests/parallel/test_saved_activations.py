@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.activations import activation_terms, end_terms
+from nanoinfra.formulas.activations import embedding_and_head_bytes_by_term, layer_activation_bytes_by_term
 from nanoinfra.lab.kept import Kept
 from nanoinfra.parallel.parallelize import ParallelConfig
 from tests.parallel.test_tensor_parallel import composed
@@ -22,11 +22,12 @@ PARTS = {"norm": ("norm_input", "norm_stats", "norm_scaled"),
     (2, "gather", "selective"), (4, "gather", "selective"), (4, "gather", "full")])
 def test_every_part_keeps_its_terms(ranks, family, tp, sp, recompute):
     cfg, how = config(family), ("naive", recompute, tp, sp)
-    terms, ends = activation_terms(cfg, B, T, 8, *how), end_terms(cfg, B, T, 8, tp, sp)
+    terms = layer_activation_bytes_by_term(cfg, B, T, 8, *how)
+    ends = embedding_and_head_bytes_by_term(cfg, B, T, 8, tp, sp)
     assert {term for part in PARTS.values() for term in part} >= set(terms)
     want = {part: cfg.layers * sum(terms.get(term, 0) for term in names) for part, names in PARTS.items()}
     want["loss"] = ends["head_input"] + ends["logits"]
-    if cfg.parts.position == "rope":                   # cos and sin, one pair, which each layer sees
+    if cfg.architecture.position_encoding == "rope":          # cos and sin, one pair, which each layer sees
         want["block" if recompute == "full" else "attn"] += cfg.layers * ends["positions"]
     assert ranks(tp).run(kept, family, tp, sp, recompute)[0] == want       # the rank with the largest part
 
@@ -42,7 +43,7 @@ def kept(family, tp, sp, recompute):
     for module, kind in (*kinds, (parallel.loss_head, "loss")):
         count(module, kind, weights, found)
     x = torch.ones(B, T, dtype=torch.long)
-    out = parallel.loss_head(model.hidden(x), x, B * T)
+    out = parallel.loss_head(model.hidden_states(x), x, B * T)
     assert out.requires_grad
     return {kind: sum(each.bytes() for each in found.get(kind, ())) for kind in (*PARTS, "loss")}
 

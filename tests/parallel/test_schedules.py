@@ -38,16 +38,18 @@ def test_every_schedule_is_one_that_stages_can_carry_out():
 def test_micro_batches_in_flight_are_the_papers():
     for kind, p, m, v in grid():
         got = [max_micro_batches_in_flight(order) for order in build_pipeline_schedule(kind, p, m, v)]
-        assert got == [pipeline.in_flight(kind, p, r, m, v) for r in range(p)], (kind, p, m, v)
+        want = [pipeline.predicted_micro_batches_in_flight(kind, p, r, m, v) for r in range(p)]
+        assert got == want, (kind, p, m, v)
 
 
 def test_messages_are_as_many_as_the_formula_says():
-    from nanoinfra.config import sized
-    config = sized("test")
+    from nanoinfra.config import config_for_size
+    config = config_for_size("test")
     for kind, p, m, v in grid():
         sends = [sum(isinstance(what, (SendActivation, SendGrad)) for what in order)
                  for order in build_pipeline_schedule(kind, p, m, v)]
-        assert [n * 2 * 9 * 32 * 4 for n in sends] == pipeline.sent_bytes(config, p, m, 2, 9, 4, v)
+        assert [n * 2 * 9 * 32 * 4 for n in sends] == pipeline.pipeline_sent_bytes_per_stage(config, p, m, 2,
+                                                                                             9, 4, v)
 
 
 def test_1f1b_in_words():

@@ -24,7 +24,7 @@ def test_idle_time_is_the_exact_form(kind, v):
             if kind == "zb-h1" and m < p and W > min(F, B):
                 continue                     # the formula refuses it: see test_formulas
             got = simulate_schedule(lists, F / v, B / v, W / v)
-            want = pipeline.idle(kind, p, m, F, B, W, v)
+            want = pipeline.pipeline_idle_seconds(kind, p, m, F, B, W, v)
             assert got.idle_seconds == pytest.approx([want] * p, abs=1e-9), (kind, p, m, v, F, B, W)
             assert got.step_seconds == pytest.approx(m * (F + B + W) + want)
             done += 1
@@ -35,7 +35,7 @@ def test_peak_is_counted_from_what_the_clock_saw():
     for kind, p, m, v in (("gpipe", 4, 6, 1), ("1f1b", 4, 6, 1), ("zb-h1", 4, 6, 1),
                           ("interleaved", 3, 6, 2)):
         assert simulate_schedule(build_pipeline_schedule(kind, p, m, v), 1, 1, 1).peak_in_flight == [
-            pipeline.in_flight(kind, p, r, m, v) for r in range(p)]
+            pipeline.predicted_micro_batches_in_flight(kind, p, r, m, v) for r in range(p)]
 
 
 @given(st.integers(2, 5), st.integers(1, 8), st.floats(0.1, 3), st.floats(0.1, 3), st.floats(0.1, 3),

@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoinfra.distributed.mesh import Mesh, single_rank_axis
-from nanoinfra.formulas.collectives import ring_bytes
+from nanoinfra.formulas.collectives import ring_bytes_per_rank
 from nanoinfra.formulas.tensor_parallel import SEQUENCE_PARALLEL_MODES as SP
-from nanoinfra.formulas.tensor_parallel import copies, tensor_sent
-from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.formulas.tensor_parallel import kv_head_replicas, tp_collectives_per_step
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig
 from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
 from nanoinfra.parallel.tensor_parallel import (
@@ -33,13 +33,14 @@ B, T = 3, 7
     *((family, 4, sp, "none", 1) for family in ("llama", "qwen3", "bloom") for sp in SP),
     ("llama-9/3", 3, "gather", "full", 1), ("opt", 4, "none", "full", 1)])
 def test_sends_what_the_paper_says(ranks, family, tp, sp, recompute, micro_batches):
-    want = tensor_sent(config(family), tp, B, T, micro_batches, dtype_bytes=8, grad_bytes=8, sp=sp,
+    want = tp_collectives_per_step(config(family), tp, B, T, micro_batches, dtype_bytes=8, grad_bytes=8,
+                                   sp=sp,
                        recompute=recompute)
     for got, wire in ranks(tp).run(sent, family, tp, sp, recompute, micro_batches):
         assert got == want
         payload = {op: sum(n for (o, _), (_, n) in want.items() if o == op) for op, _ in want}
-        if copies(config(family), tp) == 1:            # or else k and v are summed over fewer ranks
-            assert wire == pytest.approx(sum(ring_bytes(op, n, tp) for op, n in payload.items()))
+        if kv_head_replicas(config(family), tp) == 1:            # or else k and v are summed over fewer ranks
+            assert wire == pytest.approx(sum(ring_bytes_per_rank(op, n, tp) for op, n in payload.items()))
 
 
 @pytest.mark.parametrize("sp", SP)
@@ -182,7 +183,7 @@ if __name__ == "__main__":
 
 def composed(family, mesh, plan, **sizes):
     cfg = config(family, **sizes)
-    return ParallelChunk(empty(cfg, "naive"), mesh, plan, drawn(cfg))
+    return ParallelChunk(decoder_on_meta_device(cfg, "naive"), mesh, plan, drawn(cfg))
 
 
 def step(parallel, micro_batches, seq):
@@ -190,7 +191,7 @@ def step(parallel, micro_batches, seq):
     parallel.data_parallel.zero_grad()
     for i in range(micro_batches):
         parallel.data_parallel.prepare_for_backward(is_last=i == micro_batches - 1)
-        parallel.loss_head(parallel.model.hidden(x), x, 21).backward()
+        parallel.loss_head(parallel.model.hidden_states(x), x, 21).backward()
     return parallel.finish_grad_sync()
 
 
@@ -225,14 +226,14 @@ def largest(sp, vocab):
                         vocab=vocab)
     x = torch.ones(2, 12, dtype=torch.long)
     with Largest() as seen:
-        parallel.loss_head(parallel.model.hidden(x), x, 24).backward()
+        parallel.loss_head(parallel.model.hidden_states(x), x, 24).backward()
     return seen.numel
 
 
 def frozen_step(sp, frozen):
     """[(op, tag, begin, end)] of a step, and the calls that there should be."""
     mesh, cfg = Mesh(tp=2), config("gpt2", tied=False)
-    model = empty(cfg, "naive")
+    model = decoder_on_meta_device(cfg, "naive")
     for name, p in model.named_parameters():
         p.requires_grad_(name.split(".")[-2] not in frozen)
     parallel = ParallelChunk(model, mesh, ParallelConfig(sequence_parallel=sp, dtype=torch.float64),
@@ -241,7 +242,7 @@ def frozen_step(sp, frozen):
     x = torch.ones(B, T, dtype=torch.long)
     parallel.data_parallel.zero_grad()
     parallel.data_parallel.prepare_for_backward(is_last=True)
-    parallel.loss_head(model.hidden(x), x, 21).backward()
+    parallel.loss_head(model.hidden_states(x), x, 21).backward()
     rows = [(row.op, row.tag, row.start_time, row.end_time) for row in mesh.comm_log.take_records()]
     again, enter, leave = sp == "gather", "all_gather", "reduce_scatter"
     if sp == "none":

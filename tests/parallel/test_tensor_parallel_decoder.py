@@ -5,15 +5,15 @@ from itertools import product
 import pytest
 import torch
 
-from nanoinfra.config import FAMILIES, ModelConfig
+from nanoinfra.config import MODEL_FAMILIES, ModelConfig
 from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.parameters import shapes
+from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.formulas.tensor_parallel import SEQUENCE_PARALLEL_MODES as SP
-from nanoinfra.formulas.tensor_parallel import boxes
+from nanoinfra.formulas.tensor_parallel import shard_bounds_by_parameter
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import draw, generator
-from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.model.initialization import draw_initial_tensor, named_generator
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig
 from nanoinfra.parallel.sequence_parallel import SequenceParallelPositionEmbedding
 from nanoinfra.parallel.tensor_parallel import RowParallelLinear
@@ -72,12 +72,12 @@ def test_every_parameter_is_its_box_and_every_module_its_kind(ranks, family, tp,
     every = ranks(tp).run(described, family, tp, sp)
     for rank, (kinds, held) in enumerate(every):
         assert held == {name: tuple(stop - start for start, stop in box)
-                        for name, box in boxes(cfg, tp, rank).items()}
+                        for name, box in shard_bounds_by_parameter(cfg, tp, rank).items()}
         assert kinds["embed"] == VocabParallelEmbedding.__name__ and kinds["head"] == ParallelLMHead.__name__
         assert {kinds[f"blocks.{i}.{name}"] for i in range(2) for name in ("attn.o", "mlp.down")} \
             == {RowParallelLinear.__name__}
         assert kinds.get("positions") == {"gpt2": SequenceParallelPositionEmbedding.__name__}.get(family)
-    whole = sum(1 for name, shape in shapes(cfg).items() if held[name] == shape)
+    whole = sum(1 for name, shape in parameter_shapes(cfg).items() if held[name] == shape)
     assert 0 < whole < len(held) / 1.5                 # norms and biases of rows; the rest is cut
 
 
@@ -85,18 +85,18 @@ def test_what_ranks_cannot_share_is_refused_with_what_they_can():
     def cut(tp, **sizes):
         axis = Mesh().tp
         cut_mesh = type("M", (), {"tp": replace(axis, ranks=tuple(range(tp)))})
-        TensorParallel(empty(config("llama", **sizes)), cut_mesh)
+        TensorParallel(decoder_on_meta_device(config("llama", **sizes)), cut_mesh)
     with pytest.raises(ValueError, match="tp=3 cannot share 4 query and 2 KV heads.*try --tp 2"):
         cut(3)
     with pytest.raises(ValueError, match="tp=8 cannot share 4 query and 2 KV heads.*try --tp 4"):
         cut(8)
     with pytest.raises(ValueError, match="none, keep, gather, not 'some'"):
-        TensorParallel(empty(config("llama")), Mesh(), "some")
+        TensorParallel(decoder_on_meta_device(config("llama")), Mesh(), "some")
 
 
 def test_weights_that_are_there_already_are_rank_0s(ranks):
     for rank, got in enumerate(ranks(2).run(cut_in_place)):
-        for name, box in boxes(config("gpt2"), 2, rank).items():
+        for name, box in shard_bounds_by_parameter(config("gpt2"), 2, rank).items():
             want = drawn(config("gpt2"))(name, tuple(slice(*ends) for ends in box)).double()
             torch.testing.assert_close(got[name], want, rtol=0, atol=0)
 
@@ -107,7 +107,7 @@ def config(family, tied=True, **sizes):
         family, sizes = family.removesuffix("-9/3"), SMOLLM | sizes
     change = VARIANTS.get(family, {})
     family, sizes = change.get("family", family), {**change, **sizes}
-    grouped = FAMILIES[family].position == "rope"
+    grouped = MODEL_FAMILIES[family].position_encoding == "rope"
     usual = dict(vocab=37, width=16, layers=2, heads=4, kv_heads=2 if grouped else 4, head_dim=4, hidden=22,
                  context=12)
     return ModelConfig(**{**usual, "tied": tied, "family": family, **sizes})
@@ -115,11 +115,11 @@ def config(family, tied=True, **sizes):
 
 def drawn(cfg):
     """Weights that leave nothing at 0 or 1: biases and norms too are drawn."""
-    every = shapes(cfg)
+    every = parameter_shapes(cfg)
 
     def read(name, part):
-        noise = torch.empty(every[name]).normal_(0, 0.3, generator=generator(SEED, name))
-        return (draw(name, every[name], cfg.layers, SEED) + noise)[part]
+        noise = torch.empty(every[name]).normal_(0, 0.3, generator=named_generator(SEED, name))
+        return (draw_initial_tensor(name, every[name], cfg.layers, SEED) + noise)[part]
     return read
 
 
@@ -155,7 +155,8 @@ def alone(cfg, frozen):
             p.copy_(read(name, ()))
     freeze(model, frozen)
     x, y = samples(cfg)
-    linear_cross_entropy(model.hidden(x), model.head.weight, y, int((y != IGNORE_INDEX).sum())).backward()
+    linear_cross_entropy(model.hidden_states(x), model.head.weight, y,
+                         int((y != IGNORE_INDEX).sum())).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -170,7 +171,7 @@ def shared(cfg, plan, dp, tp, micro, frozen):
     from nanoinfra.train.optimizer import unscale_and_clip_grads
     mesh = Mesh(dp=dp, tp=tp)
     torch.manual_seed(mesh.rank)                       # a random state of its own on each rank
-    model = empty(cfg, "naive")
+    model = decoder_on_meta_device(cfg, "naive")
     freeze(model, frozen)
     parallel = ParallelChunk(model, mesh, plan, drawn(cfg))
     x, y = (part[mesh.data.rank::dp] for part in samples(cfg))
@@ -181,13 +182,14 @@ def shared(cfg, plan, dp, tp, micro, frozen):
     parallel.data_parallel.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for i, (x, y) in enumerate(batches):
-        loss = parallel.loss_head(model.hidden(x), y, count)
+        loss = parallel.loss_head(model.hidden_states(x), y, count)
         parallel.data_parallel.prepare_for_backward(is_last=i == len(batches) - 1)
         loss.backward()
         total += loss.detach()
     grads = parallel.finish_grad_sync()
     axes = [mesh.tp, *([mesh.data] if plan.zero_stage else [])]
-    norm = unscale_and_clip_grads(dict(grads), 0, axes=axes, counted_in_norm=parallel.tensor_parallel.counted_in_norm)
+    norm = unscale_and_clip_grads(dict(grads), 0, axes=axes,
+                                  counted_in_norm=parallel.tensor_parallel.counted_in_norm)
     named = {}
     for name, grad in grads.items():
         size = [stop - start for start, stop in parallel.shard_bounds(name)]
@@ -197,7 +199,7 @@ def shared(cfg, plan, dp, tp, micro, frozen):
 
 
 def described(family, tp, sp):
-    model = empty(config(family))
+    model = decoder_on_meta_device(config(family))
     parallel = ParallelChunk(model, Mesh(tp=tp), ParallelConfig(sequence_parallel=sp), drawn(config(family)))
     assert all(p.is_leaf and not p.is_meta for p in parallel.model.parameters())
     return ({name: type(module).__name__ for name, module in model.named_modules()},

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nanoinfra.config import ModelConfig, sized
+from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import zero as formulas
-from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.lab.storages import Storages
 from nanoinfra.memory import recompute
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.parallelize import fsdp_units
 from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
 from nanoinfra.parallel.zero import ZeroDataParallel
@@ -45,7 +45,7 @@ def test_after_cutting_every_parameter_is_a_leaf_and_its_shards_make_it_up(ranks
     for stage in (1, 2, 3):
         got = ranks(3).run(cut, stage)
         for held, *_ in got:
-            assert held == {name: (0 if stage == 3 else 8 * formulas.padded(tuple(w.shape), 3))
+            assert held == {name: (0 if stage == 3 else 8 * formulas.zero_padded_numel(tuple(w.shape), 3))
                             for name, w in [*want.items(), ("head.weight", want["embed.weight"])]}
         for name, w in whole([shards for _, shards, _ in got]).items():
             assert torch.equal(w, want[name]), name
@@ -54,10 +54,11 @@ def test_after_cutting_every_parameter_is_a_leaf_and_its_shards_make_it_up(ranks
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_sends_what_the_paper_says(ranks, stage):
-    config = sized("test", context=16)
+    config = config_for_size("test", context=16)
     for n, micro_batches in ((2, 1), (3, 3)):
-        bytes_ = formulas.zero_payload(config, n, stage, micro_batches, "float64")
-        calls = formulas.zero_calls(config, n, stage, micro_batches, "float64", bucket_bytes=BUCKET)
+        bytes_ = formulas.zero_payload_bytes(config, n, stage, micro_batches, "float64")
+        calls = formulas.zero_collective_calls(config, n, stage, micro_batches, "float64",
+                                               bucket_bytes=BUCKET)
         for rows in ranks(n).run(traffic, stage, micro_batches):
             for op in ("reduce_scatter", "all_gather"):
                 mine = [row for row in rows if row.op == op]
@@ -103,7 +104,7 @@ def test_units_are_what_the_formula_takes_for_units(family):
     net = Decoder(config)
     found = fsdp_units(net, VocabParallelLoss(net.head))
     got = [[tuple(p.shape) for top in unit for p in top.parameters()] for unit in found]
-    assert [sorted(unit) for unit in got] == [sorted(unit) for unit in formulas.units(config)]
+    assert [sorted(unit) for unit in got] == [sorted(unit) for unit in formulas.zero3_unit_shapes(config)]
 
 
 def test_a_module_in_two_units_is_refused():
@@ -143,8 +144,9 @@ def test_torchs_own_checkpoint_and_modules_that_go_another_way(ranks):
 @pytest.mark.timed
 def test_prefetch_hides_what_the_schedule_says(ranks):
     layers, floats, compute, wire = 8, 50_000, 0.025, (1e-3, 5.5e6)
-    gather = ring_seconds("all_gather", 4 * floats, 2, *wire)              # 0.019 s, less than compute
-    scatter = ring_seconds("reduce_scatter", 4 * floats, 2, *wire)
+    gather = ring_collective_seconds("all_gather", 4 * floats, 2,
+                                     *wire)              # 0.019 s, less than compute
+    scatter = ring_collective_seconds("reduce_scatter", 4 * floats, 2, *wire)
     want = stage3_seconds(layers, compute, gather, scatter)
     got = max(ranks(2).run(stage3_step, layers, floats, compute, wire))
     serial = layers * (3 * compute + 2 * gather + scatter)
@@ -186,7 +188,7 @@ def test_payload_of_17_million_parameters_is_the_papers_within_2_percent(ranks):
             assert counted == psi
             elements = sum(row.payload_bytes / 4 for row in rows if row.tag in ("grads", "weights"))
             assert elements == pytest.approx(want * psi, rel=0.02), (stage, a)
-            assert elements * 4 == sum(formulas.zero_payload(config, 2, stage, a).values())
+            assert elements * 4 == sum(formulas.zero_payload_bytes(config, 2, stage, a).values())
 
 
 FOREIGN = """
@@ -259,7 +261,7 @@ def run(net, last, shared, mine, mesh):
     mesh.comm_log.take_records()
     shared.zero_grad()
     for i, (x, y) in enumerate(mine):
-        loss = last(net.hidden(x), y, count)
+        loss = last(net.hidden_states(x), y, count)
         shared.prepare_for_backward(is_last=i == len(mine) - 1)
         loss.backward()
     return shared.finish_grad_sync()
@@ -294,8 +296,8 @@ def traffic_of(config, stage, micro_batches):
 def memory_limit(config, n, stage, dtype):
     """States and buffers by the formulas, and the gradient that autograd is just handing over."""
     name, grad = str(dtype).removeprefix("torch."), 4
-    held = formulas.zero_bytes(config, n, stage, name, grad_bytes=grad)
-    on_the_way = formulas.zero_buffers(config, n, stage, name, grad, BUCKET)
+    held = formulas.zero_model_state_bytes(config, n, stage, name, grad_bytes=grad)
+    on_the_way = formulas.zero_buffer_bytes(config, n, stage, name, grad, BUCKET)
     return sum(held.values()) + on_the_way + dtype.itemsize * config.hidden * config.width
 
 
@@ -307,7 +309,7 @@ def activations(config, dtype):
         storages.watch(net)
         for p in net.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        VocabParallelLoss(net.head)(net.hidden(x), y, 4).backward()
+        VocabParallelLoss(net.head)(net.hidden_states(x), y, 4).backward()
         return storages.peak
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanoinfra.config import sized
+from nanoinfra.config import config_for_size
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
-from nanoinfra.model.weights.hugging_face.weights import write_hf
+from nanoinfra.model.initialization import init_weights
+from nanoinfra.model.weights.hugging_face.weights import write_hf_folder
 from nanoinfra.serve.generate import generate
 from nanoinfra.train.pretrained import load_pretrained
 from tests.model.twins import scrambled
@@ -25,8 +25,9 @@ NEW = 12
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A Hugging Face folder of a model that does not say the same for ever; without a tokenizer."""
-    model, out = scrambled(Decoder(sized("test"))), tmp_path_factory.mktemp("model") / "drawn"
-    write_hf(model.config, lambda name, box=(): model.get_parameter(name).detach()[box], torch.float32, out)
+    model, out = scrambled(Decoder(config_for_size("test"))), tmp_path_factory.mktemp("model") / "drawn"
+    write_hf_folder(model.config, lambda name, box=(): model.get_parameter(name).detach()[box],
+                    torch.float32, out)
     return out
 
 
@@ -60,7 +61,7 @@ def test_tokens_are_those_of_one_prompt_alone(folder):
 def test_a_drawn_model_and_a_file(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     out = serve("--file", tmp_path / "prompts.txt", "--dtype", "float64", "--max-tokens", NEW, "--ids")
-    assert said(out) == alone(init_weights(Decoder(sized("test")), 0).double())
+    assert said(out) == alone(init_weights(Decoder(config_for_size("test")), 0).double())
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -88,7 +89,7 @@ def test_smollm2_says_what_it_says_alone():
                 *prompts)
     model, text, _ = load_pretrained("smollm2-135m")
     assert said(out) == [list(generate(model, text.encode(prompt), 20,
-                                       eos_token_ids=text.ends)) for prompt in prompts]
+                                       eos_token_ids=text.eos_token_ids)) for prompt in prompts]
 
 
 @pytest.mark.prove

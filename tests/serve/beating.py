@@ -28,9 +28,9 @@ def looping(team, template=LOOP, model=None, **options):
     engine.chat_template = template
     if model:
         from nanoinfra.model.weights.load import (
-            open_weights,  # in the engine's process alone: it imports torch
+            open_model_weights,  # in the engine's process alone: it imports torch
         )
-        engine.tokenizer = open_weights(model).text
+        engine.tokenizer = open_model_weights(model).tokenizer
     return engine
 
 

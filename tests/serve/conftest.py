@@ -4,7 +4,7 @@ import pytest
 from nanoinfra.config import ModelConfig
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.hugging_face.weights import save_hf
+from nanoinfra.model.weights.hugging_face.weights import save_hf_model
 from tests.model.twins import scrambled
 
 
@@ -14,6 +14,6 @@ def model(tmp_path_factory):
     root = tmp_path_factory.mktemp("served")
     tokenizer = BPETokenizer.train(["one two three"] * 9, vocab_size=262)
     tokenizer.save(root / "tokenizer")
-    save_hf(scrambled(Decoder(ModelConfig(tokenizer.vocab_size, 24, 2, 4, 2, 6, 40, 128))), root / "m",
+    save_hf_model(scrambled(Decoder(ModelConfig(tokenizer.vocab_size, 24, 2, 4, 2, 6, 40, 128))), root / "m",
             root / "tokenizer")
     return root / "m"

@@ -8,9 +8,10 @@ import subprocess
 import time
 from collections import Counter
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
-from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.engine.block_pool import BlockPool, root_block_hash
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
 from nanoinfra.serve.engine.requests import Logprob, RequestOutput, check_request
@@ -26,11 +27,11 @@ TEMPLATE = ("{% for m in messages %}{% if m.role == 'odd' %}{{ raise_exception('
 def text():
     """One token a byte, and <end>."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<end>"])
-    return Text(backend, frozenset([END]), "", "<end>")
+    return Tokenizer(backend, frozenset([END]), "", "<end>")
 
 
 class Fake:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.model.tokenizer import Text, render_chat
+from nanoinfra.model.tokenizer import Tokenizer, apply_chat_template
 from nanoinfra.serve.server.openai import chat_template_process
 from nanoinfra.serve.server.openai.chat_template_process import ChatTemplateProcess
 from tests.processes import children
@@ -15,7 +15,7 @@ from tests.serve.beating import LOOP
 from tests.serve.fake import TEMPLATE
 from tests.serve.host import ROOT, until
 
-TEXT = Text(None, bos="<s>", eos="</s>")
+TEXT = Tokenizer(None, bos_token="<s>", eos_token="</s>")
 HI = [{"role": "user", "content": "h\u00e9 \U0001f642 {{ 7 * 7 }}"}]
 
 
@@ -36,7 +36,7 @@ def child():
 
 def test_it_renders_as_render_chat_does_again_and_again(shared):
     for template in (TEMPLATE, "{{ bos_token }}{{ messages | tojson }}{{ eos_token }}", "one"):
-        assert shared.render_chat_template(template, HI, TEXT) == render_chat(template, HI, TEXT)
+        assert shared.render_chat_template(template, HI, TEXT) == apply_chat_template(template, HI, TEXT)
     assert shared.process.poll() is None
 
 
@@ -92,8 +92,8 @@ def test_the_child_leaves_signals_to_the_server_and_ends_with_close(child):
 
 def test_the_child_dies_with_its_server():
     code = ("from nanoinfra.serve.server.openai.chat_template_process import ChatTemplateProcess\n"
-            "from nanoinfra.model.tokenizer import Text\n"
-            "child = ChatTemplateProcess()\nchild.render_chat_template('', [], Text(None))\n"
+            "from nanoinfra.model.tokenizer import Tokenizer\n"
+            "child = ChatTemplateProcess()\nchild.render_chat_template('', [], Tokenizer(None))\n"
             "print(child.process.pid, flush=True)\ninput()")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as server:
@@ -106,7 +106,8 @@ def test_the_child_dies_with_its_server():
 def test_the_child_does_without_torch_and_unpickles_nothing():
     code = ("import pickle, sys\nimport nanoinfra.serve.server.openai.chat_template_process as t\n"
             "assert 'torch' not in sys.modules\n"
-            "t.without_torch()\nt.renderer()\npickle.loads = pickle.Unpickler = None\n"
+            "t.hide_torch_from_transformers()\n"
+            "t.load_chat_template_renderer()\npickle.loads = pickle.Unpickler = None\n"
             "said = t._render_to_json('{{ messages }}{{ pad_token }}', [], {'pad_token': 'p'})\n"
             "assert said == b'{\"text\": \"[]p\"}'\n"
             "peak = int(open('/proc/self/status').read().split('VmPeak:')[1].split()[0]) * 1024\n"

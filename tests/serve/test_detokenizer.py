@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from nanoinfra.data.train_tokenizer import BPETokenizer
-from nanoinfra.model.tokenizer import CLEAN_UP, Text
-from nanoinfra.model.weights.hugging_face.tokenizer_files import open_text
+from nanoinfra.model.tokenizer import CLEAN_UP_REPLACEMENTS, Tokenizer
+from nanoinfra.model.weights.hugging_face.tokenizer_files import open_hf_tokenizer
 from nanoinfra.serve.engine.detokenizer import (
     MAX_TOKENS_PER_CHARACTER,
     IncrementalDetokenizer,
@@ -84,11 +84,11 @@ def test_what_is_shown_is_the_text_of_the_whole_always(name, tmp_path):
 
 def assert_streams_exactly(name, folder, times):
     """Ids of strings, cut anywhere; any ids; a few again and again; and with all of them no more is held."""
-    text, draws = open_text(save(name, folder))[0], random.Random(name)
-    bytes = [i for token, i in text.backend.get_vocab().items() if len(token) == 1 or token in HEX]
+    text, draws = open_hf_tokenizer(save(name, folder))[0], random.Random(name)
+    bytes = [i for token, i in text.backend_tokenizer.get_vocab().items() if len(token) == 1 or token in HEX]
     ids = [text.encode(string) for string in STRINGS]
     ids += [one[:draws.randrange(len(one))] for one in ids if one]
-    every = range(text.backend.get_vocab_size() + 9)
+    every = range(text.backend_tokenizer.get_vocab_size() + 9)
     for _ in range(times):
         some = draws.choice([bytes or every, every, draws.choices(bytes or every, k=3)])
         ids.append(draws.choices(some, k=draws.choice([3, 10, 80])))
@@ -121,21 +121,21 @@ def test_any_decoder_shows_the_text_of_the_whole(times):
         backend = tokenizers.Tokenizer(models.WordLevel({t: i for i, t in enumerate(TOKENS)}, unk_token="a"))
         backend.add_special_tokens(["</s>"])
         backend.decoder = decoders.Sequence([PARTS[part] for part in parts]) if parts else None
-        text = Text(backend, clean_up=draws.random() < 0.2)
+        text = Tokenizer(backend, clean_up_tokenization_spaces=draws.random() < 0.2)
         for k in (2, 5, 12, 40):
             some = draws.choices(range(len(TOKENS)), k=2)
             some = draws.choice([range(len(TOKENS) + 1), some, [0, 6, 7, 8]])
             ids, shown = draws.choices(some, k=k), IncrementalDetokenizer(text)
             got = "".join(map(shown.push_token, ids)) + shown.flush()
             assert got == text.decode(ids), (parts, [TOKENS[i:i + 1] for i in ids])
-        local += text.is_local
+        local += text.is_incrementally_decodable
     assert 0.3 < local / times < 0.95
 
 
 @given(st.text("a '.n", max_size=20), st.lists(st.integers(0, 20), max_size=4))
 def test_a_replacer_is_str_replace_in_pieces(text, cuts):
     ends = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    for old, new in CLEAN_UP.items():
+    for old, new in CLEAN_UP_REPLACEMENTS.items():
         replacer = StreamingReplacer(old, new)
         got = [replacer.push_text(text[a:b]) for a, b in zip(ends, ends[1:])]
         assert "".join(got) + replacer.flush() == text.replace(old, new)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import empty
-from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine import packed_linear
 from nanoinfra.serve.engine.engine import Engine
@@ -92,7 +92,8 @@ def test_ranks_that_share_the_model_say_the_same(ranks, tp):
 
 def sharded(state, tp):
     cfg, mesh = config("llama"), Mesh(tp=tp)
-    model = parallelize_for_serving(empty(cfg), mesh, lambda name, box=(): state[name][box], torch.float64)
+    model = parallelize_for_serving(decoder_on_meta_device(cfg), mesh, lambda name, box=(): state[name][box],
+                                    torch.float64)
     engine = Engine(model, num_blocks=12, block_size=4, max_num_batched_tokens=6, ledger=mesh.ledger)
     assert engine.kv_cache.kv_memory.shape[1] == 2 * max(1, cfg.kv_heads // tp)
     for i in range(6):
@@ -319,12 +320,12 @@ def test_packed_weights_make_the_same_logits(family, dtype):
 
 
 def test_an_engine_of_a_folder_has_the_blocks_that_its_memory_holds(tmp_path):
-    save_hf(tiny().float(), tmp_path)
+    save_hf_model(tiny().float(), tmp_path)
     options = EngineOptions(str(tmp_path), block_size=4, kv_memory=20_000)
     engine, c = load_engine(options, Mesh()), config("llama")
     each = 4 * 2 * c.layers * c.kv_heads * c.head_dim * 4
     assert engine.static_info()["blocks"] == 20_000 // each and engine.kv_cache.kv_memory.nbytes <= 20_000
     engine.add_request(Request("r", prompt(0, 5), GREEDY, max_tokens=3))
-    assert run(engine)["r", 0] == alone(load_hf(tmp_path), prompt(0, 5), 3)
+    assert run(engine)["r", 0] == alone(load_hf_model(tmp_path), prompt(0, 5), 3)
     with pytest.raises(ValueError, match=f"holds 1 blocks of 4 tokens, {each} bytes each on a rank"):
         load_engine(replace(options, kv_memory=each), Mesh())

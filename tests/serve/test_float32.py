@@ -10,8 +10,8 @@ import torch
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import empty
-from nanoinfra.model.weights.load import open_weights
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.load import open_model_weights
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.load_engine import use_cpu_kernels
@@ -28,8 +28,9 @@ def tiny(family, seed):
 
 
 def smollm2():
-    weights = open_weights("smollm2-135m")
-    return parallelize_for_serving(empty(weights.config), Mesh(), weights.read, torch.float32)
+    weights = open_model_weights("smollm2-135m")
+    return parallelize_for_serving(decoder_on_meta_device(weights.config), Mesh(), weights.read_parameter,
+                                   torch.float32)
 
 
 def asked(vocab, seed, longest):

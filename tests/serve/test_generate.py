@@ -8,7 +8,7 @@ import torch
 from nanoinfra.config import ModelConfig
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.hugging_face.weights import save_hf
+from nanoinfra.model.weights.hugging_face.weights import save_hf_model
 from nanoinfra.serve import generate as generation
 from nanoinfra.serve.generate import KVCache, generate, main
 from nanoinfra.serve.options import GenerateOptions
@@ -82,7 +82,7 @@ def folder(tmp_path_factory, tokenizer):
     root = tmp_path_factory.mktemp("generate")
     tokenizer.save(root / "tokenizer")
     model = scrambled(Decoder(ModelConfig(tokenizer.vocab_size, 24, 2, 4, 2, 6, 40, 32)))
-    save_hf(model, root / "m", root / "tokenizer")
+    save_hf_model(model, root / "m", root / "tokenizer")
     return root / "m"
 
 
@@ -118,10 +118,10 @@ def test_mistakes_are_one_clear_error(folder, options, message):
 
 def test_a_tokenizer_of_another_model_and_none_at_all_are_refused(folder, tmp_path):
     model = scrambled(Decoder(config("llama")))
-    save_hf(model, tmp_path / "none")
+    save_hf_model(model, tmp_path / "none")
     with pytest.raises(ValueError, match="holds no tokenizer to read the prompt with"):
         say(model=str(tmp_path / "none"))
-    save_hf(model, tmp_path / "other", folder)
+    save_hf_model(model, tmp_path / "other", folder)
     with pytest.raises(ValueError, match="not in the model's vocabulary of 97"):
         say(model=str(tmp_path / "other"))
 
@@ -139,7 +139,7 @@ def test_ranks_that_share_the_model_say_the_same(ranks, tmp_path, tokenizer, fam
     more = {"kv_heads": 6} if tp == 3 else {}
     sizes = replace(config(family), vocab=tokenizer.vocab_size, **more)
     tokenizer.save(tmp_path / "tokenizer")
-    save_hf(scrambled(Decoder(sizes)), tmp_path / "m", tmp_path / "tokenizer")
+    save_hf_model(scrambled(Decoder(sizes)), tmp_path / "m", tmp_path / "tokenizer")
     for temperature in (0.0, 1.5):
         options = dict(model=str(tmp_path / "m"), prompt="one two", max_new_tokens=9, dtype="float64",
                        temperature=temperature, seed=1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine import cpu_decoder_block
 from nanoinfra.serve.engine.engine import Engine
@@ -113,7 +113,8 @@ def test_ranks_decide_alike_where_one_alone_is_poisoned(ranks):
 
 def sharded(state):
     cfg, mesh = config("llama"), Mesh(tp=2)
-    model = parallelize_for_serving(empty(cfg), mesh, lambda name, box=(): state[name][box], torch.float64)
+    model = parallelize_for_serving(decoder_on_meta_device(cfg), mesh, lambda name, box=(): state[name][box],
+                                    torch.float64)
     engine = Engine(model, num_blocks=60, block_size=4, ledger=mesh.ledger)
     meddle = (lambda now: now == 4 and poison(engine, table(engine, "r2"))) if mesh.rank else lambda now: None
     return *serve(engine, batch(), meddle), engine.stats()["preemptions"]

@@ -3,11 +3,12 @@ import json
 import tracemalloc
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import models
 
-from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
 from nanoinfra.serve.engine.requests import Logprob, RequestOutput
 from nanoinfra.serve.processes.engine_loop import EngineReady
@@ -49,7 +50,8 @@ class Counting:
 
 def ready(context=CONTEXT):
     tokenizer = text()
-    return EngineReady({"context": context, "vocab": 257}, type(tokenizer)(Counting(tokenizer.backend)),
+    return EngineReady({"context": context, "vocab": 257},
+                       type(tokenizer)(Counting(tokenizer.backend_tokenizer)),
                        TEMPLATE)
 
 
@@ -105,7 +107,7 @@ def test_a_text_that_no_context_spells_is_not_tokenized():
                        (ChatCompletionRequest, {"messages": [{"role": "user", "content": "a" * longest}]})):
         with pytest.raises(APIError, match=f"context of {CONTEXT} tokens of at most {LONGEST} characters"):
             asked(kind, model, **body)
-    assert model.tokenizer.backend.chars == 0
+    assert model.tokenizer.backend_tokenizer.chars == 0
     assert asked(CompletionRequest, model, prompt="<end>" * (CONTEXT - 1),
                  max_tokens=1)[0].prompt_token_ids == [256] * 63
 
@@ -123,13 +125,13 @@ def test_a_long_text_is_given_up_with_its_first_piece_that_is_too_many_tokens(mo
     model = ready()
     with pytest.raises(APIError, match="first 200 characters of the prompt are 200 tokens"):
         asked(CompletionRequest, model, prompt="7" * 300)
-    assert model.tokenizer.backend.chars == 200
+    assert model.tokenizer.backend_tokenizer.chars == 200
     fits = "<end>" * 60                      # 300 characters, cut within a token
     assert asked(CompletionRequest, ready(), prompt=fits, max_tokens=1)[0].prompt_token_ids == [256] * 60
 
 
 def test_a_text_that_the_tokenizer_does_not_take_is_refused():
-    words = Text(Tokenizer(models.WordLevel({"a": 0, "long enough": 1}, unk_token="nowhere")))
+    words = Tokenizer(tokenizers.Tokenizer(models.WordLevel({"a": 0, "long enough": 1}, unk_token="nowhere")))
     with pytest.raises(APIError, match="tokenizer does not take this text") as refused:
         asked(CompletionRequest, EngineReady(ready().info, words), prompt="b")
     assert refused.value.status_code == 400
@@ -139,7 +141,7 @@ def test_prompts_are_given_up_where_they_are_too_many_tokens():
     model = ready(context=128)
     with pytest.raises(APIError, match="8200 tokens in one request"):
         asked(CompletionRequest, model, prompt=["a" * 100] * 1024, max_tokens=1)
-    assert model.tokenizer.backend.chars == 8200
+    assert model.tokenizer.backend_tokenizer.chars == 8200
 
 
 def test_a_chat_that_leaves_the_length_open_gets_what_may_be_asked():

@@ -1,7 +1,7 @@
 """A token's own bytes, and where it stands in the text, for every kind of tokenizer."""
 import pytest
 
-from nanoinfra.model.weights.hugging_face.tokenizer_files import open_text
+from nanoinfra.model.weights.hugging_face.tokenizer_files import open_hf_tokenizer
 from nanoinfra.serve.engine.token_text import SingleTokenDecoder, TextOffsets
 from tests.model.tokenizer_kinds import KINDS, STRINGS, save
 from tests.serve.letters import byte_text
@@ -16,7 +16,7 @@ HERE = ("gpt2", "llama2", "gemma", "added tokens")
     name if name in HERE else pytest.param(name, marks=pytest.mark.prove)
     for name in KINDS if name not in INEXACT])
 def test_the_bytes_of_tokens_make_the_text_and_offsets_count_its_characters(name, tmp_path):
-    text, _ = open_text(save(name, tmp_path))
+    text, _ = open_hf_tokenizer(save(name, tmp_path))
     spelling = SingleTokenDecoder(text)
     for string in STRINGS:
         ids, offsets = text.encode(string), TextOffsets(spelling)
@@ -24,18 +24,18 @@ def test_the_bytes_of_tokens_make_the_text_and_offsets_count_its_characters(name
         for token in ids:
             at = offsets.next_offset(token)    # where the character begins that `made` ends before, or within
             assert len(whole[:at].encode()) <= len(made) < len(whole[:at + 1].encode()) or at == len(whole)
-            if token not in text.special_ids:
+            if token not in text.special_token_ids:
                 made += spelling.token_bytes(token) if begun else spelling.first_token_bytes(token)
                 begun = True
         assert made.decode(errors="replace") == whole and offsets.at == len(whole)
 
 
 def test_parts_of_a_character_have_their_bytes(tmp_path):
-    text, _ = open_text(save("llama2", tmp_path))
-    spelling, ids = SingleTokenDecoder(text), text.encode("a \U0001f642", begin=False)
+    text, _ = open_hf_tokenizer(save("llama2", tmp_path))
+    spelling, ids = SingleTokenDecoder(text), text.encode("a \U0001f642", add_special_tokens=False)
     assert [spelling.token_bytes(i) for i in ids[-4:]] == [b"\xf0", b"\x9f", b"\x99", b"\x82"]
     assert spelling.token_bytes(0) == b"<s>" and spelling.token_text(0) == "<s>"
-    word = text.encode("the", begin=False)[0]
+    word = text.encode("the", add_special_tokens=False)[0]
     assert spelling.token_bytes(word)[:1] == b" "
     assert spelling.first_token_bytes(word) == spelling.token_bytes(word)[1:]
     assert spelling.token_bytes(10 ** 6) == b"" == spelling.first_token_bytes(10 ** 6)     # the model's alone

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from nanoinfra.cli import main
-from nanoinfra.config import sized
+from nanoinfra.config import config_for_size
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.formulas.footprint import Layout, Recipe, model_states
-from nanoinfra.formulas.parameters import shapes
-from nanoinfra.formulas.pipeline import chunk_names
+from nanoinfra.formulas.memory_footprint import ParallelLayout, TrainingStepConfig, rank_model_state_bytes
+from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.formulas.pipeline import chunk_parameter_names
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint
@@ -24,7 +24,7 @@ PATTERNS = ["embed.*", "blocks.0.*", "*.attn.k.weight"]
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--steps", "3", "--seq", "23",
          "--global-batch", "7", "--micro-batch", "2", "--warmup", "1", "--clip", "0.4", "--threads", "1",
          "--untied", "--freeze", *PATTERNS]
-UNTIED = sized("test", tied=False)
+UNTIED = config_for_size("test", tied=False)
 CASES = ["--dp 2 --zero 3 --recompute full", "--tp 2 --sp", "--pp 2 --schedule zb-h1"]
 MORE = ["--dp 2", "--dp 2 --zero 1", "--dp 2 --zero 2 --recompute full", "--tp 2 --recompute full",
         "--pp 2 --schedule gpipe", "--pp 2 --dp 2 --zero 1",
@@ -32,12 +32,12 @@ MORE = ["--dp 2", "--dp 2 --zero 1", "--dp 2 --zero 2 --recompute full", "--tp 2
 
 
 def test_names_are_matched_as_a_shell_would():
-    config = sized("test")
+    config = config_for_size("test")
     assert frozen_parameter_names(["blocks.1.attn.[qk].weight"], config) == {"blocks.1.attn.q.weight",
                                                                              "blocks.1.attn.k.weight"}
     assert frozen_parameter_names([], config) == frozenset()
     got = frozen_parameter_names(["*norm*"], config)
-    assert got == {name for name in shapes(config) if "norm" in name}
+    assert got == {name for name in parameter_shapes(config) if "norm" in name}
 
 
 @pytest.mark.parametrize("patterns, chunks, says", [
@@ -46,15 +46,15 @@ def test_names_are_matched_as_a_shell_would():
     (["embed.*", "blocks.[01].*"], 2, "chunk 0 of the pipeline's 2")])
 def test_what_cannot_be_frozen_is_refused(patterns, chunks, says):
     with pytest.raises(ValueError) as error:
-        frozen_parameter_names(patterns, sized("test"), chunks)
+        frozen_parameter_names(patterns, config_for_size("test"), chunks)
     assert says in str(error.value)
 
 
 @pytest.mark.parametrize("untied", [False, True])
 def test_every_parameter_is_in_a_chunk_and_a_tied_one_in_two(untied):
-    config = sized("test", tied=not untied)
-    first, *_, last = chunks = chunk_names(config, 3, 8)
-    assert {name for chunk in chunks for name in chunk} == set(shapes(config))
+    config = config_for_size("test", tied=not untied)
+    first, *_, last = chunks = chunk_parameter_names(config, 3, 8)
+    assert {name for chunk in chunks for name in chunk} == set(parameter_shapes(config))
     assert ("embed.weight" in last) == (not untied) and "embed.weight" in first and "norm.weight" in last
 
 
@@ -66,7 +66,7 @@ def test_any_mesh_trains_the_rest_as_one_rank_does(ranks, tmp_path, more):
     for got, one in zip(metrics.read_metrics(tmp_path / "metrics.jsonl"), want, strict=True):
         assert got["loss"] == pytest.approx(one["loss"], rel=1e-8)
         assert got["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-8)
-    config = sized("test", 257, 23, False)
+    config = config_for_size("test", 257, 23, False)
     frozen, read = frozen_parameter_names(PATTERNS, config), initial_weights_reader(config, 0)
     for name, p in load_pretrained(tmp_path, torch.float64)[0].named_parameters():
         torch.testing.assert_close(p.detach(), weights[name], rtol=1e-8, atol=1e-10)
@@ -90,7 +90,7 @@ def alone(folder):
 def test_frozen_weights_come_back_from_a_checkpoint(ranks, dtype):
     for whole in ranks(2).run(reloaded, dtype):
         for stage, weights in whole.items():
-            want = initial_weights_reader(sized("test"), 1)
+            want = initial_weights_reader(config_for_size("test"), 1)
             for name, got in weights.items():
                 assert torch.equal(got, want(name, ()).to(got.dtype)), (stage, name)
 
@@ -99,7 +99,7 @@ def reloaded(dtype):
     """{stage: {name: whole weight}} of two ranks that were drawn from seed 0 and loaded what seed 1 wrote."""
     found = {}
     for stage in (0, 1, 2):
-        old, new = (TrainStage(sized("test"), TrainFlags(
+        old, new = (TrainStage(config_for_size("test"), TrainFlags(
             ModelFlags(dtype=dtype, freeze=("embed.*", "blocks.2.*"), seed=seed),
             mesh=MeshFlags(zero=stage, dp=2)), Mesh(dp=world_size())) for seed in (1, 0))
         new.load_state_dict([(piece, tensor.clone()) for piece, tensor in old.tensor_shards()],
@@ -120,7 +120,8 @@ def test_the_flags_reach_the_optimizer_and_the_run_says_what_it_trains(tmp_path,
     assert "62,816 parameters (54,592 of them trained)" in capsys.readouterr().out
     rates = [line["lr"] for line in metrics.read_metrics(out / "metrics.jsonl")]
     assert rates == pytest.approx([0.01, 0.007])           # a cosine's beginning and its middle
-    first = initial_weights_reader(sized("test", 257, 23, False), 0)("blocks.1.mlp.up.weight", ()).double()
+    first = initial_weights_reader(config_for_size("test", 257, 23, False), 0)("blocks.1.mlp.up.weight",
+                                                                               ()).double()
     torch.testing.assert_close(moved[1, 0.0] - moved[1, 0.3], 0.01 * 0.3 * first, rtol=1e-9, atol=1e-12)
 
 
@@ -136,15 +137,17 @@ def test_a_run_goes_on_with_what_it_has_frozen_and_with_nothing_else(tmp_path, c
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_only_what_trains_costs_memory(zero):
-    """As formulas/footprint.py counts it."""
+    """As formulas/memory_footprint.py counts it."""
     def bytes_held(*freeze):
         flags = TrainFlags(ModelFlags(dtype="bfloat16", freeze=freeze), mesh=MeshFlags(zero=zero))
-        recipe = Recipe(8, 1, dtype="bfloat16", frozen=frozen_parameter_names(freeze, UNTIED))
+        recipe = TrainingStepConfig(8, 1, dtype="bfloat16", frozen_parameters=frozen_parameter_names(freeze,
+                                                                                                     UNTIED))
         replica = stepped(flags)
         held = metrics.distinct_storage_bytes([*replica.persistent_tensors(), *replica.grads.values()])
-        assert held == sum(model_states(UNTIED, Layout(zero=zero), recipe).values())
+        assert held == sum(rank_model_state_bytes(UNTIED, ParallelLayout(zero_stage=zero), recipe).values())
         return held
-    blocks = sum(torch.Size(shape).numel() for name, shape in shapes(UNTIED).items() if ".0." in name)
+    blocks = sum(torch.Size(shape).numel() for name,
+                 shape in parameter_shapes(UNTIED).items() if ".0." in name)
     saved = blocks * (16 if zero < 3 else 14)              # masters, two moments, gradients; the weights stay
     assert bytes_held() - bytes_held("blocks.0.*") == saved
 

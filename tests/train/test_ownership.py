@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.config import SIZES
+from nanoinfra.config import MODEL_SIZES
 from nanoinfra.train.config import RunFlags
 from nanoinfra.train.run_directory.ownership import check_out_folder, read_model_config
 from tests.train.runs import FLAGS
 
 MANIFEST = '{\n "format": "nanoinfra checkpoint 1",\n'
-MINE = json.dumps({"nanoinfra": 1, "model": SIZES["test"].model.to_dict()})
+MINE = json.dumps({"nanoinfra": 1, "model": MODEL_SIZES["test"].config.to_dict()})
 
 
 def fill(folder: Path, files: dict[str, str]) -> Path:

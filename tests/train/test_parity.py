@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from nanoinfra.cli import main
-from nanoinfra.config import ModelConfig, sized
-from nanoinfra.formulas.tensor_parallel import tensor_sent
+from nanoinfra.config import ModelConfig, config_for_size
+from nanoinfra.formulas.tensor_parallel import tp_collectives_per_step
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
-from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
+from nanoinfra.model.initialization import init_weights
+from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
 from nanoinfra.train import metrics
 from nanoinfra.train.pretrained import export_to_hugging_face
 
@@ -81,8 +81,8 @@ def test_tp_and_sp_change_no_loss_and_no_norm(ranks, tmp_path, tp, dp, more, mic
         sp = "keep" if "--sp-save-gathered" in more else "gather" if "--sp" in more else "none"
         recompute, want = "full" if "full" in more else "none", {}
         for rows in [micro] * (7 // micro) + [7 % micro] * (7 % micro > 0):
-            want |= {key: want.get(key, 0) * (key[1] != "tp grads") + sent for key, (_, sent) in tensor_sent(
-                sized("test"), tp, rows, 23, 1, 8, 8, sp, recompute).items()}
+            step = tp_collectives_per_step(config_for_size("test"), tp, rows, 23, 1, 8, 8, sp, recompute)
+            want |= {key: want.get(key, 0) * (key[1] != "tp grads") + sent for key, (_, sent) in step.items()}
         lines = metrics.read_metrics(tmp_path / "metrics.jsonl")
         assert {line["comm"]["tp"] for line in lines} == {sum(want.values())}
 
@@ -150,7 +150,7 @@ def _alone(optimizer, untied, folder):
 def test_a_pretrained_model_with_nine_heads_on_three_ranks(ranks, tmp_path):
     """SmolLM2's 9 query and 3 KV heads, from a Hugging Face folder and out to one again."""
     config = ModelConfig(97, 36, 2, 9, 3, 4, 50, 32, family="llama")
-    save_hf(init_weights(Decoder(config), 0), tmp_path / "given")
+    save_hf_model(init_weights(Decoder(config), 0), tmp_path / "given")
     argv = [*FLAGS, "--micro-batch", "7", "--model", str(tmp_path / "given"), "--lr", "1e-3",
             "--threads", "1"]
     got = {}
@@ -158,7 +158,7 @@ def test_a_pretrained_model_with_nine_heads_on_three_ranks(ranks, tmp_path):
         out = tmp_path / f"tp{tp}"
         assert set(ranks(tp).run(main, [*argv, "--tp", str(tp), *more, "--out", str(out)])) == {0}
         export_to_hugging_face(out, tmp_path / f"exported{tp}", torch.float64)
-        got[tp] = metrics.read_metrics(out / "metrics.jsonl"), load_hf(tmp_path / f"exported{tp}",
+        got[tp] = metrics.read_metrics(out / "metrics.jsonl"), load_hf_model(tmp_path / f"exported{tp}",
                                                                        torch.float64)
     for w, g in zip(got[1][0], got[3][0], strict=True):
         assert (g["loss"], g["grad_norm"]) == pytest.approx((w["loss"], w["grad_norm"]), rel=1e-8)

@@ -14,11 +14,16 @@ from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import Weights
-from nanoinfra.model.weights.hugging_face.tokenizer_files import clear_text, copy_text, kept_ids, open_text
-from nanoinfra.model.weights.hugging_face.weights import save_hf
+from nanoinfra.model.weights.fill_model import PretrainedWeights
+from nanoinfra.model.weights.hugging_face.tokenizer_files import (
+    copy_tokenizer_files,
+    open_hf_tokenizer,
+    remove_tokenizer_files,
+    tokenizer_keys_for_config,
+)
+from nanoinfra.model.weights.hugging_face.weights import save_hf_model
 from nanoinfra.model.weights.json_files import read_json
-from nanoinfra.model.weights.load import open_weights
+from nanoinfra.model.weights.load import open_model_weights
 from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.checkpoint.tensor_shards import TensorShard
@@ -60,14 +65,14 @@ def test_a_run_directory_gives_its_newest_weights_and_its_tokenizer(run):
     model, text, template = load_pretrained(run, torch.float64, "naive")
     assert same(model, 5) and model.head.weight is model.embed.weight
     assert model.embed.weight.dtype == torch.float64
-    assert template is None and text.ends == {text.backend.token_to_id("<|endoftext|>")}
+    assert template is None and text.eos_token_ids == {text.backend_tokenizer.token_to_id("<|endoftext|>")}
 
 
 @pytest.mark.parametrize("t", [2, 6])
 def test_parts_of_all_ranks_make_the_whole(run, t):
     weights = open_pretrained_weights(run)
     assert_parts_make_the_whole(weights, load_pretrained(run)[0], t)
-    assert weights.template is None and weights.text.encode("two")
+    assert weights.chat_template is None and weights.tokenizer.encode("two")
 
 
 def test_a_rank_reads_its_part_of_the_checkpoint(run, monkeypatch):
@@ -79,7 +84,7 @@ def test_a_rank_reads_its_part_of_the_checkpoint(run, monkeypatch):
 def verified(run):
     with mock.patch.object(checkpoint, "verify_checkpoint", wraps=checkpoint.verify_checkpoint) as verify:
         weights = open_pretrained_weights(run, Mesh(tp=2).world)
-        return verify.call_count, weights.read("embed.weight").sum().item()
+        return verify.call_count, weights.read_parameter("embed.weight").sum().item()
 
 
 def test_one_of_the_ranks_verifies_for_all(run, ranks):
@@ -90,7 +95,7 @@ def test_one_of_the_ranks_verifies_for_all(run, ranks):
 def test_whatever_else_can_be_loaded_is_opened_too(run, tmp_path):
     export_to_hugging_face(run, tmp_path / "out")
     weights = open_pretrained_weights(tmp_path / "out")
-    assert weights.config == config("llama") and weights.text.encode("two")
+    assert weights.config == config("llama") and weights.tokenizer.encode("two")
     assert_parts_make_the_whole(weights, load_pretrained(run)[0], 2)
 
 
@@ -153,7 +158,7 @@ def test_training_goes_on_from_the_weights_of_a_run(tmp_path):
 def test_a_run_goes_out_to_transformers(run, tmp_path):
     """As README shows it: weights and tokenizer."""
     model, text, _ = load_pretrained(run)
-    save_hf(model, tmp_path / "exported", tokenizer=run / "tokenizer")
+    save_hf_model(model, tmp_path / "exported", tokenizer_folder=run / "tokenizer")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     ids = text.encode("one two one")
@@ -188,9 +193,9 @@ def test_a_chat_model_that_was_trained_on_is_still_one(tmp_path):
     source, run, out = chat_model(tmp_path, "llama2 class"), tmp_path / "run", tmp_path / "out"
     data = ["--data", str(tmp_path / "text")]
     assert main(["train", "--model", str(source), *data, *QUICK, "--out", str(run)]) == 0
-    weights, (want, template) = open_pretrained_weights(run), open_text(source)
-    assert weights.template == template == TEMPLATE and weights.text.ends == {1, 4}
-    assert weights.text.special_tokens == want.special_tokens
+    weights, (want, template) = open_pretrained_weights(run), open_hf_tokenizer(source)
+    assert weights.chat_template == template == TEMPLATE and weights.tokenizer.eos_token_ids == {1, 4}
+    assert weights.tokenizer.special_tokens_map == want.special_tokens_map
     (out / "additional_chat_templates").mkdir(parents=True)
     stale = [out / "vocab.json", out / "tokenizer.model", out / "additional_chat_templates" / "old.jinja"]
     for path in stale:
@@ -211,27 +216,29 @@ def test_a_chat_model_that_was_trained_on_is_still_one(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_text_of_every_kind_is_kept(kind, tmp_path):
     source = save(kind, tmp_path / "source", eos_token_id=1, bos_token_id=0)
-    weights = Weights(config("llama"), None, *open_text(source), source)
+    weights = PretrainedWeights(config("llama"), None, *open_hf_tokenizer(source), source)
     save_pretrained_tokenizer(weights, tmp_path / "run")
-    copy_text(tmp_path / "run", tmp_path / "out")
-    theirs = {"model_type": "llama", **kept_ids(tmp_path / "run")}
+    copy_tokenizer_files(tmp_path / "run", tmp_path / "out")
+    theirs = {"model_type": "llama", **tokenizer_keys_for_config(tmp_path / "run")}
     (tmp_path / "out" / "config.json").write_text(json.dumps(theirs))
     assert_same_text(source, tmp_path / "run")
     assert_same_text(source, tmp_path / "out")
 
 
 def test_the_text_of_a_gguf_model_is_written_as_transformers_reads_it(tmp_path):
-    weights = open_weights("smollm2-135m")
+    weights = open_model_weights("smollm2-135m")
     save_pretrained_tokenizer(weights, tmp_path)
-    text, template = open_text(tmp_path)
-    assert (text.ends, text.bos, text.eos) == (weights.text.ends, weights.text.bos, weights.text.eos)
-    assert template == weights.template
+    text, template = open_hf_tokenizer(tmp_path)
+    for name in ("eos_token_ids", "bos_token", "eos_token"):
+        assert getattr(text, name) == getattr(weights.tokenizer, name)
+    assert template == weights.chat_template
     for string in STRINGS:
-        assert text.encode(string) == weights.text.encode(string)
+        assert text.encode(string) == weights.tokenizer.encode(string)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs.chat_template == template and theirs.bos_token == text.bos
-    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == sorted(text.ends)
-    assert kept_ids(tmp_path)["eos_token_id"] == sorted(text.ends) and weights.files is None
+    assert theirs.chat_template == template and theirs.bos_token == text.bos_token
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == sorted(text.eos_token_ids)
+    assert tokenizer_keys_for_config(tmp_path)["eos_token_id"] == sorted(text.eos_token_ids)
+    assert weights.tokenizer_folder is None
 
 
 def test_text_is_not_trained_on_with_the_tokenizer_of_another(tmp_path):
@@ -239,12 +246,12 @@ def test_text_is_not_trained_on_with_the_tokenizer_of_another(tmp_path):
     data = ["--data", str(tmp_path / "text"), *QUICK, "--out", str(tmp_path / "run")]
     with pytest.raises(ValueError, match="goes up to 3.. .*, but the model knows ids below 320 alone"):
         open_run_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
-    clear_text(source)
+    remove_tokenizer_files(source)
     with pytest.raises(ValueError, match="holds no tokenizer to read --data with; .* or try --data random"):
         open_run_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
     data[1] = "random"
     inputs = open_run_inputs(tyro.cli(TrainFlags, args=["--model", str(source), *data]), Mesh())
-    assert inputs.dataset.tokenizer is None and inputs.pretrained_weights.text is None
+    assert inputs.dataset.tokenizer is None and inputs.pretrained_weights.tokenizer is None
 
 
 def test_a_run_that_kept_no_text_of_another_leaves_none(run, tmp_path):
@@ -252,6 +259,6 @@ def test_a_run_that_kept_no_text_of_another_leaves_none(run, tmp_path):
     save("gpt2", tmp_path / "other" / "tokenizer")
     (tmp_path / "other" / "tokenizer" / "chat_template.jinja").write_text("x")
     save_pretrained_tokenizer(open_pretrained_weights(run), tmp_path / "other" / "tokenizer")
-    assert open_text(tmp_path / "other" / "tokenizer")[1] is None
+    assert open_hf_tokenizer(tmp_path / "other" / "tokenizer")[1] is None
     assert sorted(path.name for path in (tmp_path / "other" / "tokenizer").iterdir()) == sorted(
         path.name for path in (run / "tokenizer").iterdir())

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from nanoinfra.cli import main
-from nanoinfra.config import ModelConfig, sized
+from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.train import metrics
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
@@ -18,7 +18,7 @@ from nanoinfra.train.train_stage import TrainStage
 
 def stepped(zero, config=None, **model):
     flags = TrainFlags(ModelFlags(**model), mesh=MeshFlags(zero=zero))
-    replica = TrainStage(config or sized("test"), flags, Mesh())
+    replica = TrainStage(config or config_for_size("test"), flags, Mesh())
     x = torch.ones(2, 8, dtype=torch.long)
     replica.begin_step([(x, x)], 16, lr=1e-3)
     execute_schedule(gradient_accumulation_schedule(1), replica)
@@ -43,7 +43,7 @@ def test_a_new_step_lets_go_of_the_last_ones_gradients(zero):
 
 def test_stage_3_keeps_no_parameter_of_any_family_whole():
     gpt2 = ModelConfig(64, 32, 2, 2, 2, 16, 64, 16, family="gpt2")
-    for config in (gpt2, sized("test")):
+    for config in (gpt2, config_for_size("test")):
         model = stepped(3, config).parallel_model.chunks[0].model
         assert {p.untyped_storage().nbytes() for p in model.parameters()} == {0}
 
@@ -65,8 +65,8 @@ def test_the_held_out_score_is_one_ranks_at_every_stage(ranks, tmp_path):
 
 
 def test_masters_are_the_numbers_drawn_not_those_rounded_to_16_bits():
-    replica = TrainStage(sized("test"), TrainFlags(ModelFlags(dtype="bfloat16")), Mesh())
-    want = init_weights(Decoder(sized("test")), seed=0)
+    replica = TrainStage(config_for_size("test"), TrainFlags(ModelFlags(dtype="bfloat16")), Mesh())
+    want = init_weights(Decoder(config_for_size("test")), seed=0)
     for name, master in replica.optimizer.master_weights.items():
         assert torch.equal(master, want.get_parameter(name).detach())
 

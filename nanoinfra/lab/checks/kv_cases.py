@@ -5,9 +5,9 @@ from unittest import mock
 import torch
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.model.attention import naive
+from nanoinfra.model.attention import naive_attention
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.generate import KVCache
 
 HEADS = [(4, 2), (3, 3), (6, 1)]             # query heads, KV heads: grouped, one each, one for all
@@ -30,11 +30,11 @@ def slips(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: int, T: int
     mine, (keys, values) = q[:, :, before:S], (x[:, :, :S] for x in (k, v))
     return {"the mask begins at key 0? The queries are the last T of S tokens": _masked(
                 mine, keys, values, torch.ones(T, S, dtype=torch.bool).tril()),
-            "the new tokens alone? What is kept belongs to it": naive(mine, keys[:, :, before:],
+            "the new tokens alone? What is kept belongs to it": naive_attention(mine, keys[:, :, before:],
                                                                       values[:, :, before:]),
-            "no division by sqrt(K)?": naive(mine * K**0.5, keys, values),
-            "divided by K, not by sqrt(K)?": naive(mine / K**0.5, keys, values),
-            "are q's heads cut as (KV, G), in this order?": naive(mine[:, dealt], keys, values),
+            "no division by sqrt(K)?": naive_attention(mine * K**0.5, keys, values),
+            "divided by K, not by sqrt(K)?": naive_attention(mine / K**0.5, keys, values),
+            "are q's heads cut as (KV, G), in this order?": naive_attention(mine[:, dealt], keys, values),
             "itself is not seen? Query t sees key t": _masked(
                 mine, keys, values, torch.ones(T, S, dtype=torch.bool).tril(before - 1))}
 
@@ -73,7 +73,7 @@ def greedy(B: int, P: int, n: int) -> torch.Tensor:
 def run(subject, B: int, P: int, n: int) -> dict:
     """What `subject` makes of B prompts of P tokens, and what it did with model, head and memory."""
     net, calls, rows, caches, asked = model(), [], [], [], []
-    hidden = net.hidden
+    hidden = net.hidden_states
 
     def make(capacity):
         asked.append(capacity)
@@ -87,7 +87,7 @@ def run(subject, B: int, P: int, n: int) -> dict:
 
     hook = net.head.register_forward_hook(lambda _, args, __: rows.append(args[0].flatten(0, -2).shape[0]))
     try:
-        with mock.patch.object(net, "hidden", noted):
+        with mock.patch.object(net, "hidden_states", noted):
             made = subject(net, tokens(B, P), n, make)
     finally:
         hook.remove()

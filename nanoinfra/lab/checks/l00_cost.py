@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanoinfra.config import ModelConfig, sized
+from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.lab.check import Check, Wrong
 from nanoinfra.model.decoder import Decoder
 
@@ -16,7 +16,7 @@ GROUPED = replace(PLAIN, kv_heads=1)
 WIDE_HEADS = replace(GROUPED, head_dim=10)   # H K = 40, but C = 24: as in Qwen3
 UNTIED = replace(GROUPED, tied=False)
 SEQUENCES, T = 3, 8
-DIAL = tuple(sized(name) for name in ("test", "nano", "micro"))
+DIAL = tuple(config_for_size(name) for name in ("test", "nano", "micro"))
 
 parameters = Check("parameters")
 train_flops = Check("train_flops")

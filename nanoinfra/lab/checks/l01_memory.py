@@ -11,7 +11,7 @@ from nanoinfra.lab.checks.adam_cases import BETAS, EPS, SHAPES
 from nanoinfra.lab.same import same
 from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.train.loss import linear_cross_entropy
 from nanoinfra.train.loss_scale import LossScale
 
@@ -265,7 +265,7 @@ def _scale(value):
 
 def _loss(model, tokens):
     """As one micro-batch of a step of a million tokens."""
-    return linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 2**20)
+    return linear_cross_entropy(model.hidden_states(tokens), model.head.weight, tokens, 2**20)
 
 
 def _moved(moved, what, why=""):

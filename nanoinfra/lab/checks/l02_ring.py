@@ -3,7 +3,7 @@ import torch
 
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.distributed.pool.rank_processes import RankFailedError
-from nanoinfra.formulas.collectives import ring_bytes, ring_steps
+from nanoinfra.formulas.collectives import ring_bytes_per_rank, ring_steps
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.parts import counts, label, words
 from nanoinfra.lab.same import same
@@ -157,7 +157,7 @@ def _only_ring_shift(runs):
 
 def _sends(runs, op):
     n, full = len(runs), runs[0]["before"].numel() * 8                                 # float64
-    want = ring_steps(op, n), round(ring_bytes(op, full, n))
+    want = ring_steps(op, n), round(ring_bytes_per_rank(op, full, n))
     for rank, run in enumerate(runs):
         got = len(run["ledger"]), sum(size for _, size in run["ledger"])
         if got != want:

@@ -11,7 +11,7 @@ from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.same import same
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import pack_grad_buckets
 
 PREDICTIONS = {"L03.calls_each": "calls", "L03.calls_buckets": "calls", "L03.bytes": "B",

@@ -11,7 +11,7 @@ from nanoinfra.lab.kept import Kept
 from nanoinfra.lab.same import same
 from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.train.loss import linear_cross_entropy
 
 PREDICTIONS = {"L04.kept_none": "B", "L04.kept_selective": "B", "L04.kept_full": "B",
@@ -180,7 +180,7 @@ def _decoder_gradients(call):
         block.forward = functools.partial(call, block.forward)
     for seed in (0, 1):
         tokens = torch.randint(CONFIG.vocab, (2, T), generator=torch.Generator().manual_seed(seed))
-        linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 4 * T).backward()
+        linear_cross_entropy(model.hidden_states(tokens), model.head.weight, tokens, 4 * T).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -160,7 +160,7 @@ def _held(subject, kind, cause):
     for p, m in SIZES:
         for r in range(p):
             got = max_micro_batches_in_flight(_order(subject, p, r, m))
-            want = formulas.in_flight(kind, p, r, m)
+            want = formulas.predicted_micro_batches_in_flight(kind, p, r, m)
             if got > want:
                 raise Wrong(f"stage {r} of {p}, {m} micro-batches: holds {got} at once, want {want}: {cause}")
 
@@ -170,7 +170,8 @@ def _idle(subject, kind, cause):
         for F, B, W in TIMES:
             if kind == "zb-h1" and m < p and W > min(F, B):
                 continue                     # no closed form
-            want, found = formulas.idle(kind, p, m, F, B, W), _replayed(subject, p, m, (F, B, W)).idle_seconds
+            want = formulas.pipeline_idle_seconds(kind, p, m, F, B, W)
+            found = _replayed(subject, p, m, (F, B, W)).idle_seconds
             if max(found) > want:
                 raise Wrong(f"stage {found.index(max(found))} of {p}, {m} micro-batches, F, B, W = {F}, {B}, "
                             f"{W}: idles {max(found)} slots, want {want}: {cause}")

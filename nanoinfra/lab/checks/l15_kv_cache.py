@@ -9,7 +9,7 @@ from nanoinfra.lab.checks import kv_cases as cases
 from nanoinfra.lab.same import same
 from nanoinfra.lab.storages import Storages
 from nanoinfra.lab.traffic import Traffic
-from nanoinfra.model.attention import naive
+from nanoinfra.model.attention import naive_attention
 
 PREDICTIONS = {**{f"L15.kv_{kind}": "B" for kind in ("mha", "gqa", "mqa")},
                **{f"L15.flops_{what}": "FLOPs" for what in ("prefill", "decode", "again")},
@@ -77,7 +77,7 @@ def _(subject):
         for chunks in CHUNKS:
             total = sum(chunks)
             memory, q, k, v = cases.inputs(heads, kv, 0, total)
-            want, before = naive(q, k, v), 0
+            want, before = naive_attention(q, k, v), 0
             for T in chunks:
                 now = slice(before, before + T)
                 got = subject(memory, before, *(x[:, :, now] for x in (q, k, v)))
@@ -91,10 +91,10 @@ def _(subject):
 def _(subject):
     for heads, kv in cases.HEADS:
         model, tokens = cases.model(heads, kv), cases.tokens(2, 11)
-        want, cache = model.hidden(tokens), Cache(subject, model.config, 2, 11, torch.float64)
+        want, cache = model.hidden_states(tokens), Cache(subject, model.config, 2, 11, torch.float64)
         for T in CHUNKS[0]:
             now = slice(cache.length, cache.length + T)
-            got = model.hidden(tokens[:, now], torch.arange(now.start, now.stop), cache)
+            got = model.hidden_states(tokens[:, now], torch.arange(now.start, now.stop), cache)
             same(f"hidden of tokens {now.start} to {now.stop - 1}, {heads} heads on {kv}", got, want[:, now],
                  0, rtol=1e-10)
             cache.length += T

@@ -10,9 +10,9 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.formulas.pipeline import split
+from nanoinfra.formulas.pipeline import split_layers_into_chunks
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.init import init_weights
+from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.pipeline.schedules import SCHEDULES
 from nanoinfra.parallel.pipeline.stage import cut_to_pipeline_chunk
 
@@ -31,7 +31,7 @@ class Stage:
 
     def enter(self, k: int) -> torch.Tensor:
         """The embedded tokens of micro-batch k, (B, T, C): what the first stage begins with."""
-        return self.chunk.start(self.batches[k][0], torch.arange(T))
+        return self.chunk.embed_tokens(self.batches[k][0], torch.arange(T))
 
     def place(self, k: int) -> torch.Tensor:
         """Room for the stream of micro-batch k, (B, T, C), to receive into."""
@@ -40,7 +40,7 @@ class Stage:
     def run(self, x: torch.Tensor, k: int) -> torch.Tensor:
         """What this stage's layers make of x: the stream, (B, T, C), or on the last stage the loss, ()."""
         time.sleep(self.nap)
-        y = self.chunk.layers(x, torch.arange(T))
+        y = self.chunk.blocks_and_norm(x, torch.arange(T))
         if self.last:
             y = _nats(self.chunk.head(y), self.batches[k][1]) / count(self.batches)
         y.register_hook(lambda grad: self._backward(k))
@@ -104,7 +104,7 @@ def step(subject, n: int, kind: str, m: int, nap: float = 0.0) -> dict:
     """On each rank, what `subject` did with its stage; rows of n ranks do the same side by side."""
     mesh = Mesh(pp=n, dp=world_size() // n)
     r, todo = mesh.pp.rank, order(kind, n, mesh.pp.rank, m)
-    chunk = cut_to_pipeline_chunk(model(), *split(CONFIG, n, T)[r])
+    chunk = cut_to_pipeline_chunk(model(), *split_layers_into_chunks(CONFIG, n, T)[r])
     stage = Stage(chunk, r == 0, r == n - 1, batches(m), nap)
     comm.barrier(mesh.world)
     mesh.comm_log.take_records()

@@ -11,9 +11,9 @@ import torch
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.parameters import shapes
-from nanoinfra.formulas.pipeline import split
-from nanoinfra.formulas.tensor_parallel import boxes
+from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.formulas.pipeline import split_layers_into_chunks
+from nanoinfra.formulas.tensor_parallel import shard_bounds_by_parameter
 
 CONFIG = ModelConfig(vocab=12, width=8, layers=4, heads=4, kv_heads=4, head_dim=2, hidden=12, context=8)
 MICRO_BATCHES, TIED = 3, "embed.weight"
@@ -22,10 +22,10 @@ MESHES = ((2, 2, 2), (4, 2, 1), (2, 1, 4), (1, 4, 2))                          #
 
 def names(pp: int, stage: int) -> list[str]:
     """The parameters of a stage, in the model's order; of the last one with the tied weight first."""
-    start, stop = split(CONFIG, pp, CONFIG.context)[stage]
+    start, stop = split_layers_into_chunks(CONFIG, pp, CONFIG.context)[stage]
     layers = {f"blocks.{i}." for i in range(start, stop)}
     ends = [TIED] * (stage in (0, pp - 1)) + ["norm.weight"] * (stage == pp - 1)
-    return [name for name in shapes(CONFIG) if name in ends or name.startswith(tuple(layers))]
+    return [name for name in parameter_shapes(CONFIG) if name in ends or name.startswith(tuple(layers))]
 
 
 def is_norm(name: str) -> bool:
@@ -84,7 +84,7 @@ def norm(sizes: tuple[int, int, int], norms: int = 1, tied: int = 1, stage: int 
     only stage, or tensor rank, that counts."""
     pp, _, t = sizes
     square = 0.0
-    for name in shapes(CONFIG) if stage is None else names(pp, stage):
+    for name in parameter_shapes(CONFIG) if stage is None else names(pp, stage):
         if (is_norm(name) and rank) or (name == TIED and stage):
             continue                                                     # counts elsewhere
         times = norms if is_norm(name) else tied if name == TIED else 1
@@ -112,10 +112,10 @@ def norm_slips(sizes: tuple[int, int, int], at: tuple[int, int, int]) -> dict[st
 def _drawn(name, k, dp, tp, use):
     """One micro-batch's whole gradient; of a matrix the same, whoever of tp computes a part of it."""
     seed = crc32(f"{name} {k} {dp} {tp if is_norm(name) else 0} {use}".encode())
-    return torch.randn(shapes(CONFIG)[name], generator=torch.Generator().manual_seed(seed),
+    return torch.randn(parameter_shapes(CONFIG)[name], generator=torch.Generator().manual_seed(seed),
                        dtype=torch.float64)
 
 
 @functools.lru_cache(maxsize=512)
 def _place(name, t, rank):
-    return tuple(slice(*ends) for ends in boxes(CONFIG, t, rank)[name])
+    return tuple(slice(*ends) for ends in shard_bounds_by_parameter(CONFIG, t, rank)[name])

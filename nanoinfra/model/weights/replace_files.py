@@ -1,8 +1,7 @@
-"""The files of a model's folder replaced together: a reader finds the old model, or none, or the new one.
+"""Replace the files of a model folder as one: a reader finds the old model, no model, or the new one.
 
-New files are written into a folder of their own inside it. Then config.json, without which nobody opens a
-folder, is the first to go and the last to come, so that weights of two models never stand beside a
-configuration.
+New files are written into a staging folder inside it. Then config.json, without which no reader opens the
+folder, is removed first and moved in last, so that weights of two models never stand beside a configuration.
 """
 import os
 import shutil
@@ -10,39 +9,39 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanoinfra.model.weights.json_files import read_json, sync
+from nanoinfra.model.weights.json_files import fsync_path, read_json
 
-CONFIG, NEW = "config.json", ".new"
-WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")    # replaced
-FOREIGN = ("*.safetensors", "*.bin", "*.gguf", "*.h5", "*.msgpack", "adapter_config.json")  # never replaced
+_CONFIG_FILE, _STAGING_FOLDER = "config.json", ".new"
+_REPLACED_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_FOREIGN_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.h5", "*.msgpack", "adapter_config.json")
 
 
 @contextmanager
-def replaced(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
-    """A new folder, to be filled with a config.json, weights and whatever else; then all take their places.
+def replace_model_files(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """Yield a staging folder to fill with config.json, weights and other files; then move them into `folder`.
 
-    Of what `folder` held before, weights go, and the files called `stale`. ValueError where it holds weights
-    that an export does not write, or a run.
+    Old weights in `folder` are removed, and old files that match `stale_patterns`. Raises ValueError where
+    the folder holds weights that an export does not write, or a training run.
     """
     _check(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / NEW
-    shutil.rmtree(new, ignore_errors=True)                       # of an export that was cut off
+    new = folder / _STAGING_FOLDER
+    shutil.rmtree(new, ignore_errors=True)                       # left by an interrupted export
     new.mkdir()
     try:
         yield new
         for path in new.iterdir():
-            sync(path)
-        (folder / CONFIG).unlink(missing_ok=True)
-        sync(folder)
-        for path in [*_found(folder, WEIGHTS), *_found(folder, stale)]:
+            fsync_path(path)
+        (folder / _CONFIG_FILE).unlink(missing_ok=True)
+        fsync_path(folder)
+        for path in [*_found(folder, _REPLACED_WEIGHTS), *_found(folder, stale)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in list(new.iterdir()):
-            if path.name != CONFIG:
+            if path.name != _CONFIG_FILE:
                 os.replace(path, folder / path.name)
-        sync(folder)
-        os.replace(new / CONFIG, folder / CONFIG)
-        sync(folder)
+        fsync_path(folder)
+        os.replace(new / _CONFIG_FILE, folder / _CONFIG_FILE)
+        fsync_path(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -50,10 +49,10 @@ def replaced(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
 def _check(folder):
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder")
-    if (folder / "checkpoints").exists() or "nanoinfra" in read_json(folder / CONFIG):
+    if (folder / "checkpoints").exists() or "nanoinfra" in read_json(folder / _CONFIG_FILE):
         raise ValueError(f"{folder} holds a run, whose config.json an export would overwrite; name another "
                          "folder")
-    if foreign := set(_found(folder, FOREIGN)) - set(_found(folder, WEIGHTS)):
+    if foreign := set(_found(folder, _FOREIGN_WEIGHTS)) - set(_found(folder, _REPLACED_WEIGHTS)):
         raise ValueError(f"{folder} holds {min(foreign).name}, weights that an export does not replace; name "
                          "another folder")
 

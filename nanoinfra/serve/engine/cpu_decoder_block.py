@@ -38,7 +38,7 @@ class AddRMSNorm(nn.Module):
 class CpuDecoderBlock(nn.Module):
     """A decoder.Block by the C kernels, made of the block with packed linears that it replaces."""
 
-    def __init__(self, block: decoder.Block, kernels: ctypes.CDLL):
+    def __init__(self, block: decoder.DecoderBlock, kernels: ctypes.CDLL):
         super().__init__()
         self.attn, self.mlp = attn, mlp = block.attn, block.mlp
         self.kernels = kernels
@@ -102,8 +102,9 @@ class CpuPagedKVCache(PagedKVCache):
 
 def supports_cpu_block(config: ModelConfig) -> bool:
     """Can CpuDecoderBlocks compute this model? It must have RMSNorm, RoPE and SwiGLU."""
-    parts = config.parts
-    return (parts.norm, parts.position, parts.gated, config.act) == ("rms", "rope", True, "silu")
+    parts = config.architecture
+    return (parts.norm_type, parts.position_encoding, parts.gated_mlp,
+            config.mlp_activation) == ("rms", "rope", True, "silu")
 
 
 def compile_kernels_for(model: decoder.Decoder, kv_cache: PagedKVCache) -> ctypes.CDLL:

@@ -9,8 +9,8 @@ import re
 
 from tokenizers.decoders import DecodeStream
 
-from nanoinfra.model.tokenizer import CLEAN_UP, Text
-from nanoinfra.model.weights.import_transformers import panics_as_errors
+from nanoinfra.model.tokenizer import CLEAN_UP_REPLACEMENTS, Tokenizer
+from nanoinfra.model.weights.import_transformers import rust_panics_as_errors
 
 MAX_TOKENS_PER_CHARACTER = 4                 # a character has at most 4 bytes in UTF-8, a token at least one
 BYTE_TOKEN_PATTERN = re.compile("<0x[0-9A-Fa-f]{2}>")        # a token of a single byte (sentencepiece)
@@ -22,23 +22,24 @@ class IncrementalDetokenizer:
     A run of byte tokens waits for its end: with one byte too many all of it decodes to U+FFFD, the characters
     before as well. A text that goes on and on ending in U+FFFD is cut, because DecodeStream would decode all
     of it again with every token. Ids that have no text never reach it. With a decoder that may change text
-    far back (text.py lists those that do not), all text comes at the end.
+    far back (model/tokenizer.py lists those that do not), all text comes at the end.
     """
 
-    def __init__(self, tokenizer: Text):
+    def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.stream = tokenizer, DecodeStream(skip_special_tokens=True)
         self.context, self.held = [], []     # ids that DecodeStream has shown last; ids that it has and holds
         self.run, self.skip = [], 0          # ids that it has not seen; characters shown of what it holds
-        self.cleaners = [StreamingReplacer(*pair) for pair in CLEAN_UP.items()] if tokenizer.clean_up else []
+        replacements = CLEAN_UP_REPLACEMENTS.items() if tokenizer.clean_up_tokenization_spaces else ()
+        self.cleaners = [StreamingReplacer(*pair) for pair in replacements]
 
     def push_token(self, token: int) -> str:
         """Add a token; returns the text that is certain now and was not before."""
-        spelled = self.tokenizer.backend.id_to_token(token)
-        if spelled is None or token in self.tokenizer.special_ids:
+        spelled = self.tokenizer.backend_tokenizer.id_to_token(token)
+        if spelled is None or token in self.tokenizer.special_token_ids:
             return ""
         self.run.append(token)
-        is_byte = self.tokenizer.has_bytes and BYTE_TOKEN_PATTERN.fullmatch(spelled)
-        if not self.tokenizer.is_local or is_byte:
+        is_byte = self.tokenizer.has_byte_fallback and BYTE_TOKEN_PATTERN.fullmatch(spelled)
+        if not self.tokenizer.is_incrementally_decodable or is_byte:
             return ""
         ids, self.run = self.run, []
         self.held += ids
@@ -63,7 +64,7 @@ class IncrementalDetokenizer:
         U+FFFD each; as many of these are skipped as make both parts together the whole text.
         """
         whole, last = self._decode_after(self.context, self.held), self.held[-MAX_TOKENS_PER_CHARACTER:]
-        anchor = self.tokenizer.anchor
+        anchor = self.tokenizer.decoding_prefix_ids
         rest = self._decode_after(anchor, last)
         for skip in range(MAX_TOKENS_PER_CHARACTER):
             if whole.endswith(rest[skip:]):
@@ -79,14 +80,14 @@ class IncrementalDetokenizer:
 
     def _decode_after(self, context, ids):
         """The text of `ids` after `context`."""
-        decode = self.tokenizer.backend.decode
-        with panics_as_errors():
+        decode = self.tokenizer.backend_tokenizer.decode
+        with rust_panics_as_errors():
             return decode(context + ids)[len(decode(context)) if context else 0:]
 
     def _step(self, ids):
         """What DecodeStream shows for `ids`."""
-        with panics_as_errors():
-            return self.stream.step(self.tokenizer.backend, ids) or ""
+        with rust_panics_as_errors():
+            return self.stream.step(self.tokenizer.backend_tokenizer, ids) or ""
 
     def _clean(self, new, last=False):
         for cleaner in self.cleaners:
@@ -120,7 +121,7 @@ class StopStringDetokenizer:
     While `ignore_stop_strings` is set (min_tokens), a stop string that comes ends nothing.
     """
 
-    def __init__(self, tokenizer: Text, stop_strings: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop_strings: tuple[str, ...] = ()):
         self.detokenizer, self.stop_strings = IncrementalDetokenizer(tokenizer), stop_strings
         self.held, self.stopped = "", False
         self.ignore_stop_strings = False

@@ -15,7 +15,7 @@ import torch
 
 from nanoinfra.distributed.comm_log import CommLog
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.engine.block_pool import BlockPool, root_block_hash
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
@@ -33,7 +33,8 @@ class Engine:
     is kept for the server. Further arguments are the Scheduler's. `ledger` holds the last step's collectives.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Text | None = None, chat_template: str | None = None, *,
+    def __init__(self, model: Decoder, tokenizer: Tokenizer | None = None, chat_template: str | None = None,
+                 *,
                  num_blocks: int, block_size: int = 16, ledger: CommLog | None = None, **scheduler_limits):
         self.model, self.ledger = model, ledger or CommLog()
         self.tokenizer, self.chat_template = tokenizer, chat_template
@@ -52,7 +53,7 @@ class Engine:
 
     def add_request(self, request: Request) -> None:
         """Take a request. ValueError for one that cannot be answered; QueueFull where too much waits."""
-        check_request(request, self.model.config.cached_context, self.model.config.vocab)
+        check_request(request, self.model.config.max_cacheable_seq_len, self.model.config.vocab)
         if request.request_id in self.states_of_request:
             raise ValueError(f"request {request.request_id!r} is here already; give each an id of its own")
         root = root_block_hash(weights_version=self.weights_version, cache_salt=request.cache_salt)
@@ -79,7 +80,7 @@ class Engine:
         self.ledger.take_records()                   # a server's would grow for ever
         if scheduled.scheduled_chunks:
             chunks, tokens, positions = self.kv_cache.prepare_inputs(scheduled)
-            hidden = self.model.hidden(tokens, positions, self.kv_cache)[0]              # (N, C)
+            hidden = self.model.hidden_states(tokens, positions, self.kv_cache)[0]              # (N, C)
             self.scheduler.mark_computed(scheduled)
             self._count(scheduled, chunks)
             outputs += self._recompute_nonfinite(chunks, hidden)
@@ -100,7 +101,7 @@ class Engine:
     def static_info(self) -> dict[str, int]:
         """What never changes: the model's context and vocabulary, the number and size of KV blocks."""
         config = self.model.config
-        return {"context": config.cached_context, "vocab": config.vocab,
+        return {"context": config.max_cacheable_seq_len, "vocab": config.vocab,
                 "blocks": len(self.block_pool.ref_counts), "block_size": self.block_pool.block_size}
 
     def stats(self) -> dict:
@@ -226,7 +227,7 @@ class Engine:
         request, sequence = state.request, state.sequence
         if request.max_tokens == 0:                                      # only the prompt was to be scored
             return [self._finish(state, "", [], [], "length")]
-        eos_token_ids = self.tokenizer.ends if self.tokenizer else frozenset()
+        eos_token_ids = self.tokenizer.eos_token_ids if self.tokenizer else frozenset()
         banned = state.banned_token_ids(eos_token_ids)
         if state.sampler.is_plain_argmax and not banned:
             token = likeliest
@@ -235,7 +236,7 @@ class Engine:
                                                     sequence.num_prompt_tokens)
         logprobs = ([] if request.logprobs is None
                     else gather_logprobs(logits[None], [token], request.logprobs))
-        room = self.model.config.cached_context - sequence.num_prompt_tokens
+        room = self.model.config.max_cacheable_seq_len - sequence.num_prompt_tokens
         text, finish_reason = state.append_token(token, eos_token_ids, room)
         self.counts["generation_tokens"] += 1
         if finish_reason:

@@ -7,7 +7,7 @@ import torch
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.kernels.cpu import decode_kernels
-from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine import cpu_decoder_block, packed_linear
 from nanoinfra.serve.engine.engine import Engine
@@ -23,8 +23,9 @@ def load_engine(options: EngineOptions, mesh: Mesh) -> Engine:
     if num_blocks < 2:
         raise ValueError(f"--kv-memory {options.kv_memory} holds {num_blocks} blocks of {options.block_size} "
                          f"tokens, {block_bytes} bytes each on a rank; give at least {2 * block_bytes}")
-    model = parallelize_for_serving(empty(weights.config), mesh, weights.read, dtype)
-    engine = Engine(model, weights.text, weights.template, num_blocks=num_blocks,
+    model = parallelize_for_serving(decoder_on_meta_device(weights.config), mesh, weights.read_parameter,
+                                    dtype)
+    engine = Engine(model, weights.tokenizer, weights.chat_template, num_blocks=num_blocks,
                     block_size=options.block_size, ledger=mesh.comm_log,
                     max_num_batched_tokens=options.max_num_batched_tokens, max_num_seqs=options.max_num_seqs,
                     max_queued_requests=options.max_queued_requests,

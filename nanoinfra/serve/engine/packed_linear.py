@@ -100,7 +100,7 @@ def pack_linears(model: Decoder, gemv: Callable | None = None) -> None:
         attn.qkv, attn.o = _pack_together(gemv, attn.q, attn.k, attn.v), PackedLinear(attn.o, gemv=gemv)
         mlp.gate_up = _pack_together(gemv, *filter(None, (mlp.gate, mlp.up)))
         mlp.down = PackedLinear(mlp.down, gemv=gemv)
-        attn.read, mlp.read = attn.qkv.split_outputs, mlp.gate_up.split_outputs
+        attn.in_proj, mlp.in_proj = attn.qkv.split_outputs, mlp.gate_up.split_outputs
     model.head = PackedLinear(model.head, gemv=gemv)
 
 

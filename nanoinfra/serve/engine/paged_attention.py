@@ -11,9 +11,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.model.attention import CAUSAL, Mask, sdpa
+from nanoinfra.model.attention import CAUSAL_MASK, AttentionMask, sdpa_attention
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.layers import wide
+from nanoinfra.model.layers import at_least_float32
 from nanoinfra.serve.engine.scheduler import SchedulerOutput, Sequence
 
 
@@ -53,7 +53,7 @@ class PagedKVCache:
         return chunks, self._tensor([tokens]), self._tensor([[i for span in positions for i in span]])
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               mask: Mask = CAUSAL) -> torch.Tensor:
+               mask: AttentionMask = CAUSAL_MASK) -> torch.Tensor:
         """Store `k`, `v` (1, KV, N, K) by the slot_mapping, and attend for `q` (1, H, N, K): (1, H, N, K).
 
         A query sees the keys of its own sequence so far, as far as `mask` says.
@@ -73,7 +73,8 @@ class PagedKVCache:
                                      .transpose(1, 2) for x in (q, k, v))                # (B, heads, T, K)
             if blocks is not None:
                 keys, values = memory.index_select(1, blocks).flatten(1, 2)[None, :, :S].chunk(2, 1)
-            y = sdpa(queries, keys, values, mask)                                        # (B, H, T, K)
+            y = sdpa_attention(queries, keys, values,
+                               mask)                                        # (B, H, T, K)
             parts.append(y.transpose(1, 2).flatten(0, 1))
         return parts
 
@@ -86,8 +87,9 @@ class PagedKVCache:
                                  q.shape[-1]).transpose(1, 2)                            # (B, KV, S, K)
         if mask.window is not None:
             bias = bias.masked_fill(offsets < -mask.window, -math.inf)
-        if mask.slopes is not None:
-            slopes = torch.tensor(mask.slopes, dtype=wide(q.dtype), device=q.device)
+        if mask.alibi_slopes is not None:
+            slopes = torch.tensor(mask.alibi_slopes, dtype=at_least_float32(q.dtype),
+                                 device=q.device)
             bias = (bias + slopes.view(self.num_kv_heads, -1, 1) * offsets).to(q.dtype)  # (B, KV, G, S)
         return F.scaled_dot_product_attention(queries, keys, values, bias).flatten(1, 2)
 

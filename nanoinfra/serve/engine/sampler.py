@@ -13,7 +13,7 @@ from math import isfinite
 
 import torch
 
-from nanoinfra.model.layers import wide
+from nanoinfra.model.layers import at_least_float32
 from nanoinfra.serve.engine.requests import Logprob, SamplingParams
 
 _GREEDY_TEMPERATURE = 1e-5                   # lower ones are greedy, as in vLLM: the difference is rounding
@@ -60,7 +60,7 @@ class Sampler:
 
 def sample_token(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """One token id from `logits` (V,) by temperature (not a greedy one), top-k, top-p and min-p."""
-    best, ids = logits.cpu().to(wide(logits.dtype)).sort(descending=True, stable=True)
+    best, ids = logits.cpu().to(at_least_float32(logits.dtype)).sort(descending=True, stable=True)
     best, ids = (best[:params.top_k], ids[:params.top_k]) if params.top_k > 0 else (best, ids)
     chance = ((best - best[0]) / params.temperature).softmax(-1)          # of 0 and less: nothing overflows
     before = chance.cumsum(-1) - chance                                   # probability of all likelier ones
@@ -86,7 +86,7 @@ class LogitsProcessor:
 
         `tokens` are those of the last call, and more; the first `num_prompt_tokens` are the prompt.
         """
-        logits = logits.to(wide(logits.dtype))
+        logits = logits.to(at_least_float32(logits.dtype))
         if self.offset is None:
             self.offset = self._bias_tensor(logits).clone()
             self.divisor = torch.ones_like(logits) if self.params.repetition_penalty != 1.0 else None
@@ -144,7 +144,7 @@ def gather_logprobs(logits: torch.Tensor, tokens: Sequence[int], num_logprobs: i
     """
     if not tokens:
         return []
-    every = logits.to(wide(logits.dtype)).log_softmax(-1)                 # (T, V)
+    every = logits.to(at_least_float32(logits.dtype)).log_softmax(-1)                 # (T, V)
     chosen = every.gather(1, torch.tensor(tokens, device=every.device)[:, None])[:, 0].tolist()
     values, ids = (part.tolist() for part in every.topk(num_logprobs, -1))            # (T, num_logprobs)
     return [Logprob(token, logprob, list(zip(id_row, row)))

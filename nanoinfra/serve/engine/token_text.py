@@ -7,8 +7,8 @@ A token may be a part of a character, as bytes of UTF-8: GPT-2 spells each byte 
 import codecs
 from collections.abc import Sequence
 
-from nanoinfra.model.tokenizer import Text
-from nanoinfra.model.weights.import_transformers import panics_as_errors
+from nanoinfra.model.tokenizer import Tokenizer
+from nanoinfra.model.weights.import_transformers import rust_panics_as_errors
 from nanoinfra.serve.engine.detokenizer import BYTE_TOKEN_PATTERN
 
 _PRINTABLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]     # GPT-2 spells them as Latin-1
@@ -20,7 +20,7 @@ _BYTE_DECODER = ({chr(byte): byte for byte in _PRINTABLE_BYTES}
 class SingleTokenDecoder:
     """Decodes single tokens of one tokenizer, each at most once."""
 
-    def __init__(self, tokenizer: Text):
+    def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.texts = tokenizer, {}
 
     def token_text(self, token: int) -> str:
@@ -31,10 +31,10 @@ class SingleTokenDecoder:
 
     def token_bytes(self, token: int) -> bytes:
         """Its own bytes, which may be a part of a character."""
-        name = self.tokenizer.backend.id_to_token(token) or ""
-        if token in self.tokenizer.added_ids:
+        name = self.tokenizer.backend_tokenizer.id_to_token(token) or ""
+        if token in self.tokenizer.added_token_ids:
             return name.encode()
-        if self.tokenizer.has_bytes and BYTE_TOKEN_PATTERN.fullmatch(name):
+        if self.tokenizer.has_byte_fallback and BYTE_TOKEN_PATTERN.fullmatch(name):
             return bytes([int(name[3:5], 16)])
         if self.tokenizer.is_byte_level and all(letter in _BYTE_DECODER for letter in name):
             return bytes(_BYTE_DECODER[letter] for letter in name)
@@ -47,9 +47,9 @@ class SingleTokenDecoder:
 
     def _decode(self, ids, context=None):
         """The text of `ids` after `context`, by default after a plain token."""
-        decode = self.tokenizer.backend.decode
-        context = self.tokenizer.anchor if context is None else list(context)
-        with panics_as_errors():
+        decode = self.tokenizer.backend_tokenizer.decode
+        context = self.tokenizer.decoding_prefix_ids if context is None else list(context)
+        with rust_panics_as_errors():
             whole = decode(context + ids, skip_special_tokens=False)
             return whole[len(decode(context)):] if context else whole
 
@@ -78,7 +78,7 @@ class TextOffsets:
     def next_offset(self, token: int) -> int:
         """The offset of the next token."""
         at, decoder = self.at, self.token_decoder
-        if token not in decoder.tokenizer.special_ids:
+        if token not in decoder.tokenizer.special_token_ids:
             new = decoder.token_bytes(token) if self.begun else decoder.first_token_bytes(token)
             self.at, self.begun = at + len(self.utf8.decode(new)), True
         return at

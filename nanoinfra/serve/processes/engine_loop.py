@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from multiprocessing.connection import Connection
 
-from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.engine.requests import RequestOutput
 from nanoinfra.serve.engine.scheduler import QueueFull
 from nanoinfra.serve.processes.tp_group import TensorParallelGroup
@@ -31,7 +31,7 @@ MIN_IN_FLIGHT = (1024, 1 << 20)                  # requests and tokens that may 
 class EngineReady:
     """The message that the engine is loaded, with what the API must know of the model."""
     info: dict                               # Engine.static_info()
-    tokenizer: Text
+    tokenizer: Tokenizer
     chat_template: str | None = None
     max_in_flight: tuple[float, float] = (inf, inf)      # requests and tokens that may be on their way to it
 

@@ -6,7 +6,7 @@ because parsing JSON and writing log-probabilities stop all other threads of the
 """
 from collections.abc import Sequence
 
-from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.server.errors import CONTEXT_LENGTH_EXCEEDED, APIError
 
@@ -64,7 +64,7 @@ def check_num_choices(num_prompts: int, n: int) -> None:
                        f"most {MAX_PROMPTS_PER_REQUEST} at once", "n")
 
 
-def tokenize_prompt(text: str, tokenizer: Text, context_length: int,
+def tokenize_prompt(text: str, tokenizer: Tokenizer, context_length: int,
                     add_special_tokens: bool = True) -> list[int]:
     """The token ids of `text`. Raises APIError, as early as possible, for a text that does not fit.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nanoinfra.model.weights.json_files import sync
+from nanoinfra.model.weights.json_files import fsync_path
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard, check_shards_cover_tensor
 
 CHECKPOINT_FORMAT = "nanoinfra checkpoint 1"  # raised with every change of the format
@@ -144,7 +144,7 @@ def write_all_bytes(file, data) -> None:
 def fsync_folder(folder: Path) -> None:
     """Flush the folder's entries to disk, so that new and renamed files survive a crash."""
     with raise_as_checkpoint_error(folder):
-        sync(folder)
+        fsync_path(folder)
 
 
 def safetensors_dtype_name(tensor: torch.Tensor) -> str:

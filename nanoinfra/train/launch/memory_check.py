@@ -2,7 +2,7 @@
 
 Refused is only what exceeds all that the machine, or the card, has. The numbers are modelled: tensors are
 counted, the process was measured once, as the constants here say, and so was the heap
-(formulas/footprint.py).
+(formulas/memory_footprint.py).
 """
 import functools
 import os
@@ -11,9 +11,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from nanoinfra.config import SIZES, ModelConfig, sized
+from nanoinfra.config import MODEL_SIZES, ModelConfig, config_for_size
 from nanoinfra.distributed.host_memory import available_memory_bytes, host_memory_limit_bytes, peak_rss_bytes
-from nanoinfra.formulas.footprint import Layout, Recipe, footprint, heap_rest
+from nanoinfra.formulas.memory_footprint import (
+    ParallelLayout,
+    TrainingStepConfig,
+    heap_fragmentation_bytes,
+    peak_memory_by_part,
+)
 from nanoinfra.train.config import (
     TrainFlags,
     check_train_flags,
@@ -70,27 +75,29 @@ def rank_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig,
     stage = rank // (world_size // mesh["pp"])                                # pp is the outermost axis
     what = config, parallel_layout_from_flags(flags, mesh), step_config_from_flags(flags, mesh["dp"],
                                                                                    config), stage
-    parts = footprint(*what)
+    parts = peak_memory_by_part(*what)
     if flags.mesh.device == "cuda":
         return parts | {"data": 0, "processes": _CUDA_CONTEXT_BYTES}
     text = data_text_bytes(flags.data.data)
-    training = parts | {"fragmentation": heap_rest(*what), "text": text, "processes": _PROCESS_BYTES}
+    training = parts | {"fragmentation": heap_fragmentation_bytes(*what), "text": text,
+                        "processes": _PROCESS_BYTES}
     reading = {"text": 2 * text, "processes": _PROCESS_BYTES}  # once as read, once in documents
     return max(training, reading, key=lambda each: sum(each.values()))
 
 
-def parallel_layout_from_flags(flags: TrainFlags, mesh: dict[str, int]) -> Layout:
+def parallel_layout_from_flags(flags: TrainFlags, mesh: dict[str, int]) -> ParallelLayout:
     """The parallel layout of the flags for formulas/footprint.py; `mesh` is from `mesh_axis_sizes`."""
     sp = "none" if not flags.mesh.sp else "keep" if flags.mesh.sp_save_gathered else "gather"
-    return Layout(mesh["pp"], mesh["dp"], mesh["tp"], sp, flags.mesh.zero, flags.pipeline.schedule,
+    return ParallelLayout(mesh["pp"], mesh["dp"], mesh["tp"], sp, flags.mesh.zero, flags.pipeline.schedule,
                   flags.pipeline.virtual_stages)
 
 
-def step_config_from_flags(flags: TrainFlags, dp: int, config: ModelConfig) -> Recipe:
+def step_config_from_flags(flags: TrainFlags, dp: int, config: ModelConfig) -> TrainingStepConfig:
     """The work of one of `dp` data-parallel ranks in a step, for formulas/footprint.py."""
     model, (G, m) = flags.model, global_batch_and_num_micro_batches(flags.data, dp)
     grad_dtype = model.grad_dtype or ("float64" if model.dtype == "float64" else "float32")
-    return Recipe(flags.data.seq or config.context, min(flags.data.micro_batch, -(-G // dp)), m, model.dtype,
+    return TrainingStepConfig(flags.data.seq or config.context, min(flags.data.micro_batch, -(-G // dp)), m,
+                              model.dtype,
                   grad_dtype, flags.optimizer.optimizer, model.attention, model.recompute,
                   frozen_parameter_names(model.freeze, config))
 
@@ -98,9 +105,9 @@ def step_config_from_flags(flags: TrainFlags, dp: int, config: ModelConfig) -> R
 def config_of_named_size(flags: TrainFlags) -> ModelConfig | None:
     """The model of a named size, with the largest vocabulary it may get; None when --model names weights."""
     model = flags.model
-    if model.model not in SIZES:
+    if model.model not in MODEL_SIZES:
         return None
-    return sized(model.model, model.vocab, flags.data.seq, False if model.untied else None)
+    return config_for_size(model.model, model.vocab, flags.data.seq, False if model.untied else None)
 
 
 def ranks_sharing_memory(flags: TrainFlags, world_size: int) -> range:
@@ -157,9 +164,9 @@ def _smaller(flags, G, seq):
     """Smaller runs: shorter samples, a smaller global batch, the size's own vocabulary, a smaller model."""
     yield from ({"seq": 1 << k} for k in reversed(range(5, seq.bit_length())) if 1 << k < seq)
     yield from ({"global_batch": G >> k} for k in range(1, G.bit_length()))
-    sizes, model = list(SIZES), flags.model
+    sizes, model = list(MODEL_SIZES), flags.model
     if model.model in sizes:
-        yield {"vocab": min(model.vocab or 0, SIZES[model.model].model.vocab) or None}
+        yield {"vocab": min(model.vocab or 0, MODEL_SIZES[model.model].config.vocab) or None}
         yield from ({"model": name} for name in reversed(sizes[:sizes.index(model.model)]))
 
 

@@ -6,7 +6,7 @@ changed flag that affects the losses is printed, with the change of the learning
 import json
 from pathlib import Path
 
-from nanoinfra.config import SIZES
+from nanoinfra.config import MODEL_SIZES
 from nanoinfra.train.config import TrainFlags, flags_to_dict
 from nanoinfra.train.run_inputs import RunInputs
 
@@ -37,7 +37,7 @@ def check_resumes_same_run(run: Path, state: dict, inputs: RunInputs, flags: Tra
                          "another version of nanoinfra wrote it; go on with that one, or start a run of its "
                          f"own from its weights: --model {run} --out another")
     was, now = state["flags"]["model"], flags_to_dict(flags)["model"]
-    if was["model"] != now["model"] and {was["model"], now["model"]} & SIZES.keys():
+    if was["model"] != now["model"] and {was["model"], now["model"]} & MODEL_SIZES.keys():
         raise ValueError(f"--resume: the run in {run} trains --model {was['model']}, this is --model "
                          f"{now['model']}; give --model {was['model']}")
     for key in ("seed", "seq"):
@@ -134,7 +134,8 @@ def _model_flags(state):
     """The flags that describe the run's model."""
     flags = state["flags"]["model"]
     more = f" --vocab {flags['vocab']}" if flags.get("vocab") else " without --vocab"
-    return f"--model {flags['model']}{more if flags['model'] in SIZES else ''}{' --untied' * flags['untied']}"
+    more = more if flags["model"] in MODEL_SIZES else ""
+    return f"--model {flags['model']}{more}{' --untied' * flags['untied']}"
 
 
 def _plain(value):

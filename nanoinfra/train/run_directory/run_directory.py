@@ -10,7 +10,7 @@ import sys
 from contextlib import ExitStack
 
 from nanoinfra.distributed import comm
-from nanoinfra.model.weights.hugging_face.tokenizer_files import clear_text
+from nanoinfra.model.weights.hugging_face.tokenizer_files import remove_tokenizer_files
 from nanoinfra.renamed_flags import with_new_flag_names
 from nanoinfra.train import metrics
 from nanoinfra.train.checkpoint import checkpoint, retention
@@ -93,7 +93,7 @@ class RunDirectory:
         if inputs.pretrained_weights:
             save_pretrained_tokenizer(inputs.pretrained_weights, self.path / "tokenizer")
         elif inputs.dataset.tokenizer:
-            clear_text(self.path / "tokenizer", config=True)
+            remove_tokenizer_files(self.path / "tokenizer", include_config=True)
             inputs.dataset.tokenizer.save(self.path / "tokenizer")
         (self.path / STOP_NOTE_FILE).unlink(missing_ok=True)
 

@@ -5,9 +5,16 @@ from functools import partial
 
 import torch
 
-from nanoinfra.config import ACTIVATIONS, ATTENTION, FAMILIES, MLP, ModelConfig, RopeScaling
+from nanoinfra.config import (
+    ACTIVATION_NAMES,
+    ATTENTION_LINEARS,
+    MLP_LINEARS,
+    MODEL_FAMILIES,
+    ModelConfig,
+    RopeScaling,
+)
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
+from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
 from tests.model.foreign.judge import Case, Fault, ours
 from tests.model.foreign.models import compare, theirs, write_model
 from tests.model.foreign.models import raw as raw_config
@@ -23,7 +30,7 @@ SCALINGS = {
     "llama3 low": RopeScaling("llama3", 8.0, 10, 0.5, 2.0),
     "factors": RopeScaling("factors", factors=(1.0, 1.5, 2.0, 4.0)),
 }
-ROTARY = tuple(name for name, parts in FAMILIES.items() if parts.position == "rope")
+ROTARY = tuple(name for name, parts in MODEL_FAMILIES.items() if parts.position_encoding == "rope")
 HOME = {  # families whose configuration class can say such a thing
     "attention_bias": ("llama", "qwen3"),
     "mlp_bias": ("llama",),
@@ -64,7 +71,7 @@ def base(family: str, **given) -> ModelConfig:
 def export_cases() -> list[Case]:
     """Each feature in each family, pairs of features, dtypes, and folders that hold an earlier export."""
     made = []
-    for family in FAMILIES:
+    for family in MODEL_FAMILIES:
         features = {
             field: values
             for field, values in FEATURES.items()
@@ -72,7 +79,7 @@ def export_cases() -> list[Case]:
         }
         for field, values in features.items():
             for name, value in values.items():
-                must = family in HOME.get(field, FAMILIES) and name != "factors"
+                must = family in HOME.get(field, MODEL_FAMILIES) and name != "factors"
                 made.append(_case(f"{family} {field} {name}", family, {field: value}, must))
         for (one, some), (two, others) in itertools.combinations(features.items(), 2):
             first, second = list(some.values())[-1], list(others.values())[0]
@@ -101,7 +108,7 @@ FEATURES = {
     "theta": {"million": 1e6},
     "kv_heads": {"one": 1, "all": 4},
     "head_dim": {"16": 16, "6": 6},
-    "activation": {name: name for name in ACTIVATIONS},
+    "activation": {name: name for name in ACTIVATION_NAMES},
     "attention_bias": {"yes": True, "no": False},
     "mlp_bias": {"yes": True, "no": False},
     "window": {"7": 7, "1": 1, "40": 40},
@@ -121,7 +128,7 @@ def _case(name, family, given, must, dtype=torch.float32, before=lambda folder: 
     def judge(folder):
         before(folder)
         model = _model(ours(base, family, **given), dtype)
-        ours(save_hf, model, folder)
+        ours(save_hf_model, model, folder)
         return _judge(model, folder)
 
     return Case(f"export {name}", lambda folder: None, judge, must=must)
@@ -129,9 +136,9 @@ def _case(name, family, given, must, dtype=torch.float32, before=lambda folder: 
 
 def _again(name, family, shard, then):
     def judge(folder):
-        ours(save_hf, _model(base(family), torch.float32, seed=5), folder, shard_bytes=shard)
+        ours(save_hf_model, _model(base(family), torch.float32, seed=5), folder, shard_bytes=shard)
         model = _model(base(family))
-        ours(save_hf, model, folder, shard_bytes=then)
+        ours(save_hf_model, model, folder, shard_bytes=then)
         return _judge(model, folder)
 
     return Case(f"export {name}", lambda folder: None, judge, must=True)
@@ -146,7 +153,7 @@ def _judge(model, folder):
         other = theirs(folder)
     except Exception as error:
         raise Fault(f"exported, and transformers does not open it: {str(error)[:200]}") from error
-    back = ours(load_hf, folder)
+    back = ours(load_hf_model, folder)
     for what, got, want in zip(_MEANING, _meaning(back.config), _meaning(model.config)):
         if got != want:
             raise Fault(f"{what} read back is {got}, not {want}")
@@ -169,23 +176,24 @@ def _meaning(config):
         config.kv_heads,
         config.head_dim,
         config.hidden,
-        config.context if config.parts.position != "alibi" else None,
+        config.context if config.architecture.position_encoding != "alibi" else None,
     )
     windows = [
-        min(config.window_of(layer) or config.context, config.context) for layer in range(config.layers)
+        min(config.sliding_window_of_layer(layer) or config.context,
+            config.context) for layer in range(config.layers)
     ]
     return (
         sizes,
         (config.family, config.tied, config.eps),
-        config.act,
-        [config.has_bias(x) for x in (*ATTENTION, *MLP)],
+        config.mlp_activation,
+        [config.has_bias(x) for x in (*ATTENTION_LINEARS, *MLP_LINEARS)],
         windows,
         (config.theta, config.rope_scaling) if config.family in ROTARY else None,
     )
 
 
 def _shards(folder):
-    save_hf(_model(base("llama"), seed=9), folder, shard_bytes=2000)
+    save_hf_model(_model(base("llama"), seed=9), folder, shard_bytes=2000)
 
 
 BEFORE = {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from nanoinfra.model.weights.load import load
+from nanoinfra.model.weights.load import load_model
 from tests.model.foreign.gguf_files import (
     ARRAY,
     BOOL,
@@ -62,7 +62,7 @@ def _case(name, family, kind, wide=False, must=False, **edits):
     def judge(folder):
         other = built(config)
         (folder / FILE).write_bytes(spelled(header_fields(config), stored_tensors(other, family, kind)))
-        return compare(ours(load, folder / FILE)[0], other)
+        return compare(ours(load_model, folder / FILE)[0], other)
 
     return Case(f"gguf {name}", lambda folder: None, judge, True, must)
 
@@ -88,7 +88,7 @@ def _broken(name, change):
 
 
 def _runs(folder):
-    model, text, _ = ours(load, folder / FILE)
+    model, text, _ = ours(load_model, folder / FILE)
     if text is not None:
         ours(text.decode, ours(text.encode, "t1 t2 x"))
     n = min(8, model.config.context)

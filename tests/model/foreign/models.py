@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from nanoinfra.model.weights.load import load
+from nanoinfra.model.weights.load import load_model
 from tests.model.foreign.judge import CLOSE, Fault, ours
 from tests.model.twins import scrambled
 
@@ -153,7 +153,7 @@ def compare(model, other, at_least: int = 0) -> str:
 
 def same_logits(folder: Path, at_least: int = 0) -> str:
     """The judge of a model folder."""
-    model, _, _ = ours(load, folder)
+    model, _, _ = ours(load_model, folder)
     try:
         other = theirs(folder)
         other(torch.ones(1, 1, dtype=torch.long))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from nanoinfra.model.tokenizer import render_chat
-from nanoinfra.model.weights.load import load
+from nanoinfra.model.tokenizer import apply_chat_template
+from nanoinfra.model.weights.load import load_model
 from nanoinfra.serve.server.openai.chat_template_process import ChatTemplateProcess
 from tests.model.foreign.judge import Case, Fault, Refused, ours, same
 from tests.model.foreign.kinds import write_text
@@ -120,7 +120,7 @@ def _case(name, change, messages, hostile=False):
 
 
 def _judge(folder, messages, hostile):
-    _, text, template = ours(load, folder)
+    _, text, template = ours(load_model, folder)
     if template is None:
         return _no_template(folder, messages)
     if hostile:  # transformers would hang: no more than the sandbox's own words
@@ -133,9 +133,9 @@ def _judge(folder, messages, hostile):
     try:
         want = _there(folder, messages)
     except Exception as error:
-        got = ours(render_chat, template, messages, text)
+        got = ours(apply_chat_template, template, messages, text)
         raise Fault(f"{got[:100]!r}, where transformers raises {type(error).__name__}: {error}") from error
-    same(ours(render_chat, template, messages, text), want, "the prompt")
+    same(ours(apply_chat_template, template, messages, text), want, "the prompt")
     return "equal"
 
 

@@ -80,7 +80,7 @@ def spread(cases, most):
 
 
 def test_the_judge_catches_a_silent_difference(tmp_path, monkeypatch):
-    honest = rope.rotate
+    honest = rope.apply_rotary_emb
     case = config_case("llama", num_key_value_heads=1)
     assert judged(case, tmp_path / "a").what == "equal"
     monkeypatch.setattr("nanoinfra.model.attention.rotate", lambda x, angles: honest(x, angles) * (1 + 1e-4))

@@ -8,7 +8,7 @@ from functools import partial
 
 from transformers import AutoTokenizer, GenerationConfig
 
-from nanoinfra.model.weights.load import load
+from nanoinfra.model.weights.load import load_model
 from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer
 from tests.model.foreign.judge import Case, Fault, ours, same
 from tests.model.foreign.kinds import KINDS, write_text
@@ -47,7 +47,7 @@ def _case(name, write, must=False):
 
 def judge_text(folder) -> str:
     """The judge of a folder's text."""
-    _, text, _ = ours(load, folder)
+    _, text, _ = ours(load_model, folder)
     try:
         other = AutoTokenizer.from_pretrained(folder, **ASKED)
     except Exception as error:
@@ -78,7 +78,7 @@ def _judge_ends(folder, text, other):
     except OSError:
         said = json.loads((folder / "config.json").read_text()).get("eos_token_id")
     ends = {said} if isinstance(said, int) else set(said or ())
-    if missing := (ends | {other.eos_token_id}) - {None} - set(text.ends):
+    if missing := (ends | {other.eos_token_id}) - {None} - set(text.eos_token_ids):
         raise Fault(f"ids {missing} do not end an answer")
 
 

@@ -1,43 +1,45 @@
-"""Byte-level BPE from a GGUF file's tokens and merges, split as its `tokenizer.ggml.pre` says.
+"""Build a byte-level BPE tokenizer from a GGUF file's tokens, merges and pre-tokenizer name.
 
-Merges never cross a split, so a wrong pre-tokeniser gives other ids for the same text: SmolLM2 reads "2024"
-as four digits. The file only names the rule; here are those of the families that the decoder has, as
-llama.cpp writes them (src/llama-vocab.cpp), one expression after the other. Any other name is refused. There
-is no normaliser: llama.cpp has none, Qwen's own NFC not either.
+Merges never cross a split of the pre-tokenizer, so a wrong one gives other ids for the same text: SmolLM2
+splits "2024" into four digits. The file only names its pre-tokenizer (`tokenizer.ggml.pre`); here are those
+of the families that the decoder has, as in llama.cpp (src/llama-vocab.cpp). Any other name is refused. There
+is no normalizer: llama.cpp has none, not even Qwen's NFC.
 """
 from typing import NamedTuple
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-WORDS = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-CASES = [r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+",
+_CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_CASES = [r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+",
          r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*"]
-CASES_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASES_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-class Splits(NamedTuple):
-    """How a text is cut before the bytes."""
-    expressions: tuple[str, ...]
-    whole_words: bool = False                # is a word that is a token taken without merging
-    bos: bool = False                        # does a text begin with bos where the file does not say
+class PreTokenizer(NamedTuple):
+    """How a text is split before byte-level BPE merges are applied."""
+    split_patterns: tuple[str, ...]          # regular expressions, applied one after the other
+    ignore_merges: bool = False                # a word that is a token needs no merges
+    adds_bos_token: bool = False             # a text begins with BOS where the file does not say
 
 
-_GPT2, _DIGITS = Splits((GPT2,)), Splits((r"\p{N}", GPT2))
-_QWEN2 = Splits((WORDS + r"\p{N}" + REST,))
-_THREES = Splits((WORDS + r"\p{N}{1,3}" + REST,))
-_LLAMA3 = _THREES._replace(whole_words=True, bos=True)
-_TEKKEN = Splits(("|".join([*CASES, r"\p{N}"]) + CASES_REST,), True, True)
-_GPT4O = Splits(("|".join([f"{case}{CONTRACTIONS}?" for case in CASES] + [r"\p{N}{1,3}"]) + CASES_REST,))
-_QWEN35 = Splits((CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-                  + REST.replace(r"\s\p{L}", r"\s\p{L}\p{M}"),))
-_SEED = Splits((WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",))
-_DEEPSEEK = Splits((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+",
+_GPT2 = PreTokenizer((_GPT2_PATTERN,))
+_DIGITS = PreTokenizer((r"\p{N}", _GPT2_PATTERN))
+_QWEN2 = PreTokenizer((_WORDS + r"\p{N}" + _REST,))
+_THREES = PreTokenizer((_WORDS + r"\p{N}{1,3}" + _REST,))
+_LLAMA3 = _THREES._replace(ignore_merges=True, adds_bos_token=True)
+_TEKKEN = PreTokenizer(("|".join([*_CASES, r"\p{N}"]) + _CASES_REST,), True, True)
+_GPT4O = PreTokenizer((
+    "|".join([f"{case}{_CONTRACTIONS}?" for case in _CASES] + [r"\p{N}{1,3}"]) + _CASES_REST,))
+_QWEN35 = PreTokenizer((_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+                  + _REST.replace(r"\s\p{L}", r"\s\p{L}\p{M}"),))
+_SEED = PreTokenizer((_WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",))
+_DEEPSEEK = PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+",
                     "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"))
-_DEFAULT = Splits((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))
-PRE = {
+_DEFAULT = PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_PATTERN, r"\p{N}+", "[0-9][0-9][0-9]"))
+PRE_TOKENIZERS = {
     "default": _DEFAULT,
     **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "mellum", "roberta-bpe", "exaone4"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS),
@@ -49,27 +51,32 @@ PRE = {
 }
 
 
-def byte_level_bpe(tokens: list[str], merges: list[str], pre: str | None) -> Tokenizer:
-    """Byte-level BPE with the splits that `pre` names. ValueError for another name, or broken merges."""
-    if pre not in PRE:
-        raise ValueError(f"its pre-tokeniser {pre!r} is unknown (known: {', '.join(PRE)}), and "
+def build_byte_level_bpe(tokens: list[str], merges: list[str], pre_tokenizer: str | None) -> Tokenizer:
+    """A byte-level BPE tokenizer with the named pre-tokenizer.
+
+    Raises ValueError for an unknown pre-tokenizer, or for merges that do not fit the tokens.
+    """
+    if pre_tokenizer not in PRE_TOKENIZERS:
+        raise ValueError(f"its pre-tokeniser {pre_tokenizer!r} is unknown (known: "
+                         f"{', '.join(PRE_TOKENIZERS)}), and "
                          "another would split text differently than the model was trained on")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if wrong := [merge for merge, pair in zip(merges, pairs) if len(pair) != 2]:
         raise ValueError(f"its tokenizer's merge {wrong[0]!r} is not two tokens with a space between")
     try:
         model = models.BPE({token: i for i, token in enumerate(tokens)}, pairs,
-                           ignore_merges=PRE[pre].whole_words)
-    except Exception as error:               # of a merge whose parts are no tokens
+                           ignore_merges=PRE_TOKENIZERS[pre_tokenizer].ignore_merges)
+    except Exception as error:               # a merge whose parts are not tokens
         raise ValueError(f"its tokenizer's merges do not fit its tokens: {error}") from error
     backend = Tokenizer(model)
-    splits = [pre_tokenizers.Split(Regex(each), "isolated") for each in PRE[pre].expressions]
+    patterns = PRE_TOKENIZERS[pre_tokenizer].split_patterns
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def opens_with_bos(pre: str) -> bool:
-    """Does a text begin with bos where the file does not say?"""
-    return PRE[pre].bos
+def adds_bos_by_default(pre_tokenizer: str) -> bool:
+    """Whether a text begins with BOS where the file does not say, with this pre-tokenizer."""
+    return PRE_TOKENIZERS[pre_tokenizer].adds_bos_token

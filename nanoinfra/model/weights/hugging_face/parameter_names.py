@@ -1,29 +1,29 @@
-"""What Hugging Face calls our tensors, one table a family; it stays here.
+"""Hugging Face's parameter names for ours, one table for each family, to read and to write.
 
 GPT-2 stores its matrices (in, out) (Conv1D) with q, k and v side by side in `c_attn`; Phi-3 stores q, k and v
-one after another, gate and up too; BLOOM stores q, k and v by turns, a head of each; OPT's positions begin
-with two rows that no token reads; the other families store all as torch does. Used by hf.py, in both
-directions.
+in one tensor, gate and up in another; BLOOM interleaves q, k and v head by head; OPT's position embeddings
+begin with two rows that no token reads; the other families store all tensors as torch does.
 """
 from dataclasses import dataclass
 
-from nanoinfra.model.weights.tensor_sources import Source
+from nanoinfra.model.weights.tensor_sources import TensorSource
 
-HEAD = "lm_head.weight"                      # carries no prefix, in any family
-QKV, GATE_UP = ("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up")
+HF_HEAD_WEIGHT = "lm_head.weight"            # without prefix in every family
+QKV_LINEARS = ("attn.q", "attn.k", "attn.v")
+_GATE_UP = ("mlp.gate", "mlp.up")
 
 
 @dataclass(frozen=True)
-class Names:
-    """How the tensors of one family are called."""
-    prefix: str                              # before every name but the head's
-    tensors: dict[str, Source]               # ours -> theirs; {i} is a layer
-    buffers: str                             # names that are no weights, as a regular expression
+class HFParameterNames:
+    """The stored names of one family's parameters."""
+    name_prefix: str                         # before every name but the head's
+    tensor_sources: dict[str, TensorSource]  # our name -> where it is stored; {i} is a layer
+    buffer_pattern: str                      # a regular expression for stored names that are no parameters
 
 
 def _both(ours, theirs, **how):
-    return {f"{ours}.{kind}": Source(f"{theirs}.{kind}", **(how if kind == "weight" else {})) for kind in
-            ("weight", "bias")}
+    return {f"{ours}.{kind}": TensorSource(f"{theirs}.{kind}", **(how if kind == "weight" else {}))
+            for kind in ("weight", "bias")}
 
 
 def _block(names, layer):
@@ -34,60 +34,63 @@ def _block(names, layer):
 
 
 def _gpt2():
-    tensors = {"embed.weight": Source("wte.weight"), "positions.weight": Source("wpe.weight"),
-               "head.weight": Source(HEAD), **_both("norm", "ln_f"),
+    tensors = {"embed.weight": TensorSource("wte.weight"), "positions.weight": TensorSource("wpe.weight"),
+               "head.weight": TensorSource(HF_HEAD_WEIGHT), **_both("norm", "ln_f"),
                **_block({"norm1": "ln_1", "norm2": "ln_2"}, "h")}
     for ours, theirs in {"attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}.items():
         tensors |= _both(f"blocks.{{i}}.{ours}", f"h.{{i}}.{theirs}", transposed=True)
-    for ours in QKV:
-        tensors[f"blocks.{{i}}.{ours}.weight"] = Source("h.{i}.attn.c_attn.weight", True, QKV)
-        tensors[f"blocks.{{i}}.{ours}.bias"] = Source("h.{i}.attn.c_attn.bias", False, QKV)
+    for ours in QKV_LINEARS:
+        tensors[f"blocks.{{i}}.{ours}.weight"] = TensorSource("h.{i}.attn.c_attn.weight", True, QKV_LINEARS)
+        tensors[f"blocks.{{i}}.{ours}.bias"] = TensorSource("h.{i}.attn.c_attn.bias", False, QKV_LINEARS)
     return tensors
 
 
 def _llama():
     block = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
     block |= {f"attn.{x}": f"self_attn.{x}_proj" for x in "qkvo"}
-    block |= {f"attn.{x}_norm": f"self_attn.{x}_norm" for x in "qk"}      # Qwen3 alone has these
+    block |= {f"attn.{x}_norm": f"self_attn.{x}_norm" for x in "qk"}      # only Qwen3 has these
     block |= {f"mlp.{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
-    return {"embed.weight": Source("embed_tokens.weight"), "norm.weight": Source("norm.weight"),
-            "head.weight": Source(HEAD), **_block(block, "layers")}
+    return {"embed.weight": TensorSource("embed_tokens.weight"), "norm.weight": TensorSource("norm.weight"),
+            "head.weight": TensorSource(HF_HEAD_WEIGHT), **_block(block, "layers")}
 
 
 def _phi3():
     tensors = _llama()
-    for parts, theirs in ((QKV, "self_attn.qkv_proj"), (GATE_UP, "mlp.gate_up_proj")):
+    for parts, theirs in ((QKV_LINEARS, "self_attn.qkv_proj"), (_GATE_UP, "mlp.gate_up_proj")):
         for ours in parts:
-            tensors[f"blocks.{{i}}.{ours}.weight"] = Source(f"layers.{{i}}.{theirs}.weight", fused=parts)
+            source = TensorSource(f"layers.{{i}}.{theirs}.weight", fused_linears=parts)
+            tensors[f"blocks.{{i}}.{ours}.weight"] = source
     return tensors
 
 
 def _opt():
     block = {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm", "mlp.up": "fc1", "mlp.down": "fc2",
              "attn.o": "self_attn.out_proj", **{f"attn.{x}": f"self_attn.{x}_proj" for x in "qkv"}}
-    return {"embed.weight": Source("decoder.embed_tokens.weight"), "head.weight": Source(HEAD),
-            "positions.weight": Source("decoder.embed_positions.weight", before=2),
+    return {"embed.weight": TensorSource("decoder.embed_tokens.weight"),
+            "head.weight": TensorSource(HF_HEAD_WEIGHT),
+            "positions.weight": TensorSource("decoder.embed_positions.weight", rows_before=2),
             **_both("norm", "decoder.final_layer_norm"), **_block(block, "decoder.layers")}
 
 
 def _bloom():
     block = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm",
              "attn.o": "self_attention.dense", "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h"}
-    tensors = {"embed.weight": Source("word_embeddings.weight"), "head.weight": Source(HEAD),
+    tensors = {"embed.weight": TensorSource("word_embeddings.weight"),
+               "head.weight": TensorSource(HF_HEAD_WEIGHT),
                **_both("embed_norm", "word_embeddings_layernorm"), **_both("norm", "ln_f"),
                **_block(block, "h")}
-    for turn, ours in enumerate(QKV):
+    for turn, ours in enumerate(QKV_LINEARS):
         for kind in ("weight", "bias"):
-            fused = Source(f"h.{{i}}.self_attention.query_key_value.{kind}", turn=turn)
+            fused = TensorSource(f"h.{{i}}.self_attention.query_key_value.{kind}", interleave_index=turn)
             tensors[f"blocks.{{i}}.{ours}.{kind}"] = fused
     return tensors
 
 
-_LLAMA = Names("model.", _llama(), r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-NAMES = {
-    "gpt2": Names("transformer.", _gpt2(), r"h\.\d+\.attn\.(bias|masked_bias)"),
+_LLAMA = HFParameterNames("model.", _llama(), r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+HF_PARAMETER_NAMES = {
+    "gpt2": HFParameterNames("transformer.", _gpt2(), r"h\.\d+\.attn\.(bias|masked_bias)"),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
-    "phi3": Names("model.", _phi3(), _LLAMA.buffers),
-    "opt": Names("model.", _opt(), r"decoder\.version"),
-    "bloom": Names("transformer.", _bloom(), ""),
+    "phi3": HFParameterNames("model.", _phi3(), _LLAMA.buffer_pattern),
+    "opt": HFParameterNames("model.", _opt(), r"decoder\.version"),
+    "bloom": HFParameterNames("transformer.", _bloom(), ""),
 }

@@ -1,49 +1,52 @@
-"""RoPE in transformers' words and in ours: rope_parameters to theta, scaling and context, and back.
+"""Convert transformers' rope_parameters to RoPE's theta, scaling and context length, and back.
 
-The numbers are taken as transformers' modeling_rope_utils.py takes them; the formulas are in model/rope.py.
-The context is the longest sequence a stretched model is made for: factor times max_position_embeddings where
-that is the original length (linear, dynamic), as vLLM has it, and yarn's original length times its factor.
+Values are read as in transformers' modeling_rope_utils.py; the formulas are in model/rope.py. The context is
+the longest sequence of a model with scaled RoPE: factor times max_position_embeddings where that is the
+original length (linear, dynamic), as in vLLM; for yarn, factor times the original length.
 """
 import math
 from collections.abc import Mapping
 
 from nanoinfra.config import ModelConfig, RopeScaling
 
-LONGEST = 2**31
-ORIGINAL = "original_max_position_embeddings"
-KINDS = {                                    # RopeScaling's fields -> theirs
+_MAX_CONTEXT = 2**31
+_ORIGINAL_CONTEXT_KEY = "original_max_position_embeddings"
+_SCALING_KEYS = {                            # kind -> {field of RopeScaling: transformers' key}
     "linear": {"factor": "factor"},
     "dynamic": {"factor": "factor"},
-    "yarn": {"factor": "factor", "original_context": ORIGINAL, "attention_factor": "attention_factor",
-             "beta_fast": "beta_fast", "beta_slow": "beta_slow", "truncate": "truncate"},
-    "llama3": {"factor": "factor", "original_context": ORIGINAL, "low_freq_factor": "low_freq_factor",
-               "high_freq_factor": "high_freq_factor"},
+    "yarn": {"factor": "factor", "original_context": _ORIGINAL_CONTEXT_KEY,
+             "attention_factor": "attention_factor", "beta_fast": "beta_fast",
+             "beta_slow": "beta_slow", "truncate": "truncate"},
+    "llama3": {"factor": "factor", "original_context": _ORIGINAL_CONTEXT_KEY,
+               "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"},
 }
-LLAMA3 = [RopeScaling("llama3", factor, 8192) for factor in (8.0, 32.0)]  # Llama 3.1's, and 3.2's
+LLAMA3_ROPE_SCALINGS = [RopeScaling("llama3", factor, 8192) for factor in (8.0, 32.0)]  # Llama 3.1 and 3.2
 
 
-def rope_from(rope: Mapping, longest: int, head_dim: int) -> tuple[float, RopeScaling | None, int]:
-    """Theta, scaling and context of their `rope` parameters and max_position_embeddings `longest`.
+def rope_from_hf(rope: Mapping, longest: int, head_dim: int) -> tuple[float, RopeScaling | None, int]:
+    """(theta, scaling, context) of transformers' rope_parameters and max_position_embeddings.
 
-    Raises ValueError for what is not computed here, or cannot be computed at all.
+    Raises ValueError for scaling that is not supported here, or that cannot be computed at all.
     """
     if head_dim % 2:
         raise ValueError(f"RoPE turns pairs, and a head of {head_dim} has an odd number")
-    kind, theta = rope.get("rope_type"), number(rope, "rope_theta")
+    kind, theta = rope.get("rope_type"), read_positive_number(rope, "rope_theta")
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, but RoPE turns all of "
                          "a head here")
     if kind == "default":
         return theta, None, longest
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"rope_type is {kind!r}, but RoPE is stretched here by {', '.join(KINDS)} only")
+    if not isinstance(kind, str) or kind not in _SCALING_KEYS:
+        raise ValueError(f"rope_type is {kind!r}, but RoPE is stretched here by {', '.join(_SCALING_KEYS)} "
+                         "only")
     if kind == "yarn":
         rope = _yarn(rope, longest, theta)
-    given = {ours: number(rope, key) for ours, key in KINDS[kind].items() if ours != "truncate"}
+    given = {ours: read_positive_number(rope, key) for ours, key in _SCALING_KEYS[kind].items()
+             if ours != "truncate"}
     if kind == "yarn":
         given["truncate"] = rope["truncate"]
     if "original_context" in given and not isinstance(given["original_context"], int):
-        raise ValueError(f"{ORIGINAL} is {given['original_context']!r}, no whole number")
+        raise ValueError(f"{_ORIGINAL_CONTEXT_KEY} is {given['original_context']!r}, no whole number")
     if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
         raise ValueError(f"high_freq_factor is {given['high_freq_factor']}, which must be more than "
                          f"low_freq_factor, {given['low_freq_factor']}")
@@ -52,19 +55,19 @@ def rope_from(rope: Mapping, longest: int, head_dim: int) -> tuple[float, RopeSc
             raise ValueError("rope_type 'dynamic' divides by head_dim - 2, which is 0 here")
         given["original_context"] = longest
     context = _context(kind, given, longest)
-    if context > LONGEST:
-        raise ValueError(f"factor is {given['factor']}, which makes the context longer than {LONGEST}")
+    if context > _MAX_CONTEXT:
+        raise ValueError(f"factor is {given['factor']}, which makes the context longer than {_MAX_CONTEXT}")
     return theta, RopeScaling(kind, **given), context
 
 
-def rope_to(config: ModelConfig) -> dict:
-    """Their `rope_parameters` and `max_position_embeddings` for a ModelConfig that has RoPE."""
+def rope_to_hf(config: ModelConfig) -> dict:
+    """transformers' `rope_parameters` and `max_position_embeddings` for a ModelConfig with RoPE."""
     scaling, longest = config.rope_scaling, config.context
     if scaling is None:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": config.theta},
                 "max_position_embeddings": longest}
     rope = {"rope_type": scaling.kind, "rope_theta": config.theta}
-    rope |= {key: getattr(scaling, ours) for ours, key in KINDS[scaling.kind].items()}
+    rope |= {key: getattr(scaling, ours) for ours, key in _SCALING_KEYS[scaling.kind].items()}
     if scaling.kind == "dynamic":
         longest = scaling.original_context
     elif scaling.kind == "linear":
@@ -72,24 +75,24 @@ def rope_to(config: ModelConfig) -> dict:
     return {"rope_parameters": rope, "max_position_embeddings": longest}
 
 
-def plain_scaling(config: ModelConfig) -> RopeScaling | None:
-    """The scaling of `config` by a kind that they have, without numbers that it does not read.
+def canonical_rope_scaling(config: ModelConfig) -> RopeScaling | None:
+    """The RoPE scaling of `config` as a kind that transformers has, with unused fields at their defaults.
 
-    Raises ValueError for factors by pair that are not those of Llama 3.
+    Raises ValueError for per-pair factors that are not those of Llama 3.
     """
     scaling = config.rope_scaling
     if scaling is None:
         return None
     if scaling.kind == "factors":
         return _named(config)
-    kept = {ours: getattr(scaling, ours) for ours in KINDS[scaling.kind]}
+    kept = {ours: getattr(scaling, ours) for ours in _SCALING_KEYS[scaling.kind]}
     if scaling.kind == "dynamic":
         kept["original_context"] = scaling.original_context
     return RopeScaling(scaling.kind, **kept)
 
 
-def number(theirs: Mapping, key: str) -> float | int:
-    """The number under `key`, more than 0, and one that float32 holds. ValueError for anything else."""
+def read_positive_number(theirs: Mapping, key: str) -> float | int:
+    """The value of `key`, a number above 0 that float32 can hold. Raises ValueError for anything else."""
     value = theirs.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-30 < value < 1e30:
         raise ValueError(f"{key} is {str(value)[:40]!r}, which must be a number more than 0")
@@ -97,7 +100,7 @@ def number(theirs: Mapping, key: str) -> float | int:
 
 
 def _divided(context, factor):
-    """The length that `factor` makes `context` of, where one is."""
+    """The original length that `factor` scales to `context`, if there is one."""
     near = int(context / factor)
     return next((n for n in range(near, near + 3) if int(n * factor) == context), near)
 
@@ -109,7 +112,7 @@ def _context(kind, given, longest):
 
 
 def _yarn(rope, longest, theta):
-    """`rope` with what is absent in it filled in as transformers does."""
+    """`rope` with its missing values filled in as transformers does."""
     if theta <= 1:
         raise ValueError(f"rope_theta is {theta}, but rope_type 'yarn' divides by its logarithm; it must be "
                          "more than 1")
@@ -118,11 +121,11 @@ def _yarn(rope, longest, theta):
     if not isinstance(rope["truncate"], bool):
         raise ValueError(f"truncate is {rope['truncate']!r}, which must be true or false")
     if rope.get("factor") is None:
-        rope["factor"] = longest / number(rope, ORIGINAL)
+        rope["factor"] = longest / read_positive_number(rope, _ORIGINAL_CONTEXT_KEY)
     if rope.get("attention_factor") is None:
         both = rope.get("mscale") and rope.get("mscale_all_dim")
-        scales = [number(rope, key) for key in ("mscale", "mscale_all_dim")] if both else [1, 0]
-        top, bottom = (_mscale(number(rope, "factor"), scale) for scale in scales)
+        scales = [read_positive_number(rope, key) for key in ("mscale", "mscale_all_dim")] if both else [1, 0]
+        top, bottom = (_mscale(read_positive_number(rope, "factor"), scale) for scale in scales)
         rope["attention_factor"] = top / bottom
     return rope
 
@@ -132,8 +135,8 @@ def _mscale(factor, scale):
 
 
 def _named(config):
-    """Llama 3's scaling that `factors` are the numbers of. ValueError where they are of none."""
-    for scaling in LLAMA3:
+    """The Llama 3 scaling that gives these per-pair factors. Raises ValueError where none does."""
+    for scaling in LLAMA3_ROPE_SCALINGS:
         if all(math.isclose(got, want, rel_tol=1e-5) for got, want in
                zip(config.rope_scaling.factors, _llama3_factors(scaling, config), strict=True)):
             return scaling

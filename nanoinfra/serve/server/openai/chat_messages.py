@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from pydantic_core import from_json
 
-from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server import request_limits
 from nanoinfra.serve.server.errors import APIError
@@ -20,7 +20,7 @@ from nanoinfra.serve.server.openai import request_fields
 from nanoinfra.serve.server.openai.request_fields import OpenAIBaseModel
 
 # (chat_template, messages, tokenizer, tools or None) -> prompt
-RenderTemplate = Callable[[str, list[dict], Text, list[dict] | None], str]
+RenderTemplate = Callable[[str, list[dict], Tokenizer, list[dict] | None], str]
 
 
 class ChatMessage(OpenAIBaseModel):

@@ -13,8 +13,8 @@ import sys
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
-from nanoinfra.model.tokenizer import Text, render_chat, renderer
-from nanoinfra.model.weights.import_transformers import without_torch
+from nanoinfra.model.tokenizer import Tokenizer, apply_chat_template, load_chat_template_renderer
+from nanoinfra.model.weights.import_transformers import hide_torch_from_transformers
 from nanoinfra.train.launch.elastic_rank import die_with_parent
 
 _MAX_CPU_SECONDS_PER_CHAT = 2.0              # of CPU time
@@ -34,7 +34,7 @@ class ChatTemplateProcess:
     def __init__(self, cpu_seconds: float = _MAX_CPU_SECONDS_PER_CHAT):
         self.cpu_seconds, self.process, self.pipe = cpu_seconds, None, None
 
-    def render_chat_template(self, chat_template: str, messages: list[dict], tokenizer: Text,
+    def render_chat_template(self, chat_template: str, messages: list[dict], tokenizer: Tokenizer,
                              tools: list[dict] | None = None) -> str:
         """The rendered prompt. Raises ValueError if the template fails, or the child ends or is too slow."""
         try:
@@ -42,7 +42,7 @@ class ChatTemplateProcess:
                 self._kill()
             if self.process is None:
                 self._start()
-            request = [chat_template, messages, tokenizer.special_tokens, tools]
+            request = [chat_template, messages, tokenizer.special_tokens_map, tools]
             self.pipe.send_bytes(json.dumps(request).encode())
             reply = json.loads(self._receive(_RENDER_TIMEOUT_SECONDS))
         except (EOFError, OSError) as error:
@@ -100,9 +100,9 @@ def main() -> None:
         signal.signal(signum, signal.SIG_IGN)
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (_MAX_ADDRESS_SPACE_BYTES, _MAX_ADDRESS_SPACE_BYTES))
-    without_torch()
+    hide_torch_from_transformers()
     with suppress(ValueError):               # the first chat reports it
-        renderer()
+        load_chat_template_renderer()
     pipe, cpu_seconds = Connection(int(sys.argv[1])), float(sys.argv[2])
     pipe.send_bytes(b"ready")
     with suppress(EOFError, OSError):        # the server has ended
@@ -118,7 +118,8 @@ def _render_to_json(template: str, messages: list[dict], special_tokens: dict[st
                     tools: list[dict] | None = None) -> bytes:
     """The rendered text, or the error of the template, as JSON."""
     try:
-        reply = {"text": render_chat(template, messages, Text(None, named=special_tokens), tools)}
+        tokenizer = Tokenizer(None, other_special_tokens=special_tokens)
+        reply = {"text": apply_chat_template(template, messages, tokenizer, tools)}
         if len(reply["text"].encode()) > _MAX_RENDERED_BYTES:            # raises for half a surrogate pair
             reply = {"error": f"it makes more than {_MAX_RENDERED_BYTES} bytes of them"}
     except Exception as error:               # a template is a program, and may raise anything

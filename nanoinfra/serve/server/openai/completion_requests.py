@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationError
 
-from nanoinfra.model.tokenizer import Text, render_chat
+from nanoinfra.model.tokenizer import Tokenizer, apply_chat_template
 from nanoinfra.serve.engine.requests import InvalidRequest, Request, SamplingParams, check_request
 from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server import request_limits
@@ -69,7 +69,7 @@ class BaseCompletionRequest(UnsupportedFields):
             return "max_completion_tokens"
         return self.client_field_names.get(engine_param, engine_param)
 
-    def _engine_request(self, request_id, tokens, max_tokens, logprobs, tokenizer: Text,
+    def _engine_request(self, request_id, tokens, max_tokens, logprobs, tokenizer: Tokenizer,
                         echo=False) -> Request:
         if "" in self.stop:
             raise APIError(400, "a stop string is empty; leave it out", "stop")
@@ -81,8 +81,8 @@ class BaseCompletionRequest(UnsupportedFields):
 
     def _stop_token_ids(self, tokenizer):
         """The stop_token_ids, and the ids of stop strings that are special tokens, which no text contains."""
-        named = (tokenizer.backend.token_to_id(stop) for stop in self.stop)
-        return (*self.stop_token_ids, *(token for token in named if token in tokenizer.special_ids))
+        named = (tokenizer.backend_tokenizer.token_to_id(stop) for stop in self.stop)
+        return (*self.stop_token_ids, *(token for token in named if token in tokenizer.special_token_ids))
 
 
 _CHAT_ONLY_REASON = "tools are for /v1/chat/completions"
@@ -175,7 +175,7 @@ def parse_request_body(request_type: type[BaseCompletionRequest], body: bytes) -
 
 
 def build_engine_requests(request: BaseCompletionRequest, request_id: str, engine_ready: EngineReady,
-                          render_template: RenderTemplate = render_chat) -> list[Request]:
+                          render_template: RenderTemplate = apply_chat_template) -> list[Request]:
     """The engine requests of a parsed body. Raises APIError for a request that this model cannot answer.
 
     `render_template(chat_template, messages, tokenizer, tools)` makes the prompt of a chat.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from io import StringIO
 from math import isfinite
 
-from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.engine.requests import Logprob, Request, RequestOutput
 from nanoinfra.serve.engine.token_text import SingleTokenDecoder, TextOffsets
 from nanoinfra.serve.server import request_limits
@@ -42,7 +42,7 @@ class BaseCompletionResponse:
     num_tokens_at_stream_end = 0             # that encode_stream_end writes
 
     def __init__(self, request: BaseCompletionRequest, response_id: str, model_name: str,
-                 engine_requests: Sequence[Request], tokenizer: Text):
+                 engine_requests: Sequence[Request], tokenizer: Tokenizer):
         self.request = request
         self.tokenizer, self.token_decoder = tokenizer, SingleTokenDecoder(tokenizer)
         self.common_fields = {"id": response_id, "created": int(time.time()), "model": model_name}

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanoinfra.config import ModelConfig, RopeScaling
-from nanoinfra.model.weights.hugging_face.config import config_from, config_to
-from nanoinfra.model.weights.hugging_face.rope_config import rope_from
-from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
+from nanoinfra.model.weights.hugging_face.config import model_config_from_hf, model_config_to_hf
+from nanoinfra.model.weights.hugging_face.rope_config import rope_from_hf
+from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
 from tests.model.twins import CONFIGS, SIZES, difference, theirs
 
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 12}
@@ -53,19 +53,19 @@ def test_what_changes_the_maths_is_read_and_written(tmp_path, family, changes, s
     other.save_pretrained(tmp_path / "theirs")
     written = json.loads((tmp_path / "theirs" / "config.json").read_text())
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(written | changes))      # as they stand there
-    model = load_hf(tmp_path / "theirs")
+    model = load_hf_model(tmp_path / "theirs")
     assert {name: getattr(model.config, name) for name in said} == said
     length = model.config.context
     assert difference(model, other, length) <= 1e-4
-    save_hf(model, tmp_path / "ours")
-    assert load_hf(tmp_path / "ours").config == model.config
+    save_hf_model(model, tmp_path / "ours")
+    assert load_hf_model(tmp_path / "ours").config == model.config
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert difference(model, again, length) <= 1e-4
 
 
 def refused(family, change, message):
     with pytest.raises(ValueError, match=message) as caught:
-        config_from({"model_type": family, **CONFIGS[family], **change}, "h")
+        model_config_from_hf({"model_type": family, **CONFIGS[family], **change}, "h")
     assert str(caught.value).startswith("h: ") and "\n" not in str(caught.value)
 
 
@@ -121,15 +121,15 @@ def test_what_configurations_of_the_hub_have_beside_changes_nothing():
            "initializer_range": 0.1}
     for family, theirs_config in CONFIGS.items():
         plain = {"model_type": family, **theirs_config}
-        assert config_from(plain | hub, "here") == config_from(plain, "here")
+        assert model_config_from_hf(plain | hub, "here") == model_config_from_hf(plain, "here")
 
 
 def test_other_keys_are_ignored_and_words_of_the_call_are_no_way_in():
-    want = config_from({"model_type": "llama", **SIZES}, "here")
+    want = model_config_from_hf({"model_type": "llama", **SIZES}, "here")
     for change in ({"foo": {"bar": [1]}}, {"where": 1, "call": 2}, {"num_labels": 7, "id2label": None},
                    {"dtype": "bfloat16", "attention_dropout": 0.5, "use_cache": False, "is_causal": True},
                    {"rope_scaling": None}, {"per_layer_config": {}}, {"auto_map": {"AutoConfig": "x.Y"}}):
-        assert config_from({"model_type": "llama", **SIZES, **change}, "here") == want
+        assert model_config_from_hf({"model_type": "llama", **SIZES, **change}, "here") == want
     refused("llama", {"cls": 1}, "transformers does not read it")
 
 
@@ -174,9 +174,10 @@ def test_heads_that_rope_cannot_turn_are_refused():
 
 
 def test_yarns_factor_may_be_left_to_the_lengths():
-    _, scaling, context = rope_from(YARN | {"factor": None}, 48, 6)
+    _, scaling, context = rope_from_hf(YARN | {"factor": None}, 48, 6)
     assert (scaling.factor, context) == (4.0, 48)
-    assert scaling.attention_factor == rope_from(YARN, 48, 6)[1].attention_factor == pytest.approx(1.138629)
+    assert scaling.attention_factor == rope_from_hf(YARN, 48,
+                                                    6)[1].attention_factor == pytest.approx(1.138629)
 
 
 def test_factors_by_pair_are_written_where_they_are_llama_3s_and_refused_where_not():
@@ -187,10 +188,10 @@ def test_factors_by_pair_are_written_where_they_are_llama_3s_and_refused_where_n
         plain, stretched = (frequencies(config, kind) for kind in (None, scaling))
         factors = tuple((plain / stretched).tolist())
         given = replace(config, rope_scaling=RopeScaling("factors", factors=factors))
-        assert config_from(config_to(given), "here").rope_scaling == scaling
+        assert model_config_from_hf(model_config_to_hf(given), "here").rope_scaling == scaling
     given = replace(config, rope_scaling=RopeScaling("factors", factors=(1.0, 1.0, 2.0, 2.0)))
     with pytest.raises(ValueError, match="no key for RoPE's factors by pair, and these are not Llama 3.1's"):
-        config_to(given)
+        model_config_to_hf(given)
 
 
 def frequencies(config, scaling):
@@ -202,9 +203,10 @@ def frequencies(config, scaling):
 def test_only_a_folder_needs_transformers():
     code = ("import sys; sys.modules['transformers'] = None\n"
             "import nanoinfra.cli, nanoinfra.train.pretrained, nanoinfra.model.weights.load\n"
-            "from nanoinfra.model.weights.hugging_face.config import config_from, config_to\n"
-            "from nanoinfra.config import sized\n"
-            "try: config_from(config_to(sized('test')), 'here')\n"
+            "from nanoinfra.model.weights.hugging_face import config\n"
+            "from nanoinfra.config import config_for_size\n"
+            "theirs = config.model_config_to_hf(config_for_size('test'))\n"
+            "try: config.model_config_from_hf(theirs, 'here')\n"
             "except ValueError as error: print(error)")
     got = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert got == "here: Hugging Face folders need the package transformers; pip install 'nanoinfra[hub]'\n"

@@ -7,8 +7,9 @@ import pytest
 
 from nanoinfra.lab.mutants import collect
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.hugging_face.weights import INDEX, SINGLE, load_hf, save_hf
-from nanoinfra.model.weights.json_files import LARGEST, read_json
+from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
+from nanoinfra.model.weights.json_files import MAX_JSON_BYTES, read_json
+from nanoinfra.model.weights.safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX_FILE
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled
 
@@ -18,13 +19,13 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("files") / "m"
-    save_hf(scrambled(Decoder(config("llama"))), path, shard_bytes=12_000)
+    save_hf_model(scrambled(Decoder(config("llama"))), path, shard_bytes=12_000)
     return path
 
 
 def index(change):
     def broken(folder):
-        path = folder / INDEX
+        path = folder / SAFETENSORS_INDEX_FILE
         got = json.loads(path.read_text())
         path.write_text(json.dumps(change(got) or got))
     return broken
@@ -49,7 +50,8 @@ def directory(folder):
 SHARD = "model-00002-of-"
 BROKEN = {
     "config is a pointer": (written("config.json", POINTER.encode()), "config.json is a Git LFS pointer"),
-    "index is a pointer": (written(INDEX, POINTER.encode()), "index.json is a Git LFS pointer"),
+    "index is a pointer": (written(SAFETENSORS_INDEX_FILE, POINTER.encode()),
+                           "index.json is a Git LFS pointer"),
     "shard is a pointer": (lambda f: shard(f).write_text(POINTER), f"{SHARD}.* is a Git LFS pointer"),
     "config is a folder": (directory, "config.json is not a file"),
     "config is binary": (written("config.json", b"\xff\xfe\x00"), "config.json is no text in UTF-8"),
@@ -67,7 +69,8 @@ BROKEN = {
     "absent": (moved("model-9.safetensors"), "lists model-9.safetensors, which is not in the folder"),
     "empty shard": (lambda f: shard(f).write_bytes(b""), f"{SHARD}.* cannot be read as safetensors"),
     "an adapter": (written("adapter_config.json", b"{}"), "adapter_config.json says that an adapter"),
-    "no weights": (lambda f: [path.unlink() for path in f.glob("model*")], f"holds neither {SINGLE} nor"),
+    "no weights": (lambda f: [path.unlink() for path in f.glob("model*")],
+                   f"holds neither {SAFETENSORS_FILE} nor"),
 }
 
 
@@ -80,7 +83,7 @@ def test_what_is_broken_is_named_in_a_line(tmp_path, folder, how, message):
     shutil.copytree(folder, tmp_path / "m")
     how(tmp_path / "m")
     with pytest.raises(ValueError, match=message) as caught:
-        load_hf(tmp_path / "m")
+        load_hf_model(tmp_path / "m")
     assert "\n" not in str(caught.value)
 
 
@@ -95,7 +98,7 @@ def test_json_that_is_absent_is_empty_and_what_cannot_be_read_is_named(tmp_path,
     assert read_json(tmp_path / "config.json") == {}
     path = tmp_path / "large.json"
     path.touch()
-    os.truncate(path, LARGEST + 1)
+    os.truncate(path, MAX_JSON_BYTES + 1)
     with pytest.raises(ValueError, match="large.json has 67108865 bytes, too many"):
         read_json(path)
     (tmp_path / "good.json").write_text("{}")

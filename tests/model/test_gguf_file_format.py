@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanoinfra.model.weights.gguf.file_format import read_gguf
-from nanoinfra.model.weights.gguf.weights import open_gguf
+from nanoinfra.model.weights.gguf.file_format import open_gguf_file
+from nanoinfra.model.weights.gguf.weights import open_gguf_weights
 from tests.model.gguf_files import add, close, names, write_model
 
 
@@ -24,7 +24,7 @@ def refused(path, data, message="."):
     path.write_bytes(data)
     start = time.process_time()
     with pytest.raises(ValueError, match=message) as raised:
-        open_gguf(path)
+        open_gguf_weights(path)
     assert str(raised.value).startswith(f"{path}: ") and "\n" not in str(raised.value)
     assert time.process_time() - start < 2
     return str(raised.value)
@@ -41,15 +41,16 @@ def string(raw):
 def test_a_file_is_read_as_the_gguf_package_reads_it(tmp_path, whole):
     path = tmp_path / "m.gguf"
     path.write_bytes(whole)
-    got, want = read_gguf(path), gguf.GGUFReader(path)
-    assert {name: (t.shape, t.kind, t.start, t.nbytes()) for name, t in got.tensors.items()} == {
+    got, want = open_gguf_file(path), gguf.GGUFReader(path)
+    assert {name: (t.shape, t.quantization_type, t.start_byte, t.nbytes()) for name,
+            t in got.tensors.items()} == {
         t.name: (tuple(map(int, t.shape[::-1])), t.tensor_type, t.data_offset, t.n_bytes)
         for t in want.tensors}
-    for key, value in got.fields.items():
+    for key, value in got.metadata.items():
         assert np.array_equal(value, want.fields[key].contents()), key
     for t in want.tensors:
         box = tuple(slice(0, size) for size in got.tensors[t.name].shape)
-        assert torch.equal(got.read(t.name, box), torch.tensor(t.data))
+        assert torch.equal(got.dequantize_slices(t.name, box), torch.tensor(t.data))
 
 
 @pytest.mark.parametrize("data, message", [
@@ -103,7 +104,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, whole):
 
 @pytest.mark.prove
 def test_a_file_cut_at_any_byte_of_its_header_is_refused(tmp_path, whole):
-    start = min(t.start for t in read_gguf(_written(tmp_path / "w.gguf", whole)).tensors.values())
+    start = min(t.start_byte for t in open_gguf_file(_written(tmp_path / "w.gguf", whole)).tensors.values())
     for length in range(start + 64):
         refused(tmp_path / "m.gguf", whole[:length])
 
@@ -112,7 +113,7 @@ def test_a_file_cut_at_any_byte_of_its_header_is_refused(tmp_path, whole):
 def test_a_file_with_any_bytes_changed_opens_or_is_refused(tmp_path, whole):
     """Opens: a weight, a name or a token was changed. No traceback, nothing slow."""
     draws, path = np.random.RandomState(5), tmp_path / "m.gguf"
-    start = min(t.start for t in read_gguf(_written(tmp_path / "w.gguf", whole)).tensors.values())
+    start = min(t.start_byte for t in open_gguf_file(_written(tmp_path / "w.gguf", whole)).tensors.values())
     opened = 0
     for _ in range(4000):
         data = bytearray(whole)
@@ -120,7 +121,7 @@ def test_a_file_with_any_bytes_changed_opens_or_is_refused(tmp_path, whole):
             data[place] = draws.choice([0, 1, 127, 128, 255, draws.randint(256)])
         try:
             before = time.process_time()
-            opened += bool(open_gguf(_written(path, bytes(data))))
+            opened += bool(open_gguf_weights(_written(path, bytes(data))))
         except ValueError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
         assert time.process_time() - before < 2
@@ -140,17 +141,17 @@ def test_what_is_no_model_says_so(tmp_path):
     refused(path, written(general_type="adapter"), "holds a 'adapter', not a model")
     refused(path, written("mamba"), "'mamba' is unknown; known are gpt2, llama, phi3, qwen2, qwen3")
     with pytest.raises(ValueError, match="there is no file"):
-        open_gguf(tmp_path)
+        open_gguf_weights(tmp_path)
     with pytest.raises(ValueError, match="there is no file"):
-        open_gguf(tmp_path / "none.gguf")
+        open_gguf_weights(tmp_path / "none.gguf")
 
 
 def test_an_older_version_and_another_alignment_are_read(tmp_path, whole):
     path = _written(tmp_path / "m.gguf", whole[:4] + struct.pack("<I", 2) + whole[8:])
-    want = open_gguf(path).read("embed.weight")
+    want = open_gguf_weights(path).read_parameter("embed.weight")
     path = write_model(tmp_path / "a.gguf", "llama", biases=("q", "k", "v"),
                        general={"general.alignment": 64})
-    assert torch.equal(open_gguf(path).read("embed.weight"), want)
+    assert torch.equal(open_gguf_weights(path).read_parameter("embed.weight"), want)
 
 
 def _written(path, data):

@@ -2,8 +2,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.config import ModelConfig, sized
-from nanoinfra.formulas.parameters import PARTS, parameters, parameters_by_part, part_of, shapes
+from nanoinfra.config import ModelConfig, config_for_size
+from nanoinfra.formulas.parameters import (
+    MODEL_PARTS,
+    parameter_count,
+    parameter_count_by_part,
+    parameter_shapes,
+    part_of_parameter,
+)
 from nanoinfra.model.decoder import Decoder
 
 LLAMA_7B = ModelConfig(32000, 4096, 32, 32, 32, 128, 11008, 2048, tied=False)
@@ -23,7 +29,7 @@ def gpt(width, layers, heads):
 def test_shapes_are_the_models_in_its_order(configs, data):
     config = data.draw(configs)
     want = [(name, tuple(p.shape)) for name, p in Decoder(config).named_parameters()]
-    got = list(shapes(config).items())
+    got = list(parameter_shapes(config).items())
     assert got == want
 
 
@@ -32,9 +38,9 @@ def test_shapes_are_the_models_in_its_order(configs, data):
 def test_count_is_the_models(configs, data):
     config = data.draw(configs)
     model = Decoder(config)
-    parts = parameters_by_part(config)
-    assert parameters(config) == sum(p.numel() for p in model.parameters())
-    assert tuple(parts) == PARTS
+    parts = parameter_count_by_part(config)
+    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
+    assert tuple(parts) == MODEL_PARTS
     assert parts["attention"] == sum(p.numel() for b in model.blocks for n, p in b.attn.named_parameters()
                                      if "norm" not in n)
     assert parts["mlp"] == sum(p.numel() for b in model.blocks for p in b.mlp.parameters())
@@ -43,8 +49,8 @@ def test_count_is_the_models(configs, data):
 
 
 @pytest.mark.parametrize("config, want", [
-    (sized("small"), 124_439_808),
-    (sized("xl"), 1_557_611_200),
+    (config_for_size("small"), 124_439_808),
+    (config_for_size("xl"), 1_557_611_200),
     (SMOLLM2_135M, 134_515_008),
     (LLAMA_7B, 6_738_415_616),
     (QWEN3_06B, 596_049_920),
@@ -52,7 +58,7 @@ def test_count_is_the_models(configs, data):
     (OPT_125M, 125_239_296),
 ], ids=["gpt2", "gpt2-xl", "smollm2-135m", "llama-7b", "qwen3-0.6b", "bloom-176b", "opt-125m"])
 def test_count_is_the_published_one(config, want):
-    assert parameters(config) == want
+    assert parameter_count(config) == want
 
 
 @pytest.mark.parametrize("width, layers, heads, billions", [
@@ -60,15 +66,15 @@ def test_count_is_the_published_one(config, want):
     (25600, 128, 160, 1008.0)])
 def test_gpt_is_equation_2_of_narayanan_2021(width, layers, heads, billions):
     C, L, V, T = width, layers, 51200, 2048
-    got = parameters(gpt(width, layers, heads))
+    got = parameter_count(gpt(width, layers, heads))
     assert got == 12 * L * C * C + 13 * L * C + (V + T) * C + 2 * C         # + the final norm
     assert got / 1e9 == pytest.approx(billions, abs=0.051)
 
 
 def test_untying_adds_a_head():
-    tied, untied = sized("test"), sized("test", tied=False)
-    assert parameters(untied) - parameters(tied) == 257 * 32
-    assert list(shapes(untied).items())[-1] == ("head.weight", (257, 32))
+    tied, untied = config_for_size("test"), config_for_size("test", tied=False)
+    assert parameter_count(untied) - parameter_count(tied) == 257 * 32
+    assert list(parameter_shapes(untied).items())[-1] == ("head.weight", (257, 32))
 
 
 @pytest.mark.parametrize("name, want", [
@@ -76,9 +82,9 @@ def test_untying_adds_a_head():
     ("blocks.3.attn.k_norm.weight", "norms"), ("blocks.0.norm1.bias", "norms"), ("norm.weight", "norms"),
     ("blocks.0.mlp.gate.weight", "mlp"), ("head.weight", "head")])
 def test_part_of_a_name(name, want):
-    assert part_of(name) == want
+    assert part_of_parameter(name) == want
 
 
 def test_part_of_an_unknown_name():
     with pytest.raises(ValueError, match="no decoder has a parameter named 'wte.weight'"):
-        part_of("wte.weight")
+        part_of_parameter("wte.weight")

@@ -10,8 +10,8 @@ import regex
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from nanoinfra.model.weights.gguf import bpe_tokenizer, sentencepiece_tokenizer
-from nanoinfra.model.weights.gguf.bpe_tokenizer import byte_level_bpe
-from nanoinfra.model.weights.gguf.tokenizer import build_text
+from nanoinfra.model.weights.gguf.bpe_tokenizer import build_byte_level_bpe
+from nanoinfra.model.weights.gguf.tokenizer import build_gguf_tokenizer
 from tests.model.gguf_tokenizers import alphabet
 
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -50,7 +50,7 @@ def text(smollm2):
 @pytest.fixture(scope="module")
 def learned(smollm2):
     """What the file lists: ids by token, and the merges in their order."""
-    model = json.loads(smollm2[1].backend.to_str())["model"]
+    model = json.loads(smollm2[1].backend_tokenizer.to_str())["model"]
     return model["vocab"], model["merges"]
 
 
@@ -64,13 +64,14 @@ def test_smollm2_gives_the_literal_ids(text, learned, string, want):
 def test_control_tokens_are_recognised_by_name_and_left_out_of_text(text):
     assert text.encode("<|im_start|>user\nHi<|im_end|>") == [1, 4093, 198, 26843, 2]
     assert text.decode([1, 4093, 198, 26843, 2]) == "user\nHi"
-    assert (text.bos, text.eos) == ("<|im_start|>", "<|im_end|>")
-    assert text.ends == {0, 2, 4}            # by name, as in llama.cpp, <|endoftext|> and <reponame> too
+    assert (text.bos_token, text.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert text.eos_token_ids == {0, 2,
+                                  4}            # by name, as in llama.cpp, <|endoftext|> and <reponame> too
     assert text.encode("<|endoftext|>") == [0]
 
 
 def pieces(pre, string):
-    split = byte_level_bpe(["a"], [], pre).pre_tokenizer.pre_tokenize_str(string)
+    split = build_byte_level_bpe(["a"], [], pre).pre_tokenizer.pre_tokenize_str(string)
     return [piece.replace("\u0120", " ") for piece, _ in split]
 
 
@@ -86,27 +87,28 @@ def test_each_known_name_splits_its_own_way(pre, want):
 
 def test_qwens_expression_is_its_own_tokenizers_but_for_the_long_s():
     """(?i:'s) finds \u017f too, llama.cpp does not."""
-    got = bpe_tokenizer.PRE["qwen2"].expressions[0]
-    assert got.replace(bpe_tokenizer.CONTRACTIONS, "(?i:'s|'t|'re|'ve|'m|'ll|'d)") == PRETOKENIZE_REGEX
+    got = bpe_tokenizer.PRE_TOKENIZERS["qwen2"].split_patterns[0]
+    assert got.replace(bpe_tokenizer._CONTRACTIONS, "(?i:'s|'t|'re|'ve|'m|'ll|'d)") == PRETOKENIZE_REGEX
 
 
 def built(model="gpt2", tokens=("<s>", "a"), kinds=(3, 1), **header):
     """A tokenizer of a few tokens, of whatever else the file says."""
     given = {"pre": "gpt-2", "merges": []} if model == "gpt2" else {}
     given |= {"model": model, "tokens": list(tokens), "token_type": np.array(kinds)} | header
-    return build_text({f"tokenizer.ggml.{key}": value for key, value in given.items() if value is not None})
+    return build_gguf_tokenizer({f"tokenizer.ggml.{key}": value for key,
+                                 value in given.items() if value is not None})
 
 
 def test_begin_and_end_of_text_are_written_where_the_file_asks_for_them():
     text = built(bos_token_id=0, add_bos_token=True)
-    assert text.encode("aa") == [0, 1, 1] and text.encode("aa", begin=False) == [1, 1]
+    assert text.encode("aa") == [0, 1, 1] and text.encode("aa", add_special_tokens=False) == [1, 1]
     text = built(eos_token_id=0, add_eos_token=True)
     assert text.encode("aa") == [1, 1, 0]
     assert built(pre="llama-bpe", bos_token_id=0).encode("a") == [0, 1]   # llama.cpp's where not said
     assert built(pre="llama-bpe", bos_token_id=0, add_bos_token=False).encode("a") == [1]
 
 
-SPM = ("<unk>", "<s>", "</s>", *sentencepiece_tokenizer.BYTES, "a", "b", "c", "\u2581")
+SPM = ("<unk>", "<s>", "</s>", *sentencepiece_tokenizer.BYTE_TOKENS, "a", "b", "c", "\u2581")
 KINDS = (2, 3, 3, *[6] * 256, 1, 1, 1, 1)
 
 
@@ -119,10 +121,11 @@ def scored(*unions, **header):
 
 def test_sentencepiece_joins_by_score_then_from_the_left():
     first = len(SPM)
-    assert scored(("ab", -1.0), ("bc", -2.0)).encode("abc", begin=False) == [262, first, 261]
-    assert scored(("ab", -2.0), ("bc", -1.0)).encode("abc", begin=False) == [262, 259, first + 1]
+    assert scored(("ab", -1.0), ("bc", -2.0)).encode("abc", add_special_tokens=False) == [262, first, 261]
+    assert scored(("ab", -2.0), ("bc", -1.0)).encode("abc", add_special_tokens=False) == [262, 259, first + 1]
     runs = scored(*[("\u2581" * n, -1e9) for n in (2, 3, 4)])
-    assert runs.encode("      ", begin=False) == [first + 2, first + 1]   # seven: four, then three
+    assert runs.encode("      ", add_special_tokens=False) == [first + 2,
+                                                               first + 1]   # seven: four, then three
 
 
 def test_sentencepieces_space_and_bytes():
@@ -131,16 +134,18 @@ def test_sentencepieces_space_and_bytes():
     assert text.decode(text.encode("a\u20ac b")) == "a\u20ac b" and text.decode([3 + 0xe2, 259]) == "\ufffda"
     text = scored(add_space_prefix=False, add_bos_token=False)
     assert text.encode(" a") == [262, 259] and text.decode([262, 259]) == " a" and text.encode("") == []
-    assert (scored().bos, scored().eos, scored().ends) == ("<s>", "</s>", {2})      # likewise
+    assert (scored().bos_token, scored().eos_token, scored().eos_token_ids) == ("<s>", "</s>",
+                                                                                {2})      # likewise
 
 
 def test_phi_3s_special_tokens_swallow_the_space_after_them():
     header = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": list(SPM),
               "general.name": "Phi-3 mini", "tokenizer.ggml.token_type": np.array(KINDS),
               "tokenizer.ggml.scores": np.zeros(len(SPM), np.float32)}
-    assert build_text(header).encode("</s>  a<s> b", begin=False) == [2, 262, 259, 1, 262, 262, 260]
+    assert build_gguf_tokenizer(header).encode("</s>  a<s> b", add_special_tokens=False) == [2, 262, 259, 1,
+                                                                                             262, 262, 260]
     header["general.name"] = "Llama"
-    assert build_text(header).encode("</s>  a", begin=False) == [2, 262, 262, 262, 259]
+    assert build_gguf_tokenizer(header).encode("</s>  a", add_special_tokens=False) == [2, 262, 262, 262, 259]
 
 
 @pytest.mark.parametrize("how, message", [

@@ -3,10 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.config import ModelConfig, sized
-from nanoinfra.formulas.model_states import kv_cache_bytes_per_token, state_bytes
-from nanoinfra.formulas.parameters import parameters
-from nanoinfra.model.attention import naive
+from nanoinfra.config import ModelConfig, config_for_size
+from nanoinfra.formulas.model_states import kv_cache_bytes_per_token, model_state_bytes
+from nanoinfra.formulas.parameters import parameter_count
+from nanoinfra.model.attention import naive_attention
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.train.loss import linear_cross_entropy
 from nanoinfra.train.optimizer import MixedPrecisionOptimizer
@@ -17,16 +17,17 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_states_are_the_trainers(dtype, optimizer):
-    model = Decoder(sized("test")).to(dtype)
+    model = Decoder(config_for_size("test")).to(dtype)
     got = held_after_a_step(model, optimizer)
-    want = state_bytes(parameters(sized("test")), str(dtype).removeprefix("torch."), optimizer)
+    want = model_state_bytes(parameter_count(config_for_size("test")), str(dtype).removeprefix("torch."),
+                             optimizer)
     assert got == want
 
 
 def held_after_a_step(model, optimizer):
     """Bytes by kind of the tensors that a model and its optimizer own."""
     tokens = torch.zeros(1, 4, dtype=torch.long)
-    linear_cross_entropy(model.hidden(tokens), model.head.weight, tokens, 4).backward()
+    linear_cross_entropy(model.hidden_states(tokens), model.head.weight, tokens, 4).backward()
     opt = MixedPrecisionOptimizer(model, optimizer)
     grads = {name: p.grad for name, p in opt.params.items()}
     opt.step(grads, lr=1e-3)
@@ -45,12 +46,12 @@ def total(tensors):
 @pytest.mark.parametrize("precision, grad_bytes, want", [
     ("float32", None, 16), ("float64", None, 32), ("bfloat16", 2, 16), ("bfloat16", 4, 18)])
 def test_states_a_parameter_are_the_published_ones(precision, grad_bytes, want):
-    assert sum(state_bytes(10, precision, "adamw", grad_bytes).values()) == 10 * want
+    assert sum(model_state_bytes(10, precision, "adamw", grad_bytes).values()) == 10 * want
 
 
 def test_zero_needs_120_gb_for_7b5():
     """Rajbhandari et al. 2020, figure 1: the baseline."""
-    assert sum(state_bytes(7_500_000_000, "float16").values()) == 120e9
+    assert sum(model_state_bytes(7_500_000_000, "float16").values()) == 120e9
 
 
 class Counting:
@@ -59,7 +60,7 @@ class Counting:
 
     def attend(self, layer, q, k, v, mask=None):
         self.held += k.nbytes + v.nbytes
-        return naive(q, k, v, mask)
+        return naive_attention(q, k, v, mask)
 
 
 @settings(max_examples=30, deadline=None)
@@ -77,8 +78,8 @@ def test_kv_cache_of_opt_13b():
 
 
 @pytest.mark.parametrize("call, complaint", [
-    (lambda: state_bytes(1, "int8"), "precision 'int8' is not one of float64, float32"),
-    (lambda: state_bytes(1, optimizer="lion"), "optimizer 'lion' is not one of sgd, adamw")])
+    (lambda: model_state_bytes(1, "int8"), "precision 'int8' is not one of float64, float32"),
+    (lambda: model_state_bytes(1, optimizer="lion"), "optimizer 'lion' is not one of sgd, adamw")])
 def test_unknown_names_are_refused(call, complaint):
     with pytest.raises(ValueError, match=complaint):
         call()

@@ -6,13 +6,14 @@ import sys
 import types
 
 import pytest
+import tokenizers
 import transformers
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import decoders, models
 
 from nanoinfra.data import train_tokenizer as own
-from nanoinfra.model.tokenizer import Text, render_chat
+from nanoinfra.model.tokenizer import Tokenizer, apply_chat_template
 from nanoinfra.model.weights.hugging_face import tokenizer_files
-from nanoinfra.model.weights.hugging_face.tokenizer_files import open_text
+from nanoinfra.model.weights.hugging_face.tokenizer_files import open_hf_tokenizer
 from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer
 from tests.model.tokenizer_kinds import CORPUS, KINDS, STRINGS, save
 
@@ -52,78 +53,78 @@ def put(folder, **files):
 @pytest.mark.parametrize("name", KINDS)
 def test_ids_and_text_are_those_of_transformers(name, tmp_path):
     save(name, tmp_path)
-    want, got = transformers.AutoTokenizer.from_pretrained(tmp_path), open_text(tmp_path)[0]
+    want, got = transformers.AutoTokenizer.from_pretrained(tmp_path), open_hf_tokenizer(tmp_path)[0]
     for text in (got, pickle.loads(pickle.dumps(got))):                  # as the API process has it
         for string in STRINGS:
             ids = want(string).input_ids
             assert text.encode(string) == ids, string
             plain = want(string, add_special_tokens=False).input_ids
-            assert text.encode(string, begin=False) == plain, string
+            assert text.encode(string, add_special_tokens=False) == plain, string
             assert text.decode(ids) == want.decode(ids, skip_special_tokens=True), string
-    assert (got.bos, got.eos) == (want.bos_token or "", want.eos_token or "")
-    assert got.special_tokens == want.special_tokens_map and want.eos_token_id in got.ends
+    assert (got.bos_token, got.eos_token) == (want.bos_token or "", want.eos_token or "")
+    assert got.special_tokens_map == want.special_tokens_map and want.eos_token_id in got.eos_token_ids
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama2", "words"])
 def test_half_a_surrogate_pair_is_refused(name, tmp_path):
-    text, _ = open_text(save(name, tmp_path))
+    text, _ = open_hf_tokenizer(save(name, tmp_path))
     with pytest.raises(ValueError, match="half of a surrogate pair is no text"):
         text.encode("a\ud83d")
 
 
 def test_what_a_tokenizer_cannot_read_is_refused():
     with pytest.raises(ValueError, match="does not take this text: WordLevel error"):
-        Text(Tokenizer(models.WordLevel({"a": 0}, unk_token="nowhere"))).encode("b")
+        Tokenizer(tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="nowhere"))).encode("b")
 
 
 def test_every_id_that_ends_a_text_is_found(folder):
     put(folder, generation_config={"eos_token_id": [2, 4]}, config={"eos_token_id": 3})
-    assert open_text(folder)[0].ends == {1, 2, 3, 4}
+    assert open_hf_tokenizer(folder)[0].eos_token_ids == {1, 2, 3, 4}
     for wrong in ("2", True, 1.5, [[2]], {}):
         put(folder, generation_config={"eos_token_id": wrong})
         with pytest.raises(ValueError, match="generation_config.json: eos_token_id is .* number of a token"):
-            open_text(folder)
+            open_hf_tokenizer(folder)
 
 
 def test_a_folder_without_a_tokenizer_has_no_text(tmp_path):
     put(tmp_path, config={"model_type": "llama"})
-    assert open_text(tmp_path) == (None, None)
+    assert open_hf_tokenizer(tmp_path) == (None, None)
     put(tmp_path, tokenizer_config={"tokenizer_class": "ByT5Tokenizer"})     # which needs none
     with pytest.raises(ValueError, match="holds a tokenizer_config.json, but no tokenizer.json"):
-        open_text(tmp_path)
+        open_hf_tokenizer(tmp_path)
 
 
 def test_the_template_is_found_where_transformers_finds_it(folder):
     for given, want in (([{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}], "d"),
                         ({"tool": "t"}, None), ("one", "one")):
         put(folder, tokenizer_config={"chat_template": given})
-        assert open_text(folder)[1] == want
+        assert open_hf_tokenizer(folder)[1] == want
     (folder / "chat_template.jinja").write_text("file")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool.jinja").write_text("t")
-    assert open_text(folder)[1] == "file"
+    assert open_hf_tokenizer(folder)[1] == "file"
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_chats_are_rendered_as_transformers_does(folder, template):
     put(folder, tokenizer_config={"chat_template": template, "unk_token": "<unk>"})
-    theirs, (text, got) = transformers.AutoTokenizer.from_pretrained(folder), open_text(folder)
+    theirs, (text, got) = transformers.AutoTokenizer.from_pretrained(folder), open_hf_tokenizer(folder)
     for chat in CHATS:
         try:
             want = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         except Exception:
             with pytest.raises(ValueError, match="cannot render these messages"):
-                render_chat(got, chat, text)
+                apply_chat_template(got, chat, text)
         else:
-            assert render_chat(got, chat, text) == want
+            assert apply_chat_template(got, chat, text) == want
 
 
 def test_smollm2s_own_template_opens_the_assistants_turn(smollm2):
     _, text, template = smollm2
-    got = render_chat(template, ASK, text)
+    got = apply_chat_template(template, ASK, text)
     assert got == ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
                    "<|im_end|>\n<|im_start|>user\n<b>2 & 2</b><|im_end|>\n<|im_start|>assistant\n")
-    assert text.encode(got, begin=False)[:4] == [1, 9690, 198, 2683]
+    assert text.encode(got, add_special_tokens=False)[:4] == [1, 9690, 198, 2683]
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 17\n"
@@ -154,25 +155,25 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path, name, content, says):
     (folder / "evil.py").write_text("raise SystemExit('run')")
     (folder / name).write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=says) as refused:
-        open_text(folder)
+        open_hf_tokenizer(folder)
     assert "\n" not in str(refused.value) and str(folder) in str(refused.value)
 
 
 def test_a_huge_file_is_refused_before_it_is_read(folder):
-    os.truncate(folder / "tokenizer.json", tokenizer_files.MOST_BYTES + 1)
+    os.truncate(folder / "tokenizer.json", tokenizer_files.MAX_TOKENIZER_FILE_BYTES + 1)
     with pytest.raises(ValueError, match="tokenizer.json has 268435457 bytes"):
-        open_text(folder)
+        open_hf_tokenizer(folder)
 
 
 def test_a_slow_tokenizer_that_cannot_be_converted_is_refused(folder, monkeypatch):
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")       # no sentencepiece model
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ValueError, match="need the package sentencepiece"):
-        open_text(folder)
+        open_hf_tokenizer(folder)
     monkeypatch.setitem(sys.modules, "sentencepiece", sys)
     monkeypatch.setitem(sys.modules, "google.protobuf", sys)
     with pytest.raises(ValueError, match="transformers does not read it"):
-        open_text(folder)
+        open_hf_tokenizer(folder)
 
 
 def test_a_sentencepiece_model_is_converted(tmp_path):
@@ -182,7 +183,7 @@ def test_a_sentencepiece_model_is_converted(tmp_path):
             sentence_iterator=iter(CORPUS * 5), model_writer=file, vocab_size=330, model_type="bpe",
             byte_fallback=True, hard_vocab_limit=False)
     put(tmp_path, config={"model_type": "llama"}, tokenizer_config={"tokenizer_class": "LlamaTokenizer"})
-    want, got = transformers.AutoTokenizer.from_pretrained(tmp_path), open_text(tmp_path)[0]
+    want, got = transformers.AutoTokenizer.from_pretrained(tmp_path), open_hf_tokenizer(tmp_path)[0]
     assert all(got.encode(string) == want(string).input_ids for string in STRINGS)
     assert len(got.encode("the cat")) < 5
 
@@ -194,32 +195,32 @@ def test_without_transformers_5_a_folder_is_refused_and_our_own_is_read(monkeypa
     own.BPETokenizer.train(["one two"] * 9, vocab_size=258).save(tmp_path / "own")
     save("gpt2", tmp_path / "theirs")
     monkeypatch.setitem(sys.modules, "transformers", there)
-    text, template = open_text(tmp_path / "own")
-    assert text.decode(text.encode("two")) == "two" and template is None and text.ends == {0}
+    text, template = open_hf_tokenizer(tmp_path / "own")
+    assert text.decode(text.encode("two")) == "two" and template is None and text.eos_token_ids == {0}
     with pytest.raises(ValueError, match=says):
-        open_text(tmp_path / "theirs")
+        open_hf_tokenizer(tmp_path / "theirs")
     with pytest.raises(ValueError, match=says):
-        render_chat("", ASK, text)
+        apply_chat_template("", ASK, text)
 
 
 def test_a_tokenizer_of_our_own_that_was_changed_is_read_by_transformers(tmp_path):
     own.BPETokenizer.train(["one two"] * 9, vocab_size=258).save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("chat")
-    text, template = open_text(tmp_path)
-    assert template == "chat" and text.ends == {0}
+    text, template = open_hf_tokenizer(tmp_path)
+    assert template == "chat" and text.eos_token_ids == {0}
 
 
 def test_jinja2_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ValueError, match=r"need the package jinja2; pip install 'nanoinfra\[hub\]'"):
-        render_chat("", ASK, Text(Tokenizer(models.BPE())))
+        apply_chat_template("", ASK, Tokenizer(tokenizers.Tokenizer(models.BPE())))
 
 
 def test_a_panic_of_the_tokenizers_package_is_an_error_of_that_text():
     """Its Strip decoder panics over a token of which nothing is left."""
-    backend = Tokenizer(models.WordLevel({"a": 0, " ": 1}, unk_token="a"))
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, " ": 1}, unk_token="a"))
     backend.decoder = decoders.Strip(" ", 1, 2)
-    text = Text(backend)
+    text = Tokenizer(backend)
     assert text.decode([0]) == "a"
     with pytest.raises(RuntimeError, match="panicked"):
         text.decode([1])

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nanoinfra.formulas.parameters import parameters
-from nanoinfra.model.weights.gguf.weights import halves_from_pairs, load_gguf, open_gguf
+from nanoinfra.formulas.parameters import parameter_count
+from nanoinfra.model.weights.gguf.weights import deinterleave_rope_rows, load_gguf_model, open_gguf_weights
 from tests.model.gguf_files import MODELS, add, close, write_model
 from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, parts
 from tests.model.twins import difference, scrambled, tokens
@@ -82,7 +82,7 @@ def write(path, family, other, fields=None, drop=(), extra=None, kind=gguf.GGMLQ
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_transformers_own(tmp_path, family, tied):
     other = theirs(family, tied)
-    model, _, template = load_gguf(write(tmp_path / "m.gguf", family, other))
+    model, _, template = load_gguf_model(write(tmp_path / "m.gguf", family, other))
     assert model.config.tied == tied and model.config.family == family and template is None
     assert model.config.eps == (3e-5 if family == "gpt2" else 2e-5)      # not its float32 neighbour
     assert difference(model, other) <= 1e-4
@@ -106,7 +106,7 @@ def test_scaled_rope_is_transformers_own(tmp_path, kind):
     if kind == "llama3":
         plain = 500.0 ** -(torch.arange(0, 6, 2) / 6)
         extra["rope_freqs.weight"] = plain / ROPE_INIT_FUNCTIONS["llama3"](other.config, "cpu")[0]
-    model = load_gguf(write(tmp_path / "m.gguf", "llama", other, fields=fields, extra=extra))[0]
+    model = load_gguf_model(write(tmp_path / "m.gguf", "llama", other, fields=fields, extra=extra))[0]
     assert difference(model, other) <= 1e-4 < difference(model, theirs("llama"))
 
 
@@ -114,15 +114,15 @@ def test_scaled_rope_is_transformers_own(tmp_path, kind):
                                     {"attention_bias": True, "mlp_bias": True}], ids=str)
 def test_llama_with_biases_is_transformers_own(tmp_path, biases):
     other = theirs("llama", **biases)
-    assert difference(load_gguf(write(tmp_path / "m.gguf", "llama", other))[0], other) <= 1e-4
+    assert difference(load_gguf_model(write(tmp_path / "m.gguf", "llama", other))[0], other) <= 1e-4
 
 
 def test_llama_with_biases_of_q_k_v_alone_is_qwen2(tmp_path):
     path = write_model(tmp_path / "m.gguf", *MODELS["llama, biases of q k v"][:1],
                        **MODELS["llama, biases of q k v"][1])
-    assert open_gguf(path).config.family == "qwen2"
+    assert open_gguf_weights(path).config.family == "qwen2"
     with pytest.raises(ValueError, match="has, beside what the model needs, blk.0.attn_q.bias"):
-        open_gguf(write_model(path, "llama", biases=("q",)))
+        open_gguf_weights(write_model(path, "llama", biases=("q",)))
 
 
 @pytest.mark.parametrize("family, t", [("gpt2", 5), ("llama", 3), ("llama", 6), ("qwen2", 3), ("qwen3", 2),
@@ -130,7 +130,7 @@ def test_llama_with_biases_of_q_k_v_alone_is_qwen2(tmp_path):
 def test_parts_of_all_ranks_make_the_whole(tmp_path, family, t):
     bias = {"attention_bias": True} if family == "llama" else {}          # q's and k's are in pairs too
     path = write(tmp_path / "m.gguf", family, theirs(family, tied=False, **bias))
-    assert_parts_make_the_whole(open_gguf(path), load_gguf(path)[0], t)
+    assert_parts_make_the_whole(open_gguf_weights(path), load_gguf_model(path)[0], t)
 
 
 def quantised(path, kind):
@@ -148,19 +148,19 @@ def quantised(path, kind):
 def test_quantised_parts_make_the_whole_where_blocks_are_cut(tmp_path, kind, t):
     """16 columns of o and 24 of down a rank, at t = 4."""
     path, other = quantised(tmp_path / "m.gguf", kind)
-    model = load_gguf(path)[0]
-    assert_parts_make_the_whole(open_gguf(path), model, t)
+    model = load_gguf_model(path)[0]
+    assert_parts_make_the_whole(open_gguf_weights(path), model, t)
     got, want = model.blocks[1].mlp.down.weight, other.model.layers[1].mlp.down_proj.weight
     assert 0 < (got - want).abs().max() < (0.05 if kind == "Q4_1" else 0.005)
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q4_1"])
 def test_any_part_will_do_of_pairs_and_of_blocks(tmp_path, kind):
-    weights, name = open_gguf(quantised(tmp_path / "m.gguf", kind)[0]), "blocks.1.attn.q.weight"
-    whole = weights.read(name)
+    weights, name = open_gguf_weights(quantised(tmp_path / "m.gguf", kind)[0]), "blocks.1.attn.q.weight"
+    whole = weights.read_parameter(name)
     for rows, columns in ((7, 35), (5, 9)), ((16, 17), (31, 33)), ((5, 5), (0, 64)), ((0, 64), (64, 64)):
         box = (slice(*rows), slice(*columns))                    # of 64 rows in heads of 16; blocks of 32
-        assert torch.equal(weights.read(name, box), whole[box])
+        assert torch.equal(weights.read_parameter(name, box), whole[box])
 
 
 def test_a_rank_reads_its_part_of_the_file(tmp_path, monkeypatch):
@@ -171,19 +171,19 @@ def test_a_rank_reads_its_part_of_the_file(tmp_path, monkeypatch):
         return dequantize(data, kind)
 
     monkeypatch.setattr(gguf, "dequantize", counted)
-    weights = open_gguf(write(tmp_path / "m.gguf", "qwen3", theirs("qwen3")))
+    weights = open_gguf_weights(write(tmp_path / "m.gguf", "qwen3", theirs("qwen3")))
     assert_a_rank_reads_its_part(weights, counts)
-    weights = open_gguf(quantised(tmp_path / "q.gguf", "Q8_0")[0])
+    weights = open_gguf_weights(quantised(tmp_path / "q.gguf", "Q8_0")[0])
     counts.clear()
     for name, box in parts(weights.config, 2, 1).items():
-        weights.read(name, box)
-    assert sum(counts) < 0.6 * parameters(weights.config) * 34 / 32          # bytes of a block, weights in it
+        weights.read_parameter(name, box)
+    assert sum(counts) < 0.6 * parameter_count(weights.config) * 34 / 32    # bytes of a block, its weights
 
 
 def test_unpermuting_undoes_llama_cpps_permutation():
     x = torch.arange(3 * 8 * 5.0).view(24, 5)
     assert not torch.equal(permute(x, 3), x)
-    assert torch.equal(halves_from_pairs(permute(x, 3), 8), x)
+    assert torch.equal(deinterleave_rope_rows(permute(x, 3), 8), x)
 
 
 def test_wrong_files_are_named(tmp_path):
@@ -191,7 +191,7 @@ def test_wrong_files_are_named(tmp_path):
 
     def refused(message, **how):
         with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
-            load_gguf(write(path, "llama", other, **how))
+            load_gguf_model(write(path, "llama", other, **how))
 
     refused("it lacks blk.1.ffn_up.weight", drop=("blk.1.ffn_up.weight",))
     refused("has, beside what the model needs, rope_factors_long.weight",
@@ -207,7 +207,7 @@ def test_wrong_files_are_named(tmp_path):
             drop={name for name, _ in converted("llama", other)} - {"token_embd.weight", "output_norm.weight",
                                                                     "blk.0.ffn_up.weight"})
     with pytest.raises(ValueError, match=r"attn_qkv.weight makes blocks.0.attn.q.weight of shape \(24, 36\)"):
-        load_gguf(write(path, "phi3", theirs("phi3", num_key_value_heads=2)))
+        load_gguf_model(write(path, "phi3", theirs("phi3", num_key_value_heads=2)))
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -235,15 +235,15 @@ def test_wrong_files_are_named(tmp_path):
 ], ids=str)
 def test_keys_that_change_the_maths_or_make_no_sense_are_refused(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
-        open_gguf(write_model(tmp_path / "m.gguf", "llama", fields=SHAPE, said=fields))
+        open_gguf_weights(write_model(tmp_path / "m.gguf", "llama", fields=SHAPE, said=fields))
 
 
 SHAPE = {"embedding_length": 36, "attention.head_count": 6, "attention.head_count_kv": 3}
 
 
 def test_keys_that_change_nothing_are_passed_over(tmp_path):
-    want = open_gguf(write_model(tmp_path / "m.gguf", "llama")).config
-    got = open_gguf(write_model(tmp_path / "m.gguf", "llama", said={
+    want = open_gguf_weights(write_model(tmp_path / "m.gguf", "llama")).config
+    got = open_gguf_weights(write_model(tmp_path / "m.gguf", "llama", said={
         "expert_count": 0, "attention.causal": True, "attention.sliding_window": 0, "vocab_size": 64,
         "rope.scaling.finetuned": False, "attention.head_count_kv": [2, 2]})).config
     assert got == want
@@ -256,14 +256,14 @@ def test_keys_that_change_nothing_are_passed_over(tmp_path):
                 (writer.add_float32 if type(value) is float else writer.add_uint32)(f"llama.{each}", value)
         writer.add_tensor("token_embd.weight", np.zeros((1, 36), np.float32))
         with pytest.raises(ValueError, match=f"the key llama.{key} is missing"):
-            open_gguf(close(writer, path))
+            open_gguf_weights(close(writer, path))
 
 
 def test_the_hub_extra_is_named_where_it_is_missing(tmp_path, monkeypatch):
     path = write_model(tmp_path / "m.gguf", "llama")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ValueError, match=r"GGUF files need the package gguf; pip install 'nanoinfra\[hub\]'"):
-        load_gguf(path)
+        load_gguf_model(path)
 
 
 @torch.no_grad()
