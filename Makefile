@@ -49,7 +49,7 @@ student: $(VENV)/installed  ## build the student edition: solutions cleared, hid
 	$(BIN)/python -m nanoinfra.lab.build student
 
 grade: $(VENV)/installed  ## grade work/LNN.py: make grade L=02
-	$(BIN)/python -m nanoinfra.lab.grade $(L)
+	$(BIN)/python -m nanoinfra.lab.grading.grade $(L)
 
 lab: $(VENV)/installed  ## a lab on N ranks: make lab L=08 N=4 (and BREAK=, MODEL=: lessons/labs/)
 	OMP_NUM_THREADS=1 $(BIN)/python -m nanoinfra.lab.run $(L) --nproc $(N) $(LAB)

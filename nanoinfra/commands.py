@@ -13,7 +13,7 @@ from typing import Annotated, get_args, get_type_hints
 
 import tyro
 
-from nanoinfra.lab.options import DoctorFlags
+from nanoinfra.lab.doctor.doctor_flags import DoctorFlags
 from nanoinfra.serve.options import GenerateOptions, ServeOptions
 from nanoinfra.train.config import TrainFlags
 
@@ -128,14 +128,14 @@ def _serve(options, argv):
 
 
 def _doctor(flags, argv):
-    from nanoinfra.lab.options import check
+    from nanoinfra.lab.doctor.doctor_flags import check
     from nanoinfra.train import preflight, rank
     if not rank.is_rank() and not rank.joined():
         preflight.check_device(flags.device, world := check(flags))
         if world > 1:
             from nanoinfra.train.launch import launch
             return launch(argv, world)
-    from nanoinfra.lab.doctor import doctor
+    from nanoinfra.lab.doctor.doctor import doctor
     with rank.process_group(flags.device):
         doctor(flags)
     return 0

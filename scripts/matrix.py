@@ -21,8 +21,8 @@ from rich.table import Table
 from nanoinfra.dist.ranks import Ranks
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab import draw
-from nanoinfra.lab.axes import largest_error as error
-from nanoinfra.lab.axes import step_of
+from nanoinfra.lab.instruments.gradient_parity import largest_error as error
+from nanoinfra.lab.instruments.gradient_parity import step_of
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, PipelineFlags, TrainFlags, check
 
 TECHNIQUES = {                               # flags; two that set one flag differently exclude each other

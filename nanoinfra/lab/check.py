@@ -5,13 +5,12 @@
     def _(subject): ...        # raises Wrong(text) or Blocked(text)
 
 In a notebook `ring_all_reduce(fn)` raises on failure; tests use `.report(fn)`, grade `judge`. What is wrong
-ends the check; blocked (no GPU) is never a pass. checks/lNN_topic.py holds a lesson's CHECKS and PREDICTIONS:
+ends the check; blocked (no GPU) is never a pass. A lesson's checks.py holds its CHECKS and PREDICTIONS:
 {key: unit}, or keys alone.
 """
 import functools
 import importlib
 import os
-import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,9 +18,9 @@ from types import ModuleType
 
 from nanoinfra.dist.crew import RanksError
 from nanoinfra.dist.ranks import Ranks
-from nanoinfra.lab import checks
+from nanoinfra.lab.course import lesson_folders, make_lessons_importable
+from nanoinfra.lab.display_table import Grid
 from nanoinfra.lab.exercise import source_of
-from nanoinfra.lab.table import Grid
 
 _NO_NAME = re.compile(r"NameError: name '\w+' is not defined")
 LAYERS = ("property", "parity", "resource", "speed")
@@ -154,15 +153,11 @@ def patience(seconds: float) -> float:
     return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def modules() -> dict[str, str]:
-    """{"02": "l02_ring"}: the lessons that have checks."""
-    return {name[1:3]: name for _, name, _ in pkgutil.iter_modules(checks.__path__) if name[0] == "l"}
-
-
 def lesson(number: str) -> ModuleType:
     """The checks of lesson "02": a module with `CHECKS` and `PREDICTIONS`. ValueError where there is none."""
-    names = modules()
+    folders = lesson_folders(holding="checks.py")
     key = number.upper().removeprefix("L").zfill(2)
-    if key not in names:
-        raise ValueError(f"lesson {number!r} has no checks; there are {', '.join(sorted(names))}")
-    return importlib.import_module(f"nanoinfra.lab.checks.{names[key]}")
+    if key not in folders:
+        raise ValueError(f"lesson {number!r} has no checks; there are {', '.join(folders)}")
+    make_lessons_importable()
+    return importlib.import_module(f"lessons.{folders[key].name}.checks")

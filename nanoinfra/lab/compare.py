@@ -8,9 +8,9 @@ import math
 from dataclasses import dataclass
 
 from nanoinfra.lab import predict as book
+from nanoinfra.lab.display_table import Grid
 from nanoinfra.lab.measure import Measurement
 from nanoinfra.lab.predict import quantity
-from nanoinfra.lab.table import Grid
 
 TOLERANCE = {"counted": 0.0, "timed": 0.10, "modelled": None}
 ALLOCATOR = 0.05

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from nanoinfra.lab.where import shown, work
+from nanoinfra.lab.course import display_path, make_lessons_importable, work_folder
 
 MARKER = "### BEGIN SOLUTION"
 _TITLE = re.compile(r"^# %% exercise (\w+)\n", re.MULTILINE)
@@ -21,7 +21,7 @@ def export(lesson: str, cell: str, folder: Path | None = None) -> Path:
     """Write `cell` as its section of the lesson's file in `folder` (default work/); returns the file."""
     if not re.fullmatch(r"L\d\d", lesson):
         raise ValueError(f"an exercise names its lesson, as in %%exercise L02; got {lesson!r}")
-    folder = folder or (work() / "reference" if MARKER in cell else work())
+    folder = folder or (work_folder() / "reference" if MARKER in cell else work_folder())
     folder.mkdir(exist_ok=True)
     file = folder / f"{lesson}.py"
     parts = sections(file.read_text()) if file.exists() else {}
@@ -51,13 +51,13 @@ def source_of(subject) -> str:
     function = subject.__init__ if isinstance(subject, type) else inspect.unwrap(subject)
     code = getattr(function, "__code__", None)                        # as under @torch.no_grad()
     file = Path(code.co_filename) if code else Path("<none>")
-    return shown(file) if file.is_file() else getattr(subject, "__module__", None) or "a notebook cell"
+    return display_path(file) if file.is_file() else getattr(subject, "__module__", None) or "a notebook cell"
 
 
 def refuse_reference(file: Path | str) -> None:
     """Raise ValueError if `file` is the reference solution rather than somebody's work."""
     if MARKER in Path(file).read_text():
-        raise ValueError(f"{shown(file)} is the reference (by its markers): its grade says nothing; "
+        raise ValueError(f"{display_path(file)} is the reference (by its markers): its grade says nothing; "
                          f"grade what the student edition wrote to work/, or say --reference")
 
 
@@ -72,12 +72,14 @@ def extract(notebook: Path | str, folder: Path | str) -> list[Path]:
 
 
 def load_ipython_extension(shell) -> None:
-    """`%load_ext nanoinfra.lab.exercise` makes `%%exercise` known."""
+    """`%load_ext nanoinfra.lab.exercise` makes `%%exercise` known, and the lessons' modules importable."""
+    make_lessons_importable()
+
     def exercise(line, cell):
         file = export(line.strip(), cell)
         names = {k: v for k, v in vars(load(file)).items() if not k.startswith("__")}
         shell.user_ns.update(names)
-        print(f"{_name(cell)} is in {shown(file)}")
+        print(f"{_name(cell)} is in {display_path(file)}")
     shell.register_magic_function(exercise, "cell")
 
 

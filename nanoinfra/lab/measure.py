@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from nanoinfra.lab import predict as book
-from nanoinfra.lab.devices import processor
+from nanoinfra.lab.doctor.machine_info import processor
 from nanoinfra.lab.predict import quantity
 
 KINDS = ("counted", "timed", "modelled")

@@ -2,8 +2,8 @@
 
     python -m nanoinfra.lab.mutants [FOLDER]
 
-judges every `MUTANTS` list in FOLDER/*.py (tests/mutants), and exits 1 if one survives or is rejected by
-another criterion, or if a check has fewer than two.
+judges every `MUTANTS` list of the lessons and of tests/mutants, or of FOLDER/*.py, and exits 1 if one
+survives or is rejected by another criterion, or if a check has fewer than two.
 """
 import argparse
 import functools
@@ -16,9 +16,9 @@ from pathlib import Path
 from unittest import mock
 
 from nanoinfra.lab.check import Check
+from nanoinfra.lab.course import clone_folder, course_folder, lesson_folders, make_lessons_importable
+from nanoinfra.lab.display_table import Grid
 from nanoinfra.lab.exercise import load
-from nanoinfra.lab.table import Grid
-from nanoinfra.lab.where import project, root
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,29 @@ def patched(subject: Callable, target: str, replacement: object) -> Callable:
     return variant
 
 
-def collect(folder: Path | str | None = None, file: str = "*") -> list[Mutant]:
-    """The mutants of `folder`, all of them or those of one file, say "l02_ring".
+def collect_lesson_mutants(number: str = "") -> list[Mutant]:
+    """The mutants of lesson "02", or of all lessons. ValueError where there are none."""
+    folders = lesson_folders(holding="mutants.py")
+    if number and number not in folders:
+        raise ValueError(f"no mutants of lesson {number!r}, but {', '.join(folders) or 'of none at all'}; "
+                         f"they come with nanoinfra's repository, not with the package: work inside a clone")
+    return _load([folder / "mutants.py" for key, folder in folders.items() if number in ("", key)])
 
-    By default tests/mutants, from here upwards or of nanoinfra's own clone. ValueError where there are none.
-    """
-    folders = [Path(folder)] if folder else [home / "tests" / "mutants" for home in (root(), project())]
-    files = next((found for f in folders if (found := sorted(f.glob(f"{file}.py")))), [])
+
+def collect_library_mutants(name: str = "*", folder: Path | str | None = None) -> list[Mutant]:
+    """The mutants of tests/mutants/NAME.py, or of a `folder`. ValueError where there are none."""
+    folders = [Path(folder)] if folder else [home / "tests" / "mutants"
+                                             for home in (course_folder(), clone_folder())]
+    files = next((found for each in folders if (found := sorted(each.glob(f"{name}.py")))), [])
     if not files:
-        raise ValueError(f"no mutants {file}.py in {' or '.join(map(str, folders))}; they come with "
+        raise ValueError(f"no mutants {name}.py in {' or '.join(map(str, folders))}; they come with "
                          f"nanoinfra's repository, not with the package: work inside a clone, or name it")
-    return [mutant for path in files for mutant in getattr(load(path), "MUTANTS", [])]
+    return _load(files)
+
+
+def _load(files):
+    make_lessons_importable()
+    return [mutant for file in files for mutant in getattr(load(file), "MUTANTS", [])]
 
 
 def rejected_by(mutant: Mutant) -> str:
@@ -79,7 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m nanoinfra.lab.mutants", description="check the checks")
     parser.add_argument("folder", nargs="?")
-    grid = run(collect(parser.parse_args(argv).folder))
+    folder = parser.parse_args(argv).folder
+    lessons = [] if folder else collect_lesson_mutants()
+    grid = run([*lessons, *collect_library_mutants(folder=folder)])
     grid.show()
     return int(any(row[-1] == "wrong" for row in grid.rows))
 

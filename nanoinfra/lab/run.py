@@ -18,11 +18,17 @@ from types import ModuleType
 
 from nanoinfra.lab import predict as book
 from nanoinfra.lab.compare import TOLERANCE, Row, compare
+from nanoinfra.lab.course import (
+    display_path,
+    lesson_folders,
+    lessons_folder,
+    make_lessons_importable,
+    work_folder,
+)
+from nanoinfra.lab.display_table import Grid
 from nanoinfra.lab.exercise import load
 from nanoinfra.lab.measure import Measurement, machine
 from nanoinfra.lab.predict import quantity
-from nanoinfra.lab.table import Grid
-from nanoinfra.lab.where import project, root, shown, work
 from nanoinfra.train.rank import is_rank
 from nanoinfra.train.signals import Hearing, end_at_once
 
@@ -37,7 +43,7 @@ def run(lab: ModuleType, model: str, broken: str = "") -> int:
     from nanoinfra.train.rank import process_group
     device = "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "cpu"
     torch.set_num_threads(1)                           # so that times on 1, 2, 4, 8 ranks compare
-    with process_group(device, work()):
+    with process_group(device, work_folder()):
         measured = lab.measure(Mesh(dp=WORLD, device=device), model, broken)
     if RANK:
         return 0
@@ -54,13 +60,14 @@ def run(lab: ModuleType, model: str, broken: str = "") -> int:
 
 
 def find(number: str) -> ModuleType:
-    """Lab "08": its file in lessons/labs, from here upwards or of nanoinfra's own clone. Else ValueError."""
-    folders = [home / "lessons" / "labs" for home in (root(), project())]
-    files = {path.name[:2]: path for folder in reversed(folders) for path in folder.glob("[0-9][0-9]_*.py")}
-    if number.zfill(2) not in files:
-        raise ValueError(f"there is no lab {number!r}, but {', '.join(sorted(files)) or 'none at all'} in "
-                         f"lessons/labs; run this inside the repository: make lab L=08 N=4")
-    return load(files[number.zfill(2)])
+    """Lab "08": the file lab.py of its lesson's folder. ValueError where there is none."""
+    folders = lesson_folders(holding="lab.py")
+    if number.zfill(2) not in folders:
+        known = ", ".join(folders) or "none at all"
+        raise ValueError(f"there is no lab {number!r}, but {known} in {display_path(lessons_folder())}; "
+                         f"run this inside the repository: make lab L=08 N=4")
+    make_lessons_importable()
+    return load(folders[number.zfill(2)] / "lab.py")
 
 
 def predictions(lab: ModuleType) -> dict[str, float]:
@@ -103,17 +110,17 @@ def read(lab: ModuleType) -> dict:
     try:
         return json.loads(path(lab).read_text()) if path(lab).exists() else {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"{shown(path(lab))} cannot be read ({error}); mend the quotes and commas there, or "
-                         f"move it away") from error
+        raise ValueError(f"{display_path(path(lab))} cannot be read ({error}); mend the quotes and commas "
+                         f"there, or move it away") from error
 
 
 def path(lab: ModuleType) -> Path:
     """The hand-in."""
-    return work() / f"lab{_number(lab)}.json"
+    return work_folder() / f"lab{_number(lab)}.json"
 
 
 def _number(lab):
-    return Path(lab.__file__).name[:2]
+    return Path(lab.__file__).parent.name[1:3]
 
 
 def _machine():
@@ -122,7 +129,7 @@ def _machine():
 
 
 def _summary(lab, made, off, broken):
-    file = f"The hand-in is {shown(path(lab))}: fill in its {len(lab.QUESTIONS)} sentences."
+    file = f"The hand-in is {display_path(path(lab))}: fill in its {len(lab.QUESTIONS)} sentences."
     if broken:
         return f"{broken}: {'exposed by ' + ', '.join(off) if off else 'nothing here exposes it'}.\n{file}"
     hits = sum(row.verdict == "pass" for row in made.values())
@@ -166,11 +173,11 @@ def _checked(given):
 
 
 def _failure(lab, error):
-    file = work() / f"lab{_number(lab)}_rank{RANK}.txt"
+    file = work_folder() / f"lab{_number(lab)}_rank{RANK}.txt"
     file.write_text("".join(traceback.format_exception(error)))
     why = " ".join(str(error).split())[:200]
     return (f"lab {_number(lab)}: rank {RANK} of {WORLD} failed, {type(error).__name__}: {why} "
-            f"(the traceback is in {shown(file)})")
+            f"(the traceback is in {display_path(file)})")
 
 
 def main(argv: list[str] | None = None) -> int:

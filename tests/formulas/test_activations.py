@@ -16,7 +16,7 @@ from nanoinfra.formulas.activations import (
 )
 from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.formulas.tensor import SP
-from nanoinfra.lab.kept import Kept
+from nanoinfra.lab.instruments.saved_tensors import Kept
 from nanoinfra.memory.recompute import apply
 from nanoinfra.model.decoder import Block, Decoder
 from nanoinfra.parallel.megatron import TensorParallel

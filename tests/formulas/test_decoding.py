@@ -11,7 +11,7 @@ from nanoinfra.formulas import decoding
 from nanoinfra.formulas.memory import kv_cache_bytes_per_token
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import ModelConfig, sized
-from nanoinfra.lab.traffic import Traffic
+from nanoinfra.lab.instruments.tensor_reads import Traffic
 from nanoinfra.model.attention import naive
 from nanoinfra.model.decoder import Decoder
 

@@ -4,13 +4,14 @@ import math
 import pytest
 import torch
 
+from lessons.l10_three_d.cluster_tables import COLUMNS, TRIALS, bloom_trials, gpt3_on
+from lessons.l10_three_d.figures import axis_bars, bytes_by_axis, cubes, paced
 from nanoinfra.dist.ledger import Row
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.formulas.three_d import sent
 from nanoinfra.formulas.wire import ring_seconds
 from nanoinfra.lab import draw
-from nanoinfra.lab.axes import axis_bars, bytes_by_axis, cubes, flags_of, largest_error, paced, step_of
-from nanoinfra.lab.clusters import COLUMNS, TRIALS, bloom_trials, gpt3_on
+from nanoinfra.lab.instruments.gradient_parity import flags_of, largest_error, step_of
 
 CONFIG = ModelConfig(vocab=61, width=16, layers=3, heads=4, kv_heads=2, head_dim=4, hidden=24, context=8)
 B, T, G = 2, 8, 8

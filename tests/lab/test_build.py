@@ -29,14 +29,16 @@ assert double(21) == 42
 
 @pytest.fixture
 def lesson(course):
-    file = course / "lessons" / "42_answers.py"
+    file = course / "lessons" / "l42_answers" / "lesson.py"
+    file.parent.mkdir()
     file.write_text(LESSON)
+    (file.parent / "checks.py").write_text("CHECKS = ()")
     return file
 
 
 def test_the_notebook_has_all_and_is_the_same_twice(lesson, course):
     (file,) = build("lessons")
-    assert file == course / "lessons" / "build" / "42_answers.ipynb"
+    assert file == course / "lessons" / "build" / "l42_answers.ipynb"
     first, notebook = file.read_bytes(), nbformat.read(file, 4)
     nbformat.validate(notebook)
     assert notebook.cells[1].source.startswith("%%exercise L42\ndef double")
@@ -48,7 +50,7 @@ def test_the_notebook_has_all_and_is_the_same_twice(lesson, course):
 
 def test_the_student_edition_keeps_prompts_and_has_no_solution(lesson, course):
     (file,) = build("student")
-    assert file == course / "lessons" / "build" / "student" / "42_answers.ipynb"
+    assert file == course / "lessons" / "build" / "student" / "lessons" / "l42_answers" / "l42_answers.ipynb"
     text, cells = file.read_text(), nbformat.read(file, 4).cells
     for gone in ("SOLUTION", "HIDDEN", "2 * x", "Because", "double(21)"):
         assert gone not in text
@@ -63,10 +65,10 @@ def test_the_student_edition_keeps_prompts_and_has_no_solution(lesson, course):
 
 def test_a_solution_cell_without_markers_is_refused(lesson):
     lesson.write_text(LESSON.replace("    ### BEGIN SOLUTION\n", "").replace("    ### END SOLUTION\n", ""))
-    with pytest.raises(ValueError, match="42_answers.py, cell 2: .* loses its prompt"):
+    with pytest.raises(ValueError, match="l42_answers/lesson.py, cell 2: .* loses its prompt"):
         build("lessons")
 
 
 def test_outside_a_course_or_for_an_unknown_number_it_says_so(lesson):
-    with pytest.raises(ValueError, match="no lesson 43_topic.py"):
+    with pytest.raises(ValueError, match="no lesson l43_topic/lesson.py"):
         build("student", only="43")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nanoinfra.lab.check import Blocked, Check, Failed, Wrong, lesson, ranks
-from nanoinfra.lab.same import same
+from nanoinfra.lab.compare_tensors import same
 
 
 def even(speed=None):

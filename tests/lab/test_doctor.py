@@ -6,10 +6,10 @@ import sys
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.lab import devices
-from nanoinfra.lab.doctor import doctor
+from nanoinfra.lab.doctor import machine_info as devices
+from nanoinfra.lab.doctor.doctor import doctor
+from nanoinfra.lab.doctor.doctor_flags import DoctorFlags
 from nanoinfra.lab.measure import Measurement
-from nanoinfra.lab.options import DoctorFlags
 
 QUICK = (("nanoinfra.dist.probe", "SIZES", (4096, 65536)), ("nanoinfra.dist.probe", "TOO_LONG", 0.05))
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.colors import to_rgb
 
-from nanoinfra.lab.gantt import COLOURS, IDLE, gantt, measured
+from lessons.l06_pipeline.figures import COLOURS, IDLE, gantt, measured
 from nanoinfra.parallel.clock import simulate
 from nanoinfra.parallel.schedules import Backward, Forward, ReduceGrads, schedule
 

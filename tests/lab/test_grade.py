@@ -1,30 +1,28 @@
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from nanoinfra.lab import exercise, grade, judge
+from nanoinfra.lab import exercise
 from nanoinfra.lab.build import clear, convert
 from nanoinfra.lab.check import Check, lesson
-from nanoinfra.lab.grade import main
-from nanoinfra.lab.limited import Limits
-from nanoinfra.lab.where import shown
+from nanoinfra.lab.course import display_path
+from nanoinfra.lab.grading import grade, judge
+from nanoinfra.lab.grading.grade import main
+from nanoinfra.lab.grading.limited_process import Limits
 from tests.lab.judging import BEGIN, PASS
 
 LESSONS = Path(__file__).parents[2] / "lessons"
-SOURCES = {path.name[:2]: path for path in sorted(LESSONS.glob("[0-9][0-9]_*.py"))}
-
-
+SOURCES = {path.parent.name[1:3]: path for path in sorted(LESSONS.glob("*/lesson.py"))}
 LONG = ("03", "06", "08", "10")              # their ranks take seconds; `make prove` grades them too
 
 
 @pytest.fixture(params=[pytest.param(number, marks=pytest.mark.prove if number in LONG else ())
                         for number in SOURCES])
-def number(request, course):
+def number(request, bring):
     """Each lesson, copied into an otherwise empty course."""
-    shutil.copy(SOURCES[request.param], course / "lessons")
+    bring(SOURCES[request.param].parent.name)
     return request.param
 
 
@@ -33,9 +31,9 @@ def here(monkeypatch):
     """A hand-in is judged in this process, whose ranks are warm: `make prove` has one of its own for each."""
     def judged(lesson, file, checks, limits):
         found = {each.name: [] for each in checks}
-        for name, verdict in judge.verdicts(checks, str(file), shown(file)):
+        for name, verdict in judge.verdicts(checks, str(file), display_path(file)):
             found[name].append(verdict)
-        return [each.table(found[each.name], shown(file)) for each in checks]
+        return [each.table(found[each.name], display_path(file)) for each in checks]
     monkeypatch.setattr(grade, "judged", judged)
 
 

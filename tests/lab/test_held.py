@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from nanoinfra.lab.held import against_float16, during, each, losses, over_step, stacked
-from nanoinfra.lab.storages import Storages
+from lessons.l01_memory.figures import against_float16, during, each, losses, over_step, stacked
+from nanoinfra.lab.instruments.live_tensors import Storages
 
 
 def test_stacked_bars_are_as_long_as_their_bytes():

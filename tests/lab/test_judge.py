@@ -8,9 +8,10 @@ import time
 import psutil
 import pytest
 
-from nanoinfra.lab import check, judge
-from nanoinfra.lab.grade import grade
-from nanoinfra.lab.limited import Limits
+from nanoinfra.lab import check
+from nanoinfra.lab.grading import judge
+from nanoinfra.lab.grading.grade import grade
+from nanoinfra.lab.grading.limited_process import Limits
 
 NAMES = "ring_reduce_scatter", "ring_all_reduce"       # of lesson 02, whose criteria start rank processes
 PATCHES = """
@@ -94,7 +95,7 @@ def test_a_hostile_hand_in_scores_nothing_and_leaves_nothing(course, capsys, nam
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_grading_that_is_stopped_leaves_nothing(course, number):
     hand_in(course, HAND_INS["starts others"][0])
-    command = [sys.executable, "-m", "nanoinfra.lab.grade", "02"]
+    command = [sys.executable, "-m", "nanoinfra.lab.grading.grade", "02"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as grading:
         try:
             while not left():

@@ -4,7 +4,7 @@ from torch import nn
 
 from nanoinfra.formulas.activations import activation_terms
 from nanoinfra.formulas.shape import sized
-from nanoinfra.lab.kept import Kept
+from nanoinfra.lab.instruments.saved_tensors import Kept
 from nanoinfra.memory.recompute import apply
 from nanoinfra.model.decoder import Decoder
 

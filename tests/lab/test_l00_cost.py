@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from lessons.l00_one_step import checks as l00_cost
 from nanoinfra.formulas import flops, params
-from nanoinfra.lab.checks import l00_cost
 
 MUTANTS = Path(__file__).parents[1] / "mutants" / "l00_cost.py"
 HINTS = {

@@ -3,13 +3,13 @@ import math
 
 import pytest
 
+from lessons.l07_tensor_parallel.figures import GPT2, cliff, cut_map, kept_bars, paced, step_of
 from nanoinfra.formulas.activations import activation_terms
 from nanoinfra.formulas.params import shapes
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.formulas.tensor import boxes, tensor_sent
 from nanoinfra.formulas.wire import ring_seconds
-from nanoinfra.lab.cuts import GPT2, cliff, cut_map, kept_bars, paced, step_of
-from nanoinfra.lab.mutants import collect
+from nanoinfra.lab.mutants import collect_lesson_mutants
 
 CONFIG = ModelConfig(61, 24, 2, 4, 4, 6, 40, 16, family="gpt2")
 HINTS = {
@@ -52,7 +52,7 @@ HINTS = {
     "takes 1 off in another column": "1 taken off in my first column for targets of other ranks",
     "sends row by row": "in 8 calls, want 144 in 3",
 }
-MUTANTS = {mutant.name: mutant for mutant in collect(file="l07_tensor")}
+MUTANTS = {mutant.name: mutant for mutant in collect_lesson_mutants("07")}
 
 
 @pytest.mark.parametrize("name", HINTS)

@@ -3,10 +3,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.lab.checks import l15_kv_cache as check
+from lessons.l15_kv_cache import checks as check
+from nanoinfra.lab.course import clone_folder
 from nanoinfra.lab.exercise import extract, load, sections
-from nanoinfra.lab.mutants import collect
-from nanoinfra.lab.where import project
+from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.model.attention import naive
 from nanoinfra.serve.generate import generate
 
@@ -50,7 +50,7 @@ HINTS = {
     "keeps room for the last token": "asks for caches of [12] tokens, want one of 11: the last token goes in",
     "takes memory for the context": "asks for caches of [32] tokens, want one of 11",
 }
-MUTANTS = {mutant.name: mutant for mutant in collect(file="l15_kv_cache")}
+MUTANTS = {mutant.name: mutant for mutant in collect_lesson_mutants("15")}
 
 
 @pytest.mark.parametrize("name", HINTS)
@@ -106,7 +106,7 @@ def test_the_real_loop_passes_one_sequence_at_a_time():
 
 
 def test_each_exercise_stands_alone(tmp_path):
-    file, = extract(project() / "lessons" / "15_kv_cache.py", tmp_path)
+    file, = extract(clone_folder() / "lessons" / "l15_kv_cache" / "lesson.py", tmp_path)
     for name, cell in sections(file.read_text()).items():
         (tmp_path / "alone.py").write_text(cell)
         assert callable(getattr(load(tmp_path / "alone.py"), name))

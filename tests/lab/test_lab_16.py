@@ -53,7 +53,7 @@ def test_nobody_waits_for_a_page_be_blocks_as_large_again():
 
 
 def test_the_numbers_of_the_handout():
-    lab, text = run.find("16"), (ROOT / "lessons" / "labs" / "16.md").read_text()
+    lab, text = run.find("16"), (ROOT / "lessons" / "l16_paging" / "handout.md").read_text()
     for n in (1, 2, 4, 8):
         want = {key.removeprefix("L16.lab_"): value for key, value in lab.expect(n, "nano").items()}
         for key, value in want.items():

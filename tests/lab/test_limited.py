@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nanoinfra.lab.limited import Ended, Limited, Limits
+from nanoinfra.lab.grading.limited_process import Ended, Limited, Limits
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks for /proc and for a subreaper")
 BEGIN = """

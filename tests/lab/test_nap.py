@@ -3,7 +3,7 @@ import time
 import torch
 from torch import nn
 
-from nanoinfra.lab.nap import emulate
+from nanoinfra.lab.instruments.emulated_compute import emulate
 
 
 def test_a_module_sleeps_a_sample_and_changes_no_number():

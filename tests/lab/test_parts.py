@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nanoinfra.lab.parts import counts, label, words
+from lessons.l02_ring_all_reduce.cases import counts, label, words
 
 
 def chunk(parts, n):

@@ -2,10 +2,10 @@
 import pytest
 import torch
 
+from lessons.l06_pipeline.measurements import rehearse, scheduled, train
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.activations import activation_terms
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.lab.pipes import rehearse, scheduled, train
 from nanoinfra.parallel.clock import simulate
 from nanoinfra.parallel.schedules import gpipe, one_f_one_b, schedule, zb_h1
 

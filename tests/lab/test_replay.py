@@ -6,11 +6,11 @@ from random import Random
 import pytest
 from matplotlib.colors import to_rgb
 
+from lessons.l16_paging import figures as batches
+from lessons.l16_paging.engine_runs import serve
+from lessons.l16_paging.replay import Job, Ruled, Watched, draw_trace, numbers, policies, replay
 from nanoinfra.formulas import paging
 from nanoinfra.formulas.shape import sized
-from nanoinfra.lab import batches
-from nanoinfra.lab.replay import Job, Ruled, Watched, draw_trace, numbers, policies, replay
-from nanoinfra.lab.served import serve
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.serve.blocks import Blocks
@@ -124,7 +124,7 @@ def test_the_trace_is_one_seeds_and_fits():
 
 
 def test_it_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import nanoinfra.lab.replay"
+    code = "import sys; sys.modules['torch'] = None; import lessons.l16_paging.replay"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

@@ -37,9 +37,9 @@ def measure(mesh, model, broken):
 @pytest.fixture
 def lab(course):
     """A lab of three numbers, in an otherwise empty course."""
-    folder = course / "lessons" / "labs"
+    folder = course / "lessons" / "l77_toy"
     folder.mkdir()
-    (folder / "77_toy.py").write_text(LAB)
+    (folder / "lab.py").write_text(LAB)
     return course / "work" / "lab77.json"
 
 
@@ -90,7 +90,7 @@ def test_a_break_is_held_against_the_formula_and_must_be_exposed(lab, capsys):
 
 
 def test_a_count_that_is_not_the_formulas_fails(lab, capsys):
-    file = lab.parents[1] / "lessons" / "labs" / "77_toy.py"
+    file = lab.parents[1] / "lessons" / "l77_toy" / "lab.py"
     file.write_text(file.read_text().replace("10 * n", "9 * n"))
     assert run.main(["77"]) == 1
     assert "The code is wrong, not you: L77.bytes" in capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_check_says_what_is_missing_and_runs_nothing(lab, capsys):
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["76"], "there is no lab '76', but 06, 07, 08, 10, 16, 77 in lessons/labs"),
+    (["76"], "there is no lab '76', but 77 in lessons; run this"),
     (["77", "--break", "x"], "lab 77 knows no break 'x'; there are doubled, harmless"),
     (["77", "--model", "huge"], "lab 77 knows no model 'huge'; there are nano, test"),
     (["77", "--nproc", "0"], "--nproc 0 is too small; give at least 1"),

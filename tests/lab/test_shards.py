@@ -1,11 +1,11 @@
 """What the lesson on ZeRO counts and times is what the formulas say; a picture shows what it was given."""
 import pytest
 
+from lessons.l08_zero.figures import held_bars, shard_map, stack_timeline
+from lessons.l08_zero.measurements import KINDS, exposed, held_and_sent, stack_step
 from nanoinfra.formulas.shape import sized
 from nanoinfra.formulas.wire import ring_seconds
 from nanoinfra.formulas.zero import zero_bytes, zero_payload
-from nanoinfra.lab.maps import held_bars, shard_map, stack_timeline
-from nanoinfra.lab.shards import KINDS, exposed, held_and_sent, stack_step
 from nanoinfra.parallel.zero import Zero
 
 CONFIG = sized("test", tied=False, vocab=259)                      # 259 rows leave a remainder on two ranks

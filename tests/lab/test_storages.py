@@ -11,7 +11,7 @@ from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas.activations import activation_bytes
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import sized
-from nanoinfra.lab.storages import Storages
+from nanoinfra.lab.instruments.live_tensors import Storages
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.train.loss import cross_entropy
 from nanoinfra.train.optim import Optimizer

@@ -1,4 +1,4 @@
-from nanoinfra.lab.table import Grid
+from nanoinfra.lab.display_table import Grid
 
 
 def test_a_grid_shows_itself_in_both_worlds():

@@ -1,6 +1,6 @@
 import torch
 
-from nanoinfra.lab.text import VOCAB, batch, text
+from lessons.l01_memory.text_batches import VOCAB, batch, text
 
 
 def test_targets_are_the_next_bytes_and_a_batch_is_its_seeds():

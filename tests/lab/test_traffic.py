@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nanoinfra.lab.traffic import Traffic
+from nanoinfra.lab.instruments.tensor_reads import Traffic
 
 
 @pytest.mark.parametrize("run, want", [

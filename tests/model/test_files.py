@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from nanoinfra.lab.mutants import collect
+from nanoinfra.lab.mutants import collect_library_mutants
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.files import LARGEST, read_json
 from nanoinfra.model.hf import INDEX, SINGLE, load_hf, save_hf
@@ -86,7 +86,7 @@ def test_what_is_broken_is_named_in_a_line(tmp_path, folder, how, message):
 
 @pytest.mark.prove
 def test_the_library_passes_the_checks_that_its_mutants_fail():
-    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in collect(file="folders")}
+    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in collect_library_mutants("folders")}
     for check, subject in subjects.values():
         assert check.report(subject).exit_code == 0
 

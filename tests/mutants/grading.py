@@ -8,9 +8,10 @@ from unittest import mock
 
 import psutil
 
-from nanoinfra.lab import check, grade, judge
+from nanoinfra.lab import check
 from nanoinfra.lab.check import Blocked, Check, Verdict, Wrong
-from nanoinfra.lab.limited import Limited, Limits
+from nanoinfra.lab.grading import grade, judge
+from nanoinfra.lab.grading.limited_process import Limited, Limits
 from nanoinfra.lab.mutants import Mutant, patched
 from tests.lab.judging import BEGIN, PASS
 
@@ -207,7 +208,7 @@ POINT, NEXT = (c.name for c in grading.criteria)
 HANGS, MEMORY, SHARED, PRINTED, SECRET = (c.name for c in limiting.criteria)
 PATCHED, LEAVES = (c.name for c in judging.criteria)
 (STAYS,) = (c.name for c in ending.criteria)
-GRADE, LIMITED = "nanoinfra.lab.grade", "nanoinfra.lab.limited"
+GRADE, LIMITED = "nanoinfra.lab.grading.grade", "nanoinfra.lab.grading.limited_process"
 VARIANTS = {
     "a line without the nonce is a verdict": (grading, f"{GRADE}:_answer", without_nonce, POINT),
     "a verdict on anything is one": (grading, f"{GRADE}:_verdict", of_any_name, POINT),
@@ -226,7 +227,7 @@ MUTANTS = [
       for name, (each, target, wrong, rejected_by) in VARIANTS.items()
       if LINUX or rejected_by not in (SHARED, STAYS)),
     Mutant("the checker's own judge, as it is by then", judging,
-           patched(in_place, "nanoinfra.lab.judge:FunctionType", as_it_is), PATCHED),
+           patched(in_place, "nanoinfra.lab.grading.judge:FunctionType", as_it_is), PATCHED),
     Mutant("an exit passes through", judging,
            patched(in_place, "nanoinfra.lab.check:judge", all_but_exits), LEAVES),
 ]

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import torch
 
+from lessons.l06_pipeline import measurements as pipes
 from nanoinfra.data.source import IGNORE
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.lab import pipes
 from nanoinfra.lab.check import Check, Wrong, ranks
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.parallel import schedules
@@ -228,5 +228,6 @@ MUTANTS = [
            patched(step, CHUNKS, CountsBothEnds), NORM),
     Mutant("every message sent twice", pipeline, patched(step, COMM, TWICE), SENT),
     Mutant("a serial pipeline, timed", overlap, serially, BUSY),
-    Mutant("stages in step", overlap, patched(pipes.rehearse, "nanoinfra.lab.pipes:execute", in_step), BUSY),
+    Mutant("stages in step", overlap,
+           patched(pipes.rehearse, "lessons.l06_pipeline.measurements:execute", in_step), BUSY),
 ]

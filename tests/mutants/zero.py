@@ -12,9 +12,9 @@ from nanoinfra.dist.reducer import Reducer
 from nanoinfra.formulas import zero as formulas
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab.check import Check, Wrong, ranks
+from nanoinfra.lab.compare_tensors import same
+from nanoinfra.lab.instruments.live_tensors import Storages
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.lab.same import same
-from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel import zero as module

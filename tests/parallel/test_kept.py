@@ -4,7 +4,7 @@ import torch
 
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas.activations import activation_terms, end_terms
-from nanoinfra.lab.kept import Kept
+from nanoinfra.lab.instruments.saved_tensors import Kept
 from nanoinfra.parallel.compose import Plan
 from tests.parallel.test_megatron import config
 from tests.parallel.test_tensor import composed

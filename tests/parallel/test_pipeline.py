@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lessons.l06_pipeline.figures import measured
+from lessons.l06_pipeline.measurements import rehearse
 from nanoinfra.data.source import IGNORE
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.params import shapes
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.lab.gantt import measured
-from nanoinfra.lab.pipes import rehearse
 from nanoinfra.model.fill import empty
 from nanoinfra.parallel.clock import simulate
 from nanoinfra.parallel.pipeline import cut

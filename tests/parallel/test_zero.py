@@ -15,7 +15,7 @@ from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas import zero as formulas
 from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.formulas.wire import ring_seconds
-from nanoinfra.lab.storages import Storages
+from nanoinfra.lab.instruments.live_tensors import Storages
 from nanoinfra.memory import recompute
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.lab.mutants import collect
+from nanoinfra.lab.mutants import collect_library_mutants
 from nanoinfra.serve import worker as module
 from nanoinfra.serve.counters import Counters
 from nanoinfra.serve.errors import Refused
@@ -104,7 +104,7 @@ def _answered(client):
 
 @pytest.mark.prove
 def test_the_library_passes_the_checks_that_its_mutants_fail():
-    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in collect(file="life*")}
+    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in collect_library_mutants("life*")}
     for check, subject in subjects.values():
         assert check.report(subject).exit_code == 0
 

@@ -12,7 +12,7 @@ from nanoinfra.cli import main
 from nanoinfra.data.source import Random
 from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.dist.mesh import Mesh
-from nanoinfra.lab.storages import Storages
+from nanoinfra.lab.instruments.live_tensors import Storages
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.files import read_json
 from nanoinfra.model.fill import Weights

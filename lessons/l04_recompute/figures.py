@@ -1,0 +1,20 @@
+"""The picture of lesson 04: the tensors that autograd saves in a layer, one by one."""
+from collections.abc import Sequence
+
+import torch
+
+from nanoinfra.lab.draw import BLUE, GREEN, ORANGE, Picture, canvas
+
+
+def each(tensors: Sequence[torch.Tensor], names: Sequence[str], seq: int, title: str) -> Picture:
+    """A bar a tensor, the first in green, (seq, seq) in orange; ValueError unless each has a name."""
+    picture, axes = canvas(8.6, 1 + 0.29 * len(tensors), title)
+    labels = [f"{name}  {tuple(tensor.shape)}" for name, tensor in zip(names, tensors, strict=True)]
+    for row, tensor in enumerate(tensors):
+        colour = ORANGE if tensor.shape[-2:] == (seq, seq) else BLUE
+        axes.barh(row, tensor.nbytes / 1e3, 0.72, color=colour if row else GREEN)
+        axes.text(tensor.nbytes / 1e3, row, f" {tensor.nbytes:,} B", va="center", fontsize=9)
+    axes.set_yticks(range(len(tensors)), labels, fontsize=9)
+    axes.set(xlabel="kB, counted", xlim=(0, 1.15 * axes.get_xlim()[1]), ylim=(len(tensors) - 0.4, -0.6))
+    axes.grid(False, axis="y")
+    return picture

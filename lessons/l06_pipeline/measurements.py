@@ -1,0 +1,160 @@
+"""Pipelines, run inside each rank: one that sleeps where others compute, and the trainer's own.
+
+`rehearse` needs no accelerator: stages sleep for slots of time, at the same time even on two cores, and each
+message carries the slot in which it left. So the ranks themselves count how many slots they idle, exactly and
+by what was really sent, beside the seconds that it took. `train` is a step of the real decoder.
+"""
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from nanoinfra.dist import comm
+from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.lab.instruments.saved_tensors import Kept
+from nanoinfra.parallel import tensor
+from nanoinfra.parallel.clock import chunks
+from nanoinfra.parallel.pipeline import PipelineStage
+from nanoinfra.parallel.schedules import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    ReduceGrads,
+    Step,
+    mark_last,
+    with_messages,
+)
+from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
+from nanoinfra.train.replica import Replica
+from nanoinfra.train.step import execute
+
+
+def scheduled(order: Callable, p: int, m: int) -> list[list]:
+    """What each of p stages does, messages, reduction and step included, if `order(p, r, m)` computes."""
+    each = with_messages([list(order(p, r, m)) for r in range(p)], 1)
+    return [[*mark_last(stage), ReduceGrads(), Step()] for stage in each]
+
+
+class Sleeper(PipelineStage):
+    """A stage that takes `times` = (F, B, W) slots of `slot` s a micro-batch, a chunk its share of them.
+
+    `real` and `counted` fill with (computation, begin, end), in s and in slots. A computation begins in the
+    slot in which the stage is free and the message that it needs has come.
+    """
+
+    def __init__(self, mesh, times: Sequence[float], slot: float, v: int = 1, halves: bool = False):
+        super().__init__(mesh.pp, mesh.twin("pp"), v, halves=halves, device=mesh.device)
+        self.times, self.slot, self.now = [t / v for t in times], slot, 0.0
+        self.weight = nn.Parameter(torch.ones((), device=mesh.device))
+        self.real, self.counted = [], []
+
+    def enter(self, micro: int) -> torch.Tensor:
+        """The first stage's input, there from slot 0 on. It takes a gradient, as embedded tokens do."""
+        return torch.zeros(self.stream(micro), device=self.device, requires_grad=True)
+
+    def stream(self, micro: int) -> tuple[int, ...]:
+        """One number: when it left."""
+        return (1,)
+
+    def run(self, chunk: int, x: torch.Tensor, micro: int) -> torch.Tensor:
+        """Sleep; what is made carries the slot in which it was ready."""
+        y = _Sleep.apply(x, self.weight, self, micro, chunk)
+        return y.sum() if (self.axis.rank, chunk) == self.last else y
+
+    def work(self, what, slots: float, came: float) -> float:
+        """Do `what` for `slots`, not before slot `came`; the slot in which it is done."""
+        begin = time.monotonic()
+        time.sleep(slots * self.slot)
+        self.real.append((what, begin, time.monotonic()))
+        start = max(self.now, came)
+        self.now = start + slots
+        self.counted.append((what, start, self.now))
+        return self.now
+
+
+def rehearse(lists: list[list], times: Sequence[float], slot: float = 0.0, device: str = "cpu",
+             repeats: int = 1) -> list[tuple[list, list]]:
+    """On each rank: this stage's (spans in s, spans in slots) of each repeat of a schedule, one list a stage.
+
+    `lists` may leave out all but computations and messages. More ranks than stages rehearse side by side.
+    """
+    p, trials = len(lists), []
+    mesh = Mesh(pp=p, dp=world_size() // p, device=device)
+    order = [what for what in lists[mesh.pp.rank] if not isinstance(what, (ReduceGrads, Step))]
+    halves = any(isinstance(what, BackwardInput) for what in order)
+    for _ in range(repeats):
+        stage = Sleeper(mesh, times, slot, chunks(lists), halves)
+        comm.barrier(mesh.pp)
+        execute(order, stage)
+        stage.settle()
+        trials.append((stage.real, stage.counted))
+    return trials
+
+
+def train(config: ModelConfig, kind: str, p: int, v: int, batches: list, dtype: str = "float64",
+          device: str = "cpu", lists: list[list] | None = None, repeats: int = 1) -> dict:
+    """On each rank, of steps of the trainer's own stage, after one that warms up: a dict of
+
+    loss (this rank's part), grads {name: tensor}, spans, rows (the ledger's), kept: the most bytes that its
+    layers kept at a time; all of the last step. seconds: [of each]. `batches`: [(x, y)], (B, T) each. `lists`
+    replace the schedule of that kind. The optimizer does not step.
+    """
+    mesh = Mesh(pp=p, dp=world_size() // p, device=device)
+    flags = TrainFlags(ModelFlags(dtype=dtype), mesh=MeshFlags(pp=p), pipeline=PipelineFlags(kind, v))
+    replica = Replica(config, flags, mesh)
+    order = (lists[mesh.pp.rank] if lists else replica.schedule(len(batches)))[:-1]      # all but the step
+    _, *steps = [_step(mesh, replica, order, batches) for _ in range(1 + repeats)]
+    return {"loss": replica.loss.item(), "grads": {name: g.cpu() for name, g in replica.grads.items()},
+            **steps[-1], "seconds": [step["seconds"] for step in steps]}
+
+
+def _step(mesh, replica, order, batches):
+    """Gradients of one step, and what was seen meanwhile."""
+    replica.begin(batches, sum(y.numel() for _, y in batches) * mesh.data.size)
+    kept = _Kept(parameter for chunk in replica.parallel.each for parameter in chunk.model.parameters())
+    hooks = [hook for chunk in replica.parallel.each for hook in _keeping(chunk.model.blocks, kept)]
+    comm.barrier(mesh.pp)
+    mesh.ledger.take()
+    begin = time.monotonic()
+    spans = execute(order, replica)
+    if mesh.device == "cuda":
+        torch.cuda.synchronize()
+    rows = mesh.ledger.take()
+    comm.barrier(mesh.pp)
+    seconds = time.monotonic() - begin
+    for hook in hooks:
+        hook.remove()
+    return {"spans": spans, "rows": rows, "kept": kept.peak, "seconds": seconds}
+
+
+def _keeping(blocks, kept):
+    """While a block runs, `kept` sees what it keeps: not the embedding's, nor the loss's."""
+    for block in blocks:
+        yield block.register_forward_pre_hook(lambda *_: kept.__enter__() and None)
+        yield block.register_forward_hook(lambda *_: kept.__exit__(None, None, None))
+
+
+class _Kept(Kept):
+    """Two halves of a backward never run some nodes a last time: what such a one made must not hold it."""
+
+    def _keep(self, tensor):
+        return super()._keep(tensor.detach())
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, stage, micro, chunk):
+        ctx.of = stage, micro, chunk
+        return torch.full_like(x, stage.work(Forward(micro, chunk), stage.times[0], x.item()))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (stage, micro, chunk), (into, weights, *_) = ctx.of, tensor.needed(ctx)
+        kind = Backward if into and weights else BackwardInput if into else BackwardWeight
+        came = 0.0 if (stage.axis.rank, chunk) == stage.last else grad.item()
+        slots = stage.times[1] * into + stage.times[2] * weights
+        done = stage.work(kind(micro, chunk), slots, came)
+        return torch.full_like(grad, done), grad.sum(), None, None, None

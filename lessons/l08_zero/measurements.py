@@ -1,0 +1,119 @@
+"""What ranks hold, send and wait for when a model is cut over them: counted or timed inside each.
+
+`held_and_sent` takes a step of a decoder in mixed precision (bfloat16 weights and gradients) at a stage of
+ZeRO, or of data parallelism; `stack_step` one of a stack of layers that sleep for as long as an accelerator
+would compute, on an emulated wire.
+"""
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from nanoinfra.dist import comm
+from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.lab.instruments.emulated_compute import emulate
+from nanoinfra.lab.instruments.live_tensors import Storages
+from nanoinfra.lab.measure import Measurement, median
+from nanoinfra.model.decoder import Decoder
+from nanoinfra.parallel.compose import units
+from nanoinfra.parallel.data import DataParallel
+from nanoinfra.parallel.vocabulary import HeadLoss
+from nanoinfra.parallel.zero import Zero
+from nanoinfra.train.optim import Optimizer
+
+KINDS = ("weights", "gradients", "masters", "moments")
+
+
+def held_and_sent(config: ModelConfig, stage: int, n: int, micro_batches: int = 2,
+                  bucket_bytes: int = 1 << 14) -> tuple[dict[str, int], int, list]:
+    """On one of n ranks, in a step: {kind: most bytes kept}, the most alive at any moment, the ledger's rows.
+
+    Kept: after each backward, and when the optimizer is done. What was alive besides is activations, and
+    buckets and units on their way. Stage 0 is data parallelism.
+    """
+    mesh, a = Mesh(dp=n, pp=world_size() // n), micro_batches
+    x, y = torch.zeros(2, 1, 8, dtype=torch.long)
+    with Storages() as storages:
+        net, last, shared = _cut(config, mesh, stage, bucket_bytes)
+        optimizer = Optimizer(shared.shards)
+        storages.watch(nn.ModuleList([net, last]), mesh.ledger)
+        mesh.ledger.take()
+        looks = [kept(net, shared, optimizer)]                     # moments, from the first step on
+        shared.begin_step()
+        for i in range(a):
+            loss = last(net.hidden(x), y, 8 * n * a)
+            shared.before_backward(last=i == a - 1)
+            loss.backward()
+            looks.append(kept(net, shared, optimizer))
+        optimizer.step(shared.finish(), lr=1e-3)
+        shared.publish()
+        looks.append(kept(net, shared, optimizer))
+    rows = [row for row in mesh.ledger.take() if row.tag in ("grads", "weights")]
+    return dict(zip(KINDS, map(max, *looks))), storages.peak, rows
+
+
+def _cut(config, mesh, stage, bucket_bytes):
+    net = Decoder(config)
+    last = HeadLoss(net.head)
+    if stage == 0:
+        return net, last, DataParallel(net.bfloat16(), mesh.data, "overlap", bucket_bytes)
+    return net, last, Zero(net, mesh.data, stage, units(net, last), torch.bfloat16, torch.bfloat16,
+                           bucket_bytes)
+
+
+def kept(net: nn.Module, shared: DataParallel | Zero, optimizer: Optimizer) -> list[int]:
+    """Bytes of each of KINDS on this rank now; a freed parameter has none."""
+    reducer = getattr(shared, "reducer", shared)
+    filling = [bucket.flat for bucket in reducer.buckets if bucket.flat is not None]
+    rows = reducer.grads.values() if isinstance(shared, Zero) else ()             # of what has arrived
+    moments = [m for name, m in optimizer.state().items() if name.startswith("exp_avg")]
+    weights = {s.data_ptr(): s.nbytes() for s in (p.untyped_storage() for p in net.parameters())}
+    return [sum(weights.values()),
+            *(sum(t.nbytes for t in ts) for ts in ([*filling, *rows], optimizer.masters.values(), moments))]
+
+
+def stack_step(cut: Callable, layers: int, width: int, seconds: float, wire: tuple[float, float],
+               repeats: int = 3) -> list[tuple[list, list]]:
+    """On each rank, for each repeat: when each layer was made whole and freed, in turns; the ledger's rows.
+
+    The layers are matrices (width, width) that take `seconds` of backward and half of that of forward.
+    `cut(net, axis)` makes them come and go, and returns what to call before and after forward and backward.
+    """
+    mesh, trials = Mesh(dp=world_size(), wire={"dp": wire}), []
+    net = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    emulate(net, seconds)
+    begin, finish = cut(net, mesh.data)
+    times = [_clock(layer) for layer in net]
+    for _ in range(repeats):
+        begin()
+        comm.barrier(mesh.data)
+        mesh.ledger.take()
+        net(torch.ones(1, width)).sum().backward()
+        finish()
+        trials.append(([list(of) for of in times], mesh.ledger.take()))
+        for of in times:
+            of.clear()
+    return trials
+
+
+def _clock(layer):
+    """A list of the moments when the hooks that `layer` has already are done."""
+    times = []
+
+    def now(*_):
+        times.append(time.monotonic())
+
+    def leaves(_, __, output):
+        now()
+        output.register_hook(now)
+    layer.register_forward_pre_hook(now)
+    layer.register_forward_hook(leaves)
+    layer.weight.register_post_accumulate_grad_hook(now)
+    return times
+
+
+def exposed(results: Sequence) -> Measurement:
+    """The wait of the rank that waits least: the last to come waits for the wire alone, others for it too."""
+    return median([min(sum(row.wait_s for row in rows) for _, rows in each) for each in zip(*results)])

@@ -1,0 +1,123 @@
+"""Three dimensions, run and drawn: what the trainer's own step sends on each axis, and where its axes lie.
+
+`step_of` and `paced` run inside each rank, on the real stage of the trainer (train/replica.py); what they
+return is compared with one rank's by `largest_error`, the design's measure of parity. The pictures are of
+coordinates and of counted bytes; an axis is as wide as what it carries. Predicted is a line.
+"""
+import time
+from collections.abc import Callable, Sequence
+from math import prod
+
+from nanoinfra.dist import comm
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.lab import draw
+from nanoinfra.lab.instruments.emulated_compute import emulate
+from nanoinfra.lab.instruments.gradient_parity import mesh_of, stage_of, valid
+from nanoinfra.lab.predict import quantity
+from nanoinfra.parallel.schedules import ReduceGrads
+from nanoinfra.train.config import TrainFlags
+from nanoinfra.train.step import execute
+
+COLOURS = {"tp": draw.BLUE, "pp": draw.ORANGE, "dp": draw.GREEN}
+WAYS = {"pp": (1.5, 0.0), "dp": (0.55, 0.5), "tp": (0.0, 1.0)}       # of an axis on paper, a place on it
+BETWEEN = (0, (1.2, 0.4))                                            # dashes of a line between nodes
+
+
+def paced(config: ModelConfig, flags: TrainFlags, seq: int, wire: dict[str, tuple[float, float]],
+          seconds: float, repeats: int) -> list[float]:
+    """On each rank: seconds of a step until gradients are summed, in each repeat, on an emulated wire.
+
+    A layer sleeps `seconds` forward for a micro-batch and twice that back, as an accelerator would compute.
+    """
+    mesh, trials = mesh_of(flags, wire), []
+    replica, batches = stage_of(config, flags, mesh, seq)
+    emulate(replica.parallel.each[0].model.blocks, 2 * seconds / flags.data.micro_batch)
+    order = replica.schedule(len(batches))
+    for _ in range(repeats + 1):
+        comm.barrier(mesh.world)
+        begin = time.monotonic()
+        replica.begin(batches, valid(flags.data.global_batch, seq))
+        execute(order[:order.index(ReduceGrads()) + 1], replica)
+        trials.append(time.monotonic() - begin)
+    return trials[1:]                                                    # the first one warms up
+
+
+def bytes_by_axis(rows: Sequence) -> dict[str, int]:
+    """{axis: payload bytes} of a rank's rows; a message counts where it is sent, the tied weight apart."""
+    found = {"tp": 0, "pp": 0, "dp": 0, "tied": 0}
+    for row in rows:
+        key = row.tag if row.tag == "tied" else {"data": "dp"}.get(row.axis, row.axis)
+        found[key] += row.payload * (row.op != "recv")
+    return found
+
+
+def cubes(panels: dict[str, tuple[Callable, int, dict[str, float]]], sizes: dict[str, int],
+          title: str) -> draw.Picture:
+    """{label: (rank -> {axis: place}, ranks of a node, {axis: bytes a rank sends on it})}, side by side.
+
+    A dot is a rank, in the colour of its node; a line is as wide as what travels on it, red between nodes.
+    """
+    right, top = _spot({axis: n - 1 for axis, n in sizes.items()})
+    wide, below = right + 1.35, 0.75 + 0.2 * max(label.count("\n") + 1 for label in panels)
+    picture, axes = draw.canvas(max(5.2, wide * len(panels)), top + below + 0.9, title)
+    for i, (label, (where, node, sent)) in enumerate(panels.items()):
+        at = {rank: where(rank) for rank in range(prod(sizes.values()))}
+        _lines(axes, wide * i, at, node, sent)
+        for rank, place in at.items():
+            x, y = _spot(place, wide * i)
+            axes.plot(x, y, "o", markersize=23, color=draw.COLOURS[::-1][rank // node % 6],
+                      markeredgecolor="white", markeredgewidth=2, zorder=2)
+            axes.text(x, y, str(rank), color="white", ha="center", va="center", weight="bold", zorder=3)
+        axes.text(wide * i - 0.2, -0.35, label, va="top", fontsize=10.5)
+    for axis in (axis for axis, n in sizes.items() if n > 1):
+        axes.plot([], [], color=COLOURS[axis], linewidth=5, label=axis)
+    axes.plot([], [], color=draw.RED, linewidth=5, linestyle=BETWEEN, label="leaves its node")
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, -0.03), ncols=4, fontsize=10, frameon=False)
+    axes.set(xlim=(-0.4, wide * len(panels) - 0.9), ylim=(-below, top + 0.3), aspect="equal", anchor="W")
+    axes.axis("off")
+    return picture
+
+
+def _lines(axes, left, at, node, sent):
+    """Between ranks that differ by one place on one axis."""
+    for axis, a, b in ((axis, a, b) for axis in COLOURS for a in at for b in at if _next(at[a], at[b], axis)):
+        away = a // node != b // node
+        axes.plot(*zip(_spot(at[a], left), _spot(at[b], left)), color=draw.RED if away else COLOURS[axis],
+                  linewidth=1.5 + 9 * sent.get(axis, 0) / max([*sent.values(), 1]), zorder=1, alpha=0.75,
+                  solid_capstyle="butt", linestyle=BETWEEN if away else "-")
+
+
+def axis_bars(rows: dict[str, dict[str, float]], predicted: dict[str, float], title: str, unit: str,
+              xlabel: str) -> draw.Picture:
+    """A bar a row, of its axes' numbers; where `predicted` has the row a black line."""
+    picture, axes = draw.canvas(8.8, 1.4 + 0.5 * len(rows), title)
+    most = max(sum(parts.values()) for parts in rows.values())
+    for y, (label, parts) in enumerate(rows.items()):
+        left = 0.0
+        for axis, value in parts.items():
+            axes.barh(y, value, 0.62, left, color=COLOURS.get(axis, draw.GREY), edgecolor="white")
+            left += value
+        if label in predicted:
+            axes.plot([predicted[label]] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2)
+        axes.text(max(left, predicted.get(label, 0)), y, "  " + quantity(left, unit), va="center",
+                  fontsize=10)
+    for axis in dict.fromkeys(axis for parts in rows.values() for axis in parts):
+        axes.barh(0, 0, color=COLOURS.get(axis, draw.GREY), label=axis)
+    if predicted:
+        axes.plot([], [], color="black", label="predicted")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set(xlabel=xlabel, xlim=(0, 1.18 * most))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=10, frameon=False)
+    return picture
+
+
+def _spot(place, left=0.0):
+    x, y = (sum(WAYS[axis][k] * n for axis, n in place.items()) for k in (0, 1))
+    return left + x, y
+
+
+def _next(a, b, axis):
+    """Is b one further on `axis`, and otherwise at a's place?"""
+    return b == a | {axis: a[axis] + 1}

@@ -1,0 +1,128 @@
+"""Calls of a decoder over a student's cache, T new tokens of B sequences, which then have S: what they cost.
+
+`counts` needs no numbers, only shapes; `rate` takes the time; `roof` draws calls as the roofline has them
+(Williams et al. 2009): FLOP/s against FLOPs a byte, under min(bandwidth x, peak).
+"""
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lessons.l15_kv_cache.exercise_cache import Cache
+from nanoinfra.formulas.decoding import call_flops, intensity
+from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.lab import draw
+from nanoinfra.lab.instruments.tensor_reads import Traffic
+from nanoinfra.lab.measure import Measurement, median, timed
+from nanoinfra.model.attention import hidden_keys
+from nanoinfra.model.decoder import Decoder
+
+
+def bandwidths(nbytes: int) -> dict[str, float]:
+    """B/s of reading a large tensor in three ways, the best of several runs each."""
+    x, column = torch.ones(nbytes // 4096, 1024), torch.ones(1024)
+    ways = {"sum": x.sum, "dot with itself": lambda: x.flatten() @ x.flatten(), "matrix times vector":
+            lambda: x @ column}
+    return {way: x.nbytes / _best(run) for way, run in ways.items()}
+
+
+def arithmetic(n: int = 1024) -> float:
+    """FLOP/s of a product of n x n matrices, the best of several runs."""
+    x = torch.randn(n, n)
+    return 2 * n**3 / _best(lambda: x @ x)
+
+
+def _best(run):
+    return min(timed(run, 1).value for _ in range(7))
+
+
+def counts(config: ModelConfig, attend: Callable, B: int, T: int, S: int) -> tuple[int, Counter]:
+    """(FLOPs, {"weights", "cache": bytes read}) of a call, on the meta device; the head reads last rows."""
+    with torch.device("meta"):
+        model, cache = Decoder(config), Cache(attend, config, B, S)
+        traffic = Traffic(weights=model.parameters(), cache=[cache.memory])
+        with FlopCounterMode(display=False) as counter, traffic:
+            _call(model, cache, B, T, S)
+    return counter.get_total_flops(), traffic.read
+
+
+def rate(model: Decoder, attend: Callable, B: int, T: int, S: int, repeats: int) -> Measurement:
+    """Tokens/s of such calls, timed; each writes its tokens anew behind the same S - T."""
+    cache = Cache(attend, model.config, B, S)
+    cache.memory.fill_(0.1)
+    marks = [_call(model, cache, B, T, S) and time.perf_counter() for _ in range(1 + repeats)]
+    return median([B * T / (end - begin) for begin, end in pairwise(marks)], "tokens/s")
+
+
+@torch.no_grad()
+def _call(model, cache, B, T, S):
+    cache.length = S - T
+    hidden = model.hidden(torch.zeros(B, T, dtype=torch.long), torch.arange(S - T, S), cache)
+    model.head(hidden[:, -1]).argmax(-1)
+    return True
+
+
+def seen(calls: dict[str, tuple[int, int]], title: str) -> draw.Picture:
+    """{name: (T, S)}: a row for each of T new tokens, a column for each of S keys, side by side."""
+    picture, axes = draw.canvas(8.8, 1.9 + 0.23 * max(T for T, _ in calls.values()), title)
+    kinds = {"key was kept": draw.SKY, "key is new": draw.BLUE, "key is later, not seen": "#e8e8e8"}
+    left = 0
+    for name, (T, S) in calls.items():
+        hidden = hidden_keys(T, S, torch.device("cpu")).tolist()
+        for t in range(T):
+            for s in range(S):
+                kind = [*kinds][2 if hidden[t][s] else int(s >= S - T)]
+                axes.barh(t, 1, 1, left + s, color=kinds[kind], edgecolor="white", linewidth=1.5)
+        axes.text(left + S / 2, -0.8, f"{name}\nT = {T}, S = {S}", ha="center", va="bottom", fontsize=11)
+        left += S + 2
+    for kind, colour in kinds.items():
+        axes.barh(0, 0, color=colour, label=kind)
+    axes.set(xlim=(-0.5, left - 1.5), ylim=(max(T for T, _ in calls.values()) - 0.4, -2.4), aspect="equal")
+    axes.axis("off")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3, fontsize=10, frameon=False)
+    return picture
+
+
+def batches(lines: dict[str, tuple], dots: dict[str, tuple], even: float, title: str) -> draw.Picture:
+    """Tokens/s over the batch: ceilings as {label: (batches, tokens/s)}, the last one dashed, and calls.
+
+    A line stands at `even`, the batch from which on a cache is larger than the weights.
+    """
+    *_, dashed = lines
+    picture = draw.curves(lines, dots, "sequences in the batch", "tokens/s", title, dashed=[dashed])
+    return _beside(draw.mark(picture, even, f"MHA: cache = weights at {even:.3g}"))
+
+
+def roof(calls: dict[str, list[tuple]], dtype_bytes: int, bandwidth: float, peak: float,
+         title: str) -> draw.Picture:
+    """{label: [(config, B, T, S, tokens/s)]} under the roof, each dot with its B; at most five labels."""
+    dots = {label: [_place(call, dtype_bytes) for call in each] for label, each in calls.items()}
+    edge, reach = peak / bandwidth, [x for each in dots.values() for x, _ in each]
+    xs = [min(reach) / 2, edge, 2 * max(edge, *reach)]
+    picture = draw.curves({"the roof": (xs, [min(bandwidth * x, peak) / 1e9 for x in xs])},
+                          {label: tuple(zip(*each)) for label, each in dots.items()},
+                          "FLOPs for a byte read", "GFLOP/s", title)
+    axes = picture.figure.axes[0]
+    for i, (label, each) in enumerate(dots.items()):
+        for (x, y), (_, B, *_) in zip(each, calls[label]):
+            axes.annotate(str(B), (x, y), (-5, 6) if i % 2 else (5, -11), textcoords="offset points",
+                          fontsize=9, ha="right" if i % 2 else "left", color=draw.COLOURS[i + 1])
+    return _beside(draw.mark(picture, edge, f"the edge: {edge:.0f} FLOPs a byte"))
+
+
+def _beside(picture):
+    """The legend at the right, in the words of ceilings."""
+    axes = picture.figure.axes[0]
+    for line in axes.get_lines():
+        said = line.get_label()
+        line.set_label(said.replace(", predicted", ": at most").replace(", measured", ", timed"))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=10, frameon=False)
+    return picture
+
+
+def _place(call, dtype_bytes):
+    config, B, T, S, tokens_per_s = call
+    return intensity(config, B, T, S, dtype_bytes), call_flops(config, B, T, S) / (B * T) * tokens_per_s / 1e9

@@ -1,0 +1,367 @@
+"""Known-wrong pools and scheduling steps, each one slip away from right."""
+from functools import partial
+from math import ceil
+
+from lessons.l16_paging import checks as check
+from nanoinfra.lab.mutants import Mutant
+
+
+class Right:
+    """The right pool: what follows overrides one thing each."""
+
+    def __init__(self, n, size):
+        self.size, self.free, self.holders = size, list(range(n)), [0] * n
+
+    def take(self):
+        block = self.free.pop()
+        self.holders[block] = 1
+        return block
+
+    def share(self, block):
+        self.holders[block] += 1
+
+    def give_back(self, table):
+        for block in table:
+            if self.holders[block] < 1:
+                raise ValueError(f"nobody holds block {block}")
+            self.holders[block] -= 1
+            if not self.holders[block]:
+                self.free.append(block)
+
+    def write(self, table, i):
+        old = table[i]
+        if self.holders[old] == 1:
+            return None
+        table[i] = self.take()
+        self.give_back([old])
+        return old, table[i]
+
+
+class LeavesItAmongTheFree(Right):
+    def take(self):
+        self.holders[self.free[-1]] = 1
+        return self.free[-1]
+
+
+class CountsNoHolder(Right):
+    def take(self):
+        return self.free.pop()
+
+
+class CountsOnTop(Right):                    # of what a block had when it was given back
+    def take(self):
+        block = self.free.pop()
+        self.holders[block] += 1
+        return block
+
+    def give_back(self, table):
+        for block in table:
+            if self.holders[block] < 1:
+                raise ValueError
+            if self.holders[block] == 1:
+                self.free.append(block)
+            else:
+                self.holders[block] -= 1
+
+
+class FreesWhatOthersRead(Right):
+    def give_back(self, table):
+        for block in table:
+            if self.holders[block] < 1:
+                raise ValueError
+            self.holders[block] -= 1
+            self.free.append(block)
+
+
+class ForgetsAllHolders(Right):
+    def give_back(self, table):
+        for block in table:
+            if self.holders[block] < 1:
+                raise ValueError
+            self.holders[block] = 0
+            self.free.append(block)
+
+
+class NeverFrees(Right):
+    def give_back(self, table):
+        for block in table:
+            if self.holders[block] < 1:
+                raise ValueError
+            self.holders[block] -= 1
+
+
+class GivesBackTheFirstAlone(Right):
+    def give_back(self, table):
+        super().give_back(table[:1])
+
+
+class WritesWhereOthersRead(Right):
+    def write(self, table, i):
+        return None
+
+
+class CopiesAlways(Right):
+    def write(self, table, i):
+        old = table[i]
+        table[i] = self.take()
+        self.give_back([old])
+        return old, table[i]
+
+
+class KeepsHoldingTheOld(Right):
+    def write(self, table, i):
+        old = table[i]
+        if self.holders[old] == 1:
+            return None
+        table[i] = self.take()
+        return old, table[i]
+
+
+class CopiesTheWrongWay(Right):
+    def write(self, table, i):
+        copied = super().write(table, i)
+        return copied and copied[::-1]
+
+
+class CopiesTheWholeTable(Right):
+    def write(self, table, i):
+        copied = super().write(table, i)
+        for j in range(len(table)):
+            super().write(table, j)
+        return copied
+
+
+class GivesBackBeforeItTakes(Right):
+    def write(self, table, i):
+        old = table[i]
+        if self.holders[old] == 1:
+            return None
+        self.give_back([old])
+        table[i] = self.take()
+        return old, table[i]
+
+
+class TakesBackTwice(Right):
+    def give_back(self, table):
+        for block in table:
+            self.holders[block] = max(0, self.holders[block] - 1)
+            if not self.holders[block] and block not in self.free:
+                self.free.append(block)
+
+
+class EmptiesTheTable(Right):
+    def give_back(self, table):
+        super().give_back(table)
+        table.clear()
+
+
+class SaysValueErrorWhereNoneIsFree(Right):
+    def take(self):
+        if not self.free:
+            raise ValueError("full")
+        return super().take()
+
+
+class SharesForTwo(Right):                   # the first share counts right
+    def share(self, block):
+        self.holders[block] += 1 if self.holders[block] < 3 else 2
+
+
+def missing(sequence, count, blocks):
+    return ceil((sequence.computed + count) / blocks.size) - len(sequence.table)
+
+
+def full(*asked):
+    return missing(*asked) > len(asked[-1].free)
+
+
+def start(sequence, count, blocks, lacks=missing):
+    sequence.table += [blocks.take() for _ in range(min(lacks(sequence, count, blocks), len(blocks.free)))]
+    return sequence, sequence.computed, count
+
+
+def step(running, waiting, blocks, budget, victim=lambda running, sequence: running[-1], start=start,
+         away=lambda waiting, last: waiting.appendleft(last), spend=lambda count: count,
+         forget=lambda last: last.table.clear() or setattr(last, "computed", 0),
+         share=lambda budget, count: min(budget, count), choose=lambda waiting: 0,
+         let_in=lambda before, running: len(running) >= before,
+         still=lambda running, sequence: sequence in running, take_out=list.remove,
+         newest_first=False, new_first=False, patient=True):
+    """The right step, with a place for each slip."""
+    work, before = [], list(running)
+
+    def admit(budget):
+        while budget and waiting and let_in(len(before), running):
+            i = choose(waiting)
+            count = share(budget, len(waiting[i].tokens))
+            if missing(waiting[i], count, blocks) > len(blocks.free):
+                break
+            running.append(waiting[i])
+            del waiting[i]
+            work.append(start(running[-1], count, blocks))
+            budget -= spend(count)
+        return budget
+    budget = admit(budget) if new_first else budget
+    for sequence in reversed(before) if newest_first else before:
+        count = share(budget, len(sequence.tokens) - sequence.computed)
+        while patient and count and still(running, sequence) and full(sequence, count, blocks):
+            last = victim(running, sequence)
+            take_out(running, last)
+            blocks.give_back(last.table)
+            forget(last)
+            away(waiting, last)
+        if count > 0 and still(running, sequence) and not full(sequence, count, blocks):
+            work.append(start(sequence, count, blocks))
+            budget -= spend(count)
+    admit(budget)
+    return work
+
+
+def begins_anew(sequence, count, blocks):
+    return sequence, 0, start(sequence, count, blocks)[2]
+
+
+def takes_one_more(sequence, count, blocks):
+    return start(sequence, count, blocks, lambda *asked: missing(*asked) + 1)
+
+
+def takes_room_for_an_answer(sequence, count, blocks):
+    return start(sequence, count, blocks, lambda each, _, blocks: missing(each, len(each.tokens) + 9, blocks))
+
+
+def takes_one_too_few(sequence, count, blocks):
+    return start(sequence, count, blocks, lambda *asked: missing(*asked) - 1)
+
+
+def adds_to_computed(sequence, count, blocks):
+    entry = start(sequence, count, blocks)
+    sequence.computed += count
+    return entry
+
+
+def lets_the_first_that_fits_in(running, waiting, blocks, budget):
+    def fits(waiting):
+        return next((i for i, each in enumerate(waiting)
+                     if missing(each, min(budget, len(each.tokens)), blocks) <= len(blocks.free)), 0)
+    return step(running, waiting, blocks, budget, choose=fits)
+
+
+def returns_nothing(*args):
+    step(*args)
+
+
+def forgets_to_let_in(running, waiting, blocks, budget):
+    return step(running, waiting, blocks, budget, let_in=lambda *_: False)
+
+
+def leaves_them_in_the_queue(running, waiting, blocks, budget):
+    queue = list(waiting)
+    work = step(running, waiting, blocks, budget)
+    came = [each for each in queue if each in running]
+    for each in came:
+        running.remove(each)
+    waiting.extendleft(reversed(came))
+    return work
+
+
+def lets_nobody_in_again(running, waiting, blocks, budget):
+    def new(waiting):
+        return [i for i, each in enumerate(waiting) if not getattr(each, "came", False)]
+    work = step(running, waiting, blocks, budget, choose=lambda waiting: new(waiting)[0],
+                let_in=lambda before, running: new(waiting) and len(running) >= before)
+    for each in running:
+        each.came = True
+    return work
+
+
+def lets_in_again_a_step_late(running, waiting, blocks, budget):
+    late = bool(waiting) and getattr(waiting[0], "came", False) and not getattr(waiting[0], "late", False)
+    if late:
+        waiting[0].late = True
+    work = step(running, waiting, blocks, budget,
+                let_in=lambda before, running: not late and len(running) >= before)
+    for each in running:
+        each.came = True
+    return work
+
+
+def asks_nobody_for_room(running, waiting, blocks, budget):
+    work = []
+    for sequence in running:
+        count = min(budget, len(sequence.tokens) - sequence.computed)
+        sequence.table += [blocks.take() for _ in range(missing(sequence, count, blocks))]
+        work.append((sequence, sequence.computed, count))
+        budget -= count
+    return work
+
+
+def sends_others_away_for_who_waits(running, waiting, blocks, budget):
+    ran = len(running)
+    work = step(running, waiting, blocks, budget)
+    if waiting and len(running) == ran > 1 and sum(count for *_, count in work) < budget:
+        new, last = waiting.popleft(), running.pop()
+        blocks.give_back(last.table)
+        last.table, last.computed = [], 0
+        running.append(new)
+        waiting.appendleft(last)
+    return work
+
+
+def puts_new_ones_at_the_front(running, waiting, blocks, budget):
+    before = list(running)
+    work = step(running, waiting, blocks, budget)
+    running.sort(key=lambda each: each in before)
+    return work
+
+
+spends_nothing = partial(step, spend=lambda count: 0)
+takes_one_token_each = partial(step, share=lambda budget, count: min(budget, count, 1))
+waits_until_a_prompt_fits_whole = partial(step, share=lambda budget, count: count if count <= budget else 0)
+lets_new_ones_in_first = partial(step, new_first=True)
+lets_the_last_in_first = partial(step, choose=lambda waiting: len(waiting) - 1)
+begins_with_the_newest = partial(step, newest_first=True)
+sends_the_first_away = partial(step, victim=lambda running, sequence: running[0])
+sends_itself_away = partial(step, victim=lambda running, sequence: sequence)
+puts_who_was_sent_away_last = partial(step, away=lambda waiting, last: waiting.append(last))
+keeps_what_is_computed = partial(step, forget=lambda last: last.table.clear())
+keeps_its_table = partial(step, forget=lambda last: setattr(last, "computed", 0))
+lets_somebody_in_at_once = partial(step, let_in=lambda *_: True)
+begins_at_0 = partial(step, start=begins_anew)
+takes_a_block_too_many = partial(step, start=takes_one_more)
+reserves_the_whole_answer = partial(step, start=takes_room_for_an_answer)
+takes_a_block_too_few = partial(step, start=takes_one_too_few)
+counts_for_itself = partial(step, start=adds_to_computed)
+takes_nobody_out = partial(step, take_out=lambda *_: None)
+goes_on_with_who_was_sent_away = partial(step, still=lambda *_: True)
+skips_who_finds_no_room = partial(step, patient=False)
+
+TAKEN, FREED, OWN, NOTHING, TWICE, ORDER = (criterion.name for criterion in check.Pool.criteria)
+BUDGET, PLACES, FIRST, ALONE, LAST, REAL, TRACE = (criterion.name for criterion in check.plan.criteria)
+POOLS = {LeavesItAmongTheFree: TAKEN, FreesWhatOthersRead: FREED, CountsNoHolder: TAKEN,
+         CountsOnTop: FREED, ForgetsAllHolders: FREED, NeverFrees: FREED, GivesBackTheFirstAlone: FREED,
+         WritesWhereOthersRead: OWN, CopiesAlways: OWN, KeepsHoldingTheOld: OWN, CopiesTheWrongWay: OWN,
+         CopiesTheWholeTable: OWN,
+         GivesBackBeforeItTakes: NOTHING, TakesBackTwice: TWICE, EmptiesTheTable: TWICE,
+         SaysValueErrorWhereNoneIsFree: TAKEN, SharesForTwo: ORDER}
+PLANS = {spends_nothing: BUDGET, sends_the_first_away: LAST, begins_at_0: BUDGET,
+         leaves_them_in_the_queue: BUDGET, returns_nothing: BUDGET, takes_a_block_too_few: PLACES,
+         keeps_its_table: PLACES,
+         lets_new_ones_in_first: FIRST, lets_the_last_in_first: FIRST, begins_with_the_newest: FIRST,
+         lets_the_first_that_fits_in: FIRST, sends_itself_away: LAST, skips_who_finds_no_room: LAST,
+         puts_who_was_sent_away_last: LAST, keeps_what_is_computed: LAST, lets_somebody_in_at_once: ALONE,
+         takes_one_token_each: REAL, waits_until_a_prompt_fits_whole: BUDGET, forgets_to_let_in: REAL,
+         takes_a_block_too_many: PLACES, reserves_the_whole_answer: PLACES, lets_nobody_in_again: TRACE,
+         lets_in_again_a_step_late: TRACE, counts_for_itself: BUDGET, takes_nobody_out: BUDGET,
+         goes_on_with_who_was_sent_away: BUDGET,
+         asks_nobody_for_room: BUDGET, sends_others_away_for_who_waits: FIRST,
+         puts_new_ones_at_the_front: FIRST}
+
+
+def _words(name):
+    return "".join(f" {c.lower()}" if c.isupper() else c for c in name).strip().replace("_", " ")
+
+
+NAMES = {id(variant): _words(name) for name, variant in list(globals().items())}
+MUTANTS = [Mutant(NAMES[id(variant)], judge, variant, rejected_by)
+           for judge, variants in ((check.Pool, POOLS), (check.plan, PLANS))
+           for variant, rejected_by in variants.items()]

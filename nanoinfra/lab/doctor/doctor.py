@@ -1,0 +1,118 @@
+"""`nanoinfra doctor`: what the machine is, how fast a rank multiplies, alpha and beta of each axis.
+
+The matmul rate is the measured peak that MFU divides by (formulas/flops.py). An axis is timed with
+all-reduces, a pipeline's with messages there and back, at many sizes (dist/probe.py), and
+t = steps alpha + bytes / beta is fitted to each round (formulas/wire.py, Hockney 1994).
+"""
+import json
+from dataclasses import asdict, replace
+from statistics import median as middle
+
+import torch
+
+from nanoinfra.dist import comm
+from nanoinfra.dist.mesh import AXES, Mesh, world_size
+from nanoinfra.dist.probe import matmul_rate, wire_times
+from nanoinfra.dist.threads import use_threads
+from nanoinfra.formulas.wire import fit
+from nanoinfra.lab.display_table import Grid
+from nanoinfra.lab.doctor import machine_info as devices
+from nanoinfra.lab.doctor.doctor_flags import DoctorFlags
+from nanoinfra.lab.measure import median
+from nanoinfra.lab.predict import quantity
+from nanoinfra.train.config import parse_wire, plan_mesh
+
+DTYPES = ("float32", "bfloat16")
+
+
+def doctor(flags: DoctorFlags) -> dict:
+    """Measure on the ranks of this run; rank 0 prints, and writes --out. The same report on every rank."""
+    use_threads(flags.threads)
+    mesh = Mesh(**plan_mesh(flags.mesh, world_size()), wire=parse_wire(flags.wire), device=flags.device)
+    report = {"nanoinfra": 1, "hosts": hosts(mesh), "device": flags.device, "ranks": mesh.world.size,
+              "threads": torch.get_num_threads(),
+              "matmul": {dtype: _timed(mesh, matmul_rate(mesh, getattr(torch, dtype)), "FLOP/s")
+                         for dtype in DTYPES},
+              "wires": {name: wire(mesh, name) for name in AXES if getattr(mesh, name).size > 1}}
+    if mesh.rank == 0:
+        for grid in grids(report):
+            grid.show()
+        if flags.out:
+            flags.out.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def hosts(mesh: Mesh) -> list[dict]:
+    """Each host of the mesh once, with the ranks that run there."""
+    found = {}
+    for rank, told in enumerate(comm.gather_objects(devices.host() | {"links": devices.links()}, mesh.world)):
+        found.setdefault(told["name"], told | {"ranks": []})["ranks"].append(rank)
+    return list(found.values())
+
+
+def wire(mesh: Mesh, name: str) -> dict:
+    """Latency and bandwidth of axis `name`: medians of a fit a round, and the times these were fitted to."""
+    axis, op = getattr(mesh, name), "send" if name == "pp" else "all_reduce"
+    times = wire_times(mesh, axis, op)
+    n = axis.size if op == "all_reduce" else 2
+    fits = [fit(op, n, dict(zip(times, seconds))) for seconds in zip(*times.values())]
+    whole = fit(op, n, {size: middle(seconds) for size, seconds in times.items()})
+    return {"ranks": axis.size, "op": op, "emulated": axis.link is not None,
+            "latency": _timed(mesh, [f.latency for f in fits], "s"),
+            "bandwidth": _timed(mesh, [f.bandwidth for f in fits], "B/s"),
+            "mean_miss": whole.mean_miss, "worst_miss": whole.worst_miss,
+            "seconds": {size: _timed(mesh, seconds, "s") for size, seconds in times.items()}}
+
+
+def _timed(mesh, values, unit):
+    measured = median(values, unit)
+    if mesh.device == "cuda":
+        measured = replace(measured, machine=f"{torch.cuda.get_device_name()}, {measured.machine}")
+    return asdict(measured)
+
+
+def grids(report: dict) -> list[Grid]:
+    """The report as tables."""
+    facts = [row for host in report["hosts"] for row in _host(host)]
+    rates = [(dtype, *_cells(m, _giga)) for dtype, m in report["matmul"].items()]
+    return [Grid("Machine", ("what", "is", "kind"), facts),
+            Grid(f"Matrix products, {_who(report)}", ("dtype", "measured peak", "spread", "kind"), rates),
+            *(_wire(name, told) for name, told in report["wires"].items())]
+
+
+def _host(host):
+    n, processor = len(host["ranks"]), f"{host['processor']}, {host['cores']} cores"
+    yield f"host {host['name']}, {n} rank{'s' * (n > 1)}", processor, "said"
+    yield "memory", f"{host['memory'] / devices.GIB:.1f} GiB", "counted"
+    busy = host["load"] > host["cores"] / 2
+    yield "load, last minute", f"{host['load']:.2f}" + "; busy: times will be long" * busy, "counted"
+    for i, gpu in enumerate(host["gpus"]):
+        yield f"GPU {i}", f"{gpu['name']}, {gpu['memory'] / devices.GIB:.1f} GiB", "said"
+    if host["links"]:
+        yield "links between GPUs", ", ".join(host["links"]), "said"
+    yield "versions", ", ".join(f"{name} {v}" for name, v in host["versions"].items()), "said"
+
+
+def _who(report):
+    """Whose rate it is, in words."""
+    ranks, threads = report["ranks"], report["threads"]
+    who = f"{threads} thread{'s' * (threads > 1)}" if report["device"] == "cpu" else "a GPU"
+    return f"{who}, one of {ranks} ranks" if ranks > 1 else who
+
+
+def _wire(name, told):
+    n, op, emulated = len(told["seconds"]), told["op"].replace("_", "-"), ", emulated" * told["emulated"]
+    missed = f"{told['mean_miss']:.0%}, at worst {told['worst_miss']:.0%}"
+    return Grid(f"{name}: {told['ranks']} ranks{emulated}, {n} sizes of {op}",
+                ("fitted", "measured", "spread", "kind"),
+                [("alpha, a message's latency", *_cells(told["latency"], quantity)),
+                 ("beta, bandwidth one way", *_cells(told["bandwidth"], _giga)),
+                 ("sizes miss that line by", missed, "", "timed")])
+
+
+def _cells(m, show):
+    return show(m["value"], m["unit"]), show(m["spread"], m["unit"]), f"{m['kind']}, median of {m['n']}"
+
+
+def _giga(value, unit):
+    return f"{value / 1e9:{',.0f' if value >= 1e12 else '.3g'}} G{unit}"

@@ -1,0 +1,155 @@
+"""Grade a lesson: `python -m nanoinfra.lab.grading.grade 02 [--file work/L02.py]`.
+
+A point for each criterion met and each prediction made. Exit 0 full score, 1 something wrong, 2 blocked or
+nothing to grade. The reference solution is refused, unless `--reference` asks whether the lesson itself can
+be passed. The file runs in a process of its own, within limits; judge.py says what that holds.
+"""
+import argparse
+import json
+import secrets
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from nanoinfra.lab import check, exercise
+from nanoinfra.lab import predict as book
+from nanoinfra.lab.build import lessons_to_build
+from nanoinfra.lab.check import Check, Report, Verdict
+from nanoinfra.lab.course import display_path, lessons_folder, work_folder
+from nanoinfra.lab.grading.limited_process import Ended, Limited, Limits
+
+JUDGE = [sys.executable, "-P", "-m", "nanoinfra.lab.grading.judge"]
+PATIENT = Limits()
+MOST_BYTES = 1 << 20                                   # of a file that is handed in
+
+
+def grade(lesson: str, file: Path | str | None = None, reference: bool = False,
+          limits: Limits = PATIENT) -> int:
+    """Print score and reasons for `lesson` ("02"); returns the exit code. Predictions lie beside `file`."""
+    checks = check.lesson(lesson)
+    number = lesson.upper().removeprefix("L").zfill(2)
+    if reference:
+        with tempfile.TemporaryDirectory() as folder:
+            exercise.extract(lessons_to_build(number)[0] / "lesson.py", folder)
+            file = Path(folder) / f"L{number}.py"
+            print(f"grading {display_path(file)}")
+            return _score(judged(number, file, checks.CHECKS, limits), {})
+    file = Path(file or work_folder() / f"L{number}.py")
+    if not file.is_file():
+        raise ValueError(f"{display_path(file)} does not exist; run the exercise cells of lesson {number}'s "
+                         f"student edition (make student), or name a --file")
+    _refuse_large(file)
+    exercise.refuse_reference(file)
+    print(f"grading {display_path(file)}")
+    made = _predictions(file.parent / "numbers.json", checks.PREDICTIONS)
+    return _score(judged(number, file, checks.CHECKS, limits), made)
+
+
+def judged(lesson: str, file: Path, checks: tuple[Check, ...], limits: Limits) -> list[Report]:
+    """The report of each check on `file`. Where the process that judges has ended, another judges the next.
+
+    Which criterion is to come is known here: a line about any other is no verdict, and ends the process.
+    """
+    verdicts = {each.name: [] for each in checks}
+    while todo := _todo(checks, verdicts):
+        ask = {"lesson": lesson, "checks": [*dict(todo)], "course": str(lessons_folder().parent),
+               "file": str(file.resolve()), "shown": display_path(file), "nonce": secrets.token_hex(16)}
+        with Limited(JUDGE, ask, limits) as process:
+            try:
+                _answer(process, ask["nonce"])                                  # it has started
+                while todo:
+                    verdicts[todo[0][0]].append(_verdict(_answer(process, ask["nonce"]), *todo[0]))
+                    todo = _todo(checks, verdicts)
+            except Ended as reason:
+                name, criterion = todo[0]
+                verdicts[name].append(Verdict(criterion, "wrong", f"the judged process {reason}"))
+        _say(process.output, "       | ")
+    return [each.table(verdicts[each.name], display_path(file)) for each in checks]
+
+
+def _todo(checks, verdicts):
+    """(name of its check, criterion) of all that have no verdict yet, up to a check's first wrong one."""
+    return [(each.name, criterion) for each in checks
+            if all(verdict.state != "wrong" for verdict in verdicts[each.name])
+            for criterion in each.criteria[len(verdicts[each.name]):]]
+
+
+def _answer(process, nonce):
+    line = process.line()
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError):               # brackets without end
+        said = None
+    if not isinstance(said, dict) or said.get("nonce") != nonce:
+        raise Ended(f"wrote what is no verdict: {line[:60]!r}")
+    return said
+
+
+def _verdict(said, name, criterion):
+    state, text = said.get("state"), said.get("text")
+    asked = (said.get("check"), said.get("criterion")) == (name, criterion.name)
+    if not asked or state not in ("pass", "wrong", "blocked") or type(text) is not str:
+        raise Ended(f"gave a verdict that was not asked: {str(said)[:200]}")
+    return Verdict(criterion, state, text)
+
+
+def _predictions(file, asked):
+    """{key: is it made?} by the student's own record."""
+    try:
+        if file.exists():
+            _refuse_large(file)
+        numbers = book.read(file)
+        return {key: bool(numbers.get(key)) for key in asked}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{display_path(file)} cannot be read ({type(error).__name__}: {error}); "
+                         f"predict again, or move it away") from error
+
+
+def _refuse_large(file):
+    size = file.stat().st_size
+    if not file.is_file() or size > MOST_BYTES:
+        raise ValueError(f"{display_path(file)} is no file of at most {MOST_BYTES:,} bytes, but has "
+                         f"{size:,}; hand in what the notebook wrote")
+
+
+def _score(reports, made):
+    """Print predictions {key: made?}, verdicts and the sum; returns the exit code."""
+    for key, done in made.items():
+        print(f"  {int(done)}/1  prediction {key}{'' if done else ': not made'}")
+    for report in reports:
+        print(f"  {report.points}/{len(report.verdicts)}  {report.title.split(' of ')[0]}")
+        for verdict in report.verdicts:
+            reason = f": {verdict.text}" if verdict.text else ""
+            _say(f"{verdict.state:<8} {verdict.criterion.name}{reason}", "       ")
+    most = len(made) + sum(len(report.verdicts) for report in reports)
+    print("       the answers under Explain are for a person to read, and not in this total")
+    print(f"score {sum(made.values()) + sum(report.points for report in reports)} of {most}")
+    codes = {report.exit_code for report in reports} | ({0} if all(made.values()) else {1})
+    return 1 if 1 in codes else max(codes)
+
+
+def _say(text, margin):
+    """Print each line behind `margin`, and nothing that moves a terminal's cursor: no line of it is ours."""
+    for line in text.splitlines():
+        print(margin + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line.expandtabs()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m nanoinfra.lab.grading.grade",
+                                     description="grade a lesson")
+    parser.add_argument("lesson", help="its number, as 02")
+    parser.add_argument("--file", help="default work/L<lesson>.py")
+    parser.add_argument("--reference", action="store_true", help="grade the lesson's own solutions")
+    given = parser.parse_args(argv)
+    try:
+        return grade(given.lesson, given.file, given.reference)
+    except ValueError as mistake:
+        print(mistake, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))       # so that nothing stays
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""A program that is not trusted, with limits on time, memory and output, of which nothing stays.
+
+It answers in lines on a pipe of its own, so neither its exit code nor what it prints is an answer. On Linux
+the caller adopts what the program left behind (PR_SET_CHILD_SUBREAPER) and ends it too; elsewhere a process
+that left its family is not found. It is no jail: the program can read, write and reach what its user can.
+"""
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+DIES_WITH_ITS_PARENT, ADOPTS_ORPHANS = 1, 36           # of Linux's prctl
+LOOK = 0.25                                            # seconds between two looks at time and memory
+END_SECONDS = 30.0                                     # for killed processes to be gone
+PAUSE = 0.01                                           # seconds between two looks at them
+CROWD = 200                                            # processes and threads more than when it began
+NEEDED = {"PATH", "HOME", "LANG", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
+NEEDED_FAMILIES = ("LC_", "PYTHON", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "ATEN_", "TORCH",
+                   "TRITON_", "CUDA_", "NCCL_")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may take."""
+    seconds: float = 180.0             # to its next line
+    memory: int = 4 << 30              # bytes resident, with all that it started; shared pages count once
+    line: int = 256 << 10              # bytes of a line
+    output: int = 4 << 10              # bytes that are kept of what it prints
+    processes: int = 500               # at a time, those included that ended and nobody has waited for
+
+
+class Ended(Exception):
+    """The program gives no further line; the text says why."""
+
+
+class Limited:
+    """`command` as a running program: a context manager that ends it and all that it started.
+
+    It runs in an empty folder that is removed at the end, with an environment that holds no secrets. Its
+    stdin is one object of JSON: `ask`, and {"pipe": the number of the descriptor to write its lines to}.
+    """
+
+    def __init__(self, command: list[str], ask: dict, limits: Limits):
+        self.command, self.ask, self.limits = command, ask, limits
+        self.printed = 0                               # bytes
+        self._kept, self._answers = b"", b""
+
+    def __enter__(self):
+        self._others, self._tasks = set(psutil.Process().children()), _tasks()
+        prctl(ADOPTS_ORPHANS, 1)
+        self._folder = tempfile.TemporaryDirectory(prefix="g-", ignore_cleanup_errors=True)   # sockets: short
+        self._pipe, theirs = os.pipe()
+        self._process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            pass_fds=[theirs], cwd=self._folder.name, env=environment(self._folder.name),
+            start_new_session=True)
+        os.close(theirs)
+        self._open = [self._pipe, self._process.stdout.fileno()]
+        for descriptor in self._open:
+            os.set_blocking(descriptor, False)
+        with suppress(BrokenPipeError), self._process.stdin as stdin:      # line() says that it has ended
+            stdin.write(json.dumps(self.ask | {"pipe": theirs}).encode())
+        return self
+
+    def __exit__(self, *_):
+        try:
+            self._end()
+        finally:
+            prctl(ADOPTS_ORPHANS, 0)
+            if self._open:
+                self._read()                           # the last words
+            self._process.stdout.close()
+            os.close(self._pipe)
+            self._folder.cleanup()
+
+    def line(self) -> bytes:
+        """The next line it wrote to its pipe. Raises Ended where it is gone, or past a limit."""
+        began = looked = time.monotonic()
+        while b"\n" not in self._answers:
+            gone = self._process.poll()                # before the last read, so that nothing is missed
+            self._read()
+            if len(self._answers) > self.limits.line:
+                raise Ended(f"wrote more than {self.limits.line:,} bytes without an end of line")
+            if gone is not None and b"\n" not in self._answers:
+                raise Ended(f"ended its process {_how(gone)}")
+            if (now := time.monotonic()) - looked > LOOK:
+                looked = now
+                self._look(now - began)
+        line, _, self._answers = self._answers.partition(b"\n")
+        return line
+
+    @property
+    def output(self) -> str:
+        """The beginning of what it printed."""
+        more = f" ... ({self.printed:,} bytes in all)" if self.printed > len(self._kept) else ""
+        return self._kept.decode(errors="replace") + more
+
+    def _read(self):
+        ready, _, _ = select.select(self._open, [], [], LOOK)          # none is open: it waits
+        for descriptor in ready:
+            data = os.read(descriptor, 1 << 16)
+            if not data:
+                self._open.remove(descriptor)
+            elif descriptor == self._pipe:
+                self._answers += data
+            else:
+                self.printed += len(data)
+                self._kept += data[:self.limits.output - len(self._kept)]
+
+    def _look(self, seconds):
+        if seconds > self.limits.seconds:
+            raise Ended(f"gave no answer within {self.limits.seconds:g} s")
+        with self._standing_still():
+            if len(family := self._family()) > self.limits.processes:
+                raise Ended(f"has more than {self.limits.processes} processes")
+            for exact in (False, True):                # what is exact is slow, so only where it decides
+                used = sum(_memory(process, exact) for process in family)
+                if used <= self.limits.memory:
+                    return
+        raise Ended(f"took {used / 2**20:,.0f} MiB of memory, more than {self.limits.memory / 2**20:,.0f}")
+
+    @contextmanager
+    def _standing_still(self):
+        """Who forks on and on leaves no processor to who counts: a crowd, perhaps not its own, stops it."""
+        crowd = _tasks() - self._tasks > CROWD
+        if crowd:
+            self._signal_group(signal.SIGSTOP)
+        yield
+        if crowd:
+            self._signal_group(signal.SIGCONT)
+
+    def _family(self):
+        """The program and all that it started, orphans too; not the caller's other children."""
+        every = psutil.Process().children(recursive=True)              # one look at all processes there are
+        parents, others = {each.pid: _parent(each) for each in every}, {each.pid for each in self._others}
+
+        def is_ours(pid):
+            while pid in parents and pid not in others:
+                pid = parents[pid]
+            return pid not in others
+        return {each for each in every if is_ours(each.pid)}
+
+    def _end(self):
+        end, stopped = time.monotonic() + END_SECONDS, set()
+        self._signal_group(signal.SIGKILL)
+        while (running := self._family() - stopped) and time.monotonic() < end:
+            _signal(running, signal.SIGSTOP)           # who is stopped starts no others meanwhile,
+            stopped |= running                         # nor does a group that is signalled in one call
+        while family := self._family():
+            _signal(family, signal.SIGKILL)
+            for process in family:
+                with suppress(ChildProcessError):      # of another that is dying: it will be ours
+                    os.waitpid(process.pid, os.WNOHANG)
+            if time.monotonic() > end:
+                raise RuntimeError(f"{len(family)} processes cannot be ended, as {next(iter(family)).pid}")
+            time.sleep(PAUSE)
+        self._process.wait()
+
+    def _signal_group(self, number):
+        """Signal all that stayed in its group, in one call: it forks faster than anybody looks."""
+        if self._process.poll() is None:               # else its number may be another's by now
+            os.killpg(self._process.pid, number)
+
+
+def environment(folder: str) -> dict[str, str]:
+    """What a program needs of this process's environment; nanoinfra imports, `folder` is for files."""
+    kept = {name: value for name, value in os.environ.items()
+            if name in NEEDED or name.startswith(NEEDED_FAMILIES)}
+    paths = [str(Path(__file__).resolve().parents[3]), *kept.get("PYTHONPATH", "").split(os.pathsep)]
+    return kept | {"TMPDIR": folder, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def prctl(option: int, value: int) -> None:
+    """Set an attribute of this process on Linux; elsewhere nothing."""
+    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
+
+
+def _tasks():
+    """How many processes and threads this machine has; 0 where it does not say."""
+    path = Path("/proc/loadavg")
+    return int(path.read_text().split()[3].partition("/")[2]) if path.exists() else 0
+
+
+def _memory(process, exact):
+    try:
+        used = process.memory_full_info() if exact else process.memory_info()
+    except psutil.Error:                               # it has just ended, or is not ours to read
+        return 0
+    return getattr(used, "pss", used.rss)
+
+
+def _parent(process):
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def _signal(processes, number):
+    """Signal each, and its whole group in one call: it forks faster than anybody looks."""
+    for group in {_group(process) for process in processes} - {os.getpgrp(), None}:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, number)
+    for process in processes:
+        with suppress(psutil.Error):                   # gone, or another user's: then it is said at the end
+            process.send_signal(number)
+
+
+def _group(process):
+    try:
+        return os.getpgid(process.pid)
+    except ProcessLookupError:
+        return None
+
+
+def _how(code):
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}, which is no answer"
