@@ -1,4 +1,4 @@
-"""Lab 06: what four schedules idle, hold and send, on N stages. The handout: 06.md.
+"""Lab 06: what four schedules idle, hold and send, on N stages. The handout: handout.md.
 
     make lab L=06 N=4                          GPipe, 1F1B, interleaved, zero bubble
     make lab L=06 N=4 BREAK=weights-at-the-end the same with a mistake in it

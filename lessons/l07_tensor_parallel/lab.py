@@ -1,4 +1,4 @@
-"""Lab 07: what cutting every layer costs, and why its ranks stand in one node. The handout: 07.md.
+"""Lab 07: what cutting every layer costs, and why its ranks stand in one node. The handout: handout.md.
 
     make lab L=07 N=4                          tensor parallelism, alone and with sequence parallelism
     make lab L=07 N=4 BREAK=norms-apart        the same with a mistake in it

@@ -1,6 +1,6 @@
 """Pictures of what is cut over ranks: who owns which rows, who holds how much, when a layer comes and goes.
 
-The numbers are those of lab/shards.py and of ZeRO's own `rows`. Predicted is a black line.
+The numbers are those of measurements.py and of ZeRO's own `rows`. Predicted is a black line.
 """
 from collections.abc import Sequence
 

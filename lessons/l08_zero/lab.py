@@ -1,4 +1,4 @@
-"""Lab 08: what ZeRO cuts, what it sends for that, and how one sees that it cuts nothing. The handout: 08.md.
+"""Lab 08: what ZeRO cuts, what it sends for that, and how one sees that it cuts nothing. See handout.md.
 
     make lab L=08 N=4                          stages 0, 1, 2, 3 on four ranks
     make lab L=08 N=4 BREAK=never-freed        the same with a mistake in it

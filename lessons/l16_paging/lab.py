@@ -6,7 +6,7 @@
 A LLaMA with 8 query and 4 KV heads, cut over all N ranks, serves 32 requests greedily, in float32. The real
 engine does it three times, in KV memory for as many tokens: in stretches of the longest sequence, filled when
 the last batch has ended (static) or when one is free (Orca), and in blocks (pages). Steps, collectives,
-payload and what sequences leave empty are counted, tokens/s timed. The handout: 16.md.
+payload and what sequences leave empty are counted, tokens/s timed. The handout: handout.md.
 """
 import contextlib
 from dataclasses import replace

@@ -3,168 +3,8 @@ from functools import partial
 from math import ceil
 
 from lessons.l16_paging import checks as check
+from lessons.l16_paging import wrong_block_pools as wrong
 from nanoinfra.lab.mutants import Mutant
-
-
-class Right:
-    """The right pool: what follows overrides one thing each."""
-
-    def __init__(self, n, size):
-        self.size, self.free, self.holders = size, list(range(n)), [0] * n
-
-    def take(self):
-        block = self.free.pop()
-        self.holders[block] = 1
-        return block
-
-    def share(self, block):
-        self.holders[block] += 1
-
-    def give_back(self, table):
-        for block in table:
-            if self.holders[block] < 1:
-                raise ValueError(f"nobody holds block {block}")
-            self.holders[block] -= 1
-            if not self.holders[block]:
-                self.free.append(block)
-
-    def write(self, table, i):
-        old = table[i]
-        if self.holders[old] == 1:
-            return None
-        table[i] = self.take()
-        self.give_back([old])
-        return old, table[i]
-
-
-class LeavesItAmongTheFree(Right):
-    def take(self):
-        self.holders[self.free[-1]] = 1
-        return self.free[-1]
-
-
-class CountsNoHolder(Right):
-    def take(self):
-        return self.free.pop()
-
-
-class CountsOnTop(Right):                    # of what a block had when it was given back
-    def take(self):
-        block = self.free.pop()
-        self.holders[block] += 1
-        return block
-
-    def give_back(self, table):
-        for block in table:
-            if self.holders[block] < 1:
-                raise ValueError
-            if self.holders[block] == 1:
-                self.free.append(block)
-            else:
-                self.holders[block] -= 1
-
-
-class FreesWhatOthersRead(Right):
-    def give_back(self, table):
-        for block in table:
-            if self.holders[block] < 1:
-                raise ValueError
-            self.holders[block] -= 1
-            self.free.append(block)
-
-
-class ForgetsAllHolders(Right):
-    def give_back(self, table):
-        for block in table:
-            if self.holders[block] < 1:
-                raise ValueError
-            self.holders[block] = 0
-            self.free.append(block)
-
-
-class NeverFrees(Right):
-    def give_back(self, table):
-        for block in table:
-            if self.holders[block] < 1:
-                raise ValueError
-            self.holders[block] -= 1
-
-
-class GivesBackTheFirstAlone(Right):
-    def give_back(self, table):
-        super().give_back(table[:1])
-
-
-class WritesWhereOthersRead(Right):
-    def write(self, table, i):
-        return None
-
-
-class CopiesAlways(Right):
-    def write(self, table, i):
-        old = table[i]
-        table[i] = self.take()
-        self.give_back([old])
-        return old, table[i]
-
-
-class KeepsHoldingTheOld(Right):
-    def write(self, table, i):
-        old = table[i]
-        if self.holders[old] == 1:
-            return None
-        table[i] = self.take()
-        return old, table[i]
-
-
-class CopiesTheWrongWay(Right):
-    def write(self, table, i):
-        copied = super().write(table, i)
-        return copied and copied[::-1]
-
-
-class CopiesTheWholeTable(Right):
-    def write(self, table, i):
-        copied = super().write(table, i)
-        for j in range(len(table)):
-            super().write(table, j)
-        return copied
-
-
-class GivesBackBeforeItTakes(Right):
-    def write(self, table, i):
-        old = table[i]
-        if self.holders[old] == 1:
-            return None
-        self.give_back([old])
-        table[i] = self.take()
-        return old, table[i]
-
-
-class TakesBackTwice(Right):
-    def give_back(self, table):
-        for block in table:
-            self.holders[block] = max(0, self.holders[block] - 1)
-            if not self.holders[block] and block not in self.free:
-                self.free.append(block)
-
-
-class EmptiesTheTable(Right):
-    def give_back(self, table):
-        super().give_back(table)
-        table.clear()
-
-
-class SaysValueErrorWhereNoneIsFree(Right):
-    def take(self):
-        if not self.free:
-            raise ValueError("full")
-        return super().take()
-
-
-class SharesForTwo(Right):                   # the first share counts right
-    def share(self, block):
-        self.holders[block] += 1 if self.holders[block] < 3 else 2
 
 
 def missing(sequence, count, blocks):
@@ -337,12 +177,12 @@ skips_who_finds_no_room = partial(step, patient=False)
 
 TAKEN, FREED, OWN, NOTHING, TWICE, ORDER = (criterion.name for criterion in check.Pool.criteria)
 BUDGET, PLACES, FIRST, ALONE, LAST, REAL, TRACE = (criterion.name for criterion in check.plan.criteria)
-POOLS = {LeavesItAmongTheFree: TAKEN, FreesWhatOthersRead: FREED, CountsNoHolder: TAKEN,
-         CountsOnTop: FREED, ForgetsAllHolders: FREED, NeverFrees: FREED, GivesBackTheFirstAlone: FREED,
-         WritesWhereOthersRead: OWN, CopiesAlways: OWN, KeepsHoldingTheOld: OWN, CopiesTheWrongWay: OWN,
-         CopiesTheWholeTable: OWN,
-         GivesBackBeforeItTakes: NOTHING, TakesBackTwice: TWICE, EmptiesTheTable: TWICE,
-         SaysValueErrorWhereNoneIsFree: TAKEN, SharesForTwo: ORDER}
+POOLS = {wrong.LeavesItAmongTheFree: TAKEN, wrong.FreesWhatOthersRead: FREED, wrong.CountsNoHolder: TAKEN,
+         wrong.CountsOnTop: FREED, wrong.ForgetsAllHolders: FREED, wrong.NeverFrees: FREED,
+         wrong.GivesBackTheFirstAlone: FREED, wrong.WritesWhereOthersRead: OWN, wrong.CopiesAlways: OWN,
+         wrong.KeepsHoldingTheOld: OWN, wrong.CopiesTheWrongWay: OWN, wrong.CopiesTheWholeTable: OWN,
+         wrong.GivesBackBeforeItTakes: NOTHING, wrong.TakesBackTwice: TWICE, wrong.EmptiesTheTable: TWICE,
+         wrong.SaysValueErrorWhereNoneIsFree: TAKEN, wrong.SharesForTwo: ORDER}
 PLANS = {spends_nothing: BUDGET, sends_the_first_away: LAST, begins_at_0: BUDGET,
          leaves_them_in_the_queue: BUDGET, returns_nothing: BUDGET, takes_a_block_too_few: PLACES,
          keeps_its_table: PLACES,
@@ -361,7 +201,7 @@ def _words(name):
     return "".join(f" {c.lower()}" if c.isupper() else c for c in name).strip().replace("_", " ")
 
 
-NAMES = {id(variant): _words(name) for name, variant in list(globals().items())}
+NAMES = {id(variant): _words(name) for name, variant in [*vars(wrong).items(), *globals().items()]}
 MUTANTS = [Mutant(NAMES[id(variant)], judge, variant, rejected_by)
            for judge, variants in ((check.Pool, POOLS), (check.plan, PLANS))
            for variant, rejected_by in variants.items()]

@@ -1,6 +1,6 @@
 """Run a lab on several ranks: `python -m nanoinfra.lab.run 08 --nproc 4`, or under torchrun on a cluster.
 
-A lab is lessons/labs/NN_topic.py: PREDICTIONS {key: unit}, QUESTIONS, BREAKS, MODELS, `expect(n, model)` by
+A lab is lessons/lNN_topic/lab.py: PREDICTIONS {key: unit}, QUESTIONS, BREAKS, MODELS, `expect(n, model)` by
 formula, and `measure(mesh, model, broken)`, a Measurement a key. Rank 0 prints what was predicted beside what
 was measured and writes the hand-in, work/labNN.json, in which the sentences already written stay.
 Exit 0: measured and written, a `--break` exposed. 1: a count that is not the formula's, a break that nothing
