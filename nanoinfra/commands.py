@@ -128,16 +128,16 @@ def _serve(options, argv):
 
 
 def _doctor(flags, argv):
-    from nanoinfra.lab.doctor.doctor_flags import check
+    from nanoinfra.lab.doctor.doctor_flags import check_doctor_flags
     from nanoinfra.train import preflight, rank
     if not rank.is_rank() and not rank.joined():
-        preflight.check_device(flags.device, world := check(flags))
+        preflight.check_device(flags.device, world := check_doctor_flags(flags))
         if world > 1:
             from nanoinfra.train.launch import launch
             return launch(argv, world)
-    from nanoinfra.lab.doctor.doctor import doctor
+    from nanoinfra.lab.doctor.doctor import run_doctor
     with rank.process_group(flags.device):
-        doctor(flags)
+        run_doctor(flags)
     return 0
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoinfra.formulas.shape import ModelConfig, sized
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.model.decoder import Decoder
 
 PREDICTIONS = {"L00.parameters": "", "L00.flops": "FLOPs", "L00.bytes": "B", "L00.seconds": "s"}
@@ -143,10 +143,10 @@ def _split(flops):
 
 def _equal(what, got, want, slips):
     if isinstance(got, bool) or not isinstance(got, int | float):
-        raise Wrong(f"{what}: got {got!r}, want a number: no return?")
+        raise CriterionNotMet(f"{what}: got {got!r}, want a number: no return?")
     if got != want:
         why = next((": " + text for text, wrong in slips.items() if wrong == got), "")
-        raise Wrong(f"{what}: want {want:,.0f}, got {got:,.0f}, {got - want:+,.0f}{why}")
+        raise CriterionNotMet(f"{what}: want {want:,.0f}, got {got:,.0f}, {got - want:+,.0f}{why}")
 
 
 def _name(c):

@@ -31,9 +31,9 @@ from lessons.l00_one_step import checks as check
 from nanoinfra.formulas import flops, params
 from nanoinfra.formulas.shape import SIZES, ModelConfig, sized
 from nanoinfra.lab import draw
-from nanoinfra.lab.compare import compare
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.measure import counted, machine, measure, median, timed
+from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.measure import counted, describe_machine, measure, median_of_times, timed
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
 from nanoinfra.model.decoder import Decoder
@@ -72,7 +72,7 @@ for name, (model, _, _, step) in trainers.items():
     own, (B, T) = sum(p.numel() for p in model.parameters()), BATCHES[name]
     years = 10e9 / (B * T) * times[name].value * 124e6 / own / 3.156e7
     rows.append((name, f"{B} x {T}", str(times[name]), f"{years:.1f} years"))
-Grid(f"a step on one of {machine()}", ("size", "B x T", "a step", "so GPT-2 small takes"), rows)
+DisplayTable(f"a step on one of {describe_machine()}", ("size", "B x T", "a step", "so GPT-2 small takes"), rows)
 
 # %% [markdown]
 # The last column guesses at GPT-2 small, 124 million parameters trained on 10 billion tokens, as if time were
@@ -107,7 +107,7 @@ for n in (32, 64, 128, 256, 512, 1024):
     a, b = torch.randn(2, n, n)
     rates[n] = 2 * n**3 / timed(lambda a=a, b=b: a @ b, n=9).value
 peak = max(rates.values())
-Grid("n x n matrix products, timed, median of 9", ("n", "GFLOP/s", "of the peak"),
+DisplayTable("n x n matrix products, timed, median of 9", ("n", "GFLOP/s", "of the peak"),
      [(str(n), f"{rate / 1e9:.1f}", f"{rate / peak:.0%}") for n, rate in rates.items()])
 
 # %% [markdown]
@@ -135,10 +135,10 @@ predict("L00.seconds", work / peak, "s")
 
 # %%
 def shares(rows, title):
-    picture, axes = draw.canvas(8.6, 1.3 + 0.42 * len(rows), title)
+    picture, axes = draw.new_figure(8.6, 1.3 + 0.42 * len(rows), title)
     for y, parts in enumerate(rows.values()):
         left = 0
-        for colour, (part, value) in zip(draw.COLOURS, parts.items()):
+        for colour, (part, value) in zip(draw.SERIES_COLOURS, parts.items()):
             share = value / sum(parts.values())
             axes.barh(y, share, 0.7, left, color=colour, label="" if y else part, edgecolor="white")
             axes.text(left + share / 2, y, f"{share:.0%}" if share > 0.045 else "", ha="center", va="center",
@@ -223,7 +223,7 @@ measure("L00.parameters", lambda: counted(sum(p.numel() for p in model.parameter
 measure("L00.flops", lambda: counted(counter.get_total_flops(), "FLOPs"))
 measure("L00.bytes", lambda: counted(sum(tensor.nbytes for tensor in held), "B"))
 times[NAME] = measure("L00.seconds", timed, step)
-compare(["L00.parameters", "L00.flops", "L00.bytes", "L00.seconds"], tolerance={"L00.seconds": None})
+compare_predictions(["L00.parameters", "L00.flops", "L00.bytes", "L00.seconds"], tolerance={"L00.seconds": None})
 
 # %% [markdown]
 # A miss? Find the term you forgot, predict again and rerun the cell above; the table says which try it was.
@@ -257,7 +257,7 @@ def clocked(name):
 
 def budget(name):
     steps = [clocked(name) for _ in range(5)]
-    return {part: median([step[part] for step in steps]).value for part in steps[0]}
+    return {part: median_of_times([step[part] for step in steps]).value for part in steps[0]}
 
 ideal = {name: flops.train_flops(sized(name), *BATCHES[name]) / peak for name in BATCHES}
 shares({f"{name}, MFU {ideal[name] / times[name].value:.0%}": budget(name) for name in BATCHES},
@@ -273,7 +273,7 @@ shares({f"{name}, MFU {ideal[name] / times[name].value:.0%}": budget(name) for n
 xl, lengths = sized("xl"), [2 ** (k / 4) for k in range(32, 69)]   # 256 to 128 Ki
 terms = [flops.forward_flops(xl, round(length)) for length in lengths]
 order = ("head", "mlp", "qkvo", "scores", "values")
-picture, axes = draw.canvas(8.6, 4.2, "GPT-2 xl: where the FLOPs go")
+picture, axes = draw.new_figure(8.6, 4.2, "GPT-2 xl: where the FLOPs go")
 axes.stackplot(lengths, [[t[term] / sum(t.values()) for t in terms] for term in order], edgecolor="white",
                labels=order, colors=[draw.PINK, draw.GREEN, draw.BLUE, draw.ORANGE, draw.RED])
 axes.set_xscale("log", base=2)
@@ -303,7 +303,7 @@ def training(name, size):
     return (name, f"{psi:,}", f"{16 * psi / 1e6:,.0f} MB", f"{1600 * psi / memory:,.1f} %",
             duration(work / peak * times[NAME].value / ideal[NAME]), duration(work / (0.4 * 989e12)))
 
-Grid(f"modelled: this machine, with {memory / 1e9:.0f} GB, and an H100",
+DisplayTable(f"modelled: this machine, with {memory / 1e9:.0f} GB, and an H100",
      ("size", "parameters", "states", "of this memory", "training, here", "on the H100"),
      [*(training(name, size.model) for name, size in SIZES.items()),
       training("GPT-3", ModelConfig(50257, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2"))])

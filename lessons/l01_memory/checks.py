@@ -7,9 +7,9 @@ import torch
 from lessons.l01_memory import cases
 from lessons.l01_memory.cases import BETAS, EPS, SHAPES
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.lab.check import Check, Wrong
-from nanoinfra.lab.compare_tensors import same
-from nanoinfra.lab.instruments.live_tensors import Storages
+from nanoinfra.lab.check import Check, CriterionNotMet
+from nanoinfra.lab.compare_tensors import assert_same_tensor
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.train.loss import cross_entropy
@@ -34,13 +34,13 @@ def _(subject):
         cases.run(subject, params, [cases.filled(0.25)], lr=0.5)
         for i, (name, p) in enumerate(params.items()):
             if p.data_ptr() != places[name]:
-                raise Wrong(f"`{name}` lies elsewhere in memory after a step, in {p.dtype}: the model keeps "
+                raise CriterionNotMet(f"`{name}` lies elsewhere in memory after a step, in {p.dtype}: the model keeps "
                             f"its 16-bit tensors, p.copy_(...) rounds into them")
             causes = {"no bias correction? At first, m and v are far too small": math.inf,
                       "`t` counts steps, not parameters": i + 1}
             slips = {text: torch.full_like(p, cases.walk(0.25, 1, 0.5, lambda t, power=power: power))
                      for text, power in causes.items()} | {"not moved: is p written to?": torch.zeros_like(p)}
-            same(name, p.data, torch.full_like(p, -0.5), 0, 1, 0.01, slips)
+            assert_same_tensor(name, p.data, torch.full_like(p, -0.5), 0, 1, 0.01, slips)
 
 
 @adam_step.criterion("updates too small for 16 bits add up", "property")
@@ -53,7 +53,7 @@ def _(subject):
             slips = {"the weights stand still: is each update rounded away, for want of a float32 master "
                      "that is kept from step to step?": torch.ones_like(p),
                      "1 - beta, where 1 - beta^t corrects?": torch.full_like(p, far)}
-            same(f"{name}, after 64 steps of 2^-12 from 1", p.data, torch.full_like(p, 1 - 2.0**-6), 0, 1,
+            assert_same_tensor(f"{name}, after 64 steps of 2^-12 from 1", p.data, torch.full_like(p, 1 - 2.0**-6), 0, 1,
                  2.0**-8, slips)
 
 
@@ -66,7 +66,7 @@ def _(subject):
         far = p.data if (p < -100).all() else torch.zeros_like(p)
         causes = {"divided by eps alone: are moments in 16 bits, or g * g?": far,
                   "eps stands beside the root, not in it": torch.full_like(p, end)}
-        same(f"{name}, three steps on gradients of 2^-13, whose squares are 0 in float16", p.data,
+        assert_same_tensor(f"{name}, three steps on gradients of 2^-13, whose squares are 0 in float16", p.data,
              torch.full_like(p, -0.375), 0, 1, 0.01, causes)
 
 
@@ -82,7 +82,7 @@ def _(subject):
             causes = {"the gradient is factor x p.grad": plain[name]}
             if cases.narrow(state):
                 causes["`state` holds 16-bit tensors: moments in 16 bits?"] = p.data
-            same(f"{name}, ten steps in {dtype}", p.data, want[name], 0, 1, torch.finfo(dtype).eps, causes)
+            assert_same_tensor(f"{name}, ten steps in {dtype}", p.data, want[name], 0, 1, torch.finfo(dtype).eps, causes)
 
 
 @adam_step.criterion("factor x gradient in float32", "parity")
@@ -93,7 +93,7 @@ def _(subject):
     cases.run(subject, params, grads, 0.01, factors)
     for name, p in params.items():
         causes = {"factor x p.grad multiplied in 16 bits? Make p.grad float32 first": torch.zeros_like(p)}
-        same(f"{name}, three steps in float16, gradients near 2^-10, factor 2^-16", p.data, want[name], 0, 1,
+        assert_same_tensor(f"{name}, three steps in float16, gradients near 2^-10, factor 2^-16", p.data, want[name], 0, 1,
              0.01, causes)
 
 
@@ -108,7 +108,7 @@ def _(subject):
     want = cases.adam(params, grads, betas=betas, eps=eps)
     cases.run(subject, params, grads, 0.01, betas=betas, eps=eps)
     for name, p in params.items():
-        same(f"{name}, five steps with betas={betas} and eps=2^-6", p.data, want[name], 0, 1, 2.0**-10,
+        assert_same_tensor(f"{name}, five steps with betas={betas} and eps=2^-6", p.data, want[name], 0, 1, 2.0**-10,
              {text: ends[name] for text, ends in slips.items()})
 
 
@@ -116,13 +116,13 @@ def _(subject):
 def _(subject):
     params, state = cases.parameters(torch.bfloat16, cases.drawn(0)), {}
     psi = sum(p.numel() for p in params.values())
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         for step in range(3):
             cases.run(subject, params, [cases.filled(step)], 0.01, state=state)
         extra = storages.held()
     if not 12 * psi <= extra <= 12 * psi + 64 * len(params):               # and a step counter a tensor
         why = next((text for text, times in _KEPT.items() if round(extra / psi) == times), "")
-        raise Wrong(f"keeps {extra:,} bytes between steps for {psi:,} parameters, {extra / psi:.4g} each; "
+        raise CriterionNotMet(f"keeps {extra:,} bytes between steps for {psi:,} parameters, {extra / psi:.4g} each; "
                     f"want 12: master, first and second moment in float32{why}")
 
 
@@ -138,16 +138,16 @@ def _(subject):
         _moved(trial.step(subject, _scale(value), 1e9), f"a scale of {value:g}", "; is the norm itself "
                "infinite in 16 bits? Take it with dtype=torch.float32")
         if not trial.factors:
-            raise Wrong("returns True, and did not call move(factor)")
+            raise CriterionNotMet("returns True, and did not call move(factor)")
         if abs(trial.factors[0] * value * norm / 1e9 - 1) < 1e-3:
-            raise Wrong(f"gradients of norm {norm:.4g}, limit 1e9: factor x scale is {1e9 / norm:.4g}, want "
+            raise CriterionNotMet(f"gradients of norm {norm:.4g}, limit 1e9: factor x scale is {1e9 / norm:.4g}, want "
                         f"1: clipping only ever shrinks")
         for name, slope in slopes.items():
             got, want = trial.true[name], torch.full(SHAPES[name], slope)
             causes = {"the scale is still in it: undone by `factor`?": want * value,
                       "lost in float16: is the loss scaled before backward, and nothing divided after it but "
                       "by `factor`?": want * 0, "divided twice?": want / value}
-            same(f"factor x {name}.grad", got, want, 0, 1, 1e-6, causes)
+            assert_same_tensor(f"factor x {name}.grad", got, want, 0, 1, 1e-6, causes)
 
 
 @scaled_step.criterion("clips by the norm without the scale", "property")
@@ -158,7 +158,7 @@ def _(subject):
         _moved(trial.step(subject, _scale(SCALE), limit), f"gradients of norm {norm:.4g}")
         got, want = trial.factors[0] * SCALE, clipped
         if abs(got / want - 1) > 1e-3:
-            raise Wrong(f"gradients of norm {norm:.4g}, limit {limit:.4g}: factor x scale is {got:.4g}, want "
+            raise CriterionNotMet(f"gradients of norm {norm:.4g}, limit {limit:.4g}: factor x scale is {got:.4g}, want "
                         f"{want:.4g}: {_clip_cause(got, want, limit / norm)}")
 
 
@@ -169,10 +169,10 @@ def _(subject):
     try:
         moved = trial.step(subject, _scale(SCALE), limit=1.0)
     except ZeroDivisionError as error:
-        raise Wrong(f"{text}; got a ZeroDivisionError: {error}") from None
+        raise CriterionNotMet(f"{text}; got a ZeroDivisionError: {error}") from None
     _moved(moved, text)
     if trial.factors != [1 / SCALE]:
-        raise Wrong(f"{text}; got {trial.factors[0]:g}")
+        raise CriterionNotMet(f"{text}; got {trial.factors[0]:g}")
 
 
 @scaled_step.criterion("skips a step that is not finite", "property")
@@ -182,10 +182,10 @@ def _(subject):
             trial = _Trial(dict.fromkeys(SHAPES, 0.25) | {name: bad})
             moved = trial.step(subject, _scale(SCALE), limit=1.0)
             if trial.factors:
-                raise Wrong(f"{name}.grad is {bad}, and move({trial.factors[0]:.4g}) was called: {bad} times "
+                raise CriterionNotMet(f"{name}.grad is {bad}, and move({trial.factors[0]:.4g}) was called: {bad} times "
                             f"anything, 0 too, spoils masters and moments for ever")
             if moved is not False:
-                raise Wrong(f"a skipped step returns {moved!r}, want False")
+                raise CriterionNotMet(f"a skipped step returns {moved!r}, want False")
 
 
 @scaled_step.criterion("an overflow leaves nothing behind", "property")
@@ -197,7 +197,7 @@ def _(subject):
     text = "an overflow, then two good steps: are gradients of earlier steps still in p.grad?"
     _moved(moved, text)
     for name in SHAPES:
-        same(f"factor x {name}.grad, {text}", trial.true[name], torch.full(SHAPES[name], 0.25), 0, 1, 1e-3)
+        assert_same_tensor(f"factor x {name}.grad, {text}", trial.true[name], torch.full(SHAPES[name], 0.25), 0, 1, 1e-3)
 
 
 @scaled_step.criterion("halves, and doubles again", "parity")
@@ -212,7 +212,7 @@ def _(subject):
         want.update(overflow)
         if scale["value"] != want.value:
             past = "".join("x" if o else "." for o in overflows[:step + 1])
-            raise Wrong(f"steps so far, x an overflow: {past}; grow_after 3: scale {before:g} becomes "
+            raise CriterionNotMet(f"steps so far, x an overflow: {past}; grow_after 3: scale {before:g} becomes "
                         f"{scale['value']:g}, want {want.value:g}: {_scale_cause(overflow, scale, want)}")
 
 
@@ -227,17 +227,17 @@ def _(subject):
         got.update({name: p.grad.float() * factor for name, p in params.items()})
     _moved(subject(_loss(model, tokens), params, _scale(SCALE), 1e9, move), "a decoder in float16")
     for name, p in want.named_parameters():
-        same(f"{name}.grad", got[name], p.grad, 0, 1, 0.02)
+        assert_same_tensor(f"{name}.grad", got[name], p.grad, 0, 1, 0.02)
 
 
 @scaled_step.criterion("holds gradients once, in 16 bits", "resource")
 def _(subject):
     trial = _Trial(dict.fromkeys(SHAPES, 0.25))
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         trial.step(subject, _scale(SCALE), 1.0, storages.held)
     psi = sum(p.numel() for p in trial.params.values())
     if trial.held > 2 * psi + 1024:
-        raise Wrong(f"at move(), {trial.held:,} bytes of gradients are held for {psi:,} parameters, want "
+        raise CriterionNotMet(f"at move(), {trial.held:,} bytes of gradients are held for {psi:,} parameters, want "
                     f"{2 * psi:,}: a second copy? A norm needs none, and move takes a factor")
 
 
@@ -270,7 +270,7 @@ def _loss(model, tokens):
 
 def _moved(moved, what, why=""):
     if moved is not True:
-        raise Wrong(f"{what}: returns {moved!r}, want True: all gradients are finite, so it moves{why}")
+        raise CriterionNotMet(f"{what}: returns {moved!r}, want True: all gradients are finite, so it moves{why}")
 
 
 def _norm(slopes):

@@ -3,8 +3,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from nanoinfra.lab.draw import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, Picture, canvas
-from nanoinfra.lab.instruments.live_tensors import Storages
+from nanoinfra.lab.draw import BLUE, GREEN, GREY, ORANGE, RED, SERIES_COLOURS, Picture, new_figure
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 
 FLOAT16 = ((-40, -25, 0.16, "zero"), (-25, -14, 0.07, "fewer than 11 bits"), (16, 22, 0.16, "infinite"))
 
@@ -15,10 +15,10 @@ def stacked(rows: dict[str, dict[str, int]], title: str = "bytes by kind") -> Pi
     largest = max(sum(row.values()) for row in rows.values())
     scale, unit = next((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
                        if largest >= s)
-    picture, axes = canvas(8.6, 1.1 + 0.55 * len(rows), title)
+    picture, axes = new_figure(8.6, 1.1 + 0.55 * len(rows), title)
     for y, row in enumerate(rows.values()):
         left = 0
-        for colour, kind in zip(COLOURS, kinds):
+        for colour, kind in zip(SERIES_COLOURS, kinds):
             axes.barh(y, row.get(kind, 0) / scale, 0.66, left, color=colour, edgecolor="white",
                       label="" if y else kind)
             left += row.get(kind, 0) / scale
@@ -31,7 +31,7 @@ def stacked(rows: dict[str, dict[str, int]], title: str = "bytes by kind") -> Pi
     return picture
 
 
-def during(storages: Storages, act: Callable[[], object]) -> list[int]:
+def during(storages: LiveTensorBytes, act: Callable[[], object]) -> list[int]:
     """The bytes held after each operator of `act()`, by `storages` that mark operators."""
     start = len(storages.marks)
     act()
@@ -44,8 +44,8 @@ def over_step(lives: dict[str, list[Sequence[int]]], phases: Sequence[str], line
 
     Phases are drawn equally wide, whatever their number of operators.
     """
-    picture, axes = canvas(8.6, 3.8, title)
-    for colour, (name, held) in zip((GREY, BLUE, *COLOURS[2:]), lives.items()):
+    picture, axes = new_figure(8.6, 3.8, title)
+    for colour, (name, held) in zip((GREY, BLUE, *SERIES_COLOURS[2:]), lives.items()):
         x = [phase + k / len(part) for phase, part in enumerate(held) for k in range(1, len(part) + 1)]
         y = [n / 1e6 for part in held for n in part]
         axes.step([0, *x], [y[0], *y], color=colour, label=f"{name}: at most {max(y):.3g} MB")
@@ -63,7 +63,7 @@ def over_step(lives: dict[str, list[Sequence[int]]], phases: Sequence[str], line
 def against_float16(numbers: dict[str, torch.Tensor], title: str) -> Picture:
     """The sizes of {name: numbers}, as histograms, where float16 rounds them to zero, to few bits, to inf."""
     edges = torch.arange(-48, 22.5, 0.5)
-    picture, axes = canvas(8.6, 3.6, title)
+    picture, axes = new_figure(8.6, 3.6, title)
     for colour, (name, x) in zip((BLUE, ORANGE), numbers.items()):
         sizes = x.abs().float().log2()
         share = torch.histogram(sizes.cpu(), edges).hist * 100 / len(sizes)
@@ -80,7 +80,7 @@ def against_float16(numbers: dict[str, torch.Tensor], title: str) -> Picture:
 
 def losses(runs: dict[str, tuple[Sequence[int], Sequence[float]]], title: str) -> Picture:
     """{name: (steps, held-out losses)}, each curve thinner than those before: all are seen."""
-    picture, axes = canvas(8.6, 4.2, title)
+    picture, axes = new_figure(8.6, 4.2, title)
     for i, (colour, (name, (steps, nats))) in enumerate(zip((GREY, RED, BLUE, ORANGE, GREEN), runs.items())):
         width = max(1.4, 8 - 2.2 * i)
         axes.plot(steps, nats, "o-", color=colour, linewidth=width, markersize=width + 2, label=name)

@@ -32,9 +32,9 @@ from nanoinfra.formulas.activations import activation_bytes
 from nanoinfra.formulas.memory import state_bytes
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import ModelConfig, sized
-from nanoinfra.lab.compare import compare
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.instruments.live_tensors import Storages
+from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.lab.measure import counted, measure
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
@@ -57,7 +57,7 @@ torch.set_num_threads(1)
 # accelerator with little memory: the operator whose result does not fit fails. Two steps of training each.
 
 # %%
-class Device(Storages):
+class Device(LiveTensorBytes):
     def mark(self, label):
         super().mark(label)
         if self.held() > MEMORY:
@@ -83,7 +83,7 @@ def two_steps(dtype, B):
         except MemoryError as failure:
             return str(failure)
 
-Grid(f"{parameters(CONFIG):,} parameters, T = {T}, a device with {MEMORY / 1e6:.0f} MB",
+DisplayTable(f"{parameters(CONFIG):,} parameters, T = {T}, a device with {MEMORY / 1e6:.0f} MB",
      ("sequences", "float32", "all in bfloat16"),
      [(f"B = {B}", two_steps(torch.float32, B), two_steps(torch.bfloat16, B)) for B in (1, 2, 4, 8)])
 
@@ -259,7 +259,7 @@ print(*map(inspect.getsource, (Optimizer, LossScale)), sep="\n\n")
 
 # %%
 def states():
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         model, state = Decoder(CONFIG).bfloat16(), {}
         loss_of(model, *torch.zeros(2, B, T, dtype=torch.long), B * T).backward()
         adam_step(dict(model.named_parameters()), state, lr=1e-3)
@@ -268,7 +268,7 @@ def states():
 def layer(dtype):                            # what forward leaves behind in two layers, less in one
     held, tokens = [], torch.zeros(B, T, dtype=torch.long)
     for model in (Decoder(replace(CONFIG, layers=n)).to(dtype) for n in (1, 2)):
-        with Storages() as storages:
+        with LiveTensorBytes() as storages:
             loss = loss_of(model, tokens, tokens, B * T)           # holds the graph, which holds the rest
             held.append(storages.held() - loss.nbytes)
     return counted(held[1] - held[0], "B")
@@ -284,7 +284,7 @@ measure("L01.states", states)
 measure("L01.layer_float32", layer, torch.float32)
 measure("L01.layer_bfloat16", layer, torch.bfloat16)
 measure("L01.skipped", skipped)
-compare(list(check.PREDICTIONS))
+compare_predictions(list(check.PREDICTIONS))
 
 # %% [markdown]
 # **Over a step.** The bytes alive after each operator of a step. At one moment both curves are at 16Ψ: all
@@ -293,7 +293,7 @@ compare(list(check.PREDICTIONS))
 # %%
 def life(dtype, optimizer):
     """Bytes after each operator of forward, backward and update, in the second step."""
-    with Storages(operators=True) as storages:
+    with LiveTensorBytes(operators=True) as storages:
         model, tokens = Decoder(CONFIG).to(dtype), torch.zeros(2, B, T, dtype=torch.long)
         loss, update = [], optimizer(model, 1e-5)
         acts = lambda: loss.append(loss_of(model, *tokens, B * T)), lambda: loss.pop().backward(), update

@@ -5,8 +5,8 @@ from lessons.l02_ring_all_reduce.cases import counts, label, words
 from nanoinfra.dist.crew import RanksError
 from nanoinfra.dist.mesh import Mesh, world_size
 from nanoinfra.formulas.wire import ring_bytes, ring_steps
-from nanoinfra.lab.check import Check, Wrong, ranks
-from nanoinfra.lab.compare_tensors import same
+from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
+from nanoinfra.lab.compare_tensors import assert_same_tensor
 
 PREDICTIONS = {"L02.bytes": "B", "L02.seconds": "s"}
 WORLDS = (4, 3, 2, 1)                      # of the ring that the lesson draws first
@@ -47,7 +47,7 @@ def _(subject):
         for r, run in enumerate(_runs(subject, n)):
             if not torch.equal(run["x"], run["after"]):
                 left = "was not changed" if torch.equal(run["x"], run["before"]) else "holds other numbers"
-                raise Wrong(f"ring of {n}, rank {r}: the returned tensor is right, but `x` {left}: "
+                raise CriterionNotMet(f"ring of {n}, rank {r}: the returned tensor is right, but `x` {left}: "
                             f"in place, please")
 
 
@@ -57,8 +57,8 @@ def _(subject):
         runs = _runs(subject, n, kind="fractions")
         want = sum(run["before"] for run in runs)
         for r, run in enumerate(runs):
-            same("x", run["after"], want, r, n, rtol=1e-14)
-            same("x, against rank 0", run["after"], runs[0]["after"], r, n, causes={OWN_ORDER: run["after"]})
+            assert_same_tensor("x", run["after"], want, r, n, rtol=1e-14)
+            assert_same_tensor("x, against rank 0", run["after"], runs[0]["after"], r, n, causes={OWN_ORDER: run["after"]})
 
 
 @ring_all_reduce.criterion("only exchange", "resource")
@@ -78,12 +78,12 @@ def _sums(subject, n, rows=False):
     want = sum(run["before"] for run in runs)                                  # (N, CHUNK) or (N * CHUNK,)
     for r, run in enumerate(runs):
         try:
-            same("the row" if rows else "x", run["after"], want[r] if rows else want, r, n)
-        except Wrong as wrong:
+            assert_same_tensor("the row" if rows else "x", run["after"], want[r] if rows else want, r, n)
+        except CriterionNotMet as wrong:
             after = run["after"]
             comparable = isinstance(after, torch.Tensor) and after.dtype == want.dtype
             told = comparable and after.numel() == CHUNK * (1 if rows else n) and _whose(subject, n, rows, r)
-            raise Wrong(told or f"ring of {n}, {wrong}") from None
+            raise CriterionNotMet(told or f"ring of {n}, {wrong}") from None
 
 
 def _whose(subject, n, rows, r):
@@ -126,7 +126,7 @@ def _runs(subject, n, rows=False, kind="whole"):
     if n == 1:
         return [_one(subject, 1, rows, kind)]
     try:
-        return ranks(4 if n == 2 else n).run(_one, subject, n, rows, kind)[:n]
+        return rank_pool_for_checks(4 if n == 2 else n).run(_one, subject, n, rows, kind)[:n]
     except RanksError as error:
         raise RanksError(f"ring of {n}{' (two such, on 4 processes)' if n == 2 else ''}: {error}") from None
 
@@ -150,7 +150,7 @@ def _only_exchange(runs):
     for rank, run in enumerate(runs):
         others = sorted({op for op, _ in run["ledger"]} - {"exchange"})
         if others:
-            raise Wrong(f"rank {rank} calls comm.{', comm.'.join(others)}; build it from comm.exchange alone")
+            raise CriterionNotMet(f"rank {rank} calls comm.{', comm.'.join(others)}; build it from comm.exchange alone")
 
 
 def _sends(runs, op):
@@ -159,7 +159,7 @@ def _sends(runs, op):
     for rank, run in enumerate(runs):
         got = len(run["ledger"]), sum(size for _, size in run["ledger"])
         if got != want:
-            raise Wrong(f"rank {rank} of {n} sends {got[1]} bytes in {got[0]} exchanges, want {want[1]} in "
+            raise CriterionNotMet(f"rank {rank} of {n} sends {got[1]} bytes in {got[0]} exchanges, want {want[1]} in "
                         f"{want[0]} (a chunk is {full // n} bytes): {_cause(got, want, full)}")
 
 

@@ -2,7 +2,7 @@
 import math
 from collections.abc import Sequence
 
-from nanoinfra.lab.draw import BLUE, COLOURS, GREEN, RED, SKY, Picture, canvas, pale
+from nanoinfra.lab.draw import BLUE, GREEN, RED, SERIES_COLOURS, SKY, Picture, new_figure, pale
 
 
 def timeline(ledgers: Sequence[Sequence], title: str = "what each rank did", label: str = "tag",
@@ -15,8 +15,8 @@ def timeline(ledgers: Sequence[Sequence], title: str = "what each rank did", lab
     rows = [(rank, row) for rank, ledger in enumerate(ledgers) for row in ledger]
     start = min(row.begin for _, row in rows)
     names = list(dict.fromkeys(getattr(row, label) or row.op for _, row in rows))
-    colours = dict(zip(names, COLOURS * math.ceil(len(names) / len(COLOURS))))
-    picture, axes = canvas(9, 1.5 + 0.5 * len(ledgers), title)
+    colours = dict(zip(names, SERIES_COLOURS * math.ceil(len(names) / len(SERIES_COLOURS))))
+    picture, axes = new_figure(9, 1.5 + 0.5 * len(ledgers), title)
     for rank, row in rows:
         begin, end = (1e3 * (t - start) for t in (row.begin, row.end))
         wait = 1e3 * row.wait_s if hidden else end - begin
@@ -45,7 +45,7 @@ def ring(summed: Sequence[Sequence[int]], sent: Sequence[int], title: str = "") 
     Rank r sends its chunk `sent[r]`, outlined, to the right.
     """
     n = len(summed)
-    picture, axes = canvas(7, 5.6, title)
+    picture, axes = new_figure(7, 5.6, title)
     angle = [math.pi / 2 - 2 * math.pi * r / n for r in range(n)]
     for r in range(n):
         x, y = 1.25 * math.cos(angle[r]), math.sin(angle[r])

@@ -34,9 +34,9 @@ from nanoinfra.dist.mesh import Mesh
 from nanoinfra.dist.ranks import Ranks
 from nanoinfra.formulas.wire import ring_seconds, tree_seconds
 from nanoinfra.lab import draw
-from nanoinfra.lab.compare import compare
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.measure import counted, measure, median
+from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
 
@@ -92,7 +92,7 @@ def trial(all_reduce, n, size):
 
 def slowest(results):
     """A collective is done when its last rank is: the median over repeats of the slowest rank's time."""
-    return median([max(times) for times in zip(*(seconds for seconds, _ in results))])
+    return median_of_times([max(times) for times in zip(*(seconds for seconds, _ in results))])
 
 
 # %%
@@ -102,7 +102,7 @@ for n in (n for n in (2, 4, 8) if n <= N):
     # send and recv have a row each, so this sum is what a rank sent plus what it received
     through = [f"{sum(row.payload for row in ledger):,}" for _, ledger in results]
     walls.append((str(n), through[0], through[1], f"{slowest(results).value * 1e3:.0f} ms"))
-Grid(f"the plain way, on a tensor of S/4 = {S // 4:,} bytes",
+DisplayTable(f"the plain way, on a tensor of S/4 = {S // 4:,} bytes",
      ("ranks", "bytes through rank 0", "bytes through rank 1", "time"), walls)
 
 # %% [markdown]
@@ -241,7 +241,7 @@ def bytes_sent():
 
 measure("L02.bytes", bytes_sent)
 measure("L02.seconds", slowest, results)
-compare(["L02.bytes", "L02.seconds"])
+compare_predictions(["L02.bytes", "L02.seconds"])
 
 # %% [markdown]
 # The ledgers of all ranks, as they ran: 2(N−1) exchanges, every rank busy from the first to the last. A
@@ -285,11 +285,11 @@ ways = {"ring": ring_all_reduce, "tree": tree_all_reduce, "plain": naive_all_red
 lines = {name: (smooth, [model(s) for s in smooth]) for name, model in models.items()}
 points = {name: (sizes, [slowest(world.run(trial, way, N, s)).value for s in sizes])
           for name, way in ways.items()}
-picture = draw.curves(lines, points, "bytes of the tensor", "seconds", f"all-reduce over {N} ranks",
+picture = draw.plot_predicted_and_measured(lines, points, "bytes of the tensor", "seconds", f"all-reduce over {N} ranks",
                       dashed=["plain"])
 crossing = next(s for s in smooth if models["ring"](s) < models["tree"](s))
-draw.mark(picture, crossing, "from here on, ring before tree")
-draw.size_ticks(picture, sizes)
+draw.draw_vertical_line(picture, crossing, "from here on, ring before tree")
+draw.label_x_axis_in_bytes(picture, sizes)
 
 # %% [markdown]
 # **Explain.** Four sentences. (a) Why is the measured time above the prediction and never below, and why

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from nanoinfra.data.source import IGNORE
 from nanoinfra.dist.mesh import Mesh, world_size
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.lab.check import Check, Wrong, ranks
-from nanoinfra.lab.compare_tensors import same
+from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
+from nanoinfra.lab.compare_tensors import assert_same_tensor
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.data import pack
@@ -43,7 +43,7 @@ def _(subject):
 def _(subject):
     for rank, run in enumerate(_runs(subject, 4, 2, BUCKET)):
         if left := sum(row.end == 0 for row in run["rows"]):
-            raise Wrong(f"rank {rank} never waits for {left} of {len(run['rows'])} all-reduces: it returns "
+            raise CriterionNotMet(f"rank {rank} never waits for {left} of {len(run['rows'])} all-reduces: it returns "
                         f"gradients that may be half summed")
 
 
@@ -68,7 +68,7 @@ def _(subject):
     for rank, run in enumerate(_runs(subject, 4, 2, BUCKET)):
         got = sum(row.begin < run["end"] for row in run["rows"])
         if got < want:
-            raise Wrong(f"rank {rank}: when backward reaches the embedding, {got} buckets have left, want "
+            raise CriterionNotMet(f"rank {rank}: when backward reaches the embedding, {got} buckets have left, want "
                         f"{want}: {'does each leave when it is full?' if got else 'sent after backward?'}")
 
 
@@ -76,7 +76,7 @@ def _(subject):
 def _(subject):
     for rank, run in enumerate(_runs(subject, 4, 2, BUCKET)):
         if got := sum(row.end < run["end"] for row in run["rows"]):
-            raise Wrong(f"rank {rank} has waited for {got} buckets before backward is over: all_reduce(..., "
+            raise CriterionNotMet(f"rank {rank} has waited for {got} buckets before backward is over: all_reduce(..., "
                         f"wait=False) in the hook, and .wait() after backward")
 
 
@@ -86,7 +86,7 @@ def _same_everywhere(subject, *bucket):
         for name, want in runs[0]["grads"].items():
             got = run["grads"].get(name)
             causes = {"not summed over the ranks?": got}
-            same(f"{name}.grad, against rank 0", got, want, rank, 4, causes=causes)
+            assert_same_tensor(f"{name}.grad, against rank 0", got, want, rank, 4, causes=causes)
 
 
 def _equal_one_rank(subject, *bucket):
@@ -97,7 +97,7 @@ def _equal_one_rank(subject, *bucket):
                 got = run["grads"].get(name)
                 _number(rank, name, got)
                 causes = {text: grads[name] for text, grads in slips.items()}
-                same(f"{name}.grad", got, want, rank, max(n, 2), 1e-10, causes)
+                assert_same_tensor(f"{name}.grad", got, want, rank, max(n, 2), 1e-10, causes)
 
 
 def _sent_once(subject, calls, *bucket):
@@ -106,7 +106,7 @@ def _sent_once(subject, calls, *bucket):
         for rank, run in enumerate(_runs(subject, n, micro_batches, *bucket)):
             got = len(run["rows"]), sum(row.payload for row in run["rows"])
             if got != (calls, psi):
-                raise Wrong(f"rank {rank} of {n} sums {got[1]:,} bytes in {got[0]} calls, want {psi:,} in "
+                raise CriterionNotMet(f"rank {rank} of {n} sums {got[1]:,} bytes in {got[0]} calls, want {psi:,} in "
                             f"{calls} (micro-batches: {micro_batches}): {_cause(got, psi, micro_batches)}")
 
 
@@ -166,7 +166,7 @@ def _slips(n):
 
 def _number(rank, name, got):
     if isinstance(got, torch.Tensor) and got.isnan().any():
-        raise Wrong(f"rank {rank}: `{name}.grad` is not a number: the mean of a micro-batch whose targets "
+        raise CriterionNotMet(f"rank {rank}: `{name}.grad` is not a number: the mean of a micro-batch whose targets "
                     f"are all ignored is 0/0; sum, and divide by the step's count")
 
 
@@ -181,10 +181,10 @@ def _cause(got, psi, micro_batches):
 def _runs(subject, n, micro_batches, *bucket):
     """What `subject` did on each of n ranks. One rank is this process; two are a row of a 2 x 2 mesh."""
     args = subject, n, micro_batches, *bucket
-    runs = [_one(*args)] if n == 1 else ranks(4 if n == 2 else n).run(_one, *args)[:n]
+    runs = [_one(*args)] if n == 1 else rank_pool_for_checks(4 if n == 2 else n).run(_one, *args)[:n]
     for rank, run in enumerate(runs):
         if not isinstance(run["grads"], dict):
-            raise Wrong(f"rank {rank} returns {run['grads']!r}, want {{name: gradient}}: no return?")
+            raise CriterionNotMet(f"rank {rank} returns {run['grads']!r}, want {{name: gradient}}: no return?")
     return runs
 
 

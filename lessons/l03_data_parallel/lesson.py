@@ -33,10 +33,10 @@ from nanoinfra.formulas.params import block_shapes
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.formulas.wire import ring_seconds
 from nanoinfra.lab import draw
-from nanoinfra.lab.compare import compare
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.instruments.emulated_compute import emulate
-from nanoinfra.lab.measure import counted, measure, median
+from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.instruments.emulated_compute import emulate_compute_time
+from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
 from nanoinfra.model.decoder import Decoder
@@ -61,7 +61,7 @@ def sleepy_model():
     """The same decoder on every rank, and a list that collects (begin, end) of each layer's backward."""
     model = init_weights(Decoder(CONFIG), seed=0)
     model.requires_grad_(False).blocks.requires_grad_(True)
-    return model, emulate(model.blocks, SECONDS)
+    return model, emulate_compute_time(model.blocks, SECONDS)
 
 
 def share(axis):
@@ -89,7 +89,7 @@ def trial(gradients, n, *args, micro_batches=1):
 
 def least(results, what):
     """The least of the ranks: the one that comes last waits for the wire alone, the others for it too."""
-    return median([min(one[what] for one in repeat) for repeat in zip(*results)])
+    return median_of_times([min(one[what] for one in repeat) for repeat in zip(*results)])
 
 # %% [markdown]
 # ## 1. The wall
@@ -109,7 +109,7 @@ alone = runs[1][0][0]["flat"]
 for n, results in runs.items():
     walls.append((str(n), *(f"{least(results, what).value * 1e3:.0f} ms" for what in ("step", "wait")),
                   f"{(results[0][0]['flat'] - alone).norm() / alone.norm():.0%}"))
-Grid("the plain way", ("ranks", "step", "of that, waiting", "gradient off by"), walls)
+DisplayTable("the plain way", ("ranks", "step", "of that, waiting", "gradient off by"), walls)
 
 # %% [markdown]
 # Two walls at once. Compute shrinks with every rank, but each of the many calls pays the latency, and the
@@ -270,14 +270,14 @@ twice = world.run(trial, overlapped_gradients, N, S, micro_batches=2)
 measure("L03.bytes", counted, sum(row.payload for row in twice[0][0]["rows"]), "B")
 for way in ways:
     measure(f"L03.wait_{way}", least, results[way], "wait")
-compare(list(check.PREDICTIONS))
+compare_predictions(list(check.PREDICTIONS))
 
 # %% [markdown]
 # Rank 0 in each of the three ways, its all-reduces from its ledger, under the backward of the layers.
 
 # %%
 def three_ways(trials):
-    picture, axes = draw.canvas(9, 3.6, "backward (grey); all-reduces, hidden (pale) or waited for (orange)")
+    picture, axes = draw.new_figure(9, 3.6, "backward (grey); all-reduces, hidden (pale) or waited for (orange)")
     bar = {"height": 0.34, "edgecolor": "white"}
     for y, one in enumerate(trials):
         start = one["naps"][0][0]
@@ -310,9 +310,9 @@ def exposed(bucket_bytes):
 sizes = [S // 12, S // 4, S, 2 * S, L * S][::2 if FAST else 1]
 smooth = sorted([*sizes, *(S // 12 * 2 ** (k / 16) for k in range(16 * 6))])
 points = [least(world.run(trial, overlapped_gradients, N, size), "wait").value for size in sizes]
-picture = draw.curves({"overlap": (smooth, [exposed(size) for size in smooth])}, {"overlap": (sizes, points)},
+picture = draw.plot_predicted_and_measured({"overlap": (smooth, [exposed(size) for size in smooth])}, {"overlap": (sizes, points)},
                       "bytes of a bucket", "seconds of waiting", "the exposed wait, by size of the buckets")
-draw.size_ticks(picture, sizes)
+draw.label_x_axis_in_bytes(picture, sizes)
 
 # %% [markdown]
 # **Explain.** Four sentences. (a) Why is the last bucket never hidden? (b) Which two costs make the curve a

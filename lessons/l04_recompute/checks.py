@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.lab.check import Check, Wrong
-from nanoinfra.lab.compare_tensors import same
-from nanoinfra.lab.instruments.saved_tensors import Kept
+from nanoinfra.lab.check import Check, CriterionNotMet
+from nanoinfra.lab.compare_tensors import assert_same_tensor
+from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.memory.recompute import apply
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
@@ -30,19 +30,19 @@ CHECKS = (recompute, kept_bytes)
 
 @recompute.criterion("the same output", "property")
 def _(subject):
-    same("fn(x)", _step(subject, back=False)["out"], _step(_plain)["out"], 0)
+    assert_same_tensor("fn(x)", _step(subject, back=False)["out"], _step(_plain)["out"], 0)
 
 
 @recompute.criterion("backward runs", "property")
 def _(subject):
     try:
         _step(subject)
-    except (NotImplementedError, Wrong):
+    except (NotImplementedError, CriterionNotMet):
         raise
     except Exception as error:                       # of a student's function, or of autograd because of it
         why = next((text for part, text in _RAISED.items() if part in str(error)), "")
         first = str(error).split(". ")[0].rstrip(".")
-        raise Wrong(f"out.backward() raised {type(error).__name__}: {first}{why}") from None
+        raise CriterionNotMet(f"out.backward() raised {type(error).__name__}: {first}{why}") from None
 
 
 _RAISED = {"does not require grad": ". Was fn run under torch.enable_grad(), on x.detach().requires_grad_()?",
@@ -71,8 +71,8 @@ def _(subject):
     got, want = (_step(call, dropout=0.5)["grads"] for call in (subject, _plain))
     try:
         _same_gradients(got, want)
-    except Wrong as wrong:
-        raise Wrong(f"with dropout inside, {wrong}; the second run drops other numbers than the first: set "
+    except CriterionNotMet as wrong:
+        raise CriterionNotMet(f"with dropout inside, {wrong}; the second run drops other numbers than the first: set "
                     f"torch's random state back to what it was before the first") from None
 
 
@@ -81,14 +81,14 @@ def _(subject):
     got, want = (_step(call, dropout=0.5)["dice"] for call in (subject, _plain))
     for when, a, b in zip(("between forward and backward", "after backward"), got, want):
         if a != b:
-            raise Wrong(f"the random number drawn {when} is {a:.6f}, want {b:.6f}: the caller's random state "
+            raise CriterionNotMet(f"the random number drawn {when} is {a:.6f}, want {b:.6f}: the caller's random state "
                         f"was changed. Backward must leave it as it found it")
 
 
 @recompute.criterion("keeps the input alone", "resource")
 def _(subject):
     blocks, x = _blocks(subject), torch.zeros(SEQUENCES, T, CONFIG.width, requires_grad=True)
-    with Kept(blocks.parameters()) as kept:
+    with SavedActivations(blocks.parameters()) as kept:
         out = functools.reduce(lambda x, block: block(x), blocks, x)
     _tensor(out)
     got, want = kept.bytes(), CONFIG.layers * x.nbytes
@@ -99,14 +99,14 @@ def _(subject):
             why = f"more than x is kept, {shapes} ...: does fn run with grad in forward?"
         if got == want + x.nbytes:                        # the others' outputs are inputs, too
             why = "the output as well? It is the next block's input"
-        raise Wrong(f"{CONFIG.layers} blocks keep {got:,} bytes, want {want:,}, one input each: {why}")
+        raise CriterionNotMet(f"{CONFIG.layers} blocks keep {got:,} bytes, want {want:,}, one input each: {why}")
 
 
 @recompute.criterion("runs fn twice", "resource")
 def _(subject):
     got = _step(subject)["calls"]
     if got != 2:
-        raise Wrong(f"forward and backward call fn {got} times, want 2: "
+        raise CriterionNotMet(f"forward and backward call fn {got} times, want 2: "
                     f"{'nothing is run again?' if got < 2 else 'each call costs a forward'}")
 
 
@@ -146,9 +146,9 @@ def _step(call, learns=True, dropout=0.0, back=True, upstream=lambda out: 2 * ou
 
 def _tensor(out):
     if not isinstance(out, torch.Tensor):
-        raise Wrong(f"fn(x) came back as {out!r}, want a tensor: no return?")
+        raise CriterionNotMet(f"fn(x) came back as {out!r}, want a tensor: no return?")
     if not out.requires_grad:
-        raise Wrong("the output needs no gradient, so backward would never come to fn's parameters. Autograd "
+        raise CriterionNotMet("the output needs no gradient, so backward would never come to fn's parameters. Autograd "
                     "asks whether an input of `.apply` needs one: give it one that does")
 
 
@@ -158,10 +158,10 @@ def _same_gradients(got, want, rtol=1e-12, slips=None):
             why = "is `out` sent backward in the second run?"
             if name == "x":
                 why = "does the detached x require a gradient, and does backward return x.grad?"
-            raise Wrong(f"`{name}` got no gradient, want one: {why}")
+            raise CriterionNotMet(f"`{name}` got no gradient, want one: {why}")
         causes = {"given twice: was x not detached, or backward run twice?": 2 * w}
         causes |= {text: grads[name] for text, grads in (slips or {}).items()}
-        same(f"{name}.grad", got[name], w, 0, 1, rtol, causes)
+        assert_same_tensor(f"{name}.grad", got[name], w, 0, 1, rtol, causes)
 
 
 def _blocks(call):
@@ -198,7 +198,7 @@ def _(subject):
     one, two = (subject(CONFIG, SEQUENCES, n * T, 4, "selective") for n in (1, 2))
     _number(one)
     if two != 2 * one:
-        raise Wrong(f"selective, B={SEQUENCES}: {one:,.0f} bytes at T={T} and {two:,.0f} at T={2 * T}, want "
+        raise CriterionNotMet(f"selective, B={SEQUENCES}: {one:,.0f} bytes at T={T} and {two:,.0f} at T={2 * T}, want "
                     f"twice as many: no square is kept, neither softmax nor mask")
 
 
@@ -239,7 +239,7 @@ def counted(config: ModelConfig, batch: int, seq: int, how: str, dtype: torch.dt
     """Bytes that autograd keeps of a forward through the layers, counted; attention is naive."""
     blocks = apply(Decoder(config, "naive"), how).blocks.to(dtype)
     x = torch.zeros(batch, seq, config.width, dtype=dtype, requires_grad=True)
-    with Kept(blocks.parameters()) as kept:
+    with SavedActivations(blocks.parameters()) as kept:
         out = functools.reduce(lambda x, block: block(x), blocks, x)
     assert out.requires_grad
     return kept.bytes()
@@ -269,10 +269,10 @@ def _equal(what, c, batch, seq, got, want, slips):
     if got != want:
         why = next((": " + text for text, wrong in slips.items() if wrong == got), "")
         shape = f"C={c.width} L={c.layers} H={c.heads} KV={c.kv_heads} K={c.head_dim} F={c.hidden}"
-        raise Wrong(f"bytes kept, {what}, B={batch} T={seq} {shape}: want {want:,}, got {got:,.0f}, "
+        raise CriterionNotMet(f"bytes kept, {what}, B={batch} T={seq} {shape}: want {want:,}, got {got:,.0f}, "
                     f"{got - want:+,.0f}{why}")
 
 
 def _number(got):
     if isinstance(got, bool) or not isinstance(got, int | float):
-        raise Wrong(f"got {got!r}, want a number of bytes: no return?")
+        raise CriterionNotMet(f"got {got!r}, want a number of bytes: no return?")

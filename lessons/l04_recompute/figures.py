@@ -3,12 +3,12 @@ from collections.abc import Sequence
 
 import torch
 
-from nanoinfra.lab.draw import BLUE, GREEN, ORANGE, Picture, canvas
+from nanoinfra.lab.draw import BLUE, GREEN, ORANGE, Picture, new_figure
 
 
 def each(tensors: Sequence[torch.Tensor], names: Sequence[str], seq: int, title: str) -> Picture:
     """A bar a tensor, the first in green, (seq, seq) in orange; ValueError unless each has a name."""
-    picture, axes = canvas(8.6, 1 + 0.29 * len(tensors), title)
+    picture, axes = new_figure(8.6, 1 + 0.29 * len(tensors), title)
     labels = [f"{name}  {tuple(tensor.shape)}" for name, tensor in zip(names, tensors, strict=True)]
     for row, tensor in enumerate(tensors):
         colour = ORANGE if tensor.shape[-2:] == (seq, seq) else BLUE

@@ -31,11 +31,11 @@ from lessons.l04_recompute.figures import each
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.lab import draw
-from nanoinfra.lab.compare import compare
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.instruments.live_tensors import Storages
-from nanoinfra.lab.instruments.saved_tensors import Kept
-from nanoinfra.lab.measure import counted, measure, median, timed
+from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
+from nanoinfra.lab.instruments.saved_activations import SavedActivations
+from nanoinfra.lab.measure import counted, measure, median_of_times, timed
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
 from nanoinfra.memory import recompute as real
@@ -62,7 +62,7 @@ def forward(name, seq, memory=24e9):
         x = torch.zeros(4, seq, dtype=torch.long)
         x = model.start(x, model.places(x))
         states = 16 * parameters(model.config)
-        with Kept(model.parameters()) as kept:
+        with SavedActivations(model.parameters()) as kept:
             for i, block in enumerate(model.blocks, start=1):
                 x = block(x)
                 if states + kept.bytes() > memory:
@@ -71,7 +71,7 @@ def forward(name, seq, memory=24e9):
     square = sum(t.untyped_storage().nbytes() for t in kept.tensors() if t.shape[-2:] == (seq, seq))
     return f"{seq:,}", *(f"{n / 1e9:.1f} GB" for n in (states, kept.bytes(), square)), verdict
 
-Grid("GPT-2 small, 4 sequences, float32, naive attention (counted)",
+DisplayTable("GPT-2 small, 4 sequences, float32, naive attention (counted)",
      ("T", "states", "kept for backward", "of that, T x T", ""),
      [forward("small", seq) for seq in (256, 512, 1024, 2048, 4096)[::4 if FAST else 1]])
 
@@ -124,7 +124,7 @@ predict("L04.time_full", (4 * layers + 3 * head) / (3 * (layers + head)), "x")
 
 # %%
 block, x = Decoder(CONFIG, "naive").blocks[0], torch.zeros(B, T, C, requires_grad=True)
-with Kept(block.parameters()) as now:
+with SavedActivations(block.parameters()) as now:
     y = block(x)                             # whose graph holds the tensors
 names = ("norm 1's input", "mean", "1/std", "input of q, k and v", "k", "q", "mask", "softmax's output", "v",
          "o's input", "norm 2's input", "mean", "1/std", "up's input", "GELU's input", "GELU's output")
@@ -231,7 +231,7 @@ def step(model):
 
 def kept(how):
     x, blocks = torch.zeros(B, T, C, requires_grad=True), model_of(how).blocks
-    with Kept(blocks.parameters()) as now:
+    with SavedActivations(blocks.parameters()) as now:
         _y = functools.reduce(lambda x, block: block(x), blocks, x)
     return counted(now.bytes(), "B")
 
@@ -243,14 +243,14 @@ def flops(how):
 def slower(how):
     models = model_of("none"), model_of(how)
     pairs = [[timed(functools.partial(step, model), 1).value for model in models] for _ in range(REPEATS)]
-    return median([with_it / without for without, with_it in pairs], "x")
+    return median_of_times([with_it / without for without, with_it in pairs], "x")
 
 for how in check.HOW:
     measure(f"L04.kept_{how}", kept, how)
 for how in ("selective", "full"):
     measure(f"L04.flops_{how}", flops, how)
 measure("L04.time_full", slower, "full")
-compare(list(check.PREDICTIONS), tolerance={"L04.time_full": None})
+compare_predictions(list(check.PREDICTIONS), tolerance={"L04.time_full": None})
 
 # %% [markdown]
 # A whole step, operator by operator: all that is held, logits and gradients too, but for the weights. (The
@@ -258,10 +258,10 @@ compare(list(check.PREDICTIONS), tolerance={"L04.time_full": None})
 
 # %%
 def memory_over_time():
-    picture, axes = draw.canvas(8.6, 4.2, "memory during one step, dots where backward begins (counted)")
+    picture, axes = draw.new_figure(8.6, 4.2, "memory during one step, dots where backward begins (counted)")
     for colour, how in zip((draw.RED, draw.ORANGE, draw.BLUE), check.HOW):
         model = model_of(how)
-        with Storages(operators=True) as storages:
+        with LiveTensorBytes(operators=True) as storages:
             out = model(tokens).square().mean()
             begin = len(storages.marks) - 1
             out.backward()
@@ -287,7 +287,7 @@ def peaks(layers, x):
     def segment(x, some):
         return functools.reduce(lambda x, layer: layer(x), some, x)
     for k in ks:
-        with Kept(layers.parameters()) as kept:
+        with SavedActivations(layers.parameters()) as kept:
             y = x
             for i in range(0, len(layers), k):
                 y = recompute(segment, y, list(layers)[i:i + k])
@@ -304,7 +304,7 @@ W = kept_bytes(gpt, 1, gpt.context, 4, "none") / kept_bytes(gpt, 1, gpt.context,
 N, smooth = max(ks), [max(ks) ** (i / 60) for i in range(61)]
 lines = {"GPT-2": (smooth, [N / k + k * W - 1 for k in smooth]),
          "tanh(W·x)": (smooth, [N / k + k for k in smooth])}
-picture = draw.curves(lines, points, "layers in a segment, k", "peak, in inputs of a layer",
+picture = draw.plot_predicted_and_measured(lines, points, "layers in a segment, k", "peak, in inputs of a layer",
                       f"{N} layers in segments of k (a layer of GPT-2 keeps {W:.0f} inputs)")
 picture.figure.axes[0].set_xticks(ks, [str(k) for k in ks])
 picture.figure.axes[0].minorticks_off()

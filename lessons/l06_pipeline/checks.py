@@ -5,8 +5,8 @@ from lessons.l06_pipeline import cases
 from lessons.l06_pipeline.measurements import scheduled
 from nanoinfra.dist.ranks import RanksError
 from nanoinfra.formulas import pipeline as formulas
-from nanoinfra.lab.check import Check, Wrong, ranks
-from nanoinfra.lab.compare_tensors import same
+from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
+from nanoinfra.lab.compare_tensors import assert_same_tensor
 from nanoinfra.parallel.clock import in_flight, simulate
 from nanoinfra.parallel.schedules import Backward, BackwardInput, BackwardWeight, Forward
 
@@ -75,7 +75,7 @@ def _(subject):
                 i = next((i for i, pair in enumerate(zip(run["did"], want)) if pair[0] != pair[1]),
                          min(len(want), len(run["did"])))
                 got, asked = (_word(each[i]) if i < len(each) else "nothing" for each in (run["did"], want))
-                raise Wrong(f"stage {rank} of {n}, {kind}, {m} micro-batches: computation {i} is {got}, "
+                raise CriterionNotMet(f"stage {rank} of {n}, {kind}, {m} micro-batches: computation {i} is {got}, "
                             f"want {asked}, the order's")
 
 
@@ -98,7 +98,7 @@ def _(subject):
             sends = [row.payload for row in run["rows"] if row.op == "send"]
             got, want = (len(sends), sum(sends)), cases.sent(n, rank, m)
             if got != want:
-                raise Wrong(f"stage {rank} of {n} sends {got[1]:,} bytes in {got[0]} messages, want "
+                raise CriterionNotMet(f"stage {rank} of {n} sends {got[1]:,} bytes in {got[0]} messages, want "
                             f"{want[1]:,} in {want[0]}: of {m} micro-batches the stream to the next stage "
                             f"and the gradient to the one before, once each")
 
@@ -108,7 +108,7 @@ def _(subject):
     for kind, n, m in STEPS:
         for rank, run in enumerate(_runs(subject, kind, n, m)):
             if run["most"] > (want := in_flight(run["order"])) + 1:          # a local may still name one
-                raise Wrong(f"stage {rank} of {n}, {kind}: {run['most']} micro-batches are alive at once, "
+                raise CriterionNotMet(f"stage {rank} of {n}, {kind}: {run['most']} micro-batches are alive at once, "
                             f"the order needs {want}: kept after their backward? kept.pop(k)")
 
 
@@ -123,17 +123,17 @@ def _(subject):
         walls.append(max(ends) - min(begins))
         if walls[-1] < (least + serial) / 2:
             return
-    raise Wrong(f"{m} micro-batches on {n} stages take {min(walls):.2f} s, {least:.2f} by the clock and "
+    raise CriterionNotMet(f"{m} micro-batches on {n} stages take {min(walls):.2f} s, {least:.2f} by the clock and "
                 f"{serial:.2f} one stage at a time: who waits for whom, without need?")
 
 
 def _same(name, got, want, rank, m, causes, behind):
     """`behind`: there are stages behind this one, and theirs are right."""
     try:
-        same(name, got, want, rank, m, 1e-10, causes)
-    except Wrong as wrong:
+        assert_same_tensor(name, got, want, rank, m, 1e-10, causes)
+    except CriterionNotMet as wrong:
         back = ": right on the stages behind: is x.grad what they send back?"
-        raise Wrong(f"{wrong}{back if behind and str(wrong).endswith(')') else ''}") from None
+        raise CriterionNotMet(f"{wrong}{back if behind and str(wrong).endswith(')') else ''}") from None
 
 
 def _once(subject, kinds):
@@ -144,14 +144,14 @@ def _once(subject, kinds):
             where = f"stage {r} of {p}, {m} micro-batches"
             for what in order:
                 if type(what) not in kinds:
-                    raise Wrong(f"{where}: {what!r} is none of {', '.join(names)}")
+                    raise CriterionNotMet(f"{where}: {what!r} is none of {', '.join(names)}")
                 if what.micro not in range(m):
-                    raise Wrong(f"{where}: {type(what).__name__}({what.micro}), and micro-batches are 0 to "
+                    raise CriterionNotMet(f"{where}: {type(what).__name__}({what.micro}), and micro-batches are 0 to "
                                 f"{m - 1}: fewer than stages behind?")
             for k in range(m):
                 did = [type(what).__name__ for what in order if what.micro == k]
                 if did != names:
-                    raise Wrong(f"{where}: micro-batch {k} goes {', then '.join(did) or 'nowhere'}; want "
+                    raise CriterionNotMet(f"{where}: micro-batch {k} goes {', then '.join(did) or 'nowhere'}; want "
                                 f"{', then '.join(names)}")
 
 
@@ -160,7 +160,7 @@ def _held(subject, kind, cause):
         for r in range(p):
             got, want = in_flight(_order(subject, p, r, m)), formulas.in_flight(kind, p, r, m)
             if got > want:
-                raise Wrong(f"stage {r} of {p}, {m} micro-batches: holds {got} at once, want {want}: {cause}")
+                raise CriterionNotMet(f"stage {r} of {p}, {m} micro-batches: holds {got} at once, want {want}: {cause}")
 
 
 def _idle(subject, kind, cause):
@@ -170,14 +170,14 @@ def _idle(subject, kind, cause):
                 continue                     # no closed form
             want, found = formulas.idle(kind, p, m, F, B, W), _replayed(subject, p, m, (F, B, W)).idle
             if max(found) > want:
-                raise Wrong(f"stage {found.index(max(found))} of {p}, {m} micro-batches, F, B, W = {F}, {B}, "
+                raise CriterionNotMet(f"stage {found.index(max(found))} of {p}, {m} micro-batches, F, B, W = {F}, {B}, "
                             f"{W}: idles {max(found)} slots, want {want}: {cause}")
 
 
 def _order(subject, p, r, m):
     order = subject(p, r, m)
     if order is None:
-        raise Wrong(f"returns None for stage {r} of {p}, want computations one after another: no yield?")
+        raise CriterionNotMet(f"returns None for stage {r} of {p}, want computations one after another: no yield?")
     return list(order)
 
 
@@ -185,7 +185,7 @@ def _replayed(subject, p, m, times):
     try:
         return simulate(scheduled(subject, p, m), *times)
     except ValueError as error:
-        raise Wrong(f"{p} stages, {m} micro-batches: {error} (stage, computation)") from error
+        raise CriterionNotMet(f"{p} stages, {m} micro-batches: {error} (stage, computation)") from error
 
 
 def _word(pair):
@@ -196,9 +196,9 @@ def _word(pair):
 def _runs(subject, kind, n, m, nap=0.0, trial=0):
     """What `subject` did on each of n ranks, kept for the next criterion: n of 4, rows side by side."""
     try:
-        return ranks(4).run(cases.step, subject, n, kind, m, nap)[::4 // n]
+        return rank_pool_for_checks(4).run(cases.step, subject, n, kind, m, nap)[::4 // n]
     except RanksError as error:
         why = next((cause for sign, cause in ENDED.items() if sign in str(error)), None)
         if why is None:
             raise
-        raise Wrong(f"{kind} on {n} stages, {m} micro-batches: {why}\n{error}") from error
+        raise CriterionNotMet(f"{kind} on {n} stages, {m} micro-batches: {why}\n{error}") from error

@@ -24,7 +24,7 @@ def gantt(panels: dict[str, Timeline], title: str = "", unit: str = "ms") -> dra
     """
     scale, rows = {"ms": 1e3}.get(unit, 1), sum(len(each.spans) + GAP for each in panels.values())
     longest = max(each.step for each in panels.values())
-    picture, axes = draw.canvas(9.4, 1.35 + 0.32 * rows, title)
+    picture, axes = draw.new_figure(9.4, 1.35 + 0.32 * rows, title)
     ticks, top = {}, 0.0
     for name, timeline in panels.items():
         idle = sum(timeline.idle) / len(timeline.idle) / timeline.step

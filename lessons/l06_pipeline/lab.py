@@ -21,9 +21,9 @@ from nanoinfra.dist import comm
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import sized
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.measure import counted, median
-from nanoinfra.lab.predict import quantity
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.measure import counted, median_of_times
+from nanoinfra.lab.predict import format_quantity
 from nanoinfra.parallel.schedules import Backward, BackwardInput, BackwardWeight, gpipe, one_f_one_b, schedule
 
 KINDS = {"gpipe": ("gpipe", 1), "1f1b": ("1f1b", 1), "inter": ("interleaved", 2), "zb": ("zb-h1", 1)}
@@ -49,10 +49,10 @@ def measure(mesh, model, broken=""):
         idle, steps = rehearsed(mesh, kind, broken)
         run = trained(mesh, config, kind, broken)
         held, messages = run["kept"] / single, [row.payload for row in run["rows"] if row.op == "send"]
-        found |= {f"idle_{kind}": counted(idle, "slots"), f"step_{kind}": median(steps),
+        found |= {f"idle_{kind}": counted(idle, "slots"), f"step_{kind}": median_of_times(steps),
                   f"held_{kind}": counted(max(over(mesh, [held])), "micros"),
                   f"sent_{kind}": counted(max(over(mesh, [sum(messages)])), "B"),
-                  f"train_{kind}": median(over(mesh, run["seconds"]))}
+                  f"train_{kind}": median_of_times(over(mesh, run["seconds"]))}
         each = comm.gather_objects([held, len(messages), run["loss"]], mesh.world)
         rows.append((KINDS[kind][0], *(", ".join(f"{one[i]:g}" for one in each) for i in range(2)),
                      f"{sum(loss for *_, loss in each):.3f}"))
@@ -150,11 +150,11 @@ def over(mesh, values):
 
 def show(config, n, rows):
     """What each stage held and sent."""
-    slots = f"{', '.join(map(str, TIMES))} slots of {quantity(SLOT, 's')}"
+    slots = f"{', '.join(map(str, TIMES))} slots of {format_quantity(SLOT, 's')}"
     print(f"{parameters(config):,} parameters, {LAYERS} layers; {MICROS} micro-batches of {SEQUENCES} x {T} "
           f"tokens; a stage that sleeps takes {slots}")
     columns = "schedule", "micro-batches held by each", "messages sent by each", "loss"
-    Grid(f"{n} stage{'s' if n > 1 else ''}", columns, rows).show()
+    DisplayTable(f"{n} stage{'s' if n > 1 else ''}", columns, rows).show()
 
 
 def order(key):

@@ -32,9 +32,9 @@ from nanoinfra.formulas.activations import activation_terms
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.lab import draw
-from nanoinfra.lab.compare import compare
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.measure import counted, measure, median
+from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
 from nanoinfra.parallel import schedules
@@ -71,7 +71,7 @@ for p in (1, 2, 4):
     _, [naive] = on_ranks(schedule("gpipe", p, 1), [P * M // p * t for t in EVEN], SLOT / 4)
     rows.append((str(p), f"{sized('xl').layers // p}", f"{states / p / 1e9:.1f} GB", f"{naive.step:.2f} s",
                  f"{sum(naive.idle) / p / naive.step:.0%}"))
-Grid("a batch through p stages", ("ranks", "layers", "states of each, about", "a step, timed", "idle"), rows)
+DisplayTable("a batch through p stages", ("ranks", "layers", "states of each, about", "a step, timed", "idle"), rows)
 
 # %%
 gantt({"one batch, four ranks": naive}, "one stage works, three wait", "s")
@@ -273,12 +273,12 @@ sent = {kind: [sum(row.payload for row in run["rows"] if row.op == "send") for r
 for how, (slots, trials) in runs.items():
     measure(f"L06.idle_{how}", counted, max(slots.idle), "slots")
     if ways[how][1] == EVEN:
-        measure(f"L06.step_{how}", median, [trial.step for trial in trials])
+        measure(f"L06.step_{how}", median_of_times, [trial.step for trial in trials])
 for kind in ("gpipe", "1f1b"):
     measure(f"L06.held_{kind}", counted, max(kept[kind]), "B")
 for kind in ("1f1b", "interleaved"):
     measure(f"L06.sent_{kind}", counted, max(sent[kind]), "B")
-compare(list(check.PREDICTIONS))
+compare_predictions(list(check.PREDICTIONS))
 
 # %%
 seconds = [t * SLOT for t in EVEN]
@@ -288,7 +288,7 @@ gantt({"1F1B by the clock": simulate(yours["1f1b"], *seconds), "your 1F1B on fou
 
 # %%
 losses = {kind: sum(run["loss"] for run in each) for kind, each in trained.items()}
-Grid("the trainer's own stage (counted)", ("schedule", "layers of a micro-batch kept by each stage",
+DisplayTable("the trainer's own stage (counted)", ("schedule", "layers of a micro-batch kept by each stage",
                                            "bytes sent by each stage", "loss"),
      [(kind, ", ".join(f"{b / layer:g}" for b in kept[kind]), ", ".join(f"{b:,}" for b in sent[kind]),
        f"{losses[kind]:.6f}") for kind in trained])
@@ -309,7 +309,7 @@ lines = {name: (MORE, [share(formulas.idle(kind, P, m, *EVEN, v), m) for m in MO
          for name, (kind, v) in KINDS.items()}
 dots = {name: (MICROS, [share(max(on_ranks(schedule(kind, P, m, v), EVEN)[0].idle), m) for m in MICROS])
         for name, (kind, v) in KINDS.items()}
-draw.curves(lines, dots, "micro-batches in a step", "idle, of a step", f"the bubble of {P} stages")
+draw.plot_predicted_and_measured(lines, dots, "micro-batches in a step", "idle, of a step", f"the bubble of {P} stages")
 
 # %% [markdown]
 # **Explain.** Five sentences. (a) GPipe and 1F1B idle alike: what does 1F1B save, and how does that make the

@@ -13,7 +13,7 @@ from torch import nn
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh, world_size
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.lab.instruments.saved_tensors import Kept
+from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.parallel import tensor
 from nanoinfra.parallel.clock import chunks
 from nanoinfra.parallel.pipeline import PipelineStage
@@ -137,7 +137,7 @@ def _keeping(blocks, kept):
         yield block.register_forward_hook(lambda *_: kept.__exit__(None, None, None))
 
 
-class _Kept(Kept):
+class _Kept(SavedActivations):
     """Two halves of a backward never run some nodes a last time: what such a one made must not hold it."""
 
     def _keep(self, tensor):

@@ -9,8 +9,8 @@ from lessons.l07_tensor_parallel.cases import CUT, HIDDEN, NAMES, ROWS, VOCAB, B
 from nanoinfra.dist.ledger import Ledger
 from nanoinfra.dist.mesh import Axis
 from nanoinfra.dist.ranks import RanksError
-from nanoinfra.lab.check import Check, Wrong, ranks
-from nanoinfra.lab.compare_tensors import same
+from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
+from nanoinfra.lab.compare_tensors import assert_same_tensor
 
 PREDICTIONS = {"L07.calls": "calls", "L07.sent": "B", "L07.sent_gather": "B", "L07.loss": "B",
                **{f"L07.kept_{how}": "B" for how in ("one", "none", "keep", "gather")},
@@ -34,7 +34,7 @@ def _(subject):
     for rank, n, name, got in _shared(subject):
         want = cases.part(name, rank, n)
         if got.shape != want.shape:
-            raise Wrong(f"rank {rank} of {n}: `{name}` has shape {tuple(got.shape)}, want "
+            raise CriterionNotMet(f"rank {rank} of {n}: `{name}` has shape {tuple(got.shape)}, want "
                         f"{tuple(want.shape)}: {_misshapen(name, got)}")
 
 
@@ -44,14 +44,14 @@ def _(subject):
         others = (other for other in range(n) if other != rank and name in CUT)
         causes = {f"rank {other}'s stretch": cases.part(name, other, n) for other in others}
         causes |= cases.share_slips(name, rank, n)
-        same(f"{name} of {n} ranks", got, cases.part(name, rank, n), rank, 1, causes=causes)
+        assert_same_tensor(f"{name} of {n} ranks", got, cases.part(name, rank, n), rank, 1, causes=causes)
 
 
 @share.criterion("memory of its own", "resource")
 def _(subject):
     for rank, n, name, got in _shared(subject):
         if n > 1 and name in CUT and (held := got.untyped_storage().nbytes()) > got.nbytes:
-            raise Wrong(f"rank {rank} of {n}: `{name}` holds {held} bytes for its {got.nbytes}: a view keeps "
+            raise CriterionNotMet(f"rank {rank} of {n}: `{name}` holds {held} bytes for its {got.nbytes}: a view keeps "
                         f"the whole matrix alive; .clone() the part")
 
 
@@ -62,7 +62,7 @@ def _(subject):
         for rank, run in enumerate(_runs(cases.bare, n, subject)):
             for what, seed in (("input", 0), ("gradient", 1)):
                 if not torch.equal(run[what], cases.partial(rank, seed)):
-                    raise Wrong(f"rank {rank} of {n}: the {what} it was given is overwritten, and may be "
+                    raise CriterionNotMet(f"rank {rank} of {n}: the {what} it was given is overwritten, and may be "
                                 f"someone else's, say of a residual sum: all_reduce(x.clone(), axis)")
 
 
@@ -86,7 +86,7 @@ def _(subject):
                       cases.alone(rank, n, n)["y"] + _bias(),
                       "your part of the sum alone: g is an all-reduce": mine,
                       "your part of the sum, and the bias: g is an all-reduce": mine + _bias()}
-            same("y, against rank 0", run["y"], runs[0]["y"], rank, n, causes=causes)
+            assert_same_tensor("y, against rank 0", run["y"], runs[0]["y"], rank, n, causes=causes)
 
 
 @tensor_mlp.criterion("one rank's output, to 1e-10", "parity")
@@ -94,7 +94,7 @@ def _(subject):
     want = cases.one_rank()["y"]
     for n in (2, 3, 4, 1):
         for rank, run in enumerate(_steps(n, subject)):
-            same(f"y{_on(n)}", run["y"], want, rank, max(n, 2), 1e-10, cases.output_slips(n))
+            assert_same_tensor(f"y{_on(n)}", run["y"], want, rank, max(n, 2), 1e-10, cases.output_slips(n))
 
 
 @tensor_mlp.criterion("one rank's gradients, to 1e-10", "parity")
@@ -104,10 +104,10 @@ def _(subject):
             for name in (*NAMES, "x"):                       # x last: what is wrong there alone is f's
                 got, want = run["grads"][name], cases.part(name, rank, n, cases.one_rank()["grads"][name])
                 if got is None:
-                    raise Wrong(f"rank {rank} of {n}: `{name}` has no gradient: every rank uses all it was "
+                    raise CriterionNotMet(f"rank {rank} of {n}: `{name}` has no gradient: every rank uses all it was "
                                 f"given, and adds the bias of down to the sum")
                 causes = cases.mlp_grad_slips(name, rank, n, want)
-                same(f"{name}.grad{_on(n)}", got, want, rank, max(n, 2), 1e-10, causes)
+                assert_same_tensor(f"{name}.grad{_on(n)}", got, want, rank, max(n, 2), 1e-10, causes)
 
 
 @tensor_mlp.criterion("one all-reduce forward, one backward", "resource")
@@ -121,7 +121,7 @@ def _(subject):
                     again = [row.op for row in rows] == ["all_reduce"] * len(rows) and len(rows) > 1
                     why = ("one f for all that reads x, one g for y" if again else
                            "GELU of your own part needs no other rank's")
-                    raise Wrong(f"rank {rank} of {n} sends {way}: {said}; want one all_reduce of {size} "
+                    raise CriterionNotMet(f"rank {rank} of {n} sends {way}: {said}; want one all_reduce of {size} "
                                 f"bytes, (B, T, C) once: {why}")
 
 
@@ -137,7 +137,7 @@ def _(subject):
         runs = _scores(n, subject)
         for rank, run in enumerate(runs):
             causes = cases.own_slips(rank, n)
-            same("loss, against rank 0", run["loss"], runs[0]["loss"], rank, n, causes=causes)
+            assert_same_tensor("loss, against rank 0", run["loss"], runs[0]["loss"], rank, n, causes=causes)
 
 
 @vocab_loss.criterion("finite where exp overflows", "property")
@@ -148,7 +148,7 @@ def _(subject):
                 off = (~run[name].isfinite()).nonzero()
                 if len(off):
                     index = off[0].tolist()
-                    raise Wrong(f"rank {rank}: `{name}` is {run[name][tuple(index)].item()} at {index} for "
+                    raise CriterionNotMet(f"rank {rank}: `{name}` is {run[name][tuple(index)].item()} at {index} for "
                                 f"logits near {shift:g}: exp(x) is infinite above 709 and 0 below -745; "
                                 f"take the maximum away first, that of all ranks")
 
@@ -159,7 +159,7 @@ def _(subject):
         given = cases.logits()[:, cases.columns(rank, 4)], cases.TARGETS
         for name, got, want in zip(("logits", "targets"), run["given"], given):
             if not torch.equal(got, want):
-                raise Wrong(f"rank {rank} of 4: `{name}` is overwritten, and the caller's: `{name} - ...` "
+                raise CriterionNotMet(f"rank {rank} of 4: `{name}` is overwritten, and the caller's: `{name} - ...` "
                             f"makes a new tensor, where `-=` and `sub_` do not")
 
 
@@ -167,7 +167,7 @@ def _(subject):
 def _(subject):
     for n in (2, 3, 4, 1):
         for rank, run in enumerate(_scores(n, subject)):
-            same(f"loss{_on(n)}", run["loss"], cases.one_loss()[0], rank, 1, 1e-10, cases.loss_slips(n))
+            assert_same_tensor(f"loss{_on(n)}", run["loss"], cases.one_loss()[0], rank, 1, 1e-10, cases.loss_slips(n))
 
 
 @vocab_loss.criterion("one rank's gradient, to 1e-10", "parity")
@@ -175,7 +175,7 @@ def _(subject):
     for n in (2, 3, 4, 1):
         for rank, run in enumerate(_scores(n, subject)):
             want = cases.one_loss()[1][:, cases.columns(rank, n)]
-            same(f"grad{_on(n)}", run["grad"], want, rank, 1, 1e-10, cases.grad_slips(rank, n))
+            assert_same_tensor(f"grad{_on(n)}", run["grad"], want, rank, 1, 1e-10, cases.grad_slips(rank, n))
 
 
 @vocab_loss.criterion("also where one rank has all targets", "parity")
@@ -183,8 +183,8 @@ def _(subject):
     for n in (2, 4):
         for rank, run in enumerate(_scores(n, subject, 0.0, cases.LAST)):
             loss, grad = cases.one_loss(cases.LAST)
-            same(f"loss{_on(n)}", run["loss"], loss, rank, 1, 1e-10)
-            same(f"grad{_on(n)}", run["grad"], grad[:, cases.columns(rank, n)], rank, 1, 1e-10)
+            assert_same_tensor(f"loss{_on(n)}", run["loss"], loss, rank, 1, 1e-10)
+            assert_same_tensor(f"grad{_on(n)}", run["grad"], grad[:, cases.columns(rank, n)], rank, 1, 1e-10)
 
 
 @vocab_loss.criterion("three numbers a row", "resource")
@@ -193,7 +193,7 @@ def _(subject):
         for rank, run in enumerate(_scores(n, subject)):
             sent, most = sum(row.payload for row in run["rows"]), 3 * 8 * ROWS
             if sent > most or len(run["rows"]) > 3:
-                raise Wrong(f"rank {rank} of {n} sends {sent:,} bytes in {len(run['rows'])} calls, want "
+                raise CriterionNotMet(f"rank {rank} of {n} sends {sent:,} bytes in {len(run['rows'])} calls, want "
                             f"{most} in 3: of each row the maximum, the sum and the target's logit")
 
 
@@ -205,7 +205,7 @@ def _(subject):
 
 def _narrow(rank, run, limit, what):
     if (got := run["largest"]).numel() > limit:
-        raise Wrong(f"rank {rank} of 4 makes a tensor {tuple(got.shape)}, {got.numel()} numbers, want at "
+        raise CriterionNotMet(f"rank {rank} of 4 makes a tensor {tuple(got.shape)}, {got.numel()} numbers, want at "
                     f"most {limit}: {what}")
 
 
@@ -224,7 +224,7 @@ def _shared(subject):
             axis = Axis("tp", rank, tuple(range(n)), None, Ledger())
             found = subject(*(tensor.clone() for tensor in cases.weights().values()), axis)
             if not isinstance(found, tuple | list) or [type(x) for x in found] != [torch.Tensor] * 4:
-                raise Wrong(f"rank {rank} of {n}: share returns {type(found).__name__}, want four tensors, "
+                raise CriterionNotMet(f"rank {rank} of {n}: share returns {type(found).__name__}, want four tensors, "
                             f"{', '.join(NAMES)}: no return?")
             yield from ((rank, n, name, got) for name, got in zip(NAMES, found))
 
@@ -238,7 +238,7 @@ def _one_sum(subject, where):
                 want, other = (sum(parts), parts[rank]) if way == where else (parts[rank], sum(parts))
                 why = "the all-reduce is missing" if way == where else "no sum here: f and g changed round?"
                 causes = {why: other, "a sum, not a mean": want / n, "summed twice?": want * n}
-                same(f"{way}{_on(n)}", run[way], want, rank, 1, 1e-10, causes)
+                assert_same_tensor(f"{way}{_on(n)}", run[way], want, rank, 1, 1e-10, causes)
 
 
 def _misshapen(name, got):
@@ -253,20 +253,20 @@ def _misshapen(name, got):
 def _runs(work, n, *args):
     """What `work(n, *args)` did on each of n ranks, kept for the next criterion. One, two: rows of four."""
     try:
-        return ranks(3 if n == 3 else 4).run(work, n, *args)[:n]
+        return rank_pool_for_checks(3 if n == 3 else 4).run(work, n, *args)[:n]
     except RanksError as error:
         why = next((cause for sign, cause in ENDED.items() if sign in str(error)), None)
         if why is None:
             raise
         said = "" if "autograd kernel" in str(error) else f"\n{error}"     # ten lines of torch's
-        raise Wrong(f"on {n} ranks: {why}{said}") from error
+        raise CriterionNotMet(f"on {n} ranks: {why}{said}") from error
 
 
 def _steps(n, subject):
     runs = _runs(cases.step, n, subject)
     for rank, run in enumerate(runs):
         if not isinstance(run["y"], torch.Tensor):
-            raise Wrong(f"rank {rank} of {n}: tensor_mlp returns {type(run['y']).__name__}, want y "
+            raise CriterionNotMet(f"rank {rank} of {n}: tensor_mlp returns {type(run['y']).__name__}, want y "
                         f"(B, T, C): no return?")
     return runs
 
@@ -276,6 +276,6 @@ def _scores(n, subject, *case):
     for rank, run in enumerate(runs):
         if not (isinstance(run["loss"], torch.Tensor) and isinstance(run["grad"], torch.Tensor)):
             kinds = " and ".join(type(run[name]).__name__ for name in ("loss", "grad"))
-            raise Wrong(f"rank {rank} of {n}: vocab_loss returns {kinds}, want loss (R,), grad (R, V/t): "
+            raise CriterionNotMet(f"rank {rank} of {n}: vocab_loss returns {kinds}, want loss (R,), grad (R, V/t): "
                         f"no return?")
     return runs

@@ -15,8 +15,8 @@ from nanoinfra.dist.ledger import Row
 from nanoinfra.dist.mesh import Mesh, world_size
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab import draw
-from nanoinfra.lab.instruments.emulated_compute import emulate
-from nanoinfra.lab.instruments.saved_tensors import Kept
+from nanoinfra.lab.instruments.emulated_compute import emulate_compute_time
+from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.megatron import TensorParallel
@@ -42,7 +42,7 @@ def step_of(config: ModelConfig, t: int, sp: str, batch: int,
     rows, places = mesh.ledger.take(), model.places(x)
     stream = model.start(x, places).detach().requires_grad_()
     rope = model.angles(places, stream.dtype)
-    with Kept(model.parameters()) as kept:
+    with SavedActivations(model.parameters()) as kept:
         out = model.blocks[0](stream, rope)
         sizes = [tensor.untyped_storage().nbytes() for tensor in kept.tensors()]
     assert out.requires_grad                                                 # and is alive, with all it keeps
@@ -57,7 +57,7 @@ def paced(config: ModelConfig, t: int, wire: tuple[float, float], seconds: float
     """
     mesh, model, trials = Mesh(tp=t, pp=world_size() // t, wire={"tp": wire}), Decoder(config), []
     TensorParallel(model, mesh)
-    emulate(model.blocks, seconds / 1.5 / batch / t)                         # of backward, a sequence
+    emulate_compute_time(model.blocks, seconds / 1.5 / batch / t)                         # of backward, a sequence
     for _ in range(repeats):
         stream = torch.ones(batch, seq, config.width, requires_grad=True)
         comm.barrier(mesh.tp)
@@ -75,7 +75,7 @@ def cut_map(ranks: Sequence[dict], shapes: dict[str, tuple[int, ...]],
 
     `ranks[r]` is rank r's {parameter: box}, `shapes` those of the whole. A tied head is the embedding.
     """
-    picture, axes = draw.canvas(9.4, 3.6, title)
+    picture, axes = draw.new_figure(9.4, 3.6, title)
     unit, left = shapes["blocks.0.norm1.weight"][0], 0.0
     names = {"head": "embed.weight"} | {name.split(".")[-2]: name for name in reversed(shapes)
                                         if name.endswith("weight")}
@@ -95,7 +95,7 @@ def cut_map(ranks: Sequence[dict], shapes: dict[str, tuple[int, ...]],
         axes.text((begin + left) / 2, shapes[name][0] + 0.12 * unit, text, ha="center", va="top", **small)
         left += (0.12 + 0.2 * (item == "positions")) * unit                  # its name is wider than it
     for r in range(len(ranks)):
-        axes.bar(0, 0, color=draw.COLOURS[r], label=f"rank {r}")
+        axes.bar(0, 0, color=draw.SERIES_COLOURS[r], label=f"rank {r}")
     axes.set(xlim=(-0.1 * unit, left), ylim=(1.1 * shapes["embed.weight"][0], -0.2 * unit), aspect="equal")
     axes.axis("off")
     axes.legend(loc="lower left", bbox_to_anchor=(0.08, 0.1), ncols=len(ranks), fontsize=10, frameon=False)
@@ -114,7 +114,7 @@ def _drawn(name, bias, shapes):
 def _parts(axes, boxes, shape, left, thin):
     """The parts of one parameter, grey where each rank has all of it. Returns the next free place."""
     width = shape[1] if len(shape) == 2 else thin
-    for box, colour in zip(boxes, draw.COLOURS):
+    for box, colour in zip(boxes, draw.SERIES_COLOURS):
         (top, bottom), (begin, end) = box if len(box) == 2 else (*box, (0, width))
         whole = [stop - start for start, stop in box] == list(shape)
         axes.add_patch(Rectangle((left + begin, top), end - begin, bottom - top, edgecolor="white",
@@ -125,7 +125,7 @@ def _parts(axes, boxes, shape, left, thin):
 def kept_bars(rows: dict[str, tuple[Sequence[int], float]], title: str,
               names: Sequence[str] = GPT2) -> draw.Picture:
     """{row: (bytes of each tensor that a layer keeps, in the order of `names`; bytes predicted of them)}."""
-    picture, axes = draw.canvas(8.8, 1.3 + 0.55 * len(rows), title)
+    picture, axes = draw.new_figure(8.8, 1.3 + 0.55 * len(rows), title)
     whole = max(sum(sizes) for sizes, _ in rows.values())
     for y, (sizes, predicted) in enumerate(rows.values()):
         kinds, left = dict.fromkeys(KEPT, 0), 0
@@ -149,7 +149,7 @@ def cliff(rows: dict[str, tuple[int, dict[int, float], str, Callable]], title: s
 
     {label: (ranks of a node, {t: speed in %, measured or published}, name of the line, t -> its speed)}.
     """
-    picture, axes = draw.canvas(8.8, 4.6, title)
+    picture, axes = draw.new_figure(8.8, 4.6, title)
     top = {}                                                                 # {x: the highest point there}
     for node, points, *_ in rows.values():
         top |= {t / node: max(y, top.get(t / node, 0)) for t, y in points.items()}

@@ -25,10 +25,10 @@ from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import sized
 from nanoinfra.formulas.tensor import layer_calls, tensor_sent
 from nanoinfra.formulas.wire import ring_seconds
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.instruments.saved_tensors import Kept
-from nanoinfra.lab.measure import counted, median
-from nanoinfra.lab.predict import quantity
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.instruments.saved_activations import SavedActivations
+from nanoinfra.lab.measure import counted, median_of_times
+from nanoinfra.lab.predict import format_quantity
 from nanoinfra.parallel.megatron import TensorParallel
 from nanoinfra.parallel.schedules import accumulate
 from nanoinfra.parallel.tensor import Whole
@@ -60,11 +60,11 @@ def measure(mesh, model, broken=""):
                 print(f"sp {mode}, {wire} wire ...", flush=True)
             axis_mesh = Mesh(tp=mesh.world.size, wire=WIRES[wire], device=mesh.device)
             kept, sent, waits, seconds, loss = train(axis_mesh, config, mode, broken)
-            found[f"{wire}_{mode}"] = median(seconds)
+            found[f"{wire}_{mode}"] = median_of_times(seconds)
             times.append((mode, wire, loss, seconds, waits, in_layers(sent), axis_mesh.tp.link))
         found |= counts(config, mode, kept, sent)
-        found[f"wait_{mode}"] = median(waits)                        # on the last wire, the slow one
-        rows += [(mode, tag, op, str(calls), quantity(size, "B"))
+        found[f"wait_{mode}"] = median_of_times(waits)                        # on the last wire, the slow one
+        rows += [(mode, tag, op, str(calls), format_quantity(size, "B"))
                  for (op, tag), (calls, size) in sorted(sent.items())]
     if mesh.rank == 0:
         show(config, mesh.world.size, rows, times)
@@ -158,7 +158,7 @@ def kept_by_layer(mesh, replica):
     batches, marks = [tokens(mesh, replica.parallel.each[0].model.config.vocab)], []
     [count] = count_valid(batches, mesh.data)
     replica.begin(batches, count, lr=0.0)
-    with Kept(replica.parallel.each[0].model.parameters()) as kept:
+    with SavedActivations(replica.parallel.each[0].model.parameters()) as kept:
         hooks = [block.register_forward_hook(lambda *_: marks.append(kept.bytes()))
                  for block in replica.parallel.each[0].model.blocks]
         replica.forward(0)
@@ -172,18 +172,18 @@ def kept_by_layer(mesh, replica):
 def show(config, n, rows, times):
     """Print what was sent by tag, and steps beside what the alpha-beta model says of their layers' wire."""
     print(f"GPT-2 of {parameters(config):,} parameters over {n} ranks, {SEQUENCES} x {T} tokens a step")
-    Grid("in one step", ("sp", "tag", "collective", "calls", "payload"), rows).show()
+    DisplayTable("in one step", ("sp", "tag", "collective", "calls", "payload"), rows).show()
     lines = []
     for mode, wire, loss, seconds, waits, sent, link in times:
         modelled = ""
         if link:
             each = {op: ring_seconds(op, size / calls, n, link.latency, link.bandwidth)
                     for op, (calls, size) in sent.items()}
-            modelled = quantity(sum(calls * each[op] for op, (calls, _) in sent.items()), "s")
-        timed = (quantity(middle(values), "s") for values in (seconds, waits))
+            modelled = format_quantity(sum(calls * each[op] for op, (calls, _) in sent.items()), "s")
+        timed = (format_quantity(middle(values), "s") for values in (seconds, waits))
         lines.append((mode, wire, f"{loss:.3f}", *timed, modelled))
     columns = ("sp", "wire", "loss", "step, timed", "waited in layers, timed", "modelled")
-    Grid(f"the loss of step {STEPS}, and seconds", columns, lines).show()
+    DisplayTable(f"the loss of step {STEPS}, and seconds", columns, lines).show()
 
 
 def order(key):

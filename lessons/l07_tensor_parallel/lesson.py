@@ -31,9 +31,9 @@ from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.formulas.tensor import tensor_sent
 from nanoinfra.formulas.wire import ring_seconds
 from nanoinfra.lab import predict as book
-from nanoinfra.lab.compare import compare
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.measure import counted, measure, median
+from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
 from nanoinfra.model.decoder import Decoder
@@ -69,7 +69,7 @@ def fits(n, t=1, memory=80e9):
 
 RANKS = (64, 512, 4096, 32768)
 COLUMNS = ("ranks", "states", "layer at work", "kept for backward", "tokens in a step, at least", "")
-Grid("GPT-3 (modelled; lesson 04 counted such bytes)", COLUMNS, [fits(n) for n in RANKS])
+DisplayTable("GPT-3 (modelled; lesson 04 counted such bytes)", COLUMNS, [fits(n) for n in RANKS])
 
 # %% [markdown]
 # More ranks do not help: one layer and one sequence are left, and neither is cut. Recompute would make room
@@ -257,7 +257,7 @@ for how, (t, sp) in ways.items():
         lines.append((f"{t} ranks, sp {sp}", f"{op}: {tag}", *(f"{n:,}" for n in (*want, *got)),
                       "pass" if want == got else "miss"))
 print("losses:", *(f"{how} {loss:.6f}" for how, (loss, *_) in runs.items()))
-Grid("a step: formulas and ledger", ("", "", "calls", "payload, bytes", "counted", "counted", ""), lines)
+DisplayTable("a step: formulas and ledger", ("", "", "calls", "payload, bytes", "counted", "counted", ""), lines)
 
 # %% [markdown]
 # *Timed*: L real layers, which sleep for as long as an accelerator would compute, and an emulated wire. Nodes
@@ -265,7 +265,7 @@ Grid("a step: formulas and ledger", ("", "", "calls", "payload, bytes", "counted
 
 # %%
 wires = {1: INSIDE, 2: INSIDE, 4: BETWEEN}
-steps = {t: median(world.run(paced, CONFIG, t, wire, SECONDS, B, T, REPEATS)[0]) for t, wire in wires.items()}
+steps = {t: median_of_times(world.run(paced, CONFIG, t, wire, SECONDS, B, T, REPEATS)[0]) for t, wire in wires.items()}
 layers = {how: [row for row in rows if row.tag == "layers"] for how, (_, rows, _) in runs.items()}
 measure("L07.calls", counted, len(layers["none"]) / L, "calls")
 measure("L07.sent", counted, sum(row.wire_bytes for row in layers["none"]) / L, "B")
@@ -275,15 +275,15 @@ for how in ("one", "none", "keep", "gather"):
 measure("L07.loss", counted, sum(row.payload for row in runs["none"][1] if row.tag == "loss"), "B")
 measure("L07.step_inside", lambda: steps[2])
 measure("L07.step_between", lambda: steps[4])
-compare(list(check.PREDICTIONS))
+compare_predictions(list(check.PREDICTIONS))
 
 # %%
-kept_bars({name: (runs[how][2], book.predicted(f"L07.kept_{how}")[0]) for name, how in
+kept_bars({name: (runs[how][2], book.last_prediction(f"L07.kept_{how}")[0]) for name, how in
            {"one rank": "one", "TP": "none", "TP + SP, keep": "keep", "TP + SP, gather": "gather"}.items()},
           f"what a layer keeps for backward on each of {N} ranks")
 
 # %%
-Grid("GPT-3, eight ranks to a layer, SP with gather (modelled)", COLUMNS, [fits(n, 8) for n in RANKS])
+DisplayTable("GPT-3, eight ranks to a layer, SP with gather (modelled)", COLUMNS, [fits(n, 8) for n in RANKS])
 
 # %% [markdown]
 # **The cliff.** A rank computes 1/t of a layer, and sends 8(t−1)/t·BTC numbers: nearly as many for every t.

@@ -7,9 +7,9 @@ import torch
 from lessons.l08_zero import cases
 from lessons.l08_zero.cases import MICRO_BATCHES, SHAPES, STEPS
 from nanoinfra.dist.mesh import Mesh, world_size
-from nanoinfra.lab.check import Check, Wrong, patience, ranks
-from nanoinfra.lab.compare_tensors import same
-from nanoinfra.lab.instruments.live_tensors import Storages
+from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks, scale_timeout_by_load
+from nanoinfra.lab.compare_tensors import assert_same_tensor
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 
 PREDICTIONS = {**{f"L08.{what}_{stage}": "B" for what in ("held", "sent") for stage in (1, 2, 3)},
                "L08.server": "B", "L08.wait_simple": "s", "L08.wait_ahead": "s"}
@@ -28,7 +28,7 @@ def _(subject):
                 got = run["params"][name]
                 causes = {cases.STILL: cases.moved(n)[0][name],
                           mine: cases.own_rows_moved(got, name, rank, n)}
-                same(f"{name}, against rank 0", got, want, rank, n, causes=causes)
+                assert_same_tensor(f"{name}, against rank 0", got, want, rank, n, causes=causes)
 
 
 @zero1_step.criterion("one rank's weights, to 1e-10", "parity")
@@ -37,7 +37,7 @@ def _(subject):
         for rank, run in enumerate(_runs(_step, n, subject)):
             for name, want in cases.moved(n)[-1].items():
                 causes = {text: slip[name] for text, slip in cases.step_slips(n).items()}
-                same(f"{name} after {STEPS} steps on {n} rank{'s' * (n > 1)}", run["params"][name], want,
+                assert_same_tensor(f"{name} after {STEPS} steps on {n} rank{'s' * (n > 1)}", run["params"][name], want,
                      rank, max(n, 2), 1e-10, causes)
 
 
@@ -45,7 +45,7 @@ def _(subject):
 def _(subject):
     for rank, run in enumerate(_runs(_step, 4, subject, cases.ADAM)):
         if run["kept"] > (limit := cases.state_limit(4)):
-            raise Wrong(f"rank {rank} of 4 keeps {run['kept']:,} bytes after a step, want at most {limit:,}: "
+            raise CriterionNotMet(f"rank {rank} of 4 keeps {run['kept']:,} bytes after a step, want at most {limit:,}: "
                         f"its rows, their gradient, Adam's two moments of them and its counters. Does the "
                         f"optimizer have other ranks' rows?")
 
@@ -63,7 +63,7 @@ def _(subject):
 def _(subject):
     for rank, run in enumerate(_runs(_train, 4, subject)):
         if "read_freed" in run:
-            raise Wrong(f"rank {rank}: a weight was read while it was freed: make it whole before forward, "
+            raise CriterionNotMet(f"rank {rank}: a weight was read while it was freed: make it whole before forward, "
                         f"and again when a gradient comes back to the output")
 
 
@@ -72,7 +72,7 @@ def _(subject):
     for rank, run in enumerate(_runs(_train, 4, subject)):
         for step, got in enumerate(run["outputs"]):
             want, old = (cases.alone(4, frozen)[0][step][rank] for frozen in (False, True))
-            same(f"output in step {step + 1}", torch.from_numpy(got), want, rank, 4, 1e-10, {cases.OLD: old})
+            assert_same_tensor(f"output in step {step + 1}", torch.from_numpy(got), want, rank, 4, 1e-10, {cases.OLD: old})
 
 
 @zero3.criterion("one rank's gradients, to 1e-10", "parity")
@@ -83,7 +83,7 @@ def _(subject):
                 for name, want in cases.alone(n)[1][step].items():
                     slips = {text: cases.cut(slip[step][name], n)[rank]
                              for text, slip in cases.train_slips(n).items()}
-                    same(f"grads of {name} in step {step + 1}, {n} rank{'s' * (n > 1)}",
+                    assert_same_tensor(f"grads of {name} in step {step + 1}, {n} rank{'s' * (n > 1)}",
                          torch.from_numpy(got[name]), cases.cut(want, n)[rank], rank, max(n, 2), 1e-10, slips)
 
 
@@ -92,7 +92,7 @@ def _(subject):
     for rank, run in enumerate(_runs(_train, 4, subject)):
         for when, held in run["whole"].items():
             if held:
-                raise Wrong(f"rank {rank}: {when} the parameters hold {held:,} bytes, want 0: when a use is "
+                raise CriterionNotMet(f"rank {rank}: {when} the parameters hold {held:,} bytes, want 0: when a use is "
                             f"over, p.untyped_storage().resize_(0)")
 
 
@@ -101,7 +101,7 @@ def _(subject):
     for rank, run in enumerate(_runs(_train, 4, subject)):
         for micro, more in enumerate(run["more"]):
             if more > 0:
-                raise Wrong(f"rank {rank}: after backward {micro + 1} there are {more:,} bytes besides "
+                raise CriterionNotMet(f"rank {rank}: after backward {micro + 1} there are {more:,} bytes besides "
                             f"`shards` and `grads`, want 0: p.grad = None when its rows have left; or is a "
                             f"whole sum kept somewhere?")
 
@@ -118,26 +118,26 @@ def _(subject):
 def _sent(rows, want, where):
     """`want`: {collective: (bytes, calls)}; calls may be fewer, where a student packs tensors."""
     for op in {row.op for row in rows} - set(want):
-        raise Wrong(f"{where}: sends by {op} too; {' and '.join(want)} are enough")
+        raise CriterionNotMet(f"{where}: sends by {op} too; {' and '.join(want)} are enough")
     for op, (bytes_, calls) in want.items():
         got, made = sum(row.payload for row in rows if row.op == op), sum(row.op == op for row in rows)
         if got != bytes_:
             why = "left out?" if got < bytes_ else "something sent twice, or in a wider dtype?"
-            raise Wrong(f"{where}: {op} carries {got:,} bytes, want {bytes_:,}: {why}")
+            raise CriterionNotMet(f"{where}: {op} carries {got:,} bytes, want {bytes_:,}: {why}")
         if made > calls:
-            raise Wrong(f"{where}: {op} is called {made} times, want {calls}: each call pays the latency")
+            raise CriterionNotMet(f"{where}: {op} is called {made} times, want {calls}: each call pays the latency")
 
 
 @functools.lru_cache(maxsize=8)
 def _runs(work, n, *args):
     """What `work(n, *args)` did on each of n ranks, kept for the next criterion. One, two: rows of four."""
-    return ranks(3 if n == 3 else 4).run(work, n, *args)[:n]
+    return rank_pool_for_checks(3 if n == 3 else 4).run(work, n, *args)[:n]
 
 
 def _step(n, subject, make=cases.SGD):
     mesh, params, state = Mesh(dp=n, pp=world_size() // n), cases.weights(), {}
     given = [cases.gradients(step, mesh.dp.rank) for step in range(STEPS)]
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         for grads in given:
             subject(params, grads, mesh.dp, state, make)
         kept = _held(storages, cases.state_limit(n), n == 4)
@@ -151,7 +151,7 @@ def _train(n, subject):
     run = {"outputs": [], "grads": [], "more": [], "whole": {"before the first use": _whole(net)}}
     cases.alone(n)                                                 # before anybody counts
     try:
-        with Storages(of=[*net.parameters(), *shards.values(), *grads.values()]) as storages:
+        with LiveTensorBytes(of=[*net.parameters(), *shards.values(), *grads.values()]) as storages:
             start = storages.held()
             for step in range(STEPS):
                 for micro in range(MICRO_BATCHES):
@@ -189,7 +189,7 @@ def _micro_batch(net, x, step, run):
 
 def _held(storages, limit, patient):
     """Bytes alive. Above `limit` look again: gloo's own thread lets go of what it sent a moment after."""
-    until = time.monotonic() + patience(0.3) * patient
+    until = time.monotonic() + scale_timeout_by_load(0.3) * patient
     while (held := storages.held()) > limit and time.monotonic() < until:
         time.sleep(1e-3)
     return held

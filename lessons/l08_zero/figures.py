@@ -10,11 +10,11 @@ from nanoinfra.lab import draw
 def shard_map(ranks: Sequence[dict[str, tuple[int, int]]], shapes: dict[str, tuple[int, ...]],
               title: str = "who owns which rows (hatched: zeros that make all shares equal)") -> draw.Picture:
     """A bar a parameter of `shapes`, as long as it has rows, in its owners' colours; `ranks[r]`: r's rows."""
-    picture, axes = draw.canvas(8.8, 1.2 + 0.3 * len(shapes), title)
+    picture, axes = draw.new_figure(8.8, 1.2 + 0.3 * len(shapes), title)
     most = max(shape[0] for shape in shapes.values())
     for y, (name, shape) in enumerate(shapes.items()):
         c = -(-shape[0] // len(ranks))
-        for r, (rows, colour) in enumerate(zip(ranks, draw.COLOURS)):
+        for r, (rows, colour) in enumerate(zip(ranks, draw.SERIES_COLOURS)):
             start, stop = rows[name]
             label = "" if y else f"rank {r}"
             axes.barh(y, stop - start, 0.74, start, color=colour, edgecolor="white", label=label)
@@ -31,11 +31,11 @@ def shard_map(ranks: Sequence[dict[str, tuple[int, int]]], shapes: dict[str, tup
 
 def held_bars(rows: dict[str, tuple[dict[str, int], int, float]], title: str) -> draw.Picture:
     """{row: ({kind: bytes}, bytes alive at the peak, bytes predicted)}; the prediction is a black line."""
-    picture, axes = draw.canvas(8.8, 1.3 + 0.55 * len(rows), title)
+    picture, axes = draw.new_figure(8.8, 1.3 + 0.55 * len(rows), title)
     whole, bar = sum(next(iter(rows.values()))[0].values()), {"height": 0.62, "edgecolor": "white"}
     for y, (kinds, peak, predicted) in enumerate(rows.values()):
         left, besides = 0, {"besides, at the peak": peak - sum(kinds.values())}
-        for colour, (kind, size) in zip((*draw.COLOURS[:4], "#e2e2e2"), (kinds | besides).items()):
+        for colour, (kind, size) in zip((*draw.SERIES_COLOURS[:4], "#e2e2e2"), (kinds | besides).items()):
             axes.barh(y, size / 1e6, left=left / 1e6, color=colour, label="" if y else kind, **bar)
             left += size
         axes.plot([predicted / 1e6] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2,
@@ -52,7 +52,7 @@ def held_bars(rows: dict[str, tuple[dict[str, int], int, float]], title: str) ->
 
 def stack_timeline(ways: dict[str, tuple[list, list]], title: str) -> draw.Picture:
     """{name: (times, rows)} of `stack_step`, a line a layer: gathered, whole, its gradient scattered."""
-    picture, axes = draw.canvas(9.4, 1.2 + 1.5 * len(ways), title)
+    picture, axes = draw.new_figure(9.4, 1.2 + 1.5 * len(ways), title)
     ticks, marks = {}, {}
     for way, (name, (times, rows)) in enumerate(ways.items()):
         top, start = way * (len(times) + 1), rows[0].begin

@@ -17,9 +17,9 @@ from nanoinfra.dist import comm
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import sized
 from nanoinfra.formulas.zero import zero_bytes, zero_payload
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.measure import counted, median
-from nanoinfra.lab.predict import quantity
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.measure import counted, median_of_times
+from nanoinfra.lab.predict import format_quantity
 from nanoinfra.parallel.schedules import Backward, ReduceGrads, accumulate
 from nanoinfra.parallel.zero import Unit
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
@@ -45,11 +45,11 @@ def measure(mesh, model, broken=""):
             print(f"stage {stage} ...", flush=True)
         held, sent, calls, seconds, loss = train(mesh, config, stage, broken)
         found[stage] = {"held": counted(sum(held), "B"), "sent": counted(sent, "B"),
-                        "calls": counted(calls, "calls"), "step": median(seconds)}
-        rows.append((str(stage), *(quantity(n, "B") for n in held), f"{loss:.3f}"))
+                        "calls": counted(calls, "calls"), "step": median_of_times(seconds)}
+        rows.append((str(stage), *(format_quantity(n, "B") for n in held), f"{loss:.3f}"))
     if mesh.rank == 0:
         title = f"{parameters(config):,} parameters: what a rank holds"
-        Grid(title, ("stage", "weights", "gradients", "optimizer", "loss"), rows).show()
+        DisplayTable(title, ("stage", "weights", "gradients", "optimizer", "loss"), rows).show()
     return {f"L08.lab_{what}_{stage}": found[stage][what]
             for what in ("held", "sent", "calls", "step") for stage in STAGES}
 

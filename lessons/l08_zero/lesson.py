@@ -34,8 +34,8 @@ from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.formulas.wire import ring_seconds
 from nanoinfra.formulas.zero import padded
 from nanoinfra.lab import predict as book
-from nanoinfra.lab.compare import compare
-from nanoinfra.lab.display_table import Grid
+from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, measure
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
@@ -57,7 +57,7 @@ world = Ranks(N, timeout=120)
 
 # %%
 held = {n: world.run(held_and_sent, CONFIG, 0, n)[0][0] for n in (1, 2, 4)}
-Grid(f"data parallelism, {parameters(CONFIG):,} parameters: bytes on each rank", ("ranks", *KINDS, "all"),
+DisplayTable(f"data parallelism, {parameters(CONFIG):,} parameters: bytes on each rank", ("ranks", *KINDS, "all"),
      [(str(n), *(f"{b:,}" for b in kinds.values()), f"{sum(kinds.values()):,}") for n, kinds in held.items()])
 
 # %%
@@ -274,14 +274,14 @@ waits = {way.__name__: world.run(stack_step, way, LAYERS, WIDTH, SECONDS, (ALPHA
          for way in (simple, ahead)}
 for way, results in waits.items():
     measure(f"L08.wait_{way}", exposed, results)
-compare(list(check.PREDICTIONS))
+compare_predictions(list(check.PREDICTIONS))
 
 # %% [markdown]
 # What a rank keeps; grey is what was alive besides at the highest moment: activations, and whatever is on its
 # way. A black line is your last prediction (16Ψ for data parallelism).
 
 # %%
-said = [16 * psi, *(book.predicted(f"L08.held_{stage}")[0] for stage in (1, 2, 3))]
+said = [16 * psi, *(book.last_prediction(f"L08.held_{stage}")[0] for stage in (1, 2, 3))]
 held_bars({f"stage {stage}" if stage else "data parallel": (kinds, peak, said[stage])
            for stage, (kinds, peak, _) in stages.items()}, f"bytes on each of {N} ranks, {psi:,} parameters")
 
@@ -299,7 +299,7 @@ stack_timeline({"yours": waits["simple"][0][-1], "the real one": waits["ahead"][
 # only the owners of the weights change. The last line is ZeRO-1.
 
 # %%
-Grid("the parameter server, float32", ("servers", "workers", "bytes over the busiest link", "over 4Ψ",
+DisplayTable("the parameter server, float32", ("servers", "workers", "bytes over the busiest link", "over 4Ψ",
                                        "Adam's moments on each rank, bytes"),
      [(str(s), str(N if s == N else N - s), f"{(most := max(link for link, _ in run)):,.0f}",
        f"{most / 4 / psi:.4g}", ", ".join(f"{moments:,}" for _, moments in run)) for s, run in links.items()])

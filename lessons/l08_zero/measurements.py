@@ -13,9 +13,9 @@ from torch import nn
 from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh, world_size
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.lab.instruments.emulated_compute import emulate
-from nanoinfra.lab.instruments.live_tensors import Storages
-from nanoinfra.lab.measure import Measurement, median
+from nanoinfra.lab.instruments.emulated_compute import emulate_compute_time
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
+from nanoinfra.lab.measure import Measurement, median_of_times
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel.compose import units
 from nanoinfra.parallel.data import DataParallel
@@ -35,7 +35,7 @@ def held_and_sent(config: ModelConfig, stage: int, n: int, micro_batches: int = 
     """
     mesh, a = Mesh(dp=n, pp=world_size() // n), micro_batches
     x, y = torch.zeros(2, 1, 8, dtype=torch.long)
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         net, last, shared = _cut(config, mesh, stage, bucket_bytes)
         optimizer = Optimizer(shared.shards)
         storages.watch(nn.ModuleList([net, last]), mesh.ledger)
@@ -83,7 +83,7 @@ def stack_step(cut: Callable, layers: int, width: int, seconds: float, wire: tup
     """
     mesh, trials = Mesh(dp=world_size(), wire={"dp": wire}), []
     net = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
-    emulate(net, seconds)
+    emulate_compute_time(net, seconds)
     begin, finish = cut(net, mesh.data)
     times = [_clock(layer) for layer in net]
     for _ in range(repeats):
@@ -116,4 +116,4 @@ def _clock(layer):
 
 def exposed(results: Sequence) -> Measurement:
     """The wait of the rank that waits least: the last to come waits for the wire alone, others for it too."""
-    return median([min(sum(row.wait_s for row in rows) for _, rows in each) for each in zip(*results)])
+    return median_of_times([min(sum(row.wait_s for row in rows) for _, rows in each) for each in zip(*results)])

@@ -8,8 +8,8 @@ from lessons.l10_three_d import cases
 from lessons.l10_three_d.cases import MESHES, TIED
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.dist.ranks import RanksError
-from nanoinfra.lab.check import Check, Wrong, ranks
-from nanoinfra.lab.compare_tensors import same
+from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
+from nanoinfra.lab.compare_tensors import assert_same_tensor
 
 PREDICTIONS = {**{f"L10.{what}": "B" for what in ("tp_first", "tp_last", "pp", "dp_first", "dp_last", "tied",
                                                   "all")},
@@ -33,7 +33,7 @@ def _(subject):
         for rank in range(math.prod(sizes.values())):
             got = _places(subject, rank, sizes)
             if got in seen:
-                raise Wrong(f"ranks {seen[got]} and {rank} of {sizes} both stand at {dict(zip(sizes, got))}")
+                raise CriterionNotMet(f"ranks {seen[got]} and {rank} of {sizes} both stand at {dict(zip(sizes, got))}")
             seen[got] = rank
 
 
@@ -45,7 +45,7 @@ def _(subject):
             if got != want:
                 first = tuple(reversed(_want(rank, dict(reversed(sizes.items())))))
                 why = ": the first axis is the fastest here" if got == first else ""
-                raise Wrong(f"rank {rank} of {sizes}: want {dict(zip(sizes, want))}, got "
+                raise CriterionNotMet(f"rank {rank} of {sizes}: want {dict(zip(sizes, want))}, got "
                             f"{dict(zip(sizes, got))}{why}")
 
 
@@ -53,7 +53,7 @@ def _(subject):
 def _(subject):
     for sizes, rank, axis, got in _lines(subject):
         if rank not in got or len(got) != sizes[axis]:
-            raise Wrong(f"rank {rank} of {sizes}, {axis}: got {got}, want {sizes[axis]} ranks, {rank} among "
+            raise CriterionNotMet(f"rank {rank} of {sizes}, {axis}: got {got}, want {sizes[axis]} ranks, {rank} among "
                         f"them")
 
 
@@ -66,7 +66,7 @@ def _(subject):
             why = ("in the axis's own order, from place 0" if sorted(got) == want else
                    "ranks side by side: so it is on the fastest axis alone" if got == stretch else
                    "how far apart are two neighbours? As far as all faster axes reach")
-            raise Wrong(f"rank {rank} of {sizes}, {axis}: want {want}, got {got}: {why}")
+            raise CriterionNotMet(f"rank {rank} of {sizes}, {axis}: want {want}, got {got}: {why}")
 
 
 @neighbours.criterion("the real mesh's", "parity")
@@ -76,7 +76,7 @@ def _(subject):
         for rank, axes in enumerate(_runs(_real, sizes)):
             for axis, want in axes.items():
                 if (got := list(subject(rank, axis, named))) != want:
-                    raise Wrong(f"rank {rank} of {named}, {axis}: the real mesh has {want}, got {got}")
+                    raise CriterionNotMet(f"rank {rank} of {named}, {axis}: the real mesh has {want}, got {got}")
 
 
 @sum_gradients.criterion("leaves alone what it is given", "property")
@@ -84,7 +84,7 @@ def _(subject):
     for sizes in MESHES:
         for rank, run in enumerate(_runs(_sums, sizes, subject)):
             if run["changed"]:
-                raise Wrong(f"rank {rank}: micro-batch {run['changed'][0]}'s `{run['changed'][1]}` is "
+                raise CriterionNotMet(f"rank {rank}: micro-batch {run['changed'][0]}'s `{run['changed'][1]}` is "
                             f"overwritten: all_reduce and += work in place, so begin with a sum of your own")
 
 
@@ -96,9 +96,9 @@ def _(subject):
             where = f"{_on(sizes)}, stage {at[0]}"
             if set(got) != set(cases.names(sizes[0], at[0])):
                 missing = sorted(set(cases.names(sizes[0], at[0])) ^ set(got))
-                raise Wrong(f"rank {rank} {where}: the names are not those given: {', '.join(missing[:3])}")
+                raise CriterionNotMet(f"rank {rank} {where}: the names are not those given: {', '.join(missing[:3])}")
             for name in cases.names(sizes[0], at[0]):
-                same(f"{name} {where}", got[name], cases.total(name, sizes, at[2]), rank, 1, 1e-10,
+                assert_same_tensor(f"{name} {where}", got[name], cases.total(name, sizes, at[2]), rank, 1, 1e-10,
                      cases.slips(name, sizes, at))
 
 
@@ -112,7 +112,7 @@ def _(subject):
                     m = cases.MICRO_BATCHES
                     why = ("after each micro-batch? Add them up first, then send the sum" if got == m * want
                            else "which parameters does this axis have to sum?")
-                    raise Wrong(f"rank {rank} {_on(sizes)} sends {got:,} bytes on {axis}, want {want:,}: "
+                    raise CriterionNotMet(f"rank {rank} {_on(sizes)} sends {got:,} bytes on {axis}, want {want:,}: "
                                 f"{why}")
 
 
@@ -122,7 +122,7 @@ def _(subject):
         runs = _runs(_norms, sizes, subject)
         for rank, run in enumerate(runs):
             if not isinstance(run["norm"], float):
-                raise Wrong(f"rank {rank}: grad_norm returns {run['norm']!r}, want a float: no return, or no "
+                raise CriterionNotMet(f"rank {rank}: grad_norm returns {run['norm']!r}, want a float: no return, or no "
                             f".item()?")
         for rank, run in enumerate(runs):
             if run["norm"] != runs[0]["norm"]:
@@ -134,7 +134,7 @@ def _(subject):
     for sizes in MESHES:
         for rank, run in enumerate(_runs(_norms, sizes, subject)):
             if run["changed"]:
-                raise Wrong(f"rank {rank}: `{run['changed']}` is overwritten, and the optimizer's to use")
+                raise CriterionNotMet(f"rank {rank}: `{run['changed']}` is overwritten, and the optimizer's to use")
 
 
 @grad_norm.criterion("the whole model's norm, to 1e-10", "parity")
@@ -151,7 +151,7 @@ def _(subject):
         for rank, run in enumerate(_runs(_norms, sizes, subject)):
             sent = sum(row.payload for row in run["rows"])
             if sent > 16 or len(run["rows"]) > 2:
-                raise Wrong(f"rank {rank} {_on(sizes)} sends {sent:,} bytes in {len(run['rows'])} calls; "
+                raise CriterionNotMet(f"rank {rank} {_on(sizes)} sends {sent:,} bytes in {len(run['rows'])} calls; "
                             f"want 8 on tp and 8 on pp: square and add at home, then sum one number")
 
 
@@ -161,10 +161,10 @@ _ALIASES = {"dp": ("dp", "data"), "tp": ("tp",), "pp": ("pp",)}
 def _places(subject, rank, sizes):
     got = subject(rank, dict(sizes))
     if not isinstance(got, dict) or set(got) != set(sizes):
-        raise Wrong(f"rank {rank} of {sizes}: got {got!r}, want a dict with a place on {', '.join(sizes)}")
+        raise CriterionNotMet(f"rank {rank} of {sizes}: got {got!r}, want a dict with a place on {', '.join(sizes)}")
     for axis, n in sizes.items():
         if not (isinstance(got[axis], int) and 0 <= got[axis] < n):
-            raise Wrong(f"rank {rank} of {sizes}: place {got[axis]!r} on {axis}, want one of 0 to {n - 1}")
+            raise CriterionNotMet(f"rank {rank} of {sizes}: place {got[axis]!r} on {axis}, want one of 0 to {n - 1}")
     return tuple(got[axis] for axis in sizes)
 
 
@@ -185,7 +185,7 @@ def _lines(subject):
             for axis in sizes:
                 got = subject(rank, axis, dict(sizes))
                 if not isinstance(got, list | tuple | range):
-                    raise Wrong(f"rank {rank} of {sizes}, {axis}: got {got!r}, want a list of ranks")
+                    raise CriterionNotMet(f"rank {rank} of {sizes}, {axis}: got {got!r}, want a list of ranks")
                 yield sizes, rank, axis, list(got)
 
 
@@ -197,7 +197,7 @@ def _off(rank, run, sizes, want, whose):
     causes = cases.norm_slips(sizes, run["at"]).items()
     why = next((f": {cause}" for cause, value in causes if abs(run["norm"] / value - 1) < 1e-9), "")
     why = why or ": rounding: squared in a narrower dtype?" * (abs(run["norm"] / want - 1) < 1e-5)
-    raise Wrong(f"rank {rank} {_on(sizes)}: {whose}{want:.10g}, got {run['norm']:.10g}{why}")
+    raise CriterionNotMet(f"rank {rank} {_on(sizes)}: {whose}{want:.10g}, got {run['norm']:.10g}{why}")
 
 
 def _must(sizes, at):
@@ -212,12 +212,12 @@ def _must(sizes, at):
 def _runs(work, sizes, *args):
     """What `work(sizes, *args)` did on each of eight ranks, kept for the next criterion."""
     try:
-        return ranks(8).run(work, sizes, *args)
+        return rank_pool_for_checks(8).run(work, sizes, *args)
     except RanksError as error:
         why = next((cause for sign, cause in ENDED.items() if sign in str(error)), None)
         if why is None:
             raise
-        raise Wrong(f"{_on(sizes)}: {why}\n{error}") from error
+        raise CriterionNotMet(f"{_on(sizes)}: {why}\n{error}") from error
 
 
 def _real(sizes):

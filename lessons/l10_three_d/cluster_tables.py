@@ -13,7 +13,7 @@ from nanoinfra.formulas.pipeline import bubble
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.formulas.three_d import sent
 from nanoinfra.formulas.wire import ring_bytes
-from nanoinfra.lab.display_table import Grid
+from nanoinfra.lab.display_table import DisplayTable
 
 GPT3 = ModelConfig(51200, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2")
 BATCH, TOKENS = 1536, 300e9                  # sequences of a step, tokens of the training
@@ -47,7 +47,7 @@ def gpt3_on(pp: int = 1, dp: int = 1, tp: int = 1, inside: str = "", zero: int =
             *(f"{s:.1f} s" for s in waits), f"{days:,.0f} days" if states < MEMORY else "out of memory")
 
 
-def bloom_trials() -> Grid:
+def bloom_trials() -> DisplayTable:
     """The trials, ZeRO-1 and full recompute: by formula all but the last two columns."""
     rows = []
     for (pp, dp, tp, batch), timed in TRIALS.items():
@@ -58,7 +58,7 @@ def bloom_trials() -> Grid:
                      *(f"{size / 1e9:,.0f}" for size in on.values()), *map(str, timed)))
     columns = ("pp x dp x tp", "micro-batch", "idle", "GB of states", "GB sent on pp", "on dp",
                "on tp (in a node)", "GB in use", "s a step")
-    return Grid("BLOOM before its training: formulas, and at the right what BigScience timed", columns, rows)
+    return DisplayTable("BLOOM before its training: formulas, and at the right what BigScience timed", columns, rows)
 
 
 def wires(config: ModelConfig, pp: int, dp: int, tp: int, batch: int, micro_batches: int,

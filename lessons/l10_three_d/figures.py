@@ -11,9 +11,9 @@ from math import prod
 from nanoinfra.dist import comm
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab import draw
-from nanoinfra.lab.instruments.emulated_compute import emulate
-from nanoinfra.lab.instruments.gradient_parity import mesh_of, stage_of, valid
-from nanoinfra.lab.predict import quantity
+from nanoinfra.lab.instruments.emulated_compute import emulate_compute_time
+from nanoinfra.lab.instruments.gradient_parity import count_valid_targets, make_mesh, make_stage_and_batches
+from nanoinfra.lab.predict import format_quantity
 from nanoinfra.parallel.schedules import ReduceGrads
 from nanoinfra.train.config import TrainFlags
 from nanoinfra.train.step import execute
@@ -29,14 +29,14 @@ def paced(config: ModelConfig, flags: TrainFlags, seq: int, wire: dict[str, tupl
 
     A layer sleeps `seconds` forward for a micro-batch and twice that back, as an accelerator would compute.
     """
-    mesh, trials = mesh_of(flags, wire), []
-    replica, batches = stage_of(config, flags, mesh, seq)
-    emulate(replica.parallel.each[0].model.blocks, 2 * seconds / flags.data.micro_batch)
+    mesh, trials = make_mesh(flags, wire), []
+    replica, batches = make_stage_and_batches(config, flags, mesh, seq)
+    emulate_compute_time(replica.parallel.each[0].model.blocks, 2 * seconds / flags.data.micro_batch)
     order = replica.schedule(len(batches))
     for _ in range(repeats + 1):
         comm.barrier(mesh.world)
         begin = time.monotonic()
-        replica.begin(batches, valid(flags.data.global_batch, seq))
+        replica.begin(batches, count_valid_targets(flags.data.global_batch, seq))
         execute(order[:order.index(ReduceGrads()) + 1], replica)
         trials.append(time.monotonic() - begin)
     return trials[1:]                                                    # the first one warms up
@@ -59,13 +59,13 @@ def cubes(panels: dict[str, tuple[Callable, int, dict[str, float]]], sizes: dict
     """
     right, top = _spot({axis: n - 1 for axis, n in sizes.items()})
     wide, below = right + 1.35, 0.75 + 0.2 * max(label.count("\n") + 1 for label in panels)
-    picture, axes = draw.canvas(max(5.2, wide * len(panels)), top + below + 0.9, title)
+    picture, axes = draw.new_figure(max(5.2, wide * len(panels)), top + below + 0.9, title)
     for i, (label, (where, node, sent)) in enumerate(panels.items()):
         at = {rank: where(rank) for rank in range(prod(sizes.values()))}
         _lines(axes, wide * i, at, node, sent)
         for rank, place in at.items():
             x, y = _spot(place, wide * i)
-            axes.plot(x, y, "o", markersize=23, color=draw.COLOURS[::-1][rank // node % 6],
+            axes.plot(x, y, "o", markersize=23, color=draw.SERIES_COLOURS[::-1][rank // node % 6],
                       markeredgecolor="white", markeredgewidth=2, zorder=2)
             axes.text(x, y, str(rank), color="white", ha="center", va="center", weight="bold", zorder=3)
         axes.text(wide * i - 0.2, -0.35, label, va="top", fontsize=10.5)
@@ -90,7 +90,7 @@ def _lines(axes, left, at, node, sent):
 def axis_bars(rows: dict[str, dict[str, float]], predicted: dict[str, float], title: str, unit: str,
               xlabel: str) -> draw.Picture:
     """A bar a row, of its axes' numbers; where `predicted` has the row a black line."""
-    picture, axes = draw.canvas(8.8, 1.4 + 0.5 * len(rows), title)
+    picture, axes = draw.new_figure(8.8, 1.4 + 0.5 * len(rows), title)
     most = max(sum(parts.values()) for parts in rows.values())
     for y, (label, parts) in enumerate(rows.items()):
         left = 0.0
@@ -99,7 +99,7 @@ def axis_bars(rows: dict[str, dict[str, float]], predicted: dict[str, float], ti
             left += value
         if label in predicted:
             axes.plot([predicted[label]] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2)
-        axes.text(max(left, predicted.get(label, 0)), y, "  " + quantity(left, unit), va="center",
+        axes.text(max(left, predicted.get(label, 0)), y, "  " + format_quantity(left, unit), va="center",
                   fontsize=10)
     for axis in dict.fromkeys(axis for parts in rows.values() for axis in parts):
         axes.barh(0, 0, color=COLOURS.get(axis, draw.GREY), label=axis)

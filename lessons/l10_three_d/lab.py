@@ -25,10 +25,15 @@ from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import sized
 from nanoinfra.formulas.three_d import sent
 from nanoinfra.formulas.wire import ring_seconds
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.instruments.gradient_parity import errors, flags_of, stage_of, valid
-from nanoinfra.lab.measure import counted, median
-from nanoinfra.lab.predict import quantity
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.instruments.gradient_parity import (
+    count_valid_targets,
+    float64_train_flags,
+    make_stage_and_batches,
+    relative_gradient_errors,
+)
+from nanoinfra.lab.measure import counted, median_of_times
+from nanoinfra.lab.predict import format_quantity
 from nanoinfra.parallel.compose import Chunks
 from nanoinfra.train.config import OptimizerFlags
 from nanoinfra.train.step import execute
@@ -55,11 +60,11 @@ def measure(mesh, model, broken=""):
         found |= {f"{name}_{axis}": counted(size, "B") for axis, size in got["sent"].items()}
         found |= {f"off_{name}": counted(gradients_off(mesh, got, right), "gradients"),
                   f"norm_{name}": counted(norms_off(mesh, got, right), "ranks")}
-        found[f"step_{name}"] = median(got["seconds"])
+        found[f"step_{name}"] = median_of_times(got["seconds"])
         rows.append((name, " x ".join(map(str, sizes.values())), f"{got['loss']:.6f}",
-                     *(quantity(size / 1e6, "MB") for size in got["sent"].values())))
+                     *(format_quantity(size / 1e6, "MB") for size in got["sent"].values())))
     slow = {axis: train(mesh, config, sizes, {axis: NET}, broken) for axis, n in sizes.items() if n > 1}
-    found |= {f"slow_{axis}": median(run["seconds"]) for axis, run in slow.items()}
+    found |= {f"slow_{axis}": median_of_times(run["seconds"]) for axis, run in slow.items()}
     if mesh.rank == 0:
         show(config, rows, got, slow)
     return {f"L10.lab_{key}": found[key] for key in (*COUNTED, *TIMED) if key in found}
@@ -91,9 +96,9 @@ def shape(model):
 def train(mesh, config, sizes, wire=None, broken="", steps=STEPS):
     """On a mesh of `sizes`, of a step that is repeated: what it sent, gave and took. The first warms up."""
     here = Mesh(**sizes, wire=wire or {}, device=mesh.device)
-    flags = replace(flags_of(sizes, B, SEQUENCES), optimizer=OptimizerFlags(clip=0))
+    flags = replace(float64_train_flags(sizes, B, SEQUENCES), optimizer=OptimizerFlags(clip=0))
     with mistake(broken):
-        replica, batches = stage_of(config, flags, here, T)
+        replica, batches = make_stage_and_batches(config, flags, here, T)
         *_, (rows, _) = done = [step(here, replica, batches, broken) for _ in range(steps)]
     mine = bytes_by_axis(rows)
     total = comm.all_reduce(torch.tensor([*mine.values()]), mesh.world).tolist()
@@ -116,7 +121,7 @@ def mistake(broken):
 def step(mesh, replica, batches, broken):
     """(the ledger's rows until all gradients are summed, seconds) of one step, which moves no weight."""
     own = sum(int((y != IGNORE).sum()) for _, y in batches)
-    count = own if broken == "own-tokens" else valid(SEQUENCES, T)
+    count = own if broken == "own-tokens" else count_valid_targets(SEQUENCES, T)
     turns = [[one] for one in batches] if broken == "every-micro-batch" else [batches]
     grads, loss = {}, 0
     comm.barrier(mesh.world)
@@ -138,7 +143,7 @@ def step(mesh, replica, batches, broken):
 def gradients_off(mesh, got, right):
     """Of how many parameters has some rank a gradient that is not data parallelism's?"""
     want = {name: grad for name, (_, grad) in right["grads"].items()}
-    found = errors([got["grads"]], want)
+    found = relative_gradient_errors([got["grads"]], want)
     off = torch.tensor([not found.get(name, 0.0) <= 1e-10 for name in want], dtype=torch.int32)
     return int(comm.all_reduce(off, mesh.world, op="max").sum())
 
@@ -152,16 +157,16 @@ def norms_off(mesh, got, right):
 def show(config, rows, cube, slow):
     """Print what each mesh sent, and the cube's steps beside what the alpha-beta model says of rank 0."""
     columns = ("mesh", "pp x dp x tp", "loss", *cube["sent"])
-    Grid(f"{parameters(config):,} parameters, a step: payloads of all ranks", columns, rows).show()
-    lines = [("none", quantity(middle(cube["seconds"]), "s"), "", "")]
+    DisplayTable(f"{parameters(config):,} parameters, a step: payloads of all ranks", columns, rows).show()
+    lines = [("none", format_quantity(middle(cube["seconds"]), "s"), "", "")]
     for axis, run in slow.items():
         mine = [row for row in cube["rows"] if row.axis.replace("data", "dp") == axis and row.op != "recv"]
         sent, wire = sum(row.payload for row in mine), sum(seconds_of(row) for row in mine)
-        timed = quantity(middle(run["seconds"]), "s")
-        lines.append((axis, timed, quantity(sent / 1e6, "MB"), quantity(wire, "s")))
+        timed = format_quantity(middle(run["seconds"]), "s")
+        lines.append((axis, timed, format_quantity(sent / 1e6, "MB"), format_quantity(wire, "s")))
     columns = ("slow wire under", "step, timed", "rank 0's payload", "its wire, modelled")
     if slow:
-        Grid("the cube once more", columns, lines).show()
+        DisplayTable("the cube once more", columns, lines).show()
 
 
 def seconds_of(row):

@@ -31,12 +31,16 @@ from nanoinfra.formulas.pipeline import split
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.formulas.wire import ring_seconds
 from nanoinfra.lab import predict as book
-from nanoinfra.lab.compare import compare
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.instruments.gradient_parity import flags_of, largest_error, step_of
-from nanoinfra.lab.measure import counted, measure, median
+from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.instruments.gradient_parity import (
+    float64_train_flags,
+    largest_gradient_error,
+    run_gradient_step,
+)
+from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants
-from nanoinfra.lab.predict import predict, quantity
+from nanoinfra.lab.predict import format_quantity, predict
 from nanoinfra.parallel import compose
 from nanoinfra.parallel.clock import simulate
 from nanoinfra.parallel.schedules import schedule
@@ -59,7 +63,7 @@ world = Ranks(p * d * t, timeout=120)
 # are left out, and nothing is hidden behind compute.
 
 # %%
-Grid("GPT-3, one axis alone (modelled)", COLUMNS, [
+DisplayTable("GPT-3, one axis alone (modelled)", COLUMNS, [
     gpt3_on(tp=8, inside="tp"), gpt3_on(tp=96), gpt3_on(tp=128), gpt3_on(pp=96), gpt3_on(pp=128),
     gpt3_on(dp=1024), gpt3_on(dp=1024, zero=3)])
 
@@ -229,18 +233,18 @@ for it in (compose.Chunks.__init__, compose.Composed.__init__, compose.Composed.
 
 # %%
 with Ranks(1) as one:
-    alone = one.run(step_of, CONFIG, flags_of(dict.fromkeys(AXES, 1), B, G), T)[0]
+    alone = one.run(run_gradient_step, CONFIG, float64_train_flags(dict.fromkeys(AXES, 1), B, G), T)[0]
 want = {name: grad for name, (_, grad) in alone["grads"].items()}
 lines, counts = [], {}
 for sizes in ((2, 2, 2), (1, 8, 1), (1, 4, 2), (2, 1, 4), (4, 2, 1)):
-    mesh, flags = " x ".join(map(str, sizes)), flags_of(dict(zip(AXES, sizes)), B, G)
-    runs = world.run(step_of, CONFIG, flags, T, norm=grad_norm)
+    mesh, flags = " x ".join(map(str, sizes)), float64_train_flags(dict(zip(AXES, sizes)), B, G)
+    runs = world.run(run_gradient_step, CONFIG, flags, T, norm=grad_norm)
     counts[mesh] = [bytes_by_axis(run["rows"]) for run in runs]
     loss = sum(run["loss"] for run in runs) / flags.mesh.tp                  # of each data rank its share
-    off = [largest_error([run["grads"] for run in runs], want),
+    off = [largest_gradient_error([run["grads"] for run in runs], want),
            *(max(abs(run[whose] / alone["norm"] - 1) for run in runs) for whose in ("norm", "own"))]
     lines.append((mesh, f"{loss:.12f}", *(f"{x:.0e}" for x in off), "pass" if max(off) < 1e-10 else "miss"))
-Grid(f"against one rank: loss {alone['loss']:.12f}, norm {alone['norm']:.9f}",
+DisplayTable(f"against one rank: loss {alone['loss']:.12f}, norm {alone['norm']:.9f}",
      ("pp x dp x tp", "loss", "gradients", "norm", "your norm", ""), lines)
 
 # %% [markdown]
@@ -256,18 +260,18 @@ measure("L10.all", counted, sum(sum(each.values()) for each in cube), "B")
 steps = {}
 for slow in ("none", *AXES):
     wire = {axis: BETWEEN if axis == slow else INSIDE for axis in AXES}
-    trials = world.run(paced, CONFIG, flags_of(AXES, B, G), T, wire, SECONDS, REPEATS)
-    steps[slow] = median([max(each) for each in zip(*trials)])
+    trials = world.run(paced, CONFIG, float64_train_flags(AXES, B, G), T, wire, SECONDS, REPEATS)
+    steps[slow] = median_of_times([max(each) for each in zip(*trials)])
 for slow in AXES:
     measure(f"L10.step_{slow}", lambda slow=slow: steps[slow])
-compare(list(check.PREDICTIONS))
+compare_predictions(list(check.PREDICTIONS))
 
 # %% [markdown]
 # The same step on all five meshes: what eight ranks send together. Which axis costs what, if bytes were all?
 
 # %%
 axis_bars({mesh: {axis: sum(each[axis] for each in ranks) / 1e6 for axis in ranks[0]}
-           for mesh, ranks in counts.items()}, {"2 x 2 x 2": book.predicted("L10.all")[0] / 1e6},
+           for mesh, ranks in counts.items()}, {"2 x 2 x 2": book.last_prediction("L10.all")[0] / 1e6},
           "bytes of a step by axis, all ranks; pp x dp x tp", "MB", "MB, counted")
 
 # %% [markdown]
@@ -277,7 +281,7 @@ axis_bars({mesh: {axis: sum(each[axis] for each in ranks) / 1e6 for axis in rank
 def laid(*order):
     """The label of a panel, and what is drawn there: axes counted in this order, the last the fastest."""
     leaves = sum(each[order[0]] + each["tied"] * (order[0] == "pp") for each in cube)
-    return (f"{', '.join(order)}: {quantity(leaves / 1e3, 'kB')} leave nodes",
+    return (f"{', '.join(order)}: {format_quantity(leaves / 1e3, 'kB')} leave nodes",
             (lambda rank: coordinates(rank, {axis: AXES[axis] for axis in order}), 4, cube[0]))
 
 
@@ -288,7 +292,7 @@ cubes(dict([laid("pp", "dp", "tp"), laid("dp", "pp", "tp"), laid("tp", "dp", "pp
 fast, names = steps["none"].value, {axis: f"{axis} between nodes" for axis in AXES}
 added = {axis: max(0.0, steps[axis].value - fast) for axis in AXES}
 axis_bars({names[axis]: {"all inside a node": fast, axis: added[axis]} for axis in AXES},
-          {names[axis]: book.predicted(f"L10.step_{axis}")[0] for axis in AXES},
+          {names[axis]: book.last_prediction(f"L10.step_{axis}")[0] for axis in AXES},
           "a step of 2 x 2 x 2, and what the slow wire adds", "s", "s, timed on an emulated wire")
 
 # %% [markdown]
@@ -296,7 +300,7 @@ axis_bars({names[axis]: {"all inside a node": fast, axis: added[axis]} for axis 
 # of 384 A100s, eight to a node, for 181 billion parameters and some 2048 sequences a step.
 
 # %%
-Grid("GPT-3, 1024 GPUs (modelled)", COLUMNS, [
+DisplayTable("GPT-3, 1024 GPUs (modelled)", COLUMNS, [
     gpt3_on(8, 16, 8, "tp"), gpt3_on(8, 16, 8, "pp"), gpt3_on(2, 64, 8, "tp"), gpt3_on(32, 32, 1)])
 
 # %%

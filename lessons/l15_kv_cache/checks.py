@@ -5,10 +5,10 @@ import torch
 
 from lessons.l15_kv_cache import cases
 from lessons.l15_kv_cache.exercise_cache import Cache
-from nanoinfra.lab.check import Check, Wrong
-from nanoinfra.lab.compare_tensors import same
-from nanoinfra.lab.instruments.live_tensors import Storages
-from nanoinfra.lab.instruments.tensor_reads import Traffic
+from nanoinfra.lab.check import Check, CriterionNotMet
+from nanoinfra.lab.compare_tensors import assert_same_tensor
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
+from nanoinfra.lab.instruments.tensor_read_bytes import TensorReadBytes
 from nanoinfra.model.attention import naive
 
 PREDICTIONS = {**{f"L15.kv_{kind}": "B" for kind in ("mha", "gqa", "mqa")},
@@ -34,12 +34,12 @@ def _(subject):
                 causes = {"keys and values changed places?": (v, k)[i]}
                 got = memory[i, :, :, before:before + T]
                 if got.isnan().all():
-                    raise Wrong(f"{where}, memory[{i}][:, :, {before}:{before + T}] is as it was: write k "
+                    raise CriterionNotMet(f"{where}, memory[{i}][:, :, {before}:{before + T}] is as it was: write k "
                                 f"and v into the memory itself")
-                same(f"memory[{i}], the new {name}, {where}", got, new, 0, causes=causes)
+                assert_same_tensor(f"memory[{i}], the new {name}, {where}", got, new, 0, causes=causes)
             kept = old[..., :before, :], memory[..., :before, :]
             if not torch.equal(*kept) or not memory[..., before + T:, :].isnan().all():
-                raise Wrong(f"{where}, the memory of other tokens has changed: write {before} to "
+                raise CriterionNotMet(f"{where}, the memory of other tokens has changed: write {before} to "
                             f"{before + T - 1} and nothing else")
 
 
@@ -51,9 +51,9 @@ def _(subject):
         causes = {f"query head h reads KV head h // {G}, not h % {kv}": v[:, [h % kv for h in range(heads)]]}
         y, zeros = subject(memory, 0, q, k, v), torch.zeros_like(memory)
         if isinstance(y, torch.Tensor) and y.isnan().any() and subject(zeros, 0, q, k, v).isnan().any():
-            raise Wrong(f"y of the first token, {heads} heads on {kv}, is not a number, whatever the memory: "
+            raise CriterionNotMet(f"y of the first token, {heads} heads on {kv}, is not a number, whatever the memory: "
                         f"it sees no key: is its own masked? Query t sees key t")
-        same(f"y of the first token, {heads} heads on {kv}: its own value", y,
+        assert_same_tensor(f"y of the first token, {heads} heads on {kv}: its own value", y,
              v.repeat_interleave(G, 1), 0, rtol=1e-12, causes=causes)
 
 
@@ -66,7 +66,7 @@ def _(subject):
         v[:, :, -1] += 1
         moved = (subject(memory, before, q, k, v) - first).abs().amax((0, 1, 3)) > 1e-12      # (T,)
         if moved[:-1].any():
-            raise Wrong(f"with {before} tokens kept and {T} new, another token {before + T - 1} changes what "
+            raise CriterionNotMet(f"with {before} tokens kept and {T} new, another token {before + T - 1} changes what "
                         f"token {before + moved.tolist().index(True)} makes: it sees a later one (query t "
                         f"sees keys 0 to {before} + t), or rows of G and T are mixed up")
 
@@ -81,7 +81,7 @@ def _(subject):
             for T in chunks:
                 now = slice(before, before + T)
                 got = subject(memory, before, *(x[:, :, now] for x in (q, k, v)))
-                same(f"y of tokens {before} to {before + T - 1}, {heads} heads on {kv}", got, want[:, :, now],
+                assert_same_tensor(f"y of tokens {before} to {before + T - 1}, {heads} heads on {kv}", got, want[:, :, now],
                      0, rtol=1e-10, causes=cases.slips(q, k, v, before, T))
                 before += T
 
@@ -95,7 +95,7 @@ def _(subject):
         for T in CHUNKS[0]:
             now = slice(cache.length, cache.length + T)
             got = model.hidden(tokens[:, now], torch.arange(now.start, now.stop), cache)
-            same(f"hidden of tokens {now.start} to {now.stop - 1}, {heads} heads on {kv}", got, want[:, now],
+            assert_same_tensor(f"hidden of tokens {now.start} to {now.stop - 1}, {heads} heads on {kv}", got, want[:, now],
                  0, rtol=1e-10)
             cache.length += T
 
@@ -104,11 +104,11 @@ def _(subject):
 def _(subject):
     for heads, kv in cases.HEADS:
         memory, q, k, v = cases.inputs(heads, kv, 40, 1, K=64)
-        with Storages([memory], operators=True) as storages:
+        with LiveTensorBytes([memory], operators=True) as storages:
             subject(memory, 40, q, k, v)
         made, keys = storages.peak - memory.nbytes, memory[0, :, :, :41].nbytes
         if made >= keys:
-            raise Wrong(f"one token that sees 41, {heads} heads on {kv}: makes {made:,} bytes at once, and "
+            raise CriterionNotMet(f"one token that sees 41, {heads} heads on {kv}: makes {made:,} bytes at once, and "
                         f"all keys have {keys:,}: are they copied for each query head, or put together anew? "
                         f"Slice memory, and let the {heads // kv} queries of a KV head stand side by side")
 
@@ -117,12 +117,12 @@ def _(subject):
 def _(subject):
     for heads, kv in cases.HEADS:
         memory, q, k, v = cases.inputs(heads, kv, 40, 1, K=64)
-        with Traffic(memory=[memory]) as traffic:
+        with TensorReadBytes(memory=[memory]) as traffic:
             subject(memory, 40, q, k, v)
         got, want = traffic.read["memory"], memory[..., :41, :].nbytes
         if got != want:
             why = "all of the memory, filled or not?" if got == memory.nbytes else "keys once, values once"
-            raise Wrong(f"one token that sees 41, {heads} heads on {kv}: reads {got:,} bytes of the memory, "
+            raise CriterionNotMet(f"one token that sees 41, {heads} heads on {kv}: reads {got:,} bytes of the memory, "
                         f"want {want:,}: {why}")
 
 
@@ -131,10 +131,10 @@ def _(subject):
     for B, P, n in PROMPTS:
         got = _run(subject, B, P, n)["made"]
         if not isinstance(got, torch.Tensor) or got.dtype != torch.long:
-            raise Wrong(f"got {got!r:.60}, want a tensor of tokens ({B}, {n}): no return?")
+            raise CriterionNotMet(f"got {got!r:.60}, want a tensor of tokens ({B}, {n}): no return?")
         if got.shape != (B, n):
             why = ": with the prompt?" if got.shape[1:] == (P + n,) else ""
-            raise Wrong(f"{B} sequences of {P} tokens and {n} new: shape {tuple(got.shape)}, want "
+            raise CriterionNotMet(f"{B} sequences of {P} tokens and {n} new: shape {tuple(got.shape)}, want "
                         f"({B}, {n}){why}")
 
 
@@ -145,17 +145,17 @@ def _(subject):
         got = [place for _, places, _ in run["calls"] for place in places]
         if got != [*range(P + n - 1)]:
             calls = ", ".join(str(places) for _, places, _ in run["calls"])
-            raise Wrong(f"a prompt of {P} and {n} new: the model is called with places {calls}, want "
+            raise CriterionNotMet(f"a prompt of {P} and {n} new: the model is called with places {calls}, want "
                         f"{[*range(P)]} and then one a call, up to {P + n - 2}: {_why_places(run, n)}")
         for i, (_, places, length) in enumerate(run["calls"]):
             if length != places[0]:
-                raise Wrong(f"call {i} runs token {places[0]} when cache.length says {length}: add a call's "
+                raise CriterionNotMet(f"call {i} runs token {places[0]} when cache.length says {length}: add a call's "
                             f"tokens to cache.length, after it")
         fed = torch.cat([tokens for tokens, _, _ in run["calls"]], 1)
         want = torch.cat([cases.tokens(B, P), run["made"][:, :-1]], 1)
         if not torch.equal(fed, want):
             b, i = (fed != want).nonzero()[0].tolist()
-            raise Wrong(f"sequence {b}, token {i} goes in as {fed[b, i]}, want {want[b, i]}: "
+            raise CriterionNotMet(f"sequence {b}, token {i} goes in as {fed[b, i]}, want {want[b, i]}: "
                         f"{'the prompt' if i < P else 'what the call before has made, of each sequence'}")
 
 
@@ -165,7 +165,7 @@ def _(subject):
         got, want = _run(subject, B, P, n)["made"], cases.greedy(B, P, n)
         if not torch.equal(got, want):
             b, i = (got != want).nonzero()[0].tolist()
-            raise Wrong(f"{B} sequences of {P} tokens: sequence {b}, new token {i} is {got[b, i]}, want "
+            raise CriterionNotMet(f"{B} sequences of {P} tokens: sequence {b}, new token {i} is {got[b, i]}, want "
                         f"{want[b, i]}: the likeliest by the logits of the last row of its sequence")
 
 
@@ -174,7 +174,7 @@ def _(subject):
     for B, P, n in PROMPTS:
         got, want = [len(places) for _, places, _ in _run(subject, B, P, n)["calls"]], [P] + [1] * (n - 1)
         if got != want:
-            raise Wrong(f"a prompt of {P} and {n} new: calls of {got} tokens, want {want}: a call reads all "
+            raise CriterionNotMet(f"a prompt of {P} and {n} new: calls of {got} tokens, want {want}: a call reads all "
                         f"weights, so the prompt goes in one")
 
 
@@ -183,7 +183,7 @@ def _(subject):
     for B, P, n in PROMPTS:
         got = _run(subject, B, P, n)["rows"]
         if got != [B] * n:
-            raise Wrong(f"{B} sequences of {P} tokens and {n} new: the head reads {got} rows, want "
+            raise CriterionNotMet(f"{B} sequences of {P} tokens and {n} new: the head reads {got} rows, want "
                         f"{[B] * n}: the next token needs the last row alone, hidden[:, -1]")
 
 
@@ -192,7 +192,7 @@ def _(subject):
     for B, P, n in PROMPTS:
         got = _run(subject, B, P, n)["asked"]
         if got != [P + n - 1]:
-            raise Wrong(f"a prompt of {P} and {n} new: asks for caches of {got} tokens, want one of "
+            raise CriterionNotMet(f"a prompt of {P} and {n} new: asks for caches of {got} tokens, want one of "
                         f"{P + n - 1}: the last token goes in no more")
 
 

@@ -15,8 +15,8 @@ from lessons.l15_kv_cache.exercise_cache import Cache
 from nanoinfra.formulas.decoding import call_flops, intensity
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab import draw
-from nanoinfra.lab.instruments.tensor_reads import Traffic
-from nanoinfra.lab.measure import Measurement, median, timed
+from nanoinfra.lab.instruments.tensor_read_bytes import TensorReadBytes
+from nanoinfra.lab.measure import Measurement, median_of_times, timed
 from nanoinfra.model.attention import hidden_keys
 from nanoinfra.model.decoder import Decoder
 
@@ -43,7 +43,7 @@ def counts(config: ModelConfig, attend: Callable, B: int, T: int, S: int) -> tup
     """(FLOPs, {"weights", "cache": bytes read}) of a call, on the meta device; the head reads last rows."""
     with torch.device("meta"):
         model, cache = Decoder(config), Cache(attend, config, B, S)
-        traffic = Traffic(weights=model.parameters(), cache=[cache.memory])
+        traffic = TensorReadBytes(weights=model.parameters(), cache=[cache.memory])
         with FlopCounterMode(display=False) as counter, traffic:
             _call(model, cache, B, T, S)
     return counter.get_total_flops(), traffic.read
@@ -54,7 +54,7 @@ def rate(model: Decoder, attend: Callable, B: int, T: int, S: int, repeats: int)
     cache = Cache(attend, model.config, B, S)
     cache.memory.fill_(0.1)
     marks = [_call(model, cache, B, T, S) and time.perf_counter() for _ in range(1 + repeats)]
-    return median([B * T / (end - begin) for begin, end in pairwise(marks)], "tokens/s")
+    return median_of_times([B * T / (end - begin) for begin, end in pairwise(marks)], "tokens/s")
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def _call(model, cache, B, T, S):
 
 def seen(calls: dict[str, tuple[int, int]], title: str) -> draw.Picture:
     """{name: (T, S)}: a row for each of T new tokens, a column for each of S keys, side by side."""
-    picture, axes = draw.canvas(8.8, 1.9 + 0.23 * max(T for T, _ in calls.values()), title)
+    picture, axes = draw.new_figure(8.8, 1.9 + 0.23 * max(T for T, _ in calls.values()), title)
     kinds = {"key was kept": draw.SKY, "key is new": draw.BLUE, "key is later, not seen": "#e8e8e8"}
     left = 0
     for name, (T, S) in calls.items():
@@ -92,8 +92,8 @@ def batches(lines: dict[str, tuple], dots: dict[str, tuple], even: float, title:
     A line stands at `even`, the batch from which on a cache is larger than the weights.
     """
     *_, dashed = lines
-    picture = draw.curves(lines, dots, "sequences in the batch", "tokens/s", title, dashed=[dashed])
-    return _beside(draw.mark(picture, even, f"MHA: cache = weights at {even:.3g}"))
+    picture = draw.plot_predicted_and_measured(lines, dots, "sequences in the batch", "tokens/s", title, dashed=[dashed])
+    return _beside(draw.draw_vertical_line(picture, even, f"MHA: cache = weights at {even:.3g}"))
 
 
 def roof(calls: dict[str, list[tuple]], dtype_bytes: int, bandwidth: float, peak: float,
@@ -102,15 +102,15 @@ def roof(calls: dict[str, list[tuple]], dtype_bytes: int, bandwidth: float, peak
     dots = {label: [_place(call, dtype_bytes) for call in each] for label, each in calls.items()}
     edge, reach = peak / bandwidth, [x for each in dots.values() for x, _ in each]
     xs = [min(reach) / 2, edge, 2 * max(edge, *reach)]
-    picture = draw.curves({"the roof": (xs, [min(bandwidth * x, peak) / 1e9 for x in xs])},
+    picture = draw.plot_predicted_and_measured({"the roof": (xs, [min(bandwidth * x, peak) / 1e9 for x in xs])},
                           {label: tuple(zip(*each)) for label, each in dots.items()},
                           "FLOPs for a byte read", "GFLOP/s", title)
     axes = picture.figure.axes[0]
     for i, (label, each) in enumerate(dots.items()):
         for (x, y), (_, B, *_) in zip(each, calls[label]):
             axes.annotate(str(B), (x, y), (-5, 6) if i % 2 else (5, -11), textcoords="offset points",
-                          fontsize=9, ha="right" if i % 2 else "left", color=draw.COLOURS[i + 1])
-    return _beside(draw.mark(picture, edge, f"the edge: {edge:.0f} FLOPs a byte"))
+                          fontsize=9, ha="right" if i % 2 else "left", color=draw.SERIES_COLOURS[i + 1])
+    return _beside(draw.draw_vertical_line(picture, edge, f"the edge: {edge:.0f} FLOPs a byte"))
 
 
 def _beside(picture):

@@ -34,9 +34,9 @@ from nanoinfra.formulas.memory import kv_cache_bytes_per_token
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab import draw
-from nanoinfra.lab.compare import compare
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.measure import counted, machine, measure, timed
+from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.measure import counted, describe_machine, measure, timed
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
 from nanoinfra.model.decoder import Decoder
@@ -72,7 +72,7 @@ def again_flops(n):
 
 plain, ns = init_weights(Decoder(MHA), seed=0).requires_grad_(False), (1, S // 8, S // 4, S // 2, S)
 seconds = [timed(lambda n=n: again(plain, torch.zeros(1, n).long()), 3) for n in ns]
-Grid(f"one more token, by a forward over n, on one of {machine()}", ("n", "GFLOPs, counted", "a forward"),
+DisplayTable(f"one more token, by a forward over n, on one of {describe_machine()}", ("n", "GFLOPs, counted", "a forward"),
      [(str(n), f"{again_flops(n) / 1e9:.2f}", str(each)) for n, each in zip(ns, seconds)])
 
 # %% [markdown]
@@ -100,7 +100,7 @@ rates = bandwidths(NBYTES := 2**26 if FAST else 2**28)
 beta, pi = max(rates.values()), arithmetic()
 print(f"{V=} {C=} {L=} {H=} {K=} {F=}, a SwiGLU, a tied head, float32: d={D}; KV={KINDS}; {P=} {S=}\n"
       f"this machine, one core: beta={beta / 1e9:.1f} GB/s, pi={pi / 1e9:.0f} GFLOP/s, timed")
-Grid("reading a large tensor: best of 7", ("", "GB/s"), [(how, f"{x / 1e9:.1f}") for how, x in rates.items()])
+DisplayTable("reading a large tensor: best of 7", ("", "GB/s"), [(how, f"{x / 1e9:.1f}") for how, x in rates.items()])
 
 # %% [markdown]
 # Commit twelve numbers. *kv*: bytes that a token keeps, for three kinds; the rest is MHA. *FLOPs*: of a
@@ -243,11 +243,11 @@ rates = {"prefill_1": was_read[1], "decode_1": wrote["mha"][1], "decode_8": wrot
 for what, got in rates.items():
     measure(f"L15.{what}", lambda got=got: got)
 beta, pi = max(beta, *bandwidths(NBYTES).values()), max(pi, arithmetic())     # it may have been busy before
-compare(list(check.PREDICTIONS), tolerance={f"L15.{what}": None for what in rates})
+compare_predictions(list(check.PREDICTIONS), tolerance={f"L15.{what}": None for what in rates})
 
 # %%
 read, written = ({B: each.value for B, each in rates.items()} for rates in (was_read, wrote["mha"]))
-Grid("MHA, tokens/s, timed", ("", "more", "less", ""),
+DisplayTable("MHA, tokens/s, timed", ("", "more", "less", ""),
      [(what, f"{more:,.4g}", f"{less:,.4g}", "pass" if more > less else "miss") for what, more, less in (
          ("prompts are read faster than answers are written", read[1], written[1]),
          ("8 sequences write more than 1", written[8], written[1]),
@@ -269,7 +269,7 @@ lines = {how: (many, [decoding.answer_flops(MHA, 16, n, how == "your cache") / 1
 dots = {"all tokens again": (few, [sum(map(again_flops, range(16, 16 + n))) / 1e9 for n in few]),
         "your cache": (few, [answer_flops(n) / 1e9 for n in few])}
 ratio = dots["all tokens again"][1][-1] / dots["your cache"][1][-1]
-draw.curves(lines, dots, "tokens of the answer", "GFLOPs, all of them",
+draw.plot_predicted_and_measured(lines, dots, "tokens of the answer", "GFLOPs, all of them",
             f"what an answer costs; of {few[-1]} tokens {ratio:.0f} times as much without a cache", log=False)
 
 # %% [markdown]
@@ -305,7 +305,7 @@ def served(name, config, S=2048, beta=3.35e12, pi=989e12, memory=80e9):
 
 
 llama = ModelConfig(128256, 4096, 32, 32, 8, 128, 14336, 8192, tied=False)
-Grid("modelled: decode at 2048 tokens, on an H100",
+DisplayTable("modelled: decode at 2048 tokens, on an H100",
      ("model", "weights read", "KV a token", "even", "sequences that fit", "tokens/s of 1", "of all"),
      [served("OPT-13B, MHA", ModelConfig(50272, 5120, 40, 40, 40, 128, 20480, 2048, family="opt")),
       served("Llama-3-8B, GQA", llama), served("the same with MQA", replace(llama, kv_heads=1)),

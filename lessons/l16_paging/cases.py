@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 
 from lessons.l16_paging.replay import Ruled, Watched, draw_trace, replay
-from nanoinfra.lab.check import Wrong
+from nanoinfra.lab.check import CriterionNotMet
 from nanoinfra.serve.blocks import Blocks
 from nanoinfra.serve.scheduler import Sequence
 
@@ -84,9 +84,9 @@ def _work(subject, before, after):
         work = ending(subject)(after.running, after.waiting, after.blocks, after.budget)
     except IndexError as error:
         why = ": where too few are, one that runs sends the last away, and one that waits waits"
-        raise Wrong(f"{before}: IndexError: {error}{why * ('no block' in str(error))}") from error
+        raise CriterionNotMet(f"{before}: IndexError: {error}{why * ('no block' in str(error))}") from error
     except Endless as endless:
-        raise Wrong(f"{before}: {endless}") from endless
+        raise CriterionNotMet(f"{before}: {endless}") from endless
     if work is None:
         raise TypeError("the plan is None, want a list of (sequence, first token, how many): no return?")
     return work

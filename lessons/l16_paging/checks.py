@@ -1,6 +1,6 @@
 """Lesson 16, pages and continuous batching: a pool of blocks, and one step of a scheduler."""
 from lessons.l16_paging import cases
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 
 PREDICTIONS = {"L16.waste_whole": "tokens", "L16.waste_pages": "tokens", "L16.steps_static": "steps",
                "L16.steps_orca": "steps", "L16.steps_paged": "steps", "L16.peak": "blocks",
@@ -15,11 +15,11 @@ def _(subject):
     pool = subject(3, 4)
     got = [pool.take() for _ in range(3)]
     if sorted(got) != [0, 1, 2]:
-        raise Wrong(f"a pool of 3 gives blocks {got}, want each of 0, 1, 2 once: still among the free?")
+        raise CriterionNotMet(f"a pool of 3 gives blocks {got}, want each of 0, 1, 2 once: still among the free?")
     if list(pool.holders) != [1, 1, 1]:
-        raise Wrong(f"three blocks are taken and have {list(pool.holders)} holders, want 1 each")
+        raise CriterionNotMet(f"three blocks are taken and have {list(pool.holders)} holders, want 1 each")
     if len(pool.free):
-        raise Wrong(f"all three blocks are taken, and {list(pool.free)} are free")
+        raise CriterionNotMet(f"all three blocks are taken, and {list(pool.free)} are free")
     _raises(pool.take, IndexError, "a fourth block of a pool of three")
 
 
@@ -32,12 +32,12 @@ def _(subject):
     pool.give_back([a, b])
     _holders(pool, {a: 1, b: 0}, "a sequence that held both is gone, another still reads the shared one")
     if a in pool.free:
-        raise Wrong(f"block {a} is free, and a sequence reads it still")
+        raise CriterionNotMet(f"block {a} is free, and a sequence reads it still")
     if b not in pool.free:
-        raise Wrong(f"nobody holds block {b} any more, and it is not free: lost for ever")
+        raise CriterionNotMet(f"nobody holds block {b} any more, and it is not free: lost for ever")
     pool.give_back([a])
     if sorted(pool.free) != [0, 1, 2]:
-        raise Wrong(f"all have left, and blocks {sorted(pool.free)} are free, want 0, 1, 2")
+        raise CriterionNotMet(f"all have left, and blocks {sorted(pool.free)} are free, want 0, 1, 2")
 
 
 @Pool.criterion("who writes where another reads gets a block of its own", "property")
@@ -49,18 +49,18 @@ def _(subject):
         pool.share(block)
     copied, old = pool.write(table, 1), other[1]
     if table[1] == old:
-        raise Wrong(f"two sequences hold block {old}; who is to write into it still has it in its table")
+        raise CriterionNotMet(f"two sequences hold block {old}; who is to write into it still has it in its table")
     if table[0] != other[0]:
-        raise Wrong("place 0 of the table changed, and place 1 was to be written")
+        raise CriterionNotMet("place 0 of the table changed, and place 1 was to be written")
     if copied != (old, table[1]):
-        raise Wrong(f"write returned {copied}, want {(old, table[1])}: which block to copy, and where to")
+        raise CriterionNotMet(f"write returned {copied}, want {(old, table[1])}: which block to copy, and where to")
     _holders(pool, {old: 1, table[1]: 1, table[0]: 2}, "one of two holders has a copy now")
     again = table[1]
     if (got := pool.write(table, 1)) is not None or table[1] != again:
-        raise Wrong(f"block {again} is its writer's alone; write returned {got} and its table has "
+        raise CriterionNotMet(f"block {again} is its writer's alone; write returned {got} and its table has "
                     f"{table[1]}, want None and no other block: nothing is to be copied")
     if (got := pool.write(other, 1)) is not None:
-        raise Wrong(f"the other one is alone with block {old} by now; write returned {got}, want None")
+        raise CriterionNotMet(f"the other one is alone with block {old} by now; write returned {got}, want None")
 
 
 @Pool.criterion("a write that finds no free block changes nothing", "property")
@@ -70,7 +70,7 @@ def _(subject):
     pool.share(table[0])
     _raises(lambda: pool.write(table, 0), IndexError, "a copy where no block is free")
     if table != [0] or list(pool.holders) != [2]:
-        raise Wrong(f"no block was free for the copy; now the table is {table} and block 0 has "
+        raise CriterionNotMet(f"no block was free for the copy; now the table is {table} and block 0 has "
                     f"{pool.holders[0]} holders, want [0] and 2: take before you give back")
 
 
@@ -80,7 +80,7 @@ def _(subject):
     table = [pool.take()]
     pool.give_back(table)
     if len(table) != 1:
-        raise Wrong(f"a table of one block is given back and is {table} now: it stays as it is")
+        raise CriterionNotMet(f"a table of one block is given back and is {table} now: it stays as it is")
     _raises(lambda: pool.give_back(table), ValueError, "a block given back twice")
 
 
@@ -95,7 +95,7 @@ def _(subject):
             _holders(pool, dict(enumerate(ledger.holders)), where)
             free = [block for block, holders in enumerate(ledger.holders) if not holders]
             if sorted(pool.free) != free:
-                raise Wrong(f"{where}: blocks {sorted(pool.free)} are free, want {free}: a block is free or "
+                raise CriterionNotMet(f"{where}: blocks {sorted(pool.free)} are free, want {free}: a block is free or "
                             f"held, and once")
 
 
@@ -125,7 +125,7 @@ def _ask(pool, ledger, what, which):
 def _holders(pool, want, where):
     for block, holders in want.items():
         if pool.holders[block] != holders:
-            raise Wrong(f"{where}: block {block} has {pool.holders[block]} holders, want {holders}")
+            raise CriterionNotMet(f"{where}: block {block} has {pool.holders[block]} holders, want {holders}")
 
 
 def _raises(call, error, what):
@@ -136,15 +136,15 @@ def _raises(call, error, what):
     except (NotImplementedError, NameError):                             # not written yet, or not imported
         raise
     except Exception as other:
-        raise Wrong(f"{what}: {type(other).__name__}: {other}, want {error.__name__}") from other
-    raise Wrong(f"{what}: returned {got}, want {error.__name__}")
+        raise CriterionNotMet(f"{what}: {type(other).__name__}: {other}, want {error.__name__}") from other
+    raise CriterionNotMet(f"{what}: returned {got}, want {error.__name__}")
 
 
 @plan.criterion("goes on from what is computed, within the budget", "property")
 def _(subject):
     for before, after, work in cases.planned(subject):
         if (total := sum(count for *_, count in work)) > before.budget:
-            raise Wrong(f"{before}: plans {total} tokens: is what is left of the budget less each time?")
+            raise CriterionNotMet(f"{before}: plans {total} tokens: is what is left of the budget less each time?")
         _queues(before, after, work)
         for sequence, first, count in work:
             if sequence in after.waiting:                                # was sent away again: see below
@@ -152,10 +152,10 @@ def _(subject):
             if first != sequence.computed:
                 why = ": plan adds nothing to `computed`, whoever runs the step does" * (
                     sequence.computed == first + count)
-                raise Wrong(f"{before}: {after.name(sequence)} begins at token {first}, and "
+                raise CriterionNotMet(f"{before}: {after.name(sequence)} begins at token {first}, and "
                             f"{sequence.computed} of its tokens are computed{why}")
             if not 0 < count <= len(sequence.tokens) - first:
-                raise Wrong(f"{before}: {after.name(sequence)} computes {count} tokens, of "
+                raise CriterionNotMet(f"{before}: {after.name(sequence)} computes {count} tokens, of "
                             f"{len(sequence.tokens) - first} that it has left")
 
 
@@ -165,16 +165,16 @@ def _(subject):
         for sequence, first, count in work:
             got, want = len(sequence.table), -(-(first + count) // before.blocks.size)
             if got != want and sequence in after.running:
-                raise Wrong(f"{before}: {after.name(sequence)} computes tokens {first} to "
+                raise CriterionNotMet(f"{before}: {after.name(sequence)} computes tokens {first} to "
                             f"{first + count - 1} and has {got} blocks, want {want}: as many as it lacks for "
                             f"this step's tokens")
         held = [block for each in (*after.running, *after.waiting) for block in each.table]
         free, n = after.blocks.free, len(after.blocks.holders)
         if len(set(held)) < len(held) or set(held) & set(free):
-            raise Wrong(f"{before}: afterwards a block is in two tables, or in one and free: given back and "
+            raise CriterionNotMet(f"{before}: afterwards a block is in two tables, or in one and free: given back and "
                         f"not taken out of the table?")
         if len(held) + len(free) < n:
-            raise Wrong(f"{before}: afterwards {len(held)} blocks are in tables and {len(free)} free, of "
+            raise CriterionNotMet(f"{before}: afterwards {len(held)} blocks are in tables and {len(free)} free, of "
                         f"{n}: who is sent away gives back all of its table")
 
 
@@ -184,18 +184,18 @@ def _(subject):
         ran, queue = ([before.names[each] for each in who] for who in (before.running, before.waiting))
         order = [after.names[sequence] for sequence, *_ in work]
         if order != sorted(order, key=lambda who: ran.index(who) if who in ran else len(ran)):
-            raise Wrong(f"{before}: the plan has {order}, in this order: those who run come first, in theirs")
+            raise CriterionNotMet(f"{before}: the plan has {order}, in this order: those who run come first, in theirs")
         runs, waits = ([after.names[each] for each in who] for who in (after.running, after.waiting))
         gone = [who for who in ran if who in waits]
         if gone and not before.sent_away:
-            raise Wrong(f"{before}: {gone} sent away, and all that run have room: nobody who waits sends "
+            raise CriterionNotMet(f"{before}: {gone} sent away, and all that run have room: nobody who waits sends "
                         f"anybody away")
         new = [who for who in order if who not in ran]
         if new != queue[:len(new)]:
-            raise Wrong(f"{before}: {new} come in, want the first {len(new)} of {queue}: nobody overtakes, "
+            raise CriterionNotMet(f"{before}: {new} come in, want the first {len(new)} of {queue}: nobody overtakes, "
                         f"even one that would fit")
         if not before.sent_away and (runs, waits) != ([*ran, *new], queue[len(new):]):
-            raise Wrong(f"{before}: afterwards {runs} run and {waits} wait, want {[*ran, *new]} and "
+            raise CriterionNotMet(f"{before}: afterwards {runs} run and {waits} wait, want {[*ran, *new]} and "
                         f"{queue[len(new):]}: who comes in leaves the front of `waiting` for the end of "
                         f"`running`")
 
@@ -206,7 +206,7 @@ def _(subject):
         had = {before.names[each]: each.computed for each in before.running}
         came = [after.names[each] for each, first, _ in work if first < had.get(after.names[each], 1)]
         if before.sent_away and came:
-            raise Wrong(f"{before}: for want of room {before.sent_away} must go, and {came} come in, in one "
+            raise CriterionNotMet(f"{before}: for want of room {before.sent_away} must go, and {came} come in, in one "
                         f"step: they would take what it gave")
 
 
@@ -216,14 +216,14 @@ def _(subject):
         ran, queue = {before.names[each] for each in before.running}, [*map(after.names.get, after.waiting)]
         gone = [who for who in queue if who in ran]
         if sorted(gone) != sorted(before.sent_away):
-            raise Wrong(f"{before}: {gone or 'nobody'} sent away, want {before.sent_away or 'nobody'}: the "
+            raise CriterionNotMet(f"{before}: {gone or 'nobody'} sent away, want {before.sent_away or 'nobody'}: the "
                         f"last of the running, one after another, until there is room for this one")
         for each in after.waiting:
             if after.names[each] in gone and (each.computed or each.table):
-                raise Wrong(f"{before}: {after.name(each)} waits and has {each.computed} tokens computed and "
+                raise CriterionNotMet(f"{before}: {after.name(each)} waits and has {each.computed} tokens computed and "
                             f"table {each.table}: its blocks are somebody else's now, so 0 and []")
         if gone and queue[:len(gone)] != sorted(gone):
-            raise Wrong(f"{before}: {gone} are sent away and the queue is {queue}: they came before all that "
+            raise CriterionNotMet(f"{before}: {gone} are sent away and the queue is {queue}: they came before all that "
                         f"wait")
 
 
@@ -232,7 +232,7 @@ def _(subject):
     for before, after, work in cases.planned(subject):
         got = [(after.names[sequence], first, count) for sequence, first, count in work]
         if got != before.want:
-            raise Wrong(f"{before}: plans {got}, want {before.want}, as (who, first token, how many): "
+            raise CriterionNotMet(f"{before}: plans {got}, want {before.want}, as (who, first token, how many): "
                         f"{_cause(got, before)}")
 
 
@@ -245,7 +245,7 @@ def _(subject):
             what = (f"{left} are left after {got.now} steps, the real one takes {want.steps}: is everybody "
                     f"let in again?" if left else f"all are done after {got.now} steps; it must be "
                     f"{want.steps}, the real one's")
-            raise Wrong(f"12 requests, {n} blocks of {size}, budget {budget}: {what}")
+            raise CriterionNotMet(f"12 requests, {n} blocks of {size}, budget {budget}: {what}")
 
 
 def _decoding(subject):
@@ -259,11 +259,11 @@ def _queues(before, after, work):
     """Everybody is still somewhere, once; who is planned runs."""
     here = sorted(after.names[each] for each in (*after.running, *after.waiting))
     if here != sorted(before.names[each] for each in (*before.running, *before.waiting)):
-        raise Wrong(f"{before}: afterwards {here} run or wait: each is in one of the two queues, once")
+        raise CriterionNotMet(f"{before}: afterwards {here} run or wait: each is in one of the two queues, once")
     for sequence, *_ in work:
         if sequence not in after.running and sequence.table:
             ran = after.names[sequence] in [before.names[each] for each in before.running]
-            raise Wrong(f"{before}: {after.name(sequence)} is planned and waits: "
+            raise CriterionNotMet(f"{before}: {after.name(sequence)} is planned and waits: "
                         + ("it was sent away in this step, so plan it no more" if ran else
                            "move it from waiting to running"))
 

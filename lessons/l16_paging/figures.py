@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from lessons.l16_paging.replay import Job, Watched, numbers, policies, replay
 from nanoinfra.formulas import paging
 from nanoinfra.lab import draw
-from nanoinfra.lab.display_table import Grid
+from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.serve.blocks import Blocks
 
 KINDS = {"prompt": (draw.ORANGE, "prompt, or a chunk of it"), "decode": (draw.BLUE, "a new token"),
@@ -20,7 +20,7 @@ WIDTH, GAP, ROW = 9.4, 3.2, 0.105            # inches; rows between panels, for 
 def timeline(panels: dict[str, Watched], title: str = "") -> draw.Picture:
     """A panel for each {name: what replay gave}, on one axis of steps."""
     rows = sum(len(each.order) + GAP for each in panels.values())
-    picture, axes = draw.canvas(WIDTH, 1.3 + ROW * rows, title)
+    picture, axes = draw.new_figure(WIDTH, 1.3 + ROW * rows, title)
     top, seen, ticks = 0.0, set(), {}
     for name, scheduler in panels.items():
         axes.text(0, top + 0.3 * GAP, f"{name}: {_said(scheduler)}", fontsize=10, weight="bold", va="center")
@@ -52,7 +52,7 @@ def _legend(picture, axes, seen):
 
 def memory(panels: dict[str, Watched], title: str = "") -> draw.Picture:
     """What the pool holds after each step: tokens, places taken that hold none, and what is free."""
-    picture, axes = draw.canvas(WIDTH, 1.1 + 1.5 * len(panels), title)
+    picture, axes = draw.new_figure(WIDTH, 1.1 + 1.5 * len(panels), title)
     axes.remove()
     every = picture.figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     longest = max(each.steps for each in panels.values())
@@ -91,14 +91,14 @@ def pool(scheduler: Watched, title: str = "", columns: int = 16) -> draw.Picture
     """
     blocks, n = scheduler.blocks, len(scheduler.blocks.holders)
     rows = -(-n // columns)
-    picture, axes = draw.canvas(WIDTH, 0.9 + 0.42 * rows, title)
+    picture, axes = draw.new_figure(WIDTH, 0.9 + 0.42 * rows, title)
     held = list(_held(scheduler))
     for block in range(n):
         x, y = block % columns, block // columns
         axes.barh(y, 0.9, 0.74, x + 0.05, color="white", edgecolor="#cccccc", linewidth=0.8)
         mine = [(job, filled) for at, job, filled in held if at == block]
         for job, filled in mine[:1]:
-            colour = draw.COLOURS[job % len(draw.COLOURS)]
+            colour = draw.SERIES_COLOURS[job % len(draw.SERIES_COLOURS)]
             axes.barh(y, 0.9, 0.74, x + 0.05, color=draw.pale(colour))
             axes.barh(y, 0.9 * filled / blocks.size, 0.74, x + 0.05, color=colour)
         full = mine and 2 * mine[0][1] > blocks.size and len(mine) == 1
@@ -118,7 +118,7 @@ def steps_by_memory(jobs: list[Job], memories: Sequence[int], longest: int, size
              for way, whole in (("Orca", longest), ("pages", None))}
     ways = ("Orca", "pages", "static batches")
     dots = {way: (memories, [each[way].steps for each in runs]) for way in ways}
-    picture = draw.curves(lines, dots, "KV memory, tokens", "steps", f"{len(jobs)} requests at once")
+    picture = draw.plot_predicted_and_measured(lines, dots, "KV memory, tokens", "steps", f"{len(jobs)} requests at once")
     picture.figure.axes[0].set_xticks(memories)
     return picture
 
@@ -130,7 +130,7 @@ def waste_by_size(jobs: list[Job], places: int, sizes: Sequence[int]) -> draw.Pi
              "at most": (sizes, [size - 1 for size in sizes])}
     dots = {"on average": (sizes, [sum(each) / len(each) for each in left]),
             "at most": (sizes, [max(each) for each in left])}
-    return draw.curves(lines, dots, "tokens of a block", "places a sequence leaves empty", "what pages waste")
+    return draw.plot_predicted_and_measured(lines, dots, "tokens of a block", "places a sequence leaves empty", "what pages waste")
 
 
 def _held(scheduler) -> Iterator[tuple[int, int, int]]:
@@ -164,11 +164,11 @@ def _said(scheduler):
     return f"{steps} steps, {computed / steps:.1f} tokens a step{more}"
 
 
-def table(panels: dict[str, Watched], title: str = "") -> Grid:
+def table(panels: dict[str, Watched], title: str = "") -> DisplayTable:
     """A row a {name: what replay gave}."""
     rows = [(name, str(each.steps), str(each.computed), f"{each.computed / each.steps:.1f}",
              str(max(len(step.work) for step in each.log)), str(max(step.used for step in each.log)),
              str(sum(len(step.waiting) for step in each.log)), str(each.counts["preemptions"]))
             for name, each in panels.items()]
-    return Grid(title, ("", "steps", "tokens computed", "computed a step", "most in a batch", "most blocks",
+    return DisplayTable(title, ("", "steps", "tokens computed", "computed a step", "most in a batch", "most blocks",
                         "steps waited, all", "sent away"), rows)

@@ -22,9 +22,9 @@ from nanoinfra.formulas import paging
 from nanoinfra.formulas.memory import kv_cache_bytes_per_token
 from nanoinfra.formulas.params import parameters, shapes
 from nanoinfra.formulas.shape import sized
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.measure import counted, median
-from nanoinfra.lab.predict import quantity
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.measure import counted, median_of_times
+from nanoinfra.lab.predict import format_quantity
 from nanoinfra.model.fill import empty
 from nanoinfra.model.init import draw
 from nanoinfra.parallel.compose import serving
@@ -56,10 +56,10 @@ def measure(mesh, model, broken=""):
         engine, said[way], sent, speeds = served(mesh, net, way, broken)
         log, calls, size = engine.scheduler, *map(sum, zip(*sent.values(), (0, 0)))
         found |= {f"steps_{way}": counted(log.steps, "steps"), f"calls_{way}": counted(calls, "calls"),
-                  f"bytes_{way}": counted(size, "B"), f"speed_{way}": median(speeds, "tokens/s"),
+                  f"bytes_{way}": counted(size, "B"), f"speed_{way}": median_of_times(speeds, "tokens/s"),
                   f"waste_{way}": counted(sum(log.left.values()), "tokens")}
         most = max(len(step.work) for step in log.log)
-        rows += [(way, tag, str(calls), quantity(size, "B"), str(most), f"{log.computed / log.steps:.1f}",
+        rows += [(way, tag, str(calls), format_quantity(size, "B"), str(most), f"{log.computed / log.steps:.1f}",
                   str(sum(a != b for a, b in zip(said[way], said["static"]))))
                  for tag, (calls, size) in sorted(sent.items()) or [("none", (0, 0))]]
     found["waste_whole"] = found.pop("waste_orca")
@@ -140,7 +140,7 @@ def show(config, n, rows):
     """What each policy sent, and how full its batches were."""
     print(f"{parameters(config):,} parameters, {config.heads} query and {config.kv_heads} KV heads, over {n} "
           f"rank{'s' if n > 1 else ''}; {len(JOBS)} requests, KV memory for {PLACES} tokens")
-    Grid("the whole trace", ("policy", "tag", "collectives", "payload", "most in a batch", "tokens a step",
+    DisplayTable("the whole trace", ("policy", "tag", "collectives", "payload", "most in a batch", "tokens a step",
                              "answers unlike static's"), rows).show()
 
 

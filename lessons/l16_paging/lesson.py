@@ -28,7 +28,7 @@ from lessons.l16_paging.figures import memory, pool, steps_by_memory, table, tim
 from lessons.l16_paging.replay import Ruled, Watched, draw_trace, numbers, policies, replay
 from nanoinfra.formulas.memory import kv_cache_bytes_per_token
 from nanoinfra.formulas.shape import ModelConfig, sized
-from nanoinfra.lab.compare import compare
+from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.measure import counted, measure
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
@@ -262,7 +262,7 @@ for name, run in zip(("static", "orca", "paged"), RUNS.values()):
     measure(f"L16.steps_{name}", counted, run.steps, "steps")
 measure("L16.peak", counted, max(step.used for step in PAGES.log), "blocks")
 measure("L16.saved", counted, SHARED.counts["prefix_hits"] // SIZE, "blocks")
-compare(list(check.PREDICTIONS))
+compare_predictions(list(check.PREDICTIONS))
 
 # %%
 timeline(RUNS, "24 requests, memory for 256 tokens")

@@ -12,23 +12,23 @@ import shutil
 from pathlib import Path
 
 from nanoinfra.lab.course import course_folder, display_path, lesson_folders, lessons_folder
-from nanoinfra.lab.exercise import MARKER
+from nanoinfra.lab.exercise import SOLUTION_MARKER
 
-KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
-NBGRADER = {"schema_version": 3, "solution": False, "grade": False, "locked": False, "task": False}
-CONFIG = 'c = get_config()\nc.CourseDirectory.course_id = "nanoinfra"\n'
+_KERNEL_SPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
+_NBGRADER_DEFAULTS = {"schema_version": 3, "solution": False, "grade": False, "locked": False, "task": False}
+_NBGRADER_CONFIG = 'c = get_config()\nc.CourseDirectory.course_id = "nanoinfra"\n'
 
 
-def build(edition: str, folder: Path | str | None = None, only: str = "") -> list[Path]:
+def build_notebooks(edition: str, folder: Path | str | None = None, only: str = "") -> list[Path]:
     """Write the "lessons" or the "student" edition below `folder` (lessons/build); returns the notebooks."""
     out = Path(folder or course_folder() / "lessons" / "build")
     if edition == "student":
-        return [_write_student_edition(lesson, out) for lesson in lessons_to_build(only)]
-    return [_write_notebook(convert(lesson / "lesson.py"), out, lesson.name)
-            for lesson in lessons_to_build(only)]
+        return [_write_student_edition(lesson, out) for lesson in find_lesson_sources(only)]
+    return [_write_notebook(convert_to_notebook(lesson / "lesson.py"), out, lesson.name)
+            for lesson in find_lesson_sources(only)]
 
 
-def lessons_to_build(only: str = "") -> list[Path]:
+def find_lesson_sources(only: str = "") -> list[Path]:
     """The folders of all lessons in order, or of the one with that number. ValueError for none."""
     found = [folder for number, folder in lesson_folders(holding="lesson.py").items() if only in ("", number)]
     if not found:
@@ -39,14 +39,14 @@ def lessons_to_build(only: str = "") -> list[Path]:
 
 def _write_student_edition(lesson, out):
     """The lesson's folder as students get it, and nbgrader's assignment: a course of one lesson."""
-    notebook = convert(lesson / "lesson.py")
+    notebook = convert_to_notebook(lesson / "lesson.py")
     mine = _copy_lesson(lesson, out / "student")
-    file = _write_notebook(clear(notebook), mine, lesson.name)
-    for step, edition in (("source", notebook), ("release", clear(notebook))):
+    file = _write_notebook(clear_solutions(notebook), mine, lesson.name)
+    for step, edition in (("source", notebook), ("release", clear_solutions(notebook))):
         assignment = out / "nbgrader" / step / lesson.name
         _copy_lesson(lesson, assignment)
         _write_notebook(edition, assignment, lesson.name)
-    (out / "nbgrader" / "nbgrader_config.py").write_text(CONFIG)
+    (out / "nbgrader" / "nbgrader_config.py").write_text(_NBGRADER_CONFIG)
     return file
 
 
@@ -68,22 +68,22 @@ def _write_notebook(notebook, folder, name):
     return file
 
 
-def convert(source: Path):
+def convert_to_notebook(source: Path):
     """The notebook of one percent file, checked: a solution cell without markers would lose its prompt."""
     import jupytext
     notebook = jupytext.read(source)
-    notebook.metadata = {"kernelspec": dict(KERNEL), "language_info": {"name": "python"}}       # never paired
+    notebook.metadata = {"kernelspec": dict(_KERNEL_SPEC), "language_info": {"name": "python"}}       # never paired
     for i, cell in enumerate(notebook.cells):
         if "nbgrader" in cell.metadata:
-            cell.metadata["nbgrader"] = {**NBGRADER, **cell.metadata["nbgrader"]}
+            cell.metadata["nbgrader"] = {**_NBGRADER_DEFAULTS, **cell.metadata["nbgrader"]}
         cell["id"] = f"{source.parent.name[1:3]}-{i}"  # jupytext draws ids at random
-        if cell.metadata.get("nbgrader", {}).get("solution") and MARKER not in cell.source:
-            raise ValueError(f"{display_path(source)}, cell {i + 1}: a solution cell without {MARKER!r} "
+        if cell.metadata.get("nbgrader", {}).get("solution") and SOLUTION_MARKER not in cell.source:
+            raise ValueError(f"{display_path(source)}, cell {i + 1}: a solution cell without {SOLUTION_MARKER!r} "
                              f"loses its prompt; mark what the student is to write")
     return notebook
 
 
-def clear(notebook):
+def clear_solutions(notebook):
     """The student edition of a notebook: what nbgrader's assign makes of it."""
     from copy import deepcopy
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("edition", choices=["lessons", "student"])
     parser.add_argument("--only", default="", help="a lesson's number, as 02")
     given = parser.parse_args(argv)
-    for file in build(given.edition, only=given.only):
+    for file in build_notebooks(given.edition, only=given.only):
         print(display_path(file))
 
 

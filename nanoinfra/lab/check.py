@@ -19,22 +19,22 @@ from types import ModuleType
 from nanoinfra.dist.crew import RanksError
 from nanoinfra.dist.ranks import Ranks
 from nanoinfra.lab.course import lesson_folders, make_lessons_importable
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.exercise import source_of
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.exercise import source_location
 
 _NO_NAME = re.compile(r"NameError: name '\w+' is not defined")
-LAYERS = ("property", "parity", "resource", "speed")
+CRITERION_LAYERS = ("property", "parity", "resource", "speed")
 
 
-class Wrong(Exception):
+class CriterionNotMet(Exception):
     """A criterion is not met. The text names rank, tensor, index, want, got and the usual cause."""
 
 
-class Blocked(Exception):
+class CriterionBlocked(Exception):
     """A criterion cannot be judged on this machine."""
 
 
-class Failed(Exception):
+class CheckFailed(Exception):
     """What a check raises in a notebook: the text alone, without a traceback through the checker."""
 
     def _render_traceback_(self):
@@ -58,7 +58,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, repr=False)
-class Report(Grid):
+class CheckReport(DisplayTable):
     """All verdicts of one check on one subject; shows itself as a table."""
     verdicts: tuple[Verdict, ...] = ()
 
@@ -87,47 +87,47 @@ class Check:
 
     def criterion(self, name: str, layer: str) -> Callable:
         """Decorator: the function becomes the next criterion. Layers come in the order of LAYERS."""
-        order = [LAYERS.index(c.layer) for c in self.criteria] + [LAYERS.index(layer)]
+        order = [CRITERION_LAYERS.index(c.layer) for c in self.criteria] + [CRITERION_LAYERS.index(layer)]
         if order != sorted(order):
             raise ValueError(f"{self.name}: {name!r} is of layer {layer} and comes after one of layer "
-                             f"{self.criteria[-1].layer}; the order is {', '.join(LAYERS)}")
+                             f"{self.criteria[-1].layer}; the order is {', '.join(CRITERION_LAYERS)}")
 
         def add(test):
             self.criteria.append(Criterion(name, layer, test))
             return test
         return add
 
-    def report(self, subject: Callable) -> Report:
+    def report(self, subject: Callable) -> CheckReport:
         """Judge `subject`, criterion after criterion, until one is wrong."""
         verdicts = []
         for criterion in self.criteria:
-            verdicts.append(judge(criterion, subject))
+            verdicts.append(judge_criterion(criterion, subject))
             if verdicts[-1].state == "wrong":
                 break
-        return self.table(verdicts, source_of(subject))
+        return self.table(verdicts, source_location(subject))
 
-    def table(self, verdicts: list[Verdict], source: str) -> Report:
+    def table(self, verdicts: list[Verdict], source: str) -> CheckReport:
         """The report of `verdicts` on what was written in `source`; further criteria were not run."""
         verdicts = [*verdicts, *(Verdict(c, "not run") for c in self.criteria[len(verdicts):])]
         rows = [(v.criterion.name, v.criterion.layer, v.state) for v in verdicts]
-        return Report(f"{self.name} of {source}", ("criterion", "layer", "verdict"), rows, tuple(verdicts))
+        return CheckReport(f"{self.name} of {source}", ("criterion", "layer", "verdict"), rows, tuple(verdicts))
 
-    def __call__(self, subject: Callable) -> Report:
+    def __call__(self, subject: Callable) -> CheckReport:
         """Judge `subject`; raises Failed with the table and the reason unless every criterion is met."""
         report = self.report(subject)
         if report.exit_code:
             reasons = [f"{v.criterion.name}: {v.text}" for v in report.verdicts if v.text]
-            raise Failed("\n".join([repr(report), *reasons]))
+            raise CheckFailed("\n".join([repr(report), *reasons]))
         return report
 
 
-def judge(criterion: Criterion, subject: Callable) -> Verdict:
+def judge_criterion(criterion: Criterion, subject: Callable) -> Verdict:
     """How `subject` meets one criterion."""
     try:
         criterion.test(subject)
-    except Blocked as reason:
+    except CriterionBlocked as reason:
         return Verdict(criterion, "blocked", str(reason))
-    except Wrong as reason:
+    except CriterionNotMet as reason:
         return Verdict(criterion, "wrong", str(reason))
     except (Exception, SystemExit) as error:         # whatever a student's code raises is a verdict
         unwritten = isinstance(error, NotImplementedError) or "raise NotImplementedError" in str(error)
@@ -138,22 +138,22 @@ def judge(criterion: Criterion, subject: Callable) -> Verdict:
     return Verdict(criterion, "pass")
 
 
-def ranks(n: int) -> Ranks:
+def rank_pool_for_checks(n: int) -> Ranks:
     """The pool of `n` ranks that all checks share. It has little patience: what hangs ends after 15 s."""
-    pool = shared(n)
-    pool.timeout = patience(15.0)
+    pool = _shared_pool(n)
+    pool.timeout = scale_timeout_by_load(15.0)
     return pool
 
 
-shared = functools.cache(Ranks)
+_shared_pool = functools.cache(Ranks)
 
 
-def patience(seconds: float) -> float:
+def scale_timeout_by_load(seconds: float) -> float:
     """How long to wait for what takes at most `seconds` on an idle machine: longer, the higher the load."""
     return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def lesson(number: str) -> ModuleType:
+def load_lesson_checks(number: str) -> ModuleType:
     """The checks of lesson "02": a module with `CHECKS` and `PREDICTIONS`. ValueError where there is none."""
     folders = lesson_folders(holding="checks.py")
     key = number.upper().removeprefix("L").zfill(2)

@@ -8,16 +8,16 @@ import math
 from dataclasses import dataclass
 
 from nanoinfra.lab import predict as book
-from nanoinfra.lab.display_table import Grid
+from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import Measurement
-from nanoinfra.lab.predict import quantity
+from nanoinfra.lab.predict import format_quantity
 
-TOLERANCE = {"counted": 0.0, "timed": 0.10, "modelled": None}
+RELATIVE_TOLERANCE_BY_KIND = {"counted": 0.0, "timed": 0.10, "modelled": None}
 ALLOCATOR = 0.05
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One line of the table. `tolerance` is relative; None does not judge."""
     name: str
     predicted: float
@@ -42,9 +42,9 @@ class Row:
 
 
 @dataclass(frozen=True, repr=False)
-class Table(Grid):
+class ComparisonTable(DisplayTable):
     """What `compare` gives: shows itself; `passed` is true when every judged row hit."""
-    lines: tuple[Row, ...] = ()
+    lines: tuple[ComparisonRow, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -53,28 +53,28 @@ class Table(Grid):
         return "miss" not in verdicts and "pass" in verdicts
 
 
-def compare(rows: list[str | Row], tolerance: dict[str, float | None] | None = None) -> Table:
+def compare_predictions(rows: list[str | ComparisonRow], tolerance: dict[str, float | None] | None = None) -> ComparisonTable:
     """A table of `rows`: keys that were predicted and measured, or Rows. `tolerance` overrides by key."""
-    lines = tuple(row if isinstance(row, Row) else _row(row, tolerance or {}) for row in rows)
+    lines = tuple(row if isinstance(row, ComparisonRow) else _row(row, tolerance or {}) for row in rows)
     columns = ("quantity", "predicted", "measured", "ratio", "kind", "tolerance", "verdict")
-    return Table("predicted and measured", columns, [_cells(row) for row in lines], lines)
+    return ComparisonTable("predicted and measured", columns, [_cells(row) for row in lines], lines)
 
 
 def _row(key, tolerance):
-    value, _ = book.predicted(key)
-    entry = book.read()[key]
+    value, _ = book.last_prediction(key)
+    entry = book.read_numbers()[key]
     fields = entry.get("measured")
     if not fields:
         raise ValueError(f"{key} is predicted but not measured yet; run measure(\"{key}\", ...) first")
     got = Measurement(**fields)
-    return Row(key, value, got, tolerance.get(key, TOLERANCE[got.kind]), len(entry["predicted"]))
+    return ComparisonRow(key, value, got, tolerance.get(key, RELATIVE_TOLERANCE_BY_KIND[got.kind]), len(entry["predicted"]))
 
 
 def _cells(row):
     m = row.measured
     kind = f"timed, median of {m.n}" if m.kind == "timed" else m.kind
     allowed = {None: "not judged", 0.0: "exact"}.get(row.tolerance, f"{row.tolerance or 0:.0%}")
-    predicted, measured = quantity(row.predicted, m.unit), quantity(m.value, m.unit)
+    predicted, measured = format_quantity(row.predicted, m.unit), format_quantity(m.value, m.unit)
     if row.guesses > 1:
         nth = {2: "2nd", 3: "3rd"}.get(row.guesses, f"{row.guesses}th")
         predicted += f" ({nth} prediction)"

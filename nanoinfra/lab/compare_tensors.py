@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from nanoinfra.lab.check import Wrong
+from nanoinfra.lab.check import CriterionNotMet
 
 
-def same(name: str, got, want: torch.Tensor, rank: int, n: int = 1, rtol: float = 0.0,
+def assert_same_tensor(name: str, got, want: torch.Tensor, rank: int, n: int = 1, rtol: float = 0.0,
          causes: dict[str, torch.Tensor] | None = None) -> None:
     """Raise Wrong unless `got` equals `want` to `rtol` of want's largest number (0: exactly).
 
@@ -17,11 +17,11 @@ def same(name: str, got, want: torch.Tensor, rank: int, n: int = 1, rtol: float 
     """
     where = f"rank {rank}: `{name}`"
     if not isinstance(got, torch.Tensor):
-        raise Wrong(f"{where} is {type(got).__name__}, want a tensor {tuple(want.shape)}: no return?")
+        raise CriterionNotMet(f"{where} is {type(got).__name__}, want a tensor {tuple(want.shape)}: no return?")
     if got.shape != want.shape:
-        raise Wrong(f"{where} has shape {tuple(got.shape)}, want {tuple(want.shape)}")
+        raise CriterionNotMet(f"{where} has shape {tuple(got.shape)}, want {tuple(want.shape)}")
     if got.dtype != want.dtype:
-        raise Wrong(f"{where} is {got.dtype}, want {want.dtype}: cast on the way?")
+        raise CriterionNotMet(f"{where} is {got.dtype}, want {want.dtype}: cast on the way?")
     off = ~((got - want).abs() <= rtol * want.abs().max())
     if off.any():
         index = tuple(off.nonzero()[0].tolist())
@@ -29,7 +29,7 @@ def same(name: str, got, want: torch.Tensor, rank: int, n: int = 1, rtol: float 
         digits = 6 if f"{g:.6g}" != f"{w:.6g}" else 17
         ratio = f", {g / w:.4g} x" if w and digits == 6 and _telling(g / w) else ""
         why = _cause(got, want, n, rtol, causes or {})
-        raise Wrong(f"{where} differs at {list(index)}: want {w:.{digits}g}, got {g:.{digits}g}{ratio} "
+        raise CriterionNotMet(f"{where} differs at {list(index)}: want {w:.{digits}g}, got {g:.{digits}g}{ratio} "
                     f"({int(off.sum())} of {off.numel()}){': ' + why if why else ''}")
 
 

@@ -9,12 +9,12 @@ from html import escape
 from rich.console import Console
 from rich.table import Table as RichTable
 
-COLOURS = {"pass": ("green", "#00684c"), "miss": ("red", "#a33b00"), "wrong": ("red", "#a33b00")}
-PLAIN = ("bright_black", "#666666")
+_VERDICT_COLOURS = {"pass": ("green", "#00684c"), "miss": ("red", "#a33b00"), "wrong": ("red", "#a33b00")}
+_OTHER_COLOURS = ("bright_black", "#666666")
 
 
 @dataclass(frozen=True)
-class Grid:
+class DisplayTable:
     """Cells of text under named columns, the verdict in the last. As a cell's last line it shows itself."""
     title: str
     columns: tuple[str, ...]
@@ -41,10 +41,10 @@ class Grid:
             table.add_column(column, overflow="fold")
         for row in self.rows:
             *cells, verdict = row
-            table.add_row(*cells, f"[{COLOURS.get(verdict, PLAIN)[0]}]{verdict}[/]")
+            table.add_row(*cells, f"[{_VERDICT_COLOURS.get(verdict, _OTHER_COLOURS)[0]}]{verdict}[/]")
         return table
 
 
 def _cell(text, row):
-    colour = f";color:{COLOURS.get(text, PLAIN)[1]};font-weight:bold" if text is row[-1] else ""
+    colour = f";color:{_VERDICT_COLOURS.get(text, _OTHER_COLOURS)[1]};font-weight:bold" if text is row[-1] else ""
     return f"<td style='text-align:left{colour}'>{escape(text)}</td>"

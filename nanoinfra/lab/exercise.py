@@ -12,31 +12,31 @@ from types import ModuleType
 
 from nanoinfra.lab.course import display_path, make_lessons_importable, work_folder
 
-MARKER = "### BEGIN SOLUTION"
+SOLUTION_MARKER = "### BEGIN SOLUTION"
 _TITLE = re.compile(r"^# %% exercise (\w+)\n", re.MULTILINE)
 _MAGIC = re.compile(r"^%%exercise +(L\d\d)[^\n]*\n")
 
 
-def export(lesson: str, cell: str, folder: Path | None = None) -> Path:
+def export_exercise(lesson: str, cell: str, folder: Path | None = None) -> Path:
     """Write `cell` as its section of the lesson's file in `folder` (default work/); returns the file."""
     if not re.fullmatch(r"L\d\d", lesson):
         raise ValueError(f"an exercise names its lesson, as in %%exercise L02; got {lesson!r}")
-    folder = folder or (work_folder() / "reference" if MARKER in cell else work_folder())
+    folder = folder or (work_folder() / "reference" if SOLUTION_MARKER in cell else work_folder())
     folder.mkdir(exist_ok=True)
     file = folder / f"{lesson}.py"
-    parts = sections(file.read_text()) if file.exists() else {}
+    parts = split_into_exercises(file.read_text()) if file.exists() else {}
     parts[_name(cell)] = cell.rstrip("\n")
     file.write_text("\n\n\n".join(f"# %% exercise {name}\n{text}" for name, text in parts.items()) + "\n")
     return file
 
 
-def sections(text: str) -> dict[str, str]:
+def split_into_exercises(text: str) -> dict[str, str]:
     """{exercise name: the cell} of an exported file."""
     _, *found = _TITLE.split(text)
     return {name: cell.rstrip("\n") for name, cell in zip(found[::2], found[1::2])}
 
 
-def load(file: Path | str) -> ModuleType:
+def load_python_file(file: Path | str) -> ModuleType:
     """Run an exported file as a module of its own. Never cached: what counts is what the file says now."""
     file = Path(file).resolve()
     module = ModuleType(file.stem)
@@ -46,7 +46,7 @@ def load(file: Path | str) -> ModuleType:
     return module
 
 
-def source_of(subject) -> str:
+def source_location(subject) -> str:
     """Where a function or a class was written, as a reader wants it: `work/L02.py`, or its module."""
     function = subject.__init__ if isinstance(subject, type) else inspect.unwrap(subject)
     code = getattr(function, "__code__", None)                        # as under @torch.no_grad()
@@ -54,20 +54,20 @@ def source_of(subject) -> str:
     return display_path(file) if file.is_file() else getattr(subject, "__module__", None) or "a notebook cell"
 
 
-def refuse_reference(file: Path | str) -> None:
+def refuse_reference_solution(file: Path | str) -> None:
     """Raise ValueError if `file` is the reference solution rather than somebody's work."""
-    if MARKER in Path(file).read_text():
+    if SOLUTION_MARKER in Path(file).read_text():
         raise ValueError(f"{display_path(file)} is the reference (by its markers): its grade says nothing; "
                          f"grade what the student edition wrote to work/, or say --reference")
 
 
-def extract(notebook: Path | str, folder: Path | str) -> list[Path]:
+def export_exercises_of_notebook(notebook: Path | str, folder: Path | str) -> list[Path]:
     """Export every exercise cell of a notebook (.ipynb, or a percent file) to `folder`; the files written."""
     import jupytext  # of the lessons extra; ranks that load an exercise do without
     files = []
     for cell in jupytext.read(notebook).cells:
         if magic := _MAGIC.match(cell.source):
-            files.append(export(magic[1], cell.source[magic.end():], Path(folder)))
+            files.append(export_exercise(magic[1], cell.source[magic.end():], Path(folder)))
     return list(dict.fromkeys(files))
 
 
@@ -76,8 +76,8 @@ def load_ipython_extension(shell) -> None:
     make_lessons_importable()
 
     def exercise(line, cell):
-        file = export(line.strip(), cell)
-        names = {k: v for k, v in vars(load(file)).items() if not k.startswith("__")}
+        file = export_exercise(line.strip(), cell)
+        names = {k: v for k, v in vars(load_python_file(file)).items() if not k.startswith("__")}
         shell.user_ns.update(names)
         print(f"{_name(cell)} is in {display_path(file)}")
     shell.register_magic_function(exercise, "cell")

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from nanoinfra.lab import predict as book
-from nanoinfra.lab.doctor.machine_info import processor
-from nanoinfra.lab.predict import quantity
+from nanoinfra.lab.doctor.machine_info import processor_name
+from nanoinfra.lab.predict import format_quantity
 
-KINDS = ("counted", "timed", "modelled")
+MEASUREMENT_KINDS = ("counted", "timed", "modelled")
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,19 @@ class Measurement:
     machine: str = ""          # where, for a time
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"a number is {', '.join(KINDS)}; {self.kind!r} is none of them")
+        if self.kind not in MEASUREMENT_KINDS:
+            raise ValueError(f"a number is {', '.join(MEASUREMENT_KINDS)}; {self.kind!r} is none of them")
 
     def __str__(self):
         if self.kind != "timed":
-            return f"{quantity(self.value, self.unit)} ({self.kind})"
-        spread = quantity(self.spread, self.unit)
-        return f"{quantity(self.value, self.unit)} (timed, median of {self.n}, spread {spread})"
+            return f"{format_quantity(self.value, self.unit)} ({self.kind})"
+        spread = format_quantity(self.spread, self.unit)
+        return f"{format_quantity(self.value, self.unit)} (timed, median of {self.n}, spread {spread})"
 
 
 def measure(key: str, run: Callable[..., Measurement], *args) -> Measurement:
     """`run(*args)`, kept beside the prediction for `key`; without one, ValueError, and nothing runs."""
-    _, unit = book.predicted(key)
+    _, unit = book.last_prediction(key)
     got = run(*args)
     if not isinstance(got, Measurement):
         raise ValueError(f"{key}: what is measured returned {got!r}, and must return a Measurement; "
@@ -48,9 +48,9 @@ def measure(key: str, run: Callable[..., Measurement], *args) -> Measurement:
     if got.unit != unit:
         raise ValueError(f"{key} was predicted in {unit!r} and measured in {got.unit!r}; "
                          f"predict it again in {got.unit!r}")
-    numbers = book.read()
+    numbers = book.read_numbers()
     numbers[key]["measured"] = asdict(got)
-    book.write(numbers)
+    book.write_numbers(numbers)
     print(f"{key}: {got}")
     return got
 
@@ -65,16 +65,16 @@ def modelled(value: float, unit: str) -> Measurement:
     return Measurement(value, unit, "modelled")
 
 
-def median(values: list[float], unit: str = "s") -> Measurement:
+def median_of_times(values: list[float], unit: str = "s") -> Measurement:
     """The median of times that were taken elsewhere, for example in the ranks."""
     spread = max(values) - min(values)
-    return Measurement(statistics.median(values), unit, "timed", len(values), spread, machine())
+    return Measurement(statistics.median(values), unit, "timed", len(values), spread, describe_machine())
 
 
 def timed(run: Callable[[], object], n: int = 5) -> Measurement:
     """Seconds of one call of `run`: the median of n, after one call that is not counted."""
     run()
-    return median([_seconds(run) for _ in range(n)])
+    return median_of_times([_seconds(run) for _ in range(n)])
 
 
 def _seconds(run):
@@ -84,6 +84,6 @@ def _seconds(run):
 
 
 @functools.cache
-def machine() -> str:
+def describe_machine() -> str:
     """This machine in words: cores and processor."""
-    return f"{os.cpu_count()} cores, {processor()}"
+    return f"{os.cpu_count()} cores, {processor_name()}"

@@ -17,8 +17,8 @@ from unittest import mock
 
 from nanoinfra.lab.check import Check
 from nanoinfra.lab.course import clone_folder, course_folder, lesson_folders, make_lessons_importable
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.exercise import load
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.exercise import load_python_file
 
 
 @dataclass(frozen=True)
@@ -66,25 +66,25 @@ def collect_library_mutants(name: str = "*", folder: Path | str | None = None) -
 
 def _load(files):
     make_lessons_importable()
-    return [mutant for file in files for mutant in getattr(load(file), "MUTANTS", [])]
+    return [mutant for file in files for mutant in getattr(load_python_file(file), "MUTANTS", [])]
 
 
-def rejected_by(mutant: Mutant) -> str:
+def rejecting_criterion(mutant: Mutant) -> str:
     """The name of the criterion that rejects it; empty if it survives."""
     failure = mutant.check.report(mutant.variant).first_failure
     return failure.criterion.name if failure else ""
 
 
-def run(mutants: list[Mutant]) -> Grid:
+def run_mutants(mutants: list[Mutant]) -> DisplayTable:
     """Judge all; the last column says pass, or wrong."""
     rows = []
     for m in mutants:
-        got = rejected_by(m)
+        got = rejecting_criterion(m)
         rows.append((m.check.name, m.name, got or "(survives)", "pass" if got == m.rejected_by else "wrong"))
     for name, count in Counter(m.check.name for m in mutants).items():
         if count < 2:
             rows.append((name, "(a check needs two mutants)", f"(has {count})", "wrong"))
-    return Grid("mutants", ("check", "variant", "rejected by", ""), rows)
+    return DisplayTable("mutants", ("check", "variant", "rejected by", ""), rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?")
     folder = parser.parse_args(argv).folder
     lessons = [] if folder else collect_lesson_mutants()
-    grid = run([*lessons, *collect_library_mutants(folder=folder)])
+    grid = run_mutants([*lessons, *collect_library_mutants(folder=folder)])
     grid.show()
     return int(any(row[-1] == "wrong" for row in grid.rows))
 

@@ -24,20 +24,20 @@ def predict(key: str, value: float, unit: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"a prediction is one finite number; {key} got {value!r}")
     _asked(key, unit)
-    numbers = read()
+    numbers = read_numbers()
     entry = numbers.setdefault(key, {"predicted": []})
     if not entry["predicted"] or (entry["predicted"][-1], entry["unit"]) != (value, unit):
         entry["predicted"].append(value)
     entry["unit"] = unit
-    write(numbers)
-    print(f"{key}: you predict {quantity(value, unit)}. Committed to {display_path(path())}.")
+    write_numbers(numbers)
+    print(f"{key}: you predict {format_quantity(value, unit)}. Committed to {display_path(numbers_file())}.")
 
 
 def _asked(key, unit):
     number = key[1:3]
     if number not in lesson_folders(holding="checks.py") or ".lab_" in key:   # a lab asks for its own
         return
-    units = check.lesson(number).PREDICTIONS
+    units = check.load_lesson_checks(number).PREDICTIONS
     if key not in units or units[key] != unit:
         *most, last = [f"{k} in {u}" if u else k for k, u in units.items()]
         got = f"{key!r}" if key not in units else f"{key} in {unit!r}"
@@ -45,34 +45,34 @@ def _asked(key, unit):
         raise ValueError(f"lesson {number} asks for {asked}; got {got}")
 
 
-def predicted(key: str) -> tuple[float, str]:
+def last_prediction(key: str) -> tuple[float, str]:
     """The last prediction for `key` and its unit. Raises ValueError where none was made."""
-    entry = read().get(key)
+    entry = read_numbers().get(key)
     if not entry:
         raise ValueError(f"nothing is predicted for {key} yet; derive it, call "
                          f"predict(\"{key}\", value, unit), then measure")
     return entry["predicted"][-1], entry["unit"]
 
 
-def path() -> Path:
+def numbers_file() -> Path:
     """The file of predictions and measurements: what a student hands in."""
     return work_folder() / "numbers.json"
 
 
-def read(file: Path | None = None) -> dict:
+def read_numbers(file: Path | None = None) -> dict:
     """{key: {"unit", "predicted": [values, oldest first], "measured": fields of a Measurement}}."""
-    file = file or path()
+    file = file or numbers_file()
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def write(numbers: dict) -> None:
+def write_numbers(numbers: dict) -> None:
     """Replace the file, so that a crash leaves the old or the new one."""
-    new = path().with_suffix(f".{os.getpid()}.new")
+    new = numbers_file().with_suffix(f".{os.getpid()}.new")
     new.write_text(json.dumps(numbers, indent=1) + "\n")
-    new.replace(path())
+    new.replace(numbers_file())
 
 
-def quantity(value: float, unit: str) -> str:
+def format_quantity(value: float, unit: str) -> str:
     """A number as a reader wants it: bytes in full, seconds scaled, others to four digits."""
     if unit == "s" and value:
         scale, name = next((s, n) for s, n in ((1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from nanoinfra.lab import predict as book
-from nanoinfra.lab.compare import TOLERANCE, Row, compare
+from nanoinfra.lab.compare import RELATIVE_TOLERANCE_BY_KIND, ComparisonRow, compare_predictions
 from nanoinfra.lab.course import (
     display_path,
     lesson_folders,
@@ -25,17 +25,17 @@ from nanoinfra.lab.course import (
     make_lessons_importable,
     work_folder,
 )
-from nanoinfra.lab.display_table import Grid
-from nanoinfra.lab.exercise import load
-from nanoinfra.lab.measure import Measurement, machine
-from nanoinfra.lab.predict import quantity
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.exercise import load_python_file
+from nanoinfra.lab.measure import Measurement, describe_machine
+from nanoinfra.lab.predict import format_quantity
 from nanoinfra.train.rank import is_rank
 from nanoinfra.train.signals import Hearing, end_at_once
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # the launcher's
 
 
-def run(lab: ModuleType, model: str, broken: str = "") -> int:
+def run_lab(lab: ModuleType, model: str, broken: str = "") -> int:
     """Measure on the ranks of this run; rank 0 prints and writes. Returns the exit code."""
     import torch
 
@@ -48,18 +48,18 @@ def run(lab: ModuleType, model: str, broken: str = "") -> int:
     if RANK:
         return 0
     name = f"{model} on {WORLD} rank{'s' if WORLD > 1 else ''}, {device}{', ' + broken if broken else ''}"
-    formula = {key: Row(key, value, measured[key], 0.0) for key, value in lab.expect(WORLD, model).items()}
-    made = formula if broken else {key: Row(key, value, measured[key], TOLERANCE[measured[key].kind])
-                                   for key, value in predictions(lab).items()}
+    formula = {key: ComparisonRow(key, value, measured[key], 0.0) for key, value in lab.expect(WORLD, model).items()}
+    made = formula if broken else {key: ComparisonRow(key, value, measured[key], RELATIVE_TOLERANCE_BY_KIND[measured[key].kind])
+                                   for key, value in committed_predictions(lab).items()}
     said = "formula" if broken else "predicted"
-    show(name, said, made, measured, lab.PREDICTIONS)
-    write(lab, name, said, made, measured)
+    print_lab_table(name, said, made, measured, lab.PREDICTIONS)
+    write_hand_in(lab, name, said, made, measured)
     off = [key for key, row in formula.items() if row.verdict == "miss"]
     print(_summary(lab, made, off, broken))
     return int(bool(off) != bool(broken))
 
 
-def find(number: str) -> ModuleType:
+def load_lab(number: str) -> ModuleType:
     """Lab "08": the file lab.py of its lesson's folder. ValueError where there is none."""
     folders = lesson_folders(holding="lab.py")
     if number.zfill(2) not in folders:
@@ -67,12 +67,12 @@ def find(number: str) -> ModuleType:
         raise ValueError(f"there is no lab {number!r}, but {known} in {display_path(lessons_folder())}; "
                          f"run this inside the repository: make lab L=08 N=4")
     make_lessons_importable()
-    return load(folders[number.zfill(2)] / "lab.py")
+    return load_python_file(folders[number.zfill(2)] / "lab.py")
 
 
-def predictions(lab: ModuleType) -> dict[str, float]:
+def committed_predictions(lab: ModuleType) -> dict[str, float]:
     """{key: value}: what the student committed with predict() of what the lab asks. ValueError for a unit."""
-    made = {key: book.predicted(key) for key in lab.PREDICTIONS if key in book.read()}
+    made = {key: book.last_prediction(key) for key in lab.PREDICTIONS if key in book.read_numbers()}
     for key, (_, unit) in made.items():
         if unit != lab.PREDICTIONS[key]:
             raise ValueError(f"{key} was predicted in {unit!r} and is measured in {lab.PREDICTIONS[key]!r}; "
@@ -80,41 +80,41 @@ def predictions(lab: ModuleType) -> dict[str, float]:
     return {key: value for key, (value, _) in made.items()}
 
 
-def show(name: str, said: str, made: dict[str, Row], measured: dict[str, Measurement], asked: dict) -> None:
+def print_lab_table(name: str, said: str, made: dict[str, ComparisonRow], measured: dict[str, Measurement], asked: dict) -> None:
     """Print the table: what was `said` (predicted, or of a broken run formula) beside what was measured."""
-    cells, rows = dict(zip(made, compare(list(made.values())).rows)), []
+    cells, rows = dict(zip(made, compare_predictions(list(made.values())).rows)), []
     for key, got in measured.items():
         missing = key in asked and key not in made
         nothing = (key, "not made" if missing else "", "", "", "", "", "missing" if missing else "shown")
         _, predicted, _, ratio, _, _, verdict = cells.get(key, nothing)
-        rows.append((key, predicted, quantity(got.value, got.unit), ratio, got.kind, verdict))
-    Grid(name, ("quantity", said, "measured", "ratio", "kind", "verdict"), rows).show()
+        rows.append((key, predicted, format_quantity(got.value, got.unit), ratio, got.kind, verdict))
+    DisplayTable(name, ("quantity", said, "measured", "ratio", "kind", "verdict"), rows).show()
 
 
-def write(lab: ModuleType, name: str, said: str, made: dict[str, Row],
+def write_hand_in(lab: ModuleType, name: str, said: str, made: dict[str, ComparisonRow],
           measured: dict[str, Measurement]) -> None:
     """Put this run into the hand-in, beside earlier ones; sentences that stand there stay."""
-    before = read(lab)
+    before = read_hand_in(lab)
     sentences = {question: before.get("sentences", {}).get(question, "") for question in lab.QUESTIONS}
     numbers = {key: {said: made[key].predicted if key in made else None, "measured": asdict(got)}
                for key, got in measured.items()}
     runs = before.get("runs", {}) | {name: {"ranks": WORLD, "machine": _machine(), "numbers": numbers}}
-    new = path(lab).with_suffix(".new")
+    new = hand_in_file(lab).with_suffix(".new")
     hand_in = {"lab": _number(lab), "runs": runs, "sentences": sentences}
     new.write_text(json.dumps(hand_in, indent=1) + "\n")
-    new.replace(path(lab))
+    new.replace(hand_in_file(lab))
 
 
-def read(lab: ModuleType) -> dict:
+def read_hand_in(lab: ModuleType) -> dict:
     """The hand-in as it stands, {} where there is none. ValueError where it is no longer JSON."""
     try:
-        return json.loads(path(lab).read_text()) if path(lab).exists() else {}
+        return json.loads(hand_in_file(lab).read_text()) if hand_in_file(lab).exists() else {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"{display_path(path(lab))} cannot be read ({error}); mend the quotes and commas "
+        raise ValueError(f"{display_path(hand_in_file(lab))} cannot be read ({error}); mend the quotes and commas "
                          f"there, or move it away") from error
 
 
-def path(lab: ModuleType) -> Path:
+def hand_in_file(lab: ModuleType) -> Path:
     """The hand-in."""
     return work_folder() / f"lab{_number(lab)}.json"
 
@@ -125,11 +125,11 @@ def _number(lab):
 
 def _machine():
     import torch
-    return f"{torch.cuda.get_device_name()}, {machine()}" if torch.cuda.is_available() else machine()
+    return f"{torch.cuda.get_device_name()}, {describe_machine()}" if torch.cuda.is_available() else describe_machine()
 
 
 def _summary(lab, made, off, broken):
-    file = f"The hand-in is {display_path(path(lab))}: fill in its {len(lab.QUESTIONS)} sentences."
+    file = f"The hand-in is {display_path(hand_in_file(lab))}: fill in its {len(lab.QUESTIONS)} sentences."
     if broken:
         return f"{broken}: {'exposed by ' + ', '.join(off) if off else 'nothing here exposes it'}.\n{file}"
     hits = sum(row.verdict == "pass" for row in made.values())
@@ -138,7 +138,7 @@ def _summary(lab, made, off, broken):
 
 
 def _progress(lab):
-    made = predictions(lab)
+    made = committed_predictions(lab)
     missing = ", ".join(key for key in lab.PREDICTIONS if key not in made)
     said = f"lab {_number(lab)}: {len(made)} of {len(lab.PREDICTIONS)} predictions made"
     return f"{said}; missing: {missing}" if missing else said
@@ -161,14 +161,14 @@ def _arguments(argv):
 
 def _checked(given):
     """The lab and the model, once all that can be wrong before it runs is not."""
-    lab = find(given.lab)
+    lab = load_lab(given.lab)
     if given.nproc < 1:
         raise ValueError(f"--nproc {given.nproc} is too small; give at least 1")
     for what, value, known in (("break", given.broken, lab.BREAKS), ("model", given.model, lab.MODELS)):
         if value and value not in known:
             raise ValueError(f"lab {_number(lab)} knows no {what} {value!r}; there are {', '.join(known)}")
-    predictions(lab)
-    read(lab)
+    committed_predictions(lab)
+    read_hand_in(lab)
     return lab, given.model or lab.MODELS[0]
 
 
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         if given.nproc > 1 and not is_rank():
             from nanoinfra.train.launch import launch
             return launch(argv, given.nproc, module="nanoinfra.lab.run")
-        return run(lab, model, given.broken)
+        return run_lab(lab, model, given.broken)
     except Exception as error:
         print(_failure(lab, error), file=sys.stderr)
         return 1

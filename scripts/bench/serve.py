@@ -190,7 +190,7 @@ def main():
         return answer(args.side, MODEL)
     import torch
 
-    from nanoinfra.lab.measure import machine
+    from nanoinfra.lab.measure import describe_machine
     from nanoinfra.model.hf import write_hf
     from nanoinfra.model.load import open_weights
     if not (MODEL / "config.json").exists():
@@ -213,7 +213,7 @@ def main():
           f"ratio {ratios[len(ratios) // 2]:.3f}, at worst {ratios[-1]:.3f}")
     results.append({"name": "first token of 1024, a prefix hit against a miss", "unit": "ms", "pairs": times})
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": f"{machine()}, torch {torch.__version__}", "results": results,
+    args.out.write_text(json.dumps({"machine": f"{describe_machine()}, torch {torch.__version__}", "results": results,
                                     "memory_bandwidth": bandwidth}, indent=1) + "\n")
 
 

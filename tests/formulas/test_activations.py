@@ -16,7 +16,7 @@ from nanoinfra.formulas.activations import (
 )
 from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.formulas.tensor import SP
-from nanoinfra.lab.instruments.saved_tensors import Kept
+from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.memory.recompute import apply
 from nanoinfra.model.decoder import Block, Decoder
 from nanoinfra.parallel.megatron import TensorParallel
@@ -156,7 +156,7 @@ def run(config, mesh, batch, seq, dtype, attention, recompute, sp, backward=Fals
     model = Decoder(config, attention).to(dtype)
     TensorParallel(model, mesh, sp)
     loss, tokens = HeadLoss(apply(model, recompute).head), torch.zeros(batch, seq, dtype=torch.long)
-    with Kept(model.parameters()) as kept:
+    with SavedActivations(model.parameters()) as kept:
         out = loss(model.hidden(tokens), tokens, 1)
         forward = kept.bytes()
         out.backward() if backward else None
@@ -214,7 +214,7 @@ def test_table_2_is_what_the_one_faithful_configuration_keeps(s, b, h, a):
     block.attn.core = unfused
     block.attn.o = torch.nn.Sequential(block.attn.o, Dropout())
     block.mlp.down = torch.nn.Sequential(block.mlp.down, Dropout())
-    with Kept(block.parameters()) as kept:
+    with SavedActivations(block.parameters()) as kept:
         out = block(torch.randn(b, s, h, dtype=torch.bfloat16, requires_grad=True))
     assert out.requires_grad
     statistics, causal = activation_terms(config, b, s, 2, "naive")["norm_stats"], s * s

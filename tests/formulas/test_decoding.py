@@ -11,7 +11,7 @@ from nanoinfra.formulas import decoding
 from nanoinfra.formulas.memory import kv_cache_bytes_per_token
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import ModelConfig, sized
-from nanoinfra.lab.instruments.tensor_reads import Traffic
+from nanoinfra.lab.instruments.tensor_read_bytes import TensorReadBytes
 from nanoinfra.model.attention import naive
 from nanoinfra.model.decoder import Decoder
 
@@ -36,7 +36,7 @@ def test_flops_and_bytes_are_what_the_operators_do(configs, data, batch, new, be
     config, total = data.draw(configs), before + new
     with torch.device("meta"), torch.no_grad():
         model, cache = Decoder(config).to(dtype), Memory(config, batch, total, dtype)
-        traffic = Traffic(weights=model.parameters(), cache=[cache.memory])
+        traffic = TensorReadBytes(weights=model.parameters(), cache=[cache.memory])
         with FlopCounterMode(display=False) as counter, traffic:
             tokens, places = torch.zeros(batch, new, dtype=torch.long), torch.arange(before, total)
             model.head(model.hidden(tokens, places, cache)[:, -1])

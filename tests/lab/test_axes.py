@@ -11,7 +11,11 @@ from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.formulas.three_d import sent
 from nanoinfra.formulas.wire import ring_seconds
 from nanoinfra.lab import draw
-from nanoinfra.lab.instruments.gradient_parity import flags_of, largest_error, step_of
+from nanoinfra.lab.instruments.gradient_parity import (
+    float64_train_flags,
+    largest_gradient_error,
+    run_gradient_step,
+)
 
 CONFIG = ModelConfig(vocab=61, width=16, layers=3, heads=4, kv_heads=2, head_dim=4, hidden=24, context=8)
 B, T, G = 2, 8, 8
@@ -24,10 +28,10 @@ def own_norm(grads, mesh, ends):
 
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (2, 2, 1), (1, 1, 4), (1, 2, 2)])
 def test_a_step_on_a_mesh_is_one_rank_s_and_sends_what_the_formulas_say(ranks, sizes):
-    alone = ranks(1).run(step_of, CONFIG, flags_of(ONE, B, G), T)[0]
-    runs = ranks(4).run(step_of, CONFIG, flags_of(dict(zip(ONE, sizes)), B, G), T, norm=own_norm)
+    alone = ranks(1).run(run_gradient_step, CONFIG, float64_train_flags(ONE, B, G), T)[0]
+    runs = ranks(4).run(run_gradient_step, CONFIG, float64_train_flags(dict(zip(ONE, sizes)), B, G), T, norm=own_norm)
     want = {name: grad for name, (_, grad) in alone["grads"].items()}
-    assert largest_error([run["grads"] for run in runs], want) < 1e-12
+    assert largest_gradient_error([run["grads"] for run in runs], want) < 1e-12
     assert sum(run["loss"] for run in runs) / sizes[2] == pytest.approx(alone["loss"], rel=1e-12)
     m = G // (B * sizes[1])
     for run in runs:
@@ -42,10 +46,10 @@ def test_a_step_on_a_mesh_is_one_rank_s_and_sends_what_the_formulas_say(ranks, s
 @pytest.mark.prove
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 1, 2), (2, 1, 4), (1, 8, 1)])
 def test_so_it_is_on_more_ranks(ranks, sizes):
-    alone = ranks(1).run(step_of, CONFIG, flags_of(ONE, B, G), T)[0]
-    runs = ranks(math.prod(sizes)).run(step_of, CONFIG, flags_of(dict(zip(ONE, sizes)), B, G), T)
+    alone = ranks(1).run(run_gradient_step, CONFIG, float64_train_flags(ONE, B, G), T)[0]
+    runs = ranks(math.prod(sizes)).run(run_gradient_step, CONFIG, float64_train_flags(dict(zip(ONE, sizes)), B, G), T)
     want = {name: grad for name, (_, grad) in alone["grads"].items()}
-    assert largest_error([run["grads"] for run in runs], want) < 1e-12
+    assert largest_gradient_error([run["grads"] for run in runs], want) < 1e-12
     if sizes[1] < 8:                         # eight data ranks have a sequence each, half a micro-batch
         for run in runs:
             at, m = run["at"], G // (B * sizes[1])
@@ -57,7 +61,7 @@ def test_layers_take_their_nap_and_ranks_wait_for_every_axis(ranks):
     one = ring_seconds("all_reduce", 8 * B * T * 16, 2, *wire["tp"])
     messages = 2 * ring_seconds("send", 8 * B * T * 16, 2, *wire["pp"])          # of the last micro-batch
     least = (4 + 1) * (3 * 0.01 + 4 * one) + messages                            # each stage has a layer
-    trials = ranks(4).run(paced, CONFIG, flags_of(sizes, B, G), T, wire, 0.01, 2)
+    trials = ranks(4).run(paced, CONFIG, float64_train_flags(sizes, B, G), T, wire, 0.01, 2)
     assert all(len(each) == 2 for each in trials) and min(map(max, zip(*trials))) >= least
 
 
@@ -73,11 +77,11 @@ def test_a_message_counts_where_it_is_sent_and_the_tied_weight_apart():
 def test_a_wrong_part_shows_by_its_norm_and_a_missing_one_is_infinite():
     want = {"a": torch.ones(4, 2), "b": torch.zeros(3)}
     a, b = (((0, 4), (0, 2)), torch.ones(4, 2)), (((0, 3),), torch.zeros(3))
-    assert largest_error([{"a": a, "b": b}], want) == 0
-    assert largest_error([{"a": (a[0], 1.5 * a[1]), "b": b}], want) == pytest.approx(0.5)
-    assert largest_error([{"a": a}], want) == math.inf
+    assert largest_gradient_error([{"a": a, "b": b}], want) == 0
+    assert largest_gradient_error([{"a": (a[0], 1.5 * a[1]), "b": b}], want) == pytest.approx(0.5)
+    assert largest_gradient_error([{"a": a}], want) == math.inf
     tiny = b[0], torch.full((3,), 1e-6)                                          # of a gradient that is zero
-    assert largest_error([{"a": a, "b": tiny}], want) == pytest.approx(3 ** 0.5 / 8 ** 0.5)
+    assert largest_gradient_error([{"a": a, "b": tiny}], want) == pytest.approx(3 ** 0.5 / 8 ** 0.5)
 
 
 def test_a_line_joins_neighbours_in_their_axis_s_colour_and_is_red_between_nodes(tmp_path):

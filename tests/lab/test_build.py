@@ -1,7 +1,7 @@
 import nbformat
 import pytest
 
-from nanoinfra.lab.build import build
+from nanoinfra.lab.build import build_notebooks
 
 LESSON = '''# %% [markdown]
 # # Lesson 42
@@ -37,19 +37,19 @@ def lesson(course):
 
 
 def test_the_notebook_has_all_and_is_the_same_twice(lesson, course):
-    (file,) = build("lessons")
+    (file,) = build_notebooks("lessons")
     assert file == course / "lessons" / "build" / "l42_answers.ipynb"
     first, notebook = file.read_bytes(), nbformat.read(file, 4)
     nbformat.validate(notebook)
     assert notebook.cells[1].source.startswith("%%exercise L42\ndef double")
     assert "return 2 * x" in notebook.cells[1].source
     assert notebook.metadata.kernelspec.name == "python3"
-    build("lessons")
+    build_notebooks("lessons")
     assert file.read_bytes() == first
 
 
 def test_the_student_edition_keeps_prompts_and_has_no_solution(lesson, course):
-    (file,) = build("student")
+    (file,) = build_notebooks("student")
     assert file == course / "lessons" / "build" / "student" / "lessons" / "l42_answers" / "l42_answers.ipynb"
     text, cells = file.read_text(), nbformat.read(file, 4).cells
     for gone in ("SOLUTION", "HIDDEN", "2 * x", "Because", "double(21)"):
@@ -66,9 +66,9 @@ def test_the_student_edition_keeps_prompts_and_has_no_solution(lesson, course):
 def test_a_solution_cell_without_markers_is_refused(lesson):
     lesson.write_text(LESSON.replace("    ### BEGIN SOLUTION\n", "").replace("    ### END SOLUTION\n", ""))
     with pytest.raises(ValueError, match="l42_answers/lesson.py, cell 2: .* loses its prompt"):
-        build("lessons")
+        build_notebooks("lessons")
 
 
 def test_outside_a_course_or_for_an_unknown_number_it_says_so(lesson):
     with pytest.raises(ValueError, match="no lesson l43_topic/lesson.py"):
-        build("student", only="43")
+        build_notebooks("student", only="43")

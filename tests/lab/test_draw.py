@@ -39,15 +39,15 @@ def test_a_ring_names_ranks_counts_and_what_is_sent():
 
 
 def test_curves_pair_a_line_with_its_points():
-    picture = draw.curves({"ring": ([2, 4], [1, 2])}, {"ring": ([2, 4], [1.1, 2.1])}, "bytes", "seconds")
+    picture = draw.plot_predicted_and_measured({"ring": ([2, 4], [1, 2])}, {"ring": ([2, 4], [1.1, 2.1])}, "bytes", "seconds")
     line, points = picture.figure.axes[0].lines
     assert line.get_color() == points.get_color()
-    picture = draw.curves({"a": ([2, 4], [1, 2]), "b": ([2, 4], [1, 2])}, {"b": ([2, 4], [1, 2])}, "x", "y",
+    picture = draw.plot_predicted_and_measured({"a": ([2, 4], [1, 2]), "b": ([2, 4], [1, 2])}, {"b": ([2, 4], [1, 2])}, "x", "y",
                           dashed=["b"])
     under, over, dots = picture.figure.axes[0].lines
     assert (under.get_linestyle(), over.get_linestyle(), dots.get_markerfacecolor()) == ("-", "--", "none")
-    assert "from here" in texts(draw.mark(picture, 3, "from here"))
-    draw.size_ticks(picture, [2**16, 2**22])
+    assert "from here" in texts(draw.draw_vertical_line(picture, 3, "from here"))
+    draw.label_x_axis_in_bytes(picture, [2**16, 2**22])
     assert {"64 KiB", "4 MiB"} <= set(texts(picture))
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lessons.l01_memory.figures import against_float16, during, each, losses, over_step, stacked
-from nanoinfra.lab.instruments.live_tensors import Storages
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 
 
 def test_stacked_bars_are_as_long_as_their_bytes():
@@ -28,7 +28,7 @@ def test_each_tensor_has_a_bar_and_a_name():
 
 def test_during_gives_the_bytes_after_each_operator_of_an_act_alone():
     kept = []
-    with Storages(operators=True) as storages:
+    with LiveTensorBytes(operators=True) as storages:
         kept.append(torch.zeros(5))
         assert during(storages, lambda: kept.append(kept[0] + 1)) == [40]
         assert during(storages, kept.clear) == []

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.lab.build import build, convert
+from nanoinfra.lab.build import build_notebooks, convert_to_notebook
 from tests.lab.notebook import in_a_kernel, in_this_process
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +17,7 @@ lessons = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.paren
 
 @lessons
 def test_a_lesson_has_the_form_of_all_lessons(source):
-    text, cells = source.read_text(), convert(source).cells
+    text, cells = source.read_text(), convert_to_notebook(source).cells
     assert len(text.splitlines()) <= 350 and len(cells) <= 35
     for said in ("**Needs**", "**Time**", "**Builds on**", "After this you can"):
         assert said in cells[0].source
@@ -35,7 +35,7 @@ def execute(source, bring, course, monkeypatch, fast, run=in_a_kernel):
     """Run the notebook in an empty course; returns what it wrote to work/numbers.json."""
     monkeypatch.setenv("LESSON_FAST", "1") if fast else monkeypatch.delenv("LESSON_FAST", raising=False)
     bring(source.parent.name)
-    (file,) = build("lessons")
+    (file,) = build_notebooks("lessons")
     run(file)
     return json.loads((course / "work" / "numbers.json").read_text())
 

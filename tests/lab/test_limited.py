@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nanoinfra.lab.grading.limited_process import Ended, Limited, Limits
+from nanoinfra.lab.grading.limited_process import LimitedProcess, ProcessGaveNoLine, ProcessLimits
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks for /proc and for a subreaper")
 BEGIN = """
@@ -31,7 +31,7 @@ if os.fork() == 0:
 
 
 def program(code, **limits):
-    return Limited([sys.executable, "-I", "-c", BEGIN + code], {"word": "here"}, Limits(**limits))
+    return LimitedProcess([sys.executable, "-I", "-c", BEGIN + code], {"word": "here"}, ProcessLimits(**limits))
 
 
 def test_it_is_asked_and_answers_in_lines():
@@ -46,7 +46,7 @@ def test_it_is_asked_and_answers_in_lines():
     ("os.kill(os.getpid(), signal.SIGKILL)", "ended its process by SIGKILL"),
 ])
 def test_what_is_no_line_ends_with_a_reason(code, why):
-    with program(code, line=2000) as started, pytest.raises(Ended, match=why):
+    with program(code, line=2000) as started, pytest.raises(ProcessGaveNoLine, match=why):
         started.line()
 
 
@@ -54,14 +54,14 @@ def test_what_is_no_line_ends_with_a_reason(code, why):
     "while True: pass", "os.kill(os.getpid(), signal.SIGSTOP)",
     "os.close(ask['pipe']); os.close(1); os.close(2); time.sleep(1000)"])
 def test_what_hangs_ends(code):
-    with program(code, seconds=0.6) as started, pytest.raises(Ended, match="gave no answer within 0.6 s"):
+    with program(code, seconds=0.6) as started, pytest.raises(ProcessGaveNoLine, match="gave no answer within 0.6 s"):
         started.line()
 
 
 def test_memory_counts_what_it_started():
     hog = "import time; mine = bytearray(300 << 20); time.sleep(1000)"
     with program(f"subprocess.run([sys.executable, '-c', {hog!r}])", memory=200 << 20) as started:
-        with pytest.raises(Ended, match="MiB of memory, more than 200"):
+        with pytest.raises(ProcessGaveNoLine, match="MiB of memory, more than 200"):
             started.line()
 
 
@@ -92,7 +92,7 @@ def test_no_process_of_it_stays_and_others_do():
 def test_a_program_that_forks_on_and_on_ends():
     forks = "for _ in range(6):\n    os.fork()\nsay('.')\nwhile True:\n    os.fork() or os._exit(0)\n"
     before = set(psutil.Process().children(recursive=True))
-    with program(forks) as started, pytest.raises(Ended, match="more than 500 processes"):
+    with program(forks) as started, pytest.raises(ProcessGaveNoLine, match="more than 500 processes"):
         started.line()
     assert set(psutil.Process().children(recursive=True)) <= before
 

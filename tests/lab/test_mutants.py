@@ -4,36 +4,36 @@ import pytest
 
 from lessons.l02_ring_all_reduce import checks as l02_ring
 from nanoinfra.dist.rings import ring_all_reduce
-from nanoinfra.lab.exercise import load
+from nanoinfra.lab.exercise import load_python_file
 from nanoinfra.lab.mutants import (
     Mutant,
     collect_lesson_mutants,
     collect_library_mutants,
     main,
     patched,
-    rejected_by,
-    run,
+    rejecting_criterion,
+    run_mutants,
 )
 
 LESSONS = collect_lesson_mutants()
 FIRST = [m for m in LESSONS if sum(m.check.name == n.check.name for n in LESSONS[:LESSONS.index(m)]) < 2]
 NAMED = {name for file in Path(__file__).parent.glob("test_l[0-9][0-9]_*.py")      # judged there, by the text
-         for name in getattr(load(file), "HINTS", ())}
+         for name in getattr(load_python_file(file), "HINTS", ())}
 FEW = [m for m in FIRST if m.name not in NAMED]
 
 
 @pytest.mark.parametrize("mutant", FEW, ids=lambda m: f"{m.check.name}: {m.name}")
 def test_the_first_two_of_a_check_are_rejected_by_their_criterion(mutant):
-    assert rejected_by(mutant) == mutant.rejected_by                       # all of them: make mutants
+    assert rejecting_criterion(mutant) == mutant.rejected_by                       # all of them: make mutants
 
 
 def test_a_survivor_a_wrong_reason_and_a_lone_mutant_fail():
     check = l02_ring.ring_all_reduce
     right = Mutant("not wrong at all", check, ring_all_reduce, "every rank has the sum")
     other = Mutant("wrong otherwise", check, lambda x, axis: x, "only exchange")
-    assert rejected_by(right) == ""
-    assert [row[-1] for row in run([right, other]).rows] == ["wrong", "wrong"]
-    assert run([other]).rows[-1][1:] == ("(a check needs two mutants)", "(has 1)", "wrong")
+    assert rejecting_criterion(right) == ""
+    assert [row[-1] for row in run_mutants([right, other]).rows] == ["wrong", "wrong"]
+    assert run_mutants([other]).rows[-1][1:] == ("(a check needs two mutants)", "(has 1)", "wrong")
 
 
 def test_a_patch_holds_in_the_rank_processes_and_only_during_the_call():

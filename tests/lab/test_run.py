@@ -141,7 +141,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(lab, capsys):
 
 @pytest.mark.parametrize("number, n", LABS)
 def test_a_lab_takes_predictions_beside_those_of_its_lesson(course, capsys, number, n):
-    for key, unit in run.find(number).PREDICTIONS.items():
+    for key, unit in run.load_lab(number).PREDICTIONS.items():
         predict(key, 1, unit)
     assert run.main([number, "--check"]) == 0
     assert f"{n} of {n} predictions made" in capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_a_lab_takes_predictions_beside_those_of_its_lesson(course, capsys, numb
     pytest.param("kept-after-all", {"calls_gather", "bytes_gather", "ends_gather", "kept_gather"},
                  marks=pytest.mark.prove)])
 def test_lab_07_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, exposed):
-    want = run.find("07").expect(2, "test")
+    want = run.load_lab("07").expect(2, "test")
     for got in ranks(2).run(measured, "07", broken):
         assert {key for key in want if got[key].value != want[key]} == {f"L07.lab_{key}" for key in exposed}
         assert {key for key, m in got.items() if m.kind == "counted"} == set(want)
@@ -166,7 +166,7 @@ def test_lab_07_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, 
     pytest.param("gradients-kept", {"held_2", "sent_2"}, marks=pytest.mark.prove),
     pytest.param("never-freed", {"held_3"}, marks=pytest.mark.prove)])
 def test_lab_08_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, exposed):
-    want = run.find("08").expect(2, "test")
+    want = run.load_lab("08").expect(2, "test")
     for got in ranks(2).run(measured, "08", broken):
         assert {key for key in want if got[key].value != want[key]} == {f"L08.lab_{key}" for key in exposed}
         assert {m.kind for key, m in got.items() if "step" not in key} == {"counted"}
@@ -202,7 +202,7 @@ def test_a_lab_on_ranks_prints_once_and_hands_in(course, number, asked, start, n
 
 def measured(number, broken):
     import torch.distributed as dist
-    lab = run.find(number)
+    lab = run.load_lab(number)
     lab.STEPS = 2                                      # one to warm up, one that counts
     return lab.measure(Mesh(dp=dist.get_world_size()), "test", broken)
 

@@ -11,14 +11,14 @@ from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas.activations import activation_bytes
 from nanoinfra.formulas.params import parameters
 from nanoinfra.formulas.shape import sized
-from nanoinfra.lab.instruments.live_tensors import Storages
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.train.loss import cross_entropy
 from nanoinfra.train.optim import Optimizer
 
 
 def test_a_tensor_counts_while_it_lives_and_its_views_count_once():
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         x = torch.zeros(10, 10)
         views = x[3], x.T, x.view(-1), x.detach()
         y = x + 1
@@ -33,7 +33,7 @@ def test_a_tensor_counts_while_it_lives_and_its_views_count_once():
 
 def test_older_tensors_count_only_if_passed_and_writing_into_one_makes_it_no_younger():
     old, passed = torch.zeros(100), torch.zeros(50)
-    with Storages(of=[passed, passed[:3]]) as storages:
+    with LiveTensorBytes(of=[passed, passed[:3]]) as storages:
         for x in (old, passed):
             x.add_(1)
             x.view(2, -1).t()
@@ -45,7 +45,7 @@ def test_older_tensors_count_only_if_passed_and_writing_into_one_makes_it_no_you
 
 
 def test_a_storage_resized_to_nothing_and_back_is_seen():
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         x = torch.zeros(25)
         sizes = [storages.held()]
         for size in (0, 100):
@@ -56,7 +56,7 @@ def test_a_storage_resized_to_nothing_and_back_is_seen():
 
 def test_what_only_autograd_holds_counts_and_so_do_gradients():
     x, w = torch.ones(10), torch.ones(10, requires_grad=True)
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         loss = (w * x).exp().sum()                 # exp's result is saved for its backward: 40, and the loss
         assert storages.held() == 44
         loss.backward()
@@ -69,7 +69,7 @@ def test_saved_activations_are_what_the_formula_says():
     config = sized("test")
     model = Decoder(config)
     tokens = torch.zeros(2, 16, dtype=torch.long)
-    with Storages(of=[tokens]) as storages:
+    with LiveTensorBytes(of=[tokens]) as storages:
         loss = cross_entropy(model.hidden(tokens), model.head.weight, tokens, 32)
         assert storages.held() == activation_bytes(config, 2, 16, 4) + loss.nbytes
 
@@ -77,7 +77,7 @@ def test_saved_activations_are_what_the_formula_says():
 def test_an_optimizer_makes_moments_and_masters():
     model = Decoder(sized("test")).bfloat16()
     psi = parameters(sized("test"))
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         optimizer = Optimizer(model, "adamw")
         assert storages.held() == 4 * psi
         grads = {name: torch.zeros_like(p) for name, p in optimizer.params.items()}
@@ -88,14 +88,14 @@ def test_an_optimizer_makes_moments_and_masters():
 
 
 def test_meta_tensors_hold_nothing():
-    with Storages(of=[torch.empty(9, device="meta")]) as storages, torch.device("meta"):
+    with LiveTensorBytes(of=[torch.empty(9, device="meta")]) as storages, torch.device("meta"):
         x = nn.Linear(100, 100)(torch.zeros(5, 100))
         assert storages.held() == 0 and x.shape == (5, 100)
 
 
 def test_watch_marks_module_boundaries_both_ways_and_ends_with_the_context():
     model, x = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh()), torch.ones(2, 4)
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         storages.watch(model)
         y = model(x).sum()
         y.backward()
@@ -114,7 +114,7 @@ def test_watch_marks_module_boundaries_both_ways_and_ends_with_the_context():
 
 def test_backward_after_the_context_marks_nothing():
     model = nn.Linear(4, 6)
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         storages.watch(model)
         y = model(torch.ones(2, 4)).sum()
     before = list(storages.marks)
@@ -123,7 +123,7 @@ def test_backward_after_the_context_marks_nothing():
 
 
 def test_operators_are_marked_on_request():
-    with Storages(operators=True) as storages:
+    with LiveTensorBytes(operators=True) as storages:
         x = torch.ones(5)
         y = (x + 1) * 2
     assert [*storages.marks] == [("ones", 20), ("add", 40), ("mul", 60)] and len(y) == 5
@@ -131,7 +131,7 @@ def test_operators_are_marked_on_request():
 
 
 def test_a_step_of_nothing_leaves_nothing():
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         (torch.ones(3, requires_grad=True) * 2).sum().backward()
         gc.collect()
         assert storages.held() == 0
@@ -140,7 +140,7 @@ def test_a_step_of_nothing_leaves_nothing():
 def gather_under_way():
     mesh = Mesh(dp=2)
     x = torch.ones(100)
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         storages.watch(ledger=mesh.ledger)
         pending = comm.all_gather(x, mesh.dp, "weights", wait=False)
         storages.mark("computes")
@@ -173,5 +173,5 @@ def test_it_changes_no_number(operators):
         with around:
             cross_entropy(model.hidden(tokens), model.head.weight, tokens, 32).backward()
         return [p.grad for p in model.parameters()]
-    want, got = gradients(torch.enable_grad()), gradients(Storages(operators=operators))
+    want, got = gradients(torch.enable_grad()), gradients(LiveTensorBytes(operators=operators))
     assert all(torch.equal(a, b) for a, b in zip(want, got))

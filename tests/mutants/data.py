@@ -11,7 +11,7 @@ from nanoinfra.data import text_files
 from nanoinfra.data.cache import CONTENT, cached_folder
 from nanoinfra.data.text_files import read_folder
 from nanoinfra.data.tokenizer import LONGEST_WORD, Tokenizer
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 
 caches, folders, words = Check("cached folder"), Check("folder of texts"), Check("long words")
@@ -30,7 +30,7 @@ def _restored(name, damage, lines=1):
     @caches.criterion(name, "property")
     def _(subject):
         if (got := subject(damage)) != (want := (b"whole", lines)):
-            raise Wrong(f"the entry holds {got[0]} and {got[1]} lines were said; want {want}")
+            raise CriterionNotMet(f"the entry holds {got[0]} and {got[1]} lines were said; want {want}")
     return name
 
 
@@ -63,7 +63,7 @@ def _listed(name, files, links, texts, *skipped):
     def _(subject):
         got, left = subject(files, links)
         if (sorted(got), sorted(left)) != (want := (sorted(texts), sorted(skipped))):
-            raise Wrong(f"read {sorted(got)}, left out {left}; want {want}")
+            raise CriterionNotMet(f"read {sorted(got)}, left out {left}; want {want}")
     return name
 
 
@@ -79,14 +79,14 @@ ABOVE = _listed("no link leads upwards", FILES, {"texts/up": "."}, "a", "up")
 def _(subject):
     parts = ["ab" * (LONGEST_WORD // 2)] * 8
     if subject(["".join(parts)], 300).backend.get_vocab() != Tokenizer.train(parts, 300).backend.get_vocab():
-        raise Wrong("one long word teaches something else than its parts")
+        raise CriterionNotMet("one long word teaches something else than its parts")
 
 
 @words.criterion("a long word is encoded in one piece", "property")
 def _(subject):
     got = len(subject(["ab ab ab"], 300).encode("c" * (LONGEST_WORD - 1) + "ab"))
     if got != LONGEST_WORD:
-        raise Wrong(f"{LONGEST_WORD + 1} bytes with one merge are {got} tokens; want {LONGEST_WORD}")
+        raise CriterionNotMet(f"{LONGEST_WORD + 1} bytes with one merge are {got} tokens; want {LONGEST_WORD}")
 
 
 class Unread(text_files._Tree):

@@ -14,7 +14,7 @@ import threading
 import time
 from unittest import mock
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve import life, worker
 from nanoinfra.serve.counters import Counters
@@ -64,7 +64,7 @@ def _(subject):
         finally:
             one.end()
     if (got := subject(interrupt)) != "Ready":
-        raise Wrong(f"a rank that gets SIGTERM while it starts: {got}")
+        raise CriterionNotMet(f"a rank that gets SIGTERM while it starts: {got}")
 
 
 @leaving.criterion("a rank ends whose parent has died before it could ask", "property")
@@ -80,7 +80,7 @@ def _(subject):
             os.kill(pid, signal.SIGKILL)
         return left
     if subject(orphan):
-        raise Wrong("it goes on without a parent: did it compare who started it with whom it has?")
+        raise CriterionNotMet("it goes on without a parent: did it compare who started it with whom it has?")
 
 
 @leaving.criterion("what a rank has started ends with it", "property")
@@ -94,7 +94,7 @@ def _(subject):
             os.kill(program, signal.SIGKILL)
         return left
     if subject(compile):
-        raise Wrong("a compiler goes on when its rank has ended; want both gone")
+        raise CriterionNotMet("a compiler goes on when its rank has ended; want both gone")
 
 
 def started(then):
@@ -114,7 +114,7 @@ def started(then):
     thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
     thread.start()
     if not until(lambda: "pid" in facts):
-        raise Wrong("no engine")
+        raise CriterionNotMet("no engine")
     facts["in time"] = until(lambda: "stopped" in facts, 3.0)
     facts["left"] = not until(lambda: not alive(facts["pid"]), 3.0)
     with contextlib.redirect_stderr(io.StringIO()):
@@ -131,7 +131,7 @@ def _(subject):
         for i in range(9):
             one.submit([Request(f"r{i}", [7] * 100_000)])
     if not subject(functools.partial(started, ask))["in time"]:
-        raise Wrong("900,000 tokens for an engine that is stopped: whoever asks waits for the pipe")
+        raise CriterionNotMet("900,000 tokens for an engine that is stopped: whoever asks waits for the pipe")
 
 
 @leaving.criterion("an end leaves nothing, and is not waited for in the event loop", "property")
@@ -142,9 +142,9 @@ def _(subject):
     with contextlib.ExitStack() as slow:
         facts = subject(functools.partial(started, nothing))
     if facts["left"]:
-        raise Wrong("the rank is there 3 s after the end")
+        raise CriterionNotMet("the rank is there 3 s after the end")
     if not facts["in time"]:
-        raise Wrong("the event loop waits until a process is no more")
+        raise CriterionNotMet("the event loop waits until a process is no more")
 
 
 class WaitsForTheKeeper(worker.Worker):

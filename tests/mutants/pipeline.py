@@ -10,7 +10,7 @@ from nanoinfra.dist import comm
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.lab.check import Check, Wrong, ranks
+from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.parallel import schedules
 from nanoinfra.parallel.clock import in_flight, simulate, validate
@@ -39,7 +39,7 @@ def _(subject):
         try:
             validate(subject(*kind))
         except ValueError as error:
-            raise Wrong(f"{kind}: {error}") from error
+            raise CriterionNotMet(f"{kind}: {error}") from error
 
 
 @order.criterion("keeps as few micro-batches as the paper", "resource")
@@ -47,7 +47,7 @@ def _(subject):
     for kind, p, m, v in KINDS:
         for r, stage in enumerate(subject(kind, p, m, v)):
             if (got := in_flight(stage)) > (want := formulas.in_flight(kind, p, r, m, v)):
-                raise Wrong(f"{kind}: stage {r} of {p} keeps {got} of {m} micro-batches, want {want}")
+                raise CriterionNotMet(f"{kind}: stage {r} of {p} keeps {got} of {m} micro-batches, want {want}")
 
 
 @order.criterion("idles as long as the paper says", "resource")
@@ -56,7 +56,7 @@ def _(subject):
         want = formulas.idle(kind, p, m, *TIMES, v)
         got = max(simulate(subject(kind, p, m, v), *(t / v for t in TIMES)).idle)
         if not abs(got - want) < 1e-9:
-            raise Wrong(f"{kind}: a stage of {p} idles {got} slots with {m} micro-batches, want {want}")
+            raise CriterionNotMet(f"{kind}: a stage of {p} idles {got} slots with {m} micro-batches, want {want}")
 
 
 @pipeline.criterion("the loss is one rank's", "property")
@@ -64,7 +64,7 @@ def _(subject):
     for kind, p, m, _, want, results in _runs(subject):
         got = sum(result["loss"] for result in results)
         if not abs(got / want["loss"] - 1) < 1e-12:
-            raise Wrong(f"{kind} on {p} stages, {m} micro-batches: the loss is {got}, want {want['loss']}")
+            raise CriterionNotMet(f"{kind} on {p} stages, {m} micro-batches: the loss is {got}, want {want['loss']}")
 
 
 @pipeline.criterion("gradients are one rank's", "parity")
@@ -75,7 +75,7 @@ def _(subject):
                 whole = want["grads"][name]
                 off = (grad - whole).norm() / max(whole.norm(), 1e-6 * want["norm"])
                 if not off < 1e-10:
-                    raise Wrong(f"stage {r} of {p}, {kind}: {name} is off by {off:.1e} of its size")
+                    raise CriterionNotMet(f"stage {r} of {p}, {kind}: {name} is off by {off:.1e} of its size")
 
 
 @pipeline.criterion("the norm counts each number once", "parity")
@@ -83,7 +83,7 @@ def _(subject):
     for kind, p, _, _, want, results in _runs(subject):
         for r, got in enumerate(results):
             if not abs(got["norm"] / want["norm"] - 1) < 1e-10:
-                raise Wrong(f"stage {r} of {p}, {kind}: the norm is {got['norm']}, want {want['norm']}")
+                raise CriterionNotMet(f"stage {r} of {p}, {kind}: the norm is {got['norm']}, want {want['norm']}")
 
 
 @pipeline.criterion("sends a message a border, there and back", "resource")
@@ -91,16 +91,16 @@ def _(subject):
     for kind, p, m, v, _, results in _runs(subject):
         want = formulas.sent_bytes(CONFIG, p, m, 2, T, 8, v)
         if (got := [result["sent"] for result in results]) != want:
-            raise Wrong(f"{kind}: stages send {got} bytes, want {want}")
+            raise CriterionNotMet(f"{kind}: stages send {got} bytes, want {want}")
 
 
 @overlap.criterion("stages work at the same time", "speed")
 def _(subject):
     lists = schedules.schedule("gpipe", 4, 4)
     want, serial = simulate(lists, *TIMES).step * SLOT, sum(TIMES) * 4 * 4 * SLOT
-    got = min(max(ranks(4).run(seconds, subject, lists)) for _ in range(3))
+    got = min(max(rank_pool_for_checks(4).run(seconds, subject, lists)) for _ in range(3))
     if got > (want + serial) / 2:
-        raise Wrong(f"4 micro-batches on 4 stages take {got:.2f} s, {want:.2f} by the clock and {serial:.2f} "
+        raise CriterionNotMet(f"4 micro-batches on 4 stages take {got:.2f} s, {want:.2f} by the clock and {serial:.2f} "
                     "one stage at a time")
 
 
@@ -130,8 +130,8 @@ def seconds(rehearse, lists):
 
 def _runs(subject):
     for kind, p, m, v in STEPS:
-        [want] = ranks(1).run(step, "1f1b", 1, m, 1)
-        yield kind, p, m, v, want, ranks(p).run(subject, kind, p, m, v)
+        [want] = rank_pool_for_checks(1).run(step, "1f1b", 1, m, 1)
+        yield kind, p, m, v, want, rank_pool_for_checks(p).run(subject, kind, p, m, v)
 
 
 def one_at_a_time(kind, p, m, v):

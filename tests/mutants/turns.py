@@ -5,7 +5,7 @@
 import contextlib
 import io
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve import loop
 from nanoinfra.serve.requests import Event, Request
@@ -48,11 +48,11 @@ def _(subject):
         with contextlib.redirect_stderr(io.StringIO()):                  # the loop shows what it has caught
             step = subject("turn", _Scripted(), [("add", Request(name, [1])) for name in NAMES])
     except ArithmeticError as error:
-        raise Wrong(f"the rank dies of one request: {error}") from error
+        raise CriterionNotMet(f"the rank dies of one request: {error}") from error
     if [(name, status) for name, status, _ in step.refused] != [("odd", 500), ("bad", 500)]:
-        raise Wrong(f"{step.refused} are refused")
+        raise CriterionNotMet(f"{step.refused} are refused")
     if [event.request for event in step.events] != ["good"]:
-        raise Wrong(f"events of {[event.request for event in step.events]}, want good's alone")
+        raise CriterionNotMet(f"events of {[event.request for event in step.events]}, want good's alone")
 
 
 @turns.criterion("ranks that disagree do not go on", "property")
@@ -62,7 +62,7 @@ def _(subject):
     except RuntimeError:
         return
     except EOFError:
-        raise Wrong("rank 0 has lost a request that rank 1 has not, and both go on") from None
+        raise CriterionNotMet("rank 0 has lost a request that rank 1 has not, and both go on") from None
 
 
 def obeys_or_dies(engine, verb, value=None):

@@ -11,9 +11,9 @@ from nanoinfra.dist.mesh import Mesh
 from nanoinfra.dist.reducer import Reducer
 from nanoinfra.formulas import zero as formulas
 from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.lab.check import Check, Wrong, ranks
-from nanoinfra.lab.compare_tensors import same
-from nanoinfra.lab.instruments.live_tensors import Storages
+from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
+from nanoinfra.lab.compare_tensors import assert_same_tensor
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
@@ -34,33 +34,33 @@ zero, scaled = Check("zero"), Check("scaled")
 @zero.criterion("after three steps the weights are one rank's", "parity")
 def _(subject):
     for stage in (1, 2, 3):
-        [want], got = ranks(1).run(run, Zero, stage, "sgd"), ranks(N).run(run, subject, stage, "sgd")
+        [want], got = rank_pool_for_checks(1).run(run, Zero, stage, "sgd"), rank_pool_for_checks(N).run(run, subject, stage, "sgd")
         for rank, mine in enumerate(got):
             for name, x in mine["weights"].items():
-                same(f"{name} at stage {stage}", x, want["weights"][name], rank, rtol=1e-10)
+                assert_same_tensor(f"{name} at stage {stage}", x, want["weights"][name], rank, rtol=1e-10)
 
 
 @zero.criterion("sends what the paper says", "resource")
 def _(subject):
     for stage in (1, 2, 3):
         wanted = formulas.zero_payload(CONFIG, N, stage, 2, "float64")
-        for rank, mine in enumerate(ranks(N).run(run, subject, stage)):
+        for rank, mine in enumerate(rank_pool_for_checks(N).run(run, subject, stage)):
             for op, bytes_ in wanted.items():
                 if mine["sent"].get(op) != bytes_:
-                    raise Wrong(f"rank {rank}: {mine['sent'].get(op)} bytes of {op} a step at stage {stage}, "
+                    raise CriterionNotMet(f"rank {rank}: {mine['sent'].get(op)} bytes of {op} a step at stage {stage}, "
                                 f"want {bytes_}")
 
 
 @zero.criterion("a rank holds its part at every moment", "resource")
 def _(subject):
-    [alone] = ranks(1).run(run, Zero, 1)
+    [alone] = rank_pool_for_checks(1).run(run, Zero, 1)
     more = alone["peak"] - sum(formulas.zero_bytes(CONFIG, 1, 1, "float64").values())    # activations, mostly
     for stage in (1, 2, 3):
         states = sum(formulas.zero_bytes(CONFIG, N, stage, "float64").values())
         most = states + formulas.zero_buffers(CONFIG, N, stage, "float64", bucket_bytes=BUCKET) + more
-        for rank, mine in enumerate(ranks(N).run(run, subject, stage)):
+        for rank, mine in enumerate(rank_pool_for_checks(N).run(run, subject, stage)):
             if mine["peak"] > most:
-                raise Wrong(f"rank {rank} holds {mine['peak']:,} bytes at stage {stage} ({mine['when']}), "
+                raise CriterionNotMet(f"rank {rank} holds {mine['peak']:,} bytes at stage {stage} ({mine['when']}), "
                             f"want at most {most:,}")
 
 
@@ -69,7 +69,7 @@ def _(subject):
     still, wanted = losses(train, "float32", lr=0.0), losses(train, "float32")
     got = losses(subject, "float16")
     if not distance(got, wanted) < 0.1 * distance(still, wanted):
-        raise Wrong(f"losses {got}, want about {wanted}: the scale was not undone before clipping?")
+        raise CriterionNotMet(f"losses {got}, want about {wanted}: the scale was not undone before clipping?")
 
 
 @scaled.criterion("an overflow leaves the weights as they were", "property")
@@ -77,7 +77,7 @@ def _(subject):
     overflowing = patched(subject, "nanoinfra.parallel.compose:HeadLoss", Overflowing)
     still, got = losses(train, "float16", lr=0.0), losses(overflowing, "float16")
     if got != still:
-        raise Wrong(f"losses {got}, want {still}: every gradient is infinite, so no step was to be made")
+        raise CriterionNotMet(f"losses {got}, want {still}: every gradient is infinite, so no step was to be made")
 
 
 def run(kind, stage, name="adamw"):
@@ -86,7 +86,7 @@ def run(kind, stage, name="adamw"):
     Nothing is clipped: clipping, like Adam, hides gradients that are all too large by one factor.
     """
     mesh = Mesh(dp=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         net = init_weights(Decoder(CONFIG), seed=0).double()
         last = HeadLoss(net.head)
         shared = kind(net, mesh.data, stage, units(net, last), bucket_bytes=BUCKET)

@@ -4,7 +4,7 @@ import torch
 
 from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas.activations import activation_terms, end_terms
-from nanoinfra.lab.instruments.saved_tensors import Kept
+from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.parallel.compose import Plan
 from tests.parallel.test_megatron import config
 from tests.parallel.test_tensor import composed
@@ -50,7 +50,7 @@ def count(module, kind, weights, found):
     forward = module.forward
 
     def counted(*args):
-        with Kept(weights) as counts:
+        with SavedActivations(weights) as counts:
             found.setdefault(kind, []).append(counts)
             return forward(*args)
     module.forward = counted

@@ -15,7 +15,7 @@ from nanoinfra.dist.mesh import Mesh
 from nanoinfra.formulas import zero as formulas
 from nanoinfra.formulas.shape import ModelConfig, sized
 from nanoinfra.formulas.wire import ring_seconds
-from nanoinfra.lab.instruments.live_tensors import Storages
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.memory import recompute
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
@@ -300,7 +300,7 @@ def activations(config, dtype):
     """The most that forward and backward of a micro-batch hold on one rank, beside weights and gradients."""
     net = Decoder(config).to(dtype)
     x, y = torch.zeros(2, 1, 4, dtype=torch.long)
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         storages.watch(net)
         for p in net.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -311,7 +311,7 @@ def activations(config, dtype):
 def bytes_held(config, stage, dtype):
     mesh = Mesh(dp=3)
     x, y = torch.zeros(2, 1, 4, dtype=torch.long)
-    with Storages(operators=False) as storages:
+    with LiveTensorBytes(operators=False) as storages:
         net = init_weights(Decoder(config), seed=0)
         last = HeadLoss(net.head)
         shared = Zero(net, mesh.data, stage, units(net, last), dtype, torch.float32, BUCKET)

@@ -12,7 +12,7 @@ from nanoinfra.cli import main
 from nanoinfra.data.source import Random
 from nanoinfra.data.tokenizer import Tokenizer
 from nanoinfra.dist.mesh import Mesh
-from nanoinfra.lab.instruments.live_tensors import Storages
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.files import read_json
 from nanoinfra.model.fill import Weights
@@ -95,7 +95,7 @@ def test_export_is_loaded_by_transformers_and_never_holds_more_than_a_block(rank
     argv = ["train", "--model", "test", *flags, "--steps", "2", "--zero", "3", "--dp", "3", "--out", str(out)]
     assert ranks(3).run(main, argv) == [0, 0, 0]
     gc.collect()
-    with Storages(operators=True) as storages:
+    with LiveTensorBytes(operators=True) as storages:
         export(out, tmp_path / "exported")
     want, _, _ = pretrained(out)
     biggest = max(sum(p.nbytes for p in want.blocks[0].parameters()), want.embed.weight.nbytes)

@@ -15,42 +15,42 @@ from nanoinfra.dist.mesh import AXES, Mesh, world_size
 from nanoinfra.dist.probe import matmul_rate, wire_times
 from nanoinfra.dist.threads import use_threads
 from nanoinfra.formulas.wire import fit
-from nanoinfra.lab.display_table import Grid
+from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.doctor import machine_info as devices
 from nanoinfra.lab.doctor.doctor_flags import DoctorFlags
-from nanoinfra.lab.measure import median
-from nanoinfra.lab.predict import quantity
+from nanoinfra.lab.measure import median_of_times
+from nanoinfra.lab.predict import format_quantity
 from nanoinfra.train.config import parse_wire, plan_mesh
 
-DTYPES = ("float32", "bfloat16")
+_MATMUL_DTYPES = ("float32", "bfloat16")
 
 
-def doctor(flags: DoctorFlags) -> dict:
+def run_doctor(flags: DoctorFlags) -> dict:
     """Measure on the ranks of this run; rank 0 prints, and writes --out. The same report on every rank."""
     use_threads(flags.threads)
     mesh = Mesh(**plan_mesh(flags.mesh, world_size()), wire=parse_wire(flags.wire), device=flags.device)
-    report = {"nanoinfra": 1, "hosts": hosts(mesh), "device": flags.device, "ranks": mesh.world.size,
+    report = {"nanoinfra": 1, "hosts": gather_hosts(mesh), "device": flags.device, "ranks": mesh.world.size,
               "threads": torch.get_num_threads(),
               "matmul": {dtype: _timed(mesh, matmul_rate(mesh, getattr(torch, dtype)), "FLOP/s")
-                         for dtype in DTYPES},
-              "wires": {name: wire(mesh, name) for name in AXES if getattr(mesh, name).size > 1}}
+                         for dtype in _MATMUL_DTYPES},
+              "wires": {name: measure_link(mesh, name) for name in AXES if getattr(mesh, name).size > 1}}
     if mesh.rank == 0:
-        for grid in grids(report):
+        for grid in report_tables(report):
             grid.show()
         if flags.out:
             flags.out.write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
-def hosts(mesh: Mesh) -> list[dict]:
+def gather_hosts(mesh: Mesh) -> list[dict]:
     """Each host of the mesh once, with the ranks that run there."""
     found = {}
-    for rank, told in enumerate(comm.gather_objects(devices.host() | {"links": devices.links()}, mesh.world)):
+    for rank, told in enumerate(comm.gather_objects(devices.describe_host() | {"links": devices.gpu_links()}, mesh.world)):
         found.setdefault(told["name"], told | {"ranks": []})["ranks"].append(rank)
     return list(found.values())
 
 
-def wire(mesh: Mesh, name: str) -> dict:
+def measure_link(mesh: Mesh, name: str) -> dict:
     """Latency and bandwidth of axis `name`: medians of a fit a round, and the times these were fitted to."""
     axis, op = getattr(mesh, name), "send" if name == "pp" else "all_reduce"
     times = wire_times(mesh, axis, op)
@@ -65,29 +65,29 @@ def wire(mesh: Mesh, name: str) -> dict:
 
 
 def _timed(mesh, values, unit):
-    measured = median(values, unit)
+    measured = median_of_times(values, unit)
     if mesh.device == "cuda":
         measured = replace(measured, machine=f"{torch.cuda.get_device_name()}, {measured.machine}")
     return asdict(measured)
 
 
-def grids(report: dict) -> list[Grid]:
+def report_tables(report: dict) -> list[DisplayTable]:
     """The report as tables."""
     facts = [row for host in report["hosts"] for row in _host(host)]
     rates = [(dtype, *_cells(m, _giga)) for dtype, m in report["matmul"].items()]
-    return [Grid("Machine", ("what", "is", "kind"), facts),
-            Grid(f"Matrix products, {_who(report)}", ("dtype", "measured peak", "spread", "kind"), rates),
+    return [DisplayTable("Machine", ("what", "is", "kind"), facts),
+            DisplayTable(f"Matrix products, {_who(report)}", ("dtype", "measured peak", "spread", "kind"), rates),
             *(_wire(name, told) for name, told in report["wires"].items())]
 
 
 def _host(host):
     n, processor = len(host["ranks"]), f"{host['processor']}, {host['cores']} cores"
     yield f"host {host['name']}, {n} rank{'s' * (n > 1)}", processor, "said"
-    yield "memory", f"{host['memory'] / devices.GIB:.1f} GiB", "counted"
+    yield "memory", f"{host['memory'] / devices.BYTES_PER_GIB:.1f} GiB", "counted"
     busy = host["load"] > host["cores"] / 2
     yield "load, last minute", f"{host['load']:.2f}" + "; busy: times will be long" * busy, "counted"
     for i, gpu in enumerate(host["gpus"]):
-        yield f"GPU {i}", f"{gpu['name']}, {gpu['memory'] / devices.GIB:.1f} GiB", "said"
+        yield f"GPU {i}", f"{gpu['name']}, {gpu['memory'] / devices.BYTES_PER_GIB:.1f} GiB", "said"
     if host["links"]:
         yield "links between GPUs", ", ".join(host["links"]), "said"
     yield "versions", ", ".join(f"{name} {v}" for name, v in host["versions"].items()), "said"
@@ -103,9 +103,9 @@ def _who(report):
 def _wire(name, told):
     n, op, emulated = len(told["seconds"]), told["op"].replace("_", "-"), ", emulated" * told["emulated"]
     missed = f"{told['mean_miss']:.0%}, at worst {told['worst_miss']:.0%}"
-    return Grid(f"{name}: {told['ranks']} ranks{emulated}, {n} sizes of {op}",
+    return DisplayTable(f"{name}: {told['ranks']} ranks{emulated}, {n} sizes of {op}",
                 ("fitted", "measured", "spread", "kind"),
-                [("alpha, a message's latency", *_cells(told["latency"], quantity)),
+                [("alpha, a message's latency", *_cells(told["latency"], format_quantity)),
                  ("beta, bandwidth one way", *_cells(told["bandwidth"], _giga)),
                  ("sizes miss that line by", missed, "", "timed")])
 

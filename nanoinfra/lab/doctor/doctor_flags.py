@@ -26,7 +26,7 @@ class DoctorFlags:
                          device=self.device, threads=self.threads, wire=self.wire)
 
 
-def check(flags: DoctorFlags) -> int:
+def check_doctor_flags(flags: DoctorFlags) -> int:
     """How many ranks to start. Raises ValueError for a mesh, a wire or a file that cannot be."""
     world = ranks_wanted(flags.mesh)
     plan_mesh(flags.mesh, world)

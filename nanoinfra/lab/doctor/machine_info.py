@@ -10,17 +10,17 @@ import torch
 
 from nanoinfra.dist.threads import usable_cores
 
-GIB = 2 ** 30
+BYTES_PER_GIB = 2 ** 30
 
 
-def host() -> dict:
+def describe_host() -> dict:
     """{"name", "processor", "cores", "memory" in bytes, "load", "gpus": [{"name", "memory"}], "versions"}."""
-    return {"name": platform.node(), "processor": processor(), "cores": usable_cores(),
+    return {"name": platform.node(), "processor": processor_name(), "cores": usable_cores(),
             "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "load": os.getloadavg()[0],
-            "gpus": _gpus(), "versions": versions()}
+            "gpus": _gpus(), "versions": software_versions()}
 
 
-def processor() -> str:
+def processor_name() -> str:
     """The processor's name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -28,21 +28,21 @@ def processor() -> str:
     return name or platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
     """{"python", "torch", "triton", "cuda"}: "none" for what is not there."""
     return {"python": platform.python_version(), "torch": torch.__version__, "triton": _version("triton"),
             "cuda": torch.version.cuda or "none"}
 
 
-def links() -> list[str]:
+def gpu_links() -> list[str]:
     """How each two GPUs of this host are joined: "0-1 NV18"; [] where there are no two, or no nvidia-smi."""
     if torch.cuda.device_count() < 2 or not shutil.which("nvidia-smi"):
         return []
     told = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True)
-    return parse_topology(told.stdout) if told.returncode == 0 else []
+    return parse_gpu_topology(told.stdout) if told.returncode == 0 else []
 
 
-def parse_topology(text: str) -> list[str]:
+def parse_gpu_topology(text: str) -> list[str]:
     """["0-1 NV18", ...] from the matrix that `nvidia-smi topo -m` prints."""
     rows = [line.split() for line in text.splitlines() if line.startswith("GPU")]
     return [f"{i}-{j} {rows[i][1 + j]}" for i in range(len(rows)) for j in range(i + 1, len(rows))]

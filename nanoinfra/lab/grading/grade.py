@@ -14,39 +14,39 @@ from pathlib import Path
 
 from nanoinfra.lab import check, exercise
 from nanoinfra.lab import predict as book
-from nanoinfra.lab.build import lessons_to_build
-from nanoinfra.lab.check import Check, Report, Verdict
+from nanoinfra.lab.build import find_lesson_sources
+from nanoinfra.lab.check import Check, CheckReport, Verdict
 from nanoinfra.lab.course import display_path, lessons_folder, work_folder
-from nanoinfra.lab.grading.limited_process import Ended, Limited, Limits
+from nanoinfra.lab.grading.limited_process import LimitedProcess, ProcessGaveNoLine, ProcessLimits
 
-JUDGE = [sys.executable, "-P", "-m", "nanoinfra.lab.grading.judge"]
-PATIENT = Limits()
-MOST_BYTES = 1 << 20                                   # of a file that is handed in
+_JUDGE_COMMAND = [sys.executable, "-P", "-m", "nanoinfra.lab.grading.judge"]
+_DEFAULT_LIMITS = ProcessLimits()
+_MAX_HAND_IN_BYTES = 1 << 20                                   # of a file that is handed in
 
 
-def grade(lesson: str, file: Path | str | None = None, reference: bool = False,
-          limits: Limits = PATIENT) -> int:
+def grade_lesson(lesson: str, file: Path | str | None = None, reference: bool = False,
+          limits: ProcessLimits = _DEFAULT_LIMITS) -> int:
     """Print score and reasons for `lesson` ("02"); returns the exit code. Predictions lie beside `file`."""
-    checks = check.lesson(lesson)
+    checks = check.load_lesson_checks(lesson)
     number = lesson.upper().removeprefix("L").zfill(2)
     if reference:
         with tempfile.TemporaryDirectory() as folder:
-            exercise.extract(lessons_to_build(number)[0] / "lesson.py", folder)
+            exercise.export_exercises_of_notebook(find_lesson_sources(number)[0] / "lesson.py", folder)
             file = Path(folder) / f"L{number}.py"
             print(f"grading {display_path(file)}")
-            return _score(judged(number, file, checks.CHECKS, limits), {})
+            return _score(judge_in_subprocess(number, file, checks.CHECKS, limits), {})
     file = Path(file or work_folder() / f"L{number}.py")
     if not file.is_file():
         raise ValueError(f"{display_path(file)} does not exist; run the exercise cells of lesson {number}'s "
                          f"student edition (make student), or name a --file")
     _refuse_large(file)
-    exercise.refuse_reference(file)
+    exercise.refuse_reference_solution(file)
     print(f"grading {display_path(file)}")
     made = _predictions(file.parent / "numbers.json", checks.PREDICTIONS)
-    return _score(judged(number, file, checks.CHECKS, limits), made)
+    return _score(judge_in_subprocess(number, file, checks.CHECKS, limits), made)
 
 
-def judged(lesson: str, file: Path, checks: tuple[Check, ...], limits: Limits) -> list[Report]:
+def judge_in_subprocess(lesson: str, file: Path, checks: tuple[Check, ...], limits: ProcessLimits) -> list[CheckReport]:
     """The report of each check on `file`. Where the process that judges has ended, another judges the next.
 
     Which criterion is to come is known here: a line about any other is no verdict, and ends the process.
@@ -55,13 +55,13 @@ def judged(lesson: str, file: Path, checks: tuple[Check, ...], limits: Limits) -
     while todo := _todo(checks, verdicts):
         ask = {"lesson": lesson, "checks": [*dict(todo)], "course": str(lessons_folder().parent),
                "file": str(file.resolve()), "shown": display_path(file), "nonce": secrets.token_hex(16)}
-        with Limited(JUDGE, ask, limits) as process:
+        with LimitedProcess(_JUDGE_COMMAND, ask, limits) as process:
             try:
                 _answer(process, ask["nonce"])                                  # it has started
                 while todo:
                     verdicts[todo[0][0]].append(_verdict(_answer(process, ask["nonce"]), *todo[0]))
                     todo = _todo(checks, verdicts)
-            except Ended as reason:
+            except ProcessGaveNoLine as reason:
                 name, criterion = todo[0]
                 verdicts[name].append(Verdict(criterion, "wrong", f"the judged process {reason}"))
         _say(process.output, "       | ")
@@ -82,7 +82,7 @@ def _answer(process, nonce):
     except (ValueError, RecursionError):               # brackets without end
         said = None
     if not isinstance(said, dict) or said.get("nonce") != nonce:
-        raise Ended(f"wrote what is no verdict: {line[:60]!r}")
+        raise ProcessGaveNoLine(f"wrote what is no verdict: {line[:60]!r}")
     return said
 
 
@@ -90,7 +90,7 @@ def _verdict(said, name, criterion):
     state, text = said.get("state"), said.get("text")
     asked = (said.get("check"), said.get("criterion")) == (name, criterion.name)
     if not asked or state not in ("pass", "wrong", "blocked") or type(text) is not str:
-        raise Ended(f"gave a verdict that was not asked: {str(said)[:200]}")
+        raise ProcessGaveNoLine(f"gave a verdict that was not asked: {str(said)[:200]}")
     return Verdict(criterion, state, text)
 
 
@@ -99,7 +99,7 @@ def _predictions(file, asked):
     try:
         if file.exists():
             _refuse_large(file)
-        numbers = book.read(file)
+        numbers = book.read_numbers(file)
         return {key: bool(numbers.get(key)) for key in asked}
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{display_path(file)} cannot be read ({type(error).__name__}: {error}); "
@@ -108,8 +108,8 @@ def _predictions(file, asked):
 
 def _refuse_large(file):
     size = file.stat().st_size
-    if not file.is_file() or size > MOST_BYTES:
-        raise ValueError(f"{display_path(file)} is no file of at most {MOST_BYTES:,} bytes, but has "
+    if not file.is_file() or size > _MAX_HAND_IN_BYTES:
+        raise ValueError(f"{display_path(file)} is no file of at most {_MAX_HAND_IN_BYTES:,} bytes, but has "
                          f"{size:,}; hand in what the notebook wrote")
 
 
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reference", action="store_true", help="grade the lesson's own solutions")
     given = parser.parse_args(argv)
     try:
-        return grade(given.lesson, given.file, given.reference)
+        return grade_lesson(given.lesson, given.file, given.reference)
     except ValueError as mistake:
         print(mistake, file=sys.stderr)
         return 2

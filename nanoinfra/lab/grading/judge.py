@@ -15,20 +15,20 @@ from types import FunctionType
 
 from nanoinfra.lab import check, exercise
 from nanoinfra.lab.check import Check, Verdict
-from nanoinfra.lab.grading.limited_process import DIES_WITH_ITS_PARENT, prctl
+from nanoinfra.lab.grading.limited_process import PR_SET_PDEATHSIG, prctl
 
-TEXT = 16000                                           # characters of a reason that are passed on
+_MAX_REASON_CHARACTERS = 16000                                           # characters of a reason that are passed on
 
 
-def verdicts(checks: list[Check], file: str, shown: str) -> Iterator[tuple[str, Verdict]]:
+def judge_file(checks: list[Check], file: str, shown: str) -> Iterator[tuple[str, Verdict]]:
     """(name of the check, verdict) as they come: of each check up to the first criterion that is not met.
 
     `shown` is what messages call the file.
     """
     tests = [(each.name, tuple(each.criteria)) for each in checks]
-    judge = FunctionType(check.judge.__code__, dict(vars(check)))     # no patch of the module reaches it
+    judge = FunctionType(check.judge_criterion.__code__, dict(vars(check)))     # no patch of the module reaches it
     for name, criteria in tests:
-        subject = find(file, name, shown)
+        subject = load_function_to_judge(file, name, shown)
         for criterion in criteria:
             verdict = judge(criterion, subject)
             yield name, verdict
@@ -36,15 +36,15 @@ def verdicts(checks: list[Check], file: str, shown: str) -> Iterator[tuple[str, 
                 break
 
 
-def find(file: str, name: str, shown: str) -> Callable:
+def load_function_to_judge(file: str, name: str, shown: str) -> Callable:
     """The function `name` of `file`, or one that says why there is none."""
     try:
-        return getattr(exercise.load(file), name)
+        return getattr(exercise.load_python_file(file), name)
     except (Exception, SystemExit) as error:           # a missing function costs its own points, no more
         reason = error
 
         def missing(*_, **__):
-            raise check.Wrong(f"{shown} gives no {name}: {type(reason).__name__}: {reason}")
+            raise check.CriterionNotMet(f"{shown} gives no {name}: {type(reason).__name__}: {reason}")
         return missing
 
 
@@ -53,16 +53,16 @@ def main() -> None:
 
     The checks are those of "course", the folder of who grades; no `lessons` of the hand-in is ever imported.
     """
-    prctl(DIES_WITH_ITS_PARENT, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     ask = json.load(sys.stdin)
     with chdir(ask["course"]):
-        checks = [each for each in check.lesson(ask["lesson"]).CHECKS if each.name in ask["checks"]]
+        checks = [each for each in check.load_lesson_checks(ask["lesson"]).CHECKS if each.name in ask["checks"]]
 
     def say(**words):
         os.write(ask["pipe"], json.dumps({"nonce": ask["nonce"]} | words).encode() + b"\n")
     say(ready=True)
-    for name, verdict in verdicts(checks, ask["file"], ask["shown"]):
-        say(check=name, criterion=verdict.criterion.name, state=verdict.state, text=verdict.text[:TEXT])
+    for name, verdict in judge_file(checks, ask["file"], ask["shown"]):
+        say(check=name, criterion=verdict.criterion.name, state=verdict.state, text=verdict.text[:_MAX_REASON_CHARACTERS])
 
 
 if __name__ == "__main__":

@@ -19,18 +19,18 @@ from pathlib import Path
 
 import psutil
 
-DIES_WITH_ITS_PARENT, ADOPTS_ORPHANS = 1, 36           # of Linux's prctl
-LOOK = 0.25                                            # seconds between two looks at time and memory
-END_SECONDS = 30.0                                     # for killed processes to be gone
-PAUSE = 0.01                                           # seconds between two looks at them
-CROWD = 200                                            # processes and threads more than when it began
-NEEDED = {"PATH", "HOME", "LANG", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
-NEEDED_FAMILIES = ("LC_", "PYTHON", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "ATEN_", "TORCH",
+PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36           # of Linux's prctl
+_CHECK_INTERVAL_SECONDS = 0.25                                            # seconds between two looks at time and memory
+_KILL_TIMEOUT_SECONDS = 30.0                                     # for killed processes to be gone
+_KILL_POLL_SECONDS = 0.01                                           # seconds between two looks at them
+_MAX_NEW_TASKS_WHILE_RUNNING = 200                                            # processes and threads more than when it began
+_KEPT_VARIABLES = {"PATH", "HOME", "LANG", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
+_KEPT_VARIABLE_PREFIXES = ("LC_", "PYTHON", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "ATEN_", "TORCH",
                    "TRITON_", "CUDA_", "NCCL_")
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProcessLimits:
     """What a program may take."""
     seconds: float = 180.0             # to its next line
     memory: int = 4 << 30              # bytes resident, with all that it started; shared pages count once
@@ -39,30 +39,30 @@ class Limits:
     processes: int = 500               # at a time, those included that ended and nobody has waited for
 
 
-class Ended(Exception):
+class ProcessGaveNoLine(Exception):
     """The program gives no further line; the text says why."""
 
 
-class Limited:
+class LimitedProcess:
     """`command` as a running program: a context manager that ends it and all that it started.
 
     It runs in an empty folder that is removed at the end, with an environment that holds no secrets. Its
     stdin is one object of JSON: `ask`, and {"pipe": the number of the descriptor to write its lines to}.
     """
 
-    def __init__(self, command: list[str], ask: dict, limits: Limits):
+    def __init__(self, command: list[str], ask: dict, limits: ProcessLimits):
         self.command, self.ask, self.limits = command, ask, limits
         self.printed = 0                               # bytes
         self._kept, self._answers = b"", b""
 
     def __enter__(self):
         self._others, self._tasks = set(psutil.Process().children()), _tasks()
-        prctl(ADOPTS_ORPHANS, 1)
+        prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._folder = tempfile.TemporaryDirectory(prefix="g-", ignore_cleanup_errors=True)   # sockets: short
         self._pipe, theirs = os.pipe()
         self._process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            pass_fds=[theirs], cwd=self._folder.name, env=environment(self._folder.name),
+            pass_fds=[theirs], cwd=self._folder.name, env=environment_without_secrets(self._folder.name),
             start_new_session=True)
         os.close(theirs)
         self._open = [self._pipe, self._process.stdout.fileno()]
@@ -76,7 +76,7 @@ class Limited:
         try:
             self._end()
         finally:
-            prctl(ADOPTS_ORPHANS, 0)
+            prctl(_PR_SET_CHILD_SUBREAPER, 0)
             if self._open:
                 self._read()                           # the last words
             self._process.stdout.close()
@@ -90,10 +90,10 @@ class Limited:
             gone = self._process.poll()                # before the last read, so that nothing is missed
             self._read()
             if len(self._answers) > self.limits.line:
-                raise Ended(f"wrote more than {self.limits.line:,} bytes without an end of line")
+                raise ProcessGaveNoLine(f"wrote more than {self.limits.line:,} bytes without an end of line")
             if gone is not None and b"\n" not in self._answers:
-                raise Ended(f"ended its process {_how(gone)}")
-            if (now := time.monotonic()) - looked > LOOK:
+                raise ProcessGaveNoLine(f"ended its process {_how(gone)}")
+            if (now := time.monotonic()) - looked > _CHECK_INTERVAL_SECONDS:
                 looked = now
                 self._look(now - began)
         line, _, self._answers = self._answers.partition(b"\n")
@@ -106,7 +106,7 @@ class Limited:
         return self._kept.decode(errors="replace") + more
 
     def _read(self):
-        ready, _, _ = select.select(self._open, [], [], LOOK)          # none is open: it waits
+        ready, _, _ = select.select(self._open, [], [], _CHECK_INTERVAL_SECONDS)          # none is open: it waits
         for descriptor in ready:
             data = os.read(descriptor, 1 << 16)
             if not data:
@@ -119,20 +119,20 @@ class Limited:
 
     def _look(self, seconds):
         if seconds > self.limits.seconds:
-            raise Ended(f"gave no answer within {self.limits.seconds:g} s")
+            raise ProcessGaveNoLine(f"gave no answer within {self.limits.seconds:g} s")
         with self._standing_still():
             if len(family := self._family()) > self.limits.processes:
-                raise Ended(f"has more than {self.limits.processes} processes")
+                raise ProcessGaveNoLine(f"has more than {self.limits.processes} processes")
             for exact in (False, True):                # what is exact is slow, so only where it decides
                 used = sum(_memory(process, exact) for process in family)
                 if used <= self.limits.memory:
                     return
-        raise Ended(f"took {used / 2**20:,.0f} MiB of memory, more than {self.limits.memory / 2**20:,.0f}")
+        raise ProcessGaveNoLine(f"took {used / 2**20:,.0f} MiB of memory, more than {self.limits.memory / 2**20:,.0f}")
 
     @contextmanager
     def _standing_still(self):
         """Who forks on and on leaves no processor to who counts: a crowd, perhaps not its own, stops it."""
-        crowd = _tasks() - self._tasks > CROWD
+        crowd = _tasks() - self._tasks > _MAX_NEW_TASKS_WHILE_RUNNING
         if crowd:
             self._signal_group(signal.SIGSTOP)
         yield
@@ -151,7 +151,7 @@ class Limited:
         return {each for each in every if is_ours(each.pid)}
 
     def _end(self):
-        end, stopped = time.monotonic() + END_SECONDS, set()
+        end, stopped = time.monotonic() + _KILL_TIMEOUT_SECONDS, set()
         self._signal_group(signal.SIGKILL)
         while (running := self._family() - stopped) and time.monotonic() < end:
             _signal(running, signal.SIGSTOP)           # who is stopped starts no others meanwhile,
@@ -163,7 +163,7 @@ class Limited:
                     os.waitpid(process.pid, os.WNOHANG)
             if time.monotonic() > end:
                 raise RuntimeError(f"{len(family)} processes cannot be ended, as {next(iter(family)).pid}")
-            time.sleep(PAUSE)
+            time.sleep(_KILL_POLL_SECONDS)
         self._process.wait()
 
     def _signal_group(self, number):
@@ -172,10 +172,10 @@ class Limited:
             os.killpg(self._process.pid, number)
 
 
-def environment(folder: str) -> dict[str, str]:
+def environment_without_secrets(folder: str) -> dict[str, str]:
     """What a program needs of this process's environment; nanoinfra imports, `folder` is for files."""
     kept = {name: value for name, value in os.environ.items()
-            if name in NEEDED or name.startswith(NEEDED_FAMILIES)}
+            if name in _KEPT_VARIABLES or name.startswith(_KEPT_VARIABLE_PREFIXES)}
     paths = [str(Path(__file__).resolve().parents[3]), *kept.get("PYTHONPATH", "").split(os.pathsep)]
     return kept | {"TMPDIR": folder, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 
-def emulate(modules: Iterable[nn.Module], seconds: float) -> list[tuple[float, float]]:
+def emulate_compute_time(modules: Iterable[nn.Module], seconds: float) -> list[tuple[float, float]]:
     """From now on each module takes `seconds` a sample of its output in backward, and half of it in forward.
 
     Its own, real work comes on top. Returns a list that fills with (begin, end) of each nap in backward, in

@@ -13,22 +13,22 @@ from nanoinfra.train.replica import Replica
 from nanoinfra.train.step import execute
 
 
-def flags_of(sizes: dict[str, int], batch: int, sequences: int) -> TrainFlags:
+def float64_train_flags(sizes: dict[str, int], batch: int, sequences: int) -> TrainFlags:
     """A float64 step on pp x dp x tp ranks, `sizes`: `sequences` in micro-batches of `batch`."""
     data = DataFlags(micro_batch=batch, global_batch=sequences)
     return TrainFlags(ModelFlags(dtype="float64"), data, MeshFlags(**sizes))
 
 
-def step_of(config: ModelConfig, flags: TrainFlags, seq: int, norm: Callable | None = None) -> dict:
+def run_gradient_step(config: ModelConfig, flags: TrainFlags, seq: int, norm: Callable | None = None) -> dict:
     """On each of the ranks that `flags` name, of a step: where it stands, what it has and what it sent.
 
     "grads": {name: (box, part)}; "rows": the ledger's, until all gradients are summed; "norm": the trainer's,
     and "own" what `norm(grads, mesh, ends)` says of the same gradients.
     """
-    mesh = mesh_of(flags)
-    replica, batches = stage_of(config, flags, mesh, seq)
+    mesh = make_mesh(flags)
+    replica, batches = make_stage_and_batches(config, flags, mesh, seq)
     mesh.ledger.take()
-    replica.begin(batches, valid(flags.data.global_batch, seq))
+    replica.begin(batches, count_valid_targets(flags.data.global_batch, seq))
     execute(replica.schedule(len(batches))[:-1], replica)                # all but the optimizer's step
     rows, grads = mesh.ledger.take(), {}
     for name, grad in replica.grads.items():
@@ -42,7 +42,7 @@ def step_of(config: ModelConfig, flags: TrainFlags, seq: int, norm: Callable | N
             "own": own, "loss": replica.loss.item()}
 
 
-def stage_of(config: ModelConfig, flags: TrainFlags, mesh, seq: int) -> tuple[Replica, list]:
+def make_stage_and_batches(config: ModelConfig, flags: TrainFlags, mesh, seq: int) -> tuple[Replica, list]:
     """The trainer's stage of this rank, and its data rank's micro-batches [(x, y)], (B, T) each.
 
     Sequence g of the step has `seq` - g % `seq` valid targets: data ranks have different numbers of them.
@@ -55,12 +55,12 @@ def stage_of(config: ModelConfig, flags: TrainFlags, mesh, seq: int) -> tuple[Re
     return Replica(config, flags, mesh), list(zip(x, y))
 
 
-def valid(sequences: int, seq: int) -> int:
+def count_valid_targets(sequences: int, seq: int) -> int:
     """Valid targets of the step of `stage_of`, on all ranks."""
     return sum(seq - g % seq for g in range(sequences))
 
 
-def errors(parts: Sequence[dict], want: dict[str, torch.Tensor]) -> dict[str, float]:
+def relative_gradient_errors(parts: Sequence[dict], want: dict[str, torch.Tensor]) -> dict[str, float]:
     """{name: the largest error of any rank's part of that gradient}: ||got - want|| / max(||want||, floor).
 
     `parts` are ranks' {name: (box, part)}, `want` whole gradients. The floor, 1e-6 ||all||, is for those that
@@ -74,14 +74,14 @@ def errors(parts: Sequence[dict], want: dict[str, torch.Tensor]) -> dict[str, fl
     return found
 
 
-def largest_error(parts: Sequence[dict], want: dict[str, torch.Tensor]) -> float:
+def largest_gradient_error(parts: Sequence[dict], want: dict[str, torch.Tensor]) -> float:
     """The largest of `errors`; infinite where no rank has some part."""
     seen = {name: torch.zeros(grad.shape) for name, grad in want.items()}
     for name, (box, _) in (item for each in parts for item in each.items()):
         seen[name][tuple(slice(*ends) for ends in box)] = 1
-    return max(errors(parts, want).values()) if all(there.all() for there in seen.values()) else inf
+    return max(relative_gradient_errors(parts, want).values()) if all(there.all() for there in seen.values()) else inf
 
 
-def mesh_of(flags: TrainFlags, wire: dict[str, tuple[float, float]] | None = None) -> Mesh:
+def make_mesh(flags: TrainFlags, wire: dict[str, tuple[float, float]] | None = None) -> Mesh:
     """The mesh of pp x dp x tp ranks that `flags` name, with an emulated wire."""
     return Mesh(flags.mesh.pp, flags.mesh.dp, tp=flags.mesh.tp, wire=wire)

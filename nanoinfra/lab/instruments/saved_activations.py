@@ -14,7 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 
-class Kept(saved_tensors_hooks):
+class SavedActivations(saved_tensors_hooks):
     """Tensors kept by the forward, or by the second forwards of a backward, that run while it is on."""
 
     def __init__(self, weights: Iterable[torch.Tensor] = ()):

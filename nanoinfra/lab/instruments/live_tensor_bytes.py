@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Storages(TorchDispatchMode):
+class LiveTensorBytes(TorchDispatchMode):
     """While it is on, remembers the storage of each operator's results by a weak reference.
 
     Older storages count only if a tensor of theirs is in `of`; meta tensors and memory lent by numpy never.

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Traffic(TorchDispatchMode):
+class TensorReadBytes(TorchDispatchMode):
     """While it is on, adds up in `read` the bytes by the name under which a tensor was given."""
 
     def __init__(self, **of: Iterable[torch.Tensor]):
