@@ -8,7 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from nanoinfra.train import signals, streams
+from nanoinfra.train.launch import signals, standard_streams
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
@@ -26,9 +26,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _mistake(str(error))
     except BrokenPipeError:
-        if streams.stdout_is_read():
+        if standard_streams.stdout_is_read():
             raise                            # it was another pipe
-        return streams.give_up_stdout()
+        return standard_streams.give_up_stdout()
     except OSError as error:
         return _mistake(_of_the_system(error))
 
@@ -46,8 +46,8 @@ def _of_the_system(error):
 
 
 def _mistake(message):
-    from nanoinfra.train import rank
-    if not rank.leave_error(message):
+    from nanoinfra.train.launch import elastic_rank
+    if not elastic_rank.leave_error(message):
         print(f"nanoinfra: {message}", file=sys.stderr)
     return 2
 
@@ -60,7 +60,7 @@ def _ours(error):
 
 def run() -> None:
     """The console script."""
-    streams.prepare(lasting=sys.argv[1:2] == ["train"])
+    standard_streams.prepare(lasting=sys.argv[1:2] == ["train"])
     signals.Hearing(signals.end_at_once).start()
     code = main()
     signals.ignore_from_here_on()

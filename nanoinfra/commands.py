@@ -80,14 +80,15 @@ def flag_names(options: type) -> Iterator[str]:
 
 
 def _train(flags, argv):
-    from nanoinfra.train import config, preflight, rank
-    from nanoinfra.train.lock import locked
-    from nanoinfra.train.memory_check import check_memory
-    from nanoinfra.train.outdir import check_out
-    if rank.joined():
+    from nanoinfra.train import config
+    from nanoinfra.train.launch import elastic_rank, preflight
+    from nanoinfra.train.launch.memory_check import check_memory
+    from nanoinfra.train.run_directory.lock import locked
+    from nanoinfra.train.run_directory.ownership import check_out
+    if elastic_rank.joined():
         return _train_here(flags, argv)
-    if rank.is_rank():
-        if not rank.launched_by_us():
+    if elastic_rank.is_rank():
+        if not elastic_rank.launched_by_us():
             preflight.check_rank(lambda world: config.check(flags, world))
         return _train_here(flags, argv)
     world, run = config.ranks_wanted(flags.mesh), flags.run
@@ -98,45 +99,45 @@ def _train(flags, argv):
     preflight.check_paths(run.out, run.trace)                # makes the folder
     with locked(run.out):
         if world > 1 or run.max_restarts:
-            from nanoinfra.train.launch import launch
+            from nanoinfra.train.launch.launcher import launch
             return launch(argv, world, run.out, run.max_restarts)
         return _train_here(flags, argv)
 
 
 def _train_here(flags, argv):
-    from nanoinfra.train import rank, stopping
+    from nanoinfra.train.launch import elastic_rank, stop_message
     from nanoinfra.train.trainer import train
-    with rank.process_group(flags.mesh.device, flags.run.out, flags.run.timeout):
+    with elastic_rank.process_group(flags.mesh.device, flags.run.out, flags.run.timeout):
         train(flags)
-    stopping.say_where(flags.run.out, argv)
+    stop_message.say_where(flags.run.out, argv)
     return 0
 
 
 def _generate(options, argv):
-    from nanoinfra.train import rank
-    if options.tp > 1 and not rank.is_rank() and not rank.joined():
-        from nanoinfra.train.launch import launch
+    from nanoinfra.train.launch import elastic_rank
+    if options.tp > 1 and not elastic_rank.is_rank() and not elastic_rank.joined():
+        from nanoinfra.train.launch.launcher import launch
         return launch(argv, options.tp)
     from nanoinfra.serve.generate import main as generate
-    with rank.process_group("cpu"):
+    with elastic_rank.process_group("cpu"):
         return generate(options)
 
 
 def _serve(options, argv):
-    from nanoinfra.serve.host import main as serve
+    from nanoinfra.serve.server.launch_server import main as serve
     return serve(options)
 
 
 def _doctor(flags, argv):
     from nanoinfra.lab.doctor.doctor_flags import check_doctor_flags
-    from nanoinfra.train import preflight, rank
-    if not rank.is_rank() and not rank.joined():
+    from nanoinfra.train.launch import elastic_rank, preflight
+    if not elastic_rank.is_rank() and not elastic_rank.joined():
         preflight.check_device(flags.device, world := check_doctor_flags(flags))
         if world > 1:
-            from nanoinfra.train.launch import launch
+            from nanoinfra.train.launch.launcher import launch
             return launch(argv, world)
     from nanoinfra.lab.doctor.doctor import run_doctor
-    with rank.process_group(flags.device):
+    with elastic_rank.process_group(flags.device):
         run_doctor(flags)
     return 0
 

@@ -13,14 +13,14 @@ import os
 import torch
 import torch.distributed as dist
 
-from nanoinfra.data.source import IGNORE, Random
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.threads import use_threads
-from nanoinfra.formulas.shape import SIZES
+from nanoinfra.config import SIZES
+from nanoinfra.data.sample_order import IGNORE, Random
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.data import STEPS, DataParallel
+from nanoinfra.parallel.data_parallel import STEPS, DataParallel
 
 
 def samples(step, per_step, vocab, T, seed=0):

@@ -24,11 +24,11 @@ from nanoinfra.serve.generate import main as answer
 from nanoinfra.serve.options import GenerateOptions
 from nanoinfra.train import metrics
 from nanoinfra.train.config import RunFlags
-from nanoinfra.train.lock import locked
-from nanoinfra.train.outdir import check_out, remove_run
+from nanoinfra.train.launch.elastic_rank import STOPPED
+from nanoinfra.train.launch.signals import Hearing, end_at_once
 from nanoinfra.train.pretrained import pretrained
-from nanoinfra.train.rank import STOPPED
-from nanoinfra.train.signals import Hearing, end_at_once
+from nanoinfra.train.run_directory.lock import locked
+from nanoinfra.train.run_directory.ownership import check_out, remove_run
 
 HEADERS, NEW_TOKENS, STATEMENTS = 40, 96, 3
 QUESTION = "In one sentence: why are large language models trained on many GPUs?"

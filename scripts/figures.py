@@ -13,12 +13,12 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
 from nanoinfra.lab.draw import BLUE, GREY, MATPLOTLIB_STYLE, ORANGE
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.parallel.data import STEPS, DataParallel
+from nanoinfra.parallel.data_parallel import STEPS, DataParallel
 from nanoinfra.train.loss import cross_entropy
 
 CONFIG = ModelConfig(vocab=521, width=96, layers=6, heads=4, kv_heads=2, head_dim=24, hidden=256, context=32)

@@ -30,7 +30,7 @@ def count(path: Path) -> int:
 def update_readme() -> None:
     """Write today's line counts into README's table."""
     readme = ROOT / "README.md"
-    text = re.sub(r"(\]\((nanoinfra/[^)]+)\) \| )\d+( \|)",
+    text = re.sub(r"(\]\(((?:nanoinfra|kernels)/[^)]+)\) \| )\d+( \|)",
                   lambda row: f"{row[1]}{count(ROOT / row[2])}{row[3]}", readme.read_text())
     readme.write_text(text)
 
@@ -38,8 +38,8 @@ def update_readme() -> None:
 def main() -> int:
     if "--readme" in sys.argv:
         update_readme()
-    files = sorted([*ROOT.glob("nanoinfra/**/*.py"), *ROOT.glob("nanoinfra/**/*.c"),
-                    *ROOT.glob("kernels/*.py"), *ROOT.glob("scripts/**/*.py")])
+    folders = ROOT / "nanoinfra", ROOT / "kernels", ROOT / "scripts"
+    files = sorted(file for folder in folders for kind in ("*.py", "*.c") for file in folder.rglob(kind))
     rows = [(path.relative_to(ROOT), *measure(path)) for path in files if path.stat().st_size]
     if "--table" in sys.argv:
         print(f"{'file':44}{'lines':>6}{'functions':>11}{'median':>8}{'longest':>9}")

@@ -18,8 +18,8 @@ from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.table import Table
 
-from nanoinfra.dist.ranks import Ranks
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed.pool.ranks import Ranks
 from nanoinfra.lab import draw
 from nanoinfra.lab.instruments.gradient_parity import largest_gradient_error as error
 from nanoinfra.lab.instruments.gradient_parity import run_gradient_step

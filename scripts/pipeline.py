@@ -16,17 +16,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanoinfra.data.source import IGNORE, Random
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh, world_size
-from nanoinfra.dist.threads import use_threads
+from nanoinfra.config import SIZES
+from nanoinfra.data.sample_order import IGNORE, Random
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.pipeline import split
-from nanoinfra.formulas.shape import SIZES
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.clock import simulate
-from nanoinfra.parallel.pipeline import PipelineStage, cut
-from nanoinfra.parallel.schedules import ORDERS, schedule
+from nanoinfra.parallel.pipeline.schedules import ORDERS, schedule
+from nanoinfra.parallel.pipeline.simulator import simulate
+from nanoinfra.parallel.pipeline.stage import PipelineStage, cut
 from nanoinfra.train.step import execute
 
 

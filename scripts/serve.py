@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanoinfra.dist.mesh import Mesh, world_size
-from nanoinfra.dist.threads import use_threads
-from nanoinfra.formulas.params import parameters, shapes
-from nanoinfra.formulas.shape import sized
-from nanoinfra.model.fill import Weights, empty
+from nanoinfra.config import sized
+from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.mesh import Mesh, world_size
+from nanoinfra.formulas.parameters import parameters, shapes
 from nanoinfra.model.init import draw
-from nanoinfra.parallel.compose import serving
-from nanoinfra.serve.blocks import Blocks
-from nanoinfra.serve.paged import PagedKV
-from nanoinfra.serve.scheduler import Scheduler, Sequence
+from nanoinfra.model.weights.fill_model import Weights, empty
+from nanoinfra.parallel.parallelize import serving
+from nanoinfra.serve.engine.block_pool import Blocks
+from nanoinfra.serve.engine.paged_attention import PagedKV
+from nanoinfra.serve.engine.scheduler import Scheduler, Sequence
 from nanoinfra.train.pretrained import open_pretrained
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

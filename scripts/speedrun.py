@@ -16,8 +16,8 @@ from torch import nn
 
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.data.loader import HeldOut, Loader
-from nanoinfra.data.source import IGNORE, pack
-from nanoinfra.data.tokenizer import tokenizer_for
+from nanoinfra.data.sample_order import IGNORE, pack
+from nanoinfra.data.train_tokenizer import tokenizer_for
 from nanoinfra.train.loss import cross_entropy
 
 V, C, H, T, B = 1024, 128, 2, 512, 4

@@ -15,17 +15,17 @@ import os
 import torch
 import torch.distributed as dist
 
-from nanoinfra.data.source import IGNORE, Random
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh, world_size
-from nanoinfra.dist.threads import use_threads
-from nanoinfra.formulas.shape import SIZES
+from nanoinfra.config import SIZES
+from nanoinfra.data.sample_order import IGNORE, Random
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.data import DataParallel
-from nanoinfra.parallel.sequence import Cut
-from nanoinfra.parallel.tensor import RowLinear, Whole, cut
-from nanoinfra.parallel.vocabulary import VocabEmbedding, cross_entropy
+from nanoinfra.parallel.data_parallel import DataParallel
+from nanoinfra.parallel.sequence_parallel import Cut
+from nanoinfra.parallel.tensor_parallel import RowLinear, Whole, cut
+from nanoinfra.parallel.vocab_parallel import VocabEmbedding, cross_entropy
 
 
 def samples(step, per_step, vocab, T, seed=0):

@@ -14,19 +14,19 @@ import os
 import torch
 import torch.distributed as dist
 
-from nanoinfra.data.source import IGNORE, Random
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh, world_size
-from nanoinfra.dist.threads import use_threads
+from nanoinfra.config import SIZES
+from nanoinfra.data.sample_order import IGNORE, Random
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.pipeline import split
-from nanoinfra.formulas.shape import SIZES
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel import pipeline
-from nanoinfra.parallel.data import DataParallel
-from nanoinfra.parallel.megatron import TensorParallel
-from nanoinfra.parallel.schedules import schedule
-from nanoinfra.parallel.vocabulary import HeadLoss
+from nanoinfra.parallel.data_parallel import DataParallel
+from nanoinfra.parallel.pipeline import stage as pipeline
+from nanoinfra.parallel.pipeline.schedules import schedule
+from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
+from nanoinfra.parallel.vocab_parallel import HeadLoss
 from nanoinfra.train.step import execute
 
 LR, DECAY = 3e-3, 0.1                        # matrices decay, vectors do not

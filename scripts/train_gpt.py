@@ -14,19 +14,19 @@ import time
 import torch
 import torch.distributed as dist
 
+from nanoinfra.config import SIZES, sized
 from nanoinfra.data.loader import HeldOut, Loader
-from nanoinfra.data.source import open_source
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.threads import use_threads
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import SIZES, sized
+from nanoinfra.data.sample_order import open_source
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.data import DataParallel
+from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.serve.generate import generate
 from nanoinfra.train.loss import count_valid, cross_entropy
-from nanoinfra.train.optim import clip
+from nanoinfra.train.optimizer import clip
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default="stdlib", help="stdlib, random, a text file or a folder")

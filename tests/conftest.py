@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-from nanoinfra.dist.ranks import shared
+from nanoinfra.distributed.pool.ranks import shared
 from tests import cpu_seconds, leftovers, timed
 
 hypothesis.settings.register_profile("patient", deadline=None,     # a slow machine is no fault

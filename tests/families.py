@@ -1,5 +1,5 @@
 """Each kind of decoder once: families that are made of the same parts are one kind."""
-from nanoinfra.formulas.shape import FAMILIES, RopeScaling
+from nanoinfra.config import FAMILIES, RopeScaling
 
 KINDS = tuple({parts: name for name, parts in reversed(FAMILIES.items())}.values())[::-1]
 VARIANTS = {                                 # what a configuration may change, of the family named

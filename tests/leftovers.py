@@ -12,11 +12,11 @@ from multiprocessing import forkserver, resource_tracker
 
 import pytest
 
-from nanoinfra.dist.ranks import Ranks, shared
+from nanoinfra.distributed.pool.ranks import Ranks, shared
 from tests.processes import MARK, alive, command, end, gone, marked, parent, running
 
 ENDING = 2.0                                 # CPU seconds that a process may take to end
-LAZY = "nanoinfra.serve.templates"           # a module's server starts it with the first chat
+LAZY = "nanoinfra.serve.server.openai.chat_templates"  # a module's server starts it with the first chat
 
 
 @pytest.fixture(scope="module", autouse=True)

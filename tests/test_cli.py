@@ -11,9 +11,10 @@ from statistics import median
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.train import checkpoint, manifest, metrics
+from nanoinfra.config import ModelConfig
+from nanoinfra.formulas.parameters import parameters
+from nanoinfra.train import metrics
+from nanoinfra.train.checkpoint import checkpoint, manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-batch", "2", "--threads", "1"]

@@ -10,16 +10,18 @@ import nanoinfra
 
 HOUSE = Path(nanoinfra.__file__).parent
 ROOT = HOUSE.parent
-FLOORS = [{"formulas", "kernels"}, {"dist"}, {"model", "data"}, {"memory"}, {"parallel"}, {"train", "serve"},
+FLOORS = [{"config"}, {"formulas", "kernels"}, {"distributed"}, {"model", "data"}, {"memory"}, {"parallel"},
+          {"train", "serve"},
           {"tune"}, {"plan"}, {"lab"}, {"commands"}, {"cli"}]
 BEFORE = {room: set().union(*FLOORS[:i]) for i, floor in enumerate(FLOORS) for room in floor}
-BEFORE["model"] -= {"dist"}                  # the model knows nothing of ranks
+BEFORE["model"] -= {"distributed"}                  # the model knows nothing of ranks
 BEFORE["model"] |= {"data"}                  # whose tokenizers a run's folder has
 BEFORE["serve"] |= {"train"}                 # whose checkpoints it opens
 SETUP = {"HashStore", "PrefixStore", "ReduceOp", "Store", "TCPStore", "device_mesh", "destroy_process_group",
          "elastic", "get_backend", "get_rank", "get_world_size", "group", "init_process_group",
          "is_initialized", "new_subgroups_by_enumeration", "rendezvous", "run"}
-DOOR = {"dist/comm.py": {"all_reduce", "all_gather_single", "all_gather_into_tensor", "reduce_scatter_single",
+DOOR = {"distributed/comm.py": {"all_reduce", "all_gather_single", "all_gather_into_tensor",
+                                "reduce_scatter_single",
                          "reduce_scatter_tensor", "all_to_all_single", "broadcast", "isend", "irecv"}}
 FILES = sorted(HOUSE.rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 LESSON_FILES = sorted((ROOT / "lessons").glob("*/*.py"))
@@ -63,9 +65,9 @@ def wire_calls(tree):
 
 def test_the_rules_catch_offenders():
     bad = ast.parse("def f():\n    from nanoinfra.train import step\nimport lessons.l08_zero.checks\n"
-                    "import kernels.adam\nfrom nanoinfra import dist")
-    assert wrong_imports("dist", bad) == {"train", "kernels", "lessons"}
-    assert wrong_imports("model", bad) == {"train", "kernels", "lessons", "dist"}
+                    "import kernels.adam\nfrom nanoinfra import distributed")
+    assert wrong_imports("distributed", bad) == {"train", "kernels", "lessons"}
+    assert wrong_imports("model", bad) == {"train", "kernels", "lessons", "distributed"}
     for text in ("import torch.distributed as d\nd.all_reduce(x)", "from torch.distributed import all_reduce",
                  "import torch\ntorch.distributed.all_reduce(x)",
                  "from torch import distributed as d\nd.all_reduce"):
@@ -98,11 +100,13 @@ def test_a_lesson_imports_the_library_and_its_own_folder_alone(path):
 
 
 def test_the_root_holds_the_command_line_and_the_kernels_alone():
-    assert {p.name for p in HOUSE.glob("*.py")} <= {"__init__.py", "cli.py", "commands.py", "kernels.py"}
+    assert {p.name for p in HOUSE.glob("*.py")} <= {"__init__.py", "cli.py", "commands.py", "config.py",
+                                                    "kernels.py"}
 
 
 def test_formulas_work_without_torch():
-    modules = [f"nanoinfra.formulas.{path.stem}" for path in (HOUSE / "formulas").glob("[!_]*.py")]
+    files = (HOUSE / "formulas").glob("[!_]*.py")
+    modules = ["nanoinfra.config", *(f"nanoinfra.formulas.{path.stem}" for path in files)]
     code = f"import sys; sys.modules['torch'] = None; import {', '.join(modules)}"
     command = [sys.executable, "-W", "error", "-c", code]
     got = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

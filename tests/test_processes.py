@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanoinfra.dist.ranks import Ranks
+from nanoinfra.distributed.pool.ranks import Ranks
 from tests import cpu_seconds, processes, timed
 from tests.leftovers import nothing_stays
 from tests.processes import MARK, alive, children, gone, marked, started, until

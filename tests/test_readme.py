@@ -2,8 +2,8 @@
 import re
 from pathlib import Path
 
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import SIZES
+from nanoinfra.config import SIZES
+from nanoinfra.formulas.parameters import parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -17,7 +17,7 @@ def test_links_lead_to_files():
 
 
 def test_line_counts_are_those_of_the_files():
-    rows = re.findall(r"\]\((nanoinfra/[^)]+)\) \| (\d+) \|", TEXT)
+    rows = re.findall(r"\]\(((?:nanoinfra|kernels)/[^)]+)\) \| (\d+) \|", TEXT)
     assert len(rows) >= 7
     for path, lines in rows:
         files = sorted((ROOT / path).glob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nanoinfra.dist.ranks import RanksError
+from nanoinfra.distributed.pool.ranks import RanksError
 
 TRIES = 4
 PAUSE = 1.0                                  # seconds between two, so that a burst may pass

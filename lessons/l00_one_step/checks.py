@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.config import ModelConfig, sized
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.model.decoder import Decoder
 

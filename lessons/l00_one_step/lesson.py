@@ -28,8 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lessons.l00_one_step import checks as check
-from nanoinfra.formulas import flops, params
-from nanoinfra.formulas.shape import SIZES, ModelConfig, sized
+from nanoinfra.config import SIZES, ModelConfig, sized
+from nanoinfra.formulas import flops
+from nanoinfra.formulas import parameters as params
 from nanoinfra.lab import draw
 from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
@@ -39,7 +40,7 @@ from nanoinfra.lab.predict import predict
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.train.loss import cross_entropy
-from nanoinfra.train.optim import Optimizer
+from nanoinfra.train.optimizer import Optimizer
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 BATCHES = {"test": (8, 64), "nano": (2, 128)} | ({} if FAST else {"nano": (4, 256), "micro": (2, 512)})

@@ -6,14 +6,14 @@ import torch
 
 from lessons.l01_memory import cases
 from lessons.l01_memory.cases import BETAS, EPS, SHAPES
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.compare_tensors import assert_same_tensor
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.train.loss import cross_entropy
-from nanoinfra.train.scale import LossScale
+from nanoinfra.train.loss_scale import LossScale
 
 PREDICTIONS = {"L01.states": "B", "L01.layer_float32": "B", "L01.layer_bfloat16": "B",
                "L01.skipped": "steps"}

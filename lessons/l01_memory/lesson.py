@@ -28,10 +28,10 @@ import torch
 from lessons.l01_memory import checks as check
 from lessons.l01_memory.figures import against_float16, during, losses, over_step, stacked
 from lessons.l01_memory.text_batches import batch
+from nanoinfra.config import ModelConfig, sized
 from nanoinfra.formulas.activations import activation_bytes
-from nanoinfra.formulas.memory import state_bytes
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.formulas.model_states import state_bytes
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
@@ -41,8 +41,8 @@ from nanoinfra.lab.predict import predict
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.train.loss import cross_entropy
-from nanoinfra.train.optim import Optimizer
-from nanoinfra.train.scale import LossScale
+from nanoinfra.train.loss_scale import LossScale
+from nanoinfra.train.optimizer import Optimizer
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 V, C, L, H, T, MEMORY = (512, 128, 2, 4, 64, 16e6) if FAST else (2048, 256, 4, 8, 256, 112e6)

@@ -2,9 +2,9 @@
 import torch
 
 from lessons.l02_ring_all_reduce.cases import counts, label, words
-from nanoinfra.dist.crew import RanksError
-from nanoinfra.dist.mesh import Mesh, world_size
-from nanoinfra.formulas.wire import ring_bytes, ring_steps
+from nanoinfra.distributed.mesh import Mesh, world_size
+from nanoinfra.distributed.pool.rank_processes import RanksError
+from nanoinfra.formulas.collectives import ring_bytes, ring_steps
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.compare_tensors import assert_same_tensor
 

@@ -29,10 +29,10 @@ import torch
 
 from lessons.l02_ring_all_reduce import checks as check
 from lessons.l02_ring_all_reduce.figures import ring, timeline
-from nanoinfra.dist import comm, rings
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
-from nanoinfra.formulas.wire import ring_seconds, tree_seconds
+from nanoinfra.distributed import comm, rings
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.formulas.collectives import ring_seconds, tree_seconds
 from nanoinfra.lab import draw
 from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
@@ -138,7 +138,7 @@ predict("L02.seconds", 2 * (N - 1) * (ALPHA + S / N / BETA), "s")
 
 # %% [markdown]
 # ## 3. Build
-# You get one primitive: `exchange(x, axis)` from `dist/comm.py` gives `x` to the right neighbour and
+# You get one primitive: `exchange(x, axis)` from `distributed/comm.py` gives `x` to the right neighbour and
 # returns what the left neighbour gave, a tensor of the same shape. All ranks call it together.
 # `axis.rank` is your place, `axis.size` is N.
 #
@@ -169,7 +169,7 @@ ring(summed, sent=[(rank - 2) % 4 for rank in range(4)], title="after step 1 of 
 
 # %% nbgrader={"grade_id": "reduce_scatter", "solution": true}
 # %%exercise L02
-from nanoinfra.dist.comm import exchange
+from nanoinfra.distributed.comm import exchange
 
 
 def ring_reduce_scatter(x, axis):
@@ -255,7 +255,7 @@ timeline([ledger for _, ledger in results], "one ring all-reduce in each rank's 
 # %% [markdown]
 # **Is the ring always best?** It sends few bytes but many messages. A binomial tree sends 2·log₂N
 # messages one after another, each the whole tensor: 2·log₂N·(α + S/β) seconds (`tree_seconds` in
-# `formulas/wire.py`). Small tensors pay for messages, large ones for bytes, so somewhere the curves
+# `formulas/collectives.py`). Small tensors pay for messages, large ones for bytes, so somewhere the curves
 # cross. With 4 ranks the tree and the plain way need the same time: 2·log₂4 = 4.
 
 # %%

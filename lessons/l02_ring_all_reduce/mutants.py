@@ -2,8 +2,8 @@
 import torch
 
 from lessons.l02_ring_all_reduce import checks as check
-from nanoinfra.dist import comm
-from nanoinfra.dist.rings import ring_all_gather, ring_all_reduce
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.rings import ring_all_gather, ring_all_reduce
 from nanoinfra.lab.mutants import Mutant, patched
 
 
@@ -103,8 +103,8 @@ def exchange_in_halves(x, axis, tag=""):
     return torch.cat([comm.exchange(half, axis, tag) for half in x.tensor_split(2)])
 
 
-two_messages_a_chunk = patched(ring_all_reduce, "nanoinfra.dist.rings:exchange", exchange_in_halves)
-scatters_all_rows = patched(ring_all_reduce, "nanoinfra.dist.rings:ring_reduce_scatter", sends_every_row)
+two_messages_a_chunk = patched(ring_all_reduce, "nanoinfra.distributed.rings:exchange", exchange_in_halves)
+scatters_all_rows = patched(ring_all_reduce, "nanoinfra.distributed.rings:ring_reduce_scatter", sends_every_row)
 
 MINE, ONLY, SHARE = (criterion.name for criterion in check.ring_reduce_scatter.criteria)
 SUM, PLACE, BITS, ONLY_TOO, BYTES = (criterion.name for criterion in check.ring_all_reduce.criteria)

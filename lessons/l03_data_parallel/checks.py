@@ -5,14 +5,14 @@ import time
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist.mesh import Mesh, world_size
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
+from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.compare_tensors import assert_same_tensor
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.data import pack
+from nanoinfra.parallel.data_parallel import pack
 
 PREDICTIONS = {"L03.calls_each": "calls", "L03.calls_buckets": "calls", "L03.bytes": "B",
                "L03.wait_each": "s", "L03.wait_buckets": "s", "L03.wait_overlap": "s"}

@@ -26,12 +26,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lessons.l03_data_parallel import checks as check
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
-from nanoinfra.formulas.params import block_shapes
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.parameters import block_shapes
 from nanoinfra.lab import draw
 from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
@@ -41,8 +41,8 @@ from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.clock import Task, replay
-from nanoinfra.parallel.data import DataParallel
+from nanoinfra.parallel.data_parallel import DataParallel
+from nanoinfra.parallel.pipeline.simulator import Task, replay
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 N, L, REPEATS = (4, 3, 1) if FAST else (4, 4, 3)      # ranks, layers, and trials to take the median of
@@ -166,8 +166,8 @@ predict("L03.wait_overlap", latency + transfer, "s")
 # %%exercise L03
 import torch.nn.functional as F
 
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist.comm import all_reduce
+from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.distributed.comm import all_reduce
 
 
 def summed_gradients(model, batches, axis):
@@ -201,7 +201,7 @@ check.summed_gradients(summed_gradients)
 
 # %% nbgrader={"grade_id": "overlapped", "solution": true}
 # %%exercise L03
-from nanoinfra.parallel.data import pack
+from nanoinfra.parallel.data_parallel import pack
 from nanoinfra.train.loss import count_valid
 
 

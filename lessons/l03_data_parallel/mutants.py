@@ -3,10 +3,10 @@ import torch
 import torch.nn.functional as F
 
 from lessons.l03_data_parallel import checks as check
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist import comm
+from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.distributed import comm
 from nanoinfra.lab.mutants import Mutant
-from nanoinfra.parallel.data import pack
+from nanoinfra.parallel.data_parallel import pack
 from nanoinfra.train.loss import count_valid
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.compare_tensors import assert_same_tensor
 from nanoinfra.lab.instruments.saved_activations import SavedActivations

@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lessons.l04_recompute import checks as check
 from lessons.l04_recompute.figures import each
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab import draw
 from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable

@@ -6,15 +6,15 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.config import ModelConfig
+from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.pipeline import split
-from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.pipeline import cut
-from nanoinfra.parallel.schedules import ORDERS
+from nanoinfra.parallel.pipeline.schedules import ORDERS
+from nanoinfra.parallel.pipeline.stage import cut
 
 CONFIG = ModelConfig(vocab=61, width=12, layers=4, heads=2, kv_heads=1, head_dim=6, hidden=20, context=16,
                      tied=False)

@@ -3,12 +3,12 @@ import functools
 
 from lessons.l06_pipeline import cases
 from lessons.l06_pipeline.measurements import scheduled
-from nanoinfra.dist.ranks import RanksError
+from nanoinfra.distributed.pool.ranks import RanksError
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.compare_tensors import assert_same_tensor
-from nanoinfra.parallel.clock import in_flight, simulate
-from nanoinfra.parallel.schedules import Backward, BackwardInput, BackwardWeight, Forward
+from nanoinfra.parallel.pipeline.schedules import Backward, BackwardInput, BackwardWeight, Forward
+from nanoinfra.parallel.pipeline.simulator import in_flight, simulate
 
 PREDICTIONS = {**{f"L06.idle_{what}": "slots" for what in ("1f1b", "interleaved", "zb", "zb_wide")},
                **{f"L06.{what}": "B" for what in ("held_gpipe", "held_1f1b", "sent_1f1b",

@@ -1,13 +1,13 @@
 """Who did what when: a row a stage, a box a computation with its micro-batch's number in it.
 
-Drawn from the clock's spans (parallel/clock.py) or from a run's: `measured` takes what train/step.execute
+Drawn from the clock's spans (parallel/pipeline/simulator.py) or from a run's: `measured` takes what train/step.execute
 returned on each rank, less the time it stood waiting for messages. So the two can be compared.
 """
 from collections.abc import Sequence
 
 from nanoinfra.lab import draw
-from nanoinfra.parallel.clock import Timeline
-from nanoinfra.parallel.schedules import Backward, BackwardInput, BackwardWeight, Forward
+from nanoinfra.parallel.pipeline.schedules import Backward, BackwardInput, BackwardWeight, Forward
+from nanoinfra.parallel.pipeline.simulator import Timeline
 
 COLOURS = {Forward: draw.BLUE, Backward: draw.ORANGE, BackwardInput: draw.PINK, BackwardWeight: draw.GREEN}
 NAMES = {Forward: "forward", Backward: "backward", BackwardInput: "backward to the input",

@@ -5,7 +5,7 @@
 
 Two runs of each schedule. First the ranks rehearse it: stages sleep for slots of time, each message carries
 the slot in which it left, and so idle slots are counted by what was really sent, beside the seconds. Then
-the trainer's own stage (train/replica.py) takes a few steps in bfloat16: a GPT-2 of 16 layers, equal chunks
+the trainer's own stage (train/train_stage.py) takes a few steps in bfloat16: a GPT-2 of 16 layers, equal chunks
 for 2 to 16 of them. Bytes that layers keep are counted by autograd's own hooks, over those of one
 micro-batch: so many micro-batches are held. On one rank every schedule but GPipe is plain accumulation.
 """
@@ -17,14 +17,21 @@ from unittest import mock
 import torch
 
 from lessons.l06_pipeline.measurements import rehearse, scheduled, train
-from nanoinfra.dist import comm
+from nanoinfra.config import sized
+from nanoinfra.distributed import comm
 from nanoinfra.formulas import pipeline as formulas
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import sized
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, median_of_times
 from nanoinfra.lab.predict import format_quantity
-from nanoinfra.parallel.schedules import Backward, BackwardInput, BackwardWeight, gpipe, one_f_one_b, schedule
+from nanoinfra.parallel.pipeline.schedules import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    gpipe,
+    one_f_one_b,
+    schedule,
+)
 
 KINDS = {"gpipe": ("gpipe", 1), "1f1b": ("1f1b", 1), "inter": ("interleaved", 2), "zb": ("zb-h1", 1)}
 UNITS = {"idle": "slots", "held": "micros", "sent": "B"}
@@ -119,7 +126,7 @@ def trained(mesh, config, kind, broken):
     name, v = used(kind, n)
     if broken == "padded-messages":
         wire = SimpleNamespace(send=send_padded, recv=recv_padded)
-        mistake = mock.patch("nanoinfra.parallel.pipeline.comm", wire)
+        mistake = mock.patch("nanoinfra.parallel.pipeline.stage.comm", wire)
     with mistake:
         todo = lists(kind, n, broken)
         return train(config, name, n, v, batches, "bfloat16", mesh.device, todo, REPEATS)

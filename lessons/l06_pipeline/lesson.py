@@ -26,22 +26,22 @@ import torch
 from lessons.l06_pipeline import checks as check
 from lessons.l06_pipeline.figures import gantt, measured
 from lessons.l06_pipeline.measurements import rehearse, scheduled, train
-from nanoinfra.dist.ranks import Ranks
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.distributed.pool.ranks import Ranks
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.activations import activation_terms
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab import draw
 from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
-from nanoinfra.parallel import schedules
-from nanoinfra.parallel.clock import Timeline, simulate
-from nanoinfra.parallel.halves import Halves
-from nanoinfra.parallel.pipeline import PipelineStage
-from nanoinfra.parallel.schedules import schedule
+from nanoinfra.parallel.pipeline import schedules
+from nanoinfra.parallel.pipeline.schedules import schedule
+from nanoinfra.parallel.pipeline.simulator import Timeline, simulate
+from nanoinfra.parallel.pipeline.split_backward import Halves
+from nanoinfra.parallel.pipeline.stage import PipelineStage
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 P, M, V = 4, 8, 2                            # stages, micro-batches, chunks a stage of the interleaved
@@ -144,7 +144,7 @@ gantt({"GPipe": simulate(schedule("gpipe", P, M), *EVEN), "1F1B": simulate(sched
 
 # %% nbgrader={"grade_id": "one_f_one_b", "solution": true}
 # %%exercise L06
-from nanoinfra.parallel.schedules import Backward, BackwardInput, BackwardWeight, Forward
+from nanoinfra.parallel.pipeline.schedules import Backward, BackwardInput, BackwardWeight, Forward
 
 
 def one_f_one_b(p, r, m):
@@ -211,7 +211,7 @@ check.zero_bubble(zero_bubble)
 
 # %% nbgrader={"grade_id": "run_stage", "solution": true}
 # %%exercise L06
-from nanoinfra.dist.comm import recv, send
+from nanoinfra.distributed.comm import recv, send
 
 
 def run_stage(order, stage, axis):

@@ -10,14 +10,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh, world_size
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.lab.instruments.saved_activations import SavedActivations
-from nanoinfra.parallel import tensor
-from nanoinfra.parallel.clock import chunks
-from nanoinfra.parallel.pipeline import PipelineStage
-from nanoinfra.parallel.schedules import (
+from nanoinfra.parallel import tensor_parallel
+from nanoinfra.parallel.pipeline.schedules import (
     Backward,
     BackwardInput,
     BackwardWeight,
@@ -27,9 +25,11 @@ from nanoinfra.parallel.schedules import (
     mark_last,
     with_messages,
 )
+from nanoinfra.parallel.pipeline.simulator import chunks
+from nanoinfra.parallel.pipeline.stage import PipelineStage
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
-from nanoinfra.train.replica import Replica
 from nanoinfra.train.step import execute
+from nanoinfra.train.train_stage import Replica
 
 
 def scheduled(order: Callable, p: int, m: int) -> list[list]:
@@ -152,7 +152,7 @@ class _Sleep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (stage, micro, chunk), (into, weights, *_) = ctx.of, tensor.needed(ctx)
+        (stage, micro, chunk), (into, weights, *_) = ctx.of, tensor_parallel.needed(ctx)
         kind = Backward if into and weights else BackwardInput if into else BackwardWeight
         came = 0.0 if (stage.axis.rank, chunk) == stage.last else grad.item()
         slots = stage.times[1] * into + stage.times[2] * weights

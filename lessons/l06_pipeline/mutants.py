@@ -4,9 +4,9 @@ from functools import partial
 import torch
 
 from lessons.l06_pipeline import checks as check
-from nanoinfra.dist import comm
+from nanoinfra.distributed import comm
 from nanoinfra.lab.mutants import Mutant
-from nanoinfra.parallel.schedules import Backward, BackwardInput, BackwardWeight, Forward
+from nanoinfra.parallel.pipeline.schedules import Backward, BackwardInput, BackwardWeight, Forward
 
 
 def turns(p, r, m, ahead=lambda p, r, m: min(m, p - 1 - r), late=False,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.distributed.mesh import Mesh, world_size
 
 B, T, C, HIDDEN, VOCAB, ROWS = 2, 3, 7, 12, 11, 6            # C > D/t; a vocabulary that no number divides
 NAMES = ("up", "up_bias", "down", "down_bias")

@@ -6,9 +6,9 @@ import torch
 
 from lessons.l07_tensor_parallel import cases
 from lessons.l07_tensor_parallel.cases import CUT, HIDDEN, NAMES, ROWS, VOCAB, B, C, T
-from nanoinfra.dist.ledger import Ledger
-from nanoinfra.dist.mesh import Axis
-from nanoinfra.dist.ranks import RanksError
+from nanoinfra.distributed.ledger import Ledger
+from nanoinfra.distributed.mesh import Axis
+from nanoinfra.distributed.pool.ranks import RanksError
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.compare_tensors import assert_same_tensor
 

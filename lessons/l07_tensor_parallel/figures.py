@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 import torch
 from matplotlib.patches import Rectangle
 
-from nanoinfra.dist import comm
-from nanoinfra.dist.ledger import Row
-from nanoinfra.dist.mesh import Mesh, world_size
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.ledger import Row
+from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.lab import draw
 from nanoinfra.lab.instruments.emulated_compute import emulate_compute_time
 from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.megatron import TensorParallel
-from nanoinfra.parallel.vocabulary import HeadLoss
+from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
+from nanoinfra.parallel.vocab_parallel import HeadLoss
 
 STREAM = ("embed", "g", "positions", "norm1", "f", "q", "k", "v", "softmax", "o", "g", "o.bias", "norm2", "f",
           "up", "GELU", "down", "g", "down.bias", "norm", "f", "head")       # in the order tokens meet them

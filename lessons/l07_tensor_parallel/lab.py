@@ -4,7 +4,7 @@
     make lab L=07 N=4 BREAK=norms-apart        the same with a mistake in it
 
 A GPT-2 with 8 heads, cut over all N ranks, in bfloat16 with float32 masters. The trainer's own stage
-(train/replica.py) takes a few steps of one micro-batch in each mode: "none", without sequence parallelism;
+(train/train_stage.py) takes a few steps of one micro-batch in each mode: "none", without sequence parallelism;
 "keep" and "gather", with it, what is gathered being kept for backward or gathered again. Collectives are
 counted by tag, what a layer leaves for backward by autograd's own hooks; both exactly. Steps are then timed
 on the wire that is there and on two emulated ones: an H100's NVLink, 450 GB/s a direction, and its share of
@@ -18,24 +18,24 @@ from unittest import mock
 
 import torch
 
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh
+from nanoinfra.config import sized
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.activations import activation_terms
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import sized
-from nanoinfra.formulas.tensor import layer_calls, tensor_sent
-from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.parameters import parameters
+from nanoinfra.formulas.tensor_parallel import layer_calls, tensor_sent
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.lab.measure import counted, median_of_times
 from nanoinfra.lab.predict import format_quantity
-from nanoinfra.parallel.megatron import TensorParallel
-from nanoinfra.parallel.schedules import accumulate
-from nanoinfra.parallel.tensor import Whole
+from nanoinfra.parallel.pipeline.schedules import accumulate
+from nanoinfra.parallel.tensor_parallel import Whole
+from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.loss import count_valid
-from nanoinfra.train.replica import Replica
 from nanoinfra.train.step import execute
+from nanoinfra.train.train_stage import Replica
 
 MODES = {"none": {}, "keep": {"sp": True, "sp_keep": True}, "gather": {"sp": True}}
 WIRES = {"real": {}, "node": {"tp": (20e-6, 112.5e6)}, "net": {"tp": (20e-6, 12.5e6)}}      # s, bytes/s

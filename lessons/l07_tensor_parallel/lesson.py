@@ -23,13 +23,13 @@ import os
 
 from lessons.l07_tensor_parallel import checks as check
 from lessons.l07_tensor_parallel.figures import cliff, cut_map, kept_bars, paced, step_of
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
 from nanoinfra.formulas.activations import activation_bytes
-from nanoinfra.formulas.params import parameters, shapes
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.tensor import tensor_sent
-from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.parameters import parameters, shapes
+from nanoinfra.formulas.tensor_parallel import tensor_sent
 from nanoinfra.lab import predict as book
 from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
@@ -37,8 +37,8 @@ from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.parallel import sequence, tensor
-from nanoinfra.parallel.megatron import TensorParallel
+from nanoinfra.parallel import sequence_parallel, tensor_parallel
+from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 N, B, T, C, L, H, V = 4, 2, 16, 48, 2, 4, 253
@@ -146,7 +146,7 @@ cut_map(world.run(cuts), shapes(CONFIG))
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.dist.comm import all_reduce
+from nanoinfra.distributed.comm import all_reduce
 
 
 def share(up, up_bias, down, down_bias, axis):
@@ -239,12 +239,12 @@ check.vocab_loss(vocab_loss)
 # is on its way? In `Cut`, what does the last rank do where t does not divide T?
 
 # %%
-for it in (tensor.RowLinear, tensor._Leave, tensor._Read, tensor.Whole, sequence.Cut, TensorParallel.finish):
+for it in (tensor_parallel.RowLinear, tensor_parallel._Leave, tensor_parallel._Read, tensor_parallel.Whole, sequence_parallel.Cut, TensorParallel.finish):
     print(inspect.getsource(it))
 
 # %% [markdown]
 # ## 5. Measure, compare, explain
-# A step of the real decoder, by the ledger, against `formulas/tensor.py`. Of GPT-2's biases, norms and
+# A step of the real decoder, by the ledger, against `formulas/tensor_parallel.py`. Of GPT-2's biases, norms and
 # position embeddings, what must ranks sum once a step with SP ("tp grads"), and why not without?
 
 # %%

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lessons.l07_tensor_parallel import checks as check
-from nanoinfra.dist import comm
+from nanoinfra.distributed import comm
 from nanoinfra.lab.mutants import Mutant
 
 

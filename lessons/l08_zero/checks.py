@@ -6,7 +6,7 @@ import torch
 
 from lessons.l08_zero import cases
 from lessons.l08_zero.cases import MICRO_BATCHES, SHAPES, STEPS
-from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks, scale_timeout_by_load
 from nanoinfra.lab.compare_tensors import assert_same_tensor
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes

@@ -3,7 +3,7 @@
     make lab L=08 N=4                          stages 0, 1, 2, 3 on four ranks
     make lab L=08 N=4 BREAK=never-freed        the same with a mistake in it
 
-The trainer's own stage (train/replica.py) takes a few steps of two micro-batches at each stage of ZeRO, in
+The trainer's own stage (train/train_stage.py) takes a few steps of two micro-batches at each stage of ZeRO, in
 mixed precision as in the paper: weights and gradients in bfloat16, masters and moments in float32. Bytes held
 are counted between the micro-batches and before the optimizer steps, the larger of both; gradients and
 weights that are on their way, and the unit at work, come on top (formulas/zero.py bounds them).
@@ -13,19 +13,19 @@ from unittest import mock
 
 import torch
 
-from nanoinfra.dist import comm
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import sized
+from nanoinfra.config import sized
+from nanoinfra.distributed import comm
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.formulas.zero import zero_bytes, zero_payload
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, median_of_times
 from nanoinfra.lab.predict import format_quantity
-from nanoinfra.parallel.schedules import Backward, ReduceGrads, accumulate
+from nanoinfra.parallel.pipeline.schedules import Backward, ReduceGrads, accumulate
 from nanoinfra.parallel.zero import Unit
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.loss import count_valid
-from nanoinfra.train.replica import Replica
 from nanoinfra.train.step import execute
+from nanoinfra.train.train_stage import Replica
 
 STAGES = (0, 1, 2, 3)
 PREDICTIONS = {f"L08.lab_{what}_{stage}": "B" for what in ("held", "sent") for stage in STAGES}

@@ -26,12 +26,12 @@ import torch
 from lessons.l08_zero import checks as check
 from lessons.l08_zero.figures import held_bars, shard_map, stack_timeline
 from lessons.l08_zero.measurements import KINDS, exposed, held_and_sent, stack_step
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
-from nanoinfra.formulas.memory import state_bytes
-from nanoinfra.formulas.params import parameters, shapes
-from nanoinfra.formulas.shape import ModelConfig, sized
-from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.model_states import state_bytes
+from nanoinfra.formulas.parameters import parameters, shapes
 from nanoinfra.formulas.zero import padded
 from nanoinfra.lab import predict as book
 from nanoinfra.lab.compare import compare_predictions
@@ -144,7 +144,7 @@ shard_map(world.run(cuts), {name: shapes(CONFIG)[name] for name in first})
 # %%exercise L08
 from math import ceil
 
-from nanoinfra.dist.comm import all_gather, reduce_scatter
+from nanoinfra.distributed.comm import all_gather, reduce_scatter
 
 
 def zero1_step(params, grads, axis, state, make):

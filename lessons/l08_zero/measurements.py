@@ -10,18 +10,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh, world_size
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.lab.instruments.emulated_compute import emulate_compute_time
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.lab.measure import Measurement, median_of_times
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.parallel.compose import units
-from nanoinfra.parallel.data import DataParallel
-from nanoinfra.parallel.vocabulary import HeadLoss
+from nanoinfra.parallel.data_parallel import DataParallel
+from nanoinfra.parallel.parallelize import units
+from nanoinfra.parallel.vocab_parallel import HeadLoss
 from nanoinfra.parallel.zero import Zero
-from nanoinfra.train.optim import Optimizer
+from nanoinfra.train.optimizer import Optimizer
 
 KINDS = ("weights", "gradients", "masters", "moments")
 

@@ -5,7 +5,7 @@ import torch
 
 from lessons.l08_zero import checks as check
 from lessons.l08_zero.cases import cut
-from nanoinfra.dist import comm
+from nanoinfra.distributed import comm
 from nanoinfra.lab.mutants import Mutant
 
 

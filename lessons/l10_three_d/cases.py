@@ -9,11 +9,11 @@ from zlib import crc32
 
 import torch
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.params import shapes
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.pipeline import split
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.tensor import boxes
+from nanoinfra.formulas.tensor_parallel import boxes
 
 CONFIG = ModelConfig(vocab=12, width=8, layers=4, heads=4, kv_heads=4, head_dim=2, hidden=12, context=8)
 MICRO_BATCHES, TIED = 3, "embed.weight"

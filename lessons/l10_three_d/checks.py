@@ -6,8 +6,8 @@ import torch
 
 from lessons.l10_three_d import cases
 from lessons.l10_three_d.cases import MESHES, TIED
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import RanksError
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import RanksError
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.compare_tensors import assert_same_tensor
 

@@ -7,12 +7,12 @@ train/tr11-176B-ml/chronicles-prequel.md).
 """
 from math import ceil
 
+from nanoinfra.config import ModelConfig
+from nanoinfra.formulas.collectives import ring_bytes
 from nanoinfra.formulas.flops import train_flops
-from nanoinfra.formulas.params import parameters
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.formulas.pipeline import bubble
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.three_d import sent
-from nanoinfra.formulas.wire import ring_bytes
+from nanoinfra.formulas.traffic_by_axis import sent
 from nanoinfra.lab.display_table import DisplayTable
 
 GPT3 = ModelConfig(51200, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2")

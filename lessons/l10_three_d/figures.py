@@ -1,6 +1,6 @@
 """Three dimensions, run and drawn: what the trainer's own step sends on each axis, and where its axes lie.
 
-`step_of` and `paced` run inside each rank, on the real stage of the trainer (train/replica.py); what they
+`step_of` and `paced` run inside each rank, on the real stage of the trainer (train/train_stage.py); what they
 return is compared with one rank's by `largest_error`, the design's measure of parity. The pictures are of
 coordinates and of counted bytes; an axis is as wide as what it carries. Predicted is a line.
 """
@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from math import prod
 
-from nanoinfra.dist import comm
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed import comm
 from nanoinfra.lab import draw
 from nanoinfra.lab.instruments.emulated_compute import emulate_compute_time
 from nanoinfra.lab.instruments.gradient_parity import count_valid_targets, make_mesh, make_stage_and_batches
 from nanoinfra.lab.predict import format_quantity
-from nanoinfra.parallel.schedules import ReduceGrads
+from nanoinfra.parallel.pipeline.schedules import ReduceGrads
 from nanoinfra.train.config import TrainFlags
 from nanoinfra.train.step import execute
 

@@ -4,7 +4,7 @@
     make lab L=10 N=4 BREAK=one-end            the same with a mistake in it
 
 A LLaMA of 8 layers and 8 heads in float64, so that a wrong sum shows at once. The trainer's own stage
-(train/replica.py) takes one step, 16 sequences, on each mesh; payloads are counted by axis, all ranks
+(train/train_stage.py) takes one step, 16 sequences, on each mesh; payloads are counted by axis, all ranks
 together. A gradient is off where a rank's part of it is not data parallelism's to 1e-10, a norm to 1e-8.
 Steps are timed on the wire that is there, the cube's also with a slow one, 12.5 MB/s, under one axis at a
 time. The handout: handout.md.
@@ -18,13 +18,13 @@ from unittest import mock
 import torch
 
 from lessons.l10_three_d.figures import bytes_by_axis
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import sized
-from nanoinfra.formulas.three_d import sent
-from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.config import sized
+from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.parameters import parameters
+from nanoinfra.formulas.traffic_by_axis import sent
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.instruments.gradient_parity import (
     count_valid_targets,
@@ -34,7 +34,7 @@ from nanoinfra.lab.instruments.gradient_parity import (
 )
 from nanoinfra.lab.measure import counted, median_of_times
 from nanoinfra.lab.predict import format_quantity
-from nanoinfra.parallel.compose import Chunks
+from nanoinfra.parallel.parallelize import Chunks
 from nanoinfra.train.config import OptimizerFlags
 from nanoinfra.train.step import execute
 

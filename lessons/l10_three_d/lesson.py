@@ -24,12 +24,12 @@ import os
 from lessons.l10_three_d import checks as check
 from lessons.l10_three_d.cluster_tables import COLUMNS, bloom_trials, gpt3_on
 from lessons.l10_three_d.figures import axis_bars, bytes_by_axis, cubes, paced
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
-from nanoinfra.formulas.params import parameters
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.formulas.pipeline import split
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.wire import ring_seconds
 from nanoinfra.lab import predict as book
 from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
@@ -41,9 +41,9 @@ from nanoinfra.lab.instruments.gradient_parity import (
 from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import format_quantity, predict
-from nanoinfra.parallel import compose
-from nanoinfra.parallel.clock import simulate
-from nanoinfra.parallel.schedules import schedule
+from nanoinfra.parallel import parallelize
+from nanoinfra.parallel.pipeline.schedules import schedule
+from nanoinfra.parallel.pipeline.simulator import simulate
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 AXES = {"pp": 2, "dp": 2, "tp": 2}
@@ -184,7 +184,7 @@ check.neighbours(neighbours)
 
 # %% nbgrader={"grade_id": "gradients", "solution": true}
 # %%exercise L10
-from nanoinfra.dist.comm import all_reduce
+from nanoinfra.distributed.comm import all_reduce
 
 
 def sum_gradients(micro, mesh, ends):
@@ -222,8 +222,8 @@ check.grad_norm(grad_norm)
 # under ZeRO (lesson 08), which axis does a norm add up over besides, and why?
 
 # %%
-for it in (compose.Chunks.__init__, compose.Composed.__init__, compose.Composed.finish, compose.Chunks.finish,
-           compose.Chunks.norm_axes, compose.Chunks.counts):
+for it in (parallelize.Chunks.__init__, parallelize.Composed.__init__, parallelize.Composed.finish, parallelize.Chunks.finish,
+           parallelize.Chunks.norm_axes, parallelize.Chunks.counts):
     print(inspect.getsource(it))
 
 # %% [markdown]

@@ -6,7 +6,7 @@ import torch
 
 from lessons.l10_three_d import checks as check
 from lessons.l10_three_d.cases import MICRO_BATCHES, TIED, is_norm
-from nanoinfra.dist import comm
+from nanoinfra.distributed import comm
 from nanoinfra.lab.mutants import Mutant
 
 

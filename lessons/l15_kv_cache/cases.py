@@ -4,7 +4,7 @@ from unittest import mock
 
 import torch
 
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
 from nanoinfra.model.attention import naive
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
 
 
 class Cache:

@@ -12,8 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lessons.l15_kv_cache.exercise_cache import Cache
+from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.decoding import call_flops, intensity
-from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab import draw
 from nanoinfra.lab.instruments.tensor_read_bytes import TensorReadBytes
 from nanoinfra.lab.measure import Measurement, median_of_times, timed

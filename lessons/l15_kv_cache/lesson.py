@@ -29,10 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lessons.l15_kv_cache import checks as check
 from lessons.l15_kv_cache.exercise_cache import Cache, seen
 from lessons.l15_kv_cache.figures import arithmetic, bandwidths, batches, counts, rate, roof
+from nanoinfra.config import ModelConfig
 from nanoinfra.formulas import decoding
-from nanoinfra.formulas.memory import kv_cache_bytes_per_token
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab import draw
 from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
@@ -42,7 +42,7 @@ from nanoinfra.lab.predict import predict
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.serve import generate as real
-from nanoinfra.serve.packed import Packed, pack
+from nanoinfra.serve.engine.packed_linear import Packed, pack
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 V, C, L, H, F, P, S = (4096, 512, 2, 8, 1408, 32, 128) if FAST else (4096, 1024, 4, 16, 2816, 128, 512)

@@ -9,8 +9,8 @@ from random import Random
 
 from lessons.l16_paging.replay import Ruled, Watched, draw_trace, replay
 from nanoinfra.lab.check import CriterionNotMet
-from nanoinfra.serve.blocks import Blocks
-from nanoinfra.serve.scheduler import Sequence
+from nanoinfra.serve.engine.block_pool import Blocks
+from nanoinfra.serve.engine.scheduler import Sequence
 
 LONGEST = 32
 MOST_LINES = 100_000                         # a right plan of at most 12 sequences runs a few hundred

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from lessons.l16_paging.replay import Job, Watched, drive
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.serve.engine import Engine
-from nanoinfra.serve.requests import Request, Sampling
+from nanoinfra.serve.engine.engine import Engine
+from nanoinfra.serve.engine.requests import Request, Sampling
 
 
 def serve(model: Decoder, jobs: Sequence[Job], blocks: int, size: int, static: int = 0,

@@ -6,10 +6,10 @@ the sequence whose token is in it.
 from collections.abc import Iterator, Sequence
 
 from lessons.l16_paging.replay import Job, Watched, numbers, policies, replay
-from nanoinfra.formulas import paging
+from nanoinfra.formulas import paged_kv
 from nanoinfra.lab import draw
 from nanoinfra.lab.display_table import DisplayTable
-from nanoinfra.serve.blocks import Blocks
+from nanoinfra.serve.engine.block_pool import Blocks
 
 KINDS = {"prompt": (draw.ORANGE, "prompt, or a chunk of it"), "decode": (draw.BLUE, "a new token"),
          "again": (draw.PINK, "computed again"), "idle": ("#c9c9c9", "done, seat kept"),
@@ -114,7 +114,7 @@ def pool(scheduler: Watched, title: str = "", columns: int = 16) -> draw.Picture
 def steps_by_memory(jobs: list[Job], memories: Sequence[int], longest: int, size: int) -> draw.Picture:
     """Steps that the policies take in KV memory of so many tokens, beside the least that fit into it."""
     runs = [policies(jobs, places, longest, size) for places in memories]
-    lines = {way: (memories, [paging.least_steps(numbers(jobs), places, size, whole) for places in memories])
+    lines = {way: (memories, [paged_kv.least_steps(numbers(jobs), places, size, whole) for places in memories])
              for way, whole in (("Orca", longest), ("pages", None))}
     ways = ("Orca", "pages", "static batches")
     dots = {way: (memories, [each[way].steps for each in runs]) for way in ways}
@@ -126,7 +126,7 @@ def steps_by_memory(jobs: list[Job], memories: Sequence[int], longest: int, size
 def waste_by_size(jobs: list[Job], places: int, sizes: Sequence[int]) -> draw.Picture:
     """What sequences leave empty in blocks of several sizes."""
     left = [replay(jobs, Watched(Blocks(places // size, size))).left.values() for size in sizes]
-    lines = {"on average": (sizes, [paging.empty_on_average(size) for size in sizes]),
+    lines = {"on average": (sizes, [paged_kv.empty_on_average(size) for size in sizes]),
              "at most": (sizes, [size - 1 for size in sizes])}
     dots = {"on average": (sizes, [sum(each) / len(each) for each in left]),
             "at most": (sizes, [max(each) for each in left])}

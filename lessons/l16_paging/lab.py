@@ -16,19 +16,19 @@ import torch
 
 from lessons.l16_paging.engine_runs import serve
 from lessons.l16_paging.replay import Watched, draw_trace, numbers
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas import paging
-from nanoinfra.formulas.memory import kv_cache_bytes_per_token
-from nanoinfra.formulas.params import parameters, shapes
-from nanoinfra.formulas.shape import sized
+from nanoinfra.config import sized
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas import paged_kv
+from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
+from nanoinfra.formulas.parameters import parameters, shapes
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, median_of_times
 from nanoinfra.lab.predict import format_quantity
-from nanoinfra.model.fill import empty
 from nanoinfra.model.init import draw
-from nanoinfra.parallel.compose import serving
-from nanoinfra.serve.paged import PagedKV
+from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.parallel.parallelize import serving
+from nanoinfra.serve.engine.paged_attention import PagedKV
 
 WAYS = ("static", "orca", "pages")
 UNITS = {"steps": "steps", "calls": "calls", "bytes": "B"}
@@ -72,15 +72,15 @@ def measure(mesh, model, broken=""):
 def expect(n, model):
     """{key: number} by formula, on n ranks: all that is counted."""
     config, want = shape(model), {}
-    kept = [paging.kept(prompt, new) for _, prompt, new in TRACE]
-    steps = {"static": paging.static_steps(TRACE, SEATS), "orca": paging.orca_steps(TRACE, SEATS),
-             "pages": paging.free_steps(TRACE)}
+    kept = [paged_kv.kept(prompt, new) for _, prompt, new in TRACE]
+    steps = {"static": paged_kv.static_steps(TRACE, SEATS), "orca": paged_kv.orca_steps(TRACE, SEATS),
+             "pages": paged_kv.free_steps(TRACE)}
     for way in WAYS:
-        sent = paging.served(config, n, steps[way], sum(kept), sum(new for *_, new in TRACE), BYTES)
+        sent = paged_kv.served(config, n, steps[way], sum(kept), sum(new for *_, new in TRACE), BYTES)
         calls, size = map(sum, zip(*sent.values()))
         want |= {f"steps_{way}": steps[way], f"calls_{way}": calls, f"bytes_{way}": size}
     want["waste_whole"] = sum(LONGEST - tokens for tokens in kept)
-    want["waste_pages"] = sum(paging.empty(tokens, SIZE) for tokens in kept)
+    want["waste_pages"] = sum(paged_kv.empty(tokens, SIZE) for tokens in kept)
     want["memory"] = PLACES * kv_cache_bytes_per_token(config, BYTES, n)
     return {f"L16.lab_{key}": value for key, value in want.items()}
 

@@ -26,17 +26,17 @@ from lessons.l16_paging import checks as check
 from lessons.l16_paging.engine_runs import serve
 from lessons.l16_paging.figures import memory, pool, steps_by_memory, table, timeline, waste_by_size
 from lessons.l16_paging.replay import Ruled, Watched, draw_trace, numbers, policies, replay
-from nanoinfra.formulas.memory import kv_cache_bytes_per_token
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.measure import counted, measure
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.serve.blocks import Blocks
+from nanoinfra.serve.engine.block_pool import Blocks
+from nanoinfra.serve.engine.scheduler import Scheduler
 from nanoinfra.serve.generate import generate
-from nanoinfra.serve.scheduler import Scheduler
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 LONGEST, SEATS, SIZE = 64, 4, 4              # tokens a sequence may have; caches that fit; tokens of a block

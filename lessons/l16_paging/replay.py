@@ -1,6 +1,6 @@
 """A trace of requests through the real scheduler, step by step, without a model and without torch.
 
-`Watched` is serve/scheduler.py's own, with a log. What is drawn and counted comes from that log, whether
+`Watched` is serve/engine/scheduler.py's own, with a log. What is drawn and counted comes from that log, whether
 `replay` drives it or the engine does (engine_runs.py). One policy is all three: blocks of a few tokens are
 paging; blocks as long as the longest sequence, one each, are Orca's contiguous caches; those filled only when
 the last batch has ended are static batching.
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
-from nanoinfra.serve.blocks import Blocks
-from nanoinfra.serve.scheduler import Plan, Scheduler, Sequence
+from nanoinfra.serve.engine.block_pool import Blocks
+from nanoinfra.serve.engine.scheduler import Plan, Scheduler, Sequence
 
 ENDLESS = 1 << 20                            # a budget, or seats, that bind nobody
 SAID = -1                                    # a token that no model made: after one prompt always the same
@@ -198,7 +198,7 @@ def draw_trace(n: int, longest: int, gap: float, seed: int, vocab: int = 256) ->
 
 
 def numbers(jobs: Iterable[Job]) -> list[tuple[int, int, int]]:
-    """(arrival, prompt tokens, new tokens) of each: what formulas/paging.py takes."""
+    """(arrival, prompt tokens, new tokens) of each: what formulas/paged_kv.py takes."""
     return [(job.arrival, len(job.tokens), job.new) for job in jobs]
 
 

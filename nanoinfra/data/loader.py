@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from nanoinfra.data.corpus import Document, utf8_bytes
-from nanoinfra.data.source import IGNORE, Packed, Random
-from nanoinfra.data.tokenizer import Tokenizer
+from nanoinfra.data.sample_order import IGNORE, Packed, Random
+from nanoinfra.data.train_tokenizer import Tokenizer
 
 Batch = tuple[torch.Tensor, torch.Tensor]                # x (b, T), y (b, T), int64
 

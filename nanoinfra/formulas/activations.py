@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
+from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.flops import RECOMPUTED
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.tensor import padded_seq, part
+from nanoinfra.formulas.tensor_parallel import padded_seq, part
 
 SQUARES = ("mask", "softmax", "weights")     # the terms that grow with T^2
 

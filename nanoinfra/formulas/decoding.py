@@ -9,10 +9,10 @@ Pope et al. 2022, section 2; the roofline of Williams et al. 2009. `dtype_bytes`
 """
 from math import inf
 
+from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.flops import forward_flops
-from nanoinfra.formulas.memory import kv_cache_bytes_per_token
-from nanoinfra.formulas.params import parameters_by_part
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
+from nanoinfra.formulas.parameters import parameters_by_part
 
 
 def call_flops(config: ModelConfig, batch: int, new: int, total: int) -> int:

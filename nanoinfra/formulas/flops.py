@@ -5,7 +5,7 @@ GPT-2, a step: 72 B L T C^2 (1 + T/(6 C) + V/(12 L C)), Korthikanti et al. 2022,
 MFU is defined here and nowhere else, after Chowdhery et al. 2022 (PaLM), appendix B.
 B sequences of T tokens, V vocabulary, C width, L layers, H query heads, KV key heads, K head_dim, F hidden.
 """
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
 
 LAYER = ("qkvo", "scores", "values", "mlp")
 RECOMPUTED = {"none": (), "selective": ("scores", "values"), "full": LAYER}     # terms that run forward twice

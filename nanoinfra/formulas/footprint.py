@@ -10,16 +10,19 @@ The largest of a run's moments counts. States: Rajbhandari et al. 2020; activati
 from math import prod
 from typing import NamedTuple
 
+from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.activations import activation_terms, end_terms, layers_bytes, working_bytes
-from nanoinfra.formulas.memory import BYTES
-from nanoinfra.formulas.params import shapes
+from nanoinfra.formulas.model_states import BYTES
+from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.pipeline import in_flight, message_bytes
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.tensor import padded_seq, part
-from nanoinfra.formulas.three_d import TIED, chunks, held_shapes
+from nanoinfra.formulas.tensor_parallel import padded_seq, part
+from nanoinfra.formulas.traffic_by_axis import TIED, chunks, held_shapes
 from nanoinfra.formulas.zero import padded, states_bytes, zero_buffers
 
-ROWS_BYTES = 2 << 20                         # of logits worked on at a time, as parallel/vocabulary.py does
+ROWS_BYTES = 2 << 20                         # of logits at a time, as in parallel/vocab_parallel.py
+MAPPED = 32 << 20                            # DEFAULT_MMAP_THRESHOLD_MAX
+HOLES = {2: 0.7, 4: 0.25, 8: 0.25}           # of what a step makes, by bytes of a number
+MADE = ("activations", "work", "buffers")    # by a step, and gone after it
 PREFETCH = 2                                 # steps that the loader makes ahead
 
 
@@ -199,3 +202,25 @@ def _flying_ends(layout, recipe):
 def _head(config, layout, recipe):
     """Bytes of the head's gradient."""
     return part(config, layout.tp).vocab * config.width * recipe.itemsize
+
+
+def heap_rest(config: ModelConfig, layout: Layout, recipe: Recipe, stage: int = 0) -> int:
+    """Bytes that glibc's heap keeps beside those of `footprint` on a CPU, modelled.
+
+    A block of 32 MiB or more is mapped by itself and given back when it is freed. A smaller one comes from
+    the heap, which gives nothing back from its middle: what it held at its most stays beside blocks that are
+    mapped at another moment, say logits, which are gone before a layer runs again. An aligned block does not
+    fit where one of the same size was (glibc bug 14581, up to 2.37): a share of the heap is holes, measured
+    with 2.36.
+    """
+    mine, column = part(config, layout.tp), recipe.micro_batch * recipe.seq * recipe.itemsize
+    if column * mine.hidden >= MAPPED:
+        return 0
+    found = moments(config, layout, recipe, stage)
+    made = {name: sum(parts.get(kind, 0) for kind in MADE) for name, parts in found.items()}
+    logits = logits_bytes(config, layout, recipe) if stage == layout.pp - 1 else 0
+    mapped = logits if column * mine.vocab >= MAPPED else 0
+    heap = max(made["loss"] - mapped, made["layer"])
+    held = sum(found["loss"].values()) - made["loss"] + heap + mapped
+    worst = max(sum(parts.values()) for parts in found.values())
+    return max(0, held - worst) + int(HOLES[recipe.itemsize] * heap)

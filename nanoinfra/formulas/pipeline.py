@@ -9,9 +9,9 @@ B sequences, T tokens, C width.
 """
 from itertools import accumulate
 
+from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.flops import forward_flops
-from nanoinfra.formulas.params import shapes
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.formulas.parameters import shapes
 
 
 def split(config: ModelConfig, n: int, seq: int) -> list[tuple[int, int]]:

@@ -9,10 +9,10 @@ it gathers them, and keeps no other copy: 14 Psi/n. Rajbhandari et al. 2020, sec
 from collections.abc import Iterable
 from math import ceil, prod
 
-from nanoinfra.formulas.memory import BYTES, OPTIMIZER_STATES
-from nanoinfra.formulas.params import shapes
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.tensor import boxes, extent
+from nanoinfra.config import ModelConfig
+from nanoinfra.formulas.model_states import BYTES, OPTIMIZER_STATES
+from nanoinfra.formulas.parameters import shapes
+from nanoinfra.formulas.tensor_parallel import boxes, extent
 
 BUCKET_BYTES = 25 << 20                      # of gradients or weights that travel together
 

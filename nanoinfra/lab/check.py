@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 
-from nanoinfra.dist.crew import RanksError
-from nanoinfra.dist.ranks import Ranks
+from nanoinfra.distributed.pool.rank_processes import RanksError
+from nanoinfra.distributed.pool.ranks import Ranks
 from nanoinfra.lab.course import lesson_folders, make_lessons_importable
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.exercise import source_location

@@ -29,8 +29,8 @@ from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.exercise import load_python_file
 from nanoinfra.lab.measure import Measurement, describe_machine
 from nanoinfra.lab.predict import format_quantity
-from nanoinfra.train.rank import is_rank
-from nanoinfra.train.signals import Hearing, end_at_once
+from nanoinfra.train.launch.elastic_rank import is_rank
+from nanoinfra.train.launch.signals import Hearing, end_at_once
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # the launcher's
 
@@ -39,8 +39,8 @@ def run_lab(lab: ModuleType, model: str, broken: str = "") -> int:
     """Measure on the ranks of this run; rank 0 prints and writes. Returns the exit code."""
     import torch
 
-    from nanoinfra.dist.mesh import Mesh
-    from nanoinfra.train.rank import process_group
+    from nanoinfra.distributed.mesh import Mesh
+    from nanoinfra.train.launch.elastic_rank import process_group
     device = "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "cpu"
     torch.set_num_threads(1)                           # so that times on 1, 2, 4, 8 ranks compare
     with process_group(device, work_folder()):
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         if given.check:
             return 0
         if given.nproc > 1 and not is_rank():
-            from nanoinfra.train.launch import launch
+            from nanoinfra.train.launch.launcher import launch
             return launch(argv, given.nproc, module="nanoinfra.lab.run")
         return run_lab(lab, model, given.broken)
     except Exception as error:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
 from nanoinfra.model.layers import RMSNorm, apart, wide
 from nanoinfra.model.rope import rotate
 

@@ -1,6 +1,6 @@
 """The decoder: embed the tokens, L blocks of attention and MLP around a residual stream, norm, head.
 
-GPT-2, LLaMA, Mistral, Phi-3, Qwen2, Qwen3, OPT and BLOOM by configuration alone (formulas/shape.py says who
+GPT-2, LLaMA, Mistral, Phi-3, Qwen2, Qwen3, OPT and BLOOM by configuration alone (config.py says who
 they are). GPT-2's block has 12 C^2 parameters in its matrices. Nothing here knows of ranks, of pages or of a
 training loop: parallelism replaces linears and attention cores from outside, a KV cache is an argument.
 B sequences, T tokens, C width, V vocabulary, K head_dim.
@@ -8,7 +8,7 @@ B sequences, T tokens, C width, V vocabulary, K head_dim.
 import torch
 from torch import nn
 
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
 from nanoinfra.model.attention import Attention
 from nanoinfra.model.layers import MLP, make_norm
 from nanoinfra.model.rope import rope_angles

@@ -17,7 +17,7 @@ import math
 
 import torch
 
-from nanoinfra.formulas.shape import ModelConfig, RopeScaling
+from nanoinfra.config import ModelConfig, RopeScaling
 from nanoinfra.model.layers import wide
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.optim import Optimizer
 
-from nanoinfra.dist import comm
+from nanoinfra.distributed import comm
 
 
 class ParameterServer:

@@ -13,8 +13,8 @@ from math import ceil, prod
 import torch
 from torch import nn
 
-from nanoinfra.dist import comm
-from nanoinfra.dist.reducer import Leaf, Reducer, pack
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.reducer import Leaf, Reducer, pack
 
 BUCKET_BYTES = 25 << 20
 
@@ -35,7 +35,7 @@ class Zero:
                  dtype: torch.dtype | None = None, grad_dtype: torch.dtype | None = None,
                  bucket_bytes: int = BUCKET_BYTES, source: Callable[[str], torch.Tensor] | None = None):
         if stage not in (1, 2, 3):
-            raise ValueError(f"ZeRO has stages 1, 2 and 3, not {stage}; stage 0 is parallel/data.py")
+            raise ValueError(f"ZeRO has stages 1, 2 and 3, not {stage}; stage 0 is parallel/data_parallel.py")
         groups = [] if stage < 3 else children(model) if units is None else units
         self.axis, self.stage = axis, stage
         self.parts = cut(model, axis, groups, dtype, source)

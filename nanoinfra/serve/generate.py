@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.threads import use_threads
+from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.attention import CAUSAL, Mask, naive, sdpa
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.fill import empty
-from nanoinfra.model.text import Text, render_chat
-from nanoinfra.parallel.compose import serving
+from nanoinfra.model.tokenizer import Text, render_chat
+from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.parallel.parallelize import serving
+from nanoinfra.serve.engine.detokenizer import Stream
+from nanoinfra.serve.engine.requests import Request, Sampling, check
+from nanoinfra.serve.engine.sampler import Sampler
 from nanoinfra.serve.options import GenerateOptions
-from nanoinfra.serve.requests import Request, Sampling, check
-from nanoinfra.serve.sampler import Sampler
-from nanoinfra.serve.writer import Stream
 from nanoinfra.train.pretrained import open_pretrained
 
 

@@ -12,12 +12,12 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
-from nanoinfra.data.cache import check_cache
-from nanoinfra.dist.fits import check_fits
+from nanoinfra.config import SIZES
+from nanoinfra.data.token_cache import check_cache
+from nanoinfra.distributed.mesh_check import check_fits
 from nanoinfra.formulas.pipeline import split
-from nanoinfra.formulas.shape import SIZES
-from nanoinfra.formulas.tensor import check_heads
-from nanoinfra.parallel import schedules
+from nanoinfra.formulas.tensor_parallel import check_heads
+from nanoinfra.parallel.pipeline import schedules
 
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]              # a group's flags carry no prefix

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from math import prod
 
-from nanoinfra.formulas.params import shapes
+from nanoinfra.config import ModelConfig
+from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.pipeline import chunk_names
-from nanoinfra.formulas.shape import ModelConfig
 
 
 def frozen_names(patterns: Iterable[str], config: ModelConfig, chunks: int = 1) -> frozenset[str]:

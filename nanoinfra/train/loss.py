@@ -1,16 +1,16 @@
 """The loss, normalised once: the sum over this rank's targets / the valid targets of the whole step.
 
 Gradients then only need summing, over micro-batches and over ranks. The product with the head and the softmax
-are one function, parallel/vocabulary.py's.
+are one function, parallel/vocab_parallel.py's.
 B sequences, T tokens, C width, V vocabulary.
 """
 import torch
 
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import alone
-from nanoinfra.parallel import vocabulary
-from nanoinfra.parallel.tensor import Whole
+from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import alone
+from nanoinfra.parallel import vocab_parallel
+from nanoinfra.parallel.tensor_parallel import Whole
 
 
 def count_valid(micro_batches, axis, *flags: int) -> list[int]:
@@ -26,4 +26,4 @@ def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
     `hidden` (B, T, C) is what the head reads, `weight` (V, C) the whole head's, `targets` (B, T).
     Returns () in the wide dtype: this rank's share of the step's mean loss.
     """
-    return vocabulary.cross_entropy(hidden, weight, targets, count, Whole(alone("tp")), 0)
+    return vocab_parallel.cross_entropy(hidden, weight, targets, count, Whole(alone("tp")), 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nanoinfra.dist import comm
+from nanoinfra.distributed import comm
 
 
 class Log:

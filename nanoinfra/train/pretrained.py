@@ -1,4 +1,5 @@
-"""Every model that can be served: what model/load.py opens, and the run directories of `nanoinfra train`.
+"""Every model that can be served: what model/weights/load.py opens,
+and the run directories of `nanoinfra train`.
 
 A run's weights are the newest checkpoint that verifies, whatever mesh wrote it; they are read tensor by
 tensor.
@@ -9,20 +10,20 @@ from pathlib import Path
 
 import torch
 
-from nanoinfra.dist.mesh import Axis, alone
-from nanoinfra.formulas.params import block_shapes, shapes
+from nanoinfra.distributed.mesh import Axis, alone
+from nanoinfra.formulas.parameters import block_shapes, shapes
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.files import read_json
-from nanoinfra.model.fill import Weights, filled
-from nanoinfra.model.hf import write_hf
-from nanoinfra.model.hf_text import copy_text, open_text, write_text
-from nanoinfra.model.load import open_weights
-from nanoinfra.model.source import bounds
-from nanoinfra.model.text import Text
-from nanoinfra.train import checkpoint
-from nanoinfra.train.manifest import read_manifest
-from nanoinfra.train.outdir import model_of
-from nanoinfra.train.pieces import Piece
+from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.weights.fill_model import Weights, filled
+from nanoinfra.model.weights.hugging_face.tokenizer_files import copy_text, open_text, write_text
+from nanoinfra.model.weights.hugging_face.weights import write_hf
+from nanoinfra.model.weights.json_files import read_json
+from nanoinfra.model.weights.load import open_weights
+from nanoinfra.model.weights.tensor_sources import bounds
+from nanoinfra.train.checkpoint import checkpoint
+from nanoinfra.train.checkpoint.manifest import read_manifest
+from nanoinfra.train.checkpoint.tensor_shards import Piece
+from nanoinfra.train.run_directory.ownership import model_of
 
 
 def pretrained(name: str | Path, dtype: torch.dtype = torch.float32,

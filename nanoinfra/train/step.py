@@ -1,13 +1,14 @@
 """A step is a schedule, and a schedule is data: one executor runs the instructions of any of them.
 
-The same list can be drawn, counted and checked with no process started (parallel/clock.py). Accumulation over
-m micro-batches is the schedule of a pipeline with one stage. ShallowSpeed (Boehm 2022) has the idea.
+The same list can be drawn, counted and checked with no process started (parallel/pipeline/simulator.py).
+Accumulation over m micro-batches is the schedule of a pipeline with one stage. ShallowSpeed (Boehm 2022) has
+the idea.
 """
 import time
 from collections.abc import Iterable
 from typing import Protocol
 
-from nanoinfra.parallel.schedules import (
+from nanoinfra.parallel.pipeline.schedules import (
     Backward,
     BackwardInput,
     BackwardWeight,
@@ -57,6 +58,6 @@ def execute(schedule: Iterable, stage: Stage) -> list[tuple[object, float, float
             case Step():
                 stage.step()
             case _:
-                raise TypeError(f"{instruction!r} is not an instruction of parallel/schedules.py")
+                raise TypeError(f"{instruction!r} is not an instruction of parallel/pipeline/schedules.py")
         spans.append((instruction, begin, time.monotonic()))
     return spans

@@ -12,24 +12,24 @@ from dataclasses import replace
 import torch
 
 from nanoinfra.data.loader import Loader
-from nanoinfra.dist import comm
-from nanoinfra.dist.host_memory import resident_peak
-from nanoinfra.dist.mesh import Mesh, world_size
-from nanoinfra.dist.threads import use_threads
-from nanoinfra.formulas.params import parameters
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.host_memory import resident_peak
+from nanoinfra.distributed.mesh import Mesh, world_size
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.train import metrics
 from nanoinfra.train.config import TrainFlags, check, micro_batches, parse_wire, peak_lr, plan_mesh, to_json
 from nanoinfra.train.freeze import trained_parameters
-from nanoinfra.train.inputs import open_inputs
+from nanoinfra.train.launch.elastic_rank import is_rank
+from nanoinfra.train.launch.memory_check import changed, check_memory, describe_memory
+from nanoinfra.train.launch.signals import StopRequest
 from nanoinfra.train.loss import count_valid
-from nanoinfra.train.memory_check import changed, check_memory, describe_memory
-from nanoinfra.train.optim import learning_rate
-from nanoinfra.train.rank import is_rank
-from nanoinfra.train.replica import Replica
-from nanoinfra.train.resume import changed_flags
-from nanoinfra.train.rundir import RunDir
-from nanoinfra.train.signals import StopRequest
+from nanoinfra.train.optimizer import learning_rate
+from nanoinfra.train.run_directory.resume_check import changed_flags
+from nanoinfra.train.run_directory.run_directory import RunDir
+from nanoinfra.train.run_inputs import open_inputs
 from nanoinfra.train.step import execute
+from nanoinfra.train.train_stage import Replica
 
 
 def train(flags: TrainFlags) -> list[dict]:

@@ -18,8 +18,8 @@ from torch import nn
 
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.data.loader import HeldOut, Loader
-from nanoinfra.data.source import pack
-from nanoinfra.data.tokenizer import tokenizer_for
+from nanoinfra.data.sample_order import pack
+from nanoinfra.data.train_tokenizer import tokenizer_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from speedrun import bits_per_byte  # noqa: E402

@@ -1,4 +1,4 @@
-"""A single row's products: gemv of passes.c against torch's F.linear and oneDNN's packed weights.
+"""A single row's products: gemv of decode.c against torch's F.linear and oneDNN's packed weights.
 
     python scripts/bench/gemv.py [--pairs 9] [--masks native avx2 x86-64]
 
@@ -26,16 +26,17 @@ def sides(dtype):
     """{name: a function that computes all products of one token}, and for what the C was compiled."""
     import torch
     import torch.nn.functional as F
+    from nanoinfra.kernels.cpu import decode_kernels
 
-    from nanoinfra.serve import packed, passes
-    kernels = passes.compiled(dtype, K=64, KV=3, G=3, BLOCK=16)
+    from nanoinfra.serve.engine import packed_linear
+    kernels = decode_kernels.compiled(dtype, K=64, KV=3, G=3, BLOCK=16)
     linears = [torch.nn.Linear(*shape, bias=False, dtype=dtype) for shape in [*SHAPES * LAYERS, HEAD]]
-    ours = [packed.Packed(linear, gemv=kernels.gemv) for linear in linears]
+    ours = [packed_linear.Packed(linear, gemv=kernels.gemv) for linear in linears]
     rows = {n: torch.randn(1, 1, n).to(dtype) for n in {linear.in_features for linear in linears}}
     work = [(rows[linear.in_features], linear, fast) for linear, fast in zip(linears, ours)]
     found = {"gemv": lambda: [fast(x) for x, _, fast in work],
              "F.linear": lambda: [F.linear(x, linear.weight) for x, linear, _ in work]}
-    if not packed.unpackable(dtype):
+    if not packed_linear.unpackable(dtype):
         found["packed"] = lambda: [fast._product(x) for x, _, fast in work]
     return found, kernels.instructions().decode()
 

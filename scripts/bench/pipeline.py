@@ -30,14 +30,14 @@ from tensor import renamed  # noqa: E402
 from train import CONFIG, B, C, L, Plain, T, V  # noqa: E402
 from zero import ADAMW  # noqa: E402
 
-from nanoinfra.dist.mesh import Mesh  # noqa: E402
-from nanoinfra.dist.ranks import Ranks  # noqa: E402
-from nanoinfra.formulas.params import parameters, shapes  # noqa: E402
+from nanoinfra.distributed.mesh import Mesh  # noqa: E402
+from nanoinfra.distributed.pool.ranks import Ranks  # noqa: E402
+from nanoinfra.formulas.parameters import parameters, shapes  # noqa: E402
 from nanoinfra.formulas.pipeline import sent_bytes, split  # noqa: E402
 from nanoinfra.model.init import draw  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags  # noqa: E402
-from nanoinfra.train.replica import Replica  # noqa: E402
 from nanoinfra.train.step import execute  # noqa: E402
+from nanoinfra.train.train_stage import Replica  # noqa: E402
 
 P = 2                                                    # stages
 

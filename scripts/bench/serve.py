@@ -28,15 +28,15 @@ def engine_of(folder):
     """The engine, as `nanoinfra serve` makes it."""
     import torch
 
-    from nanoinfra.dist.mesh import Mesh
-    from nanoinfra.serve.engine import open_engine
+    from nanoinfra.distributed.mesh import Mesh
+    from nanoinfra.serve.engine.engine import open_engine
     from nanoinfra.serve.options import EngineOptions
     torch.set_num_threads(os.cpu_count())
     return open_engine(EngineOptions(str(folder), dtype="bfloat16", budget=4096), Mesh())
 
 
 def ours(folder):
-    from nanoinfra.serve.requests import Request, Sampling
+    from nanoinfra.serve.engine.requests import Request, Sampling
     engine = engine_of(folder)
 
     def run(prompts, new):
@@ -103,7 +103,7 @@ class Side:
     """A side's process, asked from here."""
 
     def __init__(self, name, python):
-        from nanoinfra.serve.life import environment
+        from nanoinfra.serve.processes.engine_processes import environment
         command, own = [str(python), __file__, "--side", name], environment(1) if name == "ours" else {}
         self.process = subprocess.Popen(command, env={**own, **os.environ}, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -152,7 +152,7 @@ def race(mine, peer, name, batch, pairs):
 
 def prefix_hits(folder, length=1024, pairs=9):
     """[(ms to the first token of a prompt that is new, of the same once more)], `length` tokens each."""
-    from nanoinfra.serve.requests import Request, Sampling
+    from nanoinfra.serve.engine.requests import Request, Sampling
     engine, draw, found = engine_of(folder), random.Random(0), []
     for pair in range(-1, pairs):                                        # the first warms up
         tokens, times = [draw.randrange(VOCAB) for _ in range(length)], []
@@ -191,8 +191,8 @@ def main():
     import torch
 
     from nanoinfra.lab.measure import describe_machine
-    from nanoinfra.model.hf import write_hf
-    from nanoinfra.model.load import open_weights
+    from nanoinfra.model.weights.hugging_face.weights import write_hf
+    from nanoinfra.model.weights.load import open_weights
     if not (MODEL / "config.json").exists():
         weights = open_weights("smollm2-135m")
         write_hf(weights.config, weights.read, torch.bfloat16, MODEL)

@@ -36,16 +36,16 @@ from train import CONFIG, B, Block, C, H, L, Plain, T  # noqa: E402
 from zero import ADAMW, N  # noqa: E402
 from zero import draw as draw_tokens  # noqa: E402
 
-from nanoinfra.dist.mesh import Mesh  # noqa: E402
-from nanoinfra.dist.ranks import Ranks  # noqa: E402
-from nanoinfra.formulas.params import parameters, shapes  # noqa: E402
-from nanoinfra.formulas.wire import ring_bytes  # noqa: E402
+from nanoinfra.distributed.mesh import Mesh  # noqa: E402
+from nanoinfra.distributed.pool.ranks import Ranks  # noqa: E402
+from nanoinfra.formulas.collectives import ring_bytes  # noqa: E402
+from nanoinfra.formulas.parameters import parameters, shapes  # noqa: E402
 from nanoinfra.model.init import draw  # noqa: E402
-from nanoinfra.parallel.schedules import Backward, Forward, ReduceGrads  # noqa: E402
+from nanoinfra.parallel.pipeline.schedules import Backward, Forward, ReduceGrads  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.loss import count_valid  # noqa: E402
-from nanoinfra.train.replica import Replica  # noqa: E402
 from nanoinfra.train.step import execute  # noqa: E402
+from nanoinfra.train.train_stage import Replica  # noqa: E402
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 FLAGS = {"none": {}, "keep": dict(sp=True, sp_keep=True), "gather": dict(sp=True)}

@@ -22,15 +22,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from paired import alternate, summary  # noqa: E402
 
-from nanoinfra.dist.mesh import Mesh  # noqa: E402
-from nanoinfra.dist.ranks import Ranks  # noqa: E402
-from nanoinfra.formulas.params import parameters  # noqa: E402
-from nanoinfra.formulas.shape import ModelConfig  # noqa: E402
-from nanoinfra.parallel.schedules import accumulate  # noqa: E402
+from nanoinfra.config import ModelConfig  # noqa: E402
+from nanoinfra.distributed.mesh import Mesh  # noqa: E402
+from nanoinfra.distributed.pool.ranks import Ranks  # noqa: E402
+from nanoinfra.formulas.parameters import parameters  # noqa: E402
+from nanoinfra.parallel.pipeline.schedules import accumulate  # noqa: E402
 from nanoinfra.train.config import ModelFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.loss import count_valid  # noqa: E402
-from nanoinfra.train.replica import Replica  # noqa: E402
 from nanoinfra.train.step import execute  # noqa: E402
+from nanoinfra.train.train_stage import Replica  # noqa: E402
 
 V, C, L, H, T, B = 8192, 384, 6, 6, 256, 8
 CONFIG = ModelConfig(V, C, L, H, H, C // H, 4 * C, T, tied=False, family="gpt2")

@@ -38,13 +38,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from paired import alternate, summary  # noqa: E402
 from train import CONFIG, B, Plain, T, V  # noqa: E402
 
-from nanoinfra.dist.mesh import Mesh  # noqa: E402
-from nanoinfra.dist.ranks import Ranks  # noqa: E402
-from nanoinfra.parallel.schedules import accumulate  # noqa: E402
+from nanoinfra.distributed.mesh import Mesh  # noqa: E402
+from nanoinfra.distributed.pool.ranks import Ranks  # noqa: E402
+from nanoinfra.parallel.pipeline.schedules import accumulate  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.loss import count_valid  # noqa: E402
-from nanoinfra.train.replica import Replica  # noqa: E402
 from nanoinfra.train.step import execute  # noqa: E402
+from nanoinfra.train.train_stage import Replica  # noqa: E402
 
 N = 2                                                    # ranks
 GRADS = {"deepspeed": "bfloat16", "fsdp2": "float32"}    # what a peer sums gradients in, and ours against it

@@ -2,8 +2,8 @@
 import pytest
 
 from nanoinfra.data.corpus import load_corpus
-from nanoinfra.data.source import pack
-from nanoinfra.data.tokenizer import tokenizer_for
+from nanoinfra.data.sample_order import pack
+from nanoinfra.data.train_tokenizer import tokenizer_for
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.data import cache
-from nanoinfra.data.cache import CONTENT, FORMAT, SUMS, cached_folder, check_cache
+from nanoinfra.data import token_cache
+from nanoinfra.data.token_cache import CONTENT, FORMAT, SUMS, cached_folder, check_cache
 
 
 def entries(root):
@@ -97,7 +97,7 @@ def test_an_entry_that_another_has_mended_meanwhile_stays(tmp_path, monkeypatch)
 
     cached_folder("x", fill, tmp_path)
     DAMAGE["a file"](tmp_path / FORMAT / "x")
-    find, mended = cache._fault, []
+    find, mended = token_cache._fault, []
 
     def slowly(entry):
         fault = find(entry)
@@ -106,14 +106,14 @@ def test_an_entry_that_another_has_mended_meanwhile_stays(tmp_path, monkeypatch)
             mended.append(cached_folder("x", fill, tmp_path).stat().st_ino)
         return fault
 
-    monkeypatch.setattr(cache, "_fault", slowly)
+    monkeypatch.setattr(token_cache, "_fault", slowly)
     got = cached_folder("x", lambda folder: (folder / "a").write_text("mine"), tmp_path)
     assert got.stat().st_ino == mended[1] and (got / "a").read_text() == "whole"
 
 
 def test_a_good_entry_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
     cached_folder("x", lambda folder: (folder / "a").write_text("whole"), tmp_path)
-    monkeypatch.setattr(cache, "TemporaryDirectory", None)
+    monkeypatch.setattr(token_cache, "TemporaryDirectory", None)
     monkeypatch.setattr(Path, "mkdir", None)
     assert (cached_folder("x", None, tmp_path) / "a").read_text() == "whole"
 
@@ -125,7 +125,7 @@ def test_a_damaged_entry_where_nothing_can_be_written_is_a_clear_error(tmp_path,
     def closed(dir):
         raise OSError(30, "Read-only file system", dir)
 
-    monkeypatch.setattr(cache, "TemporaryDirectory", closed)
+    monkeypatch.setattr(token_cache, "TemporaryDirectory", closed)
     with pytest.raises(ValueError, match=r"cannot be written \(Read-only file system\); .*XDG_CACHE_HOME"):
         cached_folder("x", None, tmp_path)
 

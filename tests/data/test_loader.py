@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from nanoinfra.data.corpus import Document
 from nanoinfra.data.loader import HeldOut, Loader, deal
-from nanoinfra.data.source import IGNORE, Packed, Random
-from nanoinfra.data.tokenizer import Tokenizer
+from nanoinfra.data.sample_order import IGNORE, Packed, Random
+from nanoinfra.data.train_tokenizer import Tokenizer
 
 BYTES = Tokenizer.train(["a"], 257)
 PACKED = Packed(np.arange(1 + 4 * 23), np.array([1]))         # 23 windows of 4

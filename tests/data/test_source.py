@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.data.cache import FORMAT
 from nanoinfra.data.corpus import load_corpus
-from nanoinfra.data.source import IGNORE, Packed, Random, encode_stream, open_source, pack
-from nanoinfra.data.tokenizer import Tokenizer, tokenizer_for
+from nanoinfra.data.sample_order import IGNORE, Packed, Random, encode_stream, open_source, pack
+from nanoinfra.data.token_cache import FORMAT
+from nanoinfra.data.train_tokenizer import Tokenizer, tokenizer_for
 
 BYTES = Tokenizer.train(["a"], 257)
 COUNT = Packed(np.arange(101), np.array([1]))                 # ten windows of ten; a token is its own place

@@ -7,12 +7,12 @@ import tyro
 
 from nanoinfra.cli import main
 from nanoinfra.data.corpus import load_corpus
-from nanoinfra.data.source import Packed
-from nanoinfra.data.summary import data_warnings, describe_data
-from nanoinfra.data.tokenizer import Tokenizer
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.train import inputs
+from nanoinfra.data.data_summary import data_warnings, describe_data
+from nanoinfra.data.sample_order import Packed
+from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.train import run_inputs
 from nanoinfra.train.config import TrainFlags, check
 
 BYTES = Tokenizer.train(["a"], 257)
@@ -74,12 +74,12 @@ def test_a_held_out_side_larger_than_the_other_is_told(tmp_path):
 def test_one_rank_says_it(mixed, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(mixed.parent / "cache"))
     flags = parse("--model", "test", "--data", mixed, "--seq", "8")
-    source = inputs.open_inputs(flags, Mesh()).source
+    source = run_inputs.open_inputs(flags, Mesh()).source
     said = capsys.readouterr()
     assert said.out.count(f"--data {mixed}: 29 documents") == said.out.count("\n") == 1
     assert said.err.count(f"nanoinfra: --data {mixed}: 30 files are read, 30 are left out: 30 not UTF-8 text"
                           ) == said.err.count("\n") == 1
-    inputs._say(flags, SimpleNamespace(rank=1, data=SimpleNamespace(size=2)), source, 8)
+    run_inputs._say(flags, SimpleNamespace(rank=1, data=SimpleNamespace(size=2)), source, 8)
     assert capsys.readouterr() == ("", "")
 
 
@@ -88,7 +88,7 @@ def test_ranks_that_read_other_files_are_refused(mixed, monkeypatch):
     monkeypatch.setattr(comm, "gather_objects", lambda mine, axis, tag: hashes)
     with pytest.raises(ValueError, match="rank 2 has read another --data .*mixed than rank 0: corpus b{12}, "
                                          "not a{12}; its files must be the same on every host"):
-        inputs._check_same(SimpleNamespace(world=None), packed(mixed, 9))
+        run_inputs._check_same(SimpleNamespace(world=None), packed(mixed, 9))
 
 
 @pytest.mark.parametrize("argv, says", [

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.data.loader import HeldOut
-from nanoinfra.data.source import pack
-from nanoinfra.data.tokenizer import END_OF_TEXT, LONGEST_WORD, Tokenizer, tokenizer_for
+from nanoinfra.data.sample_order import pack
+from nanoinfra.data.train_tokenizer import END_OF_TEXT, LONGEST_WORD, Tokenizer, tokenizer_for
 
 BYTES = Tokenizer.train(["ab " * 1000], 257)
 TEXTS = ["", "def f(x):\n    return x\n", "naïve 日本 🙂\r\n\t", "a\0b \x7f", "  two  spaces  "]

@@ -7,9 +7,9 @@ import torch.distributed as dist
 from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.tensor import check_heads
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas.tensor_parallel import check_heads
 from tests.families import KINDS
 
 VARIANTS = [{}, {}, {"window": 3}, {"window": 5, "full_layers": 1}, {"attention_bias": True},

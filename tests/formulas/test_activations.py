@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanoinfra.config import ModelConfig, sized
 from nanoinfra.formulas.activations import (
     SQUARES,
     activation_bytes,
@@ -14,13 +15,12 @@ from nanoinfra.formulas.activations import (
     table_2,
     working_bytes,
 )
-from nanoinfra.formulas.shape import ModelConfig, sized
-from nanoinfra.formulas.tensor import SP
+from nanoinfra.formulas.tensor_parallel import SP
 from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.memory.recompute import apply
 from nanoinfra.model.decoder import Block, Decoder
-from nanoinfra.parallel.megatron import TensorParallel
-from nanoinfra.parallel.vocabulary import HeadLoss
+from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
+from nanoinfra.parallel.vocab_parallel import HeadLoss
 from nanoinfra.train.loss import cross_entropy
 from tests.families import KINDS
 

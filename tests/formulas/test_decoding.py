@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from nanoinfra.config import ModelConfig, sized
 from nanoinfra.formulas import decoding
-from nanoinfra.formulas.memory import kv_cache_bytes_per_token
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab.instruments.tensor_read_bytes import TensorReadBytes
 from nanoinfra.model.attention import naive
 from nanoinfra.model.decoder import Decoder

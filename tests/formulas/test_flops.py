@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from nanoinfra.config import ModelConfig, sized
 from nanoinfra.formulas.flops import forward_flops, mfu, train_flops
-from nanoinfra.formulas.params import parameters, parameters_by_part, shapes
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.formulas.parameters import parameters, parameters_by_part, shapes
 from nanoinfra.memory.recompute import apply
 from nanoinfra.model.decoder import Decoder
 

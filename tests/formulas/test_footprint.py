@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nanoinfra.dist.mesh import Mesh
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.activations import activation_bytes, layers_bytes
 from nanoinfra.formulas.footprint import Layout, Recipe, activations, footprint, model_states, moments
-from nanoinfra.formulas.memory import BYTES
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.formulas.model_states import BYTES
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.formulas.zero import zero_bytes
 from nanoinfra.train.config import DataFlags, ModelFlags, OptimizerFlags, TrainFlags
-from nanoinfra.train.replica import Replica
 from nanoinfra.train.step import execute
+from nanoinfra.train.train_stage import Replica
 
 LLAMA = ModelConfig(300, 64, 4, 4, 2, 16, 172, 128)
 GPT2 = replace(LLAMA, kv_heads=4, hidden=256, family="gpt2")

@@ -3,13 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.formulas.memory import kv_cache_bytes_per_token, state_bytes
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.formulas.model_states import kv_cache_bytes_per_token, state_bytes
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.model.attention import naive
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.train.loss import cross_entropy
-from nanoinfra.train.optim import Optimizer
+from nanoinfra.train.optimizer import Optimizer
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from nanoinfra.formulas import paging
-from nanoinfra.formulas.shape import sized
+from nanoinfra.config import sized
+from nanoinfra.formulas import paged_kv
 
 TRACE = [(0, 3, 5), (0, 4, 1), (1, 2, 2), (1, 9, 4), (12, 1, 3)]
 
@@ -11,51 +11,51 @@ TRACE = [(0, 3, 5), (0, 4, 1), (1, 2, 2), (1, 9, 4), (12, 1, 3)]
 def test_blocks_and_what_is_empty_in_the_last():
     for size in (1, 4, 16):
         for tokens in range(1, 50):
-            n, left = paging.blocks(tokens, size), paging.empty(tokens, size)
+            n, left = paged_kv.blocks(tokens, size), paged_kv.empty(tokens, size)
             assert n * size == tokens + left and 0 <= left < size
-        every = [paging.empty(tokens, size) for tokens in range(1, 16 * 5 + 1)]
-        assert sum(every) / len(every) == paging.empty_on_average(size)
-    assert paging.kept(3, 1) == 3                          # its one token is made and never read
+        every = [paged_kv.empty(tokens, size) for tokens in range(1, 16 * 5 + 1)]
+        assert sum(every) / len(every) == paged_kv.empty_on_average(size)
+    assert paged_kv.kept(3, 1) == 3                          # its one token is made and never read
 
 
 def test_steps_by_hand():
-    assert paging.static_steps(TRACE, 2) == 15             # (5, 1) until 5, (2, 4) until 9; 12 to 15
-    assert paging.static_steps(TRACE, 1) == 5 + 1 + 2 + 4 + 3
-    assert paging.orca_steps(TRACE, 2) == 15               # 5; 1, 3, 7 on the other seat; 12 to 15
-    assert paging.orca_steps(TRACE[:4], 2) == 7 and paging.static_steps(TRACE[:4], 2) == 9
-    assert paging.free_steps(TRACE) == 15 and paging.free_steps(TRACE[:4]) == 5
+    assert paged_kv.static_steps(TRACE, 2) == 15             # (5, 1) until 5, (2, 4) until 9; 12 to 15
+    assert paged_kv.static_steps(TRACE, 1) == 5 + 1 + 2 + 4 + 3
+    assert paged_kv.orca_steps(TRACE, 2) == 15               # 5; 1, 3, 7 on the other seat; 12 to 15
+    assert paged_kv.orca_steps(TRACE[:4], 2) == 7 and paged_kv.static_steps(TRACE[:4], 2) == 9
+    assert paged_kv.free_steps(TRACE) == 15 and paged_kv.free_steps(TRACE[:4]) == 5
 
 
 def test_a_batch_takes_only_who_has_come():
-    assert paging.static_steps([(0, 1, 4), (1, 1, 4)], 2) == 8
-    assert paging.static_steps([(0, 1, 4), (0, 1, 4)], 2) == 4
+    assert paged_kv.static_steps([(0, 1, 4), (1, 1, 4)], 2) == 8
+    assert paged_kv.static_steps([(0, 1, 4), (0, 1, 4)], 2) == 4
 
 
 def test_more_seats_never_hurt_orca_and_one_seat_is_one_after_another():
     draw = random.Random(0)
     trace = sorted((draw.randrange(20), draw.randint(1, 9), draw.randint(1, 30)) for _ in range(40))
-    got = [paging.orca_steps(trace, seats) for seats in (1, 2, 4, 8, 40)]
-    assert got == sorted(got, reverse=True) and got[-1] == paging.free_steps(trace)
-    assert got[0] == paging.static_steps(trace, 1)
+    got = [paged_kv.orca_steps(trace, seats) for seats in (1, 2, 4, 8, 40)]
+    assert got == sorted(got, reverse=True) and got[-1] == paged_kv.free_steps(trace)
+    assert got[0] == paged_kv.static_steps(trace, 1)
     for seats in (2, 4, 8):
-        static, orca = paging.static_steps(trace, seats), paging.orca_steps(trace, seats)
-        assert paging.least_steps(trace, seats * 64, 1, 64) <= orca <= static
+        static, orca = paged_kv.static_steps(trace, seats), paged_kv.orca_steps(trace, seats)
+        assert paged_kv.least_steps(trace, seats * 64, 1, 64) <= orca <= static
 
 
 def test_the_fullest_step_and_what_memory_allows():
     trace = [(0, 4, 3), (1, 2, 1)]                         # 4 5 6 tokens, and 2 beside the 5
-    assert paging.peak_blocks(trace, 4) == 3 and paging.peak_blocks(trace, 1) == 7
-    assert paging.least_steps(trace, 4, 4) == 1 + 2 + 2 + 1
-    assert paging.least_steps(trace, 8, 4, longest=16) == (3 + 1) * 16 / 8
+    assert paged_kv.peak_blocks(trace, 4) == 3 and paged_kv.peak_blocks(trace, 1) == 7
+    assert paged_kv.least_steps(trace, 4, 4) == 1 + 2 + 2 + 1
+    assert paged_kv.least_steps(trace, 8, 4, longest=16) == (3 + 1) * 16 / 8
 
 
 @pytest.mark.parametrize("prefix, saved", [(16, 8), (19, 8), (3, 0), (4, 2)])
 def test_full_blocks_of_a_prefix_are_saved_by_all_but_the_first(prefix, saved):
-    assert paging.saved_blocks(prefix, 3, 4) == saved
+    assert paged_kv.saved_blocks(prefix, 3, 4) == saved
 
 
 def test_what_a_served_trace_sends():
     config = sized("test")                                 # L 4, C 32, V 257
-    assert paging.served(config, 1, 9, 50, 20, 4) == {"layers": (0, 0), "ends": (0, 0)}
-    got = paging.served(config, 2, 9, 50, 20, 4)
+    assert paged_kv.served(config, 1, 9, 50, 20, 4) == {"layers": (0, 0), "ends": (0, 0)}
+    got = paged_kv.served(config, 2, 9, 50, 20, 4)
     assert got == {"layers": (72, 8 * 50 * 32 * 4), "ends": (18, 50 * 32 * 4 + 20 * 258 * 4)}

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.formulas.params import PARTS, parameters, parameters_by_part, part_of, shapes
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.formulas.parameters import PARTS, parameters, parameters_by_part, part_of, shapes
 from nanoinfra.model.decoder import Decoder
 
 LLAMA_7B = ModelConfig(32000, 4096, 32, 32, 32, 128, 11008, 2048, tied=False)

@@ -3,8 +3,8 @@ from itertools import combinations_with_replacement
 
 import pytest
 
+from nanoinfra.config import SIZES, ModelConfig, sized
 from nanoinfra.formulas.pipeline import bubble, chunk_flops, idle, in_flight, message_bytes, sent_bytes, split
-from nanoinfra.formulas.shape import SIZES, ModelConfig, sized
 
 
 @pytest.mark.parametrize("name, n", [("test", 3), ("nano", 2), ("nano", 4), ("micro", 5), ("small", 4)])

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.formulas.params import shapes
-from nanoinfra.formulas.shape import ModelConfig, sized
-from nanoinfra.formulas.tensor import (
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.formulas.parameters import shapes
+from nanoinfra.formulas.tensor_parallel import (
     SP,
     box,
     boxes,
@@ -27,8 +27,8 @@ from nanoinfra.formulas.tensor import (
 )
 from nanoinfra.memory.recompute import apply
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.parallel.megatron import TensorParallel
-from nanoinfra.parallel.vocabulary import HeadLoss
+from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
+from nanoinfra.parallel.vocab_parallel import HeadLoss
 from tests.families import KINDS
 
 SMOLLM2 = ModelConfig(100, 36, 2, 9, 3, 4, 26, 64)

@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import ModelConfig, sized
-from nanoinfra.formulas.tensor import tensor_sent
-from nanoinfra.formulas.three_d import held, sent
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.formulas.parameters import parameters
+from nanoinfra.formulas.tensor_parallel import tensor_sent
+from nanoinfra.formulas.traffic_by_axis import held, sent
 from tests.families import KINDS
 
 CONFIG = ModelConfig(vocab=61, width=16, layers=6, heads=4, kv_heads=2, head_dim=4, hidden=24, context=8)

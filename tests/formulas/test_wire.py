@@ -1,6 +1,6 @@
 import pytest
 
-from nanoinfra.formulas.wire import fit, ring_bytes, ring_seconds, ring_steps, tree_bytes, tree_seconds
+from nanoinfra.formulas.collectives import fit, ring_bytes, ring_seconds, ring_steps, tree_bytes, tree_seconds
 
 CHUNKED = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 

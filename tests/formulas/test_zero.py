@@ -1,8 +1,8 @@
 """ZeRO's numbers: the paper's where the paper has them, and the shard map's exactly."""
 import pytest
 
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.formulas.zero import padded, units, zero_buffers, zero_bytes, zero_calls, zero_payload
 
 EVEN = ModelConfig(8192, 384, 6, 6, 6, 64, 1536, 256, tied=False, family="gpt2")

@@ -9,7 +9,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
 from traitlets.config import Config
 
-from nanoinfra.dist.ranks import Ranks
+from nanoinfra.distributed.pool.ranks import Ranks
 from tests.cpu_seconds import METER
 
 

@@ -6,10 +6,10 @@ import torch
 
 from lessons.l10_three_d.cluster_tables import COLUMNS, TRIALS, bloom_trials, gpt3_on
 from lessons.l10_three_d.figures import axis_bars, bytes_by_axis, cubes, paced
-from nanoinfra.dist.ledger import Row
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.three_d import sent
-from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed.ledger import Row
+from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.traffic_by_axis import sent
 from nanoinfra.lab import draw
 from nanoinfra.lab.instruments.gradient_parity import (
     float64_train_flags,

@@ -4,8 +4,8 @@ import torch
 
 from lessons.l15_kv_cache.exercise_cache import Cache, seen
 from lessons.l15_kv_cache.figures import arithmetic, bandwidths, batches, counts, rate, roof
+from nanoinfra.config import sized
 from nanoinfra.formulas import decoding
-from nanoinfra.formulas.shape import sized
 from nanoinfra.model.attention import naive
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights

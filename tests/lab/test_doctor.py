@@ -11,7 +11,7 @@ from nanoinfra.lab.doctor.doctor import run_doctor
 from nanoinfra.lab.doctor.doctor_flags import DoctorFlags
 from nanoinfra.lab.measure import Measurement
 
-QUICK = (("nanoinfra.dist.probe", "SIZES", (4096, 65536)), ("nanoinfra.dist.probe", "TOO_LONG", 0.05))
+QUICK = (("nanoinfra.distributed.benchmarks", "SIZES", (4096, 65536)), ("nanoinfra.distributed.benchmarks", "TOO_LONG", 0.05))
 
 
 def test_two_ranks_report_alike_and_the_first_writes(ranks, tmp_path):
@@ -47,7 +47,7 @@ def test_it_prints_tables_a_person_reads(ranks, capsys):
 
 
 def test_one_rank_has_no_wires(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("nanoinfra.dist.probe.TOO_LONG", 0.0)
+    monkeypatch.setattr("nanoinfra.distributed.benchmarks.TOO_LONG", 0.0)
     assert main(["doctor", "--threads", "1", "--out", str(tmp_path / "out.json")]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["wires"] == {}
     assert "alpha" not in capsys.readouterr().out

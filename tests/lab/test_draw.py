@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from lessons.l02_ring_all_reduce import figures
-from nanoinfra.dist.ledger import Row as LedgerRow
+from nanoinfra.distributed.ledger import Row as LedgerRow
 from nanoinfra.lab import draw
 
 RING = [[2 if c == (r - 2) % 4 else 1 for c in range(4)] for r in range(4)]

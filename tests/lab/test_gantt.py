@@ -5,8 +5,8 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from lessons.l06_pipeline.figures import COLOURS, IDLE, gantt, measured
-from nanoinfra.parallel.clock import simulate
-from nanoinfra.parallel.schedules import Backward, Forward, ReduceGrads, schedule
+from nanoinfra.parallel.pipeline.schedules import Backward, Forward, ReduceGrads, schedule
+from nanoinfra.parallel.pipeline.simulator import simulate
 
 
 def boxes(picture, colour=None):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from nanoinfra.config import sized
 from nanoinfra.formulas.activations import activation_terms
-from nanoinfra.formulas.shape import sized
 from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.memory.recompute import apply
 from nanoinfra.model.decoder import Decoder

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lessons.l00_one_step import checks as l00_cost
-from nanoinfra.formulas import flops, params
+from nanoinfra.formulas import flops, parameters
 
 MUTANTS = Path(__file__).parents[2] / "lessons" / "l00_one_step" / "mutants.py"
 HINTS = {
@@ -42,7 +42,7 @@ def test_a_slip_is_named_and_its_shape_is_printed(mutants, name):
 def test_layers_forgotten_in_the_parameters_are_named():
     def one_layer(c):
         outside = c.vocab * c.width * (2 - c.tied) + c.width
-        return outside + (params.parameters(c) - outside) // c.layers
+        return outside + (parameters.parameters(c) - outside) // c.layers
     assert "L layers forgotten?" in l00_cost.parameters.report(one_layer).first_failure.text
 
 
@@ -54,5 +54,5 @@ def test_no_two_slips_of_a_probe_give_the_same_number():
 
 
 def test_the_modules_own_formulas_pass():
-    assert l00_cost.parameters.report(params.parameters).exit_code == 0
+    assert l00_cost.parameters.report(parameters.parameters).exit_code == 0
     assert l00_cost.train_flops.report(flops.train_flops).exit_code == 0

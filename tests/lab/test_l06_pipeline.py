@@ -3,7 +3,7 @@ import pytest
 
 from lessons.l06_pipeline import checks as check
 from nanoinfra.lab.mutants import collect_lesson_mutants
-from nanoinfra.parallel.schedules import one_f_one_b, zb_h1
+from nanoinfra.parallel.pipeline.schedules import one_f_one_b, zb_h1
 
 HINTS = {
     "is gpipe": "all forwards first, as GPipe? Stage r goes p - 1 - r forwards ahead",

@@ -4,11 +4,11 @@ import math
 import pytest
 
 from lessons.l07_tensor_parallel.figures import GPT2, cliff, cut_map, kept_bars, paced, step_of
+from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.activations import activation_terms
-from nanoinfra.formulas.params import shapes
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.tensor import boxes, tensor_sent
-from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.formulas.collectives import ring_seconds
+from nanoinfra.formulas.parameters import shapes
+from nanoinfra.formulas.tensor_parallel import boxes, tensor_sent
 from nanoinfra.lab.mutants import collect_lesson_mutants
 
 CONFIG = ModelConfig(61, 24, 2, 4, 4, 6, 40, 16, family="gpt2")

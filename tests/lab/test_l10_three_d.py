@@ -4,9 +4,9 @@ import torch
 
 from lessons.l10_three_d import cases
 from lessons.l10_three_d import checks as check
-from nanoinfra.dist import comm
-from nanoinfra.formulas.params import shapes
-from nanoinfra.formulas.three_d import held
+from nanoinfra.distributed import comm
+from nanoinfra.formulas.parameters import shapes
+from nanoinfra.formulas.traffic_by_axis import held
 from nanoinfra.lab.mutants import collect_lesson_mutants
 
 HINTS = {

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.dist.mesh import Mesh
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.pipeline import split
 from nanoinfra.lab import run
 

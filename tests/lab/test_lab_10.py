@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.params import parameters
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab import run
 
 ROOT = Path(__file__).parents[2]

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas import paging
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas import paged_kv
 from nanoinfra.lab import run
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def test_it_counts_what_the_formulas_say_unless_it_is_broken(ranks, n, broken, e
 def test_nobody_waits_for_a_page_be_blocks_as_large_again():
     lab = run.load_lab("16")
     for size in (lab.SIZE, 2 * lab.SIZE):
-        assert paging.peak_blocks(lab.TRACE, size) <= lab.PLACES // size
+        assert paged_kv.peak_blocks(lab.TRACE, size) <= lab.PLACES // size
 
 
 def test_the_numbers_of_the_handout():
@@ -62,6 +62,6 @@ def test_the_numbers_of_the_handout():
 
 @pytest.mark.parametrize("model", run.load_lab("16").MODELS)
 def test_every_size_can_be_cut_eight_times(model):
-    from nanoinfra.formulas.tensor import check_heads
+    from nanoinfra.formulas.tensor_parallel import check_heads
     for n in (1, 2, 4, 8):
         check_heads(run.load_lab("16").shape(model), n)

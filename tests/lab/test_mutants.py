@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from lessons.l02_ring_all_reduce import checks as l02_ring
-from nanoinfra.dist.rings import ring_all_reduce
+from nanoinfra.distributed.rings import ring_all_reduce
 from nanoinfra.lab.exercise import load_python_file
 from nanoinfra.lab.mutants import (
     Mutant,
@@ -37,7 +37,7 @@ def test_a_survivor_a_wrong_reason_and_a_lone_mutant_fail():
 
 
 def test_a_patch_holds_in_the_rank_processes_and_only_during_the_call():
-    lazy = patched(ring_all_reduce, "nanoinfra.dist.rings:exchange", lambda x, axis, tag="": x)
+    lazy = patched(ring_all_reduce, "nanoinfra.distributed.rings:exchange", lambda x, axis, tag="": x)
     report = l02_ring.ring_all_reduce.report(lazy)
     assert report.first_failure.criterion.name == "every rank has the sum"
     assert l02_ring.ring_all_reduce.report(ring_all_reduce).exit_code == 0
@@ -52,7 +52,7 @@ def test_mutants_are_found_from_a_folder_outside_the_repository(course):
 
 def test_the_command_exits_1_if_one_survives(tmp_path, capsys):
     (tmp_path / "bad.py").write_text(
-        "from nanoinfra.dist.rings import ring_all_reduce\n"
+        "from nanoinfra.distributed.rings import ring_all_reduce\n"
         "from lessons.l02_ring_all_reduce import checks as l02_ring\n"
         "from nanoinfra.lab.mutants import Mutant\n"
         "MUTANTS = [Mutant(name, l02_ring.ring_all_reduce, ring_all_reduce, 'only x') for name in 'ab']\n")

@@ -3,11 +3,11 @@ import pytest
 import torch
 
 from lessons.l06_pipeline.measurements import rehearse, scheduled, train
+from nanoinfra.config import ModelConfig
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.activations import activation_terms
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.parallel.clock import simulate
-from nanoinfra.parallel.schedules import gpipe, one_f_one_b, schedule, zb_h1
+from nanoinfra.parallel.pipeline.schedules import gpipe, one_f_one_b, schedule, zb_h1
+from nanoinfra.parallel.pipeline.simulator import simulate
 
 KINDS = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1)]
 CONFIG = ModelConfig(61, 12, 4, 2, 2, 6, 48, 8, tied=False, family="gpt2")

@@ -9,11 +9,11 @@ from matplotlib.colors import to_rgb
 from lessons.l16_paging import figures as batches
 from lessons.l16_paging.engine_runs import serve
 from lessons.l16_paging.replay import Job, Ruled, Watched, draw_trace, numbers, policies, replay
-from nanoinfra.formulas import paging
-from nanoinfra.formulas.shape import sized
+from nanoinfra.config import sized
+from nanoinfra.formulas import paged_kv
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.serve.blocks import Blocks
+from nanoinfra.serve.engine.block_pool import Blocks
 from nanoinfra.serve.generate import generate
 
 LONGEST, SIZE = 64, 4
@@ -36,20 +36,20 @@ def test_all_three_policies_take_the_formulas_steps():
         for seats in (1, 3, 5):
             runs = policies(jobs, seats * LONGEST, LONGEST, SIZE)
             static, orca, pages = runs.values()
-            assert static.steps == paging.static_steps(trace, seats)
-            assert orca.steps == paging.orca_steps(trace, seats)
-            assert pages.steps >= paging.least_steps(trace, seats * LONGEST, SIZE)
-            assert orca.steps >= paging.least_steps(trace, seats * LONGEST, SIZE, LONGEST)
+            assert static.steps == paged_kv.static_steps(trace, seats)
+            assert orca.steps == paged_kv.orca_steps(trace, seats)
+            assert pages.steps >= paged_kv.least_steps(trace, seats * LONGEST, SIZE)
+            assert orca.steps >= paged_kv.least_steps(trace, seats * LONGEST, SIZE, LONGEST)
         roomy = replay(jobs, Watched(Blocks(400, SIZE)))
-        assert roomy.steps == paging.free_steps(trace)
-        assert max(step.used for step in roomy.log) == paging.peak_blocks(trace, SIZE)
+        assert roomy.steps == paged_kv.free_steps(trace)
+        assert max(step.used for step in roomy.log) == paged_kv.peak_blocks(trace, SIZE)
 
 
 def test_what_is_left_empty_is_the_formulas():
-    kept = [paging.kept(prompt, new) for _, prompt, new in numbers(JOBS)]
+    kept = [paged_kv.kept(prompt, new) for _, prompt, new in numbers(JOBS)]
     for run, want in zip(policies(JOBS, 4 * LONGEST, LONGEST, SIZE).values(),
                          ([LONGEST - n for n in kept], [LONGEST - n for n in kept],
-                          [paging.empty(n, SIZE) for n in kept])):
+                          [paged_kv.empty(n, SIZE) for n in kept])):
         assert [run.left[i] for i in range(len(JOBS))] == want
 
 
@@ -73,7 +73,7 @@ def test_a_shared_prefix_is_found_from_the_step_after_it_was_computed():
     jobs = [Job(job.arrival, prefix + job.tokens, job.new) for job in JOBS]
     later = sum(job.arrival > 0 for job in jobs)
     run = replay(jobs, Watched(Blocks(200, SIZE)))
-    assert run.counts["prefix_hits"] == SIZE * paging.saved_blocks(18, 1 + later, SIZE)
+    assert run.counts["prefix_hits"] == SIZE * paged_kv.saved_blocks(18, 1 + later, SIZE)
     fresh = replay(jobs, Watched(Blocks(200, SIZE)), fresh=True)
     assert fresh.counts["prefix_hits"] == 0
     assert fresh.computed - run.computed == run.counts["prefix_hits"]
@@ -100,7 +100,7 @@ def test_the_engine_does_what_the_replay_does(blocks, size, limits):
 
 def test_the_engine_in_static_batches_takes_as_many_steps():
     engine, said, _ = serve(MODEL, JOBS, 4, LONGEST, static=4)
-    assert engine.scheduler.steps == paging.static_steps(numbers(JOBS), 4)
+    assert engine.scheduler.steps == paged_kv.static_steps(numbers(JOBS), 4)
     assert [len(tokens) for tokens in said] == [job.new for job in JOBS]
 
 
@@ -114,7 +114,7 @@ def test_a_rule_of_ones_own_is_replayed_too():
             sequence.table += [blocks.take() for _ in range(need)]
             yield sequence, sequence.computed, count
     run = replay(JOBS, Ruled(one_at_a_time, Blocks(40, SIZE)))
-    assert run.steps == paging.orca_steps(numbers(JOBS), 1)
+    assert run.steps == paged_kv.orca_steps(numbers(JOBS), 1)
 
 
 def test_the_trace_is_one_seeds_and_fits():

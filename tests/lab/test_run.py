@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.dist.mesh import Mesh
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.lab import run
 from nanoinfra.lab.predict import predict
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 LABS = [("06", 12), ("07", 12), ("08", 8), ("10", 8), ("16", 12)]           # and how many predictions
 LAB = '''
 from nanoinfra.lab.measure import counted, median
-from nanoinfra.dist import comm
+from nanoinfra.distributed import comm
 
 PREDICTIONS = {"L77.bytes": "B", "L77.more": "B"}
 QUESTIONS = ("Why?", "And then?")
@@ -121,7 +121,7 @@ def test_a_mistake_is_one_line(lab, capsys, argv, said):
 def test_on_several_ranks_it_is_its_own_launcher(lab, capsys, monkeypatch):
     """Whose store is on loopback, as torchrun's is not; a rank starts no further ones."""
     argv, begun = ["77", "--nproc", "2", "--model", "test"], []
-    monkeypatch.setattr("nanoinfra.train.launch.launch", lambda *how, **more: begun.append((how, more)) or 5)
+    monkeypatch.setattr("nanoinfra.train.launch.launcher.launch", lambda *how, **more: begun.append((how, more)) or 5)
     assert run.main(argv) == 5
     assert begun == [((argv, 2), {"module": "nanoinfra.lab.run"})]
     assert capsys.readouterr().out.startswith("lab 77: 0 of 2 predictions made; missing: ")

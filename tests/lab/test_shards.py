@@ -3,8 +3,8 @@ import pytest
 
 from lessons.l08_zero.figures import held_bars, shard_map, stack_timeline
 from lessons.l08_zero.measurements import KINDS, exposed, held_and_sent, stack_step
-from nanoinfra.formulas.shape import sized
-from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.config import sized
+from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.formulas.zero import zero_bytes, zero_payload
 from nanoinfra.parallel.zero import Zero
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh
+from nanoinfra.config import sized
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.activations import activation_bytes
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.shape import sized
+from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.train.loss import cross_entropy
-from nanoinfra.train.optim import Optimizer
+from nanoinfra.train.optimizer import Optimizer
 
 
 def test_a_tensor_counts_while_it_lives_and_its_views_count_once():

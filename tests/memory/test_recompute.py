@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.memory import recompute
 from nanoinfra.model import attention
 from nanoinfra.model.decoder import Block, Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.data import DataParallel
+from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.train.loss import cross_entropy
 from tests.families import KINDS
 from tests.parity import assert_same_gradients

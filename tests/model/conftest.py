@@ -1,7 +1,7 @@
 """The real SmolLM2, loaded once."""
 import pytest
 
-from nanoinfra.model.load import load, packaged
+from nanoinfra.model.weights.load import load, packaged
 
 
 @pytest.fixture(scope="session")

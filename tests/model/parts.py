@@ -4,8 +4,8 @@ from math import prod
 import torch
 from safetensors import safe_open
 
-from nanoinfra.formulas.params import parameters
-from nanoinfra.formulas.tensor import boxes
+from nanoinfra.formulas.parameters import parameters
+from nanoinfra.formulas.tensor_parallel import boxes
 
 
 def parts(config, t, rank):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
 from nanoinfra.model.attention import CAUSAL, Attention, Mask, alibi_slopes, naive, sdpa
 
 

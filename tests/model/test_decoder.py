@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.config import ModelConfig, sized
 from nanoinfra.model.attention import CAUSAL, Mask
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights

@@ -7,8 +7,8 @@ import pytest
 
 from nanoinfra.lab.mutants import collect_library_mutants
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.files import LARGEST, read_json
-from nanoinfra.model.hf import INDEX, SINGLE, load_hf, save_hf
+from nanoinfra.model.weights.hugging_face.weights import INDEX, SINGLE, load_hf, save_hf
+from nanoinfra.model.weights.json_files import LARGEST, read_json
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nanoinfra.formulas.params import parameters
-from nanoinfra.model.gguf import halves_from_pairs, load_gguf, open_gguf
+from nanoinfra.formulas.parameters import parameters
+from nanoinfra.model.weights.gguf.weights import halves_from_pairs, load_gguf, open_gguf
 from tests.model.gguf_files import MODELS, add, close, write_model
 from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, parts
 from tests.model.twins import difference, scrambled, tokens

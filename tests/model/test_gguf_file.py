@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanoinfra.model.gguf import open_gguf
-from nanoinfra.model.gguf_file import read_gguf
+from nanoinfra.model.weights.gguf.file_format import read_gguf
+from nanoinfra.model.weights.gguf.weights import open_gguf
 from tests.model.gguf_files import add, close, names, write_model
 
 

@@ -9,9 +9,9 @@ import pytest
 import regex
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from nanoinfra.model import gguf_bpe, gguf_spm
-from nanoinfra.model.gguf_bpe import byte_level_bpe
-from nanoinfra.model.gguf_text import build_text
+from nanoinfra.model.weights.gguf import bpe_tokenizer, sentencepiece_tokenizer
+from nanoinfra.model.weights.gguf.bpe_tokenizer import byte_level_bpe
+from nanoinfra.model.weights.gguf.tokenizer import build_text
 from tests.model.gguf_tokenizers import alphabet
 
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -86,8 +86,8 @@ def test_each_known_name_splits_its_own_way(pre, want):
 
 def test_qwens_expression_is_its_own_tokenizers_but_for_the_long_s():
     """(?i:'s) finds \u017f too, llama.cpp does not."""
-    got = gguf_bpe.PRE["qwen2"].expressions[0]
-    assert got.replace(gguf_bpe.CONTRACTIONS, "(?i:'s|'t|'re|'ve|'m|'ll|'d)") == PRETOKENIZE_REGEX
+    got = bpe_tokenizer.PRE["qwen2"].expressions[0]
+    assert got.replace(bpe_tokenizer.CONTRACTIONS, "(?i:'s|'t|'re|'ve|'m|'ll|'d)") == PRETOKENIZE_REGEX
 
 
 def built(model="gpt2", tokens=("<s>", "a"), kinds=(3, 1), **header):
@@ -106,7 +106,7 @@ def test_begin_and_end_of_text_are_written_where_the_file_asks_for_them():
     assert built(pre="llama-bpe", bos_token_id=0, add_bos_token=False).encode("a") == [1]
 
 
-SPM = ("<unk>", "<s>", "</s>", *gguf_spm.BYTES, "a", "b", "c", "\u2581")
+SPM = ("<unk>", "<s>", "</s>", *sentencepiece_tokenizer.BYTES, "a", "b", "c", "\u2581")
 KINDS = (2, 3, 3, *[6] * 256, 1, 1, 1, 1)
 
 

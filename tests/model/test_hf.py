@@ -8,11 +8,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nanoinfra.data.tokenizer import Tokenizer
-from nanoinfra.formulas.shape import RopeScaling
+from nanoinfra.config import RopeScaling
+from nanoinfra.data.train_tokenizer import Tokenizer
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.hf import INDEX, SINGLE, load_hf, open_hf, save_hf
 from nanoinfra.model.init import init_weights
+from nanoinfra.model.weights.hugging_face.weights import INDEX, SINGLE, load_hf, open_hf, save_hf
 from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, counting, parts
 from tests.model.test_decoder import config
 from tests.model.twins import READ, difference, scrambled, theirs, tokens
@@ -81,7 +81,7 @@ def test_parts_of_all_ranks_make_the_whole(tmp_path, family, t, shards):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3", "opt", "bloom"])
 def test_a_rank_reads_its_part_of_the_files(tmp_path, monkeypatch, family):
     counts = []
-    monkeypatch.setattr("nanoinfra.model.safe.safe_open", counting(counts))
+    monkeypatch.setattr("nanoinfra.model.weights.safetensors_files.safe_open", counting(counts))
     save_hf(scrambled(Decoder(config(family, tied=False))), tmp_path)
     weights = open_hf(tmp_path)
     assert not counts                                            # shapes come from the header

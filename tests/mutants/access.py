@@ -7,11 +7,11 @@ from starlette.testclient import TestClient
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve import keys as library
-from nanoinfra.serve.access import Access
+from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.options import EngineOptions, ServeOptions
-from nanoinfra.serve.requests import Request
-from nanoinfra.serve.server import build
+from nanoinfra.serve.server.app import build
+from nanoinfra.serve.server.http import api_keys as library
+from nanoinfra.serve.server.http.access_control import Access
 from tests.serve.fake import Idle
 
 access, keys = Check("access"), Check("keys")
@@ -137,7 +137,8 @@ def only_looked_at(options, environment):
 
 HOST, ORIGIN, FORM, ELSEWHERE, PREFLIGHT, BEARER = (c.name for c in access.criteria)
 NO_FURTHER, SALTS = (c.name for c in keys.criteria)
-WHO, APP, KEYS = "nanoinfra.serve.access", "nanoinfra.serve.server", "nanoinfra.serve.keys"
+WHO, APP, KEYS = "nanoinfra.serve.server.http.access_control", "nanoinfra.serve.server.app",
+"nanoinfra.serve.server.http.api_keys"
 VARIANTS = [
     ("any Host will do", f"{WHO}:is_loopback", lambda host: True, HOST),
     ("a Host that begins as it should", f"{WHO}:is_loopback",

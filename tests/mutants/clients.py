@@ -7,10 +7,10 @@ import json
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve import spelling
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.loop import Ready
-from nanoinfra.serve.protocol import Chat, read, requests_of
+from nanoinfra.serve.engine import token_text
+from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.openai.completion_requests import Chat, read, requests_of
 from tests.serve.letters import byte_text
 
 tools, places = Check("tools of a chat"), Check("places of tokens")
@@ -55,7 +55,7 @@ def _(subject):
 
 def placed(ids):
     """(bytes of each token, its place in the text)."""
-    offsets = spelling.Offsets(spelling.Spelling(TEXT))
+    offsets = token_text.Offsets(token_text.Spelling(TEXT))
     return [offsets.spelling.bytes(token) for token in ids], [offsets.next(token) for token in ids]
 
 
@@ -73,12 +73,12 @@ def _(subject):
             raise CriterionNotMet(f"{ids} stand at {got} of {TEXT.decode(ids)!r}, want {want}")
 
 
-class OfItsText(spelling.Spelling):
+class OfItsText(token_text.Spelling):
     def bytes(self, token):
         return self.token(token).encode()
 
 
-class CountsNames(spelling.Offsets):
+class CountsNames(token_text.Offsets):
     def next(self, token):
         self.at += len(self.spelling.token(token))
         return self.at - len(self.spelling.token(token))
@@ -88,11 +88,12 @@ SEEN, OBJECT, NONE = (c.name for c in tools.criteria)
 BYTES, COUNTED = (c.name for c in places.criteria)
 MUTANTS = [
     Mutant("nobody looks whether tools are shown", tools,
-           patched(chat, "nanoinfra.serve.chats:_is_same", lambda *_: False), SEEN),
+           patched(chat, "nanoinfra.serve.server.openai.chat_messages:_is_same", lambda *_: False), SEEN),
     Mutant("arguments stay text", tools,
-           patched(chat, "nanoinfra.serve.chats:_with_arguments_read", lambda call: call), OBJECT),
+           patched(chat, "nanoinfra.serve.server.openai.chat_messages:_with_arguments_read",
+                   lambda call: call), OBJECT),
     Mutant("a token's bytes are its text's", places,
-           patched(placed, "nanoinfra.serve.spelling:Spelling", OfItsText), BYTES),
+           patched(placed, "nanoinfra.serve.engine.token_text:Spelling", OfItsText), BYTES),
     Mutant("names of tokens are counted", places,
-           patched(placed, "nanoinfra.serve.spelling:Offsets", CountsNames), COUNTED),
+           patched(placed, "nanoinfra.serve.engine.token_text:Offsets", CountsNames), COUNTED),
 ]

@@ -14,11 +14,11 @@ import httpx
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve.connections import Connection, ConnectionLimits, Framing
-from nanoinfra.serve.drain import Server
-from nanoinfra.serve.host import listen
-from nanoinfra.serve.logs import CountRepeats, counted_logs
-from nanoinfra.serve.server import build
+from nanoinfra.serve.server.app import build
+from nanoinfra.serve.server.http.connections import Connection, ConnectionLimits, Framing
+from nanoinfra.serve.server.http.graceful_shutdown import Server
+from nanoinfra.serve.server.http.logs import CountRepeats, counted_logs
+from nanoinfra.serve.server.launch_server import listen
 from tests.serve.fake import Idle
 
 connections, logs = Check("connections"), Check("logs")
@@ -146,7 +146,7 @@ class WritesAll(CountRepeats):
 
 NO_HEAD, NO_BODY, ROOM, CHUNKS = (c.name for c in connections.criteria)
 COUNTED, OF_HIS_OWN = (c.name for c in logs.criteria)
-DOOR, LOG = "nanoinfra.serve.connections", "nanoinfra.serve.logs"
+DOOR, LOG = "nanoinfra.serve.server.http.connections", "nanoinfra.serve.server.http.logs"
 MUTANTS = [
     Mutant("no time limits", connections, patched(left, f"{DOOR}:Connection", WaitsForEver), NO_HEAD),
     Mutant("no time limit for bodies", connections, patched(left, f"{DOOR}:Connection", WaitsForBodies),

@@ -8,9 +8,9 @@ from pathlib import Path
 from tokenizers import pre_tokenizers
 
 from nanoinfra.data import text_files
-from nanoinfra.data.cache import CONTENT, cached_folder
 from nanoinfra.data.text_files import read_folder
-from nanoinfra.data.tokenizer import LONGEST_WORD, Tokenizer
+from nanoinfra.data.token_cache import CONTENT, cached_folder
+from nanoinfra.data.train_tokenizer import LONGEST_WORD, Tokenizer
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 
@@ -115,8 +115,9 @@ def cut_for_ever(texts, vocab):
 
 MUTANTS = [
     Mutant("nobody verifies", caches, patched(
-        reopened, "nanoinfra.data.cache:_fault", lambda entry: None), SAME_SIZE),
-    Mutant("sizes are enough", caches, patched(reopened, "nanoinfra.data.cache:_fault", sizes), SAME_SIZE),
+        reopened, "nanoinfra.data.token_cache:_fault", lambda entry: None), SAME_SIZE),
+    Mutant("sizes are enough", caches, patched(reopened, "nanoinfra.data.token_cache:_fault", sizes),
+           SAME_SIZE),
     Mutant("what is left out is forgotten", folders,
            lambda files, links: (listing(files, links)[0], {}), TOLD),
     Mutant("links stay unread", folders, patched(
@@ -126,7 +127,7 @@ MUTANTS = [
     Mutant("links lead upwards", folders, patched(
         listing, "nanoinfra.data.text_files:_Tree", Upwards), ABOVE),
     Mutant("words are learned whole", words, patched(
-        Tokenizer.train, "nanoinfra.data.tokenizer:LONGEST_WORD", 1 << 30),
+        Tokenizer.train, "nanoinfra.data.train_tokenizer:LONGEST_WORD", 1 << 30),
         "a long word is learned from in parts"),
     Mutant("words are cut for ever", words, cut_for_ever, "a long word is encoded in one piece"),
 ]

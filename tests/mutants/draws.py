@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve import requests
-from nanoinfra.serve.requests import Request, Sampling, check
-from nanoinfra.serve.sampler import Adjustment, Sampler, adjusted
-from nanoinfra.serve.writer import Stream, Writer
+from nanoinfra.serve.engine import requests
+from nanoinfra.serve.engine.detokenizer import Stream, Writer
+from nanoinfra.serve.engine.requests import Request, Sampling, check
+from nanoinfra.serve.engine.sampler import Adjustment, Sampler, adjusted
 from tests.serve.letters import byte_text
 
 sampler, refusal, shown = Check("sampler"), Check("refusal"), Check("shown")

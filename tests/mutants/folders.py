@@ -11,14 +11,16 @@ from unittest import mock
 
 import torch
 
-from nanoinfra.formulas.shape import ModelConfig, RopeScaling
+from nanoinfra.config import ModelConfig, RopeScaling
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model import files, hf_config, hf_fields, safe, source
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.hf import load_hf, save_hf
-from nanoinfra.model.hf_names import QKV
 from nanoinfra.model.init import init_weights
+from nanoinfra.model.weights import json_files, safetensors_files, tensor_sources
+from nanoinfra.model.weights.hugging_face import config as hf_config
+from nanoinfra.model.weights.hugging_face import config_fields
+from nanoinfra.model.weights.hugging_face.parameter_names import QKV
+from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
 
 configurations, layouts, exports, problems = (Check(name) for name in ("configurations", "layouts", "exports",
                                                                        "broken folders"))
@@ -97,14 +99,14 @@ def _(subject):
 def fused(stored):
     """Where row 1 of q, k and v of layer 1 is read from, of a stored tensor, and each one's shape there."""
     inner = ("norm1", "norm2", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
-    table = {f"blocks.{{i}}.{name}.weight": source.Source(name) for name in inner}
-    table |= {f"{name}.weight": source.Source(name) for name in ("embed", "norm")}
-    table |= {f"blocks.{{i}}.{name}.weight": source.Source("w{i}", fused=QKV) for name in QKV}
-    found = source.sources(CONFIG, table)
+    table = {f"blocks.{{i}}.{name}.weight": tensor_sources.Source(name) for name in inner}
+    table |= {f"{name}.weight": tensor_sources.Source(name) for name in ("embed", "norm")}
+    table |= {f"blocks.{{i}}.{name}.weight": tensor_sources.Source("w{i}", fused=QKV) for name in QKV}
+    found = tensor_sources.sources(CONFIG, table)
     mine = [found[f"blocks.1.{name}.weight"] for name in QKV]
-    rows = [source.read_box(each, (4,), 6, (slice(1, 2),), lambda name, box: stored[box]).item()
+    rows = [tensor_sources.read_box(each, (4,), 6, (slice(1, 2),), lambda name, box: stored[box]).item()
             for each in mine]
-    return rows, [source.made_shape(each, stored.shape) for each in mine]
+    return rows, [tensor_sources.made_shape(each, stored.shape) for each in mine]
 
 
 @layouts.criterion("fused rows lie one after another", "property")
@@ -182,7 +184,7 @@ def opened(change):
 
 @problems.criterion("pointers of Git LFS are named", "property")
 def _(subject):
-    got = subject(lambda folder: (folder / "config.json").write_bytes(files.POINTER + b".github.com"))
+    got = subject(lambda folder: (folder / "config.json").write_bytes(json_files.POINTER + b".github.com"))
     if "Git LFS" not in got:
         raise CriterionNotMet(f"a pointer is answered {got!r}")
 
@@ -190,7 +192,7 @@ def _(subject):
 @problems.criterion("two sets of weights are refused", "property")
 def _(subject):
     def change(folder):
-        (folder / safe.SINGLE).write_bytes(next(folder.glob("model-*")).read_bytes())
+        (folder / safetensors_files.SINGLE).write_bytes(next(folder.glob("model-*")).read_bytes())
     got = subject(change)
     if "stale" not in got:
         raise CriterionNotMet(f"both forms of weights are answered {got!r}")
@@ -199,13 +201,13 @@ def _(subject):
 @problems.criterion("an index names files of its folder", "property")
 def _(subject):
     def change(folder):
-        path = folder / safe.INDEX
+        path = folder / safetensors_files.INDEX
         path.write_text(path.read_text().replace("model-00001", "../model-00001"))
     if "of its folder" not in (got := subject(change)):
         raise CriterionNotMet(f"an index that leaves its folder is answered {got!r}")
 
 
-def _reversed(config, table, inner=source.sources):
+def _reversed(config, table, inner=tensor_sources.sources):
     return {name: each._replace(before=each.after, after=each.before) for name, each in
             inner(config, table).items()}
 
@@ -220,43 +222,54 @@ def _in_place(folder, stale=()):
 
 MUTANTS = [
     Mutant("other attributes are dropped", configurations, patched(
-        read, "nanoinfra.model.hf_config:_refuse_others", lambda *args: None),
+        read, "nanoinfra.model.weights.hugging_face.config:_refuse_others", lambda *args: None),
         "what is not computed is refused"),
     Mutant("undeclared keys are ignored", configurations, patched(
-        read, "nanoinfra.model.hf_config:UNDECLARED", {}), "keys that are read undeclared are refused"),
+        read, "nanoinfra.model.weights.hugging_face.config:UNDECLARED", {}),
+        "keys that are read undeclared are refused"),
     Mutant("1 is as good as true", configurations, patched(
-        read, "nanoinfra.model.hf_config:_among", lambda value, allowed: value in allowed),
+        read, "nanoinfra.model.weights.hugging_face.config:_among", lambda value, allowed: value in allowed),
         "keys that are read undeclared are refused"),
     Mutant("attributes of the class are set", configurations, patched(
-        read, "nanoinfra.model.hf_config:SETTABLE", (*hf_fields.SETTABLE, "attribute_map")),
+        read, "nanoinfra.model.weights.hugging_face.config:SETTABLE", (*config_fields.SETTABLE,
+                                                                       "attribute_map")),
         "no key replaces a part of the class"),
     Mutant("sizes go to transformers first", configurations, patched(
-        read, "nanoinfra.model.hf_config:LARGEST", {}), "sizes are seen before lists are made of them"),
+        read, "nanoinfra.model.weights.hugging_face.config:LARGEST", {}),
+        "sizes are seen before lists are made of them"),
     Mutant("the attention factor is left out", configurations, patched(
-        read, "nanoinfra.model.hf_rope:_mscale", lambda *args: 1.0), "RoPE is stretched as the file says"),
+        read, "nanoinfra.model.weights.hugging_face.rope_config:_mscale", lambda *args: 1.0),
+        "RoPE is stretched as the file says"),
     Mutant("dynamic scaling is no longer", configurations, patched(
-        read, "nanoinfra.model.hf_rope:_context", lambda kind, given, longest: longest),
+        read, "nanoinfra.model.weights.hugging_face.rope_config:_context", lambda kind, given,
+        longest: longest),
         "RoPE is stretched as the file says"),
     Mutant("windows are everywhere", configurations, patched(
-        read, "nanoinfra.model.hf_config:_windows",
+        read, "nanoinfra.model.weights.hugging_face.config:_windows",
         lambda table, theirs: {"window": theirs["sliding_window"]}), "what is not computed is refused"),
     Mutant("transformers writes into the file's dict", configurations, patched(
-        read, "nanoinfra.model.hf_config:deepcopy", lambda x: x), "transformers' dicts are its own"),
+        read, "nanoinfra.model.weights.hugging_face.config:deepcopy", lambda x: x),
+        "transformers' dicts are its own"),
     Mutant("parts in the other order", layouts, patched(
-        fused, "nanoinfra.model.source:sources", _reversed), "fused rows lie one after another"),
+        fused, "nanoinfra.model.weights.tensor_sources:sources", _reversed),
+        "fused rows lie one after another"),
     Mutant("rows after ours are not counted", layouts, patched(
-        fused, "nanoinfra.model.source:made_shape",
+        fused, "nanoinfra.model.weights.tensor_sources:made_shape",
         lambda each, stored: (min(stored[0] - each.before, 12 if each.before == 0 else 6),)),
         "a fused tensor is checked whole"),
     Mutant("old weights stay", exports, patched(
-        exported, "nanoinfra.model.swap:WEIGHTS", ()), "the last export is what is read"),
+        exported, "nanoinfra.model.weights.replace_files:WEIGHTS", ()), "the last export is what is read"),
     Mutant("files are written in place", exports, patched(
-        exported, "nanoinfra.model.hf:replaced", _in_place), "an export cut off is no model"),
+        exported, "nanoinfra.model.weights.hugging_face.weights:replaced", _in_place),
+        "an export cut off is no model"),
     Mutant("pointers are JSON", problems, patched(
-        opened, "nanoinfra.model.files:check_content", lambda path: None), "pointers of Git LFS are named"),
+        opened, "nanoinfra.model.weights.json_files:check_content", lambda path: None),
+        "pointers of Git LFS are named"),
     Mutant("the index wins", problems, patched(
-        opened, "nanoinfra.model.safe:_files", lambda folder: sorted(folder.glob("model-*"))),
+        opened, "nanoinfra.model.weights.safetensors_files:_files",
+        lambda folder: sorted(folder.glob("model-*"))),
         "two sets of weights are refused"),
     Mutant("any path will do", problems, patched(
-        opened, "nanoinfra.model.safe:_shards", lambda index: []), "an index names files of its folder"),
+        opened, "nanoinfra.model.weights.safetensors_files:_shards", lambda index: []),
+        "an index names files of its folder"),
 ]

@@ -15,9 +15,10 @@ from tokenizers import normalizers
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model import gguf, gguf_bpe, gguf_config, gguf_file, gguf_spm
-from nanoinfra.model.gguf import FUSED, load_gguf, open_gguf
-from nanoinfra.model.gguf_text import build_text
+from nanoinfra.model.weights.gguf import bpe_tokenizer, file_format, sentencepiece_tokenizer, weights
+from nanoinfra.model.weights.gguf import config as gguf_config
+from nanoinfra.model.weights.gguf.tokenizer import build_text
+from nanoinfra.model.weights.gguf.weights import FUSED, load_gguf, open_gguf
 from tests.model.gguf_files import FACTORS, MODELS, names, prompt, write_model
 from tests.model.gguf_tokenizers import STRINGS, tokenizers
 from tests.model.record_llama_cpp import RECORDED, SHOWN
@@ -133,15 +134,15 @@ _refuses("an unknown pre-tokeniser", "is unknown", tokenizer=names(64) | {"token
 
 def fetches(wrong):
     """Read tensors as if the file's architecture was `wrong(name, architecture)`."""
-    right = gguf._fetch
-    return patched(model, "nanoinfra.model.gguf:_fetch",
+    right = weights._fetch
+    return patched(model, "nanoinfra.model.weights.gguf.weights:_fetch",
                    lambda *args: right(*args[:4], wrong(args[1], args[4])))
 
 
 def scaled(change):
     """RoPE's scaling with a slip; `change` is made of the right one."""
     right = gguf_config._rope_scaling
-    return patched(model, "nanoinfra.model.gguf_config:_rope_scaling",
+    return patched(model, "nanoinfra.model.weights.gguf.config:_rope_scaling",
                    lambda keys, config, factors: change(right(keys, config, factors), factors))
 
 
@@ -151,12 +152,12 @@ def only(kind, **change):
 
 def pre(**other):
     """With other splits of some names."""
-    return patched(text, "nanoinfra.model.gguf_bpe:PRE", gguf_bpe.PRE | {
+    return patched(text, "nanoinfra.model.weights.gguf.bpe_tokenizer:PRE", bpe_tokenizer.PRE | {
         name.replace("_", "-"): splits for name, splits in other.items()})
 
 
 def composed(tokens, merges, name):
-    backend = gguf_bpe.byte_level_bpe(tokens, merges, name)
+    backend = bpe_tokenizer.byte_level_bpe(tokens, merges, name)
     backend.normalizer = normalizers.NFC()
     return backend
 
@@ -168,7 +169,7 @@ def shortest_first(tokens, scores, ids):
 
 def unplaced(listed, end, alignment, size):
     start = -(-end // alignment) * alignment
-    return {name: gguf_file.Stored(kind, shape, start + offset)
+    return {name: file_format.Stored(kind, shape, start + offset)
             for name, (shape, kind, offset) in listed.items()}
 
 
@@ -176,11 +177,11 @@ def placed_anywhere(listed, end, alignment, size):
     """Only the end is looked at."""
     found = unplaced(listed, end, alignment, size)
     if any(tensor.start + tensor.nbytes() > size for tensor in found.values()):
-        raise ValueError(gguf_file.CUT)
+        raise ValueError(file_format.CUT)
     return found
 
 
-class Believing(gguf_file._Header):
+class Believing(file_format._Header):
     def count(self, what, least, most=2 ** 64):
         return self.number("Q")
 
@@ -204,20 +205,21 @@ def all_turned(keys, heads, width):
     return {"head_dim": width // heads, "kv_heads": keys.size("attention.head_count_kv", heads)}
 
 
-merges_by_score, THREES = gguf_spm.merges_by_score, gguf_bpe.PRE["dbrx"]
-FILE, CONFIG = "nanoinfra.model.gguf_file:", "nanoinfra.model.gguf_config:"
-SPM, TEXT = "nanoinfra.model.gguf_spm:", "nanoinfra.model.gguf_text:"
+merges_by_score, THREES = sentencepiece_tokenizer.merges_by_score, bpe_tokenizer.PRE["dbrx"]
+FILE, CONFIG = "nanoinfra.model.weights.gguf.file_format:", "nanoinfra.model.weights.gguf.config:"
+SPM, TEXT = "nanoinfra.model.weights.gguf.sentencepiece_tokenizer:", "nanoinfra.model.weights.gguf.tokenizer:"
 
 MUTANTS = [
     Mutant("pairs are left as llama.cpp has them", models,
-           patched(model, "nanoinfra.model.gguf:halves_from_pairs", lambda x, K: x), "llama"),
+           patched(model, "nanoinfra.model.weights.gguf.weights:halves_from_pairs", lambda x, K: x), "llama"),
     Mutant("pairs are undone in every architecture", models, fetches(lambda name, said: "llama"), "qwen2"),
     Mutant("pairs of fused tensors are left", models,
            fetches(lambda name, said: "qwen2" if "attn_qkv" in name else said), "llama, fused"),
     Mutant("pairs of biases are left", models,
            fetches(lambda name, said: "qwen2" if name.endswith("bias") else said), "llama, all biases"),
     Mutant("up before gate", models,
-           patched(model, "nanoinfra.model.gguf:FUSED", FUSED | {"ffn_up": ("mlp.up", "mlp.gate")}), "phi3"),
+           patched(model, "nanoinfra.model.weights.gguf.weights:FUSED",
+                   FUSED | {"ffn_up": ("mlp.up", "mlp.gate")}), "phi3"),
     Mutant("biases are those of the family", models,
            patched(model, CONFIG + "_biased", lambda config, names: config), "llama, all biases"),
     Mutant("no scaling", models, scaled(lambda scaling, _: None), "llama, linear"),
@@ -236,7 +238,7 @@ MUTANTS = [
     Mutant("ends by key alone", texts, patched(text, TEXT + "ENDS", set()), "bpe, gpt-2"),
     Mutant("tokens of filling in never end", texts, patched(text, TEXT + "FILL_ENDS", ()),
            "bpe, ends by name and by key"),
-    Mutant("digits stay together", texts, pre(smollm=gguf_bpe.PRE["gpt-2"]), "bpe, smollm"),
+    Mutant("digits stay together", texts, pre(smollm=bpe_tokenizer.PRE["gpt-2"]), "bpe, smollm"),
     Mutant("whole words are merged too", texts, pre(llama_bpe=THREES._replace(bos=True)), "bpe, llama-bpe"),
     Mutant("no first token where nothing is said", texts,
            patched(text, TEXT + "opens_with_bos", lambda pre: False), "bpe, llama-bpe"),
@@ -253,7 +255,8 @@ MUTANTS = [
     Mutant("any version", files, patched(opens, FILE + "VERSIONS", (1, 2, 3)), "version 1"),
     Mutant("counts are believed", files, patched(opens, FILE + "_Header", Believing), "counts without end"),
     Mutant("pieces are wholes", files, patched(patched(
-        opens, CONFIG + "architecture_of", whole_model), "nanoinfra.model.gguf:architecture_of", whole_model),
+        opens, CONFIG + "architecture_of", whole_model),
+        "nanoinfra.model.weights.gguf.weights:architecture_of", whole_model),
         "a piece of a model"),
     Mutant("unknown keys are passed over", files,
            patched(opens, CONFIG + "_check_keys", lambda keys, config: None), "keys that change the maths"),
@@ -269,6 +272,7 @@ MUTANTS = [
            patched(opens, SPM + "_joins_no_token", lambda token, ids: False),
            "a token of what is none"),
     Mutant("an unknown pre-tokeniser is GPT-2's", files,
-           patched(opens, "nanoinfra.model.gguf_bpe:PRE", gguf_bpe.PRE | {"viking": gguf_bpe.PRE["gpt-2"]}),
+           patched(opens, "nanoinfra.model.weights.gguf.bpe_tokenizer:PRE",
+                   bpe_tokenizer.PRE | {"viking": bpe_tokenizer.PRE["gpt-2"]}),
            "an unknown pre-tokeniser"),
 ]

@@ -11,15 +11,15 @@ from unittest import mock
 
 import torch
 
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.serve import engine as engines
-from nanoinfra.serve.engine import Engine
-from nanoinfra.serve.paged import PagedKV
-from nanoinfra.serve.requests import Request, Sampling
-from nanoinfra.serve.sampler import Sampler
+from nanoinfra.serve.engine import engine as engines
+from nanoinfra.serve.engine.engine import Engine
+from nanoinfra.serve.engine.paged_attention import PagedKV
+from nanoinfra.serve.engine.requests import Request, Sampling
+from nanoinfra.serve.engine.sampler import Sampler
 
 CONFIG = ModelConfig(vocab=97, width=24, layers=2, heads=4, kv_heads=2, head_dim=6, hidden=40, context=64)
 GREEDY, NEW, NAN = Sampling(temperature=0), 8, float("nan")
@@ -231,11 +231,11 @@ MUTANTS = [
     *(Mutant(name, isolation, functools.partial(serve, kind=kind), rejected_by)
       for name, (kind, rejected_by) in ENGINES.items()),
     Mutant("a block is taken as it was", isolation,
-           patched(serve, "nanoinfra.serve.engine:PagedKV", LeavesNumbers), STALE),
+           patched(serve, "nanoinfra.serve.engine.engine:PagedKV", LeavesNumbers), STALE),
     Mutant("a block's keys are as they were", isolation,
-           patched(serve, "nanoinfra.serve.engine:PagedKV", CleansValuesAlone), STALE),
+           patched(serve, "nanoinfra.serve.engine.engine:PagedKV", CleansValuesAlone), STALE),
     Mutant("nobody looks whether logits are finite", isolation,
-           patched(serve, "nanoinfra.serve.engine:finite", lambda rows: [True] * len(rows)), KNOWN),
+           patched(serve, "nanoinfra.serve.engine.engine:finite", lambda rows: [True] * len(rows)), KNOWN),
     Mutant("one row that is not finite fails all", isolation,
-           patched(serve, "nanoinfra.serve.engine:finite", one_for_all), LOGITS),
+           patched(serve, "nanoinfra.serve.engine.engine:finite", one_for_all), LOGITS),
 ]

@@ -9,11 +9,11 @@ from unittest import mock
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve import life, worker
-from nanoinfra.serve.counters import Counters
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.loop import Ready
-from nanoinfra.serve.requests import Request
+from nanoinfra.serve.engine.requests import Request
+from nanoinfra.serve.processes import engine_client, engine_processes
+from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.metrics import Counters
 from tests.serve.fake import fake, text
 
 BOUND = 8                                    # commands that may wait
@@ -33,7 +33,7 @@ class Paper:
         self.killed += 1
 
     def hear(self):
-        raise life.Dead("it died")
+        raise engine_processes.Dead("it died")
 
     def end(self):
         pass
@@ -42,7 +42,7 @@ class Paper:
 def books(act):
     """What `act` finds in a Worker that is ready, in its event loop."""
     async def run():
-        one = worker.Worker(fake, Counters("fake"), hung=3600.0)
+        one = engine_client.Worker(fake, Counters("fake"), hung=3600.0)
         one.loop = asyncio.get_running_loop()
         one._on(Paper(), Ready({"blocks": 1, "block_size": 1}, text(), None, (BOUND, 1 << 20)))
         one._tick()
@@ -68,11 +68,11 @@ def _(subject):
 @waiting.criterion("an engine hangs that is silent and has work", "property")
 def _(subject):
     def still(one, work):
-        for _ in range(3 * worker.TICKS):
+        for _ in range(3 * engine_client.TICKS):
             one._tick()
         idle = one.life.killed
         setattr(one, work, {"a": 0})
-        for _ in range(worker.TICKS + 1):
+        for _ in range(engine_client.TICKS + 1):
             one._tick()
         setattr(one, work, {})
         return idle, one.life.killed
@@ -97,39 +97,39 @@ def _(subject):
         def keep(one, served=served):
             pauses = []
             one.ended.wait = lambda pause: pauses.append(round(pause, 2)) or len(pauses) == 12
-            with mock.patch.object(worker, "Life", functools.partial(Paper, served=served)):
+            with mock.patch.object(engine_client, "Life", functools.partial(Paper, served=served)):
                 one._keep()
             return pauses
         if (got := subject(keep)) != want:
             raise CriterionNotMet(f"lives that served {served}: pauses {got}, want {want}")
 
 
-class AlwaysHasRoom(worker.Worker):
+class AlwaysHasRoom(engine_client.Worker):
     def _has_room(self, tokens):
         return True
 
 
-class CountsIdleTime(worker.Worker):
+class CountsIdleTime(engine_client.Worker):
     def _tick(self):
         silent = self.silent
         super()._tick()
         self.silent = silent + 1
 
 
-class SeesOpenAnswersAlone(worker.Worker):   # whoever gives up takes the evidence along
+class SeesOpenAnswersAlone(engine_client.Worker):   # whoever gives up takes the evidence along
     def _tick(self):
         super()._tick()
         self.silent *= bool(self.jobs)
 
 
-class TakesItsOwnKillForADeath(worker.Worker):
+class TakesItsOwnKillForADeath(engine_client.Worker):
     def _lost(self, state, why):
         self.failed = why if state == "failed" else self.failed
         super()._lost(state, why)
 
 
 BOUNDED, HANGS, ASKED, PAUSES = (criterion.name for criterion in waiting.criteria)
-WORKER = "nanoinfra.serve.worker:Worker"
+WORKER = "nanoinfra.serve.processes.engine_client:Worker"
 MUTANTS = [
     Mutant("whatever comes waits", waiting, patched(books, WORKER, AlwaysHasRoom), BOUNDED),
     Mutant("an idle engine hangs", waiting, patched(books, WORKER, CountsIdleTime), HANGS),
@@ -137,5 +137,6 @@ MUTANTS = [
            patched(books, WORKER, SeesOpenAnswersAlone), HANGS),
     Mutant("a rank that the server has ended is a failure", waiting,
            patched(books, WORKER, TakesItsOwnKillForADeath), ASKED),
-    Mutant("pauses of up to 30 s", waiting, patched(books, "nanoinfra.serve.worker:PAUSE", 30.0), PAUSES),
+    Mutant("pauses of up to 30 s", waiting, patched(books, "nanoinfra.serve.processes.engine_client:PAUSE",
+                                                    30.0), PAUSES),
 ]

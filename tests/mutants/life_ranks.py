@@ -16,9 +16,9 @@ from unittest import mock
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve import life, worker
-from nanoinfra.serve.counters import Counters
-from nanoinfra.serve.requests import Request
+from nanoinfra.serve.engine.requests import Request
+from nanoinfra.serve.processes import engine_client, engine_processes
+from nanoinfra.serve.server.metrics import Counters
 from tests.processes import alive, children
 from tests.serve.fake import compiling, fake
 from tests.serve.host import ROOT
@@ -55,11 +55,11 @@ def until(true, seconds=PATIENCE):
 @leaving.criterion("a signal to all is the API's", "property")
 def _(subject):
     def interrupt():
-        one = life.Life(fake, 1)
+        one = engine_processes.Life(fake, 1)
         try:
             one.processes[0].send_signal(signal.SIGTERM)     # it has just begun
             return type(one.hear()[0]).__name__
-        except life.Dead as dead:
+        except engine_processes.Dead as dead:
             return str(dead)
         finally:
             one.end()
@@ -71,7 +71,7 @@ def _(subject):
 def _(subject):
     def orphan():
         code = ("import functools, os, signal\nfrom nanoinfra.serve import life\n"
-                f"from tests.serve.fake import fake\nlife.START = {life.START!r}\n"
+                f"from tests.serve.fake import fake\nlife.START = {engine_processes.START!r}\n"
                 "one = life.Life(functools.partial(fake, load=600), 1)\n"
                 "print(one.processes[0].pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)")
         with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as parent:
@@ -86,7 +86,7 @@ def _(subject):
 @leaving.criterion("what a rank has started ends with it", "property")
 def _(subject):
     def compile():
-        one = life.Life(compiling, 1)
+        one = engine_processes.Life(compiling, 1)
         until(lambda: children(one.processes[0].pid))
         [program] = children(one.processes[0].pid)
         one.end()
@@ -102,7 +102,7 @@ def started(then):
     facts, kept = {}, []
 
     async def run():
-        kept.append(one := worker.Worker(LONG, Counters("fake")))
+        kept.append(one := engine_client.Worker(LONG, Counters("fake")))
         one.start()
         while one.state == "loading":
             await asyncio.sleep(0.01)
@@ -137,8 +137,9 @@ def _(subject):
 @leaving.criterion("an end leaves nothing, and is not waited for in the event loop", "property")
 def _(subject):
     def nothing(one, facts):
-        end = life.Life.end
-        slow.enter_context(mock.patch.object(life.Life, "end", lambda one: (time.sleep(4), end(one))))
+        end = engine_processes.Life.end
+        slow.enter_context(mock.patch.object(engine_processes.Life, "end", lambda one: (time.sleep(4),
+                                                                                        end(one))))
     with contextlib.ExitStack() as slow:
         facts = subject(functools.partial(started, nothing))
     if facts["left"]:
@@ -147,25 +148,25 @@ def _(subject):
         raise CriterionNotMet("the event loop waits until a process is no more")
 
 
-class WaitsForTheKeeper(worker.Worker):
+class WaitsForTheKeeper(engine_client.Worker):
     def stop(self):
         super().stop()
         self.keeper.join()
 
 
-class SendsItself(life.Life):
+class SendsItself(engine_processes.Life):
     def send(self, command):
         with contextlib.suppress(OSError):
             self.pipes[0].send(command)
 
 
-class KillsRanksAlone(life.Life):
+class KillsRanksAlone(engine_processes.Life):
     def kill(self, why=""):
         for process in self.processes:
             process.kill()
 
 
-class KillsNobody(life.Life):
+class KillsNobody(engine_processes.Life):
     def kill(self, why=""):
         pass
 
@@ -173,14 +174,16 @@ class KillsNobody(life.Life):
 ASKS_NOBODY = ("from nanoinfra.serve import loop; ask = loop.end_with_parent\n"
                "loop.end_with_parent = lambda parent: ask()\nloop.main()")
 YOUNG, ORPHAN, CHILD, STOPPED, NOTHING = (criterion.name for criterion in leaving.criteria)
-WORKER, LIFE = "nanoinfra.serve.worker:Worker", "nanoinfra.serve.worker:Life"
+WORKER, LIFE = "nanoinfra.serve.processes.engine_client:Worker",
+"nanoinfra.serve.processes.engine_client:Life"
 MUTANTS = [
     Mutant("Ctrl-C ends a young rank", leaving,
-           patched(ranks, "nanoinfra.serve.life:blocked", lambda signals: contextlib.nullcontext()), YOUNG),
+           patched(ranks, "nanoinfra.serve.processes.engine_processes:blocked",
+                   lambda signals: contextlib.nullcontext()), YOUNG),
     Mutant("a rank asks too late who its parent is", leaving,
-           patched(ranks, "nanoinfra.serve.life:START", ASKS_NOBODY), ORPHAN),
+           patched(ranks, "nanoinfra.serve.processes.engine_processes:START", ASKS_NOBODY), ORPHAN),
     Mutant("a compiler goes on", leaving,
-           patched(ranks, "nanoinfra.serve.life:Life", KillsRanksAlone), CHILD),
+           patched(ranks, "nanoinfra.serve.processes.engine_processes:Life", KillsRanksAlone), CHILD),
     Mutant("the event loop writes to the pipe", leaving, patched(ranks, LIFE, SendsItself), STOPPED),
     Mutant("ranks are not killed", leaving, patched(ranks, LIFE, KillsNobody), NOTHING),
     Mutant("the event loop waits for the end of ranks", leaving,

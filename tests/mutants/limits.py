@@ -9,12 +9,12 @@ from pydantic import ConfigDict
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model.text import Text
-from nanoinfra.serve import limits
-from nanoinfra.serve.answers import ChatAnswer, CompletionAnswer
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.loop import Ready
-from nanoinfra.serve.protocol import Chat, Completion, read, requests_of
+from nanoinfra.model.tokenizer import Text
+from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.server import limits
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.openai.completion_requests import Chat, Completion, read, requests_of
+from nanoinfra.serve.server.openai.completion_responses import ChatAnswer, CompletionAnswer
 
 CONTEXT = 64
 requests = Check("limits of a request")

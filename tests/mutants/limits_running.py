@@ -16,16 +16,16 @@ from pathlib import Path
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model.text import Text
-from nanoinfra.serve import exchange
-from nanoinfra.serve.answers import ChatAnswer
-from nanoinfra.serve.choice import Choice
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.preprocess import Preprocessor
-from nanoinfra.serve.protocol import Chat, read
-from nanoinfra.serve.requests import Event, Logprob, Request
-from nanoinfra.serve.templates import TemplateProcess
-from nanoinfra.serve.writer import Writer
+from nanoinfra.model.tokenizer import Text
+from nanoinfra.serve.engine.detokenizer import Writer
+from nanoinfra.serve.engine.requests import Event, Logprob, Request
+from nanoinfra.serve.server import handlers
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.openai.chat_templates import TemplateProcess
+from nanoinfra.serve.server.openai.choice import Choice
+from nanoinfra.serve.server.openai.completion_requests import Chat, read
+from nanoinfra.serve.server.openai.completion_responses import ChatAnswer
+from nanoinfra.serve.server.preprocess import Preprocessor
 from tests.serve.letters import letters
 
 HI = [{"role": "user", "content": "hi"}]
@@ -94,7 +94,7 @@ class Live:
                     yield b" " * most
         endless = Endless()
         try:
-            asyncio.run(exchange._body(endless, most, lambda: None))
+            asyncio.run(handlers._body(endless, most, lambda: None))
         except Refused as refused:
             return refused.status, endless.sent
         return 200, endless.sent
@@ -209,7 +209,7 @@ def looks_at_every_beginning(text, stop):
 
 def child(name, instead):
     """What starts a child that has `instead` of a guard."""
-    return f"import nanoinfra.serve.templates as t; t.{name} = {instead}; t.main()"
+    return f"import nanoinfra.serve.server.openai.chat_templates as t; t.{name} = {instead}; t.main()"
 
 
 RUNNING = {

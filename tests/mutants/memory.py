@@ -7,13 +7,14 @@ import re
 from unittest import mock
 
 from nanoinfra.commands import parse
+from nanoinfra.config import sized
 from nanoinfra.formulas import footprint, pipeline
 from nanoinfra.formulas.activations import activation_bytes, end_terms
 from nanoinfra.formulas.footprint import Layout, Recipe
-from nanoinfra.formulas.shape import sized
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.train import config, memory_check
+from nanoinfra.train import config
+from nanoinfra.train.launch import memory_check
 
 kept, refusal = Check("kept"), Check("refusal")
 CONFIG, RECIPE = sized("nano", tied=False), Recipe(256, 8, 6)
@@ -80,7 +81,7 @@ MUTANTS = [
     Mutant("every schedule keeps what 1f1b does", kept,
            patched(keep, "nanoinfra.formulas.footprint:in_flight", one_at_a_time), UNDER_WAY),
     Mutant("one rank stands for all", refusal,
-           patched(refuse, "nanoinfra.train.memory_check:ranks_here", lambda *_: range(1)), EVERY),
+           patched(refuse, "nanoinfra.train.launch.memory_check:ranks_here", lambda *_: range(1)), EVERY),
     Mutant("the first remedy will do", refusal,
-           patched(refuse, "nanoinfra.train.memory_check:_fits", lambda *_: True), FITS),
+           patched(refuse, "nanoinfra.train.launch.memory_check:_fits", lambda *_: True), FITS),
 ]

@@ -1,7 +1,7 @@
 """Known-wrong networks: torch's store and rendezvous as they come, gloo left to itself, a risk not said.
 
-Ranks of a launcher, a pool and an engine are started and visited by a stranger (tests/dist/stranger.py); a
-mutant of the library is patched in, here or in the ranks.
+Ranks of a launcher, a pool and an engine are started and visited by a stranger
+(tests/distributed/stranger.py); a mutant of the library is patched in, here or in the ranks.
 """
 import functools
 import os
@@ -12,9 +12,9 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from nanoinfra.lab.check import Check, CriterionBlocked, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.train import rendezvous
-from tests.dist.at_rest import launched, pooled, teamed, torchs_store
-from tests.dist.stranger import visit
+from nanoinfra.train.launch import rendezvous
+from tests.distributed.at_rest import launched, pooled, teamed, torchs_store
+from tests.distributed.stranger import visit
 
 MEET, SAFE, LOOPBACK = ("they meet", "a planted pickle is not loaded", "nothing listens beyond loopback")
 
@@ -93,18 +93,20 @@ def exposure():
 
 HOSTS, TORCHRUN, QUIET = (c.name for c in warning.criteria)
 of_launcher, of_pool, of_engine = map(visits, ("launched ranks", "ranks of a pool", "an engine's ranks"))
-MODULE = "nanoinfra.train.rendezvous"
+MODULE = "nanoinfra.train.launch.rendezvous"
 MUTANTS = [
     Mutant("the c10d rendezvous", of_launcher,
-           patched(launched, "nanoinfra.train.launch:LoopbackRendezvous", c10d), SAFE),
+           patched(launched, "nanoinfra.train.launch.launcher:LoopbackRendezvous", c10d), SAFE),
     Mutant("torch's own store", of_launcher,
-           patched(launched, "nanoinfra.train.launch:master_store", torchs_store), LOOPBACK),
+           patched(launched, "nanoinfra.train.launch.launcher:master_store", torchs_store), LOOPBACK),
     Mutant("gloo left to itself", of_launcher, leaves_gloo_alone(launched, MODULE), LOOPBACK),
     Mutant("torch's own store", of_pool,
-           patched(pooled, "nanoinfra.dist.crew:master_store", torchs_store), LOOPBACK),
-    Mutant("gloo left to itself", of_pool, leaves_gloo_alone(pooled, "nanoinfra.dist.worker"), LOOPBACK),
+           patched(pooled, "nanoinfra.distributed.pool.rank_processes:master_store", torchs_store), LOOPBACK),
+    Mutant("gloo left to itself", of_pool, leaves_gloo_alone(pooled, "nanoinfra.distributed.pool.rank_main"),
+           LOOPBACK),
     Mutant("torch's own store", of_engine, lambda look: teamed(look, store=torchs_store), LOOPBACK),
-    Mutant("gloo left to itself", of_engine, leaves_gloo_alone(teamed, "nanoinfra.dist.loopback"), LOOPBACK),
+    Mutant("gloo left to itself", of_engine, leaves_gloo_alone(teamed, "nanoinfra.distributed.loopback"),
+           LOOPBACK),
     Mutant("two hosts taken for one", warning,
            patched(exposure, f"{MODULE}:on_one_host", lambda: True), HOSTS),
     Mutant("every launcher taken for ours", warning,

@@ -5,20 +5,27 @@ from types import SimpleNamespace
 import torch
 
 from lessons.l06_pipeline import measurements as pipes
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh
+from nanoinfra.config import ModelConfig
+from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
-from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.parallel import schedules
-from nanoinfra.parallel.clock import in_flight, simulate, validate
-from nanoinfra.parallel.compose import Chunks
-from nanoinfra.parallel.schedules import Backward, Forward, RecvGrad, ReduceGrads, Step, with_messages
-from nanoinfra.train import replica
+from nanoinfra.parallel.parallelize import Chunks
+from nanoinfra.parallel.pipeline import schedules
+from nanoinfra.parallel.pipeline.schedules import (
+    Backward,
+    Forward,
+    RecvGrad,
+    ReduceGrads,
+    Step,
+    with_messages,
+)
+from nanoinfra.parallel.pipeline.simulator import in_flight, simulate, validate
+from nanoinfra.train import train_stage
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
-from nanoinfra.train.optim import clip
+from nanoinfra.train.optimizer import clip
 from nanoinfra.train.step import execute
 
 T = 7
@@ -108,7 +115,7 @@ def step(kind, p, m, v):
     """One rank's part of a step: its loss, gradients, bytes sent; the norm."""
     mesh = Mesh(pp=p)
     flags = TrainFlags(ModelFlags(dtype="float64"), mesh=MeshFlags(pp=p), pipeline=PipelineFlags(kind, v))
-    stage = replica.Replica(CONFIG, flags, mesh)
+    stage = train_stage.Replica(CONFIG, flags, mesh)
     x, y = torch.randint(CONFIG.vocab, (2, 2 * m, T), generator=torch.Generator().manual_seed(m))
     for i in range(2 * m):
         y[i, :i % T] = IGNORE
@@ -161,7 +168,7 @@ def never_splits(kind, p, m, v):
     return schedules.schedule("1f1b" if kind == "zb-h1" else kind, p, m, v)
 
 
-class DividesAgain(replica.Replica):
+class DividesAgain(train_stage.Replica):
     def upstream(self, loss):
         return torch.full_like(loss, 1 / len(self.batches))
 
@@ -213,8 +220,8 @@ def in_step(todo, stage):
 EXECUTED, KEPT, IDLE = (criterion.name for criterion in order.criteria)
 LOSS, GRADS, NORM, SENT = (criterion.name for criterion in pipeline.criteria)
 [BUSY] = (criterion.name for criterion in overlap.criteria)
-CHUNKS, REPLICA = "nanoinfra.train.replica:Chunks", "nanoinfra.train.replica:Replica"
-SPLIT, COMM = "nanoinfra.parallel.compose:split", "nanoinfra.parallel.pipeline:comm"
+CHUNKS, REPLICA = "nanoinfra.train.train_stage:Chunks", "nanoinfra.train.train_stage:Replica"
+SPLIT, COMM = "nanoinfra.parallel.parallelize:split", "nanoinfra.parallel.pipeline.stage:comm"
 MUTANTS = [
     Mutant("a schedule with a missing receive", order, without_a_receive, EXECUTED),
     Mutant("two stages' orders swapped", order, stages_swapped, EXECUTED),

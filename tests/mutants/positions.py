@@ -8,17 +8,17 @@ from dataclasses import replace
 
 import torch
 
-from nanoinfra.formulas.shape import ModelConfig, RopeScaling
+from nanoinfra.config import ModelConfig, RopeScaling
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model import attention, rope
 from nanoinfra.model.attention import Mask
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.serve.engine import Engine, use_cpu_kernels
+from nanoinfra.serve.engine.cpu_decoder_block import PagesInPlace
+from nanoinfra.serve.engine.engine import Engine, use_cpu_kernels
+from nanoinfra.serve.engine.paged_attention import PagedKV
+from nanoinfra.serve.engine.requests import Request, Sampling
 from nanoinfra.serve.generate import generate
-from nanoinfra.serve.paged import PagedKV
-from nanoinfra.serve.passes import PagesInPlace
-from nanoinfra.serve.requests import Request, Sampling
 
 window, pages, stretch = Check("window"), Check("pages"), Check("stretch")
 SMALL = ModelConfig(31, 16, 2, 2, 1, 8, 24, 64)
@@ -168,9 +168,9 @@ MUTANTS = [
     Mutant("a window hides nothing", window, patched(attend, HIDDEN, without_window), SEES),
     Mutant("chunks see past their window", pages, patched(serve, HIDDEN, without_window), SAYS),
     Mutant("single queries see past their window", pages,
-           patched(serve, "nanoinfra.serve.engine:PagedKV", BlindAlone), SAYS),
+           patched(serve, "nanoinfra.serve.engine.engine:PagedKV", BlindAlone), SAYS),
     Mutant("the C passes know no window", pages,
-           patched(serve, "nanoinfra.serve.passes:PagesInPlace", BlindInC), SAYS),
+           patched(serve, "nanoinfra.serve.engine.cpu_decoder_block:PagesInPlace", BlindInC), SAYS),
     Mutant("linear divides nothing", stretch, stretched(linear=lambda f, scaling, theta: f), LINEAR),
     Mutant("dynamic grows by its factor at once", stretch,
            patched(turn, "nanoinfra.model.rope:dynamic_theta", by_factor_alone), DYNAMIC),

@@ -7,13 +7,13 @@ import json
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve import responses
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.loop import Ready
-from nanoinfra.serve.protocol import read, requests_of
-from nanoinfra.serve.requests import Event
-from nanoinfra.serve.responses import ResponsesRequest, turns_of
-from nanoinfra.serve.responses_answer import ResponsesAnswer
+from nanoinfra.serve.engine.requests import Event
+from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.openai import responses_requests
+from nanoinfra.serve.server.openai.completion_requests import read, requests_of
+from nanoinfra.serve.server.openai.responses_output import ResponsesAnswer
+from nanoinfra.serve.server.openai.responses_requests import ResponsesRequest, turns_of
 from tests.serve.letters import byte_text
 
 shape, ends = Check("turns of a response's input"), Check("the end of a response")
@@ -71,7 +71,7 @@ def _(subject):
         raise CriterionNotMet(f"a and b end as {got!r}")
 
 
-def _forgetful(item, i, _turn=responses._turn):
+def _forgetful(item, i, _turn=responses_requests._turn):
     turn = _turn(item, i)
     for call in turn.get("tool_calls", []):
         call["id"] = None
@@ -79,13 +79,16 @@ def _forgetful(item, i, _turn=responses._turn):
 
 
 MUTANTS = [
-    Mutant("roles as they are", shape, patched(turns, "nanoinfra.serve.responses:ROLES",
+    Mutant("roles as they are", shape, patched(turns,
+                                               "nanoinfra.serve.server.openai.responses_requests:ROLES",
                                                {"developer": "developer"}),
            "a developer speaks for the system"),
-    Mutant("calls without ids", shape, patched(turns, "nanoinfra.serve.responses:_turn", _forgetful),
+    Mutant("calls without ids", shape, patched(
+        turns, "nanoinfra.serve.server.openai.responses_requests:_turn", _forgetful),
            "calls are one turn, each with its id"),
-    Mutant("all is completed", ends, patched(ended, "nanoinfra.serve.responses_answer:STATUS",
+    Mutant("all is completed", ends, patched(ended, "nanoinfra.serve.server.openai.responses_output:STATUS",
                                              dict.fromkeys(("stop", "length"), "completed")),
            "what is cut is incomplete"),
     Mutant("every failure is the server's", ends,
-           patched(ended, "nanoinfra.serve.responses_answer:CODES", {}), "a full queue is a rate limit")]
+           patched(ended, "nanoinfra.serve.server.openai.responses_output:CODES", {}),
+           "a full queue is a rate limit")]

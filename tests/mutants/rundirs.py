@@ -12,8 +12,8 @@ from pathlib import Path
 from nanoinfra.cli import main
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.train import checkpoint, kept
-from nanoinfra.train.lock import NAME
+from nanoinfra.train.checkpoint import checkpoint, retention
+from nanoinfra.train.run_directory.lock import NAME
 
 FLAGS = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-batch", "2", "--threads", "1",
          "--save-every", "1", "--keep", "9"]
@@ -82,22 +82,25 @@ def anything(run):
 def follows_links(path, say):
     for child in path.iterdir():
         child.unlink()
-    kept.os.rename(path, path.with_name(f"{path.name}.tmp"))
+    retention.os.rename(path, path.with_name(f"{path.name}.tmp"))
 
 
 def everywhere(name, replacement):
-    """Of train/lock.py or train/outdir.py, for the launcher and for the rank."""
+    """Of lock.py or ownership.py of train/run_directory/, for the launcher and for the rank."""
     attribute = name.partition(":")[2]
-    return patched(patched(main, name, replacement), f"nanoinfra.train.rundir:{attribute}", replacement)
+    return patched(patched(main, name, replacement),
+                   f"nanoinfra.train.run_directory.run_directory:{attribute}", replacement)
 
 
 LOCKED, STAYS, LEFT, LINKED = (criterion.name for criterion in folder.criteria)
 MUTANTS = [
-    Mutant("two runs in one folder", folder, everywhere("nanoinfra.train.lock:locked", no_lock), LOCKED),
-    Mutant("overwrites what it finds", folder, everywhere("nanoinfra.train.outdir:check_out", anything),
+    Mutant("two runs in one folder", folder, everywhere("nanoinfra.train.run_directory.lock:locked",
+                                                        no_lock), LOCKED),
+    Mutant("overwrites what it finds", folder,
+           everywhere("nanoinfra.train.run_directory.ownership:check_out", anything),
            STAYS),
     Mutant("leaves spoilt checkpoints where they are", folder, patched(
-        main, "nanoinfra.train.kept:abandon_after", lambda root, step: []), LEFT),
+        main, "nanoinfra.train.checkpoint.retention:abandon_after", lambda root, step: []), LEFT),
     Mutant("follows links when it deletes", folder, patched(
-        main, "nanoinfra.train.kept:_discard", follows_links), LINKED),
+        main, "nanoinfra.train.checkpoint.retention:_discard", follows_links), LINKED),
 ]

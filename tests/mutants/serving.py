@@ -9,18 +9,18 @@ import random
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.serve.blocks import Blocks
-from nanoinfra.serve.engine import Engine
+from nanoinfra.serve.engine.block_pool import Blocks
+from nanoinfra.serve.engine.detokenizer import Writer
+from nanoinfra.serve.engine.engine import Engine
+from nanoinfra.serve.engine.paged_attention import PagedKV
+from nanoinfra.serve.engine.requests import Request, Sampling
+from nanoinfra.serve.engine.sampler import Sampler
+from nanoinfra.serve.engine.scheduler import Scheduler
 from nanoinfra.serve.generate import generate
-from nanoinfra.serve.paged import PagedKV
-from nanoinfra.serve.requests import Request, Sampling
-from nanoinfra.serve.sampler import Sampler
-from nanoinfra.serve.scheduler import Scheduler
-from nanoinfra.serve.writer import Writer
 from tests.serve.letters import letters
 
 CONFIG = ModelConfig(vocab=97, width=24, layers=2, heads=4, kv_heads=2, head_dim=6, hidden=40, context=64)
@@ -293,15 +293,15 @@ VARIANTS = {
     "a fork writes where others read": (CopiesNothing, FORKS),
     "each chunk begins at place 0": (BeginsEachChunkAt0, CHUNK),
 }
-ENGINES = "nanoinfra.serve.engine"
+ENGINES = "nanoinfra.serve.engine.engine"
 MUTANTS = [
     *(Mutant(name, serving, patched(serve, f"{ENGINES}:{kind.__base__.__name__}", kind), rejected_by)
       for name, (kind, rejected_by) in VARIANTS.items()),
     Mutant("an acausal mask in a chunk", serving,
-           patched(serve, "nanoinfra.serve.paged:sdpa", looks_ahead), CHUNK),
+           patched(serve, "nanoinfra.serve.engine.paged_attention:sdpa", looks_ahead), CHUNK),
     Mutant("a chunk's mask begins at key 0", serving,
-           patched(serve, "nanoinfra.serve.paged:sdpa", aligns_at_the_start), CHUNK),
+           patched(serve, "nanoinfra.serve.engine.paged_attention:sdpa", aligns_at_the_start), CHUNK),
     Mutant("a page is known by its own tokens alone", serving,
-           patched(serve, "nanoinfra.serve.scheduler:chain", of_its_own_tokens), KNOWN),
+           patched(serve, "nanoinfra.serve.engine.scheduler:chain", of_its_own_tokens), KNOWN),
     Mutant("old weights' keys stay known", serving, functools.partial(serve, kind=ForgetsToForget), NEWER),
 ]

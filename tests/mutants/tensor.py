@@ -4,23 +4,23 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist import comm
-from nanoinfra.dist.comm import Pending
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.params import shapes
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.formulas.tensor import tensor_sent
+from nanoinfra.config import ModelConfig
+from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.comm import Pending
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas.parameters import shapes
+from nanoinfra.formulas.tensor_parallel import tensor_sent
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model.fill import empty
 from nanoinfra.model.init import draw, generator
-from nanoinfra.parallel.compose import Composed, Plan
-from nanoinfra.parallel.megatron import TensorParallel
-from nanoinfra.parallel.sequence import Cut
-from nanoinfra.parallel.tensor import RowLinear, Whole
-from nanoinfra.parallel.vocabulary import HeadLoss
-from nanoinfra.train.optim import clip
+from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.parallel.parallelize import Composed, Plan
+from nanoinfra.parallel.sequence_parallel import Cut
+from nanoinfra.parallel.tensor_parallel import RowLinear, Whole
+from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
+from nanoinfra.parallel.vocab_parallel import HeadLoss
+from nanoinfra.train.optimizer import clip
 
 B, T, V = 3, 7, 201                          # a vocabulary that outweighs everything else
 CASES = [("gpt2", 2, "none"), ("llama", 4, "none"), ("qwen3", 2, "none"), ("gpt2", 2, "keep"),

@@ -10,15 +10,15 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models
 
-from nanoinfra.data.tokenizer import Tokenizer
+from nanoinfra.data.train_tokenizer import Tokenizer
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model import hf_text
-from nanoinfra.model.fill import Weights
-from nanoinfra.model.hf_text import copy_text, kept_ids, open_text
-from nanoinfra.model.text import Text
-from nanoinfra.serve import writer
-from nanoinfra.train import inputs
+from nanoinfra.model.tokenizer import Text
+from nanoinfra.model.weights.fill_model import Weights
+from nanoinfra.model.weights.hugging_face import tokenizer_files
+from nanoinfra.model.weights.hugging_face.tokenizer_files import copy_text, kept_ids, open_text
+from nanoinfra.serve.engine import detokenizer
+from nanoinfra.train import run_inputs
 from nanoinfra.train.pretrained import keep_text
 from tests.model.tokenizer_kinds import save
 from tests.serve.letters import byte_text
@@ -29,7 +29,7 @@ trained = Check("text trained on")
 
 def show(text, ids):
     """(what a stream shows of `ids`, the most that it holds)."""
-    stream, said, most = writer.Stream(text), "", 0
+    stream, said, most = detokenizer.Stream(text), "", 0
     for token in ids:
         said += stream.push(token)
         most = max(most, len(stream.held))
@@ -154,7 +154,7 @@ def _described(folder):
     found = transformers.AutoTokenizer.from_pretrained(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     return {"templates": found.chat_template, "ids": (config.eos_token_id, config.pad_token_id),
-            "generation": hf_text.read_json(Path(folder, "generation_config.json"))}
+            "generation": tokenizer_files.read_json(Path(folder, "generation_config.json"))}
 
 
 def _keeps(what, name):
@@ -174,7 +174,7 @@ GENERATION = _keeps("generation", "generation_config.json")
 def train(vocab, text):
     """The tokenizer that a model of `vocab` tokens is trained with, or why it is not with that of `text`."""
     try:
-        return inputs._tokenizer(mock.Mock(), Weights(mock.Mock(vocab=vocab), None, text))
+        return run_inputs._tokenizer(mock.Mock(), Weights(mock.Mock(vocab=vocab), None, text))
     except ValueError as error:
         return str(error)
 
@@ -203,19 +203,19 @@ def patching(subject, owner, name, value):
     return variant
 
 
-class HoldsNoSpace(writer.Replacer):
+class HoldsNoSpace(detokenizer.Replacer):
     def push(self, piece):
         return super().push(piece) + super().finish()
 
 
-class SkipsNothing(writer.Stream):
+class SkipsNothing(detokenizer.Stream):
     def _cut(self):
         said = super()._cut()
         self.skip = 0
         return said
 
 
-def cuts_prompts(theirs, folder, right=hf_text._text):
+def cuts_prompts(theirs, folder, right=tokenizer_files._text):
     before = theirs.backend_tokenizer.truncation, theirs.backend_tokenizer.padding
     text = right(theirs, folder)
     if before[0]:
@@ -224,12 +224,12 @@ def cuts_prompts(theirs, folder, right=hf_text._text):
     return text
 
 
-def knows_bos_and_eos(theirs, folder, right=hf_text._text):
+def knows_bos_and_eos(theirs, folder, right=tokenizer_files._text):
     text = right(theirs, folder)
     return Text(text.backend, text.ends, text.bos, text.eos)
 
 
-def one_name(theirs, folder, right=hf_text._text):
+def one_name(theirs, folder, right=tokenizer_files._text):
     text = right(theirs, folder)
     return Text(text.backend, frozenset({theirs.eos_token_id}), text.bos, text.eos, text.named)
 
@@ -238,25 +238,25 @@ def any_number(given, path):
     return set(given) if isinstance(given, list) else {given} - {None}
 
 
-def larger_one(flags, weights, right=inputs._tokenizer):
+def larger_one(flags, weights, right=run_inputs._tokenizer):
     return right(flags, weights) if weights.text is None else Tokenizer(weights.text.backend, "<0>")
 
 
-def none(flags, weights, right=inputs._tokenizer):
+def none(flags, weights, right=run_inputs._tokenizer):
     return weights.text and right(flags, weights)
 
 
 NEEDED, KNOWN = (c.name for c in trained.criteria)
 SHORT = shown.criteria[-1].name
 CUT, ENDS, NAMED = (c.name for c in folders.criteria[:3])
-HF = "nanoinfra.model.hf_text"
+HF = "nanoinfra.model.weights.hugging_face.tokenizer_files"
 MUTANTS = [
     Mutant("bytes are shown one by one", shown, patching(show, Text, "has_bytes", False), RUN),
     Mutant("every decoder is taken for local", shown, patching(show, Text, "is_local", True), FAR),
     Mutant("a piece is cleaned alone", shown,
-           patched(show, "nanoinfra.serve.writer:Replacer", HoldsNoSpace), CLEANED),
+           patched(show, "nanoinfra.serve.engine.detokenizer:Replacer", HoldsNoSpace), CLEANED),
     Mutant("the last character of a cut comes twice", shown,
-           patched(show, "nanoinfra.serve.writer:Stream", SkipsNothing), ACROSS),
+           patched(show, "nanoinfra.serve.engine.detokenizer:Stream", SkipsNothing), ACROSS),
     Mutant("special ids are decoded again and again", shown, patching(show, Text, "special_ids", ()), SHORT),
     Mutant("truncation is left", folders, patched(read, f"{HF}:_text", cuts_prompts), CUT),
     Mutant("the tokenizer's eos alone", folders, patched(read, f"{HF}:_text", one_name), ENDS),
@@ -264,15 +264,17 @@ MUTANTS = [
     Mutant("files are not looked at", folders,
            patched(read, f"{HF}:_check_files", lambda folder: None), HUGE),
     Mutant("a pointer is taken for the file", folders,
-           patched(read, "nanoinfra.model.files:POINTER", b"\0"), LFS),
+           patched(read, "nanoinfra.model.weights.json_files:POINTER", b"\0"), LFS),
     Mutant("classes are not looked at", folders, patched(read, f"{HF}:METHODS", ()), OTHER),
     Mutant("any eos", folders, patched(read, f"{HF}:_ids", any_number), IDS),
     Mutant("any number of tokens", folders, patched(read, f"{HF}:MOST_DIGITS", 99), HUGE),
     Mutant("old templates stay", kept, patched(keep, f"{HF}:clear_text", lambda *given: None), TEMPLATES),
     Mutant("further templates are lost", kept, patched(keep, f"{HF}:TEMPLATES", "none"), TEMPLATES),
-    Mutant("bos, eos and pad are lost", kept, patched(keep, "nanoinfra.model.hf_text:KEPT", ()), CONFIG),
+    Mutant("bos, eos and pad are lost", kept, patched(
+        keep, "nanoinfra.model.weights.hugging_face.tokenizer_files:KEPT", ()), CONFIG),
     Mutant("generation_config.json is lost", kept,
-           patched(keep, f"{HF}:BESIDE", hf_text.BESIDE[:-1]), GENERATION),
-    Mutant("no tokenizer", trained, patched(train, "nanoinfra.train.inputs:_tokenizer", none), NEEDED),
-    Mutant("a larger one", trained, patched(train, "nanoinfra.train.inputs:_tokenizer", larger_one), KNOWN),
+           patched(keep, f"{HF}:BESIDE", tokenizer_files.BESIDE[:-1]), GENERATION),
+    Mutant("no tokenizer", trained, patched(train, "nanoinfra.train.run_inputs:_tokenizer", none), NEEDED),
+    Mutant("a larger one", trained, patched(train, "nanoinfra.train.run_inputs:_tokenizer", larger_one),
+           KNOWN),
 ]

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from nanoinfra.cli import main
-from nanoinfra.dist import comm
+from nanoinfra.distributed import comm
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.parallel.data import DataParallel
+from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.train import loss, metrics
-from nanoinfra.train.optim import Optimizer
-from nanoinfra.train.rundir import RunDir
+from nanoinfra.train.optimizer import Optimizer
+from nanoinfra.train.run_directory.run_directory import RunDir
 
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--steps", "4", "--seq", "16",
          "--global-batch", "7", "--micro-batch", "2", "--optimizer", "sgd", "--lr", "0.3", "--lr-schedule",
@@ -140,8 +140,8 @@ class ResumesAtTheFirstSample(RunDir):
 
 PARITY, BYTES, OVERLAP = (criterion.name for criterion in training.criteria)
 [BITWISE] = (criterion.name for criterion in resuming.criteria)
-WRAP = "nanoinfra.parallel.compose:DataParallel"
-COUNT, OPTIMIZER = "nanoinfra.train.trainer:count_valid", "nanoinfra.train.replica:Optimizer"
+WRAP = "nanoinfra.parallel.parallelize:DataParallel"
+COUNT, OPTIMIZER = "nanoinfra.train.trainer:count_valid", "nanoinfra.train.train_stage:Optimizer"
 MUTANTS = [
     Mutant("no all-reduce", training, patched(main, WRAP, NoAllReduce), PARITY),
     Mutant("averages what is normalised already", training, patched(main, WRAP, Averages), PARITY),

@@ -7,14 +7,14 @@ import io
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve import loop
-from nanoinfra.serve.requests import Event, Request
+from nanoinfra.serve.engine.requests import Event, Request
+from nanoinfra.serve.processes import engine_loop
 
 turns, NAMES = Check("turns"), ("odd", "bad", "good")
 
 
 def drive(what, *given):
-    return getattr(loop, what)(*given)
+    return getattr(engine_loop, what)(*given)
 
 
 class _Scripted:
@@ -73,19 +73,21 @@ def obeys_or_dies(engine, verb, value=None):
 
 
 def answers_all(engine, commands):
-    refused = [no for command in commands if (no := loop._obey(engine, *command))]
-    return loop.Step(engine.stats(), engine.step(), refused)
+    refused = [no for command in commands if (no := engine_loop._obey(engine, *command))]
+    return engine_loop.Step(engine.stats(), engine.step(), refused)
 
 
 def runs_on(engine, team, pipe):
     while True:
-        loop.turn(engine, team.share()[0])
+        engine_loop.turn(engine, team.share()[0])
 
 
 REFUSED, PARTED = (c.name for c in turns.criteria)
 MUTANTS = [
     Mutant("a rank dies of what it is asked", turns,
-           patched(drive, "nanoinfra.serve.loop:_obey", obeys_or_dies), REFUSED),
-    Mutant("who fails is answered", turns, patched(drive, "nanoinfra.serve.loop:turn", answers_all), REFUSED),
-    Mutant("ranks that disagree go on", turns, patched(drive, "nanoinfra.serve.loop:run", runs_on), PARTED),
+           patched(drive, "nanoinfra.serve.processes.engine_loop:_obey", obeys_or_dies), REFUSED),
+    Mutant("who fails is answered", turns, patched(drive, "nanoinfra.serve.processes.engine_loop:turn",
+                                                   answers_all), REFUSED),
+    Mutant("ranks that disagree go on", turns, patched(drive, "nanoinfra.serve.processes.engine_loop:run",
+                                                       runs_on), PARTED),
 ]

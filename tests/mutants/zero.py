@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.reducer import Reducer
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.reducer import Reducer
 from nanoinfra.formulas import zero as formulas
-from nanoinfra.formulas.shape import ModelConfig
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.compare_tensors import assert_same_tensor
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
@@ -18,12 +18,12 @@ from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
 from nanoinfra.parallel import zero as module
-from nanoinfra.parallel.compose import units
-from nanoinfra.parallel.vocabulary import HeadLoss
+from nanoinfra.parallel.parallelize import units
+from nanoinfra.parallel.vocab_parallel import HeadLoss
 from nanoinfra.parallel.zero import Zero
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
 from nanoinfra.train.loss import count_valid
-from nanoinfra.train.optim import Optimizer, clip
+from nanoinfra.train.optimizer import Optimizer, clip
 from nanoinfra.train.trainer import train
 
 N, STEPS, BUCKET = 2, 3, 1 << 16
@@ -74,7 +74,7 @@ def _(subject):
 
 @scaled.criterion("an overflow leaves the weights as they were", "property")
 def _(subject):
-    overflowing = patched(subject, "nanoinfra.parallel.compose:HeadLoss", Overflowing)
+    overflowing = patched(subject, "nanoinfra.parallel.parallelize:HeadLoss", Overflowing)
     still, got = losses(train, "float16", lr=0.0), losses(overflowing, "float16")
     if got != still:
         raise CriterionNotMet(f"losses {got}, want {still}: every gradient is infinite, so no step was to be made")
@@ -235,7 +235,7 @@ def with_reducer(kind):
 
 PARITY, SENT, HELD = (criterion.name for criterion in zero.criteria)
 CLIPPED, SKIPPED = (criterion.name for criterion in scaled.criteria)
-CLIP = "nanoinfra.train.replica:clip"
+CLIP = "nanoinfra.train.train_stage:clip"
 MUTANTS = [
     Mutant("an optimizer that shards nothing", zero, UnshardedOptimizer, HELD),
     Mutant("gradients kept whole", zero, with_reducer(KeepsGradients), HELD),

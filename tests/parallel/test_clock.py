@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanoinfra.formulas import pipeline
-from nanoinfra.parallel.clock import Task, replay, simulate
-from nanoinfra.parallel.schedules import schedule
+from nanoinfra.parallel.pipeline.schedules import schedule
+from nanoinfra.parallel.pipeline.simulator import Task, replay, simulate
 
 TIMES = list(product((1, 2, 5), (1, 2, 3), (1, 2, 7)))
 

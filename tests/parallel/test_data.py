@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.shape import sized
-from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.config import sized
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.memory.recompute import recompute
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.data import STEPS, DataParallel, pack
+from nanoinfra.parallel.data_parallel import STEPS, DataParallel, pack
 from nanoinfra.train.loss import count_valid, cross_entropy
 from tests.parity import assert_same_gradients
 
@@ -126,7 +126,7 @@ def test_exposed_wait_is_what_the_schedule_predicts(ranks, how):
 
 def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     home = Path(__file__).resolve().parents[2] / "nanoinfra"
-    shutil.copytree(home / "dist", tmp_path / "nanoinfra" / "dist")
+    shutil.copytree(home / "distributed", tmp_path / "nanoinfra" / "distributed")
     (tmp_path / "nanoinfra" / "parallel").mkdir()
     shutil.copy(home / "parallel" / "data.py", tmp_path / "nanoinfra" / "parallel")
     (tmp_path / "train.py").write_text(FOREIGN)
@@ -139,9 +139,9 @@ def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
 FOREIGN = """
 import torch
 from torch import nn
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
-from nanoinfra.parallel.data import DataParallel
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.parallel.data_parallel import DataParallel
 
 x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
 

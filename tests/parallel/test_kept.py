@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-from nanoinfra.dist.mesh import Mesh
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.activations import activation_terms, end_terms
 from nanoinfra.lab.instruments.saved_activations import SavedActivations
-from nanoinfra.parallel.compose import Plan
+from nanoinfra.parallel.parallelize import Plan
 from tests.parallel.test_megatron import config
 from tests.parallel.test_tensor import composed
 

@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 
 HOME = Path(__file__).resolve().parents[2] / "nanoinfra"
-FILES = "parallel/schedules.py", "parallel/halves.py", "parallel/pipeline.py", "train/step.py"
+FILES = ("parallel/pipeline/schedules.py", "parallel/pipeline/split_backward.py",
+         "parallel/pipeline/stage.py",
+         "train/step.py")
 
 
 @pytest.mark.prove
 def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
-    shutil.copytree(HOME / "dist", tmp_path / "nanoinfra" / "dist",
+    shutil.copytree(HOME / "distributed", tmp_path / "nanoinfra" / "distributed",
                     ignore=shutil.ignore_patterns("__pycache__"))
     for file in FILES:
-        (tmp_path / "nanoinfra" / file).parent.mkdir(exist_ok=True)
+        (tmp_path / "nanoinfra" / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HOME / file, tmp_path / "nanoinfra" / file)
     (tmp_path / "foreign.py").write_text(FOREIGN)
     done = subprocess.run([sys.executable, "-W", "error", "foreign.py"], cwd=tmp_path, capture_output=True,
@@ -27,10 +29,10 @@ def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
 FOREIGN = """
 import torch
 from torch import nn
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
-from nanoinfra.parallel.pipeline import PipelineStage
-from nanoinfra.parallel.schedules import schedule
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.parallel.pipeline.stage import PipelineStage
+from nanoinfra.parallel.pipeline.schedules import schedule
 from nanoinfra.train.step import execute
 
 x, y = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(7) % 3

@@ -5,19 +5,19 @@ from itertools import product
 import pytest
 import torch
 
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.params import shapes
-from nanoinfra.formulas.shape import FAMILIES, ModelConfig
-from nanoinfra.formulas.tensor import boxes
+from nanoinfra.config import FAMILIES, ModelConfig
+from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas.parameters import shapes
+from nanoinfra.formulas.tensor_parallel import boxes
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.fill import empty
 from nanoinfra.model.init import draw, generator
-from nanoinfra.parallel.compose import Composed, Plan
-from nanoinfra.parallel.megatron import TensorParallel
-from nanoinfra.parallel.sequence import SP, CutPositions
-from nanoinfra.parallel.tensor import RowLinear
-from nanoinfra.parallel.vocabulary import VocabEmbedding, VocabHead
+from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.parallel.parallelize import Composed, Plan
+from nanoinfra.parallel.sequence_parallel import SP, CutPositions
+from nanoinfra.parallel.tensor_parallel import RowLinear
+from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
+from nanoinfra.parallel.vocab_parallel import VocabEmbedding, VocabHead
 from nanoinfra.train.loss import count_valid, cross_entropy
 from tests.families import KINDS, VARIANTS
 from tests.parity import assert_same_gradients
@@ -163,8 +163,8 @@ def freeze(model, frozen):
 
 def shared(cfg, plan, dp, tp, micro, frozen):
     """(loss of all ranks, norm, {name: (box, this rank's gradient of it)}) of one step."""
-    from nanoinfra.dist import comm
-    from nanoinfra.train.optim import clip
+    from nanoinfra.distributed import comm
+    from nanoinfra.train.optimizer import clip
     mesh = Mesh(dp=dp, tp=tp)
     torch.manual_seed(mesh.rank)                       # a random state of its own on each rank
     model = empty(cfg, "naive")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.server import pull_seconds, step_bytes
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas.collectives import pull_seconds, step_bytes
 from nanoinfra.parallel.parameter_server import ParameterServer
 from nanoinfra.parallel.zero import Zero
 
@@ -84,7 +84,7 @@ def test_a_number_of_servers_that_does_not_fit_is_refused(ranks):
 @pytest.mark.prove
 def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     home = Path(__file__).resolve().parents[2] / "nanoinfra"
-    shutil.copytree(home / "dist", tmp_path / "nanoinfra" / "dist")
+    shutil.copytree(home / "distributed", tmp_path / "nanoinfra" / "distributed")
     (tmp_path / "nanoinfra" / "parallel").mkdir()
     shutil.copy(home / "parallel" / "parameter_server.py", tmp_path / "nanoinfra" / "parallel")
     (tmp_path / "train.py").write_text(FOREIGN)
@@ -97,8 +97,8 @@ def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
 FOREIGN = """
 import torch
 from torch import nn
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
 from nanoinfra.parallel.parameter_server import ParameterServer
 
 x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3

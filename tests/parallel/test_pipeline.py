@@ -7,19 +7,19 @@ import torch
 
 from lessons.l06_pipeline.figures import measured
 from lessons.l06_pipeline.measurements import rehearse
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist.mesh import Mesh
+from nanoinfra.config import ModelConfig
+from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
-from nanoinfra.formulas.params import shapes
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.model.fill import empty
-from nanoinfra.parallel.clock import simulate
-from nanoinfra.parallel.pipeline import cut
-from nanoinfra.parallel.schedules import schedule
+from nanoinfra.formulas.parameters import shapes
+from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.parallel.pipeline.schedules import schedule
+from nanoinfra.parallel.pipeline.simulator import simulate
+from nanoinfra.parallel.pipeline.stage import cut
 from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
-from nanoinfra.train.optim import clip
-from nanoinfra.train.replica import Replica
+from nanoinfra.train.optimizer import clip
 from nanoinfra.train.step import execute
+from nanoinfra.train.train_stage import Replica
 from tests.parity import assert_same_gradients
 
 V, C, T = 61, 12, 9

@@ -4,8 +4,7 @@ from itertools import product
 import pytest
 
 from nanoinfra.formulas import pipeline
-from nanoinfra.parallel.clock import in_flight, validate
-from nanoinfra.parallel.schedules import (
+from nanoinfra.parallel.pipeline.schedules import (
     Backward,
     BackwardInput,
     BackwardWeight,
@@ -19,6 +18,7 @@ from nanoinfra.parallel.schedules import (
     evaluate,
     schedule,
 )
+from nanoinfra.parallel.pipeline.simulator import in_flight, validate
 
 KINDS = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("interleaved", 2), ("interleaved", 3)]
 
@@ -42,7 +42,7 @@ def test_micro_batches_in_flight_are_the_papers():
 
 
 def test_messages_are_as_many_as_the_formula_says():
-    from nanoinfra.formulas.shape import sized
+    from nanoinfra.config import sized
     config = sized("test")
     for kind, p, m, v in grid():
         sends = [sum(isinstance(what, (SendActivation, SendGrad)) for what in order)

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nanoinfra.dist.mesh import Mesh, alone
-from nanoinfra.parallel.sequence import Cut, CutPositions
+from nanoinfra.distributed.mesh import Mesh, alone
+from nanoinfra.parallel.sequence_parallel import Cut, CutPositions
 
 
 def round_trip(shapes):

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoinfra.dist.mesh import Mesh, alone
-from nanoinfra.formulas.tensor import copies, tensor_sent
-from nanoinfra.formulas.wire import ring_bytes
-from nanoinfra.model.fill import empty
-from nanoinfra.parallel.compose import Composed, Plan
-from nanoinfra.parallel.sequence import SP, Cut
-from nanoinfra.parallel.tensor import RowLinear, Whole, cut, read
+from nanoinfra.distributed.mesh import Mesh, alone
+from nanoinfra.formulas.collectives import ring_bytes
+from nanoinfra.formulas.tensor_parallel import copies, tensor_sent
+from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.parallel.parallelize import Composed, Plan
+from nanoinfra.parallel.sequence_parallel import SP, Cut
+from nanoinfra.parallel.tensor_parallel import RowLinear, Whole, cut, read
 from tests.parallel.test_megatron import config, drawn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +98,7 @@ def test_a_width_that_the_ranks_cannot_share_is_refused():
 
 @pytest.mark.prove
 def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
-    for room in ("nanoinfra/dist", "nanoinfra/formulas"):
+    for room in ("nanoinfra/distributed", "nanoinfra/formulas"):
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (tmp_path / "nanoinfra" / "formulas").iterdir():
         if path.name not in ("__init__.py", "wire.py"):                    # the emulated wire's, nothing else
@@ -117,10 +117,10 @@ def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
 FOREIGN = """
 import torch
 from torch import nn
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
-from nanoinfra.parallel.sequence import Cut
-from nanoinfra.parallel.tensor import RowLinear, Whole, cut
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.parallel.sequence_parallel import Cut
+from nanoinfra.parallel.tensor_parallel import RowLinear, Whole, cut
 
 class Net(nn.Module):
     def __init__(self):
@@ -150,7 +150,7 @@ def train(n, how):
             loss = (net(x) ** 2).sum()
         loss.backward()
         if how in ("keep", "gather"):                  # what saw my tokens alone
-            from nanoinfra.dist import comm
+            from nanoinfra.distributed import comm
             for p in (*net.norm.parameters(), net.down.bias):
                 comm.all_reduce(p.grad, axis)
         with torch.no_grad():

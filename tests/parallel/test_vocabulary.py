@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist.mesh import Mesh, alone
-from nanoinfra.parallel import vocabulary
-from nanoinfra.parallel.sequence import Cut
-from nanoinfra.parallel.tensor import Whole
-from nanoinfra.parallel.vocabulary import HeadLoss, VocabEmbedding, VocabHead, cross_entropy
+from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.distributed.mesh import Mesh, alone
+from nanoinfra.parallel import vocab_parallel
+from nanoinfra.parallel.sequence_parallel import Cut
+from nanoinfra.parallel.tensor_parallel import Whole
+from nanoinfra.parallel.vocab_parallel import HeadLoss, VocabEmbedding, VocabHead, cross_entropy
 
 B, T, C, V = 2, 5, 6, 11                               # 11 tokens: 6 and 5, or 3, 3, 3, 2
 
@@ -36,14 +36,14 @@ def rows(n, rank):
 def part_of_the_loss(scale, rows_bytes=None):
     axis = Mesh(tp=torch.distributed.get_world_size()).tp
     if rows_bytes:
-        vocabulary.ROWS_BYTES, kept = rows_bytes, vocabulary.ROWS_BYTES
+        vocab_parallel.ROWS_BYTES, kept = rows_bytes, vocab_parallel.ROWS_BYTES
     hidden, weight, targets = inputs(scale=scale)
     start, stop = rows(axis.size, axis.rank)
     mine = weight[start:stop].clone().requires_grad_()
     loss = cross_entropy(hidden, mine, targets, 8, Whole(axis), start)
     (3 * loss).backward()
     if rows_bytes:
-        vocabulary.ROWS_BYTES = kept
+        vocab_parallel.ROWS_BYTES = kept
     return loss.detach(), hidden.grad, (start, stop), mine.grad
 
 

@@ -11,19 +11,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nanoinfra.dist.mesh import Mesh
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import zero as formulas
-from nanoinfra.formulas.shape import ModelConfig, sized
-from nanoinfra.formulas.wire import ring_seconds
+from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.memory import recompute
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.compose import units
-from nanoinfra.parallel.vocabulary import HeadLoss
+from nanoinfra.parallel.parallelize import units
+from nanoinfra.parallel.vocab_parallel import HeadLoss
 from nanoinfra.parallel.zero import Zero
 from nanoinfra.train.loss import count_valid
-from nanoinfra.train.optim import Optimizer, clip
+from nanoinfra.train.optimizer import Optimizer, clip
 from tests.families import KINDS
 from tests.parallel.test_data import batches, gradients_alone, model
 from tests.parity import assert_same_gradients
@@ -155,7 +155,7 @@ def test_prefetch_hides_what_the_schedule_says(ranks):
 @pytest.mark.prove
 def test_lifted_alone_it_trains_a_foreign_module(tmp_path):
     home = Path(__file__).resolve().parents[2] / "nanoinfra"
-    shutil.copytree(home / "dist", tmp_path / "nanoinfra" / "dist")
+    shutil.copytree(home / "distributed", tmp_path / "nanoinfra" / "distributed")
     (tmp_path / "nanoinfra" / "parallel").mkdir()
     shutil.copy(home / "parallel" / "zero.py", tmp_path / "nanoinfra" / "parallel")
     (tmp_path / "train.py").write_text(FOREIGN)
@@ -192,8 +192,8 @@ def test_payload_of_17_million_parameters_is_the_papers_within_2_percent(ranks):
 FOREIGN = """
 import torch
 from torch import nn
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.dist.ranks import Ranks
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.pool.ranks import Ranks
 from nanoinfra.parallel.zero import Zero
 from tests.families import KINDS
 

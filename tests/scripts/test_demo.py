@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanoinfra.train import checkpoint, metrics
+from nanoinfra.train import metrics
+from nanoinfra.train.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

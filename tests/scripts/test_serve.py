@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanoinfra.formulas.shape import sized
+from nanoinfra.config import sized
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.hf import write_hf
 from nanoinfra.model.init import init_weights
+from nanoinfra.model.weights.hugging_face.weights import write_hf
 from nanoinfra.serve.generate import generate
 from nanoinfra.train.pretrained import pretrained
 from tests.model.twins import scrambled

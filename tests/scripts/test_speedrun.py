@@ -9,7 +9,7 @@ import torch
 
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.data.loader import HeldOut
-from nanoinfra.data.tokenizer import tokenizer_for
+from nanoinfra.data.train_tokenizer import tokenizer_for
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

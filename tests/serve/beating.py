@@ -9,11 +9,11 @@ import json
 import sys
 import time
 
-from nanoinfra.serve.counters import Counters
-from nanoinfra.serve.drain import Server
-from nanoinfra.serve.host import listen
-from nanoinfra.serve.server import build
-from nanoinfra.serve.worker import Worker
+from nanoinfra.serve.processes.engine_client import Worker
+from nanoinfra.serve.server.app import build
+from nanoinfra.serve.server.http.graceful_shutdown import Server
+from nanoinfra.serve.server.launch_server import listen
+from nanoinfra.serve.server.metrics import Counters
 from tests.serve.fake import TEMPLATE, Fake
 from tests.serve.host import started
 
@@ -27,7 +27,9 @@ def looping(team, template=LOOP, model=None, **options):
     engine = Fake(**options)
     engine.template = template
     if model:
-        from nanoinfra.model.load import open_weights  # in the engine's process alone: it imports torch
+        from nanoinfra.model.weights.load import (
+            open_weights,  # in the engine's process alone: it imports torch
+        )
         engine.text = open_weights(model).text
     return engine
 

@@ -1,10 +1,10 @@
 """What several tests of the server serve."""
 import pytest
 
-from nanoinfra.data.tokenizer import Tokenizer
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
+from nanoinfra.data.train_tokenizer import Tokenizer
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.hf import save_hf
+from nanoinfra.model.weights.hugging_face.weights import save_hf
 from tests.model.twins import scrambled
 
 

@@ -1,5 +1,5 @@
 """A fake engine that fails with some requests. No torch, so that its processes start soon."""
-from nanoinfra.serve.requests import Event
+from nanoinfra.serve.engine.requests import Event
 from tests.serve.fake import Fake
 
 

@@ -10,12 +10,12 @@ from collections import Counter
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from nanoinfra.model.text import Text
-from nanoinfra.serve.blocks import Blocks, root
-from nanoinfra.serve.loop import Ready
-from nanoinfra.serve.requests import Event, Logprob, check
-from nanoinfra.serve.scheduler import Scheduler, Sequence
-from nanoinfra.serve.writer import Writer
+from nanoinfra.model.tokenizer import Text
+from nanoinfra.serve.engine.block_pool import Blocks, root
+from nanoinfra.serve.engine.detokenizer import Writer
+from nanoinfra.serve.engine.requests import Event, Logprob, check
+from nanoinfra.serve.engine.scheduler import Scheduler, Sequence
+from nanoinfra.serve.processes.engine_loop import Ready
 
 END = 256
 COUNTS = ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "steps")

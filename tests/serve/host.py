@@ -10,13 +10,13 @@ from pathlib import Path
 
 import httpx
 
-from nanoinfra.serve.access import Access
-from nanoinfra.serve.connections import ConnectionLimits
-from nanoinfra.serve.counters import Counters
-from nanoinfra.serve.drain import Server
-from nanoinfra.serve.host import listen
-from nanoinfra.serve.server import build
-from nanoinfra.serve.worker import Worker
+from nanoinfra.serve.processes.engine_client import Worker
+from nanoinfra.serve.server.app import build
+from nanoinfra.serve.server.http.access_control import Access
+from nanoinfra.serve.server.http.connections import ConnectionLimits
+from nanoinfra.serve.server.http.graceful_shutdown import Server
+from nanoinfra.serve.server.launch_server import listen
+from nanoinfra.serve.server.metrics import Counters
 from tests import processes
 from tests.serve.fake import fake
 
@@ -26,7 +26,7 @@ PATIENCE = 300.0                             # seconds for an answer: a loaded m
 
 CODE = """
 import functools, sys
-from nanoinfra.serve.host import main
+from nanoinfra.serve.server.launch_server import main
 from nanoinfra.serve.options import EngineOptions, ServeOptions
 from tests.serve.fake import {factory}
 options = ServeOptions(EngineOptions("fake", tp={tp}), port=0, drain={drain})

@@ -1,7 +1,7 @@
 """Texts for tests that know every token: one that is a letter, or one that is a byte."""
 from tokenizers import Tokenizer, decoders, models
 
-from nanoinfra.model.text import Text
+from nanoinfra.model.tokenizer import Text
 
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]        # as GPT-2 spells bytes
 

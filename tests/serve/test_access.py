@@ -5,8 +5,8 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from nanoinfra.serve.access import Access, is_loopback
-from nanoinfra.serve.server import build
+from nanoinfra.serve.server.app import build
+from nanoinfra.serve.server.http.access_control import Access, is_loopback
 from tests.serve.host import metric, serving
 
 PATHS = {"/": "GET", "/health": "GET", "/metrics": "GET", "/stats": "GET", "/v1/models": "GET",

@@ -4,11 +4,11 @@ import json
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from nanoinfra.serve.chats import Message, render_prompt
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.limits import MOST_TOOLS
-from nanoinfra.serve.loop import Ready
-from nanoinfra.serve.protocol import Chat, read, requests_of
+from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.limits import MOST_TOOLS
+from nanoinfra.serve.server.openai.chat_messages import Message, render_prompt
+from nanoinfra.serve.server.openai.completion_requests import Chat, read, requests_of
 from tests.serve.fake import TEMPLATE, text
 
 QWEN = """{%- if tools %}{{ '<tools>' }}{%- for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{%- endfor %}

@@ -9,8 +9,14 @@ import h11
 import httpx
 import pytest
 
-from nanoinfra.serve.connections import MIN_CHUNK, MOST_HEAD, ConnectionLimits, Framing, limits_here
-from nanoinfra.serve.server import MOST_WATCHERS
+from nanoinfra.serve.server.app import MOST_WATCHERS
+from nanoinfra.serve.server.http.connections import (
+    MIN_CHUNK,
+    MOST_HEAD,
+    ConnectionLimits,
+    Framing,
+    limits_here,
+)
 from tests.processes import children
 from tests.serve.host import CODE, PATIENCE, serving, started, until
 

@@ -8,17 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.dist.mesh import Mesh
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.fill import empty
-from nanoinfra.model.hf import load_hf, save_hf
-from nanoinfra.parallel.compose import serving
-from nanoinfra.serve import packed
-from nanoinfra.serve.engine import Engine, open_engine
+from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
+from nanoinfra.parallel.parallelize import serving
+from nanoinfra.serve.engine import packed_linear
+from nanoinfra.serve.engine.engine import Engine, open_engine
+from nanoinfra.serve.engine.requests import Request, Sampling
+from nanoinfra.serve.engine.scheduler import QueueFull
 from nanoinfra.serve.generate import generate
 from nanoinfra.serve.options import EngineOptions
-from nanoinfra.serve.requests import Request, Sampling
-from nanoinfra.serve.scheduler import QueueFull
 from tests.families import VARIANTS
 from tests.model.test_decoder import config
 from tests.model.twins import FAMILIES, scrambled
@@ -298,12 +298,12 @@ def test_training_beside_an_engine_is_bitwise_training_alone():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("dtype", packed_linear.DTYPES)
 @torch.no_grad()
 def test_packed_weights_make_the_same_logits(family, dtype):
     model, x = tiny(family).to(dtype), torch.tensor([prompt(0, 9), prompt(1, 9)])
     want = model(x)
-    packed.pack(model)
+    packed_linear.pack(model)
     assert model.blocks[0].attn.q.weight is None and model.embed.weight is not None
     torch.testing.assert_close(model(x), want, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
 

@@ -8,10 +8,10 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from nanoinfra.serve import exchange, preprocess
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.limits import MOST_BYTES
-from nanoinfra.serve.preprocess import LARGE, MOST_LARGE, Preprocessor
+from nanoinfra.serve.server import handlers, preprocess
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.limits import MOST_BYTES
+from nanoinfra.serve.server.preprocess import LARGE, MOST_LARGE, Preprocessor
 from tests.serve import hostile
 from tests.serve.beating import beating, looping
 from tests.serve.host import serving, until
@@ -117,7 +117,7 @@ def test_a_body_is_not_kept_once_it_is_too_large():
                 yield b" " * MOST_BYTES
     endless = Endless()
     with pytest.raises(Refused) as refused:
-        asyncio.run(exchange._body(endless, MOST_BYTES, lambda: None))
+        asyncio.run(handlers._body(endless, MOST_BYTES, lambda: None))
     assert refused.value.status == 413 and endless.sent == 17 * MOST_BYTES
 
 

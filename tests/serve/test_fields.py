@@ -5,9 +5,9 @@ import pytest
 from openai.types import completion_create_params as completions
 from openai.types.chat import completion_create_params as chats
 
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.fields import HARMLESS, UNREAD
-from nanoinfra.serve.protocol import Chat, Completion, read
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.openai.completion_requests import Chat, Completion, read
+from nanoinfra.serve.server.openai.request_fields import HARMLESS, UNREAD
 from tests.serve.test_protocol import HI, UNSUPPORTED, asked
 
 OPENAI = {Completion: completions.CompletionCreateParamsNonStreaming.__annotations__,

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanoinfra.dist.mesh import Mesh
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.fill import empty
-from nanoinfra.model.load import open_weights
-from nanoinfra.parallel.compose import serving
-from nanoinfra.serve.engine import Engine, use_cpu_kernels
+from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.model.weights.load import open_weights
+from nanoinfra.parallel.parallelize import serving
+from nanoinfra.serve.engine.engine import Engine, use_cpu_kernels
+from nanoinfra.serve.engine.requests import Request, Sampling
 from nanoinfra.serve.generate import generate
-from nanoinfra.serve.requests import Request, Sampling
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanoinfra.data.tokenizer import Tokenizer
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
+from nanoinfra.data.train_tokenizer import Tokenizer
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.hf import save_hf
+from nanoinfra.model.weights.hugging_face.weights import save_hf
 from nanoinfra.serve import generate as generation
 from nanoinfra.serve.generate import KVCache, generate, main
 from nanoinfra.serve.options import GenerateOptions

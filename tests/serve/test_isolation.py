@@ -6,13 +6,13 @@ from unittest import mock
 import pytest
 import torch
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.model.fill import empty
-from nanoinfra.parallel.compose import serving
-from nanoinfra.serve import engine as engines
-from nanoinfra.serve import passes
-from nanoinfra.serve.engine import Engine
-from nanoinfra.serve.requests import Request, Sampling
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.model.weights.fill_model import empty
+from nanoinfra.parallel.parallelize import serving
+from nanoinfra.serve.engine import cpu_decoder_block
+from nanoinfra.serve.engine import engine as engines
+from nanoinfra.serve.engine.engine import Engine
+from nanoinfra.serve.engine.requests import Request, Sampling
 from tests.model.test_decoder import config
 from tests.serve.test_engine import GREEDY, prompt, tiny
 
@@ -23,7 +23,7 @@ NEW = 10
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    with mock.patch.object(passes, "compiled", functools.cache(passes.compiled)):
+    with mock.patch.object(cpu_decoder_block, "compiled", functools.cache(cpu_decoder_block.compiled)):
         yield
 
 

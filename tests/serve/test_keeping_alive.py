@@ -5,11 +5,11 @@ import json
 import pytest
 from openai._streaming import SSEDecoder
 
-from nanoinfra.serve import exchange
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.job import Job
-from nanoinfra.serve.requests import Event
-from nanoinfra.serve.server import build
+from nanoinfra.serve.engine.requests import Event
+from nanoinfra.serve.processes.response_stream import Job
+from nanoinfra.serve.server import handlers
+from nanoinfra.serve.server.app import build
+from nanoinfra.serve.server.errors import Refused
 from tests.serve.fake import Idle
 
 BODY = {"prompt": "a", "max_tokens": 2}
@@ -43,7 +43,7 @@ class Held(Idle):
 def soon(monkeypatch):
     """Nobody waits: an answer begins at once, and whoever has nothing to say says so."""
     for name in ("STREAM_BEGINS", "OBJECT_BEGINS", "PULSE"):
-        monkeypatch.setattr(exchange, name, 0.001)
+        monkeypatch.setattr(handlers, name, 0.001)
 
 
 def answered(then, pulses=2, **more):

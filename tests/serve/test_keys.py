@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.serve.access import Access
-from nanoinfra.serve.keys import VARIABLE, key_of, read_keys, salt_of, salted
+from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.options import EngineOptions, ServeOptions
-from nanoinfra.serve.requests import Request
+from nanoinfra.serve.server.http.access_control import Access
+from nanoinfra.serve.server.http.api_keys import VARIABLE, key_of, read_keys, salt_of, salted
 from tests.processes import children
 from tests.serve.host import CODE, serving, started
 

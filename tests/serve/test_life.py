@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.lab.mutants import collect_library_mutants
-from nanoinfra.serve import worker as module
-from nanoinfra.serve.counters import Counters
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.life import Dead, Life
-from nanoinfra.serve.loop import BURST
-from nanoinfra.serve.requests import Request
-from nanoinfra.serve.worker import TICKS, Worker
+from nanoinfra.serve.engine.requests import Request
+from nanoinfra.serve.processes import engine_client as module
+from nanoinfra.serve.processes.engine_client import TICKS, Worker
+from nanoinfra.serve.processes.engine_loop import BURST
+from nanoinfra.serve.processes.engine_processes import Dead, Life
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.metrics import Counters
 from tests.serve.fake import fake
 from tests.serve.host import serving, until
 from tests.serve.test_worker import ids, pids, reaches, said, working

@@ -7,15 +7,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from nanoinfra.model.text import Text
-from nanoinfra.serve import limits
-from nanoinfra.serve.answers import ChatAnswer, CompletionAnswer, written
-from nanoinfra.serve.choice import FlatLogprobs
-from nanoinfra.serve.errors import MOST_CHARS, Refused
-from nanoinfra.serve.loop import Ready
-from nanoinfra.serve.protocol import Chat, Completion, read, requests_of
-from nanoinfra.serve.requests import Event, Logprob
-from nanoinfra.serve.writer import Writer
+from nanoinfra.model.tokenizer import Text
+from nanoinfra.serve.engine.detokenizer import Writer
+from nanoinfra.serve.engine.requests import Event, Logprob
+from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.server import limits
+from nanoinfra.serve.server.errors import MOST_CHARS, Refused
+from nanoinfra.serve.server.openai.choice import FlatLogprobs
+from nanoinfra.serve.server.openai.completion_requests import Chat, Completion, read, requests_of
+from nanoinfra.serve.server.openai.completion_responses import ChatAnswer, CompletionAnswer, written
 from tests.serve.fake import TEMPLATE, text
 from tests.serve.letters import letters
 

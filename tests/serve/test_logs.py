@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from nanoinfra.serve.logs import MOST, CountRepeats, counted_logs, visible
+from nanoinfra.serve.server.http.logs import MOST, CountRepeats, counted_logs, visible
 
 
 @pytest.fixture

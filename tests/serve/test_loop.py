@@ -4,13 +4,13 @@ from unittest import mock
 
 import pytest
 
-from nanoinfra.serve import engine as engines
-from nanoinfra.serve import loop
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.requests import Request, Sampling
-from nanoinfra.serve.sampler import Sampler, logprobs
-from nanoinfra.serve.scheduler import QueueFull
-from nanoinfra.serve.writer import Writer
+from nanoinfra.serve.engine import engine as engines
+from nanoinfra.serve.engine.detokenizer import Writer
+from nanoinfra.serve.engine.requests import Request, Sampling
+from nanoinfra.serve.engine.sampler import Sampler, logprobs
+from nanoinfra.serve.engine.scheduler import QueueFull
+from nanoinfra.serve.processes import engine_loop
+from nanoinfra.serve.server.errors import Refused
 from tests.serve.failing import Failing, failing
 from tests.serve.fake import Fake
 from tests.serve.letters import letters
@@ -96,7 +96,8 @@ def test_a_turn_tells_who_failed_from_who_is_answered():
     engine = Failing()
     for name in ("good", "bad"):
         engine.add(Request(name, ids(name), max_tokens=3))
-    steps = [loop.turn(engine, [("add", Request("odd", ids("odd")))] if i == 0 else []) for i in range(3)]
+    steps = [engine_loop.turn(engine, [("add", Request("odd",
+                                                       ids("odd")))] if i == 0 else []) for i in range(3)]
     assert steps[0].refused == [("odd", 500, "the engine failed on this request: RuntimeError: it is odd")]
     assert steps[2].refused == [("bad", 500, "it is bad")]
     assert [event.request for event in steps[2].events] == ["good"] and steps[2].events[0].finish == "length"
@@ -127,7 +128,7 @@ class Parted:
 
 def test_ranks_that_part_do_not_go_on():
     with pytest.raises(RuntimeError, match="rank 1 has ended .*, rank 0 .*'x', 500.* they have parted"):
-        loop.run(Fake(), Parted(), None)
+        engine_loop.run(Fake(), Parted(), None)
 
 
 def test_books_that_are_wrong_end_the_rank():
@@ -136,4 +137,4 @@ def test_books_that_are_wrong_end_the_rank():
     engine.add(Request("a", ids("a")))
     engine.scheduler.waiting.clear()
     with pytest.raises(ValueError):
-        loop.turn(engine, [("abort", "a")])
+        engine_loop.turn(engine, [("abort", "a")])

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.serve import server as serve
-from nanoinfra.serve.access import Access
-from nanoinfra.serve.server import PAGE, PAGES
+from nanoinfra.serve.server import app as serve
+from nanoinfra.serve.server.app import PAGE, PAGES
+from nanoinfra.serve.server.http.access_control import Access
 from tests.serve.browser import CHROMIUM, SHIFT, named, started
 from tests.serve.chatting import STUB, answered, begun, box, streams, text, told, turns, wait_for_word
 from tests.serve.fake import Idle

@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nanoinfra.kernels.cpu import decode_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoinfra.dist.mesh import Mesh
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.serve import engine as engines
-from nanoinfra.serve import packed, passes
-from nanoinfra.serve.engine import Engine
+from nanoinfra.serve.engine import cpu_decoder_block, packed_linear
+from nanoinfra.serve.engine import engine as engines
+from nanoinfra.serve.engine.engine import Engine
+from nanoinfra.serve.engine.paged_attention import PagedKV
+from nanoinfra.serve.engine.requests import Request, Sampling
 from nanoinfra.serve.options import EngineOptions
-from nanoinfra.serve.paged import PagedKV
-from nanoinfra.serve.requests import Request, Sampling
 from tests.families import VARIANTS
 from tests.model.test_decoder import config
 from tests.model.twins import FAMILIES, scrambled
@@ -30,7 +31,7 @@ SHAPE = {"head_dim": 10, "kv_heads": 3, "heads": 6, "context": 200}
 
 
 def compiled(dtype):
-    return passes.compiled(dtype, K=4, KV=1, G=1, BLOCK=4)
+    return decode_kernels.compiled(dtype, K=4, KV=1, G=1, BLOCK=4)
 
 
 def prompt(seed, n):
@@ -42,7 +43,7 @@ def made(family, dtype, fast, **how):
     engine = Engine(scrambled(Decoder(replace(config(family), **SHAPE))).to(dtype), **how)
     if fast:
         engines.use_cpu_kernels(engine)
-        assert type(engine.kv) is passes.PagesInPlace
+        assert type(engine.kv) is cpu_decoder_block.PagesInPlace
     return engine
 
 
@@ -101,7 +102,7 @@ def test_residuals_are_torchs_to_the_bit():
     assert torch.equal(x, want)
 
 
-@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("dtype", packed_linear.DTYPES)
 @pytest.mark.parametrize("budget", [1, 3, 512])                          # chunks that end where rows are none
 @torch.inference_mode()
 def test_prompts_are_scored_as_torch_scores_them(dtype, budget):
@@ -158,8 +159,9 @@ def test_a_layer_takes_few_operations_and_puts_no_keys_together():
 @torch.inference_mode()
 def test_steps_of_any_size_find_their_products_compiled(monkeypatch):
     """By the numbers of rows that oneDNN sees: few, and each before the first request."""
-    seen, product, draws = set(), packed.Packed._product, random.Random(0)
-    monkeypatch.setattr(packed.Packed, "_product", lambda self, x: (seen.add(len(x.view(-1, x.shape[-1]))),
+    seen, product, draws = set(), packed_linear.Packed._product, random.Random(0)
+    monkeypatch.setattr(packed_linear.Packed, "_product", lambda self, x: (seen.add(len(x.view(-1,
+                                                                                               x.shape[-1]))),
                                                                     product(self, x))[1])
     engine = made("llama", torch.float32, True, blocks=300, budget=150, seats=20)
     warmed, sizes = set(seen), set()
@@ -175,22 +177,22 @@ def test_steps_of_any_size_find_their_products_compiled(monkeypatch):
 @torch.inference_mode()
 def test_rows_that_fill_up_change_nothing(rows):
     linear, x = torch.nn.Linear(12, 20), torch.randn(rows, 12)
-    torch.testing.assert_close(packed.Packed(linear)(x), linear(x), rtol=0, atol=1e-5)
-    torch.testing.assert_close(packed.Packed(linear)(x[None]), linear(x)[None], rtol=0, atol=1e-5)
-    torch.testing.assert_close(packed.Packed(linear)(x[0]), linear(x[0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed_linear.Packed(linear)(x), linear(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed_linear.Packed(linear)(x[None]), linear(x)[None], rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed_linear.Packed(linear)(x[0]), linear(x[0]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("dtype", packed_linear.DTYPES)
 @pytest.mark.parametrize("vocab", [1, 7, 1024, 1025, 5000])
 def test_the_likeliest_is_the_first_of_the_largest(dtype, vocab):
     quick = compiled(dtype)
     logits = torch.randint(-9, -3, (40, vocab), generator=torch.Generator().manual_seed(0)).to(dtype)
     logits[3, vocab // 2] = 2.0
     logits[4, vocab - 1] = 2.0
-    assert passes.likeliest(quick, logits) == logits.float().argmax(-1).tolist()
+    assert decode_kernels.likeliest(quick, logits) == logits.float().argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("dtype", packed_linear.DTYPES)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @torch.inference_mode()
 def test_one_who_is_alone_is_computed_by_gemv(family, dtype):
@@ -211,7 +213,7 @@ def test_one_who_is_alone_is_computed_by_gemv(family, dtype):
     assert (found[1] - found[0]).abs().max() < near * found[0].abs().max()
 
 
-@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("dtype", packed_linear.DTYPES)
 @pytest.mark.parametrize("ins, outs, bias", [(64, 96, False), (32, 32, True), (1, 7, True), (37, 1, False),
                                              (576, 129, True)])
 @torch.inference_mode()
@@ -221,7 +223,7 @@ def test_a_row_times_a_weight(ins, outs, bias, dtype):
     for part in (linear.weight, linear.bias) if bias else (linear.weight,):
         part.copy_(torch.randn(part.shape, generator=draws))
     linear, x = linear.to(dtype), torch.randn(1, 1, ins, generator=draws).to(dtype)
-    got = packed.Packed(linear, gemv=compiled(dtype).gemv)(x)
+    got = packed_linear.Packed(linear, gemv=compiled(dtype).gemv)(x)
     wide = [part.double() for part in (x, linear.weight)]
     exact = torch.nn.functional.linear(*wide, linear.bias.double() if bias else None)
     sums = (wide[0].abs() @ wide[1].abs().T) * ins * 2 ** -24            # float32's roundings on the way
@@ -233,19 +235,20 @@ def test_a_row_times_a_weight(ins, outs, bias, dtype):
 def test_weights_lie_there_twice_only_where_both_orders_are_read(monkeypatch):
     linear = torch.nn.Linear(16, 24)
     gemv = compiled(torch.float32).gemv
-    assert packed.Packed(linear).weight is None and packed.Packed(linear).packed is not None
-    assert packed.Packed(linear, gemv=gemv).weight.data_ptr() == linear.weight.data_ptr()     # no copy of one
-    monkeypatch.setattr(packed, "unpackable", lambda dtype: "it does not")
-    assert packed.Packed(linear).packed is None and packed.Packed(linear).weight is not None
+    assert packed_linear.Packed(linear).weight is None and packed_linear.Packed(linear).packed is not None
+    assert packed_linear.Packed(linear,
+                                gemv=gemv).weight.data_ptr() == linear.weight.data_ptr()     # no copy of one
+    monkeypatch.setattr(packed_linear, "unpackable", lambda dtype: "it does not")
+    assert packed_linear.Packed(linear).packed is None and packed_linear.Packed(linear).weight is not None
 
 
-@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("dtype", packed_linear.DTYPES)
 @torch.inference_mode()
 def test_where_onednn_packs_nothing_torchs_linear_does_it_and_says_so(monkeypatch, dtype):
     """As on a CPU with AVX2 alone, in bfloat16."""
     asked = [prompt(0, 9), prompt(1, 12)]
     want = hiddens(made("llama", dtype, False, blocks=40), asked)[0]
-    monkeypatch.setattr(packed, "unpackable", lambda dtype: "it does not")
+    monkeypatch.setattr(packed_linear, "unpackable", lambda dtype: "it does not")
     engine = Engine(scrambled(Decoder(replace(config("llama"), **SHAPE))).to(dtype), blocks=40)
     assert "by torch's linear (oneDNN does not pack: it does not)" in engines.use_cpu_kernels(engine)
     got = hiddens(engine, asked)[0]
@@ -270,13 +273,13 @@ def test_compiled_for_another_processor_it_computes_the_same(monkeypatch, flags,
 
 
 def test_where_tmpdir_is_mounted_noexec_they_are_loaded_from_the_cache(monkeypatch, tmp_path):
-    load, refused = passes.ctypes.CDLL, [tmp_path / "tmp"]
+    load, refused = decode_kernels.ctypes.CDLL, [tmp_path / "tmp"]
 
     def mounted(path):
         if any(path.startswith(str(folder)) for folder in refused):
             raise OSError(f"{path}: failed to map segment from shared object")
         return load(path)
-    monkeypatch.setattr(passes.ctypes, "CDLL", mounted)
+    monkeypatch.setattr(decode_kernels.ctypes, "CDLL", mounted)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "tmp"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert compiled(torch.float32).instructions()
@@ -309,7 +312,7 @@ def test_the_server_says_on_start_who_computes(model, capfd):
 def test_other_families_keep_torchs_operations_between_the_products(family):
     engine = Engine(scrambled(Decoder(config(family))), blocks=40)
     assert "all between by torch's operations" in engines.use_cpu_kernels(engine)
-    assert type(engine.kv) is PagedKV and isinstance(engine.model.blocks[0].attn.o, packed.Packed)
+    assert type(engine.kv) is PagedKV and isinstance(engine.model.blocks[0].attn.o, packed_linear.Packed)
 
 
 def test_processes_that_load_it_keep_their_numbers_as_they_are():

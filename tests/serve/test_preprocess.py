@@ -5,7 +5,7 @@ import sys
 from tests.serve.host import ROOT
 
 FILL = """
-from nanoinfra.serve.preprocess import Preprocessor
+from nanoinfra.serve.server.preprocess import Preprocessor
 threads = Preprocessor()
 def resident():
     with open("/proc/self/statm") as file:

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanoinfra.serve.answers import ChatAnswer, CompletionAnswer
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.loop import Ready
-from nanoinfra.serve.protocol import HARMLESS, Chat, Completion, read, requests_of
-from nanoinfra.serve.requests import Event, Logprob, Sampling
+from nanoinfra.serve.engine.requests import Event, Logprob, Sampling
+from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.openai.completion_requests import HARMLESS, Chat, Completion, read, requests_of
+from nanoinfra.serve.server.openai.completion_responses import ChatAnswer, CompletionAnswer
 from tests.serve.fake import TEMPLATE, text
 
 READY = Ready({"context": 64, "vocab": 257}, text(), TEMPLATE)

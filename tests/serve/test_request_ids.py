@@ -2,9 +2,9 @@
 import pytest
 from starlette.testclient import TestClient
 
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.request_ids import request_id
-from nanoinfra.serve.server import build
+from nanoinfra.serve.server.app import build
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.http.request_ids import request_id
 from tests.serve.fake import Idle
 
 JSON = {"Content-Type": "application/json"}

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.loop import Ready
-from nanoinfra.serve.protocol import Chat, Completion, read, requests_of
-from nanoinfra.serve.requests import Request, Sampling, check
+from nanoinfra.serve.engine.requests import Request, Sampling, check
+from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.openai.completion_requests import Chat, Completion, read, requests_of
 from tests.serve.fake import TEMPLATE, text
 
 CONTEXT, VOCAB, HUGE = 40, 97, 10 ** 400

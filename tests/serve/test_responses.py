@@ -12,13 +12,13 @@ from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming
 from pydantic import TypeAdapter
 
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.limits import MOST_MESSAGES
-from nanoinfra.serve.loop import Ready
-from nanoinfra.serve.protocol import read, requests_of
-from nanoinfra.serve.requests import Event, Logprob
-from nanoinfra.serve.responses import LOGPROBS, ResponsesRequest
-from nanoinfra.serve.responses_answer import ResponsesAnswer
+from nanoinfra.serve.engine.requests import Event, Logprob
+from nanoinfra.serve.processes.engine_loop import Ready
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.limits import MOST_MESSAGES
+from nanoinfra.serve.server.openai.completion_requests import read, requests_of
+from nanoinfra.serve.server.openai.responses_output import ResponsesAnswer
+from nanoinfra.serve.server.openai.responses_requests import LOGPROBS, ResponsesRequest
 from tests.serve.host import serving
 from tests.serve.test_protocol import JSON, LIKELY, READY, answer, asked, ids
 

@@ -6,9 +6,9 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.routes import UNSERVED, check_path, where_else
-from nanoinfra.serve.server import build
+from nanoinfra.serve.server.app import build
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.http.unserved_routes import UNSERVED, check_path, where_else
 from tests.serve.fake import Idle
 
 SERVED = {"models", "completions", "chat", "responses"}

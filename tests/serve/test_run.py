@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-from nanoinfra.serve.engine import Engine
-from nanoinfra.serve.requests import Request, Sampling
-from nanoinfra.serve.sampler import without
-from nanoinfra.serve.writer import Writer
+from nanoinfra.serve.engine.detokenizer import Writer
+from nanoinfra.serve.engine.engine import Engine
+from nanoinfra.serve.engine.requests import Request, Sampling
+from nanoinfra.serve.engine.sampler import without
 from tests.serve.letters import letters
 from tests.serve.test_engine import GREEDY, alone, prompt, tiny
 

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoinfra.serve.requests import Request, Sampling, check
-from nanoinfra.serve.sampler import Sampler, adjusted, logprobs
+from nanoinfra.serve.engine.requests import Request, Sampling, check
+from nanoinfra.serve.engine.sampler import Sampler, adjusted, logprobs
 
 
 def counts(n=4000, **how):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.serve.blocks import Blocks, chain, root
-from nanoinfra.serve.scheduler import QueueFull, Scheduler, Sequence
+from nanoinfra.serve.engine.block_pool import Blocks, chain, root
+from nanoinfra.serve.engine.scheduler import QueueFull, Scheduler, Sequence
 
 
 class Engine:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.serve.limits import MOST_BYTES
+from nanoinfra.serve.server.limits import MOST_BYTES
 from tests.serve.host import metric, serving
 from tests.serve.test_protocol import BODIES
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.serve.life import Life
-from nanoinfra.serve.loop import MEANT_FOR_API, Ready
-from nanoinfra.serve.signals import ENDING, end_with_0
+from nanoinfra.serve.processes.engine_loop import MEANT_FOR_API, Ready
+from nanoinfra.serve.processes.engine_processes import Life
+from nanoinfra.serve.server.http.shutdown_signals import ENDING, end_with_0
 from tests.processes import alive, children, descendants
 from tests.serve.fake import compiling, fake, meeting
 from tests.serve.host import ROOT, SERVE, running, started, until
@@ -117,7 +117,8 @@ def test_stopped_and_idle(sign):
 def test_without_a_server_it_ends_at_once(sign, when):
     """Before one is there, while packages are imported, and when it has ended."""
     wait = "print('here', flush=True); time.sleep(600)"
-    code = ("import time\nfrom nanoinfra.serve.signals import end_with_0\n@end_with_0\ndef main():\n"
+    code = ("import time\nfrom nanoinfra.serve.server.http.shutdown_signals import end_with_0\n"
+            "@end_with_0\ndef main():\n"
             f"    {wait if when == 'in' else 'pass'}\nmain()\n{wait}")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
@@ -159,7 +160,7 @@ def test_a_rank_ignores_them_from_its_first_moment(capfd):
 
 
 def test_a_rank_whose_parent_died_before_it_could_ask_ends():
-    code = ("import functools, os, signal\nfrom nanoinfra.serve.life import Life\n"
+    code = ("import functools, os, signal\nfrom nanoinfra.serve.processes.engine_processes import Life\n"
             "from tests.serve.fake import fake\nlife = Life(functools.partial(fake, load=600), 2)\n"
             "print(*[each.pid for each in life.processes], flush=True)\n"
             "os.kill(os.getpid(), signal.SIGKILL)")

@@ -1,8 +1,8 @@
 """A token's own bytes, and where it stands in the text, for every kind of tokenizer."""
 import pytest
 
-from nanoinfra.model.hf_text import open_text
-from nanoinfra.serve.spelling import Offsets, Spelling
+from nanoinfra.model.weights.hugging_face.tokenizer_files import open_text
+from nanoinfra.serve.engine.token_text import Offsets, Spelling
 from tests.model.tokenizer_kinds import KINDS, STRINGS, save
 from tests.serve.letters import byte_text
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.model.text import Text, render_chat
-from nanoinfra.serve import templates
-from nanoinfra.serve.templates import TemplateProcess
+from nanoinfra.model.tokenizer import Text, render_chat
+from nanoinfra.serve.server.openai import chat_templates
+from nanoinfra.serve.server.openai.chat_templates import TemplateProcess
 from tests.processes import children
 from tests.serve.beating import LOOP
 from tests.serve.fake import TEMPLATE
@@ -65,7 +65,7 @@ def test_one_that_goes_on_and_on_is_ended_and_the_next_chat_has_another():
 
 def test_one_that_uses_no_time_is_ended_by_the_clock(child, monkeypatch):
     child.render("", HI, TEXT)
-    monkeypatch.setattr(templates, "PATIENCE", 0.2)
+    monkeypatch.setattr(chat_templates, "PATIENCE", 0.2)
     os.kill(child.process.pid, signal.SIGSTOP)
     with pytest.raises(ValueError, match="more than"):
         child.render("", HI, TEXT)
@@ -91,7 +91,8 @@ def test_the_child_leaves_signals_to_the_server_and_ends_with_close(child):
 
 
 def test_the_child_dies_with_its_server():
-    code = ("from nanoinfra.serve.templates import TemplateProcess\nfrom nanoinfra.model.text import Text\n"
+    code = ("from nanoinfra.serve.server.openai.chat_templates import TemplateProcess\n"
+            "from nanoinfra.model.tokenizer import Text\n"
             "child = TemplateProcess()\nchild.render('', [], Text(None))\n"
             "print(child.process.pid, flush=True)\ninput()")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdin=subprocess.PIPE,
@@ -103,7 +104,8 @@ def test_the_child_dies_with_its_server():
 
 
 def test_the_child_does_without_torch_and_unpickles_nothing():
-    code = ("import pickle, sys\nimport nanoinfra.serve.templates as t\nassert 'torch' not in sys.modules\n"
+    code = ("import pickle, sys\nimport nanoinfra.serve.server.openai.chat_templates as t\n"
+            "assert 'torch' not in sys.modules\n"
             "t.without_torch()\nt.renderer()\npickle.loads = pickle.Unpickler = None\n"
             "said = t.answer('{{ messages }}{{ pad_token }}', [], {'pad_token': 'p'})\n"
             "assert said == b'{\"text\": \"[]p\"}'\n"
@@ -113,7 +115,8 @@ def test_the_child_does_without_torch_and_unpickles_nothing():
 
 
 def test_without_the_hub_extra_a_chat_is_refused_in_one_line():
-    code = ("import sys\nsys.modules['transformers'] = None\nimport nanoinfra.serve.templates as t\n"
+    code = ("import sys\nsys.modules['transformers'] = None\n"
+            "import nanoinfra.serve.server.openai.chat_templates as t\n"
             "print(t.answer('{{ messages }}', [], {}).decode())")
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert said.stdout.strip() == ('{"error": "chat templates need the package transformers; '

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.serve.counters import Counters
-from nanoinfra.serve.errors import Refused
-from nanoinfra.serve.requests import Request
-from nanoinfra.serve.worker import Worker
+from nanoinfra.serve.engine.requests import Request
+from nanoinfra.serve.processes.engine_client import Worker
+from nanoinfra.serve.server.errors import Refused
+from nanoinfra.serve.server.metrics import Counters
 from tests.processes import alive
 from tests.serve.fake import Fake, fake, text
 

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from nanoinfra.data.tokenizer import Tokenizer
-from nanoinfra.model.hf_text import open_text
-from nanoinfra.model.text import CLEAN_UP, Text
-from nanoinfra.serve.writer import LONGEST, Replacer, Stream, Writer
+from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.model.tokenizer import CLEAN_UP, Text
+from nanoinfra.model.weights.hugging_face.tokenizer_files import open_text
+from nanoinfra.serve.engine.detokenizer import LONGEST, Replacer, Stream, Writer
 from tests.model.tokenizer_kinds import BYTES as HEX
 from tests.model.tokenizer_kinds import KINDS, STRINGS, save
 from tests.serve.letters import byte_text, letters

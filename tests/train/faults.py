@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.train import checkpoint
+from nanoinfra.train.checkpoint import checkpoint
 from tests.processes import alive, started, until
 from tests.train.runs import FLAGS, children, running
 

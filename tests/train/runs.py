@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.dist.ranks import shared
-from nanoinfra.train import checkpoint, metrics
+from nanoinfra.distributed.pool.ranks import shared
+from nanoinfra.train import metrics
+from nanoinfra.train.checkpoint import checkpoint
 from tests import processes
 from tests.processes import started
 from tests.processes import until as wait_for  # noqa: F401  for those who import it from here

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.train import checkpoint
-from nanoinfra.train import manifest as disk
-from nanoinfra.train.checkpoint import catalog, checkpoints, load, newest, read_state, save, verify
-from nanoinfra.train.pieces import CheckpointError, Piece
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.train.checkpoint import checkpoint
+from nanoinfra.train.checkpoint import manifest as disk
+from nanoinfra.train.checkpoint.checkpoint import catalog, checkpoints, load, newest, read_state, save, verify
+from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, Piece
 
 
 class PowerCut(BaseException):
@@ -171,7 +171,7 @@ def save_on_a_rank(root, step, full_disk_on=None):
 
 
 def test_real_ranks_save_and_agree_on_failure(tmp_path):
-    ranks = pytest.importorskip("nanoinfra.dist.ranks").shared(2)
+    ranks = pytest.importorskip("nanoinfra.distributed.pool.ranks").shared(2)
     first = tmp_path / "step_00000001"
     assert ranks.run(save_on_a_rank, tmp_path, 1) == [str(first)] * 2
     assert same(load_all(first), {"w": torch.arange(30.).reshape(10, 3)})

@@ -8,9 +8,10 @@ import pytest
 import torch.distributed as dist
 
 from nanoinfra.cli import main
-from nanoinfra.dist.ranks import Ranks
-from nanoinfra.parallel.vocabulary import HeadLoss
-from nanoinfra.train import checkpoint, metrics
+from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.parallel.vocab_parallel import HeadLoss
+from nanoinfra.train import metrics
+from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
 from nanoinfra.train.trainer import train
 

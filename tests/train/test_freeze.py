@@ -6,18 +6,19 @@ import pytest
 import torch
 
 from nanoinfra.cli import main
-from nanoinfra.dist.mesh import Mesh, world_size
+from nanoinfra.config import sized
+from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.footprint import Layout, Recipe, model_states
-from nanoinfra.formulas.params import shapes
+from nanoinfra.formulas.parameters import shapes
 from nanoinfra.formulas.pipeline import chunk_names
-from nanoinfra.formulas.shape import sized
-from nanoinfra.parallel.schedules import accumulate
-from nanoinfra.train import checkpoint, metrics
+from nanoinfra.parallel.pipeline.schedules import accumulate
+from nanoinfra.train import metrics
+from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.freeze import frozen_names
 from nanoinfra.train.pretrained import pretrained
-from nanoinfra.train.replica import Replica, drawn
 from nanoinfra.train.step import execute
+from nanoinfra.train.train_stage import Replica, drawn
 
 PATTERNS = ["embed.*", "blocks.0.*", "*.attn.k.weight"]
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--steps", "3", "--seq", "23",

@@ -3,8 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.parallel import vocabulary
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.parallel import vocab_parallel
 from nanoinfra.train.loss import IGNORE, count_valid, cross_entropy
 
 
@@ -24,7 +24,7 @@ def torch_loss(hidden, weight, targets, count):
 
 @pytest.mark.parametrize("rows_bytes", [1, 300, 2 << 20])                  # one row at a time, a few, all
 def test_loss_and_gradients_are_torchs(monkeypatch, rows_bytes):
-    monkeypatch.setattr(vocabulary, "ROWS_BYTES", rows_bytes)
+    monkeypatch.setattr(vocab_parallel, "ROWS_BYTES", rows_bytes)
     (h, w, y), (h2, w2, _) = inputs(), inputs()
     got, want = cross_entropy(h, w, y, 9), torch_loss(h2, w2, y, 9)
     got.backward(torch.tensor(2.0, dtype=torch.float64))

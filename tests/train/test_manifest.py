@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nanoinfra.train import manifest as disk
-from nanoinfra.train.pieces import CheckpointError, Piece
+from nanoinfra.train.checkpoint import manifest as disk
+from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, Piece
 
 
 def mixed():

@@ -6,9 +6,17 @@ import pytest
 
 from nanoinfra.cli import main
 from nanoinfra.commands import parse
-from nanoinfra.formulas.shape import sized
-from nanoinfra.train import config, memory_check, metrics
-from nanoinfra.train.memory_check import LIBRARIES, PROCESS, check_memory, drawn_config, need, rank_parts
+from nanoinfra.config import sized
+from nanoinfra.train import config, metrics
+from nanoinfra.train.launch import memory_check
+from nanoinfra.train.launch.memory_check import (
+    LIBRARIES,
+    PROCESS,
+    check_memory,
+    drawn_config,
+    need,
+    rank_parts,
+)
 from tests.train.runs import finish
 
 GB = 1e9
@@ -160,7 +168,7 @@ def test_weights_are_looked_at_before_the_corpus_is_read(machine, untouched, mon
     (run / "config.json").write_text(json.dumps({"nanoinfra": 1, "model": sized("nano").to_dict()}))
     (run / "checkpoints").mkdir()
     machine(24 * GB)
-    monkeypatch.setattr("nanoinfra.train.inputs.open_pretrained", lambda *_: Opened(sized("nano")))
+    monkeypatch.setattr("nanoinfra.train.run_inputs.open_pretrained", lambda *_: Opened(sized("nano")))
     argv = ["train", "--model", str(run), "--seq", "100000000", "--out", str(tmp_path / "out")]
     assert main(argv) == 2
     said = capsys.readouterr().err

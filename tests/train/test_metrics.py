@@ -3,8 +3,8 @@ import json
 
 import torch
 
-from nanoinfra.dist.ledger import Row
-from nanoinfra.parallel.schedules import Forward
+from nanoinfra.distributed.ledger import Row
+from nanoinfra.parallel.pipeline.schedules import Forward
 from nanoinfra.train import metrics
 
 

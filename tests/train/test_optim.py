@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.train.optim import BETAS, WEIGHT_DECAY, Optimizer, clip, learning_rate
+from nanoinfra.train.optimizer import BETAS, WEIGHT_DECAY, Optimizer, clip, learning_rate
 
 
 def net(dtype=torch.float64, seed=0):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.formulas.shape import SIZES
+from nanoinfra.config import SIZES
 from nanoinfra.train.config import RunFlags
-from nanoinfra.train.outdir import check_out, model_of
+from nanoinfra.train.run_directory.ownership import check_out, model_of
 from tests.train.runs import FLAGS
 
 MANIFEST = '{\n "format": "nanoinfra checkpoint 1",\n'

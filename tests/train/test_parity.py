@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from nanoinfra.cli import main
-from nanoinfra.formulas.shape import ModelConfig, sized
-from nanoinfra.formulas.tensor import tensor_sent
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.formulas.tensor_parallel import tensor_sent
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.hf import load_hf, save_hf
 from nanoinfra.model.init import init_weights
+from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
 from nanoinfra.train import metrics
 from nanoinfra.train.pretrained import export
 

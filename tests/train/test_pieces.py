@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanoinfra.train import pieces
-from nanoinfra.train.pieces import CheckpointError, Piece, check_cover
+from nanoinfra.train.checkpoint import tensor_shards
+from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, Piece, check_cover
 
 
 @st.composite
@@ -100,7 +100,7 @@ def test_a_box_outside_its_tensor_is_refused(make):
 
 
 def test_the_arithmetic_needs_no_torch():
-    tree = ast.parse(Path(pieces.__file__).read_text())
+    tree = ast.parse(Path(tensor_shards.__file__).read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     assert imported == {"collections.abc", "dataclasses", "itertools", "math"}

@@ -9,21 +9,22 @@ import tyro
 from safetensors.torch import load_file
 
 from nanoinfra.cli import main
-from nanoinfra.data.source import Random
-from nanoinfra.data.tokenizer import Tokenizer
-from nanoinfra.dist.mesh import Mesh
+from nanoinfra.data.sample_order import Random
+from nanoinfra.data.train_tokenizer import Tokenizer
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.files import read_json
-from nanoinfra.model.fill import Weights
-from nanoinfra.model.hf import save_hf
-from nanoinfra.model.hf_text import clear_text, copy_text, kept_ids, open_text
-from nanoinfra.model.load import open_weights
-from nanoinfra.train import checkpoint, metrics
+from nanoinfra.model.weights.fill_model import Weights
+from nanoinfra.model.weights.hugging_face.tokenizer_files import clear_text, copy_text, kept_ids, open_text
+from nanoinfra.model.weights.hugging_face.weights import save_hf
+from nanoinfra.model.weights.json_files import read_json
+from nanoinfra.model.weights.load import open_weights
+from nanoinfra.train import metrics
+from nanoinfra.train.checkpoint import checkpoint
+from nanoinfra.train.checkpoint.tensor_shards import Piece
 from nanoinfra.train.config import TrainFlags
-from nanoinfra.train.inputs import open_inputs
-from nanoinfra.train.pieces import Piece
 from nanoinfra.train.pretrained import export, keep_text, open_pretrained, pretrained
+from nanoinfra.train.run_inputs import open_inputs
 from tests.model.chat_model import TEMPLATE, chat_model
 from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, counting
 from tests.model.test_decoder import config

@@ -11,10 +11,17 @@ import pytest
 from torch.distributed import HashStore, PrefixStore
 from torch.distributed.elastic.events import EventSource
 
-from nanoinfra.train import rendezvous
-from nanoinfra.train.launch import Agent
-from tests.dist.sockets import another_interface, beyond_loopback, family, listening, needs_linux, plant
-from tests.dist.stranger import KNOWN
+from nanoinfra.train.launch import rendezvous
+from nanoinfra.train.launch.launcher import Agent
+from tests.distributed.sockets import (
+    another_interface,
+    beyond_loopback,
+    family,
+    listening,
+    needs_linux,
+    plant,
+)
+from tests.distributed.stranger import KNOWN
 from tests.train.runs import CLI, FLAGS, children, lines, start, wait_for
 
 OURS = {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "nanoinfra-1",

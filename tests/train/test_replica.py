@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from nanoinfra.cli import main
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.shape import ModelConfig, sized
+from nanoinfra.config import ModelConfig, sized
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.init import init_weights
-from nanoinfra.parallel.schedules import accumulate
+from nanoinfra.parallel.pipeline.schedules import accumulate
 from nanoinfra.train import metrics
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
-from nanoinfra.train.replica import Replica
 from nanoinfra.train.step import execute
+from nanoinfra.train.train_stage import Replica
 
 
 def stepped(zero, config=None, **model):

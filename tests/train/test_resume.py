@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.train import checkpoint, metrics
+from nanoinfra.train import metrics
+from nanoinfra.train.checkpoint import checkpoint
 from tests.processes import until
 from tests.train.runs import (
     FLAGS,

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.shape import ModelConfig
-from nanoinfra.train import checkpoint, metrics, trainer
+from nanoinfra.config import ModelConfig
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.train import metrics, trainer
+from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.config import ModelFlags, RunFlags, TrainFlags
-from nanoinfra.train.optim import Optimizer
-from nanoinfra.train.resume import check_same
-from nanoinfra.train.rundir import RunDir
+from nanoinfra.train.optimizer import Optimizer
+from nanoinfra.train.run_directory.resume_check import check_same
+from nanoinfra.train.run_directory.run_directory import RunDir
 from tests.train.runs import bits
 
 ARGV = ["train", "--model", "test", "--data", "text", "--vocab", "260", "--dtype", "float64", "--seq", "8",

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanoinfra.train.scale import LARGEST, LossScale
+from nanoinfra.train.loss_scale import LARGEST, LossScale
 
 
 def values(scale, overflows):

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.train import checkpoint, metrics, signals, trainer
-from nanoinfra.train.signals import ENDING, SAME, Hearing, StopRequest
-from nanoinfra.train.stopping import how_to_go_on
+from nanoinfra.train import metrics, trainer
+from nanoinfra.train.checkpoint import checkpoint
+from nanoinfra.train.launch import signals
+from nanoinfra.train.launch.signals import ENDING, SAME, Hearing, StopRequest
+from nanoinfra.train.launch.stop_message import how_to_go_on
 from tests.processes import until
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from nanoinfra.parallel.schedules import (
+from nanoinfra.parallel.pipeline.schedules import (
     Backward,
     BackwardInput,
     BackwardWeight,

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from nanoinfra.train import metrics
-from nanoinfra.train.rank import culprits
+from nanoinfra.train.launch.elastic_rank import culprits
 from tests.processes import alive, until
 from tests.train.faults import (
     CONSTANT,

@@ -1,8 +1,8 @@
 """`nanoinfra doctor`: what the machine is, how fast a rank multiplies, alpha and beta of each axis.
 
 The matmul rate is the measured peak that MFU divides by (formulas/flops.py). An axis is timed with
-all-reduces, a pipeline's with messages there and back, at many sizes (dist/probe.py), and
-t = steps alpha + bytes / beta is fitted to each round (formulas/wire.py, Hockney 1994).
+all-reduces, a pipeline's with messages there and back, at many sizes (distributed/benchmarks.py), and
+t = steps alpha + bytes / beta is fitted to each round (formulas/collectives.py, Hockney 1994).
 """
 import json
 from dataclasses import asdict, replace
@@ -10,11 +10,11 @@ from statistics import median as middle
 
 import torch
 
-from nanoinfra.dist import comm
-from nanoinfra.dist.mesh import AXES, Mesh, world_size
-from nanoinfra.dist.probe import matmul_rate, wire_times
-from nanoinfra.dist.threads import use_threads
-from nanoinfra.formulas.wire import fit
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.benchmarks import matmul_rate, wire_times
+from nanoinfra.distributed.cpu_threads import use_threads
+from nanoinfra.distributed.mesh import AXES, Mesh, world_size
+from nanoinfra.formulas.collectives import fit
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.doctor import machine_info as devices
 from nanoinfra.lab.doctor.doctor_flags import DoctorFlags

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nanoinfra.dist.threads import usable_cores
+from nanoinfra.distributed.cpu_threads import usable_cores
 
 BYTES_PER_GIB = 2 ** 30
 

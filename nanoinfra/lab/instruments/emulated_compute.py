@@ -1,7 +1,7 @@
 """An emulated accelerator: a module that sleeps for as long as one would compute, so that cores stay free.
 
 Ranks that share two cores cannot compute at the same time, but they can sleep at the same time. Together with
-an emulated wire (dist/link.py), overlap and waiting become predictable on any laptop.
+an emulated wire (distributed/emulated_link.py), overlap and waiting become predictable on any laptop.
 """
 import time
 from collections.abc import Iterable

@@ -5,12 +5,12 @@ from math import inf, prod
 
 import torch
 
-from nanoinfra.data.source import IGNORE
-from nanoinfra.dist.mesh import Mesh
-from nanoinfra.formulas.shape import ModelConfig
+from nanoinfra.config import ModelConfig
+from nanoinfra.data.sample_order import IGNORE
+from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, TrainFlags
-from nanoinfra.train.replica import Replica
 from nanoinfra.train.step import execute
+from nanoinfra.train.train_stage import Replica
 
 
 def float64_train_flags(sizes: dict[str, int], batch: int, sequences: int) -> TrainFlags:

@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 
-from nanoinfra.formulas.shape import ACTIVATIONS, ATTENTION, FAMILIES, MLP, ModelConfig, RopeScaling
+from nanoinfra.config import ACTIVATIONS, ATTENTION, FAMILIES, MLP, ModelConfig, RopeScaling
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.hf import load_hf, save_hf
+from nanoinfra.model.weights.hugging_face.weights import load_hf, save_hf
 from tests.model.foreign.judge import Case, Fault, ours
 from tests.model.foreign.models import compare, theirs, write_model
 from tests.model.foreign.models import raw as raw_config

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from nanoinfra.model.load import load
+from nanoinfra.model.weights.load import load
 from tests.model.foreign.gguf_files import (
     ARRAY,
     BOOL,

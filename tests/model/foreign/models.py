@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from nanoinfra.model.load import load
+from nanoinfra.model.weights.load import load
 from tests.model.foreign.judge import CLOSE, Fault, ours
 from tests.model.twins import scrambled
 

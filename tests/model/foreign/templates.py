@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from nanoinfra.model.load import load
-from nanoinfra.model.text import render_chat
-from nanoinfra.serve.templates import TemplateProcess
+from nanoinfra.model.tokenizer import render_chat
+from nanoinfra.model.weights.load import load
+from nanoinfra.serve.server.openai.chat_templates import TemplateProcess
 from tests.model.foreign.judge import Case, Fault, Refused, ours, same
 from tests.model.foreign.kinds import write_text
 from tests.model.foreign.models import raw, write_model

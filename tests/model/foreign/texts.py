@@ -8,8 +8,8 @@ from functools import partial
 
 from transformers import AutoTokenizer, GenerationConfig
 
-from nanoinfra.model.load import load
-from nanoinfra.serve.writer import Stream
+from nanoinfra.model.weights.load import load
+from nanoinfra.serve.engine.detokenizer import Stream
 from tests.model.foreign.judge import Case, Fault, ours, same
 from tests.model.foreign.kinds import KINDS, write_text
 from tests.model.foreign.models import raw, write_model

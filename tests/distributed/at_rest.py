@@ -1,0 +1,164 @@
+"""Ranks that have met and formed groups, and wait to be looked at: of a launcher, of a pool, of an engine.
+
+Each of `launched`, `pooled`, `teamed` starts two, calls `look(ports of their stores, processes)`, lets them
+meet once more, and says whether that went well. `without` names functions, "module:attribute", that do
+nothing in the ranks: guards taken out. GLOO_SOCKET_IFNAME of the ranks names an interface of other hosts.
+"""
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Pipe
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+import torch.distributed as dist
+
+from nanoinfra.distributed import comm
+from nanoinfra.distributed.loopback import master_store
+from nanoinfra.distributed.mesh import Mesh, world_size
+from nanoinfra.distributed.pool import rank_main
+from nanoinfra.distributed.pool.rank_processes import PRELOAD, RanksError
+from nanoinfra.distributed.pool.ranks import Ranks
+from nanoinfra.serve.processes.tp_group import Team
+from nanoinfra.train.launch.elastic_rank import end_with_parent, process_group
+from nanoinfra.train.launch.launcher import launch
+from tests.distributed.sockets import another_interface, listening
+
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT              # torch's agent takes them
+SECONDS = 300.0                              # that ranks may take to be there
+
+
+def launched(look, *without: str) -> bool:
+    """Ranks of train/launch/launcher.py, whose launcher is this process."""
+    handlers, before = {sign: signal.getsignal(sign) for sign in SIGNALS}, listening([os.getpid()])
+    with TemporaryDirectory() as folder, _elsewhere():
+        looker = threading.Thread(target=_look_at_launched, args=(look, Path(folder), before))
+        looker.start()
+        try:
+            return launch([folder, *without], 2, module=__name__) == 0
+        finally:
+            Path(folder, "ended").touch()
+            looker.join()
+            for sign, handler in handlers.items():
+                signal.signal(sign, handler)
+
+
+def _look_at_launched(look, folder, before):
+    try:
+        if _wait_for(lambda: len(list(folder.glob("pid*"))) == 2 or (folder / "ended").exists()):
+            pids = [int(path.name[3:]) for path in folder.glob("pid*")]
+            stores = [at[1] for at in listening([os.getpid()]) if at not in before]
+            look(stores, [os.getpid(), *pids])
+    finally:
+        (folder / "go").touch()
+
+
+def _launched_rank(folder, *without):
+    with _without(without), process_group("cpu"):
+        _meet()
+        (folder / f"pid{os.getpid()}").touch()
+        if _wait_for((folder / "go").exists):
+            _meet()
+
+
+def pooled(look, *without: str) -> bool:
+    """Ranks of a pool."""
+    with mock.patch("nanoinfra.distributed.pool.rank_processes.serve", functools.partial(_pooled_rank,
+                                                                                         without)):
+        try:
+            with Ranks(2) as pool:
+                pool.run(_meet)
+                look([pool._crew.store.port], [os.getpid(), *pool.run(os.getpid)])
+                pool.run(_meet)
+        except RanksError:
+            return False
+    return True
+
+
+def _pooled_rank(without, *args):
+    with _elsewhere(), _without(without):
+        rank_main.serve(*args)
+
+
+def teamed(look, *without: str, store=master_store) -> bool:
+    """The ranks of an engine, whose rank 0 opens `store`."""
+    context, (ours, theirs), (first, second) = multiprocessing.get_context("forkserver"), Pipe(), Pipe()
+    context.set_forkserver_preload(PRELOAD)
+    ranks = [context.Process(target=_team_rank, args=(0, [first], theirs, store, without)),
+             context.Process(target=_team_rank, args=(1, [second], None, store, without))]
+    for rank in ranks:
+        rank.start()
+    try:
+        theirs.close()
+        look([ours.recv()] if ours.poll(SECONDS) else [], [rank.pid for rank in ranks])
+        ours.send("go")
+        for rank in ranks:
+            rank.join(SECONDS)
+        return [rank.exitcode for rank in ranks] == [0, 0]
+    except (EOFError, OSError):              # a rank has died
+        return False
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+            rank.close()
+
+
+class _Reports(Team):
+    """Remembers the last thing shared: the store's port."""
+    def share(self, value=None):
+        self.port = super().share(value)
+        return self.port
+
+
+def _team_rank(rank, pipes, report, store, without):
+    end_with_parent()
+    team = _Reports(rank, pipes)
+    with _elsewhere(), _without(without), mock.patch("nanoinfra.distributed.loopback.master_store", store):
+        mesh = team.mesh(tp=2)
+        comm.barrier(mesh.tp)
+        if report:
+            report.send(team.port)
+            report.recv()
+        team.share()
+        comm.barrier(mesh.tp)
+
+
+def torchs_store() -> dist.TCPStore:
+    """As torch opens one when it is asked for no more: a mutant of `master_store`."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _meet():
+    """New groups of all ranks, which read the store, and a word of each to all."""
+    mesh = Mesh(dp=world_size())
+    assert comm.gather_objects(mesh.dp.rank, mesh.dp) == list(range(mesh.dp.size))
+
+
+@contextmanager
+def _without(names):
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch(name.replace(":", "."), lambda *args: None))
+        yield
+
+
+def _elsewhere():
+    return mock.patch.dict(os.environ, GLOO_SOCKET_IFNAME=another_interface())
+
+
+def _wait_for(condition):
+    end = time.monotonic() + SECONDS
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+if __name__ == "__main__":
+    _launched_rank(Path(sys.argv[1]), *sys.argv[2:])
