@@ -73,7 +73,8 @@ for name, (model, _, _, step) in trainers.items():
     own, (B, T) = sum(p.numel() for p in model.parameters()), BATCHES[name]
     years = 10e9 / (B * T) * times[name].value * 124e6 / own / 3.156e7
     rows.append((name, f"{B} x {T}", str(times[name]), f"{years:.1f} years"))
-DisplayTable(f"a step on one of {describe_machine()}", ("size", "B x T", "a step", "so GPT-2 small takes"), rows)
+DisplayTable(f"a step on one of {describe_machine()}", ("size", "B x T", "a step", "so GPT-2 small takes"),
+             rows)
 
 # %% [markdown]
 # The last column guesses at GPT-2 small, 124 million parameters trained on 10 billion tokens, as if time were
@@ -224,7 +225,8 @@ measure("L00.parameters", lambda: counted(sum(p.numel() for p in model.parameter
 measure("L00.flops", lambda: counted(counter.get_total_flops(), "FLOPs"))
 measure("L00.bytes", lambda: counted(sum(tensor.nbytes for tensor in held), "B"))
 times[NAME] = measure("L00.seconds", timed, step)
-compare_predictions(["L00.parameters", "L00.flops", "L00.bytes", "L00.seconds"], tolerance={"L00.seconds": None})
+compare_predictions(["L00.parameters", "L00.flops", "L00.bytes", "L00.seconds"],
+                    tolerance={"L00.seconds": None})
 
 # %% [markdown]
 # A miss? Find the term you forgot, predict again and rerun the cell above; the table says which try it was.

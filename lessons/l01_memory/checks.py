@@ -34,8 +34,8 @@ def _(subject):
         cases.run(subject, params, [cases.filled(0.25)], lr=0.5)
         for i, (name, p) in enumerate(params.items()):
             if p.data_ptr() != places[name]:
-                raise CriterionNotMet(f"`{name}` lies elsewhere in memory after a step, in {p.dtype}: the model keeps "
-                            f"its 16-bit tensors, p.copy_(...) rounds into them")
+                raise CriterionNotMet(f"`{name}` lies elsewhere in memory after a step, in {p.dtype}: the "
+                                      "model keeps its 16-bit tensors, p.copy_(...) rounds into them")
             causes = {"no bias correction? At first, m and v are far too small": math.inf,
                       "`t` counts steps, not parameters": i + 1}
             slips = {text: torch.full_like(p, cases.walk(0.25, 1, 0.5, lambda t, power=power: power))
@@ -53,7 +53,8 @@ def _(subject):
             slips = {"the weights stand still: is each update rounded away, for want of a float32 master "
                      "that is kept from step to step?": torch.ones_like(p),
                      "1 - beta, where 1 - beta^t corrects?": torch.full_like(p, far)}
-            assert_same_tensor(f"{name}, after 64 steps of 2^-12 from 1", p.data, torch.full_like(p, 1 - 2.0**-6), 0, 1,
+            assert_same_tensor(f"{name}, after 64 steps of 2^-12 from 1", p.data,
+                               torch.full_like(p, 1 - 2.0**-6), 0, 1,
                  2.0**-8, slips)
 
 
@@ -66,7 +67,8 @@ def _(subject):
         far = p.data if (p < -100).all() else torch.zeros_like(p)
         causes = {"divided by eps alone: are moments in 16 bits, or g * g?": far,
                   "eps stands beside the root, not in it": torch.full_like(p, end)}
-        assert_same_tensor(f"{name}, three steps on gradients of 2^-13, whose squares are 0 in float16", p.data,
+        assert_same_tensor(f"{name}, three steps on gradients of 2^-13, whose squares are 0 in float16",
+                           p.data,
              torch.full_like(p, -0.375), 0, 1, 0.01, causes)
 
 
@@ -82,7 +84,8 @@ def _(subject):
             causes = {"the gradient is factor x p.grad": plain[name]}
             if cases.narrow(state):
                 causes["`state` holds 16-bit tensors: moments in 16 bits?"] = p.data
-            assert_same_tensor(f"{name}, ten steps in {dtype}", p.data, want[name], 0, 1, torch.finfo(dtype).eps, causes)
+            assert_same_tensor(f"{name}, ten steps in {dtype}", p.data, want[name], 0, 1,
+                               torch.finfo(dtype).eps, causes)
 
 
 @adam_step.criterion("factor x gradient in float32", "parity")
@@ -93,7 +96,8 @@ def _(subject):
     cases.run(subject, params, grads, 0.01, factors)
     for name, p in params.items():
         causes = {"factor x p.grad multiplied in 16 bits? Make p.grad float32 first": torch.zeros_like(p)}
-        assert_same_tensor(f"{name}, three steps in float16, gradients near 2^-10, factor 2^-16", p.data, want[name], 0, 1,
+        assert_same_tensor(f"{name}, three steps in float16, gradients near 2^-10, factor 2^-16", p.data,
+                           want[name], 0, 1,
              0.01, causes)
 
 
@@ -108,7 +112,8 @@ def _(subject):
     want = cases.adam(params, grads, betas=betas, eps=eps)
     cases.run(subject, params, grads, 0.01, betas=betas, eps=eps)
     for name, p in params.items():
-        assert_same_tensor(f"{name}, five steps with betas={betas} and eps=2^-6", p.data, want[name], 0, 1, 2.0**-10,
+        assert_same_tensor(f"{name}, five steps with betas={betas} and eps=2^-6", p.data, want[name], 0, 1,
+                           2.0**-10,
              {text: ends[name] for text, ends in slips.items()})
 
 
@@ -122,8 +127,9 @@ def _(subject):
         extra = storages.held()
     if not 12 * psi <= extra <= 12 * psi + 64 * len(params):               # and a step counter a tensor
         why = next((text for text, times in _KEPT.items() if round(extra / psi) == times), "")
-        raise CriterionNotMet(f"keeps {extra:,} bytes between steps for {psi:,} parameters, {extra / psi:.4g} each; "
-                    f"want 12: master, first and second moment in float32{why}")
+        raise CriterionNotMet(f"keeps {extra:,} bytes between steps for {psi:,} parameters, "
+                              f"{extra / psi:.4g} each; want 12: master, first and second moment in "
+                              f"float32{why}")
 
 
 _KEPT = {"; moments in 16 bits?": 8, "; all three in 16 bits?": 6, "; in float64?": 24, "; no masters?": 8,
@@ -140,8 +146,8 @@ def _(subject):
         if not trial.factors:
             raise CriterionNotMet("returns True, and did not call move(factor)")
         if abs(trial.factors[0] * value * norm / 1e9 - 1) < 1e-3:
-            raise CriterionNotMet(f"gradients of norm {norm:.4g}, limit 1e9: factor x scale is {1e9 / norm:.4g}, want "
-                        f"1: clipping only ever shrinks")
+            raise CriterionNotMet(f"gradients of norm {norm:.4g}, limit 1e9: factor x scale is "
+                                  f"{1e9 / norm:.4g}, want 1: clipping only ever shrinks")
         for name, slope in slopes.items():
             got, want = trial.true[name], torch.full(SHAPES[name], slope)
             causes = {"the scale is still in it: undone by `factor`?": want * value,
@@ -158,8 +164,8 @@ def _(subject):
         _moved(trial.step(subject, _scale(SCALE), limit), f"gradients of norm {norm:.4g}")
         got, want = trial.factors[0] * SCALE, clipped
         if abs(got / want - 1) > 1e-3:
-            raise CriterionNotMet(f"gradients of norm {norm:.4g}, limit {limit:.4g}: factor x scale is {got:.4g}, want "
-                        f"{want:.4g}: {_clip_cause(got, want, limit / norm)}")
+            raise CriterionNotMet(f"gradients of norm {norm:.4g}, limit {limit:.4g}: factor x scale is "
+                                  f"{got:.4g}, want {want:.4g}: {_clip_cause(got, want, limit / norm)}")
 
 
 @scaled_step.criterion("moves on gradients of 0", "property")
@@ -182,8 +188,8 @@ def _(subject):
             trial = _Trial(dict.fromkeys(SHAPES, 0.25) | {name: bad})
             moved = trial.step(subject, _scale(SCALE), limit=1.0)
             if trial.factors:
-                raise CriterionNotMet(f"{name}.grad is {bad}, and move({trial.factors[0]:.4g}) was called: {bad} times "
-                            f"anything, 0 too, spoils masters and moments for ever")
+                raise CriterionNotMet(f"{name}.grad is {bad}, and move({trial.factors[0]:.4g}) was called: "
+                                      f"{bad} times anything, 0 too, spoils masters and moments for ever")
             if moved is not False:
                 raise CriterionNotMet(f"a skipped step returns {moved!r}, want False")
 
@@ -197,7 +203,8 @@ def _(subject):
     text = "an overflow, then two good steps: are gradients of earlier steps still in p.grad?"
     _moved(moved, text)
     for name in SHAPES:
-        assert_same_tensor(f"factor x {name}.grad, {text}", trial.true[name], torch.full(SHAPES[name], 0.25), 0, 1, 1e-3)
+        assert_same_tensor(f"factor x {name}.grad, {text}", trial.true[name], torch.full(SHAPES[name], 0.25),
+                           0, 1, 1e-3)
 
 
 @scaled_step.criterion("halves, and doubles again", "parity")
@@ -212,8 +219,9 @@ def _(subject):
         want.update(overflow)
         if scale["value"] != want.value:
             past = "".join("x" if o else "." for o in overflows[:step + 1])
-            raise CriterionNotMet(f"steps so far, x an overflow: {past}; grow_after 3: scale {before:g} becomes "
-                        f"{scale['value']:g}, want {want.value:g}: {_scale_cause(overflow, scale, want)}")
+            raise CriterionNotMet(f"steps so far, x an overflow: {past}; grow_after 3: scale {before:g} "
+                                  f"becomes {scale['value']:g}, want {want.value:g}: "
+                                  f"{_scale_cause(overflow, scale, want)}")
 
 
 @scaled_step.criterion("a float16 decoder has float32's gradients", "parity")
@@ -237,8 +245,9 @@ def _(subject):
         trial.step(subject, _scale(SCALE), 1.0, storages.held)
     psi = sum(p.numel() for p in trial.params.values())
     if trial.held > 2 * psi + 1024:
-        raise CriterionNotMet(f"at move(), {trial.held:,} bytes of gradients are held for {psi:,} parameters, want "
-                    f"{2 * psi:,}: a second copy? A norm needs none, and move takes a factor")
+        raise CriterionNotMet(f"at move(), {trial.held:,} bytes of gradients are held for {psi:,} "
+                              f"parameters, want {2 * psi:,}: a second copy? A norm needs none, and move "
+                              "takes a factor")
 
 
 class _Trial:
@@ -270,7 +279,8 @@ def _loss(model, tokens):
 
 def _moved(moved, what, why=""):
     if moved is not True:
-        raise CriterionNotMet(f"{what}: returns {moved!r}, want True: all gradients are finite, so it moves{why}")
+        raise CriterionNotMet(f"{what}: returns {moved!r}, want True: all gradients are finite, so it "
+                              f"moves{why}")
 
 
 def _norm(slopes):

@@ -58,7 +58,8 @@ def _(subject):
         want = sum(run["before"] for run in runs)
         for r, run in enumerate(runs):
             assert_same_tensor("x", run["after"], want, r, n, rtol=1e-14)
-            assert_same_tensor("x, against rank 0", run["after"], runs[0]["after"], r, n, causes={OWN_ORDER: run["after"]})
+            assert_same_tensor("x, against rank 0", run["after"], runs[0]["after"], r, n,
+                               causes={OWN_ORDER: run["after"]})
 
 
 @ring_all_reduce.criterion("only exchange", "resource")
@@ -150,7 +151,8 @@ def _only_exchange(runs):
     for rank, run in enumerate(runs):
         others = sorted({op for op, _ in run["ledger"]} - {"exchange"})
         if others:
-            raise CriterionNotMet(f"rank {rank} calls comm.{', comm.'.join(others)}; build it from comm.exchange alone")
+            raise CriterionNotMet(f"rank {rank} calls comm.{', comm.'.join(others)}; build it from "
+                                  "comm.exchange alone")
 
 
 def _sends(runs, op):
@@ -159,8 +161,9 @@ def _sends(runs, op):
     for rank, run in enumerate(runs):
         got = len(run["ledger"]), sum(size for _, size in run["ledger"])
         if got != want:
-            raise CriterionNotMet(f"rank {rank} of {n} sends {got[1]} bytes in {got[0]} exchanges, want {want[1]} in "
-                        f"{want[0]} (a chunk is {full // n} bytes): {_cause(got, want, full)}")
+            raise CriterionNotMet(f"rank {rank} of {n} sends {got[1]} bytes in {got[0]} exchanges, want "
+                                  f"{want[1]} in {want[0]} (a chunk is {full // n} bytes): "
+                                  f"{_cause(got, want, full)}")
 
 
 def _cause(got, want, full):

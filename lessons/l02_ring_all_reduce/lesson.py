@@ -285,7 +285,7 @@ ways = {"ring": ring_all_reduce, "tree": tree_all_reduce, "plain": naive_all_red
 lines = {name: (smooth, [model(s) for s in smooth]) for name, model in models.items()}
 points = {name: (sizes, [slowest(world.run(trial, way, N, s)).value for s in sizes])
           for name, way in ways.items()}
-picture = draw.plot_predicted_and_measured(lines, points, "bytes of the tensor", "seconds", f"all-reduce over {N} ranks",
+picture = draw.plot_curves(lines, points, "bytes of the tensor", "seconds", f"all-reduce over {N} ranks",
                       dashed=["plain"])
 crossing = next(s for s in smooth if models["ring"](s) < models["tree"](s))
 draw.draw_vertical_line(picture, crossing, "from here on, ring before tree")

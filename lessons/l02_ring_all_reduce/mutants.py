@@ -104,7 +104,8 @@ def exchange_in_halves(x, axis, tag=""):
 
 
 two_messages_a_chunk = patched(ring_all_reduce, "nanoinfra.distributed.rings:exchange", exchange_in_halves)
-scatters_all_rows = patched(ring_all_reduce, "nanoinfra.distributed.rings:ring_reduce_scatter", sends_every_row)
+scatters_all_rows = patched(ring_all_reduce, "nanoinfra.distributed.rings:ring_reduce_scatter",
+                            sends_every_row)
 
 MINE, ONLY, SHARE = (criterion.name for criterion in check.ring_reduce_scatter.criteria)
 SUM, PLACE, BITS, ONLY_TOO, BYTES = (criterion.name for criterion in check.ring_all_reduce.criteria)

@@ -43,8 +43,8 @@ def _(subject):
 def _(subject):
     for rank, run in enumerate(_runs(subject, 4, 2, BUCKET)):
         if left := sum(row.end == 0 for row in run["rows"]):
-            raise CriterionNotMet(f"rank {rank} never waits for {left} of {len(run['rows'])} all-reduces: it returns "
-                        f"gradients that may be half summed")
+            raise CriterionNotMet(f"rank {rank} never waits for {left} of {len(run['rows'])} all-reduces: it "
+                                  "returns gradients that may be half summed")
 
 
 @overlapped_gradients.criterion("the same gradients on every rank", "property")
@@ -68,16 +68,17 @@ def _(subject):
     for rank, run in enumerate(_runs(subject, 4, 2, BUCKET)):
         got = sum(row.begin < run["end"] for row in run["rows"])
         if got < want:
-            raise CriterionNotMet(f"rank {rank}: when backward reaches the embedding, {got} buckets have left, want "
-                        f"{want}: {'does each leave when it is full?' if got else 'sent after backward?'}")
+            raise CriterionNotMet(f"rank {rank}: when backward reaches the embedding, {got} buckets have "
+                                  f"left, want {want}: "
+                                  f"{'does each leave when it is full?' if got else 'sent after backward?'}")
 
 
 @overlapped_gradients.criterion("nothing waits during backward", "resource")
 def _(subject):
     for rank, run in enumerate(_runs(subject, 4, 2, BUCKET)):
         if got := sum(row.end < run["end"] for row in run["rows"]):
-            raise CriterionNotMet(f"rank {rank} has waited for {got} buckets before backward is over: all_reduce(..., "
-                        f"wait=False) in the hook, and .wait() after backward")
+            raise CriterionNotMet(f"rank {rank} has waited for {got} buckets before backward is over: "
+                                  "all_reduce(..., wait=False) in the hook, and .wait() after backward")
 
 
 def _same_everywhere(subject, *bucket):
@@ -106,8 +107,9 @@ def _sent_once(subject, calls, *bucket):
         for rank, run in enumerate(_runs(subject, n, micro_batches, *bucket)):
             got = len(run["rows"]), sum(row.payload for row in run["rows"])
             if got != (calls, psi):
-                raise CriterionNotMet(f"rank {rank} of {n} sums {got[1]:,} bytes in {got[0]} calls, want {psi:,} in "
-                            f"{calls} (micro-batches: {micro_batches}): {_cause(got, psi, micro_batches)}")
+                raise CriterionNotMet(f"rank {rank} of {n} sums {got[1]:,} bytes in {got[0]} calls, want "
+                                      f"{psi:,} in {calls} (micro-batches: {micro_batches}): "
+                                      f"{_cause(got, psi, micro_batches)}")
 
 
 def gradient_rows(rows: list) -> list:
@@ -166,8 +168,8 @@ def _slips(n):
 
 def _number(rank, name, got):
     if isinstance(got, torch.Tensor) and got.isnan().any():
-        raise CriterionNotMet(f"rank {rank}: `{name}.grad` is not a number: the mean of a micro-batch whose targets "
-                    f"are all ignored is 0/0; sum, and divide by the step's count")
+        raise CriterionNotMet(f"rank {rank}: `{name}.grad` is not a number: the mean of a micro-batch whose "
+                              "targets are all ignored is 0/0; sum, and divide by the step's count")
 
 
 def _cause(got, psi, micro_batches):

@@ -277,7 +277,8 @@ compare_predictions(list(check.PREDICTIONS))
 
 # %%
 def three_ways(trials):
-    picture, axes = draw.new_figure(9, 3.6, "backward (grey); all-reduces, hidden (pale) or waited for (orange)")
+    picture, axes = draw.new_figure(9, 3.6,
+                                    "backward (grey); all-reduces, hidden (pale) or waited for (orange)")
     bar = {"height": 0.34, "edgecolor": "white"}
     for y, one in enumerate(trials):
         start = one["naps"][0][0]
@@ -310,7 +311,8 @@ def exposed(bucket_bytes):
 sizes = [S // 12, S // 4, S, 2 * S, L * S][::2 if FAST else 1]
 smooth = sorted([*sizes, *(S // 12 * 2 ** (k / 16) for k in range(16 * 6))])
 points = [least(world.run(trial, overlapped_gradients, N, size), "wait").value for size in sizes]
-picture = draw.plot_predicted_and_measured({"overlap": (smooth, [exposed(size) for size in smooth])}, {"overlap": (sizes, points)},
+picture = draw.plot_curves({"overlap": (smooth, [exposed(size) for size in smooth])},
+                           {"overlap": (sizes, points)},
                       "bytes of a bucket", "seconds of waiting", "the exposed wait, by size of the buckets")
 draw.label_x_axis_in_bytes(picture, sizes)
 

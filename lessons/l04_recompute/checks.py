@@ -72,8 +72,9 @@ def _(subject):
     try:
         _same_gradients(got, want)
     except CriterionNotMet as wrong:
-        raise CriterionNotMet(f"with dropout inside, {wrong}; the second run drops other numbers than the first: set "
-                    f"torch's random state back to what it was before the first") from None
+        raise CriterionNotMet(f"with dropout inside, {wrong}; the second run drops other numbers than the "
+                              "first: set torch's random state back to what it was before the "
+                              "first") from None
 
 
 @recompute.criterion("the dice roll on as without", "parity")
@@ -81,8 +82,8 @@ def _(subject):
     got, want = (_step(call, dropout=0.5)["dice"] for call in (subject, _plain))
     for when, a, b in zip(("between forward and backward", "after backward"), got, want):
         if a != b:
-            raise CriterionNotMet(f"the random number drawn {when} is {a:.6f}, want {b:.6f}: the caller's random state "
-                        f"was changed. Backward must leave it as it found it")
+            raise CriterionNotMet(f"the random number drawn {when} is {a:.6f}, want {b:.6f}: the caller's "
+                                  "random state was changed. Backward must leave it as it found it")
 
 
 @recompute.criterion("keeps the input alone", "resource")
@@ -99,7 +100,8 @@ def _(subject):
             why = f"more than x is kept, {shapes} ...: does fn run with grad in forward?"
         if got == want + x.nbytes:                        # the others' outputs are inputs, too
             why = "the output as well? It is the next block's input"
-        raise CriterionNotMet(f"{CONFIG.layers} blocks keep {got:,} bytes, want {want:,}, one input each: {why}")
+        raise CriterionNotMet(f"{CONFIG.layers} blocks keep {got:,} bytes, want {want:,}, one input each: "
+                              f"{why}")
 
 
 @recompute.criterion("runs fn twice", "resource")
@@ -148,8 +150,9 @@ def _tensor(out):
     if not isinstance(out, torch.Tensor):
         raise CriterionNotMet(f"fn(x) came back as {out!r}, want a tensor: no return?")
     if not out.requires_grad:
-        raise CriterionNotMet("the output needs no gradient, so backward would never come to fn's parameters. Autograd "
-                    "asks whether an input of `.apply` needs one: give it one that does")
+        raise CriterionNotMet("the output needs no gradient, so backward would never come to fn's "
+                              "parameters. Autograd asks whether an input of `.apply` needs one: give it one "
+                              "that does")
 
 
 def _same_gradients(got, want, rtol=1e-12, slips=None):
@@ -198,8 +201,8 @@ def _(subject):
     one, two = (subject(CONFIG, SEQUENCES, n * T, 4, "selective") for n in (1, 2))
     _number(one)
     if two != 2 * one:
-        raise CriterionNotMet(f"selective, B={SEQUENCES}: {one:,.0f} bytes at T={T} and {two:,.0f} at T={2 * T}, want "
-                    f"twice as many: no square is kept, neither softmax nor mask")
+        raise CriterionNotMet(f"selective, B={SEQUENCES}: {one:,.0f} bytes at T={T} and {two:,.0f} at "
+                              f"T={2 * T}, want twice as many: no square is kept, neither softmax nor mask")
 
 
 @kept_bytes.criterion("selective: what autograd keeps", "property")
@@ -269,8 +272,8 @@ def _equal(what, c, batch, seq, got, want, slips):
     if got != want:
         why = next((": " + text for text, wrong in slips.items() if wrong == got), "")
         shape = f"C={c.width} L={c.layers} H={c.heads} KV={c.kv_heads} K={c.head_dim} F={c.hidden}"
-        raise CriterionNotMet(f"bytes kept, {what}, B={batch} T={seq} {shape}: want {want:,}, got {got:,.0f}, "
-                    f"{got - want:+,.0f}{why}")
+        raise CriterionNotMet(f"bytes kept, {what}, B={batch} T={seq} {shape}: want {want:,}, got "
+                              f"{got:,.0f}, {got - want:+,.0f}{why}")
 
 
 def _number(got):

@@ -304,7 +304,7 @@ W = kept_bytes(gpt, 1, gpt.context, 4, "none") / kept_bytes(gpt, 1, gpt.context,
 N, smooth = max(ks), [max(ks) ** (i / 60) for i in range(61)]
 lines = {"GPT-2": (smooth, [N / k + k * W - 1 for k in smooth]),
          "tanh(W·x)": (smooth, [N / k + k for k in smooth])}
-picture = draw.plot_predicted_and_measured(lines, points, "layers in a segment, k", "peak, in inputs of a layer",
+picture = draw.plot_curves(lines, points, "layers in a segment, k", "peak, in inputs of a layer",
                       f"{N} layers in segments of k (a layer of GPT-2 keeps {W:.0f} inputs)")
 picture.figure.axes[0].set_xticks(ks, [str(k) for k in ks])
 picture.figure.axes[0].minorticks_off()

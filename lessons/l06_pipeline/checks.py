@@ -75,8 +75,8 @@ def _(subject):
                 i = next((i for i, pair in enumerate(zip(run["did"], want)) if pair[0] != pair[1]),
                          min(len(want), len(run["did"])))
                 got, asked = (_word(each[i]) if i < len(each) else "nothing" for each in (run["did"], want))
-                raise CriterionNotMet(f"stage {rank} of {n}, {kind}, {m} micro-batches: computation {i} is {got}, "
-                            f"want {asked}, the order's")
+                raise CriterionNotMet(f"stage {rank} of {n}, {kind}, {m} micro-batches: computation {i} is "
+                                      f"{got}, want {asked}, the order's")
 
 
 @run_stage.criterion("one rank's gradients, to 1e-10", "parity")
@@ -98,9 +98,9 @@ def _(subject):
             sends = [row.payload for row in run["rows"] if row.op == "send"]
             got, want = (len(sends), sum(sends)), cases.sent(n, rank, m)
             if got != want:
-                raise CriterionNotMet(f"stage {rank} of {n} sends {got[1]:,} bytes in {got[0]} messages, want "
-                            f"{want[1]:,} in {want[0]}: of {m} micro-batches the stream to the next stage "
-                            f"and the gradient to the one before, once each")
+                raise CriterionNotMet(f"stage {rank} of {n} sends {got[1]:,} bytes in {got[0]} messages, "
+                                      f"want {want[1]:,} in {want[0]}: of {m} micro-batches the stream to "
+                                      "the next stage and the gradient to the one before, once each")
 
 
 @run_stage.criterion("a micro-batch is let go by its backward", "resource")
@@ -108,8 +108,9 @@ def _(subject):
     for kind, n, m in STEPS:
         for rank, run in enumerate(_runs(subject, kind, n, m)):
             if run["most"] > (want := in_flight(run["order"])) + 1:          # a local may still name one
-                raise CriterionNotMet(f"stage {rank} of {n}, {kind}: {run['most']} micro-batches are alive at once, "
-                            f"the order needs {want}: kept after their backward? kept.pop(k)")
+                raise CriterionNotMet(f"stage {rank} of {n}, {kind}: {run['most']} micro-batches are alive "
+                                      f"at once, the order needs {want}: kept after their backward? "
+                                      "kept.pop(k)")
 
 
 @run_stage.criterion("stages work at the same time", "speed")
@@ -123,8 +124,8 @@ def _(subject):
         walls.append(max(ends) - min(begins))
         if walls[-1] < (least + serial) / 2:
             return
-    raise CriterionNotMet(f"{m} micro-batches on {n} stages take {min(walls):.2f} s, {least:.2f} by the clock and "
-                f"{serial:.2f} one stage at a time: who waits for whom, without need?")
+    raise CriterionNotMet(f"{m} micro-batches on {n} stages take {min(walls):.2f} s, {least:.2f} by the "
+                          f"clock and {serial:.2f} one stage at a time: who waits for whom, without need?")
 
 
 def _same(name, got, want, rank, m, causes, behind):
@@ -146,13 +147,13 @@ def _once(subject, kinds):
                 if type(what) not in kinds:
                     raise CriterionNotMet(f"{where}: {what!r} is none of {', '.join(names)}")
                 if what.micro not in range(m):
-                    raise CriterionNotMet(f"{where}: {type(what).__name__}({what.micro}), and micro-batches are 0 to "
-                                f"{m - 1}: fewer than stages behind?")
+                    raise CriterionNotMet(f"{where}: {type(what).__name__}({what.micro}), and micro-batches "
+                                          f"are 0 to {m - 1}: fewer than stages behind?")
             for k in range(m):
                 did = [type(what).__name__ for what in order if what.micro == k]
                 if did != names:
-                    raise CriterionNotMet(f"{where}: micro-batch {k} goes {', then '.join(did) or 'nowhere'}; want "
-                                f"{', then '.join(names)}")
+                    raise CriterionNotMet(f"{where}: micro-batch {k} goes "
+                                          f"{', then '.join(did) or 'nowhere'}; want {', then '.join(names)}")
 
 
 def _held(subject, kind, cause):
@@ -160,7 +161,8 @@ def _held(subject, kind, cause):
         for r in range(p):
             got, want = in_flight(_order(subject, p, r, m)), formulas.in_flight(kind, p, r, m)
             if got > want:
-                raise CriterionNotMet(f"stage {r} of {p}, {m} micro-batches: holds {got} at once, want {want}: {cause}")
+                raise CriterionNotMet(f"stage {r} of {p}, {m} micro-batches: holds {got} at once, want "
+                                      f"{want}: {cause}")
 
 
 def _idle(subject, kind, cause):
@@ -170,14 +172,15 @@ def _idle(subject, kind, cause):
                 continue                     # no closed form
             want, found = formulas.idle(kind, p, m, F, B, W), _replayed(subject, p, m, (F, B, W)).idle
             if max(found) > want:
-                raise CriterionNotMet(f"stage {found.index(max(found))} of {p}, {m} micro-batches, F, B, W = {F}, {B}, "
-                            f"{W}: idles {max(found)} slots, want {want}: {cause}")
+                raise CriterionNotMet(f"stage {found.index(max(found))} of {p}, {m} micro-batches, F, B, W = "
+                                      f"{F}, {B}, {W}: idles {max(found)} slots, want {want}: {cause}")
 
 
 def _order(subject, p, r, m):
     order = subject(p, r, m)
     if order is None:
-        raise CriterionNotMet(f"returns None for stage {r} of {p}, want computations one after another: no yield?")
+        raise CriterionNotMet(f"returns None for stage {r} of {p}, want computations one after another: no "
+                              "yield?")
     return list(order)
 
 

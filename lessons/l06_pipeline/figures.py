@@ -1,7 +1,8 @@
 """Who did what when: a row a stage, a box a computation with its micro-batch's number in it.
 
-Drawn from the clock's spans (parallel/pipeline/simulator.py) or from a run's: `measured` takes what train/step.execute
-returned on each rank, less the time it stood waiting for messages. So the two can be compared.
+Drawn from the clock's spans (parallel/pipeline/simulator.py) or from a run's: `measured` takes what
+train/step.execute returned on each rank, less the time it stood waiting for messages. So the two can be
+compared.
 """
 from collections.abc import Sequence
 

@@ -71,7 +71,8 @@ for p in (1, 2, 4):
     _, [naive] = on_ranks(schedule("gpipe", p, 1), [P * M // p * t for t in EVEN], SLOT / 4)
     rows.append((str(p), f"{sized('xl').layers // p}", f"{states / p / 1e9:.1f} GB", f"{naive.step:.2f} s",
                  f"{sum(naive.idle) / p / naive.step:.0%}"))
-DisplayTable("a batch through p stages", ("ranks", "layers", "states of each, about", "a step, timed", "idle"), rows)
+DisplayTable("a batch through p stages",
+             ("ranks", "layers", "states of each, about", "a step, timed", "idle"), rows)
 
 # %%
 gantt({"one batch, four ranks": naive}, "one stage works, three wait", "s")
@@ -309,7 +310,7 @@ lines = {name: (MORE, [share(formulas.idle(kind, P, m, *EVEN, v), m) for m in MO
          for name, (kind, v) in KINDS.items()}
 dots = {name: (MICROS, [share(max(on_ranks(schedule(kind, P, m, v), EVEN)[0].idle), m) for m in MICROS])
         for name, (kind, v) in KINDS.items()}
-draw.plot_predicted_and_measured(lines, dots, "micro-batches in a step", "idle, of a step", f"the bubble of {P} stages")
+draw.plot_curves(lines, dots, "micro-batches in a step", "idle, of a step", f"the bubble of {P} stages")
 
 # %% [markdown]
 # **Explain.** Five sentences. (a) GPipe and 1F1B idle alike: what does 1F1B save, and how does that make the

@@ -51,8 +51,8 @@ def _(subject):
 def _(subject):
     for rank, n, name, got in _shared(subject):
         if n > 1 and name in CUT and (held := got.untyped_storage().nbytes()) > got.nbytes:
-            raise CriterionNotMet(f"rank {rank} of {n}: `{name}` holds {held} bytes for its {got.nbytes}: a view keeps "
-                        f"the whole matrix alive; .clone() the part")
+            raise CriterionNotMet(f"rank {rank} of {n}: `{name}` holds {held} bytes for its {got.nbytes}: a "
+                                  "view keeps the whole matrix alive; .clone() the part")
 
 
 @enter.criterion("leaves alone what it is given", "property")
@@ -62,8 +62,9 @@ def _(subject):
         for rank, run in enumerate(_runs(cases.bare, n, subject)):
             for what, seed in (("input", 0), ("gradient", 1)):
                 if not torch.equal(run[what], cases.partial(rank, seed)):
-                    raise CriterionNotMet(f"rank {rank} of {n}: the {what} it was given is overwritten, and may be "
-                                f"someone else's, say of a residual sum: all_reduce(x.clone(), axis)")
+                    raise CriterionNotMet(f"rank {rank} of {n}: the {what} it was given is overwritten, and "
+                                          "may be someone else's, say of a residual sum: "
+                                          "all_reduce(x.clone(), axis)")
 
 
 @enter.criterion("x forward, the gradients' sum backward", "parity")
@@ -104,8 +105,8 @@ def _(subject):
             for name in (*NAMES, "x"):                       # x last: what is wrong there alone is f's
                 got, want = run["grads"][name], cases.part(name, rank, n, cases.one_rank()["grads"][name])
                 if got is None:
-                    raise CriterionNotMet(f"rank {rank} of {n}: `{name}` has no gradient: every rank uses all it was "
-                                f"given, and adds the bias of down to the sum")
+                    raise CriterionNotMet(f"rank {rank} of {n}: `{name}` has no gradient: every rank uses "
+                                          "all it was given, and adds the bias of down to the sum")
                 causes = cases.mlp_grad_slips(name, rank, n, want)
                 assert_same_tensor(f"{name}.grad{_on(n)}", got, want, rank, max(n, 2), 1e-10, causes)
 
@@ -121,8 +122,8 @@ def _(subject):
                     again = [row.op for row in rows] == ["all_reduce"] * len(rows) and len(rows) > 1
                     why = ("one f for all that reads x, one g for y" if again else
                            "GELU of your own part needs no other rank's")
-                    raise CriterionNotMet(f"rank {rank} of {n} sends {way}: {said}; want one all_reduce of {size} "
-                                f"bytes, (B, T, C) once: {why}")
+                    raise CriterionNotMet(f"rank {rank} of {n} sends {way}: {said}; want one all_reduce of "
+                                          f"{size} bytes, (B, T, C) once: {why}")
 
 
 @tensor_mlp.criterion("nothing wider than its share", "resource")
@@ -148,9 +149,9 @@ def _(subject):
                 off = (~run[name].isfinite()).nonzero()
                 if len(off):
                     index = off[0].tolist()
-                    raise CriterionNotMet(f"rank {rank}: `{name}` is {run[name][tuple(index)].item()} at {index} for "
-                                f"logits near {shift:g}: exp(x) is infinite above 709 and 0 below -745; "
-                                f"take the maximum away first, that of all ranks")
+                    raise CriterionNotMet(f"rank {rank}: `{name}` is {run[name][tuple(index)].item()} at "
+                                          f"{index} for logits near {shift:g}: exp(x) is infinite above 709 "
+                                          "and 0 below -745; take the maximum away first, that of all ranks")
 
 
 @vocab_loss.criterion("leaves logits and targets alone", "property")
@@ -159,15 +160,16 @@ def _(subject):
         given = cases.logits()[:, cases.columns(rank, 4)], cases.TARGETS
         for name, got, want in zip(("logits", "targets"), run["given"], given):
             if not torch.equal(got, want):
-                raise CriterionNotMet(f"rank {rank} of 4: `{name}` is overwritten, and the caller's: `{name} - ...` "
-                            f"makes a new tensor, where `-=` and `sub_` do not")
+                raise CriterionNotMet(f"rank {rank} of 4: `{name}` is overwritten, and the caller's: `{name} "
+                                      "- ...` makes a new tensor, where `-=` and `sub_` do not")
 
 
 @vocab_loss.criterion("one rank's loss, to 1e-10", "parity")
 def _(subject):
     for n in (2, 3, 4, 1):
         for rank, run in enumerate(_scores(n, subject)):
-            assert_same_tensor(f"loss{_on(n)}", run["loss"], cases.one_loss()[0], rank, 1, 1e-10, cases.loss_slips(n))
+            assert_same_tensor(f"loss{_on(n)}", run["loss"], cases.one_loss()[0], rank, 1, 1e-10,
+                               cases.loss_slips(n))
 
 
 @vocab_loss.criterion("one rank's gradient, to 1e-10", "parity")
@@ -193,8 +195,9 @@ def _(subject):
         for rank, run in enumerate(_scores(n, subject)):
             sent, most = sum(row.payload for row in run["rows"]), 3 * 8 * ROWS
             if sent > most or len(run["rows"]) > 3:
-                raise CriterionNotMet(f"rank {rank} of {n} sends {sent:,} bytes in {len(run['rows'])} calls, want "
-                            f"{most} in 3: of each row the maximum, the sum and the target's logit")
+                raise CriterionNotMet(f"rank {rank} of {n} sends {sent:,} bytes in {len(run['rows'])} calls, "
+                                      f"want {most} in 3: of each row the maximum, the sum and the target's "
+                                      "logit")
 
 
 @vocab_loss.criterion("nobody has all logits of a row", "resource")
@@ -205,8 +208,8 @@ def _(subject):
 
 def _narrow(rank, run, limit, what):
     if (got := run["largest"]).numel() > limit:
-        raise CriterionNotMet(f"rank {rank} of 4 makes a tensor {tuple(got.shape)}, {got.numel()} numbers, want at "
-                    f"most {limit}: {what}")
+        raise CriterionNotMet(f"rank {rank} of 4 makes a tensor {tuple(got.shape)}, {got.numel()} numbers, "
+                              f"want at most {limit}: {what}")
 
 
 def _bias():
@@ -224,8 +227,8 @@ def _shared(subject):
             axis = Axis("tp", rank, tuple(range(n)), None, Ledger())
             found = subject(*(tensor.clone() for tensor in cases.weights().values()), axis)
             if not isinstance(found, tuple | list) or [type(x) for x in found] != [torch.Tensor] * 4:
-                raise CriterionNotMet(f"rank {rank} of {n}: share returns {type(found).__name__}, want four tensors, "
-                            f"{', '.join(NAMES)}: no return?")
+                raise CriterionNotMet(f"rank {rank} of {n}: share returns {type(found).__name__}, want four "
+                                      f"tensors, {', '.join(NAMES)}: no return?")
             yield from ((rank, n, name, got) for name, got in zip(NAMES, found))
 
 
@@ -276,6 +279,6 @@ def _scores(n, subject, *case):
     for rank, run in enumerate(runs):
         if not (isinstance(run["loss"], torch.Tensor) and isinstance(run["grad"], torch.Tensor)):
             kinds = " and ".join(type(run[name]).__name__ for name in ("loss", "grad"))
-            raise CriterionNotMet(f"rank {rank} of {n}: vocab_loss returns {kinds}, want loss (R,), grad (R, V/t): "
-                        f"no return?")
+            raise CriterionNotMet(f"rank {rank} of {n}: vocab_loss returns {kinds}, want loss (R,), grad (R, "
+                                  "V/t): no return?")
     return runs

@@ -57,7 +57,7 @@ def paced(config: ModelConfig, t: int, wire: tuple[float, float], seconds: float
     """
     mesh, model, trials = Mesh(tp=t, pp=world_size() // t, wire={"tp": wire}), Decoder(config), []
     TensorParallel(model, mesh)
-    emulate_compute_time(model.blocks, seconds / 1.5 / batch / t)                         # of backward, a sequence
+    emulate_compute_time(model.blocks, seconds / 1.5 / batch / t)  # of backward, a sequence
     for _ in range(repeats):
         stream = torch.ones(batch, seq, config.width, requires_grad=True)
         comm.barrier(mesh.tp)

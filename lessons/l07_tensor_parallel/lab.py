@@ -4,11 +4,11 @@
     make lab L=07 N=4 BREAK=norms-apart        the same with a mistake in it
 
 A GPT-2 with 8 heads, cut over all N ranks, in bfloat16 with float32 masters. The trainer's own stage
-(train/train_stage.py) takes a few steps of one micro-batch in each mode: "none", without sequence parallelism;
-"keep" and "gather", with it, what is gathered being kept for backward or gathered again. Collectives are
-counted by tag, what a layer leaves for backward by autograd's own hooks; both exactly. Steps are then timed
-on the wire that is there and on two emulated ones: an H100's NVLink, 450 GB/s a direction, and its share of
-the network, 50 GB/s, both 4000 times slower.
+(train/train_stage.py) takes a few steps of one micro-batch in each mode: "none", without sequence
+parallelism; "keep" and "gather", with it, what is gathered being kept for backward or gathered again.
+Collectives are counted by tag, what a layer leaves for backward by autograd's own hooks; both exactly. Steps
+are then timed on the wire that is there and on two emulated ones: an H100's NVLink, 450 GB/s a direction, and
+its share of the network, 50 GB/s, both 4000 times slower.
 """
 import contextlib
 import time

@@ -239,13 +239,14 @@ check.vocab_loss(vocab_loss)
 # is on its way? In `Cut`, what does the last rank do where t does not divide T?
 
 # %%
-for it in (tensor_parallel.RowLinear, tensor_parallel._Leave, tensor_parallel._Read, tensor_parallel.Whole, sequence_parallel.Cut, TensorParallel.finish):
+for it in (tensor_parallel.RowLinear, tensor_parallel._Leave, tensor_parallel._Read, tensor_parallel.Whole,
+           sequence_parallel.Cut, TensorParallel.finish):
     print(inspect.getsource(it))
 
 # %% [markdown]
 # ## 5. Measure, compare, explain
-# A step of the real decoder, by the ledger, against `formulas/tensor_parallel.py`. Of GPT-2's biases, norms and
-# position embeddings, what must ranks sum once a step with SP ("tp grads"), and why not without?
+# A step of the real decoder, by the ledger, against `formulas/tensor_parallel.py`. Of GPT-2's biases, norms
+# and position embeddings, what must ranks sum once a step with SP ("tp grads"), and why not without?
 
 # %%
 ways = {"one": (1, "none"), "two": (2, "none"), **{sp: (N, sp) for sp in ("none", "keep", "gather")}}
@@ -257,7 +258,8 @@ for how, (t, sp) in ways.items():
         lines.append((f"{t} ranks, sp {sp}", f"{op}: {tag}", *(f"{n:,}" for n in (*want, *got)),
                       "pass" if want == got else "miss"))
 print("losses:", *(f"{how} {loss:.6f}" for how, (loss, *_) in runs.items()))
-DisplayTable("a step: formulas and ledger", ("", "", "calls", "payload, bytes", "counted", "counted", ""), lines)
+DisplayTable("a step: formulas and ledger", ("", "", "calls", "payload, bytes", "counted", "counted", ""),
+             lines)
 
 # %% [markdown]
 # *Timed*: L real layers, which sleep for as long as an accelerator would compute, and an emulated wire. Nodes
@@ -265,7 +267,8 @@ DisplayTable("a step: formulas and ledger", ("", "", "calls", "payload, bytes", 
 
 # %%
 wires = {1: INSIDE, 2: INSIDE, 4: BETWEEN}
-steps = {t: median_of_times(world.run(paced, CONFIG, t, wire, SECONDS, B, T, REPEATS)[0]) for t, wire in wires.items()}
+steps = {t: median_of_times(world.run(paced, CONFIG, t, wire, SECONDS, B, T, REPEATS)[0])
+         for t, wire in wires.items()}
 layers = {how: [row for row in rows if row.tag == "layers"] for how, (_, rows, _) in runs.items()}
 measure("L07.calls", counted, len(layers["none"]) / L, "calls")
 measure("L07.sent", counted, sum(row.wire_bytes for row in layers["none"]) / L, "B")

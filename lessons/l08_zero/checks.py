@@ -37,7 +37,8 @@ def _(subject):
         for rank, run in enumerate(_runs(_step, n, subject)):
             for name, want in cases.moved(n)[-1].items():
                 causes = {text: slip[name] for text, slip in cases.step_slips(n).items()}
-                assert_same_tensor(f"{name} after {STEPS} steps on {n} rank{'s' * (n > 1)}", run["params"][name], want,
+                assert_same_tensor(f"{name} after {STEPS} steps on {n} rank{'s' * (n > 1)}",
+                                   run["params"][name], want,
                      rank, max(n, 2), 1e-10, causes)
 
 
@@ -45,9 +46,9 @@ def _(subject):
 def _(subject):
     for rank, run in enumerate(_runs(_step, 4, subject, cases.ADAM)):
         if run["kept"] > (limit := cases.state_limit(4)):
-            raise CriterionNotMet(f"rank {rank} of 4 keeps {run['kept']:,} bytes after a step, want at most {limit:,}: "
-                        f"its rows, their gradient, Adam's two moments of them and its counters. Does the "
-                        f"optimizer have other ranks' rows?")
+            raise CriterionNotMet(f"rank {rank} of 4 keeps {run['kept']:,} bytes after a step, want at most "
+                                  f"{limit:,}: its rows, their gradient, Adam's two moments of them and its "
+                                  "counters. Does the optimizer have other ranks' rows?")
 
 
 @zero1_step.criterion("each gradient and each weight travels once", "resource")
@@ -63,8 +64,8 @@ def _(subject):
 def _(subject):
     for rank, run in enumerate(_runs(_train, 4, subject)):
         if "read_freed" in run:
-            raise CriterionNotMet(f"rank {rank}: a weight was read while it was freed: make it whole before forward, "
-                        f"and again when a gradient comes back to the output")
+            raise CriterionNotMet(f"rank {rank}: a weight was read while it was freed: make it whole before "
+                                  "forward, and again when a gradient comes back to the output")
 
 
 @zero3.criterion("the module's own output", "property")
@@ -72,7 +73,8 @@ def _(subject):
     for rank, run in enumerate(_runs(_train, 4, subject)):
         for step, got in enumerate(run["outputs"]):
             want, old = (cases.alone(4, frozen)[0][step][rank] for frozen in (False, True))
-            assert_same_tensor(f"output in step {step + 1}", torch.from_numpy(got), want, rank, 4, 1e-10, {cases.OLD: old})
+            assert_same_tensor(f"output in step {step + 1}", torch.from_numpy(got), want, rank, 4, 1e-10,
+                               {cases.OLD: old})
 
 
 @zero3.criterion("one rank's gradients, to 1e-10", "parity")
@@ -92,8 +94,8 @@ def _(subject):
     for rank, run in enumerate(_runs(_train, 4, subject)):
         for when, held in run["whole"].items():
             if held:
-                raise CriterionNotMet(f"rank {rank}: {when} the parameters hold {held:,} bytes, want 0: when a use is "
-                            f"over, p.untyped_storage().resize_(0)")
+                raise CriterionNotMet(f"rank {rank}: {when} the parameters hold {held:,} bytes, want 0: when "
+                                      "a use is over, p.untyped_storage().resize_(0)")
 
 
 @zero3.criterion("gradients are kept in rows alone", "resource")
@@ -101,9 +103,9 @@ def _(subject):
     for rank, run in enumerate(_runs(_train, 4, subject)):
         for micro, more in enumerate(run["more"]):
             if more > 0:
-                raise CriterionNotMet(f"rank {rank}: after backward {micro + 1} there are {more:,} bytes besides "
-                            f"`shards` and `grads`, want 0: p.grad = None when its rows have left; or is a "
-                            f"whole sum kept somewhere?")
+                raise CriterionNotMet(f"rank {rank}: after backward {micro + 1} there are {more:,} bytes "
+                                      "besides `shards` and `grads`, want 0: p.grad = None when its rows "
+                                      "have left; or is a whole sum kept somewhere?")
 
 
 @zero3.criterion("two gathers and one scatter a micro-batch", "resource")
@@ -125,7 +127,8 @@ def _sent(rows, want, where):
             why = "left out?" if got < bytes_ else "something sent twice, or in a wider dtype?"
             raise CriterionNotMet(f"{where}: {op} carries {got:,} bytes, want {bytes_:,}: {why}")
         if made > calls:
-            raise CriterionNotMet(f"{where}: {op} is called {made} times, want {calls}: each call pays the latency")
+            raise CriterionNotMet(f"{where}: {op} is called {made} times, want {calls}: each call pays the "
+                                  "latency")
 
 
 @functools.lru_cache(maxsize=8)

@@ -3,9 +3,9 @@
     make lab L=08 N=4                          stages 0, 1, 2, 3 on four ranks
     make lab L=08 N=4 BREAK=never-freed        the same with a mistake in it
 
-The trainer's own stage (train/train_stage.py) takes a few steps of two micro-batches at each stage of ZeRO, in
-mixed precision as in the paper: weights and gradients in bfloat16, masters and moments in float32. Bytes held
-are counted between the micro-batches and before the optimizer steps, the larger of both; gradients and
+The trainer's own stage (train/train_stage.py) takes a few steps of two micro-batches at each stage of ZeRO,
+in mixed precision as in the paper: weights and gradients in bfloat16, masters and moments in float32. Bytes
+held are counted between the micro-batches and before the optimizer steps, the larger of both; gradients and
 weights that are on their way, and the unit at work, come on top (formulas/zero.py bounds them).
 """
 import time

@@ -57,7 +57,8 @@ world = Ranks(N, timeout=120)
 
 # %%
 held = {n: world.run(held_and_sent, CONFIG, 0, n)[0][0] for n in (1, 2, 4)}
-DisplayTable(f"data parallelism, {parameters(CONFIG):,} parameters: bytes on each rank", ("ranks", *KINDS, "all"),
+DisplayTable(f"data parallelism, {parameters(CONFIG):,} parameters: bytes on each rank",
+             ("ranks", *KINDS, "all"),
      [(str(n), *(f"{b:,}" for b in kinds.values()), f"{sum(kinds.values()):,}") for n, kinds in held.items()])
 
 # %%

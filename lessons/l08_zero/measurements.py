@@ -116,4 +116,5 @@ def _clock(layer):
 
 def exposed(results: Sequence) -> Measurement:
     """The wait of the rank that waits least: the last to come waits for the wire alone, others for it too."""
-    return median_of_times([min(sum(row.wait_s for row in rows) for _, rows in each) for each in zip(*results)])
+    return median_of_times([min(sum(row.wait_s for row in rows) for _, rows in each)
+                            for each in zip(*results)])

@@ -33,7 +33,8 @@ def _(subject):
         for rank in range(math.prod(sizes.values())):
             got = _places(subject, rank, sizes)
             if got in seen:
-                raise CriterionNotMet(f"ranks {seen[got]} and {rank} of {sizes} both stand at {dict(zip(sizes, got))}")
+                raise CriterionNotMet(f"ranks {seen[got]} and {rank} of {sizes} both stand at "
+                                      f"{dict(zip(sizes, got))}")
             seen[got] = rank
 
 
@@ -53,8 +54,8 @@ def _(subject):
 def _(subject):
     for sizes, rank, axis, got in _lines(subject):
         if rank not in got or len(got) != sizes[axis]:
-            raise CriterionNotMet(f"rank {rank} of {sizes}, {axis}: got {got}, want {sizes[axis]} ranks, {rank} among "
-                        f"them")
+            raise CriterionNotMet(f"rank {rank} of {sizes}, {axis}: got {got}, want {sizes[axis]} ranks, "
+                                  f"{rank} among them")
 
 
 @neighbours.criterion("those that differ on this axis alone", "parity")
@@ -76,7 +77,8 @@ def _(subject):
         for rank, axes in enumerate(_runs(_real, sizes)):
             for axis, want in axes.items():
                 if (got := list(subject(rank, axis, named))) != want:
-                    raise CriterionNotMet(f"rank {rank} of {named}, {axis}: the real mesh has {want}, got {got}")
+                    raise CriterionNotMet(f"rank {rank} of {named}, {axis}: the real mesh has {want}, got "
+                                          f"{got}")
 
 
 @sum_gradients.criterion("leaves alone what it is given", "property")
@@ -84,8 +86,9 @@ def _(subject):
     for sizes in MESHES:
         for rank, run in enumerate(_runs(_sums, sizes, subject)):
             if run["changed"]:
-                raise CriterionNotMet(f"rank {rank}: micro-batch {run['changed'][0]}'s `{run['changed'][1]}` is "
-                            f"overwritten: all_reduce and += work in place, so begin with a sum of your own")
+                raise CriterionNotMet(f"rank {rank}: micro-batch {run['changed'][0]}'s `{run['changed'][1]}` "
+                                      "is overwritten: all_reduce and += work in place, so begin with a sum "
+                                      "of your own")
 
 
 @sum_gradients.criterion("one rank's gradients, to 1e-10", "parity")
@@ -96,9 +99,11 @@ def _(subject):
             where = f"{_on(sizes)}, stage {at[0]}"
             if set(got) != set(cases.names(sizes[0], at[0])):
                 missing = sorted(set(cases.names(sizes[0], at[0])) ^ set(got))
-                raise CriterionNotMet(f"rank {rank} {where}: the names are not those given: {', '.join(missing[:3])}")
+                raise CriterionNotMet(f"rank {rank} {where}: the names are not those given: "
+                                      f"{', '.join(missing[:3])}")
             for name in cases.names(sizes[0], at[0]):
-                assert_same_tensor(f"{name} {where}", got[name], cases.total(name, sizes, at[2]), rank, 1, 1e-10,
+                assert_same_tensor(f"{name} {where}", got[name], cases.total(name, sizes, at[2]), rank, 1,
+                                   1e-10,
                      cases.slips(name, sizes, at))
 
 
@@ -112,8 +117,8 @@ def _(subject):
                     m = cases.MICRO_BATCHES
                     why = ("after each micro-batch? Add them up first, then send the sum" if got == m * want
                            else "which parameters does this axis have to sum?")
-                    raise CriterionNotMet(f"rank {rank} {_on(sizes)} sends {got:,} bytes on {axis}, want {want:,}: "
-                                f"{why}")
+                    raise CriterionNotMet(f"rank {rank} {_on(sizes)} sends {got:,} bytes on {axis}, want "
+                                          f"{want:,}: {why}")
 
 
 @grad_norm.criterion("the same number on every rank", "property")
@@ -122,8 +127,8 @@ def _(subject):
         runs = _runs(_norms, sizes, subject)
         for rank, run in enumerate(runs):
             if not isinstance(run["norm"], float):
-                raise CriterionNotMet(f"rank {rank}: grad_norm returns {run['norm']!r}, want a float: no return, or no "
-                            f".item()?")
+                raise CriterionNotMet(f"rank {rank}: grad_norm returns {run['norm']!r}, want a float: no "
+                                      "return, or no .item()?")
         for rank, run in enumerate(runs):
             if run["norm"] != runs[0]["norm"]:
                 _off(rank, run, sizes, runs[0]["norm"], "rank 0 has ")
@@ -134,7 +139,8 @@ def _(subject):
     for sizes in MESHES:
         for rank, run in enumerate(_runs(_norms, sizes, subject)):
             if run["changed"]:
-                raise CriterionNotMet(f"rank {rank}: `{run['changed']}` is overwritten, and the optimizer's to use")
+                raise CriterionNotMet(f"rank {rank}: `{run['changed']}` is overwritten, and the optimizer's "
+                                      "to use")
 
 
 @grad_norm.criterion("the whole model's norm, to 1e-10", "parity")
@@ -151,8 +157,9 @@ def _(subject):
         for rank, run in enumerate(_runs(_norms, sizes, subject)):
             sent = sum(row.payload for row in run["rows"])
             if sent > 16 or len(run["rows"]) > 2:
-                raise CriterionNotMet(f"rank {rank} {_on(sizes)} sends {sent:,} bytes in {len(run['rows'])} calls; "
-                            f"want 8 on tp and 8 on pp: square and add at home, then sum one number")
+                raise CriterionNotMet(f"rank {rank} {_on(sizes)} sends {sent:,} bytes in {len(run['rows'])} "
+                                      "calls; want 8 on tp and 8 on pp: square and add at home, then sum "
+                                      "one number")
 
 
 _ALIASES = {"dp": ("dp", "data"), "tp": ("tp",), "pp": ("pp",)}
@@ -161,10 +168,12 @@ _ALIASES = {"dp": ("dp", "data"), "tp": ("tp",), "pp": ("pp",)}
 def _places(subject, rank, sizes):
     got = subject(rank, dict(sizes))
     if not isinstance(got, dict) or set(got) != set(sizes):
-        raise CriterionNotMet(f"rank {rank} of {sizes}: got {got!r}, want a dict with a place on {', '.join(sizes)}")
+        raise CriterionNotMet(f"rank {rank} of {sizes}: got {got!r}, want a dict with a place on "
+                              f"{', '.join(sizes)}")
     for axis, n in sizes.items():
         if not (isinstance(got[axis], int) and 0 <= got[axis] < n):
-            raise CriterionNotMet(f"rank {rank} of {sizes}: place {got[axis]!r} on {axis}, want one of 0 to {n - 1}")
+            raise CriterionNotMet(f"rank {rank} of {sizes}: place {got[axis]!r} on {axis}, want one of 0 to "
+                                  f"{n - 1}")
     return tuple(got[axis] for axis in sizes)
 
 

@@ -58,7 +58,8 @@ def bloom_trials() -> DisplayTable:
                      *(f"{size / 1e9:,.0f}" for size in on.values()), *map(str, timed)))
     columns = ("pp x dp x tp", "micro-batch", "idle", "GB of states", "GB sent on pp", "on dp",
                "on tp (in a node)", "GB in use", "s a step")
-    return DisplayTable("BLOOM before its training: formulas, and at the right what BigScience timed", columns, rows)
+    return DisplayTable("BLOOM before its training: formulas, and at the right what BigScience timed",
+                        columns, rows)
 
 
 def wires(config: ModelConfig, pp: int, dp: int, tp: int, batch: int, micro_batches: int,

@@ -222,8 +222,8 @@ check.grad_norm(grad_norm)
 # under ZeRO (lesson 08), which axis does a norm add up over besides, and why?
 
 # %%
-for it in (parallelize.Chunks.__init__, parallelize.Composed.__init__, parallelize.Composed.finish, parallelize.Chunks.finish,
-           parallelize.Chunks.norm_axes, parallelize.Chunks.counts):
+for it in (parallelize.Chunks.__init__, parallelize.Composed.__init__, parallelize.Composed.finish,
+           parallelize.Chunks.finish, parallelize.Chunks.norm_axes, parallelize.Chunks.counts):
     print(inspect.getsource(it))
 
 # %% [markdown]

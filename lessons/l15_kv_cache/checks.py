@@ -34,8 +34,8 @@ def _(subject):
                 causes = {"keys and values changed places?": (v, k)[i]}
                 got = memory[i, :, :, before:before + T]
                 if got.isnan().all():
-                    raise CriterionNotMet(f"{where}, memory[{i}][:, :, {before}:{before + T}] is as it was: write k "
-                                f"and v into the memory itself")
+                    raise CriterionNotMet(f"{where}, memory[{i}][:, :, {before}:{before + T}] is as it was: "
+                                          "write k and v into the memory itself")
                 assert_same_tensor(f"memory[{i}], the new {name}, {where}", got, new, 0, causes=causes)
             kept = old[..., :before, :], memory[..., :before, :]
             if not torch.equal(*kept) or not memory[..., before + T:, :].isnan().all():
@@ -51,8 +51,8 @@ def _(subject):
         causes = {f"query head h reads KV head h // {G}, not h % {kv}": v[:, [h % kv for h in range(heads)]]}
         y, zeros = subject(memory, 0, q, k, v), torch.zeros_like(memory)
         if isinstance(y, torch.Tensor) and y.isnan().any() and subject(zeros, 0, q, k, v).isnan().any():
-            raise CriterionNotMet(f"y of the first token, {heads} heads on {kv}, is not a number, whatever the memory: "
-                        f"it sees no key: is its own masked? Query t sees key t")
+            raise CriterionNotMet(f"y of the first token, {heads} heads on {kv}, is not a number, whatever "
+                                  "the memory: it sees no key: is its own masked? Query t sees key t")
         assert_same_tensor(f"y of the first token, {heads} heads on {kv}: its own value", y,
              v.repeat_interleave(G, 1), 0, rtol=1e-12, causes=causes)
 
@@ -66,9 +66,10 @@ def _(subject):
         v[:, :, -1] += 1
         moved = (subject(memory, before, q, k, v) - first).abs().amax((0, 1, 3)) > 1e-12      # (T,)
         if moved[:-1].any():
-            raise CriterionNotMet(f"with {before} tokens kept and {T} new, another token {before + T - 1} changes what "
-                        f"token {before + moved.tolist().index(True)} makes: it sees a later one (query t "
-                        f"sees keys 0 to {before} + t), or rows of G and T are mixed up")
+            raise CriterionNotMet(f"with {before} tokens kept and {T} new, another token {before + T - 1} "
+                                  f"changes what token {before + moved.tolist().index(True)} makes: it sees "
+                                  f"a later one (query t sees keys 0 to {before} + t), or rows of G and T "
+                                  "are mixed up")
 
 
 @attend.criterion("the same as all at once, to 1e-10", "parity")
@@ -81,7 +82,8 @@ def _(subject):
             for T in chunks:
                 now = slice(before, before + T)
                 got = subject(memory, before, *(x[:, :, now] for x in (q, k, v)))
-                assert_same_tensor(f"y of tokens {before} to {before + T - 1}, {heads} heads on {kv}", got, want[:, :, now],
+                assert_same_tensor(f"y of tokens {before} to {before + T - 1}, {heads} heads on {kv}", got,
+                                   want[:, :, now],
                      0, rtol=1e-10, causes=cases.slips(q, k, v, before, T))
                 before += T
 
@@ -95,7 +97,8 @@ def _(subject):
         for T in CHUNKS[0]:
             now = slice(cache.length, cache.length + T)
             got = model.hidden(tokens[:, now], torch.arange(now.start, now.stop), cache)
-            assert_same_tensor(f"hidden of tokens {now.start} to {now.stop - 1}, {heads} heads on {kv}", got, want[:, now],
+            assert_same_tensor(f"hidden of tokens {now.start} to {now.stop - 1}, {heads} heads on {kv}", got,
+                               want[:, now],
                  0, rtol=1e-10)
             cache.length += T
 
@@ -108,9 +111,10 @@ def _(subject):
             subject(memory, 40, q, k, v)
         made, keys = storages.peak - memory.nbytes, memory[0, :, :, :41].nbytes
         if made >= keys:
-            raise CriterionNotMet(f"one token that sees 41, {heads} heads on {kv}: makes {made:,} bytes at once, and "
-                        f"all keys have {keys:,}: are they copied for each query head, or put together anew? "
-                        f"Slice memory, and let the {heads // kv} queries of a KV head stand side by side")
+            raise CriterionNotMet(f"one token that sees 41, {heads} heads on {kv}: makes {made:,} bytes at "
+                                  f"once, and all keys have {keys:,}: are they copied for each query head, "
+                                  f"or put together anew? Slice memory, and let the {heads // kv} queries of "
+                                  "a KV head stand side by side")
 
 
 @attend.criterion("reads what is kept once", "resource")
@@ -122,8 +126,8 @@ def _(subject):
         got, want = traffic.read["memory"], memory[..., :41, :].nbytes
         if got != want:
             why = "all of the memory, filled or not?" if got == memory.nbytes else "keys once, values once"
-            raise CriterionNotMet(f"one token that sees 41, {heads} heads on {kv}: reads {got:,} bytes of the memory, "
-                        f"want {want:,}: {why}")
+            raise CriterionNotMet(f"one token that sees 41, {heads} heads on {kv}: reads {got:,} bytes of "
+                                  f"the memory, want {want:,}: {why}")
 
 
 @generate.criterion("n new tokens for each sequence", "property")
@@ -145,12 +149,13 @@ def _(subject):
         got = [place for _, places, _ in run["calls"] for place in places]
         if got != [*range(P + n - 1)]:
             calls = ", ".join(str(places) for _, places, _ in run["calls"])
-            raise CriterionNotMet(f"a prompt of {P} and {n} new: the model is called with places {calls}, want "
-                        f"{[*range(P)]} and then one a call, up to {P + n - 2}: {_why_places(run, n)}")
+            raise CriterionNotMet(f"a prompt of {P} and {n} new: the model is called with places {calls}, "
+                                  f"want {[*range(P)]} and then one a call, up to {P + n - 2}: "
+                                  f"{_why_places(run, n)}")
         for i, (_, places, length) in enumerate(run["calls"]):
             if length != places[0]:
-                raise CriterionNotMet(f"call {i} runs token {places[0]} when cache.length says {length}: add a call's "
-                            f"tokens to cache.length, after it")
+                raise CriterionNotMet(f"call {i} runs token {places[0]} when cache.length says {length}: add "
+                                      "a call's tokens to cache.length, after it")
         fed = torch.cat([tokens for tokens, _, _ in run["calls"]], 1)
         want = torch.cat([cases.tokens(B, P), run["made"][:, :-1]], 1)
         if not torch.equal(fed, want):
@@ -165,8 +170,9 @@ def _(subject):
         got, want = _run(subject, B, P, n)["made"], cases.greedy(B, P, n)
         if not torch.equal(got, want):
             b, i = (got != want).nonzero()[0].tolist()
-            raise CriterionNotMet(f"{B} sequences of {P} tokens: sequence {b}, new token {i} is {got[b, i]}, want "
-                        f"{want[b, i]}: the likeliest by the logits of the last row of its sequence")
+            raise CriterionNotMet(f"{B} sequences of {P} tokens: sequence {b}, new token {i} is {got[b, i]}, "
+                                  f"want {want[b, i]}: the likeliest by the logits of the last row of its "
+                                  "sequence")
 
 
 @generate.criterion("prefill once, then a token a call", "resource")
@@ -174,8 +180,8 @@ def _(subject):
     for B, P, n in PROMPTS:
         got, want = [len(places) for _, places, _ in _run(subject, B, P, n)["calls"]], [P] + [1] * (n - 1)
         if got != want:
-            raise CriterionNotMet(f"a prompt of {P} and {n} new: calls of {got} tokens, want {want}: a call reads all "
-                        f"weights, so the prompt goes in one")
+            raise CriterionNotMet(f"a prompt of {P} and {n} new: calls of {got} tokens, want {want}: a call "
+                                  "reads all weights, so the prompt goes in one")
 
 
 @generate.criterion("the head reads one row a sequence", "resource")
@@ -192,8 +198,8 @@ def _(subject):
     for B, P, n in PROMPTS:
         got = _run(subject, B, P, n)["asked"]
         if got != [P + n - 1]:
-            raise CriterionNotMet(f"a prompt of {P} and {n} new: asks for caches of {got} tokens, want one of "
-                        f"{P + n - 1}: the last token goes in no more")
+            raise CriterionNotMet(f"a prompt of {P} and {n} new: asks for caches of {got} tokens, want one "
+                                  f"of {P + n - 1}: the last token goes in no more")
 
 
 def _why_places(run, n):

@@ -92,7 +92,7 @@ def batches(lines: dict[str, tuple], dots: dict[str, tuple], even: float, title:
     A line stands at `even`, the batch from which on a cache is larger than the weights.
     """
     *_, dashed = lines
-    picture = draw.plot_predicted_and_measured(lines, dots, "sequences in the batch", "tokens/s", title, dashed=[dashed])
+    picture = draw.plot_curves(lines, dots, "sequences in the batch", "tokens/s", title, dashed=[dashed])
     return _beside(draw.draw_vertical_line(picture, even, f"MHA: cache = weights at {even:.3g}"))
 
 
@@ -102,7 +102,7 @@ def roof(calls: dict[str, list[tuple]], dtype_bytes: int, bandwidth: float, peak
     dots = {label: [_place(call, dtype_bytes) for call in each] for label, each in calls.items()}
     edge, reach = peak / bandwidth, [x for each in dots.values() for x, _ in each]
     xs = [min(reach) / 2, edge, 2 * max(edge, *reach)]
-    picture = draw.plot_predicted_and_measured({"the roof": (xs, [min(bandwidth * x, peak) / 1e9 for x in xs])},
+    picture = draw.plot_curves({"the roof": (xs, [min(bandwidth * x, peak) / 1e9 for x in xs])},
                           {label: tuple(zip(*each)) for label, each in dots.items()},
                           "FLOPs for a byte read", "GFLOP/s", title)
     axes = picture.figure.axes[0]

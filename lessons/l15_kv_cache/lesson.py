@@ -72,7 +72,8 @@ def again_flops(n):
 
 plain, ns = init_weights(Decoder(MHA), seed=0).requires_grad_(False), (1, S // 8, S // 4, S // 2, S)
 seconds = [timed(lambda n=n: again(plain, torch.zeros(1, n).long()), 3) for n in ns]
-DisplayTable(f"one more token, by a forward over n, on one of {describe_machine()}", ("n", "GFLOPs, counted", "a forward"),
+DisplayTable(f"one more token, by a forward over n, on one of {describe_machine()}",
+             ("n", "GFLOPs, counted", "a forward"),
      [(str(n), f"{again_flops(n) / 1e9:.2f}", str(each)) for n, each in zip(ns, seconds)])
 
 # %% [markdown]
@@ -100,7 +101,8 @@ rates = bandwidths(NBYTES := 2**26 if FAST else 2**28)
 beta, pi = max(rates.values()), arithmetic()
 print(f"{V=} {C=} {L=} {H=} {K=} {F=}, a SwiGLU, a tied head, float32: d={D}; KV={KINDS}; {P=} {S=}\n"
       f"this machine, one core: beta={beta / 1e9:.1f} GB/s, pi={pi / 1e9:.0f} GFLOP/s, timed")
-DisplayTable("reading a large tensor: best of 7", ("", "GB/s"), [(how, f"{x / 1e9:.1f}") for how, x in rates.items()])
+DisplayTable("reading a large tensor: best of 7", ("", "GB/s"),
+             [(how, f"{x / 1e9:.1f}") for how, x in rates.items()])
 
 # %% [markdown]
 # Commit twelve numbers. *kv*: bytes that a token keeps, for three kinds; the rest is MHA. *FLOPs*: of a
@@ -269,7 +271,7 @@ lines = {how: (many, [decoding.answer_flops(MHA, 16, n, how == "your cache") / 1
 dots = {"all tokens again": (few, [sum(map(again_flops, range(16, 16 + n))) / 1e9 for n in few]),
         "your cache": (few, [answer_flops(n) / 1e9 for n in few])}
 ratio = dots["all tokens again"][1][-1] / dots["your cache"][1][-1]
-draw.plot_predicted_and_measured(lines, dots, "tokens of the answer", "GFLOPs, all of them",
+draw.plot_curves(lines, dots, "tokens of the answer", "GFLOPs, all of them",
             f"what an answer costs; of {few[-1]} tokens {ratio:.0f} times as much without a cache", log=False)
 
 # %% [markdown]

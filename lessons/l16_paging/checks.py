@@ -15,7 +15,8 @@ def _(subject):
     pool = subject(3, 4)
     got = [pool.take() for _ in range(3)]
     if sorted(got) != [0, 1, 2]:
-        raise CriterionNotMet(f"a pool of 3 gives blocks {got}, want each of 0, 1, 2 once: still among the free?")
+        raise CriterionNotMet(f"a pool of 3 gives blocks {got}, want each of 0, 1, 2 once: still among the "
+                              "free?")
     if list(pool.holders) != [1, 1, 1]:
         raise CriterionNotMet(f"three blocks are taken and have {list(pool.holders)} holders, want 1 each")
     if len(pool.free):
@@ -49,18 +50,21 @@ def _(subject):
         pool.share(block)
     copied, old = pool.write(table, 1), other[1]
     if table[1] == old:
-        raise CriterionNotMet(f"two sequences hold block {old}; who is to write into it still has it in its table")
+        raise CriterionNotMet(f"two sequences hold block {old}; who is to write into it still has it in its "
+                              "table")
     if table[0] != other[0]:
         raise CriterionNotMet("place 0 of the table changed, and place 1 was to be written")
     if copied != (old, table[1]):
-        raise CriterionNotMet(f"write returned {copied}, want {(old, table[1])}: which block to copy, and where to")
+        raise CriterionNotMet(f"write returned {copied}, want {(old, table[1])}: which block to copy, and "
+                              "where to")
     _holders(pool, {old: 1, table[1]: 1, table[0]: 2}, "one of two holders has a copy now")
     again = table[1]
     if (got := pool.write(table, 1)) is not None or table[1] != again:
         raise CriterionNotMet(f"block {again} is its writer's alone; write returned {got} and its table has "
                     f"{table[1]}, want None and no other block: nothing is to be copied")
     if (got := pool.write(other, 1)) is not None:
-        raise CriterionNotMet(f"the other one is alone with block {old} by now; write returned {got}, want None")
+        raise CriterionNotMet(f"the other one is alone with block {old} by now; write returned {got}, want "
+                              "None")
 
 
 @Pool.criterion("a write that finds no free block changes nothing", "property")
@@ -95,8 +99,8 @@ def _(subject):
             _holders(pool, dict(enumerate(ledger.holders)), where)
             free = [block for block, holders in enumerate(ledger.holders) if not holders]
             if sorted(pool.free) != free:
-                raise CriterionNotMet(f"{where}: blocks {sorted(pool.free)} are free, want {free}: a block is free or "
-                            f"held, and once")
+                raise CriterionNotMet(f"{where}: blocks {sorted(pool.free)} are free, want {free}: a block "
+                                      "is free or held, and once")
 
 
 def _ask(pool, ledger, what, which):
@@ -144,7 +148,8 @@ def _raises(call, error, what):
 def _(subject):
     for before, after, work in cases.planned(subject):
         if (total := sum(count for *_, count in work)) > before.budget:
-            raise CriterionNotMet(f"{before}: plans {total} tokens: is what is left of the budget less each time?")
+            raise CriterionNotMet(f"{before}: plans {total} tokens: is what is left of the budget less each "
+                                  "time?")
         _queues(before, after, work)
         for sequence, first, count in work:
             if sequence in after.waiting:                                # was sent away again: see below
@@ -171,11 +176,11 @@ def _(subject):
         held = [block for each in (*after.running, *after.waiting) for block in each.table]
         free, n = after.blocks.free, len(after.blocks.holders)
         if len(set(held)) < len(held) or set(held) & set(free):
-            raise CriterionNotMet(f"{before}: afterwards a block is in two tables, or in one and free: given back and "
-                        f"not taken out of the table?")
+            raise CriterionNotMet(f"{before}: afterwards a block is in two tables, or in one and free: given "
+                                  "back and not taken out of the table?")
         if len(held) + len(free) < n:
-            raise CriterionNotMet(f"{before}: afterwards {len(held)} blocks are in tables and {len(free)} free, of "
-                        f"{n}: who is sent away gives back all of its table")
+            raise CriterionNotMet(f"{before}: afterwards {len(held)} blocks are in tables and {len(free)} "
+                                  f"free, of {n}: who is sent away gives back all of its table")
 
 
 @plan.criterion("running ones first, then who waits longest", "property")
@@ -184,20 +189,21 @@ def _(subject):
         ran, queue = ([before.names[each] for each in who] for who in (before.running, before.waiting))
         order = [after.names[sequence] for sequence, *_ in work]
         if order != sorted(order, key=lambda who: ran.index(who) if who in ran else len(ran)):
-            raise CriterionNotMet(f"{before}: the plan has {order}, in this order: those who run come first, in theirs")
+            raise CriterionNotMet(f"{before}: the plan has {order}, in this order: those who run come first, "
+                                  "in theirs")
         runs, waits = ([after.names[each] for each in who] for who in (after.running, after.waiting))
         gone = [who for who in ran if who in waits]
         if gone and not before.sent_away:
-            raise CriterionNotMet(f"{before}: {gone} sent away, and all that run have room: nobody who waits sends "
-                        f"anybody away")
+            raise CriterionNotMet(f"{before}: {gone} sent away, and all that run have room: nobody who waits "
+                                  "sends anybody away")
         new = [who for who in order if who not in ran]
         if new != queue[:len(new)]:
-            raise CriterionNotMet(f"{before}: {new} come in, want the first {len(new)} of {queue}: nobody overtakes, "
-                        f"even one that would fit")
+            raise CriterionNotMet(f"{before}: {new} come in, want the first {len(new)} of {queue}: nobody "
+                                  "overtakes, even one that would fit")
         if not before.sent_away and (runs, waits) != ([*ran, *new], queue[len(new):]):
-            raise CriterionNotMet(f"{before}: afterwards {runs} run and {waits} wait, want {[*ran, *new]} and "
-                        f"{queue[len(new):]}: who comes in leaves the front of `waiting` for the end of "
-                        f"`running`")
+            raise CriterionNotMet(f"{before}: afterwards {runs} run and {waits} wait, want {[*ran, *new]} "
+                                  f"and {queue[len(new):]}: who comes in leaves the front of `waiting` for "
+                                  "the end of `running`")
 
 
 @plan.criterion("nobody comes in where somebody was sent away", "property")
@@ -206,8 +212,8 @@ def _(subject):
         had = {before.names[each]: each.computed for each in before.running}
         came = [after.names[each] for each, first, _ in work if first < had.get(after.names[each], 1)]
         if before.sent_away and came:
-            raise CriterionNotMet(f"{before}: for want of room {before.sent_away} must go, and {came} come in, in one "
-                        f"step: they would take what it gave")
+            raise CriterionNotMet(f"{before}: for want of room {before.sent_away} must go, and {came} come "
+                                  "in, in one step: they would take what it gave")
 
 
 @plan.criterion("where blocks run out, the last that came yields", "property")
@@ -216,15 +222,17 @@ def _(subject):
         ran, queue = {before.names[each] for each in before.running}, [*map(after.names.get, after.waiting)]
         gone = [who for who in queue if who in ran]
         if sorted(gone) != sorted(before.sent_away):
-            raise CriterionNotMet(f"{before}: {gone or 'nobody'} sent away, want {before.sent_away or 'nobody'}: the "
-                        f"last of the running, one after another, until there is room for this one")
+            raise CriterionNotMet(f"{before}: {gone or 'nobody'} sent away, want "
+                                  f"{before.sent_away or 'nobody'}: the last of the running, one after "
+                                  "another, until there is room for this one")
         for each in after.waiting:
             if after.names[each] in gone and (each.computed or each.table):
-                raise CriterionNotMet(f"{before}: {after.name(each)} waits and has {each.computed} tokens computed and "
-                            f"table {each.table}: its blocks are somebody else's now, so 0 and []")
+                raise CriterionNotMet(f"{before}: {after.name(each)} waits and has {each.computed} tokens "
+                                      f"computed and table {each.table}: its blocks are somebody else's now, "
+                                      "so 0 and []")
         if gone and queue[:len(gone)] != sorted(gone):
-            raise CriterionNotMet(f"{before}: {gone} are sent away and the queue is {queue}: they came before all that "
-                        f"wait")
+            raise CriterionNotMet(f"{before}: {gone} are sent away and the queue is {queue}: they came "
+                                  "before all that wait")
 
 
 @plan.criterion("the real scheduler's plan", "parity")
@@ -232,8 +240,8 @@ def _(subject):
     for before, after, work in cases.planned(subject):
         got = [(after.names[sequence], first, count) for sequence, first, count in work]
         if got != before.want:
-            raise CriterionNotMet(f"{before}: plans {got}, want {before.want}, as (who, first token, how many): "
-                        f"{_cause(got, before)}")
+            raise CriterionNotMet(f"{before}: plans {got}, want {before.want}, as (who, first token, how "
+                                  f"many): {_cause(got, before)}")
 
 
 @plan.criterion("a trace ends, in as many steps as the real one's", "resource")
@@ -259,7 +267,8 @@ def _queues(before, after, work):
     """Everybody is still somewhere, once; who is planned runs."""
     here = sorted(after.names[each] for each in (*after.running, *after.waiting))
     if here != sorted(before.names[each] for each in (*before.running, *before.waiting)):
-        raise CriterionNotMet(f"{before}: afterwards {here} run or wait: each is in one of the two queues, once")
+        raise CriterionNotMet(f"{before}: afterwards {here} run or wait: each is in one of the two queues, "
+                              "once")
     for sequence, *_ in work:
         if sequence not in after.running and sequence.table:
             ran = after.names[sequence] in [before.names[each] for each in before.running]

@@ -114,11 +114,12 @@ def pool(scheduler: Watched, title: str = "", columns: int = 16) -> draw.Picture
 def steps_by_memory(jobs: list[Job], memories: Sequence[int], longest: int, size: int) -> draw.Picture:
     """Steps that the policies take in KV memory of so many tokens, beside the least that fit into it."""
     runs = [policies(jobs, places, longest, size) for places in memories]
-    lines = {way: (memories, [paged_kv.least_steps(numbers(jobs), places, size, whole) for places in memories])
+    lines = {way: (memories, [paged_kv.least_steps(numbers(jobs), places, size, whole)
+                              for places in memories])
              for way, whole in (("Orca", longest), ("pages", None))}
     ways = ("Orca", "pages", "static batches")
     dots = {way: (memories, [each[way].steps for each in runs]) for way in ways}
-    picture = draw.plot_predicted_and_measured(lines, dots, "KV memory, tokens", "steps", f"{len(jobs)} requests at once")
+    picture = draw.plot_curves(lines, dots, "KV memory, tokens", "steps", f"{len(jobs)} requests at once")
     picture.figure.axes[0].set_xticks(memories)
     return picture
 
@@ -130,7 +131,8 @@ def waste_by_size(jobs: list[Job], places: int, sizes: Sequence[int]) -> draw.Pi
              "at most": (sizes, [size - 1 for size in sizes])}
     dots = {"on average": (sizes, [sum(each) / len(each) for each in left]),
             "at most": (sizes, [max(each) for each in left])}
-    return draw.plot_predicted_and_measured(lines, dots, "tokens of a block", "places a sequence leaves empty", "what pages waste")
+    return draw.plot_curves(lines, dots, "tokens of a block", "places a sequence leaves empty",
+                            "what pages waste")
 
 
 def _held(scheduler) -> Iterator[tuple[int, int, int]]:
@@ -170,5 +172,6 @@ def table(panels: dict[str, Watched], title: str = "") -> DisplayTable:
              str(max(len(step.work) for step in each.log)), str(max(step.used for step in each.log)),
              str(sum(len(step.waiting) for step in each.log)), str(each.counts["preemptions"]))
             for name, each in panels.items()]
-    return DisplayTable(title, ("", "steps", "tokens computed", "computed a step", "most in a batch", "most blocks",
+    return DisplayTable(title, ("", "steps", "tokens computed", "computed a step", "most in a batch",
+                                "most blocks",
                         "steps waited, all", "sent away"), rows)

@@ -59,7 +59,8 @@ def measure(mesh, model, broken=""):
                   f"bytes_{way}": counted(size, "B"), f"speed_{way}": median_of_times(speeds, "tokens/s"),
                   f"waste_{way}": counted(sum(log.left.values()), "tokens")}
         most = max(len(step.work) for step in log.log)
-        rows += [(way, tag, str(calls), format_quantity(size, "B"), str(most), f"{log.computed / log.steps:.1f}",
+        rows += [(way, tag, str(calls), format_quantity(size, "B"), str(most),
+                  f"{log.computed / log.steps:.1f}",
                   str(sum(a != b for a, b in zip(said[way], said["static"]))))
                  for tag, (calls, size) in sorted(sent.items()) or [("none", (0, 0))]]
     found["waste_whole"] = found.pop("waste_orca")
@@ -140,7 +141,8 @@ def show(config, n, rows):
     """What each policy sent, and how full its batches were."""
     print(f"{parameters(config):,} parameters, {config.heads} query and {config.kv_heads} KV heads, over {n} "
           f"rank{'s' if n > 1 else ''}; {len(JOBS)} requests, KV memory for {PLACES} tokens")
-    DisplayTable("the whole trace", ("policy", "tag", "collectives", "payload", "most in a batch", "tokens a step",
+    DisplayTable("the whole trace",
+                 ("policy", "tag", "collectives", "payload", "most in a batch", "tokens a step",
                              "answers unlike static's"), rows).show()
 
 

@@ -1,9 +1,9 @@
 """A trace of requests through the real scheduler, step by step, without a model and without torch.
 
-`Watched` is serve/engine/scheduler.py's own, with a log. What is drawn and counted comes from that log, whether
-`replay` drives it or the engine does (engine_runs.py). One policy is all three: blocks of a few tokens are
-paging; blocks as long as the longest sequence, one each, are Orca's contiguous caches; those filled only when
-the last batch has ended are static batching.
+`Watched` is serve/engine/scheduler.py's own, with a log. What is drawn and counted comes from that log,
+whether `replay` drives it or the engine does (engine_runs.py). One policy is all three: blocks of a few
+tokens are paging; blocks as long as the longest sequence, one each, are Orca's contiguous caches; those
+filled only when the last batch has ended are static batching.
 """
 from collections import Counter, deque
 from collections.abc import Callable, Iterable

@@ -72,14 +72,15 @@ def convert_to_notebook(source: Path):
     """The notebook of one percent file, checked: a solution cell without markers would lose its prompt."""
     import jupytext
     notebook = jupytext.read(source)
-    notebook.metadata = {"kernelspec": dict(_KERNEL_SPEC), "language_info": {"name": "python"}}       # never paired
+    # jupytext's own metadata would pair the notebook with its source
+    notebook.metadata = {"kernelspec": dict(_KERNEL_SPEC), "language_info": {"name": "python"}}
     for i, cell in enumerate(notebook.cells):
         if "nbgrader" in cell.metadata:
             cell.metadata["nbgrader"] = {**_NBGRADER_DEFAULTS, **cell.metadata["nbgrader"]}
         cell["id"] = f"{source.parent.name[1:3]}-{i}"  # jupytext draws ids at random
         if cell.metadata.get("nbgrader", {}).get("solution") and SOLUTION_MARKER not in cell.source:
-            raise ValueError(f"{display_path(source)}, cell {i + 1}: a solution cell without {SOLUTION_MARKER!r} "
-                             f"loses its prompt; mark what the student is to write")
+            raise ValueError(f"{display_path(source)}, cell {i + 1}: a solution cell without "
+                             f"{SOLUTION_MARKER!r} loses its prompt; mark what the student is to write")
     return notebook
 
 

@@ -110,7 +110,8 @@ class Check:
         """The report of `verdicts` on what was written in `source`; further criteria were not run."""
         verdicts = [*verdicts, *(Verdict(c, "not run") for c in self.criteria[len(verdicts):])]
         rows = [(v.criterion.name, v.criterion.layer, v.state) for v in verdicts]
-        return CheckReport(f"{self.name} of {source}", ("criterion", "layer", "verdict"), rows, tuple(verdicts))
+        return CheckReport(f"{self.name} of {source}", ("criterion", "layer", "verdict"), rows,
+                           tuple(verdicts))
 
     def __call__(self, subject: Callable) -> CheckReport:
         """Judge `subject`; raises Failed with the table and the reason unless every criterion is met."""

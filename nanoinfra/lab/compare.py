@@ -53,7 +53,8 @@ class ComparisonTable(DisplayTable):
         return "miss" not in verdicts and "pass" in verdicts
 
 
-def compare_predictions(rows: list[str | ComparisonRow], tolerance: dict[str, float | None] | None = None) -> ComparisonTable:
+def compare_predictions(rows: list[str | ComparisonRow],
+                        tolerance: dict[str, float | None] | None = None) -> ComparisonTable:
     """A table of `rows`: keys that were predicted and measured, or Rows. `tolerance` overrides by key."""
     lines = tuple(row if isinstance(row, ComparisonRow) else _row(row, tolerance or {}) for row in rows)
     columns = ("quantity", "predicted", "measured", "ratio", "kind", "tolerance", "verdict")
@@ -67,7 +68,8 @@ def _row(key, tolerance):
     if not fields:
         raise ValueError(f"{key} is predicted but not measured yet; run measure(\"{key}\", ...) first")
     got = Measurement(**fields)
-    return ComparisonRow(key, value, got, tolerance.get(key, RELATIVE_TOLERANCE_BY_KIND[got.kind]), len(entry["predicted"]))
+    return ComparisonRow(key, value, got, tolerance.get(key, RELATIVE_TOLERANCE_BY_KIND[got.kind]),
+                         len(entry["predicted"]))
 
 
 def _cells(row):

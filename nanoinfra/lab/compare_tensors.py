@@ -17,7 +17,8 @@ def assert_same_tensor(name: str, got, want: torch.Tensor, rank: int, n: int = 1
     """
     where = f"rank {rank}: `{name}`"
     if not isinstance(got, torch.Tensor):
-        raise CriterionNotMet(f"{where} is {type(got).__name__}, want a tensor {tuple(want.shape)}: no return?")
+        raise CriterionNotMet(f"{where} is {type(got).__name__}, want a tensor {tuple(want.shape)}: no "
+                              "return?")
     if got.shape != want.shape:
         raise CriterionNotMet(f"{where} has shape {tuple(got.shape)}, want {tuple(want.shape)}")
     if got.dtype != want.dtype:
@@ -29,8 +30,9 @@ def assert_same_tensor(name: str, got, want: torch.Tensor, rank: int, n: int = 1
         digits = 6 if f"{g:.6g}" != f"{w:.6g}" else 17
         ratio = f", {g / w:.4g} x" if w and digits == 6 and _telling(g / w) else ""
         why = _cause(got, want, n, rtol, causes or {})
-        raise CriterionNotMet(f"{where} differs at {list(index)}: want {w:.{digits}g}, got {g:.{digits}g}{ratio} "
-                    f"({int(off.sum())} of {off.numel()}){': ' + why if why else ''}")
+        raise CriterionNotMet(f"{where} differs at {list(index)}: want {w:.{digits}g}, got "
+                              f"{g:.{digits}g}{ratio} ({int(off.sum())} of "
+                              f"{off.numel()}){': ' + why if why else ''}")
 
 
 def _telling(ratio):

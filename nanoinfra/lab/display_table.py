@@ -46,5 +46,6 @@ class DisplayTable:
 
 
 def _cell(text, row):
-    colour = f";color:{_VERDICT_COLOURS.get(text, _OTHER_COLOURS)[1]};font-weight:bold" if text is row[-1] else ""
+    verdict = f";color:{_VERDICT_COLOURS.get(text, _OTHER_COLOURS)[1]};font-weight:bold"
+    colour = verdict if text is row[-1] else ""
     return f"<td style='text-align:left{colour}'>{escape(text)}</td>"

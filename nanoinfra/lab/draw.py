@@ -39,7 +39,7 @@ class Picture:
     def _repr_png_(self):
         out = io.BytesIO()
         self.figure.savefig(out, format="png", dpi=_NOTEBOOK_DPI, facecolor="white")
-        width = round(self.figure.get_figwidth() * _NOTEBOOK_DPI / 2)                        # sharp on dense screens
+        width = round(self.figure.get_figwidth() * _NOTEBOOK_DPI / 2)  # sharp on dense screens
         return out.getvalue(), {"width": width, "alt": self.figure.axes[0].get_title(loc="left")}
 
 
@@ -52,7 +52,7 @@ def new_figure(width: float = 8.0, height: float = 4.0, title: str = ""):
     return Picture(figure), axes
 
 
-def plot_predicted_and_measured(lines: dict[str, tuple], points: dict[str, tuple], x: str, y: str, title: str = "",
+def plot_curves(lines: dict[str, tuple], points: dict[str, tuple], x: str, y: str, title: str = "",
            log: bool = True, dashed: Sequence[str] = ()) -> Picture:
     """Predicted `lines` and measured `points`, {label: (xs, ys)}; a label in both shares its colour.
 

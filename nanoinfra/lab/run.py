@@ -48,15 +48,21 @@ def run_lab(lab: ModuleType, model: str, broken: str = "") -> int:
     if RANK:
         return 0
     name = f"{model} on {WORLD} rank{'s' if WORLD > 1 else ''}, {device}{', ' + broken if broken else ''}"
-    formula = {key: ComparisonRow(key, value, measured[key], 0.0) for key, value in lab.expect(WORLD, model).items()}
-    made = formula if broken else {key: ComparisonRow(key, value, measured[key], RELATIVE_TOLERANCE_BY_KIND[measured[key].kind])
-                                   for key, value in committed_predictions(lab).items()}
+    formula = {key: ComparisonRow(key, value, measured[key], 0.0)
+               for key, value in lab.expect(WORLD, model).items()}
+    made = formula if broken else _compare_with_committed_predictions(lab, measured)
     said = "formula" if broken else "predicted"
     print_lab_table(name, said, made, measured, lab.PREDICTIONS)
     write_hand_in(lab, name, said, made, measured)
     off = [key for key, row in formula.items() if row.verdict == "miss"]
     print(_summary(lab, made, off, broken))
     return int(bool(off) != bool(broken))
+
+
+def _compare_with_committed_predictions(lab, measured):
+    tolerance = {key: RELATIVE_TOLERANCE_BY_KIND[got.kind] for key, got in measured.items()}
+    return {key: ComparisonRow(key, value, measured[key], tolerance[key])
+            for key, value in committed_predictions(lab).items()}
 
 
 def load_lab(number: str) -> ModuleType:
@@ -80,7 +86,8 @@ def committed_predictions(lab: ModuleType) -> dict[str, float]:
     return {key: value for key, (value, _) in made.items()}
 
 
-def print_lab_table(name: str, said: str, made: dict[str, ComparisonRow], measured: dict[str, Measurement], asked: dict) -> None:
+def print_lab_table(name: str, said: str, made: dict[str, ComparisonRow], measured: dict[str, Measurement],
+                    asked: dict) -> None:
     """Print the table: what was `said` (predicted, or of a broken run formula) beside what was measured."""
     cells, rows = dict(zip(made, compare_predictions(list(made.values())).rows)), []
     for key, got in measured.items():
@@ -110,8 +117,8 @@ def read_hand_in(lab: ModuleType) -> dict:
     try:
         return json.loads(hand_in_file(lab).read_text()) if hand_in_file(lab).exists() else {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"{display_path(hand_in_file(lab))} cannot be read ({error}); mend the quotes and commas "
-                         f"there, or move it away") from error
+        raise ValueError(f"{display_path(hand_in_file(lab))} cannot be read ({error}); mend the quotes and "
+                         "commas there, or move it away") from error
 
 
 def hand_in_file(lab: ModuleType) -> Path:
@@ -125,7 +132,8 @@ def _number(lab):
 
 def _machine():
     import torch
-    return f"{torch.cuda.get_device_name()}, {describe_machine()}" if torch.cuda.is_available() else describe_machine()
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return gpu + describe_machine()
 
 
 def _summary(lab, made, off, broken):

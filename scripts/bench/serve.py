@@ -213,8 +213,8 @@ def main():
           f"ratio {ratios[len(ratios) // 2]:.3f}, at worst {ratios[-1]:.3f}")
     results.append({"name": "first token of 1024, a prefix hit against a miss", "unit": "ms", "pairs": times})
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": f"{describe_machine()}, torch {torch.__version__}", "results": results,
-                                    "memory_bandwidth": bandwidth}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"machine": f"{describe_machine()}, torch {torch.__version__}",
+                                    "results": results, "memory_bandwidth": bandwidth}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

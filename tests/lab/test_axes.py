@@ -29,7 +29,8 @@ def own_norm(grads, mesh, ends):
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (2, 2, 1), (1, 1, 4), (1, 2, 2)])
 def test_a_step_on_a_mesh_is_one_rank_s_and_sends_what_the_formulas_say(ranks, sizes):
     alone = ranks(1).run(run_gradient_step, CONFIG, float64_train_flags(ONE, B, G), T)[0]
-    runs = ranks(4).run(run_gradient_step, CONFIG, float64_train_flags(dict(zip(ONE, sizes)), B, G), T, norm=own_norm)
+    runs = ranks(4).run(run_gradient_step, CONFIG, float64_train_flags(dict(zip(ONE, sizes)), B, G), T,
+                        norm=own_norm)
     want = {name: grad for name, (_, grad) in alone["grads"].items()}
     assert largest_gradient_error([run["grads"] for run in runs], want) < 1e-12
     assert sum(run["loss"] for run in runs) / sizes[2] == pytest.approx(alone["loss"], rel=1e-12)
@@ -47,7 +48,8 @@ def test_a_step_on_a_mesh_is_one_rank_s_and_sends_what_the_formulas_say(ranks, s
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 1, 2), (2, 1, 4), (1, 8, 1)])
 def test_so_it_is_on_more_ranks(ranks, sizes):
     alone = ranks(1).run(run_gradient_step, CONFIG, float64_train_flags(ONE, B, G), T)[0]
-    runs = ranks(math.prod(sizes)).run(run_gradient_step, CONFIG, float64_train_flags(dict(zip(ONE, sizes)), B, G), T)
+    runs = ranks(math.prod(sizes)).run(run_gradient_step, CONFIG,
+                                       float64_train_flags(dict(zip(ONE, sizes)), B, G), T)
     want = {name: grad for name, (_, grad) in alone["grads"].items()}
     assert largest_gradient_error([run["grads"] for run in runs], want) < 1e-12
     if sizes[1] < 8:                         # eight data ranks have a sequence each, half a micro-batch

@@ -11,7 +11,8 @@ from nanoinfra.lab.doctor.doctor import run_doctor
 from nanoinfra.lab.doctor.doctor_flags import DoctorFlags
 from nanoinfra.lab.measure import Measurement
 
-QUICK = (("nanoinfra.distributed.benchmarks", "SIZES", (4096, 65536)), ("nanoinfra.distributed.benchmarks", "TOO_LONG", 0.05))
+QUICK = (("nanoinfra.distributed.benchmarks", "SIZES", (4096, 65536)),
+         ("nanoinfra.distributed.benchmarks", "TOO_LONG", 0.05))
 
 
 def test_two_ranks_report_alike_and_the_first_writes(ranks, tmp_path):

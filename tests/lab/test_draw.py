@@ -39,10 +39,11 @@ def test_a_ring_names_ranks_counts_and_what_is_sent():
 
 
 def test_curves_pair_a_line_with_its_points():
-    picture = draw.plot_predicted_and_measured({"ring": ([2, 4], [1, 2])}, {"ring": ([2, 4], [1.1, 2.1])}, "bytes", "seconds")
+    picture = draw.plot_curves({"ring": ([2, 4], [1, 2])}, {"ring": ([2, 4], [1.1, 2.1])}, "bytes", "seconds")
     line, points = picture.figure.axes[0].lines
     assert line.get_color() == points.get_color()
-    picture = draw.plot_predicted_and_measured({"a": ([2, 4], [1, 2]), "b": ([2, 4], [1, 2])}, {"b": ([2, 4], [1, 2])}, "x", "y",
+    picture = draw.plot_curves({"a": ([2, 4], [1, 2]), "b": ([2, 4], [1, 2])}, {"b": ([2, 4], [1, 2])},
+                               "x", "y",
                           dashed=["b"])
     under, over, dots = picture.figure.axes[0].lines
     assert (under.get_linestyle(), over.get_linestyle(), dots.get_markerfacecolor()) == ("-", "--", "none")

@@ -64,5 +64,6 @@ def test_extract_takes_every_exercise_of_a_percent_file(course):
 
 
 def test_a_decorated_function_is_the_students_all_the_same(course):
-    file = exercise.export_exercise("L15", "import torch\n\n\n@torch.no_grad()\ndef generate(x):\n    return x\n")
+    file = exercise.export_exercise("L15",
+                                    "import torch\n\n\n@torch.no_grad()\ndef generate(x):\n    return x\n")
     assert exercise.source_location(exercise.load_python_file(file).generate) == "work/L15.py"

@@ -121,7 +121,8 @@ def test_a_mistake_is_one_line(lab, capsys, argv, said):
 def test_on_several_ranks_it_is_its_own_launcher(lab, capsys, monkeypatch):
     """Whose store is on loopback, as torchrun's is not; a rank starts no further ones."""
     argv, begun = ["77", "--nproc", "2", "--model", "test"], []
-    monkeypatch.setattr("nanoinfra.train.launch.launcher.launch", lambda *how, **more: begun.append((how, more)) or 5)
+    monkeypatch.setattr("nanoinfra.train.launch.launcher.launch",
+                        lambda *how, **more: begun.append((how, more)) or 5)
     assert run.main(argv) == 5
     assert begun == [((argv, 2), {"module": "nanoinfra.lab.run"})]
     assert capsys.readouterr().out.startswith("lab 77: 0 of 2 predictions made; missing: ")

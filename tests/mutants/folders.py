@@ -165,7 +165,8 @@ def _(subject):
             except ValueError as error:
                 if "holds no config.json" in str(error):
                     continue
-            raise CriterionNotMet(f"a folder after {calls} files of the new export is read, or refused for its weights")
+            raise CriterionNotMet(f"a folder after {calls} files of the new export is read, or refused for "
+                                  "its weights")
 
 
 def opened(change):

@@ -68,7 +68,8 @@ def judged(code, n=1, **limits):
 
 def in_place(code):
     """The verdicts on a file of `code` by the judging process's own loop, in this process."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(check, "judge_criterion", check.judge_criterion):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(check, "judge_criterion",
+                                                                    check.judge_criterion):
         file = Path(folder, "L98.py")
         file.write_text(code)
         return [verdict for _, verdict in judge.judge_file(toy()[:1], str(file), "L98.py")]
@@ -218,7 +219,8 @@ VARIANTS = {
     "no memory limit": (limiting, f"{LIMITED}:_memory", lambda *_: 0, MEMORY),
     "a shared page counts for each": (limiting, f"{LIMITED}:_memory", each_its_own, SHARED),
     "all that is printed is kept": (limiting, f"{GRADE}:LimitedProcess", KeepsAll, PRINTED),
-    "the whole environment": (limiting, f"{LIMITED}:environment_without_secrets", lambda _: dict(os.environ), SECRET),
+    "the whole environment": (limiting, f"{LIMITED}:environment_without_secrets", lambda _: dict(os.environ),
+                              SECRET),
     "orphans are not adopted": (ending, f"{LIMITED}:prctl", lambda *_: None, STAYS),
     "its children are left": (ending, f"{GRADE}:LimitedProcess", EndsItAlone, STAYS),
 }

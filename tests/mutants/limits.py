@@ -65,7 +65,8 @@ def _refuses(name, kind, body, says):
 def _(subject):
     why, seen, _, _ = subject(Completion, prompt="a" * 5 * CONTEXT)
     if seen or not why:
-        raise CriterionNotMet(f"a prompt of {5 * CONTEXT} characters, at most {4 * CONTEXT} fit: {seen} were tokenized")
+        raise CriterionNotMet(f"a prompt of {5 * CONTEXT} characters, at most {4 * CONTEXT} fit: {seen} were "
+                              "tokenized")
 
 
 @requests.criterion("a chat that no context spells is not rendered", "property")

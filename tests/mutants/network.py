@@ -35,8 +35,8 @@ def visits(name):
     def _(subject):
         found = seen(subject)
         if found.beyond or not found.listens:          # nobody: gloo was told an interface that is not here
-            raise CriterionNotMet(f"other hosts reach {found.beyond} of {found.listens}: torch's own store, or gloo "
-                        "left to itself?")
+            raise CriterionNotMet(f"other hosts reach {found.beyond} of {found.listens}: torch's own store, "
+                                  "or gloo left to itself?")
 
     @check.criterion(MEET, "parity")
     def _(subject):

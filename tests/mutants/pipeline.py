@@ -54,7 +54,8 @@ def _(subject):
     for kind, p, m, v in KINDS:
         for r, stage in enumerate(subject(kind, p, m, v)):
             if (got := in_flight(stage)) > (want := formulas.in_flight(kind, p, r, m, v)):
-                raise CriterionNotMet(f"{kind}: stage {r} of {p} keeps {got} of {m} micro-batches, want {want}")
+                raise CriterionNotMet(f"{kind}: stage {r} of {p} keeps {got} of {m} micro-batches, want "
+                                      f"{want}")
 
 
 @order.criterion("idles as long as the paper says", "resource")
@@ -63,7 +64,8 @@ def _(subject):
         want = formulas.idle(kind, p, m, *TIMES, v)
         got = max(simulate(subject(kind, p, m, v), *(t / v for t in TIMES)).idle)
         if not abs(got - want) < 1e-9:
-            raise CriterionNotMet(f"{kind}: a stage of {p} idles {got} slots with {m} micro-batches, want {want}")
+            raise CriterionNotMet(f"{kind}: a stage of {p} idles {got} slots with {m} micro-batches, want "
+                                  f"{want}")
 
 
 @pipeline.criterion("the loss is one rank's", "property")
@@ -71,7 +73,8 @@ def _(subject):
     for kind, p, m, _, want, results in _runs(subject):
         got = sum(result["loss"] for result in results)
         if not abs(got / want["loss"] - 1) < 1e-12:
-            raise CriterionNotMet(f"{kind} on {p} stages, {m} micro-batches: the loss is {got}, want {want['loss']}")
+            raise CriterionNotMet(f"{kind} on {p} stages, {m} micro-batches: the loss is {got}, want "
+                                  f"{want['loss']}")
 
 
 @pipeline.criterion("gradients are one rank's", "parity")
@@ -90,7 +93,8 @@ def _(subject):
     for kind, p, _, _, want, results in _runs(subject):
         for r, got in enumerate(results):
             if not abs(got["norm"] / want["norm"] - 1) < 1e-10:
-                raise CriterionNotMet(f"stage {r} of {p}, {kind}: the norm is {got['norm']}, want {want['norm']}")
+                raise CriterionNotMet(f"stage {r} of {p}, {kind}: the norm is {got['norm']}, want "
+                                      f"{want['norm']}")
 
 
 @pipeline.criterion("sends a message a border, there and back", "resource")
@@ -107,8 +111,8 @@ def _(subject):
     want, serial = simulate(lists, *TIMES).step * SLOT, sum(TIMES) * 4 * 4 * SLOT
     got = min(max(rank_pool_for_checks(4).run(seconds, subject, lists)) for _ in range(3))
     if got > (want + serial) / 2:
-        raise CriterionNotMet(f"4 micro-batches on 4 stages take {got:.2f} s, {want:.2f} by the clock and {serial:.2f} "
-                    "one stage at a time")
+        raise CriterionNotMet(f"4 micro-batches on 4 stages take {got:.2f} s, {want:.2f} by the clock and "
+                              f"{serial:.2f} one stage at a time")
 
 
 def step(kind, p, m, v):

@@ -46,7 +46,8 @@ def _(subject):
         (run.out / "config.json").write_text('{"model_type": "llama"}')
         code, left = run("--steps", "1"), (run.out / "config.json").read_text()
         if code != 2 or left != '{"model_type": "llama"}':
-            raise CriterionNotMet(f"a run into a model's folder ends with {code} and leaves config.json as {left[:40]}")
+            raise CriterionNotMet(f"a run into a model's folder ends with {code} and leaves config.json as "
+                                  f"{left[:40]}")
 
 
 @folder.criterion("what was left behind is not taken again", "property")

@@ -165,7 +165,8 @@ def _says(subject, rounds, n=1, renew=False, **how):
             want = alone(tokens, weights=i if renew else 0)
             for index in range(n):
                 if got[name, index] != want:
-                    raise CriterionNotMet(f"{name} ({index} of {n}, round {i}) says {got[name, index]}, alone {want}")
+                    raise CriterionNotMet(f"{name} ({index} of {n}, round {i}) says {got[name, index]}, "
+                                          f"alone {want}")
 
 
 class NeverForgets(Blocks):                  # the contents of a block that is taken again stay known

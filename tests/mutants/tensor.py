@@ -41,8 +41,8 @@ def _(subject):
     [want] = rank_pool_for_checks(1).run(step, "llama", 1, "none", 300.0)
     for rank, got in enumerate(rank_pool_for_checks(2).run(subject, "llama", 2, "none", 300.0)):
         if not abs(got["loss"] / want["loss"] - 1) < 1e-9:
-            raise CriterionNotMet(f"rank {rank}: the loss is {got['loss']}, want {want['loss']}: exp of a large number "
-                        "overflows, take the maximum off first")
+            raise CriterionNotMet(f"rank {rank}: the loss is {got['loss']}, want {want['loss']}: exp of a "
+                                  "large number overflows, take the maximum off first")
 
 
 @tensor.criterion("gradients are one rank's", "parity")
@@ -54,8 +54,8 @@ def _(subject):
                 _, whole = want["grads"][name]
                 off = (grad - whole[index]).norm() / max(whole.norm(), 1e-6 * want["norm"])
                 if not off < 1e-10:
-                    raise CriterionNotMet(f"rank {rank}: {name} of {family}, tp {tp}, sp {sp}, is off by {off:.1e} of "
-                                "its size")
+                    raise CriterionNotMet(f"rank {rank}: {name} of {family}, tp {tp}, sp {sp}, is off by "
+                                          f"{off:.1e} of its size")
 
 
 @tensor.criterion("the norm counts each number once", "parity")
@@ -83,8 +83,8 @@ def _(subject):
         for rank, got in enumerate(rank_pool_for_checks(tp).run(subject, family, tp, sp)):
             for key in wanted | got["sent"]:
                 if got["sent"].get(key) != wanted.get(key):
-                    raise CriterionNotMet(f"rank {rank}, {family}, sp {sp}: {' '.join(key)} is {got['sent'].get(key)} "
-                                f"(calls, bytes), want {wanted.get(key)}")
+                    raise CriterionNotMet(f"rank {rank}, {family}, sp {sp}: {' '.join(key)} is "
+                                          f"{got['sent'].get(key)} (calls, bytes), want {wanted.get(key)}")
 
 
 def step(family, tp, sp, scale=1.0):

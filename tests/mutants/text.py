@@ -100,7 +100,8 @@ def _(subject):
     text = subject("truncation and padding")
     long, short = len(text.encode("0123456789" * 3)), len(text.encode("a"))
     if long != 31 or short != 2:
-        raise CriterionNotMet(f"prompts of 30 digits and of a letter have {long} and {short} tokens: cut, or padded")
+        raise CriterionNotMet(f"prompts of 30 digits and of a letter have {long} and {short} tokens: cut, or "
+                              "padded")
 
 
 @folders.criterion("an eos named anywhere ends an answer", "property")
@@ -125,7 +126,8 @@ def _refuses(name, says, kind="gpt2", **files):
     return name
 
 
-LFS = _refuses("a Git LFS pointer is named", "Git LFS pointer", tokenizer="version https://git-lfs.github.com\n")
+LFS = _refuses("a Git LFS pointer is named", "Git LFS pointer",
+               tokenizer="version https://git-lfs.github.com\n")
 OTHER = _refuses("a tokenizer that is more than its backend is refused", "is not one of",
                  tokenizer_config={"tokenizer_class": "CodeGenTokenizer"})
 IDS = _refuses("an eos that is no number is refused", "number of a token",

@@ -34,7 +34,8 @@ zero, scaled = Check("zero"), Check("scaled")
 @zero.criterion("after three steps the weights are one rank's", "parity")
 def _(subject):
     for stage in (1, 2, 3):
-        [want], got = rank_pool_for_checks(1).run(run, Zero, stage, "sgd"), rank_pool_for_checks(N).run(run, subject, stage, "sgd")
+        [want] = rank_pool_for_checks(1).run(run, Zero, stage, "sgd")
+        got = rank_pool_for_checks(N).run(run, subject, stage, "sgd")
         for rank, mine in enumerate(got):
             for name, x in mine["weights"].items():
                 assert_same_tensor(f"{name} at stage {stage}", x, want["weights"][name], rank, rtol=1e-10)

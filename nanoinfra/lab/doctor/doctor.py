@@ -45,7 +45,8 @@ def run_doctor(flags: DoctorFlags) -> dict:
 def gather_hosts(mesh: Mesh) -> list[dict]:
     """Each host of the mesh once, with the ranks that run there."""
     found = {}
-    for rank, told in enumerate(comm.gather_objects(devices.describe_host() | {"links": devices.gpu_links()}, mesh.world)):
+    for rank, told in enumerate(comm.gather_objects(devices.describe_host() | {"links": devices.gpu_links()},
+                                                    mesh.world)):
         found.setdefault(told["name"], told | {"ranks": []})["ranks"].append(rank)
     return list(found.values())
 
@@ -76,7 +77,8 @@ def report_tables(report: dict) -> list[DisplayTable]:
     facts = [row for host in report["hosts"] for row in _host(host)]
     rates = [(dtype, *_cells(m, _giga)) for dtype, m in report["matmul"].items()]
     return [DisplayTable("Machine", ("what", "is", "kind"), facts),
-            DisplayTable(f"Matrix products, {_who(report)}", ("dtype", "measured peak", "spread", "kind"), rates),
+            DisplayTable(f"Matrix products, {_who(report)}", ("dtype", "measured peak", "spread", "kind"),
+                         rates),
             *(_wire(name, told) for name, told in report["wires"].items())]
 
 

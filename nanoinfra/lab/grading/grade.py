@@ -46,7 +46,8 @@ def grade_lesson(lesson: str, file: Path | str | None = None, reference: bool = 
     return _score(judge_in_subprocess(number, file, checks.CHECKS, limits), made)
 
 
-def judge_in_subprocess(lesson: str, file: Path, checks: tuple[Check, ...], limits: ProcessLimits) -> list[CheckReport]:
+def judge_in_subprocess(lesson: str, file: Path, checks: tuple[Check, ...],
+                        limits: ProcessLimits) -> list[CheckReport]:
     """The report of each check on `file`. Where the process that judges has ended, another judges the next.
 
     Which criterion is to come is known here: a line about any other is no verdict, and ends the process.

@@ -17,7 +17,7 @@ from nanoinfra.lab import check, exercise
 from nanoinfra.lab.check import Check, Verdict
 from nanoinfra.lab.grading.limited_process import PR_SET_PDEATHSIG, prctl
 
-_MAX_REASON_CHARACTERS = 16000                                           # characters of a reason that are passed on
+_MAX_REASON_CHARACTERS = 16000  # characters of a reason that are passed on
 
 
 def judge_file(checks: list[Check], file: str, shown: str) -> Iterator[tuple[str, Verdict]]:
@@ -26,7 +26,8 @@ def judge_file(checks: list[Check], file: str, shown: str) -> Iterator[tuple[str
     `shown` is what messages call the file.
     """
     tests = [(each.name, tuple(each.criteria)) for each in checks]
-    judge = FunctionType(check.judge_criterion.__code__, dict(vars(check)))     # no patch of the module reaches it
+    # no patch of the module reaches it
+    judge = FunctionType(check.judge_criterion.__code__, dict(vars(check)))
     for name, criteria in tests:
         subject = load_function_to_judge(file, name, shown)
         for criterion in criteria:
@@ -56,13 +57,15 @@ def main() -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     ask = json.load(sys.stdin)
     with chdir(ask["course"]):
-        checks = [each for each in check.load_lesson_checks(ask["lesson"]).CHECKS if each.name in ask["checks"]]
+        checks = [each for each in check.load_lesson_checks(ask["lesson"]).CHECKS
+                  if each.name in ask["checks"]]
 
     def say(**words):
         os.write(ask["pipe"], json.dumps({"nonce": ask["nonce"]} | words).encode() + b"\n")
     say(ready=True)
     for name, verdict in judge_file(checks, ask["file"], ask["shown"]):
-        say(check=name, criterion=verdict.criterion.name, state=verdict.state, text=verdict.text[:_MAX_REASON_CHARACTERS])
+        say(check=name, criterion=verdict.criterion.name, state=verdict.state,
+            text=verdict.text[:_MAX_REASON_CHARACTERS])
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from pathlib import Path
 import psutil
 
 PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36           # of Linux's prctl
-_CHECK_INTERVAL_SECONDS = 0.25                                            # seconds between two looks at time and memory
+_CHECK_INTERVAL_SECONDS = 0.25  # seconds between two looks at time and memory
 _KILL_TIMEOUT_SECONDS = 30.0                                     # for killed processes to be gone
 _KILL_POLL_SECONDS = 0.01                                           # seconds between two looks at them
-_MAX_NEW_TASKS_WHILE_RUNNING = 200                                            # processes and threads more than when it began
+_MAX_NEW_TASKS_WHILE_RUNNING = 200  # processes and threads more than when it began
 _KEPT_VARIABLES = {"PATH", "HOME", "LANG", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
 _KEPT_VARIABLE_PREFIXES = ("LC_", "PYTHON", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "ATEN_", "TORCH",
                    "TRITON_", "CUDA_", "NCCL_")
@@ -106,7 +106,7 @@ class LimitedProcess:
         return self._kept.decode(errors="replace") + more
 
     def _read(self):
-        ready, _, _ = select.select(self._open, [], [], _CHECK_INTERVAL_SECONDS)          # none is open: it waits
+        ready, _, _ = select.select(self._open, [], [], _CHECK_INTERVAL_SECONDS)  # none is open: it waits
         for descriptor in ready:
             data = os.read(descriptor, 1 << 16)
             if not data:
@@ -127,7 +127,8 @@ class LimitedProcess:
                 used = sum(_memory(process, exact) for process in family)
                 if used <= self.limits.memory:
                     return
-        raise ProcessGaveNoLine(f"took {used / 2**20:,.0f} MiB of memory, more than {self.limits.memory / 2**20:,.0f}")
+        raise ProcessGaveNoLine(f"took {used / 2**20:,.0f} MiB of memory, more than "
+                                f"{self.limits.memory / 2**20:,.0f}")
 
     @contextmanager
     def _standing_still(self):

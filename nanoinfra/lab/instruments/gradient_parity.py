@@ -79,7 +79,8 @@ def largest_gradient_error(parts: Sequence[dict], want: dict[str, torch.Tensor])
     seen = {name: torch.zeros(grad.shape) for name, grad in want.items()}
     for name, (box, _) in (item for each in parts for item in each.items()):
         seen[name][tuple(slice(*ends) for ends in box)] = 1
-    return max(relative_gradient_errors(parts, want).values()) if all(there.all() for there in seen.values()) else inf
+    whole = all(covered.all() for covered in seen.values())
+    return max(relative_gradient_errors(parts, want).values()) if whole else inf
 
 
 def make_mesh(flags: TrainFlags, wire: dict[str, tuple[float, float]] | None = None) -> Mesh:
