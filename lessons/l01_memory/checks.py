@@ -124,7 +124,7 @@ def _(subject):
     with LiveTensorBytes() as storages:
         for step in range(3):
             cases.run(subject, params, [cases.filled(step)], 0.01, state=state)
-        extra = storages.held()
+        extra = storages.live_bytes()
     if not 12 * psi <= extra <= 12 * psi + 64 * len(params):               # and a step counter a tensor
         why = next((text for text, times in _KEPT.items() if round(extra / psi) == times), "")
         raise CriterionNotMet(f"keeps {extra:,} bytes between steps for {psi:,} parameters, "
@@ -242,7 +242,7 @@ def _(subject):
 def _(subject):
     trial = _Trial(dict.fromkeys(SHAPES, 0.25))
     with LiveTensorBytes() as storages:
-        trial.step(subject, _scale(SCALE), 1.0, storages.held)
+        trial.step(subject, _scale(SCALE), 1.0, storages.live_bytes)
     psi = sum(p.numel() for p in trial.params.values())
     if trial.held > 2 * psi + 1024:
         raise CriterionNotMet(f"at move(), {trial.held:,} bytes of gradients are held for {psi:,} "

@@ -53,14 +53,14 @@ torch.set_num_threads(1)
 
 # %% [markdown]
 # ## 1. The wall
-# `Storages` knows the bytes of all tensors alive, even of those that only autograd holds. Here it plays an
+# `LiveTensorBytes` knows the bytes of all tensors alive, even of those that only autograd holds. Here it plays an
 # accelerator with little memory: the operator whose result does not fit fails. Two steps of training each.
 
 # %%
 class Device(LiveTensorBytes):
-    def mark(self, label):
-        super().mark(label)
-        if self.held() > MEMORY:
+    def record_mark(self, label):
+        super().record_mark(label)
+        if self.live_bytes() > MEMORY:
             raise MemoryError(f"out of memory in {label}")
 
 def loss_of(model, x, y, count):
@@ -72,14 +72,14 @@ def adam(model, lr):
     return lambda: (torch_adam.step(), torch_adam.zero_grad())
 
 def two_steps(dtype, B):
-    with Device(operators=True) as device:
+    with Device(mark_operators=True) as device:
         try:
             model, tokens = Decoder(CONFIG).to(dtype), torch.zeros(2, B, T, dtype=torch.long)
             update = adam(model, lr=1e-3)
             for _ in range(2):
                 loss_of(model, *tokens, B * T).backward()
                 update()
-            return f"{device.peak / 1e6:.0f} MB at most"
+            return f"{device.peak_bytes / 1e6:.0f} MB at most"
         except MemoryError as failure:
             return str(failure)
 
@@ -263,14 +263,14 @@ def states():
         model, state = Decoder(CONFIG).bfloat16(), {}
         loss_of(model, *torch.zeros(2, B, T, dtype=torch.long), B * T).backward()
         adam_step(dict(model.named_parameters()), state, lr=1e-3)
-        return counted(storages.held(), "B")
+        return counted(storages.live_bytes(), "B")
 
 def layer(dtype):                            # what forward leaves behind in two layers, less in one
     held, tokens = [], torch.zeros(B, T, dtype=torch.long)
     for model in (Decoder(replace(CONFIG, layers=n)).to(dtype) for n in (1, 2)):
         with LiveTensorBytes() as storages:
             loss = loss_of(model, tokens, tokens, B * T)           # holds the graph, which holds the rest
-            held.append(storages.held() - loss.nbytes)
+            held.append(storages.live_bytes() - loss.nbytes)
     return counted(held[1] - held[0], "B")
 
 def skipped():
@@ -293,7 +293,7 @@ compare_predictions(list(check.PREDICTIONS))
 # %%
 def life(dtype, optimizer):
     """Bytes after each operator of forward, backward and update, in the second step."""
-    with LiveTensorBytes(operators=True) as storages:
+    with LiveTensorBytes(mark_operators=True) as storages:
         model, tokens = Decoder(CONFIG).to(dtype), torch.zeros(2, B, T, dtype=torch.long)
         loss, update = [], optimizer(model, 1e-5)
         acts = lambda: loss.append(loss_of(model, *tokens, B * T)), lambda: loss.pop().backward(), update

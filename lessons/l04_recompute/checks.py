@@ -92,9 +92,9 @@ def _(subject):
     with SavedActivations(blocks.parameters()) as kept:
         out = functools.reduce(lambda x, block: block(x), blocks, x)
     _tensor(out)
-    got, want = kept.bytes(), CONFIG.layers * x.nbytes
+    got, want = kept.saved_bytes(), CONFIG.layers * x.nbytes
     if got != want:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in kept.tensors()[:4])
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in kept.saved_tensors()[:4])
         why = "no save_for_backward? What hangs on ctx is neither counted nor freed with the graph"
         if got > want:
             why = f"more than x is kept, {shapes} ...: does fn run with grad in forward?"
@@ -245,7 +245,7 @@ def counted(config: ModelConfig, batch: int, seq: int, how: str, dtype: torch.dt
     with SavedActivations(blocks.parameters()) as kept:
         out = functools.reduce(lambda x, block: block(x), blocks, x)
     assert out.requires_grad
-    return kept.bytes()
+    return kept.saved_bytes()
 
 
 def _slips(c, want):

@@ -51,7 +51,7 @@ torch.set_num_threads(1)                     # one core: your browser keeps the 
 # %% [markdown]
 # ## 1. The wall
 # GPT-2 small, 4 sequences, and a GPU of 24 GB. Weights, gradients and moments take 16 bytes a parameter. And
-# each layer of forward leaves tensors behind that its backward will read. `Kept` counts those, as autograd
+# each layer of forward leaves tensors behind that its backward will read. `SavedActivations` counts those, as autograd
 # offers each to a hook. On the *meta* device tensors have shapes but no numbers, so any size fits here.
 
 # %%
@@ -65,11 +65,11 @@ def forward(name, seq, memory=24e9):
         with SavedActivations(model.parameters()) as kept:
             for i, block in enumerate(model.blocks, start=1):
                 x = block(x)
-                if states + kept.bytes() > memory:
+                if states + kept.saved_bytes() > memory:
                     verdict = f"out of memory in layer {i} of {len(model.blocks)}"
                     break
-    square = sum(t.untyped_storage().nbytes() for t in kept.tensors() if t.shape[-2:] == (seq, seq))
-    return f"{seq:,}", *(f"{n / 1e9:.1f} GB" for n in (states, kept.bytes(), square)), verdict
+    square = sum(t.untyped_storage().nbytes() for t in kept.saved_tensors() if t.shape[-2:] == (seq, seq))
+    return f"{seq:,}", *(f"{n / 1e9:.1f} GB" for n in (states, kept.saved_bytes(), square)), verdict
 
 DisplayTable("GPT-2 small, 4 sequences, float32, naive attention (counted)",
      ("T", "states", "kept for backward", "of that, T x T", ""),
@@ -128,7 +128,7 @@ with SavedActivations(block.parameters()) as now:
     y = block(x)                             # whose graph holds the tensors
 names = ("norm 1's input", "mean", "1/std", "input of q, k and v", "k", "q", "mask", "softmax's output", "v",
          "o's input", "norm 2's input", "mean", "1/std", "up's input", "GELU's input", "GELU's output")
-each(now.tensors(), names, T, "what one layer keeps: input (green), T x T (orange), the rest")
+each(now.saved_tensors(), names, T, "what one layer keeps: input (green), T x T (orange), the rest")
 
 # %% [markdown]
 # **Exercise 1: bytes kept.** The formula, for any GPT-2: fewer KV heads than heads (k and v have KV·K
@@ -161,7 +161,7 @@ check.kept_bytes(kept_bytes)
 # - Backward takes x out of its graph (`x = x.detach().requires_grad_()`), runs `fn` on it again under
 #   `torch.enable_grad()`, and calls `torch.autograd.backward(out, upstream)`: parameters get their gradients
 #   there, and x its own in `x.grad`.
-# - *Dice.* Dropout must drop the same numbers twice. Keep `torch.get_rng_state()` (5 KB a call, which `Kept`
+# - *Dice.* Dropout must drop the same numbers twice. Keep `torch.get_rng_state()` (5 KB a call, which `SavedActivations`
 #   does not count), set it back for the second run, and leave the caller's dice alone:
 #   `torch.random.fork_rng(devices=[])` is a context that does.
 # - *The trap.* Where x needs no gradient (frozen embeddings), autograd would never call backward, and the
@@ -233,7 +233,7 @@ def kept(how):
     x, blocks = torch.zeros(B, T, C, requires_grad=True), model_of(how).blocks
     with SavedActivations(blocks.parameters()) as now:
         _y = functools.reduce(lambda x, block: block(x), blocks, x)
-    return counted(now.bytes(), "B")
+    return counted(now.saved_bytes(), "B")
 
 def flops(how):
     with FlopCounterMode(display=False) as counter:
@@ -261,7 +261,7 @@ def memory_over_time():
     picture, axes = draw.new_figure(8.6, 4.2, "memory during one step, dots where backward begins (counted)")
     for colour, how in zip((draw.RED, draw.ORANGE, draw.BLUE), check.HOW):
         model = model_of(how)
-        with LiveTensorBytes(operators=True) as storages:
+        with LiveTensorBytes(mark_operators=True) as storages:
             out = model(tokens).square().mean()
             begin = len(storages.marks) - 1
             out.backward()
@@ -292,7 +292,7 @@ def peaks(layers, x):
             for i in range(0, len(layers), k):
                 y = recompute(segment, y, list(layers)[i:i + k])
             y.sum().backward()
-        yield kept.peak / x.nbytes
+        yield kept.peak_bytes / x.nbytes
 
 gpt = sized("small" if FAST else "xl")
 ks = [k for k in range(1, gpt.layers + 1) if gpt.layers % k == 0]

@@ -127,7 +127,7 @@ def _step(mesh, replica, order, batches):
     seconds = time.monotonic() - begin
     for hook in hooks:
         hook.remove()
-    return {"spans": spans, "rows": rows, "kept": kept.peak, "seconds": seconds}
+    return {"spans": spans, "rows": rows, "kept": kept.peak_bytes, "seconds": seconds}
 
 
 def _keeping(blocks, kept):

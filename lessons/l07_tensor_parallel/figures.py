@@ -44,7 +44,7 @@ def step_of(config: ModelConfig, t: int, sp: str, batch: int,
     rope = model.angles(places, stream.dtype)
     with SavedActivations(model.parameters()) as kept:
         out = model.blocks[0](stream, rope)
-        sizes = [tensor.untyped_storage().nbytes() for tensor in kept.tensors()]
+        sizes = [tensor.untyped_storage().nbytes() for tensor in kept.saved_tensors()]
     assert out.requires_grad                                                 # and is alive, with all it keeps
     return loss.item(), rows, sizes
 

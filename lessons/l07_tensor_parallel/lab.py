@@ -159,7 +159,7 @@ def kept_by_layer(mesh, replica):
     [count] = count_valid(batches, mesh.data)
     replica.begin(batches, count, lr=0.0)
     with SavedActivations(replica.parallel.each[0].model.parameters()) as kept:
-        hooks = [block.register_forward_hook(lambda *_: marks.append(kept.bytes()))
+        hooks = [block.register_forward_hook(lambda *_: marks.append(kept.saved_bytes()))
                  for block in replica.parallel.each[0].model.blocks]
         replica.forward(0)
     for hook in hooks:

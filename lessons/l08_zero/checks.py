@@ -154,8 +154,8 @@ def _train(n, subject):
     run = {"outputs": [], "grads": [], "more": [], "whole": {"before the first use": _whole(net)}}
     cases.alone(n)                                                 # before anybody counts
     try:
-        with LiveTensorBytes(of=[*net.parameters(), *shards.values(), *grads.values()]) as storages:
-            start = storages.held()
+        with LiveTensorBytes(initial_tensors=[*net.parameters(), *shards.values(), *grads.values()]) as storages:
+            start = storages.live_bytes()
             for step in range(STEPS):
                 for micro in range(MICRO_BATCHES):
                     y = _micro_batch(net, cases.batch(step, mesh.dp.rank, micro), step, run)
@@ -193,7 +193,7 @@ def _micro_batch(net, x, step, run):
 def _held(storages, limit, patient):
     """Bytes alive. Above `limit` look again: gloo's own thread lets go of what it sent a moment after."""
     until = time.monotonic() + scale_timeout_by_load(0.3) * patient
-    while (held := storages.held()) > limit and time.monotonic() < until:
+    while (held := storages.live_bytes()) > limit and time.monotonic() < until:
         time.sleep(1e-3)
     return held
 

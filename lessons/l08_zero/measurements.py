@@ -38,7 +38,7 @@ def held_and_sent(config: ModelConfig, stage: int, n: int, micro_batches: int = 
     with LiveTensorBytes() as storages:
         net, last, shared = _cut(config, mesh, stage, bucket_bytes)
         optimizer = Optimizer(shared.shards)
-        storages.watch(nn.ModuleList([net, last]), mesh.ledger)
+        storages.mark_module_boundaries(nn.ModuleList([net, last]), mesh.ledger)
         mesh.ledger.take()
         looks = [kept(net, shared, optimizer)]                     # moments, from the first step on
         shared.begin_step()
@@ -51,7 +51,7 @@ def held_and_sent(config: ModelConfig, stage: int, n: int, micro_batches: int = 
         shared.publish()
         looks.append(kept(net, shared, optimizer))
     rows = [row for row in mesh.ledger.take() if row.tag in ("grads", "weights")]
-    return dict(zip(KINDS, map(max, *looks))), storages.peak, rows
+    return dict(zip(KINDS, map(max, *looks))), storages.peak_bytes, rows
 
 
 def _cut(config, mesh, stage, bucket_bytes):

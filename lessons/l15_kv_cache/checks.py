@@ -107,9 +107,9 @@ def _(subject):
 def _(subject):
     for heads, kv in cases.HEADS:
         memory, q, k, v = cases.inputs(heads, kv, 40, 1, K=64)
-        with LiveTensorBytes([memory], operators=True) as storages:
+        with LiveTensorBytes([memory], mark_operators=True) as storages:
             subject(memory, 40, q, k, v)
-        made, keys = storages.peak - memory.nbytes, memory[0, :, :, :41].nbytes
+        made, keys = storages.peak_bytes - memory.nbytes, memory[0, :, :, :41].nbytes
         if made >= keys:
             raise CriterionNotMet(f"one token that sees 41, {heads} heads on {kv}: makes {made:,} bytes at "
                                   f"once, and all keys have {keys:,}: are they copied for each query head, "
@@ -123,7 +123,7 @@ def _(subject):
         memory, q, k, v = cases.inputs(heads, kv, 40, 1, K=64)
         with TensorReadBytes(memory=[memory]) as traffic:
             subject(memory, 40, q, k, v)
-        got, want = traffic.read["memory"], memory[..., :41, :].nbytes
+        got, want = traffic.read_bytes["memory"], memory[..., :41, :].nbytes
         if got != want:
             why = "all of the memory, filled or not?" if got == memory.nbytes else "keys once, values once"
             raise CriterionNotMet(f"one token that sees 41, {heads} heads on {kv}: reads {got:,} bytes of "

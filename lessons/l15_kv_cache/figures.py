@@ -46,7 +46,7 @@ def counts(config: ModelConfig, attend: Callable, B: int, T: int, S: int) -> tup
         traffic = TensorReadBytes(weights=model.parameters(), cache=[cache.memory])
         with FlopCounterMode(display=False) as counter, traffic:
             _call(model, cache, B, T, S)
-    return counter.get_total_flops(), traffic.read
+    return counter.get_total_flops(), traffic.read_bytes
 
 
 def rate(model: Decoder, attend: Callable, B: int, T: int, S: int, repeats: int) -> Measurement:

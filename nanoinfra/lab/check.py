@@ -63,7 +63,7 @@ class CheckReport(DisplayTable):
     verdicts: tuple[Verdict, ...] = ()
 
     @property
-    def points(self) -> int:
+    def points_earned(self) -> int:
         """Criteria met."""
         return sum(v.state == "pass" for v in self.verdicts)
 
@@ -104,9 +104,9 @@ class Check:
             verdicts.append(judge_criterion(criterion, subject))
             if verdicts[-1].state == "wrong":
                 break
-        return self.table(verdicts, source_location(subject))
+        return self.report_of_verdicts(verdicts, source_location(subject))
 
-    def table(self, verdicts: list[Verdict], source: str) -> CheckReport:
+    def report_of_verdicts(self, verdicts: list[Verdict], source: str) -> CheckReport:
         """The report of `verdicts` on what was written in `source`; further criteria were not run."""
         verdicts = [*verdicts, *(Verdict(c, "not run") for c in self.criteria[len(verdicts):])]
         rows = [(v.criterion.name, v.criterion.layer, v.state) for v in verdicts]

@@ -23,7 +23,7 @@ class ComparisonRow:
     predicted: float
     measured: Measurement
     tolerance: float | None
-    guesses: int = 1           # predictions made, of which `predicted` is the last
+    num_predictions: int = 1           # predictions made, of which `predicted` is the last
 
     @property
     def ratio(self) -> float:
@@ -44,12 +44,12 @@ class ComparisonRow:
 @dataclass(frozen=True, repr=False)
 class ComparisonTable(DisplayTable):
     """What `compare` gives: shows itself; `passed` is true when every judged row hit."""
-    lines: tuple[ComparisonRow, ...] = ()
+    comparisons: tuple[ComparisonRow, ...] = ()
 
     @property
     def passed(self) -> bool:
         """No row missed, and at least one was judged."""
-        verdicts = [row.verdict for row in self.lines]
+        verdicts = [row.verdict for row in self.comparisons]
         return "miss" not in verdicts and "pass" in verdicts
 
 
@@ -77,7 +77,7 @@ def _cells(row):
     kind = f"timed, median of {m.n}" if m.kind == "timed" else m.kind
     allowed = {None: "not judged", 0.0: "exact"}.get(row.tolerance, f"{row.tolerance or 0:.0%}")
     predicted, measured = format_quantity(row.predicted, m.unit), format_quantity(m.value, m.unit)
-    if row.guesses > 1:
-        nth = {2: "2nd", 3: "3rd"}.get(row.guesses, f"{row.guesses}th")
+    if row.num_predictions > 1:
+        nth = {2: "2nd", 3: "3rd"}.get(row.num_predictions, f"{row.num_predictions}th")
         predicted += f" ({nth} prediction)"
     return row.name, predicted, measured, f"{row.ratio:.4g}", kind, allowed, row.verdict

@@ -41,8 +41,8 @@ def test_flops_and_bytes_are_what_the_operators_do(configs, data, batch, new, be
             tokens, places = torch.zeros(batch, new, dtype=torch.long), torch.arange(before, total)
             model.head(model.hidden(tokens, places, cache)[:, -1])
     assert counter.get_total_flops() == decoding.call_flops(config, batch, new, total)
-    assert traffic.read["weights"] == decoding.weight_bytes(config, dtype.itemsize)
-    assert traffic.read["cache"] == decoding.cache_bytes(config, batch, total, dtype.itemsize)
+    assert traffic.read_bytes["weights"] == decoding.weight_bytes(config, dtype.itemsize)
+    assert traffic.read_bytes["cache"] == decoding.cache_bytes(config, batch, total, dtype.itemsize)
 
 
 def test_weights_that_are_looked_up_are_not_read_whole():

@@ -34,7 +34,7 @@ def test_the_first_wrong_criterion_ends_the_check():
     assert states(even().report(lambda: 4)) == ["pass", "pass"]
     report = even().report(lambda: 3)
     assert states(report) == ["wrong", "not run"]
-    assert (report.points, report.exit_code, report.first_failure.text) == (0, 1, "odd")
+    assert (report.points_earned, report.exit_code, report.first_failure.text) == (0, 1, "odd")
     assert states(even().report(lambda: 12)) == ["pass", "wrong"]
 
 
@@ -43,7 +43,7 @@ def test_blocked_is_never_a_pass():
         raise CriterionBlocked("needs a CUDA device")
     report = even(no_gpu).report(lambda: 4)
     assert states(report) == ["pass", "pass", "blocked"]
-    assert (report.exit_code, report.points) == (2, 2)
+    assert (report.exit_code, report.points_earned) == (2, 2)
     assert even(no_gpu).report(lambda: 3).exit_code == 1
     with pytest.raises(CheckFailed, match="needs a CUDA device"):
         even(no_gpu)(lambda: 4)

@@ -33,7 +33,7 @@ def here(monkeypatch):
         found = {each.name: [] for each in checks}
         for name, verdict in judge.judge_file(checks, str(file), display_path(file)):
             found[name].append(verdict)
-        return [each.table(found[each.name], display_path(file)) for each in checks]
+        return [each.report_of_verdicts(found[each.name], display_path(file)) for each in checks]
     monkeypatch.setattr(grade, "judge_in_subprocess", judged)
 
 
@@ -169,4 +169,4 @@ def test_the_next_check_is_judged_by_another_process(judged):
 
 def test_after_a_wrong_verdict_nothing_is_earned(judged):
     code = PASS.replace("'pass'", "'wrong'") + PASS.replace("even", "small") + PASS
-    assert [report.points for report in judged(code)] == [0, 0]
+    assert [report.points_earned for report in judged(code)] == [0, 0]

@@ -28,7 +28,7 @@ def test_each_tensor_has_a_bar_and_a_name():
 
 def test_during_gives_the_bytes_after_each_operator_of_an_act_alone():
     kept = []
-    with LiveTensorBytes(operators=True) as storages:
+    with LiveTensorBytes(mark_operators=True) as storages:
         kept.append(torch.zeros(5))
         assert during(storages, lambda: kept.append(kept[0] + 1)) == [40]
         assert during(storages, kept.clear) == []

@@ -84,7 +84,7 @@ def test_leaving_or_patching_the_checker_is_no_point(monkeypatch, tmp_path, toy,
 def test_a_hostile_hand_in_scores_nothing_and_leaves_nothing(course, capsys, name):
     code, why = HAND_INS[name]
     before = set(psutil.Process().children(recursive=True))
-    limits = ProcessLimits(seconds=20 if name == "hangs at import" else 180, memory=1500 << 20)
+    limits = ProcessLimits(seconds_per_line=20 if name == "hangs at import" else 180, memory_bytes=1500 << 20)
     assert grade_lesson("02", hand_in(course, code), limits=limits) == 1
     out = capsys.readouterr().out
     assert out.count("\nscore") == 1 and "\nscore 0 of" in out and why in out and len(out) < 30_000

@@ -13,18 +13,18 @@ def test_a_storage_counts_once_and_weights_do_not():
     layer, x = nn.Linear(4, 4), torch.ones(3, 4, requires_grad=True)
     with SavedActivations(layer.parameters()) as kept:
         y = layer(x) * x.view(3, 4)                       # x twice, the layer's output, and its weight
-    assert kept.bytes() == 2 * x.nbytes and y.requires_grad
-    assert [tuple(tensor.shape) for tensor in kept.tensors()] == [(3, 4), (3, 4)]
+    assert kept.saved_bytes() == 2 * x.nbytes and y.requires_grad
+    assert [tuple(tensor.shape) for tensor in kept.saved_tensors()] == [(3, 4), (3, 4)]
     with SavedActivations() as kept:
         y = layer(x)
-    assert kept.bytes() == x.nbytes + layer.weight.nbytes
+    assert kept.saved_bytes() == x.nbytes + layer.weight.nbytes
 
 
 def test_what_backward_frees_is_gone_but_the_peak_stays():
     x = torch.ones(8, requires_grad=True)
     with SavedActivations() as kept:
         x.exp().exp().sum().backward()
-    assert (kept.bytes(), kept.peak) == (0, 2 * x.nbytes)
+    assert (kept.saved_bytes(), kept.peak_bytes) == (0, 2 * x.nbytes)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -39,4 +39,4 @@ def test_layers_keep_what_the_formula_says_on_any_device(device, how):
         with SavedActivations([*model.parameters(), *rope]) as kept:
             for block in model.blocks:
                 x = block(x, rope)
-    assert kept.bytes() == config.layers * sum(activation_terms(config, 2, 9, 4, "naive", how).values())
+    assert kept.saved_bytes() == config.layers * sum(activation_terms(config, 2, 9, 4, "naive", how).values())

@@ -19,4 +19,4 @@ def test_what_is_read_is_counted(run, want, device):
         w = torch.ones(3, 4)
         with TensorReadBytes(weights=[w], other=[torch.ones(7)]) as traffic:
             run(w)
-    assert traffic.read["weights"] == want and traffic.read["other"] == 0
+    assert traffic.read_bytes["weights"] == want and traffic.read_bytes["other"] == 0

@@ -63,7 +63,7 @@ def judged(code, n=1, **limits):
           mock.patch.object(grade, "_say", lambda text, _: printed.append(text))):
         reports = grade.judge_in_subprocess("98", Path("L98.py"), toy()[:n], ProcessLimits(**limits))
     why = [verdict.text for report in reports for verdict in report.verdicts if verdict.text]
-    return {"points": sum(report.points for report in reports), "why": why, "printed": "".join(printed)}
+    return {"points": sum(report.points_earned for report in reports), "why": why, "printed": "".join(printed)}
 
 
 def in_place(code):
@@ -94,21 +94,21 @@ def _(subject):
 
 @limiting.criterion("what hangs ends", "resource")
 def _(subject):
-    why = subject("time.sleep(2)", seconds=0.3)["why"]
+    why = subject("time.sleep(2)", seconds_per_line=0.3)["why"]
     if "gave no answer" not in why[0]:
         raise CriterionNotMet(f"2 s in silence, where 0.3 s may be: {why}")
 
 
 @limiting.criterion("memory is watched", "resource")
 def _(subject):
-    why = subject(GROWS, memory=200 << 20)["why"]
+    why = subject(GROWS, memory_bytes=200 << 20)["why"]
     if "of memory" not in why[0]:
         raise CriterionNotMet(f"300 MiB where 200 may be: {why}")
 
 
 @limiting.criterion("shared pages count once", "resource")
 def _(subject):
-    if LINUX and (why := subject(SHARES, memory=300 << 20)["why"][0]) and "of memory" in why:
+    if LINUX and (why := subject(SHARES, memory_bytes=300 << 20)["why"][0]) and "of memory" in why:
         raise CriterionNotMet(f"five processes share 100 MiB: {why}")
 
 
@@ -124,14 +124,14 @@ def _(subject):
 
 @limiting.criterion("of what is printed the beginning is kept", "resource")
 def _(subject):
-    if len(printed := subject("print('x' * (1 << 20))", output=100)["printed"]) > 200:
+    if len(printed := subject("print('x' * (1 << 20))", kept_output_bytes=100)["printed"]) > 200:
         raise CriterionNotMet(f"{len(printed):,} characters, where 100 may be")
 
 
 @limiting.criterion("no secret is in the environment", "resource")
 def _(subject):
     with mock.patch.dict(os.environ, SOME_API_KEY="secret"):
-        if "secret" in subject("print(os.environ)", output=1 << 20)["printed"]:
+        if "secret" in subject("print(os.environ)", kept_output_bytes=1 << 20)["printed"]:
             raise CriterionNotMet("it sees SOME_API_KEY")
 
 
@@ -168,7 +168,7 @@ def until_one_has_ended(checks, verdicts, todo=grade._todo):
 
 
 def without_nonce(process, nonce):
-    return grade.json.loads(process.line())
+    return grade.json.loads(process.read_line())
 
 
 def each_its_own(process, exact):
@@ -201,8 +201,8 @@ class EndsItAlone(LimitedProcess):                  # and not what it started
 
 
 class KeepsAll(LimitedProcess):
-    def __init__(self, command, ask, limits):
-        super().__init__(command, ask, replace(limits, output=1 << 30))
+    def __init__(self, command, request, limits):
+        super().__init__(command, request, replace(limits, kept_output_bytes=1 << 30))
 
 
 POINT, NEXT = (c.name for c in grading.criteria)

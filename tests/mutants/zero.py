@@ -93,7 +93,7 @@ def run(kind, stage, name="adamw"):
         shared = kind(net, mesh.data, stage, units(net, last), bucket_bytes=BUCKET)
         optimizer = Optimizer(shared.shards, name)
         optimizer.state()
-        storages.watch(torch.nn.ModuleList([net, last]), mesh.ledger)
+        storages.mark_module_boundaries(torch.nn.ModuleList([net, last]), mesh.ledger)
         for _ in range(STEPS):
             mine = batches(mesh.data)
             [count] = count_valid(mine, mesh.data)

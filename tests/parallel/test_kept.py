@@ -43,7 +43,7 @@ def kept(family, tp, sp, recompute):
     x = torch.ones(B, T, dtype=torch.long)
     out = parallel.loss(model.hidden(x), x, B * T)
     assert out.requires_grad
-    return {kind: sum(each.bytes() for each in found.get(kind, ())) for kind in (*PARTS, "loss")}
+    return {kind: sum(each.saved_bytes() for each in found.get(kind, ())) for kind in (*PARTS, "loss")}
 
 
 def count(module, kind, weights, found):

@@ -301,23 +301,23 @@ def activations(config, dtype):
     net = Decoder(config).to(dtype)
     x, y = torch.zeros(2, 1, 4, dtype=torch.long)
     with LiveTensorBytes() as storages:
-        storages.watch(net)
+        storages.mark_module_boundaries(net)
         for p in net.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         HeadLoss(net.head)(net.hidden(x), y, 4).backward()
-        return storages.peak
+        return storages.peak_bytes
 
 
 def bytes_held(config, stage, dtype):
     mesh = Mesh(dp=3)
     x, y = torch.zeros(2, 1, 4, dtype=torch.long)
-    with LiveTensorBytes(operators=False) as storages:
+    with LiveTensorBytes(mark_operators=False) as storages:
         net = init_weights(Decoder(config), seed=0)
         last = HeadLoss(net.head)
         shared = Zero(net, mesh.data, stage, units(net, last), dtype, torch.float32, BUCKET)
         optimizer = Optimizer(shared.shards)
         optimizer.state()                                                  # moments from the first step on
-        storages.watch(nn.ModuleList([net, last]), mesh.ledger)
+        storages.mark_module_boundaries(nn.ModuleList([net, last]), mesh.ledger)
         steps = []
         for _ in range(3):
             run(net, last, shared, [(x, y)] * 2, mesh)

@@ -65,8 +65,8 @@ def judge_in_subprocess(lesson: str, file: Path, checks: tuple[Check, ...],
             except ProcessGaveNoLine as reason:
                 name, criterion = todo[0]
                 verdicts[name].append(Verdict(criterion, "wrong", f"the judged process {reason}"))
-        _say(process.output, "       | ")
-    return [each.table(verdicts[each.name], display_path(file)) for each in checks]
+        _say(process.captured_output, "       | ")
+    return [each.report_of_verdicts(verdicts[each.name], display_path(file)) for each in checks]
 
 
 def _todo(checks, verdicts):
@@ -77,7 +77,7 @@ def _todo(checks, verdicts):
 
 
 def _answer(process, nonce):
-    line = process.line()
+    line = process.read_line()
     try:
         said = json.loads(line)
     except (ValueError, RecursionError):               # brackets without end
@@ -119,13 +119,13 @@ def _score(reports, made):
     for key, done in made.items():
         print(f"  {int(done)}/1  prediction {key}{'' if done else ': not made'}")
     for report in reports:
-        print(f"  {report.points}/{len(report.verdicts)}  {report.title.split(' of ')[0]}")
+        print(f"  {report.points_earned}/{len(report.verdicts)}  {report.title.split(' of ')[0]}")
         for verdict in report.verdicts:
             reason = f": {verdict.text}" if verdict.text else ""
             _say(f"{verdict.state:<8} {verdict.criterion.name}{reason}", "       ")
     most = len(made) + sum(len(report.verdicts) for report in reports)
     print("       the answers under Explain are for a person to read, and not in this total")
-    print(f"score {sum(made.values()) + sum(report.points for report in reports)} of {most}")
+    print(f"score {sum(made.values()) + sum(report.points_earned for report in reports)} of {most}")
     codes = {report.exit_code for report in reports} | ({0} if all(made.values()) else {1})
     return 1 if 1 in codes else max(codes)
 

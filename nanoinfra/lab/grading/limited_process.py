@@ -32,11 +32,11 @@ _KEPT_VARIABLE_PREFIXES = ("LC_", "PYTHON", "OMP_", "KMP_", "MKL_", "OPENBLAS_",
 @dataclass(frozen=True)
 class ProcessLimits:
     """What a program may take."""
-    seconds: float = 180.0             # to its next line
-    memory: int = 4 << 30              # bytes resident, with all that it started; shared pages count once
-    line: int = 256 << 10              # bytes of a line
-    output: int = 4 << 10              # bytes that are kept of what it prints
-    processes: int = 500               # at a time, those included that ended and nobody has waited for
+    seconds_per_line: float = 180.0             # to its next line
+    memory_bytes: int = 4 << 30              # bytes resident, with all that it started; shared pages count once
+    line_bytes: int = 256 << 10              # bytes of a line
+    kept_output_bytes: int = 4 << 10              # bytes that are kept of what it prints
+    max_processes: int = 500               # at a time, those included that ended and nobody has waited for
 
 
 class ProcessGaveNoLine(Exception):
@@ -50,9 +50,9 @@ class LimitedProcess:
     stdin is one object of JSON: `ask`, and {"pipe": the number of the descriptor to write its lines to}.
     """
 
-    def __init__(self, command: list[str], ask: dict, limits: ProcessLimits):
-        self.command, self.ask, self.limits = command, ask, limits
-        self.printed = 0                               # bytes
+    def __init__(self, command: list[str], request: dict, limits: ProcessLimits):
+        self.command, self._request, self.limits = command, request, limits
+        self.printed_bytes = 0                               # bytes
         self._kept, self._answers = b"", b""
 
     def __enter__(self):
@@ -69,7 +69,7 @@ class LimitedProcess:
         for descriptor in self._open:
             os.set_blocking(descriptor, False)
         with suppress(BrokenPipeError), self._process.stdin as stdin:      # line() says that it has ended
-            stdin.write(json.dumps(self.ask | {"pipe": theirs}).encode())
+            stdin.write(json.dumps(self._request | {"pipe": theirs}).encode())
         return self
 
     def __exit__(self, *_):
@@ -83,14 +83,14 @@ class LimitedProcess:
             os.close(self._pipe)
             self._folder.cleanup()
 
-    def line(self) -> bytes:
+    def read_line(self) -> bytes:
         """The next line it wrote to its pipe. Raises Ended where it is gone, or past a limit."""
         began = looked = time.monotonic()
         while b"\n" not in self._answers:
             gone = self._process.poll()                # before the last read, so that nothing is missed
             self._read()
-            if len(self._answers) > self.limits.line:
-                raise ProcessGaveNoLine(f"wrote more than {self.limits.line:,} bytes without an end of line")
+            if len(self._answers) > self.limits.line_bytes:
+                raise ProcessGaveNoLine(f"wrote more than {self.limits.line_bytes:,} bytes without an end of line")
             if gone is not None and b"\n" not in self._answers:
                 raise ProcessGaveNoLine(f"ended its process {_how(gone)}")
             if (now := time.monotonic()) - looked > _CHECK_INTERVAL_SECONDS:
@@ -100,9 +100,9 @@ class LimitedProcess:
         return line
 
     @property
-    def output(self) -> str:
+    def captured_output(self) -> str:
         """The beginning of what it printed."""
-        more = f" ... ({self.printed:,} bytes in all)" if self.printed > len(self._kept) else ""
+        more = f" ... ({self.printed_bytes:,} bytes in all)" if self.printed_bytes > len(self._kept) else ""
         return self._kept.decode(errors="replace") + more
 
     def _read(self):
@@ -114,21 +114,21 @@ class LimitedProcess:
             elif descriptor == self._pipe:
                 self._answers += data
             else:
-                self.printed += len(data)
-                self._kept += data[:self.limits.output - len(self._kept)]
+                self.printed_bytes += len(data)
+                self._kept += data[:self.limits.kept_output_bytes - len(self._kept)]
 
     def _look(self, seconds):
-        if seconds > self.limits.seconds:
-            raise ProcessGaveNoLine(f"gave no answer within {self.limits.seconds:g} s")
+        if seconds > self.limits.seconds_per_line:
+            raise ProcessGaveNoLine(f"gave no answer within {self.limits.seconds_per_line:g} s")
         with self._standing_still():
-            if len(family := self._family()) > self.limits.processes:
-                raise ProcessGaveNoLine(f"has more than {self.limits.processes} processes")
+            if len(family := self._family()) > self.limits.max_processes:
+                raise ProcessGaveNoLine(f"has more than {self.limits.max_processes} processes")
             for exact in (False, True):                # what is exact is slow, so only where it decides
                 used = sum(_memory(process, exact) for process in family)
-                if used <= self.limits.memory:
+                if used <= self.limits.memory_bytes:
                     return
         raise ProcessGaveNoLine(f"took {used / 2**20:,.0f} MiB of memory, more than "
-                                f"{self.limits.memory / 2**20:,.0f}")
+                                f"{self.limits.memory_bytes / 2**20:,.0f}")
 
     @contextmanager
     def _standing_still(self):

@@ -1,7 +1,7 @@
 """Bytes that tensors hold at any moment: every storage made in this thread and still alive, counted once.
 
     with Storages(of=model.parameters()) as storages:
-        storages.watch(model, mesh.ledger)         # marks at module and communication boundaries
+        storages.mark_module_boundaries(model, mesh.ledger)         # marks at module and communication boundaries
         step()
 
 Saved tensors and collectives under way are seen too, which only C++ holds; a kernel's own scratch is not.
@@ -20,30 +20,30 @@ from torch.utils._pytree import tree_leaves
 class LiveTensorBytes(TorchDispatchMode):
     """While it is on, remembers the storage of each operator's results by a weak reference.
 
-    Older storages count only if a tensor of theirs is in `of`; meta tensors and memory lent by numpy never.
+    Older storages count only if a tensor of theirs is in `initial_tensors`; meta tensors and memory lent by numpy never.
     """
 
-    def __init__(self, of: Iterable[torch.Tensor] = (), operators: bool = False):
+    def __init__(self, initial_tensors: Iterable[torch.Tensor] = (), mark_operators: bool = False):
         super().__init__()
-        self.operators = operators                 # mark after each one: slow
+        self._mark_operators = mark_operators                 # mark after each one: slow
         self.marks: list[tuple[str, int]] = []     # (label, bytes held then)
         self._alive, self._undo = WeakValueDictionary(), ExitStack()
-        self._remember(of)
+        self._remember(initial_tensors)
 
-    def held(self) -> int:
+    def live_bytes(self) -> int:
         """Bytes of the storages alive now, each at its size of now."""
         return sum(storage.nbytes() for storage in self._alive.values())
 
-    def mark(self, label: str) -> None:
+    def record_mark(self, label: str) -> None:
         """Append what is held now to `marks`."""
-        self.marks.append((label, self.held()))
+        self.marks.append((label, self.live_bytes()))
 
     @property
-    def peak(self) -> int:
+    def peak_bytes(self) -> int:
         """The most that any mark has seen."""
         return max((held for _, held in self.marks), default=0)
 
-    def watch(self, model: torch.nn.Module | None = None, ledger=None) -> None:
+    def mark_module_boundaries(self, model: torch.nn.Module | None = None, comm_log=None) -> None:
         """Until the context ends, mark at each boundary of the modules and of the ledger's collectives.
 
         A module enters forward after its other hooks and leaves it before them; it enters backward when its
@@ -54,9 +54,9 @@ class LiveTensorBytes(TorchDispatchMode):
             leaves = module.register_forward_hook(self._boundary(name, "leaves", "enters"), prepend=True)
             self._undo.callback(enters.remove)
             self._undo.callback(leaves.remove)
-        for moment in ("enter", "leave") if ledger is not None else ():
-            marked = self._marked(getattr(ledger, moment), moment)
-            self._undo.enter_context(mock.patch.object(ledger, moment, marked))
+        for moment in ("enter", "leave") if comm_log is not None else ():
+            marked = self._marked(getattr(comm_log, moment), moment)
+            self._undo.enter_context(mock.patch.object(comm_log, moment, marked))
 
     def __exit__(self, *error):
         self._undo.close()
@@ -66,8 +66,8 @@ class LiveTensorBytes(TorchDispatchMode):
         given = {_key(x) for x in _tensors((args, kwargs))}
         out = op(*args, **(kwargs or {}))
         self._remember(x for x in _tensors(out) if _key(x) not in given)
-        if self.operators:
-            self.mark(op.overloadpacket.__name__)
+        if self._mark_operators:
+            self.record_mark(op.overloadpacket.__name__)
         return out
 
     def _remember(self, tensors):
@@ -77,17 +77,17 @@ class LiveTensorBytes(TorchDispatchMode):
 
     def _boundary(self, name, forward, backward):
         def hook(module, *tensors):
-            self.mark(f"{name} {forward} forward")
+            self.record_mark(f"{name} {forward} forward")
             for x in _tensors(tensors[-1]):        # the input, or after forward the output
                 if x.requires_grad:
-                    comes = x.register_hook(lambda gradient: self.mark(f"{name} {backward} backward"))
+                    comes = x.register_hook(lambda gradient: self.record_mark(f"{name} {backward} backward"))
                     self._undo.callback(comes.remove)
         return hook
 
     def _marked(self, call, moment):
         def marked(*args, **kwargs):
             row = call(*args, **kwargs) or args[0]             # enter makes the row that leave is given
-            self.mark(f"{row.op} {row.tag} {moment}s")
+            self.record_mark(f"{row.op} {row.tag} {moment}s")
             return row
         return marked
 

@@ -2,7 +2,7 @@
 
     with Kept(model.parameters()) as kept:
         loss = model(x)
-    kept.bytes()
+    kept.saved_bytes()
 
 Autograd offers each tensor that it keeps to a hook, and weak references tell which are still there. Meta
 tensors count as well, so that a model of any size is counted in no time.
@@ -19,7 +19,7 @@ class SavedActivations(saved_tensors_hooks):
 
     def __init__(self, weights: Iterable[torch.Tensor] = ()):
         super().__init__(self._keep, lambda tensor: tensor)
-        self.peak = self._bytes = 0                  # the most bytes kept at any moment; those of now
+        self.peak_bytes = self._bytes = 0                  # the most bytes kept at any moment; those of now
         self._weights = {_storage(weight) for weight in weights}
         self._refs = {}                              # {storage: {id: weak reference to a tensor of it}}
 
@@ -27,11 +27,11 @@ class SavedActivations(saved_tensors_hooks):
         super().__enter__()
         return self
 
-    def bytes(self) -> int:
+    def saved_bytes(self) -> int:
         """Of the storages that are kept now."""
         return self._bytes
 
-    def tensors(self) -> list[torch.Tensor]:
+    def saved_tensors(self) -> list[torch.Tensor]:
         """One for each storage that is kept now, in the order they came."""
         return [next(iter(refs.values()))() for refs in self._refs.values()]
 
@@ -41,7 +41,7 @@ class SavedActivations(saved_tensors_hooks):
             ref = weakref.ref(tensor, lambda ref: self._free(at, size, ref))
             self._bytes += 0 if at in self._refs else size
             self._refs.setdefault(at, {})[id(ref)] = ref
-            self.peak = max(self.peak, self._bytes)
+            self.peak_bytes = max(self.peak_bytes, self._bytes)
         return tensor
 
     def _free(self, at, size, ref):

@@ -2,7 +2,7 @@
 
     with Traffic(weights=model.parameters(), cache=[memory]) as traffic:
         model(tokens)
-    traffic.read["weights"]
+    traffic.read_bytes["weights"]
 
 Counted is the size of the view that an operator is given, each time it is; not what it writes in place, and
 not a look-up (`embedding`), which reads a few rows. Meta tensors count as well.
@@ -20,7 +20,7 @@ class TensorReadBytes(TorchDispatchMode):
 
     def __init__(self, **of: Iterable[torch.Tensor]):
         super().__init__()
-        self.read = Counter()
+        self.read_bytes = Counter()
         self._of = {name: [*tensors] for name, tensors in of.items()}       # alive, or another gets the key
         self._names = {_key(tensor): name for name, tensors in self._of.items() for tensor in tensors}
 
@@ -28,7 +28,7 @@ class TensorReadBytes(TorchDispatchMode):
         if not _is_view(op) and op.overloadpacket is not torch.ops.aten.embedding:
             for tensor in _given(op, args, kwargs or {}):
                 if name := self._names.get(_key(tensor)):
-                    self.read[name] += tensor.nbytes
+                    self.read_bytes[name] += tensor.nbytes
         return op(*args, **(kwargs or {}))
 
 
