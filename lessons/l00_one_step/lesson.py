@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Lesson 00. What one step costs
 # **2020** · Kaplan et al., *Scaling laws for neural language models*: six FLOPs a parameter and token.
@@ -73,8 +65,7 @@ for name, (model, _, _, step) in trainers.items():
     own, (B, T) = sum(p.numel() for p in model.parameters()), BATCHES[name]
     years = 10e9 / (B * T) * times[name].value * 124e6 / own / 3.156e7
     rows.append((name, f"{B} x {T}", str(times[name]), f"{years:.1f} years"))
-DisplayTable(f"a step on one of {describe_machine()}", ("size", "B x T", "a step", "so GPT-2 small takes"),
-             rows)
+DisplayTable(f"a step on one of {describe_machine()}", ("size", "B x T", "a step", "GPT-2 small takes"), rows)
 
 # %% [markdown]
 # The last column guesses at GPT-2 small, 124 million parameters trained on 10 billion tokens, as if time were
@@ -110,7 +101,7 @@ for n in (32, 64, 128, 256, 512, 1024):
     rates[n] = 2 * n**3 / timed(lambda a=a, b=b: a @ b, n=9).value
 peak = max(rates.values())
 DisplayTable("n x n matrix products, timed, median of 9", ("n", "GFLOP/s", "of the peak"),
-     [(str(n), f"{rate / 1e9:.1f}", f"{rate / peak:.0%}") for n, rate in rates.items()])
+             [(str(n), f"{rate / 1e9:.1f}", f"{rate / peak:.0%}") for n, rate in rates.items()])
 
 # %% [markdown]
 # Commit four numbers for this model and one step: parameters, FLOPs, bytes, and seconds at `peak`. The last
@@ -225,8 +216,7 @@ measure("L00.parameters", lambda: counted(sum(p.numel() for p in model.parameter
 measure("L00.flops", lambda: counted(counter.get_total_flops(), "FLOPs"))
 measure("L00.bytes", lambda: counted(sum(tensor.nbytes for tensor in held), "B"))
 times[NAME] = measure("L00.seconds", timed, step)
-compare_predictions(["L00.parameters", "L00.flops", "L00.bytes", "L00.seconds"],
-                    tolerance={"L00.seconds": None})
+compare_predictions(list(check.PREDICTIONS), tolerance={"L00.seconds": None})
 
 # %% [markdown]
 # A miss? Find the term you forgot, predict again and rerun the cell above; the table says which try it was.
@@ -307,9 +297,9 @@ def training(name, size):
             duration(work / peak * times[NAME].value / ideal[NAME]), duration(work / (0.4 * 989e12)))
 
 DisplayTable(f"modelled: this machine, with {memory / 1e9:.0f} GB, and an H100",
-     ("size", "parameters", "states", "of this memory", "training, here", "on the H100"),
-     [*(training(name, size.model) for name, size in SIZES.items()),
-      training("GPT-3", ModelConfig(50257, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2"))])
+             ("size", "parameters", "states", "of this memory", "training, here", "on the H100"),
+             [*(training(name, size.model) for name, size in SIZES.items()),
+              training("GPT-3", ModelConfig(50257, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2"))])
 
 # %% [markdown]
 # **Explain.** Five sentences. (a) Why is MFU below 1? Name the two largest reasons on your machine. (b) Why

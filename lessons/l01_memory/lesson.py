@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Lesson 01. Where the memory goes, and mixed precision
 # **2017** · Micikevicius et al., *Mixed precision training*. **2020** · Rajbhandari et al., *ZeRO*.
@@ -53,8 +45,8 @@ torch.set_num_threads(1)
 
 # %% [markdown]
 # ## 1. The wall
-# `LiveTensorBytes` knows the bytes of all tensors alive, even of those that only autograd holds. Here it plays an
-# accelerator with little memory: the operator whose result does not fit fails. Two steps of training each.
+# `LiveTensorBytes` counts the bytes of all live tensors, even of those that only autograd holds. Here it is
+# an accelerator with little memory: the operator whose result does not fit fails. Two training steps each.
 
 # %%
 class Device(LiveTensorBytes):
@@ -84,8 +76,8 @@ def two_steps(dtype, B):
             return str(failure)
 
 DisplayTable(f"{parameters(CONFIG):,} parameters, T = {T}, a device with {MEMORY / 1e6:.0f} MB",
-     ("sequences", "float32", "all in bfloat16"),
-     [(f"B = {B}", two_steps(torch.float32, B), two_steps(torch.bfloat16, B)) for B in (1, 2, 4, 8)])
+             ("sequences", "float32", "all in bfloat16"),
+             [(f"B = {B}", two_steps(torch.float32, B), two_steps(torch.bfloat16, B)) for B in (1, 2, 4, 8)])
 
 # %% [markdown]
 # Half the bytes a number, and twice as much fits. Why not just do that? We train on the source of Python's

@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Lesson 02. Ring all-reduce from send and receive
 # **2009** · Patarasuk and Yuan, *Bandwidth optimal all-reduce algorithms for clusters of workstations*. It
@@ -103,7 +95,7 @@ for n in (n for n in (2, 4, 8) if n <= N):
     through = [f"{sum(row.payload for row in ledger):,}" for _, ledger in results]
     walls.append((str(n), through[0], through[1], f"{slowest(results).value * 1e3:.0f} ms"))
 DisplayTable(f"the plain way, on a tensor of S/4 = {S // 4:,} bytes",
-     ("ranks", "bytes through rank 0", "bytes through rank 1", "time"), walls)
+             ("ranks", "bytes through rank 0", "bytes through rank 1", "time"), walls)
 
 # %% [markdown]
 # Rank 0 handles 2(N−1) copies of the tensor, every other rank 2. Receiving is free and the N−1 senders
@@ -250,7 +242,7 @@ compare_predictions(["L02.bytes", "L02.seconds"])
 
 # %%
 timeline([ledger for _, ledger in results], "one ring all-reduce in each rank's ledger", label="op",
-              hidden=False)
+         hidden=False)
 
 # %% [markdown]
 # **Is the ring always best?** It sends few bytes but many messages. A binomial tree sends 2·log₂N
@@ -286,7 +278,7 @@ lines = {name: (smooth, [model(s) for s in smooth]) for name, model in models.it
 points = {name: (sizes, [slowest(world.run(trial, way, N, s)).value for s in sizes])
           for name, way in ways.items()}
 picture = draw.plot_curves(lines, points, "bytes of the tensor", "seconds", f"all-reduce over {N} ranks",
-                      dashed=["plain"])
+                           dashed_labels=["plain"])
 crossing = next(s for s in smooth if models["ring"](s) < models["tree"](s))
 draw.draw_vertical_line(picture, crossing, "from here on, ring before tree")
 draw.label_x_axis_in_bytes(picture, sizes)

@@ -87,7 +87,7 @@ def _same_everywhere(subject, *bucket):
         for name, want in runs[0]["grads"].items():
             got = run["grads"].get(name)
             causes = {"not summed over the ranks?": got}
-            assert_same_tensor(f"{name}.grad, against rank 0", got, want, rank, 4, causes=causes)
+            assert_same_tensor(f"{name}.grad, against rank 0", got, want, rank, 4, likely_causes=causes)
 
 
 def _equal_one_rank(subject, *bucket):
@@ -186,7 +186,8 @@ def _runs(subject, n, micro_batches, *bucket):
     runs = [_one(*args)] if n == 1 else rank_pool_for_checks(4 if n == 2 else n).run(_one, *args)[:n]
     for rank, run in enumerate(runs):
         if not isinstance(run["grads"], dict):
-            raise CriterionNotMet(f"rank {rank} returns {run['grads']!r}, want {{name: gradient}}: no return?")
+            raise CriterionNotMet(f"rank {rank} returns {run['grads']!r}, "
+                                  "want {name: gradient}: no return?")
     return runs
 
 

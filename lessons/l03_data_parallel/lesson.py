@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Lesson 03. Data parallelism: naive, buckets, overlap
 # **2020** · Li et al., *PyTorch distributed: experiences on accelerating data parallel training*.
@@ -277,8 +269,7 @@ compare_predictions(list(check.PREDICTIONS))
 
 # %%
 def three_ways(trials):
-    picture, axes = draw.new_figure(9, 3.6,
-                                    "backward (grey); all-reduces, hidden (pale) or waited for (orange)")
+    picture, axes = draw.new_figure(9, 3.6, "backward (grey); all-reduces, hidden (pale) or exposed (orange)")
     bar = {"height": 0.34, "edgecolor": "white"}
     for y, one in enumerate(trials):
         start = one["naps"][0][0]
@@ -311,9 +302,9 @@ def exposed(bucket_bytes):
 sizes = [S // 12, S // 4, S, 2 * S, L * S][::2 if FAST else 1]
 smooth = sorted([*sizes, *(S // 12 * 2 ** (k / 16) for k in range(16 * 6))])
 points = [least(world.run(trial, overlapped_gradients, N, size), "wait").value for size in sizes]
-picture = draw.plot_curves({"overlap": (smooth, [exposed(size) for size in smooth])},
-                           {"overlap": (sizes, points)},
-                      "bytes of a bucket", "seconds of waiting", "the exposed wait, by size of the buckets")
+lines = {"overlap": (smooth, [exposed(size) for size in smooth])}
+picture = draw.plot_curves(lines, {"overlap": (sizes, points)}, "bytes of a bucket", "seconds of waiting",
+                           "the exposed wait, by size of the buckets")
 draw.label_x_axis_in_bytes(picture, sizes)
 
 # %% [markdown]

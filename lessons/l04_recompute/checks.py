@@ -109,7 +109,7 @@ def _(subject):
     got = _step(subject)["calls"]
     if got != 2:
         raise CriterionNotMet(f"forward and backward call fn {got} times, want 2: "
-                    f"{'nothing is run again?' if got < 2 else 'each call costs a forward'}")
+                              f"{'nothing is run again?' if got < 2 else 'each call costs a forward'}")
 
 
 def _plain(fn, *args):

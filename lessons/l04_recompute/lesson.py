@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Lesson 04. Recompute instead of remember
 # **2016** · Chen et al., *Training deep nets with sublinear memory cost*: keep little, compute the rest.
@@ -51,8 +43,9 @@ torch.set_num_threads(1)                     # one core: your browser keeps the 
 # %% [markdown]
 # ## 1. The wall
 # GPT-2 small, 4 sequences, and a GPU of 24 GB. Weights, gradients and moments take 16 bytes a parameter. And
-# each layer of forward leaves tensors behind that its backward will read. `SavedActivations` counts those, as autograd
-# offers each to a hook. On the *meta* device tensors have shapes but no numbers, so any size fits here.
+# each layer of forward leaves tensors behind that its backward will read. `SavedActivations` counts those, as
+# autograd offers each to a hook. On the *meta* device tensors have shapes but no numbers, so any size fits
+# here.
 
 # %%
 def forward(name, seq, memory=24e9):
@@ -72,8 +65,8 @@ def forward(name, seq, memory=24e9):
     return f"{seq:,}", *(f"{n / 1e9:.1f} GB" for n in (states, kept.saved_bytes(), square)), verdict
 
 DisplayTable("GPT-2 small, 4 sequences, float32, naive attention (counted)",
-     ("T", "states", "kept for backward", "of that, T x T", ""),
-     [forward("small", seq) for seq in (256, 512, 1024, 2048, 4096)[::4 if FAST else 1]])
+             ("T", "states", "kept for backward", "of that, T x T", ""),
+             [forward("small", seq) for seq in (256, 512, 1024, 2048, 4096)[::4 if FAST else 1]])
 
 # %% [markdown]
 # Soon the states are the smaller part. What fills the memory is written in forward, read once in backward,
@@ -161,8 +154,8 @@ check.kept_bytes(kept_bytes)
 # - Backward takes x out of its graph (`x = x.detach().requires_grad_()`), runs `fn` on it again under
 #   `torch.enable_grad()`, and calls `torch.autograd.backward(out, upstream)`: parameters get their gradients
 #   there, and x its own in `x.grad`.
-# - *Dice.* Dropout must drop the same numbers twice. Keep `torch.get_rng_state()` (5 KB a call, which `SavedActivations`
-#   does not count), set it back for the second run, and leave the caller's dice alone:
+# - *Dice.* Dropout must drop the same numbers twice. Keep `torch.get_rng_state()` (5 KB a call, which
+#   `SavedActivations` does not count), set it back for the second run, and leave the caller's dice alone:
 #   `torch.random.fork_rng(devices=[])` is a context that does.
 # - *The trap.* Where x needs no gradient (frozen embeddings), autograd would never call backward, and the
 #   parameters inside learn nothing. Unless another argument of `apply` needs one: the `anchor`.
@@ -305,7 +298,7 @@ N, smooth = max(ks), [max(ks) ** (i / 60) for i in range(61)]
 lines = {"GPT-2": (smooth, [N / k + k * W - 1 for k in smooth]),
          "tanh(W·x)": (smooth, [N / k + k for k in smooth])}
 picture = draw.plot_curves(lines, points, "layers in a segment, k", "peak, in inputs of a layer",
-                      f"{N} layers in segments of k (a layer of GPT-2 keeps {W:.0f} inputs)")
+                           f"{N} layers in segments of k (a layer of GPT-2 keeps {W:.0f} inputs)")
 picture.figure.axes[0].set_xticks(ks, [str(k) for k in ks])
 picture.figure.axes[0].minorticks_off()
 picture  # noqa: B018

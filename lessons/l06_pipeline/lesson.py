@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Lesson 06. Pipelines: GPipe, 1F1B, interleaved, zero bubble
 # **2019** · Huang et al., *GPipe*; Narayanan et al., *PipeDream*. **2021** · Narayanan et al., *Efficient
@@ -71,8 +63,7 @@ for p in (1, 2, 4):
     _, [naive] = on_ranks(schedule("gpipe", p, 1), [P * M // p * t for t in EVEN], SLOT / 4)
     rows.append((str(p), f"{sized('xl').layers // p}", f"{states / p / 1e9:.1f} GB", f"{naive.step:.2f} s",
                  f"{sum(naive.idle) / p / naive.step:.0%}"))
-DisplayTable("a batch through p stages",
-             ("ranks", "layers", "states of each, about", "a step, timed", "idle"), rows)
+DisplayTable("a batch through p stages", ("ranks", "layers", "states of each", "a step, timed", "idle"), rows)
 
 # %%
 gantt({"one batch, four ranks": naive}, "one stage works, three wait", "s")
@@ -290,9 +281,9 @@ gantt({"1F1B by the clock": simulate(yours["1f1b"], *seconds), "your 1F1B on fou
 # %%
 losses = {kind: sum(run["loss"] for run in each) for kind, each in trained.items()}
 DisplayTable("the trainer's own stage (counted)", ("schedule", "layers of a micro-batch kept by each stage",
-                                           "bytes sent by each stage", "loss"),
-     [(kind, ", ".join(f"{b / layer:g}" for b in kept[kind]), ", ".join(f"{b:,}" for b in sent[kind]),
-       f"{losses[kind]:.6f}") for kind in trained])
+                                                   "bytes sent by each stage", "loss"),
+             [(kind, ", ".join(f"{b / layer:g}" for b in kept[kind]), ", ".join(f"{b:,}" for b in sent[kind]),
+               f"{losses[kind]:.6f}") for kind in trained])
 
 # %% [markdown]
 # **More micro-batches.** The same bubble, a longer step. Lines are formulas, dots were counted on ranks.

@@ -35,7 +35,7 @@ def _(subject):
         want = cases.part(name, rank, n)
         if got.shape != want.shape:
             raise CriterionNotMet(f"rank {rank} of {n}: `{name}` has shape {tuple(got.shape)}, want "
-                        f"{tuple(want.shape)}: {_misshapen(name, got)}")
+                                  f"{tuple(want.shape)}: {_misshapen(name, got)}")
 
 
 @share.criterion("its own stretch, of both the same", "parity")
@@ -44,7 +44,8 @@ def _(subject):
         others = (other for other in range(n) if other != rank and name in CUT)
         causes = {f"rank {other}'s stretch": cases.part(name, other, n) for other in others}
         causes |= cases.share_slips(name, rank, n)
-        assert_same_tensor(f"{name} of {n} ranks", got, cases.part(name, rank, n), rank, 1, causes=causes)
+        assert_same_tensor(f"{name} of {n} ranks", got, cases.part(name, rank, n), rank, 1,
+                           likely_causes=causes)
 
 
 @share.criterion("memory of its own", "resource")
@@ -87,7 +88,7 @@ def _(subject):
                       cases.alone(rank, n, n)["y"] + _bias(),
                       "your part of the sum alone: g is an all-reduce": mine,
                       "your part of the sum, and the bias: g is an all-reduce": mine + _bias()}
-            assert_same_tensor("y, against rank 0", run["y"], runs[0]["y"], rank, n, causes=causes)
+            assert_same_tensor("y, against rank 0", run["y"], runs[0]["y"], rank, n, likely_causes=causes)
 
 
 @tensor_mlp.criterion("one rank's output, to 1e-10", "parity")
@@ -138,7 +139,8 @@ def _(subject):
         runs = _scores(n, subject)
         for rank, run in enumerate(runs):
             causes = cases.own_slips(rank, n)
-            assert_same_tensor("loss, against rank 0", run["loss"], runs[0]["loss"], rank, n, causes=causes)
+            assert_same_tensor("loss, against rank 0", run["loss"], runs[0]["loss"], rank, n,
+                               likely_causes=causes)
 
 
 @vocab_loss.criterion("finite where exp overflows", "property")
@@ -270,7 +272,7 @@ def _steps(n, subject):
     for rank, run in enumerate(runs):
         if not isinstance(run["y"], torch.Tensor):
             raise CriterionNotMet(f"rank {rank} of {n}: tensor_mlp returns {type(run['y']).__name__}, want y "
-                        f"(B, T, C): no return?")
+                                  f"(B, T, C): no return?")
     return runs
 
 

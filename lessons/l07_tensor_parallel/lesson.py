@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Lesson 07. Tensor and sequence parallelism
 # **2019** · Shoeybi et al., *Megatron-LM: training multi-billion parameter language models using model
@@ -30,12 +22,11 @@ from nanoinfra.formulas.activations import activation_bytes
 from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.formulas.parameters import parameters, shapes
 from nanoinfra.formulas.tensor_parallel import tensor_sent
-from nanoinfra.lab import predict as book
 from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants
-from nanoinfra.lab.predict import predict
+from nanoinfra.lab.predict import last_prediction, predict
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel import sequence_parallel, tensor_parallel
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
@@ -258,8 +249,7 @@ for how, (t, sp) in ways.items():
         lines.append((f"{t} ranks, sp {sp}", f"{op}: {tag}", *(f"{n:,}" for n in (*want, *got)),
                       "pass" if want == got else "miss"))
 print("losses:", *(f"{how} {loss:.6f}" for how, (loss, *_) in runs.items()))
-DisplayTable("a step: formulas and ledger", ("", "", "calls", "payload, bytes", "counted", "counted", ""),
-             lines)
+DisplayTable("a step: formulas and ledger", ("", "", "calls", "bytes", "counted", "counted", ""), lines)
 
 # %% [markdown]
 # *Timed*: L real layers, which sleep for as long as an accelerator would compute, and an emulated wire. Nodes
@@ -281,7 +271,7 @@ measure("L07.step_between", lambda: steps[4])
 compare_predictions(list(check.PREDICTIONS))
 
 # %%
-kept_bars({name: (runs[how][2], book.last_prediction(f"L07.kept_{how}")[0]) for name, how in
+kept_bars({name: (runs[how][2], last_prediction(f"L07.kept_{how}")[0]) for name, how in
            {"one rank": "one", "TP": "none", "TP + SP, keep": "keep", "TP + SP, gather": "gather"}.items()},
           f"what a layer keeps for backward on each of {N} ranks")
 

@@ -28,7 +28,7 @@ def _(subject):
                 got = run["params"][name]
                 causes = {cases.STILL: cases.moved(n)[0][name],
                           mine: cases.own_rows_moved(got, name, rank, n)}
-                assert_same_tensor(f"{name}, against rank 0", got, want, rank, n, causes=causes)
+                assert_same_tensor(f"{name}, against rank 0", got, want, rank, n, likely_causes=causes)
 
 
 @zero1_step.criterion("one rank's weights, to 1e-10", "parity")
@@ -39,7 +39,7 @@ def _(subject):
                 causes = {text: slip[name] for text, slip in cases.step_slips(n).items()}
                 assert_same_tensor(f"{name} after {STEPS} steps on {n} rank{'s' * (n > 1)}",
                                    run["params"][name], want,
-                     rank, max(n, 2), 1e-10, causes)
+                                   rank, max(n, 2), 1e-10, causes)
 
 
 @zero1_step.criterion("optimizer state for your own rows alone", "resource")
@@ -86,7 +86,8 @@ def _(subject):
                     slips = {text: cases.cut(slip[step][name], n)[rank]
                              for text, slip in cases.train_slips(n).items()}
                     assert_same_tensor(f"grads of {name} in step {step + 1}, {n} rank{'s' * (n > 1)}",
-                         torch.from_numpy(got[name]), cases.cut(want, n)[rank], rank, max(n, 2), 1e-10, slips)
+                                       torch.from_numpy(got[name]), cases.cut(want, n)[rank], rank, max(n, 2),
+                                       1e-10, slips)
 
 
 @zero3.criterion("no parameter is whole between uses", "resource")
@@ -154,7 +155,8 @@ def _train(n, subject):
     run = {"outputs": [], "grads": [], "more": [], "whole": {"before the first use": _whole(net)}}
     cases.alone(n)                                                 # before anybody counts
     try:
-        with LiveTensorBytes(initial_tensors=[*net.parameters(), *shards.values(), *grads.values()]) as storages:
+        with LiveTensorBytes(initial_tensors=[*net.parameters(), *shards.values(),
+                                              *grads.values()]) as storages:
             start = storages.live_bytes()
             for step in range(STEPS):
                 for micro in range(MICRO_BATCHES):

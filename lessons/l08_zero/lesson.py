@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Lesson 08. ZeRO 1, 2, 3, and the parameter server it came from
 # **2014 to 2020** · Li et al., *Scaling distributed machine learning with the parameter server*; Rajbhandari
@@ -33,12 +25,11 @@ from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.formulas.model_states import state_bytes
 from nanoinfra.formulas.parameters import parameters, shapes
 from nanoinfra.formulas.zero import padded
-from nanoinfra.lab import predict as book
 from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, measure
 from nanoinfra.lab.mutants import collect_lesson_mutants
-from nanoinfra.lab.predict import predict
+from nanoinfra.lab.predict import last_prediction, predict
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel.parameter_server import ParameterServer
 from nanoinfra.parallel.zero import Bundle, Part, Zero
@@ -59,7 +50,8 @@ world = Ranks(N, timeout=120)
 held = {n: world.run(held_and_sent, CONFIG, 0, n)[0][0] for n in (1, 2, 4)}
 DisplayTable(f"data parallelism, {parameters(CONFIG):,} parameters: bytes on each rank",
              ("ranks", *KINDS, "all"),
-     [(str(n), *(f"{b:,}" for b in kinds.values()), f"{sum(kinds.values()):,}") for n, kinds in held.items()])
+             [(str(n), *(f"{b:,}" for b in kinds.values()), f"{sum(kinds.values()):,}")
+              for n, kinds in held.items()])
 
 # %%
 xl = sum(state_bytes(parameters(sized("xl")), "bfloat16").values())
@@ -282,7 +274,7 @@ compare_predictions(list(check.PREDICTIONS))
 # way. A black line is your last prediction (16Ψ for data parallelism).
 
 # %%
-said = [16 * psi, *(book.last_prediction(f"L08.held_{stage}")[0] for stage in (1, 2, 3))]
+said = [16 * psi, *(last_prediction(f"L08.held_{stage}")[0] for stage in (1, 2, 3))]
 held_bars({f"stage {stage}" if stage else "data parallel": (kinds, peak, said[stage])
            for stage, (kinds, peak, _) in stages.items()}, f"bytes on each of {N} ranks, {psi:,} parameters")
 
@@ -301,9 +293,10 @@ stack_timeline({"yours": waits["simple"][0][-1], "the real one": waits["ahead"][
 
 # %%
 DisplayTable("the parameter server, float32", ("servers", "workers", "bytes over the busiest link", "over 4Ψ",
-                                       "Adam's moments on each rank, bytes"),
-     [(str(s), str(N if s == N else N - s), f"{(most := max(link for link, _ in run)):,.0f}",
-       f"{most / 4 / psi:.4g}", ", ".join(f"{moments:,}" for _, moments in run)) for s, run in links.items()])
+                                               "Adam's moments on each rank, bytes"),
+             [(str(s), str(N if s == N else N - s), f"{(most := max(link for link, _ in run)):,.0f}",
+               f"{most / 4 / psi:.4g}", ", ".join(f"{moments:,}" for _, moments in run))
+              for s, run in links.items()])
 
 # %% [markdown]
 # **Explain.** Five sentences. (a) What made the paper's limit miss, and why most at stage 1? (b) A ring

@@ -47,7 +47,7 @@ def _(subject):
                 first = tuple(reversed(_want(rank, dict(reversed(sizes.items())))))
                 why = ": the first axis is the fastest here" if got == first else ""
                 raise CriterionNotMet(f"rank {rank} of {sizes}: want {dict(zip(sizes, want))}, got "
-                            f"{dict(zip(sizes, got))}{why}")
+                                      f"{dict(zip(sizes, got))}{why}")
 
 
 @neighbours.criterion("a rank is one of its own line", "property")
@@ -104,7 +104,7 @@ def _(subject):
             for name in cases.names(sizes[0], at[0]):
                 assert_same_tensor(f"{name} {where}", got[name], cases.total(name, sizes, at[2]), rank, 1,
                                    1e-10,
-                     cases.slips(name, sizes, at))
+                                   cases.slips(name, sizes, at))
 
 
 @sum_gradients.criterion("each number travels once on each axis it must", "resource")
@@ -194,7 +194,8 @@ def _lines(subject):
             for axis in sizes:
                 got = subject(rank, axis, dict(sizes))
                 if not isinstance(got, list | tuple | range):
-                    raise CriterionNotMet(f"rank {rank} of {sizes}, {axis}: got {got!r}, want a list of ranks")
+                    raise CriterionNotMet(f"rank {rank} of {sizes}, {axis}: got {got!r}, "
+                                          "want a list of ranks")
                 yield sizes, rank, axis, list(got)
 
 

@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Lesson 10. Three dimensions at once
 # **2021** · Narayanan et al., *Efficient large-scale language model training on GPU clusters using
@@ -30,7 +22,6 @@ from nanoinfra.distributed.pool.ranks import Ranks
 from nanoinfra.formulas.collectives import ring_seconds
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.formulas.pipeline import split
-from nanoinfra.lab import predict as book
 from nanoinfra.lab.compare import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.instruments.gradient_parity import (
@@ -40,7 +31,7 @@ from nanoinfra.lab.instruments.gradient_parity import (
 )
 from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants
-from nanoinfra.lab.predict import format_quantity, predict
+from nanoinfra.lab.predict import format_quantity, last_prediction, predict
 from nanoinfra.parallel import parallelize
 from nanoinfra.parallel.pipeline.schedules import schedule
 from nanoinfra.parallel.pipeline.simulator import simulate
@@ -245,7 +236,7 @@ for sizes in ((2, 2, 2), (1, 8, 1), (1, 4, 2), (2, 1, 4), (4, 2, 1)):
            *(max(abs(run[whose] / alone["norm"] - 1) for run in runs) for whose in ("norm", "own"))]
     lines.append((mesh, f"{loss:.12f}", *(f"{x:.0e}" for x in off), "pass" if max(off) < 1e-10 else "miss"))
 DisplayTable(f"against one rank: loss {alone['loss']:.12f}, norm {alone['norm']:.9f}",
-     ("pp x dp x tp", "loss", "gradients", "norm", "your norm", ""), lines)
+             ("pp x dp x tp", "loss", "gradients", "norm", "your norm", ""), lines)
 
 # %% [markdown]
 # *Counted*: what the ledgers of 2 x 2 x 2 say. *Timed*: its steps, with layers that sleep for as long as an
@@ -271,7 +262,7 @@ compare_predictions(list(check.PREDICTIONS))
 
 # %%
 axis_bars({mesh: {axis: sum(each[axis] for each in ranks) / 1e6 for axis in ranks[0]}
-           for mesh, ranks in counts.items()}, {"2 x 2 x 2": book.last_prediction("L10.all")[0] / 1e6},
+           for mesh, ranks in counts.items()}, {"2 x 2 x 2": last_prediction("L10.all")[0] / 1e6},
           "bytes of a step by axis, all ranks; pp x dp x tp", "MB", "MB, counted")
 
 # %% [markdown]
@@ -292,7 +283,7 @@ cubes(dict([laid("pp", "dp", "tp"), laid("dp", "pp", "tp"), laid("tp", "dp", "pp
 fast, names = steps["none"].value, {axis: f"{axis} between nodes" for axis in AXES}
 added = {axis: max(0.0, steps[axis].value - fast) for axis in AXES}
 axis_bars({names[axis]: {"all inside a node": fast, axis: added[axis]} for axis in AXES},
-          {names[axis]: book.last_prediction(f"L10.step_{axis}")[0] for axis in AXES},
+          {names[axis]: last_prediction(f"L10.step_{axis}")[0] for axis in AXES},
           "a step of 2 x 2 x 2, and what the slow wire adds", "s", "s, timed on an emulated wire")
 
 # %% [markdown]

@@ -36,11 +36,11 @@ def _(subject):
                 if got.isnan().all():
                     raise CriterionNotMet(f"{where}, memory[{i}][:, :, {before}:{before + T}] is as it was: "
                                           "write k and v into the memory itself")
-                assert_same_tensor(f"memory[{i}], the new {name}, {where}", got, new, 0, causes=causes)
+                assert_same_tensor(f"memory[{i}], the new {name}, {where}", got, new, 0, likely_causes=causes)
             kept = old[..., :before, :], memory[..., :before, :]
             if not torch.equal(*kept) or not memory[..., before + T:, :].isnan().all():
                 raise CriterionNotMet(f"{where}, the memory of other tokens has changed: write {before} to "
-                            f"{before + T - 1} and nothing else")
+                                      f"{before + T - 1} and nothing else")
 
 
 @attend.criterion("the first token sees itself", "property")
@@ -54,7 +54,7 @@ def _(subject):
             raise CriterionNotMet(f"y of the first token, {heads} heads on {kv}, is not a number, whatever "
                                   "the memory: it sees no key: is its own masked? Query t sees key t")
         assert_same_tensor(f"y of the first token, {heads} heads on {kv}: its own value", y,
-             v.repeat_interleave(G, 1), 0, rtol=1e-12, causes=causes)
+                           v.repeat_interleave(G, 1), 0, rtol=1e-12, likely_causes=causes)
 
 
 @attend.criterion("nobody sees a later token", "property")
@@ -84,7 +84,7 @@ def _(subject):
                 got = subject(memory, before, *(x[:, :, now] for x in (q, k, v)))
                 assert_same_tensor(f"y of tokens {before} to {before + T - 1}, {heads} heads on {kv}", got,
                                    want[:, :, now],
-                     0, rtol=1e-10, causes=cases.slips(q, k, v, before, T))
+                                   0, rtol=1e-10, likely_causes=cases.slips(q, k, v, before, T))
                 before += T
 
 
@@ -99,7 +99,7 @@ def _(subject):
             got = model.hidden(tokens[:, now], torch.arange(now.start, now.stop), cache)
             assert_same_tensor(f"hidden of tokens {now.start} to {now.stop - 1}, {heads} heads on {kv}", got,
                                want[:, now],
-                 0, rtol=1e-10)
+                               0, rtol=1e-10)
             cache.length += T
 
 
@@ -139,7 +139,7 @@ def _(subject):
         if got.shape != (B, n):
             why = ": with the prompt?" if got.shape[1:] == (P + n,) else ""
             raise CriterionNotMet(f"{B} sequences of {P} tokens and {n} new: shape {tuple(got.shape)}, want "
-                        f"({B}, {n}){why}")
+                                  f"({B}, {n}){why}")
 
 
 @generate.criterion("each token goes in once, at its place", "property")
@@ -160,8 +160,9 @@ def _(subject):
         want = torch.cat([cases.tokens(B, P), run["made"][:, :-1]], 1)
         if not torch.equal(fed, want):
             b, i = (fed != want).nonzero()[0].tolist()
+            source = "the prompt" if i < P else "what the call before has made, of each sequence"
             raise CriterionNotMet(f"sequence {b}, token {i} goes in as {fed[b, i]}, want {want[b, i]}: "
-                        f"{'the prompt' if i < P else 'what the call before has made, of each sequence'}")
+                                  f"{source}")
 
 
 @generate.criterion("what the full forward says", "parity")
@@ -190,7 +191,7 @@ def _(subject):
         got = _run(subject, B, P, n)["rows"]
         if got != [B] * n:
             raise CriterionNotMet(f"{B} sequences of {P} tokens and {n} new: the head reads {got} rows, want "
-                        f"{[B] * n}: the next token needs the last row alone, hidden[:, -1]")
+                                  f"{[B] * n}: the next token needs the last row alone, hidden[:, -1]")
 
 
 @generate.criterion("memory for what is kept", "resource")

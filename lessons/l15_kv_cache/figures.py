@@ -92,7 +92,8 @@ def batches(lines: dict[str, tuple], dots: dict[str, tuple], even: float, title:
     A line stands at `even`, the batch from which on a cache is larger than the weights.
     """
     *_, dashed = lines
-    picture = draw.plot_curves(lines, dots, "sequences in the batch", "tokens/s", title, dashed=[dashed])
+    picture = draw.plot_curves(lines, dots, "sequences in the batch", "tokens/s", title,
+                               dashed_labels=[dashed])
     return _beside(draw.draw_vertical_line(picture, even, f"MHA: cache = weights at {even:.3g}"))
 
 
@@ -103,8 +104,8 @@ def roof(calls: dict[str, list[tuple]], dtype_bytes: int, bandwidth: float, peak
     edge, reach = peak / bandwidth, [x for each in dots.values() for x, _ in each]
     xs = [min(reach) / 2, edge, 2 * max(edge, *reach)]
     picture = draw.plot_curves({"the roof": (xs, [min(bandwidth * x, peak) / 1e9 for x in xs])},
-                          {label: tuple(zip(*each)) for label, each in dots.items()},
-                          "FLOPs for a byte read", "GFLOP/s", title)
+                               {label: tuple(zip(*each)) for label, each in dots.items()},
+                               "FLOPs for a byte read", "GFLOP/s", title)
     axes = picture.figure.axes[0]
     for i, (label, each) in enumerate(dots.items()):
         for (x, y), (_, B, *_) in zip(each, calls[label]):

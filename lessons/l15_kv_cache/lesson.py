@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Lesson 15. KV cache and the two phases of serving
 # **2019** · Shazeer, *Fast transformer decoding: one write-head is all you need* (MQA). **2022** · Pope et
@@ -27,8 +19,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lessons.l15_kv_cache import checks as check
-from lessons.l15_kv_cache.exercise_cache import Cache, seen
-from lessons.l15_kv_cache.figures import arithmetic, bandwidths, batches, counts, rate, roof
+from lessons.l15_kv_cache.exercise_cache import Cache
+from lessons.l15_kv_cache.figures import arithmetic, bandwidths, batches, counts, rate, roof, seen
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas import decoding
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
@@ -72,9 +64,8 @@ def again_flops(n):
 
 plain, ns = init_weights(Decoder(MHA), seed=0).requires_grad_(False), (1, S // 8, S // 4, S // 2, S)
 seconds = [timed(lambda n=n: again(plain, torch.zeros(1, n).long()), 3) for n in ns]
-DisplayTable(f"one more token, by a forward over n, on one of {describe_machine()}",
-             ("n", "GFLOPs, counted", "a forward"),
-     [(str(n), f"{again_flops(n) / 1e9:.2f}", str(each)) for n, each in zip(ns, seconds)])
+DisplayTable(f"one more token, on one of {describe_machine()}", ("n", "GFLOPs, counted", "a forward over n"),
+             [(str(n), f"{again_flops(n) / 1e9:.2f}", str(each)) for n, each in zip(ns, seconds)])
 
 # %% [markdown]
 # In FLOPs the n-th token costs n times the first, and all n of an answer n²/2 times; nearly all of that was
@@ -249,11 +240,11 @@ compare_predictions(list(check.PREDICTIONS), tolerance={f"L15.{what}": None for 
 
 # %%
 read, written = ({B: each.value for B, each in rates.items()} for rates in (was_read, wrote["mha"]))
-DisplayTable("MHA, tokens/s, timed", ("", "more", "less", ""),
-     [(what, f"{more:,.4g}", f"{less:,.4g}", "pass" if more > less else "miss") for what, more, less in (
-         ("prompts are read faster than answers are written", read[1], written[1]),
+pairs = (("prompts are read faster than answers are written", read[1], written[1]),
          ("8 sequences write more than 1", written[8], written[1]),
-         ("8 over 1: writing gains more than reading", written[8] / written[1], read[8] / read[1]))])
+         ("8 over 1: writing gains more than reading", written[8] / written[1], read[8] / read[1]))
+DisplayTable("MHA, tokens/s, timed", ("", "more", "less", ""), [
+    (what, f"{more:,.4g}", f"{less:,.4g}", "pass" if more > less else "miss") for what, more, less in pairs])
 
 # %% [markdown]
 # **An answer.** The wall again, and your loop: FLOPs of a whole answer behind a prompt of 16. Dots: counted.
@@ -271,8 +262,8 @@ lines = {how: (many, [decoding.answer_flops(MHA, 16, n, how == "your cache") / 1
 dots = {"all tokens again": (few, [sum(map(again_flops, range(16, 16 + n))) / 1e9 for n in few]),
         "your cache": (few, [answer_flops(n) / 1e9 for n in few])}
 ratio = dots["all tokens again"][1][-1] / dots["your cache"][1][-1]
-draw.plot_curves(lines, dots, "tokens of the answer", "GFLOPs, all of them",
-            f"what an answer costs; of {few[-1]} tokens {ratio:.0f} times as much without a cache", log=False)
+draw.plot_curves(lines, dots, "tokens of the answer", "GFLOPs, all of them", log_scale=False,
+                 title=f"what an answer costs; of {few[-1]} tokens {ratio:.0f} x as much without a cache")
 
 # %% [markdown]
 # **The batch.** Lines: the lower of both ceilings, for each kind; dashed, MHA's arithmetic. Dots: timed.
@@ -308,10 +299,10 @@ def served(name, config, S=2048, beta=3.35e12, pi=989e12, memory=80e9):
 
 llama = ModelConfig(128256, 4096, 32, 32, 8, 128, 14336, 8192, tied=False)
 DisplayTable("modelled: decode at 2048 tokens, on an H100",
-     ("model", "weights read", "KV a token", "even", "sequences that fit", "tokens/s of 1", "of all"),
-     [served("OPT-13B, MHA", ModelConfig(50272, 5120, 40, 40, 40, 128, 20480, 2048, family="opt")),
-      served("Llama-3-8B, GQA", llama), served("the same with MQA", replace(llama, kv_heads=1)),
-      served("SmolLM2-135M, GQA", ModelConfig(49152, 576, 30, 9, 3, 64, 1536, 8192))])
+             ("model", "weights read", "KV a token", "even", "sequences that fit", "tokens/s of 1", "of all"),
+             [served("OPT-13B, MHA", ModelConfig(50272, 5120, 40, 40, 40, 128, 20480, 2048, family="opt")),
+              served("Llama-3-8B, GQA", llama), served("the same with MQA", replace(llama, kv_heads=1)),
+              served("SmolLM2-135M, GQA", ModelConfig(49152, 576, 30, 9, 3, 64, 1536, 8192))])
 
 # %% [markdown]
 # **Explain.** Five sentences. (a) While caches are small, why is a decode's intensity about B/2 in float32,

@@ -61,7 +61,7 @@ def _(subject):
     again = table[1]
     if (got := pool.write(table, 1)) is not None or table[1] != again:
         raise CriterionNotMet(f"block {again} is its writer's alone; write returned {got} and its table has "
-                    f"{table[1]}, want None and no other block: nothing is to be copied")
+                              f"{table[1]}, want None and no other block: nothing is to be copied")
     if (got := pool.write(other, 1)) is not None:
         raise CriterionNotMet(f"the other one is alone with block {old} by now; write returned {got}, want "
                               "None")
@@ -75,7 +75,7 @@ def _(subject):
     _raises(lambda: pool.write(table, 0), IndexError, "a copy where no block is free")
     if table != [0] or list(pool.holders) != [2]:
         raise CriterionNotMet(f"no block was free for the copy; now the table is {table} and block 0 has "
-                    f"{pool.holders[0]} holders, want [0] and 2: take before you give back")
+                              f"{pool.holders[0]} holders, want [0] and 2: take before you give back")
 
 
 @Pool.criterion("what nobody holds cannot be given back", "property")
@@ -158,10 +158,10 @@ def _(subject):
                 why = ": plan adds nothing to `computed`, whoever runs the step does" * (
                     sequence.computed == first + count)
                 raise CriterionNotMet(f"{before}: {after.name(sequence)} begins at token {first}, and "
-                            f"{sequence.computed} of its tokens are computed{why}")
+                                      f"{sequence.computed} of its tokens are computed{why}")
             if not 0 < count <= len(sequence.tokens) - first:
                 raise CriterionNotMet(f"{before}: {after.name(sequence)} computes {count} tokens, of "
-                            f"{len(sequence.tokens) - first} that it has left")
+                                      f"{len(sequence.tokens) - first} that it has left")
 
 
 @plan.criterion("every token has a place of its sequence's own, and no other is taken", "property")
@@ -171,8 +171,8 @@ def _(subject):
             got, want = len(sequence.table), -(-(first + count) // before.blocks.size)
             if got != want and sequence in after.running:
                 raise CriterionNotMet(f"{before}: {after.name(sequence)} computes tokens {first} to "
-                            f"{first + count - 1} and has {got} blocks, want {want}: as many as it lacks for "
-                            f"this step's tokens")
+                                      f"{first + count - 1} and has {got} blocks, want {want}: as many as it "
+                                      "lacks for this step's tokens")
         held = [block for each in (*after.running, *after.waiting) for block in each.table]
         free, n = after.blocks.free, len(after.blocks.holders)
         if len(set(held)) < len(held) or set(held) & set(free):
@@ -273,8 +273,8 @@ def _queues(before, after, work):
         if sequence not in after.running and sequence.table:
             ran = after.names[sequence] in [before.names[each] for each in before.running]
             raise CriterionNotMet(f"{before}: {after.name(sequence)} is planned and waits: "
-                        + ("it was sent away in this step, so plan it no more" if ran else
-                           "move it from waiting to running"))
+                                  + ("it was sent away in this step, so plan it no more" if ran else
+                                     "move it from waiting to running"))
 
 
 def _cause(got, before):

@@ -174,4 +174,4 @@ def table(panels: dict[str, Watched], title: str = "") -> DisplayTable:
             for name, each in panels.items()]
     return DisplayTable(title, ("", "steps", "tokens computed", "computed a step", "most in a batch",
                                 "most blocks",
-                        "steps waited, all", "sent away"), rows)
+                                "steps waited, all", "sent away"), rows)

@@ -143,7 +143,7 @@ def show(config, n, rows):
           f"rank{'s' if n > 1 else ''}; {len(JOBS)} requests, KV memory for {PLACES} tokens")
     DisplayTable("the whole trace",
                  ("policy", "tag", "collectives", "payload", "most in a batch", "tokens a step",
-                             "answers unlike static's"), rows).show()
+                  "answers unlike static's"), rows).show()
 
 
 def order(key):

@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Lesson 16. Pages and continuous batching
 # **2022** · Yu et al., *Orca: a distributed serving system for transformer-based generative models*.

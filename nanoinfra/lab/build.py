@@ -19,20 +19,25 @@ _NBGRADER_DEFAULTS = {"schema_version": 3, "solution": False, "grade": False, "l
 _NBGRADER_CONFIG = 'c = get_config()\nc.CourseDirectory.course_id = "nanoinfra"\n'
 
 
-def build_notebooks(edition: str, folder: Path | str | None = None, only: str = "") -> list[Path]:
-    """Write the "lessons" or the "student" edition below `folder` (lessons/build); returns the notebooks."""
-    out = Path(folder or course_folder() / "lessons" / "build")
+def build_notebooks(edition: str, output_folder: Path | str | None = None,
+                    lesson_number: str = "") -> list[Path]:
+    """Write the "lessons" or the "student" edition of one lesson or of all; returns the notebooks' files.
+
+    `output_folder` is lessons/build by default. ValueError for a lesson that does not exist.
+    """
+    out = Path(output_folder or course_folder() / "lessons" / "build")
     if edition == "student":
-        return [_write_student_edition(lesson, out) for lesson in find_lesson_sources(only)]
+        return [_write_student_edition(lesson, out) for lesson in find_lesson_sources(lesson_number)]
     return [_write_notebook(convert_to_notebook(lesson / "lesson.py"), out, lesson.name)
-            for lesson in find_lesson_sources(only)]
+            for lesson in find_lesson_sources(lesson_number)]
 
 
-def find_lesson_sources(only: str = "") -> list[Path]:
-    """The folders of all lessons in order, or of the one with that number. ValueError for none."""
-    found = [folder for number, folder in lesson_folders(holding="lesson.py").items() if only in ("", number)]
+def find_lesson_sources(lesson_number: str = "") -> list[Path]:
+    """The folders of all lessons that have a lesson.py, or of lesson "02" alone. ValueError for none."""
+    found = [folder for number, folder in lesson_folders(containing="lesson.py").items() 
+             if lesson_number in ("", number)]
     if not found:
-        raise ValueError(f"no lesson l{only or 'NN'}_topic/lesson.py in {lessons_folder()}; "
+        raise ValueError(f"no lesson l{lesson_number or 'NN'}_topic/lesson.py in {lessons_folder()}; "
                          f"run this inside the repository, with a number that exists")
     return found
 
@@ -68,24 +73,24 @@ def _write_notebook(notebook, folder, name):
     return file
 
 
-def convert_to_notebook(source: Path):
-    """The notebook of one percent file, checked: a solution cell without markers would lose its prompt."""
+def convert_to_notebook(percent_file: Path):
+    """The notebook (nbformat) of a percent file. ValueError for a solution cell without solution markers."""
     import jupytext
-    notebook = jupytext.read(source)
+    notebook = jupytext.read(percent_file)
     # jupytext's own metadata would pair the notebook with its source
     notebook.metadata = {"kernelspec": dict(_KERNEL_SPEC), "language_info": {"name": "python"}}
     for i, cell in enumerate(notebook.cells):
         if "nbgrader" in cell.metadata:
             cell.metadata["nbgrader"] = {**_NBGRADER_DEFAULTS, **cell.metadata["nbgrader"]}
-        cell["id"] = f"{source.parent.name[1:3]}-{i}"  # jupytext draws ids at random
+        cell["id"] = f"{percent_file.parent.name[1:3]}-{i}"  # jupytext draws ids at random
         if cell.metadata.get("nbgrader", {}).get("solution") and SOLUTION_MARKER not in cell.source:
-            raise ValueError(f"{display_path(source)}, cell {i + 1}: a solution cell without "
+            raise ValueError(f"{display_path(percent_file)}, cell {i + 1}: a solution cell without "
                              f"{SOLUTION_MARKER!r} loses its prompt; mark what the student is to write")
     return notebook
 
 
 def clear_solutions(notebook):
-    """The student edition of a notebook: what nbgrader's assign makes of it."""
+    """A copy of a notebook without solutions, outputs and hidden tests, by nbgrader's preprocessors."""
     from copy import deepcopy
 
     from nbgrader import preprocessors as steps
@@ -97,12 +102,12 @@ def clear_solutions(notebook):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: prints each notebook written."""
+    """Run the command line, and print each notebook that was written."""
     parser = argparse.ArgumentParser(prog="python -m nanoinfra.lab.build", description="make notebooks")
     parser.add_argument("edition", choices=["lessons", "student"])
     parser.add_argument("--only", default="", help="a lesson's number, as 02")
     given = parser.parse_args(argv)
-    for file in build_notebooks(given.edition, only=given.only):
+    for file in build_notebooks(given.edition, lesson_number=given.only):
         print(display_path(file))
 
 

@@ -1,12 +1,11 @@
-"""A check: named criteria, in the order property, parity, resource, speed, that a student's code must meet.
+"""A check is a list of named criteria that a student's function must meet, in the order of CRITERION_LAYERS.
 
     ring_all_reduce = Check("ring_all_reduce")
     @ring_all_reduce.criterion("every rank has the sum", "property")
-    def _(subject): ...        # raises Wrong(text) or Blocked(text)
+    def _(subject): ...        # raises CriterionNotMet(text) or CriterionBlocked(text)
 
-In a notebook `ring_all_reduce(fn)` raises on failure; tests use `.report(fn)`, grade `judge`. What is wrong
-ends the check; blocked (no GPU) is never a pass. A lesson's checks.py holds its CHECKS and PREDICTIONS:
-{key: unit}, or keys alone.
+In a notebook `ring_all_reduce(fn)` raises CheckFailed; tests call `.report(fn)`. The first criterion that is
+not met ends the check. A lesson's checks.py has CHECKS, a tuple of these, and PREDICTIONS, {key: unit}.
 """
 import functools
 import importlib
@@ -31,11 +30,11 @@ class CriterionNotMet(Exception):
 
 
 class CriterionBlocked(Exception):
-    """A criterion cannot be judged on this machine."""
+    """A criterion cannot be judged on this machine, for example for want of a GPU. This is never a pass."""
 
 
 class CheckFailed(Exception):
-    """What a check raises in a notebook: the text alone, without a traceback through the checker."""
+    """A check raises this in a notebook. Jupyter shows its text alone, without a traceback."""
 
     def _render_traceback_(self):
         return [str(self)]
@@ -43,15 +42,15 @@ class CheckFailed(Exception):
 
 @dataclass(frozen=True)
 class Criterion:
-    """One thing to meet. `test(subject)` returns, or raises Wrong or Blocked."""
+    """One requirement. `test(subject)` returns, or raises CriterionNotMet or CriterionBlocked."""
     name: str
-    layer: str                 # of LAYERS
+    layer: str                 # of CRITERION_LAYERS
     test: Callable
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one criterion went: "pass", "wrong", "blocked" or "not run"."""
+    """The result of one criterion. `state` is "pass", "wrong", "blocked" or "not run", `text` why."""
     criterion: Criterion
     state: str
     text: str = ""
@@ -59,34 +58,34 @@ class Verdict:
 
 @dataclass(frozen=True, repr=False)
 class CheckReport(DisplayTable):
-    """All verdicts of one check on one subject; shows itself as a table."""
+    """All verdicts of one check on one subject. It displays itself as a table."""
     verdicts: tuple[Verdict, ...] = ()
 
     @property
     def points_earned(self) -> int:
-        """Criteria met."""
+        """The number of criteria that are met: a point for each."""
         return sum(v.state == "pass" for v in self.verdicts)
 
     @property
     def exit_code(self) -> int:
-        """0 all met, 1 something wrong, 2 something blocked and nothing wrong."""
+        """0 if all criteria are met, 1 if one is wrong, 2 if one is blocked and none is wrong."""
         states = [v.state for v in self.verdicts]
         return 1 if "wrong" in states else 0 if set(states) == {"pass"} else 2
 
     @property
     def first_failure(self) -> Verdict | None:
-        """The criterion that rejected the subject, if one did."""
+        """The verdict that rejected the subject, None if there is none."""
         return next((v for v in self.verdicts if v.state == "wrong"), None)
 
 
 @dataclass
 class Check:
-    """A list of criteria under the name of the function they judge."""
+    """The criteria for one function, under the name of that function."""
     name: str
     criteria: list[Criterion] = field(default_factory=list)
 
     def criterion(self, name: str, layer: str) -> Callable:
-        """Decorator: the function becomes the next criterion. Layers come in the order of LAYERS."""
+        """Decorator that adds a function as the next criterion. ValueError for a layer out of order."""
         order = [CRITERION_LAYERS.index(c.layer) for c in self.criteria] + [CRITERION_LAYERS.index(layer)]
         if order != sorted(order):
             raise ValueError(f"{self.name}: {name!r} is of layer {layer} and comes after one of layer "
@@ -98,7 +97,7 @@ class Check:
         return add
 
     def report(self, subject: Callable) -> CheckReport:
-        """Judge `subject`, criterion after criterion, until one is wrong."""
+        """Judge `subject` by one criterion after another, until one is not met."""
         verdicts = []
         for criterion in self.criteria:
             verdicts.append(judge_criterion(criterion, subject))
@@ -107,14 +106,14 @@ class Check:
         return self.report_of_verdicts(verdicts, source_location(subject))
 
     def report_of_verdicts(self, verdicts: list[Verdict], source: str) -> CheckReport:
-        """The report of `verdicts` on what was written in `source`; further criteria were not run."""
+        """The report of `verdicts` on a function of the file `source`; later criteria count as not run."""
         verdicts = [*verdicts, *(Verdict(c, "not run") for c in self.criteria[len(verdicts):])]
         rows = [(v.criterion.name, v.criterion.layer, v.state) for v in verdicts]
         return CheckReport(f"{self.name} of {source}", ("criterion", "layer", "verdict"), rows,
                            tuple(verdicts))
 
     def __call__(self, subject: Callable) -> CheckReport:
-        """Judge `subject`; raises Failed with the table and the reason unless every criterion is met."""
+        """Judge `subject`. Raises CheckFailed, with table and reasons, unless every criterion is met."""
         report = self.report(subject)
         if report.exit_code:
             reasons = [f"{v.criterion.name}: {v.text}" for v in report.verdicts if v.text]
@@ -123,7 +122,7 @@ class Check:
 
 
 def judge_criterion(criterion: Criterion, subject: Callable) -> Verdict:
-    """How `subject` meets one criterion."""
+    """Run one criterion on `subject`. Whatever the student's code raises becomes a verdict."""
     try:
         criterion.test(subject)
     except CriterionBlocked as reason:
@@ -139,9 +138,9 @@ def judge_criterion(criterion: Criterion, subject: Callable) -> Verdict:
     return Verdict(criterion, "pass")
 
 
-def rank_pool_for_checks(n: int) -> Ranks:
-    """The pool of `n` ranks that all checks share. It has little patience: what hangs ends after 15 s."""
-    pool = _shared_pool(n)
+def rank_pool_for_checks(num_ranks: int) -> Ranks:
+    """The pool of rank processes that all checks share. A call that hangs ends after 15 s."""
+    pool = _shared_pool(num_ranks)
     pool.timeout = scale_timeout_by_load(15.0)
     return pool
 
@@ -150,15 +149,15 @@ _shared_pool = functools.cache(Ranks)
 
 
 def scale_timeout_by_load(seconds: float) -> float:
-    """How long to wait for what takes at most `seconds` on an idle machine: longer, the higher the load."""
+    """A timeout for work that takes at most `seconds` on an idle machine: times the load of each core."""
     return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def load_lesson_checks(number: str) -> ModuleType:
-    """The checks of lesson "02": a module with `CHECKS` and `PREDICTIONS`. ValueError where there is none."""
-    folders = lesson_folders(holding="checks.py")
-    key = number.upper().removeprefix("L").zfill(2)
+def load_lesson_checks(lesson_number: str) -> ModuleType:
+    """Import checks.py of lesson "02", which has CHECKS and PREDICTIONS. ValueError where there is none."""
+    folders = lesson_folders(containing="checks.py")
+    key = lesson_number.upper().removeprefix("L").zfill(2)
     if key not in folders:
-        raise ValueError(f"lesson {number!r} has no checks; there are {', '.join(folders)}")
+        raise ValueError(f"lesson {lesson_number!r} has no checks; there are {', '.join(folders)}")
     make_lessons_importable()
     return importlib.import_module(f"lessons.{folders[key].name}.checks")

@@ -1,4 +1,4 @@
-"""Two tensors that should be the same; when they are not, the text a student needs.
+"""Assert that two tensors are equal; if they are not, say where, by how much and what the usual cause is.
 
     rank 1: `embed.weight` differs at [3, 0]: want 0.5, got 1, 2 x (96 of 96): summed instead of averaged?
 """
@@ -9,11 +9,13 @@ import torch
 from nanoinfra.lab.check import CriterionNotMet
 
 
-def assert_same_tensor(name: str, got, want: torch.Tensor, rank: int, n: int = 1, rtol: float = 0.0,
-         causes: dict[str, torch.Tensor] | None = None) -> None:
-    """Raise Wrong unless `got` equals `want` to `rtol` of want's largest number (0: exactly).
+def assert_same_tensor(name: str, got, want: torch.Tensor, rank: int, axis_size: int = 1, rtol: float = 0.0,
+                       likely_causes: dict[str, torch.Tensor] | None = None) -> None:
+    """Raise CriterionNotMet unless `got` equals `want` to `rtol` of want's largest number (0: exactly).
 
-    `n` is the size of the axis, for the usual causes. `causes` adds the lesson's own: {text: tensor}.
+    The text names `rank` and tensor, the first index that differs, and a usual cause: summed instead of
+    averaged over `axis_size` ranks, for example. `likely_causes` adds {text: the tensor that this mistake
+    gives}.
     """
     where = f"rank {rank}: `{name}`"
     if not isinstance(got, torch.Tensor):
@@ -29,7 +31,7 @@ def assert_same_tensor(name: str, got, want: torch.Tensor, rank: int, n: int = 1
         g, w = got[index].item(), want[index].item()
         digits = 6 if f"{g:.6g}" != f"{w:.6g}" else 17
         ratio = f", {g / w:.4g} x" if w and digits == 6 and _telling(g / w) else ""
-        why = _cause(got, want, n, rtol, causes or {})
+        why = _cause(got, want, axis_size, rtol, likely_causes or {})
         raise CriterionNotMet(f"{where} differs at {list(index)}: want {w:.{digits}g}, got "
                               f"{g:.{digits}g}{ratio} ({int(off.sum())} of "
                               f"{off.numel()}){': ' + why if why else ''}")

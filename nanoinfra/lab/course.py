@@ -11,27 +11,27 @@ STUDENT_EDITION = ("lessons", "build", "student")      # built inside a course, 
 
 
 def course_folder() -> Path:
-    """The nearest folder from here upwards that holds `lessons/`; the current folder where none does."""
+    """The nearest folder that holds `lessons/`, from the current folder upwards; else the current folder."""
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents)
                  if (folder / "lessons").is_dir() and folder.parts[-3:] != STUDENT_EDITION), here)
 
 
 def clone_folder() -> Path:
-    """The folder of nanoinfra's own clone, where this package runs from one (as an editable install does)."""
+    """The folder of the clone of nanoinfra that this package runs from, as an editable install does."""
     return Path(__file__).resolve().parents[2]
 
 
 def lessons_folder() -> Path:
-    """The `lessons/` in use: of the course folder if it holds a lesson, else of nanoinfra's own clone."""
+    """The `lessons/` folder in use: the course's if it holds a lesson, else the one of the clone."""
     mine = course_folder() / "lessons"
     return mine if any(mine.glob("l[0-9][0-9]_*")) else clone_folder() / "lessons"
 
 
-def lesson_folders(holding: str = "") -> dict[str, Path]:
-    """{"08": .../lessons/l08_zero} of all lessons in order, or of those that have a file named `holding`."""
+def lesson_folders(containing: str = "") -> dict[str, Path]:
+    """{"08": .../lessons/l08_zero} for all lessons in order, or for those that have the file `containing`."""
     return {folder.name[1:3]: folder for folder in sorted(lessons_folder().glob("l[0-9][0-9]_*"))
-            if (folder / holding).exists()}
+            if (folder / containing).exists()}
 
 
 def make_lessons_importable() -> None:
@@ -42,13 +42,13 @@ def make_lessons_importable() -> None:
 
 
 def work_folder() -> Path:
-    """The folder of a student's files, made on first use."""
+    """The folder work/ with a student's files. It is made on first use."""
     folder = course_folder() / "work"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def display_path(path: Path | str) -> str:
-    """`path` as a reader wants it: from the course folder where it lies below that, whole otherwise."""
+    """`path` as messages show it: relative to the course folder if it lies below that, else absolute."""
     path, folder = Path(path).resolve(), course_folder()
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)

@@ -1,6 +1,6 @@
-"""One table for terminal and notebook: rich text in the one, HTML in the other.
+"""A table that displays itself: by rich in a terminal, as HTML in a notebook.
 
-A row's verdict colours it: pass green, miss and wrong red, blocked and anything else grey.
+The last cell of a row is its verdict. It is green for pass, red for miss and wrong, and else grey.
 """
 import io
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ _OTHER_COLOURS = ("bright_black", "#666666")
 
 @dataclass(frozen=True)
 class DisplayTable:
-    """Cells of text under named columns, the verdict in the last. As a cell's last line it shows itself."""
+    """Rows of text under named columns, with the verdict in the last one."""
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
     def show(self) -> None:
-        """Print in colour on a terminal."""
+        """Print the table to the terminal, in colour."""
         Console().print(self._rich())
 
     def __repr__(self):

@@ -1,14 +1,14 @@
-"""Pictures of real objects in one house style: measured rows, ledgers, rings, curves.
+"""Figures in one style, by matplotlib: predicted numbers are lines, measured ones are dots or bars.
 
-Each function returns a `Picture`: the last line of a cell shows it, `.save(path)` keeps it. The colours are
-those of Okabe and Ito (2008), which colour-blind readers can tell apart. Predicted is a line, measured a dot
-or a bar.
+Each function returns a `Picture`, which a notebook displays and `.save(path)` writes as PNG. The colours are
+those of Okabe and Ito (2008), which colour-blind readers can tell apart.
 """
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -26,13 +26,13 @@ _NOTEBOOK_DPI = 180                                 # dots an inch in a notebook
 
 
 class Picture:
-    """A figure that shows itself in a notebook and saves itself at readable size."""
+    """A matplotlib figure that a notebook displays as PNG."""
 
     def __init__(self, figure: Figure):
         self.figure = figure
 
     def save(self, path: Path | str) -> Path:
-        """Write a PNG."""
+        """Write the figure to `path` as PNG."""
         self.figure.savefig(path, format="png", dpi=MATPLOTLIB_STYLE["savefig.dpi"], facecolor="white")
         return Path(path)
 
@@ -43,45 +43,46 @@ class Picture:
         return out.getvalue(), {"width": width, "alt": self.figure.axes[0].get_title(loc="left")}
 
 
-def new_figure(width: float = 8.0, height: float = 4.0, title: str = ""):
-    """(Picture, axes) of an empty figure in the house style, in inches."""
+def new_figure(width_inches: float = 8.0, height_inches: float = 4.0,
+               title: str = "") -> tuple[Picture, Axes]:
+    """An empty figure in the style of all lessons, and its axes."""
     with rc_context(MATPLOTLIB_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
         axes = figure.add_subplot(title=title)
         axes.tick_params(length=0)
     return Picture(figure), axes
 
 
-def plot_curves(lines: dict[str, tuple], points: dict[str, tuple], x: str, y: str, title: str = "",
-           log: bool = True, dashed: Sequence[str] = ()) -> Picture:
-    """Predicted `lines` and measured `points`, {label: (xs, ys)}; a label in both shares its colour.
+def plot_curves(lines: dict[str, tuple], points: dict[str, tuple], x_label: str, y_label: str,
+                title: str = "", log_scale: bool = True, dashed_labels: Sequence[str] = ()) -> Picture:
+    """Plot predicted `lines` and measured `points`, {label: (xs, ys)}. The same label has the same colour.
 
-    Labels in `dashed` get dashes and open dots, so that what lies beneath them is seen too.
+    Labels in `dashed_labels` get dashed lines and open dots, so that curves below them stay visible.
     """
     picture, axes = new_figure(8, 4.6, title)
     colours = dict(zip(dict.fromkeys([*lines, *points]), SERIES_COLOURS))
     for label, (xs, ys) in lines.items():
-        style = (0, (3, 3)) if label in dashed else "-"
+        style = (0, (3, 3)) if label in dashed_labels else "-"
         axes.plot(xs, ys, color=colours[label], linestyle=style, label=f"{label}, predicted")
     for label, (xs, ys) in points.items():
-        dot = {"markerfacecolor": "none", "markersize": 10, "markeredgewidth": 1.8} if label in dashed else {
-            "markeredgecolor": "white"}
+        open_dot = {"markerfacecolor": "none", "markersize": 10, "markeredgewidth": 1.8}
+        dot = open_dot if label in dashed_labels else {"markeredgecolor": "white"}
         axes.plot(xs, ys, "o", color=colours[label], label=f"{label}, measured", **dot)
-    if log:
+    if log_scale:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=10)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     axes.legend(ncols=2 if len(lines) + len(points) > 3 else 1, fontsize=10, frameon=False)
     return picture
 
 
 def draw_vertical_line(picture: Picture, x: float, text: str) -> Picture:
-    """A thin upright line at `x` with `text` beside its foot."""
+    """Add a thin vertical line at `x`, with `text` beside its lower end."""
     axes = picture.figure.axes[0]
     axes.axvline(x, ymax=0.7, color=GREY, linewidth=1.2, zorder=1)              # below the legend
     axes.annotate(text, (x, 0.03), (6, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
@@ -90,7 +91,7 @@ def draw_vertical_line(picture: Picture, x: float, text: str) -> Picture:
 
 
 def label_x_axis_in_bytes(picture: Picture, sizes: Sequence[int]) -> Picture:
-    """Write the bytes of `sizes` along x, as 64 KiB and 16 MiB."""
+    """Put ticks at `sizes` along the x axis, labelled in KiB or MiB."""
     axes = picture.figure.axes[0]
     axes.set_xticks(sizes, [f"{s >> 20} MiB" if s >= 1 << 20 else f"{s >> 10} KiB" for s in sizes])
     axes.minorticks_off()
@@ -98,5 +99,5 @@ def label_x_axis_in_bytes(picture: Picture, sizes: Sequence[int]) -> Picture:
 
 
 def pale(colour: str) -> tuple[float, float, float]:
-    """`colour` mixed with white."""
+    """`colour` mixed with white, as (red, green, blue)."""
     return tuple(1 - 0.3 * (1 - part) for part in to_rgb(colour))

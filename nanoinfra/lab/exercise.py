@@ -1,8 +1,8 @@
-"""An exercise cell, kept as the student wrote it: `%%exercise L02` writes it to `work/L02.py`, and loads it.
+"""The cell magic `%%exercise L02` writes a cell to `work/L02.py` as the student wrote it, and runs that file.
 
-One section a name (the first function or class of the cell), so a cell that runs again replaces its own
-section. Checks, rank processes, labs and grading use that file, so an exercise imports all it needs. A cell
-with solution markers is the reference: it goes to `work/reference/`, never over a student's work.
+The file has one section for each exercise, named after the first function or class of its cell; a cell that
+runs again replaces its section. Checks, rank processes and grading load the file, so an exercise imports all
+that it uses. A cell with solution markers is the reference solution: it goes to `work/reference/`.
 """
 import inspect
 import linecache
@@ -18,7 +18,7 @@ _MAGIC = re.compile(r"^%%exercise +(L\d\d)[^\n]*\n")
 
 
 def export_exercise(lesson: str, cell: str, folder: Path | None = None) -> Path:
-    """Write `cell` as its section of the lesson's file in `folder` (default work/); returns the file."""
+    """Write a cell's source to its section of `folder`/L02.py (default work/); returns that file."""
     if not re.fullmatch(r"L\d\d", lesson):
         raise ValueError(f"an exercise names its lesson, as in %%exercise L02; got {lesson!r}")
     folder = folder or (work_folder() / "reference" if SOLUTION_MARKER in cell else work_folder())
@@ -31,13 +31,13 @@ def export_exercise(lesson: str, cell: str, folder: Path | None = None) -> Path:
 
 
 def split_into_exercises(text: str) -> dict[str, str]:
-    """{exercise name: the cell} of an exported file."""
+    """{exercise name: source of its cell} of the text of an exported file."""
     _, *found = _TITLE.split(text)
     return {name: cell.rstrip("\n") for name, cell in zip(found[::2], found[1::2])}
 
 
 def load_python_file(file: Path | str) -> ModuleType:
-    """Run an exported file as a module of its own. Never cached: what counts is what the file says now."""
+    """Run a Python file and return it as a new module. Each call runs the file again."""
     file = Path(file).resolve()
     module = ModuleType(file.stem)
     module.__file__ = str(file)
@@ -47,7 +47,7 @@ def load_python_file(file: Path | str) -> ModuleType:
 
 
 def source_location(subject) -> str:
-    """Where a function or a class was written, as a reader wants it: `work/L02.py`, or its module."""
+    """The file in which a function or class was written, as `work/L02.py`, or else its module's name."""
     function = subject.__init__ if isinstance(subject, type) else inspect.unwrap(subject)
     code = getattr(function, "__code__", None)                        # as under @torch.no_grad()
     file = Path(code.co_filename) if code else Path("<none>")
@@ -55,14 +55,14 @@ def source_location(subject) -> str:
 
 
 def refuse_reference_solution(file: Path | str) -> None:
-    """Raise ValueError if `file` is the reference solution rather than somebody's work."""
+    """Raise ValueError if `file` has the markers of a reference solution."""
     if SOLUTION_MARKER in Path(file).read_text():
         raise ValueError(f"{display_path(file)} is the reference (by its markers): its grade says nothing; "
                          f"grade what the student edition wrote to work/, or say --reference")
 
 
 def export_exercises_of_notebook(notebook: Path | str, folder: Path | str) -> list[Path]:
-    """Export every exercise cell of a notebook (.ipynb, or a percent file) to `folder`; the files written."""
+    """Export all exercise cells of a notebook (.ipynb or percent file) to `folder`; returns the files."""
     import jupytext  # of the lessons extra; ranks that load an exercise do without
     files = []
     for cell in jupytext.read(notebook).cells:
@@ -72,7 +72,7 @@ def export_exercises_of_notebook(notebook: Path | str, folder: Path | str) -> li
 
 
 def load_ipython_extension(shell) -> None:
-    """`%load_ext nanoinfra.lab.exercise` makes `%%exercise` known, and the lessons' modules importable."""
+    """IPython's `%load_ext nanoinfra.lab.exercise` calls this: it registers `%%exercise`."""
     make_lessons_importable()
 
     def exercise(line, cell):

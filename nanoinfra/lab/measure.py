@@ -1,7 +1,7 @@
-"""Numbers with their kind: counted (exact), timed (median of n, with spread, on a named machine) or modelled.
+"""A measurement is counted (exact), timed (median of n, with spread and machine) or modelled (by a formula).
 
-`measure("L02.bytes", run)` calls `run()` only after a prediction was committed, and keeps the result beside
-it.
+`measure("L02.bytes", run)` calls `run()` only after a prediction for that key was committed with `predict`,
+and stores the result beside it in work/numbers.json.
 """
 import functools
 import os
@@ -19,13 +19,13 @@ MEASUREMENT_KINDS = ("counted", "timed", "modelled")
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number and how it came about. `spread`: largest less smallest of the n values, in the same unit."""
+    """A number, its unit and how it was obtained. `spread`: the largest less the smallest of n values."""
     value: float
     unit: str
-    kind: str                  # of KINDS
-    n: int = 1                 # values it is the median of
+    kind: str                  # of MEASUREMENT_KINDS
+    n: int = 1                 # number of values; `value` is their median
     spread: float = 0.0
-    machine: str = ""          # where, for a time
+    machine: str = ""          # where a time was measured
 
     def __post_init__(self):
         if self.kind not in MEASUREMENT_KINDS:
@@ -39,7 +39,11 @@ class Measurement:
 
 
 def measure(key: str, run: Callable[..., Measurement], *args) -> Measurement:
-    """`run(*args)`, kept beside the prediction for `key`; without one, ValueError, and nothing runs."""
+    """Run `run(*args)` and store its Measurement beside the prediction for `key`.
+
+    ValueError, before anything runs, if nothing was predicted; and for another unit than that of the
+    prediction.
+    """
     _, unit = book.last_prediction(key)
     got = run(*args)
     if not isinstance(got, Measurement):
@@ -56,23 +60,23 @@ def measure(key: str, run: Callable[..., Measurement], *args) -> Measurement:
 
 
 def counted(value: float, unit: str) -> Measurement:
-    """An exact count."""
+    """A Measurement of kind "counted": an exact count."""
     return Measurement(value, unit, "counted")
 
 
 def modelled(value: float, unit: str) -> Measurement:
-    """What a formula says: never a measurement of anything."""
+    """A Measurement of kind "modelled": the value of a formula, which nobody has measured."""
     return Measurement(value, unit, "modelled")
 
 
 def median_of_times(values: list[float], unit: str = "s") -> Measurement:
-    """The median of times that were taken elsewhere, for example in the ranks."""
+    """A Measurement of kind "timed": the median of times, or rates, that ranks or benchmarks returned."""
     spread = max(values) - min(values)
     return Measurement(statistics.median(values), unit, "timed", len(values), spread, describe_machine())
 
 
 def timed(run: Callable[[], object], n: int = 5) -> Measurement:
-    """Seconds of one call of `run`: the median of n, after one call that is not counted."""
+    """Time `run()`: the median seconds of n calls, after one warm-up call."""
     run()
     return median_of_times([_seconds(run) for _ in range(n)])
 
@@ -85,5 +89,5 @@ def _seconds(run):
 
 @functools.cache
 def describe_machine() -> str:
-    """This machine in words: cores and processor."""
+    """This machine in words: its cores and its processor."""
     return f"{os.cpu_count()} cores, {processor_name()}"

@@ -1,9 +1,9 @@
-"""Checks are checked: each known-wrong variant must be rejected, by the criterion that names its mistake.
+"""Mutation tests of checks: a check must reject each known-wrong variant, by the criterion for its mistake.
 
     python -m nanoinfra.lab.mutants [FOLDER]
 
-judges every `MUTANTS` list of the lessons and of tests/mutants, or of FOLDER/*.py, and exits 1 if one
-survives or is rejected by another criterion, or if a check has fewer than two.
+judges the variants in the `MUTANTS` lists of all lessons and of tests/mutants, or of FOLDER/*.py. It exits
+with 1 if a variant survives or is rejected by another criterion, or if a check has fewer than two variants.
 """
 import argparse
 import functools
@@ -23,7 +23,7 @@ from nanoinfra.lab.exercise import load_python_file
 
 @dataclass(frozen=True)
 class Mutant:
-    """A known-wrong `variant` of what `check` judges, and the name of the criterion that must reject it."""
+    """A known-wrong `variant` of a function that `check` judges, and the criterion that must reject it."""
     name: str
     check: Check
     variant: Callable
@@ -31,9 +31,9 @@ class Mutant:
 
 
 def patched(subject: Callable, target: str, replacement: object) -> Callable:
-    """`subject` with "module:attribute" replaced while it runs: a mutant of the library.
+    """`subject`, during whose calls the attribute `target`, "module:attribute", has another value.
 
-    The patch is applied where the call happens: it reaches the rank processes, as one in the parent does not.
+    The patch is applied in the process that makes the call, so that it reaches rank processes too.
     """
     module, attribute = target.split(":")
 
@@ -45,8 +45,8 @@ def patched(subject: Callable, target: str, replacement: object) -> Callable:
 
 
 def collect_lesson_mutants(number: str = "") -> list[Mutant]:
-    """The mutants of lesson "02", or of all lessons. ValueError where there are none."""
-    folders = lesson_folders(holding="mutants.py")
+    """The known-wrong variants for the checks of lesson "02", or of all lessons. ValueError for none."""
+    folders = lesson_folders(containing="mutants.py")
     if number and number not in folders:
         raise ValueError(f"no mutants of lesson {number!r}, but {', '.join(folders) or 'of none at all'}; "
                          f"they come with nanoinfra's repository, not with the package: work inside a clone")
@@ -54,7 +54,7 @@ def collect_lesson_mutants(number: str = "") -> list[Mutant]:
 
 
 def collect_library_mutants(name: str = "*", folder: Path | str | None = None) -> list[Mutant]:
-    """The mutants of tests/mutants/NAME.py, or of a `folder`. ValueError where there are none."""
+    """The known-wrong variants of the library in tests/mutants, or in `folder`. ValueError for none."""
     folders = [Path(folder)] if folder else [home / "tests" / "mutants"
                                              for home in (course_folder(), clone_folder())]
     files = next((found for each in folders if (found := sorted(each.glob(f"{name}.py")))), [])
@@ -70,13 +70,13 @@ def _load(files):
 
 
 def rejecting_criterion(mutant: Mutant) -> str:
-    """The name of the criterion that rejects it; empty if it survives."""
+    """Judge a mutant; returns the name of the criterion that rejects it, "" if it survives."""
     failure = mutant.check.report(mutant.variant).first_failure
     return failure.criterion.name if failure else ""
 
 
 def run_mutants(mutants: list[Mutant]) -> DisplayTable:
-    """Judge all; the last column says pass, or wrong."""
+    """Judge all mutants; returns a table with a verdict, "pass" or "wrong", for each."""
     rows = []
     for m in mutants:
         got = rejecting_criterion(m)
@@ -88,7 +88,7 @@ def run_mutants(mutants: list[Mutant]) -> DisplayTable:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m nanoinfra.lab.mutants", description="check the checks")
     parser.add_argument("folder", nargs="?")
     folder = parser.parse_args(argv).folder

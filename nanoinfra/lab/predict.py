@@ -1,8 +1,8 @@
-"""First say what you expect, then look: predictions are committed to `work/numbers.json`.
+"""Predictions are written to `work/numbers.json` before anything is measured.
 
-`predict("L02.bytes", 1.5 * S, "B")` writes the number down; `measure` (measure.py) refuses to run before
-that. A prediction is graded for being made, not for being right. A changed mind is allowed and stays on
-record.
+`predict("L02.bytes", 1.5 * S, "B")` stores a number; `measure` (measure.py) refuses to run without it. A
+prediction is graded for being made, not for being right. Earlier predictions for the same key stay in the
+file.
 """
 import json
 import math
@@ -15,9 +15,9 @@ from nanoinfra.lab.course import display_path, lesson_folders, work_folder
 
 
 def predict(key: str, value: float, unit: str = "") -> None:
-    """Commit `value` as your prediction for `key`, a name such as "L02.bytes".
+    """Store `value` as your prediction for `key`, for example "L02.bytes".
 
-    ValueError for what is no number, and for a key or a unit that the lesson does not ask for.
+    ValueError if `value` is no finite number, and for a key or a unit that the lesson does not ask for.
     """
     if not re.fullmatch(r"L\d\d\.\w+", key):
         raise ValueError(f"{key!r} does not name a prediction; it is lesson and quantity: \"L02.bytes\"")
@@ -35,7 +35,7 @@ def predict(key: str, value: float, unit: str = "") -> None:
 
 def _asked(key, unit):
     number = key[1:3]
-    if number not in lesson_folders(holding="checks.py") or ".lab_" in key:   # a lab asks for its own
+    if number not in lesson_folders(containing="checks.py") or ".lab_" in key:   # a lab asks for its own
         return
     units = check.load_lesson_checks(number).PREDICTIONS
     if key not in units or units[key] != unit:
@@ -46,7 +46,7 @@ def _asked(key, unit):
 
 
 def last_prediction(key: str) -> tuple[float, str]:
-    """The last prediction for `key` and its unit. Raises ValueError where none was made."""
+    """The last prediction for `key`, and its unit. ValueError if none was made."""
     entry = read_numbers().get(key)
     if not entry:
         raise ValueError(f"nothing is predicted for {key} yet; derive it, call "
@@ -55,25 +55,25 @@ def last_prediction(key: str) -> tuple[float, str]:
 
 
 def numbers_file() -> Path:
-    """The file of predictions and measurements: what a student hands in."""
+    """The file work/numbers.json with predictions and measurements, which a student hands in."""
     return work_folder() / "numbers.json"
 
 
 def read_numbers(file: Path | None = None) -> dict:
-    """{key: {"unit", "predicted": [values, oldest first], "measured": fields of a Measurement}}."""
+    """Read numbers.json: {key: {"unit", "predicted": [values, oldest first], "measured"}}."""
     file = file or numbers_file()
     return json.loads(file.read_text()) if file.exists() else {}
 
 
 def write_numbers(numbers: dict) -> None:
-    """Replace the file, so that a crash leaves the old or the new one."""
+    """Write numbers.json atomically: a crash leaves either the old or the new file."""
     new = numbers_file().with_suffix(f".{os.getpid()}.new")
     new.write_text(json.dumps(numbers, indent=1) + "\n")
     new.replace(numbers_file())
 
 
 def format_quantity(value: float, unit: str) -> str:
-    """A number as a reader wants it: bytes in full, seconds scaled, others to four digits."""
+    """A number with its unit as text: whole numbers in full, seconds as s, ms or us, others to 4 digits."""
     if unit == "s" and value:
         scale, name = next((s, n) for s, n in ((1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
                            if abs(value) >= s or n == "ns")

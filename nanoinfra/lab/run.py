@@ -1,10 +1,10 @@
 """Run a lab on several ranks: `python -m nanoinfra.lab.run 08 --nproc 4`, or under torchrun on a cluster.
 
-A lab is lessons/lNN_topic/lab.py: PREDICTIONS {key: unit}, QUESTIONS, BREAKS, MODELS, `expect(n, model)` by
-formula, and `measure(mesh, model, broken)`, a Measurement a key. Rank 0 prints what was predicted beside what
-was measured and writes the hand-in, work/labNN.json, in which the sentences already written stay.
-Exit 0: measured and written, a `--break` exposed. 1: a count that is not the formula's, a break that nothing
-exposes, a failed rank. 2: a mistake in use. A prediction that missed is no failure.
+A lesson's lab.py has PREDICTIONS {key: unit}, QUESTIONS, BREAKS (mistakes to plant), MODELS, `expect(n,
+model)` with each key's value by formula, and `measure(mesh, model, broken)` with each key's Measurement. Rank
+0 prints a table of predicted and measured numbers and adds the run to the hand-in, work/labNN.json.
+Exit code 0: all is measured, and a planted mistake was exposed. 1: a count differs from its formula, no count
+exposes the planted mistake, or a rank failed. 2: wrong usage. A prediction that missed is no failure.
 """
 import argparse
 import json
@@ -32,11 +32,16 @@ from nanoinfra.lab.predict import format_quantity
 from nanoinfra.train.launch.elastic_rank import is_rank
 from nanoinfra.train.launch.signals import Hearing, end_at_once
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # the launcher's
+_RANK = int(os.environ.get("RANK", 0))                 # torchrun sets both
+_WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def run_lab(lab: ModuleType, model: str, broken: str = "") -> int:
-    """Measure on the ranks of this run; rank 0 prints and writes. Returns the exit code."""
+    """Run a lab on all ranks of this run: rank 0 prints the table and writes the hand-in. Returns the exit
+    code.
+
+    `broken` names one of the lab's BREAKS: a mistake that is planted while it is measured.
+    """
     import torch
 
     from nanoinfra.distributed.mesh import Mesh
@@ -44,12 +49,13 @@ def run_lab(lab: ModuleType, model: str, broken: str = "") -> int:
     device = "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "cpu"
     torch.set_num_threads(1)                           # so that times on 1, 2, 4, 8 ranks compare
     with process_group(device, work_folder()):
-        measured = lab.measure(Mesh(dp=WORLD, device=device), model, broken)
-    if RANK:
+        measured = lab.measure(Mesh(dp=_WORLD_SIZE, device=device), model, broken)
+    if _RANK:
         return 0
-    name = f"{model} on {WORLD} rank{'s' if WORLD > 1 else ''}, {device}{', ' + broken if broken else ''}"
+    ranks = f"{_WORLD_SIZE} rank{'s' if _WORLD_SIZE > 1 else ''}"
+    name = f"{model} on {ranks}, {device}{', ' + broken if broken else ''}"
     formula = {key: ComparisonRow(key, value, measured[key], 0.0)
-               for key, value in lab.expect(WORLD, model).items()}
+               for key, value in lab.expect(_WORLD_SIZE, model).items()}
     made = formula if broken else _compare_with_committed_predictions(lab, measured)
     said = "formula" if broken else "predicted"
     print_lab_table(name, said, made, measured, lab.PREDICTIONS)
@@ -65,19 +71,19 @@ def _compare_with_committed_predictions(lab, measured):
             for key, value in committed_predictions(lab).items()}
 
 
-def load_lab(number: str) -> ModuleType:
-    """Lab "08": the file lab.py of its lesson's folder. ValueError where there is none."""
-    folders = lesson_folders(holding="lab.py")
-    if number.zfill(2) not in folders:
+def load_lab(lab_number: str) -> ModuleType:
+    """Run lab.py in the folder of lesson "08" and return it as a module. ValueError where there is none."""
+    folders = lesson_folders(containing="lab.py")
+    if lab_number.zfill(2) not in folders:
         known = ", ".join(folders) or "none at all"
-        raise ValueError(f"there is no lab {number!r}, but {known} in {display_path(lessons_folder())}; "
+        raise ValueError(f"there is no lab {lab_number!r}, but {known} in {display_path(lessons_folder())}; "
                          f"run this inside the repository: make lab L=08 N=4")
     make_lessons_importable()
-    return load_python_file(folders[number.zfill(2)] / "lab.py")
+    return load_python_file(folders[lab_number.zfill(2)] / "lab.py")
 
 
 def committed_predictions(lab: ModuleType) -> dict[str, float]:
-    """{key: value}: what the student committed with predict() of what the lab asks. ValueError for a unit."""
+    """{key: value}: the student's predictions for this lab. ValueError for one in another unit."""
     made = {key: book.last_prediction(key) for key in lab.PREDICTIONS if key in book.read_numbers()}
     for key, (_, unit) in made.items():
         if unit != lab.PREDICTIONS[key]:
@@ -88,7 +94,7 @@ def committed_predictions(lab: ModuleType) -> dict[str, float]:
 
 def print_lab_table(name: str, said: str, made: dict[str, ComparisonRow], measured: dict[str, Measurement],
                     asked: dict) -> None:
-    """Print the table: what was `said` (predicted, or of a broken run formula) beside what was measured."""
+    """Print expected numbers beside measured ones. `said` heads the column: "predicted" or "formula"."""
     cells, rows = dict(zip(made, compare_predictions(list(made.values())).rows)), []
     for key, got in measured.items():
         missing = key in asked and key not in made
@@ -99,13 +105,13 @@ def print_lab_table(name: str, said: str, made: dict[str, ComparisonRow], measur
 
 
 def write_hand_in(lab: ModuleType, name: str, said: str, made: dict[str, ComparisonRow],
-          measured: dict[str, Measurement]) -> None:
-    """Put this run into the hand-in, beside earlier ones; sentences that stand there stay."""
+                  measured: dict[str, Measurement]) -> None:
+    """Add this run to the hand-in. Earlier runs and the student's sentences stay in it."""
     before = read_hand_in(lab)
     sentences = {question: before.get("sentences", {}).get(question, "") for question in lab.QUESTIONS}
     numbers = {key: {said: made[key].predicted if key in made else None, "measured": asdict(got)}
                for key, got in measured.items()}
-    runs = before.get("runs", {}) | {name: {"ranks": WORLD, "machine": _machine(), "numbers": numbers}}
+    runs = before.get("runs", {}) | {name: {"ranks": _WORLD_SIZE, "machine": _machine(), "numbers": numbers}}
     new = hand_in_file(lab).with_suffix(".new")
     hand_in = {"lab": _number(lab), "runs": runs, "sentences": sentences}
     new.write_text(json.dumps(hand_in, indent=1) + "\n")
@@ -113,7 +119,7 @@ def write_hand_in(lab: ModuleType, name: str, said: str, made: dict[str, Compari
 
 
 def read_hand_in(lab: ModuleType) -> dict:
-    """The hand-in as it stands, {} where there is none. ValueError where it is no longer JSON."""
+    """The hand-in's contents, {} if there is none yet. ValueError if the file is not JSON."""
     try:
         return json.loads(hand_in_file(lab).read_text()) if hand_in_file(lab).exists() else {}
     except json.JSONDecodeError as error:
@@ -122,7 +128,7 @@ def read_hand_in(lab: ModuleType) -> dict:
 
 
 def hand_in_file(lab: ModuleType) -> Path:
-    """The hand-in."""
+    """The file of the hand-in, work/lab08.json."""
     return work_folder() / f"lab{_number(lab)}.json"
 
 
@@ -160,10 +166,13 @@ class _Parser(argparse.ArgumentParser):
 def _arguments(argv):
     parser = _Parser(prog="python -m nanoinfra.lab.run", description="run a lab on some ranks")
     parser.add_argument("lab", help="its number, as 08")
-    parser.add_argument("--nproc", type=int, default=1, help="ranks to start here; torchrun has its own word")
-    parser.add_argument("--model", default="", help="a size of the model's dial; default the lab's first")
-    parser.add_argument("--break", dest="broken", default="", help="run a known-wrong variant")
-    parser.add_argument("--check", action="store_true", help="say which predictions are made; run nothing")
+    parser.add_argument("--nproc", type=int, default=1, help="number of ranks to start; under torchrun its "
+                                                             "own flag counts")
+    parser.add_argument("--model", default="", help="a model size, as nano; default: the first of the lab")
+    parser.add_argument("--break", dest="broken", default="", help="plant this mistake, which the counts "
+                                                                   "must expose")
+    parser.add_argument("--check", action="store_true", help="print which predictions are made, and run "
+                                                             "nothing")
     return parser.parse_args(argv)
 
 
@@ -181,21 +190,21 @@ def _checked(given):
 
 
 def _failure(lab, error):
-    file = work_folder() / f"lab{_number(lab)}_rank{RANK}.txt"
+    file = work_folder() / f"lab{_number(lab)}_rank{_RANK}.txt"
     file.write_text("".join(traceback.format_exception(error)))
     why = " ".join(str(error).split())[:200]
-    return (f"lab {_number(lab)}: rank {RANK} of {WORLD} failed, {type(error).__name__}: {why} "
+    return (f"lab {_number(lab)}: rank {_RANK} of {_WORLD_SIZE} failed, {type(error).__name__}: {why} "
             f"(the traceback is in {display_path(file)})")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line of every rank: one of them speaks, and a failing rank says so in one line."""
+    """Run the command line, in the launcher and in every rank; returns the exit code. Errors are one line."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         given = _arguments(argv)
         lab, model = _checked(given)
     except ValueError as mistake:
-        if RANK == 0:
+        if _RANK == 0:
             print(f"lab: {mistake}", file=sys.stderr)
         else:
             time.sleep(2)                              # torchrun ends all as soon as one has ended

@@ -71,4 +71,4 @@ def test_a_solution_cell_without_markers_is_refused(lesson):
 
 def test_outside_a_course_or_for_an_unknown_number_it_says_so(lesson):
     with pytest.raises(ValueError, match="no lesson l43_topic/lesson.py"):
-        build_notebooks("student", only="43")
+        build_notebooks("student", lesson_number="43")

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from lessons.l15_kv_cache.exercise_cache import Cache, seen
-from lessons.l15_kv_cache.figures import arithmetic, bandwidths, batches, counts, rate, roof
+from lessons.l15_kv_cache.exercise_cache import Cache
+from lessons.l15_kv_cache.figures import arithmetic, bandwidths, batches, counts, rate, roof, seen
 from nanoinfra.config import sized
 from nanoinfra.formulas import decoding
 from nanoinfra.model.attention import naive

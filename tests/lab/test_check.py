@@ -96,8 +96,8 @@ def test_lessons_are_found_by_number():
 ])
 def test_a_difference_is_named(got, said):
     with pytest.raises(CriterionNotMet, match=said):
-        assert_same_tensor("w", got, torch.ones(2, 3), rank=1, n=4,
-                           causes={"forgot the seven": torch.full((2, 3), 7.0)})
+        assert_same_tensor("w", got, torch.ones(2, 3), rank=1, axis_size=4,
+                           likely_causes={"forgot the seven": torch.full((2, 3), 7.0)})
 
 
 def test_same_allows_rounding_only_where_told():

@@ -44,7 +44,7 @@ def test_curves_pair_a_line_with_its_points():
     assert line.get_color() == points.get_color()
     picture = draw.plot_curves({"a": ([2, 4], [1, 2]), "b": ([2, 4], [1, 2])}, {"b": ([2, 4], [1, 2])},
                                "x", "y",
-                          dashed=["b"])
+                               dashed_labels=["b"])
     under, over, dots = picture.figure.axes[0].lines
     assert (under.get_linestyle(), over.get_linestyle(), dots.get_markerfacecolor()) == ("-", "--", "none")
     assert "from here" in texts(draw.draw_vertical_line(picture, 3, "from here"))

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from lessons.l01_memory.figures import against_float16, during, each, losses, over_step, stacked
+from lessons.l01_memory.figures import against_float16, during, losses, over_step, stacked
+from lessons.l04_recompute.figures import each
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 
 

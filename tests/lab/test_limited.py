@@ -55,7 +55,8 @@ def test_what_is_no_line_ends_with_a_reason(code, why):
     "while True: pass", "os.kill(os.getpid(), signal.SIGSTOP)",
     "os.close(ask['pipe']); os.close(1); os.close(2); time.sleep(1000)"])
 def test_what_hangs_ends(code):
-    with program(code, seconds_per_line=0.6) as started, pytest.raises(ProcessGaveNoLine, match="within 0.6 s"):
+    with program(code, seconds_per_line=0.6) as started, pytest.raises(ProcessGaveNoLine,
+                                                                       match="within 0.6 s"):
         started.read_line()
 
 

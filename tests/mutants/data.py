@@ -86,7 +86,8 @@ def _(subject):
 def _(subject):
     got = len(subject(["ab ab ab"], 300).encode("c" * (LONGEST_WORD - 1) + "ab"))
     if got != LONGEST_WORD:
-        raise CriterionNotMet(f"{LONGEST_WORD + 1} bytes with one merge are {got} tokens; want {LONGEST_WORD}")
+        raise CriterionNotMet(f"{LONGEST_WORD + 1} bytes with one merge are {got} tokens; "
+                              f"want {LONGEST_WORD}")
 
 
 class Unread(text_files._Tree):

@@ -44,7 +44,8 @@ def drawn(subject, *given):
     try:
         return subject(*given)
     except (RuntimeError, ValueError) as error:
-        raise CriterionNotMet(f"{given[1]} of {given[0][:5]} raises {type(error).__name__}: {error}") from error
+        raise CriterionNotMet(f"{given[1]} of {given[0][:5]} raises "
+                              f"{type(error).__name__}: {error}") from error
 
 
 @sampler.criterion("a temperature next to nothing is greedy", "property")
@@ -52,7 +53,8 @@ def _(subject):
     for temperature in (1e-40, 5e-324, 1e-6):
         said, _ = drawn(subject, torch.tensor([1.0, 2.0, 2.0]), Sampling(temperature))
         if set(said) != {1}:
-            raise CriterionNotMet(f"temperature {temperature} draws {said}, want the first of the likeliest alone")
+            raise CriterionNotMet(f"temperature {temperature} draws {said}, want the first of the likeliest "
+                                  "alone")
 
 
 @sampler.criterion("of finite logits a token is drawn, however large", "property")
@@ -82,7 +84,8 @@ def _(subject):
     logits = torch.zeros(3000)
     for how in (Sampling(0, bias=dict.fromkeys(range(3000), 1.0)), Sampling(0, frequency=2.0)):
         if (calls := drawn(subject, logits, how, [1], 40)[1]) > 30:
-            raise CriterionNotMet(f"{calls} operations for a token, {len(how.bias)} biases, 40 tokens of text")
+            raise CriterionNotMet(f"{calls} operations for a token, {len(how.bias)} biases, "
+                                  "40 tokens of text")
 
 
 def refuse(**more):

@@ -63,7 +63,8 @@ def judged(code, n=1, **limits):
           mock.patch.object(grade, "_say", lambda text, _: printed.append(text))):
         reports = grade.judge_in_subprocess("98", Path("L98.py"), toy()[:n], ProcessLimits(**limits))
     why = [verdict.text for report in reports for verdict in report.verdicts if verdict.text]
-    return {"points": sum(report.points_earned for report in reports), "why": why, "printed": "".join(printed)}
+    return {"points": sum(report.points_earned for report in reports), "why": why,
+            "printed": "".join(printed)}
 
 
 def in_place(code):

@@ -73,7 +73,8 @@ def _(subject):
 def _(subject):
     why, _, rendered, _ = subject(Chat, messages=[{"role": "user", "content": "a" * 5 * CONTEXT}])
     if rendered or not why:
-        raise CriterionNotMet(f"a message of {5 * CONTEXT} characters was rendered; at most {4 * CONTEXT} fit")
+        raise CriterionNotMet(f"a message of {5 * CONTEXT} characters was rendered; "
+                              f"at most {4 * CONTEXT} fit")
 
 
 @requests.criterion("what nobody knows is dropped", "property")

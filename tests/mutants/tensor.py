@@ -73,7 +73,7 @@ def _(subject):
         for rank, got in enumerate(rank_pool_for_checks(tp).run(subject, family, tp, sp)):
             if got["largest"] > B * T * -(-V // tp):
                 raise CriterionNotMet(f"rank {rank} makes a tensor of {got['largest']} numbers, want at most "
-                            f"{B * T * -(-V // tp)}, its share of the logits")
+                                      f"{B * T * -(-V // tp)}, its share of the logits")
 
 
 @tensor.criterion("sends what the paper says", "resource")

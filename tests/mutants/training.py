@@ -28,7 +28,8 @@ def _(subject):
     for w, g in zip(want, got, strict=True):
         for key in ("loss", "grad_norm", "tokens"):
             if abs(g[key] - w[key]) > 1e-8 * abs(w[key]):
-                raise CriterionNotMet(f"step {w['step']}: {key} is {g[key]!r} on two ranks, {w[key]!r} on one")
+                raise CriterionNotMet(f"step {w['step']}: {key} is {g[key]!r} on two ranks, "
+                                      f"{w[key]!r} on one")
 
 
 @training.criterion("each gradient leaves once a step", "resource")
@@ -42,7 +43,8 @@ def _(subject):
 def _(subject):
     backward_ends, first_leaves = timeline(subject)
     if not first_leaves < backward_ends:
-        raise CriterionNotMet(f"the first bucket left {first_leaves - backward_ends:.4f} s after backward had ended")
+        raise CriterionNotMet(f"the first bucket left {first_leaves - backward_ends:.4f} s after backward "
+                              "had ended")
 
 
 resuming = Check("resuming")
@@ -59,7 +61,8 @@ def _(subject):
         want, got = (metrics.read(each / "metrics.jsonl") for each in (whole, parts))
     for w, g in zip(want, got, strict=True):
         if (w["loss"], w["grad_norm"]) != (g["loss"], g["grad_norm"]):
-            raise CriterionNotMet(f"step {w['step']}: loss {g['loss']!r} after resuming, {w['loss']!r} without")
+            raise CriterionNotMet(f"step {w['step']}: loss {g['loss']!r} after resuming, {w['loss']!r} "
+                                  "without")
 
 
 def run(subject, n, *more):

@@ -48,8 +48,8 @@ def _(subject):
         for rank, mine in enumerate(rank_pool_for_checks(N).run(run, subject, stage)):
             for op, bytes_ in wanted.items():
                 if mine["sent"].get(op) != bytes_:
-                    raise CriterionNotMet(f"rank {rank}: {mine['sent'].get(op)} bytes of {op} a step at stage {stage}, "
-                                f"want {bytes_}")
+                    raise CriterionNotMet(f"rank {rank}: {mine['sent'].get(op)} bytes of {op} a step at "
+                                          f"stage {stage}, want {bytes_}")
 
 
 @zero.criterion("a rank holds its part at every moment", "resource")
@@ -61,8 +61,8 @@ def _(subject):
         most = states + formulas.zero_buffers(CONFIG, N, stage, "float64", bucket_bytes=BUCKET) + more
         for rank, mine in enumerate(rank_pool_for_checks(N).run(run, subject, stage)):
             if mine["peak"] > most:
-                raise CriterionNotMet(f"rank {rank} holds {mine['peak']:,} bytes at stage {stage} ({mine['when']}), "
-                            f"want at most {most:,}")
+                raise CriterionNotMet(f"rank {rank} holds {mine['peak']:,} bytes at stage {stage} "
+                                      f"({mine['when']}), want at most {most:,}")
 
 
 @scaled.criterion("clipped float16 steps go as far as float32's", "property")
@@ -78,7 +78,8 @@ def _(subject):
     overflowing = patched(subject, "nanoinfra.parallel.parallelize:HeadLoss", Overflowing)
     still, got = losses(train, "float16", lr=0.0), losses(overflowing, "float16")
     if got != still:
-        raise CriterionNotMet(f"losses {got}, want {still}: every gradient is infinite, so no step was to be made")
+        raise CriterionNotMet(f"losses {got}, want {still}: every gradient is infinite, so no step was to be "
+                              "made")
 
 
 def run(kind, stage, name="adamw"):

@@ -100,7 +100,7 @@ def test_export_is_loaded_by_transformers_and_never_holds_more_than_a_block(rank
         export(out, tmp_path / "exported")
     want, _, _ = pretrained(out)
     biggest = max(sum(p.nbytes for p in want.blocks[0].parameters()), want.embed.weight.nbytes)
-    assert 0.9 * biggest < storages.peak_bytes <= 2 * biggest                    # with a tensor read and its copy
+    assert 0.9 * biggest < storages.peak_bytes <= 2 * biggest  # with a tensor read and its copy
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="float32")
     x = torch.arange(12)[None]
     torch.testing.assert_close(theirs(x).logits, want(x), rtol=1e-4, atol=1e-4)

@@ -1,8 +1,8 @@
-"""`nanoinfra doctor`: what the machine is, how fast a rank multiplies, alpha and beta of each axis.
+"""`nanoinfra doctor` describes the machine and measures matmul rates and each mesh axis's link.
 
 The matmul rate is the measured peak that MFU divides by (formulas/flops.py). An axis is timed with
-all-reduces, a pipeline's with messages there and back, at many sizes (distributed/benchmarks.py), and
-t = steps alpha + bytes / beta is fitted to each round (formulas/collectives.py, Hockney 1994).
+all-reduces, the pp axis with messages, at many sizes (distributed/benchmarks.py). Latency alpha and bandwidth
+beta are fitted as t = steps alpha + bytes / beta (formulas/collectives.py; Hockney 1994).
 """
 import json
 from dataclasses import asdict, replace
@@ -16,7 +16,7 @@ from nanoinfra.distributed.cpu_threads import use_threads
 from nanoinfra.distributed.mesh import AXES, Mesh, world_size
 from nanoinfra.formulas.collectives import fit
 from nanoinfra.lab.display_table import DisplayTable
-from nanoinfra.lab.doctor import machine_info as devices
+from nanoinfra.lab.doctor import machine_info
 from nanoinfra.lab.doctor.doctor_flags import DoctorFlags
 from nanoinfra.lab.measure import median_of_times
 from nanoinfra.lab.predict import format_quantity
@@ -26,7 +26,7 @@ _MATMUL_DTYPES = ("float32", "bfloat16")
 
 
 def run_doctor(flags: DoctorFlags) -> dict:
-    """Measure on the ranks of this run; rank 0 prints, and writes --out. The same report on every rank."""
+    """Measure on all ranks; rank 0 prints tables and writes --out. Returns the report."""
     use_threads(flags.threads)
     mesh = Mesh(**plan_mesh(flags.mesh, world_size()), wire=parse_wire(flags.wire), device=flags.device)
     report = {"nanoinfra": 1, "hosts": gather_hosts(mesh), "device": flags.device, "ranks": mesh.world.size,
@@ -43,16 +43,17 @@ def run_doctor(flags: DoctorFlags) -> dict:
 
 
 def gather_hosts(mesh: Mesh) -> list[dict]:
-    """Each host of the mesh once, with the ranks that run there."""
+    """Describe each host of the mesh once, with the ranks that run on it."""
     found = {}
-    for rank, told in enumerate(comm.gather_objects(devices.describe_host() | {"links": devices.gpu_links()},
-                                                    mesh.world)):
+    mine = machine_info.describe_host() | {"links": machine_info.gpu_links()}
+    for rank, told in enumerate(comm.gather_objects(mine, mesh.world)):
         found.setdefault(told["name"], told | {"ranks": []})["ranks"].append(rank)
     return list(found.values())
 
 
 def measure_link(mesh: Mesh, name: str) -> dict:
-    """Latency and bandwidth of axis `name`: medians of a fit a round, and the times these were fitted to."""
+    """Measure latency and bandwidth of the mesh axis `name`: medians over rounds, and the times by payload
+    size."""
     axis, op = getattr(mesh, name), "send" if name == "pp" else "all_reduce"
     times = wire_times(mesh, axis, op)
     n = axis.size if op == "all_reduce" else 2
@@ -73,7 +74,7 @@ def _timed(mesh, values, unit):
 
 
 def report_tables(report: dict) -> list[DisplayTable]:
-    """The report as tables."""
+    """The report of `run_doctor` as tables: machine, matmul rates, and a table for each axis."""
     facts = [row for host in report["hosts"] for row in _host(host)]
     rates = [(dtype, *_cells(m, _giga)) for dtype, m in report["matmul"].items()]
     return [DisplayTable("Machine", ("what", "is", "kind"), facts),
@@ -85,18 +86,18 @@ def report_tables(report: dict) -> list[DisplayTable]:
 def _host(host):
     n, processor = len(host["ranks"]), f"{host['processor']}, {host['cores']} cores"
     yield f"host {host['name']}, {n} rank{'s' * (n > 1)}", processor, "said"
-    yield "memory", f"{host['memory'] / devices.BYTES_PER_GIB:.1f} GiB", "counted"
+    yield "memory", f"{host['memory'] / machine_info.BYTES_PER_GIB:.1f} GiB", "counted"
     busy = host["load"] > host["cores"] / 2
     yield "load, last minute", f"{host['load']:.2f}" + "; busy: times will be long" * busy, "counted"
     for i, gpu in enumerate(host["gpus"]):
-        yield f"GPU {i}", f"{gpu['name']}, {gpu['memory'] / devices.BYTES_PER_GIB:.1f} GiB", "said"
+        yield f"GPU {i}", f"{gpu['name']}, {gpu['memory'] / machine_info.BYTES_PER_GIB:.1f} GiB", "said"
     if host["links"]:
         yield "links between GPUs", ", ".join(host["links"]), "said"
     yield "versions", ", ".join(f"{name} {v}" for name, v in host["versions"].items()), "said"
 
 
 def _who(report):
-    """Whose rate it is, in words."""
+    """What the matmul rate is of: threads, or a GPU, of one rank."""
     ranks, threads = report["ranks"], report["threads"]
     who = f"{threads} thread{'s' * (threads > 1)}" if report["device"] == "cpu" else "a GPU"
     return f"{who}, one of {ranks} ranks" if ranks > 1 else who
@@ -106,10 +107,10 @@ def _wire(name, told):
     n, op, emulated = len(told["seconds"]), told["op"].replace("_", "-"), ", emulated" * told["emulated"]
     missed = f"{told['mean_miss']:.0%}, at worst {told['worst_miss']:.0%}"
     return DisplayTable(f"{name}: {told['ranks']} ranks{emulated}, {n} sizes of {op}",
-                ("fitted", "measured", "spread", "kind"),
-                [("alpha, a message's latency", *_cells(told["latency"], format_quantity)),
-                 ("beta, bandwidth one way", *_cells(told["bandwidth"], _giga)),
-                 ("sizes miss that line by", missed, "", "timed")])
+                        ("fitted", "measured", "spread", "kind"),
+                        [("alpha, a message's latency", *_cells(told["latency"], format_quantity)),
+                         ("beta, bandwidth one way", *_cells(told["bandwidth"], _giga)),
+                         ("sizes miss that line by", missed, "", "timed")])
 
 
 def _cells(m, show):

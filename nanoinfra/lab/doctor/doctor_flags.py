@@ -21,13 +21,13 @@ class DoctorFlags:
 
     @property
     def mesh(self) -> MeshFlags:
-        """The flags that shape the mesh, as `nanoinfra train` has them."""
+        """The same mesh flags as those of `nanoinfra train`."""
         return MeshFlags(nproc=self.nproc, dp=self.dp, pp=self.pp, cp=self.cp, tp=self.tp,
                          device=self.device, threads=self.threads, wire=self.wire)
 
 
 def check_doctor_flags(flags: DoctorFlags) -> int:
-    """How many ranks to start. Raises ValueError for a mesh, a wire or a file that cannot be."""
+    """Check the flags; returns the number of ranks to start. ValueError for one that cannot be."""
     world = ranks_wanted(flags.mesh)
     plan_mesh(flags.mesh, world)
     parse_wire(flags.wire)

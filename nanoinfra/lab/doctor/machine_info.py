@@ -1,4 +1,4 @@
-"""What a machine is, in words and counts: processor, memory, devices and their links, versions."""
+"""Describe this machine: processor, cores, memory, GPUs and their links, software versions."""
 import os
 import platform
 import shutil
@@ -21,7 +21,7 @@ def describe_host() -> dict:
 
 
 def processor_name() -> str:
-    """The processor's name."""
+    """The processor's model name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
@@ -29,13 +29,13 @@ def processor_name() -> str:
 
 
 def software_versions() -> dict[str, str]:
-    """{"python", "torch", "triton", "cuda"}: "none" for what is not there."""
+    """{"python", "torch", "triton", "cuda"}: each one's version, "none" for what is not installed."""
     return {"python": platform.python_version(), "torch": torch.__version__, "triton": _version("triton"),
             "cuda": torch.version.cuda or "none"}
 
 
 def gpu_links() -> list[str]:
-    """How each two GPUs of this host are joined: "0-1 NV18"; [] where there are no two, or no nvidia-smi."""
+    """The link between each two GPUs of this host, as "0-1 NV18". [] for one GPU, or without nvidia-smi."""
     if torch.cuda.device_count() < 2 or not shutil.which("nvidia-smi"):
         return []
     told = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True)
@@ -43,7 +43,7 @@ def gpu_links() -> list[str]:
 
 
 def parse_gpu_topology(text: str) -> list[str]:
-    """["0-1 NV18", ...] from the matrix that `nvidia-smi topo -m` prints."""
+    """Parse the matrix that `nvidia-smi topo -m` prints into ["0-1 NV18", ...]."""
     rows = [line.split() for line in text.splitlines() if line.startswith("GPU")]
     return [f"{i}-{j} {rows[i][1 + j]}" for i in range(len(rows)) for j in range(i + 1, len(rows))]
 

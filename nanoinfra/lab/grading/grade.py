@@ -1,8 +1,9 @@
 """Grade a lesson: `python -m nanoinfra.lab.grading.grade 02 [--file work/L02.py]`.
 
-A point for each criterion met and each prediction made. Exit 0 full score, 1 something wrong, 2 blocked or
-nothing to grade. The reference solution is refused, unless `--reference` asks whether the lesson itself can
-be passed. The file runs in a process of its own, within limits; judge.py says what that holds.
+A point is given for each criterion that is met and each prediction that was made. The exit code is 0 for the
+full score, 1 if something is wrong, 2 if a criterion is blocked or there is nothing to grade. The file runs
+in a separate process within limits (judge.py, limited_process.py). A reference solution is refused;
+`--reference` grades the lesson's own.
 """
 import argparse
 import json
@@ -24,12 +25,15 @@ _DEFAULT_LIMITS = ProcessLimits()
 _MAX_HAND_IN_BYTES = 1 << 20                                   # of a file that is handed in
 
 
-def grade_lesson(lesson: str, file: Path | str | None = None, reference: bool = False,
-          limits: ProcessLimits = _DEFAULT_LIMITS) -> int:
-    """Print score and reasons for `lesson` ("02"); returns the exit code. Predictions lie beside `file`."""
-    checks = check.load_lesson_checks(lesson)
-    number = lesson.upper().removeprefix("L").zfill(2)
-    if reference:
+def grade_lesson(lesson_number: str, file: Path | str | None = None, grade_reference: bool = False,
+                 limits: ProcessLimits = _DEFAULT_LIMITS) -> int:
+    """Grade `file` (default work/L02.py) for lesson "02": print the score, return the exit code.
+
+    Predictions are read from numbers.json beside `file`. ValueError for what cannot be graded.
+    """
+    checks = check.load_lesson_checks(lesson_number)
+    number = lesson_number.upper().removeprefix("L").zfill(2)
+    if grade_reference:
         with tempfile.TemporaryDirectory() as folder:
             exercise.export_exercises_of_notebook(find_lesson_sources(number)[0] / "lesson.py", folder)
             file = Path(folder) / f"L{number}.py"
@@ -48,9 +52,10 @@ def grade_lesson(lesson: str, file: Path | str | None = None, reference: bool = 
 
 def judge_in_subprocess(lesson: str, file: Path, checks: tuple[Check, ...],
                         limits: ProcessLimits) -> list[CheckReport]:
-    """The report of each check on `file`. Where the process that judges has ended, another judges the next.
+    """Judge `file` in a child process; returns the report of each check.
 
-    Which criterion is to come is known here: a line about any other is no verdict, and ends the process.
+    If that process ends or is past a limit, its current criterion is wrong, and another process judges the
+    next check. A line about any criterion but the expected one is no verdict, and ends the process.
     """
     verdicts = {each.name: [] for each in checks}
     while todo := _todo(checks, verdicts):
@@ -96,7 +101,7 @@ def _verdict(said, name, criterion):
 
 
 def _predictions(file, asked):
-    """{key: is it made?} by the student's own record."""
+    """{key: was it predicted?} by the student's numbers.json."""
     try:
         if file.exists():
             _refuse_large(file)
@@ -137,7 +142,7 @@ def _say(text, margin):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m nanoinfra.lab.grading.grade",
                                      description="grade a lesson")
     parser.add_argument("lesson", help="its number, as 02")

@@ -1,8 +1,8 @@
-"""A program that is not trusted, with limits on time, memory and output, of which nothing stays.
+"""Run an untrusted program with limits on time, memory and output, and end every process that it started.
 
-It answers in lines on a pipe of its own, so neither its exit code nor what it prints is an answer. On Linux
-the caller adopts what the program left behind (PR_SET_CHILD_SUBREAPER) and ends it too; elsewhere a process
-that left its family is not found. It is no jail: the program can read, write and reach what its user can.
+The program answers with lines on a pipe, so that neither its exit code nor its prints are an answer. On Linux
+the caller adopts orphaned processes (PR_SET_CHILD_SUBREAPER) and ends them too; elsewhere they are not found.
+This is no sandbox: the program can read, write and reach whatever its user can.
 """
 import ctypes
 import json
@@ -19,35 +19,36 @@ from pathlib import Path
 
 import psutil
 
-PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36           # of Linux's prctl
-_CHECK_INTERVAL_SECONDS = 0.25  # seconds between two looks at time and memory
-_KILL_TIMEOUT_SECONDS = 30.0                                     # for killed processes to be gone
-_KILL_POLL_SECONDS = 0.01                                           # seconds between two looks at them
-_MAX_NEW_TASKS_WHILE_RUNNING = 200  # processes and threads more than when it began
+PR_SET_PDEATHSIG = 1                                   # options of Linux's prctl
+_PR_SET_CHILD_SUBREAPER = 36
+_CHECK_INTERVAL_SECONDS = 0.25                         # between two checks of time and memory
+_KILL_TIMEOUT_SECONDS = 30.0                           # until killed processes must be gone
+_KILL_POLL_SECONDS = 0.01                              # between two looks whether they are
+_MAX_NEW_TASKS_WHILE_RUNNING = 200                     # new processes and threads before all are stopped
 _KEPT_VARIABLES = {"PATH", "HOME", "LANG", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
 _KEPT_VARIABLE_PREFIXES = ("LC_", "PYTHON", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "ATEN_", "TORCH",
-                   "TRITON_", "CUDA_", "NCCL_")
+                           "TRITON_", "CUDA_", "NCCL_")
 
 
 @dataclass(frozen=True)
 class ProcessLimits:
-    """What a program may take."""
-    seconds_per_line: float = 180.0             # to its next line
-    memory_bytes: int = 4 << 30              # bytes resident, with all that it started; shared pages count once
-    line_bytes: int = 256 << 10              # bytes of a line
-    kept_output_bytes: int = 4 << 10              # bytes that are kept of what it prints
-    max_processes: int = 500               # at a time, those included that ended and nobody has waited for
+    """Limits of an untrusted program."""
+    seconds_per_line: float = 180.0             # until its next line
+    memory_bytes: int = 4 << 30              # resident, with all that it started; shared pages count once
+    line_bytes: int = 256 << 10              # of one line
+    kept_output_bytes: int = 4 << 10              # of its output, the rest is dropped
+    max_processes: int = 500               # at a time, zombies included
 
 
 class ProcessGaveNoLine(Exception):
-    """The program gives no further line; the text says why."""
+    """The program gave no further line, because it ended or was past a limit: the text says which."""
 
 
 class LimitedProcess:
-    """`command` as a running program: a context manager that ends it and all that it started.
+    """A context manager that runs `command` and, at its end, kills it and all processes that it started.
 
-    It runs in an empty folder that is removed at the end, with an environment that holds no secrets. Its
-    stdin is one object of JSON: `ask`, and {"pipe": the number of the descriptor to write its lines to}.
+    The program runs in an empty temporary folder, with an environment without secrets. Its stdin is one JSON
+    object: `request` and {"pipe": the file descriptor to which it writes its lines}.
     """
 
     def __init__(self, command: list[str], request: dict, limits: ProcessLimits):
@@ -84,13 +85,14 @@ class LimitedProcess:
             self._folder.cleanup()
 
     def read_line(self) -> bytes:
-        """The next line it wrote to its pipe. Raises Ended where it is gone, or past a limit."""
+        """Wait for the program's next line. Raises ProcessGaveNoLine if it ended or is past a limit."""
         began = looked = time.monotonic()
         while b"\n" not in self._answers:
             gone = self._process.poll()                # before the last read, so that nothing is missed
             self._read()
             if len(self._answers) > self.limits.line_bytes:
-                raise ProcessGaveNoLine(f"wrote more than {self.limits.line_bytes:,} bytes without an end of line")
+                raise ProcessGaveNoLine(f"wrote more than {self.limits.line_bytes:,} bytes without an end of "
+                                        "line")
             if gone is not None and b"\n" not in self._answers:
                 raise ProcessGaveNoLine(f"ended its process {_how(gone)}")
             if (now := time.monotonic()) - looked > _CHECK_INTERVAL_SECONDS:
@@ -101,7 +103,7 @@ class LimitedProcess:
 
     @property
     def captured_output(self) -> str:
-        """The beginning of what it printed."""
+        """The first bytes of its stdout and stderr, as text."""
         more = f" ... ({self.printed_bytes:,} bytes in all)" if self.printed_bytes > len(self._kept) else ""
         return self._kept.decode(errors="replace") + more
 
@@ -132,7 +134,7 @@ class LimitedProcess:
 
     @contextmanager
     def _standing_still(self):
-        """Who forks on and on leaves no processor to who counts: a crowd, perhaps not its own, stops it."""
+        """Stop the program while its memory is counted, if there are so many processes that this is slow."""
         crowd = _tasks() - self._tasks > _MAX_NEW_TASKS_WHILE_RUNNING
         if crowd:
             self._signal_group(signal.SIGSTOP)
@@ -141,7 +143,7 @@ class LimitedProcess:
             self._signal_group(signal.SIGCONT)
 
     def _family(self):
-        """The program and all that it started, orphans too; not the caller's other children."""
+        """The program's process and all that it started, orphans too; not the caller's other children."""
         every = psutil.Process().children(recursive=True)              # one look at all processes there are
         parents, others = {each.pid: _parent(each) for each in every}, {each.pid for each in self._others}
 
@@ -168,13 +170,13 @@ class LimitedProcess:
         self._process.wait()
 
     def _signal_group(self, number):
-        """Signal all that stayed in its group, in one call: it forks faster than anybody looks."""
+        """Signal its process group in one call, because it may fork faster than we look."""
         if self._process.poll() is None:               # else its number may be another's by now
             os.killpg(self._process.pid, number)
 
 
 def environment_without_secrets(folder: str) -> dict[str, str]:
-    """What a program needs of this process's environment; nanoinfra imports, `folder` is for files."""
+    """The variables of this environment that a program needs, with PYTHONPATH and TMPDIR=`folder`."""
     kept = {name: value for name, value in os.environ.items()
             if name in _KEPT_VARIABLES or name.startswith(_KEPT_VARIABLE_PREFIXES)}
     paths = [str(Path(__file__).resolve().parents[3]), *kept.get("PYTHONPATH", "").split(os.pathsep)]
@@ -182,13 +184,13 @@ def environment_without_secrets(folder: str) -> dict[str, str]:
 
 
 def prctl(option: int, value: int) -> None:
-    """Set an attribute of this process on Linux; elsewhere nothing."""
+    """Call Linux's prctl for this process; elsewhere do nothing. Raises OSError."""
     if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
 
 
 def _tasks():
-    """How many processes and threads this machine has; 0 where it does not say."""
+    """The number of processes and threads on this machine; 0 where that is not known."""
     path = Path("/proc/loadavg")
     return int(path.read_text().split()[3].partition("/")[2]) if path.exists() else 0
 
@@ -209,7 +211,7 @@ def _parent(process):
 
 
 def _signal(processes, number):
-    """Signal each, and its whole group in one call: it forks faster than anybody looks."""
+    """Signal each process, and its whole group in one call, because it may fork faster than we look."""
     for group in {_group(process) for process in processes} - {os.getpgrp(), None}:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(group, number)

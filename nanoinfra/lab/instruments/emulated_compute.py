@@ -1,7 +1,7 @@
-"""An emulated accelerator: a module that sleeps for as long as one would compute, so that cores stay free.
+"""Emulate an accelerator's compute time: modules sleep for as long as it would compute.
 
 Ranks that share two cores cannot compute at the same time, but they can sleep at the same time. Together with
-an emulated wire (distributed/emulated_link.py), overlap and waiting become predictable on any laptop.
+an emulated link (distributed/emulated_link.py), overlap and exposed waiting are predictable on any laptop.
 """
 import time
 from collections.abc import Iterable
@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 
-def emulate_compute_time(modules: Iterable[nn.Module], seconds: float) -> list[tuple[float, float]]:
-    """From now on each module takes `seconds` a sample of its output in backward, and half of it in forward.
+def emulate_compute_time(modules: Iterable[nn.Module],
+                         backward_seconds_per_sample: float) -> list[tuple[float, float]]:
+    """Make each module sleep for that long per sample of its output in backward, and half as long in forward.
 
-    Its own, real work comes on top. Returns a list that fills with (begin, end) of each nap in backward, in
-    `time.monotonic` seconds. A module sleeps before its own gradients are computed.
+    The module's real work comes on top. Returns a list that fills with (begin, end) of each sleep in
+    backward, in `time.monotonic` seconds. A module sleeps before its own gradients are computed.
     """
     naps = []
     for module in modules:
-        module.register_forward_hook(lambda _, __, out: _Nap.apply(out, seconds * len(out), naps))
+        module.register_forward_hook(
+            lambda _, __, out: _Nap.apply(out, backward_seconds_per_sample * len(out), naps))
     return naps
 
 

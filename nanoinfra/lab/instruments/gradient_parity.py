@@ -1,4 +1,8 @@
-"""Parity of gradients: a step of the trainer's own stage on a mesh of ranks, against that of one rank.
+"""Gradient parity: compare the gradients of a training step on a mesh of ranks with those of one rank.
+
+Each rank runs the trainer's own stage (train/train_stage.py) in float64. The error of a gradient is the
+design's measure, ||got - want|| / max(||want||, 1e-6 ||all gradients||), of each rank's part against the
+whole.
 """
 from collections.abc import Callable, Sequence
 from math import inf, prod
@@ -13,17 +17,18 @@ from nanoinfra.train.step import execute
 from nanoinfra.train.train_stage import Replica
 
 
-def float64_train_flags(sizes: dict[str, int], batch: int, sequences: int) -> TrainFlags:
-    """A float64 step on pp x dp x tp ranks, `sizes`: `sequences` in micro-batches of `batch`."""
-    data = DataFlags(micro_batch=batch, global_batch=sequences)
-    return TrainFlags(ModelFlags(dtype="float64"), data, MeshFlags(**sizes))
+def float64_train_flags(axis_sizes: dict[str, int], micro_batch: int, global_batch: int) -> TrainFlags:
+    """Flags of a float64 step on pp x dp x tp ranks, given as {axis: size}."""
+    data = DataFlags(micro_batch=micro_batch, global_batch=global_batch)
+    return TrainFlags(ModelFlags(dtype="float64"), data, MeshFlags(**axis_sizes))
 
 
 def run_gradient_step(config: ModelConfig, flags: TrainFlags, seq: int, norm: Callable | None = None) -> dict:
-    """On each of the ranks that `flags` name, of a step: where it stands, what it has and what it sent.
+    """Run one training step on each rank of the mesh that `flags` describe; returns this rank's results.
 
-    "grads": {name: (box, part)}; "rows": the ledger's, until all gradients are summed; "norm": the trainer's,
-    and "own" what `norm(grads, mesh, ends)` says of the same gradients.
+    "at": {axis: rank on it}; "grads": {name: (box, part)}; "rows": records of all collectives until the
+    gradients are summed; "loss"; "norm": the trainer's gradient norm; "own": what `norm(grads, mesh, ends)`
+    returns.
     """
     mesh = make_mesh(flags)
     replica, batches = make_stage_and_batches(config, flags, mesh, seq)
@@ -43,9 +48,10 @@ def run_gradient_step(config: ModelConfig, flags: TrainFlags, seq: int, norm: Ca
 
 
 def make_stage_and_batches(config: ModelConfig, flags: TrainFlags, mesh, seq: int) -> tuple[Replica, list]:
-    """The trainer's stage of this rank, and its data rank's micro-batches [(x, y)], (B, T) each.
+    """This rank's training stage, and its random micro-batches [(x, y)] of token ids, (B, T) each.
 
-    Sequence g of the step has `seq` - g % `seq` valid targets: data ranks have different numbers of them.
+    Sequence g of the step has `seq` - g % `seq` valid targets, so that data-parallel ranks have different
+    numbers.
     """
     x, y = torch.randint(config.vocab, (2, flags.data.global_batch, seq),
                          generator=torch.Generator().manual_seed(0))     # (G, T)
@@ -56,15 +62,15 @@ def make_stage_and_batches(config: ModelConfig, flags: TrainFlags, mesh, seq: in
 
 
 def count_valid_targets(sequences: int, seq: int) -> int:
-    """Valid targets of the step of `stage_of`, on all ranks."""
+    """The number of valid targets of `sequences` sequences of `make_stage_and_batches`, on all ranks."""
     return sum(seq - g % seq for g in range(sequences))
 
 
 def relative_gradient_errors(parts: Sequence[dict], want: dict[str, torch.Tensor]) -> dict[str, float]:
-    """{name: the largest error of any rank's part of that gradient}: ||got - want|| / max(||want||, floor).
+    """{name: the largest relative error of any rank's part of that gradient}.
 
-    `parts` are ranks' {name: (box, part)}, `want` whole gradients. The floor, 1e-6 ||all||, is for those that
-    are zero but for rounding.
+    `parts` has each rank's {name: (box, part)}, `want` the whole gradients. The floor of 1e-6 ||all|| is for
+    gradients that are zero except for rounding.
     """
     floor, found = 1e-6 * torch.stack([grad.norm() for grad in want.values()]).norm(), {}
     for name, (box, part) in (item for each in parts for item in each.items()):
@@ -75,7 +81,7 @@ def relative_gradient_errors(parts: Sequence[dict], want: dict[str, torch.Tensor
 
 
 def largest_gradient_error(parts: Sequence[dict], want: dict[str, torch.Tensor]) -> float:
-    """The largest of `errors`; infinite where no rank has some part."""
+    """The largest of `relative_gradient_errors`; infinite if some part of a gradient is on no rank."""
     seen = {name: torch.zeros(grad.shape) for name, grad in want.items()}
     for name, (box, _) in (item for each in parts for item in each.items()):
         seen[name][tuple(slice(*ends) for ends in box)] = 1
@@ -84,5 +90,5 @@ def largest_gradient_error(parts: Sequence[dict], want: dict[str, torch.Tensor])
 
 
 def make_mesh(flags: TrainFlags, wire: dict[str, tuple[float, float]] | None = None) -> Mesh:
-    """The mesh of pp x dp x tp ranks that `flags` name, with an emulated wire."""
+    """The mesh of pp x dp x tp ranks that `flags` describe; `wire` emulates links, {axis: (s, bytes/s)}."""
     return Mesh(flags.mesh.pp, flags.mesh.dp, tp=flags.mesh.tp, wire=wire)

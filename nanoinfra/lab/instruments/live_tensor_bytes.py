@@ -1,11 +1,11 @@
-"""Bytes that tensors hold at any moment: every storage made in this thread and still alive, counted once.
+"""Count the bytes of all live tensors: each storage that this thread made and that is still alive, once.
 
-    with Storages(of=model.parameters()) as storages:
-        storages.mark_module_boundaries(model, mesh.ledger)         # marks at module and communication boundaries
+    with LiveTensorBytes(initial_tensors=model.parameters()) as storages:
+        storages.mark_module_boundaries(model, mesh.ledger)
         step()
+    storages.peak_bytes
 
-Saved tensors and collectives under way are seen too, which only C++ holds; a kernel's own scratch is not.
-gloo's thread may hold the buffers of a collective for a moment after it is done, and then they count.
+Tensors that autograd saved and buffers of running collectives count, a kernel's scratch memory does not.
 """
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -18,36 +18,38 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensorBytes(TorchDispatchMode):
-    """While it is on, remembers the storage of each operator's results by a weak reference.
+    """A context that keeps a weak reference to the storage of every operator's results.
 
-    Older storages count only if a tensor of theirs is in `initial_tensors`; meta tensors and memory lent by numpy never.
+    Storages made before count only if `initial_tensors` has a tensor of theirs. Meta tensors and memory of
+    numpy never count. With `mark_operators` each operator records a mark, which is slow. gloo may hold the
+    buffers of a collective for a moment after it is done, and then they count.
     """
 
     def __init__(self, initial_tensors: Iterable[torch.Tensor] = (), mark_operators: bool = False):
         super().__init__()
-        self._mark_operators = mark_operators                 # mark after each one: slow
-        self.marks: list[tuple[str, int]] = []     # (label, bytes held then)
+        self._mark_operators = mark_operators
+        self.marks: list[tuple[str, int]] = []     # (label, live bytes then)
         self._alive, self._undo = WeakValueDictionary(), ExitStack()
         self._remember(initial_tensors)
 
     def live_bytes(self) -> int:
-        """Bytes of the storages alive now, each at its size of now."""
+        """Bytes of all storages that are alive now."""
         return sum(storage.nbytes() for storage in self._alive.values())
 
     def record_mark(self, label: str) -> None:
-        """Append what is held now to `marks`."""
+        """Append (label, live bytes) to `marks`."""
         self.marks.append((label, self.live_bytes()))
 
     @property
     def peak_bytes(self) -> int:
-        """The most that any mark has seen."""
+        """The largest number of live bytes at any mark."""
         return max((held for _, held in self.marks), default=0)
 
     def mark_module_boundaries(self, model: torch.nn.Module | None = None, comm_log=None) -> None:
-        """Until the context ends, mark at each boundary of the modules and of the ledger's collectives.
+        """Record marks around each module's forward and backward, and each collective of `comm_log`.
 
-        A module enters forward after its other hooks and leaves it before them; it enters backward when its
-        output's gradient is there, and leaves it when its input's is.
+        A module's forward begins after its other hooks and ends before them. Its backward begins when the
+        gradient of its output is there, and ends when that of its input is. Marks end with the context.
         """
         for name, module in model.named_modules(prefix="model") if model is not None else ():
             enters = module.register_forward_pre_hook(self._boundary(name, "enters", "leaves"))

@@ -1,11 +1,11 @@
-"""What autograd keeps for backward: each storage once, weights apart; now, and at the worst moment.
+"""Count the activations that autograd saves for backward: each storage once, without the weights.
 
-    with Kept(model.parameters()) as kept:
+    with SavedActivations(model.parameters()) as saved:
         loss = model(x)
-    kept.saved_bytes()
+    saved.saved_bytes()
 
-Autograd offers each tensor that it keeps to a hook, and weak references tell which are still there. Meta
-tensors count as well, so that a model of any size is counted in no time.
+Autograd passes each tensor that it saves to a hook (saved_tensors_hooks), and weak references tell which of
+them are still alive. Meta tensors count as well, so that a model of any size is counted at once.
 """
 import weakref
 from collections.abc import Iterable
@@ -15,11 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class SavedActivations(saved_tensors_hooks):
-    """Tensors kept by the forward, or by the second forwards of a backward, that run while it is on."""
+    """A context that counts tensors saved by a forward, or by the recomputation inside a backward."""
 
     def __init__(self, weights: Iterable[torch.Tensor] = ()):
         super().__init__(self._keep, lambda tensor: tensor)
-        self.peak_bytes = self._bytes = 0                  # the most bytes kept at any moment; those of now
+        self.peak_bytes = self._bytes = 0            # the most that were saved at any moment; those of now
         self._weights = {_storage(weight) for weight in weights}
         self._refs = {}                              # {storage: {id: weak reference to a tensor of it}}
 
@@ -28,11 +28,11 @@ class SavedActivations(saved_tensors_hooks):
         return self
 
     def saved_bytes(self) -> int:
-        """Of the storages that are kept now."""
+        """Bytes of the storages that are saved now."""
         return self._bytes
 
     def saved_tensors(self) -> list[torch.Tensor]:
-        """One for each storage that is kept now, in the order they came."""
+        """A tensor for each storage that is saved now, in the order in which they were saved."""
         return [next(iter(refs.values()))() for refs in self._refs.values()]
 
     def _keep(self, tensor):

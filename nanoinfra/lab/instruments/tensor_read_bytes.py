@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorReadBytes(TorchDispatchMode):
-    """While it is on, adds up in `read` the bytes by the name under which a tensor was given."""
+    """A context that adds up `read_bytes`, {name: bytes}, by the name under which tensors were given."""
 
-    def __init__(self, **of: Iterable[torch.Tensor]):
+    def __init__(self, **named_tensors: Iterable[torch.Tensor]):
         super().__init__()
         self.read_bytes = Counter()
-        self._of = {name: [*tensors] for name, tensors in of.items()}       # alive, or another gets the key
+        # the tensors stay alive, so that no other one gets the address of their storage
+        self._of = {name: [*tensors] for name, tensors in named_tensors.items()}
         self._names = {_key(tensor): name for name, tensors in self._of.items() for tensor in tensors}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
