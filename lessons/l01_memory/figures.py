@@ -1,4 +1,4 @@
-"""Pictures of bytes, of the numbers in them, and of what comes of it: by kind, one by one, over a step."""
+"""Figures of lesson 01: bytes by kind, bytes over a step, magnitudes in float16, and loss curves."""
 from collections.abc import Callable, Sequence
 
 import torch
@@ -6,11 +6,12 @@ import torch
 from nanoinfra.lab.draw import BLUE, GREEN, GREY, ORANGE, RED, SERIES_COLOURS, Picture, new_figure
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 
-FLOAT16 = ((-40, -25, 0.16, "zero"), (-25, -14, 0.07, "fewer than 11 bits"), (16, 22, 0.16, "infinite"))
+_FLOAT16_RANGES = ((-40, -25, 0.16, "zero"), (-25, -14, 0.07, "fewer than 11 bits"),
+                   (16, 22, 0.16, "infinite"))
 
 
-def stacked(rows: dict[str, dict[str, int]], title: str = "bytes by kind") -> Picture:
-    """A bar a row of {row: {kind: bytes}}, a piece a kind; kinds in the order of the row with the most."""
+def stacked_byte_bars(rows: dict[str, dict[str, int]], title: str = "bytes by kind") -> Picture:
+    """Stacked bars of {row: {kind: bytes}}. Kinds stand in the order of the row with the most kinds."""
     kinds = max(rows.values(), key=len)
     largest = max(sum(row.values()) for row in rows.values())
     scale, unit = next((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
@@ -31,18 +32,18 @@ def stacked(rows: dict[str, dict[str, int]], title: str = "bytes by kind") -> Pi
     return picture
 
 
-def during(storages: LiveTensorBytes, act: Callable[[], object]) -> list[int]:
-    """The bytes held after each operator of `act()`, by `storages` that mark operators."""
+def bytes_after_each_operator(storages: LiveTensorBytes, act: Callable[[], object]) -> list[int]:
+    """The live bytes after each operator of `act()`, as `storages` with mark_operators records them."""
     start = len(storages.marks)
     act()
     return [held for _, held in storages.marks[start:]]
 
 
-def over_step(lives: dict[str, list[Sequence[int]]], phases: Sequence[str], line: tuple[str, int],
-              title: str) -> Picture:
-    """Bytes after each operator of each phase, {name: a list a phase}; `line` is (label, bytes), dashed.
+def bytes_over_step(lives: dict[str, list[Sequence[int]]], phases: Sequence[str], line: tuple[str, int],
+                    title: str) -> Picture:
+    """Plot live bytes over the phases of a step, {name: [bytes after each operator, for each phase]}.
 
-    Phases are drawn equally wide, whatever their number of operators.
+    Phases are drawn equally wide. `line` is (label, bytes) of a dashed line.
     """
     picture, axes = new_figure(8.6, 3.8, title)
     for colour, (name, held) in zip((GREY, BLUE, *SERIES_COLOURS[2:]), lives.items()):
@@ -60,8 +61,8 @@ def over_step(lives: dict[str, list[Sequence[int]]], phases: Sequence[str], line
     return picture
 
 
-def against_float16(numbers: dict[str, torch.Tensor], title: str) -> Picture:
-    """The sizes of {name: numbers}, as histograms, where float16 rounds them to zero, to few bits, to inf."""
+def float16_histogram(numbers: dict[str, torch.Tensor], title: str) -> Picture:
+    """Histograms of the magnitudes of {name: numbers}, with the ranges where float16 fails."""
     edges = torch.arange(-48, 22.5, 0.5)
     picture, axes = new_figure(8.6, 3.6, title)
     for colour, (name, x) in zip((BLUE, ORANGE), numbers.items()):
@@ -69,7 +70,7 @@ def against_float16(numbers: dict[str, torch.Tensor], title: str) -> Picture:
         share = torch.histogram(sizes.cpu(), edges).hist * 100 / len(sizes)
         axes.stairs(share.tolist(), edges.tolist(), fill=True, color=colour, alpha=0.8,
                     label=f"{name}: {(sizes < -25).float().mean():.0%} become zero")
-    for left, right, shade, text in FLOAT16:
+    for left, right, shade, text in _FLOAT16_RANGES:
         axes.axvspan(left, right, color="black", alpha=shade, linewidth=0)
         axes.text(left + 0.4, 0.97, text, transform=axes.get_xaxis_transform(), va="top", fontsize=10)
     axes.set(xlim=(-40, 22), xlabel="log2 of the size", ylabel="% of the numbers")
@@ -78,8 +79,8 @@ def against_float16(numbers: dict[str, torch.Tensor], title: str) -> Picture:
     return picture
 
 
-def losses(runs: dict[str, tuple[Sequence[int], Sequence[float]]], title: str) -> Picture:
-    """{name: (steps, held-out losses)}, each curve thinner than those before: all are seen."""
+def loss_curves(runs: dict[str, tuple[Sequence[int], Sequence[float]]], title: str) -> Picture:
+    """Plot {name: (steps, held-out losses)}. Each curve is thinner than the one before."""
     picture, axes = new_figure(8.6, 4.2, title)
     for i, (colour, (name, (steps, nats))) in enumerate(zip((GREY, RED, BLUE, ORANGE, GREEN), runs.items())):
         width = max(1.4, 8 - 2.2 * i)

@@ -18,8 +18,8 @@ from dataclasses import replace
 import torch
 
 from lessons.l01_memory import checks as check
-from lessons.l01_memory.figures import against_float16, during, losses, over_step, stacked
-from lessons.l01_memory.text_batches import batch
+from lessons.l01_memory import figures
+from lessons.l01_memory.text_batches import text_batch
 from nanoinfra.config import ModelConfig, sized
 from nanoinfra.formulas.activations import activation_bytes
 from nanoinfra.formulas.model_states import state_bytes
@@ -88,9 +88,10 @@ def go_on(model, step, steps, first):
     """`step(loss)` for each batch from the `first`. Returns (steps done, held-out losses)."""
     curve = {}
     for i in range(1, steps + 1):
-        step(loss_of(model, *batch(first + i), 2**19))  # a micro-batch of a step of 2**19 tokens (section 3)
+        # a micro-batch of a step of 2**19 tokens (section 3)
+        step(loss_of(model, *text_batch(first + i), 2**19))
         if i % EVERY == 0:
-            curve[i] = loss_of(model, *batch(0, B=16), 16 * 64).item()
+            curve[i] = loss_of(model, *text_batch(0, B=16), 16 * 64).item()
     return list(curve), list(curve.values())
 
 def end(name, dtype, make_step):
@@ -108,7 +109,7 @@ go_on(trained, plain(trained, 3e-3), FIRST, first=0)
 end("float32", torch.float32, plain)
 end("all in bfloat16", torch.bfloat16, plain)
 B, psi, START = 4, parameters(CONFIG), 2.0**36                     # for the predictions
-loss_of(trained, *batch(0), 2**19).backward()
+loss_of(trained, *text_batch(0), 2**19).backward()
 g = max(p.grad.abs().max().item() for p in trained.parameters())
 print(f"{psi=:,} {B=} {T=} {C=} {H=} START=2^{math.log2(START):g} g=2^{math.log2(g):.2f}")
 
@@ -157,7 +158,7 @@ rows = {"float32": state_bytes(psi_xl),
 for name, row in rows.items():
     row |= {"m": row.pop("exp_avg"), "v": row.pop("exp_avg_sq"),           # Adam's two moments
             "activations": activation_bytes(xl, 4, 1024, 4 if name == "float32" else 2)}
-stacked(rows, "GPT-2 xl, a step of 4 x 1024 tokens: bytes by kind")
+figures.stacked_byte_bars(rows, "GPT-2 xl, a step of 4 x 1024 tokens: bytes by kind")
 
 # %% [markdown]
 # **Exercise 1: Adam with masters.** For a gradient g, in step t = 1, 2, ...: m ← β₁m + (1−β₁)g and
@@ -201,9 +202,10 @@ check.adam_step(adam_step)
 passed, model = [], copy.deepcopy(trained)
 for module in model.modules():
     module.register_forward_hook(lambda _, __, out: out.register_hook(passed.append) and None)
-loss_of(model, *batch(0), 2**19).backward()
+loss_of(model, *text_batch(0), 2**19).backward()
 sizes = torch.cat([grad.flatten() for grad in passed])
-against_float16({"as they are": sizes, "times 2^16": sizes * 2**16}, "gradients and float16's range")
+figures.float16_histogram({"as they are": sizes, "times 2^16": sizes * 2**16},
+                          "gradients and float16's range")
 
 # %% [markdown]
 # **Exercise 2: a scale that finds its size.** Backward of loss · scale. The norm of *all* gradients, over the
@@ -268,7 +270,7 @@ def layer(dtype):                            # what forward leaves behind in two
 def skipped():
     model, scale = copy.deepcopy(trained).half(), {"value": START, "good": 0, "grow_after": 2000}
     for tries in range(64):
-        loss = loss_of(model, *batch(0), 2**19)
+        loss = loss_of(model, *text_batch(0), 2**19)
         if scaled_step(loss, dict(model.named_parameters()), scale, 1.0, move=lambda factor: None):
             return counted(tries, "steps")
 
@@ -289,15 +291,16 @@ def life(dtype, optimizer):
         model, tokens = Decoder(CONFIG).to(dtype), torch.zeros(2, B, T, dtype=torch.long)
         loss, update = [], optimizer(model, 1e-5)
         acts = lambda: loss.append(loss_of(model, *tokens, B * T)), lambda: loss.pop().backward(), update
-        return [during(storages, act) for act in acts * 2][3:]
+        return [figures.bytes_after_each_operator(storages, act) for act in acts * 2][3:]
 
 def mixed(model, lr):
     params, state = dict(model.named_parameters()), {}
     return lambda: (adam_step(params, state, lr), model.zero_grad())
 
-over_step({"float32": life(torch.float32, adam), "mixed, your Adam": life(torch.bfloat16, mixed)},
-          ("forward", "backward", "update"), ("16 bytes a parameter", 16 * psi),
-          f"a training step of {psi / 1e6:.2g} M parameters, B = {B}, T = {T}")
+figures.bytes_over_step({"float32": life(torch.float32, adam),
+                         "mixed, your Adam": life(torch.bfloat16, mixed)},
+                        ("forward", "backward", "update"), ("16 bytes a parameter", 16 * psi),
+                        f"a training step of {psi / 1e6:.2g} M parameters, B = {B}, T = {T}")
 
 # %% [markdown]
 # **Does it train?** The end once more, with your functions. The scale starts at 2³², for float16 too high.
@@ -309,7 +312,7 @@ def scaled(model, lr):
 
 end("bfloat16, masters", torch.bfloat16, scaled)
 end("float16, masters", torch.float16, scaled)
-losses(ends, "the end of training" + ", too short to rank the lower three" * FAST)
+figures.loss_curves(ends, "the end of training" + ", too short to rank the lower three" * FAST)
 
 # %% [markdown]
 # **Explain.** Four sentences. (a) Mixed precision has 16 bytes a parameter like float32: what does it save?

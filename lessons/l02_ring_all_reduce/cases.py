@@ -1,19 +1,19 @@
-"""Numbers that say whose they are, so that a wrong sum can be taken apart again.
+"""Test tensors for an all-reduce whose sums show which rank's chunks were added.
 
-Rank r's chunk c is filled with 8^(r n + c): in a sum over ranks, each base-8 digit counts how often one part
-is in it. `counts` reads them, `words` says them: "holds the parts of ranks 0, 1, 3; rank 2's is missing".
-Exact in float64 up to 4 ranks.
+Rank r's chunk c is filled with 8^(r n + c), so that each base-8 digit of a sum counts how often one chunk is
+in it. `count_labels` reads the digits, `describe_labels` says them: "holds the parts of ranks 0, 1, 3; rank
+2's is missing". Exact in float64 up to 4 ranks.
 """
 import torch
 
 
-def label(rank: int, chunk: int, n: int) -> float:
-    """The number that stands for `rank`'s part of `chunk`, on an axis of `n` ranks with a chunk each."""
+def chunk_label(rank: int, chunk: int, n: int) -> float:
+    """The number that fills `rank`'s part of `chunk`, on an axis of `n` ranks with a chunk for each."""
     return 8.0 ** (rank * n + chunk)
 
 
-def counts(chunk: torch.Tensor, n: int) -> dict[tuple[int, int], int] | None:
-    """{(rank, chunk): times it was added, -3 to 3} of a chunk of equal labels; None if it is no such sum."""
+def count_labels(chunk: torch.Tensor, n: int) -> dict[tuple[int, int], int] | None:
+    """{(rank, chunk): how often it was added, -3 to 3} for a summed chunk; None if it is no sum of labels."""
     first = chunk.flatten()[0].item()
     if not float(first).is_integer() or not (chunk == first).all():
         return None
@@ -25,8 +25,8 @@ def counts(chunk: torch.Tensor, n: int) -> dict[tuple[int, int], int] | None:
     return None if rest or 4 in found.values() else {part: times for part, times in found.items() if times}
 
 
-def words(found: dict[tuple[int, int], int], chunk: int, n: int) -> str:
-    """What a chunk holds, and which rank's part it lacks."""
+def describe_labels(found: dict[tuple[int, int], int], chunk: int, n: int) -> str:
+    """Say in words which ranks' parts a chunk holds, and which are missing."""
     if not found:
         return "holds nothing, only zeros"
     mine = {rank: times for (rank, c), times in found.items() if c == chunk}

@@ -1,7 +1,7 @@
 """Lesson 02, the ring from send and receive: sums, in place, bits, messages, bytes, only `exchange`."""
 import torch
 
-from lessons.l02_ring_all_reduce.cases import counts, label, words
+from lessons.l02_ring_all_reduce.cases import chunk_label, count_labels, describe_labels
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.distributed.pool.rank_processes import RanksError
 from nanoinfra.formulas.collectives import ring_bytes, ring_steps
@@ -91,12 +91,12 @@ def _whose(subject, n, rows, r):
     """The first wrong chunk of rank r in words, with the usual cause; empty where it cannot be told."""
     after = _runs(subject, n, rows, kind="labels")[r]["after"]
     for c, chunk in zip([r] if rows else range(n), after.reshape(-1, CHUNK)):
-        found = counts(chunk, n)
+        found = count_labels(chunk, n)
         if found is None:
             return ""
         if found != {(rank, c): 1 for rank in range(n)}:
             hint = _hint(found, n, r, c, rows)
-            return f"ring of {n}, rank {r}, chunk {c}: {words(found, c, n)}{hint and ': '}{hint}"
+            return f"ring of {n}, rank {r}, chunk {c}: {describe_labels(found, c, n)}{hint and ': '}{hint}"
     return ""
 
 
@@ -139,7 +139,7 @@ def _one(subject, n, rows, kind):
     if kind == "fractions":
         x += torch.rand((n, CHUNK), generator=draw, dtype=torch.float64)
     if kind == "labels":
-        x = torch.tensor([[label(mesh.dp.rank, c, n)] * CHUNK for c in range(n)], dtype=torch.float64)
+        x = torch.tensor([[chunk_label(mesh.dp.rank, c, n)] * CHUNK for c in range(n)], dtype=torch.float64)
     x = x if rows else x.view(-1)
     before = x.clone()
     after = subject(x, mesh.dp)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from nanoinfra.lab.draw import BLUE, GREEN, RED, SERIES_COLOURS, SKY, Picture, new_figure, pale
 
 
-def timeline(ledgers: Sequence[Sequence], title: str = "what each rank did", label: str = "tag",
-             hidden: bool = True) -> Picture:
-    """A line a rank from its ledger's Rows: communication hidden (pale) or waited for (full colour).
+def comm_timeline(ledgers: Sequence[Sequence], title: str = "what each rank did", label: str = "tag",
+                  hidden: bool = True) -> Picture:
+    """Draw each rank's communication over time from its records: hidden (pale) or waited for (full colour).
 
-    Coloured by `label`: "tag", "op" or "axis". Time in ms from the first row's begin; blank is compute. Where
-    every call waits, nothing can hide: with `hidden=False` a bar is one call, from begin to end.
+    Colours stand for `label`: "tag", "op" or "axis". Time is in ms from the first record; blank is compute.
+    With `hidden=False` a bar is a whole call, from begin to end.
     """
     rows = [(rank, row) for rank, ledger in enumerate(ledgers) for row in ledger]
     start = min(row.begin for _, row in rows)
@@ -39,10 +39,10 @@ def _call(axes, y, begin, end, wait, colour):
     axes.barh(y, wait, left=end - wait, color=colour, zorder=3, **bar)
 
 
-def ring(summed: Sequence[Sequence[int]], sent: Sequence[int], title: str = "") -> Picture:
-    """Ranks on a ring: rank r's chunk c is a sum over `summed[r][c]` ranks (over all: green).
+def ring_diagram(summed: Sequence[Sequence[int]], sent: Sequence[int], title: str = "") -> Picture:
+    """Draw the ranks on a ring: rank r's chunk c is a sum over `summed[r][c]` ranks (green: over all).
 
-    Rank r sends its chunk `sent[r]`, outlined, to the right.
+    Rank r sends its chunk `sent[r]`, which is outlined, to its right neighbour.
     """
     n = len(summed)
     picture, axes = new_figure(7, 5.6, title)

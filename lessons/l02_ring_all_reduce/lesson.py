@@ -20,7 +20,7 @@ import time
 import torch
 
 from lessons.l02_ring_all_reduce import checks as check
-from lessons.l02_ring_all_reduce.figures import ring, timeline
+from lessons.l02_ring_all_reduce.figures import comm_timeline, ring_diagram
 from nanoinfra.distributed import comm, rings
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.ranks import Ranks
@@ -148,7 +148,8 @@ def first_step():
 
 
 summed = [[int(value) for value in row] for row in world.run(first_step)[:4]]
-ring(summed, sent=[(rank - 2) % 4 for rank in range(4)], title="after step 1 of 3, about to send again")
+ring_diagram(summed, sent=[(rank - 2) % 4 for rank in range(4)], title="after step 1 of 3, about to send "
+             "again")
 
 # %% [markdown]
 # **Exercise 1: reduce-scatter.** Send `partial`, take the left neighbour's, add your own row of that chunk,
@@ -241,8 +242,8 @@ compare_predictions(["L02.bytes", "L02.seconds"])
 # cores.
 
 # %%
-timeline([ledger for _, ledger in results], "one ring all-reduce in each rank's ledger", label="op",
-         hidden=False)
+comm_timeline([ledger for _, ledger in results], "one ring all-reduce in each rank's ledger", label="op",
+              hidden=False)
 
 # %% [markdown]
 # **Is the ring always best?** It sends few bytes but many messages. A binomial tree sends 2·log₂N

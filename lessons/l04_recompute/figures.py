@@ -1,4 +1,4 @@
-"""The picture of lesson 04: the tensors that autograd saves in a layer, one by one."""
+"""The figure of lesson 04: the bytes of each tensor that autograd saves in a layer."""
 from collections.abc import Sequence
 
 import torch
@@ -6,8 +6,9 @@ import torch
 from nanoinfra.lab.draw import BLUE, GREEN, ORANGE, Picture, new_figure
 
 
-def each(tensors: Sequence[torch.Tensor], names: Sequence[str], seq: int, title: str) -> Picture:
-    """A bar a tensor, the first in green, (seq, seq) in orange; ValueError unless each has a name."""
+def saved_tensor_bars(tensors: Sequence[torch.Tensor], names: Sequence[str], seq: int, title: str) -> Picture:
+    """Bars of the bytes of `tensors`: the first in green, (seq, seq) in orange. ValueError if a name is
+    missing."""
     picture, axes = new_figure(8.6, 1 + 0.29 * len(tensors), title)
     labels = [f"{name}  {tuple(tensor.shape)}" for name, tensor in zip(names, tensors, strict=True)]
     for row, tensor in enumerate(tensors):

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lessons.l04_recompute import checks as check
-from lessons.l04_recompute.figures import each
+from lessons.l04_recompute.figures import saved_tensor_bars
 from nanoinfra.config import ModelConfig, sized
 from nanoinfra.formulas.parameters import parameters
 from nanoinfra.lab import draw
@@ -121,7 +121,8 @@ with SavedActivations(block.parameters()) as now:
     y = block(x)                             # whose graph holds the tensors
 names = ("norm 1's input", "mean", "1/std", "input of q, k and v", "k", "q", "mask", "softmax's output", "v",
          "o's input", "norm 2's input", "mean", "1/std", "up's input", "GELU's input", "GELU's output")
-each(now.saved_tensors(), names, T, "what one layer keeps: input (green), T x T (orange), the rest")
+saved_tensor_bars(now.saved_tensors(), names, T,
+                  "what one layer keeps: input (green), T x T (orange), the rest")
 
 # %% [markdown]
 # **Exercise 1: bytes kept.** The formula, for any GPT-2: fewer KV heads than heads (k and v have KV·K

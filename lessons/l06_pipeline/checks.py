@@ -2,7 +2,7 @@
 import functools
 
 from lessons.l06_pipeline import cases
-from lessons.l06_pipeline.measurements import scheduled
+from lessons.l06_pipeline.measurements import schedule_of_order
 from nanoinfra.distributed.pool.ranks import RanksError
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
@@ -186,7 +186,7 @@ def _order(subject, p, r, m):
 
 def _replayed(subject, p, m, times):
     try:
-        return simulate(scheduled(subject, p, m), *times)
+        return simulate(schedule_of_order(subject, p, m), *times)
     except ValueError as error:
         raise CriterionNotMet(f"{p} stages, {m} micro-batches: {error} (stage, computation)") from error
 

@@ -1,6 +1,7 @@
-"""Who did what when: a row a stage, a box a computation with its micro-batch's number in it.
+"""Gantt charts of pipelines: a row for each stage, and a box for each computation, with its micro-batch's
+number.
 
-Drawn from the clock's spans (parallel/pipeline/simulator.py) or from a run's: `measured` takes what
+Drawn from the clock's spans (parallel/pipeline/simulator.py) or from a run's: `measured_timeline` takes what
 train/step.execute returned on each rank, less the time it stood waiting for messages. So the two can be
 compared.
 """
@@ -10,20 +11,22 @@ from nanoinfra.lab import draw
 from nanoinfra.parallel.pipeline.schedules import Backward, BackwardInput, BackwardWeight, Forward
 from nanoinfra.parallel.pipeline.simulator import Timeline
 
-COLOURS = {Forward: draw.BLUE, Backward: draw.ORANGE, BackwardInput: draw.PINK, BackwardWeight: draw.GREEN}
-NAMES = {Forward: "forward", Backward: "backward", BackwardInput: "backward to the input",
-         BackwardWeight: "backward to the weights"}
-IDLE = "#ececec"                             # of a step, what lies behind the boxes
-GAP = 1.1                                    # rows between two panels, for the lower one's name
+COMPUTE_COLOURS = {Forward: draw.BLUE, Backward: draw.ORANGE, BackwardInput: draw.PINK,
+                   BackwardWeight: draw.GREEN}
+_COMPUTE_NAMES = {Forward: "forward", Backward: "backward", BackwardInput: "backward to the input",
+                  BackwardWeight: "backward to the weights"}
+IDLE_COLOUR = "#ececec"                             # the background of a step
+_ROWS_BETWEEN_PANELS = 1.1  # rows between two panels, for the lower one's name
 
 
-def gantt(panels: dict[str, Timeline], title: str = "", unit: str = "ms") -> draw.Picture:
-    """A panel for each {name: Timeline}, one time axis; beside the name the share of the step that is idle.
+def gantt_chart(panels: dict[str, Timeline], title: str = "", unit: str = "ms") -> draw.Picture:
+    """Draw a panel for each {name: Timeline} on one time axis, with the share of the step that is idle.
 
-    Times are in s and shown in `unit`: "s" or "ms"; with any other they are shown as they are. Of several
-    chunks a stage has, the later ones are pale.
+    Times are given in s and shown in `unit` "s" or "ms"; with another unit they are shown as they are. The
+    later ones of several chunks of a stage are pale.
     """
-    scale, rows = {"ms": 1e3}.get(unit, 1), sum(len(each.spans) + GAP for each in panels.values())
+    scale, rows = {"ms": 1e3}.get(unit,
+                                  1), sum(len(each.spans) + _ROWS_BETWEEN_PANELS for each in panels.values())
     longest = max(each.step for each in panels.values())
     picture, axes = draw.new_figure(9.4, 1.35 + 0.32 * rows, title)
     ticks, top = {}, 0.0
@@ -31,9 +34,9 @@ def gantt(panels: dict[str, Timeline], title: str = "", unit: str = "ms") -> dra
         idle = sum(timeline.idle) / len(timeline.idle) / timeline.step
         axes.text(0, top + 0.25, f"{name}: {scale * timeline.step:.4g} {unit}, idle {idle:.0%}", fontsize=10,
                   weight="bold", va="center")
-        top += GAP
+        top += _ROWS_BETWEEN_PANELS
         for r, spans in enumerate(timeline.spans):
-            axes.barh(top + r, scale * timeline.step, height=0.86, color=IDLE)
+            axes.barh(top + r, scale * timeline.step, height=0.86, color=IDLE_COLOUR)
             for what, begin, end in spans:
                 _box(axes, top + r, scale * begin, scale * end, what, (end - begin) / longest)
             ticks[top + r] = f"stage {r}"
@@ -43,26 +46,26 @@ def gantt(panels: dict[str, Timeline], title: str = "", unit: str = "ms") -> dra
     return picture
 
 
-def measured(ranks: Sequence[Sequence], ledgers: Sequence[Sequence] = ()) -> Timeline:
-    """The Timeline of a run from `execute`'s spans on each rank, in s since the first computation began.
+def measured_timeline(ranks: Sequence[Sequence], ledgers: Sequence[Sequence] = ()) -> Timeline:
+    """The Timeline of a real run from each rank's spans of `execute`, in s since the first computation began.
 
-    `ledgers[r]` are rank r's rows: a computation begins once it has what it waited for. `time.monotonic` is
-    one clock for all ranks of a host, not of two.
+    `ledgers[r]` has rank r's communication records, whose waiting time is taken off the computations. All
+    ranks must be on one host, because `time.monotonic` differs between hosts.
     """
     ledgers = ledgers or [[] for _ in ranks]
     found = [[(what, begin + _waited(rows, begin, end), end) for what, begin, end in spans
-              if type(what) in COLOURS] for spans, rows in zip(ranks, ledgers)]
+              if type(what) in COMPUTE_COLOURS] for spans, rows in zip(ranks, ledgers)]
     start = min(begin for spans in found for _, begin, _ in spans)
     return Timeline([[(what, begin - start, end - start) for what, begin, end in spans] for spans in found])
 
 
 def _waited(rows, begin, end):
-    """Seconds of a computation that began with waiting for messages."""
+    """Seconds at the beginning of a computation that were spent waiting for messages."""
     return sum(row.wait_s for row in rows if row.op in ("send", "recv") and begin <= row.end <= end)
 
 
 def _box(axes, y, begin, end, what, share):
-    colour = COLOURS[type(what)]
+    colour = COMPUTE_COLOURS[type(what)]
     colour = draw.pale(colour) if what.chunk else colour
     axes.barh(y, end - begin, left=begin, height=0.86, color=colour, edgecolor="white", linewidth=0.8)
     if share > 0.011 * len(str(what.micro)):
@@ -80,9 +83,9 @@ def _finish(axes, ticks, bottom, right, unit):
 def _legend(picture, drawn):
     """Of the computations that were drawn; below the axes."""
     axes, kinds = picture.figure.axes[0], {type(what) for what in drawn}
-    for kind in (kind for kind in COLOURS if kind in kinds):
-        axes.barh(0, 0, color=COLOURS[kind], label=NAMES[kind])
+    for kind in (kind for kind in COMPUTE_COLOURS if kind in kinds):
+        axes.barh(0, 0, color=COMPUTE_COLOURS[kind], label=_COMPUTE_NAMES[kind])
     if any(what.chunk for what in drawn):
         axes.barh(0, 0, color=draw.pale(draw.BLUE), label="pale: later chunks")
-    axes.barh(0, 0, color=IDLE, label="idle")
+    axes.barh(0, 0, color=IDLE_COLOUR, label="idle")
     picture.figure.legend(loc="outside lower center", ncols=6, fontsize=9, frameon=False)

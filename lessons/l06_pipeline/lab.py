@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from lessons.l06_pipeline.measurements import rehearse, scheduled, train
+from lessons.l06_pipeline.measurements import rehearse_schedule, run_pipeline_steps, schedule_of_order
 from nanoinfra.config import sized
 from nanoinfra.distributed import comm
 from nanoinfra.formulas import pipeline as formulas
@@ -49,7 +49,8 @@ LAYERS, VOCAB = 16, 257
 def measure(mesh, model, broken=""):
     """{key: Measurement}: slots idle, micro-batches held, bytes sent; seconds asleep and in training."""
     config, found, rows = shape(model), {}, []
-    single = train(config, "gpipe", mesh.world.size, 1, micro_batches(1), "bfloat16", mesh.device)["kept"]
+    single = run_pipeline_steps(config, "gpipe", mesh.world.size, 1, micro_batches(1), "bfloat16",
+                                mesh.device)["kept"]
     for kind in KINDS:
         if mesh.rank == 0:
             print(f"{kind} ...", flush=True)
@@ -95,9 +96,9 @@ def used(kind, n):
 def lists(kind, n, broken):
     """What each of n stages does; with a mistake if it is this schedule's."""
     if (broken, kind) == ("gpipe-in-disguise", "1f1b"):
-        return scheduled(gpipe, n, MICROS)
+        return schedule_of_order(gpipe, n, MICROS)
     if (broken, kind) == ("weights-at-the-end", "zb") and n > 1:
-        return scheduled(weights_at_the_end, n, MICROS)
+        return schedule_of_order(weights_at_the_end, n, MICROS)
     name, v = used(kind, n)
     return schedule(name, n, MICROS, v)
 
@@ -111,7 +112,7 @@ def weights_at_the_end(p, r, m):
 
 def rehearsed(mesh, kind, broken):
     """(slots that the idlest stage idles, [seconds of a step]) of stages that sleep."""
-    trials = rehearse(lists(kind, mesh.world.size, broken), TIMES, SLOT, mesh.device, REPEATS)
+    trials = rehearse_schedule(lists(kind, mesh.world.size, broken), TIMES, SLOT, mesh.device, REPEATS)
     _, slots = trials[-1]
     ends = max(over(mesh, [slots[-1][2]]))
     worked = sum(end - begin for _, begin, end in slots)
@@ -129,7 +130,7 @@ def trained(mesh, config, kind, broken):
         mistake = mock.patch("nanoinfra.parallel.pipeline.stage.comm", wire)
     with mistake:
         todo = lists(kind, n, broken)
-        return train(config, name, n, v, batches, "bfloat16", mesh.device, todo, REPEATS)
+        return run_pipeline_steps(config, name, n, v, batches, "bfloat16", mesh.device, todo, REPEATS)
 
 
 def send_padded(x, axis, to, tag="", wait=True):

@@ -16,8 +16,8 @@ import os
 import torch
 
 from lessons.l06_pipeline import checks as check
-from lessons.l06_pipeline.figures import gantt, measured
-from lessons.l06_pipeline.measurements import rehearse, scheduled, train
+from lessons.l06_pipeline.figures import gantt_chart, measured_timeline
+from lessons.l06_pipeline.measurements import rehearse_schedule, run_pipeline_steps, schedule_of_order
 from nanoinfra.config import ModelConfig, sized
 from nanoinfra.distributed.pool.ranks import Ranks
 from nanoinfra.formulas import pipeline as formulas
@@ -53,9 +53,9 @@ world = Ranks(P, timeout=120)
 # %%
 def on_ranks(lists, times, slot=0.0, repeats=1):
     """(the timeline in slots, counted; one in s for each repeat, timed) of a schedule on real ranks."""
-    stages = world.run(rehearse, lists, times, slot, repeats=repeats)[::P // len(lists)]
+    stages = world.run(rehearse_schedule, lists, times, slot, repeats=repeats)[::P // len(lists)]
     return Timeline([trials[-1][1] for trials in stages]), [
-        measured([real for real, _ in trial]) for trial in zip(*stages)]
+        measured_timeline([real for real, _ in trial]) for trial in zip(*stages)]
 
 
 states, rows = 16 * parameters(sized("xl")), []
@@ -66,7 +66,7 @@ for p in (1, 2, 4):
 DisplayTable("a batch through p stages", ("ranks", "layers", "states of each", "a step, timed", "idle"), rows)
 
 # %%
-gantt({"one batch, four ranks": naive}, "one stage works, three wait", "s")
+gantt_chart({"one batch, four ranks": naive}, "one stage works, three wait", "s")
 
 # %% [markdown]
 # The model fits. But four ranks take as long as one would: a stage needs what the stage before it has made,
@@ -126,8 +126,9 @@ for how, slots in idle.items():
 # begins as soon as the stage is free and what it needs has come. No process runs.
 
 # %%
-gantt({"GPipe": simulate(schedule("gpipe", P, M), *EVEN), "1F1B": simulate(schedule("1f1b", P, M), *EVEN)},
-      f"{M} micro-batches through {P} stages", "slots")
+gantt_chart({"GPipe": simulate(schedule("gpipe", P, M), *EVEN),
+             "1F1B": simulate(schedule("1f1b", P, M), *EVEN)},
+            f"{M} micro-batches through {P} stages", "slots")
 
 # %% [markdown]
 # **Exercise 1: 1F1B.** `yield` what stage r of p does with micro-batches 0 to m−1: `Forward(k)`,
@@ -160,8 +161,9 @@ check.one_f_one_b(one_f_one_b)
 # backward in two halves. Which stage fills which gap with which W?
 
 # %%
-gantt({"interleaved": simulate(schedule("interleaved", P, M, V), *(t / V for t in EVEN)),
-       "zero bubble": simulate(schedule("zb-h1", P, M), *EVEN)}, "the same work, and less idle", "slots")
+gantt_chart({"interleaved": simulate(schedule("interleaved", P, M, V), *(t / V for t in EVEN)),
+             "zero bubble": simulate(schedule("zb-h1", P, M), *EVEN)}, "the same work, and less idle",
+            "slots")
 
 # %% [markdown]
 # **Exercise 2: zero bubble.** 1F1B with `BackwardInput(k)` where `Backward(k)` was, and after it the
@@ -252,13 +254,13 @@ for it in (schedules.interleaved, schedules.with_messages, PipelineStage.forward
 # drive the trainer's own stages with a real decoder; what layers keep and what stages send is *counted*.
 
 # %%
-yours = {"1f1b": scheduled(one_f_one_b, P, M), "zb-h1": scheduled(zero_bubble, P, M)}
+yours = {"1f1b": schedule_of_order(one_f_one_b, P, M), "zb-h1": schedule_of_order(zero_bubble, P, M)}
 ways = {"1f1b": (yours["1f1b"], EVEN), "interleaved": (schedule("interleaved", P, M, V), EVEN),
         "zb": (yours["zb-h1"], EVEN), "zb_wide": (yours["zb-h1"], WIDE)}
 runs = {how: on_ranks(*way, SLOT * (way[1] == EVEN), REPEATS) for how, way in ways.items()}
 batches = [tuple(torch.randint(CONFIG.vocab, (2, B, T))) for _ in range(M)]
-trained = {kind: world.run(train, CONFIG, kind, P, V if kind == "interleaved" else 1, batches, "float32",
-                           lists=yours.get(kind)) for kind in schedules.ORDERS}
+trained = {kind: world.run(run_pipeline_steps, CONFIG, kind, P, V if kind == "interleaved" else 1, batches,
+                           "float32", lists=yours.get(kind)) for kind in schedules.ORDERS}
 kept = {kind: [run["kept"] for run in each] for kind, each in trained.items()}
 sent = {kind: [sum(row.payload for row in run["rows"] if row.op == "send") for run in each]
         for kind, each in trained.items()}
@@ -274,9 +276,10 @@ compare_predictions(list(check.PREDICTIONS))
 
 # %%
 seconds = [t * SLOT for t in EVEN]
-gantt({"1F1B by the clock": simulate(yours["1f1b"], *seconds), "your 1F1B on four ranks": runs["1f1b"][1][-1],
-       "zero bubble by the clock": simulate(yours["zb-h1"], *seconds),
-       "your zero bubble on four ranks": runs["zb"][1][-1]}, "a schedule, and what became of it", "s")
+gantt_chart({"1F1B by the clock": simulate(yours["1f1b"], *seconds),
+             "your 1F1B on four ranks": runs["1f1b"][1][-1],
+             "zero bubble by the clock": simulate(yours["zb-h1"], *seconds),
+             "your zero bubble on four ranks": runs["zb"][1][-1]}, "a schedule, and what became of it", "s")
 
 # %%
 losses = {kind: sum(run["loss"] for run in each) for kind, each in trained.items()}

@@ -1,8 +1,8 @@
-"""Pipelines, run inside each rank: one that sleeps where others compute, and the trainer's own.
+"""Run pipelines inside each rank: one whose stages sleep instead of computing, and the trainer's own.
 
-`rehearse` needs no accelerator: stages sleep for slots of time, at the same time even on two cores, and each
-message carries the slot in which it left. So the ranks themselves count how many slots they idle, exactly and
-by what was really sent, beside the seconds that it took. `train` is a step of the real decoder.
+In `rehearse_schedule` stages sleep for slots of time, which they can do at the same time even on two cores.
+Each message carries the slot in which it was sent, so the ranks count their idle slots exactly.
+`run_pipeline_steps` takes steps of the real decoder.
 """
 import time
 from collections.abc import Callable, Sequence
@@ -32,17 +32,17 @@ from nanoinfra.train.step import execute
 from nanoinfra.train.train_stage import Replica
 
 
-def scheduled(order: Callable, p: int, m: int) -> list[list]:
-    """What each of p stages does, messages, reduction and step included, if `order(p, r, m)` computes."""
+def schedule_of_order(order: Callable, p: int, m: int) -> list[list]:
+    """The instructions of each of p stages for the compute order of `order(p, r, m)`, and its messages."""
     each = with_messages([list(order(p, r, m)) for r in range(p)], 1)
     return [[*mark_last(stage), ReduceGrads(), Step()] for stage in each]
 
 
-class Sleeper(PipelineStage):
-    """A stage that takes `times` = (F, B, W) slots of `slot` s a micro-batch, a chunk its share of them.
+class SleepingStage(PipelineStage):
+    """A pipeline stage that sleeps for `times` = (F, B, W) slots of `slot` seconds for each micro-batch.
 
-    `real` and `counted` fill with (computation, begin, end), in s and in slots. A computation begins in the
-    slot in which the stage is free and the message that it needs has come.
+    `real` and `counted` fill with (computation, begin, end), in seconds and in slots. A computation begins in
+    the slot in which the stage is free and the message that it needs has arrived.
     """
 
     def __init__(self, mesh, times: Sequence[float], slot: float, v: int = 1, halves: bool = False):
@@ -52,20 +52,20 @@ class Sleeper(PipelineStage):
         self.real, self.counted = [], []
 
     def enter(self, micro: int) -> torch.Tensor:
-        """The first stage's input, there from slot 0 on. It takes a gradient, as embedded tokens do."""
+        """The first stage's input, available from slot 0 on. It needs a gradient, as embedded tokens do."""
         return torch.zeros(self.stream(micro), device=self.device, requires_grad=True)
 
     def stream(self, micro: int) -> tuple[int, ...]:
-        """One number: when it left."""
+        """The shape of a message: one number, the slot in which it was sent."""
         return (1,)
 
     def run(self, chunk: int, x: torch.Tensor, micro: int) -> torch.Tensor:
-        """Sleep; what is made carries the slot in which it was ready."""
+        """Sleep for a forward; the output carries the slot in which it was ready."""
         y = _Sleep.apply(x, self.weight, self, micro, chunk)
         return y.sum() if (self.axis.rank, chunk) == self.last else y
 
     def work(self, what, slots: float, came: float) -> float:
-        """Do `what` for `slots`, not before slot `came`; the slot in which it is done."""
+        """Sleep for `slots`, not before slot `came`; returns the slot in which computation `what` is done."""
         begin = time.monotonic()
         time.sleep(slots * self.slot)
         self.real.append((what, begin, time.monotonic()))
@@ -75,18 +75,18 @@ class Sleeper(PipelineStage):
         return self.now
 
 
-def rehearse(lists: list[list], times: Sequence[float], slot: float = 0.0, device: str = "cpu",
-             repeats: int = 1) -> list[tuple[list, list]]:
-    """On each rank: this stage's (spans in s, spans in slots) of each repeat of a schedule, one list a stage.
+def rehearse_schedule(lists: list[list], times: Sequence[float], slot: float = 0.0, device: str = "cpu",
+                      repeats: int = 1) -> list[tuple[list, list]]:
+    """Rehearse a schedule, one instruction list a stage: [(spans in s, spans in slots) of each repeat].
 
-    `lists` may leave out all but computations and messages. More ranks than stages rehearse side by side.
+    `lists` may have computations and messages alone. More ranks than stages rehearse side by side.
     """
     p, trials = len(lists), []
     mesh = Mesh(pp=p, dp=world_size() // p, device=device)
     order = [what for what in lists[mesh.pp.rank] if not isinstance(what, (ReduceGrads, Step))]
     halves = any(isinstance(what, BackwardInput) for what in order)
     for _ in range(repeats):
-        stage = Sleeper(mesh, times, slot, chunks(lists), halves)
+        stage = SleepingStage(mesh, times, slot, chunks(lists), halves)
         comm.barrier(mesh.pp)
         execute(order, stage)
         stage.settle()
@@ -94,13 +94,14 @@ def rehearse(lists: list[list], times: Sequence[float], slot: float = 0.0, devic
     return trials
 
 
-def train(config: ModelConfig, kind: str, p: int, v: int, batches: list, dtype: str = "float64",
-          device: str = "cpu", lists: list[list] | None = None, repeats: int = 1) -> dict:
-    """On each rank, of steps of the trainer's own stage, after one that warms up: a dict of
+def run_pipeline_steps(config: ModelConfig, kind: str, p: int, v: int, batches: list, dtype: str = "float64",
+                       device: str = "cpu", lists: list[list] | None = None, repeats: int = 1) -> dict:
+    """Run steps of the trainer's own pipeline stage on this rank, after one warm-up step, without the
+    optimizer.
 
-    loss (this rank's part), grads {name: tensor}, spans, rows (the ledger's), kept: the most bytes that its
-    layers kept at a time; all of the last step. seconds: [of each]. `batches`: [(x, y)], (B, T) each. `lists`
-    replace the schedule of that kind. The optimizer does not step.
+    Returns, of the last step: "loss" (this rank's part), "grads" {name: tensor}, "spans", "rows"
+    (communication records), "kept" (most bytes that its layers saved at a time); and "seconds" of all.
+    `batches`: [(x, y)], (B, T) each. `lists` replace the schedule of that kind.
     """
     mesh = Mesh(pp=p, dp=world_size() // p, device=device)
     flags = TrainFlags(ModelFlags(dtype=dtype), mesh=MeshFlags(pp=p), pipeline=PipelineFlags(kind, v))
@@ -112,7 +113,7 @@ def train(config: ModelConfig, kind: str, p: int, v: int, batches: list, dtype: 
 
 
 def _step(mesh, replica, order, batches):
-    """Gradients of one step, and what was seen meanwhile."""
+    """Run one step until its gradients are summed; returns its measurements."""
     replica.begin(batches, sum(y.numel() for _, y in batches) * mesh.data.size)
     kept = _Kept(parameter for chunk in replica.parallel.each for parameter in chunk.model.parameters())
     hooks = [hook for chunk in replica.parallel.each for hook in _keeping(chunk.model.blocks, kept)]
@@ -131,14 +132,14 @@ def _step(mesh, replica, order, batches):
 
 
 def _keeping(blocks, kept):
-    """While a block runs, `kept` sees what it keeps: not the embedding's, nor the loss's."""
+    """Hooks by which `kept` counts what the blocks save, but not what embedding and loss save."""
     for block in blocks:
         yield block.register_forward_pre_hook(lambda *_: kept.__enter__() and None)
         yield block.register_forward_hook(lambda *_: kept.__exit__(None, None, None))
 
 
 class _Kept(SavedActivations):
-    """Two halves of a backward never run some nodes a last time: what such a one made must not hold it."""
+    """Count detached tensors: in a split backward some graph nodes are never freed."""
 
     def _keep(self, tensor):
         return super()._keep(tensor.detach())

@@ -1,7 +1,8 @@
-"""Tensor parallelism, run and drawn: what ranks that share a layer send, keep and wait for.
+"""Runs and figures of tensor parallelism: what tp ranks send, which activations they save, how long they
+wait.
 
-`step_of` and `paced` run inside each rank; the pictures are of the real boxes, of what autograd kept, and of
-speed over the ranks. Predicted is a line.
+`run_tensor_parallel_step` and `time_emulated_layers` run inside each rank. The figures show which rank holds
+which part of each parameter, the bytes saved for backward, and a rank's speed over the tp size.
 """
 import math
 import time
@@ -22,16 +23,20 @@ from nanoinfra.model.init import init_weights
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 from nanoinfra.parallel.vocab_parallel import HeadLoss
 
-STREAM = ("embed", "g", "positions", "norm1", "f", "q", "k", "v", "softmax", "o", "g", "o.bias", "norm2", "f",
-          "up", "GELU", "down", "g", "down.bias", "norm", "f", "head")       # in the order tokens meet them
-KEPT = {"the norms": "norm", "what q, k, v and up read": "read", "between f and g": ""}
-GPT2 = ("norm1 x", "norm1 mean", "norm1 std", "read by q, k, v", "q", "k", "v", "log-sum-exp", "o's input",
-        "norm2 x", "norm2 mean", "norm2 std", "read by up", "up", "GELU")    # with sdpa, as they come
+_MODULES_IN_ORDER = ("embed", "g", "positions", "norm1", "f", "q", "k", "v", "softmax", "o", "g", "o.bias",
+                     "norm2", "f",
+                     # in the order tokens meet them
+                     "up", "GELU", "down", "g", "down.bias", "norm", "f", "head")
+_KINDS_OF_SAVED_TENSORS = {"the norms": "norm", "what q, k, v and up read": "read", "between f and g": ""}
+GPT2_SAVED_TENSORS = ("norm1 x", "norm1 mean", "norm1 std", "read by q, k, v", "q", "k", "v", "log-sum-exp",
+                      "o's input",
+                      # with sdpa, as they come
+                      "norm2 x", "norm2 mean", "norm2 std", "read by up", "up", "GELU")
 
 
-def step_of(config: ModelConfig, t: int, sp: str, batch: int,
-            seq: int) -> tuple[float, list[Row], list[int]]:
-    """On each of t ranks, of a step: the loss, the ledger's rows, bytes of each tensor that layer 0 keeps."""
+def run_tensor_parallel_step(config: ModelConfig, t: int, sp: str, batch: int,
+                             seq: int) -> tuple[float, list[Row], list[int]]:
+    """Run a step on each of t ranks: (loss, records, bytes of each tensor that layer 0 saves)."""
     mesh, model = Mesh(tp=t, pp=world_size() // t), init_weights(Decoder(config), seed=0)
     cut = TensorParallel(model, mesh, sp)
     x, y = torch.randint(config.vocab, (2, batch, seq), generator=torch.Generator().manual_seed(0))
@@ -49,11 +54,11 @@ def step_of(config: ModelConfig, t: int, sp: str, batch: int,
     return loss.item(), rows, sizes
 
 
-def paced(config: ModelConfig, t: int, wire: tuple[float, float], seconds: float, batch: int, seq: int,
-          repeats: int) -> list[float]:
-    """On each of t ranks: seconds that the layers take, forward and back, in each repeat.
+def time_emulated_layers(config: ModelConfig, t: int, wire: tuple[float, float], seconds: float, batch: int,
+                         seq: int, repeats: int) -> list[float]:
+    """Time all layers on each of t ranks: [seconds of forward and backward in each repeat].
 
-    A layer sleeps for `seconds` / t in all, as long as an accelerator would compute; the wire is emulated.
+    A layer sleeps for `seconds` / t, as long as an accelerator would compute, and the tp link is emulated.
     """
     mesh, model, trials = Mesh(tp=t, pp=world_size() // t, wire={"tp": wire}), Decoder(config), []
     TensorParallel(model, mesh)
@@ -69,17 +74,18 @@ def paced(config: ModelConfig, t: int, wire: tuple[float, float], seconds: float
     return trials
 
 
-def cut_map(ranks: Sequence[dict], shapes: dict[str, tuple[int, ...]],
-            title: str = "who holds what of ends and first layer (grey: everyone has it)") -> draw.Picture:
-    """A GPT-2 and its first layer, stored as outputs down, inputs across; a bias stands beside, or after g.
+def parameter_shard_map(ranks: Sequence[dict], shapes: dict[str, tuple[int, ...]],
+                        title: str = "parts of ends and first layer by rank (grey: on all)") -> draw.Picture:
+    """Draw which rank holds which part of a GPT-2's ends and first layer: outputs down, inputs across.
 
-    `ranks[r]` is rank r's {parameter: box}, `shapes` those of the whole. A tied head is the embedding.
+    `ranks[r]` is rank r's {parameter: box}, `shapes` those of the whole parameters. A tied head is the
+    embedding.
     """
     picture, axes = draw.new_figure(9.4, 3.6, title)
     unit, left = shapes["blocks.0.norm1.weight"][0], 0.0
     names = {"head": "embed.weight"} | {name.split(".")[-2]: name for name in reversed(shapes)
                                         if name.endswith("weight")}
-    for item in STREAM:
+    for item in _MODULES_IN_ORDER:
         module, _, bias = item.partition(".")
         if module not in names:
             size, colour = (14, draw.BLUE) if len(item) == 1 else (9, "#666666")
@@ -122,15 +128,15 @@ def _parts(axes, boxes, shape, left, thin):
     return left + width + thin / 2
 
 
-def kept_bars(rows: dict[str, tuple[Sequence[int], float]], title: str,
-              names: Sequence[str] = GPT2) -> draw.Picture:
-    """{row: (bytes of each tensor that a layer keeps, in the order of `names`; bytes predicted of them)}."""
+def saved_byte_bars(rows: dict[str, tuple[Sequence[int], float]], title: str,
+                    names: Sequence[str] = GPT2_SAVED_TENSORS) -> draw.Picture:
+    """Bars of {row: (bytes of each tensor that a layer saves, in the order of `names`; predicted bytes)}."""
     picture, axes = draw.new_figure(8.8, 1.3 + 0.55 * len(rows), title)
     whole = max(sum(sizes) for sizes, _ in rows.values())
     for y, (sizes, predicted) in enumerate(rows.values()):
-        kinds, left = dict.fromkeys(KEPT, 0), 0
+        kinds, left = dict.fromkeys(_KINDS_OF_SAVED_TENSORS, 0), 0
         for name, size in zip(names, sizes, strict=True):
-            kinds[next(kind for kind, start in KEPT.items() if name.startswith(start))] += size
+            kinds[_kind_of_saved_tensor(name)] += size
         for colour, (kind, size) in zip((draw.GREEN, draw.ORANGE, draw.BLUE), kinds.items()):
             axes.barh(y, size / 1e3, 0.62, left / 1e3, color=colour, label="" if y else kind)
             left += size
@@ -144,8 +150,13 @@ def kept_bars(rows: dict[str, tuple[Sequence[int], float]], title: str,
     return picture
 
 
-def cliff(rows: dict[str, tuple[int, dict[int, float], str, Callable]], title: str) -> draw.Picture:
-    """Speed of a rank over the ranks of tensor parallelism, in units of a node.
+def _kind_of_saved_tensor(name):
+    return next(kind for kind, start in _KINDS_OF_SAVED_TENSORS.items() if name.startswith(start))
+
+
+def speed_over_tp_size(rows: dict[str, tuple[int, dict[int, float], str, Callable]],
+                       title: str) -> draw.Picture:
+    """Plot the speed of a rank over the tp size, which is given in units of a node.
 
     {label: (ranks of a node, {t: speed in %, measured or published}, name of the line, t -> its speed)}.
     """

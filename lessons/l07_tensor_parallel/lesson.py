@@ -14,7 +14,7 @@ import inspect
 import os
 
 from lessons.l07_tensor_parallel import checks as check
-from lessons.l07_tensor_parallel.figures import cliff, cut_map, kept_bars, paced, step_of
+from lessons.l07_tensor_parallel import figures
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.ranks import Ranks
@@ -123,7 +123,7 @@ def cuts():
     return TensorParallel(Decoder(CONFIG), Mesh(tp=N)).boxes
 
 
-cut_map(world.run(cuts), shapes(CONFIG))
+figures.parameter_shard_map(world.run(cuts), shapes(CONFIG))
 
 # %% [markdown]
 # **Exercise 1: an MLP on t ranks.** `share` gives rank r = `axis.rank` of `axis.size` its r-th stretch of the
@@ -241,7 +241,8 @@ for it in (tensor_parallel.RowLinear, tensor_parallel._Leave, tensor_parallel._R
 
 # %%
 ways = {"one": (1, "none"), "two": (2, "none"), **{sp: (N, sp) for sp in ("none", "keep", "gather")}}
-runs, lines = {how: world.run(step_of, CONFIG, *way, B, T)[0] for how, way in ways.items()}, []
+runs, lines = {how: world.run(figures.run_tensor_parallel_step, CONFIG, *way, B, T)[0]
+               for how, way in ways.items()}, []
 for how, (t, sp) in ways.items():
     for (op, tag), want in tensor_sent(CONFIG, t, B, T, sp=sp).items():
         sizes = [row.payload for row in runs[how][1] if (row.op, row.tag) == (op, tag)]
@@ -257,7 +258,8 @@ DisplayTable("a step: formulas and ledger", ("", "", "calls", "bytes", "counted"
 
 # %%
 wires = {1: INSIDE, 2: INSIDE, 4: BETWEEN}
-steps = {t: median_of_times(world.run(paced, CONFIG, t, wire, SECONDS, B, T, REPEATS)[0])
+steps = {t: median_of_times(world.run(figures.time_emulated_layers, CONFIG, t, wire, SECONDS, B, T,
+                                      REPEATS)[0])
          for t, wire in wires.items()}
 layers = {how: [row for row in rows if row.tag == "layers"] for how, (_, rows, _) in runs.items()}
 measure("L07.calls", counted, len(layers["none"]) / L, "calls")
@@ -271,9 +273,10 @@ measure("L07.step_between", lambda: steps[4])
 compare_predictions(list(check.PREDICTIONS))
 
 # %%
-kept_bars({name: (runs[how][2], last_prediction(f"L07.kept_{how}")[0]) for name, how in
-           {"one rank": "one", "TP": "none", "TP + SP, keep": "keep", "TP + SP, gather": "gather"}.items()},
-          f"what a layer keeps for backward on each of {N} ranks")
+figures.saved_byte_bars({name: (runs[how][2], last_prediction(f"L07.kept_{how}")[0]) for name, how in
+                         {"one rank": "one", "TP": "none", "TP + SP, keep": "keep",
+                          "TP + SP, gather": "gather"}.items()},
+                        f"what a layer keeps for backward on each of {N} ranks")
 
 # %%
 DisplayTable("GPT-3, eight ranks to a layer, SP with gather (modelled)", COLUMNS, [fits(n, 8) for n in RANKS])
@@ -302,8 +305,10 @@ def ours(t):
 
 timed, h100 = ({t: 100 * L * SECONDS / t / step.value for t, step in steps.items()},
                {t: 100 * tf / published[2] for t, tf in published.items()})
-cliff({"emulated wire, nodes of 2": (2, timed, "predicted", ours), "H100, nodes of 8 (100: t = 2)":
-       (8, h100, "by t = 2, 4, 16", theirs)}, "the speed of a rank that shares its layers")
+figures.speed_over_tp_size({"emulated wire, nodes of 2": (2, timed, "predicted", ours),
+                            "H100, nodes of 8 (100: t = 2)":
+                            (8, h100, "by t = 2, 4, 16", theirs)},
+                           "the speed of a rank that shares its layers")
 
 # %% [markdown]
 # **Explain.** Five sentences. (a) Why does more bandwidth *inside* a node not help t = 16? (b) Which of the

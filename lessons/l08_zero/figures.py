@@ -1,15 +1,15 @@
-"""Pictures of what is cut over ranks: who owns which rows, who holds how much, when a layer comes and goes.
+"""Figures of ZeRO: which rank owns which rows, how many bytes it holds, when a layer is gathered and freed.
 
-The numbers are those of measurements.py and of ZeRO's own `rows`. Predicted is a black line.
+The numbers are those of measurements.py and of ZeRO's own `rows`. A predicted number is a black line.
 """
 from collections.abc import Sequence
 
 from nanoinfra.lab import draw
 
 
-def shard_map(ranks: Sequence[dict[str, tuple[int, int]]], shapes: dict[str, tuple[int, ...]],
-              title: str = "who owns which rows (hatched: zeros that make all shares equal)") -> draw.Picture:
-    """A bar a parameter of `shapes`, as long as it has rows, in its owners' colours; `ranks[r]`: r's rows."""
+def row_shard_map(ranks: Sequence[dict[str, tuple[int, int]]], shapes: dict[str, tuple[int, ...]],
+                  title: str = "rows of each rank (hatched: padding to equal shards)") -> draw.Picture:
+    """Draw the rows of each parameter in the colours of the ranks that own them; `ranks[r]`: {name: rows}."""
     picture, axes = draw.new_figure(8.8, 1.2 + 0.3 * len(shapes), title)
     most = max(shape[0] for shape in shapes.values())
     for y, (name, shape) in enumerate(shapes.items()):
@@ -29,8 +29,8 @@ def shard_map(ranks: Sequence[dict[str, tuple[int, int]]], shapes: dict[str, tup
     return picture
 
 
-def held_bars(rows: dict[str, tuple[dict[str, int], int, float]], title: str) -> draw.Picture:
-    """{row: ({kind: bytes}, bytes alive at the peak, bytes predicted)}; the prediction is a black line."""
+def held_byte_bars(rows: dict[str, tuple[dict[str, int], int, float]], title: str) -> draw.Picture:
+    """Stacked bars of {row: ({kind: bytes held}, bytes alive at the peak, bytes predicted)}."""
     picture, axes = draw.new_figure(8.8, 1.3 + 0.55 * len(rows), title)
     whole, bar = sum(next(iter(rows.values()))[0].values()), {"height": 0.62, "edgecolor": "white"}
     for y, (kinds, peak, predicted) in enumerate(rows.values()):
@@ -50,8 +50,8 @@ def held_bars(rows: dict[str, tuple[dict[str, int], int, float]], title: str) ->
     return picture
 
 
-def stack_timeline(ways: dict[str, tuple[list, list]], title: str) -> draw.Picture:
-    """{name: (times, rows)} of `stack_step`, a line a layer: gathered, whole, its gradient scattered."""
+def gather_timeline(ways: dict[str, tuple[list, list]], title: str) -> draw.Picture:
+    """Timelines of {name: (times, records)} of `run_layer_stack`: when a layer is gathered and computes."""
     picture, axes = draw.new_figure(9.4, 1.2 + 1.5 * len(ways), title)
     ticks, marks = {}, {}
     for way, (name, (times, rows)) in enumerate(ways.items()):

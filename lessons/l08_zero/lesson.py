@@ -16,8 +16,13 @@ import os
 import torch
 
 from lessons.l08_zero import checks as check
-from lessons.l08_zero.figures import held_bars, shard_map, stack_timeline
-from lessons.l08_zero.measurements import KINDS, exposed, held_and_sent, stack_step
+from lessons.l08_zero.figures import gather_timeline, held_byte_bars, row_shard_map
+from lessons.l08_zero.measurements import (
+    STATE_KINDS,
+    exposed_wait,
+    measure_held_and_sent_bytes,
+    run_layer_stack,
+)
 from nanoinfra.config import ModelConfig, sized
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.ranks import Ranks
@@ -47,9 +52,9 @@ world = Ranks(N, timeout=120)
 # count what each one keeps.
 
 # %%
-held = {n: world.run(held_and_sent, CONFIG, 0, n)[0][0] for n in (1, 2, 4)}
+held = {n: world.run(measure_held_and_sent_bytes, CONFIG, 0, n)[0][0] for n in (1, 2, 4)}
 DisplayTable(f"data parallelism, {parameters(CONFIG):,} parameters: bytes on each rank",
-             ("ranks", *KINDS, "all"),
+             ("ranks", *STATE_KINDS, "all"),
              [(str(n), *(f"{b:,}" for b in kinds.values()), f"{sum(kinds.values()):,}")
               for n, kinds in held.items()])
 
@@ -122,7 +127,7 @@ def cuts():
 
 
 first = [name for name in shapes(CONFIG) if name[:8] in ("embed.we", "blocks.0")]
-shard_map(world.run(cuts), {name: shapes(CONFIG)[name] for name in first})
+row_shard_map(world.run(cuts), {name: shapes(CONFIG)[name] for name in first})
 
 # %% [markdown]
 # **Exercise 1: ZeRO-1.** `cut(x, n)` lays rows out for n ranks: 7 rows on 4 ranks become (4, 2, ...), the
@@ -256,17 +261,17 @@ def ahead(net, axis):
     return (lambda: (shared.begin_step(), shared.before_backward(last=True))), shared.finish
 
 
-stages = {stage: world.run(held_and_sent, CONFIG, stage, N, A)[0] for stage in range(4)}
+stages = {stage: world.run(measure_held_and_sent_bytes, CONFIG, stage, N, A)[0] for stage in range(4)}
 for stage, (kinds, _, rows) in stages.items():
     if stage:
         measure(f"L08.held_{stage}", counted, sum(kinds.values()), "B")
         measure(f"L08.sent_{stage}", counted, sum(row.payload for row in rows), "B")
 links = {servers: world.run(served, servers) for servers in (1, 2, N)}
 measure("L08.server", counted, links[1][0][0], "B")
-waits = {way.__name__: world.run(stack_step, way, LAYERS, WIDTH, SECONDS, (ALPHA, BETA), REPEATS)
+waits = {way.__name__: world.run(run_layer_stack, way, LAYERS, WIDTH, SECONDS, (ALPHA, BETA), REPEATS)
          for way in (simple, ahead)}
 for way, results in waits.items():
-    measure(f"L08.wait_{way}", exposed, results)
+    measure(f"L08.wait_{way}", exposed_wait, results)
 compare_predictions(list(check.PREDICTIONS))
 
 # %% [markdown]
@@ -275,8 +280,9 @@ compare_predictions(list(check.PREDICTIONS))
 
 # %%
 said = [16 * psi, *(last_prediction(f"L08.held_{stage}")[0] for stage in (1, 2, 3))]
-held_bars({f"stage {stage}" if stage else "data parallel": (kinds, peak, said[stage])
-           for stage, (kinds, peak, _) in stages.items()}, f"bytes on each of {N} ranks, {psi:,} parameters")
+held_byte_bars({f"stage {stage}" if stage else "data parallel": (kinds, peak, said[stage])
+                for stage, (kinds, peak, _) in stages.items()},
+               f"bytes on each of {N} ranks, {psi:,} parameters")
 
 # %% [markdown]
 # Rank 0 at stage 3, its last repeat; the table has the rank that waits least, so a busy machine shows less
@@ -284,8 +290,8 @@ held_bars({f"stage {stage}" if stage else "data parallel": (kinds, peak, said[st
 # many layers are whole, or on their way, at a time?
 
 # %%
-stack_timeline({"yours": waits["simple"][0][-1], "the real one": waits["ahead"][0][-1]},
-               "stage 3: a layer comes, computes and goes, forward and backward")
+gather_timeline({"yours": waits["simple"][0][-1], "the real one": waits["ahead"][0][-1]},
+                "stage 3: a layer comes, computes and goes, forward and backward")
 
 # %% [markdown]
 # The ancestor, on the same ranks (every step waits for all; Li et al.'s servers did not). From line to line

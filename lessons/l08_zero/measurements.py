@@ -1,8 +1,8 @@
-"""What ranks hold, send and wait for when a model is cut over them: counted or timed inside each.
+"""Measure what ranks hold, send and wait for under ZeRO; the functions run inside each rank.
 
-`held_and_sent` takes a step of a decoder in mixed precision (bfloat16 weights and gradients) at a stage of
-ZeRO, or of data parallelism; `stack_step` one of a stack of layers that sleep for as long as an accelerator
-would compute, on an emulated wire.
+`measure_held_and_sent_bytes` takes a mixed-precision step (bfloat16 weights and gradients) of a decoder at a
+stage of ZeRO. `run_layer_stack` takes steps of layers that sleep for as long as an accelerator would compute,
+on an emulated link.
 """
 import time
 from collections.abc import Callable, Sequence
@@ -23,15 +23,15 @@ from nanoinfra.parallel.vocab_parallel import HeadLoss
 from nanoinfra.parallel.zero import Zero
 from nanoinfra.train.optimizer import Optimizer
 
-KINDS = ("weights", "gradients", "masters", "moments")
+STATE_KINDS = ("weights", "gradients", "masters", "moments")
 
 
-def held_and_sent(config: ModelConfig, stage: int, n: int, micro_batches: int = 2,
-                  bucket_bytes: int = 1 << 14) -> tuple[dict[str, int], int, list]:
-    """On one of n ranks, in a step: {kind: most bytes kept}, the most alive at any moment, the ledger's rows.
+def measure_held_and_sent_bytes(config: ModelConfig, stage: int, n: int, micro_batches: int = 2,
+                                bucket_bytes: int = 1 << 14) -> tuple[dict[str, int], int, list]:
+    """Run a step on one of n ranks: ({kind: most bytes held}, peak live bytes, communication records).
 
-    Kept: after each backward, and when the optimizer is done. What was alive besides is activations, and
-    buckets and units on their way. Stage 0 is data parallelism.
+    Bytes held are counted after each backward and after the optimizer. The peak also has activations, buckets
+    and gathered parameters. Stage 0 is plain data parallelism.
     """
     mesh, a = Mesh(dp=n, pp=world_size() // n), micro_batches
     x, y = torch.zeros(2, 1, 8, dtype=torch.long)
@@ -40,18 +40,18 @@ def held_and_sent(config: ModelConfig, stage: int, n: int, micro_batches: int = 
         optimizer = Optimizer(shared.shards)
         storages.mark_module_boundaries(nn.ModuleList([net, last]), mesh.ledger)
         mesh.ledger.take()
-        looks = [kept(net, shared, optimizer)]                     # moments, from the first step on
+        looks = [held_bytes_by_kind(net, shared, optimizer)]  # moments, from the first step on
         shared.begin_step()
         for i in range(a):
             loss = last(net.hidden(x), y, 8 * n * a)
             shared.before_backward(last=i == a - 1)
             loss.backward()
-            looks.append(kept(net, shared, optimizer))
+            looks.append(held_bytes_by_kind(net, shared, optimizer))
         optimizer.step(shared.finish(), lr=1e-3)
         shared.publish()
-        looks.append(kept(net, shared, optimizer))
+        looks.append(held_bytes_by_kind(net, shared, optimizer))
     rows = [row for row in mesh.ledger.take() if row.tag in ("grads", "weights")]
-    return dict(zip(KINDS, map(max, *looks))), storages.peak_bytes, rows
+    return dict(zip(STATE_KINDS, map(max, *looks))), storages.peak_bytes, rows
 
 
 def _cut(config, mesh, stage, bucket_bytes):
@@ -63,8 +63,8 @@ def _cut(config, mesh, stage, bucket_bytes):
                            bucket_bytes)
 
 
-def kept(net: nn.Module, shared: DataParallel | Zero, optimizer: Optimizer) -> list[int]:
-    """Bytes of each of KINDS on this rank now; a freed parameter has none."""
+def held_bytes_by_kind(net: nn.Module, shared: DataParallel | Zero, optimizer: Optimizer) -> list[int]:
+    """Bytes of each of STATE_KINDS that this rank holds now. A freed parameter has none."""
     reducer = getattr(shared, "reducer", shared)
     filling = [bucket.flat for bucket in reducer.buckets if bucket.flat is not None]
     rows = reducer.grads.values() if isinstance(shared, Zero) else ()             # of what has arrived
@@ -74,12 +74,12 @@ def kept(net: nn.Module, shared: DataParallel | Zero, optimizer: Optimizer) -> l
             *(sum(t.nbytes for t in ts) for ts in ([*filling, *rows], optimizer.masters.values(), moments))]
 
 
-def stack_step(cut: Callable, layers: int, width: int, seconds: float, wire: tuple[float, float],
-               repeats: int = 3) -> list[tuple[list, list]]:
-    """On each rank, for each repeat: when each layer was made whole and freed, in turns; the ledger's rows.
+def run_layer_stack(cut: Callable, layers: int, width: int, seconds: float, wire: tuple[float, float],
+                    repeats: int = 3) -> list[tuple[list, list]]:
+    """Run steps of a layer stack on each rank: [(times when each layer is gathered and freed, records)].
 
-    The layers are matrices (width, width) that take `seconds` of backward and half of that of forward.
-    `cut(net, axis)` makes them come and go, and returns what to call before and after forward and backward.
+    The layers are matrices (width, width) that take `seconds` in backward and half of that in forward.
+    `cut(net, axis)` shards them, and returns the functions to call before forward and after backward.
     """
     mesh, trials = Mesh(dp=world_size(), wire={"dp": wire}), []
     net = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
@@ -99,7 +99,7 @@ def stack_step(cut: Callable, layers: int, width: int, seconds: float, wire: tup
 
 
 def _clock(layer):
-    """A list of the moments when the hooks that `layer` has already are done."""
+    """A list that fills with the moments when the present hooks of `layer` are done."""
     times = []
 
     def now(*_):
@@ -114,7 +114,7 @@ def _clock(layer):
     return times
 
 
-def exposed(results: Sequence) -> Measurement:
-    """The wait of the rank that waits least: the last to come waits for the wire alone, others for it too."""
+def exposed_wait(results: Sequence) -> Measurement:
+    """The exposed wait, median over repeats, of the rank that waits least: it waits for the link alone."""
     return median_of_times([min(sum(row.wait_s for row in rows) for _, rows in each)
                             for each in zip(*results)])

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from lessons.l10_three_d.figures import bytes_by_axis
+from lessons.l10_three_d.figures import payload_bytes_by_axis
 from nanoinfra.config import sized
 from nanoinfra.data.sample_order import IGNORE
 from nanoinfra.distributed import comm
@@ -100,7 +100,7 @@ def train(mesh, config, sizes, wire=None, broken="", steps=STEPS):
     with mistake(broken):
         replica, batches = make_stage_and_batches(config, flags, here, T)
         *_, (rows, _) = done = [step(here, replica, batches, broken) for _ in range(steps)]
-    mine = bytes_by_axis(rows)
+    mine = payload_bytes_by_axis(rows)
     total = comm.all_reduce(torch.tensor([*mine.values()]), mesh.world).tolist()
     loss = comm.all_reduce(replica.loss.clone(), mesh.world).item() / here.tp.size   # the last stages have it
     return {"sent": dict(zip(mine, total)), "rows": rows, "loss": loss, "norm": replica.grad_norm,

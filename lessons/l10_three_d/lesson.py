@@ -14,8 +14,8 @@ import inspect
 import os
 
 from lessons.l10_three_d import checks as check
-from lessons.l10_three_d.cluster_tables import COLUMNS, bloom_trials, gpt3_on
-from lessons.l10_three_d.figures import axis_bars, bytes_by_axis, cubes, paced
+from lessons.l10_three_d import figures
+from lessons.l10_three_d.cluster_tables import GPT3_COLUMNS, bloom_trials_table, gpt3_on_mesh
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.ranks import Ranks
@@ -54,9 +54,9 @@ world = Ranks(p * d * t, timeout=120)
 # are left out, and nothing is hidden behind compute.
 
 # %%
-DisplayTable("GPT-3, one axis alone (modelled)", COLUMNS, [
-    gpt3_on(tp=8, inside="tp"), gpt3_on(tp=96), gpt3_on(tp=128), gpt3_on(pp=96), gpt3_on(pp=128),
-    gpt3_on(dp=1024), gpt3_on(dp=1024, zero=3)])
+DisplayTable("GPT-3, one axis alone (modelled)", GPT3_COLUMNS, [
+    gpt3_on_mesh(tp=8, inside="tp"), gpt3_on_mesh(tp=96), gpt3_on_mesh(tp=128), gpt3_on_mesh(pp=96),
+    gpt3_on_mesh(pp=128), gpt3_on_mesh(dp=1024), gpt3_on_mesh(dp=1024, zero=3)])
 
 # %% [markdown]
 # tp ends at 96 heads, and has a fast wire as far as the node's eighth GPU. pp ends at 96 layers. dp ends at
@@ -126,7 +126,7 @@ def place():
 at = world.run(place)
 stages = " and ".join(", ".join(map(str, range(*ends))) for ends in split(CONFIG, p, T))
 legend = f"pp: layers {stages}\ndp: sequences 0, 2, ... and 1, 3, ...\ntp: heads 0, 1 and 2, 3"
-cubes({legend: (lambda rank: at[rank], 4, {})}, AXES, "who stands where")
+figures.mesh_cubes({legend: (lambda rank: at[rank], 4, {})}, AXES, "who stands where")
 
 # %% [markdown]
 # **Exercise 1: who am I, and who stands with me?** `sizes` is {"pp": 2, "dp": 3, "tp": 4}, say, and the last
@@ -230,7 +230,7 @@ lines, counts = [], {}
 for sizes in ((2, 2, 2), (1, 8, 1), (1, 4, 2), (2, 1, 4), (4, 2, 1)):
     mesh, flags = " x ".join(map(str, sizes)), float64_train_flags(dict(zip(AXES, sizes)), B, G)
     runs = world.run(run_gradient_step, CONFIG, flags, T, norm=grad_norm)
-    counts[mesh] = [bytes_by_axis(run["rows"]) for run in runs]
+    counts[mesh] = [figures.payload_bytes_by_axis(run["rows"]) for run in runs]
     loss = sum(run["loss"] for run in runs) / flags.mesh.tp                  # of each data rank its share
     off = [largest_gradient_error([run["grads"] for run in runs], want),
            *(max(abs(run[whose] / alone["norm"] - 1) for run in runs) for whose in ("norm", "own"))]
@@ -251,7 +251,8 @@ measure("L10.all", counted, sum(sum(each.values()) for each in cube), "B")
 steps = {}
 for slow in ("none", *AXES):
     wire = {axis: BETWEEN if axis == slow else INSIDE for axis in AXES}
-    trials = world.run(paced, CONFIG, float64_train_flags(AXES, B, G), T, wire, SECONDS, REPEATS)
+    trials = world.run(figures.time_emulated_steps, CONFIG, float64_train_flags(AXES, B, G), T, wire, SECONDS,
+                       REPEATS)
     steps[slow] = median_of_times([max(each) for each in zip(*trials)])
 for slow in AXES:
     measure(f"L10.step_{slow}", lambda slow=slow: steps[slow])
@@ -261,9 +262,10 @@ compare_predictions(list(check.PREDICTIONS))
 # The same step on all five meshes: what eight ranks send together. Which axis costs what, if bytes were all?
 
 # %%
-axis_bars({mesh: {axis: sum(each[axis] for each in ranks) / 1e6 for axis in ranks[0]}
-           for mesh, ranks in counts.items()}, {"2 x 2 x 2": last_prediction("L10.all")[0] / 1e6},
-          "bytes of a step by axis, all ranks; pp x dp x tp", "MB", "MB, counted")
+figures.stacked_axis_bars({mesh: {axis: sum(each[axis] for each in ranks) / 1e6 for axis in ranks[0]}
+                           for mesh, ranks in counts.items()},
+                          {"2 x 2 x 2": last_prediction("L10.all")[0] / 1e6},
+                          "bytes of a step by axis, all ranks; pp x dp x tp", "MB", "MB, counted")
 
 # %% [markdown]
 # Four ranks make a node. The slowest axis of your `coordinates` is the one that leaves it.
@@ -276,26 +278,28 @@ def laid(*order):
             (lambda rank: coordinates(rank, {axis: AXES[axis] for axis in order}), 4, cube[0]))
 
 
-cubes(dict([laid("pp", "dp", "tp"), laid("dp", "pp", "tp"), laid("tp", "dp", "pp")]), AXES,
-      "which axis leaves the node? (a line is as wide as its bytes)")
+figures.mesh_cubes(dict([laid("pp", "dp", "tp"), laid("dp", "pp", "tp"), laid("tp", "dp", "pp")]), AXES,
+                   "which axis leaves the node? (a line is as wide as its bytes)")
 
 # %%
 fast, names = steps["none"].value, {axis: f"{axis} between nodes" for axis in AXES}
 added = {axis: max(0.0, steps[axis].value - fast) for axis in AXES}
-axis_bars({names[axis]: {"all inside a node": fast, axis: added[axis]} for axis in AXES},
-          {names[axis]: last_prediction(f"L10.step_{axis}")[0] for axis in AXES},
-          "a step of 2 x 2 x 2, and what the slow wire adds", "s", "s, timed on an emulated wire")
+figures.stacked_axis_bars({names[axis]: {"all inside a node": fast, axis: added[axis]} for axis in AXES},
+                          {names[axis]: last_prediction(f"L10.step_{axis}")[0] for axis in AXES},
+                          "a step of 2 x 2 x 2, and what the slow wire adds", "s",
+                          "s, timed on an emulated wire")
 
 # %% [markdown]
 # GPT-3 on 1024 GPUs again, now in three dimensions. And what BLOOM's makers timed before they chose: meshes
 # of 384 A100s, eight to a node, for 181 billion parameters and some 2048 sequences a step.
 
 # %%
-DisplayTable("GPT-3, 1024 GPUs (modelled)", COLUMNS, [
-    gpt3_on(8, 16, 8, "tp"), gpt3_on(8, 16, 8, "pp"), gpt3_on(2, 64, 8, "tp"), gpt3_on(32, 32, 1)])
+DisplayTable("GPT-3, 1024 GPUs (modelled)", GPT3_COLUMNS, [
+    gpt3_on_mesh(8, 16, 8, "tp"), gpt3_on_mesh(8, 16, 8, "pp"), gpt3_on_mesh(2, 64, 8, "tp"),
+    gpt3_on_mesh(32, 32, 1)])
 
 # %%
-bloom_trials()
+bloom_trials_table()
 
 # %% [markdown]
 # **Explain.** Five sentences. (a) tp sends the most, dp comes next, pp the least: which one would you lay

@@ -4,7 +4,7 @@ import functools
 import torch
 
 from lessons.l15_kv_cache import cases
-from lessons.l15_kv_cache.exercise_cache import Cache
+from lessons.l15_kv_cache.exercise_cache import ExerciseKVCache
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.compare_tensors import assert_same_tensor
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
@@ -93,7 +93,7 @@ def _(subject):
 def _(subject):
     for heads, kv in cases.HEADS:
         model, tokens = cases.model(heads, kv), cases.tokens(2, 11)
-        want, cache = model.hidden(tokens), Cache(subject, model.config, 2, 11, torch.float64)
+        want, cache = model.hidden(tokens), ExerciseKVCache(subject, model.config, 2, 11, torch.float64)
         for T in CHUNKS[0]:
             now = slice(cache.length, cache.length + T)
             got = model.hidden(tokens[:, now], torch.arange(now.start, now.stop), cache)

@@ -1,6 +1,6 @@
-"""A KV cache around a student's `attend`, and a picture of who sees whom in a call.
+"""A KV cache for the decoder around a student's `attend`.
 
-    cache = Cache(attend, config, batch=1, capacity=64)
+    cache = ExerciseKVCache(attend, config, batch=1, capacity=64)
     model.hidden(tokens, places, cache)
     cache.length += tokens.shape[1]
 """
@@ -11,10 +11,11 @@ import torch
 from nanoinfra.config import ModelConfig
 
 
-class Cache:
-    """Memory for all layers' keys and values, (L, 2, B, KV, capacity, K); `length` tokens of it are there.
+class ExerciseKVCache:
+    """Memory for keys and values of all layers, (L, 2, B, KV, capacity, K), of which `length` tokens are
+    written.
 
-    What no token has written is not a number. The caller adds to `length` once all layers have run.
+    Memory that no token has written holds NaN. The caller adds to `length` once all layers have run.
     """
 
     def __init__(self, attend, config: ModelConfig, batch: int, capacity: int, dtype=torch.float32):
@@ -23,5 +24,5 @@ class Cache:
         self.memory = torch.full((L, 2, batch, KV, capacity, K), math.nan, dtype=dtype)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None):
-        """What a decoder calls; `mask`, ALiBi's slopes or a window, is left out."""
+        """Attention of one layer, as the decoder calls it. `mask` is ignored."""
         return self.core(self.memory[layer], self.length, q, k, v)

@@ -1,7 +1,7 @@
-"""Calls of a decoder over a student's cache, T new tokens of B sequences, which then have S: what they cost.
+"""Cost of decoder calls over a student's KV cache: T new tokens of B sequences, which then have S tokens.
 
-`counts` needs no numbers, only shapes; `rate` takes the time; `roof` draws calls as the roofline has them
-(Williams et al. 2009): FLOP/s against FLOPs a byte, under min(bandwidth x, peak).
+`count_flops_and_reads` works on shapes alone, `time_tokens_per_second` takes the time. `roofline` plots
+FLOP/s over arithmetic intensity x (FLOPs a byte), below min(bandwidth x, peak). Williams et al. 2009.
 """
 import time
 from collections import Counter
@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lessons.l15_kv_cache.exercise_cache import Cache
+from lessons.l15_kv_cache.exercise_cache import ExerciseKVCache
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.decoding import call_flops, intensity
 from nanoinfra.lab import draw
@@ -21,16 +21,16 @@ from nanoinfra.model.attention import hidden_keys
 from nanoinfra.model.decoder import Decoder
 
 
-def bandwidths(nbytes: int) -> dict[str, float]:
-    """B/s of reading a large tensor in three ways, the best of several runs each."""
+def measure_read_bandwidths(nbytes: int) -> dict[str, float]:
+    """Measured B/s of reading a large tensor in three ways, the best of several runs each."""
     x, column = torch.ones(nbytes // 4096, 1024), torch.ones(1024)
     ways = {"sum": x.sum, "dot with itself": lambda: x.flatten() @ x.flatten(), "matrix times vector":
             lambda: x @ column}
     return {way: x.nbytes / _best(run) for way, run in ways.items()}
 
 
-def arithmetic(n: int = 1024) -> float:
-    """FLOP/s of a product of n x n matrices, the best of several runs."""
+def measure_matmul_rate(n: int = 1024) -> float:
+    """Measured FLOP/s of a product of n x n matrices, the best of several runs."""
     x = torch.randn(n, n)
     return 2 * n**3 / _best(lambda: x @ x)
 
@@ -39,19 +39,21 @@ def _best(run):
     return min(timed(run, 1).value for _ in range(7))
 
 
-def counts(config: ModelConfig, attend: Callable, B: int, T: int, S: int) -> tuple[int, Counter]:
-    """(FLOPs, {"weights", "cache": bytes read}) of a call, on the meta device; the head reads last rows."""
+def count_flops_and_reads(config: ModelConfig, attend: Callable, B: int, T: int, S: int) -> tuple[int,
+                                                                                                  Counter]:
+    """(FLOPs, {"weights", "cache": bytes read}) of a call, counted on the meta device."""
     with torch.device("meta"):
-        model, cache = Decoder(config), Cache(attend, config, B, S)
+        model, cache = Decoder(config), ExerciseKVCache(attend, config, B, S)
         traffic = TensorReadBytes(weights=model.parameters(), cache=[cache.memory])
         with FlopCounterMode(display=False) as counter, traffic:
             _call(model, cache, B, T, S)
     return counter.get_total_flops(), traffic.read_bytes
 
 
-def rate(model: Decoder, attend: Callable, B: int, T: int, S: int, repeats: int) -> Measurement:
-    """Tokens/s of such calls, timed; each writes its tokens anew behind the same S - T."""
-    cache = Cache(attend, model.config, B, S)
+def time_tokens_per_second(model: Decoder, attend: Callable, B: int, T: int, S: int,
+                           repeats: int) -> Measurement:
+    """Time `repeats` equal calls: tokens/s as a Measurement."""
+    cache = ExerciseKVCache(attend, model.config, B, S)
     cache.memory.fill_(0.1)
     marks = [_call(model, cache, B, T, S) and time.perf_counter() for _ in range(1 + repeats)]
     return median_of_times([B * T / (end - begin) for begin, end in pairwise(marks)], "tokens/s")
@@ -65,8 +67,8 @@ def _call(model, cache, B, T, S):
     return True
 
 
-def seen(calls: dict[str, tuple[int, int]], title: str) -> draw.Picture:
-    """{name: (T, S)}: a row for each of T new tokens, a column for each of S keys, side by side."""
+def attention_mask_picture(calls: dict[str, tuple[int, int]], title: str) -> draw.Picture:
+    """Draw the causal mask of each {name: (T, S)}: a row for each new token, a column for each key."""
     picture, axes = draw.new_figure(8.8, 1.9 + 0.23 * max(T for T, _ in calls.values()), title)
     kinds = {"key was kept": draw.SKY, "key is new": draw.BLUE, "key is later, not seen": "#e8e8e8"}
     left = 0
@@ -86,10 +88,11 @@ def seen(calls: dict[str, tuple[int, int]], title: str) -> draw.Picture:
     return picture
 
 
-def batches(lines: dict[str, tuple], dots: dict[str, tuple], even: float, title: str) -> draw.Picture:
-    """Tokens/s over the batch: ceilings as {label: (batches, tokens/s)}, the last one dashed, and calls.
+def throughput_over_batch(lines: dict[str, tuple], dots: dict[str, tuple], even: float,
+                          title: str) -> draw.Picture:
+    """Plot tokens/s over the batch size: predicted ceilings, the last one dashed, and timed calls.
 
-    A line stands at `even`, the batch from which on a cache is larger than the weights.
+    A vertical line stands at `even`, the batch from which on the KV cache is larger than the weights.
     """
     *_, dashed = lines
     picture = draw.plot_curves(lines, dots, "sequences in the batch", "tokens/s", title,
@@ -97,9 +100,9 @@ def batches(lines: dict[str, tuple], dots: dict[str, tuple], even: float, title:
     return _beside(draw.draw_vertical_line(picture, even, f"MHA: cache = weights at {even:.3g}"))
 
 
-def roof(calls: dict[str, list[tuple]], dtype_bytes: int, bandwidth: float, peak: float,
-         title: str) -> draw.Picture:
-    """{label: [(config, B, T, S, tokens/s)]} under the roof, each dot with its B; at most five labels."""
+def roofline(calls: dict[str, list[tuple]], dtype_bytes: int, bandwidth: float, peak: float,
+             title: str) -> draw.Picture:
+    """Roofline with a dot for each call of {label: [(config, B, T, S, tokens/s)]}, at most five labels."""
     dots = {label: [_place(call, dtype_bytes) for call in each] for label, each in calls.items()}
     edge, reach = peak / bandwidth, [x for each in dots.values() for x, _ in each]
     xs = [min(reach) / 2, edge, 2 * max(edge, *reach)]
@@ -115,7 +118,7 @@ def roof(calls: dict[str, list[tuple]], dtype_bytes: int, bandwidth: float, peak
 
 
 def _beside(picture):
-    """The legend at the right, in the words of ceilings."""
+    """Put the legend at the right, and call lines ceilings."""
     axes = picture.figure.axes[0]
     for line in axes.get_lines():
         said = line.get_label()

@@ -19,8 +19,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lessons.l15_kv_cache import checks as check
-from lessons.l15_kv_cache.exercise_cache import Cache
-from lessons.l15_kv_cache.figures import arithmetic, bandwidths, batches, counts, rate, roof, seen
+from lessons.l15_kv_cache import figures
+from lessons.l15_kv_cache.exercise_cache import ExerciseKVCache
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas import decoding
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
@@ -88,8 +88,8 @@ DisplayTable(f"one more token, on one of {describe_machine()}", ("n", "GFLOPs, c
 # gives B tokens. All share the weights, nobody shares a cache.
 
 # %%
-rates = bandwidths(NBYTES := 2**26 if FAST else 2**28)
-beta, pi = max(rates.values()), arithmetic()
+rates = figures.measure_read_bandwidths(NBYTES := 2**26 if FAST else 2**28)
+beta, pi = max(rates.values()), figures.measure_matmul_rate()
 print(f"{V=} {C=} {L=} {H=} {K=} {F=}, a SwiGLU, a tied head, float32: d={D}; KV={KINDS}; {P=} {S=}\n"
       f"this machine, one core: beta={beta / 1e9:.1f} GB/s, pi={pi / 1e9:.0f} GFLOP/s, timed")
 DisplayTable("reading a large tensor: best of 7", ("", "GB/s"),
@@ -135,7 +135,8 @@ for n in (1, 8):
 # behind some others, is the general case: prefill is a chunk behind nothing, decode a chunk of one.
 
 # %%
-seen({"prefill": (6, 6), "a chunk": (3, 9), "decode": (1, 10)}, "three calls, one after another")
+figures.attention_mask_picture({"prefill": (6, 6), "a chunk": (3, 9), "decode": (1, 10)},
+                               "three calls, one after another")
 
 # %% [markdown]
 # **Exercise 1: attend.** A layer's memory is (2, B, KV, capacity, K), keys and values; `length` tokens are
@@ -222,12 +223,12 @@ for kind, config in CONFIGS.items():
     model = init_weights(Decoder(config), seed=0)
     pack(model)
     for B in BATCHES:
-        wrote[kind][B] = rate(model, attend, B, 1, S, REPEATS)
+        wrote[kind][B] = figures.time_tokens_per_second(model, attend, B, 1, S, REPEATS)
         if kind == "mha" and B in (1, 8):
-            was_read[B] = rate(model, attend, B, P, P, REPEATS)
-    measure(f"L15.kv_{kind}", counted, Cache(attend, config, 1, 1).memory.nbytes, "B")
+            was_read[B] = figures.time_tokens_per_second(model, attend, B, P, P, REPEATS)
+    measure(f"L15.kv_{kind}", counted, ExerciseKVCache(attend, config, 1, 1).memory.nbytes, "B")
 for phase, T, total in (("prefill", P, P), ("decode", 1, S)):
-    work, moved = counts(MHA, attend, 1, T, total)
+    work, moved = figures.count_flops_and_reads(MHA, attend, 1, T, total)
     measure(f"L15.flops_{phase}", counted, work, "FLOPs")
     measure(f"L15.intensity_{phase}", counted, work / sum(moved.values()), "FLOPs/B")
 measure("L15.flops_again", counted, again_flops(S), "FLOPs")
@@ -235,7 +236,9 @@ measure("L15.even", counted, moved["weights"] / moved["cache"], "sequences")
 rates = {"prefill_1": was_read[1], "decode_1": wrote["mha"][1], "decode_8": wrote["mha"][8]}
 for what, got in rates.items():
     measure(f"L15.{what}", lambda got=got: got)
-beta, pi = max(beta, *bandwidths(NBYTES).values()), max(pi, arithmetic())     # it may have been busy before
+# it may have been busy before
+beta, pi = max(beta, *figures.measure_read_bandwidths(NBYTES).values()), max(pi,
+                                                                             figures.measure_matmul_rate())
 compare_predictions(list(check.PREDICTIONS), tolerance={f"L15.{what}": None for what in rates})
 
 # %%
@@ -252,7 +255,8 @@ DisplayTable("MHA, tokens/s, timed", ("", "more", "less", ""), [
 # %%
 def answer_flops(n):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        generate(Decoder(MHA), torch.zeros(1, 16).long(), n, lambda size: Cache(attend, MHA, 1, size))
+        generate(Decoder(MHA), torch.zeros(1, 16).long(), n,
+                 lambda size: ExerciseKVCache(attend, MHA, 1, size))
     return counter.get_total_flops()
 
 
@@ -274,7 +278,8 @@ lines = {kind.upper(): (smooth, [decoding.ceiling(config, B, 1, S, D, beta, pi) 
          for kind, config in sorted(CONFIGS.items())}                # in this order: MHA is orange below too
 lines["arithmetic (MHA)"] = smooth, [decoding.ceiling(MHA, 1, 1, S, D, peak=pi)] * len(smooth)
 dots = {kind.upper(): (BATCHES, [each[B].value for B in BATCHES]) for kind, each in sorted(wrote.items())}
-batches(lines, dots, decoding.even_batch(MHA, S, D), f"writing at S = {S}, and two ceilings")
+figures.throughput_over_batch(lines, dots, decoding.even_batch(MHA, S, D),
+                              f"writing at S = {S}, and two ceilings")
 
 # %% [markdown]
 # **The roofline.** The same calls by intensity, with their batch. Memory limits them left of the edge.
@@ -283,7 +288,7 @@ batches(lines, dots, decoding.even_batch(MHA, S, D), f"writing at S = {S}, and t
 calls = {f"{kind.upper()} decode": [(CONFIGS[kind], B, 1, S, each.value) for B, each in wrote[kind].items()]
          for kind in ("mha", "mqa")}
 calls["MHA prefill"] = [(MHA, B, P, P, each) for B, each in read.items()]
-roof(calls, D, beta, pi, "under one roof: reading computes, writing fetches")
+figures.roofline(calls, D, beta, pi, "under one roof: reading computes, writing fetches")
 
 # %% [markdown]
 # On an H100 (3.35 TB/s, 989 TFLOP/s in bfloat16, 80 GB) by the same formulas. Nothing here was run.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from lessons.l16_paging.replay import Ruled, Watched, draw_trace, replay
+from lessons.l16_paging.replay import LoggingScheduler, RuleScheduler, random_trace, replay_trace
 from nanoinfra.lab.check import CriterionNotMet
 from nanoinfra.serve.engine.block_pool import Blocks
 from nanoinfra.serve.engine.scheduler import Sequence
@@ -43,7 +43,7 @@ class Moment:
                 f"(computed of tokens): {runs or 'nobody'}; waits (tokens): {waits or 'nobody'}")
 
 
-class _Kept(Watched):
+class _Kept(LoggingScheduler):
     """Keeps the moment before each step. What was computed is not looked for again."""
 
     def __init__(self, blocks, budget):
@@ -66,7 +66,7 @@ def moments() -> list[Moment]:
     found = []
     for seed, (n, size, budget) in enumerate(POOLS):
         kept = _Kept(Blocks(n, size), budget)
-        replay(draw_trace(12, LONGEST, 1.0, seed), kept, fresh=True)
+        replay_trace(random_trace(12, LONGEST, 1.0, seed), kept, fresh=True)
         found += kept.moments
     return sorted((moment for moment in found if moment.running or moment.waiting),
                   key=lambda moment: len(moment.running) + len(moment.waiting))
@@ -116,11 +116,12 @@ def ending(subject):
     return ended
 
 
-def whole(subject, n: int, size: int, budget: int, seed: int) -> tuple[Watched, Watched]:
+def whole(subject, n: int, size: int, budget: int, seed: int) -> tuple[LoggingScheduler, LoggingScheduler]:
     """A trace planned by `subject`, and by the real scheduler. RuntimeError where it does not end."""
-    jobs = draw_trace(12, LONGEST, 1.0, seed)
-    want = replay(jobs, Watched(Blocks(n, size), budget), fresh=True)
-    return replay(jobs, Ruled(ending(subject), Blocks(n, size), budget), until=2 * want.steps), want
+    jobs = random_trace(12, LONGEST, 1.0, seed)
+    want = replay_trace(jobs, LoggingScheduler(Blocks(n, size), budget), fresh=True)
+    return replay_trace(jobs, RuleScheduler(ending(subject), Blocks(n, size), budget),
+                        until=2 * want.steps), want
 
 
 def calls(seed: int, most: int = 60) -> Iterator[tuple[str, int]]:

@@ -1,18 +1,20 @@
-"""The same trace through the real engine: what it says, and the log of its scheduler (replay.py's)."""
+"""Serve a trace of requests with the real engine, with the logging scheduler of replay.py."""
 import time
 from collections.abc import Sequence
 
-from lessons.l16_paging.replay import Job, Watched, drive
+from lessons.l16_paging.replay import LoggingScheduler, TraceRequest, step_through_trace
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.requests import Request, Sampling
 
 
-def serve(model: Decoder, jobs: Sequence[Job], blocks: int, size: int, static: int = 0,
-          watched: type[Watched] = Watched, **limits) -> tuple[Engine, list[list[int]], float]:
-    """(the engine, its `scheduler` with a log; the greedy tokens of each job; seconds) once all have ended.
+def serve_trace(model: Decoder, jobs: Sequence[TraceRequest], blocks: int, size: int, static: int = 0,
+                watched: type[LoggingScheduler] = LoggingScheduler, **limits) -> tuple[Engine,
+                                                                                       list[list[int]],
+                                                                                       float]:
+    """Serve `jobs` greedily; returns (the engine, the tokens of each request, seconds) once all have ended.
 
-    `static`: seats of a batch that starts when the last one has ended. `watched` plans the steps.
+    `static` is the size of static batches, `watched` the class of the scheduler.
     """
     engine, said = Engine(model, blocks=blocks, size=size), [[] for _ in jobs]
     engine.scheduler = watched(engine.blocks, **limits)
@@ -24,5 +26,5 @@ def serve(model: Decoder, jobs: Sequence[Job], blocks: int, size: int, static: i
         for event in engine.step():
             said[int(event.request)] += event.tokens
     begin = time.perf_counter()
-    drive(jobs, engine.scheduler, add, step, static)
+    step_through_trace(jobs, engine.scheduler, add, step, static)
     return engine, said, time.perf_counter() - begin

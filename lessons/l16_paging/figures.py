@@ -1,33 +1,39 @@
-"""Pictures of a server at work, from a scheduler's log (replay.py): who is in the batch, what memory holds.
+"""Figures of continuous batching and paged KV memory, drawn from a scheduler's log (replay.py).
 
-A row a request, in order of arrival; a column a step. And the pool itself: a box a place, in the colour of
-the sequence whose token is in it.
+A batch timeline has a row for each request, in order of arrival, and a column for each step. A block map
+shows which sequence's tokens lie in which block of the pool.
 """
 from collections.abc import Iterator, Sequence
 
-from lessons.l16_paging.replay import Job, Watched, numbers, policies, replay
+from lessons.l16_paging.replay import (
+    LoggingScheduler,
+    TraceRequest,
+    replay_three_policies,
+    replay_trace,
+    trace_sizes,
+)
 from nanoinfra.formulas import paged_kv
 from nanoinfra.lab import draw
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.serve.engine.block_pool import Blocks
 
-KINDS = {"prompt": (draw.ORANGE, "prompt, or a chunk of it"), "decode": (draw.BLUE, "a new token"),
-         "again": (draw.PINK, "computed again"), "idle": ("#c9c9c9", "done, seat kept"),
-         "waiting": ("#f3e2bb", "waits"), "preempted": ("#efc3a8", "was sent away, waits")}
-WIDTH, GAP, ROW = 9.4, 3.2, 0.105            # inches; rows between panels, for the lower one's name; inches
+_STEP_KINDS = {"prompt": (draw.ORANGE, "prompt, or a chunk of it"), "decode": (draw.BLUE, "a new token"),
+               "again": (draw.PINK, "computed again"), "idle": ("#c9c9c9", "done, seat kept"),
+               "waiting": ("#f3e2bb", "waits"), "preempted": ("#efc3a8", "was sent away, waits")}
+_WIDTH_INCHES, GAP, ROW = 9.4, 3.2, 0.105  # inches; rows between panels, for the lower one's name; inches
 
 
-def timeline(panels: dict[str, Watched], title: str = "") -> draw.Picture:
-    """A panel for each {name: what replay gave}, on one axis of steps."""
+def batch_timeline(panels: dict[str, LoggingScheduler], title: str = "") -> draw.Picture:
+    """A timeline for each {name: scheduler after a replay}: what each request did in each step."""
     rows = sum(len(each.order) + GAP for each in panels.values())
-    picture, axes = draw.new_figure(WIDTH, 1.3 + ROW * rows, title)
+    picture, axes = draw.new_figure(_WIDTH_INCHES, 1.3 + ROW * rows, title)
     top, seen, ticks = 0.0, set(), {}
     for name, scheduler in panels.items():
         axes.text(0, top + 0.3 * GAP, f"{name}: {_said(scheduler)}", fontsize=10, weight="bold", va="center")
         top += 0.75 * GAP
         for y, kind, begin, end in _runs(scheduler):
             seen.add(kind)
-            axes.barh(top + y, end - begin, 0.82, begin, color=KINDS[kind][0], align="edge")
+            axes.barh(top + y, end - begin, 0.82, begin, color=_STEP_KINDS[kind][0], align="edge")
         for step in scheduler.log:
             for y in step.preempted:
                 axes.plot(step.at, top + y + 0.41, "x", color=draw.RED, markersize=5, markeredgewidth=1.8)
@@ -43,16 +49,16 @@ def timeline(panels: dict[str, Watched], title: str = "") -> draw.Picture:
 
 def _legend(picture, axes, seen):
     """Of what was drawn; below the axes."""
-    for kind in (kind for kind in KINDS if kind in seen):
-        axes.barh(0, 0, color=KINDS[kind][0], label=KINDS[kind][1])
+    for kind in (kind for kind in _STEP_KINDS if kind in seen):
+        axes.barh(0, 0, color=_STEP_KINDS[kind][0], label=_STEP_KINDS[kind][1])
     if any(line.get_marker() == "x" for line in axes.lines):
         axes.plot([], [], "x", color=draw.RED, linestyle="none", label="sent away")
     picture.figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
 
 
-def memory(panels: dict[str, Watched], title: str = "") -> draw.Picture:
-    """What the pool holds after each step: tokens, places taken that hold none, and what is free."""
-    picture, axes = draw.new_figure(WIDTH, 1.1 + 1.5 * len(panels), title)
+def pool_usage(panels: dict[str, LoggingScheduler], title: str = "") -> draw.Picture:
+    """Plot the slots of the pool over the steps: with a token, allocated and empty, and free."""
+    picture, axes = draw.new_figure(_WIDTH_INCHES, 1.1 + 1.5 * len(panels), title)
     axes.remove()
     every = picture.figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     longest = max(each.steps for each in panels.values())
@@ -84,14 +90,14 @@ def _fill(axes, scheduler):
     return sum(tokens) / sum(taken)
 
 
-def pool(scheduler: Watched, title: str = "", columns: int = 16) -> draw.Picture:
-    """The blocks as they lie, `columns` a row: dark where a token is, pale what is empty, white if free.
+def block_map(scheduler: LoggingScheduler, title: str = "", columns: int = 16) -> draw.Picture:
+    """Draw the blocks of the pool, `columns` in a row: dark with tokens, pale where empty, white if free.
 
-    The number is the sequence's; a block of several holders names them all.
+    A block shows the numbers of all sequences that hold it.
     """
     blocks, n = scheduler.blocks, len(scheduler.blocks.holders)
     rows = -(-n // columns)
-    picture, axes = draw.new_figure(WIDTH, 0.9 + 0.42 * rows, title)
+    picture, axes = draw.new_figure(_WIDTH_INCHES, 0.9 + 0.42 * rows, title)
     held = list(_held(scheduler))
     for block in range(n):
         x, y = block % columns, block // columns
@@ -111,10 +117,11 @@ def pool(scheduler: Watched, title: str = "", columns: int = 16) -> draw.Picture
     return picture
 
 
-def steps_by_memory(jobs: list[Job], memories: Sequence[int], longest: int, size: int) -> draw.Picture:
-    """Steps that the policies take in KV memory of so many tokens, beside the least that fit into it."""
-    runs = [policies(jobs, places, longest, size) for places in memories]
-    lines = {way: (memories, [paged_kv.least_steps(numbers(jobs), places, size, whole)
+def steps_over_pool_size(jobs: list[TraceRequest], memories: Sequence[int], longest: int,
+                         size: int) -> draw.Picture:
+    """Plot the steps that each policy takes over the size of KV memory, and the least number possible."""
+    runs = [replay_three_policies(jobs, places, longest, size) for places in memories]
+    lines = {way: (memories, [paged_kv.least_steps(trace_sizes(jobs), places, size, whole)
                               for places in memories])
              for way, whole in (("Orca", longest), ("pages", None))}
     ways = ("Orca", "pages", "static batches")
@@ -124,9 +131,10 @@ def steps_by_memory(jobs: list[Job], memories: Sequence[int], longest: int, size
     return picture
 
 
-def waste_by_size(jobs: list[Job], places: int, sizes: Sequence[int]) -> draw.Picture:
-    """What sequences leave empty in blocks of several sizes."""
-    left = [replay(jobs, Watched(Blocks(places // size, size))).left.values() for size in sizes]
+def waste_over_block_size(jobs: list[TraceRequest], places: int, sizes: Sequence[int]) -> draw.Picture:
+    """Plot the slots that a sequence leaves empty over the block size."""
+    left = [replay_trace(jobs, LoggingScheduler(Blocks(places // size, size))).left.values()
+            for size in sizes]
     lines = {"on average": (sizes, [paged_kv.empty_on_average(size) for size in sizes]),
              "at most": (sizes, [size - 1 for size in sizes])}
     dots = {"on average": (sizes, [sum(each) / len(each) for each in left]),
@@ -159,15 +167,15 @@ def _runs(scheduler) -> Iterator[tuple[int, str, int, int]]:
 
 
 def _said(scheduler):
-    """Its numbers, in a line."""
+    """Its steps and tokens a step, in a line."""
     computed, steps = scheduler.computed, scheduler.steps
     sent = scheduler.counts["preemptions"]
     more = f", {sent} sent away" if sent else ""
     return f"{steps} steps, {computed / steps:.1f} tokens a step{more}"
 
 
-def table(panels: dict[str, Watched], title: str = "") -> DisplayTable:
-    """A row a {name: what replay gave}."""
+def policy_table(panels: dict[str, LoggingScheduler], title: str = "") -> DisplayTable:
+    """A table with a row for each {name: scheduler after a replay}."""
     rows = [(name, str(each.steps), str(each.computed), f"{each.computed / each.steps:.1f}",
              str(max(len(step.work) for step in each.log)), str(max(step.used for step in each.log)),
              str(sum(len(step.waiting) for step in each.log)), str(each.counts["preemptions"]))

@@ -14,8 +14,8 @@ from unittest import mock
 
 import torch
 
-from lessons.l16_paging.engine_runs import serve
-from lessons.l16_paging.replay import Watched, draw_trace, numbers
+from lessons.l16_paging.engine_runs import serve_trace
+from lessons.l16_paging.replay import LoggingScheduler, random_trace, trace_sizes
 from nanoinfra.config import sized
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
@@ -41,8 +41,8 @@ BREAKS = ("batches-after-all", "no-cache", "coarse-blocks", "all-heads")
 MODELS = ("nano", "test", "micro", "small")
 LONGEST, SEATS, SIZE = 96, 6, 8              # tokens of a sequence; stretches that fit; tokens of a block
 PLACES, VOCAB, BYTES, REPEATS = SEATS * LONGEST, 257, 4, 3           # float32
-JOBS = draw_trace(32, LONGEST, gap=1.0, seed=2)
-TRACE = numbers(JOBS)                        # (arrival, prompt, new) of each
+JOBS = random_trace(32, LONGEST, gap=1.0, seed=2)
+TRACE = trace_sizes(JOBS)                        # (arrival, prompt, new) of each
 
 
 def measure(mesh, model, broken=""):
@@ -103,13 +103,13 @@ def served(mesh, net, way, broken):
     """(the engine, what was said, {tag: (collectives, payload)} on this rank, [tokens/s]) of one policy."""
     size = LONGEST if way != "pages" else SIZE * (2 if broken == "coarse-blocks" else 1)
     seats = SEATS if way == "static" or broken == "batches-after-all" else 0
-    watched, speeds = Forgetful if broken == "no-cache" else Watched, []
+    watched, speeds = Forgetful if broken == "no-cache" else LoggingScheduler, []
     repeats = REPEATS if mesh.device == "cuda" or mesh.tp.size < 4 else 1          # of ranks that share cores
     with all_heads() if broken == "all-heads" else contextlib.nullcontext():
         for _ in range(repeats):
             comm.barrier(mesh.tp)
             mesh.ledger.take()
-            engine, said, seconds = serve(net, JOBS, PLACES // size, size, seats, watched)
+            engine, said, seconds = serve_trace(net, JOBS, PLACES // size, size, seats, watched)
             rows = [row for row in mesh.ledger.take() if row.tag in ("layers", "ends")]
             speeds.append(sum(map(len, said)) / seconds)
     sent = {tag: (len(mine), sum(row.payload for row in mine)) for tag in ("layers", "ends")
@@ -117,7 +117,7 @@ def served(mesh, net, way, broken):
     return engine, said, sent, speeds
 
 
-class Forgetful(Watched):
+class Forgetful(LoggingScheduler):
     """Computes a sequence from its beginning in every step, as if there were no cache."""
 
     def plan(self):

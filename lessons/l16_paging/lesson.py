@@ -15,9 +15,8 @@ import os
 from dataclasses import replace
 
 from lessons.l16_paging import checks as check
+from lessons.l16_paging import figures, replay
 from lessons.l16_paging.engine_runs import serve
-from lessons.l16_paging.figures import memory, pool, steps_by_memory, table, timeline, waste_by_size
-from lessons.l16_paging.replay import Ruled, Watched, draw_trace, numbers, policies, replay
 from nanoinfra.config import ModelConfig, sized
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.lab.compare import compare_predictions
@@ -33,8 +32,8 @@ from nanoinfra.serve.generate import generate
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 LONGEST, SEATS, SIZE = 64, 4, 4              # tokens a sequence may have; caches that fit; tokens of a block
 PLACES = SEATS * LONGEST                     # tokens that fit into KV memory
-JOBS = draw_trace(24, LONGEST, gap=1.5, seed=9)
-TRACE = numbers(JOBS)                        # (arrival, prompt, new) of each
+JOBS = replay.random_trace(24, LONGEST, gap=1.5, seed=9)
+TRACE = replay.trace_sizes(JOBS)                        # (arrival, prompt, new) of each
 PREFIX = tuple(range(18))                    # what a system prompt is made of
 
 # %% [markdown]
@@ -53,9 +52,10 @@ print(f"{whole / 2048:,.0f} bytes a token, {whole / 1e9:.2f} GB for 2048: {12e9 
 # a request. A step gives each sequence of the batch one token; the first step of one reads its prompt.
 
 # %%
-STATIC = replay(JOBS, Watched(Blocks(SEATS, LONGEST)), static=SEATS)
+STATIC = replay.replay_trace(JOBS, replay.LoggingScheduler(Blocks(SEATS, LONGEST)), static=SEATS)
 print(f"the first six requests, (arrival, prompt, new): {TRACE[:6]}")
-timeline({"static batches": STATIC}, "a batch leaves when its longest is done: seats are kept, others wait")
+figures.batch_timeline({"static batches": STATIC},
+                       "a batch leaves when its longest is done: seats are kept, others wait")
 
 # %% [markdown]
 # ## 2. Predict
@@ -112,9 +112,9 @@ predict("L16.saved", sum(arrival > 0 for arrival, *_ in TRACE) * (len(PREFIX) //
 # sequence through its table, as a process finds its memory through an operating system's pages.
 
 # %%
-BY_14 = replay(JOBS, Watched(Blocks(PLACES // SIZE, SIZE)), until=15)
+BY_14 = replay.replay_trace(JOBS, replay.LoggingScheduler(Blocks(PLACES // SIZE, SIZE)), until=15)
 print(*(sequence.table for sequence, job in BY_14.order.items() if job == 18))
-pool(BY_14, "64 blocks of 4 tokens; the number is the sequence (colours repeat)")
+figures.block_map(BY_14, "64 blocks of 4 tokens; the number is the sequence (colours repeat)")
 
 # %% [markdown]
 # **Exercise 1: the pool.** A block has as many holders as there are tables with it: sequences that begin
@@ -244,10 +244,10 @@ for it in (Scheduler.plan, Scheduler._admit, Scheduler._usable, Scheduler._make_
 # trace three times in the same memory, and its log is counted.
 
 # %%
-RUNS = policies(JOBS, PLACES, LONGEST, SIZE)
+RUNS = replay.replay_three_policies(JOBS, PLACES, LONGEST, SIZE)
 _, ORCA, PAGES = RUNS.values()
 ALIKE = [replace(job, tokens=PREFIX + job.tokens) for job in JOBS]
-SHARED = replay(ALIKE, Watched(Blocks(PLACES // SIZE, SIZE)))
+SHARED = replay.replay_trace(ALIKE, replay.LoggingScheduler(Blocks(PLACES // SIZE, SIZE)))
 measure("L16.waste_whole", counted, sum(ORCA.left.values()), "tokens")
 measure("L16.waste_pages", counted, sum(PAGES.left.values()), "tokens")
 for name, run in zip(("static", "orca", "paged"), RUNS.values()):
@@ -257,10 +257,10 @@ measure("L16.saved", counted, SHARED.counts["prefix_hits"] // SIZE, "blocks")
 compare_predictions(list(check.PREDICTIONS))
 
 # %%
-timeline(RUNS, "24 requests, memory for 256 tokens")
+figures.batch_timeline(RUNS, "24 requests, memory for 256 tokens")
 
 # %%
-memory(RUNS, "the same memory, and what it holds: in static batches also tokens of who is done")
+figures.pool_usage(RUNS, "the same memory, and what it holds: in static batches also tokens of who is done")
 
 # %% [markdown]
 # **Short of memory.** Less than half of the blocks, and 12 tokens a step: prompts go in chunks, and who came
@@ -268,14 +268,15 @@ memory(RUNS, "the same memory, and what it holds: in static batches also tokens 
 # its own blocks still known. In the table *a step* is of all that was computed, again or not.
 
 # %%
-YOURS = replay(JOBS, Ruled(plan, Pool(28, SIZE), budget=12))
-REAL = replay(JOBS, Watched(Blocks(28, SIZE), budget=12))
-timeline({"yours": YOURS, "the real one": REAL}, "28 blocks, 12 tokens a step")
+YOURS = replay.replay_trace(JOBS, replay.RuleScheduler(plan, Pool(28, SIZE), budget=12))
+REAL = replay.replay_trace(JOBS, replay.LoggingScheduler(Blocks(28, SIZE), budget=12))
+figures.batch_timeline({"yours": YOURS, "the real one": REAL}, "28 blocks, 12 tokens a step")
 
 # %%
-APART = replay(ALIKE, Watched(Blocks(PLACES // SIZE, SIZE)), fresh=True)
-table(RUNS | {"yours, 28 blocks": YOURS, "real, 28 blocks": REAL, "prefix, not shared": APART,
-              "prefix, shared": SHARED}, "counted; a block of the first two rows has 64 places, else 4")
+APART = replay.replay_trace(ALIKE, replay.LoggingScheduler(Blocks(PLACES // SIZE, SIZE)), fresh=True)
+figures.policy_table(RUNS | {"yours, 28 blocks": YOURS, "real, 28 blocks": REAL, "prefix, not shared": APART,
+                             "prefix, shared": SHARED},
+                     "counted; a block of the first two rows has 64 places, else 4")
 
 # %% [markdown]
 # **The real engine** runs the same traces: a decoder, drawn at random, in float64. Its log must be the
@@ -297,11 +298,12 @@ for run in (ORCA, PAGES, REAL):
 # long as they run: lines (predicted: at least) are that bound, dots replays. And what other sizes leave.
 
 # %%
-MANY = draw_trace(60 if FAST else 400, LONGEST, gap=0, seed=3)
-steps_by_memory(MANY, [n * LONGEST for n in ((2, 4, 8) if FAST else (2, 4, 8, 16))], LONGEST, SIZE)
+MANY = replay.random_trace(60 if FAST else 400, LONGEST, gap=0, seed=3)
+figures.steps_over_pool_size(MANY, [n * LONGEST for n in ((2, 4, 8) if FAST else (2, 4, 8, 16))], LONGEST,
+                             SIZE)
 
 # %%
-waste_by_size(MANY, 16 * LONGEST, (2, 4, 8, 16, 32))
+figures.waste_over_block_size(MANY, 16 * LONGEST, (2, 4, 8, 16, 32))
 
 # %% [markdown]
 # **Explain.** Five sentences. (a) Static takes twice Orca's steps with the same four seats: what does each

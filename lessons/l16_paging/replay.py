@@ -1,9 +1,9 @@
-"""A trace of requests through the real scheduler, step by step, without a model and without torch.
+"""Replay a trace of requests through the real scheduler, step by step, without a model and without torch.
 
-`Watched` is serve/engine/scheduler.py's own, with a log. What is drawn and counted comes from that log,
-whether `replay` drives it or the engine does (engine_runs.py). One policy is all three: blocks of a few
-tokens are paging; blocks as long as the longest sequence, one each, are Orca's contiguous caches; those
-filled only when the last batch has ended are static batching.
+`LoggingScheduler` is the scheduler of serve/engine/scheduler.py with a log. What is drawn and counted comes
+from that log, whether `replay_trace` drives it or the engine does (engine_runs.py). One policy is all three:
+blocks of a few tokens are paging; blocks as long as the longest sequence, one each, are Orca's contiguous
+caches; those filled only when the last batch has ended are static batching.
 """
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -13,21 +13,22 @@ from random import Random
 from nanoinfra.serve.engine.block_pool import Blocks
 from nanoinfra.serve.engine.scheduler import Plan, Scheduler, Sequence
 
-ENDLESS = 1 << 20                            # a budget, or seats, that bind nobody
-SAID = -1                                    # a token that no model made: after one prompt always the same
+_UNLIMITED = 1 << 20                            # a budget, or seats, that bind nobody
+_PLACEHOLDER_TOKEN = -1  # a token that no model made: after one prompt always the same
 
 
 @dataclass(frozen=True)
-class Job:
-    """A request of a trace: it comes in step `arrival` with `tokens` and wants `new` more."""
+class TraceRequest:
+    """A request of a trace: it arrives in step `arrival` with a prompt of `tokens`, and asks for `new`
+    tokens."""
     arrival: int
     tokens: tuple[int, ...]
     new: int
 
 
 @dataclass(frozen=True)
-class Step:
-    """What happened in one step; jobs by their place in the trace."""
+class LoggedStep:
+    """What the scheduler did in one step. Requests are named by their index in the trace."""
     at: int
     work: dict[int, tuple[int, int, str]]    # (first token, how many, "prompt", "decode" or "again")
     idle: tuple[int, ...]                    # have a seat and nothing to compute
@@ -37,13 +38,13 @@ class Step:
     empty: int                               # places in those that hold nothing
 
 
-class Watched(Scheduler):
-    """The real scheduler, with a log: a Step each, and of every job what its last block left empty."""
+class LoggingScheduler(Scheduler):
+    """The real scheduler with a log: a LoggedStep for each step, and the slots each request left empty."""
 
-    def __init__(self, blocks: Blocks, budget: int = ENDLESS, seats: int = ENDLESS, **limits):
-        super().__init__(blocks, budget, seats, **{"queue": ENDLESS, "queue_tokens": 1 << 30} | limits)
+    def __init__(self, blocks: Blocks, budget: int = _UNLIMITED, seats: int = _UNLIMITED, **limits):
+        super().__init__(blocks, budget, seats, **{"queue": _UNLIMITED, "queue_tokens": 1 << 30} | limits)
         self.order: dict[Sequence, int] = {}
-        self.log: list[Step] = []
+        self.log: list[LoggedStep] = []
         self.left: dict[int, int] = {}       # job: places of its blocks that were empty when it ended
         self.now, self.outside = 0, []       # the step; jobs that have come and are not let in
 
@@ -60,7 +61,7 @@ class Watched(Scheduler):
         super().finish(sequence)
 
     def note(self, plan: Plan) -> None:
-        """Write the step into the log, once its tokens are computed."""
+        """Append a step to the log, once its tokens are computed."""
         work = {self.order[each]: (first, count, _kind(each, first, count))
                 for each, first, count in plan.work}
         idle = tuple(self.order[each] for each in self.running if self.order[each] not in work)
@@ -69,22 +70,23 @@ class Watched(Scheduler):
         sent_away = tuple(self.order[each] for each in plan.preempted)
         empty = sum(map(self._empty, self.running))
         used = len(self.blocks.holders) - len(self.blocks.free)
-        self.log.append(Step(self.now, work, idle, waiting, sent_away, used, empty))
+        self.log.append(LoggedStep(self.now, work, idle, waiting, sent_away, used, empty))
 
     @property
     def steps(self) -> int:
-        """Until the last job had ended."""
+        """The number of steps until the last request had ended."""
         return self.log[-1].at + 1
 
     @property
     def computed(self) -> int:
-        """Tokens that went through the model."""
+        """The number of tokens that went through the model."""
         return sum(count for step in self.log for _, count, _ in step.work.values())
 
     @property
     def counts(self) -> dict[str, int]:
-        """What the engine counts, from the log."""
-        found, prompts = Counter(dict.fromkeys(COUNTS, 0)), {i: each.prompt for each, i in self.order.items()}
+        """The same counters as the engine's metrics, from the log."""
+        found, prompts = Counter(dict.fromkeys(_COUNTER_NAMES, 0)), {i: each.prompt
+                                                                     for each, i in self.order.items()}
         begun, made = set(), Counter()
         for step in self.log:
             found["preemptions"] += len(step.preempted)
@@ -101,13 +103,14 @@ class Watched(Scheduler):
         return len(sequence.table) * self.blocks.size - sequence.computed
 
 
-class Ruled(Watched):
-    """A scheduler whose step is `rule(running, waiting, blocks, budget)`, [(sequence, first, how many)].
+class RuleScheduler(LoggingScheduler):
+    """A scheduler whose step is planned by `rule(running, waiting, blocks, budget)`, a student's function.
 
-    The rule changes both queues and takes blocks. No contents are remembered.
+    The rule returns [(sequence, first token, how many)], changes both queues and allocates blocks. There is
+    no prefix cache.
     """
 
-    def __init__(self, rule: Callable, blocks, budget: int = ENDLESS):
+    def __init__(self, rule: Callable, blocks, budget: int = _UNLIMITED):
         super().__init__(blocks, budget)
         self.rule = rule
 
@@ -125,11 +128,12 @@ class Ruled(Watched):
         self.note(plan)
 
 
-def replay(jobs: Iterable[Job], scheduler: Watched, static: int = 0, until: int = 1 << 30,
-           fresh: bool = False) -> Watched:
-    """Run `jobs` until all have ended, or for `until` steps. `static`: seats of a batch, left all at once.
+def replay_trace(jobs: Iterable[TraceRequest], scheduler: LoggingScheduler, static: int = 0,
+                 until: int = 1 << 30, fresh: bool = False) -> LoggingScheduler:
+    """Replay `jobs` until all have ended, or for `until` steps; returns the scheduler with its log.
 
-    Who has ended in a static batch keeps seat and memory until the last has. `fresh`: no prompt is shared.
+    `static` is the size of static batches: a sequence that has ended keeps its memory until the last one has.
+    With `fresh` no prefix is shared.
     """
     jobs, ended = list(jobs), []
 
@@ -146,7 +150,7 @@ def replay(jobs: Iterable[Job], scheduler: Watched, static: int = 0, until: int 
             for sequence in ended:
                 scheduler.finish(sequence)
             ended.clear()
-    drive(jobs, scheduler, add, step, static, until)
+    step_through_trace(jobs, scheduler, add, step, static, until)
     return scheduler
 
 
@@ -156,21 +160,28 @@ def _ends(sequence, new):
         return False
     if len(sequence.tokens) - sequence.prompt + 1 == new:
         return True
-    sequence.tokens.append(SAID)
+    sequence.tokens.append(_PLACEHOLDER_TOKEN)
     return False
 
 
-def policies(jobs: Iterable[Job], places: int, longest: int, size: int) -> dict[str, Watched]:
-    """`jobs` under all three in KV memory for `places` tokens: stretches of `longest`, blocks of `size`."""
+def replay_three_policies(jobs: Iterable[TraceRequest], places: int, longest: int,
+                          size: int) -> dict[str, LoggingScheduler]:
+    """Replay `jobs` under static batching, Orca and paging, in KV memory for `places` tokens.
+
+    The first two reserve `longest` tokens for each sequence, paging takes blocks of `size` tokens.
+    """
     jobs, seats = list(jobs), places // longest
-    return {"static batches": replay(jobs, Watched(Blocks(seats, longest)), static=seats),
-            "Orca": replay(jobs, Watched(Blocks(seats, longest))),
-            "pages": replay(jobs, Watched(Blocks(places // size, size)))}
+    return {"static batches": replay_trace(jobs, LoggingScheduler(Blocks(seats, longest)), static=seats),
+            "Orca": replay_trace(jobs, LoggingScheduler(Blocks(seats, longest))),
+            "pages": replay_trace(jobs, LoggingScheduler(Blocks(places // size, size)))}
 
 
-def drive(jobs: list[Job], scheduler: Watched, add: Callable, step: Callable, static: int = 0,
-          until: int = 1 << 30) -> None:
-    """The clock: before each step() add(i) every job i that has come, or of a static batch those it seats."""
+def step_through_trace(jobs: list[TraceRequest], scheduler: LoggingScheduler, add: Callable, step: Callable,
+                       static: int = 0, until: int = 1 << 30) -> None:
+    """Call add(i) for each request i that has arrived, then step(), until all have ended.
+
+    With `static` a batch of that many requests is added only when the batch before has ended.
+    """
     coming, here = deque(enumerate(jobs)), True
     while (coming or here) and scheduler.now < until:
         busy = scheduler.running or scheduler.waiting
@@ -184,21 +195,21 @@ def drive(jobs: list[Job], scheduler: Watched, add: Callable, step: Callable, st
         here = scheduler.running or scheduler.waiting
 
 
-def draw_trace(n: int, longest: int, gap: float, seed: int, vocab: int = 256) -> list[Job]:
-    """`n` jobs, one in `gap` steps on average (0: all at once), the first in step 0.
+def random_trace(n: int, longest: int, gap: float, seed: int, vocab: int = 256) -> list[TraceRequest]:
+    """A random trace of `n` requests, one in `gap` steps on average (0: all at once), the first in step 0.
 
-    Prompt and answer are short for the most part, and each at most half of `longest`.
+    Most prompts and answers are short, and each is at most half of `longest`.
     """
     draw, at, jobs = Random(seed), 0.0, []
     for _ in range(n):
         prompt, new = (1 + min(int(draw.expovariate(rate / longest)), longest // 2 - 1) for rate in (8, 5))
-        jobs.append(Job(int(at), tuple(draw.choices(range(vocab), k=prompt)), new))
+        jobs.append(TraceRequest(int(at), tuple(draw.choices(range(vocab), k=prompt)), new))
         at += gap * draw.expovariate(1)
     return jobs
 
 
-def numbers(jobs: Iterable[Job]) -> list[tuple[int, int, int]]:
-    """(arrival, prompt tokens, new tokens) of each: what formulas/paged_kv.py takes."""
+def numbers(jobs: Iterable[TraceRequest]) -> list[tuple[int, int, int]]:
+    """[(arrival, prompt tokens, new tokens)] of the requests, as formulas/paged_kv.py takes them."""
     return [(job.arrival, len(job.tokens), job.new) for job in jobs]
 
 
@@ -208,4 +219,4 @@ def _kind(sequence, first, count):
     return "again" if sequence.preempted else "prompt"
 
 
-COUNTS = ("prompt_tokens", "prefix_queries", "prefix_hits", "preemptions")
+_COUNTER_NAMES = ("prompt_tokens", "prefix_queries", "prefix_hits", "preemptions")

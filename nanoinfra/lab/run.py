@@ -167,12 +167,12 @@ def _arguments(argv):
     parser = _Parser(prog="python -m nanoinfra.lab.run", description="run a lab on some ranks")
     parser.add_argument("lab", help="its number, as 08")
     parser.add_argument("--nproc", type=int, default=1, help="number of ranks to start; under torchrun its "
-                                                             "own flag counts")
+                        "own flag counts")
     parser.add_argument("--model", default="", help="a model size, as nano; default: the first of the lab")
     parser.add_argument("--break", dest="broken", default="", help="plant this mistake, which the counts "
-                                                                   "must expose")
+                        "must expose")
     parser.add_argument("--check", action="store_true", help="print which predictions are made, and run "
-                                                             "nothing")
+                        "nothing")
     return parser.parse_args(argv)
 
 

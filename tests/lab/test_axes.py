@@ -4,8 +4,13 @@ import math
 import pytest
 import torch
 
-from lessons.l10_three_d.cluster_tables import COLUMNS, TRIALS, bloom_trials, gpt3_on
-from lessons.l10_three_d.figures import axis_bars, bytes_by_axis, cubes, paced
+from lessons.l10_three_d.cluster_tables import BLOOM_TRIALS, GPT3_COLUMNS, bloom_trials_table, gpt3_on_mesh
+from lessons.l10_three_d.figures import (
+    mesh_cubes,
+    payload_bytes_by_axis,
+    stacked_axis_bars,
+    time_emulated_steps,
+)
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.ledger import Row
 from nanoinfra.formulas.collectives import ring_seconds
@@ -39,7 +44,7 @@ def test_a_step_on_a_mesh_is_one_rank_s_and_sends_what_the_formulas_say(ranks, s
         at = run["at"]
         assert run["norm"] == pytest.approx(alone["norm"], rel=1e-12)
         assert run["own"] == (len(run["grads"]), at["pp"])                       # two stages: both are ends
-        assert bytes_by_axis(run["rows"]) == sent(CONFIG, *sizes, B, T, m, 8, at["pp"], at["tp"])
+        assert payload_bytes_by_axis(run["rows"]) == sent(CONFIG, *sizes, B, T, m, 8, at["pp"], at["tp"])
     assert [tuple(run["at"][axis] for axis in ONE) for run in runs] == [
         (i, j, k) for i in range(sizes[0]) for j in range(sizes[1]) for k in range(sizes[2])]
 
@@ -55,7 +60,7 @@ def test_so_it_is_on_more_ranks(ranks, sizes):
     if sizes[1] < 8:                         # eight data ranks have a sequence each, half a micro-batch
         for run in runs:
             at, m = run["at"], G // (B * sizes[1])
-            assert bytes_by_axis(run["rows"]) == sent(CONFIG, *sizes, B, T, m, 8, at["pp"], at["tp"])
+            assert payload_bytes_by_axis(run["rows"]) == sent(CONFIG, *sizes, B, T, m, 8, at["pp"], at["tp"])
 
 
 def test_layers_take_their_nap_and_ranks_wait_for_every_axis(ranks):
@@ -63,7 +68,7 @@ def test_layers_take_their_nap_and_ranks_wait_for_every_axis(ranks):
     one = ring_seconds("all_reduce", 8 * B * T * 16, 2, *wire["tp"])
     messages = 2 * ring_seconds("send", 8 * B * T * 16, 2, *wire["pp"])          # of the last micro-batch
     least = (4 + 1) * (3 * 0.01 + 4 * one) + messages                            # each stage has a layer
-    trials = ranks(4).run(paced, CONFIG, float64_train_flags(sizes, B, G), T, wire, 0.01, 2)
+    trials = ranks(4).run(time_emulated_steps, CONFIG, float64_train_flags(sizes, B, G), T, wire, 0.01, 2)
     assert all(len(each) == 2 for each in trials) and min(map(max, zip(*trials))) >= least
 
 
@@ -73,7 +78,7 @@ def test_a_message_counts_where_it_is_sent_and_the_tied_weight_apart():
     rows = [row("send", "pp", "activations", 5), row("recv", "pp", "gradients", 7),
             row("all_reduce", "pp", "tied", 11), row("all_reduce", "data", "grads", 13),
             row("all_reduce", "tp", "layers", 17), row("all_reduce", "tp", "loss", 19)]
-    assert bytes_by_axis(rows) == {"tp": 36, "pp": 5, "dp": 13, "tied": 11}
+    assert payload_bytes_by_axis(rows) == {"tp": 36, "pp": 5, "dp": 13, "tied": 11}
 
 
 def test_a_wrong_part_shows_by_its_norm_and_a_missing_one_is_infinite():
@@ -88,8 +93,9 @@ def test_a_wrong_part_shows_by_its_norm_and_a_missing_one_is_infinite():
 
 def test_a_line_joins_neighbours_in_their_axis_s_colour_and_is_red_between_nodes(tmp_path):
     sizes = {"pp": 2, "dp": 1, "tp": 3}
-    picture = cubes({"one": (lambda rank: {"pp": rank // 3, "dp": 0, "tp": rank % 3}, 3, {"tp": 4, "pp": 1})},
-                    sizes, "mesh")
+    def place(rank):
+        return {"pp": rank // 3, "dp": 0, "tp": rank % 3}
+    picture = mesh_cubes({"one": (place, 3, {"tp": 4, "pp": 1})}, sizes, "mesh")
     lines = [line for line in picture.figure.axes[0].lines if line.get_marker() == "None"
              and len(line.get_xdata())]
     colours = [line.get_color() for line in lines]
@@ -102,7 +108,8 @@ def test_a_line_joins_neighbours_in_their_axis_s_colour_and_is_red_between_nodes
 
 
 def test_a_bar_ends_where_its_axes_add_up_and_the_line_is_where_it_was_predicted():
-    picture = axis_bars({"x": {"tp": 2.0, "dp": 1.0}, "y": {"pp": 4.0}}, {"x": 3.5}, "bytes", "MB", "MB")
+    rows = {"x": {"tp": 2.0, "dp": 1.0}, "y": {"pp": 4.0}}
+    picture = stacked_axis_bars(rows, {"x": 3.5}, "bytes", "MB", "MB")
     axes = picture.figure.axes[0]
     ends = [bar.get_x() + bar.get_width() for bar in axes.patches if bar.get_width()]
     assert ends == [2.0, 3.0, 4.0]
@@ -111,17 +118,18 @@ def test_a_bar_ends_where_its_axes_add_up_and_the_line_is_where_it_was_predicted
 
 
 def test_gpt3_does_not_go_on_one_axis_alone():
-    rows = {mesh: dict(zip(COLUMNS, gpt3_on(*mesh))) for mesh in
+    rows = {mesh: dict(zip(GPT3_COLUMNS, gpt3_on_mesh(*mesh))) for mesh in
             ((1, 1, 8, "tp"), (1, 1, 128), (128, 1, 1), (1, 1024, 1), (8, 16, 8, "tp"), (8, 16, 8, "pp"))}
     ends = [row["300 billion tokens"] for row in rows.values()]
     assert ends[0] == ends[3] == "out of memory" and ends[4:] == ["27 days", "44 days"]
     assert "try --tp 96" in ends[1] and "128 chunks cannot share 96 layers" in ends[2]
-    assert gpt3_on(dp=1024, zero=3)[6:8] == ("83.7 s", "0.0 s")                  # 3 m Psi, m = 2: lesson 08
+    assert gpt3_on_mesh(dp=1024, zero=3)[6:8] == ("83.7 s", "0.0 s")       # 3 m Psi, m = 2: lesson 08
 
 
 def test_bloom_s_trials_stand_beside_the_formulas():
-    grid = bloom_trials()
+    grid = bloom_trials_table()
     rows = {row[0]: dict(zip(grid.columns, row)) for row in grid.rows}
-    assert len(rows) == len(TRIALS) and min(rows, key=lambda mesh: rows[mesh]["s a step"]) == "12 x 8 x 4"
+    assert len(rows) == len(BLOOM_TRIALS)
+    assert min(rows, key=lambda mesh: rows[mesh]["s a step"]) == "12 x 8 x 4"
     assert {mesh for mesh, row in rows.items() if row["s a step"] == "out of memory"} == {
         mesh for mesh, row in rows.items() if int(row["GB of states"]) > 60}

@@ -2,8 +2,16 @@
 import pytest
 import torch
 
-from lessons.l15_kv_cache.exercise_cache import Cache
-from lessons.l15_kv_cache.figures import arithmetic, bandwidths, batches, counts, rate, roof, seen
+from lessons.l15_kv_cache.exercise_cache import ExerciseKVCache
+from lessons.l15_kv_cache.figures import (
+    batches,
+    count_flops_and_reads,
+    measure_matmul_rate,
+    measure_read_bandwidths,
+    roof,
+    seen,
+    time_tokens_per_second,
+)
 from nanoinfra.config import sized
 from nanoinfra.formulas import decoding
 from nanoinfra.model.attention import naive
@@ -22,7 +30,7 @@ def attend(memory, length, q, k, v):
 @torch.no_grad()
 def test_a_cache_is_filled_call_after_call_and_knows_nothing_before():
     model, tokens = init_weights(Decoder(NANO), seed=1).double(), torch.arange(18).view(2, 9)
-    cache = Cache(attend, NANO, 2, 10, torch.float64)
+    cache = ExerciseKVCache(attend, NANO, 2, 10, torch.float64)
     assert cache.memory.isnan().all()
     for begin, end in ((0, 4), (4, 5), (5, 9)):
         got = model.hidden(tokens[:, begin:end], torch.arange(begin, end), cache)
@@ -33,7 +41,7 @@ def test_a_cache_is_filled_call_after_call_and_knows_nothing_before():
 
 def test_counts_are_the_formulas():
     for B, T, S in ((1, 1, 9), (3, 4, 4), (2, 3, 8)):
-        flops, read = counts(NANO, attend, B, T, S)
+        flops, read = count_flops_and_reads(NANO, attend, B, T, S)
         assert flops == decoding.call_flops(NANO, B, T, S)
         assert read == {"weights": decoding.weight_bytes(NANO, 4),
                         "cache": decoding.cache_bytes(NANO, B, S, 4)}
@@ -45,14 +53,14 @@ def test_a_rate_is_of_calls_of_that_shape():
     def noted(memory, length, q, k, v):
         calls.append((length, tuple(q.shape)))
         return attend(memory, length, q, k, v)
-    got = rate(model, noted, B=2, T=3, S=8, repeats=4)
+    got = time_tokens_per_second(model, noted, B=2, T=3, S=8, repeats=4)
     assert (got.kind, got.unit, got.n) == ("timed", "tokens/s", 4) and got.value > 0
     assert calls == [(5, (2, 4, 3, 8))] * NANO.layers * 5                  # one call is not timed
 
 
 def test_a_machine_has_a_bandwidth_and_a_peak():
-    assert len(bandwidths(2**22)) == 3 and min(bandwidths(2**22).values()) > 0
-    assert arithmetic(64) > 0
+    assert len(measure_read_bandwidths(2**22)) == 3 and min(measure_read_bandwidths(2**22).values()) > 0
+    assert measure_matmul_rate(64) > 0
 
 
 def test_pictures_show_each_call_and_each_key():

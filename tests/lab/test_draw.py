@@ -18,7 +18,7 @@ def texts(picture):
 
 
 def test_a_timeline_has_a_line_a_rank_and_shows_what_was_waited_for():
-    picture = figures.timeline(LEDGERS)
+    picture = figures.comm_timeline(LEDGERS)
     assert {"rank 0", "rank 1"} <= set(texts(picture))
     bars = [bar for bar in picture.figure.axes[0].patches if bar.get_width()]
     assert len(bars) == 2 * 2 * 3
@@ -27,13 +27,13 @@ def test_a_timeline_has_a_line_a_rank_and_shows_what_was_waited_for():
 
 
 def test_a_timeline_without_hiding_shows_whole_calls_and_no_pale():
-    axes = figures.timeline(LEDGERS, hidden=False).figure.axes[0]
+    axes = figures.comm_timeline(LEDGERS, hidden=False).figure.axes[0]
     assert [bar.get_width() for bar in axes.patches if bar.get_width()] == pytest.approx([500] * 12)
     assert not [text for text in axes.get_legend().get_texts() if "hidden" in text.get_text()]
 
 
 def test_a_ring_names_ranks_counts_and_what_is_sent():
-    got = texts(figures.ring(RING, sent=[(r - 2) % 4 for r in range(4)]))
+    got = texts(figures.ring_diagram(RING, sent=[(r - 2) % 4 for r in range(4)]))
     assert {"rank 3", "chunk 1", "2", "1"} <= set(got)
     assert got.count("2") == 4
 
@@ -53,7 +53,7 @@ def test_curves_pair_a_line_with_its_points():
 
 
 def test_a_picture_saves_itself_and_shows_itself(tmp_path):
-    picture = figures.timeline(LEDGERS, "what happened")
+    picture = figures.comm_timeline(LEDGERS, "what happened")
     with Image.open(picture.save(tmp_path / "x.png")) as saved:
         assert saved.width > 1200
     data, about = picture._repr_png_()

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.colors import to_rgb
 
-from lessons.l06_pipeline.figures import COLOURS, IDLE, gantt, measured
+from lessons.l06_pipeline.figures import COMPUTE_COLOURS, IDLE_COLOUR, gantt_chart, measured_timeline
 from nanoinfra.parallel.pipeline.schedules import Backward, Forward, ReduceGrads, schedule
 from nanoinfra.parallel.pipeline.simulator import simulate
 
@@ -18,11 +18,11 @@ def boxes(picture, colour=None):
 
 def test_every_computation_is_a_box_and_idle_lies_behind():
     clock = simulate(schedule("1f1b", 2, 3), 1, 1, 1)
-    picture = gantt({"1F1B": clock}, "two stages", "slots")
+    picture = gantt_chart({"1F1B": clock}, "two stages", "slots")
     for kind in (Forward, Backward):
         want = [(begin, end) for spans in clock.spans for what, begin, end in spans if isinstance(what, kind)]
-        assert [box[:2] for box in boxes(picture, COLOURS[kind])] == want
-    assert [box[:2] for box in boxes(picture, IDLE)] == [(0, clock.step)] * 2
+        assert [box[:2] for box in boxes(picture, COMPUTE_COLOURS[kind])] == want
+    assert [box[:2] for box in boxes(picture, IDLE_COLOUR)] == [(0, clock.step)] * 2
     texts = [text.get_text() for text in picture.figure.axes[0].texts]
     assert "1F1B: 12 slots, idle 25%" in texts and texts.count("2") == 2 * 2   # forward and back, two stages
     assert [tick.get_text() for tick in picture.figure.axes[0].get_yticklabels()] == ["stage 0", "stage 1"]
@@ -31,8 +31,8 @@ def test_every_computation_is_a_box_and_idle_lies_behind():
 def test_panels_share_an_axis_and_later_chunks_are_pale(tmp_path):
     both = {"interleaved": simulate(schedule("interleaved", 2, 2, 2), .5, .5, .5),
             "zero bubble": simulate(schedule("zb-h1", 2, 2), 1, 1, 1)}
-    picture = gantt(both, "two ways", "ms")
-    dark = boxes(picture, COLOURS[Forward])
+    picture = gantt_chart(both, "two ways", "ms")
+    dark = boxes(picture, COMPUTE_COLOURS[Forward])
     assert len(dark) == 2 * 2 + 2 * 2                              # chunk 0 of the one, all of the other
     assert max(right for _, right, _ in boxes(picture)) == 1e3 * max(each.step for each in both.values())
     said = [text.get_text() for text in picture.figure.legends[0].get_texts()]
@@ -46,8 +46,8 @@ def test_a_run_begins_at_0_and_a_computation_once_its_message_is_there():
              [(Forward(0), 5.1, 7.0)]]
     waited = [SimpleNamespace(op="recv", wait_s=1, end=7.5), SimpleNamespace(op="barrier", wait_s=9, end=8)]
     late = [SimpleNamespace(op="recv", wait_s=0.9, end=6.0)]
-    assert measured(ranks).spans[0] == [(Forward(0), 0.0, 1.0), (Backward(0), 1.0, 4.0)]
-    with_waits = measured(ranks, [waited, late])
+    assert measured_timeline(ranks).spans[0] == [(Forward(0), 0.0, 1.0), (Backward(0), 1.0, 4.0)]
+    with_waits = measured_timeline(ranks, [waited, late])
     assert with_waits.spans[0][1] == (Backward(0), 2.0, 4.0)
     assert with_waits.spans[1] == [(Forward(0), pytest.approx(1.0), 2.0)]
     assert with_waits.idle == [1.0, pytest.approx(3.0)]

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from lessons.l06_pipeline.measurements import rehearse, scheduled, train
+from lessons.l06_pipeline.measurements import rehearse, schedule_of_order, train
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.activations import activation_terms
@@ -20,7 +20,7 @@ def batches():
 
 def test_anybodys_order_becomes_a_schedule():
     for kind, order in (("gpipe", gpipe), ("1f1b", one_f_one_b), ("zb-h1", zb_h1)):
-        assert scheduled(order, 3, 5) == schedule(kind, 3, 5)
+        assert schedule_of_order(order, 3, 5) == schedule(kind, 3, 5)
 
 
 @pytest.mark.parametrize("kind, v", KINDS)
@@ -36,7 +36,7 @@ def test_who_goes_one_at_a_time_is_seen_to_idle(ranks):
     def serial(p, r, m):
         return sorted(gpipe(p, r, m), key=lambda what: what.micro)
     least = formulas.idle("1f1b", 2, M, 1, 1, 1)
-    for [(_, counted)] in ranks(2).run(rehearse, scheduled(serial, 2, M), (1, 1, 1)):
+    for [(_, counted)] in ranks(2).run(rehearse, schedule_of_order(serial, 2, M), (1, 1, 1)):
         assert counted[-1][2] - sum(end - begin for _, begin, end in counted) > least
 
 
@@ -68,6 +68,7 @@ def test_a_real_step_keeps_and_sends_what_the_formulas_say(ranks):
 
 def test_a_real_step_runs_the_lists_it_is_given(ranks):
     layer = sum(activation_terms(CONFIG, B, T, 8).values())
-    runs = ranks(2).run(train, CONFIG, "1f1b", 2, 1, batches(), lists=scheduled(gpipe, 2, M), repeats=2)
+    runs = ranks(2).run(train, CONFIG, "1f1b", 2, 1, batches(), lists=schedule_of_order(gpipe, 2, M),
+                        repeats=2)
     assert [run["kept"] for run in runs] == [M * 2 * layer] * 2
     assert [len(run["seconds"]) for run in runs] == [2, 2]

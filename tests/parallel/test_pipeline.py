@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lessons.l06_pipeline.figures import measured
+from lessons.l06_pipeline.figures import measured_timeline
 from lessons.l06_pipeline.measurements import rehearse
 from nanoinfra.config import ModelConfig
 from nanoinfra.data.sample_order import IGNORE
@@ -147,7 +147,7 @@ def overlaps(ranks, pp, kind, v, ms):
     for m in ms:
         lists = schedule(kind, pp, m, v)
         stages = ranks(pp).run(rehearse, lists, TIMES, SLOT, repeats=3)
-        walls = sorted(measured([real for real, _ in trial]).step for trial in zip(*stages))
+        walls = sorted(measured_timeline([real for real, _ in trial]).step for trial in zip(*stages))
         want = simulate(lists, *(t / v * SLOT for t in TIMES)).step
         print(f"{kind} pp {pp} m {m}: {want * 1e3:.1f} ms by the clock, {walls[1] * 1e3:.1f} timed")
         assert walls[1] == pytest.approx(want, rel=0.08), (kind, pp, m, walls)

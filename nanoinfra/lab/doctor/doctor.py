@@ -52,8 +52,7 @@ def gather_hosts(mesh: Mesh) -> list[dict]:
 
 
 def measure_link(mesh: Mesh, name: str) -> dict:
-    """Measure latency and bandwidth of the mesh axis `name`: medians over rounds, and the times by payload
-    size."""
+    """Measure latency and bandwidth of the mesh axis `name`: medians over rounds, and times by size."""
     axis, op = getattr(mesh, name), "send" if name == "pp" else "all_reduce"
     times = wire_times(mesh, axis, op)
     n = axis.size if op == "all_reduce" else 2
