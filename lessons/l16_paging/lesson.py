@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from lessons.l16_paging import checks as check
 from lessons.l16_paging import figures, replay
-from lessons.l16_paging.engine_runs import serve
+from lessons.l16_paging.engine_runs import serve_trace
 from nanoinfra.config import ModelConfig, sized
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.lab.compare import compare_predictions
@@ -288,7 +288,7 @@ model = init_weights(Decoder(sized("test")), seed=0).double()
 alone = [list(generate(model, list(job.tokens), job.new)) for job in JOBS]
 for run in (ORCA, PAGES, REAL):
     blocks = run.blocks
-    engine, said, seconds = serve(model, JOBS, len(blocks.holders), blocks.size, budget=run.budget)
+    engine, said, seconds = serve_trace(model, JOBS, len(blocks.holders), blocks.size, budget=run.budget)
     stats = {name: engine.stats()[name] for name in run.counts}
     assert engine.scheduler.log == run.log and stats == run.counts and said == alone
     print(f"{len(blocks.holders)} blocks of {blocks.size}: {stats}, as replayed, in {seconds:.2f} s")

@@ -4,12 +4,12 @@ import torch
 
 from lessons.l15_kv_cache.exercise_cache import ExerciseKVCache
 from lessons.l15_kv_cache.figures import (
-    batches,
+    attention_mask_picture,
     count_flops_and_reads,
     measure_matmul_rate,
     measure_read_bandwidths,
-    roof,
-    seen,
+    roofline,
+    throughput_over_batch,
     time_tokens_per_second,
 )
 from nanoinfra.config import sized
@@ -64,7 +64,7 @@ def test_a_machine_has_a_bandwidth_and_a_peak():
 
 
 def test_pictures_show_each_call_and_each_key():
-    picture = seen({"prefill": (3, 3), "decode": (1, 4)}, "who sees whom")
+    picture = attention_mask_picture({"prefill": (3, 3), "decode": (1, 4)}, "who sees whom")
     bars = [bar for group in picture.figure.axes[0].containers for bar in group if bar.get_width()]
     assert len(bars) == 3 * 3 + 4
     assert [each.get_text() for each in picture.figure.axes[0].texts] == ["prefill\nT = 3, S = 3",
@@ -74,7 +74,8 @@ def test_pictures_show_each_call_and_each_key():
 @pytest.mark.parametrize("draw", ["batches", "roof"])
 def test_ceilings_are_named_as_such(draw, tmp_path):
     lines = {"MHA": ((1, 2), (3, 4)), "arithmetic": ((1, 2), (9, 9))}
-    picture = batches(lines, {"MHA": ((1,), (2,))}, 1.5, "two ceilings") if draw == "batches" else roof(
+    picture = throughput_over_batch(lines, {"MHA": ((1,), (2,))}, 1.5,
+                                    "two ceilings") if draw == "batches" else roofline(
         {"decode": [(NANO, 1, 1, 8, 50.0), (NANO, 4, 1, 8, 90.0)]}, 4, 1e9, 1e10, "a roof")
     said = [text.get_text() for text in picture.figure.axes[0].get_legend().get_texts()]
     assert said == (["MHA: at most", "arithmetic: at most", "MHA, timed"] if draw == "batches"

@@ -17,7 +17,7 @@ def small():
     """The lab, of fewer requests than a class has, each served once."""
     lab = run.load_lab("16")
     lab.JOBS, lab.REPEATS = lab.JOBS[:10], 1
-    lab.TRACE = lab.numbers(lab.JOBS)
+    lab.TRACE = lab.trace_sizes(lab.JOBS)
     return lab
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lessons.l02_ring_all_reduce.cases import chunk_label, count_labels, words
+from lessons.l02_ring_all_reduce.cases import chunk_label, count_labels, describe_labels
 
 
 def chunk(parts, n):
@@ -34,4 +34,4 @@ def test_what_is_no_such_sum_is_not_guessed_at(got):
      "holds the parts of ranks 0, 1, 2, 3 and chunk 3 of rank 1"),
     ({}, "holds nothing, only zeros")])
 def test_it_is_said_in_words(parts, want):
-    assert words(parts, 2, 4) == want
+    assert describe_labels(parts, 2, 4) == want

@@ -7,15 +7,15 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from lessons.l16_paging import figures as batches
-from lessons.l16_paging.engine_runs import serve
+from lessons.l16_paging.engine_runs import serve_trace
 from lessons.l16_paging.replay import (
     LoggingScheduler,
     RuleScheduler,
     TraceRequest,
-    numbers,
     random_trace,
     replay_three_policies,
     replay_trace,
+    trace_sizes,
 )
 from nanoinfra.config import sized
 from nanoinfra.formulas import paged_kv
@@ -40,7 +40,7 @@ def traces(n, most=20):
 
 def test_all_three_policies_take_the_formulas_steps():
     for jobs in traces(60):
-        trace = numbers(jobs)
+        trace = trace_sizes(jobs)
         for seats in (1, 3, 5):
             runs = replay_three_policies(jobs, seats * LONGEST, LONGEST, SIZE)
             static, orca, pages = runs.values()
@@ -54,7 +54,7 @@ def test_all_three_policies_take_the_formulas_steps():
 
 
 def test_what_is_left_empty_is_the_formulas():
-    kept = [paged_kv.kept(prompt, new) for _, prompt, new in numbers(JOBS)]
+    kept = [paged_kv.kept(prompt, new) for _, prompt, new in trace_sizes(JOBS)]
     for run, want in zip(replay_three_policies(JOBS, 4 * LONGEST, LONGEST, SIZE).values(),
                          ([LONGEST - n for n in kept], [LONGEST - n for n in kept],
                           [paged_kv.empty(n, SIZE) for n in kept])):
@@ -100,7 +100,7 @@ def test_the_engine_does_what_the_replay_does(blocks, size, limits):
     for jobs in (JOBS, [TraceRequest(job.arrival, (1,) * 9 + job.tokens[:9], min(job.new, 30))
                         for job in JOBS]):
         want = replay_trace(jobs, LoggingScheduler(Blocks(blocks, size), **limits))
-        engine, said, _ = serve(MODEL, jobs, blocks, size, **limits)
+        engine, said, _ = serve_trace(MODEL, jobs, blocks, size, **limits)
         assert engine.scheduler.log == want.log and engine.scheduler.left == want.left
         assert {name: engine.stats()[name] for name in want.counts} == want.counts
         assert said == [list(generate(MODEL, list(job.tokens), job.new)) for job in jobs]
@@ -108,8 +108,8 @@ def test_the_engine_does_what_the_replay_does(blocks, size, limits):
 
 
 def test_the_engine_in_static_batches_takes_as_many_steps():
-    engine, said, _ = serve(MODEL, JOBS, 4, LONGEST, static=4)
-    assert engine.scheduler.steps == paged_kv.static_steps(numbers(JOBS), 4)
+    engine, said, _ = serve_trace(MODEL, JOBS, 4, LONGEST, static=4)
+    assert engine.scheduler.steps == paged_kv.static_steps(trace_sizes(JOBS), 4)
     assert [len(tokens) for tokens in said] == [job.new for job in JOBS]
 
 
@@ -123,7 +123,7 @@ def test_a_rule_of_ones_own_is_replayed_too():
             sequence.table += [blocks.take() for _ in range(need)]
             yield sequence, sequence.computed, count
     run = replay_trace(JOBS, RuleScheduler(one_at_a_time, Blocks(40, SIZE)))
-    assert run.steps == paged_kv.orca_steps(numbers(JOBS), 1)
+    assert run.steps == paged_kv.orca_steps(trace_sizes(JOBS), 1)
 
 
 def test_the_trace_is_one_seeds_and_fits():
@@ -162,7 +162,7 @@ def test_the_timeline_has_every_step_of_everyone(tmp_path):
 
 def test_pictures_of_memory_and_of_many(tmp_path):
     runs = replay_three_policies(JOBS, 4 * LONGEST, LONGEST, SIZE)
-    titles = [axes.get_title(loc="left") for axes in batches.memory(runs).figure.axes]
+    titles = [axes.get_title(loc="left") for axes in batches.pool_usage(runs).figure.axes]
     assert titles[-1] == "pages: 93% of what is taken holds a token" and len(titles) == 3
     half = replay_trace(JOBS, LoggingScheduler(Blocks(64, SIZE)), until=15)
     numbered = [text.get_text() for text in batches.block_map(half).figure.axes[0].texts]
@@ -170,4 +170,4 @@ def test_pictures_of_memory_and_of_many(tmp_path):
     for picture in (batches.steps_over_pool_size(JOBS, (256, 512), LONGEST, SIZE),
                     batches.waste_over_block_size(JOBS, 1024, (2, 4))):
         assert picture.save(tmp_path / "picture.png").stat().st_size > 10_000
-    assert [row[1] for row in batches.table(runs).rows] == ["160", "83", "45"]
+    assert [row[1] for row in batches.policy_table(runs).rows] == ["160", "83", "45"]

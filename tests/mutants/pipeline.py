@@ -207,7 +207,7 @@ TWICE = SimpleNamespace(send=sends_twice, recv=receives_twice)
 
 
 def serially(lists, *more):
-    return pipes.rehearse(one_at_a_time("gpipe", len(lists), 4, 1), *more)
+    return pipes.rehearse_schedule(one_at_a_time("gpipe", len(lists), 4, 1), *more)
 
 
 def in_step(todo, stage):
@@ -240,5 +240,5 @@ MUTANTS = [
     Mutant("every message sent twice", pipeline, patched(step, COMM, TWICE), SENT),
     Mutant("a serial pipeline, timed", overlap, serially, BUSY),
     Mutant("stages in step", overlap,
-           patched(pipes.rehearse, "lessons.l06_pipeline.measurements:execute", in_step), BUSY),
+           patched(pipes.rehearse_schedule, "lessons.l06_pipeline.measurements:execute", in_step), BUSY),
 ]

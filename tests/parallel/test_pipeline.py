@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lessons.l06_pipeline.figures import measured_timeline
-from lessons.l06_pipeline.measurements import rehearse
+from lessons.l06_pipeline.measurements import rehearse_schedule
 from nanoinfra.config import ModelConfig
 from nanoinfra.data.sample_order import IGNORE
 from nanoinfra.distributed.mesh import Mesh
@@ -146,7 +146,7 @@ def overlaps(ranks, pp, kind, v, ms):
     """Wall time within 8 % of the clock's, where stages sleep: two cores hold any number of sleepers."""
     for m in ms:
         lists = schedule(kind, pp, m, v)
-        stages = ranks(pp).run(rehearse, lists, TIMES, SLOT, repeats=3)
+        stages = ranks(pp).run(rehearse_schedule, lists, TIMES, SLOT, repeats=3)
         walls = sorted(measured_timeline([real for real, _ in trial]).step for trial in zip(*stages))
         want = simulate(lists, *(t / v * SLOT for t in TIMES)).step
         print(f"{kind} pp {pp} m {m}: {want * 1e3:.1f} ms by the clock, {walls[1] * 1e3:.1f} timed")
