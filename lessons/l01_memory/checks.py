@@ -54,8 +54,7 @@ def _(subject):
                      "that is kept from step to step?": torch.ones_like(p),
                      "1 - beta, where 1 - beta^t corrects?": torch.full_like(p, far)}
             assert_same_tensor(f"{name}, after 64 steps of 2^-12 from 1", p.data,
-                               torch.full_like(p, 1 - 2.0**-6), 0, 1,
-                               2.0**-8, slips)
+                               torch.full_like(p, 1 - 2.0**-6), 0, 1, 2.0**-8, slips)
 
 
 @adam_step.criterion("small gradients keep their squares", "property")
@@ -68,8 +67,7 @@ def _(subject):
         causes = {"divided by eps alone: are moments in 16 bits, or g * g?": far,
                   "eps stands beside the root, not in it": torch.full_like(p, end)}
         assert_same_tensor(f"{name}, three steps on gradients of 2^-13, whose squares are 0 in float16",
-                           p.data,
-                           torch.full_like(p, -0.375), 0, 1, 0.01, causes)
+                           p.data, torch.full_like(p, -0.375), 0, 1, 0.01, causes)
 
 
 @adam_step.criterion("torch's Adam on float32 masters", "parity")
@@ -97,8 +95,7 @@ def _(subject):
     for name, p in params.items():
         causes = {"factor x p.grad multiplied in 16 bits? Make p.grad float32 first": torch.zeros_like(p)}
         assert_same_tensor(f"{name}, three steps in float16, gradients near 2^-10, factor 2^-16", p.data,
-                           want[name], 0, 1,
-                           0.01, causes)
+                           want[name], 0, 1, 0.01, causes)
 
 
 @adam_step.criterion("other betas, another eps", "parity")
@@ -113,8 +110,7 @@ def _(subject):
     cases.run(subject, params, grads, 0.01, betas=betas, eps=eps)
     for name, p in params.items():
         assert_same_tensor(f"{name}, five steps with betas={betas} and eps=2^-6", p.data, want[name], 0, 1,
-                           2.0**-10,
-                           {text: ends[name] for text, ends in slips.items()})
+                           2.0**-10, {text: ends[name] for text, ends in slips.items()})
 
 
 @adam_step.criterion("12 bytes a parameter besides weights and gradients", "resource")

@@ -2,7 +2,7 @@
 import math
 from collections.abc import Sequence
 
-from nanoinfra.lab.draw import BLUE, GREEN, RED, SERIES_COLOURS, SKY, Picture, new_figure, pale
+from nanoinfra.lab.draw import BLUE, GREEN, RED, SERIES_COLOURS, SKY, Picture, lighten_colour, new_figure
 
 
 def comm_timeline(ledgers: Sequence[Sequence], title: str = "what each rank did", label: str = "tag",
@@ -24,7 +24,7 @@ def comm_timeline(ledgers: Sequence[Sequence], title: str = "what each rank did"
     for name in names:
         axes.barh(0, 0, color=colours[name], label=name)
     if hidden:
-        axes.barh(0, 0, color=pale(colours[names[0]]), label="pale: hidden behind compute")
+        axes.barh(0, 0, color=lighten_colour(colours[names[0]]), label="pale: hidden behind compute")
     axes.set_yticks(range(len(ledgers)), [f"rank {r}" for r in range(len(ledgers))])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
@@ -35,7 +35,7 @@ def comm_timeline(ledgers: Sequence[Sequence], title: str = "what each rank did"
 
 def _call(axes, y, begin, end, wait, colour):
     bar = {"height": 0.62, "edgecolor": "white"}
-    axes.barh(y, end - begin, left=begin, color=pale(colour), **bar)
+    axes.barh(y, end - begin, left=begin, color=lighten_colour(colour), **bar)
     axes.barh(y, wait, left=end - wait, color=colour, zorder=3, **bar)
 
 
@@ -62,7 +62,7 @@ def _chunks(axes, x, y, summed, sent):
     width, n = min(0.17, 0.9 / len(summed)), len(summed)
     for c, count in sorted(enumerate(summed), key=lambda chunk: chunk[0] == sent):     # the outline last
         left = x + (c - n / 2) * width
-        colour = GREEN if count == n else pale(BLUE) if count == 1 else SKY
+        colour = GREEN if count == n else lighten_colour(BLUE) if count == 1 else SKY
         axes.bar(left, 0.2, width, y - 0.1, align="edge", color=colour,
                  edgecolor=RED if c == sent else "white", linewidth=2.5 if c == sent else 1)
         axes.text(left + width / 2, y, str(count), ha="center", va="center", fontsize=10)

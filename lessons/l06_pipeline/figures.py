@@ -66,7 +66,7 @@ def _waited(rows, begin, end):
 
 def _box(axes, y, begin, end, what, share):
     colour = COMPUTE_COLOURS[type(what)]
-    colour = draw.pale(colour) if what.chunk else colour
+    colour = draw.lighten_colour(colour) if what.chunk else colour
     axes.barh(y, end - begin, left=begin, height=0.86, color=colour, edgecolor="white", linewidth=0.8)
     if share > 0.011 * len(str(what.micro)):
         dark = type(what) is not Forward or what.chunk
@@ -86,6 +86,6 @@ def _legend(picture, drawn):
     for kind in (kind for kind in COMPUTE_COLOURS if kind in kinds):
         axes.barh(0, 0, color=COMPUTE_COLOURS[kind], label=_COMPUTE_NAMES[kind])
     if any(what.chunk for what in drawn):
-        axes.barh(0, 0, color=draw.pale(draw.BLUE), label="pale: later chunks")
+        axes.barh(0, 0, color=draw.lighten_colour(draw.BLUE), label="pale: later chunks")
     axes.barh(0, 0, color=IDLE_COLOUR, label="idle")
     picture.figure.legend(loc="outside lower center", ncols=6, fontsize=9, frameon=False)

@@ -38,8 +38,7 @@ def _(subject):
             for name, want in cases.moved(n)[-1].items():
                 causes = {text: slip[name] for text, slip in cases.step_slips(n).items()}
                 assert_same_tensor(f"{name} after {STEPS} steps on {n} rank{'s' * (n > 1)}",
-                                   run["params"][name], want,
-                                   rank, max(n, 2), 1e-10, causes)
+                                   run["params"][name], want, rank, max(n, 2), 1e-10, causes)
 
 
 @zero1_step.criterion("optimizer state for your own rows alone", "resource")

@@ -103,8 +103,7 @@ def _(subject):
                                       f"{', '.join(missing[:3])}")
             for name in cases.names(sizes[0], at[0]):
                 assert_same_tensor(f"{name} {where}", got[name], cases.total(name, sizes, at[2]), rank, 1,
-                                   1e-10,
-                                   cases.slips(name, sizes, at))
+                                   1e-10, cases.slips(name, sizes, at))
 
 
 @sum_gradients.criterion("each number travels once on each axis it must", "resource")

@@ -11,7 +11,11 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.distributed import comm
 from nanoinfra.lab import draw
 from nanoinfra.lab.instruments.emulated_compute import emulate_compute_time
-from nanoinfra.lab.instruments.gradient_parity import count_valid_targets, make_mesh, make_stage_and_batches
+from nanoinfra.lab.instruments.gradient_parity import (
+    count_valid_targets,
+    make_mesh_from_flags,
+    make_stage_and_batches,
+)
 from nanoinfra.lab.predict import format_quantity
 from nanoinfra.parallel.pipeline.schedules import ReduceGrads
 from nanoinfra.train.config import TrainFlags
@@ -29,7 +33,7 @@ def time_emulated_steps(config: ModelConfig, flags: TrainFlags, seq: int,
 
     A layer sleeps for `seconds` in the forward of a micro-batch and twice as long in backward.
     """
-    mesh, trials = make_mesh(flags, wire), []
+    mesh, trials = make_mesh_from_flags(flags, wire), []
     replica, batches = make_stage_and_batches(config, flags, mesh, seq)
     emulate_compute_time(replica.parallel.each[0].model.blocks, 2 * seconds / flags.data.micro_batch)
     order = replica.schedule(len(batches))

@@ -229,7 +229,7 @@ want = {name: grad for name, (_, grad) in alone["grads"].items()}
 lines, counts = [], {}
 for sizes in ((2, 2, 2), (1, 8, 1), (1, 4, 2), (2, 1, 4), (4, 2, 1)):
     mesh, flags = " x ".join(map(str, sizes)), float64_train_flags(dict(zip(AXES, sizes)), B, G)
-    runs = world.run(run_gradient_step, CONFIG, flags, T, norm=grad_norm)
+    runs = world.run(run_gradient_step, CONFIG, flags, T, norm_function=grad_norm)
     counts[mesh] = [figures.payload_bytes_by_axis(run["rows"]) for run in runs]
     loss = sum(run["loss"] for run in runs) / flags.mesh.tp                  # of each data rank its share
     off = [largest_gradient_error([run["grads"] for run in runs], want),

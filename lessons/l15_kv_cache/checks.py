@@ -98,8 +98,7 @@ def _(subject):
             now = slice(cache.length, cache.length + T)
             got = model.hidden(tokens[:, now], torch.arange(now.start, now.stop), cache)
             assert_same_tensor(f"hidden of tokens {now.start} to {now.stop - 1}, {heads} heads on {kv}", got,
-                               want[:, now],
-                               0, rtol=1e-10)
+                               want[:, now], 0, rtol=1e-10)
             cache.length += T
 
 

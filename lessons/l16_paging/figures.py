@@ -105,7 +105,7 @@ def block_map(scheduler: LoggingScheduler, title: str = "", columns: int = 16) -
         mine = [(job, filled) for at, job, filled in held if at == block]
         for job, filled in mine[:1]:
             colour = draw.SERIES_COLOURS[job % len(draw.SERIES_COLOURS)]
-            axes.barh(y, 0.9, 0.74, x + 0.05, color=draw.pale(colour))
+            axes.barh(y, 0.9, 0.74, x + 0.05, color=draw.lighten_colour(colour))
             axes.barh(y, 0.9 * filled / blocks.size, 0.74, x + 0.05, color=colour)
         full = mine and 2 * mine[0][1] > blocks.size and len(mine) == 1
         axes.text(x + 0.5, y, ", ".join(str(job) for job, _ in mine), ha="center", va="center",

@@ -10,9 +10,13 @@ locked.
 import argparse
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanoinfra.lab.course import course_folder, display_path, lesson_folders, lessons_folder
 from nanoinfra.lab.exercise import SOLUTION_MARKER
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode  # of the lessons extra
 
 _KERNEL_SPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
 _NBGRADER_DEFAULTS = {"schema_version": 3, "solution": False, "grade": False, "locked": False, "task": False}
@@ -73,7 +77,7 @@ def _write_notebook(notebook, folder, name):
     return file
 
 
-def convert_to_notebook(percent_file: Path):
+def convert_to_notebook(percent_file: Path) -> "NotebookNode":
     """The notebook (nbformat) of a percent file. ValueError for a solution cell without solution markers."""
     import jupytext
     notebook = jupytext.read(percent_file)
@@ -89,7 +93,7 @@ def convert_to_notebook(percent_file: Path):
     return notebook
 
 
-def clear_solutions(notebook):
+def clear_solutions(notebook: "NotebookNode") -> "NotebookNode":
     """A copy of a notebook without solutions, outputs and hidden tests, by nbgrader's preprocessors."""
     from copy import deepcopy
 

@@ -66,7 +66,7 @@ def compare_predictions(keys_or_rows: list[str | ComparisonRow],
 
 def _row(key, tolerance):
     value, _ = book.last_prediction(key)
-    entry = book.read_numbers()[key]
+    entry = book.read_predictions()[key]
     fields = entry.get("measured")
     if not fields:
         raise ValueError(f"{key} is predicted but not measured yet; run measure(\"{key}\", ...) first")

@@ -7,14 +7,14 @@ from nanoinfra's own clone where the course folder holds no lesson; the package 
 import sys
 from pathlib import Path
 
-STUDENT_EDITION = ("lessons", "build", "student")      # built inside a course, it uses that one's work/
+_STUDENT_EDITION = ("lessons", "build", "student")      # built inside a course, it uses that one's work/
 
 
 def course_folder() -> Path:
     """The nearest folder that holds `lessons/`, from the current folder upwards; else the current folder."""
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents)
-                 if (folder / "lessons").is_dir() and folder.parts[-3:] != STUDENT_EDITION), here)
+                 if (folder / "lessons").is_dir() and folder.parts[-3:] != _STUDENT_EDITION), here)
 
 
 def clone_folder() -> Path:

@@ -53,18 +53,19 @@ def new_figure(width_inches: float = 8.0, height_inches: float = 4.0,
     return Picture(figure), axes
 
 
-def plot_curves(lines: dict[str, tuple], points: dict[str, tuple], x_label: str, y_label: str,
+def plot_curves(predicted_lines: dict[str, tuple], measured_points: dict[str, tuple],
+                x_label: str, y_label: str,
                 title: str = "", log_scale: bool = True, dashed_labels: Sequence[str] = ()) -> Picture:
-    """Plot predicted `lines` and measured `points`, {label: (xs, ys)}. The same label has the same colour.
+    """Plot lines and points, {label: (xs, ys)}. The same label has the same colour.
 
     Labels in `dashed_labels` get dashed lines and open dots, so that curves below them stay visible.
     """
     picture, axes = new_figure(8, 4.6, title)
-    colours = dict(zip(dict.fromkeys([*lines, *points]), SERIES_COLOURS))
-    for label, (xs, ys) in lines.items():
+    colours = dict(zip(dict.fromkeys([*predicted_lines, *measured_points]), SERIES_COLOURS))
+    for label, (xs, ys) in predicted_lines.items():
         style = (0, (3, 3)) if label in dashed_labels else "-"
         axes.plot(xs, ys, color=colours[label], linestyle=style, label=f"{label}, predicted")
-    for label, (xs, ys) in points.items():
+    for label, (xs, ys) in measured_points.items():
         open_dot = {"markerfacecolor": "none", "markersize": 10, "markeredgewidth": 1.8}
         dot = open_dot if label in dashed_labels else {"markeredgecolor": "white"}
         axes.plot(xs, ys, "o", color=colours[label], label=f"{label}, measured", **dot)
@@ -77,7 +78,7 @@ def plot_curves(lines: dict[str, tuple], points: dict[str, tuple], x_label: str,
         axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.legend(ncols=2 if len(lines) + len(points) > 3 else 1, fontsize=10, frameon=False)
+    axes.legend(ncols=2 if len(predicted_lines) + len(measured_points) > 3 else 1, fontsize=10, frameon=False)
     return picture
 
 
@@ -98,6 +99,6 @@ def label_x_axis_in_bytes(picture: Picture, sizes: Sequence[int]) -> Picture:
     return picture
 
 
-def pale(colour: str) -> tuple[float, float, float]:
+def lighten_colour(colour: str) -> tuple[float, float, float]:
     """`colour` mixed with white, as (red, green, blue)."""
     return tuple(1 - 0.3 * (1 - part) for part in to_rgb(colour))

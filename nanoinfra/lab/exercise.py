@@ -7,6 +7,7 @@ that it uses. A cell with solution markers is the reference solution: it goes to
 import inspect
 import linecache
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,22 +18,22 @@ _TITLE = re.compile(r"^# %% exercise (\w+)\n", re.MULTILINE)
 _MAGIC = re.compile(r"^%%exercise +(L\d\d)[^\n]*\n")
 
 
-def export_exercise(lesson: str, cell: str, folder: Path | None = None) -> Path:
+def export_exercise(lesson: str, cell_source: str, folder: Path | None = None) -> Path:
     """Write a cell's source to its section of `folder`/L02.py (default work/); returns that file."""
     if not re.fullmatch(r"L\d\d", lesson):
         raise ValueError(f"an exercise names its lesson, as in %%exercise L02; got {lesson!r}")
-    folder = folder or (work_folder() / "reference" if SOLUTION_MARKER in cell else work_folder())
+    folder = folder or (work_folder() / "reference" if SOLUTION_MARKER in cell_source else work_folder())
     folder.mkdir(exist_ok=True)
     file = folder / f"{lesson}.py"
     parts = split_into_exercises(file.read_text()) if file.exists() else {}
-    parts[_name(cell)] = cell.rstrip("\n")
+    parts[_name(cell_source)] = cell_source.rstrip("\n")
     file.write_text("\n\n\n".join(f"# %% exercise {name}\n{text}" for name, text in parts.items()) + "\n")
     return file
 
 
-def split_into_exercises(text: str) -> dict[str, str]:
+def split_into_exercises(exported_text: str) -> dict[str, str]:
     """{exercise name: source of its cell} of the text of an exported file."""
-    _, *found = _TITLE.split(text)
+    _, *found = _TITLE.split(exported_text)
     return {name: cell.rstrip("\n") for name, cell in zip(found[::2], found[1::2])}
 
 
@@ -46,12 +47,14 @@ def load_python_file(file: Path | str) -> ModuleType:
     return module
 
 
-def source_location(subject) -> str:
+def source_location(function_or_class: Callable) -> str:
     """The file in which a function or class was written, as `work/L02.py`, or else its module's name."""
-    function = subject.__init__ if isinstance(subject, type) else inspect.unwrap(subject)
+    is_class = isinstance(function_or_class, type)
+    function = function_or_class.__init__ if is_class else inspect.unwrap(function_or_class)
     code = getattr(function, "__code__", None)                        # as under @torch.no_grad()
     file = Path(code.co_filename) if code else Path("<none>")
-    return display_path(file) if file.is_file() else getattr(subject, "__module__", None) or "a notebook cell"
+    module = getattr(function_or_class, "__module__", None)
+    return display_path(file) if file.is_file() else module or "a notebook cell"
 
 
 def refuse_reference_solution(file: Path | str) -> None:

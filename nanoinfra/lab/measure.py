@@ -52,9 +52,9 @@ def measure(key: str, run: Callable[..., Measurement], *args) -> Measurement:
     if got.unit != unit:
         raise ValueError(f"{key} was predicted in {unit!r} and measured in {got.unit!r}; "
                          f"predict it again in {got.unit!r}")
-    numbers = book.read_numbers()
+    numbers = book.read_predictions()
     numbers[key]["measured"] = asdict(got)
-    book.write_numbers(numbers)
+    book.write_predictions(numbers)
     print(f"{key}: {got}")
     return got
 

@@ -24,13 +24,14 @@ def predict(key: str, value: float, unit: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"a prediction is one finite number; {key} got {value!r}")
     _asked(key, unit)
-    numbers = read_numbers()
+    numbers = read_predictions()
     entry = numbers.setdefault(key, {"predicted": []})
     if not entry["predicted"] or (entry["predicted"][-1], entry["unit"]) != (value, unit):
         entry["predicted"].append(value)
     entry["unit"] = unit
-    write_numbers(numbers)
-    print(f"{key}: you predict {format_quantity(value, unit)}. Committed to {display_path(numbers_file())}.")
+    write_predictions(numbers)
+    print(f"{key}: you predict {format_quantity(value, unit)}. Committed to "
+          f"{display_path(predictions_file())}.")
 
 
 def _asked(key, unit):
@@ -47,29 +48,29 @@ def _asked(key, unit):
 
 def last_prediction(key: str) -> tuple[float, str]:
     """The last prediction for `key`, and its unit. ValueError if none was made."""
-    entry = read_numbers().get(key)
+    entry = read_predictions().get(key)
     if not entry:
         raise ValueError(f"nothing is predicted for {key} yet; derive it, call "
                          f"predict(\"{key}\", value, unit), then measure")
     return entry["predicted"][-1], entry["unit"]
 
 
-def numbers_file() -> Path:
+def predictions_file() -> Path:
     """The file work/numbers.json with predictions and measurements, which a student hands in."""
     return work_folder() / "numbers.json"
 
 
-def read_numbers(file: Path | None = None) -> dict:
+def read_predictions(file: Path | None = None) -> dict:
     """Read numbers.json: {key: {"unit", "predicted": [values, oldest first], "measured"}}."""
-    file = file or numbers_file()
+    file = file or predictions_file()
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def write_numbers(numbers: dict) -> None:
+def write_predictions(numbers: dict) -> None:
     """Write numbers.json atomically: a crash leaves either the old or the new file."""
-    new = numbers_file().with_suffix(f".{os.getpid()}.new")
+    new = predictions_file().with_suffix(f".{os.getpid()}.new")
     new.write_text(json.dumps(numbers, indent=1) + "\n")
-    new.replace(numbers_file())
+    new.replace(predictions_file())
 
 
 def format_quantity(value: float, unit: str) -> str:

@@ -84,7 +84,7 @@ def load_lab(lab_number: str) -> ModuleType:
 
 def committed_predictions(lab: ModuleType) -> dict[str, float]:
     """{key: value}: the student's predictions for this lab. ValueError for one in another unit."""
-    made = {key: book.last_prediction(key) for key in lab.PREDICTIONS if key in book.read_numbers()}
+    made = {key: book.last_prediction(key) for key in lab.PREDICTIONS if key in book.read_predictions()}
     for key, (_, unit) in made.items():
         if unit != lab.PREDICTIONS[key]:
             raise ValueError(f"{key} was predicted in {unit!r} and is measured in {lab.PREDICTIONS[key]!r}; "
@@ -92,26 +92,28 @@ def committed_predictions(lab: ModuleType) -> dict[str, float]:
     return {key: value for key, (value, _) in made.items()}
 
 
-def print_lab_table(name: str, said: str, made: dict[str, ComparisonRow], measured: dict[str, Measurement],
-                    asked: dict) -> None:
-    """Print expected numbers beside measured ones. `said` heads the column: "predicted" or "formula"."""
-    cells, rows = dict(zip(made, compare_predictions(list(made.values())).rows)), []
+def print_lab_table(title: str, expected_heading: str, expected: dict[str, ComparisonRow],
+                    measured: dict[str, Measurement], asked_units: dict[str, str]) -> None:
+    """Print expected numbers, headed "predicted" or "formula", beside measured ones."""
+    cells, rows = dict(zip(expected, compare_predictions(list(expected.values())).rows)), []
     for key, got in measured.items():
-        missing = key in asked and key not in made
+        missing = key in asked_units and key not in expected
         nothing = (key, "not made" if missing else "", "", "", "", "", "missing" if missing else "shown")
         _, predicted, _, ratio, _, _, verdict = cells.get(key, nothing)
         rows.append((key, predicted, format_quantity(got.value, got.unit), ratio, got.kind, verdict))
-    DisplayTable(name, ("quantity", said, "measured", "ratio", "kind", "verdict"), rows).show()
+    DisplayTable(title, ("quantity", expected_heading, "measured", "ratio", "kind", "verdict"), rows).show()
 
 
-def write_hand_in(lab: ModuleType, name: str, said: str, made: dict[str, ComparisonRow],
+def write_hand_in(lab: ModuleType, run_name: str, expected_heading: str, expected: dict[str, ComparisonRow],
                   measured: dict[str, Measurement]) -> None:
     """Add this run to the hand-in. Earlier runs and the student's sentences stay in it."""
     before = read_hand_in(lab)
     sentences = {question: before.get("sentences", {}).get(question, "") for question in lab.QUESTIONS}
-    numbers = {key: {said: made[key].predicted if key in made else None, "measured": asdict(got)}
+    numbers = {key: {expected_heading: expected[key].predicted if key in expected else None,
+                     "measured": asdict(got)}
                for key, got in measured.items()}
-    runs = before.get("runs", {}) | {name: {"ranks": _WORLD_SIZE, "machine": _machine(), "numbers": numbers}}
+    runs = before.get("runs", {}) | {run_name: {"ranks": _WORLD_SIZE, "machine": _machine(),
+                                                "numbers": numbers}}
     new = hand_in_file(lab).with_suffix(".new")
     hand_in = {"lab": _number(lab), "runs": runs, "sentences": sentences}
     new.write_text(json.dumps(hand_in, indent=1) + "\n")

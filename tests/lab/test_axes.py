@@ -35,7 +35,7 @@ def own_norm(grads, mesh, ends):
 def test_a_step_on_a_mesh_is_one_rank_s_and_sends_what_the_formulas_say(ranks, sizes):
     alone = ranks(1).run(run_gradient_step, CONFIG, float64_train_flags(ONE, B, G), T)[0]
     runs = ranks(4).run(run_gradient_step, CONFIG, float64_train_flags(dict(zip(ONE, sizes)), B, G), T,
-                        norm=own_norm)
+                        norm_function=own_norm)
     want = {name: grad for name, (_, grad) in alone["grads"].items()}
     assert largest_gradient_error([run["grads"] for run in runs], want) < 1e-12
     assert sum(run["loss"] for run in runs) / sizes[2] == pytest.approx(alone["loss"], rel=1e-12)

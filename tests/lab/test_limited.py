@@ -47,7 +47,7 @@ def test_it_is_asked_and_answers_in_lines():
     ("os.kill(os.getpid(), signal.SIGKILL)", "ended its process by SIGKILL"),
 ])
 def test_what_is_no_line_ends_with_a_reason(code, why):
-    with program(code, line=2000) as started, pytest.raises(ProcessGaveNoLine, match=why):
+    with program(code, line_bytes=2000) as started, pytest.raises(ProcessGaveNoLine, match=why):
         started.read_line()
 
 

@@ -9,7 +9,7 @@ def test_a_prediction_is_kept_with_its_history(course):
     predict("L02.bytes", 100, "B")
     predict("L02.bytes", 150, "B")
     assert last_prediction("L02.bytes") == (150, "B")
-    assert book.read_numbers(course / "work" / "numbers.json")["L02.bytes"]["predicted"] == [100, 150]
+    assert book.read_predictions(course / "work" / "numbers.json")["L02.bytes"]["predicted"] == [100, 150]
 
 
 def test_one_work_folder_for_a_notebook_and_a_terminal(course, monkeypatch):

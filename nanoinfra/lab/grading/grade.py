@@ -105,7 +105,7 @@ def _predictions(file, asked):
     try:
         if file.exists():
             _refuse_large(file)
-        numbers = book.read_numbers(file)
+        numbers = book.read_predictions(file)
         return {key: bool(numbers.get(key)) for key in asked}
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{display_path(file)} cannot be read ({type(error).__name__}: {error}); "

@@ -23,14 +23,15 @@ def float64_train_flags(axis_sizes: dict[str, int], micro_batch: int, global_bat
     return TrainFlags(ModelFlags(dtype="float64"), data, MeshFlags(**axis_sizes))
 
 
-def run_gradient_step(config: ModelConfig, flags: TrainFlags, seq: int, norm: Callable | None = None) -> dict:
+def run_gradient_step(config: ModelConfig, flags: TrainFlags, seq: int,
+                      norm_function: Callable | None = None) -> dict:
     """Run one training step on each rank of the mesh that `flags` describe; returns this rank's results.
 
     "at": {axis: rank on it}; "grads": {name: (box, part)}; "rows": records of all collectives until the
-    gradients are summed; "loss"; "norm": the trainer's gradient norm; "own": what `norm(grads, mesh, ends)`
-    returns.
+    gradients are summed; "loss"; "norm": the trainer's gradient norm; "own": what `norm_function(grads, mesh,
+    ends)` returns.
     """
-    mesh = make_mesh(flags)
+    mesh = make_mesh_from_flags(flags)
     replica, batches = make_stage_and_batches(config, flags, mesh, seq)
     mesh.ledger.take()
     replica.begin(batches, count_valid_targets(flags.data.global_batch, seq))
@@ -40,7 +41,7 @@ def run_gradient_step(config: ModelConfig, flags: TrainFlags, seq: int, norm: Ca
         box = replica.parallel.box(name)
         size = [stop - start for start, stop in box]
         grads[name] = box, grad.reshape(-1)[:prod(size)].view(size).clone()      # ZeRO's last has zeros after
-    own = norm(replica.grads, mesh, mesh.ends("pp")) if norm else None
+    own = norm_function(replica.grads, mesh, mesh.ends("pp")) if norm_function else None
     replica.step()
     at = {axis: getattr(mesh, axis).rank for axis in ("tp", "pp", "dp")}
     return {"at": at, "grads": grads, "rows": rows, "norm": replica.grad_norm,
@@ -66,29 +67,30 @@ def count_valid_targets(sequences: int, seq: int) -> int:
     return sum(seq - g % seq for g in range(sequences))
 
 
-def relative_gradient_errors(parts: Sequence[dict], want: dict[str, torch.Tensor]) -> dict[str, float]:
+def relative_gradient_errors(rank_gradients: Sequence[dict],
+                             reference: dict[str, torch.Tensor]) -> dict[str, float]:
     """{name: the largest relative error of any rank's part of that gradient}.
 
-    `parts` has each rank's {name: (box, part)}, `want` the whole gradients. The floor of 1e-6 ||all|| is for
-    gradients that are zero except for rounding.
+    `rank_gradients` has each rank's {name: (box, part)}, `reference` the whole gradients. The floor of 1e-6
+    ||all|| is for gradients that are zero except for rounding.
     """
-    floor, found = 1e-6 * torch.stack([grad.norm() for grad in want.values()]).norm(), {}
-    for name, (box, part) in (item for each in parts for item in each.items()):
-        whole = want[name]
+    floor, found = 1e-6 * torch.stack([grad.norm() for grad in reference.values()]).norm(), {}
+    for name, (box, part) in (item for each in rank_gradients for item in each.items()):
+        whole = reference[name]
         off = (part - whole[tuple(slice(*ends) for ends in box)]).norm() / max(whole.norm(), floor)
         found[name] = max(off.item(), found.get(name, 0.0))
     return found
 
 
-def largest_gradient_error(parts: Sequence[dict], want: dict[str, torch.Tensor]) -> float:
+def largest_gradient_error(rank_gradients: Sequence[dict], reference: dict[str, torch.Tensor]) -> float:
     """The largest of `relative_gradient_errors`; infinite if some part of a gradient is on no rank."""
-    seen = {name: torch.zeros(grad.shape) for name, grad in want.items()}
-    for name, (box, _) in (item for each in parts for item in each.items()):
+    seen = {name: torch.zeros(grad.shape) for name, grad in reference.items()}
+    for name, (box, _) in (item for each in rank_gradients for item in each.items()):
         seen[name][tuple(slice(*ends) for ends in box)] = 1
     whole = all(covered.all() for covered in seen.values())
-    return max(relative_gradient_errors(parts, want).values()) if whole else inf
+    return max(relative_gradient_errors(rank_gradients, reference).values()) if whole else inf
 
 
-def make_mesh(flags: TrainFlags, wire: dict[str, tuple[float, float]] | None = None) -> Mesh:
+def make_mesh_from_flags(flags: TrainFlags, wire: dict[str, tuple[float, float]] | None = None) -> Mesh:
     """The mesh of pp x dp x tp ranks that `flags` describe; `wire` emulates links, {axis: (s, bytes/s)}."""
     return Mesh(flags.mesh.pp, flags.mesh.dp, tp=flags.mesh.tp, wire=wire)
