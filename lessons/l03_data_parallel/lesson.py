@@ -121,7 +121,7 @@ DisplayTable("the plain way", ("ranks", "step", "of that, waiting", "gradient of
 # - *Overlap*: a bucket leaves when its last gradient is there, while the layers below it still compute, each
 #   for longer than t(S). Which bucket has nothing to hide behind?
 #
-# Of several micro-batches, only the last lets gradients leave: a step sends its bytes once.
+# With gradient accumulation, only the last micro-batch lets gradients leave: a step sends its bytes once.
 
 # %%
 P, C = len(block_shapes(CONFIG)), SECONDS * SEQUENCES / N

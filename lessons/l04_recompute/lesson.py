@@ -1,6 +1,7 @@
 # %% [markdown]
 # # Lesson 04. Recompute instead of remember
-# **2016** · Chen et al., *Training deep nets with sublinear memory cost*: keep little, compute the rest.
+# **2016** · Chen et al., *Training deep nets with sublinear memory cost*: activation checkpointing, also
+# called gradient checkpointing or recomputation. Save little in the forward, compute the rest again.
 # **2022** · Korthikanti et al., *Reducing activation recomputation in large transformer models*.
 #
 # **Needs** a CPU. **Time** 75 minutes. **Builds on** lesson 00 (FLOPs) and 01 (where the memory goes).

@@ -185,7 +185,7 @@ check.zero1_step(zero1_step)
 # %% nbgrader={"grade_id": "zero3", "solution": true}
 # %%exercise L08
 def zero3(module, axis, shards, grads):
-    """From now on the parameters of `module` are whole only while it runs, forward or backward.
+    """From now on the parameters of `module` are gathered (unsharded) only while it runs, then resharded.
 
     `shards[name]` (c, ...): your rows. `grads[name]` (c, ...): your rows of the gradient, added up in place.
     """
@@ -287,7 +287,7 @@ held_byte_bars({f"stage {stage}" if stage else "data parallel": (kinds, peak, sa
 # %% [markdown]
 # Rank 0 at stage 3, its last repeat; the table has the rank that waits least, so a busy machine shows less
 # there, and a miss above 1 is such a machine: run the cell again. Pale: sent for and not waited for. How
-# many layers are whole, or on their way, at a time?
+# many layers are whole, or are prefetched, at a time?
 
 # %%
 gather_timeline({"yours": waits["simple"][0][-1], "the real one": waits["ahead"][0][-1]},

@@ -131,8 +131,8 @@ for n in (1, 8):
 
 # %% [markdown]
 # ## 3. Build
-# Who sees whom, from the model's own mask. A row is a new token, a column a key. A *chunk*, some tokens
-# behind some others, is the general case: prefill is a chunk behind nothing, decode a chunk of one.
+# Which keys each token attends to, from the model's own causal mask: a row is a new token, a column a key.
+# A *chunk* of tokens after others is the general case: prefill is a chunk after none, decode a chunk of one.
 
 # %%
 figures.attention_mask_picture({"prefill": (6, 6), "a chunk": (3, 9), "decode": (1, 10)},

@@ -6,7 +6,8 @@
 # **Needs** a CPU. **Time** 90 minutes. **Builds on** lesson 15 (the KV cache); 06 for its pictures.
 #
 # After this you can compute what a server's KV memory wastes, how many steps a trace of requests takes under
-# three policies, and write the pool of blocks and the scheduler that make the difference.
+# three policies, and write the block pool (with reference counts) and the scheduler (with chunked prefill and
+# preemption) that make the difference.
 
 # %%
 # %load_ext nanoinfra.lab.exercise
@@ -60,15 +61,15 @@ figures.batch_timeline({"static batches": STATIC},
 # %% [markdown]
 # ## 2. Predict
 # A sequence of p prompt and o new tokens takes o steps: the first reads the prompt, and its last logits give
-# a token. In memory are p + o − 1 at the end (who would read the last one?).
+# a token. In memory are p + o − 1 at the end, because nobody reads keys and values of the last token.
 #
 # **Waste.** One stretch of the longest leaves the difference to that. Take blocks of s tokens as need be, and
 # all but a sequence's last are full: at most s − 1 places are empty, (s − 1)/2 on average.
 #
 # **Steps.** *Static*: up to four of those that have come make a batch, which lasts as long as its longest.
-# *Orca* plans each step anew: who is done leaves, and its stretch is for who waits longest. *Pages*: a seat
-# costs no more than the blocks that a sequence has by now. If no step needs more of them than there are,
-# nobody ever waits, and a trace ends when each has had as many steps as it wants tokens since it came.
+# *Orca* plans each step anew: a sequence that is done leaves at once, and the one that has waited longest
+# gets its memory. *Pages*: a sequence costs only the blocks that it has so far. If no step needs more blocks
+# than there are, none ever waits, and each request ends as many steps after it came as it wants tokens.
 #
 # **Sharing.** Say all prompts begin with the same 18 tokens. A full block whose tokens are known to be the
 # same as yours need not be computed or kept twice. Known is what an *earlier step* has computed.
@@ -173,15 +174,16 @@ check.Pool(Pool)
 
 # %% [markdown]
 # **Exercise 2: a step.** A sequence has `tokens`, of which the first `computed` are in the blocks of its
-# `table`. Prompt, answer, going on after it was sent away: all are one rule, *let computed catch up*. `plan`
+# `table`. Prompt, answer, going on after a preemption: all are one rule, *let computed catch up*. `plan`
 # only plans; whoever runs the step adds to `computed`. Hand out `budget` tokens: to the list `running` in its
-# order, as much as each lacks; then to the deque `waiting` in its, and who comes in goes to the end of
-# `running`. Prompts may go in chunks, cut by budget alone: who waits and finds too few `free` waits on.
+# order, as many as each lacks; then to the deque `waiting` in its order, and a sequence that is let in goes
+# to the end of `running`. Prompts may go in chunks (chunked prefill), cut by the budget alone: a waiting
+# sequence that finds too few `free` blocks goes on waiting.
 #
 # `missing` says how many blocks a sequence lacks, `start` takes them and makes the plan's entry. Where one of
 # the running finds too few, their *last* gives its table back, forgets what was computed (`table = []`,
 # `computed = 0`) and becomes the first that waits; again, until this one has room or was itself the last. If
-# anybody was sent away, nobody comes in, in this step. Who waits sends nobody away, and nobody overtakes,
+# any was preempted, nobody comes in, in this step. Who waits sends nobody away, and nobody overtakes,
 # even one that would fit. 15 to 20 lines.
 
 # %% nbgrader={"grade_id": "plan", "solution": true}
@@ -263,9 +265,10 @@ figures.batch_timeline(RUNS, "24 requests, memory for 256 tokens")
 figures.pool_usage(RUNS, "the same memory, and what it holds: in static batches also tokens of who is done")
 
 # %% [markdown]
-# **Short of memory.** Less than half of the blocks, and 12 tokens a step: prompts go in chunks, and who came
-# last is sent away. Your `plan` on your `Pool`, and the real one, where a sequence that comes back may find
-# its own blocks still known. In the table *a step* is of all that was computed, again or not.
+# **Short of memory.** Less than half of the blocks, and 12 tokens a step: prompts go in chunks, and the
+# sequence that came last is preempted. Your `plan` on your `Pool`, and the real one, where a sequence that
+# comes back may find its own blocks still known. In the table *a step* is of all that was computed, again or
+# not.
 
 # %%
 YOURS = replay.replay_trace(JOBS, replay.RuleScheduler(plan, Pool(28, SIZE), budget=12))
@@ -308,19 +311,20 @@ figures.waste_over_block_size(MANY, 16 * LONGEST, (2, 4, 8, 16, 32))
 # %% [markdown]
 # **Explain.** Five sentences. (a) Static takes twice Orca's steps with the same four seats: what does each
 # add up? (b) In 128 places Orca's dot lies on its bound and that of pages 8 % above: what do pages pay where
-# memory is short? In 1,024 both lie higher, though few are sent away: what does a bound over all steps leave
+# memory is short? In 1,024 both lie higher, though few are preempted: what does a bound over all steps leave
 # out at a trace's end? (c) Blocks of one token waste nothing: why are vLLM's 16 long? (d) Why is the *last*
-# sent away, not who has most blocks? (e) Three computed all of the prefix, all 24 its last two tokens: why?
+# preempted, not the one with most blocks? (e) Three computed all of the prefix, all 24 its last two tokens:
+# why?
 
 # %% [markdown] nbgrader={"grade_id": "explain", "solution": true, "grade": true, "points": 5}
 # <!-- ### BEGIN SOLUTION -->
 # (a) Static the longest answer of each batch, Orca all answers over four seats, and some idle ones at the
-# end. (b) Nothing is reserved, so who grows sends others away: their tokens are computed again, and what they
-# gave is free until the first that waits fits in. The bound has memory full to the end; the last answers run
-# there alone. (c) Each needs an entry, a look-up, a hash; kernels read whole blocks; 7.5 places of hundreds
-# are little. (d) Who came first gets done, whatever comes later; else two could send each other away for
-# ever. (e) They came in one step, when nothing was known; 18 tokens fill four blocks, only full ones have
-# keys.
+# end. (b) Nothing is reserved, so a growing sequence preempts others: their tokens are computed again, and
+# what they gave is free until the first that waits fits in. The bound has memory full to the end; the last
+# answers run there alone. (c) Each needs an entry, a look-up, a hash; kernels read whole blocks; 7.5 places
+# of hundreds are little. (d) The first to come gets done, whatever comes later; else two could preempt each
+# other for ever. (e) They came in one step, when nothing was known; 18 tokens fill four blocks, only full
+# ones have keys.
 # <!-- ### END SOLUTION -->
 
 # %% [markdown]

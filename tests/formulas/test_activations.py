@@ -218,7 +218,8 @@ def test_table_2_is_what_the_one_faithful_configuration_keeps(s, b, h, a):
         out = block(torch.randn(b, s, h, dtype=torch.bfloat16, requires_grad=True))
     assert out.requires_grad
     statistics, causal = activation_terms(config, b, s, 2, "naive")["norm_stats"], s * s
-    assert kept.saved_bytes() - statistics - causal == 34 * s * b * h + 5 * a * s * s * b == table_2(s, b, h, a)
+    assert kept.saved_bytes() - statistics - causal == 34 * s * b * h + 5 * a * s * s * b == table_2(s, b, h,
+                                                                                                     a)
 
 
 class Dropout(torch.nn.Module):

@@ -63,6 +63,17 @@ def test_the_student_edition_keeps_prompts_and_has_no_solution(lesson, course):
     assert cells[1].metadata.nbgrader.solution and cells[2].metadata.nbgrader.points == 1
 
 
+def test_checks_lie_beside_the_student_s_notebook_and_an_assignment_of_nbgrader_is_whole(lesson, course):
+    (file,) = build_notebooks("student")
+    assert sorted(path.name for path in file.parent.iterdir()) == ["checks.py", "l42_answers.ipynb"]
+    tree = course / "lessons" / "build" / "nbgrader"
+    for step, solved in (("source", True), ("release", False)):
+        assignment = tree / step / "l42_answers"
+        assert ("2 * x" in (assignment / "l42_answers.ipynb").read_text()) == solved
+        assert (assignment / "lessons" / "l42_answers" / "checks.py").is_file()
+    assert "course_id" in (tree / "nbgrader_config.py").read_text()
+
+
 def test_a_solution_cell_without_markers_is_refused(lesson):
     lesson.write_text(LESSON.replace("    ### BEGIN SOLUTION\n", "").replace("    ### END SOLUTION\n", ""))
     with pytest.raises(ValueError, match="l42_answers/lesson.py, cell 2: .* loses its prompt"):
