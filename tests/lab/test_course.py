@@ -33,6 +33,6 @@ def test_a_lesson_s_modules_come_from_the_course(bring, course):
     (bring("l02_ring_all_reduce") / "cases.py").write_text("WHERE = 'here'\n")
     code = ("from nanoinfra.lab.course import make_lessons_importable; make_lessons_importable(); "
             "from lessons.l02_ring_all_reduce import cases; print(cases.WHERE)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=course / "lessons", capture_output=True, text=True,
-                          env={"PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "-c", code], cwd=course / "lessons", capture_output=True,
+                          text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.stdout == "here\n", done.stderr
