@@ -1,4 +1,4 @@
-"""Lesson 00, what one step costs: formulas against the decoder's own tensors and torch's FLOP counter."""
+"""Checks of lesson 00: a student's formulas against the decoder's own tensors and torch's FLOP counter."""
 import functools
 from dataclasses import replace
 

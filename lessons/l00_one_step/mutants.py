@@ -1,4 +1,4 @@
-"""Known-wrong counts of parameters and FLOPs, each one slip away from right."""
+"""Known-wrong counts of parameters and FLOPs: each has one mistake that a check must find."""
 from dataclasses import replace
 
 from lessons.l00_one_step import checks as check

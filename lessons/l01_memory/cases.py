@@ -1,4 +1,4 @@
-"""What judges a student's Adam on 16-bit weights: parameters, gradients, torch's Adam, usual slips."""
+"""Test cases of lesson 01: 16-bit parameters and gradients, torch's Adam, and results of usual mistakes."""
 import math
 
 import torch

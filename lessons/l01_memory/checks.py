@@ -1,4 +1,4 @@
-"""Lesson 01, mixed precision: 16-bit weights with float32 masters, and a loss scale that finds its size."""
+"""Checks of lesson 01: Adam with float32 master weights on 16-bit parameters, and loss scaling."""
 import math
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Known-wrong mixed precision, each one slip away from right."""
+"""Known-wrong mixed precision: each has one mistake that a check must find."""
 import math
 
 import torch

@@ -1,4 +1,4 @@
-"""Lesson 02, the ring from send and receive: sums, in place, bits, messages, bytes, only `exchange`."""
+"""Checks of lesson 02: reduce-scatter and all-reduce on a ring, their results, messages and bytes."""
 import torch
 
 from lessons.l02_ring_all_reduce.cases import chunk_label, count_labels, describe_labels

@@ -1,4 +1,4 @@
-"""Known-wrong rings, each one slip away from right."""
+"""Known-wrong rings: each has one mistake that a check must find."""
 import torch
 
 from lessons.l02_ring_all_reduce import checks as check

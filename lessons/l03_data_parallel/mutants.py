@@ -1,4 +1,4 @@
-"""Known-wrong data parallelism, each one slip away from right."""
+"""Known-wrong data parallelism: each has one mistake that a check must find."""
 import torch
 import torch.nn.functional as F
 

@@ -1,4 +1,4 @@
-"""Lesson 04, recompute: the same gradients and dice, the input kept and nothing else, and what that saves."""
+"""Checks of lesson 04: activation checkpointing keeps gradients and random state, and saves memory."""
 import functools
 from dataclasses import replace
 

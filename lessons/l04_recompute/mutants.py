@@ -1,4 +1,4 @@
-"""Known-wrong recompute and known-wrong counts of bytes, each one slip away from right."""
+"""Known-wrong recompute and known-wrong counts of bytes: each has one mistake that a check must find."""
 from contextlib import nullcontext
 
 import torch

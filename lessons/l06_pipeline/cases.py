@@ -1,4 +1,4 @@
-"""What lesson 06's checks are judged on: a small decoder in stages, and what each of them saw."""
+"""Test cases of lesson 06: a small decoder in pipeline stages, and what each stage did."""
 import functools
 import time
 import weakref

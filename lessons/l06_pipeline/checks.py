@@ -1,4 +1,4 @@
-"""Lesson 06, pipelines: two orders of work, judged on the clock, and an executor, judged on real ranks."""
+"""Checks of lesson 06: two pipeline schedules on the simulator, and an executor on real ranks."""
 import functools
 
 from lessons.l06_pipeline import cases

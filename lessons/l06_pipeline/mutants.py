@@ -1,4 +1,4 @@
-"""Known-wrong pipelines, each one slip away from right."""
+"""Known-wrong pipelines: each has one mistake that a check must find."""
 from functools import partial
 
 import torch

@@ -1,4 +1,4 @@
-"""What lesson 07's checks are judged on, and what one rank makes of it, rightly and after the usual slips.
+"""Test cases of lesson 07: inputs, the results of one rank, and those of usual mistakes.
 
 `bare`, `step` and `score` run what is judged inside each of n ranks.
 """

@@ -1,4 +1,4 @@
-"""Lesson 07, tensor parallelism: who has what of an MLP, its two sums, and a loss whose logits nobody has."""
+"""Checks of lesson 07: a tensor-parallel MLP, its two all-reduces, and a vocabulary-parallel loss."""
 import functools
 from math import ceil
 

@@ -1,4 +1,4 @@
-"""Known-wrong tensor parallelism, each one slip away from right."""
+"""Known-wrong tensor parallelism: each has one mistake that a check must find."""
 from functools import partial
 
 import torch

@@ -1,4 +1,4 @@
-"""What lesson 08's checks are judged on, and what one rank makes of it, rightly and after the usual slips."""
+"""Test cases of lesson 08: shapes, one rank's training, and the results of usual mistakes."""
 import functools
 from math import ceil, prod
 

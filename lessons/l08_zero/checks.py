@@ -1,4 +1,4 @@
-"""Lesson 08, ZeRO: an optimizer's step on this rank's rows alone, and a module that is whole only in use."""
+"""Checks of lesson 08: an optimizer step on sharded states, and a module unsharded only while it runs."""
 import functools
 import time
 

@@ -1,4 +1,4 @@
-"""Known-wrong ZeRO, each one slip away from right."""
+"""Known-wrong ZeRO: each has one mistake that a check must find."""
 from math import ceil
 
 import torch

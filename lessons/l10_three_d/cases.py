@@ -1,4 +1,4 @@
-"""What lesson 10's checks are judged on: gradients as every rank of a mesh has them, and what the model has.
+"""Test cases of lesson 10: gradients as each rank of a mesh has them, and those of the whole model.
 
 A small decoder, cut by layers, heads and vocabulary as the real one is, under sequence parallelism; its
 gradients are drawn, not computed: each by its logical parameter, its micro-batch and its data rank, a norm's

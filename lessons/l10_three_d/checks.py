@@ -1,4 +1,4 @@
-"""Lesson 10, three dimensions: who stands where, what is summed over which axis, and the norm of it all."""
+"""Checks of lesson 10: coordinates on the mesh, sums over axes, and the global gradient norm."""
 import functools
 import math
 

@@ -1,4 +1,4 @@
-"""Known-wrong composition, each one slip away from right."""
+"""Known-wrong composition: each has one mistake that a check must find."""
 from functools import partial
 from math import prod
 

@@ -1,4 +1,4 @@
-"""What lesson 15's checks are judged on: awkward heads, a memory of NaN, and a decoder that takes notes."""
+"""Test cases of lesson 15: awkward numbers of heads, a memory of NaN, and a decoder that records calls."""
 import functools
 from unittest import mock
 

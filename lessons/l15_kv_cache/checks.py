@@ -1,4 +1,4 @@
-"""Lesson 15, the KV cache: an attention that remembers, and a loop that reads each token once."""
+"""Checks of lesson 15: attention with a KV cache, and a generation loop that reads each token once."""
 import functools
 
 import torch

@@ -1,4 +1,5 @@
-"""Known-wrong attention over a cache and known-wrong loops around it, each one slip away from right."""
+"""Known-wrong attention over a cache and known-wrong loops around it: each has one mistake that a check must
+find."""
 import math
 
 import torch

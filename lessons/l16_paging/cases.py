@@ -1,4 +1,4 @@
-"""What lesson 16's checks are judged on: calls to a pool, and moments of the real scheduler's life."""
+"""Test cases of lesson 16: calls to a block pool, and states of the real scheduler."""
 import copy
 import functools
 import sys

@@ -1,4 +1,4 @@
-"""Lesson 16, pages and continuous batching: a pool of blocks, and one step of a scheduler."""
+"""Checks of lesson 16: a block pool with reference counts, and one step of a scheduler."""
 from lessons.l16_paging import cases
 from nanoinfra.lab.check import Check, CriterionNotMet
 

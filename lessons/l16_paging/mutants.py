@@ -1,4 +1,4 @@
-"""Known-wrong pools and scheduling steps, each one slip away from right."""
+"""Known-wrong pools and scheduling steps: each has one mistake that a check must find."""
 from functools import partial
 from math import ceil
 

@@ -1,4 +1,4 @@
-"""Known-wrong graders: of what ends, hangs, grows, forges and forks while it judges a hand-in."""
+"""Known-wrong graders of hand-ins that end, hang, use memory, forge verdicts or start processes."""
 import os
 import sys
 import tempfile
