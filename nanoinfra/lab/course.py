@@ -35,9 +35,12 @@ def lesson_folders(containing: str = "") -> dict[str, Path]:
 
 
 def make_lessons_importable() -> None:
-    """Put the folder that holds `lessons/` first on sys.path; rank processes start with the same sys.path."""
+    """Put the folder that holds `lessons/` first on sys.path, unless the package is imported already.
+
+    Rank processes start with the sys.path of the process that starts them, so they find the same folder.
+    """
     folder = str(lessons_folder().parent)
-    if sys.path[:1] != [folder]:
+    if "lessons" not in sys.modules and sys.path[:1] != [folder]:
         sys.path.insert(0, folder)
 
 

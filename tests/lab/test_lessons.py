@@ -24,7 +24,7 @@ def test_a_lesson_has_the_form_of_all_lessons(source):
     found = re.findall(r"^# ## \d\. (.*)$", text, re.MULTILINE)
     assert found == [name for name in SECTIONS if name in found]
     assert set(SECTIONS) - set(found) <= {"Break it"}
-    assert f'predict("L{number(source)}.' in text and "compare(" in text
+    assert f'predict("L{number(source)}.' in text and "compare_predictions(" in text
 
 
 def number(source):
