@@ -45,13 +45,13 @@ lessons: $(VENV)/installed  ## build the notebooks and open JupyterLab
 	$(BIN)/python -m nanoinfra.lab.build lessons
 	$(BIN)/jupyter lab --notebook-dir lessons/build
 
-student: $(VENV)/installed  ## build the student edition: solutions cleared, hidden tests dropped
+student: $(VENV)/installed  ## build the student edition and nbgrader's tree: solutions cleared, hidden tests dropped
 	$(BIN)/python -m nanoinfra.lab.build student
 
 grade: $(VENV)/installed  ## grade work/LNN.py: make grade L=02
-	$(BIN)/python -m nanoinfra.lab.grade $(L)
+	$(BIN)/python -m nanoinfra.lab.grading.grade $(L)
 
-lab: $(VENV)/installed  ## a lab on N ranks: make lab L=08 N=4 (and BREAK=, MODEL=: lessons/labs/)
+lab: $(VENV)/installed  ## a lab on N ranks: make lab L=08 N=4 (and BREAK=, MODEL=: its handout.md)
 	OMP_NUM_THREADS=1 $(BIN)/python -m nanoinfra.lab.run $(L) --nproc $(N) $(LAB)
 lab: LAB = $(if $(BREAK),--break $(BREAK)) $(if $(MODEL),--model $(MODEL))
 

@@ -13,7 +13,7 @@ from typing import Annotated, get_args, get_type_hints
 
 import tyro
 
-from nanoinfra.lab.options import DoctorFlags
+from nanoinfra.lab.doctor.doctor_flags import DoctorFlags
 from nanoinfra.renamed_flags import check_no_renamed_flags
 from nanoinfra.serve.options import GenerateOptions, ServeOptions
 from nanoinfra.train.config import TrainFlags
@@ -132,16 +132,16 @@ def _serve(options, argv):
 
 
 def _doctor(flags, argv):
-    from nanoinfra.lab.options import check
+    from nanoinfra.lab.doctor.doctor_flags import check_doctor_flags
     from nanoinfra.train.launch import elastic_rank, preflight
     if not elastic_rank.is_rank_process() and not elastic_rank.process_group_is_initialized():
-        preflight.check_device_available(flags.device, world := check(flags))
+        preflight.check_device_available(flags.device, world := check_doctor_flags(flags))
         if world > 1:
             from nanoinfra.train.launch.launcher import launch_ranks
             return launch_ranks(argv, world)
-    from nanoinfra.lab.doctor import doctor
+    from nanoinfra.lab.doctor.doctor import run_doctor
     with elastic_rank.rank_process_group(flags.device):
-        doctor(flags)
+        run_doctor(flags)
     return 0
 
 

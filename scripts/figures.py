@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.rank_pool import RankPool
-from nanoinfra.lab.draw import BLUE, GREY, HOUSE, ORANGE
+from nanoinfra.lab.draw import BLUE, GREY, MATPLOTLIB_STYLE, ORANGE
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel.data_parallel import GRAD_SYNC_MODES, DataParallel
 from nanoinfra.train.loss import linear_cross_entropy
@@ -51,7 +51,7 @@ def step(how):
 
 
 def draw(results):
-    with rc_context(HOUSE):
+    with rc_context(MATPLOTLIB_STYLE):
         figure = Figure(figsize=(9, 5), layout="constrained")
         every = figure.subplots(3, sharex=True)
     titles = ("one all-reduce a parameter", "buckets, after backward", "buckets, while backward goes on")

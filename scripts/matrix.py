@@ -21,8 +21,8 @@ from rich.table import Table
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.lab import draw
-from nanoinfra.lab.axes import largest_error as error
-from nanoinfra.lab.axes import step_of
+from nanoinfra.lab.instruments.gradient_parity import largest_gradient_error as error
+from nanoinfra.lab.instruments.gradient_parity import run_gradient_step
 from nanoinfra.train.config import (
     DataFlags,
     MeshFlags,
@@ -76,7 +76,7 @@ def configurations(triples: int) -> list[tuple[str, ...]]:
 
 def step(flags: TrainFlags) -> dict:
     """One rank's part of a step: its gradients with their places, and what it sent."""
-    return step_of(ModelConfig(V, 16, 8, 4, 2, 4, 24, T, not flags.model.untied), flags, T)
+    return run_gradient_step(ModelConfig(V, 16, 8, 4, 2, 4, 24, T, not flags.model.untied), flags, T)
 
 
 def sent(rows: list) -> dict[str, int]:
@@ -111,7 +111,7 @@ def measure(configs: list[tuple[str, ...]]) -> list[dict]:
 def picture(rows: list[dict]) -> draw.Picture:
     """The pairs as a triangle, each technique alone on its long side."""
     names, title = list(TECHNIQUES), "largest gradient error against one rank, float64"
-    canvas, axes = draw.canvas(9.5, 6.6, f"every technique with every other: {title}")
+    canvas, axes = draw.new_figure(9.5, 6.6, f"every technique with every other: {title}")
     for row in (row for row in rows if len(row["techniques"]) < 3):
         x, y = sorted((names.index(row["techniques"][0]), names.index(row["techniques"][-1])))
         worst = row.get("error")

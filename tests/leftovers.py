@@ -68,7 +68,7 @@ def _ours(pids, mark):
 def _session_pools():
     """The pools in the caches of two functions of the library, which alone refer to them."""
     check = sys.modules.get("nanoinfra.lab.check")
-    caches = [shared_rank_pool, *([check.shared] if check else [])]
+    caches = [shared_rank_pool, *([check._shared_pool] if check else [])]
     kept = [each for cache in caches for referred in gc.get_referents(cache) if isinstance(referred, dict)
             for each in referred.values()]
     return [pool for pool in kept if isinstance(pool, RankPool)]

@@ -25,6 +25,7 @@ DOOR = {"distributed/comm.py": {"all_reduce", "all_gather_single", "all_gather_i
                                 "reduce_scatter_single",
                          "reduce_scatter_tensor", "all_to_all_single", "broadcast", "isend", "irecv"}}
 FILES = sorted(HOUSE.rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
+LESSON_FILES = sorted((ROOT / "lessons").glob("*/*.py"))
 
 
 def name(path):
@@ -45,7 +46,8 @@ def wrong_imports(room, tree):
     """What a file of `room` imports from rooms that do not stand before it."""
     parts = [dotted.split(".") for dotted in imports(tree)]
     rooms = {p[1] for p in parts if p[0] == "nanoinfra" and len(p) > 1}
-    return {r for r in rooms - {room} if r not in BEFORE[room]} | {p[0] for p in parts if p[0] == "kernels"}
+    outside = {p[0] for p in parts if p[0] in ("kernels", "lessons", "tests", "scripts")}
+    return {r for r in rooms - {room} if r not in BEFORE[room]} | outside
 
 
 def wire_calls(tree):
@@ -63,10 +65,10 @@ def wire_calls(tree):
 
 
 def test_the_rules_catch_offenders():
-    bad = ast.parse("def f():\n    from nanoinfra.train import step\n"
+    bad = ast.parse("def f():\n    from nanoinfra.train import step\nimport lessons.l08_zero.checks\n"
                     "import kernels.adam\nfrom nanoinfra import distributed")
-    assert wrong_imports("distributed", bad) == {"train", "kernels"}
-    assert wrong_imports("model", bad) == {"train", "kernels", "distributed"}
+    assert wrong_imports("distributed", bad) == {"train", "kernels", "lessons"}
+    assert wrong_imports("model", bad) == {"train", "kernels", "lessons", "distributed"}
     for text in ("import torch.distributed as d\nd.all_reduce(x)", "from torch.distributed import all_reduce",
                  "import torch\ntorch.distributed.all_reduce(x)",
                  "from torch import distributed as d\nd.all_reduce"):
@@ -86,6 +88,16 @@ def test_file(path):
     assert len(text.splitlines()) <= 300
     assert path.name != "__init__.py" or text == ""
     assert room != "formulas" or not any(dotted.split(".")[0] == "torch" for dotted in imports(tree))
+
+
+@pytest.mark.parametrize("path", LESSON_FILES, ids=name)
+def test_a_lesson_imports_the_library_and_its_own_folder_alone(path):
+    """So that a student's copy of one folder is whole."""
+    text = path.read_text()
+    found = {dotted for dotted in imports(ast.parse(text)) if dotted.split(".")[0] in ("lessons", "tests")}
+    assert {dotted.split(".")[1] for dotted in found} <= {path.parent.name}
+    assert len(text.splitlines()) <= (350 if path.name == "lesson.py" else 300)
+    assert wire_calls(ast.parse(text)) == set()
 
 
 def test_the_root_holds_the_command_line_and_the_kernels_alone():

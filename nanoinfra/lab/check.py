@@ -1,17 +1,15 @@
-"""A check: named criteria, in the order property, parity, resource, speed, that a student's code must meet.
+"""A check is a list of named criteria that a student's function must meet, in the order of CRITERION_LAYERS.
 
     ring_all_reduce = Check("ring_all_reduce")
     @ring_all_reduce.criterion("every rank has the sum", "property")
-    def _(subject): ...        # raises Wrong(text) or Blocked(text)
+    def _(subject): ...        # raises CriterionNotMet(text) or CriterionBlocked(text)
 
-In a notebook `ring_all_reduce(fn)` raises on failure; tests use `.report(fn)`, grade `judge`. What is wrong
-ends the check; blocked (no GPU) is never a pass. checks/lNN_topic.py holds a lesson's CHECKS and PREDICTIONS:
-{key: unit}, or keys alone.
+In a notebook `ring_all_reduce(fn)` raises CheckFailed; tests call `.report(fn)`. The first criterion that is
+not met ends the check. A lesson's checks.py has CHECKS, a tuple of these, and PREDICTIONS, {key: unit}.
 """
 import functools
 import importlib
 import os
-import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,24 +17,24 @@ from types import ModuleType
 
 from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.distributed.pool.rank_processes import RankFailedError
-from nanoinfra.lab import checks
-from nanoinfra.lab.exercise import source_of
-from nanoinfra.lab.table import Grid
+from nanoinfra.lab.course import lesson_folders, make_lessons_importable
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.exercise import source_location
 
 _NO_NAME = re.compile(r"NameError: name '\w+' is not defined")
-LAYERS = ("property", "parity", "resource", "speed")
+CRITERION_LAYERS = ("property", "parity", "resource", "speed")
 
 
-class Wrong(Exception):
+class CriterionNotMet(Exception):
     """A criterion is not met. The text names rank, tensor, index, want, got and the usual cause."""
 
 
-class Blocked(Exception):
-    """A criterion cannot be judged on this machine."""
+class CriterionBlocked(Exception):
+    """A criterion cannot be judged on this machine, for example for want of a GPU. This is never a pass."""
 
 
-class Failed(Exception):
-    """What a check raises in a notebook: the text alone, without a traceback through the checker."""
+class CheckFailed(Exception):
+    """A check raises this in a notebook. Jupyter shows its text alone, without a traceback."""
 
     def _render_traceback_(self):
         return [str(self)]
@@ -44,91 +42,92 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Criterion:
-    """One thing to meet. `test(subject)` returns, or raises Wrong or Blocked."""
+    """One requirement. `test(subject)` returns, or raises CriterionNotMet or CriterionBlocked."""
     name: str
-    layer: str                 # of LAYERS
+    layer: str                 # of CRITERION_LAYERS
     test: Callable
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one criterion went: "pass", "wrong", "blocked" or "not run"."""
+    """The result of one criterion. `state` is "pass", "wrong", "blocked" or "not run", `text` why."""
     criterion: Criterion
     state: str
     text: str = ""
 
 
 @dataclass(frozen=True, repr=False)
-class Report(Grid):
-    """All verdicts of one check on one subject; shows itself as a table."""
+class CheckReport(DisplayTable):
+    """All verdicts of one check on one subject. It displays itself as a table."""
     verdicts: tuple[Verdict, ...] = ()
 
     @property
-    def points(self) -> int:
-        """Criteria met."""
+    def points_earned(self) -> int:
+        """The number of criteria that are met: a point for each."""
         return sum(v.state == "pass" for v in self.verdicts)
 
     @property
     def exit_code(self) -> int:
-        """0 all met, 1 something wrong, 2 something blocked and nothing wrong."""
+        """0 if all criteria are met, 1 if one is wrong, 2 if one is blocked and none is wrong."""
         states = [v.state for v in self.verdicts]
         return 1 if "wrong" in states else 0 if set(states) == {"pass"} else 2
 
     @property
     def first_failure(self) -> Verdict | None:
-        """The criterion that rejected the subject, if one did."""
+        """The verdict that rejected the subject, None if there is none."""
         return next((v for v in self.verdicts if v.state == "wrong"), None)
 
 
 @dataclass
 class Check:
-    """A list of criteria under the name of the function they judge."""
+    """The criteria for one function, under the name of that function."""
     name: str
     criteria: list[Criterion] = field(default_factory=list)
 
     def criterion(self, name: str, layer: str) -> Callable:
-        """Decorator: the function becomes the next criterion. Layers come in the order of LAYERS."""
-        order = [LAYERS.index(c.layer) for c in self.criteria] + [LAYERS.index(layer)]
+        """Decorator that adds a function as the next criterion. ValueError for a layer out of order."""
+        order = [CRITERION_LAYERS.index(c.layer) for c in self.criteria] + [CRITERION_LAYERS.index(layer)]
         if order != sorted(order):
             raise ValueError(f"{self.name}: {name!r} is of layer {layer} and comes after one of layer "
-                             f"{self.criteria[-1].layer}; the order is {', '.join(LAYERS)}")
+                             f"{self.criteria[-1].layer}; the order is {', '.join(CRITERION_LAYERS)}")
 
         def add(test):
             self.criteria.append(Criterion(name, layer, test))
             return test
         return add
 
-    def report(self, subject: Callable) -> Report:
-        """Judge `subject`, criterion after criterion, until one is wrong."""
+    def report(self, subject: Callable) -> CheckReport:
+        """Judge `subject` by one criterion after another, until one is not met."""
         verdicts = []
         for criterion in self.criteria:
-            verdicts.append(judge(criterion, subject))
+            verdicts.append(judge_criterion(criterion, subject))
             if verdicts[-1].state == "wrong":
                 break
-        return self.table(verdicts, source_of(subject))
+        return self.report_of_verdicts(verdicts, source_location(subject))
 
-    def table(self, verdicts: list[Verdict], source: str) -> Report:
-        """The report of `verdicts` on what was written in `source`; further criteria were not run."""
+    def report_of_verdicts(self, verdicts: list[Verdict], source: str) -> CheckReport:
+        """The report of `verdicts` on a function of the file `source`; later criteria count as not run."""
         verdicts = [*verdicts, *(Verdict(c, "not run") for c in self.criteria[len(verdicts):])]
         rows = [(v.criterion.name, v.criterion.layer, v.state) for v in verdicts]
-        return Report(f"{self.name} of {source}", ("criterion", "layer", "verdict"), rows, tuple(verdicts))
+        return CheckReport(f"{self.name} of {source}", ("criterion", "layer", "verdict"), rows,
+                           tuple(verdicts))
 
-    def __call__(self, subject: Callable) -> Report:
-        """Judge `subject`; raises Failed with the table and the reason unless every criterion is met."""
+    def __call__(self, subject: Callable) -> CheckReport:
+        """Judge `subject`. Raises CheckFailed, with table and reasons, unless every criterion is met."""
         report = self.report(subject)
         if report.exit_code:
             reasons = [f"{v.criterion.name}: {v.text}" for v in report.verdicts if v.text]
-            raise Failed("\n".join([repr(report), *reasons]))
+            raise CheckFailed("\n".join([repr(report), *reasons]))
         return report
 
 
-def judge(criterion: Criterion, subject: Callable) -> Verdict:
-    """How `subject` meets one criterion."""
+def judge_criterion(criterion: Criterion, subject: Callable) -> Verdict:
+    """Run one criterion on `subject`. Whatever the student's code raises becomes a verdict."""
     try:
         criterion.test(subject)
-    except Blocked as reason:
+    except CriterionBlocked as reason:
         return Verdict(criterion, "blocked", str(reason))
-    except Wrong as reason:
+    except CriterionNotMet as reason:
         return Verdict(criterion, "wrong", str(reason))
     except (Exception, SystemExit) as error:         # whatever a student's code raises is a verdict
         unwritten = isinstance(error, NotImplementedError) or "raise NotImplementedError" in str(error)
@@ -139,30 +138,26 @@ def judge(criterion: Criterion, subject: Callable) -> Verdict:
     return Verdict(criterion, "pass")
 
 
-def ranks(n: int) -> RankPool:
-    """The pool of `n` ranks that all checks share. It has little patience: what hangs ends after 15 s."""
-    pool = shared(n)
-    pool.timeout = patience(15.0)
+def rank_pool_for_checks(num_ranks: int) -> RankPool:
+    """The pool of rank processes that all checks share. A call that hangs ends after 15 s."""
+    pool = _shared_pool(num_ranks)
+    pool.timeout = scale_timeout_by_load(15.0)
     return pool
 
 
-shared = functools.cache(RankPool)
+_shared_pool = functools.cache(RankPool)
 
 
-def patience(seconds: float) -> float:
-    """How long to wait for what takes at most `seconds` on an idle machine: longer, the higher the load."""
+def scale_timeout_by_load(seconds: float) -> float:
+    """A timeout for work that takes at most `seconds` on an idle machine: times the load of each core."""
     return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def modules() -> dict[str, str]:
-    """{"02": "l02_ring"}: the lessons that have checks."""
-    return {name[1:3]: name for _, name, _ in pkgutil.iter_modules(checks.__path__) if name[0] == "l"}
-
-
-def lesson(number: str) -> ModuleType:
-    """The checks of lesson "02": a module with `CHECKS` and `PREDICTIONS`. ValueError where there is none."""
-    names = modules()
-    key = number.upper().removeprefix("L").zfill(2)
-    if key not in names:
-        raise ValueError(f"lesson {number!r} has no checks; there are {', '.join(sorted(names))}")
-    return importlib.import_module(f"nanoinfra.lab.checks.{names[key]}")
+def load_lesson_checks(lesson_number: str) -> ModuleType:
+    """Import checks.py of lesson "02", which has CHECKS and PREDICTIONS. ValueError where there is none."""
+    folders = lesson_folders(containing="checks.py")
+    key = lesson_number.upper().removeprefix("L").zfill(2)
+    if key not in folders:
+        raise ValueError(f"lesson {lesson_number!r} has no checks; there are {', '.join(folders)}")
+    make_lessons_importable()
+    return importlib.import_module(f"lessons.{folders[key].name}.checks")

@@ -1,43 +1,44 @@
-"""An exercise cell, kept as the student wrote it: `%%exercise L02` writes it to `work/L02.py`, and loads it.
+"""The cell magic `%%exercise L02` writes a cell to `work/L02.py` as the student wrote it, and runs that file.
 
-One section a name (the first function or class of the cell), so a cell that runs again replaces its own
-section. Checks, rank processes, labs and grading use that file, so an exercise imports all it needs. A cell
-with solution markers is the reference: it goes to `work/reference/`, never over a student's work.
+The file has one section for each exercise, named after the first function or class of its cell; a cell that
+runs again replaces its section. Checks, rank processes and grading load the file, so an exercise imports all
+that it uses. A cell with solution markers is the reference solution: it goes to `work/reference/`.
 """
 import inspect
 import linecache
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from nanoinfra.lab.where import shown, work
+from nanoinfra.lab.course import display_path, make_lessons_importable, work_folder
 
-MARKER = "### BEGIN SOLUTION"
+SOLUTION_MARKER = "### BEGIN SOLUTION"
 _TITLE = re.compile(r"^# %% exercise (\w+)\n", re.MULTILINE)
 _MAGIC = re.compile(r"^%%exercise +(L\d\d)[^\n]*\n")
 
 
-def export(lesson: str, cell: str, folder: Path | None = None) -> Path:
-    """Write `cell` as its section of the lesson's file in `folder` (default work/); returns the file."""
+def export_exercise(lesson: str, cell_source: str, folder: Path | None = None) -> Path:
+    """Write a cell's source to its section of `folder`/L02.py (default work/); returns that file."""
     if not re.fullmatch(r"L\d\d", lesson):
         raise ValueError(f"an exercise names its lesson, as in %%exercise L02; got {lesson!r}")
-    folder = folder or (work() / "reference" if MARKER in cell else work())
+    folder = folder or (work_folder() / "reference" if SOLUTION_MARKER in cell_source else work_folder())
     folder.mkdir(exist_ok=True)
     file = folder / f"{lesson}.py"
-    parts = sections(file.read_text()) if file.exists() else {}
-    parts[_name(cell)] = cell.rstrip("\n")
+    parts = split_into_exercises(file.read_text()) if file.exists() else {}
+    parts[_name(cell_source)] = cell_source.rstrip("\n")
     file.write_text("\n\n\n".join(f"# %% exercise {name}\n{text}" for name, text in parts.items()) + "\n")
     return file
 
 
-def sections(text: str) -> dict[str, str]:
-    """{exercise name: the cell} of an exported file."""
-    _, *found = _TITLE.split(text)
+def split_into_exercises(exported_text: str) -> dict[str, str]:
+    """{exercise name: source of its cell} of the text of an exported file."""
+    _, *found = _TITLE.split(exported_text)
     return {name: cell.rstrip("\n") for name, cell in zip(found[::2], found[1::2])}
 
 
-def load(file: Path | str) -> ModuleType:
-    """Run an exported file as a module of its own. Never cached: what counts is what the file says now."""
+def load_python_file(file: Path | str) -> ModuleType:
+    """Run a Python file and return it as a new module. Each call runs the file again."""
     file = Path(file).resolve()
     module = ModuleType(file.stem)
     module.__file__ = str(file)
@@ -46,38 +47,42 @@ def load(file: Path | str) -> ModuleType:
     return module
 
 
-def source_of(subject) -> str:
-    """Where a function or a class was written, as a reader wants it: `work/L02.py`, or its module."""
-    function = subject.__init__ if isinstance(subject, type) else inspect.unwrap(subject)
+def source_location(function_or_class: Callable) -> str:
+    """The file in which a function or class was written, as `work/L02.py`, or else its module's name."""
+    is_class = isinstance(function_or_class, type)
+    function = function_or_class.__init__ if is_class else inspect.unwrap(function_or_class)
     code = getattr(function, "__code__", None)                        # as under @torch.no_grad()
     file = Path(code.co_filename) if code else Path("<none>")
-    return shown(file) if file.is_file() else getattr(subject, "__module__", None) or "a notebook cell"
+    module = getattr(function_or_class, "__module__", None)
+    return display_path(file) if file.is_file() else module or "a notebook cell"
 
 
-def refuse_reference(file: Path | str) -> None:
-    """Raise ValueError if `file` is the reference solution rather than somebody's work."""
-    if MARKER in Path(file).read_text():
-        raise ValueError(f"{shown(file)} is the reference (by its markers): its grade says nothing; "
+def refuse_reference_solution(file: Path | str) -> None:
+    """Raise ValueError if `file` has the markers of a reference solution."""
+    if SOLUTION_MARKER in Path(file).read_text():
+        raise ValueError(f"{display_path(file)} is the reference (by its markers): its grade says nothing; "
                          f"grade what the student edition wrote to work/, or say --reference")
 
 
-def extract(notebook: Path | str, folder: Path | str) -> list[Path]:
-    """Export every exercise cell of a notebook (.ipynb, or a percent file) to `folder`; the files written."""
+def export_exercises_of_notebook(notebook: Path | str, folder: Path | str) -> list[Path]:
+    """Export all exercise cells of a notebook (.ipynb or percent file) to `folder`; returns the files."""
     import jupytext  # of the lessons extra; ranks that load an exercise do without
     files = []
     for cell in jupytext.read(notebook).cells:
         if magic := _MAGIC.match(cell.source):
-            files.append(export(magic[1], cell.source[magic.end():], Path(folder)))
+            files.append(export_exercise(magic[1], cell.source[magic.end():], Path(folder)))
     return list(dict.fromkeys(files))
 
 
 def load_ipython_extension(shell) -> None:
-    """`%load_ext nanoinfra.lab.exercise` makes `%%exercise` known."""
+    """IPython's `%load_ext nanoinfra.lab.exercise` calls this: it registers `%%exercise`."""
+    make_lessons_importable()
+
     def exercise(line, cell):
-        file = export(line.strip(), cell)
-        names = {k: v for k, v in vars(load(file)).items() if not k.startswith("__")}
+        file = export_exercise(line.strip(), cell)
+        names = {k: v for k, v in vars(load_python_file(file)).items() if not k.startswith("__")}
         shell.user_ns.update(names)
-        print(f"{_name(cell)} is in {shown(file)}")
+        print(f"{_name(cell)} is in {display_path(file)}")
     shell.register_magic_function(exercise, "cell")
 
 

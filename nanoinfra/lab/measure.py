@@ -1,7 +1,7 @@
-"""Numbers with their kind: counted (exact), timed (median of n, with spread, on a named machine) or modelled.
+"""A measurement is counted (exact), timed (median of n, with spread and machine) or modelled (by a formula).
 
-`measure("L02.bytes", run)` calls `run()` only after a prediction was committed, and keeps the result beside
-it.
+`measure("L02.bytes", run)` calls `run()` only after a prediction for that key was committed with `predict`,
+and stores the result beside it in work/numbers.json.
 """
 import functools
 import os
@@ -11,36 +11,40 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from nanoinfra.lab import predict as book
-from nanoinfra.lab.devices import processor
-from nanoinfra.lab.predict import quantity
+from nanoinfra.lab.doctor.machine_info import processor_name
+from nanoinfra.lab.predict import format_quantity
 
-KINDS = ("counted", "timed", "modelled")
+MEASUREMENT_KINDS = ("counted", "timed", "modelled")
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number and how it came about. `spread`: largest less smallest of the n values, in the same unit."""
+    """A number, its unit and how it was obtained. `spread`: the largest less the smallest of n values."""
     value: float
     unit: str
-    kind: str                  # of KINDS
-    n: int = 1                 # values it is the median of
+    kind: str                  # of MEASUREMENT_KINDS
+    n: int = 1                 # number of values; `value` is their median
     spread: float = 0.0
-    machine: str = ""          # where, for a time
+    machine: str = ""          # where a time was measured
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"a number is {', '.join(KINDS)}; {self.kind!r} is none of them")
+        if self.kind not in MEASUREMENT_KINDS:
+            raise ValueError(f"a number is {', '.join(MEASUREMENT_KINDS)}; {self.kind!r} is none of them")
 
     def __str__(self):
         if self.kind != "timed":
-            return f"{quantity(self.value, self.unit)} ({self.kind})"
-        spread = quantity(self.spread, self.unit)
-        return f"{quantity(self.value, self.unit)} (timed, median of {self.n}, spread {spread})"
+            return f"{format_quantity(self.value, self.unit)} ({self.kind})"
+        spread = format_quantity(self.spread, self.unit)
+        return f"{format_quantity(self.value, self.unit)} (timed, median of {self.n}, spread {spread})"
 
 
 def measure(key: str, run: Callable[..., Measurement], *args) -> Measurement:
-    """`run(*args)`, kept beside the prediction for `key`; without one, ValueError, and nothing runs."""
-    _, unit = book.predicted(key)
+    """Run `run(*args)` and store its Measurement beside the prediction for `key`.
+
+    ValueError, before anything runs, if nothing was predicted; and for another unit than that of the
+    prediction.
+    """
+    _, unit = book.last_prediction(key)
     got = run(*args)
     if not isinstance(got, Measurement):
         raise ValueError(f"{key}: what is measured returned {got!r}, and must return a Measurement; "
@@ -48,33 +52,33 @@ def measure(key: str, run: Callable[..., Measurement], *args) -> Measurement:
     if got.unit != unit:
         raise ValueError(f"{key} was predicted in {unit!r} and measured in {got.unit!r}; "
                          f"predict it again in {got.unit!r}")
-    numbers = book.read()
+    numbers = book.read_predictions()
     numbers[key]["measured"] = asdict(got)
-    book.write(numbers)
+    book.write_predictions(numbers)
     print(f"{key}: {got}")
     return got
 
 
 def counted(value: float, unit: str) -> Measurement:
-    """An exact count."""
+    """A Measurement of kind "counted": an exact count."""
     return Measurement(value, unit, "counted")
 
 
 def modelled(value: float, unit: str) -> Measurement:
-    """What a formula says: never a measurement of anything."""
+    """A Measurement of kind "modelled": the value of a formula, which nobody has measured."""
     return Measurement(value, unit, "modelled")
 
 
-def median(values: list[float], unit: str = "s") -> Measurement:
-    """The median of times that were taken elsewhere, for example in the ranks."""
+def median_of_times(values: list[float], unit: str = "s") -> Measurement:
+    """A Measurement of kind "timed": the median of times, or rates, that ranks or benchmarks returned."""
     spread = max(values) - min(values)
-    return Measurement(statistics.median(values), unit, "timed", len(values), spread, machine())
+    return Measurement(statistics.median(values), unit, "timed", len(values), spread, describe_machine())
 
 
 def timed(run: Callable[[], object], n: int = 5) -> Measurement:
-    """Seconds of one call of `run`: the median of n, after one call that is not counted."""
+    """Time `run()`: the median seconds of n calls, after one warm-up call."""
     run()
-    return median([_seconds(run) for _ in range(n)])
+    return median_of_times([_seconds(run) for _ in range(n)])
 
 
 def _seconds(run):
@@ -84,6 +88,6 @@ def _seconds(run):
 
 
 @functools.cache
-def machine() -> str:
-    """This machine in words: cores and processor."""
-    return f"{os.cpu_count()} cores, {processor()}"
+def describe_machine() -> str:
+    """This machine in words: its cores and its processor."""
+    return f"{os.cpu_count()} cores, {processor_name()}"

@@ -1,9 +1,9 @@
-"""Checks are checked: each known-wrong variant must be rejected, by the criterion that names its mistake.
+"""Mutation tests of checks: a check must reject each known-wrong variant, by the criterion for its mistake.
 
     python -m nanoinfra.lab.mutants [FOLDER]
 
-judges every `MUTANTS` list in FOLDER/*.py (tests/mutants), and exits 1 if one survives or is rejected by
-another criterion, or if a check has fewer than two.
+judges the variants in the `MUTANTS` lists of all lessons and of tests/mutants, or of FOLDER/*.py. It exits
+with 1 if a variant survives or is rejected by another criterion, or if a check has fewer than two variants.
 """
 import argparse
 import functools
@@ -16,14 +16,14 @@ from pathlib import Path
 from unittest import mock
 
 from nanoinfra.lab.check import Check
-from nanoinfra.lab.exercise import load
-from nanoinfra.lab.table import Grid
-from nanoinfra.lab.where import project, root
+from nanoinfra.lab.course import clone_folder, course_folder, lesson_folders, make_lessons_importable
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.exercise import load_python_file
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A known-wrong `variant` of what `check` judges, and the name of the criterion that must reject it."""
+    """A known-wrong `variant` of a function that `check` judges, and the criterion that must reject it."""
     name: str
     check: Check
     variant: Callable
@@ -31,9 +31,9 @@ class Mutant:
 
 
 def patched(subject: Callable, target: str, replacement: object) -> Callable:
-    """`subject` with "module:attribute" replaced while it runs: a mutant of the library.
+    """`subject`, during whose calls the attribute `target`, "module:attribute", has another value.
 
-    The patch is applied where the call happens: it reaches the rank processes, as one in the parent does not.
+    The patch is applied in the process that makes the call, so that it reaches rank processes too.
     """
     module, attribute = target.split(":")
 
@@ -44,42 +44,56 @@ def patched(subject: Callable, target: str, replacement: object) -> Callable:
     return variant
 
 
-def collect(folder: Path | str | None = None, file: str = "*") -> list[Mutant]:
-    """The mutants of `folder`, all of them or those of one file, say "l02_ring".
+def collect_lesson_mutants(number: str = "") -> list[Mutant]:
+    """The known-wrong variants for the checks of lesson "02", or of all lessons. ValueError for none."""
+    folders = lesson_folders(containing="mutants.py")
+    if number and number not in folders:
+        raise ValueError(f"no mutants of lesson {number!r}, but {', '.join(folders) or 'of none at all'}; "
+                         f"they come with nanoinfra's repository, not with the package: work inside a clone")
+    return _load([folder / "mutants.py" for key, folder in folders.items() if number in ("", key)])
 
-    By default tests/mutants, from here upwards or of nanoinfra's own clone. ValueError where there are none.
-    """
-    folders = [Path(folder)] if folder else [home / "tests" / "mutants" for home in (root(), project())]
-    files = next((found for f in folders if (found := sorted(f.glob(f"{file}.py")))), [])
+
+def collect_library_mutants(name: str = "*", folder: Path | str | None = None) -> list[Mutant]:
+    """The known-wrong variants of the library in tests/mutants, or in `folder`. ValueError for none."""
+    folders = [Path(folder)] if folder else [home / "tests" / "mutants"
+                                             for home in (course_folder(), clone_folder())]
+    files = next((found for each in folders if (found := sorted(each.glob(f"{name}.py")))), [])
     if not files:
-        raise ValueError(f"no mutants {file}.py in {' or '.join(map(str, folders))}; they come with "
+        raise ValueError(f"no mutants {name}.py in {' or '.join(map(str, folders))}; they come with "
                          f"nanoinfra's repository, not with the package: work inside a clone, or name it")
-    return [mutant for path in files for mutant in getattr(load(path), "MUTANTS", [])]
+    return _load(files)
 
 
-def rejected_by(mutant: Mutant) -> str:
-    """The name of the criterion that rejects it; empty if it survives."""
+def _load(files):
+    make_lessons_importable()
+    return [mutant for file in files for mutant in getattr(load_python_file(file), "MUTANTS", [])]
+
+
+def rejecting_criterion(mutant: Mutant) -> str:
+    """Judge a mutant; returns the name of the criterion that rejects it, "" if it survives."""
     failure = mutant.check.report(mutant.variant).first_failure
     return failure.criterion.name if failure else ""
 
 
-def run(mutants: list[Mutant]) -> Grid:
-    """Judge all; the last column says pass, or wrong."""
+def run_mutants(mutants: list[Mutant]) -> DisplayTable:
+    """Judge all mutants; returns a table with a verdict, "pass" or "wrong", for each."""
     rows = []
     for m in mutants:
-        got = rejected_by(m)
+        got = rejecting_criterion(m)
         rows.append((m.check.name, m.name, got or "(survives)", "pass" if got == m.rejected_by else "wrong"))
     for name, count in Counter(m.check.name for m in mutants).items():
         if count < 2:
             rows.append((name, "(a check needs two mutants)", f"(has {count})", "wrong"))
-    return Grid("mutants", ("check", "variant", "rejected by", ""), rows)
+    return DisplayTable("mutants", ("check", "variant", "rejected by", ""), rows)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m nanoinfra.lab.mutants", description="check the checks")
     parser.add_argument("folder", nargs="?")
-    grid = run(collect(parser.parse_args(argv).folder))
+    folder = parser.parse_args(argv).folder
+    lessons = [] if folder else collect_lesson_mutants()
+    grid = run_mutants([*lessons, *collect_library_mutants(folder=folder)])
     grid.show()
     return int(any(row[-1] == "wrong" for row in grid.rows))
 

@@ -1,8 +1,8 @@
-"""First say what you expect, then look: predictions are committed to `work/numbers.json`.
+"""Predictions are written to `work/numbers.json` before anything is measured.
 
-`predict("L02.bytes", 1.5 * S, "B")` writes the number down; `measure` (measure.py) refuses to run before
-that. A prediction is graded for being made, not for being right. A changed mind is allowed and stays on
-record.
+`predict("L02.bytes", 1.5 * S, "B")` stores a number; `measure` (measure.py) refuses to run without it. A
+prediction is graded for being made, not for being right. Earlier predictions for the same key stay in the
+file.
 """
 import json
 import math
@@ -11,33 +11,34 @@ import re
 from pathlib import Path
 
 from nanoinfra.lab import check
-from nanoinfra.lab.where import shown, work
+from nanoinfra.lab.course import display_path, lesson_folders, work_folder
 
 
 def predict(key: str, value: float, unit: str = "") -> None:
-    """Commit `value` as your prediction for `key`, a name such as "L02.bytes".
+    """Store `value` as your prediction for `key`, for example "L02.bytes".
 
-    ValueError for what is no number, and for a key or a unit that the lesson does not ask for.
+    ValueError if `value` is no finite number, and for a key or a unit that the lesson does not ask for.
     """
     if not re.fullmatch(r"L\d\d\.\w+", key):
         raise ValueError(f"{key!r} does not name a prediction; it is lesson and quantity: \"L02.bytes\"")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"a prediction is one finite number; {key} got {value!r}")
     _asked(key, unit)
-    numbers = read()
+    numbers = read_predictions()
     entry = numbers.setdefault(key, {"predicted": []})
     if not entry["predicted"] or (entry["predicted"][-1], entry["unit"]) != (value, unit):
         entry["predicted"].append(value)
     entry["unit"] = unit
-    write(numbers)
-    print(f"{key}: you predict {quantity(value, unit)}. Committed to {shown(path())}.")
+    write_predictions(numbers)
+    print(f"{key}: you predict {format_quantity(value, unit)}. Committed to "
+          f"{display_path(predictions_file())}.")
 
 
 def _asked(key, unit):
     number = key[1:3]
-    if number not in check.modules() or ".lab_" in key:                    # a lab asks for its own
+    if number not in lesson_folders(containing="checks.py") or ".lab_" in key:   # a lab asks for its own
         return
-    units = check.lesson(number).PREDICTIONS
+    units = check.load_lesson_checks(number).PREDICTIONS
     if key not in units or units[key] != unit:
         *most, last = [f"{k} in {u}" if u else k for k, u in units.items()]
         got = f"{key!r}" if key not in units else f"{key} in {unit!r}"
@@ -45,35 +46,35 @@ def _asked(key, unit):
         raise ValueError(f"lesson {number} asks for {asked}; got {got}")
 
 
-def predicted(key: str) -> tuple[float, str]:
-    """The last prediction for `key` and its unit. Raises ValueError where none was made."""
-    entry = read().get(key)
+def last_prediction(key: str) -> tuple[float, str]:
+    """The last prediction for `key`, and its unit. ValueError if none was made."""
+    entry = read_predictions().get(key)
     if not entry:
         raise ValueError(f"nothing is predicted for {key} yet; derive it, call "
                          f"predict(\"{key}\", value, unit), then measure")
     return entry["predicted"][-1], entry["unit"]
 
 
-def path() -> Path:
-    """The file of predictions and measurements: what a student hands in."""
-    return work() / "numbers.json"
+def predictions_file() -> Path:
+    """The file work/numbers.json with predictions and measurements, which a student hands in."""
+    return work_folder() / "numbers.json"
 
 
-def read(file: Path | None = None) -> dict:
-    """{key: {"unit", "predicted": [values, oldest first], "measured": fields of a Measurement}}."""
-    file = file or path()
+def read_predictions(file: Path | None = None) -> dict:
+    """Read numbers.json: {key: {"unit", "predicted": [values, oldest first], "measured"}}."""
+    file = file or predictions_file()
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def write(numbers: dict) -> None:
-    """Replace the file, so that a crash leaves the old or the new one."""
-    new = path().with_suffix(f".{os.getpid()}.new")
+def write_predictions(numbers: dict) -> None:
+    """Write numbers.json atomically: a crash leaves either the old or the new file."""
+    new = predictions_file().with_suffix(f".{os.getpid()}.new")
     new.write_text(json.dumps(numbers, indent=1) + "\n")
-    new.replace(path())
+    new.replace(predictions_file())
 
 
-def quantity(value: float, unit: str) -> str:
-    """A number as a reader wants it: bytes in full, seconds scaled, others to four digits."""
+def format_quantity(value: float, unit: str) -> str:
+    """A number with its unit as text: whole numbers in full, seconds as s, ms or us, others to 4 digits."""
     if unit == "s" and value:
         scale, name = next((s, n) for s, n in ((1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
                            if abs(value) >= s or n == "ns")

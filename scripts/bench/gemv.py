@@ -76,14 +76,14 @@ def main():
     if args.within:
         args.out.write_text(json.dumps(race(args.within, args.pairs)))
         return
-    from nanoinfra.lab.measure import machine
+    from nanoinfra.lab.measure import describe_machine
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
     for mask in args.masks:
         command = [sys.executable, __file__, "--within", mask, "--pairs", str(args.pairs), "--out", args.out]
         subprocess.run(command, env={**os.environ, **MASKS[mask]}, check=True)
         results += json.loads(args.out.read_text())
-    args.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"machine": describe_machine(), "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def main():
         return answer(args.side, MODEL)
     import torch
 
-    from nanoinfra.lab.measure import machine
+    from nanoinfra.lab.measure import describe_machine
     from nanoinfra.model.weights.hugging_face.weights import write_hf_folder
     from nanoinfra.model.weights.load import open_model_weights
     if not (MODEL / "config.json").exists():
@@ -214,8 +214,8 @@ def main():
           f"ratio {ratios[len(ratios) // 2]:.3f}, at worst {ratios[-1]:.3f}")
     results.append({"name": "first token of 1024, a prefix hit against a miss", "unit": "ms", "pairs": times})
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": f"{machine()}, torch {torch.__version__}", "results": results,
-                                    "memory_bandwidth": bandwidth}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"machine": f"{describe_machine()}, torch {torch.__version__}",
+                                    "results": results, "memory_bandwidth": bandwidth}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

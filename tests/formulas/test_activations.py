@@ -15,7 +15,7 @@ from nanoinfra.formulas.activations import (
     saved_activation_bytes,
 )
 from nanoinfra.formulas.tensor_parallel import SEQUENCE_PARALLEL_MODES
-from nanoinfra.lab.kept import Kept
+from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder, DecoderBlock
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
@@ -160,11 +160,11 @@ def run(config, mesh, batch, seq, dtype, attention, recompute, sp, backward=Fals
     TensorParallel(model, mesh, sp)
     loss = VocabParallelLoss(apply_activation_checkpointing(model, recompute).head)
     tokens = torch.zeros(batch, seq, dtype=torch.long)
-    with Kept(model.parameters()) as kept:
+    with SavedActivations(model.parameters()) as kept:
         out = loss(model.hidden_states(tokens), tokens, 1)
-        forward = kept.bytes()
+        forward = kept.saved_bytes()
         out.backward() if backward else None
-    return forward, kept.peak
+    return forward, kept.peak_bytes
 
 
 @pytest.mark.parametrize("t", [1, 2, 4, 8])
@@ -232,11 +232,12 @@ def test_table_2_is_what_the_one_faithful_configuration_keeps(s, b, h, a):
     block.attn.core = unfused
     block.attn.o = torch.nn.Sequential(block.attn.o, Dropout())
     block.mlp.down = torch.nn.Sequential(block.mlp.down, Dropout())
-    with Kept(block.parameters()) as kept:
+    with SavedActivations(block.parameters()) as kept:
         out = block(torch.randn(b, s, h, dtype=torch.bfloat16, requires_grad=True))
     assert out.requires_grad
     statistics, causal = layer_activation_bytes_by_term(config, b, s, 2, "naive")["norm_stats"], s * s
-    assert kept.bytes() - statistics - causal == 34 * s * b * h + 5 * a * s * s * b == table_2(s, b, h, a)
+    assert kept.saved_bytes() - statistics - causal == 34 * s * b * h + 5 * a * s * s * b == table_2(s, b, h,
+                                                                                                     a)
 
 
 class Dropout(torch.nn.Module):

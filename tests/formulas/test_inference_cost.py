@@ -11,7 +11,7 @@ from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.formulas import inference_cost
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.formulas.parameters import parameter_count
-from nanoinfra.lab.traffic import Traffic
+from nanoinfra.lab.instruments.tensor_read_bytes import TensorReadBytes
 from nanoinfra.model.attention import naive_attention
 from nanoinfra.model.decoder import Decoder
 
@@ -36,13 +36,13 @@ def test_flops_and_bytes_are_what_the_operators_do(configs, data, batch, new, be
     config, total = data.draw(configs), before + new
     with torch.device("meta"), torch.no_grad():
         model, cache = Decoder(config).to(dtype), Memory(config, batch, total, dtype)
-        traffic = Traffic(weights=model.parameters(), cache=[cache.memory])
+        traffic = TensorReadBytes(weights=model.parameters(), cache=[cache.memory])
         with FlopCounterMode(display=False) as counter, traffic:
             tokens, places = torch.zeros(batch, new, dtype=torch.long), torch.arange(before, total)
             model.head(model.hidden_states(tokens, places, cache)[:, -1])
     assert counter.get_total_flops() == inference_cost.inference_flops(config, batch, new, total)
-    assert traffic.read["weights"] == inference_cost.weight_bytes_read(config, dtype.itemsize)
-    assert traffic.read["cache"] == inference_cost.kv_cache_bytes_read(config, batch, total, dtype.itemsize)
+    assert traffic.read_bytes["weights"] == inference_cost.weight_bytes_read(config, dtype.itemsize)
+    assert traffic.read_bytes["cache"] == inference_cost.kv_cache_bytes_read(config, batch, total, dtype.itemsize)
 
 
 def test_weights_that_are_looked_up_are_not_read_whole():

@@ -4,13 +4,23 @@ import math
 import pytest
 import torch
 
+from lessons.l10_three_d.cluster_tables import BLOOM_TRIALS, GPT3_COLUMNS, bloom_trials_table, gpt3_on_mesh
+from lessons.l10_three_d.figures import (
+    mesh_cubes,
+    payload_bytes_by_axis,
+    stacked_axis_bars,
+    time_emulated_steps,
+)
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.comm_log import CommRecord
 from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.formulas.traffic_by_axis import step_bytes_by_axis
 from nanoinfra.lab import draw
-from nanoinfra.lab.axes import axis_bars, bytes_by_axis, cubes, flags_of, largest_error, paced, step_of
-from nanoinfra.lab.clusters import COLUMNS, TRIALS, bloom_trials, gpt3_on
+from nanoinfra.lab.instruments.gradient_parity import (
+    float64_train_flags,
+    largest_gradient_error,
+    run_gradient_step,
+)
 
 CONFIG = ModelConfig(vocab=61, width=16, layers=3, heads=4, kv_heads=2, head_dim=4, hidden=24, context=8)
 B, T, G = 2, 8, 8
@@ -23,17 +33,18 @@ def own_norm(grads, mesh, ends):
 
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (2, 2, 1), (1, 1, 4), (1, 2, 2)])
 def test_a_step_on_a_mesh_is_one_rank_s_and_sends_what_the_formulas_say(ranks, sizes):
-    alone = ranks(1).run(step_of, CONFIG, flags_of(ONE, B, G), T)[0]
-    runs = ranks(4).run(step_of, CONFIG, flags_of(dict(zip(ONE, sizes)), B, G), T, norm=own_norm)
+    alone = ranks(1).run(run_gradient_step, CONFIG, float64_train_flags(ONE, B, G), T)[0]
+    runs = ranks(4).run(run_gradient_step, CONFIG, float64_train_flags(dict(zip(ONE, sizes)), B, G), T,
+                        norm_function=own_norm)
     want = {name: grad for name, (_, grad) in alone["grads"].items()}
-    assert largest_error([run["grads"] for run in runs], want) < 1e-12
+    assert largest_gradient_error([run["grads"] for run in runs], want) < 1e-12
     assert sum(run["loss"] for run in runs) / sizes[2] == pytest.approx(alone["loss"], rel=1e-12)
     m = G // (B * sizes[1])
     for run in runs:
         at = run["at"]
         assert run["norm"] == pytest.approx(alone["norm"], rel=1e-12)
         assert run["own"] == (len(run["grads"]), at["pp"])                       # two stages: both are ends
-        assert bytes_by_axis(run["rows"]) == step_bytes_by_axis(CONFIG, *sizes, B, T, m, 8, at["pp"],
+        assert payload_bytes_by_axis(run["rows"]) == step_bytes_by_axis(CONFIG, *sizes, B, T, m, 8, at["pp"],
                                                                 at["tp"])
     assert [tuple(run["at"][axis] for axis in ONE) for run in runs] == [
         (i, j, k) for i in range(sizes[0]) for j in range(sizes[1]) for k in range(sizes[2])]
@@ -42,14 +53,15 @@ def test_a_step_on_a_mesh_is_one_rank_s_and_sends_what_the_formulas_say(ranks, s
 @pytest.mark.prove
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 1, 2), (2, 1, 4), (1, 8, 1)])
 def test_so_it_is_on_more_ranks(ranks, sizes):
-    alone = ranks(1).run(step_of, CONFIG, flags_of(ONE, B, G), T)[0]
-    runs = ranks(math.prod(sizes)).run(step_of, CONFIG, flags_of(dict(zip(ONE, sizes)), B, G), T)
+    alone = ranks(1).run(run_gradient_step, CONFIG, float64_train_flags(ONE, B, G), T)[0]
+    runs = ranks(math.prod(sizes)).run(run_gradient_step, CONFIG,
+                                       float64_train_flags(dict(zip(ONE, sizes)), B, G), T)
     want = {name: grad for name, (_, grad) in alone["grads"].items()}
-    assert largest_error([run["grads"] for run in runs], want) < 1e-12
+    assert largest_gradient_error([run["grads"] for run in runs], want) < 1e-12
     if sizes[1] < 8:                         # eight data ranks have a sequence each, half a micro-batch
         for run in runs:
             at, m = run["at"], G // (B * sizes[1])
-            assert bytes_by_axis(run["rows"]) == step_bytes_by_axis(CONFIG, *sizes, B, T, m, 8, at["pp"],
+            assert payload_bytes_by_axis(run["rows"]) == step_bytes_by_axis(CONFIG, *sizes, B, T, m, 8, at["pp"],
                                                                     at["tp"])
 
 
@@ -59,7 +71,7 @@ def test_layers_take_their_nap_and_ranks_wait_for_every_axis(ranks):
     messages = 2 * ring_collective_seconds("send", 8 * B * T * 16, 2,
                                            *wire["pp"])          # of the last micro-batch
     least = (4 + 1) * (3 * 0.01 + 4 * one) + messages                            # each stage has a layer
-    trials = ranks(4).run(paced, CONFIG, flags_of(sizes, B, G), T, wire, 0.01, 2)
+    trials = ranks(4).run(time_emulated_steps, CONFIG, float64_train_flags(sizes, B, G), T, wire, 0.01, 2)
     assert all(len(each) == 2 for each in trials) and min(map(max, zip(*trials))) >= least
 
 
@@ -70,23 +82,24 @@ def test_a_message_counts_where_it_is_sent_and_the_tied_weight_apart():
     rows = [row("send", "pp", "activations", 5), row("recv", "pp", "gradients", 7),
             row("all_reduce", "pp", "tied", 11), row("all_reduce", "data", "grads", 13),
             row("all_reduce", "tp", "layers", 17), row("all_reduce", "tp", "loss", 19)]
-    assert bytes_by_axis(rows) == {"tp": 36, "pp": 5, "dp": 13, "tied": 11}
+    assert payload_bytes_by_axis(rows) == {"tp": 36, "pp": 5, "dp": 13, "tied": 11}
 
 
 def test_a_wrong_part_shows_by_its_norm_and_a_missing_one_is_infinite():
     want = {"a": torch.ones(4, 2), "b": torch.zeros(3)}
     a, b = (((0, 4), (0, 2)), torch.ones(4, 2)), (((0, 3),), torch.zeros(3))
-    assert largest_error([{"a": a, "b": b}], want) == 0
-    assert largest_error([{"a": (a[0], 1.5 * a[1]), "b": b}], want) == pytest.approx(0.5)
-    assert largest_error([{"a": a}], want) == math.inf
+    assert largest_gradient_error([{"a": a, "b": b}], want) == 0
+    assert largest_gradient_error([{"a": (a[0], 1.5 * a[1]), "b": b}], want) == pytest.approx(0.5)
+    assert largest_gradient_error([{"a": a}], want) == math.inf
     tiny = b[0], torch.full((3,), 1e-6)                                          # of a gradient that is zero
-    assert largest_error([{"a": a, "b": tiny}], want) == pytest.approx(3 ** 0.5 / 8 ** 0.5)
+    assert largest_gradient_error([{"a": a, "b": tiny}], want) == pytest.approx(3 ** 0.5 / 8 ** 0.5)
 
 
 def test_a_line_joins_neighbours_in_their_axis_s_colour_and_is_red_between_nodes(tmp_path):
     sizes = {"pp": 2, "dp": 1, "tp": 3}
-    picture = cubes({"one": (lambda rank: {"pp": rank // 3, "dp": 0, "tp": rank % 3}, 3, {"tp": 4, "pp": 1})},
-                    sizes, "mesh")
+    def place(rank):
+        return {"pp": rank // 3, "dp": 0, "tp": rank % 3}
+    picture = mesh_cubes({"one": (place, 3, {"tp": 4, "pp": 1})}, sizes, "mesh")
     lines = [line for line in picture.figure.axes[0].lines if line.get_marker() == "None"
              and len(line.get_xdata())]
     colours = [line.get_color() for line in lines]
@@ -99,7 +112,8 @@ def test_a_line_joins_neighbours_in_their_axis_s_colour_and_is_red_between_nodes
 
 
 def test_a_bar_ends_where_its_axes_add_up_and_the_line_is_where_it_was_predicted():
-    picture = axis_bars({"x": {"tp": 2.0, "dp": 1.0}, "y": {"pp": 4.0}}, {"x": 3.5}, "bytes", "MB", "MB")
+    rows = {"x": {"tp": 2.0, "dp": 1.0}, "y": {"pp": 4.0}}
+    picture = stacked_axis_bars(rows, {"x": 3.5}, "bytes", "MB", "MB")
     axes = picture.figure.axes[0]
     ends = [bar.get_x() + bar.get_width() for bar in axes.patches if bar.get_width()]
     assert ends == [2.0, 3.0, 4.0]
@@ -108,17 +122,18 @@ def test_a_bar_ends_where_its_axes_add_up_and_the_line_is_where_it_was_predicted
 
 
 def test_gpt3_does_not_go_on_one_axis_alone():
-    rows = {mesh: dict(zip(COLUMNS, gpt3_on(*mesh))) for mesh in
+    rows = {mesh: dict(zip(GPT3_COLUMNS, gpt3_on_mesh(*mesh))) for mesh in
             ((1, 1, 8, "tp"), (1, 1, 128), (128, 1, 1), (1, 1024, 1), (8, 16, 8, "tp"), (8, 16, 8, "pp"))}
     ends = [row["300 billion tokens"] for row in rows.values()]
     assert ends[0] == ends[3] == "out of memory" and ends[4:] == ["27 days", "44 days"]
     assert "try --tp 96" in ends[1] and "128 chunks cannot share 96 layers" in ends[2]
-    assert gpt3_on(dp=1024, zero=3)[6:8] == ("83.7 s", "0.0 s")                  # 3 m Psi, m = 2: lesson 08
+    assert gpt3_on_mesh(dp=1024, zero=3)[6:8] == ("83.7 s", "0.0 s")       # 3 m Psi, m = 2: lesson 08
 
 
 def test_bloom_s_trials_stand_beside_the_formulas():
-    grid = bloom_trials()
+    grid = bloom_trials_table()
     rows = {row[0]: dict(zip(grid.columns, row)) for row in grid.rows}
-    assert len(rows) == len(TRIALS) and min(rows, key=lambda mesh: rows[mesh]["s a step"]) == "12 x 8 x 4"
+    assert len(rows) == len(BLOOM_TRIALS)
+    assert min(rows, key=lambda mesh: rows[mesh]["s a step"]) == "12 x 8 x 4"
     assert {mesh for mesh, row in rows.items() if row["s a step"] == "out of memory"} == {
         mesh for mesh, row in rows.items() if int(row["GB of states"]) > 60}

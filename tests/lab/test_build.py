@@ -1,7 +1,7 @@
 import nbformat
 import pytest
 
-from nanoinfra.lab.build import build
+from nanoinfra.lab.build import build_notebooks
 
 LESSON = '''# %% [markdown]
 # # Lesson 42
@@ -29,26 +29,28 @@ assert double(21) == 42
 
 @pytest.fixture
 def lesson(course):
-    file = course / "lessons" / "42_answers.py"
+    file = course / "lessons" / "l42_answers" / "lesson.py"
+    file.parent.mkdir()
     file.write_text(LESSON)
+    (file.parent / "checks.py").write_text("CHECKS = ()")
     return file
 
 
 def test_the_notebook_has_all_and_is_the_same_twice(lesson, course):
-    (file,) = build("lessons")
-    assert file == course / "lessons" / "build" / "42_answers.ipynb"
+    (file,) = build_notebooks("lessons")
+    assert file == course / "lessons" / "build" / "l42_answers.ipynb"
     first, notebook = file.read_bytes(), nbformat.read(file, 4)
     nbformat.validate(notebook)
     assert notebook.cells[1].source.startswith("%%exercise L42\ndef double")
     assert "return 2 * x" in notebook.cells[1].source
     assert notebook.metadata.kernelspec.name == "python3"
-    build("lessons")
+    build_notebooks("lessons")
     assert file.read_bytes() == first
 
 
 def test_the_student_edition_keeps_prompts_and_has_no_solution(lesson, course):
-    (file,) = build("student")
-    assert file == course / "lessons" / "build" / "student" / "42_answers.ipynb"
+    (file,) = build_notebooks("student")
+    assert file == course / "lessons" / "build" / "student" / "lessons" / "l42_answers" / "l42_answers.ipynb"
     text, cells = file.read_text(), nbformat.read(file, 4).cells
     for gone in ("SOLUTION", "HIDDEN", "2 * x", "Because", "double(21)"):
         assert gone not in text
@@ -61,12 +63,23 @@ def test_the_student_edition_keeps_prompts_and_has_no_solution(lesson, course):
     assert cells[1].metadata.nbgrader.solution and cells[2].metadata.nbgrader.points == 1
 
 
+def test_checks_lie_beside_the_student_s_notebook_and_an_assignment_of_nbgrader_is_whole(lesson, course):
+    (file,) = build_notebooks("student")
+    assert sorted(path.name for path in file.parent.iterdir()) == ["checks.py", "l42_answers.ipynb"]
+    tree = course / "lessons" / "build" / "nbgrader"
+    for step, solved in (("source", True), ("release", False)):
+        assignment = tree / step / "l42_answers"
+        assert ("2 * x" in (assignment / "l42_answers.ipynb").read_text()) == solved
+        assert (assignment / "lessons" / "l42_answers" / "checks.py").is_file()
+    assert "course_id" in (tree / "nbgrader_config.py").read_text()
+
+
 def test_a_solution_cell_without_markers_is_refused(lesson):
     lesson.write_text(LESSON.replace("    ### BEGIN SOLUTION\n", "").replace("    ### END SOLUTION\n", ""))
-    with pytest.raises(ValueError, match="42_answers.py, cell 2: .* loses its prompt"):
-        build("lessons")
+    with pytest.raises(ValueError, match="l42_answers/lesson.py, cell 2: .* loses its prompt"):
+        build_notebooks("lessons")
 
 
 def test_outside_a_course_or_for_an_unknown_number_it_says_so(lesson):
-    with pytest.raises(ValueError, match="no lesson 43_topic.py"):
-        build("student", only="43")
+    with pytest.raises(ValueError, match="no lesson l43_topic/lesson.py"):
+        build_notebooks("student", lesson_number="43")

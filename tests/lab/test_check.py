@@ -1,8 +1,15 @@
 import pytest
 import torch
 
-from nanoinfra.lab.check import Blocked, Check, Failed, Wrong, lesson, ranks
-from nanoinfra.lab.same import same
+from nanoinfra.lab.check import (
+    Check,
+    CheckFailed,
+    CriterionBlocked,
+    CriterionNotMet,
+    load_lesson_checks,
+    rank_pool_for_checks,
+)
+from nanoinfra.lab.compare_tensors import assert_same_tensor
 
 
 def even(speed=None):
@@ -16,7 +23,7 @@ def even(speed=None):
 
 def _expect(right, text):
     if not right:
-        raise Wrong(text)
+        raise CriterionNotMet(text)
 
 
 def states(report):
@@ -27,18 +34,18 @@ def test_the_first_wrong_criterion_ends_the_check():
     assert states(even().report(lambda: 4)) == ["pass", "pass"]
     report = even().report(lambda: 3)
     assert states(report) == ["wrong", "not run"]
-    assert (report.points, report.exit_code, report.first_failure.text) == (0, 1, "odd")
+    assert (report.points_earned, report.exit_code, report.first_failure.text) == (0, 1, "odd")
     assert states(even().report(lambda: 12)) == ["pass", "wrong"]
 
 
 def test_blocked_is_never_a_pass():
     def no_gpu(_):
-        raise Blocked("needs a CUDA device")
+        raise CriterionBlocked("needs a CUDA device")
     report = even(no_gpu).report(lambda: 4)
     assert states(report) == ["pass", "pass", "blocked"]
-    assert (report.exit_code, report.points) == (2, 2)
+    assert (report.exit_code, report.points_earned) == (2, 2)
     assert even(no_gpu).report(lambda: 3).exit_code == 1
-    with pytest.raises(Failed, match="needs a CUDA device"):
+    with pytest.raises(CheckFailed, match="needs a CUDA device"):
         even(no_gpu)(lambda: 4)
 
 
@@ -56,7 +63,7 @@ def test_what_is_not_written_yet_is_wrong_and_says_so():
 
 
 def test_in_a_notebook_a_failure_shows_table_and_reason_without_a_traceback():
-    with pytest.raises(Failed) as failed:
+    with pytest.raises(CheckFailed) as failed:
         even()(lambda: 3)
     (text,) = failed.value._render_traceback_()
     assert "is even: odd" in text and "not run" in text
@@ -69,10 +76,10 @@ def test_layers_come_in_order():
 
 
 def test_lessons_are_found_by_number():
-    assert lesson("2") is lesson("02") is lesson("L02")
-    assert [c.name for c in lesson("02").CHECKS] == ["ring_reduce_scatter", "ring_all_reduce"]
+    assert load_lesson_checks("2") is load_lesson_checks("02") is load_lesson_checks("L02")
+    assert [c.name for c in load_lesson_checks("02").CHECKS] == ["ring_reduce_scatter", "ring_all_reduce"]
     with pytest.raises(ValueError, match="has no checks"):
-        lesson("99")
+        load_lesson_checks("99")
 
 
 @pytest.mark.parametrize("got, said", [
@@ -88,19 +95,20 @@ def test_lessons_are_found_by_number():
     (torch.full((2, 3), 7.0), "forgot the seven"),
 ])
 def test_a_difference_is_named(got, said):
-    with pytest.raises(Wrong, match=said):
-        same("w", got, torch.ones(2, 3), rank=1, n=4, causes={"forgot the seven": torch.full((2, 3), 7.0)})
+    with pytest.raises(CriterionNotMet, match=said):
+        assert_same_tensor("w", got, torch.ones(2, 3), rank=1, axis_size=4,
+                           likely_causes={"forgot the seven": torch.full((2, 3), 7.0)})
 
 
 def test_same_allows_rounding_only_where_told():
     want, got = torch.tensor([1.0, 1e-9]), torch.tensor([1.0, 1.1e-9])
-    same("w", got, want, rank=0, rtol=1e-8)
-    with pytest.raises(Wrong):
-        same("w", got, want, rank=0)
+    assert_same_tensor("w", got, want, rank=0, rtol=1e-8)
+    with pytest.raises(CriterionNotMet):
+        assert_same_tensor("w", got, want, rank=0)
 
 
 def test_a_loaded_machine_is_waited_for_longer(monkeypatch):
     for load, want in ((0.5, 15.0), (20.0, 15.0 * 20 / 4)):
         monkeypatch.setattr("os.cpu_count", lambda: 4)
         monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
-        assert ranks(1).timeout == want and ranks(1) is ranks(1)
+        assert rank_pool_for_checks(1).timeout == want and rank_pool_for_checks(1) is rank_pool_for_checks(1)

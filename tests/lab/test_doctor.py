@@ -6,10 +6,10 @@ import sys
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.lab import devices
-from nanoinfra.lab.doctor import doctor
+from nanoinfra.lab.doctor import machine_info as devices
+from nanoinfra.lab.doctor.doctor import run_doctor
+from nanoinfra.lab.doctor.doctor_flags import DoctorFlags
 from nanoinfra.lab.measure import Measurement
-from nanoinfra.lab.options import DoctorFlags
 
 QUICK = (("nanoinfra.distributed.benchmarks", "_PAYLOAD_SIZES_BYTES", (4096, 65536)),
          ("nanoinfra.distributed.benchmarks", "_MAX_CALL_SECONDS", 0.05))
@@ -18,7 +18,7 @@ QUICK = (("nanoinfra.distributed.benchmarks", "_PAYLOAD_SIZES_BYTES", (4096, 655
 def test_two_ranks_report_alike_and_the_first_writes(ranks, tmp_path):
     out = tmp_path / "doctor.json"
     flags = DoctorFlags(dp=2, threads=1, out=out)
-    first, second = ranks(2).run(doctor, flags, mutants=QUICK)
+    first, second = ranks(2).run(run_doctor, flags, mutants=QUICK)
     assert first["wires"] == second["wires"] and first["hosts"] == second["hosts"]
     got = json.loads(out.read_text())
     wire = got["wires"]["dp"]
@@ -34,13 +34,13 @@ def test_two_ranks_report_alike_and_the_first_writes(ranks, tmp_path):
 @pytest.mark.timed
 def test_an_emulated_wire_comes_out_as_given(ranks):
     flags = DoctorFlags(pp=2, threads=1, emulate_link=("pp=0.004,1e8",))
-    report, _ = ranks(2).run(doctor, flags, mutants=QUICK)
+    report, _ = ranks(2).run(run_doctor, flags, mutants=QUICK)
     assert report["wires"]["pp"]["emulated"] and report["wires"]["pp"]["op"] == "send"
     assert report["wires"]["pp"]["latency"]["value"] == pytest.approx(0.004, rel=0.1)
 
 
 def test_it_prints_tables_a_person_reads(ranks, capsys):
-    ranks(2).run(doctor, DoctorFlags(tp=2, threads=1), mutants=QUICK)
+    ranks(2).run(run_doctor, DoctorFlags(tp=2, threads=1), mutants=QUICK)
     said = capsys.readouterr().out
     for words in ("2 ranks", "versions", "measured peak", "bfloat16", "1 thread, one of 2 ranks",
                   "tp: 2 ranks, 2 sizes of all-reduce", "alpha", "beta", "timed, median of 7"):
@@ -84,4 +84,4 @@ Legend:
 
 
 def test_links_between_gpus():
-    assert devices.parse_topology(TOPOLOGY) == ["0-1 NV18", "0-2 SYS", "1-2 SYS"]
+    assert devices.parse_gpu_topology(TOPOLOGY) == ["0-1 NV18", "0-2 SYS", "1-2 SYS"]

@@ -1,30 +1,28 @@
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from nanoinfra.lab import exercise, grade, judge
-from nanoinfra.lab.build import clear, convert
-from nanoinfra.lab.check import Check, lesson
-from nanoinfra.lab.grade import main
-from nanoinfra.lab.limited import Limits
-from nanoinfra.lab.where import shown
+from nanoinfra.lab import exercise
+from nanoinfra.lab.build import clear_solutions, convert_to_notebook
+from nanoinfra.lab.check import Check, load_lesson_checks
+from nanoinfra.lab.course import display_path
+from nanoinfra.lab.grading import grade, judge
+from nanoinfra.lab.grading.grade import main
+from nanoinfra.lab.grading.limited_process import ProcessLimits
 from tests.lab.judging import BEGIN, PASS
 
 LESSONS = Path(__file__).parents[2] / "lessons"
-SOURCES = {path.name[:2]: path for path in sorted(LESSONS.glob("[0-9][0-9]_*.py"))}
-
-
+SOURCES = {path.parent.name[1:3]: path for path in sorted(LESSONS.glob("*/lesson.py"))}
 LONG = ("03", "06", "08", "10")              # their ranks take seconds; `make prove` grades them too
 
 
 @pytest.fixture(params=[pytest.param(number, marks=pytest.mark.prove if number in LONG else ())
                         for number in SOURCES])
-def number(request, course):
+def number(request, bring):
     """Each lesson, copied into an otherwise empty course."""
-    shutil.copy(SOURCES[request.param], course / "lessons")
+    bring(SOURCES[request.param].parent.name)
     return request.param
 
 
@@ -33,21 +31,21 @@ def here(monkeypatch):
     """A hand-in is judged in this process, whose ranks are warm: `make prove` has one of its own for each."""
     def judged(lesson, file, checks, limits):
         found = {each.name: [] for each in checks}
-        for name, verdict in judge.verdicts(checks, str(file), shown(file)):
+        for name, verdict in judge.judge_file(checks, str(file), display_path(file)):
             found[name].append(verdict)
-        return [each.block_table(found[each.name], shown(file)) for each in checks]
-    monkeypatch.setattr(grade, "judged", judged)
+        return [each.report_of_verdicts(found[each.name], display_path(file)) for each in checks]
+    monkeypatch.setattr(grade, "judge_in_subprocess", judged)
 
 
 def exported(notebook, folder):
     import nbformat
     nbformat.write(notebook, folder / "x.ipynb")
-    (file,) = exercise.extract(folder / "x.ipynb", folder)
+    (file,) = exercise.export_exercises_of_notebook(folder / "x.ipynb", folder)
     return file
 
 
 def predict_all(number, folder):
-    made = {key: {"unit": "", "predicted": [1.0]} for key in lesson(number).PREDICTIONS}
+    made = {key: {"unit": "", "predicted": [1.0]} for key in load_lesson_checks(number).PREDICTIONS}
     (folder / "numbers.json").write_text(json.dumps(made))
 
 
@@ -58,7 +56,7 @@ def handed_in(course, number, text):
 
 def test_the_empty_starter_scores_nothing(number, course, here, capsys):
     (course / "work").mkdir()
-    exported(clear(convert(SOURCES[number])), course / "work")
+    exported(clear_solutions(convert_to_notebook(SOURCES[number])), course / "work")
     assert main([number]) == 1
     out = capsys.readouterr().out
     assert "score 0 of" in out and "not written yet" in out and "not made" in out
@@ -66,7 +64,7 @@ def test_the_empty_starter_scores_nothing(number, course, here, capsys):
 
 def test_the_reference_scores_full_once_it_is_somebodys_work(number, course, here, capsys):
     (course / "work").mkdir()
-    file = exported(convert(SOURCES[number]), course / "work")
+    file = exported(convert_to_notebook(SOURCES[number]), course / "work")
     predict_all(number, course / "work")
     assert main([number]) == 2
     assert "is the reference" in capsys.readouterr().err
@@ -120,13 +118,13 @@ def kept_bytes(*_):
 
 def test_who_ends_the_judging_process_loses_that_criterion_and_keeps_what_was_earned(course, capsys):
     (course / "work").mkdir()
-    file = exported(convert(SOURCES["04"]), course / "work")
+    file = exported(convert_to_notebook(SOURCES["04"]), course / "work")
     written = [line for line in file.read_text().splitlines() if "SOLUTION" not in line]
     file.write_text("\n".join(written) + ENDS)
     assert main(["04"]) == 1
     *lines, last = capsys.readouterr().out.splitlines()
-    recompute, kept_bytes = lesson("04").CHECKS
-    most = len(recompute.criteria) + len(kept_bytes.criteria) + len(lesson("04").PREDICTIONS)
+    recompute, kept_bytes = load_lesson_checks("04").CHECKS
+    most = len(recompute.criteria) + len(kept_bytes.criteria) + len(load_lesson_checks("04").PREDICTIONS)
     assert last == f"score {len(recompute.criteria)} of {most}"
     assert any("process ended its process with exit code 0, which is no answer" in line for line in lines)
     assert r"       | \x1b[2J" in lines and not any(line.startswith("score") for line in lines)
@@ -141,8 +139,8 @@ def judged(monkeypatch, tmp_path):
         each.criterion("is small", "resource")(None)
 
     def run(code, **limits):
-        monkeypatch.setattr(grade, "JUDGE", [sys.executable, "-I", "-c", BEGIN + code])
-        return grade.judged("98", tmp_path / "L98.py", checks, Limits(**limits))
+        monkeypatch.setattr(grade, "_JUDGE_COMMAND", [sys.executable, "-I", "-c", BEGIN + code])
+        return grade.judge_in_subprocess("98", tmp_path / "L98.py", checks, ProcessLimits(**limits))
     return run
 
 
@@ -171,4 +169,4 @@ def test_the_next_check_is_judged_by_another_process(judged):
 
 def test_after_a_wrong_verdict_nothing_is_earned(judged):
     code = PASS.replace("'pass'", "'wrong'") + PASS.replace("even", "small") + PASS
-    assert [report.points for report in judged(code)] == [0, 0]
+    assert [report.points_earned for report in judged(code)] == [0, 0]

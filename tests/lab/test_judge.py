@@ -8,17 +8,18 @@ import time
 import psutil
 import pytest
 
-from nanoinfra.lab import check, judge
-from nanoinfra.lab.grade import grade
-from nanoinfra.lab.limited import Limits
+from nanoinfra.lab import check
+from nanoinfra.lab.grading import judge
+from nanoinfra.lab.grading.grade import grade_lesson
+from nanoinfra.lab.grading.limited_process import ProcessLimits
 
 NAMES = "ring_reduce_scatter", "ring_all_reduce"       # of lesson 02, whose criteria start rank processes
 PATCHES = """
 import os, sys
 check = sys.modules["nanoinfra.lab.check"]
-check.Wrong = check.Blocked = type("Never", (Exception,), {})
+check.CriterionNotMet = check.CriterionBlocked = type("Never", (Exception,), {})
 check.Verdict = lambda criterion, *_: criterion
-check.judge = check.Check.report = lambda criterion, *_: check.Verdict(criterion, "pass")
+check.judge_criterion = check.Check.report = lambda criterion, *_: check.Verdict(criterion, "pass")
 """
 EVERYWHERE = """
 for descriptor in range(3, 64):
@@ -58,7 +59,7 @@ def toy():
     @even.criterion("is even", "property")
     def _(subject):
         if subject() % 2:
-            raise check.Wrong("odd")
+            raise check.CriterionNotMet("odd")
     return even
 
 
@@ -69,11 +70,11 @@ def toy():
     ("def odd(): return 2", "gives no even: AttributeError"),
 ])
 def test_leaving_or_patching_the_checker_is_no_point(monkeypatch, tmp_path, toy, code, why):
-    for name in ("Wrong", "Blocked", "Verdict", "judge"):
+    for name in ("CriterionNotMet", "CriterionBlocked", "Verdict", "judge_criterion"):
         monkeypatch.setattr(check, name, getattr(check, name))         # what the file does to it is undone
     monkeypatch.setattr(check.Check, "report", check.Check.report)
     (tmp_path / "L98.py").write_text(code)
-    (got,) = judge.verdicts([toy], str(tmp_path / "L98.py"), "L98.py")
+    (got,) = judge.judge_file([toy], str(tmp_path / "L98.py"), "L98.py")
     assert (got[0], got[1].state) == ("even", "wrong") and why in got[1].text
 
 
@@ -83,8 +84,8 @@ def test_leaving_or_patching_the_checker_is_no_point(monkeypatch, tmp_path, toy,
 def test_a_hostile_hand_in_scores_nothing_and_leaves_nothing(course, capsys, name):
     code, why = HAND_INS[name]
     before = set(psutil.Process().children(recursive=True))
-    limits = Limits(seconds=20 if name == "hangs at import" else 180, memory=1500 << 20)
-    assert grade("02", hand_in(course, code), limits=limits) == 1
+    limits = ProcessLimits(seconds_per_line=20 if name == "hangs at import" else 180, memory_bytes=1500 << 20)
+    assert grade_lesson("02", hand_in(course, code), limits=limits) == 1
     out = capsys.readouterr().out
     assert out.count("\nscore") == 1 and "\nscore 0 of" in out and why in out and len(out) < 30_000
     assert set(psutil.Process().children(recursive=True)) <= before and not left()
@@ -94,7 +95,7 @@ def test_a_hostile_hand_in_scores_nothing_and_leaves_nothing(course, capsys, nam
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_grading_that_is_stopped_leaves_nothing(course, number):
     hand_in(course, HAND_INS["starts others"][0])
-    command = [sys.executable, "-m", "nanoinfra.lab.grade", "02"]
+    command = [sys.executable, "-m", "nanoinfra.lab.grading.grade", "02"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as grading:
         try:
             while not left():

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from lessons.l00_one_step import checks as l00_cost
 from nanoinfra.formulas import flops, parameters
-from nanoinfra.lab.checks import l00_cost
 
-MUTANTS = Path(__file__).parents[1] / "mutants" / "l00_cost.py"
+MUTANTS = Path(__file__).parents[2] / "lessons" / "l00_one_step" / "mutants.py"
 HINTS = {
     "attends in one layer": "L layers forgotten? Each one has its own attention",
     "attends once a sequence": "attention once a sequence? Each of the T tokens meets T keys",

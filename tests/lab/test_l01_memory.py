@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-MUTANTS = Path(__file__).parents[1] / "mutants" / "l01_memory.py"
+MUTANTS = Path(__file__).parents[2] / "lessons" / "l01_memory" / "mutants.py"
 HINTS = {
     "makes new weights": "lies elsewhere in memory after a step, in torch.bfloat16",
     "forgets bias correction": "no bias correction?",

@@ -1,8 +1,8 @@
 import pytest
 
+from lessons.l04_recompute import checks as check
 from nanoinfra.formulas.activations import layer_activation_bytes_by_term
-from nanoinfra.lab.checks import l04_recompute as check
-from nanoinfra.lab.mutants import collect
+from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.memory import recompute
 
 HINTS = {
@@ -43,7 +43,7 @@ HINTS = {
 
 @pytest.fixture(scope="module")
 def mutants():
-    return {mutant.name: mutant for mutant in collect(file="l04_recompute")}
+    return {mutant.name: mutant for mutant in collect_lesson_mutants("04")}
 
 
 @pytest.mark.parametrize("name", HINTS)

@@ -1,8 +1,8 @@
 """The checks of lesson 06 say which slip it was."""
 import pytest
 
-from nanoinfra.lab.checks import l06_pipeline as check
-from nanoinfra.lab.mutants import collect
+from lessons.l06_pipeline import checks as check
+from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.parallel.pipeline.schedules import one_f_one_b, zb_h1
 
 HINTS = {
@@ -39,7 +39,7 @@ SLOW = {
     "waits for all after each": "one stage at a time: who waits for whom, without need?",
     "waits for every send": "send with async_op=True and wait for all of them at the end",
 }
-MUTANTS = {mutant.name: mutant for mutant in collect(file="l06_pipeline")}
+MUTANTS = {mutant.name: mutant for mutant in collect_lesson_mutants("06")}
 
 
 @pytest.mark.parametrize("name", HINTS)

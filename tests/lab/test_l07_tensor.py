@@ -3,13 +3,20 @@ import math
 
 import pytest
 
+from lessons.l07_tensor_parallel.figures import (
+    GPT2_SAVED_TENSORS,
+    parameter_shard_map,
+    run_tensor_parallel_step,
+    saved_byte_bars,
+    speed_over_tp_size,
+    time_emulated_layers,
+)
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.activations import layer_activation_bytes_by_term
 from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.formulas.tensor_parallel import shard_bounds_by_parameter, tp_collectives_per_step
-from nanoinfra.lab.cuts import GPT2, cliff, cut_map, kept_bars, paced, step_of
-from nanoinfra.lab.mutants import collect
+from nanoinfra.lab.mutants import collect_lesson_mutants
 
 CONFIG = ModelConfig(61, 24, 2, 4, 4, 6, 40, 16, family="gpt2")
 HINTS = {
@@ -52,7 +59,7 @@ HINTS = {
     "takes 1 off in another column": "1 taken off in my first column for targets of other ranks",
     "sends row by row": "in 8 calls, want 144 in 3",
 }
-MUTANTS = {mutant.name: mutant for mutant in collect(file="l07_tensor")}
+MUTANTS = {mutant.name: mutant for mutant in collect_lesson_mutants("07")}
 
 
 @pytest.mark.parametrize("name", HINTS)
@@ -63,10 +70,10 @@ def test_a_slip_is_named(name):
 
 @pytest.mark.parametrize("sp", ["none", "keep", "gather"])
 def test_a_step_sends_and_keeps_what_the_formulas_say(ranks, sp):
-    runs = ranks(2).run(step_of, CONFIG, 2, sp, 2, 8)
-    (want, *_), = ranks(1).run(step_of, CONFIG, 1, "none", 2, 8)
+    runs = ranks(2).run(run_tensor_parallel_step, CONFIG, 2, sp, 2, 8)
+    (want, *_), = ranks(1).run(run_tensor_parallel_step, CONFIG, 1, "none", 2, 8)
     for loss, rows, kept in runs:
-        assert loss == pytest.approx(want, rel=1e-5) and len(kept) == len(GPT2)
+        assert loss == pytest.approx(want, rel=1e-5) and len(kept) == len(GPT2_SAVED_TENSORS)
         sent = tp_collectives_per_step(CONFIG, 2, 2, 8, sp=sp)
         got = {key: [row.payload_bytes for row in rows if (row.op, row.tag) == key] for key in sent}
         assert {key: (len(sizes), sum(sizes)) for key, sizes in got.items()} == sent
@@ -76,12 +83,12 @@ def test_a_step_sends_and_keeps_what_the_formulas_say(ranks, sp):
 def test_layers_take_their_nap_and_wait_for_the_wire(ranks):
     wire = (1e-3, 1e6)
     least = CONFIG.layers * (0.06 / 2 + 4 * ring_collective_seconds("all_reduce", 2 * 8 * 24 * 4, 2, *wire))
-    for trials in ranks(2).run(paced, CONFIG, 2, wire, 0.06, 2, 8, 2):
+    for trials in ranks(2).run(time_emulated_layers, CONFIG, 2, wire, 0.06, 2, 8, 2):
         assert len(trials) == 2 and min(trials) >= least
 
 
 def test_each_number_of_a_matrix_is_drawn_once_and_what_everyone_has_is_grey():
-    picture = cut_map([shard_bounds_by_parameter(CONFIG, 2, rank) for rank in range(2)],
+    picture = parameter_shard_map([shard_bounds_by_parameter(CONFIG, 2, rank) for rank in range(2)],
                       parameter_shapes(CONFIG))
     parts = picture.figure.axes[0].patches
     sizes = [part.get_width() * part.get_height() for part in parts if part.get_width() > 3]
@@ -93,7 +100,7 @@ def test_each_number_of_a_matrix_is_drawn_once_and_what_everyone_has_is_grey():
 
 
 def test_the_bias_of_a_row_parallel_matrix_is_drawn_after_g():
-    picture = cut_map([shard_bounds_by_parameter(CONFIG, 2, rank) for rank in range(2)],
+    picture = parameter_shard_map([shard_bounds_by_parameter(CONFIG, 2, rank) for rank in range(2)],
                       parameter_shapes(CONFIG))
     places = {(text.get_text(), text.get_position()[0]) for text in picture.figure.axes[0].texts}
     g, biases = (sorted(x for text, x in places if text == what) for what in ("g", "bias"))
@@ -103,15 +110,16 @@ def test_the_bias_of_a_row_parallel_matrix_is_drawn_after_g():
 
 def test_a_bar_ends_where_the_bytes_do_and_a_name_without_a_tensor_is_refused():
     rows = {"one": ([1000] * 15, 15000.0), "two": ([500] * 15, 7500.0)}
-    picture = kept_bars(rows, "kept")
+    picture = saved_byte_bars(rows, "kept")
     ends = [bar.get_x() + bar.get_width() for bar in picture.figure.axes[0].patches]
     assert max(ends[:3]) == 15.0 and max(ends[3:]) == 7.5
     with pytest.raises(ValueError, match="zip"):
-        kept_bars({"one": ([1000] * 14, 14000.0)}, "kept")
+        saved_byte_bars({"one": ([1000] * 14, 14000.0)}, "kept")
 
 
 def test_the_cliff_is_drawn_over_the_ranks_of_a_node(tmp_path):
-    picture = cliff({"here": (2, {1: 100.0, 2: 90.0, 4: 40.0}, "predicted", lambda t: 100 / t)}, "speed")
+    picture = speed_over_tp_size({"here": (2, {1: 100.0, 2: 90.0, 4: 40.0}, "predicted", lambda t: 100 / t)},
+                                 "speed")
     line, dots, _ = picture.figure.axes[0].lines
     assert list(dots.get_xdata()) == [0.5, 1, 2] and list(dots.get_ydata()) == [100, 90, 40]
     assert line.get_xdata()[[math.isnan(y) for y in line.get_ydata()].index(True) - 1] == 1    # the node ends

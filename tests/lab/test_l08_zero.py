@@ -1,7 +1,7 @@
 """The checks of lesson 08 say which slip it was."""
 import pytest
 
-from nanoinfra.lab.mutants import collect
+from nanoinfra.lab.mutants import collect_lesson_mutants
 
 HINTS = {
     "leaves the others rows as they were": "only your own rows have moved: gather the others'",
@@ -11,7 +11,7 @@ HINTS = {
     "gathers for forward alone": "again when a gradient comes back to the output",
     "gathers rows as they were at first": "the weights of the step before: gather for every use",
 }
-MUTANTS = {mutant.name: mutant for mutant in collect(file="l08_zero")}
+MUTANTS = {mutant.name: mutant for mutant in collect_lesson_mutants("08")}
 
 
 @pytest.mark.parametrize("name", HINTS)

@@ -2,12 +2,12 @@
 import pytest
 import torch
 
+from lessons.l10_three_d import cases
+from lessons.l10_three_d import checks as check
 from nanoinfra.distributed import comm
 from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.formulas.traffic_by_axis import rank_parameter_counts
-from nanoinfra.lab.checks import l10_three_d as check
-from nanoinfra.lab.checks import three_d_cases as cases
-from nanoinfra.lab.mutants import collect
+from nanoinfra.lab.mutants import collect_lesson_mutants
 
 HINTS = {
     "takes the first axis for the fastest": "got {'pp': 1, 'dp': 0, 'tp': 0}: the first axis is the fastest",
@@ -42,7 +42,7 @@ HINTS = {
     "squares in float32": "rounding: squared in a narrower dtype?",
     "sends a number for each tensor": "sends 160 bytes in 20 calls; want 8 on tp and 8 on pp",
 }
-MUTANTS = {mutant.name: mutant for mutant in collect(file="l10_three_d")}
+MUTANTS = {mutant.name: mutant for mutant in collect_lesson_mutants("10")}
 
 
 @pytest.mark.parametrize("name", HINTS)

@@ -3,10 +3,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.lab.checks import l15_kv_cache as check
-from nanoinfra.lab.exercise import extract, load, sections
-from nanoinfra.lab.mutants import collect
-from nanoinfra.lab.where import project
+from lessons.l15_kv_cache import checks as check
+from nanoinfra.lab.course import clone_folder
+from nanoinfra.lab.exercise import export_exercises_of_notebook, load_python_file, split_into_exercises
+from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.model.attention import naive_attention
 from nanoinfra.serve.generate import generate
 
@@ -50,7 +50,7 @@ HINTS = {
     "keeps room for the last token": "asks for caches of [12] tokens, want one of 11: the last token goes in",
     "takes memory for the context": "asks for caches of [32] tokens, want one of 11",
 }
-MUTANTS = {mutant.name: mutant for mutant in collect(file="l15_kv_cache")}
+MUTANTS = {mutant.name: mutant for mutant in collect_lesson_mutants("15")}
 
 
 @pytest.mark.parametrize("name", HINTS)
@@ -106,10 +106,10 @@ def test_the_real_loop_passes_one_sequence_at_a_time():
 
 
 def test_each_exercise_stands_alone(tmp_path):
-    file, = extract(project() / "lessons" / "15_kv_cache.py", tmp_path)
-    for name, cell in sections(file.read_text()).items():
+    file, = export_exercises_of_notebook(clone_folder() / "lessons" / "l15_kv_cache" / "lesson.py", tmp_path)
+    for name, cell in split_into_exercises(file.read_text()).items():
         (tmp_path / "alone.py").write_text(cell)
-        assert callable(getattr(load(tmp_path / "alone.py"), name))
+        assert callable(getattr(load_python_file(tmp_path / "alone.py"), name))
 
 
 def test_two_dims_of_places_and_a_whole_forward_are_fine_too():

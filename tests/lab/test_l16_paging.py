@@ -3,9 +3,9 @@ import sys
 
 import pytest
 
-from nanoinfra.lab.checks import l16_paging as check
-from nanoinfra.lab.checks import paging_cases as cases
-from nanoinfra.lab.mutants import collect
+from lessons.l16_paging import cases
+from lessons.l16_paging import checks as check
+from nanoinfra.lab.mutants import collect_lesson_mutants
 
 HINTS = {
     "leaves it among the free": "want each of 0, 1, 2 once: still among the free?",
@@ -45,7 +45,7 @@ HINTS = {
     "lets nobody in again": "3 are left after 88 steps, the real one takes 44: is everybody let in again?",
     "lets in again a step late": "all are done after 42 steps; it must be 44, the real one's",
 }
-MUTANTS = {mutant.name: mutant for mutant in collect(file="l16_paging")}
+MUTANTS = {mutant.name: mutant for mutant in collect_lesson_mutants("16")}
 
 
 @pytest.mark.parametrize("name", HINTS)

@@ -3,7 +3,7 @@ import time
 import pytest
 
 from nanoinfra.lab import predict as book
-from nanoinfra.lab.measure import Measurement, counted, measure, median, timed
+from nanoinfra.lab.measure import Measurement, counted, measure, median_of_times, timed
 from nanoinfra.lab.predict import predict
 
 
@@ -15,7 +15,7 @@ def test_nothing_is_measured_before_it_is_predicted(course):
     predict("L02.bytes", 5, "B")
     got = measure("L02.bytes", lambda: counted(3, "B"))
     assert got == counted(3, "B")
-    assert book.read()["L02.bytes"]["measured"]["value"] == 3
+    assert book.read_predictions()["L02.bytes"]["measured"]["value"] == 3
 
 
 @pytest.mark.parametrize("result, said", [(3, "must return a Measurement"),
@@ -24,11 +24,11 @@ def test_a_measurement_says_its_kind_and_has_the_predicted_unit(course, result, 
     predict("L02.bytes", 5, "B")
     with pytest.raises(ValueError, match=said):
         measure("L02.bytes", lambda: result)
-    assert "measured" not in book.read()["L02.bytes"]
+    assert "measured" not in book.read_predictions()["L02.bytes"]
 
 
 def test_a_time_is_a_median_with_its_spread_and_machine():
-    got = median([3.0, 1.0, 2.0])
+    got = median_of_times([3.0, 1.0, 2.0])
     assert (got.value, got.kind, got.n, got.spread) == (2.0, "timed", 3, 2.0)
     assert "cores" in got.machine
 

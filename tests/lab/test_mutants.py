@@ -2,31 +2,38 @@ from pathlib import Path
 
 import pytest
 
+from lessons.l02_ring_all_reduce import checks as l02_ring
 from nanoinfra.distributed.ring_collectives import ring_all_reduce
-from nanoinfra.lab.checks import l02_ring
-from nanoinfra.lab.exercise import load
-from nanoinfra.lab.mutants import Mutant, collect, main, patched, rejected_by, run
+from nanoinfra.lab.exercise import load_python_file
+from nanoinfra.lab.mutants import (
+    Mutant,
+    collect_lesson_mutants,
+    collect_library_mutants,
+    main,
+    patched,
+    rejecting_criterion,
+    run_mutants,
+)
 
-FOLDER = Path(__file__).parents[1] / "mutants"
-LESSONS = collect(FOLDER, "l??_*")
+LESSONS = collect_lesson_mutants()
 FIRST = [m for m in LESSONS if sum(m.check.name == n.check.name for n in LESSONS[:LESSONS.index(m)]) < 2]
 NAMED = {name for file in Path(__file__).parent.glob("test_l[0-9][0-9]_*.py")      # judged there, by the text
-         for name in getattr(load(file), "HINTS", ())}
+         for name in getattr(load_python_file(file), "HINTS", ())}
 FEW = [m for m in FIRST if m.name not in NAMED]
 
 
 @pytest.mark.parametrize("mutant", FEW, ids=lambda m: f"{m.check.name}: {m.name}")
 def test_the_first_two_of_a_check_are_rejected_by_their_criterion(mutant):
-    assert rejected_by(mutant) == mutant.rejected_by                       # all of them: make mutants
+    assert rejecting_criterion(mutant) == mutant.rejected_by                       # all of them: make mutants
 
 
 def test_a_survivor_a_wrong_reason_and_a_lone_mutant_fail():
     check = l02_ring.ring_all_reduce
     right = Mutant("not wrong at all", check, ring_all_reduce, "every rank has the sum")
     other = Mutant("wrong otherwise", check, lambda x, axis: x, "only ring_shift")
-    assert rejected_by(right) == ""
-    assert [row[-1] for row in run([right, other]).rows] == ["wrong", "wrong"]
-    assert run([other]).rows[-1][1:] == ("(a check needs two mutants)", "(has 1)", "wrong")
+    assert rejecting_criterion(right) == ""
+    assert [row[-1] for row in run_mutants([right, other]).rows] == ["wrong", "wrong"]
+    assert run_mutants([other]).rows[-1][1:] == ("(a check needs two mutants)", "(has 1)", "wrong")
 
 
 def test_a_patch_holds_in_the_rank_processes_and_only_during_the_call():
@@ -38,15 +45,17 @@ def test_a_patch_holds_in_the_rank_processes_and_only_during_the_call():
 
 
 def test_mutants_are_found_from_a_folder_outside_the_repository(course):
-    assert {m.check.name for m in collect(file="l02_ring")} == {check.name for check in l02_ring.CHECKS}
-    with pytest.raises(ValueError, match="work inside a clone"):
-        collect(file="l98_none")
+    assert {m.check.name for m in collect_lesson_mutants("02")} == {check.name for check in l02_ring.CHECKS}
+    for collect, name in ((collect_lesson_mutants, "98"), (collect_library_mutants, "l98_none")):
+        with pytest.raises(ValueError, match="work inside a clone"):
+            collect(name)
 
 
 def test_the_command_exits_1_if_one_survives(tmp_path, capsys):
     (tmp_path / "bad.py").write_text(
         "from nanoinfra.distributed.ring_collectives import ring_all_reduce\n"
-        "from nanoinfra.lab.checks import l02_ring\nfrom nanoinfra.lab.mutants import Mutant\n"
+        "from lessons.l02_ring_all_reduce import checks as l02_ring\n"
+        "from nanoinfra.lab.mutants import Mutant\n"
         "MUTANTS = [Mutant(name, l02_ring.ring_all_reduce, ring_all_reduce, 'only x') for name in 'ab']\n")
     assert main([str(tmp_path)]) == 1
     assert "(survives)" in capsys.readouterr().out

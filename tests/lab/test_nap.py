@@ -3,7 +3,7 @@ import time
 import torch
 from torch import nn
 
-from nanoinfra.lab.nap import emulate
+from nanoinfra.lab.instruments.emulated_compute import emulate_compute_time
 
 
 def test_a_module_sleeps_a_sample_and_changes_no_number():
@@ -12,7 +12,7 @@ def test_a_module_sleeps_a_sample_and_changes_no_number():
     net(x).sum().backward()
     want = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
-    naps = emulate(net, 0.01)
+    naps = emulate_compute_time(net, 0.01)
     begin = time.monotonic()
     out = net(x).sum()
     between = time.monotonic()
@@ -27,7 +27,7 @@ def test_a_module_sleeps_a_sample_and_changes_no_number():
 
 def test_a_module_naps_before_its_gradients_arrive():
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    naps, arrived = emulate(net, 0.005), {}
+    naps, arrived = emulate_compute_time(net, 0.005), {}
     for name, p in net.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: arrived.update({name: len(naps)}))
     net(torch.ones(1, 3)).sum().backward()

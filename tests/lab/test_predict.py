@@ -1,15 +1,15 @@
 import pytest
 
 from nanoinfra.lab import predict as book
-from nanoinfra.lab.predict import predict, predicted, quantity
+from nanoinfra.lab.predict import format_quantity, last_prediction, predict
 
 
 def test_a_prediction_is_kept_with_its_history(course):
     predict("L02.bytes", 100, "B")
     predict("L02.bytes", 100, "B")
     predict("L02.bytes", 150, "B")
-    assert predicted("L02.bytes") == (150, "B")
-    assert book.read(course / "work" / "numbers.json")["L02.bytes"]["predicted"] == [100, 150]
+    assert last_prediction("L02.bytes") == (150, "B")
+    assert book.read_predictions(course / "work" / "numbers.json")["L02.bytes"]["predicted"] == [100, 150]
 
 
 def test_one_work_folder_for_a_notebook_and_a_terminal(course, monkeypatch):
@@ -43,4 +43,4 @@ def test_what_the_lesson_does_not_ask_for_is_refused(course, key, unit, got):
     (1572864.0, "B", "1,572,864 B"), (0.0862, "s", "86.2 ms"), (2.5e-6, "s", "2.5 us"),
     (4, "calls", "4 calls"), (0.375, "", "0.375"), (0, "s", "0 s")])
 def test_quantities_read_well(value, unit, want):
-    assert quantity(value, unit) == want
+    assert format_quantity(value, unit) == want

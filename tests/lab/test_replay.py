@@ -6,18 +6,26 @@ from random import Random
 import pytest
 from matplotlib.colors import to_rgb
 
+from lessons.l16_paging import figures as batches
+from lessons.l16_paging.engine_runs import serve_trace
+from lessons.l16_paging.replay import (
+    LoggingScheduler,
+    RuleScheduler,
+    TraceRequest,
+    random_trace,
+    replay_three_policies,
+    replay_trace,
+    trace_sizes,
+)
 from nanoinfra.config import config_for_size
 from nanoinfra.formulas import paged_kv
-from nanoinfra.lab import batches
-from nanoinfra.lab.replay import Job, Ruled, Watched, draw_trace, numbers, policies, replay
-from nanoinfra.lab.served import serve
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.engine.block_pool import BlockPool
 from nanoinfra.serve.generate import generate
 
 LONGEST, SIZE = 64, 4
-JOBS = draw_trace(24, LONGEST, 1.5, 9)
+JOBS = random_trace(24, LONGEST, 1.5, 9)
 MODEL = init_weights(Decoder(config_for_size("test")), 0).double()
 
 
@@ -26,36 +34,36 @@ def traces(n, most=20):
     for seed in range(n):
         draw = Random(seed)
         arrivals = sorted(draw.randrange(draw.choice((1, 20, 200))) for _ in range(draw.randint(1, most)))
-        yield [Job(at, tuple(draw.choices(range(256), k=draw.randint(1, 32))), draw.randint(1, 32))
+        yield [TraceRequest(at, tuple(draw.choices(range(256), k=draw.randint(1, 32))), draw.randint(1, 32))
                for at in arrivals]
 
 
 def test_all_three_policies_take_the_formulas_steps():
     for jobs in traces(60):
-        trace = numbers(jobs)
+        trace = trace_sizes(jobs)
         for seats in (1, 3, 5):
-            runs = policies(jobs, seats * LONGEST, LONGEST, SIZE)
+            runs = replay_three_policies(jobs, seats * LONGEST, LONGEST, SIZE)
             static, orca, pages = runs.values()
             assert static.steps == paged_kv.static_batching_steps(trace, seats)
             assert orca.steps == paged_kv.continuous_batching_steps(trace, seats)
             assert pages.steps >= paged_kv.min_steps_with_kv_memory(trace, seats * LONGEST, SIZE)
             assert orca.steps >= paged_kv.min_steps_with_kv_memory(trace, seats * LONGEST, SIZE, LONGEST)
-        roomy = replay(jobs, Watched(BlockPool(400, SIZE)))
+        roomy = replay_trace(jobs, LoggingScheduler(BlockPool(400, SIZE)))
         assert roomy.steps == paged_kv.unlimited_batching_steps(trace)
         assert max(step.used for step in roomy.log) == paged_kv.peak_blocks_in_use(trace, SIZE)
 
 
 def test_what_is_left_empty_is_the_formulas():
-    kept = [paged_kv.kv_tokens_at_end(prompt, new) for _, prompt, new in numbers(JOBS)]
-    for run, want in zip(policies(JOBS, 4 * LONGEST, LONGEST, SIZE).values(),
+    kept = [paged_kv.kv_tokens_at_end(prompt, new) for _, prompt, new in trace_sizes(JOBS)]
+    for run, want in zip(replay_three_policies(JOBS, 4 * LONGEST, LONGEST, SIZE).values(),
                          ([LONGEST - n for n in kept], [LONGEST - n for n in kept],
                           [paged_kv.unused_slots_in_last_block(n, SIZE) for n in kept])):
         assert [run.left[i] for i in range(len(JOBS))] == want
 
 
 def test_in_a_static_batch_who_is_done_keeps_seat_and_memory():
-    jobs = [Job(0, (1, 2), 3), Job(0, (3,), 1), Job(0, (4,), 1)]
-    run = replay(jobs, Watched(BlockPool(2, 8)), static=2)
+    jobs = [TraceRequest(0, (1, 2), 3), TraceRequest(0, (3,), 1), TraceRequest(0, (4,), 1)]
+    run = replay_trace(jobs, LoggingScheduler(BlockPool(2, 8)), static=2)
     assert [step.used for step in run.log] == [2, 2, 2, 1]
     assert [step.idle for step in run.log] == [(), (1,), (1,), ()]
     assert [step.waiting for step in run.log] == [{2: "waiting"}] * 3 + [{}]
@@ -64,23 +72,23 @@ def test_in_a_static_batch_who_is_done_keeps_seat_and_memory():
 
 
 def test_in_a_pause_nothing_is_logged_and_the_clock_goes_on():
-    run = replay([Job(0, (1,), 2), Job(7, (1,), 1)], Watched(BlockPool(4, 4)))
+    run = replay_trace([TraceRequest(0, (1,), 2), TraceRequest(7, (1,), 1)], LoggingScheduler(BlockPool(4, 4)))
     assert [step.at for step in run.log] == [0, 1, 7] and run.steps == 8
 
 
 def test_a_shared_prefix_is_found_from_the_step_after_it_was_computed():
     prefix = tuple(range(18))
-    jobs = [Job(job.arrival, prefix + job.tokens, job.new) for job in JOBS]
+    jobs = [TraceRequest(job.arrival, prefix + job.tokens, job.new) for job in JOBS]
     later = sum(job.arrival > 0 for job in jobs)
-    run = replay(jobs, Watched(BlockPool(200, SIZE)))
+    run = replay_trace(jobs, LoggingScheduler(BlockPool(200, SIZE)))
     assert run.counts["prefix_hits"] == SIZE * paged_kv.blocks_saved_by_prefix_caching(18, 1 + later, SIZE)
-    fresh = replay(jobs, Watched(BlockPool(200, SIZE)), fresh=True)
+    fresh = replay_trace(jobs, LoggingScheduler(BlockPool(200, SIZE)), fresh=True)
     assert fresh.counts["prefix_hits"] == 0
     assert fresh.computed - run.computed == run.counts["prefix_hits"]
 
 
 def test_a_job_that_the_pool_cannot_hold_ends_where_the_pool_does():
-    run = replay([Job(0, (1, 2, 3), 100)], Watched(BlockPool(2, 2)))
+    run = replay_trace([TraceRequest(0, (1, 2, 3), 100)], LoggingScheduler(BlockPool(2, 2)))
     assert run.log[-1].used == 2 and run.left == {0: 0}
 
 
@@ -89,9 +97,10 @@ def test_a_job_that_the_pool_cannot_hold_ends_where_the_pool_does():
     pytest.param(28, 4, {"budget": 12}, marks=pytest.mark.prove),
     (30, 3, {"budget": 7, "seats": 5}), (200, 1, {})])
 def test_the_engine_does_what_the_replay_does(blocks, size, limits):
-    for jobs in (JOBS, [Job(job.arrival, (1,) * 9 + job.tokens[:9], min(job.new, 30)) for job in JOBS]):
-        want = replay(jobs, Watched(BlockPool(blocks, size), **limits))
-        engine, said, _ = serve(MODEL, jobs, blocks, size, **limits)
+    for jobs in (JOBS, [TraceRequest(job.arrival, (1,) * 9 + job.tokens[:9], min(job.new, 30))
+                        for job in JOBS]):
+        want = replay_trace(jobs, LoggingScheduler(BlockPool(blocks, size), **limits))
+        engine, said, _ = serve_trace(MODEL, jobs, blocks, size, **limits)
         assert engine.scheduler.log == want.log and engine.scheduler.left == want.left
         assert {name: engine.stats()[name] for name in want.counts} == want.counts
         assert said == [list(generate(MODEL, list(job.tokens), job.new)) for job in jobs]
@@ -99,8 +108,8 @@ def test_the_engine_does_what_the_replay_does(blocks, size, limits):
 
 
 def test_the_engine_in_static_batches_takes_as_many_steps():
-    engine, said, _ = serve(MODEL, JOBS, 4, LONGEST, static=4)
-    assert engine.scheduler.steps == paged_kv.static_batching_steps(numbers(JOBS), 4)
+    engine, said, _ = serve_trace(MODEL, JOBS, 4, LONGEST, static=4)
+    assert engine.scheduler.steps == paged_kv.static_batching_steps(trace_sizes(JOBS), 4)
     assert [len(tokens) for tokens in said] == [job.new for job in JOBS]
 
 
@@ -113,30 +122,30 @@ def test_a_rule_of_ones_own_is_replayed_too():
             need = -(-len(sequence.tokens) // blocks.block_size) - len(sequence.block_table)
             sequence.block_table += [blocks.allocate() for _ in range(need)]
             yield sequence, sequence.num_computed_tokens, count
-    run = replay(JOBS, Ruled(one_at_a_time, BlockPool(40, SIZE)))
-    assert run.steps == paged_kv.continuous_batching_steps(numbers(JOBS), 1)
+    run = replay_trace(JOBS, RuleScheduler(one_at_a_time, BlockPool(40, SIZE)))
+    assert run.steps == paged_kv.continuous_batching_steps(trace_sizes(JOBS), 1)
 
 
 def test_the_trace_is_one_seeds_and_fits():
-    assert draw_trace(24, LONGEST, 1.5, 9) == JOBS and JOBS[0].arrival == 0
-    assert all(len(job.tokens) + job.new <= LONGEST for job in draw_trace(500, LONGEST, 0, 1))
-    assert {job.arrival for job in draw_trace(9, LONGEST, 0, 1)} == {0}
+    assert random_trace(24, LONGEST, 1.5, 9) == JOBS and JOBS[0].arrival == 0
+    assert all(len(job.tokens) + job.new <= LONGEST for job in random_trace(500, LONGEST, 0, 1))
+    assert {job.arrival for job in random_trace(9, LONGEST, 0, 1)} == {0}
 
 
 def test_it_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import nanoinfra.lab.replay"
+    code = "import sys; sys.modules['torch'] = None; import lessons.l16_paging.replay"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def widths(picture, kind):
     """Steps that are drawn as of this kind."""
     return sum(bar.get_width() for bar in picture.figure.axes[0].patches
-               if bar.get_facecolor()[:3] == to_rgb(batches.KINDS[kind][0]))
+               if bar.get_facecolor()[:3] == to_rgb(batches._STEP_KINDS[kind][0]))
 
 
 def test_the_timeline_has_every_step_of_everyone(tmp_path):
-    run = replay(JOBS, Watched(BlockPool(28, SIZE), budget=12))
-    picture = batches.timeline({"pages": run}, "short of memory")
+    run = replay_trace(JOBS, LoggingScheduler(BlockPool(28, SIZE), budget=12))
+    picture = batches.batch_timeline({"pages": run}, "short of memory")
     kinds = [kind for step in run.log for *_, kind in step.work.values()]
     for kind in ("prompt", "decode", "again"):
         assert widths(picture, kind) == kinds.count(kind) > 0
@@ -152,13 +161,13 @@ def test_the_timeline_has_every_step_of_everyone(tmp_path):
 
 
 def test_pictures_of_memory_and_of_many(tmp_path):
-    runs = policies(JOBS, 4 * LONGEST, LONGEST, SIZE)
-    titles = [axes.get_title(loc="left") for axes in batches.memory(runs).figure.axes]
+    runs = replay_three_policies(JOBS, 4 * LONGEST, LONGEST, SIZE)
+    titles = [axes.get_title(loc="left") for axes in batches.pool_usage(runs).figure.axes]
     assert titles[-1] == "pages: 93% of what is taken holds a token" and len(titles) == 3
-    half = replay(JOBS, Watched(BlockPool(64, SIZE)), until=15)
-    numbered = [text.get_text() for text in batches.pool(half).figure.axes[0].texts]
+    half = replay_trace(JOBS, LoggingScheduler(BlockPool(64, SIZE)), until=15)
+    numbered = [text.get_text() for text in batches.block_map(half).figure.axes[0].texts]
     assert len(numbered) == 64 and sum(map(bool, numbered)) == half.block_pool.num_used_blocks
-    for picture in (batches.steps_by_memory(JOBS, (256, 512), LONGEST, SIZE),
-                    batches.waste_by_size(JOBS, 1024, (2, 4))):
+    for picture in (batches.steps_over_pool_size(JOBS, (256, 512), LONGEST, SIZE),
+                    batches.waste_over_block_size(JOBS, 1024, (2, 4))):
         assert picture.save(tmp_path / "picture.png").stat().st_size > 10_000
-    assert [row[1] for row in batches.table(runs).rows] == ["160", "83", "45"]
+    assert [row[1] for row in batches.policy_table(runs).rows] == ["160", "83", "45"]

@@ -14,7 +14,7 @@ from nanoinfra.lab.predict import predict
 ROOT = Path(__file__).parents[2]
 LABS = [("06", 12), ("07", 12), ("08", 8), ("10", 8), ("16", 12)]           # and how many predictions
 LAB = '''
-from nanoinfra.lab.measure import counted, median
+from nanoinfra.lab.measure import counted, median_of_times
 from nanoinfra.distributed import comm
 
 PREDICTIONS = {"L77.bytes": "B", "L77.more": "B"}
@@ -30,16 +30,17 @@ def measure(mesh, model, broken):
         raise RuntimeError("the dog ate it")
     comm.barrier(mesh.data)
     size = 10 * mesh.world.size * (2 if broken == "doubled" else 1)
-    return {"L77.bytes": counted(size, "B"), "L77.more": counted(7, "B"), "L77.step": median([0.1, 0.2, 0.4])}
+    seconds = median_of_times([0.1, 0.2, 0.4])
+    return {"L77.bytes": counted(size, "B"), "L77.more": counted(7, "B"), "L77.step": seconds}
 '''
 
 
 @pytest.fixture
 def lab(course):
     """A lab of three numbers, in an otherwise empty course."""
-    folder = course / "lessons" / "labs"
+    folder = course / "lessons" / "l77_toy"
     folder.mkdir()
-    (folder / "77_toy.py").write_text(LAB)
+    (folder / "lab.py").write_text(LAB)
     return course / "work" / "lab77.json"
 
 
@@ -90,7 +91,7 @@ def test_a_break_is_held_against_the_formula_and_must_be_exposed(lab, capsys):
 
 
 def test_a_count_that_is_not_the_formulas_fails(lab, capsys):
-    file = lab.parents[1] / "lessons" / "labs" / "77_toy.py"
+    file = lab.parents[1] / "lessons" / "l77_toy" / "lab.py"
     file.write_text(file.read_text().replace("10 * n", "9 * n"))
     assert run.main(["77"]) == 1
     assert "The code is wrong, not you: L77.bytes" in capsys.readouterr().out
@@ -105,7 +106,7 @@ def test_check_says_what_is_missing_and_runs_nothing(lab, capsys):
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["76"], "there is no lab '76', but 06, 07, 08, 10, 16, 77 in lessons/labs"),
+    (["76"], "there is no lab '76', but 77 in lessons; run this"),
     (["77", "--break", "x"], "lab 77 knows no break 'x'; there are doubled, harmless"),
     (["77", "--model", "huge"], "lab 77 knows no model 'huge'; there are nano, test"),
     (["77", "--nproc", "0"], "--nproc 0 is too small; give at least 1"),
@@ -142,7 +143,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(lab, capsys):
 
 @pytest.mark.parametrize("number, n", LABS)
 def test_a_lab_takes_predictions_beside_those_of_its_lesson(course, capsys, number, n):
-    for key, unit in run.find(number).PREDICTIONS.items():
+    for key, unit in run.load_lab(number).PREDICTIONS.items():
         predict(key, 1, unit)
     assert run.main([number, "--check"]) == 0
     assert f"{n} of {n} predictions made" in capsys.readouterr().out
@@ -154,7 +155,7 @@ def test_a_lab_takes_predictions_beside_those_of_its_lesson(course, capsys, numb
     pytest.param("kept-after-all", {"calls_gather", "bytes_gather", "ends_gather", "kept_gather"},
                  marks=pytest.mark.prove)])
 def test_lab_07_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, exposed):
-    want = run.find("07").expect(2, "test")
+    want = run.load_lab("07").expect(2, "test")
     for got in ranks(2).run(measured, "07", broken):
         assert {key for key in want if got[key].value != want[key]} == {f"L07.lab_{key}" for key in exposed}
         assert {key for key, m in got.items() if m.kind == "counted"} == set(want)
@@ -167,7 +168,7 @@ def test_lab_07_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, 
     pytest.param("gradients-kept", {"held_2", "sent_2"}, marks=pytest.mark.prove),
     pytest.param("never-freed", {"held_3"}, marks=pytest.mark.prove)])
 def test_lab_08_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, exposed):
-    want = run.find("08").expect(2, "test")
+    want = run.load_lab("08").expect(2, "test")
     for got in ranks(2).run(measured, "08", broken):
         assert {key for key in want if got[key].value != want[key]} == {f"L08.lab_{key}" for key in exposed}
         assert {m.kind for key, m in got.items() if "step" not in key} == {"counted"}
@@ -203,7 +204,7 @@ def test_a_lab_on_ranks_prints_once_and_hands_in(course, number, asked, start, n
 
 def measured(number, broken):
     import torch.distributed as dist
-    lab = run.find(number)
+    lab = run.load_lab(number)
     lab.STEPS = 2                                      # one to warm up, one that counts
     return lab.measure(Mesh(dp=dist.get_world_size()), "test", broken)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nanoinfra.lab.traffic import Traffic
+from nanoinfra.lab.instruments.tensor_read_bytes import TensorReadBytes
 
 
 @pytest.mark.parametrize("run, want", [
@@ -17,6 +17,6 @@ from nanoinfra.lab.traffic import Traffic
 def test_what_is_read_is_counted(run, want, device):
     with torch.device(device), torch.no_grad():
         w = torch.ones(3, 4)
-        with Traffic(weights=[w], other=[torch.ones(7)]) as traffic:
+        with TensorReadBytes(weights=[w], other=[torch.ones(7)]) as traffic:
             run(w)
-    assert traffic.read["weights"] == want and traffic.read["other"] == 0
+    assert traffic.read_bytes["weights"] == want and traffic.read_bytes["other"] == 0

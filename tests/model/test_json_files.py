@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from nanoinfra.lab.mutants import collect
+from nanoinfra.lab.mutants import collect_library_mutants
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
 from nanoinfra.model.weights.json_files import MAX_JSON_BYTES, read_json
@@ -89,7 +89,7 @@ def test_what_is_broken_is_named_in_a_line(tmp_path, folder, how, message):
 
 @pytest.mark.prove
 def test_the_library_passes_the_checks_that_its_mutants_fail():
-    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in collect(file="folders")}
+    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in collect_library_mutants("folders")}
     for check, subject in subjects.values():
         assert check.report(subject).exit_code == 0
 

@@ -5,7 +5,7 @@
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.options import EngineOptions, ServeOptions
@@ -32,7 +32,7 @@ def asked(requests, **how):
 def _expect(subject, requests, status, **how):
     for request, (got, _) in zip(requests, subject(requests, **how)):
         if got != status:
-            raise Wrong(f"{request} of {how} is answered {got}, want {status}")
+            raise CriterionNotMet(f"{request} of {how} is answered {got}, want {status}")
 
 
 @access.criterion("on loopback no other name is answered", "property")
@@ -62,7 +62,7 @@ def _(subject):
 def _(subject):
     (status, headers), = subject([("GET", "/health/", {"Host": "evil.example"}, b"")], loopback_only=False)
     if status != 404 or "location" in headers:
-        raise Wrong(f"/health/ is answered {status}, Location {headers.get('location')}")
+        raise CriterionNotMet(f"/health/ is answered {status}, Location {headers.get('location')}")
 
 
 @access.criterion("a site that is named, and no other, passes its preflight", "property")
@@ -72,7 +72,7 @@ def _(subject):
         preflight = ("OPTIONS", "/v1/completions", {"Origin": origin} | WANTS, b"")
         (status, headers), = subject([preflight], allowed_origins=(named,))
         if (status, headers.get("access-control-allow-origin")) != want:
-            raise Wrong(f"a preflight of {origin} is answered {status}, {dict(headers)}")
+            raise CriterionNotMet(f"a preflight of {origin} is answered {status}, {dict(headers)}")
 
 
 @access.criterion("a key is known, with Bearer in any case", "property")
@@ -95,7 +95,7 @@ def found(variable, salts):
 def _(subject):
     got, environment, _ = subject("secret", [])
     if got != ("secret",) or environment:
-        raise Wrong(f"the keys are {got}, and the ranks inherit {list(environment)}")
+        raise CriterionNotMet(f"the keys are {got}, and the ranks inherit {list(environment)}")
 
 
 @keys.criterion("nobody names the salt of another key", "property")
@@ -104,7 +104,7 @@ def _(subject):
              ("b", library.cache_salt_of_key("a"))]
     *_, salts = subject("secret", pairs)
     if len(set(salts.values())) < len(pairs):
-        raise Wrong(f"two share a salt: {salts}")
+        raise CriterionNotMet(f"two share a salt: {salts}")
 
 
 class Redirects(FastAPI):

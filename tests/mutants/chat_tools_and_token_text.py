@@ -5,7 +5,7 @@ mutant of the library is patched in meanwhile.
 """
 import json
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine import token_text
 from nanoinfra.serve.processes.engine_loop import EngineReady
@@ -42,19 +42,19 @@ def chat(template, **body):
 def _(subject):
     for body in ({"tools": [TOOL]}, {"messages": [CALLS]}):
         if "would never see them" not in (got := subject("nothing", **body)):
-            raise Wrong(f"{body} with a template that shows neither becomes {got}")
+            raise CriterionNotMet(f"{body} with a template that shows neither becomes {got}")
 
 
 @tools.criterion("arguments are an object", "property")
 def _(subject):
     if '"arguments":{"city":"x"}' not in (got := subject("calls", messages=[CALLS])):
-        raise Wrong(f"a template that writes arguments as JSON makes {got} of them")
+        raise CriterionNotMet(f"a template that writes arguments as JSON makes {got} of them")
 
 
 @tools.criterion("who may call none is shown none", "property")
 def _(subject):
     if "weather" in (got := subject("tools", tools=[TOOL], tool_choice="none")):
-        raise Wrong(f"with tool_choice none the model reads {got}")
+        raise CriterionNotMet(f"with tool_choice none the model reads {got}")
 
 
 def placed(ids):
@@ -68,14 +68,14 @@ def placed(ids):
 def _(subject):
     ids = list("a\u00e9".encode())
     if b"".join(got := subject(ids)[0]) != bytes(ids):
-        raise Wrong(f"the bytes of {ids} are {got}")
+        raise CriterionNotMet(f"the bytes of {ids} are {got}")
 
 
 @places.criterion("characters of the text are counted", "property")
 def _(subject):
     for ids, want in (([256, 97, 98], [0, 0, 1]), ([*"\u00e9b".encode(), 97], [0, 0, 1, 2])):
         if (got := subject(ids)[1]) != want:
-            raise Wrong(f"{ids} stand at {got} of {TEXT.decode(ids)!r}, want {want}")
+            raise CriterionNotMet(f"{ids} stand at {got} of {TEXT.decode(ids)!r}, want {want}")
 
 
 class OfItsText(token_text.SingleTokenDecoder):

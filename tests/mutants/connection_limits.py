@@ -12,7 +12,7 @@ from time import monotonic, sleep
 import h11
 import httpx
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.server.app import build_app
 from nanoinfra.serve.server.http.connection_limits import (
@@ -68,26 +68,26 @@ def left(sends, count=1, **limits):
 def _(subject):
     for sends in (b"", b"G"):
         if open_ := subject(sends, client_header_timeout=1.0):
-            raise Wrong(f"{open_} connection that sent {sends} is open long after the time it has")
+            raise CriterionNotMet(f"{open_} connection that sent {sends} is open long after the time it has")
 
 
 @connections.criterion("a body that does not come is not waited for", "property")
 def _(subject):
     if open_ := subject(HEAD + b"Content-Length: 9\r\n\r\n", client_body_timeout=1.0):
-        raise Wrong(f"{open_} connection that sent a head is open long after the time its body has")
+        raise CriterionNotMet(f"{open_} connection that sent a head is open long after the time its body has")
 
 
 @connections.criterion("the oldest make room for the newest", "property")
 def _(subject):
     if (open_ := subject(b"G", 50, max_connections=20)) > 20:
-        raise Wrong(f"of 50 connections {open_} are open, want at most 20")
+        raise CriterionNotMet(f"of 50 connections {open_} are open, want at most 20")
 
 
 @connections.criterion("a body of small chunks is an error", "property")
 def _(subject):
     chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 3000
     if subject(chunked):
-        raise Wrong("3000 chunks of a byte are read, and more waited for")
+        raise CriterionNotMet("3000 chunks of a byte are read, and more waited for")
 
 
 def written(lines):
@@ -111,13 +111,13 @@ def written(lines):
 def _(subject):
     got = subject(map(str, range(1000)))
     if len(got) > 12 or "512" not in got[-1]:
-        raise Wrong(f"of 1000 lines {len(got)} are written, the last {got[-1]!r}")
+        raise CriterionNotMet(f"of 1000 lines {len(got)} are written, the last {got[-1]!r}")
 
 
 @logs.criterion("nobody writes a line of his own", "property")
 def _(subject):
     if (got := subject(["a\nb\x1b[2J"])) != [r"a\nb\x1b[2J"]:
-        raise Wrong(f"a line end and an escape are written as {got}")
+        raise CriterionNotMet(f"a line end and an escape are written as {got}")
 
 
 class WaitsForEver(TimeLimitedHTTPConnection):

@@ -11,7 +11,7 @@ from nanoinfra.data import text_files
 from nanoinfra.data.text_files import read_text_folder
 from nanoinfra.data.token_cache import CONTENT_FOLDER, get_or_build_folder
 from nanoinfra.data.train_tokenizer import MAX_TRAINING_WORD_BYTES, BPETokenizer
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 
 caches, folders, words = Check("cached folder"), Check("folder of texts"), Check("long words")
@@ -30,7 +30,7 @@ def _restored(name, damage, lines=1):
     @caches.criterion(name, "property")
     def _(subject):
         if (got := subject(damage)) != (want := (b"whole", lines)):
-            raise Wrong(f"the entry holds {got[0]} and {got[1]} lines were said; want {want}")
+            raise CriterionNotMet(f"the entry holds {got[0]} and {got[1]} lines were said; want {want}")
     return name
 
 
@@ -64,7 +64,7 @@ def _listed(name, files, links, texts, *skipped):
     def _(subject):
         got, left = subject(files, links)
         if (sorted(got), sorted(left)) != (want := (sorted(texts), sorted(skipped))):
-            raise Wrong(f"read {sorted(got)}, left out {left}; want {want}")
+            raise CriterionNotMet(f"read {sorted(got)}, left out {left}; want {want}")
     return name
 
 
@@ -81,14 +81,15 @@ def _(subject):
     parts = ["ab" * (MAX_TRAINING_WORD_BYTES // 2)] * 8
     got, want = subject(["".join(parts)], 300), BPETokenizer.train(parts, 300)
     if got.backend_tokenizer.get_vocab() != want.backend_tokenizer.get_vocab():
-        raise Wrong("one long word teaches something else than its parts")
+        raise CriterionNotMet("one long word teaches something else than its parts")
 
 
 @words.criterion("a long word is encoded in one piece", "property")
 def _(subject):
     got = len(subject(["ab ab ab"], 300).encode("c" * (MAX_TRAINING_WORD_BYTES - 1) + "ab"))
     if got != MAX_TRAINING_WORD_BYTES:
-        raise Wrong(f"{MAX_TRAINING_WORD_BYTES + 1} bytes with one merge are {got} tokens; want "
+        raise CriterionNotMet(f"{MAX_TRAINING_WORD_BYTES + 1} bytes with one merge are {got} tokens; "
+                              f"want "
                     f"{MAX_TRAINING_WORD_BYTES}")
 
 

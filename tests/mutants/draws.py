@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine import requests
 from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer, StopStringDetokenizer
@@ -44,7 +44,8 @@ def drawn(subject, *given):
     try:
         return subject(*given)
     except (RuntimeError, ValueError) as error:
-        raise Wrong(f"{given[1]} of {given[0][:5]} raises {type(error).__name__}: {error}") from error
+        raise CriterionNotMet(f"{given[1]} of {given[0][:5]} raises "
+                              f"{type(error).__name__}: {error}") from error
 
 
 @sampler.criterion("a temperature next to nothing is greedy", "property")
@@ -52,7 +53,8 @@ def _(subject):
     for temperature in (1e-40, 5e-324, 1e-6):
         said, _ = drawn(subject, torch.tensor([1.0, 2.0, 2.0]), SamplingParams(temperature))
         if set(said) != {1}:
-            raise Wrong(f"temperature {temperature} draws {said}, want the first of the likeliest alone")
+            raise CriterionNotMet(f"temperature {temperature} draws {said}, want the first of the likeliest "
+                                  "alone")
 
 
 @sampler.criterion("of finite logits a token is drawn, however large", "property")
@@ -75,7 +77,7 @@ def _(subject):
         for token in said:
             want = int(LogitsProcessor(how)(logits, tokens, 1).argmax())
             if token != want:
-                raise Wrong(f"{how}: after {tokens} comes {token}, want {want}")
+                raise CriterionNotMet(f"{how}: after {tokens} comes {token}, want {want}")
             tokens.append(want)
 
 
@@ -85,7 +87,8 @@ def _(subject):
     for how in (SamplingParams(0, logit_bias=dict.fromkeys(range(3000), 1.0)),
                 SamplingParams(0, frequency_penalty=2.0)):
         if (calls := drawn(subject, logits, how, [1], 40)[1]) > 30:
-            raise Wrong(f"{calls} operations for a token, {len(how.logit_bias)} biases, 40 tokens of text")
+            raise CriterionNotMet(f"{calls} operations for a token, {len(how.logit_bias)} biases, "
+                                  "40 tokens of text")
 
 
 def refuse(**more):
@@ -109,9 +112,9 @@ def _(subject):
             try:
                 why = subject(**more)
             except (OverflowError, ArithmeticError) as error:
-                raise Wrong(f"{name} of {digits} digits raises {type(error).__name__}") from error
+                raise CriterionNotMet(f"{name} of {digits} digits raises {type(error).__name__}") from error
             if why is None or name not in why or f"10^{digits}" not in why or len(why) > 300:
-                raise Wrong(f"{name} of {digits} digits: {why}")
+                raise CriterionNotMet(f"{name} of {digits} digits: {why}")
 
 
 @refusal.criterion("what would make logits infinite is refused", "property")
@@ -120,7 +123,7 @@ def _(subject):
                 SamplingParams(repetition_penalty=0.0),
                 SamplingParams(math.nan), SamplingParams(logit_bias={1: 1e30})):
         if not subject(sampling_params=how):
-            raise Wrong(f"{how} is taken")
+            raise CriterionNotMet(f"{how} is taken")
 
 
 def write(text, stop):
@@ -138,7 +141,7 @@ def _(subject):
                        ("ab", "ac")):
         want = text[:at] if (at := text.find(stop)) >= 0 else text
         if (got := subject(text.encode(), (stop,))[0]) != want:
-            raise Wrong(f"{got!r} is shown of {text!r}, which ends before {stop!r}: want {want!r}")
+            raise CriterionNotMet(f"{got!r} is shown of {text!r}, which ends before {stop!r}: want {want!r}")
 
 
 @shown.criterion("bytes that are no characters are shown, a character is whole", "property")
@@ -146,13 +149,13 @@ def _(subject):
     for text in (b"\x9f" * 40, b"\xf0\x9f" * 20 + "\U0001f642".encode(), b"\x80" * 15 + "\u65e5".encode() * 3,
                  b"\x80" * 17 + "\U0001f642".encode(), b"\xff" * 14 + "\U0001f642".encode()):
         if (got := subject(text, ())[0]) != (want := text.decode(errors="replace")):
-            raise Wrong(f"{text} is shown as {got!r}, want {want!r}")
+            raise CriterionNotMet(f"{text} is shown as {got!r}, want {want!r}")
 
 
 @shown.criterion("work does not grow with the text", "resource")
 def _(subject):
     if (most := subject(b"\x9f" * 400, ())[1]) > 40:
-        raise Wrong(f"{most} tokens are decoded at once of bytes that are no characters")
+        raise CriterionNotMet(f"{most} tokens are decoded at once of bytes that are no characters")
 
 
 def divides_first(logits, how, draws):

@@ -7,7 +7,7 @@ import contextlib
 import functools
 from unittest import mock
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.processes import engine_client, engine_processes
@@ -62,7 +62,7 @@ def _(subject):
             one.reset_prefix_cache()
         return len(one.processes.sent)
     if (got := subject(hammer)) > 2 * BOUND:
-        raise Wrong(f"{got} commands wait, want {BOUND}, and an abort of each")
+        raise CriterionNotMet(f"{got} commands wait, want {BOUND}, and an abort of each")
 
 
 @waiting.criterion("an engine hangs that is silent and has work", "property")
@@ -78,7 +78,7 @@ def _(subject):
         return idle, one.processes.killed
     for work in ("streams", "untaken_tokens"):
         if (got := subject(functools.partial(still, work=work))) != (0, 1):
-            raise Wrong(f"{work}: ended {got} times, idle and with work; want (0, 1)")
+            raise CriterionNotMet(f"{work}: ended {got} times, idle and with work; want (0, 1)")
 
 
 @waiting.criterion("an end that was asked for is no failure", "property")
@@ -88,7 +88,7 @@ def _(subject):
         one._on_engine_lost("failed", "rank 0 was killed by SIGKILL")
         return one.state, one.load_error
     if (got := subject(stop)) != ("stopped", ""):
-        raise Wrong(f"it is {got[0]}, failed by {got[1]!r}; want stopped, by nothing")
+        raise CriterionNotMet(f"it is {got[0]}, failed by {got[1]!r}; want stopped, by nothing")
 
 
 @waiting.criterion("a pause grows where no life serves, up to a load's time", "property")
@@ -101,7 +101,7 @@ def _(subject):
                 one._keep_running()
             return pauses
         if (got := subject(keep)) != want:
-            raise Wrong(f"lives that served {served}: pauses {got}, want {want}")
+            raise CriterionNotMet(f"lives that served {served}: pauses {got}, want {want}")
 
 
 class AlwaysHasRoom(engine_client.EngineClient):

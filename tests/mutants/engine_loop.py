@@ -5,7 +5,7 @@
 import contextlib
 import io
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine.requests import Request, RequestOutput
 from nanoinfra.serve.processes import engine_loop
@@ -49,11 +49,11 @@ def _(subject):
             step = subject("execute_commands_and_step", _Scripted(),
                            [("add", Request(name, [1])) for name in NAMES])
     except ArithmeticError as error:
-        raise Wrong(f"the rank dies of one request: {error}") from error
+        raise CriterionNotMet(f"the rank dies of one request: {error}") from error
     if [(name, status) for name, status, _ in step.refused_requests] != [("odd", 500), ("bad", 500)]:
-        raise Wrong(f"{step.refused_requests} are refused")
+        raise CriterionNotMet(f"{step.refused_requests} are refused")
     if [event.request_id for event in step.outputs] != ["good"]:
-        raise Wrong(f"events of {[event.request_id for event in step.outputs]}, want good's alone")
+        raise CriterionNotMet(f"events of {[event.request_id for event in step.outputs]}, want good's alone")
 
 
 @turns.criterion("ranks that disagree do not go on", "property")
@@ -63,7 +63,7 @@ def _(subject):
     except RuntimeError:
         return
     except EOFError:
-        raise Wrong("rank 0 has lost a request that rank 1 has not, and both go on") from None
+        raise CriterionNotMet("rank 0 has lost a request that rank 1 has not, and both go on") from None
 
 
 def obeys_or_dies(engine, verb, value=None):

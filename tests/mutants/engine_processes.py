@@ -14,7 +14,7 @@ import threading
 import time
 from unittest import mock
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine.requests import Request
 from nanoinfra.serve.processes import engine_client, engine_processes
@@ -64,7 +64,7 @@ def _(subject):
         finally:
             one.kill_and_wait()
     if (got := subject(interrupt)) != "EngineReady":
-        raise Wrong(f"a rank that gets SIGTERM while it starts: {got}")
+        raise CriterionNotMet(f"a rank that gets SIGTERM while it starts: {got}")
 
 
 @leaving.criterion("a rank ends whose parent has died before it could ask", "property")
@@ -82,7 +82,7 @@ def _(subject):
             os.kill(pid, signal.SIGKILL)
         return left
     if subject(orphan):
-        raise Wrong("it goes on without a parent: did it compare who started it with whom it has?")
+        raise CriterionNotMet("it goes on without a parent: did it compare who started it with whom it has?")
 
 
 @leaving.criterion("what a rank has started ends with it", "property")
@@ -96,7 +96,7 @@ def _(subject):
             os.kill(program, signal.SIGKILL)
         return left
     if subject(compile):
-        raise Wrong("a compiler goes on when its rank has ended; want both gone")
+        raise CriterionNotMet("a compiler goes on when its rank has ended; want both gone")
 
 
 def started(then):
@@ -116,7 +116,7 @@ def started(then):
     thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
     thread.start()
     if not until(lambda: "pid" in facts):
-        raise Wrong("no engine")
+        raise CriterionNotMet("no engine")
     facts["in time"] = until(lambda: "stopped" in facts, 3.0)
     facts["left"] = not until(lambda: not alive(facts["pid"]), 3.0)
     with contextlib.redirect_stderr(io.StringIO()):
@@ -133,7 +133,7 @@ def _(subject):
         for i in range(9):
             one.submit_requests([Request(f"r{i}", [7] * 100_000)])
     if not subject(functools.partial(started, ask))["in time"]:
-        raise Wrong("900,000 tokens for an engine that is stopped: whoever asks waits for the pipe")
+        raise CriterionNotMet("900,000 tokens for an engine that is stopped: whoever asks waits for the pipe")
 
 
 @leaving.criterion("an end leaves nothing, and is not waited for in the event loop", "property")
@@ -145,9 +145,9 @@ def _(subject):
     with contextlib.ExitStack() as slow:
         facts = subject(functools.partial(started, nothing))
     if facts["left"]:
-        raise Wrong("the rank is there 3 s after the end")
+        raise CriterionNotMet("the rank is there 3 s after the end")
     if not facts["in time"]:
-        raise Wrong("the event loop waits until a process is no more")
+        raise CriterionNotMet("the event loop waits until a process is no more")
 
 
 class WaitsForTheKeeper(engine_client.EngineClient):

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from nanoinfra.config import ModelConfig, RopeScaling
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
@@ -40,7 +40,7 @@ def read(family, **changes):
 
 def _refused(subject, family, words, **changes):
     if words not in str(got := subject(family, **changes)):
-        raise Wrong(f"{changes} of {family} gives {got}, want a line with {words!r}")
+        raise CriterionNotMet(f"{changes} of {family} gives {got}, want a line with {words!r}")
 
 
 @configurations.criterion("what is not computed is refused", "property")
@@ -67,7 +67,7 @@ def _(subject):
     start = time.process_time()
     _refused(subject, "llama", "num_labels", num_labels=2 * 10**6)
     if (took := time.process_time() - start) > 0.5:
-        raise Wrong(f"a refusal took {took:.1f} s")
+        raise CriterionNotMet(f"a refusal took {took:.1f} s")
 
 
 @configurations.criterion("RoPE is stretched as the file says", "property")
@@ -75,17 +75,17 @@ def _(subject):
     got = subject("llama", rope_parameters=YARN, original_max_position_embeddings=4)
     want = RopeScaling("yarn", 2.0, 4, attention_factor=1.0693147180559945)
     if getattr(got, "rope_scaling", None) != want:
-        raise Wrong(f"yarn is read as {got}, want {want}")
+        raise CriterionNotMet(f"yarn is read as {got}, want {want}")
     got = subject("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0})
     if getattr(got, "context", None) != 32 or got.rope_scaling.original_context != 16:
-        raise Wrong(f"dynamic scaling is read as {got}, want a context of 32, from 16")
+        raise CriterionNotMet(f"dynamic scaling is read as {got}, want a context of 32, from 16")
 
 
 @configurations.criterion("windows are of the layers that have them", "property")
 def _(subject):
     got = subject("qwen3", use_sliding_window=True, sliding_window=4, max_window_layers=2)
     if (got.window, got.full_layers) != (4, 2):
-        raise Wrong(f"the window is {got.window} after {got.full_layers} layers, want 4 after 2")
+        raise CriterionNotMet(f"the window is {got.window} after {got.full_layers} layers, want 4 after 2")
 
 
 @configurations.criterion("transformers' dicts are its own", "property")
@@ -93,7 +93,7 @@ def _(subject):
     rope = dict(YARN)
     subject("phi3", rope_parameters=rope)
     if rope != YARN:
-        raise Wrong(f"what was given became {rope}")
+        raise CriterionNotMet(f"what was given became {rope}")
 
 
 def fused(stored):
@@ -114,15 +114,15 @@ def fused(stored):
 @layouts.criterion("fused rows lie one after another", "property")
 def _(subject):
     if (got := subject(torch.arange(24))[0]) != [1, 13, 19]:
-        raise Wrong(f"the second of 12, 6 and 6 rows is read from {got}, want 1, 13 and 19")
+        raise CriterionNotMet(f"the second of 12, 6 and 6 rows is read from {got}, want 1, 13 and 19")
 
 
 @layouts.criterion("a fused tensor is checked whole", "property")
 def _(subject):
     if (got := subject(torch.arange(24))[1]) != [(12,), (6,), (6,)]:
-        raise Wrong(f"24 rows make {got}, want 12, 6 and 6")
+        raise CriterionNotMet(f"24 rows make {got}, want 12, 6 and 6")
     if (got := subject(torch.arange(25))[1]) == [(12,), (6,), (6,)]:
-        raise Wrong("25 rows make 12, 6 and 6 as well")
+        raise CriterionNotMet("25 rows make 12, 6 and 6 as well")
 
 
 def exported(folder, sizes, calls=10**6):
@@ -149,12 +149,12 @@ def _(subject):
             try:
                 got = load_hf_model(folder)
             except ValueError as error:
-                raise Wrong(f"nothing can be read: {error}") from error
+                raise CriterionNotMet(f"nothing can be read: {error}") from error
             if not torch.equal(got.embed.weight, want.embed.weight):
-                raise Wrong("the first export is read")
+                raise CriterionNotMet("the first export is read")
             if len(set(Path(folder).glob("model*"))) != (1 if sizes[1] == 2**20 else len(
                     set(Path(folder).glob("model-*"))) + 1):
-                raise Wrong("files of the first export are left")
+                raise CriterionNotMet("files of the first export are left")
 
 
 @exports.criterion("an export cut off is no model", "property")
@@ -167,7 +167,8 @@ def _(subject):
             except ValueError as error:
                 if "holds no config.json" in str(error):
                     continue
-            raise Wrong(f"a folder after {calls} files of the new export is read, or refused for its weights")
+            raise CriterionNotMet(f"a folder after {calls} files of the new export is read, or refused for "
+                                  "its weights")
 
 
 def opened(change):
@@ -189,7 +190,7 @@ def _(subject):
     pointer = json_files.GIT_LFS_POINTER_START + b".github.com"
     got = subject(lambda folder: (folder / "config.json").write_bytes(pointer))
     if "Git LFS" not in got:
-        raise Wrong(f"a pointer is answered {got!r}")
+        raise CriterionNotMet(f"a pointer is answered {got!r}")
 
 
 @problems.criterion("two sets of weights are refused", "property")
@@ -198,7 +199,7 @@ def _(subject):
         (folder / safetensors_files.SAFETENSORS_FILE).write_bytes(next(folder.glob("model-*")).read_bytes())
     got = subject(change)
     if "stale" not in got:
-        raise Wrong(f"both forms of weights are answered {got!r}")
+        raise CriterionNotMet(f"both forms of weights are answered {got!r}")
 
 
 @problems.criterion("an index names files of its folder", "property")
@@ -207,7 +208,7 @@ def _(subject):
         path = folder / safetensors_files.SAFETENSORS_INDEX_FILE
         path.write_text(path.read_text().replace("model-00001", "../model-00001"))
     if "of its folder" not in (got := subject(change)):
-        raise Wrong(f"an index that leaves its folder is answered {got!r}")
+        raise CriterionNotMet(f"an index that leaves its folder is answered {got!r}")
 
 
 def _reversed(config, table, inner=tensor_sources.parameter_sources):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tokenizers import normalizers
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.weights.gguf import bpe_tokenizer, file_format, sentencepiece_tokenizer, weights
 from nanoinfra.model.weights.gguf import config as gguf_config
@@ -61,7 +61,7 @@ def _computes(name):
     def _(subject):
         far = (subject(name) - torch.tensor(WANT[f"logits {name}"])).abs().max().item()
         if not far <= 5e-3:                  # GPT-2's GELU is a table of float16 there
-            raise Wrong(f"{name}: logits differ from llama.cpp's by {far:.2g}")
+            raise CriterionNotMet(f"{name}: logits differ from llama.cpp's by {far:.2g}")
 
 
 def _spells(name):
@@ -70,9 +70,9 @@ def _spells(name):
         ids, ends = subject(name)
         for string, want, got in zip(STRINGS, WANT[f"ids {name}"], ids):
             if got != want:
-                raise Wrong(f"{name}: {string!r} is {got}, llama.cpp's ids are {want}")
+                raise CriterionNotMet(f"{name}: {string!r} is {got}, llama.cpp's ids are {want}")
         if ends != WANT[f"ends {name}"]:
-            raise Wrong(f"{name}: {ends} end an answer, in llama.cpp it is {WANT[f'ends {name}']}")
+            raise CriterionNotMet(f"{name}: {ends} end an answer, in llama.cpp it is {WANT[f'ends {name}']}")
 
 
 def _refuses(name, says, **how):
@@ -80,7 +80,7 @@ def _refuses(name, says, **how):
     def _(subject):
         why = subject(**how)
         if says not in (why or ""):
-            raise Wrong(f"want a refusal with {says!r}, got {why!r}")
+            raise CriterionNotMet(f"want a refusal with {says!r}, got {why!r}")
 
 
 for each in MODELS:

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.serve.engine import engine as engines
@@ -78,15 +78,15 @@ def beside(subject, requests, spoil=None, bad=()):
         with contextlib.redirect_stderr(io.StringIO()):                  # the engine shows what it has caught
             got = subject(requests, spoil)
     except Exception as error:
-        raise Wrong(f"the step raises {type(error).__name__}: {error}") from error
+        raise CriterionNotMet(f"the step raises {type(error).__name__}: {error}") from error
     want = _unspoiled()
     for name, tokens in want.items():
         if name[0] not in bad and got["said"].get(name) != tokens:
-            raise Wrong(f"{name[0]} says {got['said'].get(name)}, alone {tokens}")
+            raise CriterionNotMet(f"{name[0]} says {got['said'].get(name)}, alone {tokens}")
     if set(got["failed"]) != set(bad):
-        raise Wrong(f"{set(got['failed'])} fail, want {set(bad)}")
+        raise CriterionNotMet(f"{set(got['failed'])} fail, want {set(bad)}")
     if got["books"]:
-        raise Wrong(got["books"][0])
+        raise CriterionNotMet(got["books"][0])
 
 
 @functools.cache
@@ -124,9 +124,9 @@ def _(subject):
     _poison(kept["engine"], kept["engine"].block_pool.hash_to_block.values())
     first, again = (subject(batch(), kept=kept) for _ in "ab")
     if again["said"] != _unspoiled():
-        raise Wrong("a prefix that was found to hold NaN changes what is said after that")
+        raise CriterionNotMet("a prefix that was found to hold NaN changes what is said after that")
     if again["stats"]["preemptions"] > first["stats"]["preemptions"]:
-        raise Wrong("a prefix that was found to hold NaN is shared once more")
+        raise CriterionNotMet("a prefix that was found to hold NaN is shared once more")
 
 
 @isolation.criterion("a poisoned block changes nobody's tokens", "parity")

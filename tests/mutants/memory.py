@@ -11,7 +11,7 @@ from nanoinfra.config import config_for_size
 from nanoinfra.formulas import memory_footprint, pipeline
 from nanoinfra.formulas.activations import embedding_and_head_bytes_by_term, saved_activation_bytes
 from nanoinfra.formulas.memory_footprint import ParallelLayout, TrainingStepConfig
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.train import config
 from nanoinfra.train.launch import memory_check
@@ -29,14 +29,14 @@ def keep(layout, stage=0):
 def _(subject):
     want = saved_activation_bytes(CONFIG, 8, 256, 4)
     if (got := subject(ParallelLayout())) != want:
-        raise Wrong(f"{got} bytes, want {want}")
+        raise CriterionNotMet(f"{got} bytes, want {want}")
 
 
 @kept.criterion("a stage keeps the micro-batches that its schedule has under way", "parity")
 def _(subject):
     one = subject(ParallelLayout(pp=2, schedule="1f1b")) / 2                       # at the first stage of two
     if (got := subject(ParallelLayout(pp=2, schedule="gpipe"))) != 6 * one:
-        raise Wrong(f"gpipe keeps {got} bytes of six micro-batches of {one}")
+        raise CriterionNotMet(f"gpipe keeps {got} bytes of six micro-batches of {one}")
 
 
 def refuse(line, has):
@@ -53,7 +53,7 @@ def refuse(line, has):
 def _(subject):
     two, eight = (subject(f"--model test --data random --dp {n}", 1e9) for n in (2, 8))
     if two or not eight:
-        raise Wrong("a gigabyte holds two processes, and not eight")
+        raise CriterionNotMet("a gigabyte holds two processes, and not eight")
 
 
 @refusal.criterion("what is to be tried fits", "property")
@@ -62,7 +62,7 @@ def _(subject):
         tried = re.search("; try (.*)", subject(TWO, has))
         kept = "" if tried and "--micro-batch" in tried[1] else "--micro-batch 64"
         if not tried or refuse(f"--model nano --dp 2 {kept} {tried[1]}", has):
-            raise Wrong(f"on a machine of {has} bytes {tried and tried[1]}")
+            raise CriterionNotMet(f"on a machine of {has} bytes {tried and tried[1]}")
 
 
 def without_logits(*args):

@@ -10,7 +10,7 @@ from unittest import mock
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from nanoinfra.lab.check import Blocked, Check, Wrong
+from nanoinfra.lab.check import Check, CriterionBlocked, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.train.launch import rendezvous
 from tests.distributed.at_rest import launched, pooled, teamed, torchs_store
@@ -27,21 +27,21 @@ def visits(name):
     @check.criterion(SAFE, "property")
     def _(subject):
         if not os.path.exists("/proc/self/net/tcp"):
-            raise Blocked("finds sockets through Linux's /proc")
+            raise CriterionBlocked("finds sockets through Linux's /proc")
         if seen(subject).ran:
-            raise Wrong("a pickle that a stranger wrote into a store was loaded, and his code ran")
+            raise CriterionNotMet("a pickle that a stranger wrote into a store was loaded, and his code ran")
 
     @check.criterion(LOOPBACK, "property")
     def _(subject):
         found = seen(subject)
         if found.beyond or not found.listens:          # nobody: gloo was told an interface that is not here
-            raise Wrong(f"other hosts reach {found.beyond} of {found.listens}: torch's own store, or gloo "
-                        "left to itself?")
+            raise CriterionNotMet(f"other hosts reach {found.beyond} of {found.listens}: torch's own store, "
+                                  "or gloo left to itself?")
 
     @check.criterion(MEET, "parity")
     def _(subject):
         if not (found := seen(subject)).ended_well or not found.planted:
-            raise Wrong("the ranks did not meet, or have no store")
+            raise CriterionNotMet("the ranks did not meet, or have no store")
     return check
 
 
@@ -67,19 +67,19 @@ OURS = ONE | {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "nanoinfra-7"}
 @warning.criterion("several hosts are told that they trust their network", "property")
 def _(subject):
     if not said(subject, SEVERAL).startswith("ranks on several hosts trust"):
-        raise Wrong(f"{said(subject, SEVERAL)!r} on two hosts")
+        raise CriterionNotMet(f"{said(subject, SEVERAL)!r} on two hosts")
 
 
 @warning.criterion("torchrun on one host is said to listen on every interface", "property")
 def _(subject):
     if not said(subject, ONE).startswith("torchrun listens on every interface"):
-        raise Wrong(f"{said(subject, ONE)!r} under torchrun")
+        raise CriterionNotMet(f"{said(subject, ONE)!r} under torchrun")
 
 
 @warning.criterion("nothing is said where all is on loopback", "property")
 def _(subject):
     if text := said(subject, OURS):
-        raise Wrong(f"{text!r} under nanoinfra's own launcher")
+        raise CriterionNotMet(f"{text!r} under nanoinfra's own launcher")
 
 
 def said(subject, told):

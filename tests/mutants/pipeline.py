@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import torch
 
+from lessons.l06_pipeline import measurements as pipes
 from nanoinfra.config import ModelConfig
 from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
-from nanoinfra.lab import pipes
-from nanoinfra.lab.check import Check, Wrong, ranks
+from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.parallel.parallelize import ParallelModel
 from nanoinfra.parallel.pipeline import schedules
@@ -50,7 +50,7 @@ def _(subject):
         try:
             validate_schedule(subject(*kind))
         except ValueError as error:
-            raise Wrong(f"{kind}: {error}") from error
+            raise CriterionNotMet(f"{kind}: {error}") from error
 
 
 @order.criterion("keeps as few micro-batches as the paper", "resource")
@@ -59,7 +59,8 @@ def _(subject):
         for r, stage in enumerate(subject(kind, p, m, v)):
             if (got := max_micro_batches_in_flight(stage)) > (want := formulas.predicted_micro_batches_in_flight(kind, p, r, m,
                                                                                                v)):
-                raise Wrong(f"{kind}: stage {r} of {p} keeps {got} of {m} micro-batches, want {want}")
+                raise CriterionNotMet(f"{kind}: stage {r} of {p} keeps {got} of {m} micro-batches, want "
+                                      f"{want}")
 
 
 @order.criterion("idles as long as the paper says", "resource")
@@ -68,7 +69,8 @@ def _(subject):
         want = formulas.pipeline_idle_seconds(kind, p, m, *TIMES, v)
         got = max(simulate_schedule(subject(kind, p, m, v), *(t / v for t in TIMES)).idle_seconds)
         if not abs(got - want) < 1e-9:
-            raise Wrong(f"{kind}: a stage of {p} idles {got} slots with {m} micro-batches, want {want}")
+            raise CriterionNotMet(f"{kind}: a stage of {p} idles {got} slots with {m} micro-batches, want "
+                                  f"{want}")
 
 
 @pipeline.criterion("the loss is one rank's", "property")
@@ -76,7 +78,8 @@ def _(subject):
     for kind, p, m, _, want, results in _runs(subject):
         got = sum(result["loss"] for result in results)
         if not abs(got / want["loss"] - 1) < 1e-12:
-            raise Wrong(f"{kind} on {p} stages, {m} micro-batches: the loss is {got}, want {want['loss']}")
+            raise CriterionNotMet(f"{kind} on {p} stages, {m} micro-batches: the loss is {got}, want "
+                                  f"{want['loss']}")
 
 
 @pipeline.criterion("gradients are one rank's", "parity")
@@ -87,7 +90,7 @@ def _(subject):
                 whole = want["grads"][name]
                 off = (grad - whole).norm() / max(whole.norm(), 1e-6 * want["norm"])
                 if not off < 1e-10:
-                    raise Wrong(f"stage {r} of {p}, {kind}: {name} is off by {off:.1e} of its size")
+                    raise CriterionNotMet(f"stage {r} of {p}, {kind}: {name} is off by {off:.1e} of its size")
 
 
 @pipeline.criterion("the norm counts each number once", "parity")
@@ -95,7 +98,8 @@ def _(subject):
     for kind, p, _, _, want, results in _runs(subject):
         for r, got in enumerate(results):
             if not abs(got["norm"] / want["norm"] - 1) < 1e-10:
-                raise Wrong(f"stage {r} of {p}, {kind}: the norm is {got['norm']}, want {want['norm']}")
+                raise CriterionNotMet(f"stage {r} of {p}, {kind}: the norm is {got['norm']}, want "
+                                      f"{want['norm']}")
 
 
 @pipeline.criterion("sends a message a border, there and back", "resource")
@@ -103,17 +107,17 @@ def _(subject):
     for kind, p, m, v, _, results in _runs(subject):
         want = formulas.pipeline_sent_bytes_per_stage(CONFIG, p, m, 2, T, 8, v)
         if (got := [result["sent"] for result in results]) != want:
-            raise Wrong(f"{kind}: stages send {got} bytes, want {want}")
+            raise CriterionNotMet(f"{kind}: stages send {got} bytes, want {want}")
 
 
 @overlap.criterion("stages work at the same time", "speed")
 def _(subject):
     lists = schedules.build_pipeline_schedule("gpipe", 4, 4)
     want, serial = simulate_schedule(lists, *TIMES).step_seconds * SLOT, sum(TIMES) * 4 * 4 * SLOT
-    got = min(max(ranks(4).run(seconds, subject, lists)) for _ in range(3))
+    got = min(max(rank_pool_for_checks(4).run(seconds, subject, lists)) for _ in range(3))
     if got > (want + serial) / 2:
-        raise Wrong(f"4 micro-batches on 4 stages take {got:.2f} s, {want:.2f} by the clock and {serial:.2f} "
-                    "one stage at a time")
+        raise CriterionNotMet(f"4 micro-batches on 4 stages take {got:.2f} s, {want:.2f} by the clock and "
+                              f"{serial:.2f} one stage at a time")
 
 
 def step(kind, p, m, v):
@@ -143,8 +147,8 @@ def seconds(rehearse, lists):
 
 def _runs(subject):
     for kind, p, m, v in STEPS:
-        [want] = ranks(1).run(step, "1f1b", 1, m, 1)
-        yield kind, p, m, v, want, ranks(p).run(subject, kind, p, m, v)
+        [want] = rank_pool_for_checks(1).run(step, "1f1b", 1, m, 1)
+        yield kind, p, m, v, want, rank_pool_for_checks(p).run(subject, kind, p, m, v)
 
 
 def one_at_a_time(kind, p, m, v):
@@ -209,7 +213,7 @@ TWICE = SimpleNamespace(send=sends_twice, recv=receives_twice)
 
 
 def serially(lists, *more):
-    return pipes.rehearse(one_at_a_time("gpipe", len(lists), 4, 1), *more)
+    return pipes.rehearse_schedule(one_at_a_time("gpipe", len(lists), 4, 1), *more)
 
 
 def in_step(todo, stage):
@@ -243,5 +247,5 @@ MUTANTS = [
     Mutant("every message sent twice", pipeline, patched(step, COMM, TWICE), SENT),
     Mutant("a serial pipeline, timed", overlap, serially, BUSY),
     Mutant("stages in step", overlap,
-           patched(pipes.rehearse, "nanoinfra.lab.pipes:execute_schedule", in_step), BUSY),
+           patched(pipes.rehearse_schedule, "lessons.l06_pipeline.measurements:execute_schedule", in_step), BUSY),
 ]

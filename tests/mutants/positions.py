@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from nanoinfra.config import ModelConfig, RopeScaling
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model import attention, rope
 from nanoinfra.model.attention import AttentionMask
@@ -39,7 +39,7 @@ def _(subject):
             for t, seen in enumerate((subject(core, T, S, W) > 1e-6).tolist()):
                 at = S - T + t
                 if seen != [at - W < s <= at for s in range(S)]:
-                    raise Wrong(f"{core}: query {at} of window {W} sees keys {seen}")
+                    raise CriterionNotMet(f"{core}: query {at} of window {W} sees keys {seen}")
 
 
 def serve(kernels):
@@ -64,7 +64,7 @@ def _(subject):
     for kernels in (False, True):
         said, want = subject(kernels)
         if said != want:
-            raise Wrong(f"{'C passes' if kernels else 'torch'}: {said}, want {want}")
+            raise CriterionNotMet(f"{'C passes' if kernels else 'torch'}: {said}, want {want}")
 
 
 def turn(scaling, length=FIRST):
@@ -81,7 +81,7 @@ def plain(theta=THETA):
 def near(got, want, what):
     for j, (a, b) in enumerate(zip(got, want, strict=True)):
         if abs(a - b) > 1e-9 * b:
-            raise Wrong(f"{what}: pair {j} turns by {a}, want {b}")
+            raise CriterionNotMet(f"{what}: pair {j} turns by {a}, want {b}")
 
 
 @stretch.criterion("linear scaling divides every pair", "property")
@@ -107,7 +107,7 @@ def _(subject):
                                           attention_factor=1.25, truncate=truncate))
         near(got, want, f"yarn, truncate {truncate}")
         if abs(factor - 1.25) > 1e-12:
-            raise Wrong(f"cos and sin are multiplied by {factor}, want 1.25")
+            raise CriterionNotMet(f"cos and sin are multiplied by {factor}, want 1.25")
 
 
 @stretch.criterion("llama3's ramp goes along the number of turns", "property")

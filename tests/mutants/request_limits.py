@@ -7,7 +7,7 @@ import json
 
 from pydantic import ConfigDict
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.processes.engine_loop import EngineReady
@@ -62,7 +62,7 @@ def _refuses(name, kind, body, says):
     def _(subject):
         why, *_ = subject(kind, **body)
         if says not in (why or ""):
-            raise Wrong(f"{str(body)[:80]}: want a refusal with {says!r}, got {why!r}")
+            raise CriterionNotMet(f"{str(body)[:80]}: want a refusal with {says!r}, got {why!r}")
     return name
 
 
@@ -70,7 +70,8 @@ def _refuses(name, kind, body, says):
 def _(subject):
     why, seen, _, _ = subject(CompletionRequest, prompt="a" * 5 * CONTEXT)
     if seen or not why:
-        raise Wrong(f"a prompt of {5 * CONTEXT} characters, at most {4 * CONTEXT} fit: {seen} were tokenized")
+        raise CriterionNotMet(f"a prompt of {5 * CONTEXT} characters, at most {4 * CONTEXT} fit: {seen} were "
+                              "tokenized")
 
 
 @requests.criterion("a chat that no context spells is not rendered", "property")
@@ -78,14 +79,15 @@ def _(subject):
     why, _, rendered, _ = subject(ChatCompletionRequest,
                                   messages=[{"role": "user", "content": "a" * 5 * CONTEXT}])
     if rendered or not why:
-        raise Wrong(f"a message of {5 * CONTEXT} characters was rendered; at most {4 * CONTEXT} fit")
+        raise CriterionNotMet(f"a message of {5 * CONTEXT} characters was rendered; "
+                              f"at most {4 * CONTEXT} fit")
 
 
 @requests.criterion("what nobody knows is dropped", "property")
 def _(subject):
     *_, kept = subject(CompletionRequest, prompt="a", max_tokens=1, unheard_of=[1])
     if kept:
-        raise Wrong(f"a field that nobody knows is kept: {kept}")
+        raise CriterionNotMet(f"a field that nobody knows is kept: {kept}")
 
 
 PROMPTS = _refuses("prompts are few", CompletionRequest, {"prompt": ["a"] * 2000, "max_tokens": 1},

@@ -5,7 +5,7 @@ mutant of the library is patched in meanwhile.
 """
 import json
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.engine.requests import RequestOutput
 from nanoinfra.serve.processes.engine_loop import EngineReady
@@ -40,7 +40,7 @@ def ended(*events, why=None):
 @shape.criterion("a developer speaks for the system", "property")
 def _(subject):
     if (got := subject([{"role": "developer", "content": "be"}])[0]["role"]) != "system":
-        raise Wrong(f"a developer's turn is one of {got!r}, a role that few templates know")
+        raise CriterionNotMet(f"a developer's turn is one of {got!r}, a role that few templates know")
 
 
 @shape.criterion("calls are one turn, each with its id", "property")
@@ -49,7 +49,7 @@ def _(subject):
     got = subject([CALL, CALL | {"call_id": "2"}, said])
     ids = [[call["id"] for call in turn.get("tool_calls", [])] or turn["tool_call_id"] for turn in got]
     if ids != [["1", "2"], "1"]:
-        raise Wrong(f"two calls and the first one's output have the ids {ids}")
+        raise CriterionNotMet(f"two calls and the first one's output have the ids {ids}")
 
 
 @ends.criterion("what is cut is incomplete", "property")
@@ -57,20 +57,20 @@ def _(subject):
     for finish, want in (("stop", "completed"), ("length", "incomplete")):
         if (got := subject(RequestOutput("r", text="a", token_ids=[1],
                                          finish_reason=finish))["status"]) != want:
-            raise Wrong(f"a text that ended by {finish} is {got}")
+            raise CriterionNotMet(f"a text that ended by {finish} is {got}")
 
 
 @ends.criterion("a full queue is a rate limit", "property")
 def _(subject):
     if (got := subject(why=APIError(429, "full"))["error"]["code"]) != "rate_limit_exceeded":
-        raise Wrong(f"of a full queue a client reads {got}")
+        raise CriterionNotMet(f"of a full queue a client reads {got}")
 
 
 @ends.criterion("the text comes again", "property")
 def _(subject):
     response = subject(RequestOutput("r", text="a"), RequestOutput("r", text="b", finish_reason="stop"))
     if (got := response["output"][0]["content"][0]["text"]) != "ab":
-        raise Wrong(f"a and b end as {got!r}")
+        raise CriterionNotMet(f"a and b end as {got!r}")
 
 
 def _forgetful(item, i, _turn=responses_requests._item_to_message):

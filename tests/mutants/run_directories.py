@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nanoinfra.cli import main
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.train.checkpoint import checkpoint, retention
 from nanoinfra.train.run_directory.lock import LOCK_FILE_NAME
@@ -37,7 +37,7 @@ def _(subject):
     with made(subject) as run, open(run.out / LOCK_FILE_NAME, "w") as theirs:
         fcntl.flock(theirs, fcntl.LOCK_EX)
         if (code := run("--steps", "1")) != 2:
-            raise Wrong(f"a second run into a locked folder ends with {code}, want 2")
+            raise CriterionNotMet(f"a second run into a locked folder ends with {code}, want 2")
 
 
 @folder.criterion("what is another's stays as it was", "property")
@@ -46,7 +46,8 @@ def _(subject):
         (run.out / "config.json").write_text('{"model_type": "llama"}')
         code, left = run("--steps", "1"), (run.out / "config.json").read_text()
         if code != 2 or left != '{"model_type": "llama"}':
-            raise Wrong(f"a run into a model's folder ends with {code} and leaves config.json as {left[:40]}")
+            raise CriterionNotMet(f"a run into a model's folder ends with {code} and leaves config.json as "
+                                  f"{left[:40]}")
 
 
 @folder.criterion("what was left behind is not taken again", "property")
@@ -56,7 +57,7 @@ def _(subject):
         run("--resume-from", "1", "--steps", "1")
         saved = [path.name for path in checkpoint.list_checkpoints(run.out / "checkpoints")]
         if saved != ["step_00000001"]:
-            raise Wrong(f"after --resume-from 1 --resume may take {saved[-1]}")
+            raise CriterionNotMet(f"after --resume-from 1 --resume may take {saved[-1]}")
 
 
 @folder.criterion("a link at an old checkpoint's name ends no save, and its target stays", "property")
@@ -67,7 +68,7 @@ def _(subject):
         (run.out / "checkpoints" / "step_00000000").symlink_to(theirs)
         code = run("--resume", "--steps", "3", "--keep-checkpoints", "1")
         if code or not Path(theirs, "weights").exists():
-            raise Wrong(f"ends with {code}, and the link's target is {'kept' if code else 'lost'}")
+            raise CriterionNotMet(f"ends with {code}, and the link's target is {'kept' if code else 'lost'}")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import threading
 import tracemalloc
 from pathlib import Path
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
@@ -171,7 +171,7 @@ def _must(name, part, given, holds, want):
     @running.criterion(name, "resource")
     def _(subject):
         if not holds(got := subject(part, *given)):
-            raise Wrong(f"{part}{str(given)[:100]}: want {want}, got {str(got)[:100]}")
+            raise CriterionNotMet(f"{part}{str(given)[:100]}: want {want}, got {str(got)[:100]}")
     return name
 
 

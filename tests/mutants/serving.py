@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.serve.engine.block_pool import BlockPool
@@ -95,7 +95,7 @@ def _(subject):
         whole = shown["none"]
         want = whole[:min((at for each in stop if (at := whole.find(each)) >= 0), default=None)]
         if shown[name] != want:
-            raise Wrong(f"stop {name}: {shown[name]!r} is shown of {whole!r}, want {want!r}")
+            raise CriterionNotMet(f"stop {name}: {shown[name]!r} is shown of {whole!r}, want {want!r}")
 
 
 @serving.criterion("every block is given back once, by each that held it", "property")
@@ -104,7 +104,7 @@ def _(subject):
     sharing = [ask(name, [*tokens, i], new) for i, (name, new) in enumerate([("a", 2), ("b", 9), ("c", 5)])]
     for rounds in ([[ask("first", tokens)], sharing], [[ask("r", tokens, n=3), ask("s", prompt(8, 5), 3)]]):
         if books := subject(rounds, num_blocks=14)["books"]:
-            raise Wrong(f"{books[0]}: given back for somebody else, or twice, or not at all?")
+            raise CriterionNotMet(f"{books[0]}: given back for somebody else, or twice, or not at all?")
 
 
 @serving.criterion("requests side by side say what each says alone", "parity")
@@ -153,10 +153,10 @@ def _(subject):
     got = subject([[ask(name, tokens, sampling_params=drawn) for name, tokens in asked.items()]])["tokens"]
     for name, tokens in asked.items():
         if got[name, 0] != (want := alone(tokens, **how)):
-            raise Wrong(f"{name}, seed 11, beside three others draws {got[name, 0]}, alone {want}")
+            raise CriterionNotMet(f"{name}, seed 11, beside three others draws {got[name, 0]}, alone {want}")
     forks = subject([[ask("r", asked["r0"], sampling_params=drawn, n=3)]])["tokens"]
     if len({tuple(each) for each in forks.values()}) < 3:
-        raise Wrong(f"n = 3 draws {list(forks.values())}: want three that differ")
+        raise CriterionNotMet(f"n = 3 draws {list(forks.values())}: want three that differ")
 
 
 def _says(subject, rounds, n=1, renew=False, **how):
@@ -168,7 +168,8 @@ def _says(subject, rounds, n=1, renew=False, **how):
             want = alone(tokens, weights=i if renew else 0)
             for index in range(n):
                 if got[name, index] != want:
-                    raise Wrong(f"{name} ({index} of {n}, round {i}) says {got[name, index]}, alone {want}")
+                    raise CriterionNotMet(f"{name} ({index} of {n}, round {i}) says {got[name, index]}, "
+                                          f"alone {want}")
 
 
 class NeverForgets(BlockPool):                  # the contents of a block that is taken again stay known

@@ -4,7 +4,7 @@ import os
 import signal
 from unittest import mock
 
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.server.http import shutdown_signals
 
@@ -41,7 +41,7 @@ def _(subject):
             if callable(handler):
                 handler(sign, None)
         if leave.call_args != mock.call(0):
-            raise Wrong(f"{sign.name} while packages are imported: {handler}, want an end with 0")
+            raise CriterionNotMet(f"{sign.name} while packages are imported: {handler}, want an end with 0")
 
 
 @ending.criterion("a mistake gives the signals back", "property")
@@ -50,14 +50,14 @@ def _(subject):
         raise ValueError("no such flag")
     before, after, *_ = subject(mistake)
     if before != after:
-        raise Wrong(f"after a mistake {after}, want {before}")
+        raise CriterionNotMet(f"after a mistake {after}, want {before}")
 
 
 @ending.criterion("no signal ends Python's last moments", "property")
 def _(subject):
     *_, last, _ = subject(handlers)
     if any(handler != signal.SIG_IGN for handler in last.values()):
-        raise Wrong(f"at the end {last}: Python drops handlers before it is gone; want SIG_IGN")
+        raise CriterionNotMet(f"at the end {last}: Python drops handlers before it is gone; want SIG_IGN")
 
 
 def keeps_them(main):

@@ -11,7 +11,7 @@ from nanoinfra.distributed.comm import AsyncCollective
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.formulas.tensor_parallel import tp_collectives_per_step
-from nanoinfra.lab.check import Check, Wrong, ranks
+from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.initialization import draw_initial_tensor, named_generator
 from nanoinfra.model.weights.fill_model import decoder_on_meta_device
@@ -30,61 +30,61 @@ tensor = Check("tensor")
 
 @tensor.criterion("the loss is one rank's", "property")
 def _(subject):
-    [want] = ranks(1).run(step, "llama", 1, "none")
-    for rank, got in enumerate(ranks(2).run(subject, "llama", 2, "none")):
+    [want] = rank_pool_for_checks(1).run(step, "llama", 1, "none")
+    for rank, got in enumerate(rank_pool_for_checks(2).run(subject, "llama", 2, "none")):
         if not abs(got["loss"] / want["loss"] - 1) < 1e-12:
-            raise Wrong(f"rank {rank}: the loss is {got['loss']}, want {want['loss']}")
+            raise CriterionNotMet(f"rank {rank}: the loss is {got['loss']}, want {want['loss']}")
 
 
 @tensor.criterion("the loss stands large logits", "property")
 def _(subject):
-    [want] = ranks(1).run(step, "llama", 1, "none", 300.0)
-    for rank, got in enumerate(ranks(2).run(subject, "llama", 2, "none", 300.0)):
+    [want] = rank_pool_for_checks(1).run(step, "llama", 1, "none", 300.0)
+    for rank, got in enumerate(rank_pool_for_checks(2).run(subject, "llama", 2, "none", 300.0)):
         if not abs(got["loss"] / want["loss"] - 1) < 1e-9:
-            raise Wrong(f"rank {rank}: the loss is {got['loss']}, want {want['loss']}: exp of a large number "
-                        "overflows, take the maximum off first")
+            raise CriterionNotMet(f"rank {rank}: the loss is {got['loss']}, want {want['loss']}: exp of a "
+                                  "large number overflows, take the maximum off first")
 
 
 @tensor.criterion("gradients are one rank's", "parity")
 def _(subject):
     for family, tp, sp in CASES:
-        [want] = ranks(1).run(step, family, 1, "none")
-        for rank, got in enumerate(ranks(tp).run(subject, family, tp, sp)):
+        [want] = rank_pool_for_checks(1).run(step, family, 1, "none")
+        for rank, got in enumerate(rank_pool_for_checks(tp).run(subject, family, tp, sp)):
             for name, (index, grad) in got["grads"].items():
                 _, whole = want["grads"][name]
                 off = (grad - whole[index]).norm() / max(whole.norm(), 1e-6 * want["norm"])
                 if not off < 1e-10:
-                    raise Wrong(f"rank {rank}: {name} of {family}, tp {tp}, sp {sp}, is off by {off:.1e} of "
-                                "its size")
+                    raise CriterionNotMet(f"rank {rank}: {name} of {family}, tp {tp}, sp {sp}, is off by "
+                                          f"{off:.1e} of its size")
 
 
 @tensor.criterion("the norm counts each number once", "parity")
 def _(subject):
     for family, tp, sp in CASES:
-        [want] = ranks(1).run(step, family, 1, "none")
-        for rank, got in enumerate(ranks(tp).run(subject, family, tp, sp)):
+        [want] = rank_pool_for_checks(1).run(step, family, 1, "none")
+        for rank, got in enumerate(rank_pool_for_checks(tp).run(subject, family, tp, sp)):
             if not abs(got["norm"] / want["norm"] - 1) < 1e-9:
-                raise Wrong(f"rank {rank}: the norm is {got['norm']}, want {want['norm']}")
+                raise CriterionNotMet(f"rank {rank}: the norm is {got['norm']}, want {want['norm']}")
 
 
 @tensor.criterion("no tensor is larger than a rank's logits", "resource")
 def _(subject):
     for family, tp, sp in CASES:
-        for rank, got in enumerate(ranks(tp).run(subject, family, tp, sp)):
+        for rank, got in enumerate(rank_pool_for_checks(tp).run(subject, family, tp, sp)):
             if got["largest"] > B * T * -(-V // tp):
-                raise Wrong(f"rank {rank} makes a tensor of {got['largest']} numbers, want at most "
-                            f"{B * T * -(-V // tp)}, its share of the logits")
+                raise CriterionNotMet(f"rank {rank} makes a tensor of {got['largest']} numbers, want at most "
+                                      f"{B * T * -(-V // tp)}, its share of the logits")
 
 
 @tensor.criterion("sends what the paper says", "resource")
 def _(subject):
     for family, tp, sp in CASES:
         wanted = tp_collectives_per_step(config(family), tp, B, T, dtype_bytes=8, grad_bytes=8, sp=sp)
-        for rank, got in enumerate(ranks(tp).run(subject, family, tp, sp)):
+        for rank, got in enumerate(rank_pool_for_checks(tp).run(subject, family, tp, sp)):
             for key in wanted | got["sent"]:
                 if got["sent"].get(key) != wanted.get(key):
-                    raise Wrong(f"rank {rank}, {family}, sp {sp}: {' '.join(key)} is {got['sent'].get(key)} "
-                                f"(calls, bytes), want {wanted.get(key)}")
+                    raise CriterionNotMet(f"rank {rank}, {family}, sp {sp}: {' '.join(key)} is "
+                                          f"{got['sent'].get(key)} (calls, bytes), want {wanted.get(key)}")
 
 
 def step(family, tp, sp, scale=1.0):

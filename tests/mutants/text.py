@@ -11,7 +11,7 @@ import transformers
 from tokenizers import decoders, models
 
 from nanoinfra.data.train_tokenizer import BPETokenizer
-from nanoinfra.lab.check import Check, Wrong
+from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.model.weights.fill_model import PretrainedWeights
@@ -66,7 +66,7 @@ def _shows(name, make, *lists):
         text = make()                        # anew: it remembers what it has found out of itself
         for ids in lists:
             if (got := subject(text, ids)[0]) != (want := text.decode(ids)):
-                raise Wrong(f"{ids} are shown as {got!r}, the whole is {want!r}")
+                raise CriterionNotMet(f"{ids} are shown as {got!r}, the whole is {want!r}")
     return name
 
 
@@ -82,7 +82,7 @@ ACROSS = _shows("a character may lie across each cut",
 @shown.criterion("ids without text are not kept", "resource")
 def _(subject):
     if (most := subject(byte_text(["<end>"]), [0xf0, *[256] * 50, *[900] * 50])[1]) > 4:
-        raise Wrong(f"{most} tokens are held, of which one has a text")
+        raise CriterionNotMet(f"{most} tokens are held, of which one has a text")
 
 
 def read(kind, **files):
@@ -104,20 +104,21 @@ def _(subject):
     text = subject("truncation and padding")
     long, short = len(text.encode("0123456789" * 3)), len(text.encode("a"))
     if long != 31 or short != 2:
-        raise Wrong(f"prompts of 30 digits and of a letter have {long} and {short} tokens: cut, or padded")
+        raise CriterionNotMet(f"prompts of 30 digits and of a letter have {long} and {short} tokens: cut, or "
+                              "padded")
 
 
 @folders.criterion("an eos named anywhere ends an answer", "property")
 def _(subject):
     text = subject("gpt2", generation_config={"eos_token_id": [3, 4]}, config={"eos_token_id": 2})
     if (got := text.eos_token_ids) != {1, 2, 3, 4}:
-        raise Wrong(f"{got} end an answer, want 1 to 4")
+        raise CriterionNotMet(f"{got} end an answer, want 1 to 4")
 
 
 @folders.criterion("special tokens are found by name", "property")
 def _(subject):
     if (got := subject("llama2").special_tokens_map.get("pad_token")) != "<pad>":
-        raise Wrong(f"the pad token is {got!r}, want <pad>")
+        raise CriterionNotMet(f"the pad token is {got!r}, want <pad>")
 
 
 def _refuses(name, says, kind="gpt2", **files):
@@ -125,7 +126,7 @@ def _refuses(name, says, kind="gpt2", **files):
     def _(subject):
         got = subject(kind, **files)
         if not isinstance(got, str) or says not in got:
-            raise Wrong(f"want a refusal with {says!r}, got {got}")
+            raise CriterionNotMet(f"want a refusal with {says!r}, got {got}")
     return name
 
 
@@ -168,7 +169,7 @@ def _keeps(what, name):
     def _(subject):
         want, got = subject()
         if got[what] != want[what]:
-            raise Wrong(f"{what}: want {want[what]}, got {got[what]}")
+            raise CriterionNotMet(f"{what}: want {want[what]}, got {got[what]}")
     return name
 
 
@@ -188,16 +189,16 @@ def train(vocab, text):
 @trained.criterion("text needs the model's own tokenizer", "property")
 def _(subject):
     if "no tokenizer" not in str(got := subject(300, None)):
-        raise Wrong(f"a model without a tokenizer is trained with {got}")
+        raise CriterionNotMet(f"a model without a tokenizer is trained with {got}")
 
 
 @trained.criterion("the model knows every id of it", "property")
 def _(subject):
     text = replace(byte_text([f"<{i}>" for i in range(44)]), eos_token="<0>")
     if "below 299 alone" not in str(got := subject(299, text)):
-        raise Wrong(f"a model of 299 tokens is trained with 300: {got}")
+        raise CriterionNotMet(f"a model of 299 tokens is trained with 300: {got}")
     if isinstance(got := subject(300, text), str) or got.eot_token_id != 256:
-        raise Wrong(f"a model of 300 tokens is not trained with 300: {got}")
+        raise CriterionNotMet(f"a model of 300 tokens is not trained with 300: {got}")
 
 
 def patching(subject, owner, name, value):

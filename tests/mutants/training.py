@@ -7,7 +7,7 @@ import torch
 
 from nanoinfra.cli import main
 from nanoinfra.distributed import comm
-from nanoinfra.lab.check import Check, Wrong, ranks
+from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.train import loss, metrics
@@ -28,21 +28,23 @@ def _(subject):
     for w, g in zip(want, got, strict=True):
         for key in ("loss", "grad_norm", "tokens"):
             if abs(g[key] - w[key]) > 1e-8 * abs(w[key]):
-                raise Wrong(f"step {w['step']}: {key} is {g[key]!r} on two ranks, {w[key]!r} on one")
+                raise CriterionNotMet(f"step {w['step']}: {key} is {g[key]!r} on two ranks, "
+                                      f"{w[key]!r} on one")
 
 
 @training.criterion("each gradient leaves once a step", "resource")
 def _(subject):
     sent = {line["comm"]["data"] for line in run(subject, 2)}
     if sent != {8 * PSI}:
-        raise Wrong(f"{sorted(sent)} bytes on the data axis a step, want {8 * PSI}: 8 a parameter")
+        raise CriterionNotMet(f"{sorted(sent)} bytes on the data axis a step, want {8 * PSI}: 8 a parameter")
 
 
 @training.criterion("buckets leave while backward goes on", "resource")
 def _(subject):
     backward_ends, first_leaves = timeline(subject)
     if not first_leaves < backward_ends:
-        raise Wrong(f"the first bucket left {first_leaves - backward_ends:.4f} s after backward had ended")
+        raise CriterionNotMet(f"the first bucket left {first_leaves - backward_ends:.4f} s after backward "
+                              "had ended")
 
 
 resuming = Check("resuming")
@@ -59,19 +61,20 @@ def _(subject):
         want, got = (metrics.read_metrics(each / "metrics.jsonl") for each in (whole, parts))
     for w, g in zip(want, got, strict=True):
         if (w["loss"], w["grad_norm"]) != (g["loss"], g["grad_norm"]):
-            raise Wrong(f"step {w['step']}: loss {g['loss']!r} after resuming, {w['loss']!r} without")
+            raise CriterionNotMet(f"step {w['step']}: loss {g['loss']!r} after resuming, {w['loss']!r} "
+                                  "without")
 
 
 def run(subject, n, *more):
     with tempfile.TemporaryDirectory() as folder:
-        ranks(n).run(subject, [*FLAGS, *more, "--out", folder])
+        rank_pool_for_checks(n).run(subject, [*FLAGS, *more, "--out", folder])
         return metrics.read_metrics(Path(folder, "metrics.jsonl"))
 
 
 def timeline(subject):
     """(end of the last backward, start of the first bucket's all-reduce) of the last step, in seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks(2).run(subject, [*FLAGS, "--out", folder, "--trace", f"{folder}/trace.json"])
+        rank_pool_for_checks(2).run(subject, [*FLAGS, "--out", folder, "--trace", f"{folder}/trace.json"])
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     mine = [e for e in events if e["pid"] == 0 and e["ph"] == "X"]
     ends = [e["ts"] + e["dur"] for e in mine if e["name"] == "Backward"]

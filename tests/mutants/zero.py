@@ -11,10 +11,10 @@ from nanoinfra.distributed import comm
 from nanoinfra.distributed.gradient_reducer import GradientReducer
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import zero as formulas
-from nanoinfra.lab.check import Check, Wrong, ranks
+from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
+from nanoinfra.lab.compare_tensors import assert_same_tensor
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.lab.same import same
-from nanoinfra.lab.storages import Storages
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel import zero as module
@@ -34,36 +34,36 @@ zero, scaled = Check("zero"), Check("scaled")
 @zero.criterion("after three steps the weights are one rank's", "parity")
 def _(subject):
     for stage in (1, 2, 3):
-        [want] = ranks(1).run(run, ZeroDataParallel, stage, "sgd")
-        got = ranks(N).run(run, subject, stage, "sgd")
+        [want] = rank_pool_for_checks(1).run(run, ZeroDataParallel, stage, "sgd")
+        got = rank_pool_for_checks(N).run(run, subject, stage, "sgd")
         for rank, mine in enumerate(got):
             for name, x in mine["weights"].items():
-                same(f"{name} at stage {stage}", x, want["weights"][name], rank, rtol=1e-10)
+                assert_same_tensor(f"{name} at stage {stage}", x, want["weights"][name], rank, rtol=1e-10)
 
 
 @zero.criterion("sends what the paper says", "resource")
 def _(subject):
     for stage in (1, 2, 3):
         wanted = formulas.zero_payload_bytes(CONFIG, N, stage, 2, "float64")
-        for rank, mine in enumerate(ranks(N).run(run, subject, stage)):
+        for rank, mine in enumerate(rank_pool_for_checks(N).run(run, subject, stage)):
             for op, bytes_ in wanted.items():
                 if mine["sent"].get(op) != bytes_:
-                    raise Wrong(f"rank {rank}: {mine['sent'].get(op)} bytes of {op} a step at stage {stage}, "
-                                f"want {bytes_}")
+                    raise CriterionNotMet(f"rank {rank}: {mine['sent'].get(op)} bytes of {op} a step at "
+                                          f"stage {stage}, want {bytes_}")
 
 
 @zero.criterion("a rank holds its part at every moment", "resource")
 def _(subject):
-    [alone] = ranks(1).run(run, ZeroDataParallel, 1)
+    [alone] = rank_pool_for_checks(1).run(run, ZeroDataParallel, 1)
     more = alone["peak"] - sum(formulas.zero_model_state_bytes(CONFIG, 1, 1,
                                                                "float64").values())    # activations, mostly
     for stage in (1, 2, 3):
         states = sum(formulas.zero_model_state_bytes(CONFIG, N, stage, "float64").values())
         most = states + formulas.zero_buffer_bytes(CONFIG, N, stage, "float64", bucket_bytes=BUCKET) + more
-        for rank, mine in enumerate(ranks(N).run(run, subject, stage)):
+        for rank, mine in enumerate(rank_pool_for_checks(N).run(run, subject, stage)):
             if mine["peak"] > most:
-                raise Wrong(f"rank {rank} holds {mine['peak']:,} bytes at stage {stage} ({mine['when']}), "
-                            f"want at most {most:,}")
+                raise CriterionNotMet(f"rank {rank} holds {mine['peak']:,} bytes at stage {stage} "
+                                      f"({mine['when']}), want at most {most:,}")
 
 
 @scaled.criterion("clipped float16 steps go as far as float32's", "property")
@@ -71,7 +71,7 @@ def _(subject):
     still, wanted = losses(train, "float32", lr=0.0), losses(train, "float32")
     got = losses(subject, "float16")
     if not distance(got, wanted) < 0.1 * distance(still, wanted):
-        raise Wrong(f"losses {got}, want about {wanted}: the scale was not undone before clipping?")
+        raise CriterionNotMet(f"losses {got}, want about {wanted}: the scale was not undone before clipping?")
 
 
 @scaled.criterion("an overflow leaves the weights as they were", "property")
@@ -79,7 +79,8 @@ def _(subject):
     overflowing = patched(subject, "nanoinfra.parallel.parallelize:VocabParallelLoss", Overflowing)
     still, got = losses(train, "float16", lr=0.0), losses(overflowing, "float16")
     if got != still:
-        raise Wrong(f"losses {got}, want {still}: every gradient is infinite, so no step was to be made")
+        raise CriterionNotMet(f"losses {got}, want {still}: every gradient is infinite, so no step was to be "
+                              "made")
 
 
 def run(kind, stage, name="adamw"):
@@ -88,13 +89,13 @@ def run(kind, stage, name="adamw"):
     Nothing is clipped: clipping, like Adam, hides gradients that are all too large by one factor.
     """
     mesh = Mesh(dp=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
-    with Storages() as storages:
+    with LiveTensorBytes() as storages:
         net = init_weights(Decoder(CONFIG), seed=0).double()
         last = VocabParallelLoss(net.head)
         shared = kind(net, mesh.data, stage, fsdp_units(net, last), bucket_bytes=BUCKET)
         optimizer = MixedPrecisionOptimizer(shared.param_shards, name)
         optimizer.state_dict()
-        storages.watch(torch.nn.ModuleList([net, last]), mesh.comm_log)
+        storages.mark_module_boundaries(torch.nn.ModuleList([net, last]), mesh.comm_log)
         for _ in range(STEPS):
             mine = batches(mesh.data)
             [count] = count_valid_tokens(mine, mesh.data)

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lessons.l06_pipeline.figures import measured_timeline
+from lessons.l06_pipeline.measurements import rehearse_schedule
 from nanoinfra.config import ModelConfig
 from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.parameters import parameter_shapes
-from nanoinfra.lab.gantt import measured
-from nanoinfra.lab.pipes import rehearse
 from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
 from nanoinfra.parallel.pipeline.simulator import simulate_schedule
@@ -151,8 +151,8 @@ def overlaps(ranks, pp, kind, v, ms):
     """Wall time within 8 % of the clock's, where stages sleep: two cores hold any number of sleepers."""
     for m in ms:
         lists = build_pipeline_schedule(kind, pp, m, v)
-        stages = ranks(pp).run(rehearse, lists, TIMES, SLOT, repeats=3)
-        walls = sorted(measured([real for real, _ in trial]).step for trial in zip(*stages))
+        stages = ranks(pp).run(rehearse_schedule, lists, TIMES, SLOT, repeats=3)
+        walls = sorted(measured_timeline([real for real, _ in trial]).step for trial in zip(*stages))
         want = simulate_schedule(lists, *(t / v * SLOT for t in TIMES)).step_seconds
         print(f"{kind} pp {pp} m {m}: {want * 1e3:.1f} ms by the clock, {walls[1] * 1e3:.1f} timed")
         assert walls[1] == pytest.approx(want, rel=0.08), (kind, pp, m, walls)

@@ -4,7 +4,7 @@ import torch
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.activations import embedding_and_head_bytes_by_term, layer_activation_bytes_by_term
-from nanoinfra.lab.kept import Kept
+from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.parallel.parallelize import ParallelConfig
 from tests.parallel.test_tensor_parallel import composed
 from tests.parallel.test_tensor_parallel_decoder import config
@@ -45,14 +45,14 @@ def kept(family, tp, sp, recompute):
     x = torch.ones(B, T, dtype=torch.long)
     out = parallel.loss_head(model.hidden_states(x), x, B * T)
     assert out.requires_grad
-    return {kind: sum(each.bytes() for each in found.get(kind, ())) for kind in (*PARTS, "loss")}
+    return {kind: sum(each.saved_bytes() for each in found.get(kind, ())) for kind in (*PARTS, "loss")}
 
 
 def count(module, kind, weights, found):
     forward = module.forward
 
     def counted(*args):
-        with Kept(weights) as counts:
+        with SavedActivations(weights) as counts:
             found.setdefault(kind, []).append(counts)
             return forward(*args)
     module.forward = counted

@@ -15,7 +15,7 @@ from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import zero as formulas
 from nanoinfra.formulas.collectives import ring_collective_seconds
-from nanoinfra.lab.storages import Storages
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.memory import recompute
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
@@ -305,24 +305,24 @@ def activations(config, dtype):
     """The most that forward and backward of a micro-batch hold on one rank, beside weights and gradients."""
     net = Decoder(config).to(dtype)
     x, y = torch.zeros(2, 1, 4, dtype=torch.long)
-    with Storages() as storages:
-        storages.watch(net)
+    with LiveTensorBytes() as storages:
+        storages.mark_module_boundaries(net)
         for p in net.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         VocabParallelLoss(net.head)(net.hidden_states(x), y, 4).backward()
-        return storages.peak
+        return storages.peak_bytes
 
 
 def bytes_held(config, stage, dtype):
     mesh = Mesh(dp=3)
     x, y = torch.zeros(2, 1, 4, dtype=torch.long)
-    with Storages(operators=False) as storages:
+    with LiveTensorBytes(mark_operators=False) as storages:
         net = init_weights(Decoder(config), seed=0)
         last = VocabParallelLoss(net.head)
         shared = ZeroDataParallel(net, mesh.data, stage, fsdp_units(net, last), dtype, torch.float32, BUCKET)
         optimizer = MixedPrecisionOptimizer(shared.param_shards)
         optimizer.state_dict()  # moments from the first step on
-        storages.watch(nn.ModuleList([net, last]), mesh.comm_log)
+        storages.mark_module_boundaries(nn.ModuleList([net, last]), mesh.comm_log)
         steps = []
         for _ in range(3):
             run(net, last, shared, [(x, y)] * 2, mesh)

@@ -12,7 +12,7 @@ from nanoinfra.cli import main
 from nanoinfra.data.token_datasets import RandomTokenDataset
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.lab.storages import Storages
+from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.fill_model import PretrainedWeights
 from nanoinfra.model.weights.hugging_face.tokenizer_files import (
@@ -107,11 +107,11 @@ def test_export_is_loaded_by_transformers_and_never_holds_more_than_a_block(rank
     argv = ["train", "--model", "test", *flags, "--steps", "2", "--zero", "3", "--dp", "3", "--out", str(out)]
     assert ranks(3).run(main, argv) == [0, 0, 0]
     gc.collect()
-    with Storages(operators=True) as storages:
+    with LiveTensorBytes(mark_operators=True) as storages:
         export_to_hugging_face(out, tmp_path / "exported")
     want, _, _ = load_pretrained(out)
     biggest = max(sum(p.nbytes for p in want.blocks[0].parameters()), want.embed.weight.nbytes)
-    assert 0.9 * biggest < storages.peak <= 2 * biggest                    # with a tensor read and its copy
+    assert 0.9 * biggest < storages.peak_bytes <= 2 * biggest  # with a tensor read and its copy
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="float32")
     x = torch.arange(12)[None]
     torch.testing.assert_close(theirs(x).logits, want(x), rtol=1e-4, atol=1e-4)

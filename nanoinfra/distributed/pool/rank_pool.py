@@ -95,5 +95,5 @@ def _pickle_call(call):
 
 
 def _importable(module):
-    ours = ("__main__", __name__.partition(".")[0], *sys.stdlib_module_names)  # __main__ goes by value anyway
+    ours = ("__main__", "lessons", __name__.partition(".")[0], *sys.stdlib_module_names)
     return module.__name__.partition(".")[0] in ours or "site-packages" in (module.__file__ or "")

@@ -1,4 +1,4 @@
-"""The memory check: does this machine, or each GPU, have the memory that formulas/footprint.py predicts?
+"""The memory check: does this machine, or each GPU, have the memory that formulas/memory_footprint.py predicts?
 
 Refused is only what exceeds all that the machine, or the card, has. The numbers are modelled: tensors are
 counted, the process was measured once, as the constants here say, and so was the heap
@@ -86,14 +86,14 @@ def rank_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig,
 
 
 def parallel_layout_from_flags(flags: TrainFlags, mesh: dict[str, int]) -> ParallelLayout:
-    """The parallel layout of the flags for formulas/footprint.py; `mesh` is from `mesh_axis_sizes`."""
+    """The parallel layout of the flags for formulas/memory_footprint.py; `mesh` is from `mesh_axis_sizes`."""
     sp = "none" if not flags.mesh.sp else "keep" if flags.mesh.sp_save_gathered else "gather"
     return ParallelLayout(mesh["pp"], mesh["dp"], mesh["tp"], sp, flags.mesh.zero, flags.pipeline.schedule,
                   flags.pipeline.virtual_stages)
 
 
 def step_config_from_flags(flags: TrainFlags, dp: int, config: ModelConfig) -> TrainingStepConfig:
-    """The work of one of `dp` data-parallel ranks in a step, for formulas/footprint.py."""
+    """The work of one of `dp` data-parallel ranks in a step, for formulas/memory_footprint.py."""
     model, (G, m) = flags.model, global_batch_and_num_micro_batches(flags.data, dp)
     grad_dtype = model.grad_dtype or ("float64" if model.dtype == "float64" else "float32")
     return TrainingStepConfig(flags.data.seq or config.context, min(flags.data.micro_batch, -(-G // dp)), m,

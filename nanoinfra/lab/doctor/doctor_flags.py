@@ -1,0 +1,38 @@
+"""The flags of `nanoinfra doctor`. No torch here: `--help` must answer at once."""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nanoinfra.train.config import MeshFlags, mesh_axis_sizes, num_ranks_to_start, parse_emulated_links
+
+
+@dataclass(frozen=True)
+class DoctorFlags:
+    """Say what this machine is and what it can do: devices, versions, matmul rates, the wire of each axis."""
+    nproc: int | None = None                 # ranks to start here; default: product of the axes
+    dp: int | None = None                    # data parallel; default: ranks / (pp x cp x tp)
+    pp: int = 1                              # pipeline parallel
+    cp: int = 1                              # context parallel
+    tp: int = 1                              # tensor parallel
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int | None = None               # a rank; default: OMP_NUM_THREADS, or cores / ranks
+    emulate_link: tuple[str, ...] = ()               # emulate AXIS=LATENCY,BANDWIDTH, in s and bytes/s
+    out: Path | None = None                  # write the numbers here too, as JSON
+
+    @property
+    def mesh(self) -> MeshFlags:
+        """The same mesh flags as those of `nanoinfra train`."""
+        return MeshFlags(nproc=self.nproc, dp=self.dp, pp=self.pp, cp=self.cp, tp=self.tp,
+                         device=self.device, threads=self.threads, emulate_link=self.emulate_link)
+
+
+def check_doctor_flags(flags: DoctorFlags) -> int:
+    """Check the flags; returns the number of ranks to start. ValueError for one that cannot be."""
+    world = num_ranks_to_start(flags.mesh)
+    mesh_axis_sizes(flags.mesh, world)
+    parse_emulated_links(flags.emulate_link)
+    if flags.threads is not None and flags.threads < 1:
+        raise ValueError(f"--threads {flags.threads} is too small; give at least 1")
+    if flags.out and not flags.out.parent.is_dir():
+        raise ValueError(f"--out {flags.out}: there is no folder {flags.out.parent}; make it first")
+    return world
