@@ -62,7 +62,7 @@ def summarize_skip_reasons(skipped: Iterable[SkippedFile]) -> str:
 
 
 class _Tree:
-    """What is found below `root`: `files` to read, `links` still to follow, and all that was `seen`."""
+    """A walk below `root`: the `files` to read, the `links` still to follow, all identities `seen`."""
 
     def __init__(self, root, enter, suffix, follow):
         self.root, self.enter = root, enter

@@ -99,7 +99,7 @@ def _is_whole(entry):
 
 
 def _fault(entry):
-    """What is wrong with an entry, in words; None when it is good."""
+    """The fault of a damaged entry, in words; None when it is good."""
     try:
         listed, content = json.loads((entry / CHECKSUMS_FILE).read_bytes()), entry / CONTENT_FOLDER
         if not isinstance(listed, dict) or {path.name for path in content.iterdir()} != set(listed):

@@ -32,7 +32,7 @@ class ModelFlags:
     vocab: int | None = None  # vocabulary size of a model that is drawn; default: the size's
     untied: bool = False  # give the output head weights of its own, not those of the embedding
     attention: Literal["naive", "sdpa"] = "sdpa"  # naive writes the T x T scores to memory
-    recompute: Literal["none", "selective", "full"] = "none"  # activation checkpointing, in backward
+    recompute: Literal["none", "selective", "full"] = "none"  # activation checkpointing: what to recompute
     dtype: _DtypeName = "float32"  # to compute in; 16-bit types have float32 master weights
     grad_dtype: _DtypeName | None = None  # to sum gradients in; default: at least float32
     freeze: tuple[str, ...] = ()  # parameters that are not trained, by name patterns: 'embed.*' 'blocks.0.*'
@@ -59,7 +59,8 @@ class MeshFlags:
     sp: bool = False  # sequence parallel: shard activations between the matrices by tokens, over tp
     sp_save_gathered: bool = False  # save what --sp gathers for backward, do not gather it again
     zero: Literal[0, 1, 2, 3] = 0  # shard over dp: 1 optimizer state, 2 also gradients, 3 also weights
-    grad_sync: Literal["each", "buckets", "overlap"] = "overlap"  # how --zero 0 all-reduces gradients
+    # how --zero 0 all-reduces gradients: each parameter's alone, in buckets, in buckets that overlap backward
+    grad_sync: Literal["each", "buckets", "overlap"] = "overlap"
     device: Literal["cpu", "cuda"] = "cpu"  # cuda: one GPU a rank
     threads: int | None = None  # CPU threads of a rank; default: OMP_NUM_THREADS, or cores / ranks
     emulate_link: tuple[str, ...] = ()  # slow an axis down: AXIS=LATENCY,BANDWIDTH in seconds and bytes/s

@@ -33,7 +33,7 @@ class RunInputs:
 
     @property
     def read_initial_weights(self) -> ReadParameter | None:
-        """How to read the weights to start from; None when they are drawn."""
+        """The function that reads the weights to start from; None when they are drawn from the seed."""
         return self.pretrained_weights and self.pretrained_weights.read_parameter
 
 

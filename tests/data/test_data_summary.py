@@ -38,17 +38,17 @@ def parse(*argv):
 
 
 def test_what_is_read_and_what_it_makes(mixed):
-    assert describe_data(packed(mixed, 3031), seq=100) == (
+    assert describe_data(packed(mixed, 3031), seq_len=100) == (
         f"--data {mixed}: 29 documents (2.9 kB) to train on, 1 (100 bytes) held out; "
         "3,031 tokens make 30 samples of 100, the last 30 are in none")
-    assert describe_data(packed(mixed, 3001), seq=100).endswith("make 30 samples of 100")
+    assert describe_data(packed(mixed, 3001), seq_len=100).endswith("make 30 samples of 100")
 
 
 def test_what_is_left_out_is_told_by_reason_with_an_example(mixed):
     (mixed / "picture").write_bytes(b"\0")
     (mixed / "loop").symlink_to(mixed)
     (mixed / ".git").mkdir()
-    assert data_warnings(packed(mixed, 99), seq=8, vocab=None, global_batch=8) == [
+    assert data_warnings(packed(mixed, 99), seq_len=8, vocab_size=None, global_batch=8) == [
         f"--data {mixed}: 30 files are read, 33 are left out: 30 not UTF-8 text (e.g. 'l100.txt'); "
         "1 a hidden folder (e.g. '.git'); 1 a link to a folder above it (e.g. 'loop'); "
         "1 binary, not text (e.g. 'picture'); iconv turns other encodings into UTF-8"]

@@ -1,4 +1,4 @@
-"""Whose folder --out is: new, a run's, a run's of another version of nanoinfra, or another program's.
+"""Check the folder --out: it may be new or a run's, not of another version nor another program's.
 
 A run writes config.json, metrics.jsonl, loss.png, tokenizer/ and checkpoints/. When a folder holds files of
 these names that are no run's, --out is refused before anything is written. No torch is imported here, as the
