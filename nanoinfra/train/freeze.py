@@ -2,7 +2,7 @@
 
 What is frozen has no gradient, no master and no moments, and sends nothing but its weights; a checkpoint
 holds it all the same, so that the run can be served. Patterns are the shell's (fnmatch), over the names that
-`formulas.params.shapes` lists. Composes with every axis, ZeRO and recompute.
+`parameter_shapes` lists. Composes with every axis, ZeRO and recompute.
 """
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
