@@ -151,8 +151,8 @@ shares({f"{name}, {sum(parts.values()) / 1e6:,.2f} M": parts for name, parts in 
 
 # %% [markdown]
 # **Exercise 1: parameters.** Count them for any decoder of the LLaMA family, without biases. H·K need not be
-# C. For `sized("test")` the answer is 54,592. Four to ten lines. The line `%%exercise L00` writes the cell
-# to `work/L00.py`. The checks and `make grade` run that file, and it knows nothing of this notebook:
+# C. For `config_for_size("test")` the answer is 54,592. Four to ten lines. The line `%%exercise L00` writes
+# the cell to `work/L00.py`. The checks and `make grade` run that file, and it knows nothing of this notebook:
 # whatever the cell uses, even `torch`, it imports itself.
 
 # %% nbgrader={"grade_id": "parameters", "solution": true}
@@ -172,7 +172,7 @@ check.parameters(parameters)
 
 # %% [markdown]
 # **Exercise 2: FLOPs of a step.** Forward and backward over `batch` sequences of `seq` tokens. For
-# `sized("test")`, 2 sequences of 24 tokens cost 17,989,632. Four to ten lines.
+# `config_for_size("test")`, 2 sequences of 24 tokens cost 17,989,632. Four to ten lines.
 
 # %% nbgrader={"grade_id": "train_flops", "solution": true}
 # %%exercise L00

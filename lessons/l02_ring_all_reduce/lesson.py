@@ -247,7 +247,7 @@ comm_timeline([ledger for _, ledger in results], "one ring all-reduce in each ra
 
 # %% [markdown]
 # **Is the ring always best?** It sends few bytes but many messages. A binomial tree sends 2·log₂N
-# messages one after another, each the whole tensor: 2·log₂N·(α + S/β) seconds (`tree_seconds` in
+# messages one after another, each the whole tensor: 2·log₂N·(α + S/β) seconds (`tree_all_reduce_seconds` in
 # `formulas/collectives.py`). Small tensors pay for messages, large ones for bytes, so somewhere the curves
 # cross. With 4 ranks the tree and the plain way need the same time: 2·log₂4 = 4.
 

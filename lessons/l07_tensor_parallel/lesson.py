@@ -95,7 +95,8 @@ for where, (alpha, beta) in {"inside a node": INSIDE, "between nodes": BETWEEN}.
 # Commit ten numbers. For one layer on t = N ranks: its all-reduces, forward and backward; the bytes a rank
 # sends for them (2(t−1)/t of each), and with *gather* ((t−1)/t of each); the bytes kept by one rank alone,
 # then by each of N without, with *keep*, with *gather*. Of the model: the loss's payload, and the time of L
-# layers without SP, on 2 ranks of one node, on 4 of two: `ring_seconds("all_reduce", bytes, t, alpha, beta)`.
+# layers without SP, on 2 ranks of one node, on 4 of two: `ring_collective_seconds("all_reduce", bytes, t,
+# alpha, beta)`.
 
 # %% nbgrader={"grade_id": "predict", "solution": true}
 # predict("L07.calls", <formula>, "calls")

@@ -90,7 +90,8 @@ for where, (alpha, beta) in {"inside": INSIDE, "between": BETWEEN}.items():
 # clock replays 1F1B: `simulate_schedule(build_pipeline_schedule("1f1b", p, m), forward, backward, 0,
 # message).step_seconds`, with lists of
 # each stage's seconds for a micro-batch, its all-reduces included. Then comes dp's sum, in one bucket; then
-# the tied weight's, on pp's wire. (`ring_seconds(op, bytes, ranks, alpha, beta)`; a message is a "send".)
+# the tied weight's, on pp's wire. (`ring_collective_seconds(op, bytes, ranks, alpha, beta)`; a message is a
+# "send".)
 
 # %% nbgrader={"grade_id": "predict", "solution": true}
 # predict("L10.tp_first", <formula>, "B")    and tp_last, pp, dp_first, dp_last, tied, all

@@ -76,7 +76,8 @@ class Decoder(nn.Module):
             x = block(x, rope, cache)                                     # (B, T, C)
         return self.norm(x)
 
-    def rope_cos_sin(self, positions: torch.Tensor, dtype: torch.dtype):
+    def rope_cos_sin(self, positions: torch.Tensor,
+                     dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
         """RoPE's cos and sin at `positions`, for all blocks; None where the family has no RoPE."""
         has_rope = self.config.architecture.position_encoding == "rope"
         return rope_cos_sin(positions, self.config, dtype) if has_rope else None

@@ -22,13 +22,13 @@ def init_weights(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model
 
 
-def draw_initial_tensor(name: str, shape: tuple[int, ...], layers: int, seed: int) -> torch.Tensor:
-    """The whole initial tensor of the parameter `name`, float32 on the CPU; the model has `layers` layers."""
+def draw_initial_tensor(name: str, shape: tuple[int, ...], num_layers: int, seed: int) -> torch.Tensor:
+    """The whole initial tensor of the parameter `name`, float32 on the CPU; the model has `num_layers`."""
     if name.endswith("bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
-    std = _INIT_STD / math.sqrt(2 * layers) if name.endswith(_RESIDUAL_PROJECTIONS) else _INIT_STD
+    std = _INIT_STD / math.sqrt(2 * num_layers) if name.endswith(_RESIDUAL_PROJECTIONS) else _INIT_STD
     return torch.empty(shape).normal_(0.0, std, generator=named_generator(seed, name))
 
 

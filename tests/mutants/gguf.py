@@ -203,7 +203,7 @@ def whole_model(fields):
 
 
 def all_turned(keys, heads, width):
-    return {"head_dim": width // heads, "kv_heads": keys.size("attention.head_count_kv", heads)}
+    return {"head_dim": width // heads, "kv_heads": keys.positive_int("attention.head_count_kv", heads)}
 
 
 merges_by_score, THREES = sentencepiece_tokenizer.merges_by_score, bpe_tokenizer.PRE_TOKENIZERS["dbrx"]
@@ -235,16 +235,16 @@ MUTANTS = [
     Mutant("factors multiply", models, scaled(only("factors", factors=tuple(1 / x for x in FACTORS))),
            "llama, factors"),
 
-    Mutant("text is composed", texts, patched(text, TEXT + "byte_level_bpe", composed),
+    Mutant("text is composed", texts, patched(text, TEXT + "build_byte_level_bpe", composed),
            "bpe, gpt-2"),
-    Mutant("ends by key alone", texts, patched(text, TEXT + "ENDS", set()), "bpe, gpt-2"),
-    Mutant("tokens of filling in never end", texts, patched(text, TEXT + "FILL_ENDS", ()),
+    Mutant("ends by key alone", texts, patched(text, TEXT + "END_OF_GENERATION_TOKENS", set()), "bpe, gpt-2"),
+    Mutant("tokens of filling in never end", texts, patched(text, TEXT + "FILL_IN_MIDDLE_END_TOKENS", ()),
            "bpe, ends by name and by key"),
     Mutant("digits stay together", texts, pre(smollm=bpe_tokenizer.PRE_TOKENIZERS["gpt-2"]), "bpe, smollm"),
     Mutant("whole words are merged too", texts, pre(llama_bpe=THREES._replace(adds_bos_token=True)),
            "bpe, llama-bpe"),
     Mutant("no first token where nothing is said", texts,
-           patched(text, TEXT + "opens_with_bos", lambda pre: False), "bpe, llama-bpe"),
+           patched(text, TEXT + "adds_bos_by_default", lambda pre: False), "bpe, llama-bpe"),
     Mutant("shortest left part first", texts,
            patched(text, SPM + "merges_by_score", shortest_first), "spm"),
     Mutant("lowest score first", texts,
@@ -255,18 +255,20 @@ MUTANTS = [
     Mutant("tensors lie where they say", files, patched(opens, FILE + "_placed", unplaced), "cut off"),
     Mutant("tensors lie anywhere in the file", files, patched(opens, FILE + "_placed", placed_anywhere),
            "one tensor in another"),
-    Mutant("any version", files, patched(opens, FILE + "VERSIONS", (1, 2, 3)), "version 1"),
+    Mutant("any version", files, patched(opens, FILE + "SUPPORTED_GGUF_VERSIONS", (1, 2, 3)), "version 1"),
     Mutant("counts are believed", files, patched(opens, FILE + "_Header", Believing), "counts without end"),
     Mutant("pieces are wholes", files, patched(patched(
-        opens, CONFIG + "architecture_of", whole_model),
+        opens, CONFIG + "gguf_architecture", whole_model),
         "nanoinfra.model.weights.gguf.weights:gguf_architecture", whole_model),
         "a piece of a model"),
     Mutant("unknown keys are passed over", files,
            patched(opens, CONFIG + "_check_keys", lambda keys, config: None), "keys that change the maths"),
     Mutant("RoPE turns all of a head", files, patched(opens, CONFIG + "_heads", all_turned),
            "heads that RoPE turns in part"),
-    Mutant("layers are as the first", files, patched(opens, CONFIG + "Keys", First), "layers that differ"),
-    Mutant("any number will do", files, patched(opens, CONFIG + "Keys", Careless), "numbers that are none"),
+    Mutant("layers are as the first", files,
+           patched(opens, CONFIG + "GGUFMetadata", First), "layers that differ"),
+    Mutant("any number will do", files,
+           patched(opens, CONFIG + "GGUFMetadata", Careless), "numbers that are none"),
     Mutant("no scaling is asked for", files,
            patched(opens, CONFIG + "_rope_scaling", lambda keys, config, factors: None), "longrope"),
     Mutant("equal scores in any order", files,

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -45,7 +45,7 @@ def hide_torch_from_transformers() -> None:
     sys.modules["torch"] = None
 
 
-def call_transformers(where: str, call: Callable, *args, **options):
+def call_transformers(where: str, call: Callable, *args, **options) -> object:
     """Call a function of transformers. Whatever it raises becomes a ValueError about the file `where`."""
     try:
         with _silent(), rust_panics_as_errors():
@@ -55,7 +55,7 @@ def call_transformers(where: str, call: Callable, *args, **options):
 
 
 @contextmanager
-def rust_panics_as_errors():
+def rust_panics_as_errors() -> Iterator[None]:
     """Turn a panic of a Rust extension, which Python does not see as an Exception, into a RuntimeError."""
     try:
         yield

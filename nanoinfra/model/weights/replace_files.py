@@ -17,7 +17,7 @@ _FOREIGN_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.h5", "*.msgpack", "ad
 
 
 @contextmanager
-def replace_model_files(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
+def replace_model_files(folder: Path, stale_patterns: Iterable[str] = ()) -> Iterator[Path]:
     """Yield a staging folder to fill with config.json, weights and other files; then move them into `folder`.
 
     Old weights in `folder` are removed, and old files that match `stale_patterns`. Raises ValueError where
@@ -34,7 +34,7 @@ def replace_model_files(folder: Path, stale: Iterable[str] = ()) -> Iterator[Pat
             fsync_path(path)
         (folder / _CONFIG_FILE).unlink(missing_ok=True)
         fsync_path(folder)
-        for path in [*_found(folder, _REPLACED_WEIGHTS), *_found(folder, stale)]:
+        for path in [*_found(folder, _REPLACED_WEIGHTS), *_found(folder, stale_patterns)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in list(new.iterdir()):
             if path.name != _CONFIG_FILE:

@@ -10,16 +10,19 @@ from collections.abc import Set
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers
 
+from nanoinfra.model.weights.gguf.config import GGUFMetadata
+
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def build_sentencepiece_bpe(keys, tokens: list[str], special: Set[str]) -> Tokenizer:
-    """The tokenizer of these tokens and of `keys`' scores; `special` tokens are split off a text before.
+def build_sentencepiece_bpe(metadata: GGUFMetadata, tokens: list[str],
+                            special_tokens: Set[str]) -> Tokenizer:
+    """The tokenizer of these tokens and the metadata's scores; `special_tokens` are split off a text before.
 
     Raises ValueError for scores or tokens with which it would encode differently than SentencePiece.
     """
-    scores = keys.get_typed("scores", np.ndarray).tolist()
+    scores = metadata.get_typed("scores", np.ndarray).tolist()
     if len(scores) < len(tokens) or not np.isfinite(scores).all():
         raise ValueError(f"its tokenizer has {len(tokens)} tokens, but {len(scores)} scores, or some that "
                          "are no numbers")
@@ -27,12 +30,12 @@ def build_sentencepiece_bpe(keys, tokens: list[str], special: Set[str]) -> Token
     if missing := [byte for byte in BYTE_TOKENS if byte not in ids]:
         raise ValueError(f"its tokenizer lacks the token {missing[0]} for a byte, without which not every "
                          "text can be written")
-    whole = [token for token in tokens if token not in special or _SPACE in token]
+    whole = [token for token in tokens if token not in special_tokens or _SPACE in token]
     if out := [token for token in whole if _joins_no_token(token, ids)]:
         raise ValueError(f"its tokenizer has {out[0]!r}, but not every character of it as a token")
     merges = merges_by_score(whole, scores, ids)
     backend = Tokenizer(models.BPE(ids, merges, byte_fallback=True))
-    prefix = keys.get_typed("add_space_prefix", bool, True)
+    prefix = metadata.get_typed("add_space_prefix", bool, True)
     backend.normalizer = normalizers.Sequence(
         [*([normalizers.Prepend(_SPACE)] if prefix else []), normalizers.Replace(" ", _SPACE)])
     backend.decoder = decoders.Sequence(

@@ -49,14 +49,14 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
     return model_config_from_hf(theirs, str(path))
 
 
-def model_config_from_hf(theirs: dict, where: str) -> ModelConfig:
+def model_config_from_hf(hf_config: dict, where: str) -> ModelConfig:
     """The ModelConfig of a Hugging Face config.json. Raises ValueError, with `where`, if not supported."""
     try:
-        table = _checked(theirs)
+        table = _checked(hf_config)
         asking = import_transformers("Hugging Face folders").AutoConfig.for_model
-        read, plain = call_transformers(where, _attributes, asking, theirs)
+        read, plain = call_transformers(where, _attributes, asking, hf_config)
         _refuse_others(table, read, plain)
-        return _model(theirs["model_type"], table, read)
+        return _model(hf_config["model_type"], table, read)
     except ValueError as error:
         said = str(error).startswith(f"{where}: ")                         # call_transformers added it
         raise ValueError(str(error) if said else f"{where}: {error}") from error

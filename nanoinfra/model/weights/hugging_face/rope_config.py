@@ -23,28 +23,29 @@ _SCALING_KEYS = {                            # kind -> {field of RopeScaling: tr
 LLAMA3_ROPE_SCALINGS = [RopeScaling("llama3", factor, 8192) for factor in (8.0, 32.0)]  # Llama 3.1 and 3.2
 
 
-def rope_from_hf(rope: Mapping, longest: int, head_dim: int) -> tuple[float, RopeScaling | None, int]:
+def rope_from_hf(rope_parameters: Mapping, max_position_embeddings: int,
+                 head_dim: int) -> tuple[float, RopeScaling | None, int]:
     """(theta, scaling, context) of transformers' rope_parameters and max_position_embeddings.
 
     Raises ValueError for scaling that is not supported here, or that cannot be computed at all.
     """
     if head_dim % 2:
         raise ValueError(f"RoPE turns pairs, and a head of {head_dim} has an odd number")
-    kind, theta = rope.get("rope_type"), read_positive_number(rope, "rope_theta")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, but RoPE turns all of "
-                         "a head here")
+    kind, theta = rope_parameters.get("rope_type"), read_positive_number(rope_parameters, "rope_theta")
+    if rope_parameters.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"partial_rotary_factor is {rope_parameters['partial_rotary_factor']!r}, but RoPE "
+                         "turns all of a head here")
     if kind == "default":
-        return theta, None, longest
+        return theta, None, max_position_embeddings
     if not isinstance(kind, str) or kind not in _SCALING_KEYS:
         raise ValueError(f"rope_type is {kind!r}, but RoPE is stretched here by {', '.join(_SCALING_KEYS)} "
                          "only")
     if kind == "yarn":
-        rope = _yarn(rope, longest, theta)
-    given = {ours: read_positive_number(rope, key) for ours, key in _SCALING_KEYS[kind].items()
+        rope_parameters = _yarn(rope_parameters, max_position_embeddings, theta)
+    given = {ours: read_positive_number(rope_parameters, key) for ours, key in _SCALING_KEYS[kind].items()
              if ours != "truncate"}
     if kind == "yarn":
-        given["truncate"] = rope["truncate"]
+        given["truncate"] = rope_parameters["truncate"]
     if "original_context" in given and not isinstance(given["original_context"], int):
         raise ValueError(f"{_ORIGINAL_CONTEXT_KEY} is {given['original_context']!r}, no whole number")
     if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
@@ -53,8 +54,8 @@ def rope_from_hf(rope: Mapping, longest: int, head_dim: int) -> tuple[float, Rop
     if kind == "dynamic":
         if head_dim == 2:
             raise ValueError("rope_type 'dynamic' divides by head_dim - 2, which is 0 here")
-        given["original_context"] = longest
-    context = _context(kind, given, longest)
+        given["original_context"] = max_position_embeddings
+    context = _context(kind, given, max_position_embeddings)
     if context > _MAX_CONTEXT:
         raise ValueError(f"factor is {given['factor']}, which makes the context longer than {_MAX_CONTEXT}")
     return theta, RopeScaling(kind, **given), context
@@ -62,17 +63,17 @@ def rope_from_hf(rope: Mapping, longest: int, head_dim: int) -> tuple[float, Rop
 
 def rope_to_hf(config: ModelConfig) -> dict:
     """transformers' `rope_parameters` and `max_position_embeddings` for a ModelConfig with RoPE."""
-    scaling, longest = config.rope_scaling, config.context
+    scaling, max_position_embeddings = config.rope_scaling, config.context
     if scaling is None:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": config.theta},
-                "max_position_embeddings": longest}
+                "max_position_embeddings": max_position_embeddings}
     rope = {"rope_type": scaling.kind, "rope_theta": config.theta}
     rope |= {key: getattr(scaling, ours) for ours, key in _SCALING_KEYS[scaling.kind].items()}
     if scaling.kind == "dynamic":
-        longest = scaling.original_context
+        max_position_embeddings = scaling.original_context
     elif scaling.kind == "linear":
-        longest = _divided(longest, max(scaling.factor, 1.0))
-    return {"rope_parameters": rope, "max_position_embeddings": longest}
+        max_position_embeddings = _divided(max_position_embeddings, max(scaling.factor, 1.0))
+    return {"rope_parameters": rope, "max_position_embeddings": max_position_embeddings}
 
 
 def canonical_rope_scaling(config: ModelConfig) -> RopeScaling | None:
@@ -91,9 +92,9 @@ def canonical_rope_scaling(config: ModelConfig) -> RopeScaling | None:
     return RopeScaling(scaling.kind, **kept)
 
 
-def read_positive_number(theirs: Mapping, key: str) -> float | int:
+def read_positive_number(values: Mapping, key: str) -> float | int:
     """The value of `key`, a number above 0 that float32 can hold. Raises ValueError for anything else."""
-    value = theirs.get(key)
+    value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-30 < value < 1e30:
         raise ValueError(f"{key} is {str(value)[:40]!r}, which must be a number more than 0")
     return value
@@ -105,13 +106,15 @@ def _divided(context, factor):
     return next((n for n in range(near, near + 3) if int(n * factor) == context), near)
 
 
-def _context(kind, given, longest):
+def _context(kind, given, max_position_embeddings):
     if kind in ("linear", "dynamic"):
-        return int(longest * max(given["factor"], 1.0))
-    return max(longest, int(given["original_context"] * given["factor"])) if kind == "yarn" else longest
+        return int(max_position_embeddings * max(given["factor"], 1.0))
+    if kind == "yarn":
+        return max(max_position_embeddings, int(given["original_context"] * given["factor"]))
+    return max_position_embeddings
 
 
-def _yarn(rope, longest, theta):
+def _yarn(rope, max_position_embeddings, theta):
     """`rope` with its missing values filled in as transformers does."""
     if theta <= 1:
         raise ValueError(f"rope_theta is {theta}, but rope_type 'yarn' divides by its logarithm; it must be "
@@ -121,7 +124,7 @@ def _yarn(rope, longest, theta):
     if not isinstance(rope["truncate"], bool):
         raise ValueError(f"truncate is {rope['truncate']!r}, which must be true or false")
     if rope.get("factor") is None:
-        rope["factor"] = longest / read_positive_number(rope, _ORIGINAL_CONTEXT_KEY)
+        rope["factor"] = max_position_embeddings / read_positive_number(rope, _ORIGINAL_CONTEXT_KEY)
     if rope.get("attention_factor") is None:
         both = rope.get("mscale") and rope.get("mscale_all_dim")
         scales = [read_positive_number(rope, key) for key in ("mscale", "mscale_all_dim")] if both else [1, 0]
