@@ -67,6 +67,20 @@ def build_app(engine_client: EngineClient, served_model_name: str,
     app.state.created = int(time.time())
     app.state.draining = False
     app.state.num_stats_streams = 0
+    _add_routes(app)
+    for error, answer in {APIError: _answer_api_error, HTTPException: _answer_http_exception,
+                          ClientDisconnect: _answer_disconnect, Exception: _answer_server_error}.items():
+        app.add_exception_handler(error, answer)
+    if app.state.access_policy.allowed_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=app.state.access_policy.allowed_origins,
+                           allow_headers=["*"], allow_methods=[*_READ_METHODS, "POST"],
+                           expose_headers=[REQUEST_ID_HEADER])
+    app.add_middleware(AccessControlMiddleware, policy=app.state.access_policy)
+    app.add_middleware(RequestIdMiddleware)  # the middleware added last runs first
+    return app
+
+
+def _add_routes(app):
     for path, answer in {"/health": _health, "/metrics": _metrics, "/stats": _stats,
                          **dict.fromkeys(_PAGE_FILES, _page)}.items():
         app.add_api_route(path, answer, methods=_READ_METHODS)
@@ -78,17 +92,7 @@ def build_app(engine_client: EngineClient, served_model_name: str,
         app.add_api_route(path, answer, methods=["POST"], dependencies=authenticated)
     for path, methods in _STORED_RESPONSE_ROUTES.items():
         app.add_api_route(f"/v1/responses/{path}", _not_stored, methods=methods, dependencies=authenticated)
-    for error, answer in {APIError: _answer_api_error, HTTPException: _answer_http_exception,
-                          ClientDisconnect: _answer_disconnect, Exception: _answer_server_error}.items():
-        app.add_exception_handler(error, answer)
     app.state.served_paths = [route.path for route in app.routes if "{" not in route.path]
-    if app.state.access_policy.allowed_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=app.state.access_policy.allowed_origins,
-                           allow_headers=["*"], allow_methods=[*_READ_METHODS, "POST"],
-                           expose_headers=[REQUEST_ID_HEADER])
-    app.add_middleware(AccessControlMiddleware, policy=app.state.access_policy)
-    app.add_middleware(RequestIdMiddleware)  # the middleware added last runs first
-    return app
 
 
 class _CountedStreamingResponse(StreamingResponse):
@@ -194,7 +198,8 @@ async def _answer_api_error(request, error: APIError):
 
 async def _answer_http_exception(request, error: HTTPException):
     """Answer a path or a method that does not exist."""
-    path, headers, detail = request.scope["path"], dict(error.headers or {}), error.detail
+    path, detail = request.scope["path"], error.detail
+    headers = dict(error.headers or {})
     if "Allow" in headers:
         headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
         if request.method == "OPTIONS":

@@ -53,21 +53,30 @@ async def handle_generation_request(http_request: Request, request_type: type[Ba
     engine_requests = prepend_cache_salt([*response.engine_requests.values()], http_request.state.cache_salt)
     stream = require_ready_engine(app_state).submit_requests(engine_requests)
     try:
-        if response.request.stream:
-            first = await _unless_disconnected(http_request, anext(stream), _STREAM_START_TIMEOUT_SECONDS)
-            chunks = _stream_chunks(response, stream, first, preprocessor, http_request.scope)
-            return _StreamClosingResponse(stream, chunks, "text/event-stream", {"Cache-Control": "no-cache"})
-        if not await _unless_disconnected(http_request, _collect_outputs(response, stream),
-                                          _JSON_START_TIMEOUT_SECONDS):
-            chunks = _late_json(response, stream, preprocessor, http_request.scope)
-            return _StreamClosingResponse(stream, chunks, "application/json", {})
-        encode = response.encode_response_object
-        body = await preprocessor.encode_response(response.num_tokens, encode, response)
-        return _StreamClosingResponse(stream, _split_body(body), "application/json",
-                                      {"Content-Length": str(len(body))})
+        start = _start_event_stream if response.request.stream else _start_json
+        return await start(http_request, response, stream, preprocessor)
     except BaseException:
         stream.close()
         raise
+
+
+async def _start_event_stream(http_request, response: BaseCompletionResponse, stream: Job,
+                              preprocessor: RequestPreprocessor) -> Response:
+    first = await _unless_disconnected(http_request, anext(stream), _STREAM_START_TIMEOUT_SECONDS)
+    chunks = _stream_chunks(response, stream, first, preprocessor, http_request.scope)
+    return _StreamClosingResponse(stream, chunks, "text/event-stream", {"Cache-Control": "no-cache"})
+
+
+async def _start_json(http_request, response: BaseCompletionResponse, stream: Job,
+                      preprocessor: RequestPreprocessor) -> Response:
+    collected = _collect_outputs(response, stream)
+    if not await _unless_disconnected(http_request, collected, _JSON_START_TIMEOUT_SECONDS):
+        chunks = _late_json(response, stream, preprocessor, http_request.scope)
+        return _StreamClosingResponse(stream, chunks, "application/json", {})
+    encode = response.encode_response_object
+    body = await preprocessor.encode_response(response.num_tokens, encode, response)
+    headers = {"Content-Length": str(len(body))}
+    return _StreamClosingResponse(stream, _split_body(body), "application/json", headers)
 
 
 def require_ready_engine(app_state: State) -> EngineClient:
@@ -102,7 +111,8 @@ async def _read_body(http_request, max_bytes: int, on_large_body: Callable[[], N
     `on_large_body` is called once, when the body becomes larger than LARGE_BODY_BYTES. A refused body is
     read to its end, or to 16 times `max_bytes`: few clients read a response before all is sent.
     """
-    body, size, refused = bytearray(), 0, None
+    body, size = bytearray(), 0
+    refused = None
     async for chunk in http_request.stream():
         old_size, size = size, size + len(chunk)
         refused = refused or _body_error(old_size, size, max_bytes, on_large_body)

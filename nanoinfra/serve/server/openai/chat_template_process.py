@@ -32,7 +32,8 @@ class ChatTemplateProcess:
     """
 
     def __init__(self, cpu_seconds: float = _MAX_CPU_SECONDS_PER_CHAT):
-        self.cpu_seconds, self.process, self.pipe = cpu_seconds, None, None
+        self.cpu_seconds = cpu_seconds
+        self.process, self.pipe = None, None
 
     def render_chat_template(self, chat_template: str, messages: list[dict], tokenizer: Tokenizer,
                              tools: list[dict] | None = None) -> str:
@@ -87,7 +88,8 @@ class ChatTemplateProcess:
         self.process.kill()
         self.process.wait()
         self.pipe.close()
-        code, self.process, self.pipe = self.process.returncode, None, None
+        code = self.process.returncode
+        self.process, self.pipe = None, None
         if alive or code == -signal.SIGPROF:
             return f"it took more than {self.cpu_seconds:g} s for these messages"
         return f"its process ended with {code}"
