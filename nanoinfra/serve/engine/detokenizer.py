@@ -22,7 +22,7 @@ class IncrementalDetokenizer:
     A run of byte tokens waits for its end: with one byte too many all of it decodes to U+FFFD, the characters
     before as well. A text that goes on and on ending in U+FFFD is cut, because DecodeStream would decode all
     of it again with every token. Ids that have no text never reach it. With a decoder that may change text
-    far back (text.py lists those that do not), all text comes at the end.
+    far back (model/tokenizer.py lists those that do not), all text comes at the end.
     """
 
     def __init__(self, tokenizer: Text):

@@ -49,7 +49,7 @@ def open_ranked(options: EngineOptions, team: TensorParallelGroup):
     from nanoinfra.serve.engine.load_engine import load_engine
     use_threads(options.threads, options.tp)
     engine = load_engine(options, team.init_tp_mesh(options.tp))
-    if engine.text is None:
+    if engine.tokenizer is None:
         raise ValueError(f"{options.model} holds no tokenizer.json to talk with it; copy the one it was "
                          "trained with into it")
     return engine

@@ -49,7 +49,7 @@ def check_chars(chars: int, context: int, max_chars_per_token: int) -> None:
 
 
 def check_memory(request: Request, info: dict) -> None:
-    """Raise Refused for a prompt that the KV memory of the engine (`info`: Engine.info()) cannot hold."""
+    """Raise Refused for a prompt that the engine's KV memory (`info`: Engine.static_info()) cannot hold."""
     room = info.get("blocks", 0) * info.get("block_size", 0)
     if room and len(request.prompt_token_ids) >= room:
         raise Refused(400, f"a prompt of {len(request.prompt_token_ids)} tokens and one more do not fit the "
