@@ -2,17 +2,7 @@
 
 A frozen parameter has no gradient, no master weights and no moments, and of it only weights are sent; a
 checkpoint holds it all the same, so that the run can be served. Patterns are the shell's (fnmatch), over the
-names that
-<<<<<<< ours
- formulas/parameters.py
-||||||| base
-
-`formulas.params.shapes`
-=======
-
-`parameter_shapes`
->>>>>>> theirs
- lists. Composes with every axis, ZeRO and recompute.
+names that formulas/parameters.py lists. Composes with every axis, ZeRO and recompute.
 """
 from collections.abc import Iterable
 from fnmatch import fnmatchcase

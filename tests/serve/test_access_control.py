@@ -16,12 +16,12 @@ APP, JSON = "https://app.example", {"Content-Type": "application/json"}
 
 class Untouched:
     """A worker that nobody may ask, except for a reset, which it counts."""
-    state, why, ready, stats, jobs, resets = "ready", "", None, {}, {}, 0
+    state, state_reason, engine_ready, stats, streams, resets = "ready", "", None, {}, {}, 0
 
-    def reset(self):
+    def reset_prefix_cache(self):
         self.resets += 1
 
-    def submit(self, requests):
+    def submit_requests(self, requests):
         raise AssertionError("the engine is asked")
 
 

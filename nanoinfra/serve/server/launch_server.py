@@ -54,7 +54,7 @@ def load_rank_engine(options: EngineOptions, tp_group: TensorParallelGroup):
     from nanoinfra.serve.engine.load_engine import load_engine
     set_torch_threads(options.threads, options.tp)
     engine = load_engine(options, tp_group.init_tp_mesh(options.tp))
-    if engine.text is None:
+    if engine.tokenizer is None:
         raise ValueError(f"{options.model} holds no tokenizer.json to talk with it; copy the one it was "
                          "trained with into it")
     return engine
