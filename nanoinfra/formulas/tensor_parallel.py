@@ -18,8 +18,7 @@ Box = tuple[tuple[int, int], ...]            # (start, stop) in each dim
 OUTPUTS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up", "embed", "head")
 INPUTS = ("attn.o.weight", "mlp.down.weight")
 HEAD_NORMS = (".attn.q_norm.weight", ".attn.k_norm.weight")
-# what backward does for an input gathered along the sequence
-SEQUENCE_PARALLEL_MODES = ("none", "keep", "gather")
+SEQUENCE_PARALLEL_MODES = ("none", "keep", "gather")     # what backward does for an input gathered along T
 
 
 def check_heads(config: ModelConfig, t: int) -> None:

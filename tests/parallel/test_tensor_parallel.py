@@ -276,8 +276,8 @@ def read_with_a_watch():
         def regather_input(self, kept, tag):
             seen.append("regather_input")
             return Watched(super().regather_input(kept, tag), "regather_input")
-    region = Region(axis, keep=False)
-    region.tokens = 4
+    region = Region(axis, save_gathered=False)
+    region.set_seq_len(4)
     out, = column_parallel_linear(region, torch.ones(1, 2, 3, requires_grad=True), nn.Linear(3, 2))
     out.sum().backward()
     return seen
