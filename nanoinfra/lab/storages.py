@@ -54,9 +54,10 @@ class Storages(TorchDispatchMode):
             leaves = module.register_forward_hook(self._boundary(name, "leaves", "enters"), prepend=True)
             self._undo.callback(enters.remove)
             self._undo.callback(leaves.remove)
-        for moment in ("start_record", "finish_record") if ledger is not None else ():
-            marked = self._marked(getattr(ledger, moment), moment)
-            self._undo.enter_context(mock.patch.object(ledger, moment, marked))
+        moments = {"start_record": "enter", "finish_record": "leave"}
+        for method, moment in moments.items() if ledger is not None else ():
+            marked = self._marked(getattr(ledger, method), moment)
+            self._undo.enter_context(mock.patch.object(ledger, method, marked))
 
     def __exit__(self, *error):
         self._undo.close()
@@ -86,7 +87,7 @@ class Storages(TorchDispatchMode):
 
     def _marked(self, call, moment):
         def marked(*args, **kwargs):
-            row = call(*args, **kwargs) or args[0]             # enter makes the row that leave is given
+            row = call(*args, **kwargs) or args[0]             # start makes the record that finish is given
             self.mark(f"{row.op} {row.tag} {moment}s")
             return row
         return marked

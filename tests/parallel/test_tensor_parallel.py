@@ -81,8 +81,8 @@ def test_what_is_frozen_sends_no_more_and_leaves_nothing_open(ranks, sp, frozen)
 
 
 def test_the_inputs_gradient_travels_while_the_weights_is_computed(ranks):
-    assert ranks(2).run(read_with_a_watch) == [["regather_input", "reduce_input_grad", "wait for regather_input",
-                                                "wait for reduce_input_grad"]] * 2
+    want = ["regather_input", "reduce_input_grad", "wait for regather_input", "wait for reduce_input_grad"]
+    assert ranks(2).run(read_with_a_watch) == [want] * 2
 
 
 def test_one_vector_is_read_and_a_frozen_share_stays_frozen():
