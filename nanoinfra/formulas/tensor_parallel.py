@@ -17,8 +17,7 @@ ShardBounds = tuple[tuple[int, int], ...]    # (start, stop) in each dim
 _COLUMN_PARALLEL = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up", "embed", "head")
 _ROW_PARALLEL = ("attn.o.weight", "mlp.down.weight")
 _QK_NORMS = (".attn.q_norm.weight", ".attn.k_norm.weight")
-# what backward does for an input gathered along the sequence
-SEQUENCE_PARALLEL_MODES = ("none", "keep", "gather")
+SEQUENCE_PARALLEL_MODES = ("none", "keep", "gather")     # what backward does for an input gathered along T
 
 
 def check_tp_fits_model(config: ModelConfig, tp: int) -> None:

@@ -82,8 +82,8 @@ def test_what_is_frozen_sends_no_more_and_leaves_nothing_open(ranks, sp, frozen)
 
 
 def test_the_inputs_gradient_travels_while_the_weights_is_computed(ranks):
-    assert ranks(2).run(read_with_a_watch) == [["regather_input", "reduce_input_grad", "wait for again",
-                                                "wait for back"]] * 2
+    want = ["regather_input", "reduce_input_grad", "wait for regather_input", "wait for reduce_input_grad"]
+    assert ranks(2).run(read_with_a_watch) == [want] * 2
 
 
 def test_one_vector_is_read_and_a_frozen_share_stays_frozen():
@@ -277,8 +277,8 @@ def read_with_a_watch():
         def regather_input(self, kept, tag):
             seen.append("regather_input")
             return Watched(super().regather_input(kept, tag), "regather_input")
-    region = Region(axis, keep=False)
-    region.tokens = 4
+    region = Region(axis, save_gathered=False)
+    region.set_seq_len(4)
     out, = column_parallel_linear(region, torch.ones(1, 2, 3, requires_grad=True), nn.Linear(3, 2))
     out.sum().backward()
     return seen

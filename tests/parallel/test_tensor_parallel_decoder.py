@@ -84,7 +84,7 @@ def test_every_parameter_is_its_box_and_every_module_its_kind(ranks, family, tp,
 def test_what_ranks_cannot_share_is_refused_with_what_they_can():
     def cut(tp, **sizes):
         axis = Mesh().tp
-        cut_mesh = type("M", (), {"tp": replace(axis, ranks=tuple(range(tp)))})
+        cut_mesh = type("M", (), {"tp": replace(axis, global_ranks=tuple(range(tp)))})
         TensorParallel(decoder_on_meta_device(config("llama", **sizes)), cut_mesh)
     with pytest.raises(ValueError, match="tp=3 cannot share 4 query and 2 KV heads.*try --tp 2"):
         cut(3)

@@ -26,7 +26,7 @@ BYTES, LETTERS = byte_text(["<end>"]), letters(first=0, n=128)
 @pytest.fixture(scope="module")
 def text():
     # others are single bytes
-    return Text(BPETokenizer.train(["one two three"] * 9, vocab_size=262).backend_tokenizer)
+    return Tokenizer(BPETokenizer.train(["one two three"] * 9, vocab_size=262).backend_tokenizer)
 
 
 def test_no_part_of_a_character_is_ever_shown(text):

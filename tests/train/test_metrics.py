@@ -58,7 +58,7 @@ def test_trace_has_one_process_a_rank_in_microseconds():
     name, step, wire = metrics.perfetto_trace_events(3, [(Forward(2), 1.0, 1.25)], rows)
     assert name["args"]["name"] == "rank 3" and {e["pid"] for e in (name, step, wire)} == {3}
     assert (step["name"], step["ts"], step["dur"]) == ("Forward", 1e6, 0.25e6)
-    assert step["args"] == {"micro": 2, "chunk": 0}
+    assert step["args"] == {"micro_batch": 2, "chunk": 0}
     assert (wire["name"], wire["ts"], wire["args"]) == (
         "all_reduce", 1.5e6, {"tag": "grads", "payload_bytes": 40, "wait_ms": 125.0})
 

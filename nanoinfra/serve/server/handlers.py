@@ -60,14 +60,14 @@ async def handle_generation_request(http_request: Request, request_type: type[Ba
         raise
 
 
-async def _start_event_stream(http_request, response: BaseCompletionResponse, stream: Job,
+async def _start_event_stream(http_request, response: BaseCompletionResponse, stream: ResponseStream,
                               preprocessor: RequestPreprocessor) -> Response:
     first = await _unless_disconnected(http_request, anext(stream), _STREAM_START_TIMEOUT_SECONDS)
     chunks = _stream_chunks(response, stream, first, preprocessor, http_request.scope)
     return _StreamClosingResponse(stream, chunks, "text/event-stream", {"Cache-Control": "no-cache"})
 
 
-async def _start_json(http_request, response: BaseCompletionResponse, stream: Job,
+async def _start_json(http_request, response: BaseCompletionResponse, stream: ResponseStream,
                       preprocessor: RequestPreprocessor) -> Response:
     collected = _collect_outputs(response, stream)
     if not await _unless_disconnected(http_request, collected, _JSON_START_TIMEOUT_SECONDS):
