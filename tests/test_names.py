@@ -69,6 +69,6 @@ def test_a_folder_has_few_files(folder):
 def test_the_package_holds_every_folder_of_the_library_and_no_other():
     said = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = [*{path.parent for path in HOUSE.rglob("*.*") if "__pycache__" not in path.parts}]
-    found = {"nanoinfra" + "".join(f".{part}" for part in folder.relative_to(HOUSE).parts) for folder in folders}
+    found = {".".join(["nanoinfra", *folder.relative_to(HOUSE).parts]) for folder in folders}
     found |= {"nanoinfra.kernels." + path.parent.name for path in KERNELS.rglob("*.py")}
     assert sorted(said) == sorted(found)

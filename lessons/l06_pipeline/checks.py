@@ -148,8 +148,8 @@ def _once(subject, kinds):
                 if type(what) not in kinds:
                     raise CriterionNotMet(f"{where}: {what!r} is none of {', '.join(names)}")
                 if what.micro_batch not in range(m):
-                    raise CriterionNotMet(f"{where}: {type(what).__name__}({what.micro_batch}), and micro-batches "
-                                          f"are 0 to {m - 1}: fewer than stages behind?")
+                    raise CriterionNotMet(f"{where}: {type(what).__name__}({what.micro_batch}), and "
+                                          f"micro-batches are 0 to {m - 1}: fewer than stages behind?")
             for k in range(m):
                 did = [type(what).__name__ for what in order if what.micro_batch == k]
                 if did != names:

@@ -25,8 +25,8 @@ def gantt_chart(panels: dict[str, StepTimeline], title: str = "", unit: str = "m
     Times are given in s and shown in `unit` "s" or "ms"; with another unit they are shown as they are. The
     later ones of several chunks of a stage are pale.
     """
-    scale, rows = {"ms": 1e3}.get(unit,
-                                  1), sum(len(each.compute_spans) + _ROWS_BETWEEN_PANELS for each in panels.values())
+    scale = {"ms": 1e3}.get(unit, 1)
+    rows = sum(len(each.compute_spans) + _ROWS_BETWEEN_PANELS for each in panels.values())
     longest = max(each.step_seconds for each in panels.values())
     picture, axes = draw.new_figure(9.4, 1.35 + 0.32 * rows, title)
     ticks, top = {}, 0.0
@@ -48,7 +48,7 @@ def gantt_chart(panels: dict[str, StepTimeline], title: str = "", unit: str = "m
 
 
 def measured_timeline(ranks: Sequence[Sequence], ledgers: Sequence[Sequence] = ()) -> StepTimeline:
-    """The StepTimeline of a real run from each rank's spans of `execute`, in s since the first computation began.
+    """The StepTimeline of a real run, from each rank's spans of `execute_schedule` in s since the first computation began.
 
     `ledgers[r]` has rank r's communication records, whose waiting time is taken off the computations. All
     ranks must be on one host, because `time.monotonic` differs between hosts.

@@ -116,8 +116,9 @@ def run_pipeline_steps(config: ModelConfig, kind: str, p: int, v: int, batches: 
 def _step(mesh, replica, order, batches):
     """Run one step until its gradients are summed; returns its measurements."""
     replica.begin_step(batches, sum(y.numel() for _, y in batches) * mesh.data.size)
-    kept = _Kept(parameter for chunk in replica.parallel_model.chunks for parameter in chunk.model.parameters())
-    hooks = [hook for chunk in replica.parallel_model.chunks for hook in _keeping(chunk.model.blocks, kept)]
+    chunks = replica.parallel_model.chunks
+    kept = _Kept(parameter for chunk in chunks for parameter in chunk.model.parameters())
+    hooks = [hook for chunk in chunks for hook in _keeping(chunk.model.blocks, kept)]
     comm.barrier(mesh.pp)
     mesh.comm_log.take_records()
     begin = time.monotonic()

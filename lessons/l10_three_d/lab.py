@@ -158,7 +158,8 @@ def norms_off(mesh, got, right):
 def show(config, rows, cube, slow):
     """Print what each mesh sent, and the cube's steps beside what the alpha-beta model says of rank 0."""
     columns = ("mesh", "pp x dp x tp", "loss", *cube["sent"])
-    DisplayTable(f"{parameter_count(config):,} parameters, a step: payloads of all ranks", columns, rows).show()
+    DisplayTable(f"{parameter_count(config):,} parameters, a step: payloads of all ranks", columns,
+                 rows).show()
     lines = [("none", format_quantity(middle(cube["seconds"]), "s"), "", "")]
     for axis, run in slow.items():
         mine = [row for row in cube["rows"] if row.axis_name.replace("data", "dp") == axis

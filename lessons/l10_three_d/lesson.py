@@ -216,8 +216,9 @@ check.grad_norm(grad_norm)
 # norm. And under ZeRO (lesson 08), which axis does a norm add up over besides, and why?
 
 # %%
-for it in (parallelize.ParallelModel.__init__, parallelize.ParallelChunk.__init__,
-           parallelize.ParallelChunk.finish_grad_sync, parallelize.ParallelModel.finish_grad_sync, parallelize.ParallelModel.grad_norm_axes, parallelize.ParallelModel.counted_in_norm):
+chunk, model = parallelize.ParallelChunk, parallelize.ParallelModel
+for it in (model.__init__, chunk.__init__, chunk.finish_grad_sync, model.finish_grad_sync,
+           model.grad_norm_axes, model.counted_in_norm):
     print(inspect.getsource(it))
 
 # %% [markdown]

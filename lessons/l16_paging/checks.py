@@ -99,8 +99,8 @@ def _(subject):
             _holders(pool, dict(enumerate(ledger.holders)), where)
             free = [block for block, holders in enumerate(ledger.holders) if not holders]
             if sorted(pool.free_blocks) != free:
-                raise CriterionNotMet(f"{where}: blocks {sorted(pool.free_blocks)} are free, want {free}: a block "
-                                      "is free or held, and once")
+                raise CriterionNotMet(f"{where}: blocks {sorted(pool.free_blocks)} are free, want {free}: a "
+                                      "block is free or held, and once")
 
 
 def _ask(pool, ledger, what, which):
@@ -129,7 +129,8 @@ def _ask(pool, ledger, what, which):
 def _holders(pool, want, where):
     for block, holders in want.items():
         if pool.ref_counts[block] != holders:
-            raise CriterionNotMet(f"{where}: block {block} has {pool.ref_counts[block]} holders, want {holders}")
+            raise CriterionNotMet(f"{where}: block {block} has {pool.ref_counts[block]} holders, "
+                                  f"want {holders}")
 
 
 def _raises(call, error, what):
@@ -227,10 +228,9 @@ def _(subject):
                                   "another, until there is room for this one")
         for each in after.waiting:
             if after.names[each] in gone and (each.num_computed_tokens or each.block_table):
-                raise CriterionNotMet(f"{before}: {after.name(each)} waits and has {each.num_computed_tokens} tokens "
-                            f"computed and table {each.block_table}: its blocks are somebody else's now, "
-                                      "so "
-                            "0 and []")
+                raise CriterionNotMet(f"{before}: {after.name(each)} waits and has "
+                                      f"{each.num_computed_tokens} tokens computed and block table "
+                                      f"{each.block_table}: its blocks are somebody else's now, so 0 and []")
         if gone and queue[:len(gone)] != sorted(gone):
             raise CriterionNotMet(f"{before}: {gone} are sent away and the queue is {queue}: they came "
                                   "before all that wait")

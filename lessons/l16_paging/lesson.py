@@ -176,11 +176,9 @@ check.Pool(Pool)
 # **Exercise 2: a step.** A sequence has `tokens`, of which the first `num_computed_tokens` are in the blocks
 # of its `block_table`. Prompt, answer, going on after a preemption: all are one rule, *let computed catch
 # up*. `plan` only plans; whoever runs the step adds to `num_computed_tokens`. Hand out `budget` tokens: to
-# the list `running` in its order, as many as each lacks; then to the deque `waiting` in its order, and a sequence that is let in
-# goes
-# to the end of `running`. Prompts may go in chunks (chunked prefill), cut by the budget alone: a waiting
-# sequence that finds too few
-# `free_blocks` blocks goes on waiting.
+# the list `running` in its order, as many as each lacks; then to the deque `waiting` in its order, and a
+# sequence that is let in goes to the end of `running`. Prompts may go in chunks (chunked prefill), cut by the
+# budget alone: a waiting sequence that finds too few `free_blocks` blocks goes on waiting.
 #
 # `missing` says how many blocks a sequence lacks, `start` takes them and makes the plan's entry. Where one of
 # the running finds too few, their *last* gives its table back, forgets what was computed (`block_table = []`,

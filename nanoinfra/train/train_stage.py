@@ -111,8 +111,9 @@ class TrainStage(PipelineStage):
         `skipped` is True when float16 gradients overflowed on any rank: the norm is then not finite anywhere.
         """
         scale = self.loss_scale.value if self.loss_scale else 1.0
-        self.grad_norm = unscale_and_clip_grads(self.grads, self.max_grad_norm, scale,
-                                                self.parallel_model.grad_norm_axes(), self.parallel_model.counted_in_norm)
+        model = self.parallel_model
+        self.grad_norm = unscale_and_clip_grads(self.grads, self.max_grad_norm, scale, model.grad_norm_axes(),
+                                                model.counted_in_norm)
         self.skipped = self.loss_scale is not None and not math.isfinite(self.grad_norm)
         if self.loss_scale:
             self.loss_scale.update(self.skipped)

@@ -42,7 +42,8 @@ def test_flops_and_bytes_are_what_the_operators_do(configs, data, batch, new, be
             model.head(model.hidden_states(tokens, places, cache)[:, -1])
     assert counter.get_total_flops() == inference_cost.inference_flops(config, batch, new, total)
     assert traffic.read_bytes["weights"] == inference_cost.weight_bytes_read(config, dtype.itemsize)
-    assert traffic.read_bytes["cache"] == inference_cost.kv_cache_bytes_read(config, batch, total, dtype.itemsize)
+    assert traffic.read_bytes["cache"] == inference_cost.kv_cache_bytes_read(config, batch, total,
+                                                                             dtype.itemsize)
 
 
 def test_weights_that_are_looked_up_are_not_read_whole():

@@ -61,7 +61,8 @@ def test_so_it_is_on_more_ranks(ranks, sizes):
     if sizes[1] < 8:                         # eight data ranks have a sequence each, half a micro-batch
         for run in runs:
             at, m = run["at"], G // (B * sizes[1])
-            assert payload_bytes_by_axis(run["rows"]) == step_bytes_by_axis(CONFIG, *sizes, B, T, m, 8, at["pp"],
+            assert payload_bytes_by_axis(run["rows"]) == step_bytes_by_axis(CONFIG, *sizes, B, T, m, 8,
+                                                                            at["pp"],
                                                                     at["tp"])
 
 

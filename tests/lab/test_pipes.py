@@ -41,7 +41,8 @@ def test_who_goes_one_at_a_time_is_seen_to_idle(ranks):
 
 
 def test_asleep_a_computation_takes_its_slots_and_stages_stand_side_by_side(ranks):
-    results = ranks(2).run(rehearse_schedule, build_pipeline_schedule("1f1b", 1, 2), (1, 2, 3), 0.002, repeats=2)
+    results = ranks(2).run(rehearse_schedule, build_pipeline_schedule("1f1b", 1, 2), (1, 2, 3), 0.002,
+                           repeats=2)
     for trials in results:
         assert len(trials) == 2
         for real, counted in trials:

@@ -72,7 +72,8 @@ def test_in_a_static_batch_who_is_done_keeps_seat_and_memory():
 
 
 def test_in_a_pause_nothing_is_logged_and_the_clock_goes_on():
-    run = replay_trace([TraceRequest(0, (1,), 2), TraceRequest(7, (1,), 1)], LoggingScheduler(BlockPool(4, 4)))
+    run = replay_trace([TraceRequest(0, (1,), 2), TraceRequest(7, (1,), 1)], LoggingScheduler(BlockPool(4,
+                                                                                                        4)))
     assert [step.at for step in run.log] == [0, 1, 7] and run.steps == 8
 
 

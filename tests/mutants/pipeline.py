@@ -57,8 +57,8 @@ def _(subject):
 def _(subject):
     for kind, p, m, v in KINDS:
         for r, stage in enumerate(subject(kind, p, m, v)):
-            if (got := max_micro_batches_in_flight(stage)) > (want := formulas.predicted_micro_batches_in_flight(kind, p, r, m,
-                                                                                               v)):
+            want = formulas.predicted_micro_batches_in_flight(kind, p, r, m, v)
+            if (got := max_micro_batches_in_flight(stage)) > want:
                 raise CriterionNotMet(f"{kind}: stage {r} of {p} keeps {got} of {m} micro-batches, want "
                                       f"{want}")
 
@@ -247,5 +247,6 @@ MUTANTS = [
     Mutant("every message sent twice", pipeline, patched(step, COMM, TWICE), SENT),
     Mutant("a serial pipeline, timed", overlap, serially, BUSY),
     Mutant("stages in step", overlap,
-           patched(pipes.rehearse_schedule, "lessons.l06_pipeline.measurements:execute_schedule", in_step), BUSY),
+           patched(pipes.rehearse_schedule, "lessons.l06_pipeline.measurements:execute_schedule",
+                   in_step), BUSY),
 ]

@@ -208,9 +208,8 @@ def test_what_is_no_json_object_is_refused(body):
 
 def test_a_model_without_a_template_says_what_to_use():
     with pytest.raises(APIError, match="/v1/completions"):
-        build_engine_requests(parse_request_body(ChatCompletionRequest,
-                                                 json.dumps({"messages": HI}).encode()), "name", EngineReady(READY.info,
-                                                                                           text()))
+        question = parse_request_body(ChatCompletionRequest, json.dumps({"messages": HI}).encode())
+        build_engine_requests(question, "name", EngineReady(READY.info, text()))
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

@@ -86,7 +86,8 @@ def test_health_answers_while_64_clients_ask_a_stopped_engine():
         try:
             for each in clients:
                 each.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            until(lambda: len(server.engine_client.streams) == 17 and client.get("/health").status_code == 200)
+            streams = server.engine_client.streams
+            until(lambda: len(streams) == 17 and client.get("/health").status_code == 200)
             waits = [each for each in clients if not _answered(each)]
             assert client.get("/health").status_code == 200
             until(lambda: sum(map(_answered, clients)) == 47)
@@ -107,8 +108,8 @@ def _answered(client):
 @pytest.mark.prove
 def test_the_library_passes_the_checks_that_its_mutants_fail():
     files = ("engine_client", "engine_processes", "shutdown_signals")
-    mutants = [mutant for file in files for mutant in collect(file=file)]
-    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in collect_library_mutants("life*")}
+    mutants = [mutant for file in files for mutant in collect_library_mutants(file)]
+    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in mutants}
     for check, subject in subjects.values():
         assert check.report(subject).exit_code == 0
 

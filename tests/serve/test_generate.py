@@ -150,7 +150,8 @@ def test_ranks_that_share_the_model_say_the_same(ranks, tmp_path, tokenizer, fam
 
 def test_dtype_is_what_the_weights_are_computed_in(folder, monkeypatch):
     seen, real = [], generation.parallelize_for_serving
-    monkeypatch.setattr(generation, "parallelize_for_serving", lambda *given: seen.append(real(*given)) or seen[-1])
+    monkeypatch.setattr(generation, "parallelize_for_serving",
+                        lambda *given: seen.append(real(*given)) or seen[-1])
     for dtype in ("float64", "bfloat16"):
         answer(model=str(folder), prompt="one", max_new_tokens=1, dtype=dtype)
         assert {p.dtype for p in seen[-1].parameters()} == {getattr(torch, dtype)}

@@ -36,7 +36,8 @@ def run_doctor(flags: DoctorFlags) -> dict:
               "matmul": {dtype: _timed(mesh, measure_matmul_flops_per_second(mesh, getattr(torch, dtype)),
                                        "FLOP/s")
                          for dtype in _MATMUL_DTYPES},
-              "wires": {name: measure_link(mesh, name) for name in MESH_AXIS_NAMES if getattr(mesh, name).size > 1}}
+              "wires": {name: measure_link(mesh, name) for name in MESH_AXIS_NAMES if getattr(mesh,
+                                                                                              name).size > 1}}
     if mesh.rank == 0:
         for grid in report_tables(report):
             grid.show()

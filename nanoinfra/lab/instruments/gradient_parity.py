@@ -35,7 +35,8 @@ def run_gradient_step(config: ModelConfig, flags: TrainFlags, seq: int,
     replica, batches = make_stage_and_batches(config, flags, mesh, seq)
     mesh.comm_log.take_records()
     replica.begin_step(batches, count_valid_targets(flags.data.global_batch, seq))
-    execute_schedule(replica.build_step_schedule(len(batches))[:-1], replica)                # all but the optimizer's step
+    execute_schedule(replica.build_step_schedule(len(batches))[:-1],
+                     replica)                # all but the optimizer's step
     rows, grads = mesh.comm_log.take_records(), {}
     for name, grad in replica.grads.items():
         box = replica.parallel_model.shard_bounds(name)

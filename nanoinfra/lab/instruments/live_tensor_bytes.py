@@ -56,9 +56,10 @@ class LiveTensorBytes(TorchDispatchMode):
             leaves = module.register_forward_hook(self._boundary(name, "leaves", "enters"), prepend=True)
             self._undo.callback(enters.remove)
             self._undo.callback(leaves.remove)
-        for moment in ("start_record", "finish_record") if comm_log is not None else ():
-            marked = self._marked(getattr(comm_log, moment), moment)
-            self._undo.enter_context(mock.patch.object(comm_log, moment, marked))
+        moments = {"start_record": "enter", "finish_record": "leave"}
+        for method, moment in moments.items() if comm_log is not None else ():
+            marked = self._marked(getattr(comm_log, method), moment)
+            self._undo.enter_context(mock.patch.object(comm_log, method, marked))
 
     def __exit__(self, *error):
         self._undo.close()

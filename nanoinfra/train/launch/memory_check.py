@@ -1,4 +1,4 @@
-"""The memory check: does this machine, or each GPU, have the memory that formulas/memory_footprint.py predicts?
+"""The memory check: has this machine, or each GPU, the memory that formulas/memory_footprint.py predicts?
 
 Refused is only what exceeds all that the machine, or the card, has. The numbers are modelled: tensors are
 counted, the process was measured once, as the constants here say, and so was the heap
