@@ -13,13 +13,13 @@ def comm_timeline(ledgers: Sequence[Sequence], title: str = "what each rank did"
     With `hidden=False` a bar is a whole call, from begin to end.
     """
     rows = [(rank, row) for rank, ledger in enumerate(ledgers) for row in ledger]
-    start = min(row.begin for _, row in rows)
+    start = min(row.start_time for _, row in rows)
     names = list(dict.fromkeys(getattr(row, label) or row.op for _, row in rows))
     colours = dict(zip(names, SERIES_COLOURS * math.ceil(len(names) / len(SERIES_COLOURS))))
     picture, axes = new_figure(9, 1.5 + 0.5 * len(ledgers), title)
     for rank, row in rows:
-        begin, end = (1e3 * (t - start) for t in (row.begin, row.end))
-        wait = 1e3 * row.wait_s if hidden else end - begin
+        begin, end = (1e3 * (t - start) for t in (row.start_time, row.end_time))
+        wait = 1e3 * row.wait_seconds if hidden else end - begin
         _call(axes, rank, begin, end, wait, colours[getattr(row, label) or row.op])
     for name in names:
         axes.barh(0, 0, color=colours[name], label=name)

@@ -50,8 +50,9 @@ def gantt_chart(panels: dict[str, StepTimeline], title: str = "", unit: str = "m
 def measured_timeline(ranks: Sequence[Sequence], ledgers: Sequence[Sequence] = ()) -> StepTimeline:
     """The StepTimeline of a real run, from each rank's spans of `execute_schedule`.
 
-    Its times are in s since the first computation began. `ledgers[r]` has rank r's communication records, whose waiting time is taken off the computations. All
-    ranks must be on one host, because `time.monotonic` differs between hosts.
+    Its times are in s since the first computation began. `ledgers[r]` has rank r's communication records,
+    whose waiting time is taken off the computations. All ranks must be on one host, because
+    `time.monotonic` differs between hosts.
     """
     ledgers = ledgers or [[] for _ in ranks]
     found = [[(what, begin + _waited(rows, begin, end), end) for what, begin, end in spans

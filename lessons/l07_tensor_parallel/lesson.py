@@ -28,7 +28,8 @@ from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import last_prediction, predict
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.parallel import sequence_parallel, tensor_parallel
+from nanoinfra.parallel import tensor_parallel as tp
+from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
@@ -51,22 +52,21 @@ gpt3 = ModelConfig(51200, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2"
 def fits(n, t=1, memory=80e9):
     """A row: n ranks, of which t share each layer."""
     states, layer = 16 * parameter_count(gpt3) / n, 4 * 12 * gpt3.width**2 / t
-    kept = saved_activation_bytes(gpt3, 1, gpt3.context, 2, tp=t,
-                                  sp="gather" if t > 1 else "none") / gpt3.layers
+    sp = "gather" if t > 1 else "none"
+    kept = saved_activation_bytes(gpt3, 1, gpt3.context, 2, tp=t, sp=sp) / gpt3.layers
     fit = int(max(0, memory - states - layer) // kept)
     verdict = "fits" if fit >= gpt3.layers else f"out of memory in layer {fit + 1} of {gpt3.layers}"
     gigabytes = (f"{size / 1e9:.1f} GB" for size in (states, layer, gpt3.layers * kept))
     return f"{n:,}", *gigabytes, f"{n // t * gpt3.context:,}", verdict
-
 
 RANKS = (64, 512, 4096, 32768)
 COLUMNS = ("ranks", "states", "layer at work", "kept for backward", "tokens in a step, at least", "")
 DisplayTable("GPT-3 (modelled; lesson 04 counted such bytes)", COLUMNS, [fits(n) for n in RANKS])
 
 # %% [markdown]
-# More ranks do not help: one layer and one sequence are left, and neither is cut. Recompute would make room
-# for a third more FLOPs. And N ranks cannot take fewer than N sequences a step: in the last row, 67 million
-# tokens. Two ranks have to work on the *same* token.
+# More ranks do not help: one layer and one sequence are left, and neither is cut. Recompute makes room for a
+# third more FLOPs. And N ranks take N sequences a step: at least, in the last row, 67 million tokens. Two ranks
+# have to work on the *same* token.
 #
 # ## 2. Predict
 # **The MLP**, y = GELU(x·A1)·A2. Cut A1 along its outputs: a rank has 4C/t hidden units, and their GELU needs
@@ -95,8 +95,7 @@ for where, (alpha, beta) in {"inside a node": INSIDE, "between nodes": BETWEEN}.
 # Commit ten numbers. For one layer on t = N ranks: its all-reduces, forward and backward; the bytes a rank
 # sends for them (2(t−1)/t of each), and with *gather* ((t−1)/t of each); the bytes kept by one rank alone,
 # then by each of N without, with *keep*, with *gather*. Of the model: the loss's payload, and the time of L
-# layers without SP, on 2 ranks of one node, on 4 of two: `ring_collective_seconds("all_reduce", bytes, t,
-# alpha, beta)`.
+# layers without SP, on 2 ranks of one node, on 4 of two? `help(ring_collective_seconds)` has the formula.
 
 # %% nbgrader={"grade_id": "predict", "solution": true}
 # predict("L07.calls", <formula>, "calls")
@@ -113,8 +112,8 @@ for how, numbers in {"one": norms + read + between, "none": norms + read + betwe
     predict(f"L07.kept_{how}", 4 * B * T * numbers, "B")
 predict("L07.loss", 3 * 4 * B * T, "B")
 for where, t, wire in (("inside", 2, INSIDE), ("between", 4, BETWEEN)):
-    predict(f"L07.step_{where}", L * (SECONDS / t + 4 * ring_collective_seconds("all_reduce", region, t,
-                                                                                *wire)), "s")
+    all_reduce = ring_collective_seconds("all_reduce", region, t, *wire)
+    predict(f"L07.step_{where}", L * (SECONDS / t + 4 * all_reduce), "s")
 ### END SOLUTION
 
 # %% [markdown]
@@ -229,14 +228,12 @@ check.vocab_loss(vocab_loss)
 # ## 4. Read the real one
 # A region is a `TensorParallelRegion`, or with SP a `SequenceParallelRegion`. `_ColumnParallelLinear` calls
 # its `gather_input`, `regather_input` and `reduce_input_grad`, `_ReduceFromRegion` its `reduce_output` and
-# `gather_output_grad`. An `AsyncCollective` is one that is still running. How many all-reduces would q, k and
-# v have, each behind an f of its own? What does backward compute while the sum of x's gradient is on its way?
-# In `SequenceParallelRegion`, what does the last rank do where t does not divide T?
+# `gather_output_grad`. How many all-reduces would q, k and v have, each behind an f of its own? What does
+# backward compute while the sum of x's gradient is under way? What if t does not divide T?
 
 # %%
-for it in (tensor_parallel.RowParallelLinear, tensor_parallel._ReduceFromRegion,
-           tensor_parallel._ColumnParallelLinear, tensor_parallel.TensorParallelRegion,
-           sequence_parallel.SequenceParallelRegion, TensorParallel.all_reduce_partial_grads):
+for it in (tp.RowParallelLinear, tp._ReduceFromRegion, tp._ColumnParallelLinear, tp.TensorParallelRegion,
+           SequenceParallelRegion, TensorParallel.all_reduce_partial_grads):
     print(inspect.getsource(it))
 
 # %% [markdown]
@@ -320,8 +317,7 @@ figures.speed_over_tp_size({"emulated wire, nodes of 2": (2, timed, "predicted",
 # four all-reduces could hide, and behind what (`_ColumnParallelLinear`)? Which cannot? (c) Sequence
 # parallelism sends the bytes of an all-reduce: what memory does it save, and what do *keep* and *gather* pay?
 # (d) The published t = 8 lies below the line: what else gets worse when a rank has an eighth of every matrix?
-# (e) Two KV heads, eight ranks: who has which, and what of their gradients (`all_reduce_partial_grads`;
-# `kv_replica_axis`: an axis of t/KV neighbours)?
+# (e) Two KV heads, eight ranks: who has which, and who sums their gradients (`kv_replica_axis`)?
 
 # %% [markdown] nbgrader={"grade_id": "explain", "solution": true, "grade": true, "points": 5}
 # <!-- ### BEGIN SOLUTION -->

@@ -176,8 +176,7 @@ check.attend(attend)
 # **Exercise 2: generate.** `cache = make(capacity)` gives a cache for so many tokens. Ask for as many as are
 # ever looked at: is that all of the answer? `model.hidden_states(tokens, places, cache)` is (B, T, C) for
 # `tokens` (B, T) at `places` (T,), and calls `cache.attend` in each layer. Then add T to `cache.length`,
-# which no one does for you. `model.head` makes logits of the rows it is given. Greedy: `argmax`. Eight to
-# twelve lines.
+# which no one does for you. `model.head` makes logits of rows. Greedy: `argmax`. Eight to twelve lines.
 
 # %% nbgrader={"grade_id": "generate", "solution": true}
 # %%exercise L15
@@ -191,7 +190,7 @@ def generate(model, prompt, n, make):
     cache, new, made = make(prompt.shape[1] + n - 1), prompt, []
     for _ in range(n):
         places = torch.arange(cache.length, cache.length + new.shape[1])
-        hidden = model.hidden_states(new, places, cache)                  # (B, T, C)
+        hidden = model.hidden_states(new, places, cache)           # (B, T, C)
         cache.length += new.shape[1]
         new = model.head(hidden[:, -1]).argmax(-1, keepdim=True)   # (B, 1)
         made.append(new)
@@ -275,14 +274,13 @@ draw.plot_curves(lines, dots, "tokens of the answer", "GFLOPs, all of them", log
 
 # %%
 smooth = [2 ** (i / 8) for i in range(57)]
-lines = {kind.upper(): (smooth, [inference_cost.max_tokens_per_second(config, B, 1, S, D, beta,
-                                                                      pi) for B in smooth])
+ceiling = inference_cost.max_tokens_per_second
+lines = {kind.upper(): (smooth, [ceiling(config, B, 1, S, D, beta, pi) for B in smooth])
          for kind, config in sorted(CONFIGS.items())}                # in this order: MHA is orange below too
-lines["arithmetic (MHA)"] = smooth, [inference_cost.max_tokens_per_second(MHA, 1, 1, S, D,
-                                                                          peak_flops=pi)] * len(smooth)
+lines["arithmetic (MHA)"] = smooth, [ceiling(MHA, 1, 1, S, D, peak_flops=pi)] * len(smooth)
 dots = {kind.upper(): (BATCHES, [each[B].value for B in BATCHES]) for kind, each in sorted(wrote.items())}
 figures.throughput_over_batch(lines, dots, inference_cost.batch_size_where_cache_equals_weights(MHA, S, D),
-        f"writing at S = {S}, and two ceilings")
+                              f"writing at S = {S}, and two ceilings")
 
 # %% [markdown]
 # **The roofline.** The same calls by intensity, with their batch. Memory limits them left of the edge.

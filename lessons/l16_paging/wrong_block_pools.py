@@ -5,89 +5,89 @@ class Right:
     """The right pool: what follows overrides one thing each."""
 
     def __init__(self, n, size):
-        self.size, self.free, self.holders = size, list(range(n)), [0] * n
+        self.block_size, self.free_blocks, self.ref_counts = size, list(range(n)), [0] * n
 
-    def take(self):
-        block = self.free.pop()
-        self.holders[block] = 1
+    def allocate(self):
+        block = self.free_blocks.pop()
+        self.ref_counts[block] = 1
         return block
 
-    def share(self, block):
-        self.holders[block] += 1
+    def incref(self, block):
+        self.ref_counts[block] += 1
 
-    def give_back(self, table):
+    def free(self, table):
         for block in table:
-            if self.holders[block] < 1:
+            if self.ref_counts[block] < 1:
                 raise ValueError(f"nobody holds block {block}")
-            self.holders[block] -= 1
-            if not self.holders[block]:
-                self.free.append(block)
+            self.ref_counts[block] -= 1
+            if not self.ref_counts[block]:
+                self.free_blocks.append(block)
 
     def write(self, table, i):
         old = table[i]
-        if self.holders[old] == 1:
+        if self.ref_counts[old] == 1:
             return None
-        table[i] = self.take()
-        self.give_back([old])
+        table[i] = self.allocate()
+        self.free([old])
         return old, table[i]
 
 
 class LeavesItAmongTheFree(Right):
-    def take(self):
-        self.holders[self.free[-1]] = 1
-        return self.free[-1]
+    def allocate(self):
+        self.ref_counts[self.free_blocks[-1]] = 1
+        return self.free_blocks[-1]
 
 
 class CountsNoHolder(Right):
-    def take(self):
-        return self.free.pop()
+    def allocate(self):
+        return self.free_blocks.pop()
 
 
 class CountsOnTop(Right):                    # of what a block had when it was given back
-    def take(self):
-        block = self.free.pop()
-        self.holders[block] += 1
+    def allocate(self):
+        block = self.free_blocks.pop()
+        self.ref_counts[block] += 1
         return block
 
-    def give_back(self, table):
+    def free(self, table):
         for block in table:
-            if self.holders[block] < 1:
+            if self.ref_counts[block] < 1:
                 raise ValueError
-            if self.holders[block] == 1:
-                self.free.append(block)
+            if self.ref_counts[block] == 1:
+                self.free_blocks.append(block)
             else:
-                self.holders[block] -= 1
+                self.ref_counts[block] -= 1
 
 
 class FreesWhatOthersRead(Right):
-    def give_back(self, table):
+    def free(self, table):
         for block in table:
-            if self.holders[block] < 1:
+            if self.ref_counts[block] < 1:
                 raise ValueError
-            self.holders[block] -= 1
-            self.free.append(block)
+            self.ref_counts[block] -= 1
+            self.free_blocks.append(block)
 
 
 class ForgetsAllHolders(Right):
-    def give_back(self, table):
+    def free(self, table):
         for block in table:
-            if self.holders[block] < 1:
+            if self.ref_counts[block] < 1:
                 raise ValueError
-            self.holders[block] = 0
-            self.free.append(block)
+            self.ref_counts[block] = 0
+            self.free_blocks.append(block)
 
 
 class NeverFrees(Right):
-    def give_back(self, table):
+    def free(self, table):
         for block in table:
-            if self.holders[block] < 1:
+            if self.ref_counts[block] < 1:
                 raise ValueError
-            self.holders[block] -= 1
+            self.ref_counts[block] -= 1
 
 
 class GivesBackTheFirstAlone(Right):
-    def give_back(self, table):
-        super().give_back(table[:1])
+    def free(self, table):
+        super().free(table[:1])
 
 
 class WritesWhereOthersRead(Right):
@@ -98,17 +98,17 @@ class WritesWhereOthersRead(Right):
 class CopiesAlways(Right):
     def write(self, table, i):
         old = table[i]
-        table[i] = self.take()
-        self.give_back([old])
+        table[i] = self.allocate()
+        self.free([old])
         return old, table[i]
 
 
 class KeepsHoldingTheOld(Right):
     def write(self, table, i):
         old = table[i]
-        if self.holders[old] == 1:
+        if self.ref_counts[old] == 1:
             return None
-        table[i] = self.take()
+        table[i] = self.allocate()
         return old, table[i]
 
 
@@ -129,34 +129,34 @@ class CopiesTheWholeTable(Right):
 class GivesBackBeforeItTakes(Right):
     def write(self, table, i):
         old = table[i]
-        if self.holders[old] == 1:
+        if self.ref_counts[old] == 1:
             return None
-        self.give_back([old])
-        table[i] = self.take()
+        self.free([old])
+        table[i] = self.allocate()
         return old, table[i]
 
 
 class TakesBackTwice(Right):
-    def give_back(self, table):
+    def free(self, table):
         for block in table:
-            self.holders[block] = max(0, self.holders[block] - 1)
-            if not self.holders[block] and block not in self.free:
-                self.free.append(block)
+            self.ref_counts[block] = max(0, self.ref_counts[block] - 1)
+            if not self.ref_counts[block] and block not in self.free_blocks:
+                self.free_blocks.append(block)
 
 
 class EmptiesTheTable(Right):
-    def give_back(self, table):
-        super().give_back(table)
+    def free(self, table):
+        super().free(table)
         table.clear()
 
 
 class SaysValueErrorWhereNoneIsFree(Right):
-    def take(self):
-        if not self.free:
+    def allocate(self):
+        if not self.free_blocks:
             raise ValueError("full")
-        return super().take()
+        return super().allocate()
 
 
 class SharesForTwo(Right):                   # the first share counts right
-    def share(self, block):
-        self.holders[block] += 1 if self.holders[block] < 3 else 2
+    def incref(self, block):
+        self.ref_counts[block] += 1 if self.ref_counts[block] < 3 else 2

@@ -9,9 +9,8 @@ side gives to torch.distributed in a step is counted.
 The peer at its best: one matrix for q, k, v with its rows in heads' order, so that one column-parallel linear
 makes them all; local tensors between the linears; loss_parallel (--whole-logits, without it, was no faster);
 masters that are plain tensors, and one sum for all norms' gradients, where DTensor would take a collective
-for each. Its SequenceParallel keeps for backward what it has gathered, as our --sp-save-gathered does: the
-same bytes.
-Against our --sp as in the paper, which gathers again ("gather"), it sends less and holds more.
+for each. Its SequenceParallel keeps for backward what it has gathered, as --sp-save-gathered does: the same
+bytes. Against our --sp as in the paper, which gathers again ("gather"), it sends less and holds more.
 """
 import argparse
 import contextlib

@@ -94,7 +94,7 @@ def sharded(state, tp):
     cfg, mesh = config("llama"), Mesh(tp=tp)
     model = parallelize_for_serving(decoder_on_meta_device(cfg), mesh, lambda name, box=(): state[name][box],
                                     torch.float64)
-    engine = Engine(model, num_blocks=12, block_size=4, max_num_batched_tokens=6, ledger=mesh.ledger)
+    engine = Engine(model, num_blocks=12, block_size=4, max_num_batched_tokens=6, ledger=mesh.comm_log)
     assert engine.kv_cache.kv_memory.shape[1] == 2 * max(1, cfg.kv_heads // tp)
     for i in range(6):
         drawn = SamplingParams(temperature=1.0, seed=7)

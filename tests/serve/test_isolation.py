@@ -115,7 +115,7 @@ def sharded(state):
     cfg, mesh = config("llama"), Mesh(tp=2)
     model = parallelize_for_serving(decoder_on_meta_device(cfg), mesh, lambda name, box=(): state[name][box],
                                     torch.float64)
-    engine = Engine(model, num_blocks=60, block_size=4, ledger=mesh.ledger)
+    engine = Engine(model, num_blocks=60, block_size=4, ledger=mesh.comm_log)
     meddle = (lambda now: now == 4 and poison(engine, table(engine, "r2"))) if mesh.rank else lambda now: None
     return *serve(engine, batch(), meddle), engine.stats()["preemptions"]
 

@@ -1,7 +1,7 @@
 """Count the bytes of all live tensors: each storage that this thread made and that is still alive, once.
 
     with LiveTensorBytes(initial_tensors=model.parameters()) as storages:
-        storages.mark_module_boundaries(model, mesh.ledger)
+        storages.mark_module_boundaries(model, mesh.comm_log)
         step()
     storages.peak_bytes
 
