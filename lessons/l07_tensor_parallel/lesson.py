@@ -65,8 +65,8 @@ DisplayTable("GPT-3 (modelled; lesson 04 counted such bytes)", COLUMNS, [fits(n)
 
 # %% [markdown]
 # More ranks do not help: one layer and one sequence are left, and neither is cut. Recompute makes room for a
-# third more FLOPs. And N ranks take N sequences a step: at least, in the last row, 67 million tokens. Two ranks
-# have to work on the *same* token.
+# third more FLOPs. And N ranks take N sequences a step, in the last row 67 million tokens at least. Two
+# ranks have to work on the *same* token.
 #
 # ## 2. Predict
 # **The MLP**, y = GELU(x·A1)·A2. Cut A1 along its outputs: a rank has 4C/t hidden units, and their GELU needs
