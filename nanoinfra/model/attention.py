@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries: softmax(q k^T / sqrt(K)) v, where query t sees keys 0..t.
+"""Causal grouped-query attention: softmax(q k^T / sqrt(K)) v, where query t sees keys 0..t.
 
 Vaswani et al. 2017; GQA (Ainslie et al. 2023): H/KV query heads share one key/value head; ALiBi (Press et al.
 2022): a score falls by its head's slope for each token of distance; sliding window (Jiang et al. 2023): a

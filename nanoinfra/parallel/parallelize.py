@@ -1,4 +1,4 @@
-"""Apply all parallelism techniques to a plain model, in one fixed order.
+"""Apply all parallelism techniques (3D parallelism and ZeRO) to a plain model, in one fixed order.
 
 1. The pipeline splits the layers into chunks: everything after it sees a shorter model.
 2. Tensor and sequence parallelism shard the parameters: from here on they are smaller.

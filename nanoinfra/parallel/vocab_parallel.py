@@ -3,9 +3,9 @@
 Each rank looks up the tokens of its own rows, and the sum over the axis is the embedding. Each rank computes
 its columns of the logits, (B, T, V/t), and no rank ever has them all: the loss needs three all-reduces of B T
 numbers, the maximum, the sum of exponentials and the target's logit. Head and loss are one function (fused
-linear cross-entropy): the logits are overwritten, a few rows at a time, by their gradient softmax - onehot.
-Shoeybi et al. 2019, section 3; Liger (Hsu et al. 2024).  N rows (B T of them), C width, V vocabulary, t
-ranks.
+linear cross-entropy, vocabulary-parallel): the logits are overwritten, a few rows at a time, by their
+gradient softmax - onehot. Shoeybi et al. 2019, section 3; Liger (Hsu et al. 2024).  N rows (B T of them), C
+width, V vocabulary, t ranks.
 """
 import torch
 import torch.nn.functional as F

@@ -1,8 +1,8 @@
 """Execute one training step: a schedule is a list of instructions, and one function runs any schedule.
 
 The same list can be drawn, counted and checked with no process started (parallel/pipeline/simulator.py).
-Accumulation over m micro-batches is the schedule of a pipeline with one stage. ShallowSpeed (Boehm 2022) has
-the idea.
+Gradient accumulation over m micro-batches is the schedule of a pipeline with one stage. ShallowSpeed (Boehm
+2022) has the idea.
 """
 import time
 from collections.abc import Iterable

@@ -3,7 +3,8 @@
 The tokens of a step are one row, (1, N): first those of decoding sequences (one token each), then longer
 prefill chunks. For the first, all their blocks are gathered, a head's together and padded to the longest
 sequence, so that one call attends for all; a chunk attends to its own tokens and the blocks before by the
-plain core. The pool holds 2 L KV K numbers a token. PagedAttention: Kwon et al. 2023.
+plain core. The slot mapping says where a token is
+written. The pool holds 2 L KV K numbers a token. PagedAttention: Kwon et al. 2023.
 N tokens of the step, H query heads, KV key heads, G = H/KV, K head_dim, S keys, B sequences, p block size.
 """
 import math

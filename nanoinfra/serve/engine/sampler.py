@@ -1,5 +1,4 @@
-"""Sampling: from logits to a token by penalties and logit bias, temperature, top-k, top-p, min-p,
-in this order.
+"""Sampling: from logits to a token by penalties, logit bias, temperature, top-k, top-p, min-p, in this order.
 
 Each continuation has a generator of its own, so its draws do not depend on the other sequences in the batch;
 the generator is on the CPU, so that a seed means the same on any device. Top-k: Fan et al. 2018; top-p

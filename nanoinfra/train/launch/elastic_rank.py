@@ -2,7 +2,7 @@
 
 It is found by torchrun's environment variables and dies with its launcher. When a collective does not end, it
 prints which rank has not entered it, and kills that rank if it is on this host, as a stopped process obeys no
-other signal. When the same launch restarts its ranks, they resume from the newest good checkpoint
+other signal. On an elastic restart of the same launch the ranks resume from the newest good checkpoint
 (train/run_directory/run_directory.py asks `launch_id` and `ranks_were_restarted`).
 """
 import ctypes
