@@ -1,4 +1,4 @@
-"""Ring all-reduce and its halves from one primitive, `ring_shift`: send to the next rank, receive from the previous one.
+"""Ring all-reduce and its halves from one primitive, `ring_shift`: send to the next rank, take from the last.
 
 A chunk that goes round a ring of n ranks makes n - 1 hops, and every link carries one chunk at any time. So
 each rank sends (n-1)/n of the payload in reduce-scatter and in all-gather, and twice that in all-reduce, for
