@@ -44,8 +44,7 @@ class Stage(PipelineStage):
         self.loss = torch.zeros((), dtype=torch.float64)
 
     def embed_input(self, micro):
-        return self.chunks[0].embed_tokens(self.x[micro],
-                                           torch.arange(self.x[micro].shape[1]))         # (B, T, C)
+        return self.chunks[0].embed_tokens(self.x[micro], torch.arange(self.x[micro].shape[1]))  # (B, T, C)
 
     def forward_chunk(self, chunk, x, micro):
         model = self.chunks[chunk]
@@ -115,8 +114,7 @@ def main():
 
     p, dtype = mesh.pp.size, getattr(torch, args.dtype)
     lists = build_pipeline_schedule(args.schedule, p, args.micro_batches, args.chunks)     # of every stage
-    borders = split_layers_into_chunks(config, p * args.chunks,
-                                       args.seq)[mesh.pp.rank::p]     # layers of this one's chunks
+    borders = split_layers_into_chunks(config, p * args.chunks, args.seq)[mesh.pp.rank::p]
     chunks = [cut_to_pipeline_chunk(init_weights(Decoder(config), seed=0).to(dtype), *border)
               for border in borders]
     stage = Stage(chunks, mesh, dtype, halves=args.schedule == "zb-h1")
@@ -129,7 +127,7 @@ def main():
     for step in range(args.steps):
         stage.begin(*samples(step, args.global_batch, config.vocab, args.seq), args.micro_batches)
         execute_schedule(lists[mesh.pp.rank][:-2], stage)  # all but its end, which is this:
-        stage.wait_sends()                                               # what was sent has arrived
+        stage.wait_sends()                                           # what was sent has arrived
         if ends and "embed.weight" in named:
             comm.all_reduce(named["embed.weight"].grad, ends, "tied")
         clip(named, mesh, ends)

@@ -92,7 +92,7 @@ def train(model, loader, seconds):
     squares = torch.zeros_like(model.ngrams.weight)
     steps, began, done = 0, time.perf_counter(), 0.0                     # done: share of the time
     while done < 1:
-        [(x, y)] = loader.next_step()                                         # (B, T) each
+        [(x, y)] = loader.next_step()                                    # (B, T) each
         loss = linear_cross_entropy(model.hidden(x), bf16(model.head), y, y.numel())
         loss.backward()
         scale = min(1, done / WARMUP + 0.05, (1 - done) / DECAY)
@@ -137,15 +137,14 @@ def main():
     torch.set_num_threads(args.threads)
     corpus = load_corpus(args.data)
     tokenizer = get_or_train_tokenizer(corpus, V, args.cache)
-    loader = MicroBatchLoader(pack_corpus(corpus, tokenizer, args.cache), seed=args.seed, seq_len=T,
-                              micro_batch=B)
-    model = GPT(tokenizer.vocab_size)
+    tokens = pack_corpus(corpus, tokenizer, args.cache)
+    loader, model = MicroBatchLoader(tokens, args.seed, T, micro_batch=B), GPT(tokenizer.vocab_size)
     steps, took = train(model, loader, args.seconds)
     loader.close()
     found = bits_per_byte(model, HeldOutSet(corpus.held_out, tokenizer, T))
-    print(json.dumps({"bits_per_byte": round(found, 4), "seconds": round(took, 2), "steps": steps, "tokens":
-                      steps * B * T, "corpus": corpus.sha256[:16],
-                      "tokenizer_s": round(tokenizer.train_seconds, 1)}))
+    said = {"bits_per_byte": round(found, 4), "seconds": round(took, 2), "steps": steps,
+            "tokens": steps * B * T, "corpus": corpus.sha256[:16]}
+    print(json.dumps(said | {"tokenizer_s": round(tokenizer.train_seconds, 1)}))
 
 
 if __name__ == "__main__":

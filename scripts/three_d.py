@@ -70,7 +70,7 @@ class Stage(pipeline.PipelineStage):
 
     def gradients(self):
         """{name: this rank's part}, summed: over data, under sp norms' over tp, the tied weight's over pp."""
-        self.wait_sends()                                                # what was sent has arrived
+        self.wait_sends()                                            # what was sent has arrived
         grads = self.tensor.all_reduce_partial_grads(self.data.finish_grad_sync())
         if self.ends and "embed.weight" in grads:
             comm.all_reduce(grads["embed.weight"], self.ends, "tied")
@@ -79,8 +79,8 @@ class Stage(pipeline.PipelineStage):
 
 def samples(step, per_step, vocab, T, seed=0):
     """The step's sequences (x, y), the same on every rank: documents of unequal length, drawn by number."""
-    pairs = [RandomTokenDataset(vocab).get_sample(g, seed, T) for g
-             in range(step * per_step, (step + 1) * per_step)]
+    numbers = range(step * per_step, (step + 1) * per_step)
+    pairs = [RandomTokenDataset(vocab).get_sample(g, seed, T) for g in numbers]
     return [torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1)]  # (G, T) each
 
 
@@ -102,8 +102,7 @@ def adamw(params, lr):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--pp", type=int, choices=(1, 2, 4), default=1, help="stages of layers")
     parser.add_argument("--tp", type=int, choices=(1, 2), default=1, help="ranks that share a layer's heads")
     parser.add_argument("--sp", action="store_true", help="cut the stream between matrices by tokens")
@@ -118,10 +117,9 @@ def main():
     mesh = Mesh(pp=args.pp, dp=world_size() // (args.pp * args.tp), tp=args.tp)
     set_torch_threads()
     config, dtype = MODEL_SIZES["test"].config, getattr(torch, args.dtype)
-    whole = init_weights(Decoder(config), seed=0).to(dtype)
-    layers = pipeline.cut_to_pipeline_chunk(whole, *split_layers_into_chunks(config, args.pp,
-                                                                             args.seq)[mesh.pp.rank])
-    stage = Stage(layers, mesh, dtype, "gather" if args.sp else "none")
+    border = split_layers_into_chunks(config, args.pp, args.seq)[mesh.pp.rank]
+    chunk = pipeline.cut_to_pipeline_chunk(init_weights(Decoder(config), seed=0).to(dtype), *border)
+    stage = Stage(chunk, mesh, dtype, "gather" if args.sp else "none")
     instructions = build_pipeline_schedule("1f1b", args.pp, args.micro_batches)[mesh.pp.rank][:-2]
     optimizer = adamw(list(stage.model.parameters()), LR)
     mesh.comm_log.take_records()

@@ -263,7 +263,7 @@ def test_run_directory_holds_what_the_contract_says(tmp_path):
     assert lines[0]["peak_bytes"]["counted"] == 16 * psi    # float32: weights, gradients, two moments
     events = json.loads(trace.read_text())["traceEvents"]
     names = [event["name"] for event in events if event["ph"] == "X"]
-    assert names == ["Forward", "Backward", "ReduceGrads", "Step"] * 3
+    assert names == ["Forward", "Backward", "ReduceGrads", "OptimizerStep"] * 3
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -14,7 +14,7 @@ HINTS = {
     "goes p ahead everywhere": "stage 1 of 2, 4 micro-batches: holds 2 at once, want 1",
     "forgets that m may be small": "micro-batches are 0 to 0: fewer than stages behind?",
     "sends back before it goes forward": "micro-batch 0 goes Backward, then Forward; want Forward",
-    "turns round on odd stages": "waits for [(1, SendGrad(micro=0",
+    "turns round on odd stages": "waits for [(1, SendGrad(micro_batch=0",
     "misses the last micro batch": "micro-batch 3 goes nowhere",
     "forgets to drain": "micro-batch 3 goes Forward; want Forward, then Backward",
     "returns nothing": "want computations one after another: no yield?",

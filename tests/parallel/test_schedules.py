@@ -101,7 +101,7 @@ def swapped(a, b):
     (without(RecvGrad(2)), "has no RecvGrad"),
     (without(Backward(1)), r"micro-batch 1 through chunk 0 as \['Forward'\]"),
     (without(Forward(0)), "as .'Backward'.|has not made"),
-    (without(ReduceGrads()), "not with ReduceGrads and Step"),
+    (without(ReduceGrads()), "not with ReduceGrads and OptimizerStep"),
     (swapped(Backward(0), Forward(0)), "as .'Backward', 'Forward'.|has no RecvGrad"),
     (swapped(SendActivation(0), SendActivation(1)), "has not made|is ready"),
     (swapped(RecvActivation(1), RecvActivation(2)), "is ready|has no Recv"),

@@ -42,7 +42,7 @@ def test_peak_is_counted_from_what_the_clock_saw():
        st.floats(0, 2))
 def test_messages_only_delay_and_nobody_overlaps_himself(p, m, F, B, W, send):
     free, slow = (simulate_schedule(build_pipeline_schedule("1f1b", p, m), F, B, W, t) for t in (0.0, send))
-    assert slow.step_seconds >= free.step - 1e-9
+    assert slow.step_seconds >= free.step_seconds - 1e-9
     assert slow.step_seconds >= m * (F + B + W) + (p - 1) * (F + B + W + 2 * send) - 1e-9   # fill and drain
     for spans in slow.compute_spans:
         assert all(end <= begin + 1e-9 for (_, _, end), (_, begin, _) in zip(spans, spans[1:]))
@@ -51,7 +51,7 @@ def test_messages_only_delay_and_nobody_overlaps_himself(p, m, F, B, W, send):
 def test_a_slow_stage_sets_the_pace():
     even, slow = (simulate_schedule(build_pipeline_schedule("1f1b", 3, 9), t, t, t)
                   for t in ([1, 1, 1], [1, 2, 1]))
-    assert even.step == 9 * 3 + 2 * 3
+    assert even.step_seconds == 9 * 3 + 2 * 3
     assert slow.idle_seconds[1] == 1 + 1 + 2  # for its first input, the first answer, stage 0's last work
     assert slow.step_seconds == 9 * 6 + 4 and slow.idle_seconds[0] == slow.step_seconds - 9 * 3
 

@@ -186,7 +186,7 @@ def save_on_a_rank(root, step, full_disk_on=None):
 
 
 def test_real_ranks_save_and_agree_on_failure(tmp_path):
-    ranks = pytest.importorskip("nanoinfra.distributed.pool.rank_pool").shared(2)
+    ranks = pytest.importorskip("nanoinfra.distributed.pool.rank_pool").shared_rank_pool(2)
     first = tmp_path / "step_00000001"
     assert ranks.run(save_on_a_rank, tmp_path, 1) == [str(first)] * 2
     assert same(load_all(first), {"w": torch.arange(30.).reshape(10, 3)})

@@ -83,7 +83,8 @@ def test_the_judge_catches_a_silent_difference(tmp_path, monkeypatch):
     honest = rope.apply_rotary_emb
     case = config_case("llama", num_key_value_heads=1)
     assert judged(case, tmp_path / "a").what == "equal"
-    monkeypatch.setattr("nanoinfra.model.attention.rotate", lambda x, angles: honest(x, angles) * (1 + 1e-4))
+    monkeypatch.setattr("nanoinfra.model.attention.apply_rotary_emb",
+                        lambda x, angles: honest(x, angles) * (1 + 1e-4))
     verdict = judged(case, tmp_path / "b")
     assert verdict.what == "fault" and "silent difference" in verdict.why
 
