@@ -85,10 +85,10 @@ def ngram_rows(x):
 
 def train(model, loader, seconds):
     """Until `seconds` are over; returns (steps, seconds taken)."""
-    matrices = [model.qkv, model.o, model.up, model.down]
-    adam = torch.optim.Adam([{"params": matrices, "peak": LR["matrices"]},
-                              {"params": [model.embed], "peak": LR["embed"]},
-                              {"params": [model.head], "peak": LR["head"]}], betas=(0.9, 0.95), fused=True)
+    groups = {"matrices": [model.qkv, model.o, model.up, model.down], "embed": [model.embed],
+              "head": [model.head]}
+    adam = torch.optim.Adam([{"params": params, "peak": LR[name]} for name, params in groups.items()],
+                            betas=(0.9, 0.95), fused=True)
     squares = torch.zeros_like(model.ngrams.weight)
     steps, began, done = 0, time.perf_counter(), 0.0                     # done: share of the time
     while done < 1:
@@ -136,15 +136,14 @@ def main():
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     corpus = load_corpus(args.data)
-    tokenizer = get_or_train_tokenizer(corpus, V, args.cache)
-    tokens = pack_corpus(corpus, tokenizer, args.cache)
-    loader, model = MicroBatchLoader(tokens, args.seed, T, micro_batch=B), GPT(tokenizer.vocab_size)
+    bpe = get_or_train_tokenizer(corpus, V, args.cache)
+    loader = MicroBatchLoader(pack_corpus(corpus, bpe, args.cache), seed=args.seed, seq_len=T, micro_batch=B)
+    model = GPT(bpe.vocab_size)
     steps, took = train(model, loader, args.seconds)
     loader.close()
-    found = bits_per_byte(model, HeldOutSet(corpus.held_out, tokenizer, T))
-    said = {"bits_per_byte": round(found, 4), "seconds": round(took, 2), "steps": steps,
-            "tokens": steps * B * T, "corpus": corpus.sha256[:16]}
-    print(json.dumps(said | {"tokenizer_s": round(tokenizer.train_seconds, 1)}))
+    found = bits_per_byte(model, HeldOutSet(corpus.held_out, bpe, T))
+    print(json.dumps({"bits_per_byte": round(found, 4), "seconds": round(took, 2), "steps": steps, "tokens":
+                      steps * B * T, "corpus": corpus.sha256[:16], "tokenizer_s": round(bpe.train_seconds, 1)}))
 
 
 if __name__ == "__main__":
