@@ -142,8 +142,8 @@ def main():
     steps, took = train(model, loader, args.seconds)
     loader.close()
     found = bits_per_byte(model, HeldOutSet(corpus.held_out, bpe, T))
-    print(json.dumps({"bits_per_byte": round(found, 4), "seconds": round(took, 2), "steps": steps, "tokens":
-                      steps * B * T, "corpus": corpus.sha256[:16], "tokenizer_s": round(bpe.train_seconds, 1)}))
+    run = {"bits_per_byte": round(found, 4), "seconds": round(took, 2), "steps": steps, "tokens": steps * B * T}
+    print(json.dumps(run | {"corpus": corpus.sha256[:16], "tokenizer_s": round(bpe.train_seconds, 1)}))
 
 
 if __name__ == "__main__":
