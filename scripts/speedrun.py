@@ -141,8 +141,8 @@ def main():
     model = GPT(bpe.vocab_size)
     steps, took = train(model, loader, args.seconds)
     loader.close()
-    found = bits_per_byte(model, HeldOutSet(corpus.held_out, bpe, T))
-    run = {"bits_per_byte": round(found, 4), "seconds": round(took, 2), "steps": steps, "tokens": steps * B * T}
+    bits = round(bits_per_byte(model, HeldOutSet(corpus.held_out, bpe, T)), 4)
+    run = {"bits_per_byte": bits, "seconds": round(took, 2), "steps": steps, "tokens": steps * B * T}
     print(json.dumps(run | {"corpus": corpus.sha256[:16], "tokenizer_s": round(bpe.train_seconds, 1)}))
 
 
