@@ -38,7 +38,7 @@ TECHNIQUES = {                               # flags; two that set one flag diff
     "sp, kept": {"tp": 2, "sp": True, "sp_save_gathered": True}, "gpipe": {"pp": 2, "schedule": "gpipe"},
     "1f1b": {"pp": 2, "schedule": "1f1b"}, "zb-h1": {"pp": 2, "schedule": "zb-h1"},
     "interleaved": {"pp": 2, "schedule": "interleaved", "virtual_stages": 2},
-              "recompute": {"recompute": "full"},
+    "recompute": {"recompute": "full"},
     "selective": {"recompute": "selective", "attention": "naive"}, "accumulation": {"micro_batch": 1},
     "untied head": {"untied": True}}
 TOLERANCE = 1e-10

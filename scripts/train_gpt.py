@@ -56,7 +56,7 @@ source = open_dataset(args.data, size.config.vocab)
 tokenizer = source.tokenizer
 G = args.global_batch or args.micro_batch * mesh.dp.size
 loader = MicroBatchLoader(source, seed=args.seed, seq_len=seq, global_batch=G, micro_batch=args.micro_batch,
-                dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
+                          dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
 
 # Model: drawn by parameter name, so every rank draws the same
 config = config_for_size(args.size, tokenizer.vocab_size if tokenizer else None, seq)

@@ -126,7 +126,7 @@ COMMANDS = {
     "trian --steps 2": "unrecognized command trian; did you mean train? see nanoinfra --help",
     "serv m": "unrecognized command serv; did you mean serve? see nanoinfra --help",
     "serve m --block-sise 4 --foo": "unrecognized option --block-sise; did you mean --block-size? "
-                                     "see nanoinfra serve --help",
+    "see nanoinfra serve --help",
     "generate m p --tempreature 2": "did you mean --temperature? see nanoinfra generate --help",
     "generate m p --dtype bflot16": "did you mean bfloat16? see nanoinfra generate --help",
     "doctor --devise cpu": "did you mean --device? see nanoinfra doctor --help",

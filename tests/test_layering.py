@@ -23,7 +23,7 @@ SETUP = {"HashStore", "PrefixStore", "ReduceOp", "Store", "TCPStore", "device_me
          "is_initialized", "new_subgroups_by_enumeration", "rendezvous", "run"}
 DOOR = {"distributed/comm.py": {"all_reduce", "all_gather_single", "all_gather_into_tensor",
                                 "reduce_scatter_single",
-                         "reduce_scatter_tensor", "all_to_all_single", "broadcast", "isend", "irecv"}}
+                                "reduce_scatter_tensor", "all_to_all_single", "broadcast", "isend", "irecv"}}
 FILES = sorted(HOUSE.rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 LESSON_FILES = sorted((ROOT / "lessons").glob("*/*.py"))
 

@@ -153,7 +153,7 @@ def _only_ring_shift(runs):
         others = sorted({op for op, _ in run["ledger"]} - {"ring_shift"})
         if others:
             raise CriterionNotMet(f"rank {rank} calls comm.{', comm.'.join(others)}; "
-                        "build it from "
+                                  "build it from "
                                   "comm.ring_shift alone")
 
 

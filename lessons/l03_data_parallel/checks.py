@@ -162,7 +162,7 @@ def _slips(n):
     means = [_gradients(x, y, int((y != IGNORE_INDEX).sum())) for x, y in shares]
     summed = {name: sum(mean[name] for mean in means) for name in means[0]}
     return {"each rank divided by its own count, and the means were averaged?":
-                {name: grad / n for name, grad in summed.items()},
+            {name: grad / n for name, grad in summed.items()},
             "each rank divided by its own count? The count is the step's, over all ranks": summed}
 
 

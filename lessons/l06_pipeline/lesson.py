@@ -128,7 +128,7 @@ for how, slots in idle.items():
 
 # %%
 gantt_chart({"GPipe": simulate_schedule(build_pipeline_schedule("gpipe", P, M), *EVEN),
-       "1F1B": simulate_schedule(build_pipeline_schedule("1f1b", P, M), *EVEN)},
+             "1F1B": simulate_schedule(build_pipeline_schedule("1f1b", P, M), *EVEN)},
             f"{M} micro-batches through {P} stages", "slots")
 
 # %% [markdown]
@@ -163,9 +163,9 @@ check.one_f_one_b(one_f_one_b)
 
 # %%
 gantt_chart({"interleaved": simulate_schedule(build_pipeline_schedule("interleaved", P, M, V),
-                                        *(t / V for t in EVEN)),
+                                              *(t / V for t in EVEN)),
              "zero bubble": simulate_schedule(build_pipeline_schedule("zb-h1", P, M), *EVEN)},
-      "the same work, and less idle",
+            "the same work, and less idle",
             "slots")
 
 # %% [markdown]
@@ -281,7 +281,7 @@ compare_predictions(list(check.PREDICTIONS))
 # %%
 seconds = [t * SLOT for t in EVEN]
 gantt_chart({"1F1B by the clock": simulate_schedule(yours["1f1b"], *seconds),
-       "your 1F1B on four ranks": runs["1f1b"][1][-1],
+             "your 1F1B on four ranks": runs["1f1b"][1][-1],
              "zero bubble by the clock": simulate_schedule(yours["zb-h1"], *seconds),
              "your zero bubble on four ranks": runs["zb"][1][-1]}, "a schedule, and what became of it", "s")
 

@@ -55,7 +55,7 @@ world = RankPool(N, timeout=120)
 held = {n: world.run(measure_held_and_sent_bytes, CONFIG, 0, n)[0][0] for n in (1, 2, 4)}
 DisplayTable(f"data parallelism, {parameter_count(CONFIG):,} parameters: bytes on each rank",
              ("ranks", *STATE_KINDS,
-                                                                                       "all"),
+              "all"),
              [(str(n), *(f"{b:,}" for b in kinds.values()), f"{sum(kinds.values()):,}")
               for n, kinds in held.items()])
 

@@ -64,7 +64,7 @@ def _cut(config, mesh, stage, bucket_bytes):
 
 
 def held_bytes_by_kind(net: nn.Module, shared: DataParallel | ZeroDataParallel,
-         optimizer: MixedPrecisionOptimizer) -> list[int]:
+                       optimizer: MixedPrecisionOptimizer) -> list[int]:
     """Bytes of each of STATE_KINDS that this rank holds now. A freed parameter has none."""
     reducer = getattr(shared, "reducer", shared)
     filling = [bucket.flat_grads for bucket in reducer.buckets if bucket.flat_grads is not None]

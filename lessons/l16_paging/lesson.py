@@ -292,7 +292,7 @@ alone = [list(generate(model, list(job.tokens), job.new)) for job in JOBS]
 for run in (ORCA, PAGES, REAL):
     blocks = run.block_pool
     engine, said, seconds = serve_trace(model, JOBS, len(blocks.ref_counts), blocks.block_size,
-                                  budget=run.max_num_batched_tokens)
+                                        budget=run.max_num_batched_tokens)
     stats = {name: engine.stats()[name] for name in run.counts}
     assert engine.scheduler.log == run.log and stats == run.counts and said == alone
     print(f"{len(blocks.ref_counts)} blocks of {blocks.block_size}: {stats}, as replayed, in {seconds:.2f} s")

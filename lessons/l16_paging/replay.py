@@ -88,7 +88,7 @@ class LoggingScheduler(Scheduler):
     def counts(self) -> dict[str, int]:
         """The same counters as the engine's metrics, from the log."""
         found, prompts = Counter(dict.fromkeys(_COUNTER_NAMES, 0)), {i: each.num_prompt_tokens for each,
-                                                             i in self.order.items()}
+                                                                     i in self.order.items()}
         begun, made = set(), Counter()
         for step in self.log:
             found["preemptions"] += len(step.preempted)

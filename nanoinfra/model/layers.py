@@ -45,7 +45,7 @@ def separate_linears(x: torch.Tensor, *linears: nn.Module) -> list[torch.Tensor]
 
 
 _ACTIVATION_FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
-               "relu": F.relu}
+                         "relu": F.relu}
 
 
 class MLP(nn.Module):

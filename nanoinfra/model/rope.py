@@ -14,7 +14,7 @@ from nanoinfra.model.layers import at_least_float32
 
 
 def rope_cos_sin(positions: torch.Tensor, config: ModelConfig,
-                dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+                 dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin) of position * f_j for `positions` (T,) or (B, T), in at least float32.
 
     Their shape is (1, T, K/2) or (B, 1, T, K/2), which broadcasts against (B, H, T, K/2). They are computed

@@ -43,16 +43,17 @@ class TrainStage(PipelineStage):
         self.full_shapes, self.width = parameter_shapes(config), config.width
         self.schedule_name, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual_stages
         dtype = getattr(torch, flags.model.dtype)
+        read_parameter = read_parameter or initial_weights_reader(config, flags.model.seed)
         self.parallel_model = ParallelModel(config, mesh, parallel_config_from_flags(flags, config),
-                                     read_parameter or initial_weights_reader(config, flags.model.seed))
+                                            read_parameter)
         super().__init__(mesh.pp, mesh.duplicate_axis("pp"), self.virtual, dtype, mesh.device,
                          self.schedule_name == "zb-h1")
         o = flags.optimizer
         weight_decay = ADAMW_WEIGHT_DECAY if o.weight_decay is None else o.weight_decay
         self.optimizer = MixedPrecisionOptimizer(self.parallel_model.param_shards, o.optimizer,
-                                                 self.parallel_model.master_weights,
-                                   o.betas or ADAMW_BETAS,
+                                                 self.parallel_model.master_weights, o.betas or ADAMW_BETAS,
                                                  weight_decay)
+        self.lr = 0.0
         self.max_grad_norm = flags.optimizer.clip
         self.loss_scale = LossScale() if dtype == torch.float16 else None
         self.forward_schedule = schedules.forward_only_schedule(mesh.pp.size, self.virtual)[mesh.pp.rank]
@@ -63,11 +64,14 @@ class TrainStage(PipelineStage):
         return schedules.build_pipeline_schedule(self.schedule_name, pp.size, num_micro_batches,
                                                  self.virtual)[pp.rank]
 
-    def begin_step(self, micro_batches: list, num_valid_tokens: int, lr: float = 0.0) -> None:
-        """Begin a step on `micro_batches` [(x (B, T), y (B, T))], with the valid tokens of all ranks."""
+    def begin_step(self, micro_batches: list, num_valid_tokens: int, lr: float | None = None) -> None:
+        """Begin a step on `micro_batches` [(x (B, T), y (B, T))], with the valid tokens of all ranks.
+
+        `lr` is the learning rate of the optimizer's step; None keeps the last step's.
+        """
         self.micro_batches = micro_batches
         self.num_valid_tokens = num_valid_tokens
-        self.lr = lr
+        self.lr = self.lr if lr is None else lr
         self.loss = torch.zeros((), dtype=torch.float64)
         self.grads = None                    # frees the last step's gradients before new ones are made
         self.parallel_model.zero_grad()
@@ -184,7 +188,7 @@ def parallel_config_from_flags(flags: TrainFlags, config: ModelConfig) -> Parall
     sp = "none" if not mesh.sp else "keep" if mesh.sp_save_gathered else "gather"
     frozen = frozen_parameter_names(flags.model.freeze, config, mesh.pp * flags.pipeline.virtual_stages)
     return ParallelConfig(sp, mesh.zero, flags.model.recompute, mesh.grad_sync, dtype, grad_dtype,
-                flags.pipeline.virtual_stages, flags.model.attention, frozen)
+                          flags.pipeline.virtual_stages, flags.model.attention, frozen)
 
 
 def initial_weights_reader(config: ModelConfig, seed: int) -> ReadParameter:

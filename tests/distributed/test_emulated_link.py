@@ -117,4 +117,4 @@ def test_messages_arrive_when_the_formula_says(ranks):
 def test_seconds_are_the_formula():
     got = EmulatedLink(1e-3, 1e6).transfer_seconds("all_reduce", 4000, 4)
     assert got == ring_collective_seconds("all_reduce", 4000, 4,
-                                                                                     1e-3, 1e6)
+                                          1e-3, 1e6)

@@ -45,7 +45,7 @@ def test_a_step_on_a_mesh_is_one_rank_s_and_sends_what_the_formulas_say(ranks, s
         assert run["norm"] == pytest.approx(alone["norm"], rel=1e-12)
         assert run["own"] == (len(run["grads"]), at["pp"])                       # two stages: both are ends
         assert payload_bytes_by_axis(run["rows"]) == step_bytes_by_axis(CONFIG, *sizes, B, T, m, 8, at["pp"],
-                                                                at["tp"])
+                                                                        at["tp"])
     assert [tuple(run["at"][axis] for axis in ONE) for run in runs] == [
         (i, j, k) for i in range(sizes[0]) for j in range(sizes[1]) for k in range(sizes[2])]
 
@@ -63,7 +63,7 @@ def test_so_it_is_on_more_ranks(ranks, sizes):
             at, m = run["at"], G // (B * sizes[1])
             assert payload_bytes_by_axis(run["rows"]) == step_bytes_by_axis(CONFIG, *sizes, B, T, m, 8,
                                                                             at["pp"],
-                                                                    at["tp"])
+                                                                            at["tp"])
 
 
 def test_layers_take_their_nap_and_ranks_wait_for_every_axis(ranks):

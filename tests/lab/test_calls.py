@@ -68,7 +68,7 @@ def test_pictures_show_each_call_and_each_key():
     bars = [bar for group in picture.figure.axes[0].containers for bar in group if bar.get_width()]
     assert len(bars) == 3 * 3 + 4
     assert [each.get_text() for each in picture.figure.axes[0].texts] == ["prefill\nT = 3, S = 3",
-                                                                       "decode\nT = 1, S = 4"]
+                                                                          "decode\nT = 1, S = 4"]
 
 
 @pytest.mark.parametrize("draw", ["batches", "roof"])

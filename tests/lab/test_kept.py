@@ -40,4 +40,4 @@ def test_layers_keep_what_the_formula_says_on_any_device(device, how):
             for block in model.blocks:
                 x = block(x, rope)
     assert kept.saved_bytes() == config.layers * sum(layer_activation_bytes_by_term(config, 2, 9, 4, "naive",
-                                                                              how).values())
+                                                                                    how).values())

@@ -86,7 +86,7 @@ def found(variable, salts):
     environment = {library.API_KEY_VARIABLE: variable}
     got = library.read_api_keys(ServeOptions(EngineOptions("m")), environment)
     made = {(key, own): library.prepend_cache_salt([Request("r", [1], cache_salt=own)],
-                                       library.cache_salt_of_key(key))[0].cache_salt
+                                                   library.cache_salt_of_key(key))[0].cache_salt
             for key, own in salts}
     return got, environment, made
 

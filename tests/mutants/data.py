@@ -90,7 +90,7 @@ def _(subject):
     if got != MAX_TRAINING_WORD_BYTES:
         raise CriterionNotMet(f"{MAX_TRAINING_WORD_BYTES + 1} bytes with one merge are {got} tokens; "
                               f"want "
-                    f"{MAX_TRAINING_WORD_BYTES}")
+                              f"{MAX_TRAINING_WORD_BYTES}")
 
 
 class Unread(text_files._Tree):

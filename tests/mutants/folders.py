@@ -237,7 +237,7 @@ MUTANTS = [
     Mutant("attributes of the class are set", configurations, patched(
         read, "nanoinfra.model.weights.hugging_face.config:SETTABLE_HF_KEYS",
         (*config_fields.SETTABLE_HF_KEYS,
-                                                                       "attribute_map")),
+         "attribute_map")),
         "no key replaces a part of the class"),
     Mutant("sizes go to transformers first", configurations, patched(
         read, "nanoinfra.model.weights.hugging_face.config:MAX_CONFIG_VALUES", {}),

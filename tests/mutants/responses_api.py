@@ -90,7 +90,7 @@ MUTANTS = [
            "calls are one turn, each with its id"),
     Mutant("all is completed", ends,
            patched(ended, "nanoinfra.serve.server.openai.responses_output:_STATUS_OF_FINISH_REASON",
-                                             dict.fromkeys(("stop", "length"), "completed")),
+                   dict.fromkeys(("stop", "length"), "completed")),
            "what is cut is incomplete"),
     Mutant("every failure is the server's", ends,
            patched(ended, "nanoinfra.serve.server.openai.responses_output:_ERROR_CODE_OF_STATUS", {}),

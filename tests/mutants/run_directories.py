@@ -97,7 +97,7 @@ LOCKED, STAYS, LEFT, LINKED = (criterion.name for criterion in folder.criteria)
 MUTANTS = [
     Mutant("two runs in one folder", folder,
            everywhere("nanoinfra.train.run_directory.lock:lock_run_directory",
-                                                        no_lock), LOCKED),
+                      no_lock), LOCKED),
     Mutant("overwrites what it finds", folder,
            everywhere("nanoinfra.train.run_directory.ownership:check_out_folder", anything),
            STAYS),

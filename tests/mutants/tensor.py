@@ -93,7 +93,7 @@ def step(family, tp, sp, scale=1.0):
     parallel = ParallelChunk(decoder_on_meta_device(cfg), mesh, ParallelConfig(sequence_parallel=sp,
                                                                                dtype=torch.float64),
                              drawn(cfg,
-                                                                                                   scale))
+                                   scale))
     x, y = torch.randint(V, (2, B, T), generator=torch.Generator().manual_seed(1))
     y[0, 0] = IGNORE_INDEX
     mesh.comm_log.take_records()

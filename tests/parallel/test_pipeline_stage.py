@@ -25,7 +25,7 @@ from tests.parity import assert_same_gradients
 V, C, T = 61, 12, 9
 MICROS = 1, 3, 4, 8
 CASES = [(pp, kind, v) for pp in (2, 4) for kind, v in (("gpipe", 1), ("1f1b", 1), ("zb-h1", 1),
-                                                         ("interleaved", 2))]
+                                                        ("interleaved", 2))]
 TIMES, SLOT = (3, 4, 3), 0.01                # slots of s: forward, backward to the input, to the weights
 
 
@@ -121,7 +121,7 @@ def test_chunks_keep_the_names_and_share_them_out():
     for tied in (True, False):
         cfg = config("gpt2", tied)
         parts = [cut_to_pipeline_chunk(decoder_on_meta_device(cfg),
-                     *border) for border in formulas.split_layers_into_chunks(cfg, 4, T)]
+                                       *border) for border in formulas.split_layers_into_chunks(cfg, 4, T)]
         named = [[name for name, _ in part.named_parameters()] for part in parts]
         assert sorted(name for names in named for name in names) == sorted(
             [*parameter_shapes(cfg), *(["embed.weight"] if tied else [])])

@@ -35,7 +35,7 @@ B, T = 3, 7
 def test_sends_what_the_paper_says(ranks, family, tp, sp, recompute, micro_batches):
     want = tp_collectives_per_step(config(family), tp, B, T, micro_batches, dtype_bytes=8, grad_bytes=8,
                                    sp=sp,
-                       recompute=recompute)
+                                   recompute=recompute)
     for got, wire in ranks(tp).run(sent, family, tp, sp, recompute, micro_batches):
         assert got == want
         payload = {op: sum(n for (o, _), (_, n) in want.items() if o == op) for op, _ in want}

@@ -15,5 +15,5 @@ def model(tmp_path_factory):
     tokenizer = BPETokenizer.train(["one two three"] * 9, vocab_size=262)
     tokenizer.save(root / "tokenizer")
     save_hf_model(scrambled(Decoder(ModelConfig(tokenizer.vocab_size, 24, 2, 4, 2, 6, 40, 128))), root / "m",
-            root / "tokenizer")
+                  root / "tokenizer")
     return root / "m"

@@ -90,8 +90,8 @@ class Fake:
                                    prefix_hits=sequence.num_cached_tokens)
             self.counts["prompt_tokens"] += max(0, min(first + count, sequence.num_prompt_tokens) - first)
             self.last_batch.append({"request": request.request_id, "index": index, "computed": first + count,
-                               "tokens": len(sequence.tokens), "new": count,
-                               "hit": sequence.num_cached_tokens})
+                                    "tokens": len(sequence.tokens), "new": count,
+                                    "hit": sequence.num_cached_tokens})
         events = [self._say(each) for sequence, first, count in plan.scheduled_chunks
                   if first + count == len(sequence.tokens) for each in self._forked(sequence)]
         return events + [self._event(sequence, finish="length") for sequence in plan.out_of_blocks]
@@ -107,7 +107,7 @@ class Fake:
         request, _, writer = self.runs[sequence]
         made = len(sequence.tokens) - sequence.num_prompt_tokens
         prompt = [] if made or not request.prompt_logprobs else [_logprob(*pair, request.logprobs) for pair in
-                                                      enumerate(request.prompt_token_ids)]
+                                                                 enumerate(request.prompt_token_ids)]
         if request.max_tokens == 0:
             return self._event(sequence, prompt=prompt, finish="length")
         token = request.prompt_token_ids[made % sequence.num_prompt_tokens]

@@ -21,7 +21,7 @@ def test_a_row_alone_is_seldom_rounded_otherwise_than_among_others_and_by_one_st
     torch.manual_seed(0)
     dtype = torch.bfloat16
     fast = PackedLinear(nn.Linear(576, 8192, bias=False).to(dtype),
-                  gemv=decode_kernels.compile_decode_kernels(dtype, K=4, KV=1, G=1, BLOCK=4).gemv)
+                        gemv=decode_kernels.compile_decode_kernels(dtype, K=4, KV=1, G=1, BLOCK=4).gemv)
     x = torch.randn(16, 576).to(dtype)
     among, alone = fast(x), torch.cat([fast(row[None]) for row in x])
     differ = among != alone

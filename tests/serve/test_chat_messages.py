@@ -120,5 +120,5 @@ def test_tools_count_as_messages_do_before_anything_is_rendered():
     for turn, tools in ((HI, [large]), ({**CALLS, "tool_calls": [large]}, None)):
         with pytest.raises(APIError, match="cannot fit") as refused:
             render_chat_prompt([ChatMessage(**turn)], tools, EngineReady({"context": 512}, text(), QWEN),
-                          lambda *_: pytest.fail("rendered"))
+                               lambda *_: pytest.fail("rendered"))
         assert refused.value.code == "context_length_exceeded"

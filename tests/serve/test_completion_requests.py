@@ -76,7 +76,7 @@ def test_a_chat_is_rendered_and_may_fill_the_context():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request, = asked(ChatCompletionRequest,
                      messages=[{"role": "system", "content": "be"}, {"role": "user", "content": parts},
-                                     {"role": "assistant", "content": None}], logprobs=True)
+                               {"role": "assistant", "content": None}], logprobs=True)
     assert request.prompt_token_ids == ids("s:be\nu:a\nb\na:\n")
     assert request.max_tokens == 64 - len(request.prompt_token_ids) and request.logprobs == 0
     assert asked(ChatCompletionRequest, messages=HI, logprobs=True, top_logprobs=4)[0].logprobs == 4

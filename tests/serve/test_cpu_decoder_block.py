@@ -165,7 +165,7 @@ def test_steps_of_any_size_find_their_products_compiled(monkeypatch):
     """By the numbers of rows that oneDNN sees: few, and each before the first request."""
     seen, product, draws = set(), PackedLinear._product, random.Random(0)
     monkeypatch.setattr(PackedLinear, "_product", lambda self, x: (seen.add(len(x.view(-1, x.shape[-1]))),
-                                                                    product(self, x))[1])
+                                                                   product(self, x))[1])
     engine = made("llama", torch.float32, True, num_blocks=300, max_num_batched_tokens=150, max_num_seqs=20)
     warmed, sizes = set(seen), set()
     assert len(warmed) == 42 and max(warmed) == 160

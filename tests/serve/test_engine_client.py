@@ -80,7 +80,7 @@ def test_all_ranks_answer_together(world):
     async def run():
         async with working(following, world) as worker:
             got = await said(worker.submit_requests([Request("a", ids("ab"), max_tokens=4, n=2),
-                                            Request("b", ids("xyz"), max_tokens=2)]))
+                                                     Request("b", ids("xyz"), max_tokens=2)]))
             assert got == {("a", 0): "abab", ("a", 1): "abab", ("b", 0): "xy"}
             assert not worker.streams and worker.stats["blocks_used"] == 0
             return pids(worker)

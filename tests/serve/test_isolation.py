@@ -226,8 +226,9 @@ def extreme(draw):
         return draw.choice(values)
     ids = draw.sample(range(97), pick(0, 1, 97))
     return SamplingParams(pick(0.0, 1e-40, 5e-324, 1e-5, 1.0, 100.0), pick(0, 1, 97), pick(1e-9, 0.5, 1.0),
-                    pick(0.0, 1e-300, 1.0), pick(-2, 0, 2), pick(-2, 0, 2), pick(1e-9, 1.0, 100.0),
-                    {token: pick(-100, 100, 1e-300) for token in ids}, pick(None, -2 ** 63, 2 ** 63 - 1))
+                          pick(0.0, 1e-300, 1.0), pick(-2, 0, 2), pick(-2, 0, 2), pick(1e-9, 1.0, 100.0),
+                          {token: pick(-100, 100, 1e-300) for token in ids},
+                          pick(None, -2 ** 63, 2 ** 63 - 1))
 
 
 @pytest.mark.parametrize("case", ["torch", "passes in bfloat16"])

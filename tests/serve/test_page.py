@@ -305,7 +305,7 @@ def test_a_key_is_asked_for_and_a_reload_keeps_it_and_the_conversation(page, ser
 def test_a_model_without_a_chat_template_goes_on_with_the_text(page, served, monkeypatch):
     monkeypatch.setattr(served[1].engine_client, "engine_ready",
                         replace(served[1].engine_client.engine_ready,
-                                                                  chat_template=None))
+                                chat_template=None))
     until(lambda: "goes on with your text" in page.run("document.getElementById('prompt').placeholder"))
     assert answered(page, "ab\n", 6).startswith("ab\nab\n")
     assert answered(page, "cd", 5).startswith("ab\nab")

@@ -41,10 +41,11 @@ LATER = {CompletionRequest: {"echo": True, "add_special_tokens": False},
          ChatCompletionRequest: {"top_logprobs": 2}}
 TOOLS = {"type": "function", "function": {"name": "f", "strict": True}}
 WRONG = {CompletionRequest: {"top_logprobs": 2, "tools": [TOOLS], "functions": [{"name": "f"}],
-                      "tool_choice": "required", "function_call": {"name": "f"}},
+                             "tool_choice": "required", "function_call": {"name": "f"}},
          ChatCompletionRequest: {"tools": [TOOLS], "functions": [{"name": "f", "strict": True}], "echo": True,
-                "add_special_tokens": True, "tool_choice": {"type": "function", "function": {"name": "f"}},
-                "function_call": {"name": "f"}}}
+                                 "add_special_tokens": True,
+                                 "tool_choice": {"type": "function", "function": {"name": "f"}},
+                                 "function_call": {"name": "f"}}}
 
 
 @pytest.mark.parametrize("kind", [CompletionRequest, ChatCompletionRequest])

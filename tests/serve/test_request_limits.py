@@ -185,7 +185,7 @@ def test_an_echo_is_no_larger_than_a_body():
 def test_what_nobody_knows_is_not_kept():
     question = parse_request_body(ChatCompletionRequest,
                                   json.dumps({"messages": [{**HI, "x": [1]}], "y": {"z": 1},
-                                      "stream_options": {"w": 1}}).encode())
+                                              "stream_options": {"w": 1}}).encode())
     assert not question.model_extra and not question.stream_options.model_extra
     assert not question.messages[0].model_extra and "z" not in repr(question)
 

@@ -159,7 +159,7 @@ def test_a_pretrained_model_with_nine_heads_on_three_ranks(ranks, tmp_path):
         assert set(ranks(tp).run(main, [*argv, "--tp", str(tp), *more, "--out", str(out)])) == {0}
         export_to_hugging_face(out, tmp_path / f"exported{tp}", torch.float64)
         got[tp] = metrics.read_metrics(out / "metrics.jsonl"), load_hf_model(tmp_path / f"exported{tp}",
-                                                                       torch.float64)
+                                                                             torch.float64)
     for w, g in zip(got[1][0], got[3][0], strict=True):
         assert (g["loss"], g["grad_norm"]) == pytest.approx((w["loss"], w["grad_norm"]), rel=1e-8)
     for w, g in zip(got[1][1].parameters(), got[3][1].parameters(), strict=True):

@@ -122,6 +122,12 @@ def test_flags_that_may_change_are_said_with_what_they_do_to_the_rate(run, capsy
     assert "other than before: --steps 5 (4 before), --global-batch 3 (2 before)\n" in capsys.readouterr().out
 
 
+def test_an_evaluation_before_a_save_leaves_the_rate_in_it(run):
+    assert resume("--steps", "4", "--eval-every", "1", "--save-every", "1") == 0
+    state = checkpoint.read_checkpoint_state(run / "checkpoints" / "step_00000004")
+    assert state["lr"] == lines(run)[3]["lr"] > 0
+
+
 def test_a_run_that_is_done_says_so(run, capsys):
     assert resume() == 0
     assert "nothing is left to do: the run has had --steps 3 already; give more" in capsys.readouterr().out

@@ -22,7 +22,7 @@ _HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"      # organisation/model
 
 
 def load_model(name_or_path: str | Path, dtype: torch.dtype = torch.float32,
-         attention: str = "sdpa") -> tuple[Decoder, Tokenizer | None, str | None]:
+               attention: str = "sdpa") -> tuple[Decoder, Tokenizer | None, str | None]:
     """Load (model, tokenizer, chat template); either of the last two is None where the model has none.
 
     Raises ValueError for a name that is none of the three kinds, and for what the file or folder lacks.

@@ -90,7 +90,7 @@ class PagedKVCache:
             bias = bias.masked_fill(offsets < -mask.window, -math.inf)
         if mask.alibi_slopes is not None:
             slopes = torch.tensor(mask.alibi_slopes, dtype=at_least_float32(q.dtype),
-                                 device=q.device)
+                                  device=q.device)
             bias = (bias + slopes.view(self.num_kv_heads, -1, 1) * offsets).to(q.dtype)  # (B, KV, G, S)
         return F.scaled_dot_product_attention(queries, keys, values, bias).flatten(1, 2)
 

@@ -36,7 +36,7 @@ def run_server(options: ServeOptions, engine_factory: Callable | None = None) ->
     from nanoinfra.serve.server.metrics import ServerMetrics
     served_model_name, tp = options.served_model_name or options.engine.model, options.engine.tp
     engine_client = EngineClient(engine_factory or functools.partial(load_rank_engine, options.engine),
-                           ServerMetrics(served_model_name), tp)
+                                 ServerMetrics(served_model_name), tp)
     with create_server_socket(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
         access_policy = AccessPolicy(api_keys, is_loopback_address(host), options.allow_origin,

@@ -95,4 +95,4 @@ def _discard(path, warn):
         if error.errno in _DISK_FULL_ERRNOS:
             raise
         warn(f"cannot delete {gone if gone.exists() else path}: {error.strerror or error}; the run goes on "
-            "without that")
+             "without that")

@@ -89,7 +89,7 @@ def parallel_layout_from_flags(flags: TrainFlags, mesh: dict[str, int]) -> Paral
     """The parallel layout of the flags for formulas/memory_footprint.py; `mesh` is from `mesh_axis_sizes`."""
     sp = "none" if not flags.mesh.sp else "keep" if flags.mesh.sp_save_gathered else "gather"
     return ParallelLayout(mesh["pp"], mesh["dp"], mesh["tp"], sp, flags.mesh.zero, flags.pipeline.schedule,
-                  flags.pipeline.virtual_stages)
+                          flags.pipeline.virtual_stages)
 
 
 def step_config_from_flags(flags: TrainFlags, dp: int, config: ModelConfig) -> TrainingStepConfig:
@@ -98,8 +98,8 @@ def step_config_from_flags(flags: TrainFlags, dp: int, config: ModelConfig) -> T
     grad_dtype = model.grad_dtype or ("float64" if model.dtype == "float64" else "float32")
     return TrainingStepConfig(flags.data.seq or config.context, min(flags.data.micro_batch, -(-G // dp)), m,
                               model.dtype,
-                  grad_dtype, flags.optimizer.optimizer, model.attention, model.recompute,
-                  frozen_parameter_names(model.freeze, config))
+                              grad_dtype, flags.optimizer.optimizer, model.attention, model.recompute,
+                              frozen_parameter_names(model.freeze, config))
 
 
 def config_of_named_size(flags: TrainFlags) -> ModelConfig | None:

@@ -14,7 +14,7 @@ _WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _CASES = [r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+",
-         r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*"]
+          r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*"]
 _CASES_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -34,10 +34,10 @@ _TEKKEN = PreTokenizer(("|".join([*_CASES, r"\p{N}"]) + _CASES_REST,), True, Tru
 _GPT4O = PreTokenizer((
     "|".join([f"{case}{_CONTRACTIONS}?" for case in _CASES] + [r"\p{N}{1,3}"]) + _CASES_REST,))
 _QWEN35 = PreTokenizer((_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-                  + _REST.replace(r"\s\p{L}", r"\s\p{L}\p{M}"),))
+                        + _REST.replace(r"\s\p{L}", r"\s\p{L}\p{M}"),))
 _SEED = PreTokenizer((_WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",))
 _DEEPSEEK = PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+",
-                    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"))
+                          "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"))
 _DEFAULT = PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_PATTERN, r"\p{N}+", "[0-9][0-9][0-9]"))
 PRE_TOKENIZERS = {
     "default": _DEFAULT,

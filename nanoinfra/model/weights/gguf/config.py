@@ -13,14 +13,14 @@ import numpy as np
 from nanoinfra.config import ModelConfig, RopeScaling
 
 _SIZE_KEYS = {"width": "embedding_length", "layers": "block_count", "heads": "attention.head_count",
-         "hidden": "feed_forward_length", "context": "context_length"}
+              "hidden": "feed_forward_length", "context": "context_length"}
 _EPS_KEYS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
 _GGUF_ARCHITECTURES = ("gpt2", "llama", "phi3", "qwen2", "qwen3")     # Mistral's files say llama
 _WINDOWED_ARCHITECTURES = ("phi3",)          # their files have a sliding window
 _IGNORED_KEYS = {*_SIZE_KEYS.values(), *_EPS_KEYS.values(), "attention.head_count_kv", "vocab_size",
                  "rope.freq_base", "rope.scaling.finetuned", "tensor_data_layout"}
 _ROPE_KEYS = {"rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor",
-        "rope.scaling.original_context_length"}
+              "rope.scaling.original_context_length"}
 _NEUTRAL_VALUES = {                                  # key -> the values with which it changes nothing
     "attention.causal": (True,), "attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,),
     "attention.sliding_window": (0,), "attention.scale": (0,), "attn_logit_softcapping": (0,),
@@ -33,8 +33,9 @@ _NEUTRAL_VALUES = {                                  # key -> the values with wh
     "rope.scaling.alpha": (0,)}
 
 
-GGUF_LINEAR_NAMES = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
-          "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}          # linears, ours -> GGUF's
+GGUF_LINEAR_NAMES = {                        # ours -> GGUF's
+    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
+    "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
 _TYPE_WORDS = {int: "whole number", float: "number", str: "string", bool: "truth value",
                list: "list of strings", np.ndarray: "list of numbers"}
 

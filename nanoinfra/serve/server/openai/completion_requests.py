@@ -74,8 +74,8 @@ class BaseCompletionRequest(UnsupportedFields):
         if "" in self.stop:
             raise APIError(400, "a stop string is empty; leave it out", "stop")
         sampling = SamplingParams(self.temperature, max(0, self.top_k), self.top_p, self.min_p,
-                            self.presence_penalty, self.frequency_penalty, self.repetition_penalty,
-                            self.logit_bias, None if self.seed == -1 else self.seed)
+                                  self.presence_penalty, self.frequency_penalty, self.repetition_penalty,
+                                  self.logit_bias, None if self.seed == -1 else self.seed)
         return Request(request_id, tokens, sampling, max_tokens, self.n, tuple(self.stop), self.ignore_eos,
                        logprobs, echo, self.cache_salt, self._stop_token_ids(tokenizer), self.min_tokens)
 
