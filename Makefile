@@ -42,17 +42,17 @@ lines: $(VENV)/installed  ## lines a module, into README too; fails past 300
 	$(BIN)/python scripts/lines.py --table --readme
 
 lessons: $(VENV)/installed  ## build the notebooks and open JupyterLab
-	$(BIN)/python -m nanoinfra.lab.build lessons
+	$(BIN)/python -m nanoinfra.lab.build_notebooks lessons
 	$(BIN)/jupyter lab --notebook-dir lessons/build
 
 student: $(VENV)/installed  ## build the student edition and nbgrader's tree: solutions cleared, hidden tests dropped
-	$(BIN)/python -m nanoinfra.lab.build student
+	$(BIN)/python -m nanoinfra.lab.build_notebooks student
 
 grade: $(VENV)/installed  ## grade work/LNN.py: make grade L=02
-	$(BIN)/python -m nanoinfra.lab.grading.grade $(L)
+	$(BIN)/python -m nanoinfra.lab.grading.grade_lesson $(L)
 
 lab: $(VENV)/installed  ## a lab on N ranks: make lab L=08 N=4 (and BREAK=, MODEL=: its handout.md)
-	OMP_NUM_THREADS=1 $(BIN)/python -m nanoinfra.lab.run $(L) --nproc $(N) $(LAB)
+	OMP_NUM_THREADS=1 $(BIN)/python -m nanoinfra.lab.run_lab $(L) --nproc $(N) $(LAB)
 lab: LAB = $(if $(BREAK),--break $(BREAK)) $(if $(MODEL),--model $(MODEL))
 
 speedrun: $(VENV)/installed  ## 60 s of training against the frozen loop's 120 s, three pairs

@@ -8,7 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from nanoinfra.train.launch import signals, standard_streams
+from nanoinfra.train.launch import standard_streams, stop_signals
 
 _DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _NOT_FOUND_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
@@ -61,9 +61,9 @@ def _ours(error):
 def run() -> None:
     """The entry point of the `nanoinfra` program: set up streams and signals, run the command, exit."""
     standard_streams.prepare_standard_streams(survive_closed_pipe=sys.argv[1:2] == ["train"])
-    signals.SignalListener(signals.exit_immediately).start()
+    stop_signals.SignalListener(stop_signals.exit_immediately).start()
     code = main()
-    signals.ignore_termination_signals()
+    stop_signals.ignore_termination_signals()
     sys.exit(code)
 
 

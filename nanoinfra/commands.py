@@ -15,7 +15,7 @@ import tyro
 
 from nanoinfra.lab.doctor.doctor_flags import DoctorFlags
 from nanoinfra.renamed_flags import check_no_renamed_flags
-from nanoinfra.serve.options import GenerateOptions, ServeOptions
+from nanoinfra.serve.command_line_options import GenerateOptions, ServeOptions
 from nanoinfra.train.config import TrainFlags
 
 _Command = (Annotated[TrainFlags, tyro.conf.subcommand("train")]
@@ -83,25 +83,26 @@ def _flag_names(options: type) -> Iterator[str]:
 
 def _train(flags, argv):
     from nanoinfra.train import config
-    from nanoinfra.train.launch import elastic_rank, preflight
+    from nanoinfra.train.launch import check_before_start, elastic_rank
     from nanoinfra.train.launch.memory_check import check_memory_fits
-    from nanoinfra.train.run_directory.lock import lock_run_directory
-    from nanoinfra.train.run_directory.ownership import check_out_folder
+    from nanoinfra.train.run_directory.check_out_folder import check_out_folder
+    from nanoinfra.train.run_directory.lock_run_directory import lock_run_directory
     if elastic_rank.process_group_is_initialized():
         return _train_here(flags, argv)
     if elastic_rank.is_rank_process():
         if not elastic_rank.launched_by_nanoinfra():
-            preflight.check_launcher_environment(lambda world: config.check_train_flags(flags, world))
+            check_before_start.check_launcher_environment(lambda world: config.check_train_flags(flags,
+                                                                                                 world))
         return _train_here(flags, argv)
     world, run = config.num_ranks_to_start(flags.mesh), flags.run
     config.check_train_flags(flags, world)
-    preflight.check_device_available(flags.mesh.device, world)
+    check_before_start.check_device_available(flags.mesh.device, world)
     check_memory_fits(flags, world)
     check_out_folder(run)
-    preflight.check_paths_writable(run.out, run.trace)                # makes the folder
+    check_before_start.check_paths_writable(run.out, run.trace)                # makes the folder
     with lock_run_directory(run.out):
         if world > 1 or run.max_restarts:
-            from nanoinfra.train.launch.launcher import launch_ranks
+            from nanoinfra.train.launch.launch_ranks import launch_ranks
             return launch_ranks(argv, world, run.out, run.max_restarts)
         return _train_here(flags, argv)
 
@@ -119,7 +120,7 @@ def _generate(options, argv):
     from nanoinfra.train.launch import elastic_rank
     is_rank = elastic_rank.is_rank_process() or elastic_rank.process_group_is_initialized()
     if options.tp > 1 and not is_rank:
-        from nanoinfra.train.launch.launcher import launch_ranks
+        from nanoinfra.train.launch.launch_ranks import launch_ranks
         return launch_ranks(argv, options.tp)
     from nanoinfra.serve.generate import main as generate
     with elastic_rank.rank_process_group("cpu"):
@@ -133,13 +134,13 @@ def _serve(options, argv):
 
 def _doctor(flags, argv):
     from nanoinfra.lab.doctor.doctor_flags import check_doctor_flags
-    from nanoinfra.train.launch import elastic_rank, preflight
+    from nanoinfra.train.launch import check_before_start, elastic_rank
     if not elastic_rank.is_rank_process() and not elastic_rank.process_group_is_initialized():
-        preflight.check_device_available(flags.device, world := check_doctor_flags(flags))
+        check_before_start.check_device_available(flags.device, world := check_doctor_flags(flags))
         if world > 1:
-            from nanoinfra.train.launch.launcher import launch_ranks
+            from nanoinfra.train.launch.launch_ranks import launch_ranks
             return launch_ranks(argv, world)
-    from nanoinfra.lab.doctor.doctor import run_doctor
+    from nanoinfra.lab.doctor.measure_machine import run_doctor
     with elastic_rank.rank_process_group(flags.device):
         run_doctor(flags)
     return 0

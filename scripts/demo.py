@@ -19,16 +19,16 @@ import torch
 from nanoinfra.data.corpus import load_corpus
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
+from nanoinfra.serve.command_line_options import GenerateOptions
 from nanoinfra.serve.generate import generate
 from nanoinfra.serve.generate import main as answer
-from nanoinfra.serve.options import GenerateOptions
-from nanoinfra.train import metrics
+from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.config import RunFlags
 from nanoinfra.train.launch.elastic_rank import STOP_NOTE_FILE
-from nanoinfra.train.launch.signals import SignalListener, exit_immediately
-from nanoinfra.train.pretrained import load_pretrained
-from nanoinfra.train.run_directory.lock import lock_run_directory
-from nanoinfra.train.run_directory.ownership import check_out_folder, remove_run_files
+from nanoinfra.train.launch.stop_signals import SignalListener, exit_immediately
+from nanoinfra.train.load_and_export_models import load_pretrained
+from nanoinfra.train.run_directory.check_out_folder import check_out_folder, remove_run_files
+from nanoinfra.train.run_directory.lock_run_directory import lock_run_directory
 
 HEADERS, NEW_TOKENS, STATEMENTS = 40, 96, 3
 QUESTION = "In one sentence: why are large language models trained on many GPUs?"
@@ -76,7 +76,7 @@ def train(args):
         stop.stop()
     if code or (args.out / STOP_NOTE_FILE).exists():
         sys.exit(code)
-    lines = metrics.read_metrics(args.out / "metrics.jsonl")
+    lines = metrics_and_plots.read_metrics(args.out / "metrics.jsonl")
     tokens = sum(line["tokens"] for line in lines)
     print(f"   {len(lines)} steps, {tokens:,} tokens: loss {lines[0]['loss']:.2f} -> "
           f"{lines[-1]['loss']:.2f}, held out {lines[-1]['held_out_bpb']:.3f} bits per byte")

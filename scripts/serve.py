@@ -28,7 +28,7 @@ from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.block_pool import BlockPool
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
 from nanoinfra.serve.engine.scheduler import Scheduler, Sequence
-from nanoinfra.train.pretrained import open_pretrained_weights
+from nanoinfra.train.load_and_export_models import open_pretrained_weights
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("prompts", nargs="*", help="texts to go on from")

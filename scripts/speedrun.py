@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanoinfra.data.corpus import load_corpus
-from nanoinfra.data.loader import HeldOutSet, MicroBatchLoader
+from nanoinfra.data.micro_batch_loader import HeldOutSet, MicroBatchLoader
 from nanoinfra.data.token_datasets import IGNORE_INDEX, pack_corpus
 from nanoinfra.data.train_tokenizer import get_or_train_tokenizer
 from nanoinfra.train.loss import linear_cross_entropy

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nanoinfra.config import MODEL_SIZES, config_for_size
-from nanoinfra.data.loader import HeldOutSet, MicroBatchLoader
+from nanoinfra.data.micro_batch_loader import HeldOutSet, MicroBatchLoader
 from nanoinfra.data.token_datasets import open_dataset
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads

@@ -13,8 +13,8 @@ import pytest
 from nanoinfra.cli import main
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.parameters import parameter_count
-from nanoinfra.train import metrics
-from nanoinfra.train.checkpoint import checkpoint, manifest
+from nanoinfra.train import metrics_and_plots
+from nanoinfra.train.checkpoint import manifest, save_and_load
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-batch", "2", "--threads", "1"]
@@ -46,7 +46,7 @@ def test_trainer_needs_no_optional_package(tmp_path):
     code = BARE + f"from nanoinfra.cli import main; sys.exit(main({argv}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(metrics.read_metrics(tmp_path / "metrics.jsonl")) == 2
+    assert len(metrics_and_plots.read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
 BARE = """
@@ -227,10 +227,10 @@ def test_full_disk_at_any_write_leaves_the_last_checkpoint_good(tmp_path, monkey
             assert main([*QUICK, "--steps", "3", "--resume", "--out", str(tmp_path)]) == 2
         said = capsys.readouterr().err
         assert "No space left on device" in said and said.count("\n") == 1, said
-        assert checkpoint.find_newest_checkpoint(tmp_path / "checkpoints").name == "step_00000002"
+        assert save_and_load.find_newest_checkpoint(tmp_path / "checkpoints").name == "step_00000002"
         assert not list((tmp_path / "checkpoints").glob("*.tmp"))
     assert main([*QUICK, "--steps", "3", "--resume", "--out", str(tmp_path)]) == 0
-    assert [line["step"] for line in metrics.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in metrics_and_plots.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_file_size_limit_stops_with_one_line(tmp_path):
@@ -240,7 +240,7 @@ def test_file_size_limit_stops_with_one_line(tmp_path):
     done = subprocess.run(limited, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "File too large" in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert checkpoint.find_newest_checkpoint(tmp_path / "checkpoints") is None
+    assert save_and_load.find_newest_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_checkpoint(tmp_path, capsys):
@@ -249,13 +249,13 @@ def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_checkpoint(tmp_pa
     said = capsys.readouterr().err
     assert "step" in said and "nan" in said and "the last checkpoint is" in said, said
     assert said.count("\n") == 1, said
-    assert checkpoint.find_newest_checkpoint(tmp_path / "checkpoints") is not None
+    assert save_and_load.find_newest_checkpoint(tmp_path / "checkpoints") is not None
 
 
 def test_run_directory_holds_what_the_contract_says(tmp_path):
     trace = tmp_path / "trace.json"
     assert main([*QUICK, "--steps", "3", "--out", str(tmp_path), "--trace", str(trace)]) == 0
-    lines = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    lines = metrics_and_plots.read_metrics(tmp_path / "metrics.jsonl")
     keys = {"step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s",
             "mfu", "peak_bytes", "comm"}
     assert [set(line) for line in lines] == [keys] * 3

@@ -24,7 +24,7 @@ from nanoinfra.config import MODEL_SIZES, ModelConfig, config_for_size
 from nanoinfra.formulas import flops
 from nanoinfra.formulas import parameters as params
 from nanoinfra.lab import draw
-from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.compare_predictions import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, describe_machine, measure, median_of_times, timed
 from nanoinfra.lab.mutants import collect_lesson_mutants

@@ -21,10 +21,10 @@ from lessons.l01_memory import checks as check
 from lessons.l01_memory import figures
 from lessons.l01_memory.text_batches import text_batch
 from nanoinfra.config import ModelConfig, config_for_size
-from nanoinfra.formulas.activations import saved_activation_bytes
 from nanoinfra.formulas.model_states import model_state_bytes
 from nanoinfra.formulas.parameters import parameter_count
-from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.formulas.saved_activations import saved_activation_bytes
+from nanoinfra.lab.compare_predictions import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.lab.measure import counted, measure

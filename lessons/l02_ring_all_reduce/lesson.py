@@ -26,7 +26,7 @@ from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.formulas.collectives import ring_collective_seconds, tree_all_reduce_seconds
 from nanoinfra.lab import draw
-from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.compare_predictions import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants

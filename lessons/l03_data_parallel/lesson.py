@@ -25,7 +25,7 @@ from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.formulas.parameters import block_parameter_shapes
 from nanoinfra.lab import draw
-from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.compare_predictions import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.instruments.emulated_compute import emulate_compute_time
 from nanoinfra.lab.measure import counted, measure, median_of_times

@@ -24,7 +24,7 @@ from lessons.l04_recompute.figures import saved_tensor_bars
 from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.lab import draw
-from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.compare_predictions import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.lab.instruments.saved_activations import SavedActivations

@@ -21,10 +21,10 @@ from lessons.l06_pipeline.measurements import rehearse_schedule, run_pipeline_st
 from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.formulas import pipeline as formulas
-from nanoinfra.formulas.activations import layer_activation_bytes_by_term
 from nanoinfra.formulas.parameters import parameter_count
+from nanoinfra.formulas.saved_activations import layer_activation_bytes_by_term
 from nanoinfra.lab import draw
-from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.compare_predictions import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants

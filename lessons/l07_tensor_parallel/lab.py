@@ -21,9 +21,9 @@ import torch
 from nanoinfra.config import config_for_size
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.activations import layer_activation_bytes_by_term
 from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.formulas.parameters import parameter_count
+from nanoinfra.formulas.saved_activations import layer_activation_bytes_by_term
 from nanoinfra.formulas.tensor_parallel import tp_collectives_per_layer, tp_collectives_per_step
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.instruments.saved_activations import SavedActivations

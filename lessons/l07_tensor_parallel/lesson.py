@@ -18,11 +18,11 @@ from lessons.l07_tensor_parallel import figures
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.rank_pool import RankPool
-from nanoinfra.formulas.activations import saved_activation_bytes
 from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.formulas.parameters import parameter_count, parameter_shapes
+from nanoinfra.formulas.saved_activations import saved_activation_bytes
 from nanoinfra.formulas.tensor_parallel import tp_collectives_per_step
-from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.compare_predictions import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, measure, median_of_times
 from nanoinfra.lab.mutants import collect_lesson_mutants

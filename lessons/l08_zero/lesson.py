@@ -30,7 +30,7 @@ from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.formulas.model_states import model_state_bytes
 from nanoinfra.formulas.parameters import parameter_count, parameter_shapes
 from nanoinfra.formulas.zero import zero_padded_numel
-from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.compare_predictions import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, measure
 from nanoinfra.lab.mutants import collect_lesson_mutants

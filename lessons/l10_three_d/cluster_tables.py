@@ -9,10 +9,10 @@ from math import ceil
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.collectives import ring_bytes_per_rank
+from nanoinfra.formulas.communication_by_axis import step_bytes_by_axis
 from nanoinfra.formulas.flops import forward_backward_flops
 from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.formulas.pipeline import pipeline_bubble_fraction
-from nanoinfra.formulas.traffic_by_axis import step_bytes_by_axis
 from nanoinfra.lab.display_table import DisplayTable
 
 GPT3 = ModelConfig(51200, 12288, 96, 96, 96, 128, 4 * 12288, 2048, family="gpt2")

@@ -23,8 +23,8 @@ from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.collectives import ring_collective_seconds
+from nanoinfra.formulas.communication_by_axis import step_bytes_by_axis
 from nanoinfra.formulas.parameters import parameter_count
-from nanoinfra.formulas.traffic_by_axis import step_bytes_by_axis
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.instruments.gradient_parity import (
     count_valid_targets,

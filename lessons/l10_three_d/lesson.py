@@ -22,7 +22,7 @@ from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.formulas.pipeline import split_layers_into_chunks
-from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.compare_predictions import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.instruments.gradient_parity import (
     float64_train_flags,

@@ -26,7 +26,7 @@ from nanoinfra.formulas import inference_cost
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.lab import draw
-from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.compare_predictions import compare_predictions
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, describe_machine, measure, timed
 from nanoinfra.lab.mutants import collect_lesson_mutants

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lessons.l16_paging.replay import LoggingScheduler, TraceRequest, step_through_trace
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.engine.requests import Request, SamplingParams
+from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 
 
 def serve_trace(model: Decoder, jobs: Sequence[TraceRequest], blocks: int, size: int, static: int = 0,

@@ -12,7 +12,7 @@ from lessons.l16_paging.replay import (
     replay_trace,
     trace_sizes,
 )
-from nanoinfra.formulas import paged_kv
+from nanoinfra.formulas import paged_kv_memory
 from nanoinfra.lab import draw
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.serve.engine.block_pool import BlockPool
@@ -121,7 +121,7 @@ def steps_over_pool_size(jobs: list[TraceRequest], memories: Sequence[int], long
                          size: int) -> draw.Picture:
     """Plot the steps that each policy takes over the size of KV memory, and the least number possible."""
     runs = [replay_three_policies(jobs, places, longest, size) for places in memories]
-    lines = {way: (memories, [paged_kv.min_steps_with_kv_memory(trace_sizes(jobs), places, size, whole)
+    lines = {way: (memories, [paged_kv_memory.min_steps_with_kv_memory(trace_sizes(jobs), places, size, whole)
                               for places in memories])
              for way, whole in (("Orca", longest), ("pages", None))}
     ways = ("Orca", "pages", "static batches")
@@ -135,7 +135,7 @@ def waste_over_block_size(jobs: list[TraceRequest], places: int, sizes: Sequence
     """Plot the slots that a sequence leaves empty over the block size."""
     left = [replay_trace(jobs, LoggingScheduler(BlockPool(places // size, size))).left.values()
             for size in sizes]
-    lines = {"on average": (sizes, [paged_kv.mean_unused_slots_per_sequence(size) for size in sizes]),
+    lines = {"on average": (sizes, [paged_kv_memory.mean_unused_slots_per_sequence(size) for size in sizes]),
              "at most": (sizes, [size - 1 for size in sizes])}
     dots = {"on average": (sizes, [sum(each) / len(each) for each in left]),
             "at most": (sizes, [max(each) for each in left])}

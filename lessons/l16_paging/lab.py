@@ -19,7 +19,7 @@ from lessons.l16_paging.replay import LoggingScheduler, random_trace, trace_size
 from nanoinfra.config import config_for_size
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas import paged_kv
+from nanoinfra.formulas import paged_kv_memory
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.formulas.parameters import parameter_count, parameter_shapes
 from nanoinfra.lab.display_table import DisplayTable
@@ -73,17 +73,17 @@ def measure(mesh, model, broken=""):
 def expect(n, model):
     """{key: number} by formula, on n ranks: all that is counted."""
     config, want = shape(model), {}
-    kept = [paged_kv.kv_tokens_at_end(prompt, new) for _, prompt, new in TRACE]
-    steps = {"static": paged_kv.static_batching_steps(TRACE, SEATS),
-             "orca": paged_kv.continuous_batching_steps(TRACE, SEATS),
-             "pages": paged_kv.unlimited_batching_steps(TRACE)}
+    kept = [paged_kv_memory.kv_tokens_at_end(prompt, new) for _, prompt, new in TRACE]
+    steps = {"static": paged_kv_memory.static_batching_steps(TRACE, SEATS),
+             "orca": paged_kv_memory.continuous_batching_steps(TRACE, SEATS),
+             "pages": paged_kv_memory.unlimited_batching_steps(TRACE)}
     for way in WAYS:
-        sent = paged_kv.tp_serving_collectives(config, n, steps[way], sum(kept), sum(new for *_,
-                                                                                     new in TRACE), BYTES)
+        answered = sum(new for *_, new in TRACE)
+        sent = paged_kv_memory.tp_serving_collectives(config, n, steps[way], sum(kept), answered, BYTES)
         calls, size = map(sum, zip(*sent.values()))
         want |= {f"steps_{way}": steps[way], f"calls_{way}": calls, f"bytes_{way}": size}
     want["waste_whole"] = sum(LONGEST - tokens for tokens in kept)
-    want["waste_pages"] = sum(paged_kv.unused_slots_in_last_block(tokens, SIZE) for tokens in kept)
+    want["waste_pages"] = sum(paged_kv_memory.unused_slots_in_last_block(tokens, SIZE) for tokens in kept)
     want["memory"] = PLACES * kv_cache_bytes_per_token(config, BYTES, n)
     return {f"L16.lab_{key}": value for key, value in want.items()}
 

@@ -20,7 +20,7 @@ from lessons.l16_paging import figures, replay
 from lessons.l16_paging.engine_runs import serve_trace
 from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
-from nanoinfra.lab.compare import compare_predictions
+from nanoinfra.lab.compare_predictions import compare_predictions
 from nanoinfra.lab.measure import counted, measure
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.lab.predict import predict

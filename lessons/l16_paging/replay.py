@@ -213,7 +213,7 @@ def random_trace(n: int, longest: int, gap: float, seed: int, vocab: int = 256) 
 
 
 def trace_sizes(jobs: Iterable[TraceRequest]) -> list[tuple[int, int, int]]:
-    """[(arrival, prompt tokens, new tokens)] of the requests, as formulas/paged_kv.py takes them."""
+    """[(arrival, prompt tokens, new tokens)] of the requests, as formulas/paged_kv_memory.py takes them."""
     return [(job.arrival, len(job.tokens), job.new) for job in jobs]
 
 

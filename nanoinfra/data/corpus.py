@@ -14,7 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from nanoinfra.data.text_files import SkippedFile, read_text_file, read_text_folder, summarize_skip_reasons
+from nanoinfra.data.read_text_files import (
+    SkippedFile,
+    read_text_file,
+    read_text_folder,
+    summarize_skip_reasons,
+)
 
 _HELD_OUT_EVERY = 20                  # one document in 20 is held out
 _PIECE_CHARS = 8192                   # characters after which a single file is split, at the next blank line

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nanoinfra.data.corpus import Corpus, load_corpus
-from nanoinfra.data.token_cache import get_or_build_folder
+from nanoinfra.data.tokenizer_and_token_cache import get_or_build_folder
 from nanoinfra.data.train_tokenizer import BPETokenizer, get_or_train_tokenizer
 
 IGNORE_INDEX = -100  # a target that the loss ignores, as in torch's cross entropy

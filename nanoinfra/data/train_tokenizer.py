@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanoinfra.data.corpus import Corpus
-from nanoinfra.data.token_cache import get_or_build_folder
+from nanoinfra.data.tokenizer_and_token_cache import get_or_build_folder
 
 END_OF_TEXT_TOKEN = "<|endoftext|>"
 _TOKENIZER_FILE, _CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"

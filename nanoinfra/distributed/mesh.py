@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from nanoinfra.distributed.check_mesh_size import check_mesh_size
 from nanoinfra.distributed.comm_log import CommLog
 from nanoinfra.distributed.emulated_link import EmulatedLink
-from nanoinfra.distributed.mesh_check import check_mesh_size
 
 MESH_AXIS_NAMES = ("pp", "dp", "cp", "tp")
 _default_links: dict[str, tuple[float, float]] = {}    # see set_default_emulated_links

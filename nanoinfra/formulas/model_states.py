@@ -2,7 +2,7 @@
 
 Model states take 16 Psi bytes with AdamW, in float32 as in mixed precision; Rajbhandari et al. 2020 (ZeRO),
 section 3.1. The KV cache takes 2 L KV K numbers a token; Kwon et al. 2023 (vLLM), section 3.
-Psi parameters, L layers, KV key/value heads, K head_dim. Activations are in formulas/activations.py.
+Psi parameters, L layers, KV key/value heads, K head_dim. Activations are in formulas/saved_activations.py.
 """
 from nanoinfra.config import ModelConfig
 

@@ -17,9 +17,9 @@ from types import ModuleType
 
 from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.distributed.pool.rank_processes import RankFailedError
-from nanoinfra.lab.course import lesson_folders, make_lessons_importable
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.exercise import source_location
+from nanoinfra.lab.find_course_folder import lesson_folders, make_lessons_importable
 
 _NO_NAME = re.compile(r"NameError: name '\w+' is not defined")
 CRITERION_LAYERS = ("property", "parity", "resource", "speed")

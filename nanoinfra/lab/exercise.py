@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from nanoinfra.lab.course import display_path, make_lessons_importable, work_folder
+from nanoinfra.lab.find_course_folder import display_path, make_lessons_importable, work_folder
 
 SOLUTION_MARKER = "### BEGIN SOLUTION"
 _TITLE = re.compile(r"^# %% exercise (\w+)\n", re.MULTILINE)

@@ -16,9 +16,14 @@ from pathlib import Path
 from unittest import mock
 
 from nanoinfra.lab.check import Check
-from nanoinfra.lab.course import clone_folder, course_folder, lesson_folders, make_lessons_importable
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.exercise import load_python_file
+from nanoinfra.lab.find_course_folder import (
+    clone_folder,
+    course_folder,
+    lesson_folders,
+    make_lessons_importable,
+)
 
 
 @dataclass(frozen=True)

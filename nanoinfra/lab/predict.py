@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from nanoinfra.lab import check
-from nanoinfra.lab.course import display_path, lesson_folders, work_folder
+from nanoinfra.lab.find_course_folder import display_path, lesson_folders, work_folder
 
 
 def predict(key: str, value: float, unit: str = "") -> None:

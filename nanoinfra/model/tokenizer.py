@@ -11,7 +11,7 @@ from functools import cached_property
 
 import tokenizers
 
-from nanoinfra.model.weights.import_transformers import (
+from nanoinfra.model.weights.call_transformers import (
     error_in_one_line,
     import_optional_package,
     import_transformers,

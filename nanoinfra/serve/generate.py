@@ -16,11 +16,11 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Tokenizer, apply_chat_template
 from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
+from nanoinfra.serve.command_line_options import GenerateOptions
 from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer
-from nanoinfra.serve.engine.requests import Request, SamplingParams, check_request
+from nanoinfra.serve.engine.request_and_output import Request, SamplingParams, check_request
 from nanoinfra.serve.engine.sampler import Sampler
-from nanoinfra.serve.options import GenerateOptions
-from nanoinfra.train.pretrained import open_pretrained_weights
+from nanoinfra.train.load_and_export_models import open_pretrained_weights
 
 
 def generate(model: Decoder, prompt_token_ids: list[int], max_new_tokens: int, *, temperature: float = 0.0,

@@ -13,8 +13,8 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from nanoinfra.config import MODEL_SIZES
-from nanoinfra.data.token_cache import check_cache_writable
-from nanoinfra.distributed.mesh_check import check_mesh_size
+from nanoinfra.data.tokenizer_and_token_cache import check_cache_writable
+from nanoinfra.distributed.check_mesh_size import check_mesh_size
 from nanoinfra.formulas.pipeline import split_layers_into_chunks
 from nanoinfra.formulas.tensor_parallel import check_tp_fits_model
 from nanoinfra.parallel.pipeline import schedules

@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import torch
 
-from nanoinfra.data.loader import MicroBatchLoader
+from nanoinfra.data.micro_batch_loader import MicroBatchLoader
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.host_memory import peak_rss_bytes
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.parameters import parameter_count
-from nanoinfra.train import metrics
+from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.config import (
     TrainFlags,
     check_train_flags,
@@ -31,12 +31,12 @@ from nanoinfra.train.config import (
 from nanoinfra.train.frozen_parameters import trainable_parameter_count
 from nanoinfra.train.launch.elastic_rank import is_rank_process
 from nanoinfra.train.launch.memory_check import check_memory_fits, describe_memory_need, replace_flags
-from nanoinfra.train.launch.signals import StopRequest
+from nanoinfra.train.launch.stop_signals import StopRequest
 from nanoinfra.train.loss import count_valid_tokens
+from nanoinfra.train.model_and_data_inputs import open_run_inputs
 from nanoinfra.train.optimizer import scheduled_learning_rate
 from nanoinfra.train.run_directory.resume_check import describe_changed_flags
 from nanoinfra.train.run_directory.run_directory import RunDirectory
-from nanoinfra.train.run_inputs import open_run_inputs
 from nanoinfra.train.step import execute_schedule
 from nanoinfra.train.train_stage import TrainStage
 
@@ -95,11 +95,13 @@ class TrainingRun:
         self.is_first_rank = self.mesh.rank == 0
         if self.is_first_rank:
             self._print_start(state)
-            self.metrics_log = metrics.MetricsLog(self.run_directory.path / "metrics.jsonl", self.step)
+            self.metrics_log = metrics_and_plots.MetricsLog(self.run_directory.path / "metrics.jsonl",
+                                                            self.step)
             if self.metrics_log.missing_steps_warning:
                 self.run_directory.warn_once(self.metrics_log.missing_steps_warning)
-            self.progress_bar = metrics.ProgressBar(flags.run.steps, flags.run.max_seconds, self.step,
-                                                    self.elapsed_seconds)
+            self.progress_bar = metrics_and_plots.ProgressBar(flags.run.steps,
+                                                              flags.run.max_seconds, self.step,
+                                                              self.elapsed_seconds)
         self.stop_request = StopRequest(is_single_process=not is_rank_process())
         self.stop_request.start()
         self.mesh.comm_log.take_records()
@@ -179,7 +181,8 @@ class TrainingRun:
     def finish(self) -> list[dict]:
         """Write the Perfetto timeline of --trace, and a note when a signal stopped the run."""
         if self.flags.run.trace:
-            events = metrics.perfetto_trace_events(self.mesh.rank, self.trace_spans, self.trace_records)
+            events = metrics_and_plots.perfetto_trace_events(self.mesh.rank, self.trace_spans,
+                                                             self.trace_records)
             ranks = comm.all_gather_json(events, self.mesh.world, "trace")
             if self.is_first_rank:
                 all_events = [event for events in ranks for event in events]
@@ -251,10 +254,12 @@ class TrainingRun:
         if self.flags.run.trace:
             self.trace_spans += spans
             self.trace_records += records
-        sent = metrics.payload_bytes_by_axis(records)
-        numbers = [metrics.distinct_storage_bytes(self.stage.persistent_tensors()), peak_rss_bytes(),
+        sent = metrics_and_plots.payload_bytes_by_axis(records)
+        numbers = [metrics_and_plots.distinct_storage_bytes(self.stage.persistent_tensors()),
+                   peak_rss_bytes(),
                    *sent.values()]
-        held, rss, *most_sent = map(int, metrics.all_reduce_max(numbers, self.mesh.world))
+        held, rss, *most_sent = map(int, metrics_and_plots.all_reduce_max(numbers,
+                                                                          self.mesh.world))
         self.mesh.comm_log.take_records()
         return {"peak_bytes": {"counted": held, "rss": rss}, "comm": dict(zip(sent, most_sent))}
 
@@ -265,7 +270,8 @@ class TrainingRun:
 
     def _check_weights(self):
         """Refuse to save weights that are not finite: the loss would show them only one step later."""
-        [bad] = metrics.all_reduce_max([float(not self.stage.weights_are_finite())], self.mesh.world)
+        [bad] = metrics_and_plots.all_reduce_max([float(not self.stage.weights_are_finite())],
+                                                 self.mesh.world)
         if bad:
             raise ValueError(f"step {self.step}: its update made weights that are no finite numbers, which "
                              f"are not saved; {self._remedy()}")

@@ -39,7 +39,7 @@ metric_list: [{{metric: acc}}]
 def make_model(folder: Path) -> Path:
     """A Hugging Face folder of a small model with its tokenizer."""
     from nanoinfra.cli import main
-    from nanoinfra.train.pretrained import export_to_hugging_face
+    from nanoinfra.train.load_and_export_models import export_to_hugging_face
     main(["train", "--model", "nano", "--steps", "3", "--seq", "64", "--out", str(folder / "run")])
     export_to_hugging_face(folder / "run", folder / "model")
     return folder / "model"

@@ -29,14 +29,14 @@ def engine_of(folder):
     import torch
 
     from nanoinfra.distributed.mesh import Mesh
+    from nanoinfra.serve.command_line_options import EngineOptions
     from nanoinfra.serve.engine.load_engine import load_engine
-    from nanoinfra.serve.options import EngineOptions
     torch.set_num_threads(os.cpu_count())
     return load_engine(EngineOptions(str(folder), dtype="bfloat16", max_num_batched_tokens=4096), Mesh())
 
 
 def ours(folder):
-    from nanoinfra.serve.engine.requests import Request, SamplingParams
+    from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
     engine = engine_of(folder)
 
     def run(prompts, new):
@@ -152,7 +152,7 @@ def race(mine, peer, name, batch, pairs):
 
 def prefix_hits(folder, length=1024, pairs=9):
     """[(ms to the first token of a prompt that is new, of the same once more)], `length` tokens each."""
-    from nanoinfra.serve.engine.requests import Request, SamplingParams
+    from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
     engine, draw, found = engine_of(folder), random.Random(0), []
     for pair in range(-1, pairs):                                        # the first warms up
         tokens, times = [draw.randrange(VOCAB) for _ in range(length)], []
@@ -192,8 +192,8 @@ def main():
     import torch
 
     from nanoinfra.lab.measure import describe_machine
-    from nanoinfra.model.weights.hugging_face.weights import write_hf_folder
-    from nanoinfra.model.weights.load import open_model_weights
+    from nanoinfra.model.weights.hugging_face.load_and_save import write_hf_folder
+    from nanoinfra.model.weights.load_model import open_model_weights
     if not (MODEL / "config.json").exists():
         weights = open_model_weights("smollm2-135m")
         write_hf_folder(weights.config, weights.read_parameter, torch.bfloat16, MODEL)

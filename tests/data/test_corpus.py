@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoinfra.data.corpus import load_corpus, split_text
-from nanoinfra.data.text_files import summarize_skip_reasons
+from nanoinfra.data.read_text_files import summarize_skip_reasons
 
 TESTS = "test", "tests", "idle_test"
 

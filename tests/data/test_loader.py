@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoinfra.data.corpus import Document
-from nanoinfra.data.loader import HeldOutSet, MicroBatchLoader, deal_to_micro_batches
+from nanoinfra.data.micro_batch_loader import HeldOutSet, MicroBatchLoader, deal_to_micro_batches
 from nanoinfra.data.token_datasets import IGNORE_INDEX, PackedDataset, RandomTokenDataset
 from nanoinfra.data.train_tokenizer import BPETokenizer
 

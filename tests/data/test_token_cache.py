@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.data import token_cache
-from nanoinfra.data.token_cache import (
+from nanoinfra.data import tokenizer_and_token_cache
+from nanoinfra.data.tokenizer_and_token_cache import (
     _CACHE_FORMAT,
     CHECKSUMS_FILE,
     CONTENT_FOLDER,
@@ -104,7 +104,7 @@ def test_an_entry_that_another_has_mended_meanwhile_stays(tmp_path, monkeypatch)
 
     get_or_build_folder("x", fill, tmp_path)
     DAMAGE["a file"](tmp_path / _CACHE_FORMAT / "x")
-    find, mended = token_cache._fault, []
+    find, mended = tokenizer_and_token_cache._fault, []
 
     def slowly(entry):
         fault = find(entry)
@@ -113,14 +113,14 @@ def test_an_entry_that_another_has_mended_meanwhile_stays(tmp_path, monkeypatch)
             mended.append(get_or_build_folder("x", fill, tmp_path).stat().st_ino)
         return fault
 
-    monkeypatch.setattr(token_cache, "_fault", slowly)
+    monkeypatch.setattr(tokenizer_and_token_cache, "_fault", slowly)
     got = get_or_build_folder("x", lambda folder: (folder / "a").write_text("mine"), tmp_path)
     assert got.stat().st_ino == mended[1] and (got / "a").read_text() == "whole"
 
 
 def test_a_good_entry_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
     get_or_build_folder("x", lambda folder: (folder / "a").write_text("whole"), tmp_path)
-    monkeypatch.setattr(token_cache, "TemporaryDirectory", None)
+    monkeypatch.setattr(tokenizer_and_token_cache, "TemporaryDirectory", None)
     monkeypatch.setattr(Path, "mkdir", None)
     assert (get_or_build_folder("x", None, tmp_path) / "a").read_text() == "whole"
 
@@ -132,7 +132,7 @@ def test_a_damaged_entry_where_nothing_can_be_written_is_a_clear_error(tmp_path,
     def closed(dir):
         raise OSError(30, "Read-only file system", dir)
 
-    monkeypatch.setattr(token_cache, "TemporaryDirectory", closed)
+    monkeypatch.setattr(tokenizer_and_token_cache, "TemporaryDirectory", closed)
     with pytest.raises(ValueError, match=r"cannot be written \(Read-only file system\); .*XDG_CACHE_HOME"):
         get_or_build_folder("x", None, tmp_path)
 

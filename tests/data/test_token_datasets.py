@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoinfra.data.corpus import load_corpus
-from nanoinfra.data.token_cache import _CACHE_FORMAT
 from nanoinfra.data.token_datasets import (
     IGNORE_INDEX,
     PackedDataset,
@@ -16,6 +15,7 @@ from nanoinfra.data.token_datasets import (
     open_dataset,
     pack_corpus,
 )
+from nanoinfra.data.tokenizer_and_token_cache import _CACHE_FORMAT
 from nanoinfra.data.train_tokenizer import BPETokenizer, get_or_train_tokenizer
 
 BYTES = BPETokenizer.train(["a"], 257)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoinfra.data.corpus import load_corpus
-from nanoinfra.data.loader import HeldOutSet
+from nanoinfra.data.micro_batch_loader import HeldOutSet
 from nanoinfra.data.token_datasets import pack_corpus
 from nanoinfra.data.train_tokenizer import (
     END_OF_TEXT_TOKEN,

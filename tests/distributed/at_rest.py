@@ -20,14 +20,14 @@ from unittest import mock
 import torch.distributed as dist
 
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.loopback import start_loopback_store
+from nanoinfra.distributed.loopback_store import start_loopback_store
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.distributed.pool import rank_main
 from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.distributed.pool.rank_processes import _PRELOADED_MODULES, RankFailedError
-from nanoinfra.serve.processes.tp_group import TensorParallelGroup
+from nanoinfra.serve.processes.tensor_parallel_group import TensorParallelGroup
 from nanoinfra.train.launch.elastic_rank import die_with_parent, rank_process_group
-from nanoinfra.train.launch.launcher import launch_ranks
+from nanoinfra.train.launch.launch_ranks import launch_ranks
 from tests.distributed.sockets import another_interface, listening
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT              # torch's agent takes them
@@ -35,7 +35,7 @@ SECONDS = 300.0                              # that ranks may take to be there
 
 
 def launched(look, *without: str) -> bool:
-    """Ranks of train/launch/launcher.py, whose launcher is this process."""
+    """Ranks of train/launch/launch_ranks.py, whose launcher is this process."""
     handlers, before = {sign: signal.getsignal(sign) for sign in SIGNALS}, listening([os.getpid()])
     with TemporaryDirectory() as folder, _elsewhere():
         looker = threading.Thread(target=_look_at_launched, args=(look, Path(folder), before))
@@ -120,8 +120,8 @@ class _Reports(TensorParallelGroup):
 def _team_rank(rank, pipes, report, store, without):
     die_with_parent()
     team = _Reports(rank, pipes)
-    with _elsewhere(), _without(without), mock.patch("nanoinfra.distributed.loopback.start_loopback_store",
-                                                     store):
+    start = "nanoinfra.distributed.loopback_store.start_loopback_store"
+    with _elsewhere(), _without(without), mock.patch(start, store):
         mesh = team.init_tp_mesh(tp_size=2)
         comm.barrier(mesh.tp)
         if report:

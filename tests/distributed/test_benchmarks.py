@@ -3,12 +3,15 @@ from collections import Counter
 import pytest
 import torch
 
-from nanoinfra.distributed.benchmarks import measure_matmul_flops_per_second, time_collective_by_payload
+from nanoinfra.distributed.measure_links_and_matmul import (
+    measure_matmul_flops_per_second,
+    time_collective_by_payload,
+)
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.collectives import fit_latency_bandwidth
 
 WIRE = (4e-3, 1e8)                           # slow enough to be timed beside other work
-QUICK = ("nanoinfra.distributed.benchmarks", "_MAX_CALL_SECONDS", 0.1)
+QUICK = ("nanoinfra.distributed.measure_links_and_matmul", "_MAX_CALL_SECONDS", 0.1)
 
 
 def fitted(axis, op):
@@ -34,8 +37,9 @@ def probed(axis, op):
                           if row.axis_name != "world")
 
 
-SIZES = ("nanoinfra.distributed.benchmarks", "_PAYLOAD_SIZES_BYTES", (4096, 16384))
-FOUR = ("nanoinfra.distributed.benchmarks", "_MIN_SAMPLE_SECONDS", 0.0)            # one call a sample
+SIZES = ("nanoinfra.distributed.measure_links_and_matmul", "_PAYLOAD_SIZES_BYTES", (4096, 16384))
+FOUR = ("nanoinfra.distributed.measure_links_and_matmul", "_MIN_SAMPLE_SECONDS",
+        0.0)            # one call a sample
 
 
 def test_the_slowest_ranks_times_of_all_reduces(ranks):
@@ -52,8 +56,8 @@ def test_messages_go_there_and_back_and_an_odd_rank_waits(ranks):
 
 
 def test_a_payload_that_would_take_too_long_is_not_tried(ranks):
-    never = ("nanoinfra.distributed.benchmarks", "_MAX_CALL_SECONDS", 0.0)
-    sizes = ("nanoinfra.distributed.benchmarks", "_PAYLOAD_SIZES_BYTES", (4096, 16384, 65536))
+    never = ("nanoinfra.distributed.measure_links_and_matmul", "_MAX_CALL_SECONDS", 0.0)
+    sizes = ("nanoinfra.distributed.measure_links_and_matmul", "_PAYLOAD_SIZES_BYTES", (4096, 16384, 65536))
     assert [list(times) for times, _ in ranks(2).run(probed, "dp", "all_reduce", mutants=(never, sizes))] \
         == [[4096, 16384], [4096, 16384]]
 
@@ -61,5 +65,6 @@ def test_a_payload_that_would_take_too_long_is_not_tried(ranks):
 def test_the_matmul_rate_counts_two_flops_a_multiply_add(monkeypatch):
     """A clock that advances a second a reading: one product of n = 512 takes one."""
     ticks = iter(range(1000))
-    monkeypatch.setattr("nanoinfra.distributed.benchmarks.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("nanoinfra.distributed.measure_links_and_matmul.time.perf_counter",
+                        lambda: float(next(ticks)))
     assert measure_matmul_flops_per_second(Mesh(), torch.float32, rounds=3) == [2 * 512 ** 3] * 3

@@ -130,5 +130,5 @@ def test_a_pool(watched):
 def test_a_lab(watched, tmp_path):
     (tmp_path / "lessons").mkdir()
     argv = ["08", "--nproc", "2", "--model", "test"]
-    with watched([sys.executable, "-m", "nanoinfra.lab.run", *argv]) as process:
+    with watched([sys.executable, "-m", "nanoinfra.lab.run_lab", *argv]) as process:
         end_well(process)

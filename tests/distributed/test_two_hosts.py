@@ -7,7 +7,7 @@ import pytest
 
 from nanoinfra.cli import main
 from nanoinfra.formulas.collectives import ring_collective_seconds
-from nanoinfra.train import metrics
+from nanoinfra.train import metrics_and_plots
 from tests.distributed.two_hosts import RATE, NoRights, TwoHosts
 from tests.processes import until
 from tests.train.runs import FLAGS, close, lines
@@ -27,7 +27,7 @@ def hosts():
 def alone(folder, steps):
     """The lines of one rank, undisturbed."""
     assert main([*RUN, "--steps", str(steps), "--out", str(folder)]) == 0
-    return metrics.read_metrics(folder / "metrics.jsonl")
+    return metrics_and_plots.read_metrics(folder / "metrics.jsonl")
 
 
 class Both:
@@ -96,7 +96,7 @@ def test_two_hosts_train_as_one_rank(hosts, tmp_path):
     assert [process.wait() for process in both.processes] == [0, 0], both.communicate()[1]
     assert len(both.opened()) == 1 and "dp=2" in both.opened()[0]
     assert both.communicate()[1].count("ranks on several hosts trust their network") == 1
-    close(metrics.read_metrics(both.run / "metrics.jsonl"), want)
+    close(metrics_and_plots.read_metrics(both.run / "metrics.jsonl"), want)
 
 
 @pytest.mark.prove
@@ -114,7 +114,7 @@ def test_a_lost_host(hosts, tmp_path, how):
     assert "dp=2" in first and "dp=1" in second
     assert int(second.rpartition("after step ")[2]) >= 35
     assert ("imed out" in both.said[0].read_text()) == (how == "unplugged")
-    close(metrics.read_metrics(both.run / "metrics.jsonl"), want)
+    close(metrics_and_plots.read_metrics(both.run / "metrics.jsonl"), want)
     assert not hosts.processes(0) and not hosts.processes(1)
 
 
@@ -128,4 +128,4 @@ def test_a_lost_host_that_comes_back(hosts, tmp_path):
     both.processes[1] = both.begin(1)
     assert [process.wait() for process in both.processes] == [0, 0], both.communicate()[1]
     assert [line.partition("cp=")[0][-6:-2] for line in both.opened()] == ["dp=2", "dp=1", "dp=2"]
-    close(metrics.read_metrics(both.run / "metrics.jsonl"), want)
+    close(metrics_and_plots.read_metrics(both.run / "metrics.jsonl"), want)

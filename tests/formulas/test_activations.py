@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoinfra.config import ModelConfig, config_for_size
-from nanoinfra.formulas.activations import (
+from nanoinfra.formulas.saved_activations import (
     ATTENTION_MATRIX_TERMS,
     embedding_and_head_bytes_by_term,
     layer_activation_bytes_by_term,

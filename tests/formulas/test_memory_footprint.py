@@ -8,8 +8,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.activations import saved_activation_bytes, saved_activation_bytes_of_layers
-from nanoinfra.formulas.memory_footprint import (
+from nanoinfra.formulas.model_states import DTYPE_BYTES
+from nanoinfra.formulas.parameters import parameter_count
+from nanoinfra.formulas.saved_activations import saved_activation_bytes, saved_activation_bytes_of_layers
+from nanoinfra.formulas.training_peak_memory import (
     ParallelLayout,
     TrainingStepConfig,
     memory_by_moment,
@@ -17,8 +19,6 @@ from nanoinfra.formulas.memory_footprint import (
     rank_model_state_bytes,
     stage_activation_bytes,
 )
-from nanoinfra.formulas.model_states import DTYPE_BYTES
-from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.formulas.zero import zero_model_state_bytes
 from nanoinfra.train.config import DataFlags, ModelFlags, OptimizerFlags, TrainFlags
 from nanoinfra.train.step import execute_schedule

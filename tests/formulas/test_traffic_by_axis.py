@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 
 from nanoinfra.config import ModelConfig, config_for_size
+from nanoinfra.formulas.communication_by_axis import rank_parameter_counts, step_bytes_by_axis
 from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.formulas.tensor_parallel import tp_collectives_per_step
-from nanoinfra.formulas.traffic_by_axis import rank_parameter_counts, step_bytes_by_axis
 from tests.families import KINDS
 
 CONFIG = ModelConfig(vocab=61, width=16, layers=6, heads=4, kv_heads=2, head_dim=4, hidden=24, context=8)

@@ -14,7 +14,7 @@ from lessons.l10_three_d.figures import (
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.comm_log import CommRecord
 from nanoinfra.formulas.collectives import ring_collective_seconds
-from nanoinfra.formulas.traffic_by_axis import step_bytes_by_axis
+from nanoinfra.formulas.communication_by_axis import step_bytes_by_axis
 from nanoinfra.lab import draw
 from nanoinfra.lab.instruments.gradient_parity import (
     float64_train_flags,

@@ -1,7 +1,7 @@
 import nbformat
 import pytest
 
-from nanoinfra.lab.build import build_notebooks
+from nanoinfra.lab.build_notebooks import build_notebooks
 
 LESSON = '''# %% [markdown]
 # # Lesson 42

@@ -1,6 +1,6 @@
 import pytest
 
-from nanoinfra.lab.compare import RELATIVE_TOLERANCE_BY_KIND, ComparisonRow, compare_predictions
+from nanoinfra.lab.compare_predictions import RELATIVE_TOLERANCE_BY_KIND, ComparisonRow, compare_predictions
 from nanoinfra.lab.measure import counted, measure, median_of_times, modelled
 from nanoinfra.lab.predict import predict
 

@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nanoinfra.lab import course as places
+from nanoinfra.lab import find_course_folder as places
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +31,8 @@ def test_the_student_edition_inside_a_course_shares_its_work(course, monkeypatch
 
 def test_a_lesson_s_modules_come_from_the_course(bring, course):
     (bring("l02_ring_all_reduce") / "cases.py").write_text("WHERE = 'here'\n")
-    code = ("from nanoinfra.lab.course import make_lessons_importable; make_lessons_importable(); "
+    code = ("from nanoinfra.lab.find_course_folder import make_lessons_importable; "
+            "make_lessons_importable(); "
             "from lessons.l02_ring_all_reduce import cases; print(cases.WHERE)")
     done = subprocess.run([sys.executable, "-c", code], cwd=course / "lessons", capture_output=True,
                           text=True, env={"PYTHONPATH": str(ROOT)})

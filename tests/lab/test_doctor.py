@@ -7,12 +7,12 @@ import pytest
 
 from nanoinfra.cli import main
 from nanoinfra.lab.doctor import machine_info as devices
-from nanoinfra.lab.doctor.doctor import run_doctor
 from nanoinfra.lab.doctor.doctor_flags import DoctorFlags
+from nanoinfra.lab.doctor.measure_machine import run_doctor
 from nanoinfra.lab.measure import Measurement
 
-QUICK = (("nanoinfra.distributed.benchmarks", "_PAYLOAD_SIZES_BYTES", (4096, 65536)),
-         ("nanoinfra.distributed.benchmarks", "_MAX_CALL_SECONDS", 0.05))
+QUICK = (("nanoinfra.distributed.measure_links_and_matmul", "_PAYLOAD_SIZES_BYTES", (4096, 65536)),
+         ("nanoinfra.distributed.measure_links_and_matmul", "_MAX_CALL_SECONDS", 0.05))
 
 
 def test_two_ranks_report_alike_and_the_first_writes(ranks, tmp_path):
@@ -48,7 +48,7 @@ def test_it_prints_tables_a_person_reads(ranks, capsys):
 
 
 def test_one_rank_has_no_wires(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("nanoinfra.distributed.benchmarks._MAX_CALL_SECONDS", 0.0)
+    monkeypatch.setattr("nanoinfra.distributed.measure_links_and_matmul._MAX_CALL_SECONDS", 0.0)
     assert main(["doctor", "--threads", "1", "--out", str(tmp_path / "out.json")]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["wires"] == {}
     assert "alpha" not in capsys.readouterr().out

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.lab import exercise
-from nanoinfra.lab.build import clear_solutions, convert_to_notebook
+from nanoinfra.lab.build_notebooks import clear_solutions, convert_to_notebook
 from nanoinfra.lab.check import Check, load_lesson_checks
-from nanoinfra.lab.course import display_path
-from nanoinfra.lab.grading import grade, judge
-from nanoinfra.lab.grading.grade import main
+from nanoinfra.lab.find_course_folder import display_path
+from nanoinfra.lab.grading import grade_lesson, judge_process
+from nanoinfra.lab.grading.grade_lesson import main
 from nanoinfra.lab.grading.limited_process import ProcessLimits
 from tests.lab.judging import BEGIN, PASS
 
@@ -31,10 +31,10 @@ def here(monkeypatch):
     """A hand-in is judged in this process, whose ranks are warm: `make prove` has one of its own for each."""
     def judged(lesson, file, checks, limits):
         found = {each.name: [] for each in checks}
-        for name, verdict in judge.judge_file(checks, str(file), display_path(file)):
+        for name, verdict in judge_process.judge_file(checks, str(file), display_path(file)):
             found[name].append(verdict)
         return [each.report_of_verdicts(found[each.name], display_path(file)) for each in checks]
-    monkeypatch.setattr(grade, "judge_in_subprocess", judged)
+    monkeypatch.setattr(grade_lesson, "judge_in_subprocess", judged)
 
 
 def exported(notebook, folder):
@@ -139,8 +139,8 @@ def judged(monkeypatch, tmp_path):
         each.criterion("is small", "resource")(None)
 
     def run(code, **limits):
-        monkeypatch.setattr(grade, "_JUDGE_COMMAND", [sys.executable, "-I", "-c", BEGIN + code])
-        return grade.judge_in_subprocess("98", tmp_path / "L98.py", checks, ProcessLimits(**limits))
+        monkeypatch.setattr(grade_lesson, "_JUDGE_COMMAND", [sys.executable, "-I", "-c", BEGIN + code])
+        return grade_lesson.judge_in_subprocess("98", tmp_path / "L98.py", checks, ProcessLimits(**limits))
     return run
 
 

@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from nanoinfra.lab import check
-from nanoinfra.lab.grading import judge
-from nanoinfra.lab.grading.grade import grade_lesson
+from nanoinfra.lab.grading import judge_process
+from nanoinfra.lab.grading.grade_lesson import grade_lesson
 from nanoinfra.lab.grading.limited_process import ProcessLimits
 
 NAMES = "ring_reduce_scatter", "ring_all_reduce"       # of lesson 02, whose criteria start rank processes
@@ -74,7 +74,7 @@ def test_leaving_or_patching_the_checker_is_no_point(monkeypatch, tmp_path, toy,
         monkeypatch.setattr(check, name, getattr(check, name))         # what the file does to it is undone
     monkeypatch.setattr(check.Check, "report", check.Check.report)
     (tmp_path / "L98.py").write_text(code)
-    (got,) = judge.judge_file([toy], str(tmp_path / "L98.py"), "L98.py")
+    (got,) = judge_process.judge_file([toy], str(tmp_path / "L98.py"), "L98.py")
     assert (got[0], got[1].state) == ("even", "wrong") and why in got[1].text
 
 
@@ -95,7 +95,7 @@ def test_a_hostile_hand_in_scores_nothing_and_leaves_nothing(course, capsys, nam
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_grading_that_is_stopped_leaves_nothing(course, number):
     hand_in(course, HAND_INS["starts others"][0])
-    command = [sys.executable, "-m", "nanoinfra.lab.grading.grade", "02"]
+    command = [sys.executable, "-m", "nanoinfra.lab.grading.grade_lesson", "02"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as grading:
         try:
             while not left():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from nanoinfra.config import config_for_size
-from nanoinfra.formulas.activations import layer_activation_bytes_by_term
+from nanoinfra.formulas.saved_activations import layer_activation_bytes_by_term
 from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder

@@ -1,7 +1,7 @@
 import pytest
 
 from lessons.l04_recompute import checks as check
-from nanoinfra.formulas.activations import layer_activation_bytes_by_term
+from nanoinfra.formulas.saved_activations import layer_activation_bytes_by_term
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.memory import recompute
 

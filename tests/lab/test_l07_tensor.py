@@ -12,9 +12,9 @@ from lessons.l07_tensor_parallel.figures import (
     time_emulated_layers,
 )
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.activations import layer_activation_bytes_by_term
 from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.formulas.saved_activations import layer_activation_bytes_by_term
 from nanoinfra.formulas.tensor_parallel import shard_bounds_by_parameter, tp_collectives_per_step
 from nanoinfra.lab.mutants import collect_lesson_mutants
 

@@ -5,8 +5,8 @@ import torch
 from lessons.l10_three_d import cases
 from lessons.l10_three_d import checks as check
 from nanoinfra.distributed import comm
+from nanoinfra.formulas.communication_by_axis import rank_parameter_counts
 from nanoinfra.formulas.parameters import parameter_shapes
-from nanoinfra.formulas.traffic_by_axis import rank_parameter_counts
 from nanoinfra.lab.mutants import collect_lesson_mutants
 
 HINTS = {

@@ -5,7 +5,7 @@ import pytest
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.pipeline import split_layers_into_chunks
-from nanoinfra.lab import run
+from nanoinfra.lab import run_lab
 
 ROOT = Path(__file__).parents[2]
 SENT = {"sent_gpipe", "sent_1f1b", "sent_inter", "sent_zb"}
@@ -13,7 +13,7 @@ SENT = {"sent_gpipe", "sent_1f1b", "sent_inter", "sent_zb"}
 
 def small():
     """The lab, of fewer and shorter micro-batches than a class has."""
-    lab = run.load_lab("06")
+    lab = run_lab.load_lab("06")
     lab.MICROS, lab.LAYERS, lab.SLOT, lab.REPEATS = 4, 8, 0.002, 1
     return lab
 
@@ -47,9 +47,9 @@ def test_other_numbers_of_stages_too(ranks, n):
         assert {key: got[key].value for key in want} == want
 
 
-@pytest.mark.parametrize("model", run.load_lab("06").MODELS)
+@pytest.mark.parametrize("model", run_lab.load_lab("06").MODELS)
 def test_stages_are_equal_for_every_number_of_chunks(model):
-    lab = run.load_lab("06")
+    lab = run_lab.load_lab("06")
     for n in (1, 2, 4, 8, 16):
         assert {stop - start for start, stop in split_layers_into_chunks(lab.shape(model), n,
                                                                          lab.T)} == {lab.LAYERS // n}

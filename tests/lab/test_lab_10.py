@@ -5,7 +5,7 @@ import pytest
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import parameter_count
-from nanoinfra.lab import run
+from nanoinfra.lab import run_lab
 
 ROOT = Path(__file__).parents[2]
 CUBE = {"cube_tied", "off_cube", "norm_cube"}
@@ -34,7 +34,7 @@ def test_it_counts_what_the_formulas_say_unless_it_is_broken(ranks, n, broken, e
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_the_formulas_are_those_of_the_handout(n):
-    lab = run.load_lab("10")
+    lab = run_lab.load_lab("10")
     want = {key.removeprefix("L10.lab_"): value for key, value in lab.expect(n, "nano").items()}
     psi, (p, d, t) = parameter_count(lab.shape("nano")), lab.meshes(n)["cube"].values()
     stream, ends, loss = 8 * 16 * 64 * 128, 8 * 4096 * 128, 3 * 8 * 16 * 64      # of the step's tokens
@@ -55,6 +55,6 @@ def measured(n, broken):
 
 def small(n, broken):
     """The lab, with fewer and shorter sequences; broken, two micro-batches for a data rank, one on 8."""
-    lab = run.load_lab("10")
+    lab = run_lab.load_lab("10")
     lab.SEQUENCES, lab.T, lab.STEPS = min(16, 4 * n) if broken else 2 * n, 16, 2         # one warms up
     return lab

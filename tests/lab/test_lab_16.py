@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas import paged_kv
-from nanoinfra.lab import run
+from nanoinfra.formulas import paged_kv_memory
+from nanoinfra.lab import run_lab
 
 ROOT = Path(__file__).parents[2]
 PROMPTLY = {f"{what}_{way}" for what in ("steps", "calls") for way in ("orca", "pages")}
@@ -15,7 +15,7 @@ prove = pytest.mark.prove
 
 def small():
     """The lab, of fewer requests than a class has, each served once."""
-    lab = run.load_lab("16")
+    lab = run_lab.load_lab("16")
     lab.JOBS, lab.REPEATS = lab.JOBS[:10], 1
     lab.TRACE = lab.trace_sizes(lab.JOBS)
     return lab
@@ -47,21 +47,21 @@ def test_it_counts_what_the_formulas_say_unless_it_is_broken(ranks, n, broken, e
 
 
 def test_nobody_waits_for_a_page_be_blocks_as_large_again():
-    lab = run.load_lab("16")
+    lab = run_lab.load_lab("16")
     for size in (lab.SIZE, 2 * lab.SIZE):
-        assert paged_kv.peak_blocks_in_use(lab.TRACE, size) <= lab.PLACES // size
+        assert paged_kv_memory.peak_blocks_in_use(lab.TRACE, size) <= lab.PLACES // size
 
 
 def test_the_numbers_of_the_handout():
-    lab, text = run.load_lab("16"), (ROOT / "lessons" / "l16_paging" / "handout.md").read_text()
+    lab, text = run_lab.load_lab("16"), (ROOT / "lessons" / "l16_paging" / "handout.md").read_text()
     for n in (1, 2, 4, 8):
         want = {key.removeprefix("L16.lab_"): value for key, value in lab.expect(n, "nano").items()}
         for key, value in want.items():
             assert f"{value:,}" in text, (n, key)
 
 
-@pytest.mark.parametrize("model", run.load_lab("16").MODELS)
+@pytest.mark.parametrize("model", run_lab.load_lab("16").MODELS)
 def test_every_size_can_be_cut_eight_times(model):
     from nanoinfra.formulas.tensor_parallel import check_tp_fits_model
     for n in (1, 2, 4, 8):
-        check_tp_fits_model(run.load_lab("16").shape(model), n)
+        check_tp_fits_model(run_lab.load_lab("16").shape(model), n)

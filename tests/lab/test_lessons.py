@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.lab.build import build_notebooks, convert_to_notebook
+from nanoinfra.lab.build_notebooks import build_notebooks, convert_to_notebook
 from tests.lab.notebook import in_a_kernel, in_this_process
 
 ROOT = Path(__file__).parents[2]

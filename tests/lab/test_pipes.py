@@ -5,7 +5,7 @@ import torch
 from lessons.l06_pipeline.measurements import rehearse_schedule, run_pipeline_steps, schedule_of_order
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas import pipeline as formulas
-from nanoinfra.formulas.activations import layer_activation_bytes_by_term
+from nanoinfra.formulas.saved_activations import layer_activation_bytes_by_term
 from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule, gpipe, one_f_one_b, zb_h1
 from nanoinfra.parallel.pipeline.simulator import simulate_schedule
 

@@ -18,7 +18,7 @@ from lessons.l16_paging.replay import (
     trace_sizes,
 )
 from nanoinfra.config import config_for_size
-from nanoinfra.formulas import paged_kv
+from nanoinfra.formulas import paged_kv_memory
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.engine.block_pool import BlockPool
@@ -44,20 +44,21 @@ def test_all_three_policies_take_the_formulas_steps():
         for seats in (1, 3, 5):
             runs = replay_three_policies(jobs, seats * LONGEST, LONGEST, SIZE)
             static, orca, pages = runs.values()
-            assert static.steps == paged_kv.static_batching_steps(trace, seats)
-            assert orca.steps == paged_kv.continuous_batching_steps(trace, seats)
-            assert pages.steps >= paged_kv.min_steps_with_kv_memory(trace, seats * LONGEST, SIZE)
-            assert orca.steps >= paged_kv.min_steps_with_kv_memory(trace, seats * LONGEST, SIZE, LONGEST)
+            assert static.steps == paged_kv_memory.static_batching_steps(trace, seats)
+            assert orca.steps == paged_kv_memory.continuous_batching_steps(trace, seats)
+            assert pages.steps >= paged_kv_memory.min_steps_with_kv_memory(trace, seats * LONGEST, SIZE)
+            assert orca.steps >= paged_kv_memory.min_steps_with_kv_memory(trace, seats * LONGEST, SIZE,
+                                                                          LONGEST)
         roomy = replay_trace(jobs, LoggingScheduler(BlockPool(400, SIZE)))
-        assert roomy.steps == paged_kv.unlimited_batching_steps(trace)
-        assert max(step.used for step in roomy.log) == paged_kv.peak_blocks_in_use(trace, SIZE)
+        assert roomy.steps == paged_kv_memory.unlimited_batching_steps(trace)
+        assert max(step.used for step in roomy.log) == paged_kv_memory.peak_blocks_in_use(trace, SIZE)
 
 
 def test_what_is_left_empty_is_the_formulas():
-    kept = [paged_kv.kv_tokens_at_end(prompt, new) for _, prompt, new in trace_sizes(JOBS)]
+    kept = [paged_kv_memory.kv_tokens_at_end(prompt, new) for _, prompt, new in trace_sizes(JOBS)]
     for run, want in zip(replay_three_policies(JOBS, 4 * LONGEST, LONGEST, SIZE).values(),
                          ([LONGEST - n for n in kept], [LONGEST - n for n in kept],
-                          [paged_kv.unused_slots_in_last_block(n, SIZE) for n in kept])):
+                          [paged_kv_memory.unused_slots_in_last_block(n, SIZE) for n in kept])):
         assert [run.left[i] for i in range(len(JOBS))] == want
 
 
@@ -82,7 +83,8 @@ def test_a_shared_prefix_is_found_from_the_step_after_it_was_computed():
     jobs = [TraceRequest(job.arrival, prefix + job.tokens, job.new) for job in JOBS]
     later = sum(job.arrival > 0 for job in jobs)
     run = replay_trace(jobs, LoggingScheduler(BlockPool(200, SIZE)))
-    assert run.counts["prefix_hits"] == SIZE * paged_kv.blocks_saved_by_prefix_caching(18, 1 + later, SIZE)
+    assert run.counts["prefix_hits"] == SIZE * paged_kv_memory.blocks_saved_by_prefix_caching(18, 1 + later,
+                                                                                              SIZE)
     fresh = replay_trace(jobs, LoggingScheduler(BlockPool(200, SIZE)), fresh=True)
     assert fresh.counts["prefix_hits"] == 0
     assert fresh.computed - run.computed == run.counts["prefix_hits"]
@@ -110,7 +112,7 @@ def test_the_engine_does_what_the_replay_does(blocks, size, limits):
 
 def test_the_engine_in_static_batches_takes_as_many_steps():
     engine, said, _ = serve_trace(MODEL, JOBS, 4, LONGEST, static=4)
-    assert engine.scheduler.steps == paged_kv.static_batching_steps(trace_sizes(JOBS), 4)
+    assert engine.scheduler.steps == paged_kv_memory.static_batching_steps(trace_sizes(JOBS), 4)
     assert [len(tokens) for tokens in said] == [job.new for job in JOBS]
 
 
@@ -124,7 +126,7 @@ def test_a_rule_of_ones_own_is_replayed_too():
             sequence.block_table += [blocks.allocate() for _ in range(need)]
             yield sequence, sequence.num_computed_tokens, count
     run = replay_trace(JOBS, RuleScheduler(one_at_a_time, BlockPool(40, SIZE)))
-    assert run.steps == paged_kv.continuous_batching_steps(trace_sizes(JOBS), 1)
+    assert run.steps == paged_kv_memory.continuous_batching_steps(trace_sizes(JOBS), 1)
 
 
 def test_the_trace_is_one_seeds_and_fits():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.lab import run
+from nanoinfra.lab import run_lab
 from nanoinfra.lab.predict import predict
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def lab(course):
 def test_the_table_and_the_hand_in_hold_prediction_and_measurement(lab, capsys):
     predict("L77.bytes", 11, "B")
     predict("L77.bytes", 10, "B")
-    assert run.main(["77"]) == 0
+    assert run_lab.main(["77"]) == 0
     out = capsys.readouterr().out
     bytes_, more, step = (next(line for line in out.splitlines() if key in line)
                           for key in ("│ L77.bytes", "│ L77.more", "│ L77.step"))
@@ -66,41 +66,41 @@ def test_the_table_and_the_hand_in_hold_prediction_and_measurement(lab, capsys):
 
 def test_a_prediction_that_missed_is_no_failure(lab, capsys):
     predict("L77.bytes", 11, "B")
-    assert run.main(["77"]) == 0
+    assert run_lab.main(["77"]) == 0
     assert "miss" in next(line for line in capsys.readouterr().out.splitlines() if "│ L77.bytes" in line)
 
 
 def test_sentences_and_earlier_runs_stay(lab):
-    run.main(["77"])
+    run_lab.main(["77"])
     handed = json.loads(lab.read_text())
     handed["sentences"]["Why?"] = "Because."
     lab.write_text(json.dumps(handed))
-    run.main(["77", "--model", "test"])
-    run.main(["77", "--break", "doubled"])
+    run_lab.main(["77", "--model", "test"])
+    run_lab.main(["77", "--break", "doubled"])
     got = json.loads(lab.read_text())
     assert got["sentences"] == {"Why?": "Because.", "And then?": ""}
     assert list(got["runs"]) == ["nano on 1 rank, cpu", "test on 1 rank, cpu", "nano on 1 rank, cpu, doubled"]
 
 
 def test_a_break_is_held_against_the_formula_and_must_be_exposed(lab, capsys):
-    assert run.main(["77", "--break", "doubled"]) == 0
+    assert run_lab.main(["77", "--break", "doubled"]) == 0
     out = capsys.readouterr().out
     assert "formula" in out and "doubled: exposed by L77.bytes" in out
-    assert run.main(["77", "--break", "harmless"]) == 1
+    assert run_lab.main(["77", "--break", "harmless"]) == 1
     assert "nothing here exposes it" in capsys.readouterr().out
 
 
 def test_a_count_that_is_not_the_formulas_fails(lab, capsys):
     file = lab.parents[1] / "lessons" / "l77_toy" / "lab.py"
     file.write_text(file.read_text().replace("10 * n", "9 * n"))
-    assert run.main(["77"]) == 1
+    assert run_lab.main(["77"]) == 1
     assert "The code is wrong, not you: L77.bytes" in capsys.readouterr().out
 
 
 def test_check_says_what_is_missing_and_runs_nothing(lab, capsys):
     predict("L77.more", 3, "B")
     capsys.readouterr()
-    assert run.main(["77", "--check"]) == 0
+    assert run_lab.main(["77", "--check"]) == 0
     assert capsys.readouterr().out == "lab 77: 1 of 2 predictions made; missing: L77.bytes\n"
     assert not lab.exists()
 
@@ -114,7 +114,7 @@ def test_check_says_what_is_missing_and_runs_nothing(lab, capsys):
     ([], "make lab L=08 N=4"),
 ])
 def test_a_mistake_is_one_line(lab, capsys, argv, said):
-    assert run.main(argv) == 2
+    assert run_lab.main(argv) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
 
@@ -122,30 +122,30 @@ def test_a_mistake_is_one_line(lab, capsys, argv, said):
 def test_on_several_ranks_it_is_its_own_launcher(lab, capsys, monkeypatch):
     """Whose store is on loopback, as torchrun's is not; a rank starts no further ones."""
     argv, begun = ["77", "--nproc", "2", "--model", "test"], []
-    monkeypatch.setattr("nanoinfra.train.launch.launcher.launch_ranks",
+    monkeypatch.setattr("nanoinfra.train.launch.launch_ranks.launch_ranks",
                         lambda *how, **more: begun.append((how, more)) or 5)
-    assert run.main(argv) == 5
-    assert begun == [((argv, 2), {"module": "nanoinfra.lab.run"})]
+    assert run_lab.main(argv) == 5
+    assert begun == [((argv, 2), {"module": "nanoinfra.lab.run_lab"})]
     assert capsys.readouterr().out.startswith("lab 77: 0 of 2 predictions made; missing: ")
-    monkeypatch.setattr(run, "is_rank_process", lambda: True)
-    assert run.main(argv) == 0 and len(begun) == 1
+    monkeypatch.setattr(run_lab, "is_rank_process", lambda: True)
+    assert run_lab.main(argv) == 0 and len(begun) == 1
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_runs(lab, capsys):
     predict("L77.bytes", 1, "kB")
-    assert run.main(["77"]) == 2
+    assert run_lab.main(["77"]) == 2
     assert "L77.bytes was predicted in 'kB' and is measured in 'B'" in capsys.readouterr().err
     predict("L77.bytes", 1, "B")
     lab.write_text("{")
-    assert run.main(["77"]) == 2
+    assert run_lab.main(["77"]) == 2
     assert "work/lab77.json cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number, n", LABS)
 def test_a_lab_takes_predictions_beside_those_of_its_lesson(course, capsys, number, n):
-    for key, unit in run.load_lab(number).PREDICTIONS.items():
+    for key, unit in run_lab.load_lab(number).PREDICTIONS.items():
         predict(key, 1, unit)
-    assert run.main([number, "--check"]) == 0
+    assert run_lab.main([number, "--check"]) == 0
     assert f"{n} of {n} predictions made" in capsys.readouterr().out
 
 
@@ -155,7 +155,7 @@ def test_a_lab_takes_predictions_beside_those_of_its_lesson(course, capsys, numb
     pytest.param("kept-after-all", {"calls_gather", "bytes_gather", "ends_gather", "kept_gather"},
                  marks=pytest.mark.prove)])
 def test_lab_07_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, exposed):
-    want = run.load_lab("07").expect(2, "test")
+    want = run_lab.load_lab("07").expect(2, "test")
     for got in ranks(2).run(measured, "07", broken):
         assert {key for key in want if got[key].value != want[key]} == {f"L07.lab_{key}" for key in exposed}
         assert {key for key, m in got.items() if m.kind == "counted"} == set(want)
@@ -168,13 +168,13 @@ def test_lab_07_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, 
     pytest.param("gradients-kept", {"held_2", "sent_2"}, marks=pytest.mark.prove),
     pytest.param("never-freed", {"held_3"}, marks=pytest.mark.prove)])
 def test_lab_08_counts_what_the_formulas_say_unless_it_is_broken(ranks, broken, exposed):
-    want = run.load_lab("08").expect(2, "test")
+    want = run_lab.load_lab("08").expect(2, "test")
     for got in ranks(2).run(measured, "08", broken):
         assert {key for key in want if got[key].value != want[key]} == {f"L08.lab_{key}" for key in exposed}
         assert {m.kind for key, m in got.items() if "step" not in key} == {"counted"}
 
 
-LAUNCHER = ["-m", "nanoinfra.lab.run", "--nproc"]                  # as make lab starts it
+LAUNCHER = ["-m", "nanoinfra.lab.run_lab", "--nproc"]                  # as make lab starts it
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
@@ -204,14 +204,14 @@ def test_a_lab_on_ranks_prints_once_and_hands_in(course, number, asked, start, n
 
 def measured(number, broken):
     import torch.distributed as dist
-    lab = run.load_lab(number)
+    lab = run_lab.load_lab(number)
     lab.STEPS = 2                                      # one to warm up, one that counts
     return lab.measure(Mesh(dp=dist.get_world_size()), "test", broken)
 
 
 def on_ranks(start, n, file, *argv):
     """A lab on `n` ranks, in the course that `file` is to be handed in from."""
-    module = ["-m", "nanoinfra.lab.run"] if start is TORCHRUN else []
+    module = ["-m", "nanoinfra.lab.run_lab"] if start is TORCHRUN else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *start, str(n), *module, *argv], cwd=file.parents[1],
                           env=environment, capture_output=True, text=True, timeout=280)

@@ -9,8 +9,8 @@ from torch import nn
 from nanoinfra.config import config_for_size
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.activations import saved_activation_bytes
 from nanoinfra.formulas.parameters import parameter_count
+from nanoinfra.formulas.saved_activations import saved_activation_bytes
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.train.loss import linear_cross_entropy

@@ -1,7 +1,7 @@
 """The real SmolLM2, loaded once."""
 import pytest
 
-from nanoinfra.model.weights.load import load_model, locate_packaged_model
+from nanoinfra.model.weights.load_model import load_model, locate_packaged_model
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanoinfra.model.weights.gguf.file_format import open_gguf_file
-from nanoinfra.model.weights.gguf.weights import open_gguf_weights
+from nanoinfra.model.weights.gguf.load_gguf import open_gguf_weights
 from tests.model.gguf_files import add, close, names, write_model
 
 

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from nanoinfra.model.weights.gguf.weights import load_gguf_model, open_gguf_weights
+from nanoinfra.model.weights.gguf.load_gguf import load_gguf_model, open_gguf_weights
 from tests.model.gguf_files import models, prompt, write_model
 from tests.model.gguf_tokenizers import STRINGS, tokenizers
 from tests.model.record_llama_cpp import RECORDED, SHOWN, ask_ids, ask_logits, shown

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nanoinfra.formulas.parameters import parameter_count
-from nanoinfra.model.weights.gguf.weights import deinterleave_rope_rows, load_gguf_model, open_gguf_weights
+from nanoinfra.model.weights.gguf.load_gguf import deinterleave_rope_rows, load_gguf_model, open_gguf_weights
 from tests.model.gguf_files import MODELS, add, close, write_model
 from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, parts
 from tests.model.twins import difference, scrambled, tokens

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from nanoinfra.config import ModelConfig, RopeScaling
 from nanoinfra.model.weights.hugging_face.config import model_config_from_hf, model_config_to_hf
+from nanoinfra.model.weights.hugging_face.load_and_save import load_hf_model, save_hf_model
 from nanoinfra.model.weights.hugging_face.rope_config import rope_from_hf
-from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
 from tests.model.twins import CONFIGS, SIZES, difference, theirs
 
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 12}
@@ -202,7 +202,8 @@ def frequencies(config, scaling):
 
 def test_only_a_folder_needs_transformers():
     code = ("import sys; sys.modules['transformers'] = None\n"
-            "import nanoinfra.cli, nanoinfra.train.pretrained, nanoinfra.model.weights.load\n"
+            "import nanoinfra.cli, nanoinfra.train.load_and_export_models\n"
+            "import nanoinfra.model.weights.load_model\n"
             "from nanoinfra.model.weights.hugging_face import config\n"
             "from nanoinfra.config import config_for_size\n"
             "theirs = config.model_config_to_hf(config_for_size('test'))\n"

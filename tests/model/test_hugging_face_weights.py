@@ -12,7 +12,7 @@ from nanoinfra.config import RopeScaling
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
-from nanoinfra.model.weights.hugging_face.weights import (
+from nanoinfra.model.weights.hugging_face.load_and_save import (
     SAFETENSORS_FILE,
     SAFETENSORS_INDEX_FILE,
     load_hf_model,

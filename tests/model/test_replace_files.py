@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
+from nanoinfra.model.weights.hugging_face.load_and_save import load_hf_model, save_hf_model
 from nanoinfra.model.weights.replace_files import replace_model_files
 from nanoinfra.model.weights.safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX_FILE
 from tests.model.test_decoder import config

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.model.weights.hugging_face.parameter_names import HF_PARAMETER_NAMES
-from nanoinfra.model.weights.tensor_sources import (
+from nanoinfra.model.weights.map_parameters_to_stored_tensors import (
     TensorSource,
     join_to_stored_tensor,
     parameter_sources,

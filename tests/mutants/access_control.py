@@ -7,9 +7,9 @@ from starlette.testclient import TestClient
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve.engine.requests import Request
-from nanoinfra.serve.options import EngineOptions, ServeOptions
-from nanoinfra.serve.server.app import build_app
+from nanoinfra.serve.command_line_options import EngineOptions, ServeOptions
+from nanoinfra.serve.engine.request_and_output import Request
+from nanoinfra.serve.server.fastapi_app import build_app
 from nanoinfra.serve.server.http import api_keys as library
 from nanoinfra.serve.server.http.access_control import AccessPolicy
 from tests.serve.fake import Idle
@@ -139,7 +139,7 @@ def only_looked_at(options, environment):
 HOST, ORIGIN, FORM, ELSEWHERE, PREFLIGHT, BEARER = (c.name for c in access.criteria)
 NO_FURTHER, SALTS = (c.name for c in keys.criteria)
 WHO = "nanoinfra.serve.server.http.access_control"
-APP = "nanoinfra.serve.server.app"
+APP = "nanoinfra.serve.server.fastapi_app"
 KEYS = "nanoinfra.serve.server.http.api_keys"
 VARIANTS = [
     ("any Host will do", f"{WHO}:is_loopback_host", lambda host: True, HOST),

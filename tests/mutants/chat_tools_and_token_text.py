@@ -7,9 +7,9 @@ import json
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve.engine import token_text
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.engine import single_token_text
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server.errors import APIError
 from nanoinfra.serve.server.openai.completion_requests import (
     ChatCompletionRequest,
     build_engine_requests,
@@ -59,7 +59,7 @@ def _(subject):
 
 def placed(ids):
     """(bytes of each token, its place in the text)."""
-    offsets = token_text.TextOffsets(token_text.SingleTokenDecoder(TEXT))
+    offsets = single_token_text.TextOffsets(single_token_text.SingleTokenDecoder(TEXT))
     return ([offsets.token_decoder.token_bytes(token) for token in ids],
             [offsets.next_offset(token) for token in ids])
 
@@ -78,12 +78,12 @@ def _(subject):
             raise CriterionNotMet(f"{ids} stand at {got} of {TEXT.decode(ids)!r}, want {want}")
 
 
-class OfItsText(token_text.SingleTokenDecoder):
+class OfItsText(single_token_text.SingleTokenDecoder):
     def token_bytes(self, token):
         return self.token_text(token).encode()
 
 
-class CountsNames(token_text.TextOffsets):
+class CountsNames(single_token_text.TextOffsets):
     def next_offset(self, token):
         self.at += len(self.token_decoder.token_text(token))
         return self.at - len(self.token_decoder.token_text(token))
@@ -99,7 +99,7 @@ MUTANTS = [
            patched(chat, "nanoinfra.serve.server.openai.chat_messages:_with_parsed_arguments",
                    lambda call: call), OBJECT),
     Mutant("a token's bytes are its text's", places,
-           patched(placed, "nanoinfra.serve.engine.token_text:SingleTokenDecoder", OfItsText), BYTES),
+           patched(placed, "nanoinfra.serve.engine.single_token_text:SingleTokenDecoder", OfItsText), BYTES),
     Mutant("names of tokens are counted", places,
-           patched(placed, "nanoinfra.serve.engine.token_text:TextOffsets", CountsNames), COUNTED),
+           patched(placed, "nanoinfra.serve.engine.single_token_text:TextOffsets", CountsNames), COUNTED),
 ]

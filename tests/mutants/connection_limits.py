@@ -14,7 +14,7 @@ import httpx
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve.server.app import build_app
+from nanoinfra.serve.server.fastapi_app import build_app
 from nanoinfra.serve.server.http.connection_limits import (
     ChunkLimitedH11Connection,
     ConnectionLimits,

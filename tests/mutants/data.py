@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tokenizers import pre_tokenizers
 
-from nanoinfra.data import text_files
-from nanoinfra.data.text_files import read_text_folder
-from nanoinfra.data.token_cache import CONTENT_FOLDER, get_or_build_folder
+from nanoinfra.data import read_text_files
+from nanoinfra.data.read_text_files import read_text_folder
+from nanoinfra.data.tokenizer_and_token_cache import CONTENT_FOLDER, get_or_build_folder
 from nanoinfra.data.train_tokenizer import MAX_TRAINING_WORD_BYTES, BPETokenizer
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
@@ -93,14 +93,14 @@ def _(subject):
                               f"{MAX_TRAINING_WORD_BYTES}")
 
 
-class Unread(text_files._Tree):
+class Unread(read_text_files._Tree):
     """Links stay where they are."""
 
     def follow_links(self):
         pass
 
 
-class Upwards(text_files._Tree):
+class Upwards(read_text_files._Tree):
     """Links lead anywhere that was not seen."""
 
     def follow_links(self):
@@ -119,17 +119,18 @@ def cut_for_ever(texts, vocab):
 
 MUTANTS = [
     Mutant("nobody verifies", caches, patched(
-        reopened, "nanoinfra.data.token_cache:_fault", lambda entry: None), SAME_SIZE),
-    Mutant("sizes are enough", caches, patched(reopened, "nanoinfra.data.token_cache:_fault", sizes),
+        reopened, "nanoinfra.data.tokenizer_and_token_cache:_fault", lambda entry: None), SAME_SIZE),
+    Mutant("sizes are enough", caches, patched(reopened, "nanoinfra.data.tokenizer_and_token_cache:_fault",
+                                               sizes),
            SAME_SIZE),
     Mutant("what is left out is forgotten", folders,
            lambda files, links: (listing(files, links)[0], {}), TOLD),
     Mutant("links stay unread", folders, patched(
-        listing, "nanoinfra.data.text_files:_Tree", Unread), LINKED),
+        listing, "nanoinfra.data.read_text_files:_Tree", Unread), LINKED),
     Mutant("a file has as many lives as names", folders, patched(
-        listing, "nanoinfra.data.text_files:_identity", lambda path: None), ONCE),
+        listing, "nanoinfra.data.read_text_files:_identity", lambda path: None), ONCE),
     Mutant("links lead upwards", folders, patched(
-        listing, "nanoinfra.data.text_files:_Tree", Upwards), ABOVE),
+        listing, "nanoinfra.data.read_text_files:_Tree", Upwards), ABOVE),
     Mutant("words are learned whole", words, patched(
         BPETokenizer.train, "nanoinfra.data.train_tokenizer:MAX_TRAINING_WORD_BYTES", 1 << 30),
            "a long word is learned from in parts"),

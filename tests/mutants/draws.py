@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve.engine import requests
+from nanoinfra.serve.engine import request_and_output
 from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer, StopStringDetokenizer
-from nanoinfra.serve.engine.requests import Request, SamplingParams, check_request
+from nanoinfra.serve.engine.request_and_output import Request, SamplingParams, check_request
 from nanoinfra.serve.engine.sampler import LogitsProcessor, Sampler
 from tests.serve.letters import byte_text
 
@@ -210,7 +210,7 @@ def shortest_overlap(text, stop):
     return next((n for n in range(1, len(stop)) if text.endswith(stop[:n])), 0)
 
 
-def takes_any_bias(request, vocab, ranges=requests._check_ranges):
+def takes_any_bias(request, vocab, ranges=request_and_output._check_ranges):
     bias = dict.fromkeys(request.sampling_params.logit_bias, 0.0)
     ranges(replace(request, sampling_params=replace(request.sampling_params, logit_bias=bias)), vocab)
 

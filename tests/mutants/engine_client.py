@@ -9,11 +9,11 @@ from unittest import mock
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve.engine.requests import Request
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.engine.request_and_output import Request
 from nanoinfra.serve.processes import engine_client, engine_processes
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server.errors import APIError
-from nanoinfra.serve.server.metrics import ServerMetrics
+from nanoinfra.serve.server.prometheus_metrics import ServerMetrics
 from tests.serve.fake import fake, text
 
 BOUND = 8                                    # commands that may wait

@@ -7,7 +7,7 @@ import io
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve.engine.requests import Request, RequestOutput
+from nanoinfra.serve.engine.request_and_output import Request, RequestOutput
 from nanoinfra.serve.processes import engine_loop
 
 turns, NAMES = Check("turns"), ("odd", "bad", "good")

@@ -16,9 +16,9 @@ from unittest import mock
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve.engine.requests import Request
+from nanoinfra.serve.engine.request_and_output import Request
 from nanoinfra.serve.processes import engine_client, engine_processes
-from nanoinfra.serve.server.metrics import ServerMetrics
+from nanoinfra.serve.server.prometheus_metrics import ServerMetrics
 from tests.processes import alive, children
 from tests.serve.fake import compiling, fake
 from tests.serve.host import ROOT

@@ -16,11 +16,11 @@ from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
-from nanoinfra.model.weights import json_files, safetensors_files, tensor_sources
+from nanoinfra.model.weights import map_parameters_to_stored_tensors, read_json_files, safetensors_files
 from nanoinfra.model.weights.hugging_face import config as hf_config
 from nanoinfra.model.weights.hugging_face import config_fields
+from nanoinfra.model.weights.hugging_face.load_and_save import load_hf_model, save_hf_model
 from nanoinfra.model.weights.hugging_face.parameter_names import QKV_LINEARS
-from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
 
 configurations, layouts, exports, problems = (Check(name) for name in ("configurations", "layouts", "exports",
                                                                        "broken folders"))
@@ -99,16 +99,18 @@ def _(subject):
 def fused(stored):
     """Where row 1 of q, k and v of layer 1 is read from, of a stored tensor, and each one's shape there."""
     inner = ("norm1", "norm2", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
-    table = {f"blocks.{{i}}.{name}.weight": tensor_sources.TensorSource(name) for name in inner}
-    table |= {f"{name}.weight": tensor_sources.TensorSource(name) for name in ("embed", "norm")}
-    qkv = tensor_sources.TensorSource("w{i}", fused_linears=QKV_LINEARS)
+    source = map_parameters_to_stored_tensors.TensorSource
+    table = {f"blocks.{{i}}.{name}.weight": source(name) for name in inner}
+    table |= {f"{name}.weight": map_parameters_to_stored_tensors.TensorSource(name) for name in ("embed",
+                                                                                                 "norm")}
+    qkv = map_parameters_to_stored_tensors.TensorSource("w{i}", fused_linears=QKV_LINEARS)
     table |= {f"blocks.{{i}}.{name}.weight": qkv for name in QKV_LINEARS}
-    found = tensor_sources.parameter_sources(CONFIG, table)
+    found = map_parameters_to_stored_tensors.parameter_sources(CONFIG, table)
     mine = [found[f"blocks.1.{name}.weight"] for name in QKV_LINEARS]
-    rows = [tensor_sources.read_parameter_slices(each, (4,), 6, (slice(1, 2),), lambda name,
-                                                 box: stored[box]).item()
+    rows = [map_parameters_to_stored_tensors.read_parameter_slices(each, (4,), 6, (slice(1, 2),), lambda name,
+                                                                   box: stored[box]).item()
             for each in mine]
-    return rows, [tensor_sources.shape_from_stored(each, stored.shape) for each in mine]
+    return rows, [map_parameters_to_stored_tensors.shape_from_stored(each, stored.shape) for each in mine]
 
 
 @layouts.criterion("fused rows lie one after another", "property")
@@ -187,7 +189,7 @@ def opened(change):
 
 @problems.criterion("pointers of Git LFS are named", "property")
 def _(subject):
-    pointer = json_files.GIT_LFS_POINTER_START + b".github.com"
+    pointer = read_json_files.GIT_LFS_POINTER_START + b".github.com"
     got = subject(lambda folder: (folder / "config.json").write_bytes(pointer))
     if "Git LFS" not in got:
         raise CriterionNotMet(f"a pointer is answered {got!r}")
@@ -211,7 +213,7 @@ def _(subject):
         raise CriterionNotMet(f"an index that leaves its folder is answered {got!r}")
 
 
-def _reversed(config, table, inner=tensor_sources.parameter_sources):
+def _reversed(config, table, inner=map_parameters_to_stored_tensors.parameter_sources):
     return {name: each._replace(rows_before=each.rows_after, rows_after=each.rows_before) for name, each in
             inner(config, table).items()}
 
@@ -256,20 +258,20 @@ MUTANTS = [
         read, "nanoinfra.model.weights.hugging_face.config:deepcopy", lambda x: x),
         "transformers' dicts are its own"),
     Mutant("parts in the other order", layouts, patched(
-        fused, "nanoinfra.model.weights.tensor_sources:parameter_sources", _reversed),
+        fused, "nanoinfra.model.weights.map_parameters_to_stored_tensors:parameter_sources", _reversed),
         "fused rows lie one after another"),
     Mutant("rows after ours are not counted", layouts, patched(
-        fused, "nanoinfra.model.weights.tensor_sources:shape_from_stored",
+        fused, "nanoinfra.model.weights.map_parameters_to_stored_tensors:shape_from_stored",
         lambda each, stored: (min(stored[0] - each.rows_before, 12 if each.rows_before == 0 else 6),)),
         "a fused tensor is checked whole"),
     Mutant("old weights stay", exports, patched(
         exported, "nanoinfra.model.weights.replace_files:_REPLACED_WEIGHTS", ()),
         "the last export is what is read"),
     Mutant("files are written in place", exports, patched(
-        exported, "nanoinfra.model.weights.hugging_face.weights:replace_model_files", _in_place),
+        exported, "nanoinfra.model.weights.hugging_face.load_and_save:replace_model_files", _in_place),
         "an export cut off is no model"),
     Mutant("pointers are JSON", problems, patched(
-        opened, "nanoinfra.model.weights.json_files:check_file_is_fetched", lambda path: None),
+        opened, "nanoinfra.model.weights.read_json_files:check_file_is_fetched", lambda path: None),
         "pointers of Git LFS are named"),
     Mutant("the index wins", problems, patched(
         opened, "nanoinfra.model.weights.safetensors_files:_files",

@@ -15,10 +15,10 @@ from tokenizers import normalizers
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model.weights.gguf import bpe_tokenizer, file_format, sentencepiece_tokenizer, weights
+from nanoinfra.model.weights.gguf import bpe_tokenizer, file_format, load_gguf, sentencepiece_tokenizer
 from nanoinfra.model.weights.gguf import config as gguf_config
+from nanoinfra.model.weights.gguf.load_gguf import FUSED_GGUF_TENSORS, load_gguf_model, open_gguf_weights
 from nanoinfra.model.weights.gguf.tokenizer import build_gguf_tokenizer
-from nanoinfra.model.weights.gguf.weights import FUSED_GGUF_TENSORS, load_gguf_model, open_gguf_weights
 from tests.model.gguf_files import FACTORS, MODELS, names, prompt, write_model
 from tests.model.gguf_tokenizers import STRINGS, tokenizers
 from tests.model.record_llama_cpp import RECORDED, SHOWN
@@ -134,8 +134,8 @@ _refuses("an unknown pre-tokeniser", "is unknown", tokenizer=names(64) | {"token
 
 def fetches(wrong):
     """Read tensors as if the file's architecture was `wrong(name, architecture)`."""
-    right = weights._read_stored
-    return patched(model, "nanoinfra.model.weights.gguf.weights:_read_stored",
+    right = load_gguf._read_stored
+    return patched(model, "nanoinfra.model.weights.gguf.load_gguf:_read_stored",
                    lambda *args: right(*args[:4], wrong(args[1], args[4])))
 
 
@@ -212,7 +212,7 @@ SPM, TEXT = "nanoinfra.model.weights.gguf.sentencepiece_tokenizer:", "nanoinfra.
 
 MUTANTS = [
     Mutant("pairs are left as llama.cpp has them", models,
-           patched(model, "nanoinfra.model.weights.gguf.weights:deinterleave_rope_rows", lambda x, K: x),
+           patched(model, "nanoinfra.model.weights.gguf.load_gguf:deinterleave_rope_rows", lambda x, K: x),
            "llama"),
     Mutant("pairs are undone in every architecture", models, fetches(lambda name, said: "llama"), "qwen2"),
     Mutant("pairs of fused tensors are left", models,
@@ -220,7 +220,7 @@ MUTANTS = [
     Mutant("pairs of biases are left", models,
            fetches(lambda name, said: "qwen2" if name.endswith("bias") else said), "llama, all biases"),
     Mutant("up before gate", models,
-           patched(model, "nanoinfra.model.weights.gguf.weights:FUSED_GGUF_TENSORS",
+           patched(model, "nanoinfra.model.weights.gguf.load_gguf:FUSED_GGUF_TENSORS",
                    FUSED_GGUF_TENSORS | {"ffn_up": ("mlp.up", "mlp.gate")}), "phi3"),
     Mutant("biases are those of the family", models,
            patched(model, CONFIG + "_biased", lambda config, names: config), "llama, all biases"),
@@ -259,7 +259,7 @@ MUTANTS = [
     Mutant("counts are believed", files, patched(opens, FILE + "_Header", Believing), "counts without end"),
     Mutant("pieces are wholes", files, patched(patched(
         opens, CONFIG + "gguf_architecture", whole_model),
-        "nanoinfra.model.weights.gguf.weights:gguf_architecture", whole_model),
+        "nanoinfra.model.weights.gguf.load_gguf:gguf_architecture", whole_model),
         "a piece of a model"),
     Mutant("unknown keys are passed over", files,
            patched(opens, CONFIG + "_check_keys", lambda keys, config: None), "keys that change the maths"),

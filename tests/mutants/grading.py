@@ -10,7 +10,7 @@ import psutil
 
 from nanoinfra.lab import check
 from nanoinfra.lab.check import Check, CriterionBlocked, CriterionNotMet, Verdict
-from nanoinfra.lab.grading import grade, judge
+from nanoinfra.lab.grading import grade_lesson, judge_process
 from nanoinfra.lab.grading.limited_process import LimitedProcess, ProcessLimits
 from nanoinfra.lab.mutants import Mutant, patched
 from tests.lab.judging import BEGIN, PASS
@@ -59,9 +59,9 @@ def _expect(right, text):
 def judged(code, n=1, **limits):
     """{points, why: the reasons, printed} on n checks by processes that run `code` instead of judging."""
     printed = []
-    with (mock.patch.object(grade, "_JUDGE_COMMAND", [sys.executable, "-I", "-c", BEGIN + code]),
-          mock.patch.object(grade, "_say", lambda text, _: printed.append(text))):
-        reports = grade.judge_in_subprocess("98", Path("L98.py"), toy()[:n], ProcessLimits(**limits))
+    with (mock.patch.object(grade_lesson, "_JUDGE_COMMAND", [sys.executable, "-I", "-c", BEGIN + code]),
+          mock.patch.object(grade_lesson, "_say", lambda text, _: printed.append(text))):
+        reports = grade_lesson.judge_in_subprocess("98", Path("L98.py"), toy()[:n], ProcessLimits(**limits))
     why = [verdict.text for report in reports for verdict in report.verdicts if verdict.text]
     return {"points": sum(report.points_earned for report in reports), "why": why,
             "printed": "".join(printed)}
@@ -73,7 +73,7 @@ def in_place(code):
                                                                     check.judge_criterion):
         file = Path(folder, "L98.py")
         file.write_text(code)
-        return [verdict for _, verdict in judge.judge_file(toy()[:1], str(file), "L98.py")]
+        return [verdict for _, verdict in judge_process.judge_file(toy()[:1], str(file), "L98.py")]
 
 
 grading, judging, limiting, ending = (Check(name) for name in ("grading", "judging", "limiting", "ending"))
@@ -163,13 +163,13 @@ def trusting(criterion, state, text=""):
     return Verdict(criterion, "pass" if "exit code 0" in text else state, text)
 
 
-def until_one_has_ended(checks, verdicts, todo=grade._todo):
+def until_one_has_ended(checks, verdicts, todo=grade_lesson._todo):
     ended = any(verdict.state == "wrong" for each in verdicts.values() for verdict in each)
     return [] if ended else todo(checks, verdicts)
 
 
 def without_nonce(process, nonce):
-    return grade.json.loads(process.read_line())
+    return grade_lesson.json.loads(process.read_line())
 
 
 def each_its_own(process, exact):
@@ -210,7 +210,7 @@ POINT, NEXT = (c.name for c in grading.criteria)
 HANGS, MEMORY, SHARED, PRINTED, SECRET = (c.name for c in limiting.criteria)
 PATCHED, LEAVES = (c.name for c in judging.criteria)
 (STAYS,) = (c.name for c in ending.criteria)
-GRADE, LIMITED = "nanoinfra.lab.grading.grade", "nanoinfra.lab.grading.limited_process"
+GRADE, LIMITED = "nanoinfra.lab.grading.grade_lesson", "nanoinfra.lab.grading.limited_process"
 VARIANTS = {
     "a line without the nonce is a verdict": (grading, f"{GRADE}:_answer", without_nonce, POINT),
     "a verdict on anything is one": (grading, f"{GRADE}:_verdict", of_any_name, POINT),
@@ -230,7 +230,7 @@ MUTANTS = [
       for name, (each, target, wrong, rejected_by) in VARIANTS.items()
       if LINUX or rejected_by not in (SHARED, STAYS)),
     Mutant("the checker's own judge, as it is by then", judging,
-           patched(in_place, "nanoinfra.lab.grading.judge:FunctionType", as_it_is), PATCHED),
+           patched(in_place, "nanoinfra.lab.grading.judge_process:FunctionType", as_it_is), PATCHED),
     Mutant("an exit passes through", judging,
            patched(in_place, "nanoinfra.lab.check:judge_criterion", all_but_exits), LEAVES),
 ]

@@ -18,7 +18,7 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.serve.engine import engine as engines
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
-from nanoinfra.serve.engine.requests import Request, SamplingParams
+from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 from nanoinfra.serve.engine.sampler import Sampler
 from tests.serve.ref_counts import check_ref_counts
 

@@ -8,9 +8,9 @@ from unittest import mock
 
 from nanoinfra.commands import parse_command_line
 from nanoinfra.config import config_for_size
-from nanoinfra.formulas import memory_footprint, pipeline
-from nanoinfra.formulas.activations import embedding_and_head_bytes_by_term, saved_activation_bytes
-from nanoinfra.formulas.memory_footprint import ParallelLayout, TrainingStepConfig
+from nanoinfra.formulas import pipeline, training_peak_memory
+from nanoinfra.formulas.saved_activations import embedding_and_head_bytes_by_term, saved_activation_bytes
+from nanoinfra.formulas.training_peak_memory import ParallelLayout, TrainingStepConfig
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.train import config
@@ -22,7 +22,7 @@ TWO = "--model nano --dp 2 --micro-batch 64"
 
 
 def keep(layout, stage=0):
-    return memory_footprint.stage_activation_bytes(CONFIG, layout, RECIPE, stage)
+    return training_peak_memory.stage_activation_bytes(CONFIG, layout, RECIPE, stage)
 
 
 @kept.criterion("one rank keeps what one forward leaves", "parity")
@@ -77,10 +77,10 @@ ALONE, UNDER_WAY = (c.name for c in kept.criteria)
 EVERY, FITS = (c.name for c in refusal.criteria)
 MUTANTS = [
     Mutant("logits are forgotten", kept,
-           patched(keep, "nanoinfra.formulas.memory_footprint:embedding_and_head_bytes_by_term",
+           patched(keep, "nanoinfra.formulas.training_peak_memory:embedding_and_head_bytes_by_term",
                    without_logits), ALONE),
     Mutant("every schedule keeps what 1f1b does", kept,
-           patched(keep, "nanoinfra.formulas.memory_footprint:predicted_micro_batches_in_flight",
+           patched(keep, "nanoinfra.formulas.training_peak_memory:predicted_micro_batches_in_flight",
                    one_at_a_time), UNDER_WAY),
     Mutant("one rank stands for all", refusal,
            patched(refuse, "nanoinfra.train.launch.memory_check:ranks_sharing_memory", lambda *_: range(1)),

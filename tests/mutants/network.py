@@ -51,9 +51,9 @@ def c10d(run_id):
 
 
 def leaves_gloo_alone(ranks_at_rest, home):
-    """The ranks without `bind_to_loopback`, where the environment names another interface."""
+    """The ranks without `bind_gloo_and_nccl_to_loopback`, where the environment names another interface."""
     def variant(look):
-        return ranks_at_rest(look, f"{home}:bind_to_loopback")
+        return ranks_at_rest(look, f"{home}:bind_gloo_and_nccl_to_loopback")
     return variant
 
 
@@ -96,9 +96,10 @@ of_launcher, of_pool, of_engine = map(visits, ("launched ranks", "ranks of a poo
 MODULE = "nanoinfra.train.launch.rendezvous"
 MUTANTS = [
     Mutant("the c10d rendezvous", of_launcher,
-           patched(launched, "nanoinfra.train.launch.launcher:LoopbackRendezvous", c10d), SAFE),
+           patched(launched, "nanoinfra.train.launch.launch_ranks:LoopbackRendezvous", c10d), SAFE),
     Mutant("torch's own store", of_launcher,
-           patched(launched, "nanoinfra.train.launch.launcher:start_loopback_store", torchs_store), LOOPBACK),
+           patched(launched, "nanoinfra.train.launch.launch_ranks:start_loopback_store",
+                   torchs_store), LOOPBACK),
     Mutant("gloo left to itself", of_launcher, leaves_gloo_alone(launched, MODULE), LOOPBACK),
     Mutant("torch's own store", of_pool,
            patched(pooled, "nanoinfra.distributed.pool.rank_processes:start_loopback_store", torchs_store),
@@ -106,7 +107,8 @@ MUTANTS = [
     Mutant("gloo left to itself", of_pool, leaves_gloo_alone(pooled, "nanoinfra.distributed.pool.rank_main"),
            LOOPBACK),
     Mutant("torch's own store", of_engine, lambda look: teamed(look, store=torchs_store), LOOPBACK),
-    Mutant("gloo left to itself", of_engine, leaves_gloo_alone(teamed, "nanoinfra.distributed.loopback"),
+    Mutant("gloo left to itself", of_engine, leaves_gloo_alone(teamed,
+                                                               "nanoinfra.distributed.loopback_store"),
            LOOPBACK),
     Mutant("two hosts taken for one", warning,
            patched(exposure, f"{MODULE}:all_ranks_on_one_host", lambda: True), HOSTS),

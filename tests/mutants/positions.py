@@ -18,7 +18,7 @@ from nanoinfra.serve.engine.cpu_decoder_block import CpuPagedKVCache
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.load_engine import use_cpu_kernels
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
-from nanoinfra.serve.engine.requests import Request, SamplingParams
+from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 from nanoinfra.serve.generate import generate
 
 window, pages, stretch = Check("window"), Check("pages"), Check("stretch")

@@ -10,9 +10,9 @@ from pydantic import ConfigDict
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.tokenizer import Tokenizer
+from nanoinfra.serve.api_errors import APIError
 from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server import request_limits
-from nanoinfra.serve.server.errors import APIError
 from nanoinfra.serve.server.openai.completion_requests import (
     ChatCompletionRequest,
     CompletionRequest,

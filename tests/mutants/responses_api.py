@@ -7,13 +7,13 @@ import json
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve.engine.requests import RequestOutput
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.engine.request_and_output import RequestOutput
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server.errors import APIError
-from nanoinfra.serve.server.openai import responses_requests
+from nanoinfra.serve.server.openai import responses_api_requests
 from nanoinfra.serve.server.openai.completion_requests import build_engine_requests, parse_request_body
-from nanoinfra.serve.server.openai.responses_output import ResponsesResponse
-from nanoinfra.serve.server.openai.responses_requests import ResponsesRequest, input_items_to_messages
+from nanoinfra.serve.server.openai.responses_api_output import ResponsesResponse
+from nanoinfra.serve.server.openai.responses_api_requests import ResponsesRequest, input_items_to_messages
 from tests.serve.letters import byte_text
 
 shape, ends = Check("turns of a response's input"), Check("the end of a response")
@@ -73,7 +73,7 @@ def _(subject):
         raise CriterionNotMet(f"a and b end as {got!r}")
 
 
-def _forgetful(item, i, _turn=responses_requests._item_to_message):
+def _forgetful(item, i, _turn=responses_api_requests._item_to_message):
     turn = _turn(item, i)
     for call in turn.get("tool_calls", []):
         call["id"] = None
@@ -82,16 +82,16 @@ def _forgetful(item, i, _turn=responses_requests._item_to_message):
 
 MUTANTS = [
     Mutant("roles as they are", shape, patched(turns,
-                                               "nanoinfra.serve.server.openai.responses_requests:_CHAT_ROLES",
+                                               "nanoinfra.serve.server.openai.responses_api_requests:_CHAT_ROLES",
                                                {"developer": "developer"}),
            "a developer speaks for the system"),
     Mutant("calls without ids", shape, patched(
-        turns, "nanoinfra.serve.server.openai.responses_requests:_item_to_message", _forgetful),
+        turns, "nanoinfra.serve.server.openai.responses_api_requests:_item_to_message", _forgetful),
            "calls are one turn, each with its id"),
     Mutant("all is completed", ends,
-           patched(ended, "nanoinfra.serve.server.openai.responses_output:_STATUS_OF_FINISH_REASON",
+           patched(ended, "nanoinfra.serve.server.openai.responses_api_output:_STATUS_OF_FINISH_REASON",
                    dict.fromkeys(("stop", "length"), "completed")),
            "what is cut is incomplete"),
     Mutant("every failure is the server's", ends,
-           patched(ended, "nanoinfra.serve.server.openai.responses_output:_ERROR_CODE_OF_STATUS", {}),
+           patched(ended, "nanoinfra.serve.server.openai.responses_api_output:_ERROR_CODE_OF_STATUS", {}),
            "a full queue is a rate limit")]

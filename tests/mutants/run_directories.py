@@ -12,8 +12,8 @@ from pathlib import Path
 from nanoinfra.cli import main
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.train.checkpoint import checkpoint, retention
-from nanoinfra.train.run_directory.lock import LOCK_FILE_NAME
+from nanoinfra.train.checkpoint import list_and_delete_checkpoints, save_and_load
+from nanoinfra.train.run_directory.lock_run_directory import LOCK_FILE_NAME
 
 FLAGS = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-batch", "2", "--threads", "1",
          "--save-every", "1", "--keep-checkpoints", "9"]
@@ -55,7 +55,7 @@ def _(subject):
     with made(subject) as run:
         run("--steps", "3")
         run("--resume-from", "1", "--steps", "1")
-        saved = [path.name for path in checkpoint.list_checkpoints(run.out / "checkpoints")]
+        saved = [path.name for path in save_and_load.list_checkpoints(run.out / "checkpoints")]
         if saved != ["step_00000001"]:
             raise CriterionNotMet(f"after --resume-from 1 --resume may take {saved[-1]}")
 
@@ -83,7 +83,7 @@ def anything(run):
 def follows_links(path, say):
     for child in path.iterdir():
         child.unlink()
-    retention.os.rename(path, path.with_name(f"{path.name}.tmp"))
+    list_and_delete_checkpoints.os.rename(path, path.with_name(f"{path.name}.tmp"))
 
 
 def everywhere(name, replacement):
@@ -96,13 +96,14 @@ def everywhere(name, replacement):
 LOCKED, STAYS, LEFT, LINKED = (criterion.name for criterion in folder.criteria)
 MUTANTS = [
     Mutant("two runs in one folder", folder,
-           everywhere("nanoinfra.train.run_directory.lock:lock_run_directory",
+           everywhere("nanoinfra.train.run_directory.lock_run_directory:lock_run_directory",
                       no_lock), LOCKED),
     Mutant("overwrites what it finds", folder,
-           everywhere("nanoinfra.train.run_directory.ownership:check_out_folder", anything),
+           everywhere("nanoinfra.train.run_directory.check_out_folder:check_out_folder", anything),
            STAYS),
     Mutant("leaves spoilt checkpoints where they are", folder, patched(
-        main, "nanoinfra.train.checkpoint.retention:abandon_checkpoints_after", lambda root, step: []), LEFT),
+        main, "nanoinfra.train.checkpoint.list_and_delete_checkpoints:abandon_checkpoints_after",
+        lambda root, step: []), LEFT),
     Mutant("follows links when it deletes", folder, patched(
-        main, "nanoinfra.train.checkpoint.retention:_discard", follows_links), LINKED),
+        main, "nanoinfra.train.checkpoint.list_and_delete_checkpoints:_discard", follows_links), LINKED),
 ]

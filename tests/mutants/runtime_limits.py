@@ -17,15 +17,15 @@ from pathlib import Path
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.tokenizer import Tokenizer
+from nanoinfra.serve.api_errors import APIError
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
-from nanoinfra.serve.engine.requests import Logprob, Request, RequestOutput
-from nanoinfra.serve.server import handlers
-from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.engine.request_and_output import Logprob, Request, RequestOutput
+from nanoinfra.serve.server import generation_handlers
 from nanoinfra.serve.server.openai.chat_template_process import ChatTemplateProcess
 from nanoinfra.serve.server.openai.choice_accumulator import ChoiceAccumulator
 from nanoinfra.serve.server.openai.completion_requests import ChatCompletionRequest, parse_request_body
 from nanoinfra.serve.server.openai.completion_responses import ChatCompletionResponse
-from nanoinfra.serve.server.preprocess import RequestPreprocessor
+from nanoinfra.serve.server.preprocess_requests import RequestPreprocessor
 from tests.serve.letters import letters
 
 HI = [{"role": "user", "content": "hi"}]
@@ -95,7 +95,7 @@ class Live:
                     yield b" " * most
         endless = Endless()
         try:
-            asyncio.run(handlers._read_body(endless, most, lambda: None))
+            asyncio.run(generation_handlers._read_body(endless, most, lambda: None))
         except APIError as refused:
             return refused.status_code, endless.sent
         return 200, endless.sent

@@ -17,7 +17,7 @@ from nanoinfra.serve.engine.block_pool import BlockPool
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
-from nanoinfra.serve.engine.requests import Request, SamplingParams
+from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 from nanoinfra.serve.engine.sampler import Sampler
 from nanoinfra.serve.engine.scheduler import Scheduler
 from nanoinfra.serve.generate import generate

@@ -6,7 +6,7 @@ from unittest import mock
 
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.serve.server.http import shutdown_signals
+from nanoinfra.serve.server.http import exit_with_0_on_signals
 
 ending = Check("ending without a server")
 
@@ -16,7 +16,7 @@ def ended(main):
     before, last, how = handlers(), [], []
     with mock.patch("atexit.register", lambda call, *args: last.append((call, args))):
         try:
-            how.append(shutdown_signals.exit_zero_on_shutdown_signals(main)())
+            how.append(exit_with_0_on_signals.exit_zero_on_shutdown_signals(main)())
         except ValueError as error:
             how.append(error)
         after = handlers()
@@ -30,7 +30,7 @@ def ended(main):
 
 
 def handlers():
-    return {sign: signal.getsignal(sign) for sign in shutdown_signals.SHUTDOWN_SIGNALS}
+    return {sign: signal.getsignal(sign) for sign in exit_with_0_on_signals.SHUTDOWN_SIGNALS}
 
 
 @ending.criterion("without a server a signal ends it with 0", "property")
@@ -63,13 +63,13 @@ def _(subject):
 def keeps_them(main):
     """It takes the signals, and gives nothing back."""
     def ends():
-        for sign in shutdown_signals.SHUTDOWN_SIGNALS:
+        for sign in exit_with_0_on_signals.SHUTDOWN_SIGNALS:
             signal.signal(sign, lambda *_: os._exit(0))
         return main()
     return ends
 
 
-def forgets_the_last(main, whole=shutdown_signals.exit_zero_on_shutdown_signals):
+def forgets_the_last(main, whole=exit_with_0_on_signals.exit_zero_on_shutdown_signals):
     def ends():
         with mock.patch("atexit.register"):
             return whole(main)()
@@ -77,7 +77,7 @@ def forgets_the_last(main, whole=shutdown_signals.exit_zero_on_shutdown_signals)
 
 
 EARLY, MISTAKE, LAST = (criterion.name for criterion in ending.criteria)
-END = "nanoinfra.serve.server.http.shutdown_signals:exit_zero_on_shutdown_signals"
+END = "nanoinfra.serve.server.http.exit_with_0_on_signals:exit_zero_on_shutdown_signals"
 MUTANTS = [
     Mutant("signals are Python's until a server is there", ending,
            patched(ended, END, lambda main: main), EARLY),

@@ -22,8 +22,8 @@ from nanoinfra.model.weights.hugging_face.tokenizer_files import (
     tokenizer_keys_for_config,
 )
 from nanoinfra.serve.engine import detokenizer
-from nanoinfra.train import run_inputs
-from nanoinfra.train.pretrained import save_pretrained_tokenizer
+from nanoinfra.train import model_and_data_inputs
+from nanoinfra.train.load_and_export_models import save_pretrained_tokenizer
 from tests.model.tokenizer_kinds import save
 from tests.serve.letters import byte_text
 
@@ -181,7 +181,8 @@ GENERATION = _keeps("generation", "generation_config.json")
 def train(vocab, text):
     """The tokenizer that a model of `vocab` tokens is trained with, or why it is not with that of `text`."""
     try:
-        return run_inputs._tokenizer(mock.Mock(), PretrainedWeights(mock.Mock(vocab=vocab), None, text))
+        return model_and_data_inputs._tokenizer(mock.Mock(), PretrainedWeights(mock.Mock(vocab=vocab), None,
+                                                                               text))
     except ValueError as error:
         return str(error)
 
@@ -246,13 +247,13 @@ def any_number(given, path):
     return set(given) if isinstance(given, list) else {given} - {None}
 
 
-def larger_one(flags, weights, right=run_inputs._tokenizer):
+def larger_one(flags, weights, right=model_and_data_inputs._tokenizer):
     if weights.tokenizer is None:
         return right(flags, weights)
     return BPETokenizer(weights.tokenizer.backend_tokenizer, "<0>")
 
 
-def none(flags, weights, right=run_inputs._tokenizer):
+def none(flags, weights, right=model_and_data_inputs._tokenizer):
     return weights.tokenizer and right(flags, weights)
 
 
@@ -276,7 +277,7 @@ MUTANTS = [
     Mutant("files are not looked at", folders,
            patched(read, f"{HF}:_check_files", lambda folder: None), HUGE),
     Mutant("a pointer is taken for the file", folders,
-           patched(read, "nanoinfra.model.weights.json_files:GIT_LFS_POINTER_START", b"\0"), LFS),
+           patched(read, "nanoinfra.model.weights.read_json_files:GIT_LFS_POINTER_START", b"\0"), LFS),
     Mutant("classes are not looked at", folders,
            patched(read, f"{HF}:UNCHANGED_TOKENIZER_METHODS", ()), OTHER),
     Mutant("any eos", folders, patched(read, f"{HF}:_ids", any_number), IDS),
@@ -290,7 +291,9 @@ MUTANTS = [
     Mutant("generation_config.json is lost", kept,
            patched(keep, f"{HF}:TOKENIZER_SIDE_FILES", tokenizer_files.TOKENIZER_SIDE_FILES[:-1]),
            GENERATION),
-    Mutant("no tokenizer", trained, patched(train, "nanoinfra.train.run_inputs:_tokenizer", none), NEEDED),
-    Mutant("a larger one", trained, patched(train, "nanoinfra.train.run_inputs:_tokenizer", larger_one),
+    Mutant("no tokenizer", trained, patched(train, "nanoinfra.train.model_and_data_inputs:_tokenizer", none),
+           NEEDED),
+    Mutant("a larger one", trained, patched(train, "nanoinfra.train.model_and_data_inputs:_tokenizer",
+                                            larger_one),
            KNOWN),
 ]

@@ -10,7 +10,7 @@ from nanoinfra.distributed import comm
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.parallel.data_parallel import DataParallel
-from nanoinfra.train import loss, metrics
+from nanoinfra.train import loss, metrics_and_plots
 from nanoinfra.train.optimizer import MixedPrecisionOptimizer
 from nanoinfra.train.run_directory.run_directory import RunDirectory
 
@@ -58,7 +58,8 @@ def _(subject):
         main([*adam, "--out", str(whole)])
         subject([*adam, "--steps", "2", "--out", str(parts)])
         subject([*adam, "--resume", "--out", str(parts)])
-        want, got = (metrics.read_metrics(each / "metrics.jsonl") for each in (whole, parts))
+        want, got = (metrics_and_plots.read_metrics(each / "metrics.jsonl") for each in (whole,
+                                                                                         parts))
     for w, g in zip(want, got, strict=True):
         if (w["loss"], w["grad_norm"]) != (g["loss"], g["grad_norm"]):
             raise CriterionNotMet(f"step {w['step']}: loss {g['loss']!r} after resuming, {w['loss']!r} "
@@ -68,7 +69,7 @@ def _(subject):
 def run(subject, n, *more):
     with tempfile.TemporaryDirectory() as folder:
         rank_pool_for_checks(n).run(subject, [*FLAGS, *more, "--out", folder])
-        return metrics.read_metrics(Path(folder, "metrics.jsonl"))
+        return metrics_and_plots.read_metrics(Path(folder, "metrics.jsonl"))
 
 
 def timeline(subject):

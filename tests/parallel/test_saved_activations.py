@@ -1,9 +1,12 @@
-"""What a rank keeps for backward, counted on real ranks, part by part, by formulas/activations.py's terms."""
+"""What a rank keeps for backward, counted on real ranks by formulas/saved_activations.py's terms."""
 import pytest
 import torch
 
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.formulas.activations import embedding_and_head_bytes_by_term, layer_activation_bytes_by_term
+from nanoinfra.formulas.saved_activations import (
+    embedding_and_head_bytes_by_term,
+    layer_activation_bytes_by_term,
+)
 from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.parallel.parallelize import ParallelConfig
 from tests.parallel.test_tensor_parallel import composed

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanoinfra.train import metrics
-from nanoinfra.train.checkpoint import checkpoint
+from nanoinfra.train import metrics_and_plots
+from nanoinfra.train.checkpoint import save_and_load
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,9 +27,9 @@ def test_make_demo_runs_for_five_seconds(tmp_path):
     done = subprocess.run(["make", "demo", "SECONDS=5", f"OUT={tmp_path}", "HEADERS=3"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    lines = metrics_and_plots.read_metrics(tmp_path / "metrics.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["held_out_bpb"] > 0
-    assert checkpoint.find_newest_checkpoint(tmp_path / "checkpoints") and (tmp_path / "loss.png").exists()
+    assert save_and_load.find_newest_checkpoint(tmp_path / "checkpoints") and (tmp_path / "loss.png").exists()
     assert re.search(r"trained \d+%, untrained \d+%", done.stdout)
     answer = done.stdout.partition("SmolLM2-135M, asked")[2].partition("s in all")[0]
     assert len(answer.split()) > 20                                        # the question, and an answer

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.train import metrics
+from nanoinfra.train import metrics_and_plots
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME = ["--steps", "3", "--seq", "32", "--global-batch", "6", "--dtype", "float64"]
@@ -29,7 +29,7 @@ def test_losses_are_the_command_lines(tmp_path, script, world, more):
     own, theirs = SCRIPTS[script]
     main(["train", "--model", "test", "--data", "random", "--out", str(tmp_path), "--threads", "1",
           *SAME, *theirs])
-    want = [line["loss"] for line in metrics.read_metrics(tmp_path / "metrics.jsonl")]
+    want = [line["loss"] for line in metrics_and_plots.read_metrics(tmp_path / "metrics.jsonl")]
     assert losses(script, world, [*SAME, *own, *more]) == pytest.approx(want, abs=1e-9)
 
 

@@ -11,9 +11,9 @@ import torch
 from nanoinfra.config import config_for_size
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
-from nanoinfra.model.weights.hugging_face.weights import write_hf_folder
+from nanoinfra.model.weights.hugging_face.load_and_save import write_hf_folder
 from nanoinfra.serve.generate import generate
-from nanoinfra.train.pretrained import load_pretrained
+from nanoinfra.train.load_and_export_models import load_pretrained
 from tests.model.twins import scrambled
 
 ROOT = Path(__file__).resolve().parents[2]

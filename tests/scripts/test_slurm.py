@@ -45,5 +45,5 @@ def test_training_meets_at_the_first_node_and_may_lose_the_other(run, gpus, devi
 
 def test_a_lab_starts_its_ranks_itself_on_loopback(run):
     got = run("lab.sbatch", "06", "--break", "held", SLURM_GPUS_ON_NODE="4")
-    assert got == ["-m", "nanoinfra.lab.run", "--nproc", "4", "06", "--break", "held"]
+    assert got == ["-m", "nanoinfra.lab.run_lab", "--nproc", "4", "06", "--break", "held"]
     assert run("lab.sbatch", SLURM_GPUS_ON_NODE="")[-2:] == ["2", "08"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanoinfra.data.corpus import load_corpus
-from nanoinfra.data.loader import HeldOutSet
+from nanoinfra.data.micro_batch_loader import HeldOutSet
 from nanoinfra.data.train_tokenizer import get_or_train_tokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

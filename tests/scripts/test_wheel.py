@@ -58,6 +58,6 @@ def test_alone_it_trains_and_generates_with_its_kernels(wheel, tmp_path):
     assert run(*cli, "generate", "run", "one", "--max-new-tokens", "4").startswith("one")
     said = run("-c", "from nanoinfra.distributed.mesh import Mesh\n"
                      "from nanoinfra.serve.engine.load_engine import load_engine\n"
-                     "from nanoinfra.serve.options import EngineOptions\n"
+                     "from nanoinfra.serve.command_line_options import EngineOptions\n"
                      "print(type(load_engine(EngineOptions(model='run'), Mesh()).kv_cache).__name__)")
     assert said.strip() == "CpuPagedKVCache"

@@ -10,10 +10,10 @@ import sys
 import time
 
 from nanoinfra.serve.processes.engine_client import EngineClient
-from nanoinfra.serve.server.app import build_app
+from nanoinfra.serve.server.fastapi_app import build_app
 from nanoinfra.serve.server.http.graceful_shutdown import GracefulServer
 from nanoinfra.serve.server.launch_server import create_server_socket
-from nanoinfra.serve.server.metrics import ServerMetrics
+from nanoinfra.serve.server.prometheus_metrics import ServerMetrics
 from tests.serve.fake import TEMPLATE, Fake
 from tests.serve.host import started
 
@@ -27,7 +27,7 @@ def looping(team, template=LOOP, model=None, **options):
     engine = Fake(**options)
     engine.chat_template = template
     if model:
-        from nanoinfra.model.weights.load import (
+        from nanoinfra.model.weights.load_model import (
             open_model_weights,  # in the engine's process alone: it imports torch
         )
         engine.tokenizer = open_model_weights(model).tokenizer

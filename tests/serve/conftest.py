@@ -4,7 +4,7 @@ import pytest
 from nanoinfra.config import ModelConfig
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.hugging_face.weights import save_hf_model
+from nanoinfra.model.weights.hugging_face.load_and_save import save_hf_model
 from tests.model.twins import scrambled
 
 

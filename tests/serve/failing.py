@@ -1,5 +1,5 @@
 """A fake engine that fails with some requests. No torch, so that its processes start soon."""
-from nanoinfra.serve.engine.requests import RequestOutput
+from nanoinfra.serve.engine.request_and_output import RequestOutput
 from tests.serve.fake import Fake
 
 

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.engine.block_pool import BlockPool, root_block_hash
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
-from nanoinfra.serve.engine.requests import Logprob, RequestOutput, check_request
+from nanoinfra.serve.engine.request_and_output import Logprob, RequestOutput, check_request
 from nanoinfra.serve.engine.scheduler import Scheduler, Sequence
 from nanoinfra.serve.processes.engine_loop import EngineReady
 

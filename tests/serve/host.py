@@ -11,12 +11,12 @@ from pathlib import Path
 import httpx
 
 from nanoinfra.serve.processes.engine_client import EngineClient
-from nanoinfra.serve.server.app import build_app
+from nanoinfra.serve.server.fastapi_app import build_app
 from nanoinfra.serve.server.http.access_control import AccessPolicy
 from nanoinfra.serve.server.http.connection_limits import ConnectionLimits
 from nanoinfra.serve.server.http.graceful_shutdown import GracefulServer
 from nanoinfra.serve.server.launch_server import create_server_socket
-from nanoinfra.serve.server.metrics import ServerMetrics
+from nanoinfra.serve.server.prometheus_metrics import ServerMetrics
 from tests import processes
 from tests.serve.fake import fake
 
@@ -27,7 +27,7 @@ PATIENCE = 300.0                             # seconds for an answer: a loaded m
 CODE = """
 import functools, sys
 from nanoinfra.serve.server.launch_server import run_server
-from nanoinfra.serve.options import EngineOptions, ServeOptions
+from nanoinfra.serve.command_line_options import EngineOptions, ServeOptions
 from tests.serve.fake import {factory}
 options = ServeOptions(EngineOptions("fake", tp={tp}), port=0, shutdown_timeout={drain})
 sys.exit(run_server(options, functools.partial({factory}, **{engine})))

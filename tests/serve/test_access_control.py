@@ -5,7 +5,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from nanoinfra.serve.server.app import build_app
+from nanoinfra.serve.server.fastapi_app import build_app
 from nanoinfra.serve.server.http.access_control import AccessPolicy, is_loopback_host
 from tests.serve.host import metric, serving
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.serve.engine.requests import Request
-from nanoinfra.serve.options import EngineOptions, ServeOptions
+from nanoinfra.serve.command_line_options import EngineOptions, ServeOptions
+from nanoinfra.serve.engine.request_and_output import Request
 from nanoinfra.serve.server.http.access_control import AccessPolicy
 from nanoinfra.serve.server.http.api_keys import (
     API_KEY_VARIABLE,

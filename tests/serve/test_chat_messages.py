@@ -4,8 +4,8 @@ import json
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from nanoinfra.serve.api_errors import APIError
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server.errors import APIError
 from nanoinfra.serve.server.openai.chat_messages import ChatMessage, render_chat_prompt
 from nanoinfra.serve.server.openai.completion_requests import (
     ChatCompletionRequest,

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanoinfra.serve.engine.requests import Logprob, RequestOutput, SamplingParams
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.engine.request_and_output import Logprob, RequestOutput, SamplingParams
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server.errors import APIError
 from nanoinfra.serve.server.openai.completion_requests import (
     ChatCompletionRequest,
     CompletionRequest,

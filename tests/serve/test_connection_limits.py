@@ -9,7 +9,7 @@ import h11
 import httpx
 import pytest
 
-from nanoinfra.serve.server.app import _MAX_STATS_STREAMS
+from nanoinfra.serve.server.fastapi_app import _MAX_STATS_STREAMS
 from nanoinfra.serve.server.http.connection_limits import (
     MAX_HEADER_BYTES,
     MIN_MEAN_CHUNK_BYTES,

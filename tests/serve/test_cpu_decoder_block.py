@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
+from nanoinfra.serve.command_line_options import EngineOptions
 from nanoinfra.serve.engine import cpu_decoder_block, packed_linear
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.load_engine import load_engine, use_cpu_kernels
 from nanoinfra.serve.engine.packed_linear import PackedLinear
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
-from nanoinfra.serve.engine.requests import Request, SamplingParams
-from nanoinfra.serve.options import EngineOptions
+from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 from tests.families import VARIANTS
 from tests.model.test_decoder import config
 from tests.model.twins import FAMILIES, scrambled

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.fill_model import decoder_on_meta_device
-from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
+from nanoinfra.model.weights.hugging_face.load_and_save import load_hf_model, save_hf_model
 from nanoinfra.parallel.parallelize import parallelize_for_serving
+from nanoinfra.serve.command_line_options import EngineOptions
 from nanoinfra.serve.engine import packed_linear
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.load_engine import load_engine
-from nanoinfra.serve.engine.requests import Request, SamplingParams
+from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 from nanoinfra.serve.engine.scheduler import QueueFull
 from nanoinfra.serve.generate import generate
-from nanoinfra.serve.options import EngineOptions
 from tests.families import VARIANTS
 from tests.model.test_decoder import config
 from tests.model.twins import FAMILIES, scrambled

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.serve.engine.requests import Request
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.engine.request_and_output import Request
 from nanoinfra.serve.processes.engine_client import EngineClient
-from nanoinfra.serve.server.errors import APIError
-from nanoinfra.serve.server.metrics import ServerMetrics
+from nanoinfra.serve.server.prometheus_metrics import ServerMetrics
 from tests.processes import alive
 from tests.serve.fake import Fake, fake, text
 

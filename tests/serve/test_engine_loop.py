@@ -4,13 +4,13 @@ from unittest import mock
 
 import pytest
 
+from nanoinfra.serve.api_errors import APIError
 from nanoinfra.serve.engine import engine as engines
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
-from nanoinfra.serve.engine.requests import Request, SamplingParams
+from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 from nanoinfra.serve.engine.sampler import Sampler, gather_logprobs
 from nanoinfra.serve.engine.scheduler import QueueFull
 from nanoinfra.serve.processes import engine_loop
-from nanoinfra.serve.server.errors import APIError
 from tests.serve.failing import Failing, failing
 from tests.serve.fake import Fake
 from tests.serve.letters import letters

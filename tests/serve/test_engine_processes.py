@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.lab.mutants import collect_library_mutants
-from nanoinfra.serve.engine.requests import Request
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.engine.request_and_output import Request
 from nanoinfra.serve.processes import engine_client as module
 from nanoinfra.serve.processes.engine_client import _SILENT_TICKS_UNTIL_HUNG, EngineClient
 from nanoinfra.serve.processes.engine_loop import MIN_IN_FLIGHT
 from nanoinfra.serve.processes.engine_processes import EngineProcesses, ProcessDied
-from nanoinfra.serve.server.errors import APIError
-from nanoinfra.serve.server.metrics import ServerMetrics
+from nanoinfra.serve.server.prometheus_metrics import ServerMetrics
 from tests.serve.fake import fake
 from tests.serve.host import serving, until
 from tests.serve.test_engine_client import ids, pids, reaches, said, working

@@ -8,10 +8,10 @@ import torch
 from nanoinfra.config import ModelConfig
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.hugging_face.weights import save_hf_model
+from nanoinfra.model.weights.hugging_face.load_and_save import save_hf_model
 from nanoinfra.serve import generate as generation
+from nanoinfra.serve.command_line_options import GenerateOptions
 from nanoinfra.serve.generate import KVCache, generate, main
-from nanoinfra.serve.options import GenerateOptions
 from tests.families import VARIANTS
 from tests.model.test_decoder import config
 from tests.model.twins import FAMILIES, scrambled, tokens
@@ -166,5 +166,5 @@ def test_heads_that_ranks_cannot_share_are_one_line(folder):
 
 
 def test_the_flags_import_no_torch():
-    code = "import sys; import nanoinfra.serve.options; assert 'torch' not in sys.modules"
+    code = "import sys; import nanoinfra.serve.command_line_options; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

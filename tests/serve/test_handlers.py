@@ -8,9 +8,13 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from nanoinfra.serve.server import handlers, preprocess
-from nanoinfra.serve.server.errors import APIError
-from nanoinfra.serve.server.preprocess import _MAX_LARGE_BODIES, LARGE_BODY_BYTES, RequestPreprocessor
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.server import generation_handlers, preprocess_requests
+from nanoinfra.serve.server.preprocess_requests import (
+    _MAX_LARGE_BODIES,
+    LARGE_BODY_BYTES,
+    RequestPreprocessor,
+)
 from nanoinfra.serve.server.request_limits import MAX_BODY_BYTES
 from tests.serve import hostile
 from tests.serve.beating import beating, looping
@@ -117,12 +121,12 @@ def test_a_body_is_not_kept_once_it_is_too_large():
                 yield b" " * MAX_BODY_BYTES
     endless = Endless()
     with pytest.raises(APIError) as refused:
-        asyncio.run(handlers._read_body(endless, MAX_BODY_BYTES, lambda: None))
+        asyncio.run(generation_handlers._read_body(endless, MAX_BODY_BYTES, lambda: None))
     assert refused.value.status_code == 413 and endless.sent == 17 * MAX_BODY_BYTES
 
 
 def test_too_many_that_wait_are_told_to_come_back(monkeypatch):
-    monkeypatch.setattr(preprocess, "_MAX_WAITING_PER_POOL", 3)
+    monkeypatch.setattr(preprocess_requests, "_MAX_WAITING_PER_POOL", 3)
     threads, go = RequestPreprocessor(), threading.Event()
 
     async def crowd():

@@ -12,7 +12,7 @@ from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine import cpu_decoder_block
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.load_engine import use_cpu_kernels
-from nanoinfra.serve.engine.requests import Request, SamplingParams
+from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 from tests.model.test_decoder import config
 from tests.serve.ref_counts import check_ref_counts
 from tests.serve.test_engine import GREEDY, prompt, tiny

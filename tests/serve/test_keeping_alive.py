@@ -5,11 +5,11 @@ import json
 import pytest
 from openai._streaming import SSEDecoder
 
-from nanoinfra.serve.engine.requests import RequestOutput
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.engine.request_and_output import RequestOutput
 from nanoinfra.serve.processes.response_stream import ResponseStream
-from nanoinfra.serve.server import handlers
-from nanoinfra.serve.server.app import build_app
-from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.server import generation_handlers
+from nanoinfra.serve.server.fastapi_app import build_app
 from tests.serve.fake import Idle
 
 BODY = {"prompt": "a", "max_tokens": 2}
@@ -44,7 +44,7 @@ def soon(monkeypatch):
     """Nobody waits: an answer begins at once, and whoever has nothing to say says so."""
     for name in ("_STREAM_START_TIMEOUT_SECONDS", "_JSON_START_TIMEOUT_SECONDS",
                  "_KEEP_ALIVE_INTERVAL_SECONDS"):
-        monkeypatch.setattr(handlers, name, 0.001)
+        monkeypatch.setattr(generation_handlers, name, 0.001)
 
 
 def answered(then, pulses=2, **more):

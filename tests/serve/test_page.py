@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.serve.server import app as serve
-from nanoinfra.serve.server.app import _PAGE, _PAGE_FILES
+from nanoinfra.serve.server import fastapi_app as serve
+from nanoinfra.serve.server.fastapi_app import _PAGE, _PAGE_FILES
 from nanoinfra.serve.server.http.access_control import AccessPolicy
 from tests.serve.browser import CHROMIUM, SHIFT, named, started
 from tests.serve.chatting import STUB, answered, begun, box, streams, text, told, turns, wait_for_word

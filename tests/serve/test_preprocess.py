@@ -5,7 +5,7 @@ import sys
 from tests.serve.host import ROOT
 
 FILL = """
-from nanoinfra.serve.server.preprocess import RequestPreprocessor
+from nanoinfra.serve.server.preprocess_requests import RequestPreprocessor
 threads = RequestPreprocessor()
 def resident():
     with open("/proc/self/statm") as file:

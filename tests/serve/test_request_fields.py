@@ -5,7 +5,7 @@ import pytest
 from openai.types import completion_create_params as completions
 from openai.types.chat import completion_create_params as chats
 
-from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.api_errors import APIError
 from nanoinfra.serve.server.openai.completion_requests import (
     ChatCompletionRequest,
     CompletionRequest,

@@ -2,8 +2,8 @@
 import pytest
 from starlette.testclient import TestClient
 
-from nanoinfra.serve.server.app import build_app
-from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.server.fastapi_app import build_app
 from nanoinfra.serve.server.http.request_ids import get_or_create_request_id
 from tests.serve.fake import Idle
 

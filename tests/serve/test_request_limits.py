@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tokenizers import models
 
 from nanoinfra.model.tokenizer import Tokenizer
+from nanoinfra.serve.api_errors import MAX_ERROR_MESSAGE_CHARS, APIError
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
-from nanoinfra.serve.engine.requests import Logprob, RequestOutput
+from nanoinfra.serve.engine.request_and_output import Logprob, RequestOutput
 from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server import request_limits
-from nanoinfra.serve.server.errors import MAX_ERROR_MESSAGE_CHARS, APIError
 from nanoinfra.serve.server.openai.choice_accumulator import FlatLogprobs
 from nanoinfra.serve.server.openai.completion_requests import (
     ChatCompletionRequest,

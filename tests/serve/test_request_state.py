@@ -4,7 +4,7 @@ import torch
 
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.engine.requests import Request, SamplingParams
+from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 from nanoinfra.serve.engine.sampler import mask_out_tokens
 from tests.serve.letters import letters
 from tests.serve.test_engine import GREEDY, alone, prompt, tiny

@@ -12,12 +12,12 @@ from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming
 from pydantic import TypeAdapter
 
-from nanoinfra.serve.engine.requests import Logprob, RequestOutput
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.engine.request_and_output import Logprob, RequestOutput
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server.errors import APIError
 from nanoinfra.serve.server.openai.completion_requests import build_engine_requests, parse_request_body
-from nanoinfra.serve.server.openai.responses_output import ResponsesResponse
-from nanoinfra.serve.server.openai.responses_requests import _INCLUDE_LOGPROBS, ResponsesRequest
+from nanoinfra.serve.server.openai.responses_api_output import ResponsesResponse
+from nanoinfra.serve.server.openai.responses_api_requests import _INCLUDE_LOGPROBS, ResponsesRequest
 from nanoinfra.serve.server.request_limits import MAX_MESSAGES
 from tests.serve.host import serving
 from tests.serve.test_completion_requests import JSON, LIKELY, READY, answer, asked, ids

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoinfra.serve.engine.requests import Request, SamplingParams, check_request
+from nanoinfra.serve.engine.request_and_output import Request, SamplingParams, check_request
 from nanoinfra.serve.engine.sampler import LogitsProcessor, Sampler, gather_logprobs
 
 

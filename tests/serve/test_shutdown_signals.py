@@ -11,7 +11,7 @@ import pytest
 
 from nanoinfra.serve.processes.engine_loop import API_SIGNALS, EngineReady
 from nanoinfra.serve.processes.engine_processes import EngineProcesses
-from nanoinfra.serve.server.http.shutdown_signals import SHUTDOWN_SIGNALS, exit_zero_on_shutdown_signals
+from nanoinfra.serve.server.http.exit_with_0_on_signals import SHUTDOWN_SIGNALS, exit_zero_on_shutdown_signals
 from tests.processes import alive, children, descendants
 from tests.serve.fake import compiling, fake, meeting
 from tests.serve.host import ROOT, SERVE, running, started, until
@@ -118,7 +118,7 @@ def test_without_a_server_it_ends_at_once(sign, when):
     """Before one is there, while packages are imported, and when it has ended."""
     wait = "print('here', flush=True); time.sleep(600)"
     code = ("import time\n"
-            "from nanoinfra.serve.server.http.shutdown_signals import exit_zero_on_shutdown_signals\n"
+            "from nanoinfra.serve.server.http.exit_with_0_on_signals import exit_zero_on_shutdown_signals\n"
             "@exit_zero_on_shutdown_signals\ndef main():\n"
             f"    {wait if when == 'in' else 'pass'}\nmain()\n{wait}")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,

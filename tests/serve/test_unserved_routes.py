@@ -6,8 +6,8 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from nanoinfra.serve.server.app import build_app
-from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.server.fastapi_app import build_app
 from nanoinfra.serve.server.http.unserved_routes import (
     UNSERVED_ENDPOINTS,
     reject_unserved_endpoint,

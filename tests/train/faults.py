@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.train.checkpoint import checkpoint
+from nanoinfra.train.checkpoint import save_and_load
 from tests.processes import alive, started, until
 from tests.train.runs import FLAGS, children, running
 
@@ -73,8 +73,8 @@ class Survivor:
 
     def saved(self) -> int:
         """The step of its newest good checkpoint."""
-        good = checkpoint.find_newest_checkpoint(self.run / "checkpoints", warn=lambda refused: None)
-        return checkpoint.read_checkpoint_state(good)["step"] if good else 0
+        good = save_and_load.find_newest_checkpoint(self.run / "checkpoints", warn=lambda refused: None)
+        return save_and_load.read_checkpoint_state(good)["step"] if good else 0
 
     def poll(self):
         return self.process.poll()
@@ -107,7 +107,7 @@ def corrupt(survivor, draw):
     pids = survivor.ranks()
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)                                       # no save may come between
-    finished = checkpoint.list_checkpoints(survivor.run / "checkpoints")
+    finished = save_and_load.list_checkpoints(survivor.run / "checkpoints")
     if len(finished) > 1:
         damage(draw.choice(sorted(finished[-1].iterdir())), draw)
     os.kill(draw.choice(pids), signal.SIGKILL)

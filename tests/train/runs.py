@@ -10,8 +10,8 @@ import pytest
 
 from nanoinfra.cli import main
 from nanoinfra.distributed.pool.rank_pool import shared_rank_pool
-from nanoinfra.train import metrics
-from nanoinfra.train.checkpoint import checkpoint
+from nanoinfra.train import metrics_and_plots
+from nanoinfra.train.checkpoint import save_and_load
 from tests import processes
 from tests.processes import started
 from tests.processes import until as wait_for  # noqa: F401  for those who import it from here
@@ -25,7 +25,7 @@ FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "
 def undisturbed(tmp_path, *more):
     """The lines of a run on two ranks that nothing disturbs; its directory is tmp_path / "undisturbed"."""
     (tmp_path / "undisturbed").symlink_to(_undisturbed(tmp_path.parent, *more))
-    return metrics.read_metrics(tmp_path / "undisturbed" / "metrics.jsonl")
+    return metrics_and_plots.read_metrics(tmp_path / "undisturbed" / "metrics.jsonl")
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def finish(argv):
 
 def lines(run: Path) -> int:
     path = run / "metrics.jsonl"
-    return len(metrics.read_metrics(path)) if path.exists() else 0
+    return len(metrics_and_plots.read_metrics(path)) if path.exists() else 0
 
 
 def children(pid: int) -> list[int]:
@@ -89,7 +89,7 @@ def close(got, want):
 
 
 def weights(run: Path) -> dict:
-    newest = checkpoint.find_newest_checkpoint(run / "checkpoints")
+    newest = save_and_load.find_newest_checkpoint(run / "checkpoints")
     manifest = json.loads((newest / "manifest.json").read_text())
     return {name: listed["sha256"] for name, listed in manifest["files"].items()
             if name.endswith(".safetensors")}

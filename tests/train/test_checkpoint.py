@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.train.checkpoint import checkpoint
 from nanoinfra.train.checkpoint import manifest as disk
-from nanoinfra.train.checkpoint.checkpoint import (
+from nanoinfra.train.checkpoint import save_and_load
+from nanoinfra.train.checkpoint.save_and_load import (
     find_newest_checkpoint,
     list_checkpoints,
     load_shards,
@@ -75,8 +75,8 @@ def run(n, work):
 @pytest.fixture(autouse=True, scope="module")
 def threads_meet():
     with pytest.MonkeyPatch.context() as patch:
-        wire = checkpoint.comm.all_gather_json
-        patch.setattr(checkpoint.comm, "all_gather_json", lambda value, axis, tag="":
+        wire = save_and_load.comm.all_gather_json
+        patch.setattr(save_and_load.comm, "all_gather_json", lambda value, axis, tag="":
                       axis.meet(value) if isinstance(axis, Line) else wire(value, axis, tag))
         yield
 
@@ -209,7 +209,7 @@ def test_equal_pieces_are_written_once(tmp_path):
 def test_load_reads_only_the_ranges_it_needs(tmp_path, monkeypatch):
     x = torch.randn(12, 10)
     save_all(tmp_path, 1, {"w": x}, n=3)
-    read, opened, real = [], [], checkpoint.safe_open
+    read, opened, real = [], [], save_and_load.safe_open
 
     class Spy:
         def __init__(self, path, framework):
@@ -232,7 +232,7 @@ def test_load_reads_only_the_ranges_it_needs(tmp_path, monkeypatch):
                     return box[index]
             return Counted()
 
-    monkeypatch.setattr(checkpoint, "safe_open", Spy)
+    monkeypatch.setattr(save_and_load, "safe_open", Spy)
     piece = TensorShard.of_whole_tensor("w", x.shape).slice_dim(0, 2, 6).slice_dim(1, 3, 5)
     (_, got), = load_shards(tmp_path / "step_00000001", [piece])
     assert torch.equal(got, x[2:6, 3:5])
@@ -243,7 +243,7 @@ def test_load_verifies_unless_that_is_done(tmp_path, monkeypatch):
     save_all(tmp_path, 1, tensors(1))
     folder, calls = tmp_path / "step_00000001", []
     manifest = verify_checkpoint(folder)
-    monkeypatch.setattr(checkpoint, "verify_checkpoint", lambda path: calls.append(path)
+    monkeypatch.setattr(save_and_load, "verify_checkpoint", lambda path: calls.append(path)
                         or verify_checkpoint(path))
     wanted = [TensorShard.of_whole_tensor("w", (7, 3))]
     assert same(dict((p.name, x) for p, x in load_shards(folder, wanted, json.loads(json.dumps(manifest)))),
@@ -574,7 +574,7 @@ def test_a_reader_beside_a_run_that_lets_checkpoints_go(tmp_path, monkeypatch):
         if folder.name == "step_00000001":
             save_all(tmp_path, 2, tensors(2))                              # meanwhile
         return verify_checkpoint(folder)
-    monkeypatch.setattr(checkpoint, "verify_checkpoint", slowly)
+    monkeypatch.setattr(save_and_load, "verify_checkpoint", slowly)
     assert find_newest_checkpoint(tmp_path, warn=said.append) == tmp_path / "step_00000002" and said == []
     with pytest.raises(CheckpointError, match="rank0.safetensors: is gone: .* start again"):
         list(load_shards(tmp_path / "step_00000001", [TensorShard.of_whole_tensor("w", (7, 3))], old))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.train import metrics
+from nanoinfra.train import metrics_and_plots
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_before_renaming"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
@@ -29,7 +29,7 @@ def old_run(tmp_path, monkeypatch):
 def test_an_old_run_is_resumed_to_the_same_metrics(old_run, ranks):
     """On the mesh that wrote it. In float32: another CPU may round otherwise."""
     assert ranks(4).run(main, ARGV) == [0] * 4
-    got = metrics.read_metrics(old_run / "metrics.jsonl")
+    got = metrics_and_plots.read_metrics(old_run / "metrics.jsonl")
     assert [line["step"] for line in got] == list(range(1, 84))
     for line, want in zip(got[80:], EXPECTED["steps"], strict=True):
         assert {key: line[key] for key in ("tokens", "comm")} == {key: want[key] for key

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from nanoinfra.cli import main
 from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
-from nanoinfra.train import metrics
-from nanoinfra.train.checkpoint import checkpoint
+from nanoinfra.train import metrics_and_plots
+from nanoinfra.train.checkpoint import save_and_load
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
 from nanoinfra.train.trainer import train
 
@@ -25,7 +25,8 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks, tmp_path, zero):
         assert [line["step"] for line in lines if line["grad_norm"] is None] == [3, 4, 6]
         assert [line["loss_scale"] for line in lines] == [2.0**k for k in (16, 16, 15, 14, 14, 13, 13, 13)]
         assert [line["loss"] for line in lines] == [line["loss"] for line in got[0]]
-    state = checkpoint.read_checkpoint_state(checkpoint.find_newest_checkpoint(tmp_path / "checkpoints"))
+    newest = save_and_load.find_newest_checkpoint(tmp_path / "checkpoints")
+    state = save_and_load.read_checkpoint_state(newest)
     assert state["updates"] == 5 and state["scale"] == {"value": 2.0**13, "good": 2}
 
 
@@ -55,7 +56,8 @@ def test_the_nano_model_ends_where_float32_does(tmp_path):
         out = tmp_path / dtype
         with RankPool(2, timeout=3600) as patient:
             patient.run(train, flags("nano", out, 2, steps=250, dtype=dtype, data="stdlib", seq=64))
-        ends[dtype] = mean(line["loss"] for line in metrics.read_metrics(out / "metrics.jsonl")[-30:])
+        lines = metrics_and_plots.read_metrics(out / "metrics.jsonl")
+        ends[dtype] = mean(line["loss"] for line in lines[-30:])
     assert ends["float16"] == pytest.approx(ends["float32"], rel=0.01)
     assert ends["float32"] < 7.0                                           # it had learned: ln 4096 = 8.3
 

@@ -8,15 +8,15 @@ import torch
 from nanoinfra.cli import main
 from nanoinfra.config import config_for_size
 from nanoinfra.distributed.mesh import Mesh, world_size
-from nanoinfra.formulas.memory_footprint import ParallelLayout, TrainingStepConfig, rank_model_state_bytes
 from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.formulas.pipeline import chunk_parameter_names
+from nanoinfra.formulas.training_peak_memory import ParallelLayout, TrainingStepConfig, rank_model_state_bytes
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
-from nanoinfra.train import metrics
-from nanoinfra.train.checkpoint import checkpoint
+from nanoinfra.train import metrics_and_plots
+from nanoinfra.train.checkpoint import save_and_load
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.frozen_parameters import frozen_parameter_names
-from nanoinfra.train.pretrained import load_pretrained
+from nanoinfra.train.load_and_export_models import load_pretrained
 from nanoinfra.train.step import execute_schedule
 from nanoinfra.train.train_stage import TrainStage, initial_weights_reader
 
@@ -63,7 +63,8 @@ def test_any_mesh_trains_the_rest_as_one_rank_does(ranks, tmp_path, more):
     world = 2 ** sum(axis in more for axis in ("--dp", "--tp", "--pp"))
     want, weights = alone(tmp_path.parent)
     assert ranks(world).run(main, [*FLAGS, *more.split(), "--out", str(tmp_path)]) == [0] * world
-    for got, one in zip(metrics.read_metrics(tmp_path / "metrics.jsonl"), want, strict=True):
+    for got, one in zip(metrics_and_plots.read_metrics(tmp_path / "metrics.jsonl"), want,
+                        strict=True):
         assert got["loss"] == pytest.approx(one["loss"], rel=1e-8)
         assert got["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-8)
     config = config_for_size("test", 257, 23, False)
@@ -71,7 +72,7 @@ def test_any_mesh_trains_the_rest_as_one_rank_does(ranks, tmp_path, more):
     for name, p in load_pretrained(tmp_path, torch.float64)[0].named_parameters():
         torch.testing.assert_close(p.detach(), weights[name], rtol=1e-8, atol=1e-10)
         assert torch.equal(p.detach(), read(name, ()).double()) == (name in frozen), name
-    newest = checkpoint.find_newest_checkpoint(tmp_path / "checkpoints")
+    newest = save_and_load.find_newest_checkpoint(tmp_path / "checkpoints")
     manifest = json.loads((newest / "manifest.json").read_text())
     moments = {name.partition("/")[2] for name in manifest["tensors"] if name.startswith("exp_avg/")}
     assert moments == weights.keys() - frozen
@@ -82,8 +83,8 @@ def alone(folder):
     out = folder / "alone-frozen"
     assert main([*FLAGS, "--out", str(out)]) == 0
     model = load_pretrained(out, torch.float64)[0]
-    return metrics.read_metrics(out / "metrics.jsonl"), {name: p.detach() for name, p
-                                                         in model.named_parameters()}
+    return metrics_and_plots.read_metrics(out / "metrics.jsonl"), {name: p.detach() for name, p
+                                                                   in model.named_parameters()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -118,7 +119,7 @@ def test_the_flags_reach_the_optimizer_and_the_run_says_what_it_trains(tmp_path,
         assert main([*argv, "--steps", str(steps), "--weight-decay", str(decay), "--out", str(out)]) == 0
         moved[steps, decay] = load_pretrained(out, torch.float64)[0].get_parameter("blocks.1.mlp.up.weight")
     assert "62,816 parameters (54,592 of them trained)" in capsys.readouterr().out
-    rates = [line["lr"] for line in metrics.read_metrics(out / "metrics.jsonl")]
+    rates = [line["lr"] for line in metrics_and_plots.read_metrics(out / "metrics.jsonl")]
     assert rates == pytest.approx([0.01, 0.007])           # a cosine's beginning and its middle
     first = initial_weights_reader(config_for_size("test", 257, 23, False), 0)("blocks.1.mlp.up.weight",
                                                                                ()).double()
@@ -137,13 +138,14 @@ def test_a_run_goes_on_with_what_it_has_frozen_and_with_nothing_else(tmp_path, c
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_only_what_trains_costs_memory(zero):
-    """As formulas/memory_footprint.py counts it."""
+    """As formulas/training_peak_memory.py counts it."""
     def bytes_held(*freeze):
         flags = TrainFlags(ModelFlags(dtype="bfloat16", freeze=freeze), mesh=MeshFlags(zero=zero))
         recipe = TrainingStepConfig(8, 1, dtype="bfloat16", frozen_parameters=frozen_parameter_names(freeze,
                                                                                                      UNTIED))
         replica = stepped(flags)
-        held = metrics.distinct_storage_bytes([*replica.persistent_tensors(), *replica.grads.values()])
+        held = metrics_and_plots.distinct_storage_bytes([*replica.persistent_tensors(),
+                                                         *replica.grads.values()])
         assert held == sum(rank_model_state_bytes(UNTIED, ParallelLayout(zero_stage=zero), recipe).values())
         return held
     blocks = sum(torch.Size(shape).numel() for name,

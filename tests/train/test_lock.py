@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.train.run_directory import lock
-from nanoinfra.train.run_directory.lock import lock_run_directory
+from nanoinfra.train.run_directory import lock_run_directory as lock
+from nanoinfra.train.run_directory.lock_run_directory import lock_run_directory
 from tests.processes import started, until
 from tests.train.faults import needs_linux, processes_of
 from tests.train.runs import CLI, FLAGS, SAID, lines
@@ -19,7 +19,7 @@ from tests.train.runs import CLI, FLAGS, SAID, lines
 HOLD = """
 import sys
 from pathlib import Path
-from nanoinfra.train.run_directory.lock import lock_run_directory
+from nanoinfra.train.run_directory.lock_run_directory import lock_run_directory
 with lock_run_directory(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -7,7 +7,7 @@ import pytest
 from nanoinfra.cli import main
 from nanoinfra.commands import parse_command_line
 from nanoinfra.config import config_for_size
-from nanoinfra.train import config, metrics
+from nanoinfra.train import config, metrics_and_plots
 from nanoinfra.train.launch import memory_check
 from nanoinfra.train.launch.memory_check import (
     _PROCESS_BYTES,
@@ -158,7 +158,7 @@ def test_what_is_said_is_what_is_held(tmp_path, line):
                in range(world))
     assert finish(["train", *line.split(), "--out", str(tmp_path)]) == 0
     got = max(step["peak_bytes"]["rss"] for step
-              in metrics.read_metrics(tmp_path / "metrics.jsonl")) - _SHARED_LIBRARIES_BYTES
+              in metrics_and_plots.read_metrics(tmp_path / "metrics.jsonl")) - _SHARED_LIBRARIES_BYTES
     print(f"said {said / 1e6:,.0f} MB, had {got / 1e6:,.0f} MB, {said / got:.2f}; without the process "
           f"{(said - _PROCESS_BYTES) / (got - _PROCESS_BYTES):.2f}: {line}")
     assert said == pytest.approx(got, rel=0.15)
@@ -171,7 +171,7 @@ def test_weights_are_looked_at_before_the_corpus_is_read(machine, untouched, mon
     (run / "config.json").write_text(json.dumps({"nanoinfra": 1, "model": config_for_size("nano").to_dict()}))
     (run / "checkpoints").mkdir()
     machine(24 * GB)
-    monkeypatch.setattr("nanoinfra.train.run_inputs.open_pretrained_weights",
+    monkeypatch.setattr("nanoinfra.train.model_and_data_inputs.open_pretrained_weights",
                         lambda *_: Opened(config_for_size("nano")))
     argv = ["train", "--model", str(run), "--seq", "100000000", "--out", str(tmp_path / "out")]
     assert main(argv) == 2

@@ -8,7 +8,7 @@ import pytest
 from nanoinfra.cli import main
 from nanoinfra.config import MODEL_SIZES
 from nanoinfra.train.config import RunFlags
-from nanoinfra.train.run_directory.ownership import check_out_folder, read_model_config
+from nanoinfra.train.run_directory.check_out_folder import check_out_folder, read_model_config
 from tests.train.runs import FLAGS
 
 MANIFEST = '{\n "format": "nanoinfra checkpoint 1",\n'

@@ -11,9 +11,9 @@ from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.formulas.tensor_parallel import tp_collectives_per_step
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
-from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
-from nanoinfra.train import metrics
-from nanoinfra.train.pretrained import export_to_hugging_face
+from nanoinfra.model.weights.hugging_face.load_and_save import load_hf_model, save_hf_model
+from nanoinfra.train import metrics_and_plots
+from nanoinfra.train.load_and_export_models import export_to_hugging_face
 
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--steps", "5", "--seq", "23",
          "--global-batch", "7", "--warmup", "2", "--clip", "0.4"]
@@ -83,7 +83,7 @@ def test_tp_and_sp_change_no_loss_and_no_norm(ranks, tmp_path, tp, dp, more, mic
         for rows in [micro] * (7 // micro) + [7 % micro] * (7 % micro > 0):
             step = tp_collectives_per_step(config_for_size("test"), tp, rows, 23, 1, 8, 8, sp, recompute)
             want |= {key: want.get(key, 0) * (key[1] != "tp grads") + sent for key, (_, sent) in step.items()}
-        lines = metrics.read_metrics(tmp_path / "metrics.jsonl")
+        lines = metrics_and_plots.read_metrics(tmp_path / "metrics.jsonl")
         assert {line["comm"]["tp"] for line in lines} == {sum(want.values())}
 
 
@@ -124,7 +124,7 @@ def compare(ranks, tmp_path, dp, micro, optimizer, untied, *more, world=None):
             "--out", str(tmp_path), *map(str, more)]
     world = world or dp
     assert ranks(world).run(main, argv + ["--untied"] * untied) == [0] * world
-    got = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    got = metrics_and_plots.read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in got] == [1, 2, 3, 4, 5]
     for w, g in zip(want, got):
         assert g["loss"] == pytest.approx(w["loss"], rel=1e-8)
@@ -143,7 +143,7 @@ def _alone(optimizer, untied, folder):
     out = folder / f"alone-{optimizer}-{untied}"
     argv = [*FLAGS, "--micro-batch", "7", "--optimizer", optimizer, "--threads", "1", "--out", str(out)]
     assert main(argv + ["--untied"] * untied) == 0
-    return metrics.read_metrics(out / "metrics.jsonl")
+    return metrics_and_plots.read_metrics(out / "metrics.jsonl")
 
 
 @pytest.mark.prove
@@ -158,8 +158,8 @@ def test_a_pretrained_model_with_nine_heads_on_three_ranks(ranks, tmp_path):
         out = tmp_path / f"tp{tp}"
         assert set(ranks(tp).run(main, [*argv, "--tp", str(tp), *more, "--out", str(out)])) == {0}
         export_to_hugging_face(out, tmp_path / f"exported{tp}", torch.float64)
-        got[tp] = metrics.read_metrics(out / "metrics.jsonl"), load_hf_model(tmp_path / f"exported{tp}",
-                                                                             torch.float64)
+        exported = load_hf_model(tmp_path / f"exported{tp}", torch.float64)
+        got[tp] = metrics_and_plots.read_metrics(out / "metrics.jsonl"), exported
     for w, g in zip(got[1][0], got[3][0], strict=True):
         assert (g["loss"], g["grad_norm"]) == pytest.approx((w["loss"], w["grad_norm"]), rel=1e-8)
     for w, g in zip(got[1][1].parameters(), got[3][1].parameters(), strict=True):
@@ -174,6 +174,6 @@ def test_16_bits_under_tp_stay_near_one_rank(ranks, tmp_path, dtype, rel):
         argv = [*FLAGS, "--dtype", dtype, "--micro-batch", "7", "--dp", "1", "--tp", str(tp)]
         argv += ["--threads", "1", "--out", str(tmp_path / f"{tp}")] + ["--sp"] * (tp > 1)
         assert ranks(tp).run(main, argv) == [0] * tp
-        lines[tp] = metrics.read_metrics(tmp_path / f"{tp}" / "metrics.jsonl")
+        lines[tp] = metrics_and_plots.read_metrics(tmp_path / f"{tp}" / "metrics.jsonl")
     for w, g in zip(lines[1], lines[2], strict=True):
         assert g["loss"] == pytest.approx(w["loss"], rel=rel)

@@ -15,26 +15,26 @@ from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.fill_model import PretrainedWeights
+from nanoinfra.model.weights.hugging_face.load_and_save import save_hf_model
 from nanoinfra.model.weights.hugging_face.tokenizer_files import (
     copy_tokenizer_files,
     open_hf_tokenizer,
     remove_tokenizer_files,
     tokenizer_keys_for_config,
 )
-from nanoinfra.model.weights.hugging_face.weights import save_hf_model
-from nanoinfra.model.weights.json_files import read_json
-from nanoinfra.model.weights.load import open_model_weights
-from nanoinfra.train import metrics
-from nanoinfra.train.checkpoint import checkpoint
+from nanoinfra.model.weights.load_model import open_model_weights
+from nanoinfra.model.weights.read_json_files import read_json
+from nanoinfra.train import metrics_and_plots
+from nanoinfra.train.checkpoint import save_and_load
 from nanoinfra.train.checkpoint.tensor_shards import TensorShard
 from nanoinfra.train.config import TrainFlags
-from nanoinfra.train.pretrained import (
+from nanoinfra.train.load_and_export_models import (
     export_to_hugging_face,
     load_pretrained,
     open_pretrained_weights,
     save_pretrained_tokenizer,
 )
-from nanoinfra.train.run_inputs import open_run_inputs
+from nanoinfra.train.model_and_data_inputs import open_run_inputs
 from tests.model.chat_model import TEMPLATE, chat_model
 from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, counting
 from tests.model.test_decoder import config
@@ -52,7 +52,7 @@ def run(tmp_path):
         tensors = {TensorShard.of_whole_tensor(name, p.shape): p.detach() for name, p in weights.items()}
         tensors |= {TensorShard.of_whole_tensor(f"exp_avg/{name}", p.shape): p.detach() + 1 for name, p
                     in weights.items()}
-        checkpoint.save_checkpoint(tmp_path / "checkpoints", step, tensors, {"step": step}, Mesh().world)
+        save_and_load.save_checkpoint(tmp_path / "checkpoints", step, tensors, {"step": step}, Mesh().world)
     return tmp_path
 
 
@@ -77,12 +77,13 @@ def test_parts_of_all_ranks_make_the_whole(run, t):
 
 def test_a_rank_reads_its_part_of_the_checkpoint(run, monkeypatch):
     counts, weights = [], open_pretrained_weights(run)
-    monkeypatch.setattr(checkpoint, "safe_open", counting(counts))
+    monkeypatch.setattr(save_and_load, "safe_open", counting(counts))
     assert_a_rank_reads_its_part(weights, counts)
 
 
 def verified(run):
-    with mock.patch.object(checkpoint, "verify_checkpoint", wraps=checkpoint.verify_checkpoint) as verify:
+    with mock.patch.object(save_and_load, "verify_checkpoint",
+                           wraps=save_and_load.verify_checkpoint) as verify:
         weights = open_pretrained_weights(run, Mesh(tp=2).world)
         return verify.call_count, weights.read_parameter("embed.weight").sum().item()
 
@@ -150,7 +151,7 @@ def test_training_goes_on_from_the_weights_of_a_run(tmp_path):
     pairs = [source.get_sample(g, seed=7, seq_len=16) for g in range(2)]
     x, y = (torch.stack([torch.from_numpy(pair[k]) for pair in pairs]) for k in (0, 1))
     want = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())    
-    [line] = metrics.read_metrics(second / "metrics.jsonl")
+    [line] = metrics_and_plots.read_metrics(second / "metrics.jsonl")
     assert line["loss"] == pytest.approx(want.item(), rel=1e-6)  # pretrained reads float32
     assert line["lr"] == pytest.approx(1e-5)  # warm-up's tenth of 1e-4
 

@@ -12,7 +12,7 @@ from torch.distributed import HashStore, PrefixStore
 from torch.distributed.elastic.events import EventSource
 
 from nanoinfra.train.launch import rendezvous
-from nanoinfra.train.launch.launcher import ElasticRankAgent
+from nanoinfra.train.launch.launch_ranks import ElasticRankAgent
 from tests.distributed.sockets import (
     another_interface,
     beyond_loopback,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.train import metrics
-from nanoinfra.train.checkpoint import checkpoint
+from nanoinfra.train import metrics_and_plots
+from nanoinfra.train.checkpoint import save_and_load
 from tests.processes import until
 from tests.train.runs import (
     FLAGS,
@@ -33,7 +33,7 @@ def test_resume_is_bitwise_and_cuts_the_lines_after_the_checkpoint(ranks, tmp_pa
     lost = run / "checkpoints" / "step_00000007"
     (lost / "manifest.json").unlink()                                      # as if it had died while saving
     ranks(2).run(main, [*FLAGS, "--dp", "2", "--lr-schedule", "constant", "--out", str(run), "--resume"])
-    got = metrics.read_metrics(run / "metrics.jsonl")
+    got = metrics_and_plots.read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in got] == list(range(1, STEPS + 1))
     assert bits(got) == bits(want)
     assert weights(run) == weights(tmp_path / "undisturbed")
@@ -45,7 +45,7 @@ def test_resume_on_another_mesh_continues_the_run(ranks, tmp_path):
     constant = ["--lr-schedule", "constant", "--out", str(run)]
     ranks(2).run(main, [*FLAGS, "--steps", "6", "--dp", "2", *constant])
     ranks(3).run(main, [*FLAGS, "--dp", "3", *constant, "--resume"])
-    close(metrics.read_metrics(run / "metrics.jsonl"), want)
+    close(metrics_and_plots.read_metrics(run / "metrics.jsonl"), want)
 
 
 def test_a_run_keeps_its_global_batch_on_fewer_ranks(ranks, tmp_path):
@@ -55,7 +55,8 @@ def test_a_run_keeps_its_global_batch_on_fewer_ranks(ranks, tmp_path):
     assert main([*argv, "--global-batch", "6", "--out", str(want)]) == 0
     ranks(3).run(main, [*argv, "--steps", "5", "--out", str(run)])           # 3 x --micro-batch 2
     ranks(2).run(main, [*argv, "--resume", "--out", str(run)])
-    close(metrics.read_metrics(run / "metrics.jsonl"), metrics.read_metrics(want / "metrics.jsonl"))
+    close(metrics_and_plots.read_metrics(run / "metrics.jsonl"),
+          metrics_and_plots.read_metrics(want / "metrics.jsonl"))
 
 
 @pytest.mark.prove
@@ -65,7 +66,7 @@ def test_a_run_keeps_its_global_batch_on_fewer_ranks(ranks, tmp_path):
 def test_any_mesh_goes_on_from_any_other(ranks, tmp_path, meshes):
     want = undisturbed(tmp_path)
     go_on(ranks, tmp_path / "run", meshes, every=3)
-    close(metrics.read_metrics(tmp_path / "run" / "metrics.jsonl"), want)
+    close(metrics_and_plots.read_metrics(tmp_path / "run" / "metrics.jsonl"), want)
 
 
 @pytest.mark.prove
@@ -78,8 +79,8 @@ def test_a_tour_of_all_pairs_of_meshes(ranks, tmp_path):
     argv = [*FLAGS, "--steps", str(len(tour)), "--dp", "1", "--lr-schedule", "constant"]
     assert main([*argv, "--out", str(tmp_path / "want")]) == 0
     go_on(ranks, tmp_path / "run", tour, every=1)
-    close(metrics.read_metrics(tmp_path / "run" / "metrics.jsonl"),
-          metrics.read_metrics(tmp_path / "want" / "metrics.jsonl"))
+    close(metrics_and_plots.read_metrics(tmp_path / "run" / "metrics.jsonl"),
+          metrics_and_plots.read_metrics(tmp_path / "want" / "metrics.jsonl"))
 
 
 def go_on(ranks, run, meshes, every):
@@ -99,7 +100,8 @@ def test_resume_under_zero_is_bitwise(ranks, tmp_path, zero):
     for out, *parts in (("whole", STEPS), ("parts", 5, STEPS)):
         for i, n in enumerate(parts):
             ranks(3).run(main, [*argv, "--out", str(tmp_path / out), "--steps", str(n)] + ["--resume"] * i)
-    got, want = (metrics.read_metrics(tmp_path / out / "metrics.jsonl") for out in ("parts", "whole"))
+    got, want = (metrics_and_plots.read_metrics(tmp_path / out / "metrics.jsonl") for out in ("parts",
+                                                                                              "whole"))
     assert bits(got) == bits(want)
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
@@ -127,7 +129,7 @@ def test_killed_rank_then_resume_on_three_ranks(tmp_path):
     constant = ["--lr-schedule", "constant", "--out", str(run)]
     kill_at(run, [*FLAGS, "--dp", "2", *constant], "step", 5, 0)
     assert finish([*FLAGS, "--dp", "3", *constant, "--resume"]) == 0
-    close(metrics.read_metrics(run / "metrics.jsonl"), want)
+    close(metrics_and_plots.read_metrics(run / "metrics.jsonl"), want)
 
 
 def test_sigterm_saves_and_ends_well(tmp_path):
@@ -138,9 +140,9 @@ def test_sigterm_saves_and_ends_well(tmp_path):
         process.send_signal(signal.SIGTERM)
         said = process.communicate()[1]
     assert process.returncode == 0, said
-    saved = checkpoint.find_newest_checkpoint(run / "checkpoints")
+    saved = save_and_load.find_newest_checkpoint(run / "checkpoints")
     step = json.loads((run / "stopped.json").read_text())["step"]
-    assert checkpoint.read_checkpoint_state(saved)["step"] == step == lines(run) >= 3
+    assert save_and_load.read_checkpoint_state(saved)["step"] == step == lines(run) >= 3
     assert not (run / "where_ranks_stand").exists()
 
 
@@ -152,7 +154,7 @@ def kill_and_resume(tmp_path, moments, seed):
         said = kill_at(run, argv, kind, step, rank)
         assert f"rank {rank} was killed by signal 9" in said, f"seed {seed}, kill {i}: {said}"
         assert finish([*argv, "--resume"]) == 0, f"seed {seed}, kill {i}"
-        got = metrics.read_metrics(run / "metrics.jsonl")
+        got = metrics_and_plots.read_metrics(run / "metrics.jsonl")
         assert bits(got) == bits(want), f"seed {seed}, kill {i}: {kind} {step} {rank}"
         assert weights(run) == weights(tmp_path / "undisturbed")
 

@@ -10,8 +10,8 @@ import pytest
 from nanoinfra.cli import main
 from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.train import metrics, trainer
-from nanoinfra.train.checkpoint import checkpoint
+from nanoinfra.train import metrics_and_plots, trainer
+from nanoinfra.train.checkpoint import save_and_load
 from nanoinfra.train.config import ModelFlags, RunFlags, TrainFlags
 from nanoinfra.train.optimizer import MixedPrecisionOptimizer
 from nanoinfra.train.run_directory.resume_check import check_resumes_same_run
@@ -31,7 +31,7 @@ def made(tmp_path_factory):
         (folder / "text" / name).parent.mkdir(exist_ok=True)
         (folder / "text" / name).write_text(f"{name} few words and a few more\n" * 9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "plot_loss_curve", lambda *_: None)
+        patch.setattr(metrics_and_plots, "plot_loss_curve", lambda *_: None)
         patch.chdir(folder)
         assert main([*ARGV, "--save-every", "1"]) == 0
     return folder
@@ -40,7 +40,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def run(made, tmp_path, monkeypatch):
     """A copy of it that a test may spoil; its picture is not drawn."""
-    monkeypatch.setattr(metrics, "plot_loss_curve", lambda *_: None)
+    monkeypatch.setattr(metrics_and_plots, "plot_loss_curve", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return Path("run")
@@ -51,11 +51,11 @@ def resume(*more):
 
 
 def lines(run):
-    return metrics.read_metrics(run / "metrics.jsonl")
+    return metrics_and_plots.read_metrics(run / "metrics.jsonl")
 
 
 def saved(run):
-    return [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")]
+    return [path.name for path in save_and_load.list_checkpoints(run / "checkpoints")]
 
 
 def test_a_run_without_a_checkpoint_is_not_wiped(run, capsys):
@@ -101,7 +101,7 @@ def test_what_a_checkpoint_of_another_version_lacks_is_named(run):
 
 
 def test_what_a_checkpoint_of_a_later_version_has_is_named(run):
-    state = checkpoint.read_checkpoint_state(run / "checkpoints" / "step_00000003")
+    state = save_and_load.read_checkpoint_state(run / "checkpoints" / "step_00000003")
     state["model"]["sinks"] = 4
     model = ModelConfig(**json.loads((run / "config.json").read_text())["model"])
     flags = TrainFlags(model=ModelFlags("test"))
@@ -124,7 +124,7 @@ def test_flags_that_may_change_are_said_with_what_they_do_to_the_rate(run, capsy
 
 def test_an_evaluation_before_a_save_leaves_the_rate_in_it(run):
     assert resume("--steps", "4", "--eval-every", "1", "--save-every", "1") == 0
-    state = checkpoint.read_checkpoint_state(run / "checkpoints" / "step_00000004")
+    state = save_and_load.read_checkpoint_state(run / "checkpoints" / "step_00000004")
     assert state["lr"] == lines(run)[3]["lr"] > 0
 
 
@@ -249,7 +249,7 @@ def test_a_broken_config_is_written_anew(run, config):
 def test_a_picture_that_cannot_be_drawn_ends_nothing(run, capsys, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(metrics, "plot_loss_curve", refuse)
+    monkeypatch.setattr(metrics_and_plots, "plot_loss_curve", refuse)
     assert resume("--steps", "5", "--save-every", "1") == 0
     said = capsys.readouterr().err
     assert said.count("loss.png: Permission denied; the run goes on without it") == 1

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.train import metrics, trainer
-from nanoinfra.train.checkpoint import checkpoint
-from nanoinfra.train.launch import signals
-from nanoinfra.train.launch.signals import (
+from nanoinfra.train import metrics_and_plots, trainer
+from nanoinfra.train.checkpoint import save_and_load
+from nanoinfra.train.launch import stop_signals
+from nanoinfra.train.launch.stop_message import resume_command
+from nanoinfra.train.launch.stop_signals import (
     _SAME_SIGNAL_SECONDS,
     TERMINATION_SIGNALS,
     SignalListener,
     StopRequest,
 )
-from nanoinfra.train.launch.stop_message import resume_command
 from tests.processes import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,8 @@ def request_(heard):
 
 @pytest.mark.parametrize("sign", TERMINATION_SIGNALS)
 def test_the_first_signal_asks_and_says_so_at_once(capfd, heard, request_, sign, monkeypatch):
-    monkeypatch.setattr(signals, "_SAME_SIGNAL_SECONDS", 3600.0)             # however slow the machine is
+    monkeypatch.setattr(stop_signals, "_SAME_SIGNAL_SECONDS",
+                        3600.0)             # however slow the machine is
     os.kill(os.getpid(), sign)
     until(lambda: request_.requested)
     assert heard == []
@@ -135,12 +136,12 @@ def test_a_run_on_one_rank_saves_and_says_how_to_go_on(tmp_path, monkeypatch, ca
             os.kill(os.getpid(), sign)
         return execute(*args)
     monkeypatch.setattr(trainer, "execute_schedule", signalled)
-    monkeypatch.setattr(signals, "redirect_terminal_to_devnull", lambda: None)         # pytest's
+    monkeypatch.setattr(stop_signals, "redirect_terminal_to_devnull", lambda: None)         # pytest's
     argv = [*QUICK, "--steps", "100000", "--out", str(tmp_path)]
     assert main(argv) == 0
-    step = len(metrics.read_metrics(tmp_path / "metrics.jsonl"))
+    step = len(metrics_and_plots.read_metrics(tmp_path / "metrics.jsonl"))
     asked, stopped = capfd.readouterr().err.splitlines()
-    saved = checkpoint.find_newest_checkpoint(tmp_path / "checkpoints")
+    saved = save_and_load.find_newest_checkpoint(tmp_path / "checkpoints")
     assert saved.name == f"step_{step:08d}" and 3 <= step < 1000
     assert asked.startswith(f"nanoinfra: {sign.name}: the run stops after this step and is saved")
     assert stopped == (f"nanoinfra: stopped after step {step}; saved in {saved}; go on with: "

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from nanoinfra.train import metrics
+from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.launch.elastic_rank import find_hung_ranks
 from tests.processes import alive, until
 from tests.train.faults import (
@@ -32,7 +32,7 @@ def survives(tmp_path, faults, draw, steps, kind=Survivor, **more) -> str:
     with kind(tmp_path / "disturbed", steps, len(faults), **more) as survivor:
         disturb(survivor, faults, draw)
         assert survivor.process.wait() == 0, survivor.said.read_text()
-    got = metrics.read_metrics(survivor.run / "metrics.jsonl")
+    got = metrics_and_plots.read_metrics(survivor.run / "metrics.jsonl")
     assert bits(got) == bits(want)
     assert weights(survivor.run) == weights(tmp_path / "undisturbed")
     if kind is Survivor:                               # torchrun's own notes in TMPDIR are torchrun's
@@ -80,7 +80,7 @@ def test_every_kind_of_mesh_survives(tmp_path, mesh):
     with Survivor(tmp_path / "disturbed", 60, 3, mesh.split()) as survivor:
         disturb(survivor, [kill, stop, fill_disk], random.Random(mesh))
         assert survivor.process.wait() == 0, survivor.said.read_text()
-    close(metrics.read_metrics(survivor.run / "metrics.jsonl"), want)
+    close(metrics_and_plots.read_metrics(survivor.run / "metrics.jsonl"), want)
 
 
 @needs_linux
@@ -96,7 +96,7 @@ def test_the_launcher_is_killed_and_one_rank_is_left(tmp_path):
     assert not list(survivor.tmp.glob("nanoinfra*"))
     one = [*FLAGS, *CONSTANT, "--steps", "60", "--dp", "1", "--out", str(survivor.run)]
     assert finish([*one, "--resume"]) == 0
-    close(metrics.read_metrics(survivor.run / "metrics.jsonl"), want)
+    close(metrics_and_plots.read_metrics(survivor.run / "metrics.jsonl"), want)
     leaves_nothing(survivor, shared)
 
 

@@ -10,7 +10,7 @@ from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
-from nanoinfra.train import metrics
+from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
 from nanoinfra.train.step import execute_schedule
 from nanoinfra.train.train_stage import TrainStage
@@ -59,7 +59,8 @@ def test_the_held_out_score_is_one_ranks_at_every_stage(ranks, tmp_path):
         out = tmp_path.parent / f"{tmp_path.name}-{dp}-{tp}-{len(more)}"
         flags = [*argv, "--dp", str(dp), "--tp", str(tp), *more, "--threads", "1", "--out", str(out)]
         assert ranks(dp * tp).run(main, flags) == [0] * (dp * tp)
-        scores[dp, tp, *more] = [line["held_out_bpb"] for line in metrics.read_metrics(out / "metrics.jsonl")]
+        lines = metrics_and_plots.read_metrics(out / "metrics.jsonl")
+        scores[dp, tp, *more] = [line["held_out_bpb"] for line in lines]
     for got in scores.values():
         assert got == pytest.approx(scores[1, 1], rel=1e-8)
 
@@ -76,4 +77,4 @@ def test_seconds_are_one_ranks_seconds(ranks, tmp_path, mesh):
     argv = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-batch", "1", mesh, "2",
             "--max-seconds", "1.5", "--threads", "1", "--out", str(tmp_path)]
     assert ranks(2).run(main, argv) == [0, 0]
-    assert sum(line["step_s"] for line in metrics.read_metrics(tmp_path / "metrics.jsonl")) >= 1.4
+    assert sum(line["step_s"] for line in metrics_and_plots.read_metrics(tmp_path / "metrics.jsonl")) >= 1.4

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import cloudpickle
 
-from nanoinfra.distributed.loopback import start_loopback_store
+from nanoinfra.distributed.loopback_store import start_loopback_store
 from nanoinfra.distributed.pool.rank_main import rank_main
 from nanoinfra.distributed.status_board import StatusBoard, hang_report
 

@@ -15,7 +15,7 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Tokenizer
-from nanoinfra.model.weights.tensor_sources import (
+from nanoinfra.model.weights.map_parameters_to_stored_tensors import (
     TensorSlices,
     TensorSource,
     read_parameter_slices,

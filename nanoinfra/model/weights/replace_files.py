@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanoinfra.model.weights.json_files import fsync_path, read_json
+from nanoinfra.model.weights.read_json_files import fsync_path, read_json
 
 _CONFIG_FILE, _STAGING_FOLDER = "config.json", ".new"
 _REPLACED_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nanoinfra.model.weights.json_files import check_file_is_fetched, read_json
-from nanoinfra.model.weights.tensor_sources import TensorSlices
+from nanoinfra.model.weights.map_parameters_to_stored_tensors import TensorSlices
+from nanoinfra.model.weights.read_json_files import check_file_is_fetched, read_json
 
 SAFETENSORS_FILE = "model.safetensors"
 SAFETENSORS_INDEX_FILE = "model.safetensors.index.json"

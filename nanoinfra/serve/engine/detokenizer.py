@@ -10,7 +10,7 @@ import re
 from tokenizers.decoders import DecodeStream
 
 from nanoinfra.model.tokenizer import CLEAN_UP_REPLACEMENTS, Tokenizer
-from nanoinfra.model.weights.import_transformers import rust_panics_as_errors
+from nanoinfra.model.weights.call_transformers import rust_panics_as_errors
 
 MAX_TOKENS_PER_CHARACTER = 4                 # a character has at most 4 bytes in UTF-8, a token at least one
 BYTE_TOKEN_PATTERN = re.compile("<0x[0-9A-Fa-f]{2}>")        # a token of a single byte (sentencepiece)

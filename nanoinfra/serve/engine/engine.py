@@ -19,10 +19,10 @@ from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.engine.block_pool import BlockPool, root_block_hash
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
-from nanoinfra.serve.engine.request_state import RequestState
-from nanoinfra.serve.engine.requests import Logprob, Request, RequestOutput, check_request
+from nanoinfra.serve.engine.request_and_output import Logprob, Request, RequestOutput, check_request
 from nanoinfra.serve.engine.sampler import Sampler, gather_logprobs, mask_out_tokens, rows_are_finite
 from nanoinfra.serve.engine.scheduler import Scheduler, Sequence
+from nanoinfra.serve.engine.sequence_generation_state import RequestState
 
 
 class Engine:

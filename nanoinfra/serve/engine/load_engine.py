@@ -9,10 +9,10 @@ from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.kernels.cpu import decode_kernels
 from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
+from nanoinfra.serve.command_line_options import EngineOptions
 from nanoinfra.serve.engine import cpu_decoder_block, packed_linear
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.options import EngineOptions
-from nanoinfra.train.pretrained import open_pretrained_weights
+from nanoinfra.train.load_and_export_models import open_pretrained_weights
 
 
 def load_engine(options: EngineOptions, mesh: Mesh) -> Engine:

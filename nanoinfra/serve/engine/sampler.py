@@ -13,7 +13,7 @@ from math import isfinite
 import torch
 
 from nanoinfra.model.layers import at_least_float32
-from nanoinfra.serve.engine.requests import Logprob, SamplingParams
+from nanoinfra.serve.engine.request_and_output import Logprob, SamplingParams
 
 _GREEDY_TEMPERATURE = 1e-5                   # lower ones are greedy, as in vLLM: the difference is rounding
 

@@ -12,12 +12,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from nanoinfra.serve.engine.requests import Request
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.engine.request_and_output import Request
 from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.processes.engine_processes import EngineProcesses, ProcessDied
 from nanoinfra.serve.processes.response_stream import ResponseStream
-from nanoinfra.serve.processes.tp_group import TensorParallelGroup
-from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.processes.tensor_parallel_group import TensorParallelGroup
 
 _MAX_RESTART_DELAY_SECONDS = 5.0             # about what loading takes
 _SILENT_TICKS_UNTIL_HUNG = 10                # an engine with work that is silent for more ticks hangs

@@ -17,9 +17,9 @@ from math import inf
 from multiprocessing.connection import Connection
 
 from nanoinfra.model.tokenizer import Tokenizer
-from nanoinfra.serve.engine.requests import RequestOutput
+from nanoinfra.serve.engine.request_and_output import RequestOutput
 from nanoinfra.serve.engine.scheduler import QueueFull
-from nanoinfra.serve.processes.tp_group import TensorParallelGroup
+from nanoinfra.serve.processes.tensor_parallel_group import TensorParallelGroup
 from nanoinfra.train.launch.elastic_rank import die_with_parent
 
 API_SIGNALS = (signal.SIGINT,

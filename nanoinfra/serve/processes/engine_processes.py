@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 
 from nanoinfra.distributed.cpu_threads import default_threads_per_rank
 from nanoinfra.serve.processes.engine_loop import API_SIGNALS, EngineLoadFailed, EngineReady, EngineStepResult
-from nanoinfra.serve.processes.tp_group import TensorParallelGroup
+from nanoinfra.serve.processes.tensor_parallel_group import TensorParallelGroup
 
 _RANK_PROGRAM = "from nanoinfra.serve.processes.engine_loop import main; main()"   # -m: in __main__
 

@@ -2,8 +2,8 @@
 import asyncio
 from collections.abc import Sequence
 
-from nanoinfra.serve.engine.requests import Request, RequestOutput
-from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.engine.request_and_output import Request, RequestOutput
 
 
 class ResponseStream:

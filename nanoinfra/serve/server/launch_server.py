@@ -3,7 +3,7 @@
 On SIGTERM or Ctrl-C running requests may continue for --shutdown-timeout seconds, and new ones get 503.
 Then the process exits with code 0 and leaves no process behind, also while the model loads or when the
 engine hangs. A second signal ends it at once. A signal before `run_server`, while Python starts, ends it
-with one line (train/launch/signals.py).
+with one line (train/launch/stop_signals.py).
 """
 import functools
 import socket
@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable
 
 from nanoinfra.distributed.cpu_threads import set_torch_threads
-from nanoinfra.serve.options import EngineOptions, ServeOptions, check_serve_options
-from nanoinfra.serve.processes.tp_group import TensorParallelGroup
+from nanoinfra.serve.command_line_options import EngineOptions, ServeOptions, check_serve_options
+from nanoinfra.serve.processes.tensor_parallel_group import TensorParallelGroup
 from nanoinfra.serve.server.http.api_keys import API_KEY_VARIABLE, read_api_keys
-from nanoinfra.serve.server.http.shutdown_signals import exit_zero_on_shutdown_signals
+from nanoinfra.serve.server.http.exit_with_0_on_signals import exit_zero_on_shutdown_signals
 
 _REQUIRED_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -30,10 +30,10 @@ def run_server(options: ServeOptions, engine_factory: Callable | None = None) ->
     api_keys = read_api_keys(options)        # before the ranks inherit the environment
     _check_packages()
     from nanoinfra.serve.processes.engine_client import EngineClient
-    from nanoinfra.serve.server.app import build_app
+    from nanoinfra.serve.server.fastapi_app import build_app
     from nanoinfra.serve.server.http.access_control import AccessPolicy, is_loopback_address
     from nanoinfra.serve.server.http.graceful_shutdown import GracefulServer
-    from nanoinfra.serve.server.metrics import ServerMetrics
+    from nanoinfra.serve.server.prometheus_metrics import ServerMetrics
     served_model_name, tp = options.served_model_name or options.engine.model, options.engine.tp
     engine_client = EngineClient(engine_factory or functools.partial(load_rank_engine, options.engine),
                                  ServerMetrics(served_model_name), tp)

@@ -7,8 +7,8 @@ because parsing JSON and writing log-probabilities stop all other threads of the
 from collections.abc import Sequence
 
 from nanoinfra.model.tokenizer import Tokenizer
-from nanoinfra.serve.engine.requests import Request
-from nanoinfra.serve.server.errors import CONTEXT_LENGTH_EXCEEDED, APIError
+from nanoinfra.serve.api_errors import CONTEXT_LENGTH_EXCEEDED, APIError
+from nanoinfra.serve.engine.request_and_output import Request
 
 MAX_BODY_BYTES = 1 << 19                     # a context longer than 65,536 tokens gets 8 a token
 MAX_PROMPTS_PER_REQUEST = 1024               # of one HTTP request, and choices of one response

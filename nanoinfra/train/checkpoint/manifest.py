@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nanoinfra.model.weights.json_files import fsync_path
+from nanoinfra.model.weights.read_json_files import fsync_path
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard, check_shards_cover_tensor
 
 CHECKPOINT_FORMAT = "nanoinfra checkpoint 1"  # raised with every change of the format

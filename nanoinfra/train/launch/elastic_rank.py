@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-LAUNCH_ID_PREFIX = "nanoinfra-"              # begins the run id of every launch by train/launch/launcher.py
+LAUNCH_ID_PREFIX = "nanoinfra-"              # begins the run id of every launch by launch_ranks.py
 STATUS_BOARD_FILE = "where_ranks_stand"      # in the run directory: the status of each rank, while it runs
 ELASTIC_LOGS_FOLDER = ".ranks"               # in the run directory: files of torch's agent, while it runs
 STOP_NOTE_FILE = "stopped.json"              # in the run directory: rank 0's note that a signal ended the run
@@ -28,7 +28,7 @@ def is_rank_process() -> bool:
 
 
 def launched_by_nanoinfra() -> bool:
-    """Whether train/launch/launcher.py started this rank; the launcher then prints for it."""
+    """Whether train/launch/launch_ranks.py started this rank; the launcher then prints for it."""
     return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(LAUNCH_ID_PREFIX)
 
 

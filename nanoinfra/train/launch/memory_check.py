@@ -1,8 +1,8 @@
-"""The memory check: has this machine, or each GPU, the memory that formulas/memory_footprint.py predicts?
+"""The memory check: has this machine, or each GPU, the memory that formulas/training_peak_memory.py predicts?
 
 Refused is only what exceeds all that the machine, or the card, has. The numbers are modelled: tensors are
 counted, the process was measured once, as the constants here say, and so was the heap
-(formulas/memory_footprint.py).
+(formulas/training_peak_memory.py).
 """
 import functools
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nanoinfra.config import MODEL_SIZES, ModelConfig, config_for_size
 from nanoinfra.distributed.host_memory import available_memory_bytes, host_memory_limit_bytes, peak_rss_bytes
-from nanoinfra.formulas.memory_footprint import (
+from nanoinfra.formulas.training_peak_memory import (
     ParallelLayout,
     TrainingStepConfig,
     heap_fragmentation_bytes,
@@ -86,14 +86,14 @@ def rank_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig,
 
 
 def parallel_layout_from_flags(flags: TrainFlags, mesh: dict[str, int]) -> ParallelLayout:
-    """The parallel layout of the flags for formulas/memory_footprint.py; `mesh` is from `mesh_axis_sizes`."""
+    """The flags as a layout for formulas/training_peak_memory.py; `mesh` is from `mesh_axis_sizes`."""
     sp = "none" if not flags.mesh.sp else "keep" if flags.mesh.sp_save_gathered else "gather"
     return ParallelLayout(mesh["pp"], mesh["dp"], mesh["tp"], sp, flags.mesh.zero, flags.pipeline.schedule,
                           flags.pipeline.virtual_stages)
 
 
 def step_config_from_flags(flags: TrainFlags, dp: int, config: ModelConfig) -> TrainingStepConfig:
-    """The work of one of `dp` data-parallel ranks in a step, for formulas/memory_footprint.py."""
+    """The work of one of `dp` data-parallel ranks in a step, for formulas/training_peak_memory.py."""
     model, (G, m) = flags.model, global_batch_and_num_micro_batches(flags.data, dp)
     grad_dtype = model.grad_dtype or ("float64" if model.dtype == "float64" else "float32")
     return TrainingStepConfig(flags.data.seq or config.context, min(flags.data.micro_batch, -(-G // dp)), m,

@@ -1,9 +1,10 @@
 """The rendezvous: the ranks of a run find each other by the variables that their launcher gave them.
 
-On one host all connections are on loopback (distributed/loopback.py), and our own launcher reads nothing that
-a rank or another program wrote. Several hosts need a network that you trust: the store and the connections
-have no secret and no encryption, and torchrun, which starts ranks there, listens on every interface and
-unpickles what it finds at its c10d rendezvous: whoever reaches that port can run code. Rank 0 prints this.
+On one host all connections are on loopback (distributed/loopback_store.py), and our own launcher reads
+nothing that a rank or another program wrote. Several hosts need a network that you trust: the store and the
+connections have no secret and no encryption, and torchrun, which starts ranks there, listens on every
+interface and unpickles what it finds at its c10d rendezvous: whoever reaches that port can run code. Rank 0
+prints this.
 """
 import os
 import sys
@@ -13,14 +14,14 @@ from datetime import timedelta
 from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from nanoinfra.distributed.loopback import (
+from nanoinfra.distributed.loopback_store import (
     bind_gloo_and_nccl_to_loopback,
     connect_to_loopback_store,
     is_loopback,
     start_loopback_store,
 )
+from nanoinfra.train.launch.check_before_start import describe_launcher_environment
 from nanoinfra.train.launch.elastic_rank import launched_by_nanoinfra, ranks_were_restarted
-from nanoinfra.train.launch.preflight import describe_launcher_environment
 
 _STARTUP_TIMEOUT = timedelta(seconds=300)    # that ranks have to start
 _WARN_AFTER_SECONDS = 20.0                   # until a waiting rank prints that others are missing

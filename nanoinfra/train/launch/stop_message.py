@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from nanoinfra.train.launch.elastic_rank import STOP_NOTE_FILE
-from nanoinfra.train.launch.signals import is_reporting_process, write_line_to_stderr
+from nanoinfra.train.launch.stop_signals import is_reporting_process, write_line_to_stderr
 
 
 def report_stopped_run(out: Path, argv: list[str]) -> None:

@@ -2,8 +2,8 @@
 
 A checkpoint holds all that a run needs to resume: weights, optimizer state, step, samples consumed, seconds
 spent, and the identity of its data. Rank 0 writes the small files, every rank its shards of a checkpoint
-(train/checkpoint/checkpoint.py). One run at a time has it (train/run_directory/lock.py), and none but a run's
-is taken (train/run_directory/ownership.py).
+(train/checkpoint/save_and_load.py). One run at a time has it (train/run_directory/lock_run_directory.py), and
+none but a run's is taken (train/run_directory/check_out_folder.py).
 """
 import json
 import sys
@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from nanoinfra.distributed import comm
 from nanoinfra.model.weights.hugging_face.tokenizer_files import remove_tokenizer_files
 from nanoinfra.renamed_flags import with_new_flag_names
-from nanoinfra.train import metrics
-from nanoinfra.train.checkpoint import checkpoint, retention
+from nanoinfra.train import metrics_and_plots
+from nanoinfra.train.checkpoint import list_and_delete_checkpoints, save_and_load
 from nanoinfra.train.checkpoint.manifest import read_manifest
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError
 from nanoinfra.train.config import RunFlags, TrainFlags, flags_to_dict
@@ -23,11 +23,15 @@ from nanoinfra.train.launch.elastic_rank import (
     make_run_folder,
     ranks_were_restarted,
 )
-from nanoinfra.train.pretrained import save_pretrained_tokenizer
-from nanoinfra.train.run_directory.lock import lock_run_directory
-from nanoinfra.train.run_directory.ownership import RUN_DIRECTORY_VERSION, check_out_folder, read_run_config
+from nanoinfra.train.load_and_export_models import save_pretrained_tokenizer
+from nanoinfra.train.model_and_data_inputs import RunInputs
+from nanoinfra.train.run_directory.check_out_folder import (
+    RUN_DIRECTORY_VERSION,
+    check_out_folder,
+    read_run_config,
+)
+from nanoinfra.train.run_directory.lock_run_directory import lock_run_directory
 from nanoinfra.train.run_directory.resume_check import check_resumes_same_run, data_description
-from nanoinfra.train.run_inputs import RunInputs
 from nanoinfra.train.train_stage import TrainStage
 
 
@@ -46,7 +50,7 @@ class RunDirectory:
 
     def __enter__(self):
         with self._open_locks:               # released again if the check fails
-            checkpoint.run_on_first_rank(self.mesh.world, self._take)
+            save_and_load.run_on_first_rank(self.mesh.world, self._take)
             self._open_locks = self._open_locks.pop_all()
         return self
 
@@ -60,18 +64,18 @@ class RunDirectory:
         --resume.
         """
         restarted, self.data_description = self._is_restart(), data_description(inputs)
-        name = checkpoint.run_on_first_rank(self.mesh.world, lambda: self._chosen(restarted))
+        name = save_and_load.run_on_first_rank(self.mesh.world, lambda: self._chosen(restarted))
         if name is None:
             return {"step": 0, "consumed": 0}
         folder = self.checkpoints_folder / name
-        state = with_new_flag_names(checkpoint.read_checkpoint_state(folder))
+        state = with_new_flag_names(save_and_load.read_checkpoint_state(folder))
         check_resumes_same_run(self.path, state, inputs, flags, self.data_description)
         wanted = [shard for shard, _ in stage.tensor_shards()]
         # Rank 0 has verified every byte already.
-        stage.load_state_dict(checkpoint.load_shards(folder, wanted, read_manifest(folder)), state)
+        stage.load_state_dict(save_and_load.load_shards(folder, wanted, read_manifest(folder)), state)
         self.resumed_after_step = state["step"]
         if self.flags.resume_from is not None and not restarted:
-            checkpoint.run_on_first_rank(self.mesh.world, lambda: self._abandon_after(state["step"]))
+            save_and_load.run_on_first_rank(self.mesh.world, lambda: self._abandon_after(state["step"]))
         return state
 
     def save_checkpoint(self, step: int, stage: TrainStage, state: dict, keep: int) -> None:
@@ -79,8 +83,8 @@ class RunDirectory:
         data, shards = self.mesh.data, stage.tensor_shards()
         own = shards if stage.parallel_model.config.zero_stage else shards[data.rank::data.size]
         state = {"step": step, "text": self.data_description, **stage.state_dict(), **state}
-        checkpoint.save_checkpoint(self.checkpoints_folder, step, own, state, self.mesh.world, keep,
-                                   self.warn_once)
+        save_and_load.save_checkpoint(self.checkpoints_folder, step, own, state, self.mesh.world, keep,
+                                      self.warn_once)
 
     def write_config_and_tokenizer(self, flags: TrainFlags, inputs: RunInputs) -> None:
         """Write config.json and tokenizer/, with which the run can be loaded and served."""
@@ -89,7 +93,8 @@ class RunDirectory:
         config = {"nanoinfra": RUN_DIRECTORY_VERSION, "model": inputs.model_config.to_dict(),
                   "flags": flags_to_dict(flags), "inputs": inputs.data_identity,
                   "text": self.data_description, "launch": launch_id()}
-        metrics.replace_file(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        metrics_and_plots.replace_file(self.path / "config.json", json.dumps(config,
+                                                                             indent=2) + "\n")
         if inputs.pretrained_weights:
             save_pretrained_tokenizer(inputs.pretrained_weights, self.path / "tokenizer")
         elif inputs.dataset.tokenizer:
@@ -101,7 +106,8 @@ class RunDirectory:
         """Draw loss.png from metrics.jsonl; when it cannot be written, print a warning and go on."""
         if self.is_first_rank:
             try:
-                metrics.plot_loss_curve(self.path / "metrics.jsonl", self.path / "loss.png", title)
+                metrics_and_plots.plot_loss_curve(self.path / "metrics.jsonl",
+                                                  self.path / "loss.png", title)
             except OSError as error:
                 self.warn_once(f"cannot write {self.path / 'loss.png'}: {error.strerror or error}; the run "
                                "goes on without it")
@@ -122,12 +128,13 @@ class RunDirectory:
 
         When that is the first step after resuming, the checkpoint itself is spoilt: no update has happened.
         """
-        saved = checkpoint.list_checkpoints(self.checkpoints_folder)
+        saved = save_and_load.list_checkpoints(self.checkpoints_folder)
         if not saved:
             return "no checkpoint was saved yet"
         *before, newest = saved
-        earlier = f"--resume-from {' or '.join(str(retention.checkpoint_step(path)) for path in before)}"
-        if step == self.resumed_after_step + 1 == retention.checkpoint_step(newest) + 1:
+        steps = [str(list_and_delete_checkpoints.checkpoint_step(path)) for path in before]
+        earlier = f"--resume-from {' or '.join(steps)}"
+        if step == self.resumed_after_step + 1 == list_and_delete_checkpoints.checkpoint_step(newest) + 1:
             way = f"go on from an earlier one with {earlier}" if before else "no earlier one is left"
             return f"the last checkpoint is {newest}, which is spoilt already; {way}"
         way = f", or, if that is spoilt already, from an earlier one with {earlier}" if before else ""
@@ -149,7 +156,7 @@ class RunDirectory:
 
     def _chosen(self, restarted):
         """The name of the checkpoint to resume from, None for a new run; ValueError if neither is allowed."""
-        there = checkpoint.list_checkpoints(self.checkpoints_folder)
+        there = save_and_load.list_checkpoints(self.checkpoints_folder)
         if self.flags.resume_from is not None and not restarted:
             return self._asked_for(there)
         if self.flags.resume or restarted and there:
@@ -157,7 +164,7 @@ class RunDirectory:
         if there:
             raise ValueError(f"{self.path} holds a run already, with {there[-1].name}; go on from it with "
                              "--resume, or name another --out")
-        if not restarted and (lines := metrics.read_metrics(self.path / "metrics.jsonl")):
+        if not restarted and (lines := metrics_and_plots.read_metrics(self.path / "metrics.jsonl")):
             raise ValueError(f"{self.path} holds the metrics of {len(lines)} steps of a run that has no "
                              "checkpoint to go on from; name another --out, or remove its metrics.jsonl to "
                              "begin anew")
@@ -165,27 +172,27 @@ class RunDirectory:
 
     def _asked_for(self, there):
         step = self.flags.resume_from
-        folder = retention.checkpoint_folder(self.checkpoints_folder, step)
-        steps = [str(retention.checkpoint_step(path)) for path in there if path != folder]
+        folder = list_and_delete_checkpoints.checkpoint_folder(self.checkpoints_folder, step)
+        steps = [str(list_and_delete_checkpoints.checkpoint_step(path)) for path in there if path != folder]
         others = f"; there are those of steps {', '.join(steps)}" if steps else "; there is no other"
         if folder not in there:
             raise ValueError(f"--resume-from {step}: {self.checkpoints_folder} has no checkpoint of it"
                              f"{others}")
         try:
-            checkpoint.verify_checkpoint(folder)
+            save_and_load.verify_checkpoint(folder)
         except CheckpointError as error:
             raise ValueError(f"--resume-from {step}: {error}{others}") from error
         return folder.name
 
     def _newest(self, there):
-        found = checkpoint.find_newest_checkpoint(self.checkpoints_folder, self.warn_once)
+        found = save_and_load.find_newest_checkpoint(self.checkpoints_folder, self.warn_once)
         if found is None:
-            begun = there or metrics.read_metrics(self.path / "metrics.jsonl")
+            begun = there or metrics_and_plots.read_metrics(self.path / "metrics.jsonl")
             remedy = "train anew into another --out" if begun else "start without --resume"
             raise ValueError(f"--resume: no good checkpoint in {self.checkpoints_folder}; {remedy}")
         return found.name
 
     def _abandon_after(self, step):
-        for path in retention.abandon_checkpoints_after(self.checkpoints_folder, step):
+        for path in list_and_delete_checkpoints.abandon_checkpoints_after(self.checkpoints_folder, step):
             print(f"{path.with_suffix('').name} is set aside as {path.name}: --resume will not take it; "
                   "remove it when you need it no more", flush=True)

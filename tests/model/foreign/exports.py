@@ -14,7 +14,7 @@ from nanoinfra.config import (
     RopeScaling,
 )
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.hugging_face.weights import load_hf_model, save_hf_model
+from nanoinfra.model.weights.hugging_face.load_and_save import load_hf_model, save_hf_model
 from tests.model.foreign.judge import Case, Fault, ours
 from tests.model.foreign.models import compare, theirs, write_model
 from tests.model.foreign.models import raw as raw_config

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from nanoinfra.model.weights.load import load_model
+from nanoinfra.model.weights.load_model import load_model
 from tests.model.foreign.gguf_files import (
     ARRAY,
     BOOL,

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from nanoinfra.model.weights.load import load_model
+from nanoinfra.model.weights.load_model import load_model
 from tests.model.foreign.judge import CLOSE, Fault, ours
 from tests.model.twins import scrambled
 

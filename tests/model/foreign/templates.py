@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from nanoinfra.model.tokenizer import apply_chat_template
-from nanoinfra.model.weights.load import load_model
+from nanoinfra.model.weights.load_model import load_model
 from nanoinfra.serve.server.openai.chat_template_process import ChatTemplateProcess
 from tests.model.foreign.judge import Case, Fault, Refused, ours, same
 from tests.model.foreign.kinds import write_text

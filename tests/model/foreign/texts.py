@@ -8,7 +8,7 @@ from functools import partial
 
 from transformers import AutoTokenizer, GenerationConfig
 
-from nanoinfra.model.weights.load import load_model
+from nanoinfra.model.weights.load_model import load_model
 from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer
 from tests.model.foreign.judge import Case, Fault, ours, same
 from tests.model.foreign.kinds import KINDS, write_text

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanoinfra.model.weights.import_transformers import import_optional_package
-from nanoinfra.model.weights.tensor_sources import TensorSlices
+from nanoinfra.model.weights.call_transformers import import_optional_package
+from nanoinfra.model.weights.map_parameters_to_stored_tensors import TensorSlices
 
 _NUMBER_FORMATS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))   # type -> struct's letter
 _STRING_TYPE, _ARRAY_TYPE = 8, 9

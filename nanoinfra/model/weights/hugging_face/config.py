@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from nanoinfra.config import ATTENTION_LINEARS, MLP_LINEARS, MODEL_FAMILIES, ModelConfig
+from nanoinfra.model.weights.call_transformers import call_transformers, import_transformers
 from nanoinfra.model.weights.hugging_face.config_fields import (
     ACTIVATION_FROM_HF,
     ACTIVATION_TO_HF,
@@ -27,8 +28,7 @@ from nanoinfra.model.weights.hugging_face.rope_config import (
     rope_from_hf,
     rope_to_hf,
 )
-from nanoinfra.model.weights.import_transformers import call_transformers, import_transformers
-from nanoinfra.model.weights.json_files import read_json
+from nanoinfra.model.weights.read_json_files import read_json
 
 MAX_CONFIG_VALUES = {
     "num_hidden_layers": 4096, "n_layer": 4096, "max_position_embeddings": 2**31, "n_positions": 2**31,

@@ -6,7 +6,7 @@ begin with two rows that no token reads; the other families store all tensors as
 """
 from dataclasses import dataclass
 
-from nanoinfra.model.weights.tensor_sources import TensorSource
+from nanoinfra.model.weights.map_parameters_to_stored_tensors import TensorSource
 
 HF_HEAD_WEIGHT = "lm_head.weight"            # without prefix in every family
 QKV_LINEARS = ("attn.q", "attn.k", "attn.v")

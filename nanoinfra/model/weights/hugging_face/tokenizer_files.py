@@ -11,12 +11,12 @@ from pathlib import Path
 
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.tokenizer import Tokenizer
-from nanoinfra.model.weights.import_transformers import (
+from nanoinfra.model.weights.call_transformers import (
     call_transformers,
     import_optional_package,
     import_transformers,
 )
-from nanoinfra.model.weights.json_files import check_file_is_fetched, read_json
+from nanoinfra.model.weights.read_json_files import check_file_is_fetched, read_json
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
                      "spm.model", "sentencepiece.bpe.model", "tiktoken.model", "tekken.json")

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.api_errors import APIError
 from nanoinfra.serve.server.http.unserved_routes import reject_unserved_endpoint
 
 

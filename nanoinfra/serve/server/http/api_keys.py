@@ -11,8 +11,8 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from nanoinfra.serve.engine.requests import Request
-from nanoinfra.serve.options import ServeOptions
+from nanoinfra.serve.command_line_options import ServeOptions
+from nanoinfra.serve.engine.request_and_output import Request
 
 API_KEY_VARIABLE = "NANOINFRA_API_KEY"
 

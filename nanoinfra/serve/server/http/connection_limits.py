@@ -15,7 +15,7 @@ import h11
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.api_errors import APIError
 from nanoinfra.serve.server.http.request_ids import REQUEST_ID_HEADER, get_or_create_request_id
 
 DEFAULT_MAX_CONNECTIONS = 2048               # more if the engine takes more requests

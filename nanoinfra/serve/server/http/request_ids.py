@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.api_errors import APIError
 
 REQUEST_ID_HEADER = "x-request-id"
 _VALID_REQUEST_ID = re.compile(rb"[!-~]{1,128}")             # other ids are replaced by new ones

@@ -4,7 +4,7 @@ The error names the right path or the missing feature. "Not Found" alone would l
 """
 from collections.abc import Sequence
 
-from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.api_errors import APIError
 
 UNSERVED_ENDPOINTS = {                       # endpoints of OpenAI and vLLM below /v1/: what they do
     "embeddings": "embeddings", "audio": "speech", "images": "pictures", "videos": "videos",

@@ -13,9 +13,9 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import from_json
 
 from nanoinfra.model.tokenizer import Tokenizer
+from nanoinfra.serve.api_errors import APIError
 from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server import request_limits
-from nanoinfra.serve.server.errors import APIError
 from nanoinfra.serve.server.openai import request_fields
 from nanoinfra.serve.server.openai.request_fields import OpenAIBaseModel
 

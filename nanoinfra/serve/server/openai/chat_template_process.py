@@ -14,7 +14,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from nanoinfra.model.tokenizer import Tokenizer, apply_chat_template, load_chat_template_renderer
-from nanoinfra.model.weights.import_transformers import hide_torch_from_transformers
+from nanoinfra.model.weights.call_transformers import hide_torch_from_transformers
 from nanoinfra.train.launch.elastic_rank import die_with_parent
 
 _MAX_CPU_SECONDS_PER_CHAT = 2.0              # of CPU time

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from io import StringIO
 
-from nanoinfra.serve.engine.requests import Logprob, RequestOutput
+from nanoinfra.serve.engine.request_and_output import Logprob, RequestOutput
 
 
 class FlatLogprobs:

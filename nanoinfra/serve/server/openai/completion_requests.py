@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, FailFast, Field, ValidationError
 
 from nanoinfra.model.tokenizer import Tokenizer, apply_chat_template
-from nanoinfra.serve.engine.requests import InvalidRequest, Request, SamplingParams, check_request
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.engine.request_and_output import InvalidRequest, Request, SamplingParams, check_request
 from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server import request_limits
-from nanoinfra.serve.server.errors import APIError
 from nanoinfra.serve.server.openai import request_fields
 from nanoinfra.serve.server.openai.chat_messages import ChatMessage, RenderTemplate, render_chat_prompt
 from nanoinfra.serve.server.openai.request_fields import (

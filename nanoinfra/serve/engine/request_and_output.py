@@ -2,7 +2,7 @@
 from dataclasses import dataclass, field
 from math import log10
 
-from nanoinfra.serve.server.errors import CONTEXT_LENGTH_EXCEEDED
+from nanoinfra.serve.api_errors import CONTEXT_LENGTH_EXCEEDED
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Grade a lesson: `python -m nanoinfra.lab.grading.grade 02 [--file work/L02.py]`.
+"""Grade a lesson: `python -m nanoinfra.lab.grading.grade_lesson 02 [--file work/L02.py]`.
 
 A point is given for each criterion that is met and each prediction that was made. The exit code is 0 for the
 full score, 1 if something is wrong, 2 if a criterion is blocked or there is nothing to grade. The file runs
@@ -15,12 +15,12 @@ from pathlib import Path
 
 from nanoinfra.lab import check, exercise
 from nanoinfra.lab import predict as book
-from nanoinfra.lab.build import find_lesson_sources
+from nanoinfra.lab.build_notebooks import find_lesson_sources
 from nanoinfra.lab.check import Check, CheckReport, Verdict
-from nanoinfra.lab.course import display_path, lessons_folder, work_folder
+from nanoinfra.lab.find_course_folder import display_path, lessons_folder, work_folder
 from nanoinfra.lab.grading.limited_process import LimitedProcess, ProcessGaveNoLine, ProcessLimits
 
-_JUDGE_COMMAND = [sys.executable, "-P", "-m", "nanoinfra.lab.grading.judge"]
+_JUDGE_COMMAND = [sys.executable, "-P", "-m", "nanoinfra.lab.grading.judge_process"]
 _DEFAULT_LIMITS = ProcessLimits()
 _MAX_HAND_IN_BYTES = 1 << 20                                   # of a file that is handed in
 
@@ -143,7 +143,7 @@ def _say(text, margin):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m nanoinfra.lab.grading.grade",
+    parser = argparse.ArgumentParser(prog="python -m nanoinfra.lab.grading.grade_lesson",
                                      description="grade a lesson")
     parser.add_argument("lesson", help="its number, as 02")
     parser.add_argument("--file", help="default work/L<lesson>.py")

@@ -15,9 +15,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from nanoinfra.serve.api_errors import APIError
 from nanoinfra.serve.processes.engine_client import EngineClient
-from nanoinfra.serve.server.errors import APIError
-from nanoinfra.serve.server.handlers import handle_generation_request, require_ready_engine
+from nanoinfra.serve.server.generation_handlers import handle_generation_request, require_ready_engine
 from nanoinfra.serve.server.http.access_control import AccessControlMiddleware, AccessPolicy
 from nanoinfra.serve.server.http.api_keys import cache_salt_of_key, find_bearer_key
 from nanoinfra.serve.server.http.request_ids import REQUEST_ID_HEADER, RequestIdMiddleware, log_server_error
@@ -28,9 +28,9 @@ from nanoinfra.serve.server.openai.completion_responses import (
     CompletionResponse,
     encode_sse_event,
 )
-from nanoinfra.serve.server.openai.responses_output import ResponsesResponse
-from nanoinfra.serve.server.openai.responses_requests import ResponsesRequest
-from nanoinfra.serve.server.preprocess import RequestPreprocessor, model_not_found_error
+from nanoinfra.serve.server.openai.responses_api_output import ResponsesResponse
+from nanoinfra.serve.server.openai.responses_api_requests import ResponsesRequest
+from nanoinfra.serve.server.preprocess_requests import RequestPreprocessor, model_not_found_error
 
 _STATS_INTERVAL_SECONDS = 0.2                # seconds from one message of /stats to the next
 _MAX_STATS_STREAMS = 32                      # streams of /stats at the same time; such a stream has no end

@@ -1,4 +1,4 @@
-"""Run a lab on several ranks: `python -m nanoinfra.lab.run 08 --nproc 4`, or under torchrun on a cluster.
+"""Run a lab on several ranks: `python -m nanoinfra.lab.run_lab 08 --nproc 4`, or under torchrun on a cluster.
 
 A lesson's lab.py has PREDICTIONS {key: unit}, QUESTIONS, BREAKS (mistakes to plant), MODELS, `expect(n,
 model)` with each key's value by formula, and `measure(mesh, model, broken)` with each key's Measurement. Rank
@@ -17,20 +17,20 @@ from pathlib import Path
 from types import ModuleType
 
 from nanoinfra.lab import predict as book
-from nanoinfra.lab.compare import RELATIVE_TOLERANCE_BY_KIND, ComparisonRow, compare_predictions
-from nanoinfra.lab.course import (
+from nanoinfra.lab.compare_predictions import RELATIVE_TOLERANCE_BY_KIND, ComparisonRow, compare_predictions
+from nanoinfra.lab.display_table import DisplayTable
+from nanoinfra.lab.exercise import load_python_file
+from nanoinfra.lab.find_course_folder import (
     display_path,
     lesson_folders,
     lessons_folder,
     make_lessons_importable,
     work_folder,
 )
-from nanoinfra.lab.display_table import DisplayTable
-from nanoinfra.lab.exercise import load_python_file
 from nanoinfra.lab.measure import Measurement, describe_machine
 from nanoinfra.lab.predict import format_quantity
 from nanoinfra.train.launch.elastic_rank import is_rank_process
-from nanoinfra.train.launch.signals import SignalListener, exit_immediately
+from nanoinfra.train.launch.stop_signals import SignalListener, exit_immediately
 
 _RANK = int(os.environ.get("RANK", 0))                 # torchrun sets both
 _WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -166,7 +166,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _arguments(argv):
-    parser = _Parser(prog="python -m nanoinfra.lab.run", description="run a lab on some ranks")
+    parser = _Parser(prog="python -m nanoinfra.lab.run_lab", description="run a lab on some ranks")
     parser.add_argument("lab", help="its number, as 08")
     parser.add_argument("--nproc", type=int, default=1, help="number of ranks to start; under torchrun its "
                         "own flag counts")
@@ -217,8 +217,8 @@ def main(argv: list[str] | None = None) -> int:
         if given.check:
             return 0
         if given.nproc > 1 and not is_rank_process():
-            from nanoinfra.train.launch.launcher import launch_ranks
-            return launch_ranks(argv, given.nproc, module="nanoinfra.lab.run")
+            from nanoinfra.train.launch.launch_ranks import launch_ranks
+            return launch_ranks(argv, given.nproc, module="nanoinfra.lab.run_lab")
         return run_lab(lab, model, given.broken)
     except Exception as error:
         print(_failure(lab, error), file=sys.stderr)

@@ -1,8 +1,8 @@
 """`nanoinfra doctor` describes the machine and measures matmul rates and each mesh axis's link.
 
 The matmul rate is the measured peak that MFU divides by (formulas/flops.py). An axis is timed with
-all-reduces, the pp axis with messages, at many sizes (distributed/benchmarks.py). Latency alpha and bandwidth
-beta are fitted as t = steps alpha + bytes / beta (formulas/collectives.py; Hockney 1994).
+all-reduces, the pp axis with messages, at many sizes (distributed/measure_links_and_matmul.py). Latency alpha
+and bandwidth beta are fitted as t = steps alpha + bytes / beta (formulas/collectives.py; Hockney 1994).
 """
 import json
 from dataclasses import asdict, replace
@@ -11,8 +11,11 @@ from statistics import median as middle
 import torch
 
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.benchmarks import measure_matmul_flops_per_second, time_collective_by_payload
 from nanoinfra.distributed.cpu_threads import set_torch_threads
+from nanoinfra.distributed.measure_links_and_matmul import (
+    measure_matmul_flops_per_second,
+    time_collective_by_payload,
+)
 from nanoinfra.distributed.mesh import MESH_AXIS_NAMES, Mesh, world_size
 from nanoinfra.formulas.collectives import fit_latency_bandwidth
 from nanoinfra.lab.display_table import DisplayTable

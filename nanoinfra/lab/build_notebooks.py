@@ -1,8 +1,8 @@
 """Notebooks from the lessons' percent files, which are the only source.
 
-    python -m nanoinfra.lab.build lessons      lessons/lNN_topic/lesson.py -> lessons/build/lNN_topic.ipynb
-    python -m nanoinfra.lab.build student      the student edition, itself a course: lessons/build/student;
-                                               nbgrader's source and release: lessons/build/nbgrader
+    python -m nanoinfra.lab.build_notebooks lessons    lessons/lNN_topic/lesson.py -> lessons/build/*.ipynb
+    python -m nanoinfra.lab.build_notebooks student    a course for students: lessons/build/student;
+                                                       nbgrader's own tree: lessons/build/nbgrader
 
 The student edition is made by nbgrader's own steps: solutions cleared, hidden tests dropped, given cells
 locked.
@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanoinfra.lab.course import course_folder, display_path, lesson_folders, lessons_folder
 from nanoinfra.lab.exercise import SOLUTION_MARKER
+from nanoinfra.lab.find_course_folder import course_folder, display_path, lesson_folders, lessons_folder
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode  # of the lessons extra
@@ -107,7 +107,8 @@ def clear_solutions(notebook: "NotebookNode") -> "NotebookNode":
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line, and print each notebook that was written."""
-    parser = argparse.ArgumentParser(prog="python -m nanoinfra.lab.build", description="make notebooks")
+    parser = argparse.ArgumentParser(prog="python -m nanoinfra.lab.build_notebooks",
+                                     description="make notebooks")
     parser.add_argument("edition", choices=["lessons", "student"])
     parser.add_argument("--only", default="", help="a lesson's number, as 02")
     given = parser.parse_args(argv)

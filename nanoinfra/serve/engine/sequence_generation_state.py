@@ -3,7 +3,7 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 
 from nanoinfra.serve.engine.detokenizer import StopStringDetokenizer
-from nanoinfra.serve.engine.requests import Logprob, Request
+from nanoinfra.serve.engine.request_and_output import Logprob, Request
 from nanoinfra.serve.engine.sampler import Sampler
 from nanoinfra.serve.engine.scheduler import Sequence
 

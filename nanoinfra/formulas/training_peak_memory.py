@@ -1,25 +1,29 @@
 """The peak memory of a training rank, by part: modelled bytes that follow from shapes and flags.
 
 The parts are weights, gradients and optimizer states, sharded by tp, pp and ZeRO (formulas/zero.py); saved
-activations of each micro-batch in flight (formulas/activations.py); temporary work tensors of one product,
-layer or update; communication buffers; input batches. The largest moment of a run counts. On a CPU the heap
-adds its fragmentation. States: Rajbhandari et al. 2020; activations: Korthikanti et al. 2022.
+activations of each micro-batch in flight (formulas/saved_activations.py); temporary work tensors of one
+product, layer or update; communication buffers; input batches. The largest moment of a run counts. On a CPU
+the heap adds its fragmentation. States: Rajbhandari et al. 2020; activations: Korthikanti et al. 2022.
 """
 from math import prod
 from typing import NamedTuple
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.activations import (
+from nanoinfra.formulas.communication_by_axis import (
+    TIED_WEIGHT_NAME,
+    rank_parameter_shapes,
+    stage_chunk_layers,
+)
+from nanoinfra.formulas.model_states import DTYPE_BYTES
+from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.formulas.pipeline import predicted_micro_batches_in_flight, stage_message_bytes
+from nanoinfra.formulas.saved_activations import (
     embedding_and_head_bytes_by_term,
     layer_activation_bytes_by_term,
     recompute_working_bytes,
     saved_activation_bytes_of_layers,
 )
-from nanoinfra.formulas.model_states import DTYPE_BYTES
-from nanoinfra.formulas.parameters import parameter_shapes
-from nanoinfra.formulas.pipeline import predicted_micro_batches_in_flight, stage_message_bytes
 from nanoinfra.formulas.tensor_parallel import padded_seq_len, tp_rank_config
-from nanoinfra.formulas.traffic_by_axis import TIED_WEIGHT_NAME, rank_parameter_shapes, stage_chunk_layers
 from nanoinfra.formulas.zero import zero_buffer_bytes, zero_model_state_bytes_of_shapes, zero_padded_numel
 
 _LOGIT_ROWS_BYTES = 2 << 20                  # of logits at a time, as in parallel/vocab_parallel.py

@@ -4,7 +4,7 @@ They report files that are no text, tokens that are in no sample, and a held-out
 train side.
 """
 from nanoinfra.data.corpus import Corpus
-from nanoinfra.data.text_files import summarize_skip_reasons
+from nanoinfra.data.read_text_files import summarize_skip_reasons
 from nanoinfra.data.token_datasets import PackedDataset
 
 

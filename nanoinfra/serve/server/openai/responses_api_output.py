@@ -6,10 +6,10 @@ in its part, its message and the response object.
 import time
 from collections.abc import Sequence
 
-from nanoinfra.serve.engine.requests import RequestOutput
-from nanoinfra.serve.server.errors import APIError
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.engine.request_and_output import RequestOutput
 from nanoinfra.serve.server.openai.completion_responses import ChatCompletionResponse, encode_json
-from nanoinfra.serve.server.openai.responses_requests import ResponsesRequest
+from nanoinfra.serve.server.openai.responses_api_requests import ResponsesRequest
 
 _STATUS_OF_FINISH_REASON = {"stop": "completed", "length": "incomplete"}
 _ERROR_CODE_OF_STATUS = {400: "invalid_prompt", 429: "rate_limit_exceeded"}  # others are server_error

@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 
 from nanoinfra.config import MODEL_SIZES, ModelConfig, config_for_size
-from nanoinfra.data.data_summary import data_warnings, describe_data
-from nanoinfra.data.loader import HeldOutSet
+from nanoinfra.data.describe_data import data_warnings, describe_data
+from nanoinfra.data.micro_batch_loader import HeldOutSet
 from nanoinfra.data.token_datasets import PackedDataset, RandomTokenDataset, open_dataset
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed import comm
@@ -16,7 +16,7 @@ from nanoinfra.formulas.tensor_parallel import check_tp_fits_model
 from nanoinfra.model.weights.fill_model import PretrainedWeights, ReadParameter
 from nanoinfra.train.config import TrainFlags, global_batch_and_num_micro_batches
 from nanoinfra.train.launch.memory_check import check_memory_fits, replace_flags
-from nanoinfra.train.pretrained import open_pretrained_weights
+from nanoinfra.train.load_and_export_models import open_pretrained_weights
 
 _MAX_DEFAULT_SEQ_LEN = 1024  # when pretrained weights would allow longer samples
 

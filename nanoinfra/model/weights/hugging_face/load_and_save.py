@@ -29,13 +29,13 @@ from nanoinfra.model.weights.hugging_face.tokenizer_files import (
     copy_tokenizer_files,
     tokenizer_keys_for_config,
 )
+from nanoinfra.model.weights.map_parameters_to_stored_tensors import join_to_stored_tensor, parameter_sources
 from nanoinfra.model.weights.replace_files import replace_model_files
 from nanoinfra.model.weights.safetensors_files import (
     SAFETENSORS_FILE,
     SAFETENSORS_INDEX_FILE,
     SafetensorsFolder,
 )
-from nanoinfra.model.weights.tensor_sources import join_to_stored_tensor, parameter_sources
 
 
 def load_hf_model(folder: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Decoder:

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.model.weights.json_files import read_json
+from nanoinfra.model.weights.read_json_files import read_json
 from nanoinfra.renamed_flags import with_new_flag_names
 from nanoinfra.train.config import RunFlags
 

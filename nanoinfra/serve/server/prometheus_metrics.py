@@ -9,7 +9,7 @@ from time import monotonic
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from nanoinfra.serve.engine.requests import Request, RequestOutput
+from nanoinfra.serve.engine.request_and_output import Request, RequestOutput
 from nanoinfra.serve.processes.engine_loop import EngineStepResult
 
 

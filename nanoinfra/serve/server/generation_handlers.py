@@ -16,15 +16,15 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.datastructures import State
 from starlette.requests import ClientDisconnect
 
-from nanoinfra.serve.engine.requests import RequestOutput
+from nanoinfra.serve.api_errors import APIError
+from nanoinfra.serve.engine.request_and_output import RequestOutput
 from nanoinfra.serve.processes.engine_client import EngineClient
 from nanoinfra.serve.processes.response_stream import ResponseStream
-from nanoinfra.serve.server.errors import APIError
 from nanoinfra.serve.server.http.api_keys import prepend_cache_salt
 from nanoinfra.serve.server.http.request_ids import log_server_error
 from nanoinfra.serve.server.openai.completion_requests import BaseCompletionRequest
 from nanoinfra.serve.server.openai.completion_responses import BaseCompletionResponse
-from nanoinfra.serve.server.preprocess import LARGE_BODY_BYTES, RequestPreprocessor
+from nanoinfra.serve.server.preprocess_requests import LARGE_BODY_BYTES, RequestPreprocessor
 from nanoinfra.serve.server.request_limits import max_body_bytes
 
 _BODY_CHUNK_BYTES = 1 << 16                  # bytes of a JSON response sent at once

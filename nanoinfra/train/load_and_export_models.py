@@ -1,5 +1,4 @@
-"""Open every model that can be served: what model/weights/load.py opens,
-and the run directories of `nanoinfra train`.
+"""Load any model that can be served, run directories included, and export a run to Hugging Face's format.
 
 A run's weights are the newest checkpoint that verifies, whatever mesh wrote it; they are read tensor by
 tensor.
@@ -15,19 +14,19 @@ from nanoinfra.formulas.parameters import block_parameter_shapes, parameter_shap
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.model.weights.fill_model import PretrainedWeights, build_filled_decoder
+from nanoinfra.model.weights.hugging_face.load_and_save import write_hf_folder
 from nanoinfra.model.weights.hugging_face.tokenizer_files import (
     copy_tokenizer_files,
     open_hf_tokenizer,
     write_tokenizer_files,
 )
-from nanoinfra.model.weights.hugging_face.weights import write_hf_folder
-from nanoinfra.model.weights.json_files import read_json
-from nanoinfra.model.weights.load import open_model_weights
-from nanoinfra.model.weights.tensor_sources import resolve_slices
-from nanoinfra.train.checkpoint import checkpoint
+from nanoinfra.model.weights.load_model import open_model_weights
+from nanoinfra.model.weights.map_parameters_to_stored_tensors import resolve_slices
+from nanoinfra.model.weights.read_json_files import read_json
+from nanoinfra.train.checkpoint import save_and_load
 from nanoinfra.train.checkpoint.manifest import read_manifest
 from nanoinfra.train.checkpoint.tensor_shards import TensorShard
-from nanoinfra.train.run_directory.ownership import read_model_config
+from nanoinfra.train.run_directory.check_out_folder import read_model_config
 
 
 def load_pretrained(name_or_path: str | Path, dtype: torch.dtype = torch.float32,
@@ -78,9 +77,9 @@ def save_pretrained_tokenizer(weights: PretrainedWeights, folder: str | Path) ->
 def _newest(folder, axis=None):
     """The model configuration, and a function that reads parameters from the newest good checkpoint."""
     config = read_model_config(folder)
-    step = checkpoint.find_newest_checkpoint_on_all_ranks(folder / "checkpoints",
-                                                          axis or single_rank_axis("world"),
-                                                          warn=lambda text: print(text, file=sys.stderr))
+    step = save_and_load.find_newest_checkpoint_on_all_ranks(folder / "checkpoints",
+                                                             axis or single_rank_axis("world"),
+                                                             warn=lambda text: print(text, file=sys.stderr))
     if step is None:
         raise ValueError(f"no good checkpoint in {folder / 'checkpoints'}; train with --out {folder} first")
     manifest, every = read_manifest(step), parameter_shapes(config)
@@ -89,5 +88,5 @@ def _newest(folder, axis=None):
         piece = TensorShard.of_whole_tensor(name, every[name])
         for dim, part in enumerate(resolve_slices(name, every[name], box)):
             piece = piece.slice_dim(dim, part.start, part.stop)
-        return next(checkpoint.load_shards(step, [piece], manifest))[1]
+        return next(save_and_load.load_shards(step, [piece], manifest))[1]
     return config, read

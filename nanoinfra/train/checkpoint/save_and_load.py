@@ -19,10 +19,14 @@ import torch
 from safetensors import safe_open
 
 from nanoinfra.distributed import comm
+from nanoinfra.train.checkpoint import list_and_delete_checkpoints
 from nanoinfra.train.checkpoint import manifest as disk
-from nanoinfra.train.checkpoint import retention
+from nanoinfra.train.checkpoint.list_and_delete_checkpoints import (
+    WarnFunction,
+    checkpoint_folder,
+    list_checkpoints,
+)
 from nanoinfra.train.checkpoint.manifest import CheckpointVersionError, verify_checkpoint
-from nanoinfra.train.checkpoint.retention import WarnFunction, checkpoint_folder, list_checkpoints
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard, check_shards_cover_tensor
 
 _ShardTensors = Mapping[TensorShard, torch.Tensor] | Iterable[tuple[TensorShard, torch.Tensor]]
@@ -156,8 +160,8 @@ def _prepare(tmp, pairs, rank, warn):
         if not root.exists():
             root.mkdir(parents=True)
             disk.fsync_folder(root.parent)
-        retention.delete_unfinished_checkpoints(root, warn)
-        retention.rename_out_of_the_way(tmp, "left")           # what could not be deleted
+        list_and_delete_checkpoints.delete_unfinished_checkpoints(root, warn)
+        list_and_delete_checkpoints.rename_out_of_the_way(tmp, "left")           # what could not be deleted
         tmp.mkdir()
     return [[piece.name, piece.offset, piece.size, piece.full_shape, disk.safetensors_dtype_name(x)]
             for piece, x in pairs]
@@ -189,10 +193,10 @@ def _commit(tmp, final, body, state, keep, warn):
     disk.fsync_folder(tmp)
     if os.path.lexists(final):
         # It stays a checkpoint, in case that the next line does not run.
-        retention.set_aside_for_second_save(final, warn)
+        list_and_delete_checkpoints.set_aside_for_second_save(final, warn)
     os.rename(tmp, final)
     disk.fsync_folder(final.parent)
-    retention.delete_old_checkpoints(final, keep, warn)
+    list_and_delete_checkpoints.delete_old_checkpoints(final, keep, warn)
 
 
 def _remove_unfinished(tmp):

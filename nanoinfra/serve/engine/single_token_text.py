@@ -8,7 +8,7 @@ import codecs
 from collections.abc import Sequence
 
 from nanoinfra.model.tokenizer import Tokenizer
-from nanoinfra.model.weights.import_transformers import rust_panics_as_errors
+from nanoinfra.model.weights.call_transformers import rust_panics_as_errors
 from nanoinfra.serve.engine.detokenizer import BYTE_TOKEN_PATTERN
 
 _PRINTABLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]     # GPT-2 spells them as Latin-1

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from nanoinfra.serve.api_errors import APIError
 from nanoinfra.serve.processes.engine_loop import EngineReady
-from nanoinfra.serve.server.errors import APIError
 from nanoinfra.serve.server.openai.chat_template_process import ChatTemplateProcess
 from nanoinfra.serve.server.openai.completion_requests import (
     BaseCompletionRequest,

@@ -25,8 +25,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from nanoinfra.distributed.cpu_threads import default_threads_per_rank
-from nanoinfra.distributed.loopback import LOOPBACK_HOST, start_loopback_store
-from nanoinfra.train.checkpoint.checkpoint import list_checkpoints
+from nanoinfra.distributed.loopback_store import LOOPBACK_HOST, start_loopback_store
+from nanoinfra.train.checkpoint.save_and_load import list_checkpoints
 from nanoinfra.train.launch.elastic_rank import (
     ELASTIC_LOGS_FOLDER,
     LAUNCH_ID_PREFIX,
@@ -35,14 +35,14 @@ from nanoinfra.train.launch.elastic_rank import (
     kill_process,
     make_run_folder,
 )
-from nanoinfra.train.launch.signals import (
+from nanoinfra.train.launch.stop_message import report_stopped_run, resume_command
+from nanoinfra.train.launch.stop_signals import (
     announce_stop,
     is_second_signal,
     termination_signals_not_ignored,
     write_line_to_stderr,
 )
-from nanoinfra.train.launch.stop_message import report_stopped_run, resume_command
-from nanoinfra.train.run_directory.ownership import read_run_config
+from nanoinfra.train.run_directory.check_out_folder import read_run_config
 
 _SAVE_TIMEOUT_SECONDS = 300  # that ranks have to save when a signal stops the run
 

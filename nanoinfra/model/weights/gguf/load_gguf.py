@@ -27,7 +27,7 @@ from nanoinfra.model.weights.gguf.config import (
 )
 from nanoinfra.model.weights.gguf.file_format import GGUFFile, open_gguf_file
 from nanoinfra.model.weights.gguf.tokenizer import build_gguf_tokenizer
-from nanoinfra.model.weights.tensor_sources import TensorSource, parameter_sources
+from nanoinfra.model.weights.map_parameters_to_stored_tensors import TensorSource, parameter_sources
 
 _BLOCK_NAMES = {"norm1": "attn_norm", "norm2": "ffn_norm", "attn.q_norm": "attn_q_norm",
                 "attn.k_norm": "attn_k_norm"}
