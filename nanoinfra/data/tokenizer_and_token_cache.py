@@ -56,7 +56,7 @@ def _cache_root(cache: str | Path | None = None) -> Path:
                          "XDG_CACHE_HOME or HOME to a folder that can be written") from error
 
 
-def check_cache_writable() -> None:
+def make_cache_folder() -> None:
     """Make the cache folder. Raises ValueError when it does not exist and cannot be made."""
     root = _cache_root()
     try:

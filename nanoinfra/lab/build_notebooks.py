@@ -38,7 +38,7 @@ def build_notebooks(edition: str, output_folder: Path | str | None = None,
 
 def find_lesson_sources(lesson_number: str = "") -> list[Path]:
     """The folders of all lessons that have a lesson.py, or of lesson "02" alone. ValueError for none."""
-    found = [folder for number, folder in lesson_folders(containing="lesson.py").items() 
+    found = [folder for number, folder in lesson_folders(with_file="lesson.py").items() 
              if lesson_number in ("", number)]
     if not found:
         raise ValueError(f"no lesson l{lesson_number or 'NN'}_topic/lesson.py in {lessons_folder()}; "

@@ -155,7 +155,7 @@ def scale_timeout_by_load(seconds: float) -> float:
 
 def load_lesson_checks(lesson_number: str) -> ModuleType:
     """Import checks.py of lesson "02", which has CHECKS and PREDICTIONS. ValueError where there is none."""
-    folders = lesson_folders(containing="checks.py")
+    folders = lesson_folders(with_file="checks.py")
     key = lesson_number.upper().removeprefix("L").zfill(2)
     if key not in folders:
         raise ValueError(f"lesson {lesson_number!r} has no checks; there are {', '.join(folders)}")

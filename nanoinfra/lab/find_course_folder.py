@@ -28,10 +28,10 @@ def lessons_folder() -> Path:
     return mine if any(mine.glob("l[0-9][0-9]_*")) else clone_folder() / "lessons"
 
 
-def lesson_folders(containing: str = "") -> dict[str, Path]:
-    """{"08": .../lessons/l08_zero} for all lessons in order, or for those that have the file `containing`."""
+def lesson_folders(with_file: str = "") -> dict[str, Path]:
+    """{"08": .../lessons/l08_zero} for all lessons in order, or for those that have the file `with_file`."""
     return {folder.name[1:3]: folder for folder in sorted(lessons_folder().glob("l[0-9][0-9]_*"))
-            if (folder / containing).exists()}
+            if (folder / with_file).exists()}
 
 
 def make_lessons_importable() -> None:

@@ -38,24 +38,24 @@ class Measurement:
         return f"{format_quantity(self.value, self.unit)} (timed, median of {self.n}, spread {spread})"
 
 
-def measure(key: str, run: Callable[..., Measurement], *args) -> Measurement:
-    """Run `run(*args)` and store its Measurement beside the prediction for `key`.
+def measure(prediction_key: str, run: Callable[..., Measurement], *args) -> Measurement:
+    """Run `run(*args)` and store its Measurement beside the prediction for `prediction_key`.
 
     ValueError, before anything runs, if nothing was predicted; and for another unit than that of the
     prediction.
     """
-    _, unit = book.last_prediction(key)
+    _, unit = book.last_prediction(prediction_key)
     got = run(*args)
     if not isinstance(got, Measurement):
-        raise ValueError(f"{key}: what is measured returned {got!r}, and must return a Measurement; "
+        raise ValueError(f"{prediction_key}: what is measured gave {got!r}, and must return a Measurement; "
                          f"try counted({got!r}, {unit!r})")
     if got.unit != unit:
-        raise ValueError(f"{key} was predicted in {unit!r} and measured in {got.unit!r}; "
+        raise ValueError(f"{prediction_key} was predicted in {unit!r} and measured in {got.unit!r}; "
                          f"predict it again in {got.unit!r}")
     numbers = book.read_predictions()
-    numbers[key]["measured"] = asdict(got)
+    numbers[prediction_key]["measured"] = asdict(got)
     book.write_predictions(numbers)
-    print(f"{key}: {got}")
+    print(f"{prediction_key}: {got}")
     return got
 
 

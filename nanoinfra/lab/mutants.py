@@ -51,7 +51,7 @@ def patched(subject: Callable, target: str, replacement: object) -> Callable:
 
 def collect_lesson_mutants(number: str = "") -> list[Mutant]:
     """The known-wrong variants for the checks of lesson "02", or of all lessons. ValueError for none."""
-    folders = lesson_folders(containing="mutants.py")
+    folders = lesson_folders(with_file="mutants.py")
     if number and number not in folders:
         raise ValueError(f"no mutants of lesson {number!r}, but {', '.join(folders) or 'of none at all'}; "
                          f"they come with nanoinfra's repository, not with the package: work inside a clone")

@@ -36,7 +36,7 @@ def predict(key: str, value: float, unit: str = "") -> None:
 
 def _asked(key, unit):
     number = key[1:3]
-    if number not in lesson_folders(containing="checks.py") or ".lab_" in key:   # a lab asks for its own
+    if number not in lesson_folders(with_file="checks.py") or ".lab_" in key:   # a lab asks for its own
         return
     units = check.load_lesson_checks(number).PREDICTIONS
     if key not in units or units[key] != unit:

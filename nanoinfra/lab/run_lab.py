@@ -36,11 +36,11 @@ _RANK = int(os.environ.get("RANK", 0))                 # torchrun sets both
 _WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
-def run_lab(lab: ModuleType, model: str, broken: str = "") -> int:
+def run_lab(lab: ModuleType, model_size: str, planted_mistake: str = "") -> int:
     """Run a lab on all ranks of this run: rank 0 prints the table and writes the hand-in. Returns the exit
     code.
 
-    `broken` names one of the lab's BREAKS: a mistake that is planted while it is measured.
+    `planted_mistake` names one of the lab's BREAKS: a mistake that is planted while it is measured.
     """
     import torch
 
@@ -49,20 +49,20 @@ def run_lab(lab: ModuleType, model: str, broken: str = "") -> int:
     device = "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "cpu"
     torch.set_num_threads(1)                           # so that times on 1, 2, 4, 8 ranks compare
     with rank_process_group(device, work_folder()):
-        measured = lab.measure(Mesh(dp=_WORLD_SIZE, device=device), model, broken)
+        measured = lab.measure(Mesh(dp=_WORLD_SIZE, device=device), model_size, planted_mistake)
     if _RANK:
         return 0
     ranks = f"{_WORLD_SIZE} rank{'s' if _WORLD_SIZE > 1 else ''}"
-    name = f"{model} on {ranks}, {device}{', ' + broken if broken else ''}"
+    name = f"{model_size} on {ranks}, {device}{', ' + planted_mistake if planted_mistake else ''}"
     formula = {key: ComparisonRow(key, value, measured[key], 0.0)
-               for key, value in lab.expect(_WORLD_SIZE, model).items()}
-    made = formula if broken else _compare_with_committed_predictions(lab, measured)
-    said = "formula" if broken else "predicted"
+               for key, value in lab.expect(_WORLD_SIZE, model_size).items()}
+    made = formula if planted_mistake else _compare_with_committed_predictions(lab, measured)
+    said = "formula" if planted_mistake else "predicted"
     print_lab_table(name, said, made, measured, lab.PREDICTIONS)
     write_hand_in(lab, name, said, made, measured)
     off = [key for key, row in formula.items() if row.verdict == "miss"]
-    print(_summary(lab, made, off, broken))
-    return int(bool(off) != bool(broken))
+    print(_summary(lab, made, off, planted_mistake))
+    return int(bool(off) != bool(planted_mistake))
 
 
 def _compare_with_committed_predictions(lab, measured):
@@ -73,7 +73,7 @@ def _compare_with_committed_predictions(lab, measured):
 
 def load_lab(lab_number: str) -> ModuleType:
     """Run lab.py in the folder of lesson "08" and return it as a module. ValueError where there is none."""
-    folders = lesson_folders(containing="lab.py")
+    folders = lesson_folders(with_file="lab.py")
     if lab_number.zfill(2) not in folders:
         known = ", ".join(folders) or "none at all"
         raise ValueError(f"there is no lab {lab_number!r}, but {known} in {display_path(lessons_folder())}; "

@@ -92,7 +92,7 @@ class ParallelChunk:
         """Wait until gradients are summed over the data axis and over tensor-parallel ranks: {name: grad}."""
         return self.tensor_parallel.all_reduce_partial_grads(self.data_parallel.finish_grad_sync())
 
-    def shard_bounds(self, param_name: str) -> tuple[tuple[int, int], ...]:
+    def optimizer_shard_bounds(self, param_name: str) -> tuple[tuple[int, int], ...]:
         """The part of the logical parameter that this rank's optimizer holds: (start, stop) in each dim."""
         bounds = self.tensor_parallel.shard_bounds_by_parameter[param_name]
         if not self.zero_stage or not bounds:
@@ -148,11 +148,11 @@ class ParallelModel:
         is_second_copy = self.tied_axis and param_name == _TIED_PARAM and self.tied_axis.rank > 0
         return not is_second_copy and self.chunks[0].tensor_parallel.counted_in_norm(param_name)
 
-    def shard_bounds(self, param_name: str) -> tuple[tuple[int, int], ...]:
+    def optimizer_shard_bounds(self, param_name: str) -> tuple[tuple[int, int], ...]:
         """The part of the logical parameter that this rank's optimizer holds: (start, stop) in each dim."""
         for chunk in self.chunks:
             if param_name in chunk.param_shards | chunk.frozen_params:
-                return chunk.shard_bounds(param_name)
+                return chunk.optimizer_shard_bounds(param_name)
         raise KeyError(param_name)
 
     def persistent_tensors(self) -> Iterator[torch.Tensor]:

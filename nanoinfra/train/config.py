@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from nanoinfra.config import MODEL_SIZES
-from nanoinfra.data.tokenizer_and_token_cache import check_cache_writable
+from nanoinfra.data.tokenizer_and_token_cache import make_cache_folder
 from nanoinfra.distributed.check_mesh_size import check_mesh_size
 from nanoinfra.formulas.pipeline import split_layers_into_chunks
 from nanoinfra.formulas.tensor_parallel import check_tp_fits_model
@@ -203,7 +203,7 @@ def _check_data(data, run):
         if below == "." or not any(part.startswith(".") for part in below.split(os.sep)):    # .. and hidden
             raise ValueError(f"--out {run.out} lies in --data {data}, so the run would read what it writes; "
                              "name an --out outside of it")
-    check_cache_writable()
+    make_cache_folder()
 
 
 def _check_memory(flags):

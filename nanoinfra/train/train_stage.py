@@ -174,7 +174,7 @@ class TrainStage(PipelineStage):
 
     def _shard(self, key, tensor):
         name = key.rpartition("/")[2]
-        box = self.parallel_model.shard_bounds(name)
+        box = self.parallel_model.optimizer_shard_bounds(name)
         size = tuple(stop - start for start, stop in box)
         shard = TensorShard(key, tuple(start for start, _ in box), size, self.full_shapes[name])
         return shard, tensor.view(-1)[:math.prod(size)].view(size)       # without ZeRO's padding

@@ -10,8 +10,8 @@ from nanoinfra.data.tokenizer_and_token_cache import (
     _CACHE_FORMAT,
     CHECKSUMS_FILE,
     CONTENT_FOLDER,
-    check_cache_writable,
     get_or_build_folder,
+    make_cache_folder,
 )
 
 
@@ -146,14 +146,14 @@ def test_the_default_is_the_users_cache(tmp_path, monkeypatch, xdg, want):
         monkeypatch.setenv("XDG_CACHE_HOME", xdg.format(tmp=tmp_path))
     got = get_or_build_folder("x", lambda folder: None)
     assert got == tmp_path / want / "nanoinfra" / _CACHE_FORMAT / "x" / CONTENT_FOLDER and got.is_dir()
-    check_cache_writable()
+    make_cache_folder()
 
 
 def test_a_user_without_a_home_is_told_which_variable_helps(monkeypatch, tmp_path):
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])    # as the system does for an unknown one
-    for look in (lambda: get_or_build_folder("x", None), check_cache_writable):
+    for look in (lambda: get_or_build_folder("x", None), make_cache_folder):
         with pytest.raises(ValueError, match="no home folder .*; set XDG_CACHE_HOME or HOME to a folder"):
             look()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -167,12 +167,12 @@ def test_a_cache_that_cannot_be_made_is_refused_before_it_is_wanted(tmp_path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(os, "mkdir", closed)                     # root may everything
     with pytest.raises(ValueError, match=r"cannot be written \(Permission denied\); .* set XDG_CACHE_HOME"):
-        check_cache_writable()
+        make_cache_folder()
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    check_cache_writable()
+    make_cache_folder()
     monkeypatch.setattr(os, "mkdir", closed)
-    check_cache_writable()                                                # what is wanted may be in it
+    make_cache_folder()                                                # what is wanted may be in it
 
 
 def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_course_without_lessons_uses_those_of_the_clone(course):
     assert places.course_folder() == course and places.work_folder() == course / "work"
     assert places.lessons_folder() == ROOT / "lessons"
-    assert list(places.lesson_folders(containing="lab.py")) == ["06", "07", "08", "10", "16"]
+    assert list(places.lesson_folders(with_file="lab.py")) == ["06", "07", "08", "10", "16"]
 
 
 def test_a_course_with_a_lesson_uses_its_own(bring, course, monkeypatch):

@@ -21,7 +21,7 @@ from nanoinfra.serve.server.http.connection_limits import (
     TimeLimitedHTTPConnection,
 )
 from nanoinfra.serve.server.http.graceful_shutdown import GracefulServer
-from nanoinfra.serve.server.http.log_filters import RepeatedLogFilter, filter_repeated_logs
+from nanoinfra.serve.server.http.log_filters import RepeatedLogFilter, count_repeated_log_lines
 from nanoinfra.serve.server.launch_server import create_server_socket
 from tests.serve.fake import Idle
 
@@ -98,7 +98,7 @@ def written(lines):
     logger.addHandler(handler)
     logger.propagate = False
     try:
-        with filter_repeated_logs():
+        with count_repeated_log_lines():
             for line in lines:
                 logger.warning("%s", line)
     finally:

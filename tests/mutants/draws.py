@@ -218,8 +218,9 @@ def takes_any_bias(request, vocab, ranges=request_and_output._check_ranges):
 FLOOR, LARGE, TEXT, WORK = (c.name for c in sampler.criteria)
 WORDS, RANGES = (c.name for c in refusal.criteria)
 STOP, WHOLE, SHORT = (c.name for c in shown.criteria)
-SAMPLER, REQUESTS, WRITER = (f"nanoinfra.serve.engine.{name}" for name in ("sampler", "requests",
-                                                                           "detokenizer"))
+SAMPLER = "nanoinfra.serve.engine.sampler"
+REQUESTS = "nanoinfra.serve.engine.request_and_output"
+WRITER = "nanoinfra.serve.engine.detokenizer"
 MUTANTS = [
     Mutant("no floor of temperature", sampler, patched(draws, f"{SAMPLER}:_GREEDY_TEMPERATURE", 1e-323),
            FLOOR),

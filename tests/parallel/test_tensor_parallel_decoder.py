@@ -192,9 +192,9 @@ def shared(cfg, plan, dp, tp, micro, frozen):
                                   counted_in_norm=parallel.tensor_parallel.counted_in_norm)
     named = {}
     for name, grad in grads.items():
-        size = [stop - start for start, stop in parallel.shard_bounds(name)]
+        size = [stop - start for start, stop in parallel.optimizer_shard_bounds(name)]
         n = torch.Size(size).numel()
-        named[name] = parallel.shard_bounds(name), grad.reshape(-1)[:n].view(size).clone()
+        named[name] = parallel.optimizer_shard_bounds(name), grad.reshape(-1)[:n].view(size).clone()
     return comm.all_reduce(total, mesh.data).item(), norm, named
 
 

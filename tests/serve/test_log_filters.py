@@ -6,8 +6,8 @@ import pytest
 from nanoinfra.serve.server.http.log_filters import (
     _MAX_REMEMBERED_LINES,
     RepeatedLogFilter,
+    count_repeated_log_lines,
     escape_unprintable,
-    filter_repeated_logs,
 )
 
 
@@ -15,7 +15,7 @@ from nanoinfra.serve.server.http.log_filters import (
 def log(caplog):
     """(logger, the lines that it has written, with their tracebacks)."""
     logger, formatter = logging.getLogger("uvicorn.error"), logging.Formatter("%(message)s")
-    with filter_repeated_logs(), caplog.at_level("WARNING", "uvicorn.error"):
+    with count_repeated_log_lines(), caplog.at_level("WARNING", "uvicorn.error"):
         yield logger, lambda: [formatter.format(record) for record in caplog.records]
     assert not logger.filters
 

@@ -39,7 +39,7 @@ def run_gradient_step(config: ModelConfig, flags: TrainFlags, seq: int,
                      replica)                # all but the optimizer's step
     rows, grads = mesh.comm_log.take_records(), {}
     for name, grad in replica.grads.items():
-        box = replica.parallel_model.shard_bounds(name)
+        box = replica.parallel_model.optimizer_shard_bounds(name)
         size = [stop - start for start, stop in box]
         grads[name] = box, grad.reshape(-1)[:prod(size)].view(size).clone()      # ZeRO's last has zeros after
     own = norm_function(replica.grads, mesh, mesh.first_last_subgroup("pp")) if norm_function else None

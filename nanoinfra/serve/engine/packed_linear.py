@@ -49,7 +49,7 @@ class PackedLinear(nn.Module):
             return y[:rows].view(*x.shape[:-1], -1)
         return self._product(x)
 
-    def split_outputs(self, x: torch.Tensor, *_: nn.Module) -> tuple[torch.Tensor, ...]:
+    def project_and_split(self, x: torch.Tensor, *_: nn.Module) -> tuple[torch.Tensor, ...]:
         """The outputs of each linear apart: it replaces the input projection of an attention or an MLP."""
         return self(x).split(self.outs, -1)
 
@@ -100,7 +100,7 @@ def pack_linears(model: Decoder, gemv: Callable | None = None) -> None:
         attn.qkv, attn.o = _pack_together(gemv, attn.q, attn.k, attn.v), PackedLinear(attn.o, gemv=gemv)
         mlp.gate_up = _pack_together(gemv, *filter(None, (mlp.gate, mlp.up)))
         mlp.down = PackedLinear(mlp.down, gemv=gemv)
-        attn.in_proj, mlp.in_proj = attn.qkv.split_outputs, mlp.gate_up.split_outputs
+        attn.in_proj, mlp.in_proj = attn.qkv.project_and_split, mlp.gate_up.project_and_split
     model.head = PackedLinear(model.head, gemv=gemv)
 
 

@@ -17,7 +17,7 @@ from nanoinfra.serve.server.http.connection_limits import (
     ConnectionLimits,
     http_protocol_factory,
 )
-from nanoinfra.serve.server.http.log_filters import escape_unprintable, filter_repeated_logs
+from nanoinfra.serve.server.http.log_filters import count_repeated_log_lines, escape_unprintable
 
 _CONNECTION_CLOSE_SECONDS = 5                # that connections have at the end to close
 
@@ -39,7 +39,7 @@ class GracefulServer(uvicorn.Server):
 
     def run(self, sockets: list[socket.socket]) -> None:
         """Serve on `sockets`, which are already bound; returns after the shutdown."""
-        with filter_repeated_logs():
+        with count_repeated_log_lines():
             super().run(sockets)
 
     async def startup(self, sockets: list[socket.socket]) -> None:

@@ -19,7 +19,7 @@ def escape_unprintable(text: str) -> str:
 
 
 @contextmanager
-def filter_repeated_logs() -> Iterator[None]:
+def count_repeated_log_lines() -> Iterator[None]:
     """A context in which the server's loggers write a repeated line only the 1st, 2nd, 4th, 8th ... time."""
     repeated_log_filter = RepeatedLogFilter()
     for name in _LOGGER_NAMES:
