@@ -221,7 +221,7 @@ RUNNING = {
                                    child("resource.setrlimit", "lambda *_: None"), GROWS),
     "a rendered chat has any length": ("server.openai.chat_template_process:_CHILD_PROGRAM",
                                        child("_MAX_RENDERED_BYTES", "1 << 40"), LONG),
-    "a body is kept to its end": ("server.handlers:_body_error", lambda *_: None, BODY),
+    "a body is kept to its end": ("server.generation_handlers:_body_error", lambda *_: None, BODY),
     "events are kept as they come": ("server.openai.completion_responses:ChoiceAccumulator", KeepsEvents,
                                      KEPT),
     "each beginning of a stop string is tried": ("engine.detokenizer:_overlap", looks_at_every_beginning,

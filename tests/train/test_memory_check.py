@@ -43,7 +43,8 @@ def untouched(monkeypatch):
     """Nothing starts ranks, reads a corpus, draws weights or makes batches."""
     def touched(*_, **__):
         raise AssertionError("something was begun")
-    for name in ("train.launch.launcher.launch_ranks", "train.run_inputs.open_dataset",
+    for name in ("train.launch.launch_ranks.launch_ranks",
+                 "train.model_and_data_inputs.open_dataset",
                  "train.trainer.TrainStage",
                  "train.trainer.MicroBatchLoader"):
         monkeypatch.setattr(f"nanoinfra.{name}", touched)
