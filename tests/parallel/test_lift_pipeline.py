@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 HOME = Path(__file__).resolve().parents[2] / "nanoinfra"
-FILES = ("parallel/pipeline/schedules.py", "parallel/pipeline/split_backward.py",
-         "parallel/pipeline/stage.py",
+FILES = ("parallel/pipeline/schedules.py", "parallel/pipeline/split_backward.py", "parallel/pipeline/stage.py",
          "train/step.py")
 
 
@@ -33,7 +32,7 @@ from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.parallel.pipeline.stage import PipelineStage
 from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
-from nanoinfra.train.step import execute
+from nanoinfra.train.step import execute_schedule
 
 x, y = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(7) % 3
 micros = list(zip(x.split([2, 1, 3, 1]), y.split([2, 1, 3, 1])))
@@ -71,7 +70,7 @@ def train(p, kind):
     halves = [net] if p == 1 else [net[:2], net[2:]]                  # the second keeps names "2", "3", "4"
     stage = Stage(halves[mesh.pp.rank].double(), mesh, kind)
     for _ in range(5):
-        execute(build_pipeline_schedule(kind, p, len(micros))[mesh.pp.rank], stage)
+        execute_schedule(build_pipeline_schedule(kind, p, len(micros))[mesh.pp.rank], stage)
     return {name: weight.detach() for name, weight in stage.net.named_parameters()}
 
 if __name__ == "__main__":
