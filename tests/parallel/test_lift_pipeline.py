@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 HOME = Path(__file__).resolve().parents[2] / "nanoinfra"
-FILES = ("parallel/pipeline/schedules.py", "parallel/pipeline/split_backward.py", "parallel/pipeline/stage.py",
-         "train/step.py")
+FOLDER = "parallel/pipeline"
+FILES = f"{FOLDER}/schedules.py", f"{FOLDER}/split_backward.py", f"{FOLDER}/stage.py", "train/step.py"
 
 
 @pytest.mark.prove
