@@ -44,7 +44,8 @@ def test_alone_it_trains_and_generates_with_its_kernels(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path / "site")
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "one.txt").write_text("one two three four five six seven\n" * 999)
+    for name in "abc":
+        (tmp_path / "text" / name).write_text(f"{name} one two three four five six\n" * 99)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
 
     def run(*arguments):
