@@ -88,11 +88,11 @@ def _put(own, entry):
 
 def _is_whole(entry):
     """Whether the entry exists with every byte as it was written; a damaged entry is removed."""
-    if (looked_at := _inode(entry)) is None:
+    if (looked_at := _identity(entry)) is None:
         return False
     if fault := _fault(entry):
         print(f"nanoinfra: {entry} {fault}; it is made again", file=sys.stderr, flush=True)
-        if _inode(entry) == looked_at:       # else another rank has done it
+        if _identity(entry) == looked_at:    # else another rank has done it
             with TemporaryDirectory(dir=entry.parent) as aside, suppress(FileNotFoundError):
                 os.rename(entry, Path(aside) / "bad")
     return not fault
@@ -110,12 +110,13 @@ def _fault(entry):
         return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
-def _inode(path):
-    """The inode, which tells a folder from another of the same name; None when there is no folder."""
+def _identity(path):
+    """What tells a folder from another of the same name, None when there is none. Inodes are used again."""
     try:
-        return path.lstat().st_ino
+        found = path.lstat()
     except FileNotFoundError:
         return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def _sha256(path):
