@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Annotated, get_args, get_type_hints
 
 import tyro
@@ -91,8 +92,8 @@ def _train(flags, argv):
         return _train_here(flags, argv)
     if elastic_rank.is_rank_process():
         if not elastic_rank.launched_by_nanoinfra():
-            check_before_start.check_launcher_environment(lambda world: config.check_train_flags(flags,
-                                                                                                 world))
+            check_flags = partial(config.check_train_flags, flags)
+            check_before_start.check_launcher_environment(check_flags)
         return _train_here(flags, argv)
     world, run = config.num_ranks_to_start(flags.mesh), flags.run
     config.check_train_flags(flags, world)

@@ -50,8 +50,10 @@ def drawn():
     """The `test` size with weights drawn by name."""
     config = config_for_size("test")
     every = parameter_shapes(config)
-    return PretrainedWeights(config, lambda name, box=(): draw_initial_tensor(name, every[name],
-                                                                              config.layers, seed=0)[box])
+
+    def read(name, box=()):
+        return draw_initial_tensor(name, every[name], config.layers, seed=0)[box]
+    return PretrainedWeights(config, read)
 
 
 def encode(prompt):
@@ -76,8 +78,8 @@ set_torch_threads()
 
 # Model: each rank reads its part
 try:
-    config, read, text, *_ = drawn() if args.model == "test" else open_pretrained_weights(args.model,
-                                                                                          mesh.world)
+    weights = drawn() if args.model == "test" else open_pretrained_weights(args.model, mesh.world)
+    config, read, text, *_ = weights
     model = parallelize_for_serving(decoder_on_meta_device(config), mesh, read, getattr(torch, args.dtype))
     lines = args.file.read_text().splitlines() if args.file else []
     prompts = args.prompts + [line for line in lines if line]

@@ -76,6 +76,6 @@ def ring_bytes_by_axis(config: ModelConfig, pp: int, dp: int, tp: int, batch: in
     """{axis: bytes} that a GPU of a middle pipeline stage sends in a step, by ring collectives in 16 bits."""
     on = step_bytes_by_axis(config, pp, dp, tp, batch, config.context, micro_batches, 2, pp // 2,
                             recompute=recompute)
-    return {"pp": ring_bytes_per_rank("send", on["pp"], pp), "dp": ring_bytes_per_rank("all_reduce",
-                                                                                       on["dp"], dp),
+    return {"pp": ring_bytes_per_rank("send", on["pp"], pp),
+            "dp": ring_bytes_per_rank("all_reduce", on["dp"], dp),
             "tp": ring_bytes_per_rank("all_reduce", on["tp"], tp)}

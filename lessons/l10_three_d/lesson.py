@@ -108,9 +108,9 @@ for slow in AXES:
     wire = {axis: BETWEEN if axis == slow else INSIDE for axis in AXES}
     one, small = (ring_collective_seconds("all_reduce", size, t, *wire["tp"]) for size in (S, loss / 3))
     forward, backward = l * (SECONDS + 2 * one), l * (2 * SECONDS + 2 * one)
+    send = ring_collective_seconds("send", S, 2, *wire["pp"])
     pipe = simulate_schedule(build_pipeline_schedule("1f1b", p, m), [forward + one, forward + 3 * small],
-                             [backward, backward + one], 0, ring_collective_seconds("send", S, 2,
-                                                                                    *wire["pp"])).step_seconds
+                             [backward, backward + one], 0, send).step_seconds
     sums = (ring_collective_seconds("all_reduce", bytes_["dp_first"], d, *wire["dp"]),
             ring_collective_seconds("all_reduce", bytes_["tied"], 2, *wire["pp"]))
     predict(f"L10.step_{slow}", pipe + sum(sums), "s")

@@ -30,8 +30,8 @@ def slips(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: int, T: int
     mine, (keys, values) = q[:, :, before:S], (x[:, :, :S] for x in (k, v))
     return {"the mask begins at key 0? The queries are the last T of S tokens": _masked(
                 mine, keys, values, torch.ones(T, S, dtype=torch.bool).tril()),
-            "the new tokens alone? What is kept belongs to it": naive_attention(mine, keys[:, :, before:],
-                                                                                values[:, :, before:]),
+            "the new tokens alone? What is kept belongs to it": naive_attention(
+                mine, keys[:, :, before:], values[:, :, before:]),
             "no division by sqrt(K)?": naive_attention(mine * K**0.5, keys, values),
             "divided by K, not by sqrt(K)?": naive_attention(mine / K**0.5, keys, values),
             "are q's heads cut as (KV, G), in this order?": naive_attention(mine[:, dealt], keys, values),

@@ -93,8 +93,8 @@ def _(subject):
 def _(subject):
     for heads, kv in cases.HEADS:
         model, tokens = cases.model(heads, kv), cases.tokens(2, 11)
-        want, cache = model.hidden_states(tokens), ExerciseKVCache(subject, model.config, 2, 11,
-                                                                   torch.float64)
+        want = model.hidden_states(tokens)
+        cache = ExerciseKVCache(subject, model.config, 2, 11, torch.float64)
         for T in CHUNKS[0]:
             now = slice(cache.length, cache.length + T)
             got = model.hidden_states(tokens[:, now], torch.arange(now.start, now.stop), cache)

@@ -39,8 +39,8 @@ def _best(run):
     return min(timed(run, 1).value for _ in range(7))
 
 
-def count_flops_and_reads(config: ModelConfig, attend: Callable, B: int, T: int, S: int) -> tuple[int,
-                                                                                                  Counter]:
+def count_flops_and_reads(config: ModelConfig, attend: Callable,
+                          B: int, T: int, S: int) -> tuple[int, Counter]:
     """(FLOPs, {"weights", "cache": bytes read}) of a call, counted on the meta device."""
     with torch.device("meta"):
         model, cache = Decoder(config), ExerciseKVCache(attend, config, B, S)

@@ -236,9 +236,8 @@ measure("L15.even", counted, moved["weights"] / moved["cache"], "sequences")
 rates = {"prefill_1": was_read[1], "decode_1": wrote["mha"][1], "decode_8": wrote["mha"][8]}
 for what, got in rates.items():
     measure(f"L15.{what}", lambda got=got: got)
-# it may have been busy before
-beta, pi = max(beta, *figures.measure_read_bandwidths(NBYTES).values()), max(pi,
-                                                                             figures.measure_matmul_rate())
+beta = max(beta, *figures.measure_read_bandwidths(NBYTES).values())       # it may have been busy before
+pi = max(pi, figures.measure_matmul_rate())
 compare_predictions(list(check.PREDICTIONS), tolerance={f"L15.{what}": None for what in rates})
 
 # %%

@@ -9,9 +9,8 @@ from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 
 
 def serve_trace(model: Decoder, jobs: Sequence[TraceRequest], blocks: int, size: int, static: int = 0,
-                watched: type[LoggingScheduler] = LoggingScheduler, **limits) -> tuple[Engine,
-                                                                                       list[list[int]],
-                                                                                       float]:
+                watched: type[LoggingScheduler] = LoggingScheduler,
+                **limits) -> tuple[Engine, list[list[int]], float]:
     """Serve `jobs` greedily; returns (the engine, the tokens of each request, seconds) once all have ended.
 
     `static` is the size of static batches, `watched` the class of the scheduler.

@@ -16,8 +16,8 @@ def full(*asked):
 
 
 def start(sequence, count, blocks, lacks=missing):
-    sequence.block_table += [blocks.allocate() for _ in range(min(lacks(sequence, count, blocks),
-                                                                  len(blocks.free_blocks)))]
+    few = min(lacks(sequence, count, blocks), len(blocks.free_blocks))
+    sequence.block_table += [blocks.allocate() for _ in range(few)]
     return sequence, sequence.num_computed_tokens, count
 
 

@@ -87,8 +87,8 @@ class LoggingScheduler(Scheduler):
     @property
     def counts(self) -> dict[str, int]:
         """The same counters as the engine's metrics, from the log."""
-        found, prompts = Counter(dict.fromkeys(_COUNTER_NAMES, 0)), {i: each.num_prompt_tokens for each,
-                                                                     i in self.order.items()}
+        found = Counter(dict.fromkeys(_COUNTER_NAMES, 0))
+        prompts = {i: each.num_prompt_tokens for each, i in self.order.items()}
         begun, made = set(), Counter()
         for step in self.log:
             found["preemptions"] += len(step.preempted)
@@ -147,8 +147,8 @@ def replay_trace(jobs: Iterable[TraceRequest], scheduler: LoggingScheduler, stat
         plan = scheduler.schedule()
         if plan.scheduled_chunks:
             scheduler.mark_computed(plan)
-        ended.extend(each for each, *_ in plan.scheduled_chunks if _ends(each,
-                                                                         jobs[scheduler.order[each]].new))
+        ended.extend(each for each, *_ in plan.scheduled_chunks
+                     if _ends(each, jobs[scheduler.order[each]].new))
         ended.extend(plan.out_of_blocks)                                          # the pool is the limit
         if not static or len(ended) == len(scheduler.running):
             for sequence in ended:

@@ -79,9 +79,9 @@ def reduce_scatter(x: torch.Tensor, axis: MeshAxis, tag: str = "",
     """Sum `x` (N, ...) over the axis and return row `axis.rank` of the sum: (...)."""
     if x.device.type == "cpu":
         parts = torch.empty_like(x, memory_format=torch.contiguous_format)     # (N, ...) my row, of each rank
+        group = axis.group
         return _collective("reduce_scatter", axis, tag, _num_bytes(x), x[0], async_op, lambda: _sum(parts),
-                           lambda: dist.all_to_all_single(parts, x.contiguous(), group=axis.group,
-                                                          async_op=True))
+                           lambda: dist.all_to_all_single(parts, x.contiguous(), group=group, async_op=True))
     out = torch.empty_like(x[0])
     return _collective("reduce_scatter", axis, tag, _num_bytes(x), x[0], async_op, lambda: out,
                        lambda: _reduce_scatter(out.view(-1), x.contiguous().view(-1), group=axis.group,

@@ -39,9 +39,9 @@ class RunInputs:
 
 def open_run_inputs(flags: TrainFlags, mesh) -> RunInputs:
     """Open weights, corpus and tokenizer. Raises ValueError on every rank when one of them cannot be used."""
-    weights = None if flags.model.model in MODEL_SIZES else open_pretrained_weights(flags.model.model,
-                                                                                    mesh.world)
-    size = weights.config if weights else MODEL_SIZES[flags.model.model].config
+    name = flags.model.model
+    weights = None if name in MODEL_SIZES else open_pretrained_weights(name, mesh.world)
+    size = weights.config if weights else MODEL_SIZES[name].config
     check_tp_fits_model(size, mesh.tp.size)
     seq = flags.data.seq or min(size.context, _MAX_DEFAULT_SEQ_LEN if weights else size.context)
     if weights:

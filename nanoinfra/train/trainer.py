@@ -88,20 +88,19 @@ class TrainingRun:
         state = self.run_directory.load_starting_state(self.inputs, self.stage, flags)
         self.step, self.elapsed_seconds = state["step"], state.get("elapsed", 0.0)
         G = flags.data.global_batch or state.get("global_batch")         # a run keeps it on any mesh
-        self.global_batch, _ = global_batch_and_num_micro_batches(replace(flags.data, global_batch=G),
-                                                                  self.mesh.data.size)
+        data = replace(flags.data, global_batch=G)
+        self.global_batch, _ = global_batch_and_num_micro_batches(data, self.mesh.data.size)
         self.run_directory.write_config_and_tokenizer(flags, self.inputs)
         self.data_loader = self._open_loader(state["consumed"])
         self.is_first_rank = self.mesh.rank == 0
         if self.is_first_rank:
             self._print_start(state)
-            self.metrics_log = metrics_and_plots.MetricsLog(self.run_directory.path / "metrics.jsonl",
-                                                            self.step)
+            metrics_file = self.run_directory.path / "metrics.jsonl"
+            self.metrics_log = metrics_and_plots.MetricsLog(metrics_file, self.step)
             if self.metrics_log.missing_steps_warning:
                 self.run_directory.warn_once(self.metrics_log.missing_steps_warning)
-            self.progress_bar = metrics_and_plots.ProgressBar(flags.run.steps,
-                                                              flags.run.max_seconds, self.step,
-                                                              self.elapsed_seconds)
+            self.progress_bar = metrics_and_plots.ProgressBar(
+                flags.run.steps, flags.run.max_seconds, self.step, self.elapsed_seconds)
         self.stop_request = StopRequest(is_single_process=not is_rank_process())
         self.stop_request.start()
         self.mesh.comm_log.take_records()
@@ -181,8 +180,8 @@ class TrainingRun:
     def finish(self) -> list[dict]:
         """Write the Perfetto timeline of --trace, and a note when a signal stopped the run."""
         if self.flags.run.trace:
-            events = metrics_and_plots.perfetto_trace_events(self.mesh.rank, self.trace_spans,
-                                                             self.trace_records)
+            events = metrics_and_plots.perfetto_trace_events(
+                self.mesh.rank, self.trace_spans, self.trace_records)
             ranks = comm.all_gather_json(events, self.mesh.world, "trace")
             if self.is_first_rank:
                 all_events = [event for events in ranks for event in events]
@@ -258,8 +257,8 @@ class TrainingRun:
         numbers = [metrics_and_plots.distinct_storage_bytes(self.stage.persistent_tensors()),
                    peak_rss_bytes(),
                    *sent.values()]
-        held, rss, *most_sent = map(int, metrics_and_plots.all_reduce_max(numbers,
-                                                                          self.mesh.world))
+        largest = metrics_and_plots.all_reduce_max(numbers, self.mesh.world)
+        held, rss, *most_sent = map(int, largest)
         self.mesh.comm_log.take_records()
         return {"peak_bytes": {"counted": held, "rss": rss}, "comm": dict(zip(sent, most_sent))}
 

@@ -152,7 +152,7 @@ def overlaps(ranks, pp, kind, v, ms):
     for m in ms:
         lists = build_pipeline_schedule(kind, pp, m, v)
         stages = ranks(pp).run(rehearse_schedule, lists, TIMES, SLOT, repeats=3)
-        walls = sorted(measured_timeline([real for real, _ in trial]).step for trial in zip(*stages))
+        walls = sorted(measured_timeline([real for real, _ in trial]).step_seconds for trial in zip(*stages))
         want = simulate_schedule(lists, *(t / v * SLOT for t in TIMES)).step_seconds
         print(f"{kind} pp {pp} m {m}: {want * 1e3:.1f} ms by the clock, {walls[1] * 1e3:.1f} timed")
         assert walls[1] == pytest.approx(want, rel=0.08), (kind, pp, m, walls)

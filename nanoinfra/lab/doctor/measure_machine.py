@@ -34,13 +34,12 @@ def run_doctor(flags: DoctorFlags) -> dict:
     mesh = Mesh(**mesh_axis_sizes(flags.mesh, world_size()),
                 emulated_links=parse_emulated_links(flags.emulate_link),
                 device=flags.device)
+    rates = {dtype: measure_matmul_flops_per_second(mesh, getattr(torch, dtype)) for dtype in _MATMUL_DTYPES}
+    axes = [name for name in MESH_AXIS_NAMES if getattr(mesh, name).size > 1]
     report = {"nanoinfra": 1, "hosts": gather_hosts(mesh), "device": flags.device, "ranks": mesh.world.size,
               "threads": torch.get_num_threads(),
-              "matmul": {dtype: _timed(mesh, measure_matmul_flops_per_second(mesh, getattr(torch, dtype)),
-                                       "FLOP/s")
-                         for dtype in _MATMUL_DTYPES},
-              "wires": {name: measure_link(mesh, name) for name in MESH_AXIS_NAMES if getattr(mesh,
-                                                                                              name).size > 1}}
+              "matmul": {dtype: _timed(mesh, rate, "FLOP/s") for dtype, rate in rates.items()},
+              "wires": {name: measure_link(mesh, name) for name in axes}}
     if mesh.rank == 0:
         for grid in report_tables(report):
             grid.show()

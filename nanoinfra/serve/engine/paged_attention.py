@@ -33,10 +33,10 @@ class PagedKVCache:
 
     def prepare_inputs(self, scheduled: SchedulerOutput
                        ) -> tuple[list[tuple[Sequence, int, int]], torch.Tensor, torch.Tensor]:
-        """Copy and clear blocks for a step, and find its keys: (chunks as the row has them, tokens,
-                                                                 positions).
+        """Copy and clear blocks for a step, and find its keys. Returns (chunks, tokens, positions).
 
-        Tokens and positions are (1, N). A chunk is (sequence, first token, number of tokens).
+        Tokens and positions are (1, N). Chunks come as the row has them, each as (sequence, first token,
+        number of tokens).
         """
         for source, to in scheduled.blocks_to_copy:
             self.kv_memory[:, :, to] = self.kv_memory[:, :, source]

@@ -53,8 +53,9 @@ class Sampler:
             raise ValueError(f"the largest logit is {largest}: no token can be drawn")
         if self.processor:
             logits = self.processor(logits, tokens, num_prompt_tokens)
-        return int(logits.max(-1).indices) if self.greedy else sample_token(logits, self.params,
-                                                                            self.generator)
+        if self.greedy:
+            return int(logits.max(-1).indices)
+        return sample_token(logits, self.params, self.generator)
 
 
 def sample_token(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> int:

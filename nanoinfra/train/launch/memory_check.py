@@ -73,8 +73,8 @@ def rank_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig,
     """Bytes that a rank holds at its peak, by part, without the libraries that it shares with others."""
     mesh = mesh_axis_sizes(flags.mesh, world_size)
     stage = rank // (world_size // mesh["pp"])                                # pp is the outermost axis
-    what = config, parallel_layout_from_flags(flags, mesh), step_config_from_flags(flags, mesh["dp"],
-                                                                                   config), stage
+    layout, step = parallel_layout_from_flags(flags, mesh), step_config_from_flags(flags, mesh["dp"], config)
+    what = config, layout, step, stage
     parts = peak_memory_by_part(*what)
     if flags.mesh.device == "cuda":
         return parts | {"data": 0, "processes": _CUDA_CONTEXT_BYTES}

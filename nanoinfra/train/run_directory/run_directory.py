@@ -93,8 +93,8 @@ class RunDirectory:
         config = {"nanoinfra": RUN_DIRECTORY_VERSION, "model": inputs.model_config.to_dict(),
                   "flags": flags_to_dict(flags), "inputs": inputs.data_identity,
                   "text": self.data_description, "launch": launch_id()}
-        metrics_and_plots.replace_file(self.path / "config.json", json.dumps(config,
-                                                                             indent=2) + "\n")
+        text = json.dumps(config, indent=2) + "\n"
+        metrics_and_plots.replace_file(self.path / "config.json", text)
         if inputs.pretrained_weights:
             save_pretrained_tokenizer(inputs.pretrained_weights, self.path / "tokenizer")
         elif inputs.dataset.tokenizer:
