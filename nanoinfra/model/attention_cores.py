@@ -180,9 +180,10 @@ class SdpaCore(NaiveCore):
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                  mask: AttentionMask = CAUSAL_MASK) -> torch.Tensor:
         """See AttentionCore."""
-        if _has_kernel_for(q, v) or not every_query_sees_itself(mask, q.shape[2], k.shape[2]):
+        T, S = q.shape[2], k.shape[2]
+        if _has_kernel_for(q, v) or not every_query_sees_itself(mask, T, S):
             return super().__call__(q, k, v, mask)
-        is_causal, added = _causal_flag_and_mask(q, k, mask)
+        is_causal, added = _causal_flag_and_mask(q, k, mask, mask_kind(mask, T, S))
         added = None if added is None else added.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, added, is_causal=is_causal,
                                               enable_gqa=q.shape[1] != k.shape[1])
@@ -222,32 +223,31 @@ def _has_kernel_for(q, v):
 def _flash_forward(q, k, v, mask):
     """One call of torch's kernel, for a mask without documents."""
     T, S = q.shape[2], k.shape[2]
-    if mask_kind(mask, T, S) == "none":
+    kind = mask_kind(mask, T, S)
+    if kind == "none":
         return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=at_least_float32(q.dtype))
-    is_causal, added = _causal_flag_and_mask(q, k, mask)
+    is_causal, added = _causal_flag_and_mask(q, k, mask, kind)
     y, lse = CPU_FLASH_KERNELS.forward(*map(_dense_rows, (q, k, v)), 0.0, is_causal, attn_mask=added)
-    if not every_query_sees_itself(mask, T, S):                           # torch gives 0 to what sees nothing
+    if kind == "mixed" and not every_query_sees_itself(mask, T, S):       # torch gives 0 to what sees nothing
         lse = lse.masked_fill(hidden_key_mask(mask, T, S, q.device).all(-1), -math.inf)
     return y, lse
 
 
 def _flash_backward(dy, q, k, v, y, lse, mask):
-    if mask_kind(mask, q.shape[2], k.shape[2]) == "none":
+    kind = mask_kind(mask, q.shape[2], k.shape[2])
+    if kind == "none":
         return tuple(map(torch.zeros_like, (q, k, v)))
-    is_causal, added = _causal_flag_and_mask(q, k, mask)
-    if not every_query_sees_itself(mask, q.shape[2], k.shape[2]):
-        lse = _finite(lse)
+    is_causal, added = _causal_flag_and_mask(q, k, mask, kind)
+    lse = _finite(lse) if kind == "mixed" else lse
     return CPU_FLASH_KERNELS.backward(*map(_dense_rows, (dy, q, k, v, y)), lse, 0.0, is_causal,
                                       attn_mask=added)
 
 
-def _causal_flag_and_mask(q, k, mask):
+def _causal_flag_and_mask(q, k, mask, kind):
     """What torch is told of a mask: (is it the plain diagonal, what to add to the scores or None)."""
-    T, S = q.shape[2], k.shape[2]
-    kind = mask_kind(mask, T, S)
-    if kind in ("all", "diagonal") and mask.alibi_slopes is None:
+    if kind != "mixed" and mask.alibi_slopes is None:
         return kind == "diagonal", None
-    return False, additive_mask(mask, T, S, at_least_float32(q.dtype), q.device)
+    return False, additive_mask(mask, q.shape[2], k.shape[2], at_least_float32(q.dtype), q.device)
 
 
 def _dense_rows(x):

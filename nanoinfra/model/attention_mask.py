@@ -8,6 +8,7 @@ T query tokens, S key tokens, H query heads.
 """
 import math
 from bisect import bisect_right
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class AttentionMask(NamedTuple):
 
 CAUSAL_MASK = AttentionMask()
 MaskKind = Literal["all", "diagonal", "none", "mixed"]
+_SHARED_NUMBERS = 2 ** 18                    # a mask of so many numbers, 1 MiB in float32, is kept
 
 
 def mask_kind(mask: AttentionMask, T: int, S: int) -> MaskKind:
@@ -95,18 +97,33 @@ def hidden_key_mask(mask: AttentionMask, T: int, S: int, device: torch.device) -
 
 def additive_mask(mask: AttentionMask, T: int, S: int, dtype: torch.dtype,
                   device: torch.device) -> torch.Tensor:
-    """What is added to scores: -inf for hidden keys, else ALiBi's bias (1, H, T, S) or 0 (T, S)."""
+    """What is added to scores: -inf for hidden keys, else ALiBi's bias (1, H, T, S) or 0 (T, S).
+
+    It is read-only: the last four small ones, of 2^18 numbers at most, are kept and given again.
+    """
+    is_small = T * S * len(mask.alibi_slopes or (0,)) <= _SHARED_NUMBERS
+    return (_shared_mask if is_small else _make_additive_mask)(mask, T, S, dtype, device)
+
+
+@torch.inference_mode(False)
+def _make_additive_mask(mask, T, S, dtype, device):
     hidden = hidden_key_mask(mask, T, S, device)
     if mask.alibi_slopes is None:
         return torch.zeros(T, S, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
     return alibi_bias(mask, T, S, dtype, device).masked_fill_(hidden, -math.inf).unsqueeze(0)
 
 
+_shared_mask = lru_cache(maxsize=4)(_make_additive_mask)
+
+
 def alibi_bias(mask: AttentionMask, T: int, S: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """ALiBi's bias (H, T, S): minus the slope times the distance. `dtype` is at least float32."""
-    queries, keys = _position_tensors(mask, T, S, device)
-    slopes = torch.tensor(mask.alibi_slopes, dtype=dtype, device=device)
-    return slopes.view(-1, 1, 1) * -(queries - keys).abs()
+    """ALiBi's bias (H, T, S): minus the slope times the distance. `dtype` is at least float32.
+
+    With a causal mask, later keys, which it hides, have some number.
+    """
+    queries, keys = (x.to(dtype) for x in _position_tensors(mask, T, S, device))
+    distance = keys - queries if mask.causal else -(keys - queries).abs() # (T, S), 0 or less where it is seen
+    return torch.tensor(mask.alibi_slopes, dtype=dtype, device=device).view(-1, 1, 1) * distance
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
