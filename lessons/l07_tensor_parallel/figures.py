@@ -18,6 +18,7 @@ from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.lab import draw
 from nanoinfra.lab.instruments.emulated_compute import emulate_compute_time
 from nanoinfra.lab.instruments.saved_activations import SavedActivations
+from nanoinfra.model.attention import ForwardContext
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
@@ -48,7 +49,7 @@ def run_tensor_parallel_step(config: ModelConfig, t: int, sp: str, batch: int,
     stream = model.embed_tokens(x, places).detach().requires_grad_()
     rope = model.rope_cos_sin(places, stream.dtype)
     with SavedActivations(model.parameters()) as kept:
-        out = model.blocks[0](stream, rope)
+        out = model.blocks[0](stream, ForwardContext(rope))
         sizes = [tensor.untyped_storage().nbytes() for tensor in kept.saved_tensors()]
     assert out.requires_grad                                                 # and is alive, with all it keeps
     return loss.item(), rows, sizes

@@ -5,7 +5,7 @@ from unittest import mock
 import torch
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.model.attention import naive_attention
+from nanoinfra.model.attention_cores import naive_attention
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.generate import KVCache

@@ -9,7 +9,7 @@ from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.compare_tensors import assert_same_tensor
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.lab.instruments.tensor_read_bytes import TensorReadBytes
-from nanoinfra.model.attention import naive_attention
+from nanoinfra.model.attention_cores import naive_attention
 
 PREDICTIONS = {**{f"L15.kv_{kind}": "B" for kind in ("mha", "gqa", "mqa")},
                **{f"L15.flops_{what}": "FLOPs" for what in ("prefill", "decode", "again")},

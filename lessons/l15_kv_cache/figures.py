@@ -17,7 +17,7 @@ from nanoinfra.formulas.inference_cost import arithmetic_intensity, inference_fl
 from nanoinfra.lab import draw
 from nanoinfra.lab.instruments.tensor_read_bytes import TensorReadBytes
 from nanoinfra.lab.measure import Measurement, median_of_times, timed
-from nanoinfra.model.attention import hidden_key_mask
+from nanoinfra.model.attention_mask import CAUSAL_MASK, hidden_key_mask
 from nanoinfra.model.decoder import Decoder
 
 
@@ -73,7 +73,7 @@ def attention_mask_picture(calls: dict[str, tuple[int, int]], title: str) -> dra
     kinds = {"key was kept": draw.SKY, "key is new": draw.BLUE, "key is later, not seen": "#e8e8e8"}
     left = 0
     for name, (T, S) in calls.items():
-        hidden = hidden_key_mask(T, S, torch.device("cpu")).tolist()
+        hidden = hidden_key_mask(CAUSAL_MASK, T, S, torch.device("cpu")).tolist()
         for t in range(T):
             for s in range(S):
                 kind = [*kinds][2 if hidden[t][s] else int(s >= S - T)]

@@ -36,10 +36,10 @@ def apply_activation_checkpointing(model: nn.Module, mode: str) -> nn.Module:
 def activation_checkpoint(fn: Callable, *args) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Call `fn(*args)` and save only `args` for backward, which runs `fn` again; the gradients are the same.
 
-    `fn` returns a tensor or a tuple of tensors. Tensors may be in tuples, lists and dicts inside `args`;
-    other values are passed through. The second run has the same torch random state and autocast; Python's own
-    `random` is not restored. Parameters that `fn` uses get their gradients by `.backward()`, not by
-    `torch.autograd.grad`. A call also saves torch's random state: 5 KB on the CPU, 16 bytes on a GPU.
+    `fn` returns a tensor or a tuple of tensors. Tensors may be in tuples, NamedTuples, lists and dicts inside
+    `args`; other values are passed through. The second run has the same torch random state and autocast;
+    Python's own `random` is not restored. Parameters that `fn` uses get their gradients by `.backward()`, not
+    by `torch.autograd.grad`. A call also saves torch's random state: 5 KB on the CPU, 16 bytes on a GPU.
     """
     if not torch.is_grad_enabled():
         return fn(*args)
@@ -116,12 +116,15 @@ def _put_back(tree, tensors):
 def _map(change, tree):
     if type(tree) in (tuple, list):
         return type(tree)(map(change, tree))
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):             # a NamedTuple
+        return type(tree)(*map(change, tree))
     return {key: change(part) for key, part in tree.items()} if type(tree) is dict else tree
 
 
 def _naive(core):
-    name = getattr(core, "__name__", type(core).__name__).removesuffix("_attention")
-    if name != "naive":
+    name = getattr(core, "__name__", type(core).__name__)
+    if name != "naive_attention":
+        name = name.removesuffix("_attention").removesuffix("Core").lower()
         raise ValueError(f"selective recompute saves the scores of naive attention, and {name} keeps none, "
                          f"so there is nothing to save; try --attention naive, or --recompute full")
     return core

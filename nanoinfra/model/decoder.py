@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.model.attention import Attention
+from nanoinfra.model.attention import NO_CONTEXT, Attention, ForwardContext
 from nanoinfra.model.layers import MLP, make_norm
 from nanoinfra.model.rope import rope_cos_sin
 
@@ -24,8 +24,8 @@ class DecoderBlock(nn.Module):
         self.norm2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, rope=None, cache=None) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x), rope, cache)                     # (B, T, C)
+    def forward(self, x: torch.Tensor, context: ForwardContext = NO_CONTEXT) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x), context)                         # (B, T, C)
         return x + self.mlp(self.norm2(x))                                # (B, T, C)
 
 
@@ -48,19 +48,24 @@ class Decoder(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def forward(self, tokens: torch.Tensor, positions=None, cache=None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, positions=None, cache=None,
+                document_ends: tuple[int, ...] | None = None) -> torch.Tensor:
         """Logits (B, T, V) for `tokens` (B, T); the arguments are those of `hidden_states`."""
-        return self.head(self.hidden_states(tokens, positions, cache))           # (B, T, V)
+        return self.head(self.hidden_states(tokens, positions, cache, document_ends))    # (B, T, V)
 
-    def hidden_states(self, tokens: torch.Tensor, positions=None, cache=None) -> torch.Tensor:
+    def hidden_states(self, tokens: torch.Tensor, positions=None, cache=None,
+                      document_ends: tuple[int, ...] | None = None) -> torch.Tensor:
         """The last hidden states, after the final norm: (B, T, C) for `tokens` (B, T).
 
         `positions` (T,) or (B, T) are the tokens' positions in their sequences, by default 0..T-1. A KV
         `cache` holds the earlier tokens and computes attention for every layer; without it attention is
-        causal over `tokens`. ALiBi does not use positions: it counts the keys between.
+        causal over `tokens`. ALiBi does not use positions: it counts the keys between. `document_ends` are
+        the ends of the documents packed into a row, in tokens, the last one T: attention does not cross
+        them. The documents' positions are the caller's: by default they are those in the row.
         """
         positions = self.default_positions(tokens) if positions is None else positions
-        return self.blocks_and_norm(self.embed_tokens(tokens, positions), positions, cache)
+        x = self.embed_tokens(tokens, positions)                          # (B, T, C)
+        return self.blocks_and_norm(x, positions, cache, document_ends)
 
     def embed_tokens(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The input of the first block (B, T, C): token embeddings, with learned positions and norm."""
@@ -69,11 +74,16 @@ class Decoder(nn.Module):
             x = x + self.positions(positions)                             # (B, T, C)
         return x if self.embed_norm is None else self.embed_norm(x)
 
-    def blocks_and_norm(self, x: torch.Tensor, positions: torch.Tensor, cache=None) -> torch.Tensor:
-        """Apply all blocks and the final norm to `x` (B, T, C) at `positions`: (B, T, C)."""
-        rope = self.rope_cos_sin(positions, x.dtype)
+    def blocks_and_norm(self, x: torch.Tensor, positions: torch.Tensor, cache=None,
+                        document_ends: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Apply all blocks and the final norm to `x` (B, T, C) at `positions`: (B, T, C).
+
+        Raises ValueError for `document_ends` that do not end with the row, or beside a cache.
+        """
+        _check_document_ends(document_ends, positions.shape[-1], cache)
+        context = ForwardContext(self.rope_cos_sin(positions, x.dtype), document_ends, cache)
         for block in self.blocks:
-            x = block(x, rope, cache)                                     # (B, T, C)
+            x = block(x, context)                                         # (B, T, C)
         return self.norm(x)
 
     def rope_cos_sin(self, positions: torch.Tensor,
@@ -89,3 +99,13 @@ class Decoder(nn.Module):
             raise ValueError(f"{T} tokens do not fit the model's context of {self.config.context}; "
                              f"give at most {self.config.context}")
         return torch.arange(T, device=tokens.device)
+
+
+def _check_document_ends(ends, T, cache):
+    if ends is None:
+        return
+    if cache is not None:
+        raise ValueError("a KV cache holds sequences that are apart already; give document_ends or a cache")
+    if not ends or ends[-1] != T or any(a >= b for a, b in zip((0, *ends), ends)):
+        raise ValueError(f"document_ends {ends} do not cut a row of {T} tokens into documents; give growing "
+                         f"ends, the last one {T}")

@@ -11,7 +11,8 @@ import torch
 
 from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.model.attention import CAUSAL_MASK, AttentionMask, naive_attention, sdpa_attention
+from nanoinfra.model.attention_cores import naive_attention, sdpa_attention
+from nanoinfra.model.attention_mask import CAUSAL_MASK, AttentionMask
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Tokenizer, apply_chat_template
 from nanoinfra.model.weights.fill_model import decoder_on_meta_device

@@ -12,7 +12,7 @@ from nanoinfra.formulas import inference_cost
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.lab.instruments.tensor_read_bytes import TensorReadBytes
-from nanoinfra.model.attention import naive_attention
+from nanoinfra.model.attention_cores import naive_attention
 from nanoinfra.model.decoder import Decoder
 
 OPT = ModelConfig(50272, 5120, 40, 40, 40, 128, 20480, 2048, family="opt")

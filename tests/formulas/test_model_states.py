@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token, model_state_bytes
 from nanoinfra.formulas.parameters import parameter_count
-from nanoinfra.model.attention import naive_attention
+from nanoinfra.model.attention_cores import naive_attention
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.train.loss import linear_cross_entropy
 from nanoinfra.train.optimizer import MixedPrecisionOptimizer

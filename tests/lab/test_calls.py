@@ -14,7 +14,7 @@ from lessons.l15_kv_cache.figures import (
 )
 from nanoinfra.config import config_for_size
 from nanoinfra.formulas import inference_cost
-from nanoinfra.model.attention import naive_attention
+from nanoinfra.model.attention_cores import naive_attention
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 

@@ -6,6 +6,7 @@ from nanoinfra.config import config_for_size
 from nanoinfra.formulas.saved_activations import layer_activation_bytes_by_term
 from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.memory.recompute import apply_activation_checkpointing
+from nanoinfra.model.attention import ForwardContext
 from nanoinfra.model.decoder import Decoder
 
 
@@ -38,6 +39,6 @@ def test_layers_keep_what_the_formula_says_on_any_device(device, how):
         x, rope = model.embed_tokens(x, places), model.rope_cos_sin(places, torch.get_default_dtype())
         with SavedActivations([*model.parameters(), *rope]) as kept:
             for block in model.blocks:
-                x = block(x, rope)
+                x = block(x, ForwardContext(rope))
     assert kept.saved_bytes() == config.layers * sum(layer_activation_bytes_by_term(config, 2, 9, 4, "naive",
                                                                                     how).values())

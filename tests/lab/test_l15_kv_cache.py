@@ -7,7 +7,7 @@ from lessons.l15_kv_cache import checks as check
 from nanoinfra.lab.exercise import export_exercises_of_notebook, load_python_file, split_into_exercises
 from nanoinfra.lab.find_course_folder import clone_folder
 from nanoinfra.lab.mutants import collect_lesson_mutants
-from nanoinfra.model.attention import naive_attention
+from nanoinfra.model.attention_cores import naive_attention
 from nanoinfra.serve.generate import generate
 
 HINTS = {

@@ -13,7 +13,7 @@ from torch import nn
 from nanoinfra.config import ModelConfig, config_for_size
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.memory import recompute
-from nanoinfra.model import attention
+from nanoinfra.model import attention_cores
 from nanoinfra.model.decoder import Decoder, DecoderBlock
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
@@ -61,7 +61,8 @@ def test_forward_calls(monkeypatch, how, blocks, cores):
             return fn(*args)
         return count
     monkeypatch.setattr(DecoderBlock, "forward", counting("block", DecoderBlock.forward))
-    monkeypatch.setitem(attention.ATTENTION_CORES, "naive", counting("core", attention.naive_attention))
+    monkeypatch.setitem(attention_cores.ATTENTION_CORES, "naive",
+                        counting("core", attention_cores.naive_attention))
     gradients(decoder("naive", how), micro_batches=2)
     assert calls == {"block": 2 * 3 * blocks, "core": 2 * 3 * cores}
 

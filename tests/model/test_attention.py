@@ -5,14 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.model.attention import (
-    CAUSAL_MASK,
-    Attention,
-    AttentionMask,
-    alibi_slopes,
-    naive_attention,
-    sdpa_attention,
-)
+from nanoinfra.model.attention import Attention
+from nanoinfra.model.attention_cores import naive_attention, sdpa_attention
+from nanoinfra.model.attention_mask import CAUSAL_MASK, AttentionMask, alibi_slopes
 
 
 def heads(T=5, S=5, dtype=torch.float64):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanoinfra.config import ModelConfig, config_for_size
-from nanoinfra.model.attention import CAUSAL_MASK, AttentionMask
+from nanoinfra.model.attention_mask import CAUSAL_MASK, AttentionMask
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from tests.families import VARIANTS

@@ -13,6 +13,7 @@ from torch import nn
 from nanoinfra.config import ModelConfig
 from nanoinfra.kernels.cpu.decode_kernels import compile_decode_kernels
 from nanoinfra.model import decoder
+from nanoinfra.model.attention import ForwardContext
 from nanoinfra.model.layers import RMSNorm
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
 
@@ -46,12 +47,11 @@ class CpuDecoderBlock(nn.Module):
         order = (self.norm1, attn.qkv, attn.o, self.norm2, mlp.gate_up, mlp.down)
         self.steps = [module.forward for module in order]                # a Module's own call takes 1 us more
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor],
-                cache: "CpuPagedKVCache") -> torch.Tensor:
-        """`x` (1, N, C), whose memory is used again, -> (1, N, C)."""
+    def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """`x` (1, N, C), whose memory is used again, -> (1, N, C). The context has a CpuPagedKVCache."""
         norm1, qkv_proj, o_proj, norm2, gate_up_proj, down_proj = self.steps
         qkv = qkv_proj(norm1(x))                                         # (1, N, (H + 2 KV) K)
-        y = o_proj(cache.rope_cache_and_attend(self.attn, qkv, rope))    # (1, N, C)
+        y = o_proj(context.cache.rope_cache_and_attend(self.attn, qkv, context.rope))    # (1, N, C)
         hidden = gate_up_proj(norm2(x, y))                               # (1, N, 2 F)
         y = hidden.new_empty(1, x.shape[1], hidden.shape[2] // 2)        # (1, N, F)
         self.kernels.swiglu(y.data_ptr(), hidden.data_ptr(), *y.shape[1:])

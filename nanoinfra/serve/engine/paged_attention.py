@@ -12,7 +12,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from nanoinfra.model.attention import CAUSAL_MASK, AttentionMask, sdpa_attention
+from nanoinfra.model.attention_cores import sdpa_attention
+from nanoinfra.model.attention_mask import CAUSAL_MASK, AttentionMask
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.layers import at_least_float32
 from nanoinfra.serve.engine.scheduler import SchedulerOutput, Sequence
