@@ -3,7 +3,7 @@
 Vaswani et al. 2017; GQA (Ainslie et al. 2023): H/KV query heads share one key/value head; ALiBi (Press et al.
 2022): a score falls by its head's slope for each token of distance; sliding window (Jiang et al. 2023): a
 query sees the last W tokens, itself included. Two attributes can be replaced from outside: the attention core
-(naive or torch's sdpa; a KV cache argument takes its place) and `in_proj`, which computes q, k and v.
+(naive or torch's sdpa; a KV cache argument takes its place) and the ports of the linears (ports.py).
 B sequences, T query tokens, S key tokens, H query heads, KV key heads, G = H/KV, K head_dim.
 """
 import math
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.model.layers import RMSNorm, at_least_float32, separate_linears
+from nanoinfra.model.layers import RMSNorm, at_least_float32
+from nanoinfra.model.ports import PlainInPort, PlainOutPort
 from nanoinfra.model.rope import apply_rotary_emb
 
 
@@ -43,7 +44,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(K, config.eps) if config.architecture.qk_norm else None
         self.k_norm = RMSNorm(K, config.eps) if config.architecture.qk_norm else None
         self.layer, self.head_dim = layer, K
-        self.core, self.in_proj = ATTENTION_CORES[attention], separate_linears
+        self.core = ATTENTION_CORES[attention]
+        self.in_proj = PlainInPort()
+        self.out_proj = PlainOutPort()
         slopes = alibi_slopes(H) if config.architecture.position_encoding == "alibi" else None
         self.mask = AttentionMask(config.sliding_window_of_layer(layer), slopes)
 
@@ -56,7 +59,11 @@ class Attention(nn.Module):
             q, k = apply_rotary_emb(q, rope), apply_rotary_emb(k, rope)
         core = self.core if cache is None else partial(cache.attend, self.layer)
         y = core(q, k, v, self.mask)
-        return self.o(y.transpose(1, 2).flatten(2))                       # (B, H, T, K) -> (B, T, C)
+        return self.out_proj(y.transpose(1, 2).flatten(2), self.o)        # (B, H, T, K) -> (B, T, C)
+
+    def linears_by_port(self) -> dict[str, tuple[nn.Module, ...]]:
+        """The linears that each port applies."""
+        return {"in_proj": (self.q, self.k, self.v), "out_proj": (self.o,)}
 
     def _heads(self, x):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)       # (B, H or KV, T, K)
