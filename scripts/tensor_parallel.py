@@ -24,7 +24,7 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
-from nanoinfra.parallel.tensor_parallel import RowParallelLinear, TensorParallelRegion, shard_linear
+from nanoinfra.parallel.tensor_parallel import TensorParallelRegion, shard_linear
 from nanoinfra.parallel.vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 
 
@@ -44,9 +44,10 @@ def divide(model, axis, region):
         attn, mlp = block.attn, block.mlp
         for linear in (attn.q, attn.k, attn.v, mlp.gate, mlp.up):
             shard_linear(linear, 0, axis)                                     # outputs: (D/t, C)
+        for linear in (attn.o, mlp.down):
+            shard_linear(linear, 1, axis)                                     # inputs: (C, D/t)
         attn.in_proj = mlp.in_proj = region.column_parallel_linear  # f: an all-reduce, or with sp a gather
-        attn.o = RowParallelLinear(shard_linear(attn.o, 1, axis), region)  # inputs: (C, D/t), then g, the sum
-        mlp.down = RowParallelLinear(shard_linear(mlp.down, 1, axis), region)
+        attn.out_proj = mlp.out_proj = region.row_parallel_linear   # then g, the sum
     V, each = model.config.vocab, -(-model.config.vocab // axis.size)
     start = axis.rank * each                                         # the last rank has fewer tokens
     model.embed.weight = model.head.weight = torch.nn.Parameter(

@@ -232,7 +232,7 @@ check.vocab_loss(vocab_loss)
 # backward compute while the sum of x's gradient is under way? What if t does not divide T?
 
 # %%
-for it in (tp.RowParallelLinear, tp._ReduceFromRegion, tp._ColumnParallelLinear, tp.TensorParallelRegion,
+for it in (tp.row_parallel_linear, tp._ReduceFromRegion, tp._ColumnParallelLinear, tp.TensorParallelRegion,
            SequenceParallelRegion, TensorParallel.all_reduce_partial_grads):
     print(inspect.getsource(it))
 

@@ -34,7 +34,7 @@ from nanoinfra.lab.predict import predict
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve import generate as real
-from nanoinfra.serve.engine.packed_linear import PackedLinear, pack_linears
+from nanoinfra.serve.engine.packed_linear import PackedInPort, PackedLinear, pack_linears
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 V, C, L, H, F, P, S = (4096, 512, 2, 8, 1408, 32, 128) if FAST else (4096, 1024, 4, 16, 2816, 128, 512)
@@ -208,7 +208,7 @@ check.generate(generate)
 
 # %%
 print(*map(inspect.getsource, (real.KVCache, real._generate)), inspect.getmodule(PackedLinear).__doc__,
-      *map(inspect.getsource, (PackedLinear, pack_linears)), sep="\n")
+      *map(inspect.getsource, (PackedLinear, PackedInPort, pack_linears)), sep="\n")
 
 # %% [markdown]
 # ## 5. Measure, compare, explain

@@ -32,7 +32,8 @@ class GradientReducer:
 
     Gradients are summed in `dtype` (default: their own). Buckets hold at most 2 `bucket_bytes` at a time, or
     twice the largest parameter's gradient. `grads[name]` is this rank's shard of the sum over ranks, over
-    parameters of that name and over the micro-batches since `zero_grad`.
+    parameters of that name and over the micro-batches since `zero_grad`. Of `names_without_grad` none has
+    come since then.
     """
 
     def __init__(self, params: list[BucketedParam], axis: MeshAxis, bucket_bytes: int = DEFAULT_BUCKET_BYTES,
@@ -46,6 +47,7 @@ class GradientReducer:
         self.buckets = [ReduceScatterBucket(group, axis.size, dtype or group[0].param.dtype)
                         for group in groups]
         self.bucket_of_param = {each.param: bucket for bucket in self.buckets for each in bucket.params}
+        self._name_of_param = {each.param: each.name for each in params}
         self._max_inflight_bytes = 2 * max(bucket_bytes, *(bucket.nbytes for bucket in self.buckets))
         self._in_flight = None               # (bucket, its reduce-scatter)
         self.zero_grad()
@@ -54,6 +56,7 @@ class GradientReducer:
         """Drop the last step's gradients, and those of a step that was not finished."""
         self._wait_in_flight()
         self.grads = {}
+        self.names_without_grad = set(self._name_of_param.values())
         self._sync_gradients, self._next_bucket = False, 0
         for bucket in self.buckets:
             bucket.flat_grads = None
@@ -69,6 +72,7 @@ class GradientReducer:
     def move_grad_to_bucket(self, param: torch.nn.Parameter) -> None:
         """Move `param.grad` into its bucket, and send full buckets, in one order on all ranks."""
         bucket = self.bucket_of_param[param]
+        self.names_without_grad.discard(self._name_of_param[param])
         if bucket.flat_grads is None:
             self._make_room(bucket.nbytes)
             bucket.allocate_flat_grads()

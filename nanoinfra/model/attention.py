@@ -1,8 +1,8 @@
 """Causal grouped-query attention of one layer: projections, norms and rotation around an attention core.
 
 Vaswani et al. 2017; GQA (Ainslie et al. 2023): H/KV query heads share one key/value head. Two attributes can
-be replaced from outside: `core`, any exact attention (attention_cores.py), and `in_proj`, which computes q, k
-and v. A KV cache, given in the call's context, takes the core's place.
+be replaced from outside: `core`, any exact attention (attention_cores.py), and the ports of the linears
+(ports.py). A KV cache, given in the call's context, takes the core's place.
 B sequences, T tokens, C width, H query heads, KV key heads, K head_dim.
 """
 from typing import NamedTuple
@@ -13,7 +13,8 @@ from torch import nn
 from nanoinfra.config import ModelConfig
 from nanoinfra.model.attention_cores import ATTENTION_CORES
 from nanoinfra.model.attention_mask import AttentionMask, alibi_slopes
-from nanoinfra.model.layers import RMSNorm, separate_linears
+from nanoinfra.model.layers import RMSNorm
+from nanoinfra.model.ports import PlainInPort, PlainOutPort
 from nanoinfra.model.rope import apply_rotary_emb
 
 
@@ -42,7 +43,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(K, config.eps) if config.architecture.qk_norm else None
         self.k_norm = RMSNorm(K, config.eps) if config.architecture.qk_norm else None
         self.layer, self.head_dim = layer, K
-        self.core, self.in_proj = ATTENTION_CORES[attention], separate_linears
+        self.core = ATTENTION_CORES[attention]
+        self.in_proj = PlainInPort()
+        self.out_proj = PlainOutPort()
         slopes = alibi_slopes(H) if config.architecture.position_encoding == "alibi" else None
         self.mask = AttentionMask(config.sliding_window_of_layer(layer), slopes)
 
@@ -54,7 +57,11 @@ class Attention(nn.Module):
         if context.rope is not None:
             q, k = apply_rotary_emb(q, context.rope), apply_rotary_emb(k, context.rope)
         y = self._attend(q, k, v, context)                                # (B, H, T, K)
-        return self.o(y.transpose(1, 2).flatten(2))                       # (B, H, T, K) -> (B, T, C)
+        return self.out_proj(y.transpose(1, 2).flatten(2), self.o)        # (B, H, T, K) -> (B, T, C)
+
+    def linears_by_port(self) -> dict[str, tuple[nn.Module, ...]]:
+        """The linears that each port applies."""
+        return {"in_proj": (self.q, self.k, self.v), "out_proj": (self.o,)}
 
     def _attend(self, q, k, v, context):
         if context.cache is not None:

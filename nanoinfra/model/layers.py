@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanoinfra.config import ModelConfig
+from nanoinfra.model.ports import PlainInPort, PlainOutPort
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -39,11 +40,6 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return RMSNorm(config.width, config.eps)
 
 
-def separate_linears(x: torch.Tensor, *linears: nn.Module) -> list[torch.Tensor]:
-    """Apply each of `linears` to `x`: the default `in_proj`, which parallelism and packing replace."""
-    return [linear(x) for linear in linears]
-
-
 _ACTIVATION_FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
                          "relu": F.relu}
 
@@ -51,7 +47,7 @@ _ACTIVATION_FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.
 class MLP(nn.Module):
     """The feed-forward layer, C -> F -> C. A gated MLP (SwiGLU) scales each hidden unit of `up` by its gate.
 
-    `in_proj`, which applies the input linears, is an attribute: parallelism replaces it from outside.
+    Its linears are applied by the ports `in_proj` and `out_proj`, which are replaced from outside (ports.py).
     """
 
     def __init__(self, config: ModelConfig):
@@ -61,11 +57,17 @@ class MLP(nn.Module):
         self.up = nn.Linear(C, F_, bias=bias("up"))
         self.down = nn.Linear(F_, C, bias=bias("down"))
         self.act = _ACTIVATION_FUNCTIONS[config.mlp_activation]
-        self.in_proj = separate_linears
+        self.in_proj = PlainInPort()
+        self.out_proj = PlainOutPort()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate is None:
             up, = self.in_proj(x, self.up)                                   # (B, T, F)
-            return self.down(self.act(up))                                # (B, T, C)
+            return self.out_proj(self.act(up), self.down)                    # (B, T, C)
         gate, up = self.in_proj(x, self.gate, self.up)                       # (B, T, F) each
-        return self.down(self.act(gate) * up)                             # (B, T, C)
+        return self.out_proj(self.act(gate) * up, self.down)                 # (B, T, C)
+
+    def linears_by_port(self) -> dict[str, tuple[nn.Module, ...]]:
+        """The linears that each port applies."""
+        inputs = (self.up,) if self.gate is None else (self.gate, self.up)
+        return {"in_proj": inputs, "out_proj": (self.down,)}

@@ -65,6 +65,12 @@ class DataParallel:
             bucket.async_all_reduce.wait()
         return self.grads
 
+    @property
+    def names_without_grad(self) -> set[str]:
+        """The trained parameters that no backward since `zero_grad` has given a gradient on this rank."""
+        return {name for name, p in self.param_shards.items()
+                if p not in self.bucket_of_param[p].params_with_grad}
+
     def all_gather_params(self, include_frozen: bool = False) -> None:
         """Do nothing: every rank holds whole parameters, which its optimizer has updated."""
 

@@ -19,6 +19,7 @@ from nanoinfra.distributed.mesh import Mesh, MeshAxis
 from nanoinfra.formulas.pipeline import split_layers_into_chunks
 from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.ports import check_ports
 from nanoinfra.model.weights.fill_model import ReadParameter, decoder_on_meta_device
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.pipeline.stage import cut_to_pipeline_chunk
@@ -72,6 +73,7 @@ class ParallelChunk:
                                               grad_dtype=config.grad_dtype)
         self.param_shards = self.data_parallel.param_shards
         self.frozen_params = self.data_parallel.frozen_params
+        check_ports(model)
 
     def _load_weights(self, read_param, dtype):
         """Whole weights in `dtype`; below float32 the weights as they were read become the master weights."""
@@ -134,6 +136,10 @@ class ParallelModel:
             comm.all_reduce(grads[_TIED_PARAM], self.tied_axis, "tied")
         return grads
 
+    def names_without_grad(self) -> list[str]:
+        """The trained parameters of this rank that no backward of the step has given a gradient."""
+        return sorted(set().union(*(chunk.data_parallel.names_without_grad for chunk in self.chunks)))
+
     def all_gather_params(self, include_frozen: bool = False) -> None:
         """After the optimizer's step: gather the updated shards. After loading: frozen parameters too."""
         for chunk in self.chunks:
@@ -171,6 +177,7 @@ def parallelize_for_serving(model: Decoder, mesh: Mesh, read: ReadParameter, dty
     def make_parameter(name, _):
         return nn.Parameter(tp.read_shard(read, name, mesh.device, dtype), requires_grad=False)
     replace_parameters(model, make_parameter)
+    check_ports(model)
     return model
 
 

@@ -26,6 +26,10 @@ class TensorParallelRegion:
         """The outputs (B, T, D/t) of column-parallel `linears` (D/t, C) for hidden states `x`."""
         return column_parallel_linear(self, x, *linears)
 
+    def row_parallel_linear(self, y: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+        """The hidden states that row-parallel `linear` (C, D/t) makes of `y` (B, T, D/t)."""
+        return row_parallel_linear(self, y, linear)
+
     def reduce_from_region(self, y: torch.Tensor, tag: str = "layers") -> torch.Tensor:
         """g, with its backward: sum the ranks' partial outputs `y` (B, T, C). Overwrites y."""
         return _ReduceFromRegion.apply(y, self, tag)
@@ -58,24 +62,20 @@ class TensorParallelRegion:
         return grad
 
 
-class RowParallelLinear(nn.Module):
-    """`linear`, sharded along its inputs (C, D/t): sums the ranks' outputs, then adds the bias once."""
-
-    def __init__(self, linear: nn.Linear, region: TensorParallelRegion):
-        super().__init__()
-        self.weight, self.bias, self.region = linear.weight, linear.bias, region
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's `x` (B, T, D/t) to hidden states (B, T, C), or this rank's tokens of them."""
-        y = self.region.reduce_from_region(F.linear(x, self.weight))         # (B, T, C)
-        return y if self.bias is None else y + self.bias
-
-
 def column_parallel_linear(region: TensorParallelRegion, x: torch.Tensor, *linears: nn.Module,
                            tag: str = "layers") -> list[torch.Tensor]:
     """Apply each of `linears` to the region's hidden states `x`; backward has one collective for them all."""
     biases = [linear.bias for linear in linears]
     return list(_ColumnParallelLinear.apply(region, tag, x, *(linear.weight for linear in linears), *biases))
+
+
+def row_parallel_linear(region: TensorParallelRegion, y: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+    """Apply `linear`, sharded along its inputs (C, D/t): sum the ranks' outputs, then add the bias once.
+
+    This rank's `y` (B, T, D/t) to hidden states (B, T, C), or this rank's tokens of them.
+    """
+    out = region.reduce_from_region(F.linear(y, linear.weight))              # (B, T, C)
+    return out if linear.bias is None else out + linear.bias
 
 
 class _ColumnParallelLinear(torch.autograd.Function):

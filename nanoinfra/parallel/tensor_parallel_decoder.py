@@ -1,11 +1,10 @@
 """Tensor and sequence parallelism applied to the decoder: what each rank holds, which gradients are summed.
 
-Column- and row-parallel linears, vocabulary-parallel embedding and head replace the plain ones;
-formulas/tensor_parallel.py says which part of each parameter a rank holds. Most gradients are complete on
-each rank. Partial ones, which are all-reduced once a step, are those of k and v where ranks share a KV head,
-of q's and k's norms, which see only this rank's heads, and, under sequence parallelism, of what sees only
-this rank's tokens: norms, position embeddings, row-parallel biases. Shoeybi et al. 2019; Korthikanti et al.
-2022.
+A linear keeps its shard (formulas/tensor_parallel.py says which), and column- or row-parallel ports apply it;
+vocabulary-parallel embedding and head replace the plain ones. Most gradients are complete on each rank.
+Partial ones, which are all-reduced once a step, are those of k and v where ranks share a KV head, of q's and
+k's norms, which see only this rank's heads, and, under sequence parallelism, of what sees only this rank's
+tokens: norms, position embeddings, row-parallel biases. Shoeybi et al. 2019; Korthikanti et al. 2022.
 """
 from collections.abc import Callable
 
@@ -23,9 +22,14 @@ from nanoinfra.formulas.tensor_parallel import (
     tp_sharded_dim,
 )
 from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.ports import LinearPort, check_bare_linears, replace_ports, why_not_bare
 from nanoinfra.model.weights.fill_model import ReadParameter
 from nanoinfra.parallel.sequence_parallel import SequenceParallelPositionEmbedding, SequenceParallelRegion
-from nanoinfra.parallel.tensor_parallel import RowParallelLinear, TensorParallelRegion
+from nanoinfra.parallel.tensor_parallel import (
+    TensorParallelRegion,
+    column_parallel_linear,
+    row_parallel_linear,
+)
 from nanoinfra.parallel.vocab_parallel import ParallelLMHead, VocabParallelEmbedding
 
 
@@ -34,8 +38,8 @@ class TensorParallel:
 
     `shard_bounds_by_parameter[name]` is the part of the logical parameter that this rank holds.
     `sequence_parallel` is one of SEQUENCE_PARALLEL_MODES: "none", or whether backward "keep"s the gathered
-    input or "gather"s it again. Raises ValueError where the ranks cannot share the heads. Rank 0's weights
-    are broadcast.
+    input or "gather"s it again. Raises ValueError where the ranks cannot share the heads, TypeError where a
+    linear is wrapped or has adapters, which come later. Rank 0's weights are broadcast.
     """
 
     def __init__(self, model: Decoder, mesh: Mesh, sequence_parallel: str = "none"):
@@ -45,16 +49,19 @@ class TensorParallel:
                              f"not {sp!r}")
         config, self.axis = model.config, mesh.tp
         check_tp_fits_model(config, self.axis.size)
+        check_bare_linears(model, "tensor parallelism")
         self.shard_bounds_by_parameter = shard_bounds_by_parameter(config, self.axis.size, self.axis.rank)
         self.kv_replica_axis = mesh.subgroup_of_size("tp", kv_head_replicas(config, self.axis.size))
         if sp == "none":
             self.region = TensorParallelRegion(self.axis)
         else:
             self.region = SequenceParallelRegion(self.axis, save_gathered=sp == "keep")
+        replace_ports(model, lambda *linears: ColumnParallelPort(self.region),
+                      lambda linear: RowParallelPort(self.region))
         replace_parameters(model, self._shard_of)
         self._replace_embedding_and_head(model, self.shard_bounds_by_parameter["embed.weight"][0][0])
         for block in model.blocks:
-            self._replace_linears(block)
+            self._shard_alibi_slopes(block.attn)
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self._partial_grad_names = [name for name in trained if has_partial_grad(name, sp)]
         self._replicated_kv_names = [name for name in trained if self.kv_replica_axis.size > 1
@@ -90,11 +97,8 @@ class TensorParallel:
         if isinstance(self.region, SequenceParallelRegion) and getattr(model, "positions", None) is not None:
             model.positions = SequenceParallelPositionEmbedding(model.positions, self.region)
 
-    def _replace_linears(self, block):
-        attn, mlp = block.attn, block.mlp
+    def _shard_alibi_slopes(self, attn):
         heads = attn.o.weight.shape[1] // attn.head_dim
-        attn.in_proj = mlp.in_proj = self.region.column_parallel_linear
-        attn.o, mlp.down = RowParallelLinear(attn.o, self.region), RowParallelLinear(mlp.down, self.region)
         if slopes := attn.mask.alibi_slopes:                           # ALiBi's, one a query head
             attn.mask = attn.mask._replace(alibi_slopes=slopes[self.axis.rank * heads:][:heads])
 
@@ -103,6 +107,38 @@ class TensorParallel:
             comm.broadcast(p.data, self.axis, "weights")
         shard = p.detach()[tuple(slice(*bounds) for bounds in self.shard_bounds_by_parameter[name])].clone()
         return nn.Parameter(shard, p.requires_grad)
+
+
+class ColumnParallelPort(LinearPort):
+    """The in-port of tensor parallelism: this rank's outputs (B, T, D/t), by `column_parallel_linear`."""
+
+    def __init__(self, region: TensorParallelRegion):
+        self.region = region
+        self.is_plain = region.axis.size == 1
+
+    def __call__(self, x: torch.Tensor, *linears: nn.Linear) -> list[torch.Tensor]:
+        _check_types(self, linears)
+        return column_parallel_linear(self.region, x, *linears)
+
+    def why_not_taken(self, linear: nn.Module) -> str:
+        """Why this port, which reads the linears' weights, must not be given `linear`."""
+        return why_not_bare(linear, "the column-parallel port")
+
+
+class RowParallelPort(LinearPort):
+    """The out-port of tensor parallelism: the sum of the ranks' outputs, by `row_parallel_linear`."""
+
+    def __init__(self, region: TensorParallelRegion):
+        self.region = region
+        self.is_plain = region.axis.size == 1
+
+    def __call__(self, y: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        _check_types(self, (linear,))
+        return row_parallel_linear(self.region, y, linear)
+
+    def why_not_taken(self, linear: nn.Module) -> str:
+        """Why this port, which reads the linear's weight, must not be given `linear`."""
+        return why_not_bare(linear, "the row-parallel port")
 
 
 def replace_parameters(model: nn.Module, make_parameter: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
@@ -118,6 +154,13 @@ def _parameter_places(model):
     """(module, its name for it, parameter) wherever a module holds a parameter."""
     for module in model.modules():
         yield from ((module, key, p) for key, p in module._parameters.items() if p is not None)
+
+
+def _check_types(port, linears):
+    """What is wrapped after `check_ports`, or inside of an adapter, is refused when it is called."""
+    for linear in linears:
+        if type(linear) is not nn.Linear:
+            raise TypeError(port.why_not_taken(linear))
 
 
 def _module_name(param_name):

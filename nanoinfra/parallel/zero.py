@@ -81,6 +81,11 @@ class ZeroDataParallel:
         self._reshard()
         return self.reducer.finish_grad_sync()
 
+    @property
+    def names_without_grad(self) -> set[str]:
+        """The trained parameters that no backward since `zero_grad` has given a gradient on this rank."""
+        return self.reducer.names_without_grad
+
     def all_gather_params(self, include_frozen: bool = False) -> None:
         """After the optimizer's step: all-gather the parameters that stay whole on every rank.
 

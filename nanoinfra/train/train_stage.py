@@ -54,6 +54,7 @@ class TrainStage(PipelineStage):
                                                  self.parallel_model.master_weights, o.betas or ADAMW_BETAS,
                                                  weight_decay)
         self.lr = 0.0
+        self._all_grads_came = False
         self.max_grad_norm = flags.optimizer.clip
         self.loss_scale = LossScale() if dtype == torch.float16 else None
         self.forward_schedule = schedules.forward_only_schedule(mesh.pp.size, self.virtual)[mesh.pp.rank]
@@ -105,9 +106,16 @@ class TrainStage(PipelineStage):
         self.parallel_model.chunks[chunk].data_parallel.prepare_for_backward(is_last)
 
     def reduce_grads(self) -> None:
-        """Wait until all gradients are summed over the ranks."""
+        """Wait until all gradients are summed over the ranks.
+
+        Raises RuntimeError in the first step if a parameter that is trained has got none on this rank.
+        """
         self.wait_sends()
         self.grads = self.parallel_model.finish_grad_sync()
+        if not self._all_grads_came and (names := self.parallel_model.names_without_grad()):
+            raise RuntimeError(f"no gradient came for {', '.join(names)}: nothing in the model uses them; "
+                               "freeze them (--freeze), or let a port of their layer apply them")
+        self._all_grads_came = True
 
     def step(self) -> None:
         """Unscale and clip the gradients and update the weights; `grad_norm` is the norm before clipping.

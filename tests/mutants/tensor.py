@@ -17,7 +17,7 @@ from nanoinfra.model.initialization import draw_initial_tensor, named_generator
 from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig
 from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
-from nanoinfra.parallel.tensor_parallel import RowParallelLinear, TensorParallelRegion
+from nanoinfra.parallel.tensor_parallel import TensorParallelRegion
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
 from nanoinfra.train.optimizer import unscale_and_clip_grads
@@ -150,9 +150,8 @@ class SumsBackTwice(TensorParallelRegion):
         return comm.all_reduce(grad.clone(), self.axis, tag)
 
 
-class BiasOfEveryRank(RowParallelLinear):
-    def forward(self, x):
-        return self.region.reduce_from_region(F.linear(x, self.weight, self.bias))
+def bias_of_every_rank(region, y, linear):
+    return region.reduce_from_region(F.linear(y, linear.weight, linear.bias))
 
 
 class ForgetsSharedHeads(TensorParallel):
@@ -208,7 +207,7 @@ MUTANTS = [
     Mutant("a column linear without its backward all-reduce", tensor,
            replaced("TensorParallelRegion", NeverSumsBack), GRADS),
     Mutant("a sum made twice", tensor, replaced("TensorParallelRegion", SumsBackTwice), GRADS),
-    Mutant("a bias added by every rank", tensor, replaced("RowParallelLinear", BiasOfEveryRank), GRADS),
+    Mutant("a bias added by every rank", tensor, replaced("row_parallel_linear", bias_of_every_rank), GRADS),
     Mutant("shared KV heads' gradients not summed", tensor,
            replaced("TensorParallel", ForgetsSharedHeads, "parallelize"), GRADS),
     Mutant("norms' gradients not summed under sp", tensor,

@@ -17,7 +17,6 @@ from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig
 from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
 from nanoinfra.parallel.tensor_parallel import (
-    RowParallelLinear,
     TensorParallelRegion,
     column_parallel_linear,
     shard_linear,
@@ -61,7 +60,7 @@ def test_an_axis_of_one_rank_is_the_plain_layer():
     up.zero_grad(), down.zero_grad()
     region = TensorParallelRegion(single_rank_axis("tp"))
     h, = region.column_parallel_linear(ours, up)
-    got = RowParallelLinear(down, region)(h.tanh())
+    got = region.row_parallel_linear(h.tanh(), down)
     got.sum().backward()
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-13, atol=1e-13)
@@ -128,17 +127,18 @@ from torch import nn
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
-from nanoinfra.parallel.tensor_parallel import RowParallelLinear, TensorParallelRegion, shard_linear
+from nanoinfra.parallel.tensor_parallel import TensorParallelRegion, shard_linear
 
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6)
         self.in_proj = lambda x, *linears: [linear(x) for linear in linears]
+        self.out_proj = lambda y, linear: linear(y)
 
     def forward(self, x):
         h, = self.in_proj(self.norm(x), self.up)
-        return x + self.down(h.relu())
+        return x + self.out_proj(h.relu(), self.down)
 
 def train(n, how):
     torch.manual_seed(0)
@@ -147,8 +147,8 @@ def train(n, how):
         region = (TensorParallelRegion(axis) if how == "whole" else
                   SequenceParallelRegion(axis, save_gathered=how == "keep"))
         net.in_proj = region.column_parallel_linear
-        net.down = RowParallelLinear(shard_linear(net.down, 1, axis), region)
-        shard_linear(net.up, 0, axis)
+        net.out_proj = region.row_parallel_linear
+        shard_linear(net.up, 0, axis), shard_linear(net.down, 1, axis)
     for _ in range(3):
         if how in ("keep", "gather"):
             region.set_seq_len(5)

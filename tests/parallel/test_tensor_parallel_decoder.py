@@ -13,11 +13,11 @@ from nanoinfra.formulas.tensor_parallel import SEQUENCE_PARALLEL_MODES as SP
 from nanoinfra.formulas.tensor_parallel import shard_bounds_by_parameter
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import draw_initial_tensor, named_generator
+from nanoinfra.model.ports import check_ports
 from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig
 from nanoinfra.parallel.sequence_parallel import SequenceParallelPositionEmbedding
-from nanoinfra.parallel.tensor_parallel import RowParallelLinear
-from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
+from nanoinfra.parallel.tensor_parallel_decoder import ColumnParallelPort, RowParallelPort, TensorParallel
 from nanoinfra.parallel.vocab_parallel import ParallelLMHead, VocabParallelEmbedding
 from nanoinfra.train.loss import count_valid_tokens, linear_cross_entropy
 from tests.families import KINDS, VARIANTS
@@ -70,12 +70,14 @@ def test_frozen_parameters_have_no_gradient_and_stop_none(ranks, sp):
 def test_every_parameter_is_its_box_and_every_module_its_kind(ranks, family, tp, sp):
     cfg = config(family)
     every = ranks(tp).run(described, family, tp, sp)
-    for rank, (kinds, held) in enumerate(every):
+    for rank, (kinds, held, ports) in enumerate(every):
         assert held == {name: tuple(stop - start for start, stop in box)
                         for name, box in shard_bounds_by_parameter(cfg, tp, rank).items()}
         assert kinds["embed"] == VocabParallelEmbedding.__name__ and kinds["head"] == ParallelLMHead.__name__
-        assert {kinds[f"blocks.{i}.{name}"] for i in range(2) for name in ("attn.o", "mlp.down")} \
-            == {RowParallelLinear.__name__}
+        assert {kinds[f"blocks.{i}.{name}"] for i in range(2) for name in ("attn.q", "attn.o", "mlp.down")} \
+            == {"Linear"}
+        assert ports == [f"blocks.{i}.{part}.{port.__name__}" for i in range(2) for part in ("attn", "mlp")
+                         for port in (ColumnParallelPort, RowParallelPort)]
         assert kinds.get("positions") == {"gpt2": SequenceParallelPositionEmbedding.__name__}.get(family)
     whole = sum(1 for name, shape in parameter_shapes(cfg).items() if held[name] == shape)
     assert 0 < whole < len(held) / 1.5                 # norms and biases of rows; the rest is cut
@@ -203,7 +205,8 @@ def described(family, tp, sp):
     parallel = ParallelChunk(model, Mesh(tp=tp), ParallelConfig(sequence_parallel=sp), drawn(config(family)))
     assert all(p.is_leaf and not p.is_meta for p in parallel.model.parameters())
     return ({name: type(module).__name__ for name, module in model.named_modules()},
-            {name: tuple(p.shape) for name, p in model.named_parameters()})
+            {name: tuple(p.shape) for name, p in model.named_parameters()},
+            [f"{row.path.rpartition('.')[0]}.{row.chain[0]}" for row in check_ports(model)])
 
 
 def cut_in_place():

@@ -316,8 +316,8 @@ def test_the_server_says_on_start_who_computes(model, capfd):
 def test_other_families_keep_torchs_operations_between_the_products(family):
     engine = Engine(scrambled(Decoder(config(family))), num_blocks=40)
     assert "all between by torch's operations" in use_cpu_kernels(engine)
-    assert type(engine.kv_cache) is PagedKVCache and isinstance(engine.model.blocks[0].attn.o,
-                                                                PackedLinear)
+    assert type(engine.kv_cache) is PagedKVCache and isinstance(engine.model.blocks[0].attn.out_proj,
+                                                                packed_linear.PackedOutPort)
 
 
 def test_processes_that_load_it_keep_their_numbers_as_they_are():

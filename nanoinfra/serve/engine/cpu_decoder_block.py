@@ -15,6 +15,7 @@ from nanoinfra.kernels.cpu.decode_kernels import compile_decode_kernels
 from nanoinfra.model import decoder
 from nanoinfra.model.attention import ForwardContext
 from nanoinfra.model.layers import RMSNorm
+from nanoinfra.model.ports import LinearPort
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
 
 _NO_WINDOW = 1 << 40                         # tokens: a sliding window that hides nothing
@@ -37,15 +38,20 @@ class AddRMSNorm(nn.Module):
 
 
 class CpuDecoderBlock(nn.Module):
-    """A decoder.Block by the C kernels, made of the block with packed linears that it replaces."""
+    """A decoder.Block by the C kernels, made of the block whose ports are all packed, that it replaces.
+
+    It computes the ports' products itself and calls no port, so none can be wrapped from then on.
+    """
 
     def __init__(self, block: decoder.DecoderBlock, kernels: ctypes.CDLL):
         super().__init__()
         self.attn, self.mlp = attn, mlp = block.attn, block.mlp
         self.kernels = kernels
         self.norm1, self.norm2 = AddRMSNorm(block.norm1, kernels), AddRMSNorm(block.norm2, kernels)
-        order = (self.norm1, attn.qkv, attn.o, self.norm2, mlp.gate_up, mlp.down)
+        order = (self.norm1, attn.in_proj.product, attn.out_proj.product,
+                 self.norm2, mlp.in_proj.product, mlp.out_proj.product)
         self.steps = [module.forward for module in order]                # a Module's own call takes 1 us more
+        attn.in_proj = attn.out_proj = mlp.in_proj = mlp.out_proj = BypassedPort()
 
     def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """`x` (1, N, C), whose memory is used again, -> (1, N, C). The context has a CpuPagedKVCache."""
@@ -56,6 +62,11 @@ class CpuDecoderBlock(nn.Module):
         y = hidden.new_empty(1, x.shape[1], hidden.shape[2] // 2)        # (1, N, F)
         self.kernels.swiglu(y.data_ptr(), hidden.data_ptr(), *y.shape[1:])
         return x.add_(down_proj(y))
+
+
+class BypassedPort(LinearPort):
+    """Sits where a CpuDecoderBlock computes a port's product without a call; no port can be put around it."""
+    can_be_wrapped = False
 
 
 class CpuPagedKVCache(PagedKVCache):
@@ -116,7 +127,7 @@ def compile_kernels_for(model: decoder.Decoder, kv_cache: PagedKVCache) -> ctype
 
 def install_cpu_blocks(model: decoder.Decoder, kv_cache: PagedKVCache,
                        kernels: ctypes.CDLL) -> CpuPagedKVCache:
-    """Replace the blocks of `model`, whose linears are packed; returns the cache to use from now on."""
+    """Replace the blocks of `model`, whose ports are all packed; returns the cache to use from now on."""
     model.blocks = nn.ModuleList(CpuDecoderBlock(block, kernels) for block in model.blocks)
     model.norm = AddRMSNorm(model.norm, kernels)
     return CpuPagedKVCache(kv_cache, kernels)

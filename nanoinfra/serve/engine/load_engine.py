@@ -47,11 +47,14 @@ def use_cpu_kernels(engine: Engine) -> str:
         kernels, why = cpu_decoder_block.compile_kernels_for(model, engine.kv_cache), ""
     except RuntimeError as error:
         kernels, why = None, f", at half the speed: {error}"
-    packed_linear.pack_linears(model, kernels and kernels.gemv)
+    ports = packed_linear.pack_linears(model, kernels and kernels.gemv)
     packed_linear.warm_up_linears(model, engine.scheduler.max_num_batched_tokens,
                                   engine.scheduler.max_num_seqs)
     between = "torch's operations"
-    if kernels and cpu_decoder_block.supports_cpu_block(model.config):
+    wrapped = next((row for row in ports if len(row.chain) > 1), None)
+    if wrapped:
+        between = f"torch's operations (the decode kernels would skip {wrapped.chain[0]} at {wrapped.path})"
+    elif kernels and cpu_decoder_block.supports_cpu_block(model.config):
         engine.kv_cache = cpu_decoder_block.install_cpu_blocks(model, engine.kv_cache, kernels)
         engine.argmax = partial(decode_kernels.argmax_with_kernels, kernels)
         between = "passes in C"

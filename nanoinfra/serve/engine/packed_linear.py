@@ -9,12 +9,22 @@ step.
 """
 import functools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nanoinfra.model.decoder import Decoder
+from nanoinfra.model.ports import (
+    LinearPort,
+    PortRow,
+    check_bare_linears,
+    check_ports,
+    replace_ports,
+    why_not_bare,
+)
+from nanoinfra.parallel.vocab_parallel import ParallelLMHead
 
 PACKED_LINEAR_DTYPES = torch.bfloat16, torch.float32
 _LAYOUT_ROWS = 32                            # rows of a call, for which oneDNN chooses the packed layout
@@ -48,10 +58,6 @@ class PackedLinear(nn.Module):
             y = self._product(F.pad(x.reshape(rows, -1), (0, 0, 0, padding)))
             return y[:rows].view(*x.shape[:-1], -1)
         return self._product(x)
-
-    def project_and_split(self, x: torch.Tensor, *_: nn.Module) -> tuple[torch.Tensor, ...]:
-        """The outputs of each linear apart: it replaces the input projection of an attention or an MLP."""
-        return self(x).split(self.outs, -1)
 
     def warm_up(self, max_rows: int) -> None:
         """Compute once with every number of rows up to `max_rows`, so that oneDNN has compiled them all."""
@@ -93,15 +99,52 @@ def round_up_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def pack_linears(model: Decoder, gemv: Callable | None = None) -> None:
-    """Replace every linear of `model`, on the CPU in one of PACKED_LINEAR_DTYPES, by a PackedLinear."""
-    for block in model.blocks:
-        attn, mlp = block.attn, block.mlp
-        attn.qkv, attn.o = _pack_together(gemv, attn.q, attn.k, attn.v), PackedLinear(attn.o, gemv=gemv)
-        mlp.gate_up = _pack_together(gemv, *filter(None, (mlp.gate, mlp.up)))
-        mlp.down = PackedLinear(mlp.down, gemv=gemv)
-        attn.in_proj, mlp.in_proj = attn.qkv.project_and_split, mlp.gate_up.project_and_split
+class PackedPort(LinearPort):
+    """A port that applies the linears it was made of by one packed product, and other ones plainly.
+
+    Their plain weights, which nothing uses any more, are let go.
+    """
+
+    def __init__(self, *linears: nn.Linear, gemv: Callable | None = None):
+        self.product, self.linears = PackedLinear(*linears, gemv=gemv), linears
+        for linear in linears:
+            linear.weight = linear.bias = None
+
+    def why_not_taken(self, linear: nn.Module) -> str:
+        """Why this port, which has the weights that its linears had, must not be given `linear`."""
+        if not any(linear is own for own in self.linears):
+            return f"it is not the linear whose weights {self} has packed"
+        return why_not_bare(linear, str(self))
+
+
+class PackedInPort(PackedPort):
+    """q, k and v, or gate and up, as one product."""
+
+    def __call__(self, x: torch.Tensor, *linears: nn.Module) -> list[torch.Tensor]:
+        if linears == self.linears:
+            return list(self.product(x).split(self.product.outs, -1))
+        return [linear(x) for linear in linears]
+
+
+class PackedOutPort(PackedPort):
+    """The packed product of o, or of down."""
+
+    def __call__(self, y: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+        return self.product(y) if linear is self.linears[0] else linear(y)
+
+
+def pack_linears(model: Decoder, gemv: Callable | None = None) -> list[PortRow]:
+    """Pack every linear of `model`, on the CPU in one of PACKED_LINEAR_DTYPES; returns `check_ports`' table.
+
+    Packed ports replace the plain ones, and a PackedLinear the head. Raises TypeError, and packs nothing,
+    where a linear is wrapped or has a child that no port applies.
+    """
+    check_bare_linears(model, "packing")
+    if reason := why_not_bare(model.head, "packing", (nn.Linear, ParallelLMHead)):
+        raise TypeError(f"head: {reason}")
+    replace_ports(model, partial(PackedInPort, gemv=gemv), partial(PackedOutPort, gemv=gemv))
     model.head = PackedLinear(model.head, gemv=gemv)
+    return check_ports(model)
 
 
 def warm_up_linears(model: Decoder, max_num_batched_tokens: int, max_num_seqs: int) -> None:
@@ -109,15 +152,6 @@ def warm_up_linears(model: Decoder, max_num_batched_tokens: int, max_num_seqs: i
 
     All layers have the same shapes, so the first one is enough.
     """
-    attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
-    for product in (attn.qkv, attn.o, mlp.gate_up, mlp.down):
-        product.warm_up(max_num_batched_tokens)
+    for row in check_ports(model.blocks[0]):
+        row.chain[-1].product.warm_up(max_num_batched_tokens)
     model.head.warm_up(max_num_seqs)
-
-
-def _pack_together(gemv, *linears):
-    """All in one; the plain weights, which nothing uses any more, are let go."""
-    packed = PackedLinear(*linears, gemv=gemv)
-    for linear in linears:
-        linear.weight = linear.bias = None
-    return packed
