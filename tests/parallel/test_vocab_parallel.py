@@ -11,8 +11,8 @@ from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
 from nanoinfra.parallel.tensor_parallel import TensorParallelRegion
 from nanoinfra.parallel.vocab_parallel import (
     ParallelLMHead,
+    VocabParallelCrossEntropy,
     VocabParallelEmbedding,
-    VocabParallelLoss,
     vocab_parallel_cross_entropy,
 )
 
@@ -45,7 +45,7 @@ def part_of_the_loss(scale, rows_bytes=None):
     hidden, weight, targets = inputs(scale=scale)
     start, stop = rows(axis.size, axis.rank)
     mine = weight[start:stop].clone().requires_grad_()
-    loss = vocab_parallel_cross_entropy(hidden, mine, targets, 8, TensorParallelRegion(axis), start)
+    loss = vocab_parallel_cross_entropy(hidden, mine, targets, TensorParallelRegion(axis), start).sum() / 8
     (3 * loss).backward()
     if rows_bytes:
         vocab_parallel._LOGITS_CHUNK_BYTES = kept
@@ -100,7 +100,7 @@ def test_a_whole_head_needs_no_ranks():
     hidden, weight, targets = inputs()
     head = nn.Linear(C, V, bias=False).double()
     head.weight = nn.Parameter(weight)
-    torch.testing.assert_close(VocabParallelLoss(head)(hidden, targets, 8),
+    torch.testing.assert_close(VocabParallelCrossEntropy(head)(hidden, targets).sum() / 8,
                                torch_loss(hidden, weight, targets))
     whole = ParallelLMHead(head, 0, V, TensorParallelRegion(single_rank_axis("tp")))
     torch.testing.assert_close(whole(hidden), head(hidden))
