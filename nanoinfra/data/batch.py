@@ -1,8 +1,8 @@
 """The batch: the tokens, targets, weights, positions and document ends of one micro-batch, as one value.
 
 The loader makes it, the model reads tokens, positions and document ends, the objective reads targets and
-weights (train/loss.py). Documents packed end to end in one row need no padding (Krell et al. 2021): positions
-start at 0 in each, and attention stays within a document.
+weights (train/loss.py). Sequence packing puts documents end to end in one row, without padding: positions
+start at 0 in each, and attention stays within a document (Krell et al. 2021).
 B sequences, T tokens.
 """
 from collections.abc import Sequence
