@@ -165,7 +165,7 @@ from nanoinfra.distributed.comm import all_reduce
 
 
 def summed_gradients(model, batches, axis):
-    """{name: gradient of the step's mean loss}, on every rank. `batches`: this rank's, (B, T)."""
+    """{name: gradient of the step's mean loss}, on every rank; a batch has .tokens and .targets (B, T)."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ### BEGIN SOLUTION
     valid = sum((batch.targets != IGNORE_INDEX).sum() for batch in batches)
