@@ -92,7 +92,7 @@ def train(model, loader, seconds):
     squares = torch.zeros_like(model.ngrams.weight)
     steps, began, done = 0, time.perf_counter(), 0.0                     # done: share of the time
     while done < 1:
-        [(x, y)] = loader.next_step()                                    # (B, T) each
+        [(x, y, *_)] = loader.next_step()                                # (B, T) each
         loss = linear_cross_entropy(model.hidden(x), bf16(model.head), y, y.numel())
         loss.backward()
         scale = min(1, done / WARMUP + 0.05, (1 - done) / DECAY)
@@ -121,7 +121,7 @@ def bits_per_byte(model, held_out):
     """-sum log2 p over all held-out tokens, end of text included, / UTF-8 bytes; `model` gives logits."""
     with torch.no_grad():
         nats = sum(F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten(), ignore_index=IGNORE_INDEX,
-                                   reduction="sum").item() for x, y in held_out.micro_batches(8))
+                                   reduction="sum").item() for x, y, *_ in held_out.micro_batches(8))
     return held_out.bits_per_byte(nats)
 
 

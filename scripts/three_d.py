@@ -26,7 +26,7 @@ from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.pipeline import stage as pipeline
 from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
-from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelCrossEntropy
 from nanoinfra.train.step import execute_schedule
 
 LR, DECAY = 3e-3, 0.1                        # matrices decay, vectors do not
@@ -39,7 +39,7 @@ class Stage(pipeline.PipelineStage):
         super().__init__(mesh.pp, mesh.duplicate_axis("pp"), dtype=dtype)
         self.model = model                                           # some of the layers
         self.tensor = TensorParallel(model, mesh, sp)                # of each of them a part
-        self.loss_of = VocabParallelLoss(model.head) if model.head else None  # of the last stage
+        self.nll_of = VocabParallelCrossEntropy(model.head) if model.head else None  # of the last stage
         self.data = DataParallel(model, mesh.data)                   # sees fewer and smaller parameters
         self.ends = mesh.first_last_subgroup("pp")  # first and last stage: embedding and head are one weight
 
@@ -54,9 +54,9 @@ class Stage(pipeline.PipelineStage):
 
     def forward_chunk(self, chunk, x, micro):
         x = self.model.blocks_and_norm(x, torch.arange(self.x[micro].shape[1]))        # (B, T, C)
-        if not self.loss_of:
+        if not self.nll_of:
             return x                                                 # on to the next stage
-        loss = self.loss_of(x, self.y[micro], self.valid)
+        loss = self.nll_of(x, self.y[micro]).sum() / self.valid
         self.loss += loss.detach()
         return loss
 

@@ -84,7 +84,7 @@ while elapsed < args.seconds if args.seconds else step < args.steps:
 
     total = torch.zeros((), dtype=torch.float64)
     shared.zero_grad()
-    for i, (x, y) in enumerate(micro_batches):                   # (B, T) each
+    for i, (x, y, *_) in enumerate(micro_batches):               # (B, T) each
         loss = linear_cross_entropy(model.hidden_states(x), model.head.weight, y, valid)
         shared.prepare_for_backward(is_last=i == len(micro_batches) - 1)
         loss.backward()                                          # the last one sends its buckets as they fill
@@ -109,7 +109,7 @@ loader.close()
 if tokenizer:
     held_out, nats = HeldOutSet(source.corpus.held_out, tokenizer, seq), torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
-        for x, y in held_out.micro_batches(args.micro_batch, mesh.data.rank, mesh.data.size):
+        for x, y, *_ in held_out.micro_batches(args.micro_batch, mesh.data.rank, mesh.data.size):
             nats += linear_cross_entropy(model.hidden_states(x), model.head.weight, y, 1)
     nats = comm.all_reduce(nats, mesh.data).item()
     if mesh.rank == 0:

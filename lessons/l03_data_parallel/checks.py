@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nanoinfra.config import ModelConfig
+from nanoinfra.data.batch import Batch
 from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
@@ -129,26 +130,28 @@ def buckets() -> list[list[str]]:
     return [[names[p] for p in bucket.grad_views] for bucket in pack_grad_buckets(named, BUCKET, None)]
 
 
-def batches(rank: int, n: int, micro_batches: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(rank: int, n: int, micro_batches: int) -> list[Batch]:
     """A rank's share of seven sequences with 3, 5, ... 15 valid targets; an empty one gets none at all."""
     draw = torch.Generator().manual_seed(1)
     x, y = torch.randint(CONFIG.vocab, (2, 7, 16), generator=draw)                     # (7, T) each
     for i in range(7):
         y[i, 3 + 2 * i:] = IGNORE_INDEX
     parts = zip(x[rank::n].tensor_split(micro_batches), y[rank::n].tensor_split(micro_batches))
-    return [(a, b) if len(a) else (x[:1], torch.full_like(y[:1], IGNORE_INDEX)) for a, b in parts]
+    nothing = Batch(x[:1], torch.full_like(y[:1], IGNORE_INDEX))
+    return [Batch(*part) if len(part[0]) else nothing for part in parts]
 
 
 @functools.cache
 def one_rank() -> dict[str, torch.Tensor]:
     """The gradients that all should have: of the mean over all valid targets."""
-    (x, y), = batches(0, 1, 1)
-    return _gradients(x, y, int((y != IGNORE_INDEX).sum()))
+    [batch] = batches(0, 1, 1)
+    return _gradients(batch, batch.num_valid_targets)
 
 
-def _gradients(x, y, count):
+def _gradients(batch, count):
     net = model()
-    nats = F.cross_entropy(net(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    nats = F.cross_entropy(net(batch.tokens).flatten(0, 1), batch.targets.flatten(),
+                           ignore_index=IGNORE_INDEX, reduction="sum")
     (nats / count).backward()
     return {name: p.grad for name, p in net.named_parameters()}
 
@@ -159,7 +162,7 @@ def _slips(n):
     if n == 1:
         return {}
     shares = [batches(r, n, 1)[0] for r in range(n)]
-    means = [_gradients(x, y, int((y != IGNORE_INDEX).sum())) for x, y in shares]
+    means = [_gradients(batch, batch.num_valid_targets) for batch in shares]
     summed = {name: sum(mean[name] for mean in means) for name in means[0]}
     return {"each rank divided by its own count, and the means were averaged?":
             {name: grad / n for name, grad in summed.items()},

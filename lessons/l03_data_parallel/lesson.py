@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from lessons.l03_data_parallel import checks as check
 from nanoinfra.config import ModelConfig
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.rank_pool import RankPool
@@ -72,7 +73,7 @@ def trial(gradients, n, *args, micro_batches=1):
         comm.barrier(mesh.dp)
         mesh.comm_log.take_records()
         begin = time.monotonic()
-        grads = gradients(model, list(zip(*parts)), mesh.dp, *args)
+        grads = gradients(model, list(map(Batch, *parts)), mesh.dp, *args)
         seconds, rows = time.monotonic() - begin, check.gradient_rows(mesh.comm_log.take_records())
         trials.append({"step": seconds, "wait": sum(row.wait_seconds for row in rows), "rows": rows,
                        "naps": naps,
@@ -91,8 +92,8 @@ def least(results, what):
 
 # %%
 def naive_gradients(model, batches, axis):
-    for x, y in batches:
-        (cross_entropy(model(x).flatten(0, 1), y.flatten()) / len(batches)).backward()
+    for batch in batches:
+        (cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten()) / len(batches)).backward()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {name: comm.all_reduce(p.grad, axis) / axis.size for name, p in params.items()}
 
@@ -164,22 +165,22 @@ from nanoinfra.distributed.comm import all_reduce
 
 
 def summed_gradients(model, batches, axis):
-    """{name: gradient of the step's mean loss}, on every rank. `batches`: this rank's [(x, y)], (B, T)."""
+    """{name: gradient of the step's mean loss}, on every rank; a batch has .tokens and .targets (B, T)."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ### BEGIN SOLUTION
-    valid = sum((y != IGNORE_INDEX).sum() for _, y in batches)
+    valid = sum((batch.targets != IGNORE_INDEX).sum() for batch in batches)
     count = all_reduce(valid, axis)                                # () int64
-    for x, y in batches:
-        (nats(model, x, y) / count).backward()
+    for batch in batches:
+        (nats(model, batch) / count).backward()
     for p in params.values():
         all_reduce(p.grad, axis)
     ### END SOLUTION
     return {name: p.grad for name, p in params.items()}
 
 
-def nats(model, x, y):
+def nats(model, batch):
     """-sum log p over the valid targets."""
-    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(model(batch.tokens).mT, batch.targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 # %%
@@ -219,9 +220,9 @@ def overlapped_gradients(model, batches, axis, bucket_bytes):
         ### END SOLUTION
 
     hooks = [p.register_post_accumulate_grad_hook(arrive) for p in home]
-    for micro, (x, y) in enumerate(batches):
+    for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
-        (nats(model, x, y) / count).backward()
+        (nats(model, batch) / count).backward()
     for hook in hooks:
         hook.remove()
     ### BEGIN SOLUTION
@@ -250,9 +251,9 @@ print(inspect.getsource(DataParallel))
 def bucketed_gradients(model, batches, axis, bucket_bytes):
     shared = DataParallel(model, axis, "buckets", bucket_bytes)
     axis.comm_log.take_records()                                             # the broadcast of the weights
-    [count], [(x, y)] = count_valid_tokens(batches, axis), batches        # one micro-batch here
+    [count], [batch] = count_valid_tokens(batches, axis), batches         # one micro-batch here
     shared.prepare_for_backward(is_last=True)
-    (nats(model, x, y) / count).backward()
+    (nats(model, batch) / count).backward()
     return shared.finish_grad_sync()
 
 

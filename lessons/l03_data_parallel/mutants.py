@@ -10,18 +10,18 @@ from nanoinfra.parallel.data_parallel import pack_grad_buckets
 from nanoinfra.train.loss import count_valid_tokens
 
 
-def valid(y):
-    return int((y != IGNORE_INDEX).sum())
+def own_count(batches):
+    return max(1, sum(batch.num_valid_targets for batch in batches))
 
 
-def nats(model, x, y, reduction="sum"):
-    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX,
-                           reduction=reduction)
+def nats(model, batch, reduction="sum"):
+    return F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten(),
+                           ignore_index=IGNORE_INDEX, reduction=reduction)
 
 
 def backward(model, batches, count):
-    for x, y in batches:
-        (nats(model, x, y) / count).backward()
+    for batch in batches:
+        (nats(model, batch) / count).backward()
 
 
 def summed(model, axis, reduce=comm.all_reduce):
@@ -36,18 +36,18 @@ def never_sends(model, batches, axis):
 
 
 def divides_by_its_own_count(model, batches, axis):
-    backward(model, batches, max(1, sum(valid(y) for _, y in batches)))
+    backward(model, batches, own_count(batches))
     return summed(model, axis)
 
 
 def takes_the_mean_of_means(model, batches, axis):
-    backward(model, batches, max(1, sum(valid(y) for _, y in batches)))
+    backward(model, batches, own_count(batches))
     return {name: grad / axis.size for name, grad in summed(model, axis).items()}
 
 
 def takes_the_mean_of_each_micro_batch(model, batches, axis):
-    for x, y in batches:
-        (nats(model, x, y, "mean") / len(batches) / axis.size).backward()
+    for batch in batches:
+        (nats(model, batch, "mean") / len(batches) / axis.size).backward()
     return summed(model, axis)
 
 
@@ -68,9 +68,9 @@ def sums_in_float32(model, batches, axis):
 
 def sends_every_micro_batch(model, batches, axis):
     [count], total = count_valid_tokens(batches, axis), {}
-    for x, y in batches:
+    for batch in batches:
         model.zero_grad()
-        (nats(model, x, y) / count).backward()
+        (nats(model, batch) / count).backward()
         total = {name: total.get(name, 0) + grad for name, grad in summed(model, axis).items()}
     return total
 
@@ -105,11 +105,11 @@ def overlapped(model, batches, axis, bucket_bytes, full=lambda bucket: not bucke
             launch(bucket)
 
     hooks = [p.register_post_accumulate_grad_hook(arrive) for p in home]
-    for micro, (x, y) in enumerate(batches):
+    for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
         for bucket in parts:
             bucket.params_awaiting_grad = set(bucket.grad_views)
-        (nats(model, x, y) / total).backward()
+        (nats(model, batch) / total).backward()
     for hook in hooks:
         hook.remove()
     for bucket in parts if after else ():
@@ -137,7 +137,7 @@ def leaves_in_the_first_micro_batch(*args):
 
 
 def counts_its_own_tokens(*args):
-    return overlapped(*args, count=lambda batches, axis: [max(1, sum(valid(y) for _, y in batches))])
+    return overlapped(*args, count=lambda batches, axis: [own_count(batches)])
 
 
 def has_a_bucket_a_parameter(*args):

@@ -18,6 +18,7 @@ import torch
 
 from lessons.l06_pipeline.measurements import rehearse_schedule, run_pipeline_steps, schedule_of_order
 from nanoinfra.config import config_for_size
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed import comm
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.parameters import parameter_count
@@ -148,9 +149,9 @@ def recv_padded(x, axis, src, tag="", async_op=False):
 
 
 def micro_batches(m):
-    """A step's [(x, y)], (B, T) each: the same on all ranks, in every step."""
+    """A step's micro-batches, (B, T) each: the same on all ranks, in every step."""
     draw = torch.Generator().manual_seed(0)
-    return [tuple(torch.randint(VOCAB, (2, SEQUENCES, T), generator=draw)) for _ in range(m)]
+    return [Batch(*torch.randint(VOCAB, (2, SEQUENCES, T), generator=draw)) for _ in range(m)]
 
 
 def over(mesh, values):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nanoinfra.config import ModelConfig
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.lab.instruments.saved_activations import SavedActivations
@@ -94,14 +95,15 @@ def rehearse_schedule(lists: list[list], times: Sequence[float], slot: float = 0
     return trials
 
 
-def run_pipeline_steps(config: ModelConfig, kind: str, p: int, v: int, batches: list, dtype: str = "float64",
-                       device: str = "cpu", lists: list[list] | None = None, repeats: int = 1) -> dict:
+def run_pipeline_steps(config: ModelConfig, kind: str, p: int, v: int, batches: list[Batch],
+                       dtype: str = "float64", device: str = "cpu", lists: list[list] | None = None,
+                       repeats: int = 1) -> dict:
     """Run steps of the trainer's own pipeline stage on this rank, after one warm-up step, without the
     optimizer.
 
     Returns, of the last step: "loss" (this rank's part), "grads" {name: tensor}, "spans", "rows"
     (communication records), "kept" (most bytes that its layers saved at a time); and "seconds" of all.
-    `batches`: [(x, y)], (B, T) each. `lists` replace the schedule of that kind.
+    `batches` are micro-batches without ignored targets. `lists` replace the schedule of that kind.
     """
     mesh = Mesh(pp=p, dp=world_size() // p, device=device)
     flags = TrainFlags(ModelFlags(dtype=dtype), mesh=MeshFlags(pp=p), pipeline=PipelineFlags(kind, v))
@@ -115,7 +117,7 @@ def run_pipeline_steps(config: ModelConfig, kind: str, p: int, v: int, batches: 
 
 def _step(mesh, replica, order, batches):
     """Run one step until its gradients are summed; returns its measurements."""
-    replica.begin_step(batches, sum(y.numel() for _, y in batches) * mesh.data.size)
+    replica.begin_step(batches, sum(batch.targets.numel() for batch in batches) * mesh.data.size)
     chunks = replica.parallel_model.chunks
     kept = _Kept(parameter for chunk in chunks for parameter in chunk.model.parameters())
     hooks = [hook for chunk in chunks for hook in _keeping(chunk.model.blocks, kept)]

@@ -22,7 +22,7 @@ from nanoinfra.model.attention import ForwardContext
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
-from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelCrossEntropy
 
 _MODULES_IN_ORDER = ("embed", "g", "positions", "norm1", "f", "q", "k", "v", "softmax", "o", "g", "o.bias",
                      "norm2", "f",
@@ -42,7 +42,7 @@ def run_tensor_parallel_step(config: ModelConfig, t: int, sp: str, batch: int,
     cut = TensorParallel(model, mesh, sp)
     x, y = torch.randint(config.vocab, (2, batch, seq), generator=torch.Generator().manual_seed(0))
     mesh.comm_log.take_records()  # the weights, from rank 0
-    loss = VocabParallelLoss(model.head)(model.hidden_states(x), y, batch * seq)
+    loss = VocabParallelCrossEntropy(model.head)(model.hidden_states(x), y).mean()
     loss.backward()
     cut.all_reduce_partial_grads({name: p.grad for name, p in model.named_parameters()})
     rows, places = mesh.comm_log.take_records(), model.default_positions(x)

@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 
 from nanoinfra.config import config_for_size
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.collectives import ring_collective_seconds
@@ -149,9 +150,9 @@ def step(mesh, replica):
 
 
 def tokens(mesh, vocab):
-    """The micro-batch (x, y), (B, T) each: the same on all ranks, in every step."""
+    """The micro-batch, (B, T): the same on all ranks, in every step."""
     draw = torch.Generator().manual_seed(0)
-    return tuple(torch.randint(vocab, (2, SEQUENCES, T), generator=draw).to(mesh.device))
+    return Batch(*torch.randint(vocab, (2, SEQUENCES, T), generator=draw).to(mesh.device))
 
 
 def kept_by_layer(mesh, replica):

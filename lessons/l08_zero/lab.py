@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 
 from nanoinfra.config import config_for_size
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed import comm
 from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.formulas.zero import zero_model_state_bytes, zero_payload_bytes
@@ -98,10 +99,10 @@ def step(mesh, replica):
 
 
 def share(mesh):
-    """This rank's micro-batches [(x, y)], (B, T) each: the same tokens in every step."""
+    """This rank's micro-batches, (B, T) each: the same tokens in every step."""
     draw = torch.Generator().manual_seed(mesh.data.rank)
     x, y = torch.randint(257, (2, MICRO_BATCHES * SEQUENCES, T), generator=draw).to(mesh.device)
-    return list(zip(x.split(SEQUENCES), y.split(SEQUENCES)))
+    return list(map(Batch, x.split(SEQUENCES), y.split(SEQUENCES)))
 
 
 def held_by(replica):

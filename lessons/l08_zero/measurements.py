@@ -19,7 +19,7 @@ from nanoinfra.lab.measure import Measurement, median_of_times
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.parallelize import fsdp_units
-from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelCrossEntropy
 from nanoinfra.parallel.zero import ZeroDataParallel
 from nanoinfra.train.optimizer import MixedPrecisionOptimizer
 
@@ -43,7 +43,7 @@ def measure_held_and_sent_bytes(config: ModelConfig, stage: int, n: int, micro_b
         looks = [held_bytes_by_kind(net, shared, optimizer)]  # moments, from the first step on
         shared.zero_grad()
         for i in range(a):
-            loss = last(net.hidden_states(x), y, 8 * n * a)
+            loss = last(net.hidden_states(x), y).sum() / (8 * n * a)
             shared.prepare_for_backward(is_last=i == a - 1)
             loss.backward()
             looks.append(held_bytes_by_kind(net, shared, optimizer))
@@ -56,7 +56,7 @@ def measure_held_and_sent_bytes(config: ModelConfig, stage: int, n: int, micro_b
 
 def _cut(config, mesh, stage, bucket_bytes):
     net = Decoder(config)
-    last = VocabParallelLoss(net.head)
+    last = VocabParallelCrossEntropy(net.head)
     if stage == 0:
         return net, last, DataParallel(net.bfloat16(), mesh.data, "overlap", bucket_bytes)
     return net, last, ZeroDataParallel(net, mesh.data, stage, fsdp_units(net, last), torch.bfloat16,

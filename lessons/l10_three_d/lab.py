@@ -19,7 +19,6 @@ import torch
 
 from lessons.l10_three_d.figures import payload_bytes_by_axis
 from nanoinfra.config import config_for_size
-from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.collectives import ring_collective_seconds
@@ -121,7 +120,7 @@ def mistake(broken):
 
 def step(mesh, replica, batches, broken):
     """(the ledger's rows until all gradients are summed, seconds) of one step, which moves no weight."""
-    own = sum(int((y != IGNORE_INDEX).sum()) for _, y in batches)
+    own = sum(batch.num_valid_targets for batch in batches)
     count = own if broken == "own-tokens" else count_valid_targets(SEQUENCES, T)
     turns = [[one] for one in batches] if broken == "every-micro-batch" else [batches]
     grads, loss = {}, 0

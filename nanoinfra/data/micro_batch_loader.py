@@ -14,11 +14,10 @@ from math import log
 import numpy as np
 import torch
 
+from nanoinfra.data.batch import Batch
 from nanoinfra.data.corpus import Document, count_utf8_bytes
 from nanoinfra.data.token_datasets import IGNORE_INDEX, PackedDataset, RandomTokenDataset
 from nanoinfra.data.train_tokenizer import BPETokenizer
-
-MicroBatch = tuple[torch.Tensor, torch.Tensor]                # x (b, T), y (b, T), int64
 
 
 class MicroBatchLoader:
@@ -46,7 +45,7 @@ class MicroBatchLoader:
         self.prefetch_steps, self._prefetched = prefetch_steps, deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
-    def next_step(self) -> list[MicroBatch]:
+    def next_step(self) -> list[Batch]:
         """Return the m micro-batches of the next optimizer step; errors of the thread are raised here."""
         while len(self._prefetched) < self.prefetch_steps:
             ahead = self.consumed + len(self._prefetched) * self.global_batch
@@ -56,7 +55,7 @@ class MicroBatchLoader:
         self.consumed += self.global_batch
         return batches
 
-    def micro_batches_at(self, first_sample: int) -> list[MicroBatch]:
+    def micro_batches_at(self, first_sample: int) -> list[Batch]:
         """Make the micro-batches of the step that begins at the global sample `first_sample`."""
         rows = deal_to_micro_batches(self.global_batch, self.micro_batch, self.dp_rank, self.dp_size)
         return [_stack([self.dataset.get_sample(first_sample + i, self.seed, self.seq_len) for i in some],
@@ -84,8 +83,8 @@ class HeldOutSet:
     """Held-out documents as windows of T tokens, to evaluate the loss in bits per byte.
 
     Each document starts a window of its own, with end of text as the first input and the last target.
-    `windows` are pairs x, y of (T,) int64 each, padded with 0 and IGNORE_INDEX; `num_targets` counts the
-    targets, `num_bytes` the UTF-8 bytes of the documents.
+    `windows` are pairs of tokens and targets, (T,) int64 each, padded with 0 and IGNORE_INDEX; `num_targets`
+    counts the targets, `num_bytes` the UTF-8 bytes of the documents.
     """
 
     def __init__(self, documents: list[Document], tokenizer: BPETokenizer, seq_len: int):
@@ -94,10 +93,10 @@ class HeldOutSet:
         for ids in tokenizer.encode_batch([document.text for document in documents]):
             s = [eot, *ids, eot]
             self.windows += [_padded(s[i:i + seq_len + 1], seq_len) for i in range(0, len(s) - 1, seq_len)]
-        self.num_targets = sum(int((y != IGNORE_INDEX).sum()) for _, y in self.windows)
+        self.num_targets = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in self.windows)
         self.num_bytes = count_utf8_bytes(documents)
 
-    def micro_batches(self, micro_batch: int, rank: int = 0, size: int = 1) -> Iterator[MicroBatch]:
+    def micro_batches(self, micro_batch: int, rank: int = 0, size: int = 1) -> Iterator[Batch]:
         """Yield this rank's micro-batches: window i goes to rank i mod `size`, as many on every rank."""
         for some in deal_to_micro_batches(len(self.windows), micro_batch, rank, size):
             yield _stack([self.windows[i] for i in some], self.seq_len)
@@ -113,7 +112,6 @@ def _padded(s: list[int], seq: int) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def _stack(rows: list[tuple[np.ndarray, np.ndarray]], seq: int) -> MicroBatch:
+def _stack(rows: list[tuple[np.ndarray, np.ndarray]], seq: int) -> Batch:
     rows = rows or [(np.zeros(seq, np.int64), np.full(seq, IGNORE_INDEX))]
-    x, y = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
-    return x, y                                          # (b, T), (b, T)
+    return Batch(*(torch.from_numpy(np.stack(part)) for part in zip(*rows)))         # (b, T) each

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nanoinfra.config import ModelConfig
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh, MeshAxis
 from nanoinfra.formulas.pipeline import split_layers_into_chunks
@@ -24,7 +25,7 @@ from nanoinfra.model.weights.fill_model import ReadParameter, decoder_on_meta_de
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.pipeline.stage import cut_to_pipeline_chunk
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel, replace_parameters
-from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelCrossEntropy
 from nanoinfra.parallel.zero import ZeroDataParallel
 
 _TIED_PARAM = "embed.weight"                 # also the head's weight, where the two are tied
@@ -48,8 +49,8 @@ class ParallelChunk:
     """One chunk of the model on this rank, with all parallelism applied; the whole model without a pipeline.
 
     `model` comes without storage. `read(name, part)` gives the first weights. `loss_head` ends the chunk that
-    has the head. The optimizer updates `master_weights` {name: float32 tensor} or, where that is None, the
-    `param_shards`; nothing updates the `frozen_params`.
+    has the head; it gives -log p of each target. The optimizer updates `master_weights` {name: float32
+    tensor} or, where that is None, the `param_shards`; nothing updates the `frozen_params`.
     """
 
     def __init__(self, model: Decoder, mesh: Mesh, config: ParallelConfig, read: ReadParameter):
@@ -57,7 +58,7 @@ class ParallelChunk:
         for name in config.frozen_names & dict(model.named_parameters()).keys():
             model.get_parameter(name).requires_grad_(False)
         self.tensor_parallel = TensorParallel(model, mesh, config.sequence_parallel)
-        self.loss_head = VocabParallelLoss(model.head) if model.head else None
+        self.loss_head = VocabParallelCrossEntropy(model.head) if model.head else None
         self.master_weights = None
         apply_activation_checkpointing(model, config.recompute)
 
@@ -83,16 +84,23 @@ class ParallelChunk:
                                    if p.requires_grad}
         replace_parameters(self.model, lambda name, p: nn.Parameter(p.detach().to(dtype), p.requires_grad))
 
-    def forward_chunk(self, x: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor,
-                      num_valid_tokens: int) -> torch.Tensor:
-        """The layers' output for hidden states `x` at `positions` (T,); on the last chunk the loss, ()."""
-        self.tensor_parallel.region.set_seq_len(len(positions))
-        x = self.model.blocks_and_norm(x, positions)
-        return self.loss_head(x, targets, num_valid_tokens) if self.loss_head else x
+    def embed_batch(self, batch: Batch) -> torch.Tensor:
+        """The input of the model's first chunk: the embedded tokens of `batch`, (B, T, C)."""
+        return self.model.embed_tokens(batch.tokens, self._positions(batch))
+
+    def forward_chunk(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The layers' output for hidden states `x` of `batch`; on the last chunk -log p by target, (B, T)."""
+        self.tensor_parallel.region.set_seq_len(batch.tokens.shape[1])
+        packed = {} if batch.document_ends is None else {"document_ends": batch.document_ends}
+        x = self.model.blocks_and_norm(x, self._positions(batch), **packed)
+        return self.loss_head(x, batch.targets) if self.loss_head else x
 
     def finish_grad_sync(self) -> dict[str, torch.Tensor]:
         """Wait until gradients are summed over the data axis and over tensor-parallel ranks: {name: grad}."""
         return self.tensor_parallel.all_reduce_partial_grads(self.data_parallel.finish_grad_sync())
+
+    def _positions(self, batch):
+        return self.model.default_positions(batch.tokens) if batch.positions is None else batch.positions
 
     def optimizer_shard_bounds(self, param_name: str) -> tuple[tuple[int, int], ...]:
         """The part of the logical parameter that this rank's optimizer holds: (start, stop) in each dim."""

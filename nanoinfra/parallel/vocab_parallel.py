@@ -3,9 +3,10 @@
 Each rank looks up the tokens of its own rows, and the sum over the axis is the embedding. Each rank computes
 its columns of the logits, (B, T, V/t), and no rank ever has them all: the loss needs three all-reduces of B T
 numbers, the maximum, the sum of exponentials and the target's logit. Head and loss are one function (fused
-linear cross-entropy, vocabulary-parallel): the logits are overwritten, a few rows at a time, by their
-gradient softmax - onehot. Shoeybi et al. 2019, section 3; Liger (Hsu et al. 2024).  N rows (B T of them), C
-width, V vocabulary, t ranks.
+linear cross-entropy, vocabulary-parallel), which gives -log p of each target: the logits are overwritten, a
+few rows at a time, by softmax - onehot, whose rows backward multiplies by what each -log p weighs in the loss
+(train/loss.py). Shoeybi et al. 2019, section 3; Liger (Hsu et al. 2024).  N rows (B T of them), C width, V
+vocabulary, t ranks.
 """
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from nanoinfra.parallel.tensor_parallel import (
     inputs_needing_grad,
 )
 
-_LOGITS_CHUNK_BYTES = 2 << 20                # of logits worked on at a time: they fit a core's cache
+_LOGITS_CHUNK_BYTES = 2 << 20                # of rows worked on at a time: they fit a core's cache
 _SOFTMAX_GRAD_SCALE = 64.0                   # float16 has few bits for probabilities below 6e-5
 
 
@@ -50,8 +51,8 @@ class ParallelLMHead(nn.Module):
         return _GatherLogits.apply(logits, self.region.axis, self.vocab)
 
 
-class VocabParallelLoss(nn.Module):
-    """The LM head, sharded or whole, and its cross-entropy as one module, so that hooks see its use."""
+class VocabParallelCrossEntropy(nn.Module):
+    """The LM head, sharded or whole, and its cross-entropy by token as one module, so that hooks see both."""
 
     def __init__(self, head: ParallelLMHead | nn.Linear):
         super().__init__()
@@ -61,22 +62,19 @@ class VocabParallelLoss(nn.Module):
         else:
             self._region_and_start = TensorParallelRegion(single_rank_axis("tp")), 0
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, num_valid_tokens: int) -> torch.Tensor:
-        """-sum log p(target) / num_valid_tokens, for targets other than IGNORE; softmax in at least float32.
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """-log p of each target (B, T), 0 where it is IGNORE_INDEX; softmax in at least float32.
 
-        `hidden` (B, T, C), with sequence parallelism this rank's tokens of it; `targets` (B, T). Returns ()
-        in the wide dtype, the same on all ranks of the axis: their share of the step's mean loss.
+        `hidden` (B, T, C), with sequence parallelism this rank's tokens of it; `targets` (B, T). The result
+        is in the wide dtype and the same on all ranks of the axis.
         """
-        return vocab_parallel_cross_entropy(hidden, self.head.weight, targets, num_valid_tokens,
-                                            *self._region_and_start)
+        return vocab_parallel_cross_entropy(hidden, self.head.weight, targets, *self._region_and_start)
 
 
 def vocab_parallel_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                                 num_valid_tokens: int, region: TensorParallelRegion,
-                                 vocab_start: int) -> torch.Tensor:
-    """The loss of VocabParallelLoss for a head's `weight` (V/t, C), the rows from `vocab_start` on."""
-    return _VocabParallelCrossEntropy.apply(hidden, weight, targets.flatten(), max(1, num_valid_tokens),
-                                            region, vocab_start)
+                                 region: TensorParallelRegion, vocab_start: int) -> torch.Tensor:
+    """VocabParallelCrossEntropy for a head's `weight` (V/t, C), the rows from token `vocab_start` on."""
+    return _FusedLinearCrossEntropy.apply(hidden, weight, targets, region, vocab_start)
 
 
 class _Lookup(torch.autograd.Function):
@@ -116,13 +114,13 @@ class _GatherLogits(torch.autograd.Function):
         return grad.narrow(-1, ctx.start, ctx.n), None, None
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
+class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, count, region, vocab_start):
+    def forward(ctx, hidden, weight, targets, region, vocab_start):
         full_hidden, saved = region.gather_input(hidden, "ends")             # (B, T, C)
         logits = full_hidden.flatten(0, -2) @ weight.T                       # (N, V/t), becomes its gradient
         wide = torch.promote_types(logits.dtype, torch.float32)
-        valid, index = targets != IGNORE_INDEX, targets - vocab_start
+        valid, index = targets.flatten() != IGNORE_INDEX, targets.flatten() - vocab_start
         is_local = valid & (index >= 0) & (index < len(weight))
         index = index.where(is_local, 0)[:, None]                            # (N, 1)
         log_sum_exp = _log_sum_exp(logits, region.axis, wide)                # (N,)
@@ -131,21 +129,31 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         for rows in zip(*(x.split(_rows_per_chunk(logits, wide)) for x in per_row)):
             _softmax_minus_onehot(*rows)
         ctx.save_for_backward(saved, weight, logits)
-        ctx.count, ctx.region, ctx.shape = count, region, full_hidden.shape
-        return (((log_sum_exp - score) * valid).sum(dtype=torch.float64) / count).to(wide)
+        ctx.region, ctx.shape = region, full_hidden.shape
+        return ((log_sum_exp - score) * valid).view(targets.shape)           # (B, T)
 
     @staticmethod
     def backward(ctx, upstream):
-        (saved, weight, grad), scale = ctx.saved_tensors, upstream / (ctx.count * _SOFTMAX_GRAD_SCALE)
+        """The rows' factors `upstream` (B, T) commute with the products: they multiply what has C columns."""
+        (saved, weight, grad), factors = ctx.saved_tensors, upstream.reshape(-1, 1) / _SOFTMAX_GRAD_SCALE
         needs_hidden, needs_weight, *_ = inputs_needing_grad(ctx)
         gathered = ctx.region.regather_input(saved, "ends") if needs_weight else None
         d_hidden, d_weight = comm.AsyncCollective(), None
         if needs_hidden:
-            partial = (grad @ weight).mul_(scale)                            # (N, C), this rank's part
+            partial = grad @ weight                                          # (N, C), this rank's part
+            _multiply_rows(partial, factors, out=partial)
             d_hidden = ctx.region.reduce_input_grad(partial.view(ctx.shape), "ends")
         if gathered:
-            d_weight = grad.T @ (gathered.wait().flatten(0, -2) * scale)     # (V/t, C)
-        return d_hidden.wait(), d_weight, None, None, None, None
+            hidden = gathered.wait().flatten(0, -2)                          # (N, C)
+            d_weight = grad.T @ _multiply_rows(hidden, factors, out=torch.empty_like(hidden))     # (V/t, C)
+        return d_hidden.wait(), d_weight, None, None, None
+
+
+def _multiply_rows(x, factors, out):
+    """`x` (N, C) times `factors` (N, 1) in the factors' dtype, rounded once into `out`; no wide copy of x."""
+    for part in zip(*(each.split(_rows_per_chunk(x, factors.dtype)) for each in (x, factors, out))):
+        torch.mul(*part[:2], out=part[2])
+    return out
 
 
 def _log_sum_exp(logits, axis, wide):
@@ -162,5 +170,5 @@ def _softmax_minus_onehot(logits, log_sum_exp, index, is_local, valid):
     logits.copy_(p.mul_(valid[:, None] * _SOFTMAX_GRAD_SCALE))
 
 
-def _rows_per_chunk(logits, wide):
-    return max(1, _LOGITS_CHUNK_BYTES // (max(1, logits.shape[1]) * wide.itemsize))
+def _rows_per_chunk(x, wide):
+    return max(1, _LOGITS_CHUNK_BYTES // (max(1, x.shape[1]) * wide.itemsize))

@@ -2,8 +2,8 @@
 
 Forward keeps a micro-batch's hidden states or loss and backward frees them; gradients are summed as
 parallel/parallelize.py arranges it; the optimizer updates float32 master weights, whole or sharded (mixed
-precision). The loss is divided by the step's global count of valid tokens before backward. In float16 it is
-multiplied by the loss scale, and a step whose gradients overflow on any rank is skipped on all ranks.
+precision). The objective's loss is divided by a number of the whole step, known before backward (loss.py). In
+float16 it is multiplied by the loss scale, and a step whose gradients overflow on any rank is skipped on all.
 """
 import math
 from collections.abc import Iterable, Iterator
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from nanoinfra.config import ModelConfig
+from nanoinfra.data.batch import Batch, check_batch
 from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.model.initialization import draw_initial_tensor
 from nanoinfra.model.weights.fill_model import ReadParameter
@@ -20,6 +21,7 @@ from nanoinfra.parallel.pipeline.stage import PipelineStage
 from nanoinfra.train.checkpoint.tensor_shards import TensorShard
 from nanoinfra.train.config import TrainFlags
 from nanoinfra.train.frozen_parameters import frozen_parameter_names
+from nanoinfra.train.loss import MEAN_CROSS_ENTROPY, Objective, apply_objective, check_objective
 from nanoinfra.train.loss_scale import LossScale
 from nanoinfra.train.optimizer import (
     ADAMW_BETAS,
@@ -34,13 +36,15 @@ class TrainStage(PipelineStage):
     """The model chunks, gradients and optimizer of one rank; implements step.StageProtocol.
 
     `read_parameter(name, slices)` gives the weights to start from; without it they are drawn from the seed.
-    Either way a rank never holds more than its own shards and one whole parameter.
+    Either way a rank never holds more than its own shards and one whole parameter. `objective` makes the
+    loss; one that cannot is refused with ValueError.
     """
 
     def __init__(self, config: ModelConfig, flags: TrainFlags, mesh,
-                 read_parameter: ReadParameter | None = None):
-        self.mesh = mesh
-        self.full_shapes, self.width = parameter_shapes(config), config.width
+                 read_parameter: ReadParameter | None = None, objective: Objective = MEAN_CROSS_ENTROPY):
+        self.mesh, self.objective = mesh, objective
+        check_objective(objective)
+        self.full_shapes, self.width, self.context = parameter_shapes(config), config.width, config.context
         self.schedule_name, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual_stages
         dtype = getattr(torch, flags.model.dtype)
         read_parameter = read_parameter or initial_weights_reader(config, flags.model.seed)
@@ -65,13 +69,22 @@ class TrainStage(PipelineStage):
         return schedules.build_pipeline_schedule(self.schedule_name, pp.size, num_micro_batches,
                                                  self.virtual)[pp.rank]
 
-    def begin_step(self, micro_batches: list, num_valid_tokens: int, lr: float | None = None) -> None:
-        """Begin a step on `micro_batches` [(x (B, T), y (B, T))], with the valid tokens of all ranks.
+    def sum_normalizers(self, micro_batches: Iterable[Batch]) -> float:
+        """This rank's share of what the step's loss is divided by; `begin_step` takes the sum over ranks."""
+        return float(sum(self.objective.normalizer(batch) for batch in micro_batches))
 
-        `lr` is the learning rate of the optimizer's step; None keeps the last step's.
+    def begin_step(self, micro_batches: list[Batch], normalizer_total: float, lr: float | None = None,
+                   objective: Objective | None = None) -> None:
+        """Begin a step on this rank's `micro_batches`; `normalizer_total` is the sum over all ranks.
+
+        With the default objective that is the number of valid targets, or the sum of their weights. `lr` is
+        the learning rate of the optimizer's step; None keeps the last step's. `objective` replaces the
+        stage's for this step. Raises ValueError for a micro-batch that contradicts itself.
         """
-        self.micro_batches = micro_batches
-        self.num_valid_tokens = num_valid_tokens
+        for batch in micro_batches:
+            check_batch(batch, self.context)
+        self.micro_batches = [batch.to(self.device) for batch in micro_batches]
+        self.normalizer_total, self.step_objective = normalizer_total, objective or self.objective
         self.lr = self.lr if lr is None else lr
         self.loss = torch.zeros((), dtype=torch.float64)
         self.grads = None                    # frees the last step's gradients before new ones are made
@@ -79,22 +92,21 @@ class TrainStage(PipelineStage):
 
     def embed_input(self, micro: int) -> torch.Tensor:
         """Embed the tokens of micro-batch number `micro`."""
-        model, x = self.parallel_model.chunks[0].model, self.micro_batches[micro][0].to(self.device)
-        return model.embed_tokens(x, model.default_positions(x))
+        return self.parallel_model.chunks[0].embed_batch(self.micro_batches[micro])
 
     def forward_chunk(self, chunk: int, x: torch.Tensor, micro: int) -> torch.Tensor:
         """Run one chunk of the layers; the last chunk returns this rank's share of the step's loss."""
-        part, (tokens, targets) = self.parallel_model.chunks[chunk], self.micro_batches[micro]
-        y = part.forward_chunk(x, part.model.default_positions(tokens).to(self.device),
-                               targets.to(self.device),
-                               self.num_valid_tokens)
-        if part.loss_head:
-            self.loss += y.detach().cpu()
-        return y
+        part, batch = self.parallel_model.chunks[chunk], self.micro_batches[micro]
+        y = part.forward_chunk(x, batch)
+        if not part.loss_head:
+            return y                                                                 # (B, T, C)
+        loss = apply_objective(self.step_objective, y, batch, self.normalizer_total)
+        self.loss += loss.detach().cpu()
+        return loss
 
     def activation_shape(self, micro: int) -> tuple[int, ...]:
         """The shape (B, T, C) of the hidden states between stages; T is this rank's part under --sp."""
-        B, T = self.micro_batches[micro][0].shape
+        B, T = self.micro_batches[micro].tokens.shape
         return B, self.parallel_model.chunks[0].tensor_parallel.region.local_seq_len(T), self.width
 
     def loss_grad(self, loss: torch.Tensor) -> torch.Tensor | None:
@@ -139,11 +151,14 @@ class TrainStage(PipelineStage):
         return norm | {"loss_scale": self.loss_scale.value} if self.loss_scale else norm
 
     @torch.no_grad()
-    def sum_held_out_nats(self, micro_batches: Iterator) -> float:
-        """Return -sum ln p over the valid targets of held-out `micro_batches`; 0 before the last stage."""
+    def sum_held_out_nats(self, micro_batches: Iterable[Batch]) -> float:
+        """Return -sum ln p over the valid targets of held-out `micro_batches`; 0 before the last stage.
+
+        It does not depend on the objective that is trained.
+        """
         nats = 0.0
         for micro_batch in micro_batches:
-            self.begin_step([micro_batch], num_valid_tokens=1)
+            self.begin_step([micro_batch], normalizer_total=1, objective=MEAN_CROSS_ENTROPY)
             execute_schedule(self.forward_schedule, self)
             self.wait_sends()
             nats += self.loss.item()

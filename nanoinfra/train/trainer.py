@@ -59,8 +59,9 @@ def train(flags: TrainFlags) -> list[dict]:
             while run.should_continue():
                 micro_batches = run.data_loader.next_step()
                 counted = micro_batches if run.reports_loss else ()
-                valid, run.stop_requests = count_valid_tokens(counted, mesh.world, run.stop_request.requested)
-                run.stage.begin_step(micro_batches, valid, run.next_learning_rate())
+                valid, normalizer_total, run.stop_requests = count_valid_tokens(
+                    counted, mesh.world, run.stage.sum_normalizers(counted), run.stop_request.requested)
+                run.stage.begin_step(micro_batches, normalizer_total, run.next_learning_rate())
                 spans = execute_schedule(run.stage.build_step_schedule(len(micro_batches)), run.stage)
                 run.report_step(valid, spans)
                 if run.is_step_due(flags.run.save_every) or not run.should_continue():

@@ -79,7 +79,7 @@ def main():
                                   fused=True)
     step, began, done = 0, time.perf_counter(), 0.0                      # done: share of the time
     while done < 1:
-        [(x, y)] = loader.next_step()                                         # (B, T) each
+        [(x, y, *_)] = loader.next_step()                                     # (B, T) each
         F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step += 1

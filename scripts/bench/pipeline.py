@@ -30,6 +30,7 @@ from tensor import renamed  # noqa: E402
 from train import CONFIG, B, C, L, Plain, T, V  # noqa: E402
 from zero import ADAMW  # noqa: E402
 
+from nanoinfra.data.batch import Batch  # noqa: E402
 from nanoinfra.distributed.mesh import Mesh  # noqa: E402
 from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
 from nanoinfra.formulas.parameters import parameter_count, parameter_shapes  # noqa: E402
@@ -134,7 +135,7 @@ class OurSide:
         self.mesh.comm_log.take_records()
 
     def begin(self, x, y):
-        self.replica.begin_step(list(zip(x.chunk(self.m), y.chunk(self.m))), num_valid_tokens=B * T, lr=1e-4)
+        self.replica.begin_step(list(map(Batch, x.chunk(self.m), y.chunk(self.m))), B * T, lr=1e-4)
 
 
 def first_weights(names):

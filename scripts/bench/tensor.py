@@ -36,6 +36,7 @@ from train import CONFIG, B, Block, C, H, L, Plain, T  # noqa: E402
 from zero import ADAMW, N  # noqa: E402
 from zero import draw as draw_tokens  # noqa: E402
 
+from nanoinfra.data.batch import Batch  # noqa: E402
 from nanoinfra.distributed.mesh import Mesh  # noqa: E402
 from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
 from nanoinfra.formulas.collectives import ring_bytes_per_rank  # noqa: E402
@@ -43,7 +44,6 @@ from nanoinfra.formulas.parameters import parameter_count, parameter_shapes  # n
 from nanoinfra.model.initialization import draw_initial_tensor  # noqa: E402
 from nanoinfra.parallel.pipeline.schedules import Backward, Forward, ReduceGrads  # noqa: E402
 from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
-from nanoinfra.train.loss import count_valid_tokens  # noqa: E402
 from nanoinfra.train.step import execute_schedule  # noqa: E402
 from nanoinfra.train.train_stage import TrainStage  # noqa: E402
 
@@ -164,9 +164,8 @@ class OurSide:
         self.replica = TrainStage(CONFIG, flags, self.mesh)
 
     def gradients(self, x, y):
-        batches = [(x, y)]
-        [valid] = count_valid_tokens(batches, self.mesh.data)
-        self.replica.begin_step(batches, valid, lr=1e-4)
+        batch = Batch(x, y)
+        self.replica.begin_step([batch], batch.num_valid_targets, lr=1e-4)
         execute_schedule([Forward(0), Backward(0, is_last=True), ReduceGrads()], self.replica)
         return self.replica.loss, self.replica.grads
 

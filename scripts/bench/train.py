@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from paired import alternate, summary  # noqa: E402
 
 from nanoinfra.config import ModelConfig  # noqa: E402
+from nanoinfra.data.batch import Batch  # noqa: E402
 from nanoinfra.distributed.mesh import Mesh  # noqa: E402
 from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
 from nanoinfra.formulas.parameters import parameter_count  # noqa: E402
@@ -84,7 +85,7 @@ def our_step(mesh):
     replica = TrainStage(CONFIG, TrainFlags(model=ModelFlags(dtype="bfloat16")), mesh)
 
     def step(x, y):
-        batches = [(x, y)]
+        batches = [Batch(x, y)]
         [valid] = count_valid_tokens(batches, mesh.data)
         replica.begin_step(batches, valid, lr=1e-4)
         execute_schedule(gradient_accumulation_schedule(1), replica)

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from paired import alternate, summary  # noqa: E402
 from train import CONFIG, B, Plain, T, V  # noqa: E402
 
+from nanoinfra.data.batch import Batch  # noqa: E402
 from nanoinfra.distributed.mesh import Mesh  # noqa: E402
 from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule  # noqa: E402
@@ -71,7 +72,7 @@ def our_step(stage, peer):
     replica = TrainStage(CONFIG, flags, mesh)
 
     def step(x, y):
-        batches = [(x, y)]
+        batches = [Batch(x, y)]
         [valid] = count_valid_tokens(batches, mesh.data)
         replica.begin_step(batches, valid, lr=1e-4)
         execute_schedule(gradient_accumulation_schedule(1), replica)

@@ -19,7 +19,7 @@ from nanoinfra.lab.instruments.saved_activations import SavedActivations
 from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder, DecoderBlock
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
-from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelCrossEntropy
 from nanoinfra.train.loss import linear_cross_entropy
 from tests.families import KINDS
 
@@ -158,10 +158,10 @@ def run(config, mesh, batch, seq, dtype, attention, recompute, sp, backward=Fals
     """Bytes that rank 0 keeps for backward; and the most at any moment, with backward's own."""
     model = Decoder(config, attention).to(dtype)
     TensorParallel(model, mesh, sp)
-    loss = VocabParallelLoss(apply_activation_checkpointing(model, recompute).head)
+    loss = VocabParallelCrossEntropy(apply_activation_checkpointing(model, recompute).head)
     tokens = torch.zeros(batch, seq, dtype=torch.long)
     with SavedActivations(model.parameters()) as kept:
-        out = loss(model.hidden_states(tokens), tokens, 1)
+        out = loss(model.hidden_states(tokens), tokens).sum()
         forward = kept.saved_bytes()
         out.backward() if backward else None
     return forward, kept.peak_bytes

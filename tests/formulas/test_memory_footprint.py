@@ -7,6 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nanoinfra.config import ModelConfig, config_for_size
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.model_states import DTYPE_BYTES
 from nanoinfra.formulas.parameters import parameter_count
@@ -47,7 +48,7 @@ def allocated(config, recipe):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         replica = TrainStage(config, flags, Mesh())
         for _ in range(2):
-            replica.begin_step([(tokens, tokens)] * recipe.num_micro_batches, tokens.numel(), 1e-3)
+            replica.begin_step([Batch(tokens, tokens)] * recipe.num_micro_batches, tokens.numel(), 1e-3)
             execute_schedule(replica.build_step_schedule(recipe.num_micro_batches), replica)
     events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))

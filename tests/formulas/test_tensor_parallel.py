@@ -28,7 +28,7 @@ from nanoinfra.formulas.tensor_parallel import (
 from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
-from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelCrossEntropy
 from tests.families import KINDS
 
 SMOLLM2 = ModelConfig(100, 36, 2, 9, 3, 4, 26, 64)
@@ -110,10 +110,10 @@ def sent_in_a_step(config, mesh, batch, seq, micro_batches, dtype, sp, recompute
     """{(op, tag): (calls, bytes)} in the ledger of rank 0, weights' arrival apart."""
     model = Decoder(config, "naive").to(dtype)
     tensor = TensorParallel(model, mesh, sp)
-    loss = VocabParallelLoss(apply_activation_checkpointing(model, recompute).head)
+    loss = VocabParallelCrossEntropy(apply_activation_checkpointing(model, recompute).head)
     tokens = torch.zeros(batch, seq, dtype=torch.long)
     for _ in range(micro_batches):
-        loss(model.hidden_states(tokens), tokens, 1).backward()
+        loss(model.hidden_states(tokens), tokens).sum().backward()
     tensor.all_reduce_partial_grads({name: p.grad for name, p in model.named_parameters()})
     calls, payload = Counter(), Counter()
     for row in mesh.comm_log.records:

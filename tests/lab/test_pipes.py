@@ -4,6 +4,7 @@ import torch
 
 from lessons.l06_pipeline.measurements import rehearse_schedule, run_pipeline_steps, schedule_of_order
 from nanoinfra.config import ModelConfig
+from nanoinfra.data.batch import Batch
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.saved_activations import layer_activation_bytes_by_term
 from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule, gpipe, one_f_one_b, zb_h1
@@ -15,7 +16,8 @@ M, B, T = 4, 2, 7
 
 
 def batches():
-    return [tuple(torch.randint(61, (2, B, T), generator=torch.Generator().manual_seed(k))) for k in range(M)]
+    draws = [torch.Generator().manual_seed(k) for k in range(M)]
+    return [Batch(*torch.randint(61, (2, B, T), generator=draw)) for draw in draws]
 
 
 def test_anybodys_order_becomes_a_schedule():

@@ -6,6 +6,7 @@ import torch
 
 from lessons.l06_pipeline import measurements as pipes
 from nanoinfra.config import ModelConfig
+from nanoinfra.data.batch import Batch
 from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
@@ -129,7 +130,7 @@ def step(kind, p, m, v):
     for i in range(2 * m):
         y[i, :i % T] = IGNORE_INDEX
     mesh.comm_log.take_records()
-    stage.begin_step(list(zip(x.split(2), y.split(2))), int((y != IGNORE_INDEX).sum()))
+    stage.begin_step(list(map(Batch, x.split(2), y.split(2))), int((y != IGNORE_INDEX).sum()))
     execute_schedule(stage.build_step_schedule(m)[:-1], stage)
     sent = sum(row.payload_bytes for row in mesh.comm_log.take_records() if row.op == "send")
     norm = unscale_and_clip_grads(dict(stage.grads), 0, axes=stage.parallel_model.grad_norm_axes(),
@@ -180,7 +181,7 @@ def never_splits(kind, p, m, v):
 
 class DividesAgain(train_stage.TrainStage):
     def loss_grad(self, loss):
-        return torch.full_like(loss, 1 / len(self.batches))
+        return torch.full_like(loss, 1 / len(self.micro_batches))
 
 
 class ForgetsTheOtherEnd(ParallelModel):

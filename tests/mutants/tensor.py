@@ -19,7 +19,7 @@ from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig
 from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
 from nanoinfra.parallel.tensor_parallel import TensorParallelRegion
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
-from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelCrossEntropy
 from nanoinfra.train.optimizer import unscale_and_clip_grads
 
 B, T, V = 3, 7, 201                          # a vocabulary that outweighs everything else
@@ -100,7 +100,7 @@ def step(family, tp, sp, scale=1.0):
     parallel.data_parallel.zero_grad()
     parallel.data_parallel.prepare_for_backward(is_last=True)
     with Largest() as seen:
-        loss = parallel.loss_head(parallel.model.hidden_states(x), y, B * T - 1)
+        loss = parallel.loss_head(parallel.model.hidden_states(x), y).sum() / (B * T - 1)
         loss.backward()
     grads, sent = parallel.finish_grad_sync(), {}
     for row in mesh.comm_log.take_records():
@@ -181,12 +181,12 @@ class WholeLogits(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, hidden, targets, count):
+    def forward(self, hidden, targets):
         logits = self.head(hidden).flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / count
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
 
 
-class SkipsTheTarget(VocabParallelLoss):
+class SkipsTheTarget(VocabParallelCrossEntropy):
     """Counts, in the loss, a target as this rank's wherever it lies."""
 
     def __init__(self, head):
@@ -216,10 +216,10 @@ MUTANTS = [
            replaced("TensorParallel", CountsEveryCopy, "parallelize"), NORM),
     Mutant("a loss that misses the maximum", tensor,
            replaced("_log_sum_exp", without_the_maximum, "vocab_parallel"), LARGE),
-    Mutant("every target is mine", tensor, replaced("VocabParallelLoss", SkipsTheTarget, "parallelize"),
-           LOSS),
+    Mutant("every target is mine", tensor,
+           replaced("VocabParallelCrossEntropy", SkipsTheTarget, "parallelize"), LOSS),
     Mutant("keeps what it says it gathers again", tensor, replaced("SequenceParallelRegion", KeepsAnyway),
            SENT),
-    Mutant("all logits on every rank", tensor, replaced("VocabParallelLoss", WholeLogits, "parallelize"),
-           HELD),
+    Mutant("all logits on every rank", tensor,
+           replaced("VocabParallelCrossEntropy", WholeLogits, "parallelize"), HELD),
 ]

@@ -10,7 +10,7 @@ from nanoinfra.distributed import comm
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.parallel.data_parallel import DataParallel
-from nanoinfra.train import loss, metrics_and_plots
+from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.optimizer import MixedPrecisionOptimizer
 from nanoinfra.train.run_directory.run_directory import RunDirectory
 
@@ -128,13 +128,13 @@ class ForgetsItsSteps(MixedPrecisionOptimizer):
 
 
 def local_count(micro_batches, axis, *flags):
-    valid = sum(int((y != loss.IGNORE_INDEX).sum()) for _, y in micro_batches)
-    return [valid * axis.size, *flags]
+    valid = sum(batch.num_valid_targets for batch in micro_batches)
+    return [valid * axis.size, valid * axis.size, *flags[1:]]
 
 
 def counts_padding(micro_batches, axis, *flags):
-    valid = sum(y.numel() for _, y in micro_batches)
-    return comm.all_reduce(torch.tensor([valid, *flags]), axis, "scalars").tolist()
+    valid = sum(batch.targets.numel() for batch in micro_batches)
+    return comm.all_reduce(torch.tensor([valid, valid, *flags[1:]]), axis, "scalars").tolist()
 
 
 class ResumesAtTheFirstSample(RunDirectory):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from nanoinfra.config import ModelConfig
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.gradient_reducer import GradientReducer
 from nanoinfra.distributed.mesh import Mesh
@@ -19,7 +20,7 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel import zero as module
 from nanoinfra.parallel.parallelize import fsdp_units
-from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelCrossEntropy
 from nanoinfra.parallel.zero import ZeroDataParallel
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
 from nanoinfra.train.loss import count_valid_tokens
@@ -76,7 +77,7 @@ def _(subject):
 
 @scaled.criterion("an overflow leaves the weights as they were", "property")
 def _(subject):
-    overflowing = patched(subject, "nanoinfra.parallel.parallelize:VocabParallelLoss", Overflowing)
+    overflowing = patched(subject, "nanoinfra.parallel.parallelize:VocabParallelCrossEntropy", Overflowing)
     still, got = losses(train, "float16", lr=0.0), losses(overflowing, "float16")
     if got != still:
         raise CriterionNotMet(f"losses {got}, want {still}: every gradient is infinite, so no step was to be "
@@ -91,7 +92,7 @@ def run(kind, stage, name="adamw"):
     mesh = Mesh(dp=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
     with LiveTensorBytes() as storages:
         net = init_weights(Decoder(CONFIG), seed=0).double()
-        last = VocabParallelLoss(net.head)
+        last = VocabParallelCrossEntropy(net.head)
         shared = kind(net, mesh.data, stage, fsdp_units(net, last), bucket_bytes=BUCKET)
         optimizer = MixedPrecisionOptimizer(shared.param_shards, name)
         optimizer.state_dict()
@@ -101,8 +102,8 @@ def run(kind, stage, name="adamw"):
             [count] = count_valid_tokens(mine, mesh.data)
             mesh.comm_log.take_records()
             shared.zero_grad()
-            for i, (x, y) in enumerate(mine):
-                loss = last(net.hidden_states(x), y, count)
+            for i, batch in enumerate(mine):
+                loss = last(net.hidden_states(batch.tokens), batch.targets).sum() / count
                 shared.prepare_for_backward(is_last=i == len(mine) - 1)
                 loss.backward()
             grads = shared.finish_grad_sync()
@@ -118,7 +119,7 @@ def run(kind, stage, name="adamw"):
 def batches(data):
     random = torch.Generator().manual_seed(1)
     x, y = torch.randint(CONFIG.vocab, (2, 8, 6), generator=random)
-    return list(zip(x[data.rank::data.size].chunk(2), y[data.rank::data.size].chunk(2)))
+    return list(map(Batch, x[data.rank::data.size].chunk(2), y[data.rank::data.size].chunk(2)))
 
 
 def gathered(shared, data):
@@ -142,10 +143,10 @@ def distance(some, others):
     return sum(abs(a - b) for a, b in zip(some, others, strict=True))
 
 
-class Overflowing(VocabParallelLoss):
-    def forward(self, hidden, targets, count):
+class Overflowing(VocabParallelCrossEntropy):
+    def forward(self, hidden, targets):
         hidden.register_hook(lambda gradient: gradient * float("inf"))
-        return super().forward(hidden, targets, count)
+        return super().forward(hidden, targets)
 
 
 class UnshardedOptimizer(ZeroDataParallel):

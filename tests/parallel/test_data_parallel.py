@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nanoinfra.config import config_for_size
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.memory.recompute import activation_checkpoint
@@ -207,16 +208,18 @@ def gradients_shared(how, micro_batches):
 def batches(mesh, micro_batches):
     x, y = (part[mesh.dp.rank::mesh.dp.size] for part in samples())
     cuts = [part.tensor_split(micro_batches) for part in (x, y)]
-    return [(a, b) if len(a) else (x.new_zeros(1, 16), y.new_full((1, 16), IGNORE)) for a, b in zip(*cuts)]
+    nothing = Batch(x.new_zeros(1, 16), y.new_full((1, 16), IGNORE))
+    return [Batch(a, b) if len(a) else nothing for a, b in zip(*cuts)]
 
 
 def run(net, shared, mine, mesh):
     [count] = count_valid_tokens(mine, mesh.data)
     mesh.comm_log.take_records()
     shared.zero_grad()
-    for i, (x, y) in enumerate(mine):
+    for i, batch in enumerate(mine):
         shared.prepare_for_backward(is_last=i == len(mine) - 1)
-        linear_cross_entropy(net.hidden_states(x), net.head.weight, y, count).backward()
+        hidden = net.hidden_states(batch.tokens)
+        linear_cross_entropy(hidden, net.head.weight, batch.targets, count).backward()
     return shared.finish_grad_sync()
 
 
@@ -233,7 +236,7 @@ def launch_times(how):
     shared = DataParallel(net, mesh.data, how, bucket_bytes=1 << 14)
     mesh.comm_log.take_records()
     shared.prepare_for_backward(is_last=True)
-    linear_cross_entropy(net.hidden_states(mine[0][0]), net.head.weight, mine[0][1], 50).backward()
+    linear_cross_entropy(net.hidden_states(mine[0].tokens), net.head.weight, mine[0].targets, 50).backward()
     end = time.monotonic()
     shared.finish_grad_sync()
     return mesh.comm_log.take_records(), end
@@ -244,9 +247,9 @@ def sent_while_accumulating():
     net = model()
     shared = DataParallel(net, mesh.data, "overlap", bucket_bytes=1 << 14)
     mesh.comm_log.take_records()
-    for x, y in batches(mesh, 3)[:2]:
+    for batch in batches(mesh, 3)[:2]:
         shared.prepare_for_backward(is_last=False)
-        linear_cross_entropy(net.hidden_states(x), net.head.weight, y, 50).backward()
+        linear_cross_entropy(net.hidden_states(batch.tokens), net.head.weight, batch.targets, 50).backward()
     return len(mesh.comm_log.take_records())
 
 

@@ -8,6 +8,7 @@ import torch
 from lessons.l06_pipeline.figures import measured_timeline
 from lessons.l06_pipeline.measurements import rehearse_schedule
 from nanoinfra.config import ModelConfig
+from nanoinfra.data.batch import Batch
 from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
@@ -40,8 +41,8 @@ def batches(m):
     for k in range(m):
         x, y = torch.randint(V, (2, 1 + k % 2, T), generator=rng)
         y[0, :k % T] = IGNORE_INDEX
-        made.append((x, y))
-    return made, sum(int((y != IGNORE_INDEX).sum()) for _, y in made)
+        made.append(Batch(x, y))
+    return made, sum(batch.num_valid_targets for batch in made)
 
 
 def one_step(cfg, mesh, kind, v, micros):

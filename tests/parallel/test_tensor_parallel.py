@@ -191,7 +191,7 @@ def step(parallel, micro_batches, seq):
     parallel.data_parallel.zero_grad()
     for i in range(micro_batches):
         parallel.data_parallel.prepare_for_backward(is_last=i == micro_batches - 1)
-        parallel.loss_head(parallel.model.hidden_states(x), x, 21).backward()
+        parallel.loss_head(parallel.model.hidden_states(x), x).mean().backward()
     return parallel.finish_grad_sync()
 
 
@@ -226,7 +226,7 @@ def largest(sp, vocab):
                         vocab=vocab)
     x = torch.ones(2, 12, dtype=torch.long)
     with Largest() as seen:
-        parallel.loss_head(parallel.model.hidden_states(x), x, 24).backward()
+        parallel.loss_head(parallel.model.hidden_states(x), x).mean().backward()
     return seen.numel
 
 
@@ -242,7 +242,7 @@ def frozen_step(sp, frozen):
     x = torch.ones(B, T, dtype=torch.long)
     parallel.data_parallel.zero_grad()
     parallel.data_parallel.prepare_for_backward(is_last=True)
-    parallel.loss_head(model.hidden_states(x), x, 21).backward()
+    parallel.loss_head(model.hidden_states(x), x).mean().backward()
     rows = [(row.op, row.tag, row.start_time, row.end_time) for row in mesh.comm_log.take_records()]
     again, enter, leave = sp == "gather", "all_gather", "reduce_scatter"
     if sp == "none":

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanoinfra.config import MODEL_FAMILIES, ModelConfig
+from nanoinfra.data.batch import Batch
 from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import parameter_shapes
@@ -177,14 +178,14 @@ def shared(cfg, plan, dp, tp, micro, frozen):
     freeze(model, frozen)
     parallel = ParallelChunk(model, mesh, plan, drawn(cfg))
     x, y = (part[mesh.data.rank::dp] for part in samples(cfg))
-    batches = list(zip(x.split(micro), y.split(micro)))
+    batches = list(map(Batch, x.split(micro), y.split(micro)))
     while len(batches) < -(-5 // (micro * dp)):        # a rank that has fewer samples
-        batches.append((x[:1], torch.full_like(y[:1], IGNORE_INDEX)))
+        batches.append(Batch(x[:1], torch.full_like(y[:1], IGNORE_INDEX)))
     [count] = count_valid_tokens(batches, mesh.data)
     parallel.data_parallel.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
-    for i, (x, y) in enumerate(batches):
-        loss = parallel.loss_head(model.hidden_states(x), y, count)
+    for i, batch in enumerate(batches):
+        loss = parallel.loss_head(model.hidden_states(batch.tokens), batch.targets).sum() / count
         parallel.data_parallel.prepare_for_backward(is_last=i == len(batches) - 1)
         loss.backward()
         total += loss.detach()

@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh, single_rank_axis
@@ -11,8 +12,8 @@ from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
 from nanoinfra.parallel.tensor_parallel import TensorParallelRegion
 from nanoinfra.parallel.vocab_parallel import (
     ParallelLMHead,
+    VocabParallelCrossEntropy,
     VocabParallelEmbedding,
-    VocabParallelLoss,
     vocab_parallel_cross_entropy,
 )
 
@@ -45,7 +46,7 @@ def part_of_the_loss(scale, rows_bytes=None):
     hidden, weight, targets = inputs(scale=scale)
     start, stop = rows(axis.size, axis.rank)
     mine = weight[start:stop].clone().requires_grad_()
-    loss = vocab_parallel_cross_entropy(hidden, mine, targets, 8, TensorParallelRegion(axis), start)
+    loss = vocab_parallel_cross_entropy(hidden, mine, targets, TensorParallelRegion(axis), start).sum() / 8
     (3 * loss).backward()
     if rows_bytes:
         vocab_parallel._LOGITS_CHUNK_BYTES = kept
@@ -100,8 +101,40 @@ def test_a_whole_head_needs_no_ranks():
     hidden, weight, targets = inputs()
     head = nn.Linear(C, V, bias=False).double()
     head.weight = nn.Parameter(weight)
-    torch.testing.assert_close(VocabParallelLoss(head)(hidden, targets, 8),
+    torch.testing.assert_close(VocabParallelCrossEntropy(head)(hidden, targets).sum() / 8,
                                torch_loss(hidden, weight, targets))
     whole = ParallelLMHead(head, 0, V, TensorParallelRegion(single_rank_axis("tp")))
     torch.testing.assert_close(whole(hidden), head(hidden))
     torch.testing.assert_close(whole(hidden[0, -1]), head(hidden[0, -1]))  # one token's: (V,)
+
+
+def test_each_token_has_its_own_minus_log_p_and_may_weigh_its_own_in_the_loss():
+    factors = torch.rand(B, T, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (hidden, weight, targets), (hidden2, weight2, _) = inputs(), inputs()
+    region = TensorParallelRegion(single_rank_axis("tp"))
+    got = vocab_parallel_cross_entropy(hidden, weight.requires_grad_(), targets, region, 0)
+    want = F.cross_entropy((hidden2 @ weight2.requires_grad_().T).mT, targets, ignore_index=IGNORE_INDEX,
+                           reduction="none")
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    assert got.shape == (B, T) and (got[targets == IGNORE_INDEX] == 0).all()
+    for nll in (got, want):
+        (factors * nll.square()).sum().backward()
+    torch.testing.assert_close(hidden.grad, hidden2.grad, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(weight.grad, weight2.grad, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_multiply_in_float32_and_round_once(monkeypatch, dtype):
+    """Without a float32 copy of the whole: what it makes on the way is no larger than a chunk."""
+    chunk_bytes = 1 << 12
+    monkeypatch.setattr(vocab_parallel, "_LOGITS_CHUNK_BYTES", chunk_bytes)
+    random = torch.Generator().manual_seed(0)
+    x, factors = torch.randn(300, 16, generator=random).to(dtype), torch.rand(300, 1, generator=random)
+    factors[::2] = 1 / 3                                                   # which has no such number
+    want, out = (x.float() * factors).to(dtype), torch.empty_like(x)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        vocab_parallel._multiply_rows(x, factors, out=out)
+    events = watched.profiler.kineto_results.events()
+    made = [event.nbytes() for event in events if event.name() == "[memory]"]
+    assert torch.equal(out, want) and not torch.equal(out, x * factors.to(dtype))
+    assert 0 < max(made) <= chunk_bytes < 4 * x.numel()

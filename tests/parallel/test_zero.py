@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nanoinfra.config import ModelConfig, config_for_size
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import zero as formulas
 from nanoinfra.formulas.collectives import ring_collective_seconds
@@ -20,7 +21,7 @@ from nanoinfra.memory import recompute
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.parallelize import fsdp_units
-from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelCrossEntropy
 from nanoinfra.parallel.zero import ZeroDataParallel
 from nanoinfra.train.loss import count_valid_tokens
 from nanoinfra.train.optimizer import MixedPrecisionOptimizer, unscale_and_clip_grads
@@ -102,7 +103,7 @@ def test_a_unit_that_is_partly_frozen_stays_whole_until_backward_has_left_it(ran
 def test_units_are_what_the_formula_takes_for_units(family):
     config = ModelConfig(63, 16, 2, 4, 4, 4, 24, 12, tied=False, family=family)
     net = Decoder(config)
-    found = fsdp_units(net, VocabParallelLoss(net.head))
+    found = fsdp_units(net, VocabParallelCrossEntropy(net.head))
     got = [[tuple(p.shape) for top in unit for p in top.parameters()] for unit in found]
     assert [sorted(unit) for unit in got] == [sorted(unit) for unit in formulas.zero3_unit_shapes(config)]
 
@@ -244,7 +245,7 @@ def zeroed(stage, n=None, **more):
     mesh = Mesh(dp=n or dist.get_world_size())
     torch.manual_seed(mesh.rank)                       # a random state of its own on each rank
     net = model()
-    last = VocabParallelLoss(net.head)
+    last = VocabParallelCrossEntropy(net.head)
     return mesh, net, last, ZeroDataParallel(net, mesh.data, stage, fsdp_units(net, last),
                                              bucket_bytes=BUCKET, **more)
 
@@ -260,8 +261,8 @@ def run(net, last, shared, mine, mesh):
     [count] = count_valid_tokens(mine, mesh.data)
     mesh.comm_log.take_records()
     shared.zero_grad()
-    for i, (x, y) in enumerate(mine):
-        loss = last(net.hidden_states(x), y, count)
+    for i, batch in enumerate(mine):
+        loss = last(net.hidden_states(batch.tokens), batch.targets).sum() / count
         shared.prepare_for_backward(is_last=i == len(mine) - 1)
         loss.backward()
     return shared.finish_grad_sync()
@@ -285,10 +286,10 @@ def traffic(stage, micro_batches):
 def traffic_of(config, stage, micro_batches):
     mesh, net = Mesh(dp=2), Decoder(config)
     counted = sum(p.numel() for p in net.parameters())
-    last = VocabParallelLoss(net.head)
+    last = VocabParallelCrossEntropy(net.head)
     shared = ZeroDataParallel(net, mesh.data, stage, fsdp_units(net, last))
     x, y = torch.zeros(2, 1, 8, dtype=torch.long)
-    run(net, last, shared, [(x, y)] * micro_batches, mesh)
+    run(net, last, shared, [Batch(x, y)] * micro_batches, mesh)
     shared.all_gather_params()
     return mesh.comm_log.take_records(), counted
 
@@ -309,7 +310,7 @@ def activations(config, dtype):
         storages.mark_module_boundaries(net)
         for p in net.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        VocabParallelLoss(net.head)(net.hidden_states(x), y, 4).backward()
+        VocabParallelCrossEntropy(net.head)(net.hidden_states(x), y).mean().backward()
         return storages.peak_bytes
 
 
@@ -318,14 +319,14 @@ def bytes_held(config, stage, dtype):
     x, y = torch.zeros(2, 1, 4, dtype=torch.long)
     with LiveTensorBytes(mark_operators=False) as storages:
         net = init_weights(Decoder(config), seed=0)
-        last = VocabParallelLoss(net.head)
+        last = VocabParallelCrossEntropy(net.head)
         shared = ZeroDataParallel(net, mesh.data, stage, fsdp_units(net, last), dtype, torch.float32, BUCKET)
         optimizer = MixedPrecisionOptimizer(shared.param_shards)
         optimizer.state_dict()  # moments from the first step on
         storages.mark_module_boundaries(nn.ModuleList([net, last]), mesh.comm_log)
         steps = []
         for _ in range(3):
-            run(net, last, shared, [(x, y)] * 2, mesh)
+            run(net, last, shared, [Batch(x, y)] * 2, mesh)
             grads = shared.finish_grad_sync()
             unscale_and_clip_grads(grads, 1.0, axes=[mesh.data])
             optimizer.step(grads, lr=1e-3)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from nanoinfra.cli import main
 from nanoinfra.distributed.pool.rank_pool import RankPool
-from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelCrossEntropy
 from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.checkpoint import save_and_load
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
@@ -70,12 +70,12 @@ def flags(model, out: Path, zero, steps, dtype="float16", data="random", seq=16)
 
 def planted(flags, done=0):
     """Train; in the steps of OVERFLOWS this rank's gradient of the last hidden states is infinite."""
-    forward, mine = VocabParallelLoss.forward, OVERFLOWS.get(dist.get_rank(), ())
+    forward, mine = VocabParallelCrossEntropy.forward, OVERFLOWS.get(dist.get_rank(), ())
     calls = iter(range(done + 1, 10_000))
 
-    def overflowing(self, hidden, targets, count):
+    def overflowing(self, hidden, targets):
         if next(calls) in mine:
             hidden.register_hook(lambda gradient: gradient * float("inf"))
-        return forward(self, hidden, targets, count)
-    with mock.patch.object(VocabParallelLoss, "forward", overflowing):
+        return forward(self, hidden, targets)
+    with mock.patch.object(VocabParallelCrossEntropy, "forward", overflowing):
         return train(flags)

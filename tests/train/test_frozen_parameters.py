@@ -7,6 +7,7 @@ import torch
 
 from nanoinfra.cli import main
 from nanoinfra.config import config_for_size
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.formulas.pipeline import chunk_parameter_names
@@ -158,6 +159,6 @@ def stepped(flags):
     """One rank's replica after a step's backward, its gradients in hand."""
     replica = TrainStage(UNTIED, flags, Mesh())
     x = torch.ones(2, 8, dtype=torch.long)
-    replica.begin_step([(x, x)], 16, lr=1e-3)
+    replica.begin_step([Batch(x, x)], 16, lr=1e-3)
     execute_schedule(gradient_accumulation_schedule(1), replica)
     return replica

@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.parallel import vocab_parallel
 from nanoinfra.train.loss import IGNORE_INDEX, count_valid_tokens, linear_cross_entropy
@@ -90,5 +91,5 @@ def counted():
     mesh = Mesh(dp=3)
     y = torch.full((1, 4), IGNORE_INDEX)
     y[0, :mesh.rank + 1] = 5
-    got = count_valid_tokens([(None, y)], mesh.data, mesh.rank)
+    got = count_valid_tokens([Batch(y, y)], mesh.data, mesh.rank)
     return got, [(row.op, row.tag, row.payload_bytes) for row in mesh.comm_log.records]

@@ -6,6 +6,7 @@ import torch
 
 from nanoinfra.cli import main
 from nanoinfra.config import ModelConfig, config_for_size
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
@@ -20,7 +21,7 @@ def stepped(zero, config=None, **model):
     flags = TrainFlags(ModelFlags(**model), mesh=MeshFlags(zero=zero))
     replica = TrainStage(config or config_for_size("test"), flags, Mesh())
     x = torch.ones(2, 8, dtype=torch.long)
-    replica.begin_step([(x, x)], 16, lr=1e-3)
+    replica.begin_step([Batch(x, x)], 16, lr=1e-3)
     execute_schedule(gradient_accumulation_schedule(1), replica)
     return replica
 

@@ -10,6 +10,7 @@ from math import inf, prod
 import torch
 
 from nanoinfra.config import ModelConfig
+from nanoinfra.data.batch import Batch
 from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, TrainFlags
@@ -49,8 +50,9 @@ def run_gradient_step(config: ModelConfig, flags: TrainFlags, seq: int,
             "own": own, "loss": replica.loss.item()}
 
 
-def make_stage_and_batches(config: ModelConfig, flags: TrainFlags, mesh, seq: int) -> tuple[TrainStage, list]:
-    """This rank's training stage, and its random micro-batches [(x, y)] of token ids, (B, T) each.
+def make_stage_and_batches(config: ModelConfig, flags: TrainFlags, mesh,
+                           seq: int) -> tuple[TrainStage, list[Batch]]:
+    """This rank's training stage, and its micro-batches of random token ids, (B, T) each.
 
     Sequence g of the step has `seq` - g % `seq` valid targets, so that data-parallel ranks have different
     numbers.
@@ -60,7 +62,7 @@ def make_stage_and_batches(config: ModelConfig, flags: TrainFlags, mesh, seq: in
     for g, row in enumerate(y):
         row[:g % seq] = IGNORE_INDEX
     x, y = (part[mesh.data.rank::mesh.data.size].split(flags.data.micro_batch) for part in (x, y))
-    return TrainStage(config, flags, mesh), list(zip(x, y))
+    return TrainStage(config, flags, mesh), list(map(Batch, x, y))
 
 
 def count_valid_targets(sequences: int, seq: int) -> int:
