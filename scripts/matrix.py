@@ -23,14 +23,7 @@ from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.lab import draw
 from nanoinfra.lab.instruments.gradient_parity import largest_gradient_error as error
 from nanoinfra.lab.instruments.gradient_parity import run_gradient_step
-from nanoinfra.train.config import (
-    DataFlags,
-    MeshFlags,
-    ModelFlags,
-    PipelineFlags,
-    TrainFlags,
-    check_train_flags,
-)
+from nanoinfra.train.config import TrainFlags, make_train_flags, refused_combinations
 
 TECHNIQUES = {                               # flags; two that set one flag differently exclude each other
     "dp": {"dp": 2}, "ZeRO-1": {"dp": 2, "zero": 1}, "ZeRO-2": {"dp": 2, "zero": 2},
@@ -46,18 +39,14 @@ G, T, V = 16, 11, 61                         # sequences of a step, tokens of on
 
 
 def flags_of(names: tuple[str, ...]) -> TrainFlags:
-    """The flags of a configuration. ValueError where it does not exist."""
+    """The flags of a configuration, whether it exists or not."""
     given = {"dtype": "float64", "micro_batch": 2, "global_batch": G, "dp": 1}
     given |= {flag: value for name in names for flag, value in TECHNIQUES[name].items()}
-    groups = [kind(**{flag: given[flag] for flag in kind.__dataclass_fields__ if flag in given})
-              for kind in (ModelFlags, DataFlags, MeshFlags, PipelineFlags)]
-    flags = TrainFlags(*groups)
-    check_train_flags(flags, world(flags))
-    return flags
+    return make_train_flags(**given)
 
 
 def world(flags: TrainFlags) -> int:
-    return flags.mesh.dp * flags.mesh.pp * flags.mesh.tp
+    return flags.axes.dp * flags.axes.pp * flags.axes.tp
 
 
 def distinct(a: str, b: str) -> bool:
@@ -92,10 +81,9 @@ def measure(configs: list[tuple[str, ...]]) -> list[dict]:
     rows, pools = [], {n: RankPool(n) for n in (1, 2, 4, 8)}
     alone = {untied: pools[1].run(step, flags_of(("untied head",) * untied))[0] for untied in (0, 1)}
     for names in configs:
-        try:
-            flags = flags_of(names)
-        except ValueError as refused:
-            rows.append({"techniques": names, "refused": str(refused)})
+        flags = flags_of(names)
+        if reason := next(refused_combinations(flags, world(flags)), None):
+            rows.append({"techniques": names, "refused": reason})
             continue
         runs = pools[world(flags)].run(step, flags)
         want = {name: grad for name, (_, grad) in alone[flags.model.untied]["grads"].items()}
