@@ -4,13 +4,15 @@
 
 A row is one configuration; its number is the largest error of any parameter's gradient, as the design
 measures it: ||got - want|| / max(||want||, 1e-6 ||all gradients||), a rank's part against the whole. What
-does not exist is refused with the reason. Writes matrix.json and matrix.png; exits 1 where one is past 1e-10.
+does not exist is grey, with the reason that its technique gives (train/refusals/techniques.py). Writes
+matrix.json and matrix.png; exits 1 where one is past 1e-10.
 """
 import argparse
 import itertools
 import json
 import random
 import sys
+import textwrap
 from math import log10
 from pathlib import Path
 
@@ -97,16 +99,21 @@ def measure(configs: list[tuple[str, ...]]) -> list[dict]:
 
 
 def picture(rows: list[dict]) -> draw.Picture:
-    """The pairs as a triangle, each technique alone on its long side."""
+    """The pairs as a triangle, each technique alone on its long side; why what is grey is refused, beside."""
     names, title = list(TECHNIQUES), "largest gradient error against one rank, float64"
     canvas, axes = draw.new_figure(9.5, 6.6, f"every technique with every other: {title}")
-    for row in (row for row in rows if len(row["techniques"]) < 3):
+    rows = [row for row in rows if len(row["techniques"]) < 3]
+    reasons = list(dict.fromkeys(row["refused"] for row in rows if "refused" in row))
+    for row in rows:
         x, y = sorted((names.index(row["techniques"][0]), names.index(row["techniques"][-1])))
         worst = row.get("error")
         colour = "#eeeeee" if worst is None else "#d5e8d4" if worst < TOLERANCE else draw.RED
-        said = "refused" if worst is None else "0" if worst == 0 else f"$10^{{{log10(worst):.0f}}}$"
+        said = (f"refused\n({reasons.index(row['refused']) + 1})" if worst is None
+                else "0" if worst == 0 else f"$10^{{{log10(worst):.0f}}}$")
         axes.add_patch(Rectangle((x, y), 0.94, 0.9, color=colour))
         axes.text(x + 0.47, y + 0.45, said, ha="center", va="center", fontsize=7 if worst is None else 9)
+    notes = (textwrap.fill(f"({k}) {reason}", 62) for k, reason in enumerate(reasons, 1))
+    axes.text(7.4, 0.1, "\n".join(notes), va="top", fontsize=7.5)
     axes.set(xlim=(0, len(names)), ylim=(len(names), 0))
     axes.set_xticks([k + 0.5 for k in range(len(names))], names, rotation=35, ha="right")
     axes.set_yticks([k + 0.5 for k in range(len(names))], names)

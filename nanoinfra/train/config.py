@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal, TypeVar
+from typing import Literal
 
 import tyro
 
@@ -20,8 +20,7 @@ from nanoinfra.data.tokenizer_and_token_cache import make_cache_folder
 from nanoinfra.distributed.check_mesh_size import check_mesh_size
 from nanoinfra.train.refusals import techniques
 
-_T = TypeVar("T")
-_Flat = Annotated[_T, tyro.conf.arg(name="")]  # the flags of a group have no prefix
+_Flat = tyro.conf.OmitArgPrefixes              # a group's flags have no prefix; --help shows it in a box
 _FINE_TUNING_LR = 1e-4  # the peak learning rate when --model names weights and --lr is not given
 _DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 _SMALLEST_VALUES = {"micro_batch": 1, "global_batch": 1, "seq": 1, "steps": 1, "keep_checkpoints": 1,
@@ -32,7 +31,7 @@ _SMALLEST_VALUES = {"micro_batch": 1, "global_batch": 1, "seq": 1, "steps": 1, "
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """The model."""
+    """The model, and the numbers it computes in."""
     model: str = "nano"  # a size (table in README), a run directory, a Hugging Face folder, smollm2-135m
     vocab: int | None = None  # vocabulary size of a model that is drawn; default: the size's
     untied: bool = False  # give the output head weights of its own, not those of the embedding
@@ -81,7 +80,7 @@ class PipelineFlags:
 
 @dataclass(frozen=True)
 class OptimizerFlags:
-    """The optimizer."""
+    """The optimizer and its learning rate."""
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is plain, without momentum
     lr: float | None = None  # peak learning rate; default: the size's
     warmup: int = 10  # steps of linear learning-rate warm-up
@@ -94,7 +93,7 @@ class OptimizerFlags:
 
 @dataclass(frozen=True)
 class RunFlags:
-    """The run."""
+    """The run: how long it is, what it saves, and where."""
     steps: int = 100  # optimizer steps
     max_seconds: float | None = None  # train this long instead; saving and evaluating do not count
     eval_every: int = 0  # evaluate on held-out text every N steps and at the end; 0: never

@@ -38,7 +38,8 @@ from nanoinfra.train.train_stage import TrainStage
 class RunDirectory:
     """One rank's view of the run directory, locked inside `with`.
 
-    Raises ValueError when the folder is not a run's or another process is training into it.
+    Another process of this launch that holds the lock may take `lock_wait_seconds` to end. Raises ValueError
+    when the folder is not a run's or another process is training into it.
     """
 
     def __init__(self, run: RunFlags, mesh, lock_wait_seconds: float = 0):
