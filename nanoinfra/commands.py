@@ -95,23 +95,24 @@ def _train(flags, argv):
             check_flags = partial(config.check_train_flags, flags)
             check_before_start.check_launcher_environment(check_flags)
         return _train_here(flags, argv)
-    world, run = config.num_ranks_to_start(flags.mesh), flags.run
+    launch, run = flags.launch, flags.run
+    world = config.num_ranks_to_start(flags.axes, launch.nproc)
     config.check_train_flags(flags, world)
-    check_before_start.check_device_available(flags.mesh.device, world)
+    check_before_start.check_device_available(launch.device, world)
     check_memory_fits(flags, world)
     check_out_folder(run)
     check_before_start.check_paths_writable(run.out, run.trace)                # makes the folder
     with lock_run_directory(run.out):
-        if world > 1 or run.max_restarts:
+        if world > 1 or launch.max_restarts:
             from nanoinfra.train.launch.launch_ranks import launch_ranks
-            return launch_ranks(argv, world, run.out, run.max_restarts)
+            return launch_ranks(argv, world, run.out, launch.max_restarts)
         return _train_here(flags, argv)
 
 
 def _train_here(flags, argv):
     from nanoinfra.train.launch import elastic_rank, stop_message
     from nanoinfra.train.trainer import train
-    with elastic_rank.rank_process_group(flags.mesh.device, flags.run.out, flags.run.timeout):
+    with elastic_rank.rank_process_group(flags.launch.device, flags.run.out, flags.launch.timeout):
         train(flags)
     stop_message.report_stopped_run(flags.run.out, argv)
     return 0

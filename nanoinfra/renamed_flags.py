@@ -1,8 +1,10 @@
 """The one table of renamed flags, by command: {old name: new name}, spelled as the fields of its dataclass.
 
 `nanoinfra serve --budget 512` is answered with the new name of the flag. The flags that an earlier version
-stored in a run directory (config.json, and state.json of each checkpoint) are read under their new names.
+stored in a run directory (config.json, and state.json of each checkpoint) are read under their new names, in
+the groups that hold them now.
 """
+from collections.abc import Mapping
 
 RENAMED_FLAGS = {
     "train": {"wire": "emulate_link", "sp_keep": "sp_save_gathered", "data_parallel": "grad_sync",
@@ -25,11 +27,19 @@ def check_no_renamed_flags(argv: list[str]) -> None:
                              f"see nanoinfra {argv[0]} --help")
 
 
-def with_new_flag_names(stored: dict) -> dict:
-    """A run's config.json or a checkpoint's state, its {"flags": {group: {name: value}}} under new names."""
+def with_new_flag_names(stored: dict, group_by_flag: Mapping[str, str]) -> dict:
+    """A run's config.json or a checkpoint's state, its {"flags": {group: {name: value}}} under new names.
+
+    Each flag is put into the group that `group_by_flag` {name: group} says, whatever group it was stored in;
+    a flag that it does not have stays where it is.
+    """
     groups = stored.get("flags")
     if not isinstance(groups, dict):
         return stored
-    new = RENAMED_FLAGS["train"]
-    return stored | {"flags": {group: {new.get(name, name): value for name, value in flags.items()}
-                               if isinstance(flags, dict) else flags for group, flags in groups.items()}}
+    broken = {group: flags for group, flags in groups.items() if not isinstance(flags, dict)}
+    present = {}
+    for group in groups.keys() - broken.keys():
+        for old, value in groups[group].items():
+            name = RENAMED_FLAGS["train"].get(old, old)
+            present.setdefault(group_by_flag.get(name, group), {})[name] = value
+    return stored | {"flags": present | broken}

@@ -4,13 +4,15 @@
 
 A row is one configuration; its number is the largest error of any parameter's gradient, as the design
 measures it: ||got - want|| / max(||want||, 1e-6 ||all gradients||), a rank's part against the whole. What
-does not exist is refused with the reason. Writes matrix.json and matrix.png; exits 1 where one is past 1e-10.
+does not exist is grey, with the reason that its technique gives (train/refusals/techniques.py). Writes
+matrix.json and matrix.png; exits 1 where one is past 1e-10.
 """
 import argparse
 import itertools
 import json
 import random
 import sys
+import textwrap
 from math import log10
 from pathlib import Path
 
@@ -23,14 +25,7 @@ from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.lab import draw
 from nanoinfra.lab.instruments.gradient_parity import largest_gradient_error as error
 from nanoinfra.lab.instruments.gradient_parity import run_gradient_step
-from nanoinfra.train.config import (
-    DataFlags,
-    MeshFlags,
-    ModelFlags,
-    PipelineFlags,
-    TrainFlags,
-    check_train_flags,
-)
+from nanoinfra.train.config import TrainFlags, make_train_flags, refused_combinations
 
 TECHNIQUES = {                               # flags; two that set one flag differently exclude each other
     "dp": {"dp": 2}, "ZeRO-1": {"dp": 2, "zero": 1}, "ZeRO-2": {"dp": 2, "zero": 2},
@@ -46,18 +41,14 @@ G, T, V = 16, 11, 61                         # sequences of a step, tokens of on
 
 
 def flags_of(names: tuple[str, ...]) -> TrainFlags:
-    """The flags of a configuration. ValueError where it does not exist."""
+    """The flags of a configuration, whether it exists or not."""
     given = {"dtype": "float64", "micro_batch": 2, "global_batch": G, "dp": 1}
     given |= {flag: value for name in names for flag, value in TECHNIQUES[name].items()}
-    groups = [kind(**{flag: given[flag] for flag in kind.__dataclass_fields__ if flag in given})
-              for kind in (ModelFlags, DataFlags, MeshFlags, PipelineFlags)]
-    flags = TrainFlags(*groups)
-    check_train_flags(flags, world(flags))
-    return flags
+    return make_train_flags(**given)
 
 
 def world(flags: TrainFlags) -> int:
-    return flags.mesh.dp * flags.mesh.pp * flags.mesh.tp
+    return flags.axes.dp * flags.axes.pp * flags.axes.tp
 
 
 def distinct(a: str, b: str) -> bool:
@@ -92,10 +83,9 @@ def measure(configs: list[tuple[str, ...]]) -> list[dict]:
     rows, pools = [], {n: RankPool(n) for n in (1, 2, 4, 8)}
     alone = {untied: pools[1].run(step, flags_of(("untied head",) * untied))[0] for untied in (0, 1)}
     for names in configs:
-        try:
-            flags = flags_of(names)
-        except ValueError as refused:
-            rows.append({"techniques": names, "refused": str(refused)})
+        flags = flags_of(names)
+        if reason := next(refused_combinations(flags, world(flags)), None):
+            rows.append({"techniques": names, "refused": reason})
             continue
         runs = pools[world(flags)].run(step, flags)
         want = {name: grad for name, (_, grad) in alone[flags.model.untied]["grads"].items()}
@@ -109,16 +99,21 @@ def measure(configs: list[tuple[str, ...]]) -> list[dict]:
 
 
 def picture(rows: list[dict]) -> draw.Picture:
-    """The pairs as a triangle, each technique alone on its long side."""
+    """The pairs as a triangle, each technique alone on its long side; why what is grey is refused, beside."""
     names, title = list(TECHNIQUES), "largest gradient error against one rank, float64"
     canvas, axes = draw.new_figure(9.5, 6.6, f"every technique with every other: {title}")
-    for row in (row for row in rows if len(row["techniques"]) < 3):
+    rows = [row for row in rows if len(row["techniques"]) < 3]
+    reasons = list(dict.fromkeys(row["refused"] for row in rows if "refused" in row))
+    for row in rows:
         x, y = sorted((names.index(row["techniques"][0]), names.index(row["techniques"][-1])))
         worst = row.get("error")
         colour = "#eeeeee" if worst is None else "#d5e8d4" if worst < TOLERANCE else draw.RED
-        said = "refused" if worst is None else "0" if worst == 0 else f"$10^{{{log10(worst):.0f}}}$"
+        said = (f"refused\n({reasons.index(row['refused']) + 1})" if worst is None
+                else "0" if worst == 0 else f"$10^{{{log10(worst):.0f}}}$")
         axes.add_patch(Rectangle((x, y), 0.94, 0.9, color=colour))
         axes.text(x + 0.47, y + 0.45, said, ha="center", va="center", fontsize=7 if worst is None else 9)
+    notes = (textwrap.fill(f"({k}) {reason}", 62) for k, reason in enumerate(reasons, 1))
+    axes.text(7.4, 0.1, "\n".join(notes), va="top", fontsize=7.5)
     axes.set(xlim=(0, len(names)), ylim=(len(names), 0))
     axes.set_xticks([k + 0.5 for k in range(len(names))], names, rotation=35, ha="right")
     axes.set_yticks([k + 0.5 for k in range(len(names))], names)

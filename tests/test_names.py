@@ -15,7 +15,7 @@ KERNELS = ROOT / "kernels"
 MODULES = sorted([*HOUSE.rglob("*.py"), *KERNELS.rglob("*.py")])
 MOST_FILES = 12
 ONE_WORD = 0.45                              # of all public names, at most
-SHARED = {"main"}                            # each program's own entry
+SHARED = {"main", "refusals"}                # each program's own entry, each technique's own refusals
 
 
 def public_names(tree):

@@ -28,7 +28,7 @@ from nanoinfra.parallel.pipeline.schedules import (
 )
 from nanoinfra.parallel.pipeline.simulator import chunks_per_stage
 from nanoinfra.parallel.pipeline.stage import PipelineStage
-from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
+from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.step import execute_schedule
 from nanoinfra.train.train_stage import TrainStage
 
@@ -106,7 +106,7 @@ def run_pipeline_steps(config: ModelConfig, kind: str, p: int, v: int, batches: 
     `batches` are micro-batches without ignored targets. `lists` replace the schedule of that kind.
     """
     mesh = Mesh(pp=p, dp=world_size() // p, device=device)
-    flags = TrainFlags(ModelFlags(dtype=dtype), mesh=MeshFlags(pp=p), pipeline=PipelineFlags(kind, v))
+    flags = make_train_flags(dtype=dtype, pp=p, schedule=kind, virtual_stages=v)
     replica = TrainStage(config, flags, mesh)
     # all but the step
     order = (lists[mesh.pp.rank] if lists else replica.build_step_schedule(len(batches)))[:-1]

@@ -33,7 +33,7 @@ from nanoinfra.lab.predict import format_quantity
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.parallel.tensor_parallel import TensorParallelRegion
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
-from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
+from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.loss import count_valid_tokens
 from nanoinfra.train.step import execute_schedule
 from nanoinfra.train.train_stage import TrainStage
@@ -109,7 +109,7 @@ def in_layers(sent):
 def train(mesh, config, mode, broken):
     """(bytes a layer keeps, {(op, tag): (calls, bytes)}, [wait], [seconds], loss) of a few steps."""
     mode = "keep" if (broken, mode) == ("kept-after-all", "gather") else mode
-    flags = TrainFlags(ModelFlags(dtype="bfloat16"), mesh=MeshFlags(tp=mesh.tp.size, **MODES[mode]))
+    flags = make_train_flags(dtype="bfloat16", tp=mesh.tp.size, **MODES[mode])
     with mistake(broken):
         replica = TrainStage(config, flags, mesh)
         _, *steps = [step(mesh, replica) for _ in range(STEPS)]

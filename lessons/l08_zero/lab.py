@@ -23,7 +23,7 @@ from nanoinfra.lab.measure import counted, median_of_times
 from nanoinfra.lab.predict import format_quantity
 from nanoinfra.parallel.pipeline.schedules import Backward, ReduceGrads, gradient_accumulation_schedule
 from nanoinfra.parallel.zero import FSDPParamGroup
-from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
+from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.loss import count_valid_tokens
 from nanoinfra.train.step import execute_schedule
 from nanoinfra.train.train_stage import TrainStage
@@ -68,7 +68,7 @@ def expect(n, model):
 def train(mesh, config, stage, broken):
     """([bytes of weights, gradients, optimizer], bytes sent, calls, [seconds], loss) of a few steps."""
     stage = {("unsharded-optimizer", 1): 0, ("gradients-kept", 2): 1}.get((broken, stage), stage)
-    flags = TrainFlags(ModelFlags(dtype="bfloat16", grad_dtype="bfloat16"), mesh=MeshFlags(zero=stage))
+    flags = make_train_flags(dtype="bfloat16", grad_dtype="bfloat16", zero=stage)
     free = (lambda unit: None) if broken == "never-freed" else FSDPParamGroup.reshard
     with mock.patch.object(FSDPParamGroup, "reshard", free):
         replica = TrainStage(config, flags, mesh)

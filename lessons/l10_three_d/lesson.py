@@ -235,7 +235,7 @@ for sizes in ((2, 2, 2), (1, 8, 1), (1, 4, 2), (2, 1, 4), (4, 2, 1)):
     mesh, flags = " x ".join(map(str, sizes)), float64_train_flags(dict(zip(AXES, sizes)), B, G)
     runs = world.run(run_gradient_step, CONFIG, flags, T, norm_function=grad_norm)
     counts[mesh] = [figures.payload_bytes_by_axis(run["rows"]) for run in runs]
-    loss = sum(run["loss"] for run in runs) / flags.mesh.tp                  # of each data rank its share
+    loss = sum(run["loss"] for run in runs) / flags.axes.tp                  # of each data rank its share
     off = [largest_gradient_error([run["grads"] for run in runs], want),
            *(max(abs(run[whose] / alone["norm"] - 1) for run in runs) for whose in ("norm", "own"))]
     lines.append((mesh, f"{loss:.12f}", *(f"{x:.0e}" for x in off), "pass" if max(off) < 1e-10 else "miss"))

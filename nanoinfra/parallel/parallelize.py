@@ -5,7 +5,7 @@
 3. Recompute (activation checkpointing) wraps what a block runs, its collectives included.
 4. Weights are filled in: each rank reads, or draws, only its own shards.
 5. ZeRO or data parallelism shards or synchronises what is there by then, over the ranks that hold the same.
-Combinations that do not exist are refused in train/config.py. Techniques share nothing but the mesh.
+Combinations that do not exist are refused before (refusals/). Techniques share nothing but the mesh.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -4,9 +4,10 @@ A frozen parameter has no gradient, no master weights and no moments, and of it 
 checkpoint holds it all the same, so that the run can be served. Patterns are the shell's (fnmatch), over the
 names that formulas/parameters.py lists. Composes with every axis, ZeRO and recompute.
 """
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from math import prod
+from types import SimpleNamespace
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.parameters import parameter_shapes
@@ -38,6 +39,15 @@ def trainable_parameter_count(patterns: Iterable[str], config: ModelConfig) -> i
     """Count the numbers in the parameters that `patterns` leave trainable."""
     frozen = frozen_parameter_names(patterns, config)
     return sum(prod(shape) for name, shape in parameter_shapes(config).items() if name not in frozen)
+
+
+def refusals(flags: SimpleNamespace) -> Iterator[str]:
+    """Yield why --freeze does not fit the model of `flags`, the flags of `nanoinfra train` by name."""
+    if flags.model_config:
+        try:
+            frozen_parameter_names(flags.freeze, flags.model_config)
+        except ValueError as error:
+            yield str(error)
 
 
 def _abbreviated(name):

@@ -12,10 +12,14 @@ from nanoinfra.data.micro_batch_loader import HeldOutSet
 from nanoinfra.data.token_datasets import PackedDataset, RandomTokenDataset, open_dataset
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed import comm
-from nanoinfra.formulas.tensor_parallel import check_tp_fits_model
 from nanoinfra.model.weights.fill_model import PretrainedWeights, ReadParameter
-from nanoinfra.train.config import TrainFlags, global_batch_and_num_micro_batches
-from nanoinfra.train.launch.memory_check import check_memory_fits, replace_flags
+from nanoinfra.train.config import (
+    TrainFlags,
+    check_combinations,
+    global_batch_and_num_micro_batches,
+    replace_flags,
+)
+from nanoinfra.train.launch.memory_check import check_memory_fits
 from nanoinfra.train.load_and_export_models import open_pretrained_weights
 
 _MAX_DEFAULT_SEQ_LEN = 1024  # when pretrained weights would allow longer samples
@@ -42,7 +46,7 @@ def open_run_inputs(flags: TrainFlags, mesh) -> RunInputs:
     name = flags.model.model
     weights = None if name in MODEL_SIZES else open_pretrained_weights(name, mesh.world)
     size = weights.config if weights else MODEL_SIZES[name].config
-    check_tp_fits_model(size, mesh.tp.size)
+    check_combinations(flags, mesh.world.size, weights and weights.config)
     seq = flags.data.seq or min(size.context, _MAX_DEFAULT_SEQ_LEN if weights else size.context)
     if weights:
         check_memory_fits(replace_flags(flags, seq=seq), mesh.world.size, size)

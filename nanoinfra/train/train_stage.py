@@ -207,10 +207,10 @@ def parallel_config_from_flags(flags: TrainFlags, config: ModelConfig) -> Parall
     """Translate the flags into a parallel configuration; gradients are summed in >= float32 by default."""
     dtype, asked = getattr(torch, flags.model.dtype), flags.model.grad_dtype
     grad_dtype = getattr(torch, asked) if asked else torch.promote_types(dtype, torch.float32)
-    mesh = flags.mesh
-    sp = "none" if not mesh.sp else "keep" if mesh.sp_save_gathered else "gather"
-    frozen = frozen_parameter_names(flags.model.freeze, config, mesh.pp * flags.pipeline.virtual_stages)
-    return ParallelConfig(sp, mesh.zero, flags.model.recompute, mesh.grad_sync, dtype, grad_dtype,
+    axes, memory = flags.axes, flags.memory
+    sp = "none" if not axes.sp else "keep" if memory.sp_save_gathered else "gather"
+    frozen = frozen_parameter_names(flags.model.freeze, config, axes.pp * flags.pipeline.virtual_stages)
+    return ParallelConfig(sp, memory.zero, memory.recompute, axes.grad_sync, dtype, grad_dtype,
                           flags.pipeline.virtual_stages, flags.model.attention, frozen)
 
 

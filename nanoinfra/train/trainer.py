@@ -27,10 +27,11 @@ from nanoinfra.train.config import (
     mesh_axis_sizes,
     parse_emulated_links,
     peak_learning_rate,
+    replace_flags,
 )
 from nanoinfra.train.frozen_parameters import trainable_parameter_count
 from nanoinfra.train.launch.elastic_rank import is_rank_process
-from nanoinfra.train.launch.memory_check import check_memory_fits, describe_memory_need, replace_flags
+from nanoinfra.train.launch.memory_check import check_memory_fits, describe_memory_need
 from nanoinfra.train.launch.stop_signals import StopRequest
 from nanoinfra.train.loss import count_valid_tokens
 from nanoinfra.train.model_and_data_inputs import open_run_inputs
@@ -48,12 +49,11 @@ def train(flags: TrainFlags) -> list[dict]:
     """
     check_train_flags(flags, world_size())
     check_memory_fits(flags, world_size())
-    links = parse_emulated_links(flags.mesh.emulate_link)
-    mesh = Mesh(**mesh_axis_sizes(flags.mesh, world_size()), emulated_links=links or None,
-                device=flags.mesh.device,
-                timeout=flags.run.timeout)
-    set_torch_threads(flags.mesh.threads)
-    with RunDirectory(flags.run, mesh) as folder:
+    links = parse_emulated_links(flags.launch.emulate_link)
+    mesh = Mesh(**mesh_axis_sizes(flags.axes, world_size()), emulated_links=links or None,
+                device=flags.launch.device, timeout=flags.launch.timeout)
+    set_torch_threads(flags.launch.threads)
+    with RunDirectory(flags.run, mesh, lock_wait_seconds=flags.launch.timeout / 2) as folder:
         run = TrainingRun(flags, mesh, folder)
         try:
             while run.should_continue():
@@ -220,8 +220,8 @@ class TrainingRun:
         _, m = global_batch_and_num_micro_batches(replace(self.flags.data, global_batch=G),
                                                   self.mesh.data.size)
         parallel = (f", {self.flags.pipeline.schedule}" * (self.mesh.pp.size > 1)
-                    + ", sequence parallel" * self.flags.mesh.sp
-                    + f", ZeRO-{self.flags.mesh.zero}" * bool(self.flags.mesh.zero))
+                    + ", sequence parallel" * self.flags.axes.sp
+                    + f", ZeRO-{self.flags.memory.zero}" * bool(self.flags.memory.zero))
         complete = replace_flags(self.flags, seq=self.inputs.seq_len, global_batch=G)
         memory = describe_memory_need(complete, self.mesh.world.size, config)
         going_on = f", going on after step {self.step}" if self.step else ""

@@ -36,7 +36,7 @@ from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
 from nanoinfra.formulas.parameters import parameter_count, parameter_shapes  # noqa: E402
 from nanoinfra.formulas.pipeline import pipeline_sent_bytes_per_stage, split_layers_into_chunks  # noqa: E402
 from nanoinfra.model.initialization import draw_initial_tensor  # noqa: E402
-from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags  # noqa: E402
+from nanoinfra.train.config import make_train_flags  # noqa: E402
 from nanoinfra.train.step import execute_schedule  # noqa: E402
 from nanoinfra.train.train_stage import TrainStage  # noqa: E402
 
@@ -120,7 +120,7 @@ class PeerSide:
 class OurSide:
     def __init__(self, m, dtype="bfloat16"):
         self.m, self.mesh = m, Mesh(pp=P)
-        flags = TrainFlags(ModelFlags(dtype=dtype), mesh=MeshFlags(pp=P), pipeline=PipelineFlags("1f1b"))
+        flags = make_train_flags(dtype=dtype, pp=P, schedule="1f1b")
         self.replica = TrainStage(CONFIG, flags, self.mesh)
         self.list = self.replica.build_step_schedule(m)
 

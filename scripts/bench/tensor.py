@@ -43,7 +43,7 @@ from nanoinfra.formulas.collectives import ring_bytes_per_rank  # noqa: E402
 from nanoinfra.formulas.parameters import parameter_count, parameter_shapes  # noqa: E402
 from nanoinfra.model.initialization import draw_initial_tensor  # noqa: E402
 from nanoinfra.parallel.pipeline.schedules import Backward, Forward, ReduceGrads  # noqa: E402
-from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
+from nanoinfra.train.config import make_train_flags  # noqa: E402
 from nanoinfra.train.step import execute_schedule  # noqa: E402
 from nanoinfra.train.train_stage import TrainStage  # noqa: E402
 
@@ -160,7 +160,7 @@ class PeerSide:
 class OurSide:
     def __init__(self, sp, dtype="bfloat16"):
         self.mesh = Mesh(tp=N)
-        flags = TrainFlags(model=ModelFlags(dtype=dtype), mesh=MeshFlags(tp=N, **FLAGS[sp]))
+        flags = make_train_flags(dtype=dtype, tp=N, **FLAGS[sp])
         self.replica = TrainStage(CONFIG, flags, self.mesh)
 
     def gradients(self, x, y):

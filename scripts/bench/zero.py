@@ -42,7 +42,7 @@ from nanoinfra.data.batch import Batch  # noqa: E402
 from nanoinfra.distributed.mesh import Mesh  # noqa: E402
 from nanoinfra.distributed.pool.rank_pool import RankPool  # noqa: E402
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule  # noqa: E402
-from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags  # noqa: E402
+from nanoinfra.train.config import make_train_flags  # noqa: E402
 from nanoinfra.train.loss import count_valid_tokens  # noqa: E402
 from nanoinfra.train.step import execute_schedule  # noqa: E402
 from nanoinfra.train.train_stage import TrainStage  # noqa: E402
@@ -68,7 +68,7 @@ class Model(Plain):
 
 def our_step(stage, peer):
     mesh = Mesh(dp=N)
-    flags = TrainFlags(model=ModelFlags(dtype="bfloat16", grad_dtype=GRADS[peer]), mesh=MeshFlags(zero=stage))
+    flags = make_train_flags(dtype="bfloat16", grad_dtype=GRADS[peer], zero=stage)
     replica = TrainStage(CONFIG, flags, mesh)
 
     def step(x, y):

@@ -21,7 +21,7 @@ from nanoinfra.formulas.training_peak_memory import (
     stage_activation_bytes,
 )
 from nanoinfra.formulas.zero import zero_model_state_bytes
-from nanoinfra.train.config import DataFlags, ModelFlags, OptimizerFlags, TrainFlags
+from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.step import execute_schedule
 from nanoinfra.train.train_stage import TrainStage
 
@@ -41,10 +41,9 @@ RUNS = {
 
 def allocated(config, recipe):
     """The most bytes that torch holds at a time in two steps of one rank, its start included."""
-    model = ModelFlags(dtype=recipe.dtype, grad_dtype=recipe.grad_dtype, attention=recipe.attention,
-                       recompute=recipe.recompute)
     tokens = torch.zeros(recipe.micro_batch_size, recipe.seq_len, dtype=torch.long)
-    flags = TrainFlags(model, DataFlags(), optimizer=OptimizerFlags(recipe.optimizer))
+    flags = make_train_flags(dtype=recipe.dtype, grad_dtype=recipe.grad_dtype, attention=recipe.attention,
+                             recompute=recipe.recompute, optimizer=recipe.optimizer)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         replica = TrainStage(config, flags, Mesh())
         for _ in range(2):

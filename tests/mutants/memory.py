@@ -43,7 +43,7 @@ def refuse(line, has):
     flags = parse_command_line(["train", *line.split()])
     with mock.patch.object(memory_check, "host_memory_limit_bytes", lambda: int(has)):
         try:
-            memory_check.check_memory_fits(flags, config.num_ranks_to_start(flags.mesh))
+            memory_check.check_memory_fits(flags, config.num_ranks_to_start(flags.axes, None))
         except ValueError as error:
             return str(error)
     return ""

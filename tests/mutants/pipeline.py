@@ -29,7 +29,7 @@ from nanoinfra.parallel.pipeline.simulator import (
     validate_schedule,
 )
 from nanoinfra.train import train_stage
-from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
+from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.optimizer import unscale_and_clip_grads
 from nanoinfra.train.step import execute_schedule
 
@@ -124,7 +124,7 @@ def _(subject):
 def step(kind, p, m, v):
     """One rank's part of a step: its loss, gradients, bytes sent; the norm."""
     mesh = Mesh(pp=p)
-    flags = TrainFlags(ModelFlags(dtype="float64"), mesh=MeshFlags(pp=p), pipeline=PipelineFlags(kind, v))
+    flags = make_train_flags(dtype="float64", pp=p, schedule=kind, virtual_stages=v)
     stage = train_stage.TrainStage(CONFIG, flags, mesh)
     x, y = torch.randint(CONFIG.vocab, (2, 2 * m, T), generator=torch.Generator().manual_seed(m))
     for i in range(2 * m):

@@ -22,7 +22,7 @@ from nanoinfra.parallel import zero as module
 from nanoinfra.parallel.parallelize import fsdp_units
 from nanoinfra.parallel.vocab_parallel import VocabParallelCrossEntropy
 from nanoinfra.parallel.zero import ZeroDataParallel
-from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
+from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.loss import count_valid_tokens
 from nanoinfra.train.optimizer import MixedPrecisionOptimizer, unscale_and_clip_grads
 from nanoinfra.train.trainer import train
@@ -132,9 +132,8 @@ def gathered(shared, data):
 
 def losses(subject, dtype, lr=2.0):
     with tempfile.TemporaryDirectory() as out:
-        sgd = OptimizerFlags("sgd", lr=lr, warmup=0, clip=0.2)
-        flags = TrainFlags(ModelFlags(model="test", dtype=dtype), DataFlags("random", seq=16, micro_batch=4),
-                           MeshFlags(threads=1), optimizer=sgd, run=RunFlags(steps=6, out=Path(out)))
+        flags = make_train_flags(model="test", dtype=dtype, data="random", seq=16, micro_batch=4, threads=1,
+                                 optimizer="sgd", lr=lr, warmup=0, clip=0.2, steps=6, out=Path(out))
         with contextlib.redirect_stdout(io.StringIO()):
             return [line["loss"] for line in subject(flags)]
 

@@ -17,7 +17,7 @@ from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
 from nanoinfra.parallel.pipeline.simulator import simulate_schedule
 from nanoinfra.parallel.pipeline.stage import cut_to_pipeline_chunk
-from nanoinfra.train.config import MeshFlags, ModelFlags, PipelineFlags, TrainFlags
+from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.optimizer import unscale_and_clip_grads
 from nanoinfra.train.step import execute_schedule
 from nanoinfra.train.train_stage import TrainStage
@@ -47,8 +47,7 @@ def batches(m):
 
 def one_step(cfg, mesh, kind, v, micros):
     """For each m {loss, norm, gradients, bytes sent, most micro-batches kept} of one rank."""
-    flags = TrainFlags(ModelFlags(dtype="float64"), mesh=MeshFlags(pp=mesh.pp.size),
-                       pipeline=PipelineFlags(kind, v))
+    flags = make_train_flags(dtype="float64", pp=mesh.pp.size, schedule=kind, virtual_stages=v)
     replica, found = TrainStage(cfg, flags, mesh), {}
     for m in micros:
         given, count = batches(m)

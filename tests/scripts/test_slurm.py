@@ -40,7 +40,7 @@ def test_training_meets_at_the_first_node_and_may_lose_the_other(run, gpus, devi
     assert (flags["rdzv-endpoint"], flags["local-addr"], flags["rdzv-id"]) == ("nodeA:29400", "nodeB", "7")
     assert flags["rdzv-conf"].startswith("is_host=false,")
     ours = parse_command_line(got[got.index("nanoinfra.cli") + 1:])  # as nanoinfra understands it
-    assert (ours.mesh.device, ours.model.model, str(ours.run.out)) == (device, "small", "runs/a b")
+    assert (ours.launch.device, ours.model.model, str(ours.run.out)) == (device, "small", "runs/a b")
 
 
 def test_a_lab_starts_its_ranks_itself_on_loopback(run):

@@ -12,7 +12,7 @@ from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.parallel.vocab_parallel import VocabParallelCrossEntropy
 from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.checkpoint import save_and_load
-from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, OptimizerFlags, RunFlags, TrainFlags
+from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.trainer import train
 
 OVERFLOWS = {1: (3, 4), 0: (6,)}             # rank: steps whose gradient it makes infinite
@@ -63,9 +63,8 @@ def test_the_nano_model_ends_where_float32_does(tmp_path):
 
 
 def flags(model, out: Path, zero, steps, dtype="float16", data="random", seq=16):
-    return TrainFlags(ModelFlags(model=model, dtype=dtype), DataFlags(data=data, seq=seq, micro_batch=2),
-                      MeshFlags(dp=2, zero=zero, threads=1),
-                      optimizer=OptimizerFlags(lr_schedule="constant"), run=RunFlags(steps=steps, out=out))
+    return make_train_flags(model=model, dtype=dtype, data=data, seq=seq, micro_batch=2, dp=2, zero=zero,
+                            threads=1, lr_schedule="constant", steps=steps, out=out)
 
 
 def planted(flags, done=0):

@@ -15,7 +15,7 @@ from nanoinfra.formulas.training_peak_memory import ParallelLayout, TrainingStep
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.checkpoint import save_and_load
-from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
+from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.frozen_parameters import frozen_parameter_names
 from nanoinfra.train.load_and_export_models import load_pretrained
 from nanoinfra.train.step import execute_schedule
@@ -101,9 +101,9 @@ def reloaded(dtype):
     """{stage: {name: whole weight}} of two ranks that were drawn from seed 0 and loaded what seed 1 wrote."""
     found = {}
     for stage in (0, 1, 2):
-        old, new = (TrainStage(config_for_size("test"), TrainFlags(
-            ModelFlags(dtype=dtype, freeze=("embed.*", "blocks.2.*"), seed=seed),
-            mesh=MeshFlags(zero=stage, dp=2)), Mesh(dp=world_size())) for seed in (1, 0))
+        old, new = (TrainStage(config_for_size("test"), make_train_flags(
+            dtype=dtype, freeze=("embed.*", "blocks.2.*"), seed=seed, zero=stage, dp=2),
+            Mesh(dp=world_size())) for seed in (1, 0))
         new.load_state_dict([(piece, tensor.clone()) for piece, tensor in old.tensor_shards()],
                             old.state_dict())
         model = new.parallel_model.chunks[0].model
@@ -141,7 +141,7 @@ def test_a_run_goes_on_with_what_it_has_frozen_and_with_nothing_else(tmp_path, c
 def test_only_what_trains_costs_memory(zero):
     """As formulas/training_peak_memory.py counts it."""
     def bytes_held(*freeze):
-        flags = TrainFlags(ModelFlags(dtype="bfloat16", freeze=freeze), mesh=MeshFlags(zero=zero))
+        flags = make_train_flags(dtype="bfloat16", freeze=freeze, zero=zero)
         recipe = TrainingStepConfig(8, 1, dtype="bfloat16", frozen_parameters=frozen_parameter_names(freeze,
                                                                                                      UNTIED))
         replica = stepped(flags)

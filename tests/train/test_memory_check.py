@@ -25,7 +25,7 @@ GB = 1e9
 def asked(line):
     """(flags, ranks) of `nanoinfra train LINE`, as the command line has them."""
     flags = parse_command_line(["train", *line.split()])
-    world = config.num_ranks_to_start(flags.mesh)
+    world = config.num_ranks_to_start(flags.axes, flags.launch.nproc)
     config.check_train_flags(flags, world)
     return flags, world
 

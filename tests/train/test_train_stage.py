@@ -12,13 +12,13 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.train import metrics_and_plots
-from nanoinfra.train.config import MeshFlags, ModelFlags, TrainFlags
+from nanoinfra.train.config import ModelFlags, TrainFlags, make_train_flags
 from nanoinfra.train.step import execute_schedule
 from nanoinfra.train.train_stage import TrainStage
 
 
 def stepped(zero, config=None, **model):
-    flags = TrainFlags(ModelFlags(**model), mesh=MeshFlags(zero=zero))
+    flags = make_train_flags(**model, zero=zero)
     replica = TrainStage(config or config_for_size("test"), flags, Mesh())
     x = torch.ones(2, 8, dtype=torch.long)
     replica.begin_step([Batch(x, x)], 16, lr=1e-3)

@@ -20,10 +20,10 @@ from nanoinfra.distributed.mesh import MESH_AXIS_NAMES, Mesh, world_size
 from nanoinfra.formulas.collectives import fit_latency_bandwidth
 from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.doctor import machine_info
-from nanoinfra.lab.doctor.doctor_flags import DoctorFlags
+from nanoinfra.lab.doctor.doctor_flags import DoctorFlags, doctor_axis_sizes
 from nanoinfra.lab.measure import median_of_times
 from nanoinfra.lab.predict import format_quantity
-from nanoinfra.train.config import mesh_axis_sizes, parse_emulated_links
+from nanoinfra.train.config import parse_emulated_links
 
 _MATMUL_DTYPES = ("float32", "bfloat16")
 
@@ -31,7 +31,7 @@ _MATMUL_DTYPES = ("float32", "bfloat16")
 def run_doctor(flags: DoctorFlags) -> dict:
     """Measure on all ranks; rank 0 prints tables and writes --out. Returns the report."""
     set_torch_threads(flags.threads)
-    mesh = Mesh(**mesh_axis_sizes(flags.mesh, world_size()),
+    mesh = Mesh(**doctor_axis_sizes(flags, world_size()),
                 emulated_links=parse_emulated_links(flags.emulate_link),
                 device=flags.device)
     rates = {dtype: measure_matmul_flops_per_second(mesh, getattr(torch, dtype)) for dtype in _MATMUL_DTYPES}

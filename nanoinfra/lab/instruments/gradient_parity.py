@@ -13,15 +13,14 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.data.batch import Batch
 from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.train.config import DataFlags, MeshFlags, ModelFlags, TrainFlags
+from nanoinfra.train.config import TrainFlags, make_train_flags
 from nanoinfra.train.step import execute_schedule
 from nanoinfra.train.train_stage import TrainStage
 
 
 def float64_train_flags(axis_sizes: dict[str, int], micro_batch: int, global_batch: int) -> TrainFlags:
     """Flags of a float64 step on pp x dp x tp ranks, given as {axis: size}."""
-    data = DataFlags(micro_batch=micro_batch, global_batch=global_batch)
-    return TrainFlags(ModelFlags(dtype="float64"), data, MeshFlags(**axis_sizes))
+    return make_train_flags(dtype="float64", micro_batch=micro_batch, global_batch=global_batch, **axis_sizes)
 
 
 def run_gradient_step(config: ModelConfig, flags: TrainFlags, seq: int,
@@ -96,4 +95,4 @@ def largest_gradient_error(rank_gradients: Sequence[dict], reference: dict[str, 
 
 def make_mesh_from_flags(flags: TrainFlags, wire: dict[str, tuple[float, float]] | None = None) -> Mesh:
     """The mesh of pp x dp x tp ranks that `flags` describe; `wire` emulates links, {axis: (s, bytes/s)}."""
-    return Mesh(flags.mesh.pp, flags.mesh.dp, tp=flags.mesh.tp, emulated_links=wire)
+    return Mesh(flags.axes.pp, flags.axes.dp, tp=flags.axes.tp, emulated_links=wire)

@@ -8,10 +8,9 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-from nanoinfra.config import MODEL_SIZES, ModelConfig, config_for_size
+from nanoinfra.config import MODEL_SIZES, ModelConfig
 from nanoinfra.distributed.host_memory import available_memory_bytes, host_memory_limit_bytes, peak_rss_bytes
 from nanoinfra.formulas.training_peak_memory import (
     ParallelLayout,
@@ -22,8 +21,10 @@ from nanoinfra.formulas.training_peak_memory import (
 from nanoinfra.train.config import (
     TrainFlags,
     check_train_flags,
+    config_of_named_size,
     global_batch_and_num_micro_batches,
     mesh_axis_sizes,
+    replace_flags,
 )
 from nanoinfra.train.frozen_parameters import frozen_parameter_names
 
@@ -46,7 +47,7 @@ def check_memory_fits(flags: TrainFlags, world_size: int, config: ModelConfig | 
         return
     parts = local_memory_by_part(flags, world_size, config)
     if sum(parts.values()) > there:
-        where = "this machine" if flags.mesh.device == "cpu" else "a card"
+        where = "this machine" if flags.launch.device == "cpu" else "a card"
         raise ValueError(f"the run would hold {_gb(sum(parts.values()))} (modelled: {_largest(parts)}), and "
                          f"{where} has {_gb(there)}; {_remedy(flags, world_size, config, there)}")
 
@@ -62,7 +63,7 @@ def describe_memory_need(flags: TrainFlags, world_size: int, config: ModelConfig
 
 def local_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig) -> dict[str, int]:
     """Bytes that the ranks of this machine hold together, by part; with GPUs, of this rank's GPU."""
-    total = Counter(libraries=_SHARED_LIBRARIES_BYTES) if flags.mesh.device == "cpu" else Counter()
+    total = Counter(libraries=_SHARED_LIBRARIES_BYTES) if flags.launch.device == "cpu" else Counter()
     for rank in ranks_sharing_memory(flags, world_size):
         total.update(rank_memory_by_part(flags, world_size, config, rank))
     return dict(total)
@@ -71,12 +72,12 @@ def local_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig
 def rank_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig,
                         rank: int = 0) -> dict[str, int]:
     """Bytes that a rank holds at its peak, by part, without the libraries that it shares with others."""
-    mesh = mesh_axis_sizes(flags.mesh, world_size)
+    mesh = mesh_axis_sizes(flags.axes, world_size)
     stage = rank // (world_size // mesh["pp"])                                # pp is the outermost axis
     layout, step = parallel_layout_from_flags(flags, mesh), step_config_from_flags(flags, mesh["dp"], config)
     what = config, layout, step, stage
     parts = peak_memory_by_part(*what)
-    if flags.mesh.device == "cuda":
+    if flags.launch.device == "cuda":
         return parts | {"data": 0, "processes": _CUDA_CONTEXT_BYTES}
     text = data_text_bytes(flags.data.data)
     training = parts | {"fragmentation": heap_fragmentation_bytes(*what), "text": text,
@@ -87,8 +88,8 @@ def rank_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig,
 
 def parallel_layout_from_flags(flags: TrainFlags, mesh: dict[str, int]) -> ParallelLayout:
     """The flags as a layout for formulas/training_peak_memory.py; `mesh` is from `mesh_axis_sizes`."""
-    sp = "none" if not flags.mesh.sp else "keep" if flags.mesh.sp_save_gathered else "gather"
-    return ParallelLayout(mesh["pp"], mesh["dp"], mesh["tp"], sp, flags.mesh.zero, flags.pipeline.schedule,
+    sp = "none" if not flags.axes.sp else "keep" if flags.memory.sp_save_gathered else "gather"
+    return ParallelLayout(mesh["pp"], mesh["dp"], mesh["tp"], sp, flags.memory.zero, flags.pipeline.schedule,
                           flags.pipeline.virtual_stages)
 
 
@@ -98,29 +99,22 @@ def step_config_from_flags(flags: TrainFlags, dp: int, config: ModelConfig) -> T
     grad_dtype = model.grad_dtype or ("float64" if model.dtype == "float64" else "float32")
     return TrainingStepConfig(flags.data.seq or config.context, min(flags.data.micro_batch, -(-G // dp)), m,
                               model.dtype,
-                              grad_dtype, flags.optimizer.optimizer, model.attention, model.recompute,
+                              grad_dtype, flags.optimizer.optimizer, model.attention, flags.memory.recompute,
                               frozen_parameter_names(model.freeze, config))
-
-
-def config_of_named_size(flags: TrainFlags) -> ModelConfig | None:
-    """The model of a named size, with the largest vocabulary it may get; None when --model names weights."""
-    model = flags.model
-    if model.model not in MODEL_SIZES:
-        return None
-    return config_for_size(model.model, model.vocab, flags.data.seq, False if model.untied else None)
 
 
 def ranks_sharing_memory(flags: TrainFlags, world_size: int) -> range:
     """The ranks that share this machine's memory; with GPUs, the one rank of this GPU."""
     if not os.environ.keys() >= set(_RANK_VARIABLES):                              # none has been started yet
-        return range(1 if flags.mesh.device == "cuda" else world_size)
+        return range(1 if flags.launch.device == "cuda" else world_size)
     rank, place, many = (int(os.environ[name]) for name in _RANK_VARIABLES)
-    return range(rank, rank + 1) if flags.mesh.device == "cuda" else range(rank - place, rank - place + many)
+    first = rank - place
+    return range(rank, rank + 1) if flags.launch.device == "cuda" else range(first, first + many)
 
 
 def memory_capacity_bytes(flags: TrainFlags) -> int | None:
     """The total memory of this machine, or of this rank's GPU; None when it cannot be known."""
-    if flags.mesh.device == "cpu":
+    if flags.launch.device == "cpu":
         return host_memory_limit_bytes()
     import torch
     card = int(os.environ.get("LOCAL_RANK", 0))                          # asked without a context of its own
@@ -137,21 +131,12 @@ def data_text_bytes(data: str | Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def replace_flags(flags: TrainFlags, **values) -> TrainFlags:
-    """Return `flags` with other values, given by the names of flags."""
-    for group in ("model", "data", "mesh"):
-        part = getattr(flags, group)
-        mine = {name: value for name, value in values.items() if hasattr(part, name)}
-        flags = replace(flags, **{group: replace(part, **mine)})
-    return flags
-
-
 def memory_saving_flags(flags: TrainFlags, dp: int, context: int) -> Iterator[dict]:
     """Yield {flag: value} that need less memory, least harmful first; before "bfloat16" they keep losses."""
     G, _ = global_batch_and_num_micro_batches(flags.data, dp)
     half = [{"micro_batch": flags.data.micro_batch >> k, "global_batch": G}
             for k in range(1, flags.data.micro_batch.bit_length())]
-    zero = [{"zero": stage} for stage in range(flags.mesh.zero + 1, 4 if dp > 1 else 0)]
+    zero = [{"zero": stage} for stage in range(flags.memory.zero + 1, 4 if dp > 1 else 0)]
     less = {"recompute": "full"} | ({"attention": "sdpa"} if flags.model.attention == "naive" else {})
     least = less | (half[-1] if half else {})
     yield from ({"attention": "sdpa"}, {"recompute": "full"}, *zero, *half)
@@ -172,7 +157,7 @@ def _smaller(flags, G, seq):
 
 def _remedy(flags, world_size, config, there):
     """The first of `memory_saving_flags` that fits, in words."""
-    dp = mesh_axis_sizes(flags.mesh, world_size)["dp"]
+    dp = mesh_axis_sizes(flags.axes, world_size)["dp"]
     for values in memory_saving_flags(flags, dp, config.context):
         other = replace_flags(flags, **values)
         if other != flags and _works(other, world_size) and _fits(other, world_size, config, there):
@@ -196,7 +181,7 @@ def _fits(flags, world_size, config, there):
 def _others(flags, world_size, total):
     """A warning when less memory is free now, besides what the ranks hold already."""
     free = available_memory_bytes() + len(ranks_sharing_memory(flags, world_size)) * peak_rss_bytes()
-    return f" ({_gb(free)} free at present)" if flags.mesh.device == "cpu" and total > free else ""
+    return f" ({_gb(free)} free at present)" if flags.launch.device == "cpu" and total > free else ""
 
 
 def _largest(parts):

@@ -12,7 +12,7 @@ from pathlib import Path
 from nanoinfra.config import ModelConfig
 from nanoinfra.model.weights.read_json_files import read_json
 from nanoinfra.renamed_flags import with_new_flag_names
-from nanoinfra.train.config import RunFlags
+from nanoinfra.train.config import RunFlags, group_by_flag
 
 RUN_DIRECTORY_VERSION = 1  # of a run directory, "nanoinfra" in its config.json
 RUN_FILES = ("config.json", "metrics.jsonl", "loss.png")
@@ -68,7 +68,7 @@ def remove_run_files(out: Path) -> None:
 def read_run_config(run: Path) -> dict:
     """Return a run's config.json with its flags under today's names, {} when it is missing or broken."""
     try:
-        return with_new_flag_names(read_json(run / "config.json"))
+        return with_new_flag_names(read_json(run / "config.json"), group_by_flag())
     except ValueError:
         return {}
 

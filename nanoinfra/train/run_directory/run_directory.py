@@ -16,7 +16,7 @@ from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.checkpoint import list_and_delete_checkpoints, save_and_load
 from nanoinfra.train.checkpoint.manifest import read_manifest
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError
-from nanoinfra.train.config import RunFlags, TrainFlags, flags_to_dict
+from nanoinfra.train.config import RunFlags, TrainFlags, flags_to_dict, group_by_flag
 from nanoinfra.train.launch.elastic_rank import (
     STOP_NOTE_FILE,
     launch_id,
@@ -38,11 +38,13 @@ from nanoinfra.train.train_stage import TrainStage
 class RunDirectory:
     """One rank's view of the run directory, locked inside `with`.
 
-    Raises ValueError when the folder is not a run's or another process is training into it.
+    Another process of this launch that holds the lock may take `lock_wait_seconds` to end. Raises ValueError
+    when the folder is not a run's or another process is training into it.
     """
 
-    def __init__(self, run: RunFlags, mesh):
+    def __init__(self, run: RunFlags, mesh, lock_wait_seconds: float = 0):
         self.flags, self.mesh = run, mesh
+        self.lock_wait_seconds = lock_wait_seconds
         self.is_first_rank = mesh.rank == 0
         self.path, self.checkpoints_folder = run.out, run.out / "checkpoints"
         self._open_locks, self._given_warnings = ExitStack(), set()
@@ -68,7 +70,7 @@ class RunDirectory:
         if name is None:
             return {"step": 0, "consumed": 0}
         folder = self.checkpoints_folder / name
-        state = with_new_flag_names(save_and_load.read_checkpoint_state(folder))
+        state = with_new_flag_names(save_and_load.read_checkpoint_state(folder), group_by_flag())
         check_resumes_same_run(self.path, state, inputs, flags, self.data_description)
         wanted = [shard for shard, _ in stage.tensor_shards()]
         # Rank 0 has verified every byte already.
@@ -143,7 +145,7 @@ class RunDirectory:
     def _take(self):
         """On rank 0: check whose folder it is, lock it, and make checkpoints/."""
         check_out_folder(self.flags)
-        self._open_locks.enter_context(lock_run_directory(self.path, wait_seconds=self.flags.timeout / 2))
+        self._open_locks.enter_context(lock_run_directory(self.path, wait_seconds=self.lock_wait_seconds))
         make_run_folder(self.checkpoints_folder)
 
     def _is_restart(self):
