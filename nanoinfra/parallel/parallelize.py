@@ -91,8 +91,7 @@ class ParallelChunk:
     def forward_chunk(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The layers' output for hidden states `x` of `batch`; on the last chunk -log p by target, (B, T)."""
         self.tensor_parallel.region.set_seq_len(batch.tokens.shape[1])
-        packed = {} if batch.document_ends is None else {"document_ends": batch.document_ends}
-        x = self.model.blocks_and_norm(x, self._positions(batch), **packed)
+        x = self.model.blocks_and_norm(x, self._positions(batch), document_ends=batch.document_ends)
         return self.loss_head(x, batch.targets) if self.loss_head else x
 
     def finish_grad_sync(self) -> dict[str, torch.Tensor]:
