@@ -46,7 +46,7 @@ class TensorParallel:
         config, self.axis = model.config, mesh.tp
         check_tp_fits_model(config, self.axis.size)
         self.shard_bounds_by_parameter = shard_bounds_by_parameter(config, self.axis.size, self.axis.rank)
-        self.kv_replica_axis = mesh.subgroup_of_size("tp", kv_head_replicas(config, self.axis.size))
+        _, self.kv_replica_axis = mesh.split("tp", kv_head_replicas(config, self.axis.size))
         if sp == "none":
             self.region = TensorParallelRegion(self.axis)
         else:
