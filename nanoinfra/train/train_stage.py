@@ -25,6 +25,7 @@ from nanoinfra.train.optimizer import (
     ADAMW_BETAS,
     ADAMW_WEIGHT_DECAY,
     MixedPrecisionOptimizer,
+    OptimizerGroup,
     unscale_and_clip_grads,
 )
 from nanoinfra.train.step import execute_schedule
@@ -38,7 +39,8 @@ class TrainStage(PipelineStage):
     """
 
     def __init__(self, config: ModelConfig, flags: TrainFlags, mesh,
-                 read_parameter: ReadParameter | None = None):
+                 read_parameter: ReadParameter | None = None,
+                 optimizer_groups: dict[str, OptimizerGroup] | None = None):
         self.mesh = mesh
         self.full_shapes, self.width = parameter_shapes(config), config.width
         self.schedule_name, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual_stages
@@ -52,7 +54,7 @@ class TrainStage(PipelineStage):
         weight_decay = ADAMW_WEIGHT_DECAY if o.weight_decay is None else o.weight_decay
         self.optimizer = MixedPrecisionOptimizer(self.parallel_model.param_shards, o.optimizer,
                                                  self.parallel_model.master_weights, o.betas or ADAMW_BETAS,
-                                                 weight_decay)
+                                                 weight_decay, optimizer_groups)
         self.lr = 0.0
         self.max_grad_norm = flags.optimizer.clip
         self.loss_scale = LossScale() if dtype == torch.float16 else None
