@@ -158,7 +158,7 @@ def _process_group(lines, purpose, timeout, world_group):
     """
     limit = timedelta(seconds=timeout) if timeout else None
     spans_world = purpose == "axis" and len(lines[0]) == world_group.size()
-    if spans_world and limit in (None, _timeout_of(world_group)):
+    if spans_world and (limit is None or limit == _timeout_of(world_group)):
         return world_group
     return dist.new_subgroups_by_enumeration([list(ranks) for ranks in lines], timeout=limit)[0]
 

@@ -7,17 +7,17 @@ multiplied by the loss scale, and a step whose gradients overflow on any rank is
 """
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.formulas.parameters import TensorShard, parameter_shapes
 from nanoinfra.model.initialization import draw_initial_tensor
 from nanoinfra.model.weights.fill_model import ReadParameter
 from nanoinfra.parallel.parallelize import ParallelConfig, ParallelModel
 from nanoinfra.parallel.pipeline import schedules
 from nanoinfra.parallel.pipeline.stage import PipelineStage
-from nanoinfra.train.checkpoint.tensor_shards import TensorShard
 from nanoinfra.train.config import TrainFlags
 from nanoinfra.train.frozen_parameters import frozen_parameter_names
 from nanoinfra.train.loss_scale import LossScale
@@ -42,7 +42,7 @@ class TrainStage(PipelineStage):
                  read_parameter: ReadParameter | None = None,
                  optimizer_groups: dict[str, OptimizerGroup] | None = None):
         self.mesh = mesh
-        self.full_shapes, self.width = parameter_shapes(config), config.width
+        self.width = config.width
         self.schedule_name, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual_stages
         dtype = getattr(torch, flags.model.dtype)
         read_parameter = read_parameter or initial_weights_reader(config, flags.model.seed)
@@ -175,11 +175,8 @@ class TrainStage(PipelineStage):
         self.parallel_model.all_gather_params(include_frozen=True)
 
     def _shard(self, key, tensor):
-        name = key.rpartition("/")[2]
-        box = self.parallel_model.optimizer_shard_bounds(name)
-        size = tuple(stop - start for start, stop in box)
-        shard = TensorShard(key, tuple(start for start, _ in box), size, self.full_shapes[name])
-        return shard, tensor.view(-1)[:math.prod(size)].view(size)       # without ZeRO's padding
+        shard = replace(self.parallel_model.optimizer_shard(key.rpartition("/")[2]), name=key)
+        return shard, tensor.view(-1)[:math.prod(shard.size)].view(shard.size)   # without ZeRO's padding
 
 
 def parallel_config_from_flags(flags: TrainFlags, config: ModelConfig) -> ParallelConfig:
