@@ -15,6 +15,7 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.comm_log import CommRecord
 from nanoinfra.distributed.mesh import Mesh, world_size
+from nanoinfra.formulas.parameters import TensorShard
 from nanoinfra.lab import draw
 from nanoinfra.lab.instruments.emulated_compute import emulate_compute_time
 from nanoinfra.lab.instruments.saved_activations import SavedActivations
@@ -75,11 +76,11 @@ def time_emulated_layers(config: ModelConfig, t: int, wire: tuple[float, float],
     return trials
 
 
-def parameter_shard_map(ranks: Sequence[dict], shapes: dict[str, tuple[int, ...]],
+def parameter_shard_map(ranks: Sequence[dict[str, TensorShard]], shapes: dict[str, tuple[int, ...]],
                         title: str = "parts of ends and first layer by rank (grey: on all)") -> draw.Picture:
     """Draw which rank holds which part of a GPT-2's ends and first layer: outputs down, inputs across.
 
-    `ranks[r]` is rank r's {parameter: box}, `shapes` those of the whole parameters. A tied head is the
+    `ranks[r]` is rank r's {parameter: its shard}, `shapes` those of the whole parameters. A tied head is the
     embedding.
     """
     picture, axes = draw.new_figure(9.4, 3.6, title)
@@ -96,7 +97,7 @@ def parameter_shard_map(ranks: Sequence[dict], shapes: dict[str, tuple[int, ...]
             continue
         begin, name = left, names[module]
         for each in _drawn(name, bias, shapes):
-            left = _parts(axes, [boxes[each] for boxes in ranks], shapes[each], left, 0.12 * unit)
+            left = _parts(axes, [shards[each] for shards in ranks], left, 0.12 * unit)
         small = {"fontsize": 9, "rotation": 90} if bias or len(shapes[name]) == 1 else {"fontsize": 10}
         text = "bias" if bias else item
         axes.text((begin + left) / 2, shapes[name][0] + 0.12 * unit, text, ha="center", va="top", **small)
@@ -118,12 +119,12 @@ def _drawn(name, bias, shapes):
     return [name] if late or beside not in shapes else [name, beside]
 
 
-def _parts(axes, boxes, shape, left, thin):
+def _parts(axes, shards, left, thin):
     """The parts of one parameter, grey where each rank has all of it. Returns the next free place."""
-    width = shape[1] if len(shape) == 2 else thin
-    for box, colour in zip(boxes, draw.SERIES_COLOURS):
-        (top, bottom), (begin, end) = box if len(box) == 2 else (*box, (0, width))
-        whole = [stop - start for start, stop in box] == list(shape)
+    _, width, *_ = *shards[0].full_shape, thin
+    for shard, colour in zip(shards, draw.SERIES_COLOURS):
+        (top, bottom), (begin, end), *_ = *shard.ranges, (0, width)
+        whole = shard.size == shard.full_shape
         axes.add_patch(Rectangle((left + begin, top), end - begin, bottom - top, edgecolor="white",
                                  facecolor="#d0d0d0" if whole else colour, linewidth=0.8))
     return left + width + thin / 2

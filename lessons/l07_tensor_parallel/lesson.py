@@ -122,7 +122,7 @@ for where, t, wire in (("inside", 2, INSIDE), ("between", 4, BETWEEN)):
 
 # %%
 def cuts():
-    return TensorParallel(Decoder(CONFIG), Mesh(tp=N)).shard_bounds_by_parameter
+    return TensorParallel(Decoder(CONFIG), Mesh(tp=N)).parameter_shards
 
 
 figures.parameter_shard_map(world.run(cuts), parameter_shapes(CONFIG))

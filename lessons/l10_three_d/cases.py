@@ -13,7 +13,7 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.formulas.pipeline import split_layers_into_chunks
-from nanoinfra.formulas.tensor_parallel import shard_bounds_by_parameter
+from nanoinfra.formulas.tensor_parallel import tp_shards
 
 CONFIG = ModelConfig(vocab=12, width=8, layers=4, heads=4, kv_heads=4, head_dim=2, hidden=12, context=8)
 MICRO_BATCHES, TIED = 3, "embed.weight"
@@ -118,4 +118,4 @@ def _drawn(name, k, dp, tp, use):
 
 @functools.lru_cache(maxsize=512)
 def _place(name, t, rank):
-    return tuple(slice(*ends) for ends in shard_bounds_by_parameter(CONFIG, t, rank)[name])
+    return tp_shards(CONFIG, t, rank)[name].slices_within()

@@ -103,7 +103,7 @@ def train(mesh, config, sizes, wire=None, broken="", steps=STEPS):
     total = comm.all_reduce(torch.tensor([*mine.values()]), mesh.world).tolist()
     loss = comm.all_reduce(replica.loss.clone(), mesh.world).item() / here.tp.size   # the last stages have it
     return {"sent": dict(zip(mine, total)), "rows": rows, "loss": loss, "norm": replica.grad_norm,
-            "grads": {name: (replica.parallel_model.optimizer_shard_bounds(name), grad)
+            "grads": {name: (replica.parallel_model.optimizer_shard(name), grad)
                       for name, grad in replica.grads.items()},
             "seconds": [seconds for _, seconds in done[1:]]}
 

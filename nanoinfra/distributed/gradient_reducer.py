@@ -6,12 +6,13 @@ where a reduce-scatter needs a receive buffer, three smaller buckets share that 
 2020 (DDP); reduce-scatter, then free the bucket: Rajbhandari et al. 2020 (ZeRO), section 5.2. N ranks, S
 elements of a bucket that go to each.
 """
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from math import inf, prod
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import MeshAxis
@@ -41,14 +42,15 @@ class GradientReducer:
         def dtype_and_numel(each):
             return dtype or each.param.dtype, axis.size * prod(each.shard_shape)
         self.axis, self.grads = axis, {}
-        self._buffers_per_bucket = 2 if params[0].param.device.type == "cpu" else 1   # gloo receives apart
+        on_cpu = any(each.param.device.type == "cpu" for each in params)
+        self._buffers_per_bucket = 2 if on_cpu else 1                    # gloo receives apart
         max_bytes = 2 * bucket_bytes // (1 + self._buffers_per_bucket)
         groups = group_by_dtype_and_bytes(params, dtype_and_numel, max_bytes)
         self.buckets = [ReduceScatterBucket(group, axis.size, dtype or group[0].param.dtype)
                         for group in groups]
         self.bucket_of_param = {each.param: bucket for bucket in self.buckets for each in bucket.params}
         self._name_of_param = {each.param: each.name for each in params}
-        self._max_inflight_bytes = 2 * max(bucket_bytes, *(bucket.nbytes for bucket in self.buckets))
+        self._max_inflight_bytes = 2 * max([bucket_bytes, *(bucket.nbytes for bucket in self.buckets)])
         self._in_flight = None               # (bucket, its reduce-scatter)
         self.zero_grad()
 
@@ -153,6 +155,34 @@ class ReduceScatterBucket:
         flat_grads, self.flat_grads, self._columns = self.flat_grads, None, None
         self.params_with_grad.clear()
         return flat_grads
+
+
+def select_parameters(model: nn.Module, param_names: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """The parameters of `model` that `param_names` names (None: all), by name, in the model's order.
+
+    Raises ValueError for a name that no parameter has, and for a parameter whose gradient another group sums
+    already: a group notes its axis's name at its parameters, as `reduced_over`.
+    """
+    named = dict(model.named_parameters())
+    if unknown := sorted(set(param_names or ()) - named.keys()):
+        raise ValueError(f"no parameter is called {', '.join(unknown)}; param_names are those of "
+                         "named_parameters()")
+    selected = {name: p for name, p in named.items() if param_names is None or name in param_names}
+    if taken := [name for name, p in selected.items() if hasattr(p, "reduced_over")]:
+        raise ValueError(f"the gradients of {', '.join(taken)} are summed by another group already, over the "
+                         f"axis {selected[taken[0]].reduced_over}; leave them out of param_names")
+    return selected
+
+
+def buffers_of_parameters(model: nn.Module, selected: dict[str, nn.Parameter]) -> list[torch.Tensor]:
+    """The buffers that start from rank 0's together with the `selected` parameters.
+
+    Those of each module that holds one of them, and of modules without parameters where all are selected.
+    """
+    everything = len(selected) == len(list(model.parameters()))
+    chosen = set(selected.values())
+    return list({id(buffer): buffer for module in model.modules() for buffer in module.buffers(recurse=False)
+                 if everything or chosen & set(module.parameters(recurse=False))}.values())
 
 
 def group_by_dtype_and_bytes(items: Iterable, dtype_and_numel: Callable,

@@ -12,10 +12,9 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.pipeline import split_layers_into_chunks, stage_message_bytes
 from nanoinfra.formulas.tensor_parallel import (
     check_tp_fits_model,
-    shard_bounds_by_parameter,
-    shard_shape,
     tp_collectives_per_layer,
     tp_grad_all_reduce_sizes,
+    tp_shards,
 )
 
 TIED_WEIGHT_NAME = "embed.weight"
@@ -42,8 +41,7 @@ def rank_parameter_shapes(config: ModelConfig, pp: int, tp: int, stage: int = 0,
     def is_held(name):
         top, layer, *_ = name.split(".")
         return f"{top}.{layer}" in layers or top in (*first, *last)
-    bounds = shard_bounds_by_parameter(config, tp, rank)
-    return {name: shard_shape(each) for name, each in bounds.items() if is_held(name)}
+    return {name: shard.size for name, shard in tp_shards(config, tp, rank).items() if is_held(name)}
 
 
 def stage_chunk_layers(config: ModelConfig, pp: int, stage: int, v: int = 1) -> list[tuple[int, int]]:

@@ -11,9 +11,8 @@ from math import ceil, prod
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.flops import RECOMPUTED_FLOP_TERMS
-from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.formulas.parameters import TensorShard, parameter_shapes
 
-ShardBounds = tuple[tuple[int, int], ...]    # (start, stop) in each dim
 _COLUMN_PARALLEL = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up", "embed", "head")
 _ROW_PARALLEL = ("attn.o.weight", "mlp.down.weight")
 _QK_NORMS = (".attn.q_norm.weight", ".attn.k_norm.weight")
@@ -40,26 +39,16 @@ def padded_seq_len(seq: int, tp: int, sp: str) -> int:
     return seq if sp == "none" else tp * ceil(seq / tp)
 
 
-def shard_bounds(config: ModelConfig, parameter_name: str, tp: int, rank: int) -> ShardBounds:
-    """The shard of one parameter that `rank` of `tp` ranks holds: its (start, stop) in each dim."""
-    return shard_bounds_by_parameter(config, tp, rank)[parameter_name]
-
-
-def shard_bounds_by_parameter(config: ModelConfig, tp: int, rank: int) -> dict[str, ShardBounds]:
+def tp_shards(config: ModelConfig, tp: int, rank: int) -> dict[str, TensorShard]:
     """The shard of every parameter, by name, that `rank` of `tp` ranks holds."""
     found = {}
     for name, shape in parameter_shapes(config).items():
         dim = tp_sharded_dim(name)
-        whole = [(0, size) for size in shape]
+        found[name] = TensorShard.of_whole_tensor(name, shape)
         if dim is not None:
-            whole[dim] = _heads(config, name, tp, rank) or tp_shard_range(shape[dim], tp, rank)
-        found[name] = tuple(whole)
+            rows = _heads(config, name, tp, rank) or tp_shard_range(shape[dim], tp, rank)
+            found[name] = found[name].slice_dim(dim, *rows)
     return found
-
-
-def shard_shape(bounds: ShardBounds) -> tuple[int, ...]:
-    """The shape of a shard."""
-    return tuple(stop - start for start, stop in bounds)
 
 
 def tp_sharded_dim(parameter_name: str) -> int | None:
@@ -137,8 +126,7 @@ def tp_grad_all_reduce_sizes(config: ModelConfig, tp: int, sp: str = "none") -> 
     The first, over all `tp` ranks, has the gradients for which `has_partial_grad` holds, in one tensor. The
     second, over the `kv_head_replicas` ranks that share a KV head, has the gradients of k and v.
     """
-    bounds = shard_bounds_by_parameter(config, tp, 0)
-    held = {name: prod(shard_shape(each)) for name, each in bounds.items()}
+    held = {name: prod(shard.size) for name, shard in tp_shards(config, tp, 0).items()}
     summed = sum(n for name, n in held.items() if tp > 1 and has_partial_grad(name, sp))
     shared = sum(n for name, n in held.items() if ".attn.k." in name or ".attn.v." in name)
     return [n for n in (summed, shared if kv_head_replicas(config, tp) > 1 else 0) if n]

@@ -12,7 +12,7 @@ from math import ceil, prod
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.model_states import DTYPE_BYTES, OPTIMIZER_STATE_NAMES
 from nanoinfra.formulas.parameters import parameter_shapes
-from nanoinfra.formulas.tensor_parallel import shard_bounds_by_parameter, shard_shape
+from nanoinfra.formulas.tensor_parallel import tp_shards
 
 _BUCKET_BYTES = 25 << 20                      # gradients, or weights, of one collective
 
@@ -116,8 +116,7 @@ def zero3_unit_shapes(config: ModelConfig, tp: int = 1) -> list[list[tuple[int, 
 
 
 def _named_uses(config, tp=1):
-    bounds = shard_bounds_by_parameter(config, tp, 0)
-    named = [(name, shard_shape(each)) for name, each in bounds.items()]
+    named = [(name, shard.size) for name, shard in tp_shards(config, tp, 0).items()]
     return named + [("head.weight", named[0][1])] if config.tied else named      # the embedding's, again
 
 

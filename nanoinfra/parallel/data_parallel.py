@@ -6,13 +6,18 @@
 Payload Psi * gradient bytes a step, with any gradient accumulation; a ring sends 2 (N-1)/N of it.
 PyTorch DDP (Li et al. 2020). Composes with any schedule: it only needs to know which backward is the last.
 """
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
 
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.gradient_reducer import DEFAULT_BUCKET_BYTES, group_by_dtype_and_bytes
+from nanoinfra.distributed.gradient_reducer import (
+    DEFAULT_BUCKET_BYTES,
+    buffers_of_parameters,
+    group_by_dtype_and_bytes,
+    select_parameters,
+)
 from nanoinfra.distributed.mesh import MeshAxis
 
 GRAD_SYNC_MODES = ("each", "buckets", "overlap")
@@ -24,23 +29,27 @@ class DataParallel:
     A parameter's gradient moves into its bucket as soon as autograd has it (`p.grad` is None afterwards),
     in `grad_dtype` (the parameter's own where not given). After `finish_grad_sync`, `grads[name]` is the sum
     over the axis, the same on all ranks. Frozen parameters are in no bucket; unused ones give zeros.
-    Rank 0's weights are broadcast first.
+    Rank 0's weights are broadcast first. `param_names` (None: all) are the parameters that this is for;
+    others are left as they are. Raises ValueError for a name that no parameter has, or that is in two groups.
     """
 
     def __init__(self, model: nn.Module, axis: MeshAxis, grad_sync: str = "overlap",
-                 bucket_bytes: int = DEFAULT_BUCKET_BYTES, grad_dtype: torch.dtype | None = None):
+                 bucket_bytes: int = DEFAULT_BUCKET_BYTES, grad_dtype: torch.dtype | None = None,
+                 param_names: Collection[str] | None = None):
         if grad_sync not in GRAD_SYNC_MODES:
             raise ValueError(f"data parallelism comes as {', '.join(GRAD_SYNC_MODES)}, not {grad_sync!r}")
-        self.axis, self.model = axis, model
-        self._overlap = grad_sync == "overlap"
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.axis, self._overlap = axis, grad_sync == "overlap"
+        self._params = select_parameters(model, param_names)
+        named = [(name, p) for name, p in self._params.items() if p.requires_grad]
         self.param_shards = dict(named)                          # whole parameters here, unlike ZeRO's shards
-        self.frozen_params = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+        self.frozen_params = {name: p.detach() for name, p in self._params.items() if not p.requires_grad}
         self.buckets = pack_grad_buckets(named[::-1], 0 if grad_sync == "each" else bucket_bytes, grad_dtype)
         self.bucket_of_param = {p: bucket for bucket in self.buckets for p in bucket.grad_views}
         self.grads = {name: self.bucket_of_param[p].grad_views[p] for name, p in named}
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in (*self._params.values(), *buffers_of_parameters(model, self._params)):
             comm.broadcast(tensor.data, axis, "weights")
+        for p in self._params.values():
+            p.reduced_over = axis.name
         self._hooks = [p.register_post_accumulate_grad_hook(self._move_grad_to_bucket)
                        for p in self.bucket_of_param]
         self.zero_grad()
@@ -76,7 +85,7 @@ class DataParallel:
 
     def persistent_tensors(self) -> Iterator[torch.Tensor]:
         """All tensors that are kept between steps."""
-        yield from self.model.parameters()
+        yield from self._params.values()
         yield from (bucket.flat_grads for bucket in self.buckets)
 
     def _move_grad_to_bucket(self, p):

@@ -17,6 +17,7 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.data.batch import Batch
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh, MeshAxis
+from nanoinfra.formulas.parameters import TensorShard
 from nanoinfra.formulas.pipeline import split_layers_into_chunks
 from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
@@ -98,16 +99,15 @@ class ParallelChunk:
         """Wait until gradients are summed over the data axis and over tensor-parallel ranks: {name: grad}."""
         return self.tensor_parallel.all_reduce_partial_grads(self.data_parallel.finish_grad_sync())
 
+    def optimizer_shard(self, param_name: str) -> TensorShard:
+        """The part of the logical parameter that this rank's optimizer holds."""
+        shard = self.tensor_parallel.parameter_shards[param_name]
+        if not self.zero_stage or not shard.size:
+            return shard
+        return shard.slice_dim(0, *self.data_parallel.row_ranges[param_name])
+
     def _positions(self, batch):
         return self.model.default_positions(batch.tokens) if batch.positions is None else batch.positions
-
-    def optimizer_shard_bounds(self, param_name: str) -> tuple[tuple[int, int], ...]:
-        """The part of the logical parameter that this rank's optimizer holds: (start, stop) in each dim."""
-        bounds = self.tensor_parallel.shard_bounds_by_parameter[param_name]
-        if not self.zero_stage or not bounds:
-            return bounds
-        (begin, _), (start, stop) = bounds[0], self.data_parallel.row_ranges[param_name]
-        return (begin + start, begin + stop), *bounds[1:]
 
 
 class ParallelModel:
@@ -161,11 +161,11 @@ class ParallelModel:
         is_second_copy = self.tied_axis and param_name == _TIED_PARAM and self.tied_axis.rank > 0
         return not is_second_copy and self.chunks[0].tensor_parallel.counted_in_norm(param_name)
 
-    def optimizer_shard_bounds(self, param_name: str) -> tuple[tuple[int, int], ...]:
-        """The part of the logical parameter that this rank's optimizer holds: (start, stop) in each dim."""
+    def optimizer_shard(self, param_name: str) -> TensorShard:
+        """The part of the logical parameter that this rank's optimizer holds."""
         for chunk in self.chunks:
             if param_name in chunk.param_shards | chunk.frozen_params:
-                return chunk.optimizer_shard_bounds(param_name)
+                return chunk.optimizer_shard(param_name)
         raise KeyError(param_name)
 
     def persistent_tensors(self) -> Iterator[torch.Tensor]:

@@ -18,8 +18,8 @@ from nanoinfra.formulas.tensor_parallel import (
     check_tp_fits_model,
     has_partial_grad,
     kv_head_replicas,
-    shard_bounds_by_parameter,
     tp_sharded_dim,
+    tp_shards,
 )
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.ports import LinearPort, check_bare_linears, replace_ports, why_not_bare
@@ -36,7 +36,7 @@ from nanoinfra.parallel.vocab_parallel import ParallelLMHead, VocabParallelEmbed
 class TensorParallel:
     """Shards `model` over `mesh.tp` in place, whether it has its weights yet or is on the meta device.
 
-    `shard_bounds_by_parameter[name]` is the part of the logical parameter that this rank holds.
+    `parameter_shards[name]` is the part of the logical parameter that this rank holds.
     `sequence_parallel` is one of SEQUENCE_PARALLEL_MODES: "none", or whether backward "keep"s the gathered
     input or "gather"s it again. Raises ValueError where the ranks cannot share the heads, TypeError where a
     linear is wrapped or has adapters, which come later. Rank 0's weights are broadcast.
@@ -50,8 +50,8 @@ class TensorParallel:
         config, self.axis = model.config, mesh.tp
         check_tp_fits_model(config, self.axis.size)
         check_bare_linears(model, "tensor parallelism")
-        self.shard_bounds_by_parameter = shard_bounds_by_parameter(config, self.axis.size, self.axis.rank)
-        self.kv_replica_axis = mesh.subgroup_of_size("tp", kv_head_replicas(config, self.axis.size))
+        self.parameter_shards = tp_shards(config, self.axis.size, self.axis.rank)
+        _, self.kv_replica_axis = mesh.split("tp", kv_head_replicas(config, self.axis.size))
         if sp == "none":
             self.region = TensorParallelRegion(self.axis)
         else:
@@ -59,7 +59,7 @@ class TensorParallel:
         replace_ports(model, lambda *linears: ColumnParallelPort(self.region),
                       lambda linear: RowParallelPort(self.region))
         replace_parameters(model, self._shard_of)
-        self._replace_embedding_and_head(model, self.shard_bounds_by_parameter["embed.weight"][0][0])
+        self._replace_embedding_and_head(model, self.parameter_shards["embed.weight"].offset[0])
         for block in model.blocks:
             self._shard_alibi_slopes(block.attn)
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -70,8 +70,8 @@ class TensorParallel:
     def read_shard(self, read: ReadParameter, param_name: str, device: str,
                    dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Read only this rank's shard of a parameter, onto `device`."""
-        shard = tuple(slice(*bounds) for bounds in self.shard_bounds_by_parameter[param_name])
-        return read(param_name, shard).to(device, dtype, copy=True).contiguous()     # a file is memory-mapped
+        slices = self.parameter_shards[param_name].slices_within()
+        return read(param_name, slices).to(device, dtype, copy=True).contiguous()    # a file is memory-mapped
 
     def all_reduce_partial_grads(self, grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sum partial gradients over the ranks that have the other parts, in place, in at most two calls."""
@@ -105,8 +105,8 @@ class TensorParallel:
     def _shard_of(self, name, p):
         if not p.is_meta:
             comm.broadcast(p.data, self.axis, "weights")
-        shard = p.detach()[tuple(slice(*bounds) for bounds in self.shard_bounds_by_parameter[name])].clone()
-        return nn.Parameter(shard, p.requires_grad)
+        shard = self.parameter_shards[name]
+        return nn.Parameter(p.detach()[shard.slices_within()].clone(), p.requires_grad)
 
 
 class ColumnParallelPort(LinearPort):

@@ -6,7 +6,7 @@
 AdamW in mixed precision holds (2+g) Psi + 12 Psi/N, 2 Psi + (12+g) Psi/N, (12+g) Psi/N bytes, g a gradient's.
 Rajbhandari et al. 2020; stage 3 by units: FSDP, Zhao et al. 2023. Composes with any schedule and recompute.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from math import ceil, prod
 
@@ -18,7 +18,9 @@ from nanoinfra.distributed.gradient_reducer import (
     DEFAULT_BUCKET_BYTES,
     BucketedParam,
     GradientReducer,
+    buffers_of_parameters,
     group_by_dtype_and_bytes,
+    select_parameters,
 )
 from nanoinfra.distributed.mesh import MeshAxis
 
@@ -26,6 +28,8 @@ from nanoinfra.distributed.mesh import MeshAxis
 class ZeroDataParallel:
     """`model`, sharded over `axis` in place, for a loss that is divided by the *global* token count.
 
+    `param_names` (None: all) are the parameters that this is for; others are left as they are, for a group of
+    their own on another axis. Raises ValueError for a name that no parameter has, or that is in two groups.
     `param_shards[name]` (c, ...) are the rows of a trainable parameter that this rank's optimizer updates, in
     float32 or wider: rows [start, stop) = `row_ranges[name]` of `full_shapes[name]`, then zeros. The model
     computes in `dtype` (default: its own); gradients are summed in `grad_dtype` (default: the same).
@@ -38,12 +42,14 @@ class ZeroDataParallel:
     def __init__(self, model: nn.Module, axis: MeshAxis, stage: int,
                  fsdp_units: list[list[nn.Module]] | None = None, dtype: torch.dtype | None = None,
                  grad_dtype: torch.dtype | None = None, bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-                 read_param: Callable[[str], torch.Tensor] | None = None):
+                 read_param: Callable[[str], torch.Tensor] | None = None,
+                 param_names: Collection[str] | None = None):
         if stage not in (1, 2, 3):
             raise ValueError(f"ZeRO has stages 1, 2 and 3, not {stage}; stage 0 is parallel/data_parallel.py")
         self.axis, self.stage = axis, stage
         units = [] if stage < 3 else default_fsdp_units(model) if fsdp_units is None else fsdp_units
-        self.sharded_params = _shard_params(model, axis, units, dtype, read_param)
+        selected = select_parameters(model, param_names)
+        self.sharded_params = _shard_params(model, selected, axis, units, dtype, read_param)
         trained = [each for each in self.sharded_params if each.param.requires_grad]
         self.param_shards = {each.name: each.shard for each in trained}
         self.frozen_params = {each.name: each.shard for each in self.sharded_params
@@ -170,16 +176,17 @@ def default_fsdp_units(model: nn.Module) -> list[list[nn.Module]]:
     return list({id(unit[0]): unit for unit in found}.values())
 
 
-def _shard_params(model, axis, units, dtype, read_param):
-    """A ShardedParam for each place where a module holds a parameter; its `param` is put there."""
+def _shard_params(model, selected, axis, units, dtype, read_param):
+    """A ShardedParam for each place where a module holds a selected parameter; its `param` is put there."""
     unit_of = {module: i for i, unit in enumerate(units) for top in unit for module in top.modules()}
     if len(unit_of) < sum(len({module for top in unit for module in top.modules()}) for unit in units):
         raise ValueError("a module is in two units of ZeRO-3, and each frees it for the other; make them one")
-    names = {p: name for name, p in model.named_parameters()}
+    names = {p: name for name, p in selected.items()}
+    buffers = buffers_of_parameters(model, selected)
     first, sharded_params = {}, []
     for module in model.modules():
         for key, p in module._parameters.items():
-            if p is None:
+            if p not in names:                                           # None, or of another group
                 continue
             name = names[p]
             if name not in first:
@@ -190,9 +197,10 @@ def _shard_params(model, axis, units, dtype, read_param):
             if name not in first:
                 first[name] = sharded
                 sharded.copy_shard_from(tensor)
+            sharded.param.reduced_over = axis.name
             module._parameters[key] = sharded.param
             sharded_params.append(sharded)
-    for buffer in model.buffers():
+    for buffer in buffers:
         comm.broadcast(buffer, axis, "weights")
     return sharded_params
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nanoinfra.distributed.mesh import MeshAxis, single_rank_axis
-from nanoinfra.formulas.parameters import block_parameter_shapes, parameter_shapes
+from nanoinfra.formulas.parameters import TensorShard, block_parameter_shapes, parameter_shapes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.model.weights.fill_model import PretrainedWeights, build_filled_decoder
@@ -25,7 +25,6 @@ from nanoinfra.model.weights.map_parameters_to_stored_tensors import resolve_sli
 from nanoinfra.model.weights.read_json_files import read_json
 from nanoinfra.train.checkpoint import save_and_load
 from nanoinfra.train.checkpoint.manifest import read_manifest
-from nanoinfra.train.checkpoint.tensor_shards import TensorShard
 from nanoinfra.train.run_directory.check_out_folder import read_model_config
 
 
@@ -84,9 +83,9 @@ def _newest(folder, axis=None):
         raise ValueError(f"no good checkpoint in {folder / 'checkpoints'}; train with --out {folder} first")
     manifest, every = read_manifest(step), parameter_shapes(config)
 
-    def read(name, box=()):
-        piece = TensorShard.of_whole_tensor(name, every[name])
-        for dim, part in enumerate(resolve_slices(name, every[name], box)):
-            piece = piece.slice_dim(dim, part.start, part.stop)
-        return next(save_and_load.load_shards(step, [piece], manifest))[1]
+    def read(name, slices=()):
+        shard = TensorShard.of_whole_tensor(name, every[name])
+        for dim, part in enumerate(resolve_slices(name, every[name], slices)):
+            shard = shard.slice_dim(dim, part.start, part.stop)
+        return next(save_and_load.load_shards(step, [shard], manifest))[1]
     return config, read

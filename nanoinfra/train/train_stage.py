@@ -7,18 +7,18 @@ float16 it is multiplied by the loss scale, and a step whose gradients overflow 
 """
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
 from nanoinfra.config import ModelConfig
 from nanoinfra.data.batch import Batch, check_batch
-from nanoinfra.formulas.parameters import parameter_shapes
+from nanoinfra.formulas.parameters import TensorShard, parameter_shapes
 from nanoinfra.model.initialization import draw_initial_tensor
 from nanoinfra.model.weights.fill_model import ReadParameter
 from nanoinfra.parallel.parallelize import ParallelConfig, ParallelModel
 from nanoinfra.parallel.pipeline import schedules
 from nanoinfra.parallel.pipeline.stage import PipelineStage
-from nanoinfra.train.checkpoint.tensor_shards import TensorShard
 from nanoinfra.train.config import TrainFlags
 from nanoinfra.train.frozen_parameters import frozen_parameter_names
 from nanoinfra.train.loss import MEAN_CROSS_ENTROPY, Objective, apply_objective, check_objective
@@ -27,6 +27,7 @@ from nanoinfra.train.optimizer import (
     ADAMW_BETAS,
     ADAMW_WEIGHT_DECAY,
     MixedPrecisionOptimizer,
+    OptimizerGroup,
     unscale_and_clip_grads,
 )
 from nanoinfra.train.step import execute_schedule
@@ -41,10 +42,11 @@ class TrainStage(PipelineStage):
     """
 
     def __init__(self, config: ModelConfig, flags: TrainFlags, mesh,
-                 read_parameter: ReadParameter | None = None, objective: Objective = MEAN_CROSS_ENTROPY):
+                 read_parameter: ReadParameter | None = None, objective: Objective = MEAN_CROSS_ENTROPY,
+                 optimizer_groups: dict[str, OptimizerGroup] | None = None):
         self.mesh, self.objective = mesh, objective
         check_objective(objective)
-        self.full_shapes, self.width, self.context = parameter_shapes(config), config.width, config.context
+        self.width, self.context = config.width, config.context
         self.schedule_name, self.virtual = flags.pipeline.schedule, flags.pipeline.virtual_stages
         dtype = getattr(torch, flags.model.dtype)
         read_parameter = read_parameter or initial_weights_reader(config, flags.model.seed)
@@ -56,7 +58,7 @@ class TrainStage(PipelineStage):
         weight_decay = ADAMW_WEIGHT_DECAY if o.weight_decay is None else o.weight_decay
         self.optimizer = MixedPrecisionOptimizer(self.parallel_model.param_shards, o.optimizer,
                                                  self.parallel_model.master_weights, o.betas or ADAMW_BETAS,
-                                                 weight_decay)
+                                                 weight_decay, optimizer_groups)
         self.lr = 0.0
         self._all_grads_came = False
         self.max_grad_norm = flags.optimizer.clip
@@ -196,11 +198,8 @@ class TrainStage(PipelineStage):
         self.parallel_model.all_gather_params(include_frozen=True)
 
     def _shard(self, key, tensor):
-        name = key.rpartition("/")[2]
-        box = self.parallel_model.optimizer_shard_bounds(name)
-        size = tuple(stop - start for start, stop in box)
-        shard = TensorShard(key, tuple(start for start, _ in box), size, self.full_shapes[name])
-        return shard, tensor.view(-1)[:math.prod(size)].view(size)       # without ZeRO's padding
+        shard = replace(self.parallel_model.optimizer_shard(key.rpartition("/")[2]), name=key)
+        return shard, tensor.view(-1)[:math.prod(shard.size)].view(shard.size)   # without ZeRO's padding
 
 
 def parallel_config_from_flags(flags: TrainFlags, config: ModelConfig) -> ParallelConfig:

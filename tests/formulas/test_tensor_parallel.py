@@ -16,14 +16,13 @@ from nanoinfra.formulas.tensor_parallel import (
     has_partial_grad,
     kv_head_replicas,
     padded_seq_len,
-    shard_bounds,
-    shard_bounds_by_parameter,
     tp_collectives_per_layer,
     tp_collectives_per_step,
     tp_grad_all_reduce_sizes,
     tp_rank_config,
     tp_shard_range,
     tp_sharded_dim,
+    tp_shards,
 )
 from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
@@ -40,11 +39,11 @@ SHARED = (".attn.k.", ".attn.v.")
 def test_boxes_of_all_ranks_tile_every_parameter(shared_configs, data):
     """A number of a cut parameter is on one rank, of k and v on `copies` of them, of a whole one on all."""
     config, t = data.draw(shared_configs)
-    held = [shard_bounds_by_parameter(config, t, rank) for rank in range(t)]
+    held = [tp_shards(config, t, rank) for rank in range(t)]
     for name, shape in parameter_shapes(config).items():
         count = torch.zeros(shape, dtype=torch.long)
         for mine in held:
-            count[tuple(slice(*ends) for ends in mine[name])] += 1
+            count[mine[name].slices_within()] += 1
         replicas = kv_head_replicas(config, t) if any(s in name for s in SHARED) else 1
         want = t if tp_sharded_dim(name) is None else replicas
         assert (count == want).all(), name
@@ -56,8 +55,8 @@ def test_a_rank_has_the_kv_heads_of_its_queries(shared_configs, data):
     config, t = data.draw(shared_configs)
     group, K = config.heads // config.kv_heads, config.head_dim
     for rank in range(t):
-        (first, last), _ = shard_bounds(config, "blocks.0.attn.q.weight", t, rank)
-        (start, stop), _ = shard_bounds(config, "blocks.0.attn.k.weight", t, rank)
+        (first, last), _ = tp_shards(config, t, rank)["blocks.0.attn.q.weight"].ranges
+        (start, stop), _ = tp_shards(config, t, rank)["blocks.0.attn.k.weight"].ranges
         assert (start, stop) == (first // K // group * K, ((last // K - 1) // group + 1) * K)
 
 
@@ -65,17 +64,17 @@ def test_a_rank_has_the_kv_heads_of_its_queries(shared_configs, data):
 @given(data=st.data())
 def test_part_has_the_shapes_of_rank_0_and_no_rank_has_more(shared_configs, data):
     config, t = data.draw(shared_configs)
-    held = [[prod(b - a for a, b in bounds) for bounds in shard_bounds_by_parameter(config, t, rank).values()]
-            for rank in range(t)]
+    held = [[prod(shard.size) for shard in tp_shards(config, t, rank).values()] for rank in range(t)]
     assert held[0] == [prod(shape) for shape in parameter_shapes(tp_rank_config(config, t)).values()]
     assert all(n <= largest for mine in held for n, largest in zip(mine, held[0]))
 
 
 def test_uneven_cuts_by_hand():
     assert [tp_shard_range(10, 4, rank) for rank in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 10)]
-    assert shard_bounds(SMOLLM2, "blocks.1.mlp.down.weight", 3, 2) == ((0, 36), (18, 26))
-    assert shard_bounds(SMOLLM2, "embed.weight", 3, 2) == ((68, 100), (0, 36))
-    assert shard_bounds(SMOLLM2, "blocks.0.attn.v.weight", 9, 5) == ((4, 8), (0, 36))         # KV head 1
+    third = tp_shards(SMOLLM2, 3, 2)
+    assert third["blocks.1.mlp.down.weight"].ranges == ((0, 36), (18, 26))
+    assert third["embed.weight"].ranges == ((68, 100), (0, 36))
+    assert tp_shards(SMOLLM2, 9, 5)["blocks.0.attn.v.weight"].ranges == ((4, 8), (0, 36))     # KV head 1
     assert [padded_seq_len(10, 4, sp) for sp in SEQUENCE_PARALLEL_MODES] == [10, 12, 12]
 
 

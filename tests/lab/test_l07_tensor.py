@@ -15,7 +15,7 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.formulas.saved_activations import layer_activation_bytes_by_term
-from nanoinfra.formulas.tensor_parallel import shard_bounds_by_parameter, tp_collectives_per_step
+from nanoinfra.formulas.tensor_parallel import tp_collectives_per_step, tp_shards
 from nanoinfra.lab.mutants import collect_lesson_mutants
 
 CONFIG = ModelConfig(61, 24, 2, 4, 4, 6, 40, 16, family="gpt2")
@@ -88,8 +88,7 @@ def test_layers_take_their_nap_and_wait_for_the_wire(ranks):
 
 
 def test_each_number_of_a_matrix_is_drawn_once_and_what_everyone_has_is_grey():
-    picture = parameter_shard_map([shard_bounds_by_parameter(CONFIG, 2, rank) for rank in range(2)],
-                                  parameter_shapes(CONFIG))
+    picture = parameter_shard_map([tp_shards(CONFIG, 2, rank) for rank in range(2)], parameter_shapes(CONFIG))
     parts = picture.figure.axes[0].patches
     sizes = [part.get_width() * part.get_height() for part in parts if part.get_width() > 3]
     matrices = ("embed", "attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
@@ -100,8 +99,7 @@ def test_each_number_of_a_matrix_is_drawn_once_and_what_everyone_has_is_grey():
 
 
 def test_the_bias_of_a_row_parallel_matrix_is_drawn_after_g():
-    picture = parameter_shard_map([shard_bounds_by_parameter(CONFIG, 2, rank) for rank in range(2)],
-                                  parameter_shapes(CONFIG))
+    picture = parameter_shard_map([tp_shards(CONFIG, 2, rank) for rank in range(2)], parameter_shapes(CONFIG))
     places = {(text.get_text(), text.get_position()[0]) for text in picture.figure.axes[0].texts}
     g, biases = (sorted(x for text, x in places if text == what) for what in ("g", "bias"))
     o, down = (next(x for text, x in places if text == what) for what in ("o", "down"))

@@ -5,13 +5,12 @@ import torch
 from safetensors import safe_open
 
 from nanoinfra.formulas.parameters import parameter_count
-from nanoinfra.formulas.tensor_parallel import shard_bounds_by_parameter
+from nanoinfra.formulas.tensor_parallel import tp_shards
 
 
 def parts(config, t, rank):
     """{name: box} of one rank, as slices."""
-    bounds = shard_bounds_by_parameter(config, t, rank)
-    return {name: tuple(slice(*pair) for pair in each) for name, each in bounds.items()}
+    return {name: shard.slices_within() for name, shard in tp_shards(config, t, rank).items()}
 
 
 def assert_parts_make_the_whole(weights, model, t):
@@ -34,7 +33,7 @@ def assert_a_rank_reads_its_part(weights, counts):
     config, counts[:] = weights.config, []
     for name, box in parts(config, 2, 0).items():
         weights.read_parameter(name, box)
-    held = sum(prod(b - a for a, b in box) for box in shard_bounds_by_parameter(config, 2, 0).values())
+    held = sum(prod(shard.size) for shard in tp_shards(config, 2, 0).values())
     assert sum(counts) == held < 0.6 * parameter_count(config)
 
 

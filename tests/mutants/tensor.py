@@ -108,7 +108,7 @@ def step(family, tp, sp, scale=1.0):
         sent[row.op, row.tag] = calls + 1, payload + row.payload_bytes
     norm = unscale_and_clip_grads(dict(grads), 0, axes=[mesh.tp],
                                   counted_in_norm=parallel.tensor_parallel.counted_in_norm)
-    found = {name: (tuple(slice(*ends) for ends in parallel.optimizer_shard_bounds(name)), grad.clone())
+    found = {name: (parallel.optimizer_shard(name).slices_within(), grad.clone())
              for name, grad in grads.items()}
     return {"grads": found, "norm": norm, "loss": loss.item(), "sent": sent, "largest": seen.numel}
 

@@ -1,6 +1,7 @@
 """The decoder cut by tp, with and without sp, beside dp, ZeRO and recompute: one rank's gradients."""
 from dataclasses import replace
 from itertools import product
+from math import prod
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.formulas.tensor_parallel import SEQUENCE_PARALLEL_MODES as SP
-from nanoinfra.formulas.tensor_parallel import shard_bounds_by_parameter
+from nanoinfra.formulas.tensor_parallel import tp_shards
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import draw_initial_tensor, named_generator
 from nanoinfra.model.ports import check_ports
@@ -72,8 +73,7 @@ def test_every_parameter_is_its_box_and_every_module_its_kind(ranks, family, tp,
     cfg = config(family)
     every = ranks(tp).run(described, family, tp, sp)
     for rank, (kinds, held, ports) in enumerate(every):
-        assert held == {name: tuple(stop - start for start, stop in box)
-                        for name, box in shard_bounds_by_parameter(cfg, tp, rank).items()}
+        assert held == {name: shard.size for name, shard in tp_shards(cfg, tp, rank).items()}
         assert kinds["embed"] == VocabParallelEmbedding.__name__ and kinds["head"] == ParallelLMHead.__name__
         assert {kinds[f"blocks.{i}.{name}"] for i in range(2) for name in ("attn.q", "attn.o", "mlp.down")} \
             == {"Linear"}
@@ -99,8 +99,8 @@ def test_what_ranks_cannot_share_is_refused_with_what_they_can():
 
 def test_weights_that_are_there_already_are_rank_0s(ranks):
     for rank, got in enumerate(ranks(2).run(cut_in_place)):
-        for name, box in shard_bounds_by_parameter(config("gpt2"), 2, rank).items():
-            want = drawn(config("gpt2"))(name, tuple(slice(*ends) for ends in box)).double()
+        for name, shard in tp_shards(config("gpt2"), 2, rank).items():
+            want = drawn(config("gpt2"))(name, shard.slices_within()).double()
             torch.testing.assert_close(got[name], want, rtol=0, atol=0)
 
 
@@ -143,8 +143,7 @@ def compare(ranks, family, tied, plan, dp=1, tp=1, micro=5, frozen=()):
     seen = {name: torch.zeros_like(w) for name, w in want.items()}
     for rank, (loss, got_norm, parts) in enumerate(every):
         got = {name: want[name].clone() for name in parts}
-        for name, (box, part) in parts.items():
-            index = tuple(slice(*ends) for ends in box)
+        for name, (index, part) in parts.items():
             got[name][index], seen[name][index] = part, 1
         assert_same_gradients(got, want, where=f"rank {rank} of dp {dp} tp {tp}, {plan}")
         assert (loss, got_norm) == pytest.approx((every[0][0], norm), rel=1e-10)
@@ -169,7 +168,7 @@ def freeze(model, frozen):
 
 
 def shared(cfg, plan, dp, tp, micro, frozen):
-    """(loss of all ranks, norm, {name: (box, this rank's gradient of it)}) of one step."""
+    """(loss of all ranks, norm, {name: (slices, this rank's gradient of them)}) of one step."""
     from nanoinfra.distributed import comm
     from nanoinfra.train.optimizer import unscale_and_clip_grads
     mesh = Mesh(dp=dp, tp=tp)
@@ -195,9 +194,9 @@ def shared(cfg, plan, dp, tp, micro, frozen):
                                   counted_in_norm=parallel.tensor_parallel.counted_in_norm)
     named = {}
     for name, grad in grads.items():
-        size = [stop - start for start, stop in parallel.optimizer_shard_bounds(name)]
-        n = torch.Size(size).numel()
-        named[name] = parallel.optimizer_shard_bounds(name), grad.reshape(-1)[:n].view(size).clone()
+        shard = parallel.optimizer_shard(name)
+        own = grad.reshape(-1)[:prod(shard.size)].view(shard.size)
+        named[name] = shard.slices_within(), own.clone()
     return comm.all_reduce(total, mesh.data).item(), norm, named
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas.parameters import TensorShard
 from nanoinfra.train.checkpoint import manifest as disk
 from nanoinfra.train.checkpoint import save_and_load
 from nanoinfra.train.checkpoint.save_and_load import (
@@ -25,7 +26,7 @@ from nanoinfra.train.checkpoint.save_and_load import (
     save_checkpoint,
     verify_checkpoint,
 )
-from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard
+from nanoinfra.train.checkpoint.tensor_shards import CheckpointError
 
 
 class PowerCut(BaseException):

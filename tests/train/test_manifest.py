@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from nanoinfra.formulas.parameters import TensorShard
 from nanoinfra.train.checkpoint import manifest as disk
-from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard
+from nanoinfra.train.checkpoint.tensor_shards import CheckpointError
 
 
 def mixed():

@@ -122,7 +122,7 @@ def test_a_cosine_ends_where_it_is_told_to():
 
 
 def test_betas_and_decay_are_those_given():
-    group, vectors = MixedPrecisionOptimizer(net(), betas=(0.8, 0.99),
-                                             weight_decay=0.3).torch_optimizer.param_groups
+    optimizer = MixedPrecisionOptimizer(net(), betas=(0.8, 0.99), weight_decay=0.3)
+    [group], [vectors] = (optimizer.torch_optimizers[key].param_groups for key in ("matrices", "vectors"))
     assert group["betas"] == vectors["betas"] == (0.8, 0.99)
     assert (group["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)

@@ -12,6 +12,7 @@ from nanoinfra.cli import main
 from nanoinfra.data.token_datasets import RandomTokenDataset
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.formulas.parameters import TensorShard
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.fill_model import PretrainedWeights
@@ -26,7 +27,6 @@ from nanoinfra.model.weights.load_model import open_model_weights
 from nanoinfra.model.weights.read_json_files import read_json
 from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.checkpoint import save_and_load
-from nanoinfra.train.checkpoint.tensor_shards import TensorShard
 from nanoinfra.train.config import TrainFlags
 from nanoinfra.train.load_and_export_models import (
     export_to_hugging_face,

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanoinfra.formulas.parameters import TensorShard
 from nanoinfra.train.checkpoint import tensor_shards
-from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard, check_shards_cover_tensor
+from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, check_shards_cover_tensor
 
 
 @st.composite
@@ -86,7 +87,8 @@ def test_a_scalar_is_held_exactly_once():
 def test_keys_say_the_range():
     whole = TensorShard.of_whole_tensor("blocks.0.attn.q.weight", (8, 6))
     assert whole.file_key == "blocks.0.attn.q.weight"
-    assert whole.slice_dim(1, 3, 6).slice_dim(0, 2, 5).file_key == "blocks.0.attn.q.weight[2:5, 3:6]"
+    part = whole.slice_dim(1, 3, 6).slice_dim(0, 2, 5)
+    assert part.file_key == "blocks.0.attn.q.weight[2:5, 3:6]" and part.ranges == ((2, 5), (3, 6))
 
 
 @pytest.mark.parametrize("make", [
@@ -104,4 +106,4 @@ def test_the_arithmetic_needs_no_torch():
     tree = ast.parse(Path(tensor_shards.__file__).read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    assert imported == {"collections.abc", "dataclasses", "itertools", "math"}
+    assert imported == {"collections.abc", "itertools", "math", "nanoinfra.formulas.parameters"}

@@ -23,8 +23,7 @@ from nanoinfra.distributed.status_board import StatusBoard, hang_report
 
 # Every torch optimizer imports torch._dynamo, which takes seconds: once in the forkserver, not in each rank.
 # No module of this package: the forkserver does not know the caller's sys.path and might import another copy.
-_PRELOADED_MODULES = ["torch", "torch._dynamo", "torch.distributed.device_mesh", "cloudpickle",
-                      "unittest.mock"]
+_PRELOADED_MODULES = ["torch", "torch._dynamo", "torch.distributed", "cloudpickle", "unittest.mock"]
 _STARTUP_TIMEOUT_SECONDS = 120.0             # for the forkserver's imports, from a cold disk
 _GRACE_SECONDS = 0.3                         # for the other ranks to answer once one has failed
 

@@ -27,9 +27,9 @@ def run_gradient_step(config: ModelConfig, flags: TrainFlags, seq: int,
                       norm_function: Callable | None = None) -> dict:
     """Run one training step on each rank of the mesh that `flags` describe; returns this rank's results.
 
-    "at": {axis: rank on it}; "grads": {name: (box, part)}; "rows": records of all collectives until the
-    gradients are summed; "loss"; "norm": the trainer's gradient norm; "own": what `norm_function(grads, mesh,
-    ends)` returns.
+    "at": {axis: rank on it}; "grads": {name: (TensorShard, part)}; "rows": records of all collectives until
+    the gradients are summed; "loss"; "norm": the trainer's gradient norm; "own": what `norm_function(grads,
+    mesh, ends)` returns.
     """
     mesh = make_mesh_from_flags(flags)
     replica, batches = make_stage_and_batches(config, flags, mesh, seq)
@@ -39,9 +39,9 @@ def run_gradient_step(config: ModelConfig, flags: TrainFlags, seq: int,
                      replica)                # all but the optimizer's step
     rows, grads = mesh.comm_log.take_records(), {}
     for name, grad in replica.grads.items():
-        box = replica.parallel_model.optimizer_shard_bounds(name)
-        size = [stop - start for start, stop in box]
-        grads[name] = box, grad.reshape(-1)[:prod(size)].view(size).clone()      # ZeRO's last has zeros after
+        shard = replica.parallel_model.optimizer_shard(name)
+        own = grad.reshape(-1)[:prod(shard.size)].view(shard.size)       # ZeRO's last has zeros after it
+        grads[name] = shard, own.clone()
     own = norm_function(replica.grads, mesh, mesh.first_last_subgroup("pp")) if norm_function else None
     replica.step()
     at = {axis: getattr(mesh, axis).rank for axis in ("tp", "pp", "dp")}
@@ -73,13 +73,13 @@ def relative_gradient_errors(rank_gradients: Sequence[dict],
                              reference: dict[str, torch.Tensor]) -> dict[str, float]:
     """{name: the largest relative error of any rank's part of that gradient}.
 
-    `rank_gradients` has each rank's {name: (box, part)}, `reference` the whole gradients. The floor of 1e-6
-    ||all|| is for gradients that are zero except for rounding.
+    `rank_gradients` has each rank's {name: (TensorShard, part)}, `reference` the whole gradients. The floor
+    of 1e-6 ||all|| is for gradients that are zero except for rounding.
     """
     floor, found = 1e-6 * torch.stack([grad.norm() for grad in reference.values()]).norm(), {}
-    for name, (box, part) in (item for each in rank_gradients for item in each.items()):
+    for name, (shard, part) in (item for each in rank_gradients for item in each.items()):
         whole = reference[name]
-        off = (part - whole[tuple(slice(*ends) for ends in box)]).norm() / max(whole.norm(), floor)
+        off = (part - whole[shard.slices_within()]).norm() / max(whole.norm(), floor)
         found[name] = max(off.item(), found.get(name, 0.0))
     return found
 
@@ -87,8 +87,8 @@ def relative_gradient_errors(rank_gradients: Sequence[dict],
 def largest_gradient_error(rank_gradients: Sequence[dict], reference: dict[str, torch.Tensor]) -> float:
     """The largest of `relative_gradient_errors`; infinite if some part of a gradient is on no rank."""
     seen = {name: torch.zeros(grad.shape) for name, grad in reference.items()}
-    for name, (box, _) in (item for each in rank_gradients for item in each.items()):
-        seen[name][tuple(slice(*ends) for ends in box)] = 1
+    for name, (shard, _) in (item for each in rank_gradients for item in each.items()):
+        seen[name][shard.slices_within()] = 1
     whole = all(covered.all() for covered in seen.values())
     return max(relative_gradient_errors(rank_gradients, reference).values()) if whole else inf
 

@@ -13,7 +13,11 @@ import torch
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.parameters import parameter_shapes
 
-TensorSlices = tuple[slice, ...]     # one for each dim; () is all of a tensor
+TensorSlices = tuple[slice, ...]
+"""The index of a part, as torch and safetensors take it; () is all of a tensor.
+
+Of our tensors it is a `TensorShard.slices_within()`. Stored ones, which fuse or turn ours, have no shards.
+"""
 
 
 class TensorSource(NamedTuple):

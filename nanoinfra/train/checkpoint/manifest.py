@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from nanoinfra.formulas.parameters import TensorShard
 from nanoinfra.model.weights.read_json_files import fsync_path
-from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard, check_shards_cover_tensor
+from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, check_shards_cover_tensor
 
 CHECKPOINT_FORMAT = "nanoinfra checkpoint 1"  # raised with every change of the format
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",

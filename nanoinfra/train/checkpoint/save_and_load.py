@@ -3,7 +3,7 @@
 A checkpoint is the folder step_00000012: each rank's shards in rank{r}.safetensors, state.json, and, written
 last, manifest.json. All files are written to step_00000012.tmp, fsynced and renamed; `verify_checkpoint`
 (train/checkpoint/manifest.py) checks every byte. Of equal shards only the first rank's is written. Nothing is
-pickled. Works with every parallelism through `TensorShard` (train/checkpoint/tensor_shards.py); ranks on
+pickled. Works with every parallelism through `TensorShard` (formulas/parameters.py); ranks on
 several hosts need a folder that all of them see.
 """
 import functools
@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from nanoinfra.distributed import comm
+from nanoinfra.formulas.parameters import TensorShard
 from nanoinfra.train.checkpoint import list_and_delete_checkpoints
 from nanoinfra.train.checkpoint import manifest as disk
 from nanoinfra.train.checkpoint.list_and_delete_checkpoints import (
@@ -27,7 +28,7 @@ from nanoinfra.train.checkpoint.list_and_delete_checkpoints import (
     list_checkpoints,
 )
 from nanoinfra.train.checkpoint.manifest import CheckpointVersionError, verify_checkpoint
-from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, TensorShard, check_shards_cover_tensor
+from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, check_shards_cover_tensor
 
 _ShardTensors = Mapping[TensorShard, torch.Tensor] | Iterable[tuple[TensorShard, torch.Tensor]]
 
