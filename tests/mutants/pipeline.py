@@ -180,7 +180,7 @@ def never_splits(kind, p, m, v):
 
 class DividesAgain(train_stage.TrainStage):
     def loss_grad(self, loss):
-        return torch.full_like(loss, 1 / len(self.batches))
+        return torch.full_like(loss, 1 / len(self.micro_batches))
 
 
 class ForgetsTheOtherEnd(ParallelModel):
