@@ -3,7 +3,7 @@
 A file is held out when sha256(its relative path) % 20 == 0, a piece of a single file when sha256(its content)
 % 20 == 0, so that adding a file moves no other and equal pieces stay on one side of the split. The
 embedded corpus is this machine's Python standard library (it differs by Python version: name the hash). Files
-are read by text_files.py. Feeds train_tokenizer.py and token_datasets.py.
+are read by read_text_files.py. Feeds train_tokenizer.py and token_datasets.py.
 """
 import hashlib
 import re

@@ -40,7 +40,7 @@ def load_pretrained(name_or_path: str | Path, dtype: torch.dtype = torch.float32
 
 
 def open_pretrained_weights(name_or_path: str | Path, axis: MeshAxis | None = None) -> PretrainedWeights:
-    """Open the weights of a run directory or of what `open_weights` opens, to be read whole or in slices.
+    """Open the weights of a run directory or of what `open_model_weights` opens, to be read in slices.
 
     Every rank of `axis` calls it; its first rank verifies the checkpoint of a run directory.
     """

@@ -128,4 +128,4 @@ def test_the_traceback_starts_in_the_callers_function(ranks):
         ranks(1).run(fail_deep)
     frames = [text for text in str(caught.value).splitlines() if text.strip().startswith("File")]
     assert "in fail_deep" in frames[0]
-    assert not any("/worker.py" in frame for frame in frames)
+    assert not any("/rank_main.py" in frame for frame in frames)

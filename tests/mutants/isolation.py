@@ -211,7 +211,7 @@ class NeverTriesAgain(Engine):
 
 class StaysKnown(Engine):
     def _recompute_once(self, run):
-        with mock.patch.object(self.blocks, "evict_cached_blocks", lambda table: None):
+        with mock.patch.object(self.block_pool, "evict_cached_blocks", lambda table: None):
             return super()._recompute_once(run)
 
 

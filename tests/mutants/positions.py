@@ -29,7 +29,7 @@ K, THETA, FIRST = 16, 5000.0, 256            # head_dim, base, original context
 def attend(core, T, S, W):
     """(T, S): how much of each key each query sees, all keys being alike."""
     q, k, v = torch.zeros(1, 1, T, S), torch.zeros(1, 1, S, S), torch.eye(S)[None, None]
-    return getattr(attention, core)(q, k, v, AttentionMask(W))[0, 0]
+    return attention.ATTENTION_CORES[core](q, k, v, AttentionMask(W))[0, 0]
 
 
 @window.criterion("a query sees the last W keys up to its own, itself included", "property")

@@ -87,7 +87,7 @@ def follows_links(path, say):
 
 
 def everywhere(name, replacement):
-    """Of lock.py or ownership.py of train/run_directory/, for the launcher and for the rank."""
+    """Of lock_run_directory.py or check_out_folder.py, for the launcher and for the rank."""
     attribute = name.partition(":")[2]
     return patched(patched(main, name, replacement),
                    f"nanoinfra.train.run_directory.run_directory:{attribute}", replacement)

@@ -86,7 +86,7 @@ def _(subject):
 
 
 def read(kind, **files):
-    """A folder of `kind` with JSON `files` written over: what open_text says of it, or why it is refused."""
+    """A folder of `kind` with JSON `files` written over: what open_hf_tokenizer says, or the refusal."""
     with tempfile.TemporaryDirectory() as folder:
         save(kind, Path(folder))
         for name, content in files.items():

@@ -117,14 +117,14 @@ class WaitsForBackward(DataParallel):
 
 
 class ForgetsMoments(MixedPrecisionOptimizer):
-    def load(self, tensors, steps):
+    def load_state_dict(self, tensors, steps):
         kept = {n: torch.zeros_like(t) if "/" in n else t for n, t in tensors.items()}
-        super().load(kept, steps)
+        super().load_state_dict(kept, steps)
 
 
 class ForgetsItsSteps(MixedPrecisionOptimizer):
-    def load(self, tensors, steps):
-        super().load(tensors, 0)
+    def load_state_dict(self, tensors, steps):
+        super().load_state_dict(tensors, 0)
 
 
 def local_count(micro_batches, axis, *flags):
@@ -138,7 +138,7 @@ def counts_padding(micro_batches, axis, *flags):
 
 
 class ResumesAtTheFirstSample(RunDirectory):
-    def begin(self, *given):
+    def load_starting_state(self, *given):
         return super().load_starting_state(*given) | {"consumed": 0}
 
 

@@ -2,7 +2,8 @@
 
 The decoder is built on the meta device (shapes without storage); then each parameter is read, cast and put in
 its place, or a tensor-parallel rank reads its shard of each. Names are nanoinfra's: whoever opens a file
-checks that every tensor is there in the right shape, and tensor_sources.py maps our names to stored tensors.
+checks that every tensor is there in the right shape, and map_parameters_to_stored_tensors.py maps our names
+to stored tensors.
 """
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path

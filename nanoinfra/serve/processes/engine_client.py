@@ -78,7 +78,7 @@ class EngineClient:
                   f"process {left}", file=sys.stderr, flush=True)
 
     def submit_requests(self, requests: Sequence[Request]) -> ResponseStream:
-        """Send requests to the engine; the stream gives their outputs. Raises Refused without an engine."""
+        """Send requests to the engine; the stream gives their outputs. Raises APIError without an engine."""
         if self.state != "ready":
             raise APIError(503, self.state_reason)
         stream = ResponseStream(self, requests)
@@ -100,7 +100,7 @@ class EngineClient:
         self._send("abort", request_id)
 
     def reset_prefix_cache(self) -> None:
-        """Forget cached prefixes. Raises Refused while there is no engine, or one that takes nothing."""
+        """Forget cached prefixes. Raises APIError while there is no engine, or one that takes nothing."""
         if self.state != "ready":
             raise APIError(503, self.state_reason)
         if not self._has_room(0):

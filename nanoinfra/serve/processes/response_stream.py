@@ -17,7 +17,7 @@ class ResponseStream:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        """The next output. Raises Refused where there is no answer."""
+        """The next output. Raises APIError where there is no answer."""
         if not self.unfinished and self.queue.empty():
             raise StopAsyncIteration
         output = await self.queue.get()

@@ -2,7 +2,7 @@
 
 The fields are OpenAI's and vLLM's. A null means the default. An unknown field is ignored; a known field that
 is not supported and would change the answer is refused by name (request_fields.py). The engine checks the
-ranges of values (engine/requests.py), request_limits.py the sizes; chat_messages.py renders chats.
+ranges of values (engine/request_and_output.py), request_limits.py the sizes; chat_messages.py renders chats.
 """
 from typing import Annotated, Any, ClassVar
 

@@ -2,7 +2,7 @@
 
 Nothing is stored, so a request brings all messages. A parameter that is not supported and would change the
 answer is refused by name, with the reason. Parameters about storing, caching, billing and safety change
-nothing. The response is in responses_output.py.
+nothing. The response is in responses_api_output.py.
 """
 from typing import Annotated, Any, ClassVar, Literal
 
