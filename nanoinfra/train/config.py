@@ -23,10 +23,10 @@ from nanoinfra.train.refusals import techniques
 _Flat = tyro.conf.OmitArgPrefixes              # a group's flags have no prefix; --help shows it in a box
 _FINE_TUNING_LR = 1e-4  # the peak learning rate when --model names weights and --lr is not given
 _DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
-_SMALLEST_VALUES = {"micro_batch": 1, "global_batch": 1, "seq": 1, "steps": 1, "keep_checkpoints": 1,
-                    "threads": 1, "vocab": 257, "warmup": 0, "clip": 0, "lr": 0, "min_lr": 0,
-                    "weight_decay": 0, "eval_every": 0, "save_every": 0, "resume_from": 1, "max_restarts": 0,
-                    "timeout": 1}
+_SMALLEST_VALUES = {"dp": 1, "pp": 1, "cp": 1, "tp": 1, "micro_batch": 1, "global_batch": 1, "seq": 1,
+                    "steps": 1, "keep_checkpoints": 1, "threads": 1, "vocab": 257, "warmup": 0, "clip": 0,
+                    "lr": 0, "min_lr": 0, "weight_decay": 0, "eval_every": 0, "save_every": 0,
+                    "resume_from": 1, "max_restarts": 0, "timeout": 1}
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,14 @@ class TrainFlags:
 
 def mesh_axis_sizes(axes: AxesFlags, world_size: int) -> dict[str, int]:
     """Return {"pp":, "dp":, "cp":, "tp":} for `world_size` ranks. Raises ValueError when they do not fit."""
-    dp = axes.dp if axes.dp is not None else max(1, world_size // max(1, axes.pp * axes.cp * axes.tp))
+    dp = data_parallel_size(axes, world_size)
     check_mesh_size(world_size, axes.pp, dp, axes.cp, axes.tp)
     return {"pp": axes.pp, "dp": dp, "cp": axes.cp, "tp": axes.tp}
+
+
+def data_parallel_size(axes: AxesFlags, world_size: int) -> int:
+    """Return --dp, or what the other axes leave of `world_size` ranks, at least 1."""
+    return axes.dp if axes.dp is not None else max(1, world_size // max(1, axes.pp * axes.cp * axes.tp))
 
 
 def num_ranks_to_start(axes: AxesFlags, nproc: int | None) -> int:
@@ -164,7 +169,6 @@ def parse_emulated_links(links: tuple[str, ...]) -> dict[str, tuple[float, float
 
 def check_train_flags(flags: TrainFlags, world_size: int) -> None:
     """Raise ValueError for every mistake that can be seen before a rank starts or data is read."""
-    mesh_axis_sizes(flags.axes, world_size)
     parse_emulated_links(flags.launch.emulate_link)
     given = flags_by_name(flags)
     for name, least in _SMALLEST_VALUES.items():
@@ -176,6 +180,7 @@ def check_train_flags(flags: TrainFlags, world_size: int) -> None:
     _check_folders(flags.data.data, flags.run.out)
     _check_model(flags.model.model)
     check_combinations(flags, world_size)
+    mesh_axis_sizes(flags.axes, world_size)
 
 
 def check_combinations(flags: TrainFlags, world_size: int, model_config: ModelConfig | None = None) -> None:
@@ -192,7 +197,7 @@ def refused_combinations(flags: TrainFlags, world_size: int,
     namespace of flags by name, in which dp, lr and global_batch have values where none was given, with
     `num_micro_batches` of a step, `world_size`, and `model_config`, which is None where it is not known yet.
     """
-    dp = mesh_axis_sizes(flags.axes, world_size)["dp"]
+    dp = data_parallel_size(flags.axes, world_size)
     G, m = global_batch_and_num_micro_batches(flags.data, dp)
     return techniques.technique_refusals(SimpleNamespace(**flags_by_name(flags) | {
         "dp": dp, "lr": peak_learning_rate(flags), "global_batch": G, "num_micro_batches": m,

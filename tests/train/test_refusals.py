@@ -16,6 +16,7 @@ from nanoinfra.train.config import (
     OptimizerFlags,
     PipelineFlags,
     check_combinations,
+    check_train_flags,
     flags_by_name,
     make_train_flags,
     refused_combinations,
@@ -116,9 +117,16 @@ def test_several_reasons_are_all_said_and_the_first_is_the_answer():
     flags = make_train_flags(zero=2, pp=2, grad_sync="each", sp=True)
     got = list(refused_combinations(flags, 2))
     assert len(got) == 3
-    assert "--grad-sync" in got[0] and "--sp cuts" in got[1] and "use --zero 1" in got[2]
+    assert "--grad-sync" in got[0] and "use --zero 1" in got[1] and "--sp cuts" in got[2]
     with pytest.raises(ValueError, match="^--grad-sync each"):
         check_combinations(flags, 2)
+
+
+def test_what_is_not_built_is_said_before_what_does_not_fit_the_ranks():
+    for values, world, says in (({"cp": 2}, 3, "use --cp 1, --dp 3"), ({"dp": 2}, 3, "try --dp 3"),
+                                ({"tp": 0}, 2, "--tp 0 is too small; give at least 1")):
+        with pytest.raises(ValueError, match=says):
+            check_train_flags(make_train_flags(data="random", **values), world)
 
 
 def test_weights_are_checked_once_they_have_been_opened():

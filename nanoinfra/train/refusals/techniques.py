@@ -21,8 +21,8 @@ from nanoinfra.parallel.refusals import (
 from nanoinfra.train import frozen_parameters
 from nanoinfra.train.refusals import held_out_evaluation, optimizer, pretrained_weights
 
-TECHNIQUES = (context_parallel, data_parallel, recompute, sequence_parallel, held_out_evaluation,
-              pretrained_weights, tensor_parallel, optimizer, zero, pipeline, frozen_parameters)
+TECHNIQUES = (context_parallel, data_parallel, zero, recompute, sequence_parallel, held_out_evaluation,
+              pretrained_weights, tensor_parallel, optimizer, pipeline, frozen_parameters)
 
 
 def technique_refusals(flags: SimpleNamespace) -> Iterator[str]:
