@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command in `argv` (default: sys.argv) and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        from nanoinfra.commands import run_command  # tyro takes a while
+        from nanoinfra.parse_and_run_command import run_command  # tyro takes a while
         return run_command(argv)
     except ValueError as error:
         if not _ours(error):

@@ -20,8 +20,8 @@ from nanoinfra.data.corpus import load_corpus
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.command_line_options import GenerateOptions
-from nanoinfra.serve.generate import generate
-from nanoinfra.serve.generate import main as answer
+from nanoinfra.serve.generate_with_kv_cache import generate
+from nanoinfra.serve.generate_with_kv_cache import main as answer
 from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.config import RunFlags
 from nanoinfra.train.launch.elastic_rank import STOP_NOTE_FILE

@@ -23,7 +23,7 @@ from nanoinfra.distributed.cpu_threads import set_torch_threads
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.formulas.parameters import parameter_count, parameter_shapes
 from nanoinfra.model.initialization import draw_initial_tensor
-from nanoinfra.model.weights.fill_model import PretrainedWeights, decoder_on_meta_device
+from nanoinfra.model.weights.read_weights_into_decoder import PretrainedWeights, decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.block_pool import BlockPool
 from nanoinfra.serve.engine.paged_attention import PagedKVCache

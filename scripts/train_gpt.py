@@ -24,7 +24,7 @@ from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.data_parallel import DataParallel
-from nanoinfra.serve.generate import generate
+from nanoinfra.serve.generate_with_kv_cache import generate
 from nanoinfra.train.loss import count_valid_tokens, linear_cross_entropy
 from nanoinfra.train.optimizer import unscale_and_clip_grads
 

@@ -14,7 +14,7 @@ from nanoinfra.cli import main
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.parameters import parameter_count
 from nanoinfra.train import metrics_and_plots
-from nanoinfra.train.checkpoint import manifest, save_and_load
+from nanoinfra.train.checkpoint import safetensors_and_manifest, save_and_load
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["train", "--model", "test", "--data", "random", "--seq", "8", "--micro-batch", "2", "--threads", "1"]
@@ -28,7 +28,7 @@ def test_help_takes_less_than_a_second():
 
 
 def test_help_imports_no_torch():
-    code = ("import sys, nanoinfra.cli, nanoinfra.commands\n"
+    code = ("import sys, nanoinfra.cli, nanoinfra.parse_and_run_command\n"
             "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -156,7 +156,7 @@ def test_a_disk_that_takes_nothing_is_seen_before_ranks_start(tmp_path, monkeypa
 def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, code, says):
     def refuses(argv):
         raise OSError(code, os.strerror(code), "runs/a")
-    monkeypatch.setattr("nanoinfra.commands.run_command", refuses)
+    monkeypatch.setattr("nanoinfra.parse_and_run_command.run_command", refuses)
     assert main(["train"]) == 2
     assert says in (said := capsys.readouterr().err) and said.count("\n") == 1
 
@@ -223,7 +223,7 @@ def test_full_disk_at_any_write_leaves_the_last_checkpoint_good(tmp_path, monkey
     capsys.readouterr()
     for fails in sorted({*range(0, writes, every), writes - 1}):
         with monkeypatch.context() as patch:
-            patch.setattr(manifest, "write_all_bytes", FullDisk(fails))
+            patch.setattr(safetensors_and_manifest, "write_all_bytes", FullDisk(fails))
             assert main([*QUICK, "--steps", "3", "--resume", "--out", str(tmp_path)]) == 2
         said = capsys.readouterr().err
         assert "No space left on device" in said and said.count("\n") == 1, said
@@ -271,7 +271,7 @@ class FullDisk:
     """The disk is full from write number `fails` on."""
 
     def __init__(self, fails):
-        self.left, self.write = fails, manifest.write_all_bytes
+        self.left, self.write = fails, safetensors_and_manifest.write_all_bytes
 
     def __call__(self, file, data):
         if self.left == 0:
@@ -284,7 +284,7 @@ def count_writes(monkeypatch, tmp_path):
     """Writes of one save, counted on a run beside."""
     counter = FullDisk(-1)
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write_all_bytes", counter)
+        patch.setattr(safetensors_and_manifest, "write_all_bytes", counter)
         assert main([*QUICK, "--steps", "1", "--out", str(tmp_path / "count")]) == 0
     return -1 - counter.left
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.commands import _flag_names, _kinds
+from nanoinfra.parse_and_run_command import _flag_names, _kinds
 from nanoinfra.renamed_flags import RENAMED_FLAGS, check_no_renamed_flags, with_new_flag_names
 from nanoinfra.train.config import TrainFlags, flags_to_dict, group_by_flag, make_train_flags
 from nanoinfra.train.run_directory.resume_check import describe_changed_flags

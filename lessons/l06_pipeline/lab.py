@@ -4,10 +4,10 @@
     make lab L=06 N=4 BREAK=weights-at-the-end the same with a mistake in it
 
 Two runs of each schedule. First the ranks rehearse it: stages sleep for slots of time, each message carries
-the slot in which it left, and so idle slots are counted by what was really sent, beside the seconds. Then
-the trainer's own stage (train/train_stage.py) takes a few steps in bfloat16: a GPT-2 of 16 layers, equal
-chunks for 2 to 16 of them. Bytes that layers keep are counted by autograd's own hooks, over those of one
-micro-batch: so many micro-batches are held. On one rank every schedule but GPipe is plain accumulation.
+the slot in which it left, and so idle slots are counted by what was really sent, beside the seconds. Then the
+trainer's own stage (train/training_pipeline_stage.py) takes a few steps in bfloat16: a GPT-2 of 16 layers,
+equal chunks for 2 to 16 of them. Bytes that layers keep are counted by autograd's own hooks, over those of
+one micro-batch: so many micro-batches are held. On one rank every schedule but GPipe is plain accumulation.
 """
 import contextlib
 from dataclasses import replace

@@ -30,7 +30,7 @@ from nanoinfra.parallel.pipeline.simulator import chunks_per_stage
 from nanoinfra.parallel.pipeline.stage import PipelineStage
 from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.step import execute_schedule
-from nanoinfra.train.train_stage import TrainStage
+from nanoinfra.train.training_pipeline_stage import TrainStage
 
 
 def schedule_of_order(order: Callable, p: int, m: int) -> list[list]:

@@ -4,7 +4,7 @@
     make lab L=07 N=4 BREAK=norms-apart        the same with a mistake in it
 
 A GPT-2 with 8 heads, cut over all N ranks, in bfloat16 with float32 masters. The trainer's own stage
-(train/train_stage.py) takes a few steps of one micro-batch in each mode: "none", without sequence
+(train/training_pipeline_stage.py) takes a few steps of one micro-batch in each mode: "none", without sequence
 parallelism; "keep" and "gather", with it, what is gathered being kept for backward or gathered again.
 Collectives are counted by tag, what a layer leaves for backward by autograd's own hooks; both exactly. Steps
 are then timed on the wire that is there and on two emulated ones: an H100's NVLink, 450 GB/s a direction, and
@@ -36,7 +36,7 @@ from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel
 from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.loss import count_valid_tokens
 from nanoinfra.train.step import execute_schedule
-from nanoinfra.train.train_stage import TrainStage
+from nanoinfra.train.training_pipeline_stage import TrainStage
 
 MODES = {"none": {}, "keep": {"sp": True, "sp_save_gathered": True}, "gather": {"sp": True}}
 WIRES = {"real": {}, "node": {"tp": (20e-6, 112.5e6)}, "net": {"tp": (20e-6, 12.5e6)}}      # s, bytes/s

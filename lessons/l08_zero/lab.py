@@ -3,10 +3,10 @@
     make lab L=08 N=4                          stages 0, 1, 2, 3 on four ranks
     make lab L=08 N=4 BREAK=never-freed        the same with a mistake in it
 
-The trainer's own stage (train/train_stage.py) takes a few steps of two micro-batches at each stage of ZeRO,
-in mixed precision as in the paper: weights and gradients in bfloat16, masters and moments in float32. Bytes
-held are counted between the micro-batches and before the optimizer steps, the larger of both; gradients and
-weights that are on their way, and the unit at work, come on top (formulas/zero.py bounds them).
+The trainer's own stage (train/training_pipeline_stage.py) takes a few steps of two micro-batches at each
+stage of ZeRO, in mixed precision as in the paper: weights and gradients in bfloat16, masters and moments in
+float32. Bytes held are counted between the micro-batches and before the optimizer steps, the larger of both;
+gradients and weights that are on their way, and the unit at work, come on top (formulas/zero.py bounds them).
 """
 import time
 from unittest import mock
@@ -26,7 +26,7 @@ from nanoinfra.parallel.zero import FSDPParamGroup
 from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.loss import count_valid_tokens
 from nanoinfra.train.step import execute_schedule
-from nanoinfra.train.train_stage import TrainStage
+from nanoinfra.train.training_pipeline_stage import TrainStage
 
 STAGES = (0, 1, 2, 3)
 PREDICTIONS = {f"L08.lab_{what}_{stage}": "B" for what in ("held", "sent") for stage in STAGES}

@@ -1,7 +1,7 @@
 """Runs and figures of 3D parallelism: steps timed on emulated links, the mesh as a cube, bytes on each axis.
 
-`time_emulated_steps` runs inside each rank, on the trainer's own stage (train/train_stage.py). In the figures
-an axis is drawn as wide as the bytes that it carries; predicted numbers are lines.
+`time_emulated_steps` runs inside each rank, on the trainer's own stage (train/training_pipeline_stage.py). In
+the figures an axis is drawn as wide as the bytes that it carries; predicted numbers are lines.
 """
 import time
 from collections.abc import Callable, Sequence

@@ -4,10 +4,10 @@
     make lab L=10 N=4 BREAK=one-end            the same with a mistake in it
 
 A LLaMA of 8 layers and 8 heads in float64, so that a wrong sum shows at once. The trainer's own stage
-(train/train_stage.py) takes one step, 16 sequences, on each mesh; payloads are counted by axis, all ranks
-together. A gradient is off where a rank's part of it is not data parallelism's to 1e-10, a norm to 1e-8.
-Steps are timed on the wire that is there, the cube's also with a slow one, 12.5 MB/s, under one axis at a
-time. The handout: handout.md.
+(train/training_pipeline_stage.py) takes one step, 16 sequences, on each mesh; payloads are counted by axis,
+all ranks together. A gradient is off where a rank's part of it is not data parallelism's to 1e-10, a norm to
+1e-8. Steps are timed on the wire that is there, the cube's also with a slow one, 12.5 MB/s, under one axis at
+a time. The handout: handout.md.
 """
 import contextlib
 import time

@@ -8,7 +8,7 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.model.attention_cores import naive_attention
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
-from nanoinfra.serve.generate import KVCache
+from nanoinfra.serve.generate_with_kv_cache import KVCache
 
 HEADS = [(4, 2), (3, 3), (6, 1)]             # query heads, KV heads: grouped, one each, one for all
 SPARE = 3                                    # tokens of memory that nobody fills

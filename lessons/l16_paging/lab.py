@@ -26,7 +26,7 @@ from nanoinfra.lab.display_table import DisplayTable
 from nanoinfra.lab.measure import counted, median_of_times
 from nanoinfra.lab.predict import format_quantity
 from nanoinfra.model.initialization import draw_initial_tensor
-from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
 

@@ -28,7 +28,7 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.engine.block_pool import BlockPool
 from nanoinfra.serve.engine.scheduler import Scheduler
-from nanoinfra.serve.generate import generate
+from nanoinfra.serve.generate_with_kv_cache import generate
 
 FAST = "LESSON_FAST" in os.environ           # smaller sizes, the same code
 LONGEST, SEATS, SIZE = 64, 4, 4              # tokens a sequence may have; caches that fit; tokens of a block

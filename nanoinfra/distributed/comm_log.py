@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from nanoinfra.distributed.status_board import current_status_board
+from nanoinfra.distributed.rank_status_board import current_status_board
 
 
 @dataclass

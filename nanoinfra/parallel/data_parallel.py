@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.gradient_reducer import (
+from nanoinfra.distributed.mesh import MeshAxis
+from nanoinfra.distributed.reduce_scatter_gradients import (
     DEFAULT_BUCKET_BYTES,
     buffers_of_parameters,
     group_by_dtype_and_bytes,
     select_parameters,
 )
-from nanoinfra.distributed.mesh import MeshAxis
 
 GRAD_SYNC_MODES = ("each", "buckets", "overlap")
 

@@ -22,7 +22,7 @@ from nanoinfra.formulas.pipeline import split_layers_into_chunks
 from nanoinfra.memory.recompute import apply_activation_checkpointing
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.ports import check_ports
-from nanoinfra.model.weights.fill_model import ReadParameter, decoder_on_meta_device
+from nanoinfra.model.weights.read_weights_into_decoder import ReadParameter, decoder_on_meta_device
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.pipeline.stage import cut_to_pipeline_chunk
 from nanoinfra.parallel.tensor_parallel_decoder import TensorParallel, replace_parameters

@@ -23,7 +23,7 @@ from nanoinfra.formulas.tensor_parallel import (
 )
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.ports import LinearPort, check_bare_linears, replace_ports, why_not_bare
-from nanoinfra.model.weights.fill_model import ReadParameter
+from nanoinfra.model.weights.read_weights_into_decoder import ReadParameter
 from nanoinfra.parallel.sequence_parallel import SequenceParallelPositionEmbedding, SequenceParallelRegion
 from nanoinfra.parallel.tensor_parallel import (
     TensorParallelRegion,

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.gradient_reducer import (
+from nanoinfra.distributed.mesh import MeshAxis
+from nanoinfra.distributed.reduce_scatter_gradients import (
     DEFAULT_BUCKET_BYTES,
     BucketedParam,
     GradientReducer,
@@ -22,7 +23,6 @@ from nanoinfra.distributed.gradient_reducer import (
     group_by_dtype_and_bytes,
     select_parameters,
 )
-from nanoinfra.distributed.mesh import MeshAxis
 
 
 class ZeroDataParallel:

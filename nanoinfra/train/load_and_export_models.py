@@ -13,7 +13,6 @@ from nanoinfra.distributed.mesh import MeshAxis, single_rank_axis
 from nanoinfra.formulas.parameters import TensorShard, block_parameter_shapes, parameter_shapes
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Tokenizer
-from nanoinfra.model.weights.fill_model import PretrainedWeights, build_filled_decoder
 from nanoinfra.model.weights.hugging_face.load_and_save import write_hf_folder
 from nanoinfra.model.weights.hugging_face.tokenizer_files import (
     copy_tokenizer_files,
@@ -23,8 +22,9 @@ from nanoinfra.model.weights.hugging_face.tokenizer_files import (
 from nanoinfra.model.weights.load_model import open_model_weights
 from nanoinfra.model.weights.map_parameters_to_stored_tensors import resolve_slices
 from nanoinfra.model.weights.read_json_files import read_json
+from nanoinfra.model.weights.read_weights_into_decoder import PretrainedWeights, build_filled_decoder
 from nanoinfra.train.checkpoint import save_and_load
-from nanoinfra.train.checkpoint.manifest import read_manifest
+from nanoinfra.train.checkpoint.safetensors_and_manifest import read_manifest
 from nanoinfra.train.run_directory.check_out_folder import read_model_config
 
 

@@ -34,12 +34,12 @@ from nanoinfra.train.launch.elastic_rank import is_rank_process
 from nanoinfra.train.launch.memory_check import check_memory_fits, describe_memory_need
 from nanoinfra.train.launch.stop_signals import StopRequest
 from nanoinfra.train.loss import count_valid_tokens
-from nanoinfra.train.model_and_data_inputs import open_run_inputs
+from nanoinfra.train.open_model_and_data import open_run_inputs
 from nanoinfra.train.optimizer import scheduled_learning_rate
 from nanoinfra.train.run_directory.resume_check import describe_changed_flags
 from nanoinfra.train.run_directory.run_directory import RunDirectory
 from nanoinfra.train.step import execute_schedule
-from nanoinfra.train.train_stage import TrainStage
+from nanoinfra.train.training_pipeline_stage import TrainStage
 
 
 def train(flags: TrainFlags) -> list[dict]:

@@ -38,7 +38,7 @@ from nanoinfra.formulas.pipeline import pipeline_sent_bytes_per_stage, split_lay
 from nanoinfra.model.initialization import draw_initial_tensor  # noqa: E402
 from nanoinfra.train.config import make_train_flags  # noqa: E402
 from nanoinfra.train.step import execute_schedule  # noqa: E402
-from nanoinfra.train.train_stage import TrainStage  # noqa: E402
+from nanoinfra.train.training_pipeline_stage import TrainStage  # noqa: E402
 
 P = 2                                                    # stages
 

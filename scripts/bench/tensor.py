@@ -45,7 +45,7 @@ from nanoinfra.model.initialization import draw_initial_tensor  # noqa: E402
 from nanoinfra.parallel.pipeline.schedules import Backward, Forward, ReduceGrads  # noqa: E402
 from nanoinfra.train.config import make_train_flags  # noqa: E402
 from nanoinfra.train.step import execute_schedule  # noqa: E402
-from nanoinfra.train.train_stage import TrainStage  # noqa: E402
+from nanoinfra.train.training_pipeline_stage import TrainStage  # noqa: E402
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 FLAGS = {"none": {}, "keep": dict(sp=True, sp_save_gathered=True), "gather": dict(sp=True)}

@@ -31,7 +31,7 @@ from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.train.config import ModelFlags, TrainFlags  # noqa: E402
 from nanoinfra.train.loss import count_valid_tokens  # noqa: E402
 from nanoinfra.train.step import execute_schedule  # noqa: E402
-from nanoinfra.train.train_stage import TrainStage  # noqa: E402
+from nanoinfra.train.training_pipeline_stage import TrainStage  # noqa: E402
 
 V, C, L, H, T, B = 8192, 384, 6, 6, 256, 8
 CONFIG = ModelConfig(V, C, L, H, H, C // H, 4 * C, T, tied=False, family="gpt2")

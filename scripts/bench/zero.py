@@ -45,7 +45,7 @@ from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.train.config import make_train_flags  # noqa: E402
 from nanoinfra.train.loss import count_valid_tokens  # noqa: E402
 from nanoinfra.train.step import execute_schedule  # noqa: E402
-from nanoinfra.train.train_stage import TrainStage  # noqa: E402
+from nanoinfra.train.training_pipeline_stage import TrainStage  # noqa: E402
 
 N = 2                                                    # ranks
 GRADS = {"deepspeed": "bfloat16", "fsdp2": "float32"}    # what a peer sums gradients in, and ours against it

@@ -12,7 +12,7 @@ from nanoinfra.data.token_datasets import PackedDataset
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.train import model_and_data_inputs
+from nanoinfra.train import open_model_and_data
 from nanoinfra.train.config import TrainFlags, check_train_flags
 
 BYTES = BPETokenizer.train(["a"], 257)
@@ -74,12 +74,12 @@ def test_a_held_out_side_larger_than_the_other_is_told(tmp_path):
 def test_one_rank_says_it(mixed, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(mixed.parent / "cache"))
     flags = parse("--model", "test", "--data", mixed, "--seq", "8")
-    source = model_and_data_inputs.open_run_inputs(flags, Mesh()).dataset
+    source = open_model_and_data.open_run_inputs(flags, Mesh()).dataset
     said = capsys.readouterr()
     assert said.out.count(f"--data {mixed}: 29 documents") == said.out.count("\n") == 1
     assert said.err.count(f"nanoinfra: --data {mixed}: 30 files are read, 30 are left out: 30 not UTF-8 text"
                           ) == said.err.count("\n") == 1
-    model_and_data_inputs._say(flags, SimpleNamespace(rank=1, data=SimpleNamespace(size=2)), source, 8)
+    open_model_and_data._say(flags, SimpleNamespace(rank=1, data=SimpleNamespace(size=2)), source, 8)
     assert capsys.readouterr() == ("", "")
 
 
@@ -88,7 +88,7 @@ def test_ranks_that_read_other_files_are_refused(mixed, monkeypatch):
     monkeypatch.setattr(comm, "all_gather_json", lambda mine, axis, tag: hashes)
     with pytest.raises(ValueError, match="rank 2 has read another --data .*mixed than rank 0: corpus b{12}, "
                                          "not a{12}; its files must be the same on every host"):
-        model_and_data_inputs._check_same(SimpleNamespace(world=None), packed(mixed, 9))
+        open_model_and_data._check_same(SimpleNamespace(world=None), packed(mixed, 9))
 
 
 @pytest.mark.parametrize("argv, says", [

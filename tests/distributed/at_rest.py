@@ -20,7 +20,7 @@ from unittest import mock
 import torch.distributed as dist
 
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.loopback_store import start_loopback_store
+from nanoinfra.distributed.loopback_tcp_store import start_loopback_store
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.distributed.pool import rank_main
 from nanoinfra.distributed.pool.rank_pool import RankPool
@@ -120,7 +120,7 @@ class _Reports(TensorParallelGroup):
 def _team_rank(rank, pipes, report, store, without):
     die_with_parent()
     team = _Reports(rank, pipes)
-    start = "nanoinfra.distributed.loopback_store.start_loopback_store"
+    start = "nanoinfra.distributed.loopback_tcp_store.start_loopback_store"
     with _elsewhere(), _without(without), mock.patch(start, store):
         mesh = team.init_tp_mesh(tp_size=2)
         comm.barrier(mesh.tp)

@@ -6,7 +6,7 @@ import torch
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.comm_log import CommLog, CommRecord
 from nanoinfra.distributed.mesh import Mesh, MeshAxis, world_size
-from nanoinfra.distributed.status_board import (
+from nanoinfra.distributed.rank_status_board import (
     StatusBoard,
     current_status_board,
     hang_report,

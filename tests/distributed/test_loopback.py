@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from nanoinfra.distributed.loopback_store import (
+from nanoinfra.distributed.loopback_tcp_store import (
     bind_gloo_and_nccl_to_loopback,
     connect_to_loopback_store,
     is_loopback,

@@ -23,7 +23,7 @@ from nanoinfra.formulas.training_peak_memory import (
 from nanoinfra.formulas.zero import zero_model_state_bytes
 from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.step import execute_schedule
-from nanoinfra.train.train_stage import TrainStage
+from nanoinfra.train.training_pipeline_stage import TrainStage
 
 LLAMA = ModelConfig(300, 64, 4, 4, 2, 16, 172, 128)
 GPT2 = replace(LLAMA, kv_heads=4, hidden=256, family="gpt2")

@@ -8,7 +8,7 @@ from nanoinfra.lab.exercise import export_exercises_of_notebook, load_python_fil
 from nanoinfra.lab.find_course_folder import clone_folder
 from nanoinfra.lab.mutants import collect_lesson_mutants
 from nanoinfra.model.attention_cores import naive_attention
-from nanoinfra.serve.generate import generate
+from nanoinfra.serve.generate_with_kv_cache import generate
 
 HINTS = {
     "sees later tokens": "changes what token 0 makes: it sees a later one (query t sees keys 0 to 0 + t)",

@@ -22,7 +22,7 @@ from nanoinfra.formulas import paged_kv_memory
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.serve.engine.block_pool import BlockPool
-from nanoinfra.serve.generate import generate
+from nanoinfra.serve.generate_with_kv_cache import generate
 
 LONGEST, SIZE = 64, 4
 JOBS = random_trace(24, LONGEST, 1.5, 9)

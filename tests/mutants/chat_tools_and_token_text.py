@@ -8,7 +8,7 @@ import json
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.serve.api_errors import APIError
-from nanoinfra.serve.engine import single_token_text
+from nanoinfra.serve.engine import token_text_and_offsets
 from nanoinfra.serve.processes.engine_loop import EngineReady
 from nanoinfra.serve.server.openai.completion_requests import (
     ChatCompletionRequest,
@@ -22,6 +22,7 @@ TEXT = byte_text(["<end>"])
 TOOL = {"type": "function", "function": {"name": "weather"}}
 CALL = {"function": {"name": "weather", "arguments": '{"city": "x"}'}}
 CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TOKEN_TEXT = "nanoinfra.serve.engine.token_text_and_offsets"
 
 
 def chat(template, **body):
@@ -59,7 +60,7 @@ def _(subject):
 
 def placed(ids):
     """(bytes of each token, its place in the text)."""
-    offsets = single_token_text.TextOffsets(single_token_text.SingleTokenDecoder(TEXT))
+    offsets = token_text_and_offsets.TextOffsets(token_text_and_offsets.SingleTokenDecoder(TEXT))
     return ([offsets.token_decoder.token_bytes(token) for token in ids],
             [offsets.next_offset(token) for token in ids])
 
@@ -78,12 +79,12 @@ def _(subject):
             raise CriterionNotMet(f"{ids} stand at {got} of {TEXT.decode(ids)!r}, want {want}")
 
 
-class OfItsText(single_token_text.SingleTokenDecoder):
+class OfItsText(token_text_and_offsets.SingleTokenDecoder):
     def token_bytes(self, token):
         return self.token_text(token).encode()
 
 
-class CountsNames(single_token_text.TextOffsets):
+class CountsNames(token_text_and_offsets.TextOffsets):
     def next_offset(self, token):
         self.at += len(self.token_decoder.token_text(token))
         return self.at - len(self.token_decoder.token_text(token))
@@ -99,7 +100,7 @@ MUTANTS = [
            patched(chat, "nanoinfra.serve.server.openai.chat_messages:_with_parsed_arguments",
                    lambda call: call), OBJECT),
     Mutant("a token's bytes are its text's", places,
-           patched(placed, "nanoinfra.serve.engine.single_token_text:SingleTokenDecoder", OfItsText), BYTES),
+           patched(placed, f"{TOKEN_TEXT}:SingleTokenDecoder", OfItsText), BYTES),
     Mutant("names of tokens are counted", places,
-           patched(placed, "nanoinfra.serve.engine.single_token_text:TextOffsets", CountsNames), COUNTED),
+           patched(placed, f"{TOKEN_TEXT}:TextOffsets", CountsNames), COUNTED),
 ]

@@ -20,8 +20,8 @@ from nanoinfra.serve.server.http.connection_limits import (
     ConnectionLimits,
     TimeLimitedHTTPConnection,
 )
-from nanoinfra.serve.server.http.graceful_shutdown import GracefulServer
 from nanoinfra.serve.server.http.log_filters import RepeatedLogFilter, count_repeated_log_lines
+from nanoinfra.serve.server.http.uvicorn_graceful_shutdown import GracefulServer
 from nanoinfra.serve.server.launch_server import create_server_socket
 from tests.serve.fake import Idle
 

@@ -6,13 +6,13 @@
 import re
 from unittest import mock
 
-from nanoinfra.commands import parse_command_line
 from nanoinfra.config import config_for_size
 from nanoinfra.formulas import pipeline, training_peak_memory
 from nanoinfra.formulas.saved_activations import embedding_and_head_bytes_by_term, saved_activation_bytes
 from nanoinfra.formulas.training_peak_memory import ParallelLayout, TrainingStepConfig
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
+from nanoinfra.parse_and_run_command import parse_command_line
 from nanoinfra.train import config
 from nanoinfra.train.launch import memory_check
 

@@ -108,7 +108,7 @@ MUTANTS = [
            LOOPBACK),
     Mutant("torch's own store", of_engine, lambda look: teamed(look, store=torchs_store), LOOPBACK),
     Mutant("gloo left to itself", of_engine, leaves_gloo_alone(teamed,
-                                                               "nanoinfra.distributed.loopback_store"),
+                                                               "nanoinfra.distributed.loopback_tcp_store"),
            LOOPBACK),
     Mutant("two hosts taken for one", warning,
            patched(exposure, f"{MODULE}:all_ranks_on_one_host", lambda: True), HOSTS),

@@ -19,7 +19,7 @@ from nanoinfra.model.initialization import init_weights
 from nanoinfra.parallel.parallelize import ParallelChunk
 from nanoinfra.train.loss import MeanCrossEntropy, apply_objective, count_valid_tokens
 from nanoinfra.train.step import execute_schedule
-from nanoinfra.train.train_stage import TrainStage
+from nanoinfra.train.training_pipeline_stage import TrainStage
 
 CONFIG = ModelConfig(61, 16, 2, 2, 1, 8, 24, 16)
 T = 9
@@ -116,7 +116,8 @@ MUTANTS = [
            patched(step, "nanoinfra.parallel.vocab_parallel:_multiply_rows", one_factor_for_all_rows),
            WEIGHTS),
     Mutant("micro-batches divide by their own weights", objective,
-           patched(step, "nanoinfra.train.train_stage:apply_objective", divides_by_its_own_weights), WEIGHTS),
+           patched(step, "nanoinfra.train.training_pipeline_stage:apply_objective",
+                   divides_by_its_own_weights), WEIGHTS),
     Mutant("weights of ignored targets count", objective,
            partial(step, objective=CountsIgnoredTargets()), WEIGHTS),
     Mutant("divides by targets where weights are given", objective,

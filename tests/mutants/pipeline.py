@@ -28,7 +28,7 @@ from nanoinfra.parallel.pipeline.simulator import (
     simulate_schedule,
     validate_schedule,
 )
-from nanoinfra.train import train_stage
+from nanoinfra.train import training_pipeline_stage
 from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.optimizer import unscale_and_clip_grads
 from nanoinfra.train.step import execute_schedule
@@ -125,7 +125,7 @@ def step(kind, p, m, v):
     """One rank's part of a step: its loss, gradients, bytes sent; the norm."""
     mesh = Mesh(pp=p)
     flags = make_train_flags(dtype="float64", pp=p, schedule=kind, virtual_stages=v)
-    stage = train_stage.TrainStage(CONFIG, flags, mesh)
+    stage = training_pipeline_stage.TrainStage(CONFIG, flags, mesh)
     x, y = torch.randint(CONFIG.vocab, (2, 2 * m, T), generator=torch.Generator().manual_seed(m))
     for i in range(2 * m):
         y[i, :i % T] = IGNORE_INDEX
@@ -179,7 +179,7 @@ def never_splits(kind, p, m, v):
     return schedules.build_pipeline_schedule("1f1b" if kind == "zb-h1" else kind, p, m, v)
 
 
-class DividesAgain(train_stage.TrainStage):
+class DividesAgain(training_pipeline_stage.TrainStage):
     def loss_grad(self, loss):
         return torch.full_like(loss, 1 / len(self.micro_batches))
 
@@ -231,7 +231,8 @@ def in_step(todo, stage):
 EXECUTED, KEPT, IDLE = (criterion.name for criterion in order.criteria)
 LOSS, GRADS, NORM, SENT = (criterion.name for criterion in pipeline.criteria)
 [BUSY] = (criterion.name for criterion in overlap.criteria)
-CHUNKS, REPLICA = "nanoinfra.train.train_stage:ParallelModel", "nanoinfra.train.train_stage:TrainStage"
+CHUNKS = "nanoinfra.train.training_pipeline_stage:ParallelModel"
+REPLICA = "nanoinfra.train.training_pipeline_stage:TrainStage"
 SPLIT = "nanoinfra.parallel.parallelize:split_layers_into_chunks"
 COMM = "nanoinfra.parallel.pipeline.stage:comm"
 MUTANTS = [

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from nanoinfra.config import ModelConfig
-from nanoinfra.distributed.gradient_reducer import GradientReducer
 from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.reduce_scatter_gradients import GradientReducer
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model import ports
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_device
 from nanoinfra.parallel.tensor_parallel_decoder import ColumnParallelPort, TensorParallel
 from nanoinfra.parallel.zero import ZeroDataParallel
 from nanoinfra.serve.engine.packed_linear import pack_linears

@@ -19,7 +19,7 @@ from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.load_engine import use_cpu_kernels
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
 from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
-from nanoinfra.serve.generate import generate
+from nanoinfra.serve.generate_with_kv_cache import generate
 
 window, pages, stretch = Check("window"), Check("pages"), Check("stretch")
 SMALL = ModelConfig(31, 16, 2, 2, 1, 8, 24, 64)

@@ -20,7 +20,7 @@ from nanoinfra.serve.engine.paged_attention import PagedKVCache
 from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 from nanoinfra.serve.engine.sampler import Sampler
 from nanoinfra.serve.engine.scheduler import Scheduler
-from nanoinfra.serve.generate import generate
+from nanoinfra.serve.generate_with_kv_cache import generate
 from tests.serve.letters import letters
 from tests.serve.ref_counts import check_ref_counts
 

@@ -14,7 +14,7 @@ from nanoinfra.formulas.tensor_parallel import tp_collectives_per_step
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.initialization import draw_initial_tensor, named_generator
-from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig
 from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
 from nanoinfra.parallel.tensor_parallel import TensorParallelRegion

@@ -14,15 +14,15 @@ from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
 from nanoinfra.model.tokenizer import Tokenizer
-from nanoinfra.model.weights.fill_model import PretrainedWeights
 from nanoinfra.model.weights.hugging_face import tokenizer_files
 from nanoinfra.model.weights.hugging_face.tokenizer_files import (
     copy_tokenizer_files,
     open_hf_tokenizer,
     tokenizer_keys_for_config,
 )
+from nanoinfra.model.weights.read_weights_into_decoder import PretrainedWeights
 from nanoinfra.serve.engine import detokenizer
-from nanoinfra.train import model_and_data_inputs
+from nanoinfra.train import open_model_and_data
 from nanoinfra.train.load_and_export_models import save_pretrained_tokenizer
 from tests.model.tokenizer_kinds import save
 from tests.serve.letters import byte_text
@@ -181,7 +181,7 @@ GENERATION = _keeps("generation", "generation_config.json")
 def train(vocab, text):
     """The tokenizer that a model of `vocab` tokens is trained with, or why it is not with that of `text`."""
     try:
-        return model_and_data_inputs._tokenizer(mock.Mock(), PretrainedWeights(mock.Mock(vocab=vocab), None,
+        return open_model_and_data._tokenizer(mock.Mock(), PretrainedWeights(mock.Mock(vocab=vocab), None,
                                                                                text))
     except ValueError as error:
         return str(error)
@@ -247,13 +247,13 @@ def any_number(given, path):
     return set(given) if isinstance(given, list) else {given} - {None}
 
 
-def larger_one(flags, weights, right=model_and_data_inputs._tokenizer):
+def larger_one(flags, weights, right=open_model_and_data._tokenizer):
     if weights.tokenizer is None:
         return right(flags, weights)
     return BPETokenizer(weights.tokenizer.backend_tokenizer, "<0>")
 
 
-def none(flags, weights, right=model_and_data_inputs._tokenizer):
+def none(flags, weights, right=open_model_and_data._tokenizer):
     return weights.tokenizer and right(flags, weights)
 
 
@@ -291,9 +291,9 @@ MUTANTS = [
     Mutant("generation_config.json is lost", kept,
            patched(keep, f"{HF}:TOKENIZER_SIDE_FILES", tokenizer_files.TOKENIZER_SIDE_FILES[:-1]),
            GENERATION),
-    Mutant("no tokenizer", trained, patched(train, "nanoinfra.train.model_and_data_inputs:_tokenizer", none),
+    Mutant("no tokenizer", trained, patched(train, "nanoinfra.train.open_model_and_data:_tokenizer", none),
            NEEDED),
-    Mutant("a larger one", trained, patched(train, "nanoinfra.train.model_and_data_inputs:_tokenizer",
+    Mutant("a larger one", trained, patched(train, "nanoinfra.train.open_model_and_data:_tokenizer",
                                             larger_one),
            KNOWN),
 ]

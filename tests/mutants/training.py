@@ -146,7 +146,7 @@ PARITY, BYTES, OVERLAP = (criterion.name for criterion in training.criteria)
 [BITWISE] = (criterion.name for criterion in resuming.criteria)
 WRAP = "nanoinfra.parallel.parallelize:DataParallel"
 COUNT = "nanoinfra.train.trainer:count_valid_tokens"
-OPTIMIZER = "nanoinfra.train.train_stage:MixedPrecisionOptimizer"
+OPTIMIZER = "nanoinfra.train.training_pipeline_stage:MixedPrecisionOptimizer"
 MUTANTS = [
     Mutant("no all-reduce", training, patched(main, WRAP, NoAllReduce), PARITY),
     Mutant("averages what is normalised already", training, patched(main, WRAP, Averages), PARITY),

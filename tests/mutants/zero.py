@@ -9,8 +9,8 @@ import torch
 from nanoinfra.config import ModelConfig
 from nanoinfra.data.batch import Batch
 from nanoinfra.distributed import comm
-from nanoinfra.distributed.gradient_reducer import GradientReducer
 from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.reduce_scatter_gradients import GradientReducer
 from nanoinfra.formulas import zero as formulas
 from nanoinfra.lab.check import Check, CriterionNotMet, rank_pool_for_checks
 from nanoinfra.lab.compare_tensors import assert_same_tensor
@@ -238,7 +238,7 @@ def with_reducer(kind):
 
 PARITY, SENT, HELD = (criterion.name for criterion in zero.criteria)
 CLIPPED, SKIPPED = (criterion.name for criterion in scaled.criteria)
-CLIP = "nanoinfra.train.train_stage:unscale_and_clip_grads"
+CLIP = "nanoinfra.train.training_pipeline_stage:unscale_and_clip_grads"
 MUTANTS = [
     Mutant("an optimizer that shards nothing", zero, UnshardedOptimizer, HELD),
     Mutant("gradients kept whole", zero, with_reducer(KeepsGradients), HELD),

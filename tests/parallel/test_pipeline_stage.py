@@ -13,14 +13,14 @@ from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas import pipeline as formulas
 from nanoinfra.formulas.parameters import parameter_shapes
-from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_device
 from nanoinfra.parallel.pipeline.schedules import build_pipeline_schedule
 from nanoinfra.parallel.pipeline.simulator import simulate_schedule
 from nanoinfra.parallel.pipeline.stage import cut_to_pipeline_chunk
 from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.optimizer import unscale_and_clip_grads
 from nanoinfra.train.step import execute_schedule
-from nanoinfra.train.train_stage import TrainStage
+from nanoinfra.train.training_pipeline_stage import TrainStage
 from tests.parity import assert_same_gradients
 
 V, C, T = 61, 12, 9

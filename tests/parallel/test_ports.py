@@ -20,7 +20,7 @@ from nanoinfra.model import ports
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import named_generator
 from nanoinfra.model.ports import LinearPort, PlainInPort, check_ports, replace_ports, wrap_ports
-from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_device
 from nanoinfra.parallel import tensor_parallel_decoder
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig, parallelize_for_serving
@@ -32,7 +32,7 @@ from nanoinfra.serve.engine.cpu_decoder_block import CpuPagedKVCache
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.load_engine import use_cpu_kernels
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
-from nanoinfra.serve.generate import generate
+from nanoinfra.serve.generate_with_kv_cache import generate
 from nanoinfra.train import metrics_and_plots
 from tests.parallel.test_tensor_parallel_decoder import config, drawn
 from tests.parity import assert_same_gradients

@@ -13,7 +13,7 @@ from nanoinfra.distributed.mesh import Mesh, single_rank_axis
 from nanoinfra.formulas.collectives import ring_bytes_per_rank
 from nanoinfra.formulas.tensor_parallel import SEQUENCE_PARALLEL_MODES as SP
 from nanoinfra.formulas.tensor_parallel import kv_head_replicas, tp_collectives_per_step
-from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig
 from nanoinfra.parallel.sequence_parallel import SequenceParallelRegion
 from nanoinfra.parallel.tensor_parallel import (

@@ -16,7 +16,7 @@ from nanoinfra.formulas.tensor_parallel import tp_shards
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import draw_initial_tensor, named_generator
 from nanoinfra.model.ports import check_ports
-from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig
 from nanoinfra.parallel.sequence_parallel import SequenceParallelPositionEmbedding
 from nanoinfra.parallel.tensor_parallel_decoder import ColumnParallelPort, RowParallelPort, TensorParallel

@@ -1,4 +1,4 @@
-"""scripts/serve.py answers each of many prompts as serve/generate.py does alone."""
+"""scripts/serve.py answers each of many prompts as serve/generate_with_kv_cache.py does alone."""
 import ast
 import re
 import subprocess
@@ -12,7 +12,7 @@ from nanoinfra.config import config_for_size
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import init_weights
 from nanoinfra.model.weights.hugging_face.load_and_save import write_hf_folder
-from nanoinfra.serve.generate import generate
+from nanoinfra.serve.generate_with_kv_cache import generate
 from nanoinfra.train.load_and_export_models import load_pretrained
 from tests.model.twins import scrambled
 

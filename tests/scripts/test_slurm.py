@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.commands import parse_command_line
+from nanoinfra.parse_and_run_command import parse_command_line
 
 SLURM = Path(__file__).resolve().parents[2] / "scripts" / "slurm"
 STANDINS = {"scontrol": "echo nodeA; echo nodeB", "hostname": "echo nodeB",

@@ -11,7 +11,7 @@ import time
 
 from nanoinfra.serve.processes.engine_client import EngineClient
 from nanoinfra.serve.server.fastapi_app import build_app
-from nanoinfra.serve.server.http.graceful_shutdown import GracefulServer
+from nanoinfra.serve.server.http.uvicorn_graceful_shutdown import GracefulServer
 from nanoinfra.serve.server.launch_server import create_server_socket
 from nanoinfra.serve.server.prometheus_metrics import ServerMetrics
 from tests.serve.fake import TEMPLATE, Fake

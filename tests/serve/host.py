@@ -14,7 +14,7 @@ from nanoinfra.serve.processes.engine_client import EngineClient
 from nanoinfra.serve.server.fastapi_app import build_app
 from nanoinfra.serve.server.http.access_control import AccessPolicy
 from nanoinfra.serve.server.http.connection_limits import ConnectionLimits
-from nanoinfra.serve.server.http.graceful_shutdown import GracefulServer
+from nanoinfra.serve.server.http.uvicorn_graceful_shutdown import GracefulServer
 from nanoinfra.serve.server.launch_server import create_server_socket
 from nanoinfra.serve.server.prometheus_metrics import ServerMetrics
 from tests import processes

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.model.weights.hugging_face.load_and_save import load_hf_model, save_hf_model
+from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.command_line_options import EngineOptions
 from nanoinfra.serve.engine import packed_linear
@@ -19,7 +19,7 @@ from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.load_engine import load_engine
 from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 from nanoinfra.serve.engine.scheduler import QueueFull
-from nanoinfra.serve.generate import generate
+from nanoinfra.serve.generate_with_kv_cache import generate
 from tests.families import VARIANTS
 from tests.model.test_decoder import config
 from tests.model.twins import FAMILIES, scrambled

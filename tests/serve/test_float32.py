@@ -10,13 +10,13 @@ import torch
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import decoder_on_meta_device
 from nanoinfra.model.weights.load_model import open_model_weights
+from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.engine import Engine
 from nanoinfra.serve.engine.load_engine import use_cpu_kernels
 from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
-from nanoinfra.serve.generate import generate
+from nanoinfra.serve.generate_with_kv_cache import generate
 from tests.model.test_decoder import config
 from tests.model.twins import scrambled
 

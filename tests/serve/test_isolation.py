@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanoinfra.distributed.mesh import Mesh
-from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine import cpu_decoder_block
 from nanoinfra.serve.engine.engine import Engine

@@ -13,7 +13,7 @@ import pytest
 
 from nanoinfra.cli import main
 from nanoinfra.serve.command_line_options import GenerateOptions, parse_byte_size
-from nanoinfra.serve.generate import main as generate
+from nanoinfra.serve.generate_with_kv_cache import main as generate
 from tests.processes import children, gone
 from tests.serve.host import ROOT, SERVE, metric, running, started, until
 
@@ -122,7 +122,8 @@ def test_help_and_the_server_need_no_torch():
             "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
             "    main(['serve', '--help'])\n"
             "assert 'fastapi' not in sys.modules\n"
-            "import nanoinfra.serve.server.fastapi_app, nanoinfra.serve.server.http.graceful_shutdown\n"
+            "import nanoinfra.serve.server.fastapi_app\n"
+            "import nanoinfra.serve.server.http.uvicorn_graceful_shutdown\n"
             "sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -2,7 +2,7 @@
 import pytest
 
 from nanoinfra.model.weights.hugging_face.tokenizer_files import open_hf_tokenizer
-from nanoinfra.serve.engine.single_token_text import SingleTokenDecoder, TextOffsets
+from nanoinfra.serve.engine.token_text_and_offsets import SingleTokenDecoder, TextOffsets
 from tests.model.tokenizer_kinds import KINDS, STRINGS, save
 from tests.serve.letters import byte_text
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import TensorShard
-from nanoinfra.train.checkpoint import manifest as disk
+from nanoinfra.train.checkpoint import safetensors_and_manifest as disk
 from nanoinfra.train.checkpoint import save_and_load
 from nanoinfra.train.checkpoint.save_and_load import (
     find_newest_checkpoint,

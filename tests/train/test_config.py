@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.commands import _flag_names, parse_command_line
+from nanoinfra.parse_and_run_command import _flag_names, parse_command_line
 from nanoinfra.train.config import (
     AxesFlags,
     MemoryFlags,

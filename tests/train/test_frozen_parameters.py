@@ -19,7 +19,7 @@ from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.frozen_parameters import frozen_parameter_names
 from nanoinfra.train.load_and_export_models import load_pretrained
 from nanoinfra.train.step import execute_schedule
-from nanoinfra.train.train_stage import TrainStage, initial_weights_reader
+from nanoinfra.train.training_pipeline_stage import TrainStage, initial_weights_reader
 
 PATTERNS = ["embed.*", "blocks.0.*", "*.attn.k.weight"]
 FLAGS = ["train", "--model", "test", "--data", "random", "--dtype", "float64", "--steps", "3", "--seq", "23",

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from nanoinfra.cli import main
-from nanoinfra.commands import parse_command_line
 from nanoinfra.config import config_for_size
+from nanoinfra.parse_and_run_command import parse_command_line
 from nanoinfra.train import config, metrics_and_plots
 from nanoinfra.train.launch import memory_check
 from nanoinfra.train.launch.memory_check import (
@@ -44,7 +44,7 @@ def untouched(monkeypatch):
     def touched(*_, **__):
         raise AssertionError("something was begun")
     for name in ("train.launch.launch_ranks.launch_ranks",
-                 "train.model_and_data_inputs.open_dataset",
+                 "train.open_model_and_data.open_dataset",
                  "train.trainer.TrainStage",
                  "train.trainer.MicroBatchLoader"):
         monkeypatch.setattr(f"nanoinfra.{name}", touched)
@@ -172,7 +172,7 @@ def test_weights_are_looked_at_before_the_corpus_is_read(machine, untouched, mon
     (run / "config.json").write_text(json.dumps({"nanoinfra": 1, "model": config_for_size("nano").to_dict()}))
     (run / "checkpoints").mkdir()
     machine(24 * GB)
-    monkeypatch.setattr("nanoinfra.train.model_and_data_inputs.open_pretrained_weights",
+    monkeypatch.setattr("nanoinfra.train.open_model_and_data.open_pretrained_weights",
                         lambda *_: Opened(config_for_size("nano")))
     argv = ["train", "--model", str(run), "--seq", "100000000", "--out", str(tmp_path / "out")]
     assert main(argv) == 2

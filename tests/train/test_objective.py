@@ -21,7 +21,7 @@ from nanoinfra.model.initialization import init_weights
 from nanoinfra.train.config import PipelineFlags
 from nanoinfra.train.loss import MEAN_CROSS_ENTROPY, MeanCrossEntropy, apply_objective, count_valid_tokens
 from nanoinfra.train.step import execute_schedule
-from nanoinfra.train.train_stage import TrainStage
+from nanoinfra.train.training_pipeline_stage import TrainStage
 
 V, T = 61, 9
 ONE = {"pp": 1, "dp": 1, "tp": 1}

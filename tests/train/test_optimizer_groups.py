@@ -15,7 +15,7 @@ from nanoinfra.train.config import MeshFlags, ModelFlags, OptimizerFlags, TrainF
 from nanoinfra.train.loss import linear_cross_entropy
 from nanoinfra.train.optimizer import ADAMW_BETAS, ADAMW_EPS, MixedPrecisionOptimizer, OptimizerGroup
 from nanoinfra.train.step import execute_schedule
-from nanoinfra.train.train_stage import TrainStage, initial_weights_reader
+from nanoinfra.train.training_pipeline_stage import TrainStage, initial_weights_reader
 
 LR, STEPS, CONFIG = 0.05, 3, config_for_size("test")
 GROUPS = {"embeddings": OptimizerGroup({"embed.weight"}, lr_scale=0.1, weight_decay=0.0),

@@ -15,7 +15,6 @@ from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import TensorShard
 from nanoinfra.lab.instruments.live_tensor_bytes import LiveTensorBytes
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import PretrainedWeights
 from nanoinfra.model.weights.hugging_face.load_and_save import save_hf_model
 from nanoinfra.model.weights.hugging_face.tokenizer_files import (
     copy_tokenizer_files,
@@ -25,6 +24,7 @@ from nanoinfra.model.weights.hugging_face.tokenizer_files import (
 )
 from nanoinfra.model.weights.load_model import open_model_weights
 from nanoinfra.model.weights.read_json_files import read_json
+from nanoinfra.model.weights.read_weights_into_decoder import PretrainedWeights
 from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.checkpoint import save_and_load
 from nanoinfra.train.config import TrainFlags
@@ -34,7 +34,7 @@ from nanoinfra.train.load_and_export_models import (
     open_pretrained_weights,
     save_pretrained_tokenizer,
 )
-from nanoinfra.train.model_and_data_inputs import open_run_inputs
+from nanoinfra.train.open_model_and_data import open_run_inputs
 from tests.model.chat_model import TEMPLATE, chat_model
 from tests.model.parts import assert_a_rank_reads_its_part, assert_parts_make_the_whole, counting
 from tests.model.test_decoder import config

@@ -26,9 +26,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.modules import module
 
-from nanoinfra.distributed.loopback_store import bind_gloo_and_nccl_to_loopback, connect_to_loopback_store
+from nanoinfra.distributed.loopback_tcp_store import bind_gloo_and_nccl_to_loopback, connect_to_loopback_store
 from nanoinfra.distributed.mesh import set_default_emulated_links
-from nanoinfra.distributed.status_board import StatusBoard, report_status_to
+from nanoinfra.distributed.rank_status_board import StatusBoard, report_status_to
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import cloudpickle
 
-from nanoinfra.distributed.loopback_store import start_loopback_store
+from nanoinfra.distributed.loopback_tcp_store import start_loopback_store
 from nanoinfra.distributed.pool.rank_main import rank_main
-from nanoinfra.distributed.status_board import StatusBoard, hang_report
+from nanoinfra.distributed.rank_status_board import StatusBoard, hang_report
 
 # Every torch optimizer imports torch._dynamo, which takes seconds: once in the forkserver, not in each rank.
 # No module of this package: the forkserver does not know the caller's sys.path and might import another copy.
@@ -42,7 +42,7 @@ class RankProcesses:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "board")
-                self.status_board = StatusBoard(path, num_ranks)
+                self.rank_status_board = StatusBoard(path, num_ranks)
                 for rank in range(num_ranks):
                     self._start(rank, num_ranks, path)
                 self._collect(_STARTUP_TIMEOUT_SECONDS)
@@ -63,7 +63,7 @@ class RankProcesses:
 
         After a RankFailedError the processes cannot be used again.
         """
-        self.status_board.clear_statuses()
+        self.rank_status_board.clear_statuses()
         for pipe in self.pipes:
             with suppress(BrokenPipeError):  # the rank died just now; _collect reports it
                 pipe.send_bytes(pickled_call)
@@ -130,7 +130,7 @@ class RankProcesses:
             head = f"rank {rank} of {n} failed\n{trace.rstrip()}"
         else:
             head = f"{n - len(results)} of {n} ranks gave no answer within {timeout:g} s"
-        report = hang_report(self.status_board.read_statuses(), fates.__getitem__)
+        report = hang_report(self.rank_status_board.read_statuses(), fates.__getitem__)
         return f"{head}\nwhere each rank stood:\n{report}"
 
 

@@ -1,8 +1,8 @@
 """Gradient parity: compare the gradients of a training step on a mesh of ranks with those of one rank.
 
-Each rank runs the trainer's own stage (train/train_stage.py) in float64. The error of a gradient is the
-design's measure, ||got - want|| / max(||want||, 1e-6 ||all gradients||), of each rank's part against the
-whole.
+Each rank runs the trainer's own stage (train/training_pipeline_stage.py) in float64. The error of a gradient
+is the design's measure, ||got - want|| / max(||want||, 1e-6 ||all gradients||), of each rank's part against
+the whole.
 """
 from collections.abc import Callable, Sequence
 from math import inf, prod
@@ -15,7 +15,7 @@ from nanoinfra.data.token_datasets import IGNORE_INDEX
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.train.config import TrainFlags, make_train_flags
 from nanoinfra.train.step import execute_schedule
-from nanoinfra.train.train_stage import TrainStage
+from nanoinfra.train.training_pipeline_stage import TrainStage
 
 
 def float64_train_flags(axis_sizes: dict[str, int], micro_batch: int, global_batch: int) -> TrainFlags:

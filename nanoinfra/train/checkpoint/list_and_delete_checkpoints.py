@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from nanoinfra.train.checkpoint import manifest as disk
+from nanoinfra.train.checkpoint import safetensors_and_manifest as disk
 
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)          # the errors of a full disk
 WarnFunction = Callable[[str], object]

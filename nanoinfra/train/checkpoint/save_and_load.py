@@ -2,9 +2,9 @@
 
 A checkpoint is the folder step_00000012: each rank's shards in rank{r}.safetensors, state.json, and, written
 last, manifest.json. All files are written to step_00000012.tmp, fsynced and renamed; `verify_checkpoint`
-(train/checkpoint/manifest.py) checks every byte. Of equal shards only the first rank's is written. Nothing is
-pickled. Works with every parallelism through `TensorShard` (formulas/parameters.py); ranks on
-several hosts need a folder that all of them see.
+(train/checkpoint/safetensors_and_manifest.py) checks every byte. Of equal shards only the first rank's is
+written. Nothing is pickled. Works with every parallelism through `TensorShard` (formulas/parameters.py);
+ranks on several hosts need a folder that all of them see.
 """
 import functools
 import json
@@ -21,13 +21,13 @@ from safetensors import safe_open
 from nanoinfra.distributed import comm
 from nanoinfra.formulas.parameters import TensorShard
 from nanoinfra.train.checkpoint import list_and_delete_checkpoints
-from nanoinfra.train.checkpoint import manifest as disk
+from nanoinfra.train.checkpoint import safetensors_and_manifest as disk
 from nanoinfra.train.checkpoint.list_and_delete_checkpoints import (
     WarnFunction,
     checkpoint_folder,
     list_checkpoints,
 )
-from nanoinfra.train.checkpoint.manifest import CheckpointVersionError, verify_checkpoint
+from nanoinfra.train.checkpoint.safetensors_and_manifest import CheckpointVersionError, verify_checkpoint
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, check_shards_cover_tensor
 
 _ShardTensors = Mapping[TensorShard, torch.Tensor] | Iterable[tuple[TensorShard, torch.Tensor]]

@@ -69,7 +69,7 @@ def rank_process_group(device: str, out: Path | None = None, timeout: float = 60
     import torch.distributed as dist
 
     from nanoinfra.distributed.comm import CollectiveFailed
-    from nanoinfra.distributed.status_board import StatusBoard, report_status_to
+    from nanoinfra.distributed.rank_status_board import StatusBoard, report_status_to
     from nanoinfra.train.launch.rendezvous import rendezvous_ranks
     if device == "cuda":
         import torch
@@ -134,7 +134,7 @@ def make_run_folder(path: Path) -> None:
 
 def _describe_hang(board, rank, lost):
     """Which ranks did not enter the collective, in words; those that hang on this host are killed."""
-    from nanoinfra.distributed.status_board import hang_report
+    from nanoinfra.distributed.rank_status_board import hang_report
     if board is None:
         return ""
     statuses = board.read_statuses()
@@ -155,7 +155,7 @@ def _kill_hung_ranks_on_this_host(board, statuses, rank, lost):
 
 def find_hung_ranks(waiting_rank: int, statuses: list[dict]) -> list[int]:
     """The ranks that `waiting_rank` waits for, directly or through others, and that wait for nobody."""
-    from nanoinfra.distributed.status_board import missing_ranks
+    from nanoinfra.distributed.rank_status_board import missing_ranks
     found, new = set(), {waiting_rank}
     while new:
         found |= new

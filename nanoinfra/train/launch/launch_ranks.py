@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from nanoinfra.distributed.cpu_threads import default_threads_per_rank
-from nanoinfra.distributed.loopback_store import LOOPBACK_HOST, start_loopback_store
+from nanoinfra.distributed.loopback_tcp_store import LOOPBACK_HOST, start_loopback_store
 from nanoinfra.train.checkpoint.save_and_load import list_checkpoints
 from nanoinfra.train.launch.elastic_rank import (
     ELASTIC_LOGS_FOLDER,
@@ -198,7 +198,7 @@ def _after_failure(failures, world, out):
     remedy = "; --resume goes on from the last checkpoint" if out else ""
     print(f"nanoinfra: rank {rank} {_how(failures[rank])}{remedy}", file=sys.stderr)
     if out and (out / STATUS_BOARD_FILE).exists():
-        from nanoinfra.distributed.status_board import StatusBoard, hang_report
+        from nanoinfra.distributed.rank_status_board import StatusBoard, hang_report
         positions = StatusBoard(out / STATUS_BOARD_FILE, world).read_statuses()
         fate = {r: "was killed" for r, failure in failures.items() if _killed(failure)}
         print(hang_report(positions, lambda r: fate.get(r, "")), file=sys.stderr)

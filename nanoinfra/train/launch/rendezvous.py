@@ -1,6 +1,6 @@
 """The rendezvous: the ranks of a run find each other by the variables that their launcher gave them.
 
-On one host all connections are on loopback (distributed/loopback_store.py), and our own launcher reads
+On one host all connections are on loopback (distributed/loopback_tcp_store.py), and our own launcher reads
 nothing that a rank or another program wrote. Several hosts need a network that you trust: the store and the
 connections have no secret and no encryption, and torchrun, which starts ranks there, listens on every
 interface and unpickles what it finds at its c10d rendezvous: whoever reaches that port can run code. Rank 0
@@ -14,7 +14,7 @@ from datetime import timedelta
 from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from nanoinfra.distributed.loopback_store import (
+from nanoinfra.distributed.loopback_tcp_store import (
     bind_gloo_and_nccl_to_loopback,
     connect_to_loopback_store,
     is_loopback,

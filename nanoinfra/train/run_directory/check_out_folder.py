@@ -17,7 +17,7 @@ from nanoinfra.train.config import RunFlags, group_by_flag
 RUN_DIRECTORY_VERSION = 1  # of a run directory, "nanoinfra" in its config.json
 RUN_FILES = ("config.json", "metrics.jsonl", "loss.png")
 _RUN_FOLDERS = ("checkpoints", "tokenizer")
-_MANIFEST_START = b'"nanoinfra checkpoint'  # in the first line of a manifest (train/checkpoint/manifest.py)
+_MANIFEST_START = b'"nanoinfra checkpoint'  # in the first line of a manifest
 _TRACE_START = b'{"traceEvents"'                 # how a --trace begins
 
 

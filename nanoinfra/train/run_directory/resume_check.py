@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanoinfra.config import MODEL_SIZES
 from nanoinfra.train.config import TrainFlags, flags_to_dict
-from nanoinfra.train.model_and_data_inputs import RunInputs
+from nanoinfra.train.open_model_and_data import RunInputs
 
 _REQUIRED_STATE_KEYS = ("step", "consumed", "updates", "scale", "seed", "seq", "corpus", "tokenizer", "model",
                         "flags")

@@ -14,7 +14,7 @@ from nanoinfra.model.weights.hugging_face.tokenizer_files import remove_tokenize
 from nanoinfra.renamed_flags import with_new_flag_names
 from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.checkpoint import list_and_delete_checkpoints, save_and_load
-from nanoinfra.train.checkpoint.manifest import read_manifest
+from nanoinfra.train.checkpoint.safetensors_and_manifest import read_manifest
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError
 from nanoinfra.train.config import RunFlags, TrainFlags, flags_to_dict, group_by_flag
 from nanoinfra.train.launch.elastic_rank import (
@@ -24,7 +24,7 @@ from nanoinfra.train.launch.elastic_rank import (
     ranks_were_restarted,
 )
 from nanoinfra.train.load_and_export_models import save_pretrained_tokenizer
-from nanoinfra.train.model_and_data_inputs import RunInputs
+from nanoinfra.train.open_model_and_data import RunInputs
 from nanoinfra.train.run_directory.check_out_folder import (
     RUN_DIRECTORY_VERSION,
     check_out_folder,
@@ -32,7 +32,7 @@ from nanoinfra.train.run_directory.check_out_folder import (
 )
 from nanoinfra.train.run_directory.lock_run_directory import lock_run_directory
 from nanoinfra.train.run_directory.resume_check import check_resumes_same_run, data_description
-from nanoinfra.train.train_stage import TrainStage
+from nanoinfra.train.training_pipeline_stage import TrainStage
 
 
 class RunDirectory:

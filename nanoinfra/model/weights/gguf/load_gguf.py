@@ -13,12 +13,6 @@ import torch
 from nanoinfra.config import ModelConfig
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Tokenizer
-from nanoinfra.model.weights.fill_model import (
-    PretrainedWeights,
-    build_filled_decoder,
-    check_tensor_names,
-    parameter_reader,
-)
 from nanoinfra.model.weights.gguf.config import (
     GGUF_LINEAR_NAMES,
     GGUFMetadata,
@@ -28,6 +22,12 @@ from nanoinfra.model.weights.gguf.config import (
 from nanoinfra.model.weights.gguf.file_format import GGUFFile, open_gguf_file
 from nanoinfra.model.weights.gguf.tokenizer import build_gguf_tokenizer
 from nanoinfra.model.weights.map_parameters_to_stored_tensors import TensorSource, parameter_sources
+from nanoinfra.model.weights.read_weights_into_decoder import (
+    PretrainedWeights,
+    build_filled_decoder,
+    check_tensor_names,
+    parameter_reader,
+)
 
 _BLOCK_NAMES = {"norm1": "attn_norm", "norm2": "ffn_norm", "attn.q_norm": "attn_q_norm",
                 "attn.k_norm": "attn_k_norm"}

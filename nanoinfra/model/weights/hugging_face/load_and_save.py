@@ -16,12 +16,6 @@ from safetensors.torch import save_file
 from nanoinfra.config import ModelConfig
 from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.model.decoder import Decoder
-from nanoinfra.model.weights.fill_model import (
-    PretrainedWeights,
-    build_filled_decoder,
-    check_tensor_names,
-    parameter_reader,
-)
 from nanoinfra.model.weights.hugging_face.config import model_config_to_hf, read_hf_config
 from nanoinfra.model.weights.hugging_face.parameter_names import HF_HEAD_WEIGHT, HF_PARAMETER_NAMES
 from nanoinfra.model.weights.hugging_face.tokenizer_files import (
@@ -30,6 +24,12 @@ from nanoinfra.model.weights.hugging_face.tokenizer_files import (
     tokenizer_keys_for_config,
 )
 from nanoinfra.model.weights.map_parameters_to_stored_tensors import join_to_stored_tensor, parameter_sources
+from nanoinfra.model.weights.read_weights_into_decoder import (
+    PretrainedWeights,
+    build_filled_decoder,
+    check_tensor_names,
+    parameter_reader,
+)
 from nanoinfra.model.weights.replace_files import replace_model_files
 from nanoinfra.model.weights.safetensors_files import (
     SAFETENSORS_FILE,

@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C before and after the HTTP server runs: the process exits with code 0 at once.
 
-While it runs, the server handles them (graceful_shutdown.py). Python alone would print a traceback and exit
-with code 1 on Ctrl-C, and would be killed by SIGTERM.
+While it runs, the server handles them (uvicorn_graceful_shutdown.py). Python alone would print a traceback
+and exit with code 1 on Ctrl-C, and would be killed by SIGTERM.
 """
 import atexit
 import functools

@@ -12,7 +12,7 @@ from math import isfinite
 from nanoinfra.model.tokenizer import Tokenizer
 from nanoinfra.serve.api_errors import APIError
 from nanoinfra.serve.engine.request_and_output import Logprob, Request, RequestOutput
-from nanoinfra.serve.engine.single_token_text import SingleTokenDecoder, TextOffsets
+from nanoinfra.serve.engine.token_text_and_offsets import SingleTokenDecoder, TextOffsets
 from nanoinfra.serve.server import request_limits
 from nanoinfra.serve.server.openai.choice_accumulator import ChoiceAccumulator
 from nanoinfra.serve.server.openai.completion_requests import BaseCompletionRequest

@@ -15,7 +15,7 @@ from nanoinfra.model.attention_cores import naive_attention, sdpa_attention
 from nanoinfra.model.attention_mask import CAUSAL_MASK, AttentionMask
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.tokenizer import Tokenizer, apply_chat_template
-from nanoinfra.model.weights.fill_model import decoder_on_meta_device
+from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.command_line_options import GenerateOptions
 from nanoinfra.serve.engine.detokenizer import IncrementalDetokenizer

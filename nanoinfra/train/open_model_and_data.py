@@ -12,7 +12,7 @@ from nanoinfra.data.micro_batch_loader import HeldOutSet
 from nanoinfra.data.token_datasets import PackedDataset, RandomTokenDataset, open_dataset
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.distributed import comm
-from nanoinfra.model.weights.fill_model import PretrainedWeights, ReadParameter
+from nanoinfra.model.weights.read_weights_into_decoder import PretrainedWeights, ReadParameter
 from nanoinfra.train.config import (
     TrainFlags,
     check_combinations,

@@ -3,13 +3,13 @@ import pytest
 import torch
 from torch import nn
 
-from nanoinfra.distributed.gradient_reducer import (
+from nanoinfra.distributed.mesh import Mesh
+from nanoinfra.distributed.reduce_scatter_gradients import (
     BucketedParam,
     GradientReducer,
     ReduceScatterBucket,
     group_by_dtype_and_bytes,
 )
-from nanoinfra.distributed.mesh import Mesh
 
 
 def reducer(bucket_bytes, n=3, dtype=torch.float32):

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nanoinfra.formulas.parameters import TensorShard
-from nanoinfra.train.checkpoint import manifest as disk
+from nanoinfra.train.checkpoint import safetensors_and_manifest as disk
 from nanoinfra.train.checkpoint.tensor_shards import CheckpointError
 
 

@@ -15,7 +15,7 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.data.batch import Batch, check_batch
 from nanoinfra.formulas.parameters import TensorShard, parameter_shapes
 from nanoinfra.model.initialization import draw_initial_tensor
-from nanoinfra.model.weights.fill_model import ReadParameter
+from nanoinfra.model.weights.read_weights_into_decoder import ReadParameter
 from nanoinfra.parallel.parallelize import ParallelConfig, ParallelModel
 from nanoinfra.parallel.pipeline import schedules
 from nanoinfra.parallel.pipeline.stage import PipelineStage

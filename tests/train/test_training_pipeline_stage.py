@@ -14,7 +14,7 @@ from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.train import metrics_and_plots
 from nanoinfra.train.config import ModelFlags, TrainFlags, make_train_flags
 from nanoinfra.train.step import execute_schedule
-from nanoinfra.train.train_stage import TrainStage
+from nanoinfra.train.training_pipeline_stage import TrainStage
 
 
 def stepped(zero, config=None, **model):

@@ -124,7 +124,7 @@ def _generate(options, argv):
     if options.tp > 1 and not is_rank:
         from nanoinfra.train.launch.launch_ranks import launch_ranks
         return launch_ranks(argv, options.tp)
-    from nanoinfra.serve.generate import main as generate
+    from nanoinfra.serve.generate_with_kv_cache import main as generate
     with elastic_rank.rank_process_group("cpu"):
         return generate(options)
 

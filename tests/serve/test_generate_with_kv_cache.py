@@ -9,9 +9,9 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.data.train_tokenizer import BPETokenizer
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.hugging_face.load_and_save import save_hf_model
-from nanoinfra.serve import generate as generation
+from nanoinfra.serve import generate_with_kv_cache as generation
 from nanoinfra.serve.command_line_options import GenerateOptions
-from nanoinfra.serve.generate import KVCache, generate, main
+from nanoinfra.serve.generate_with_kv_cache import KVCache, generate, main
 from tests.families import VARIANTS
 from tests.model.test_decoder import config
 from tests.model.twins import FAMILIES, scrambled, tokens
