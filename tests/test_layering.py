@@ -13,7 +13,7 @@ ROOT = HOUSE.parent
 FLOORS = [{"config", "renamed_flags"}, {"formulas", "kernels"}, {"distributed"}, {"model", "data"},
           {"memory"}, {"parallel"},
           {"train", "serve"},
-          {"tune"}, {"plan"}, {"lab"}, {"commands"}, {"cli"}]
+          {"tune"}, {"plan"}, {"lab"}, {"parse_and_run_command"}, {"cli"}]
 BEFORE = {room: set().union(*FLOORS[:i]) for i, floor in enumerate(FLOORS) for room in floor}
 BEFORE["model"] -= {"distributed"}                  # the model knows nothing of ranks
 BEFORE["model"] |= {"data"}                  # whose tokenizers a run's folder has

@@ -28,8 +28,8 @@ from nanoinfra.distributed.reduce_scatter_gradients import (
 class ZeroDataParallel:
     """`model`, sharded over `axis` in place, for a loss that is divided by the *global* token count.
 
-    `param_names` (None: all) are the parameters that this is for; others are left as they are, for a group of
-    their own on another axis. Raises ValueError for a name that no parameter has, or that is in two groups.
+    `param_names` (None: all) are the parameters that this is for; others are left as they are. ValueError for
+    a name that no parameter has, and for a parameter that is in another group already.
     `param_shards[name]` (c, ...) are the rows of a trainable parameter that this rank's optimizer updates, in
     float32 or wider: rows [start, stop) = `row_ranges[name]` of `full_shapes[name]`, then zeros. The model
     computes in `dtype` (default: its own); gradients are summed in `grad_dtype` (default: the same).
@@ -182,7 +182,8 @@ def _shard_params(model, selected, axis, units, dtype, read_param):
     if len(unit_of) < sum(len({module for top in unit for module in top.modules()}) for unit in units):
         raise ValueError("a module is in two units of ZeRO-3, and each frees it for the other; make them one")
     names = {p: name for name, p in selected.items()}
-    buffers = buffers_of_parameters(model, selected)
+    for buffer in buffers_of_parameters(model, selected):
+        comm.broadcast(buffer, axis, "weights")
     first, sharded_params = {}, []
     for module in model.modules():
         for key, p in module._parameters.items():
@@ -200,8 +201,6 @@ def _shard_params(model, selected, axis, units, dtype, read_param):
             sharded.param.reduced_over = axis.name
             module._parameters[key] = sharded.param
             sharded_params.append(sharded)
-    for buffer in buffers:
-        comm.broadcast(buffer, axis, "weights")
     return sharded_params
 
 
