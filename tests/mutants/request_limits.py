@@ -41,6 +41,9 @@ class Letters:
     def get_vocab(self):
         return {"a": 0, "abcd": 1}
 
+    def get_added_tokens_decoder(self):
+        return {}
+
     def token_to_id(self, text):
         return None
 
