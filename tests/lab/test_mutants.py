@@ -1,3 +1,4 @@
+import inspect
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ FIRST = [m for m in LESSONS if sum(m.check.name == n.check.name for n in LESSONS
 NAMED = {name for file in Path(__file__).parent.glob("test_l[0-9][0-9]_*.py")      # judged there, by the text
          for name in getattr(load_python_file(file), "HINTS", ())}
 FEW = [m for m in FIRST if m.name not in NAMED]
+MUTANTS = sorted((Path(__file__).parents[1] / "mutants").glob("*.py"))
 
 
 @pytest.mark.parametrize("mutant", FEW, ids=lambda m: f"{m.check.name}: {m.name}")
@@ -42,6 +44,27 @@ def test_a_patch_holds_in_the_rank_processes_and_only_during_the_call():
     report = l02_ring.ring_all_reduce.report(lazy)
     assert report.first_failure.criterion.name == "every rank has the sum"
     assert l02_ring.ring_all_reduce.report(ring_all_reduce).exit_code == 0
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("file", MUTANTS, ids=lambda file: file.stem)
+def test_the_library_passes_the_checks_that_its_mutants_fail(file):
+    patched_ones = {m.check.name: (m.check, inspect.unwrap(m.variant))
+                    for m in collect_library_mutants(file.stem) if hasattr(m.variant, "__wrapped__")}
+    failed = {name: failure.criterion.name for name, (check, subject) in patched_ones.items()
+              if (failure := check.report(subject).first_failure)}
+    assert patched_ones and not failed
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("file", MUTANTS, ids=lambda file: file.stem)
+def test_a_mutants_methods_are_those_of_the_class_that_it_breaks(file):
+    """A method that a renaming has left behind would break nothing."""
+    module = load_python_file(file)
+    broken = [kind for kind in vars(module).values() if inspect.isclass(kind)
+              and kind.__module__ == module.__name__ and kind.__base__.__module__.startswith("nanoinfra")]
+    assert [f"{kind.__name__}.{name}" for kind in broken for name, method in vars(kind).items()
+            if inspect.isfunction(method) and not hasattr(kind.__base__, name)] == []
 
 
 def test_mutants_are_found_from_a_folder_outside_the_repository(course):

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 
-from nanoinfra.lab.mutants import collect_library_mutants
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.weights.hugging_face.load_and_save import load_hf_model, save_hf_model
 from nanoinfra.model.weights.read_json_files import MAX_JSON_BYTES, read_json
@@ -85,13 +84,6 @@ def test_what_is_broken_is_named_in_a_line(tmp_path, folder, how, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_hf_model(tmp_path / "m")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.prove
-def test_the_library_passes_the_checks_that_its_mutants_fail():
-    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in collect_library_mutants("folders")}
-    for check, subject in subjects.values():
-        assert check.report(subject).exit_code == 0
 
 
 def test_json_that_is_absent_is_empty_and_what_cannot_be_read_is_named(tmp_path, monkeypatch):

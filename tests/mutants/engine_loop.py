@@ -68,8 +68,8 @@ def _(subject):
 
 def obeys_or_dies(engine, verb, value=None):
     try:
-        {"add": engine.add_request, "abort": engine.abort_request,
-         "reset": lambda _: engine.reset_prefix_cache()}[verb](value)
+        {"add": lambda: engine.add_request(value), "abort": lambda: engine.abort_request(value),
+         "reset": lambda: engine.reset_prefix_cache()}[verb]()
     except ValueError as error:
         return value.request_id, 400, str(error)
 

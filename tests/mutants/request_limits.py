@@ -41,6 +41,12 @@ class Letters:
     def get_vocab(self):
         return {"a": 0, "abcd": 1}
 
+    def get_added_tokens_decoder(self):
+        return {}
+
+    def token_to_id(self, text):
+        return None
+
 
 def ask(kind, **body):
     """(why it was refused, or None; characters that were tokenized; chats rendered; fields kept)."""

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from nanoinfra.lab.mutants import collect_library_mutants
 from nanoinfra.serve.api_errors import APIError
 from nanoinfra.serve.engine.request_and_output import Request
 from nanoinfra.serve.processes import engine_client as module
@@ -103,15 +102,6 @@ def _answered(client):
         return client.recv(99, socket.MSG_PEEK).startswith(b"HTTP/1.1 429")
     except BlockingIOError:
         return False
-
-
-@pytest.mark.prove
-def test_the_library_passes_the_checks_that_its_mutants_fail():
-    files = ("engine_client", "engine_processes", "shutdown_signals")
-    mutants = [mutant for file in files for mutant in collect_library_mutants(file)]
-    subjects = {m.check.name: (m.check, m.variant.__wrapped__) for m in mutants}
-    for check, subject in subjects.values():
-        assert check.report(subject).exit_code == 0
 
 
 class Silent:
