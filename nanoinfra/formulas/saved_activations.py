@@ -182,19 +182,16 @@ def _core(config, batch, seq, d, attention):
     naive: the mask, one byte a pair; the softmax in float32 at least; its 16-bit copy, which the product with
     v reads. ALiBi adds to the scores and saves nothing.
     sdpa: a log-sum-exp for each query, and the output. Without RoPE the output has o's layout (B, T, H, K)
-    already and is the same tensor as o's input. ALiBi needs a mask of numbers (1, H, T, T), a window that
-    hides keys one of (T, T). Not covered: sdpa with RoPE at head_dim 2, where torch's kernel is not fused.
+    already and is the same tensor as o's input. A mask of numbers is made again in backward.
     """
     squares = batch * config.heads * seq * seq
     position = config.architecture.position_encoding
     if attention == "naive":
-        return {"mask": seq * seq if seq > 1 or config.window else 0, "softmax": squares * _wide(d),
+        return {"mask": seq * seq if seq > 1 else 0, "softmax": squares * _wide(d),
                 "weights": squares * d if d < 4 else 0}
     copied = position == "rope" and config.heads > 1 and seq > 1
     rows = batch * config.heads * seq
-    masks = config.heads if position == "alibi" else int(config.window is not None and seq > config.window)
-    return {"core_output": rows * config.head_dim * d if copied else 0, "logsumexp": rows * _wide(d),
-            "mask": masks * seq * seq * d}
+    return {"core_output": rows * config.head_dim * d if copied else 0, "logsumexp": rows * _wide(d)}
 
 
 def _wide(d):

@@ -175,7 +175,14 @@ def _layer_work_bytes(config: ModelConfig, layout: ParallelLayout, step: Trainin
         squares = (2 * step.micro_batch_size * mine.heads * step.seq_len ** 2 * wide
                    - read["mlp_hidden"] - read["weights"])
     gradients = 3 * tokens * config.width * wide + max(hidden + matrix, squares)
-    return recompute_working_bytes(config, *arguments) + gradients
+    return recompute_working_bytes(config, *arguments) + gradients + _mask_work_bytes(mine, step)
+
+
+def _mask_work_bytes(config, step):
+    """Bytes of what sdpa adds to the scores: a bias of each head for ALiBi, one mask for a window."""
+    window = config.window is not None and step.seq_len > config.window
+    masks = config.heads if config.architecture.position_encoding == "alibi" else int(window)
+    return masks * step.seq_len ** 2 * max(4, step.dtype_bytes) if step.attention == "sdpa" else 0
 
 
 def _optimizer_work_bytes(step: TrainingStepConfig, gradients: int) -> int:

@@ -27,7 +27,7 @@ def configs():
     size = st.integers(1, 40)
     few = st.integers(1, 3)
     return st.builds(_config, vocab=st.integers(2, 60), width=size, layers=few, groups=few, kv_heads=few,
-                     pairs=st.integers(2, 8), hidden=size, tied=st.booleans(),
+                     pairs=st.integers(1, 8), hidden=size, tied=st.booleans(),
                      family=st.sampled_from(KINDS), variant=st.sampled_from(VARIANTS))
 
 

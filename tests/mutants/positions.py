@@ -11,8 +11,9 @@ import torch
 from nanoinfra.config import ModelConfig, RopeScaling
 from nanoinfra.lab.check import Check, CriterionNotMet
 from nanoinfra.lab.mutants import Mutant, patched
-from nanoinfra.model import attention, rope
-from nanoinfra.model.attention import AttentionMask
+from nanoinfra.model import rope
+from nanoinfra.model.attention_cores import ATTENTION_CORES, sdpa_attention
+from nanoinfra.model.attention_mask import AttentionMask, additive_mask, hidden_key_mask
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.serve.engine.cpu_decoder_block import CpuPagedKVCache
 from nanoinfra.serve.engine.engine import Engine
@@ -29,7 +30,7 @@ K, THETA, FIRST = 16, 5000.0, 256            # head_dim, base, original context
 def attend(core, T, S, W):
     """(T, S): how much of each key each query sees, all keys being alike."""
     q, k, v = torch.zeros(1, 1, T, S), torch.zeros(1, 1, S, S), torch.eye(S)[None, None]
-    return attention.ATTENTION_CORES[core](q, k, v, AttentionMask(W))[0, 0]
+    return ATTENTION_CORES[core](q, k, v, AttentionMask(W))[0, 0]
 
 
 @window.criterion("a query sees the last W keys up to its own, itself included", "property")
@@ -45,7 +46,7 @@ def _(subject):
 def serve(kernels):
     """(what an engine says to a prompt longer than its window, what it should)."""
     torch.manual_seed(0)
-    model = Decoder(replace(SMALL, window=6, full_layers=1)).eval()
+    model = Decoder(replace(SMALL, layers=4, window=6, full_layers=1)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     tokens = [5 * i % 31 for i in range(20)]
@@ -117,12 +118,16 @@ def _(subject):
     near(subject(RopeScaling("llama3", 8.0, FIRST))[0], want, "llama3")
 
 
-def wider(T, S, device, window=None, hidden=attention.hidden_key_mask):
-    return hidden(T, S, device, window and window + 1)
+def wider(right):
+    return lambda mask, *args: right(mask._replace(window=mask.window + 1), *args)
 
 
-def without_window(T, S, device, window=None, hidden=attention.hidden_key_mask):
-    return hidden(T, S, device)
+def without_window(right):
+    return lambda mask, *args: right(mask._replace(window=None), *args)
+
+
+def blind_in_chunks(q, k, v, mask):
+    return sdpa_attention(q, k, v, mask._replace(window=None))
 
 
 class BlindAlone(PagedKVCache):
@@ -164,11 +169,15 @@ def stretched(**kinds):
 SEES, = (c.name for c in window.criteria)
 SAYS, = (c.name for c in pages.criteria)
 LINEAR, DYNAMIC, YARN, LLAMA3 = (c.name for c in stretch.criteria)
-HIDDEN = "nanoinfra.model.attention:hidden_key_mask"
+NAIVES, SDPAS = (f"nanoinfra.model.attention_cores:{name}" for name in ("hidden_key_mask", "additive_mask"))
 MUTANTS = [
-    Mutant("a window is one key too wide", window, patched(attend, HIDDEN, wider), SEES),
-    Mutant("a window hides nothing", window, patched(attend, HIDDEN, without_window), SEES),
-    Mutant("chunks see past their window", pages, patched(serve, HIDDEN, without_window), SAYS),
+    Mutant("a window is one key too wide", window, patched(attend, NAIVES, wider(hidden_key_mask)), SEES),
+    Mutant("sdpa's window is one key too wide", window, patched(attend, SDPAS, wider(additive_mask)), SEES),
+    Mutant("a window hides nothing", window, patched(attend, NAIVES, without_window(hidden_key_mask)), SEES),
+    Mutant("sdpa's window hides nothing", window, patched(attend, SDPAS, without_window(additive_mask)),
+           SEES),
+    Mutant("chunks see past their window", pages,
+           patched(serve, "nanoinfra.serve.engine.paged_attention:sdpa_attention", blind_in_chunks), SAYS),
     Mutant("single queries see past their window", pages,
            patched(serve, "nanoinfra.serve.engine.engine:PagedKVCache", BlindAlone), SAYS),
     Mutant("the C passes know no window", pages,
