@@ -112,8 +112,8 @@ def picture(rows: list[dict]) -> draw.Picture:
                 else "0" if worst == 0 else f"$10^{{{log10(worst):.0f}}}$")
         axes.add_patch(Rectangle((x, y), 0.94, 0.9, color=colour))
         axes.text(x + 0.47, y + 0.45, said, ha="center", va="center", fontsize=7 if worst is None else 9)
-    notes = (textwrap.fill(f"({k}) {reason}", 62, break_on_hyphens=False)
-             for k, reason in enumerate(reasons, 1))
+    notes = [textwrap.fill(f"({k}) {reason}", 68, break_on_hyphens=False)
+             for k, reason in enumerate(reasons, 1)]
     axes.text(7.4, 0.1, "\n".join(notes), va="top", fontsize=7.5)
     axes.set(xlim=(0, len(names)), ylim=(len(names), 0))
     axes.set_xticks([k + 0.5 for k in range(len(names))], names, rotation=35, ha="right")
