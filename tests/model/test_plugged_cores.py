@@ -101,8 +101,8 @@ def test_a_decoder_trains_with_it(family, recompute, forwards, ends):
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_two_ranks_train_with_it(ranks, family, recompute):
     want = gradients(decoder(family))
-    for rank, (got, bounds) in enumerate(ranks(2).run(on_a_rank, family, recompute)):
-        mine = {name: grad[tuple(slice(*b) for b in bounds[name])] for name, grad in want.items()}
+    for rank, (got, shards) in enumerate(ranks(2).run(on_a_rank, family, recompute)):
+        mine = {name: grad[shards[name].slices_within()] for name, grad in want.items()}
         assert_same_gradients({name: got[name] for name in mine}, mine, where=f"rank {rank}")
 
 
@@ -114,7 +114,7 @@ def on_a_rank(family, recompute):
     apply_activation_checkpointing(model, recompute)
     model.zero_grad()
     grads = {name: grad.to_dense() for name, grad in gradients(model).items()}     # embedding: sparse
-    return cut.all_reduce_partial_grads(grads), cut.shard_bounds_by_parameter
+    return cut.all_reduce_partial_grads(grads), cut.parameter_shards
 
 
 @pytest.mark.parametrize("core", [None, SplitKeys(sdpa_attention)], ids=["sdpa", "split"])

@@ -75,7 +75,7 @@ def weighted(batch):
 
 
 def step(dp, given, objective=None):
-    """One rank's {name: (box, gradient)} of a step on its share of the micro-batches `given`."""
+    """One rank's {name: (shard, gradient)} of a step on its share of the micro-batches `given`."""
     flags = float64_train_flags({"pp": 1, "dp": dp, "tp": 1}, 1, 1)
     mesh = make_mesh_from_flags(flags)
     stage = TrainStage(CONFIG, flags, mesh, objective=objective or MeanCrossEntropy())
@@ -83,7 +83,7 @@ def step(dp, given, objective=None):
     _, total = count_valid_tokens(mine, mesh.data, stage.sum_normalizers(mine))
     stage.begin_step(mine, total)
     execute_schedule(stage.build_step_schedule(len(mine))[:-1], stage)
-    return {name: (stage.parallel_model.optimizer_shard_bounds(name), grad.clone())
+    return {name: (stage.parallel_model.optimizer_shard(name), grad.clone())
             for name, grad in stage.grads.items()}
 
 

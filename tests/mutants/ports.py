@@ -53,7 +53,7 @@ def adds_a_child():
 def packs_a_ranks_shards():
     model = decoder_on_meta_device(CONFIG)
     two = type("M", (), {"tp": replace(Mesh().tp, global_ranks=(0, 1)),
-                         "subgroup_of_size": lambda self, *_: Mesh().tp})()
+                         "split": lambda self, *_: (Mesh().tp, Mesh().tp)})()
     TensorParallel(model, two)
     pack_linears(model)
 

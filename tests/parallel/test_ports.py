@@ -15,7 +15,7 @@ from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.formulas.parameters import parameter_shapes
 from nanoinfra.formulas.tensor_parallel import SEQUENCE_PARALLEL_MODES as SP
-from nanoinfra.formulas.tensor_parallel import padded_seq_len, shard_bounds_by_parameter
+from nanoinfra.formulas.tensor_parallel import padded_seq_len, tp_shards
 from nanoinfra.model import ports
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.model.initialization import named_generator
@@ -25,7 +25,7 @@ from nanoinfra.parallel import tensor_parallel_decoder
 from nanoinfra.parallel.data_parallel import DataParallel
 from nanoinfra.parallel.parallelize import ParallelChunk, ParallelConfig, parallelize_for_serving
 from nanoinfra.parallel.tensor_parallel_decoder import ColumnParallelPort, RowParallelPort, TensorParallel
-from nanoinfra.parallel.vocab_parallel import VocabParallelLoss
+from nanoinfra.parallel.vocab_parallel import VocabParallelCrossEntropy
 from nanoinfra.parallel.zero import ZeroDataParallel
 from nanoinfra.serve.engine import packed_linear
 from nanoinfra.serve.engine.cpu_decoder_block import CpuPagedKVCache
@@ -62,7 +62,7 @@ class LoraOutPort(LoraInPort):
 
 def add_lora(model, bounds=None):
     """Adapters of the linears in ADAPTED: this rank's part of each, which are drawn by name."""
-    bounds = bounds or shard_bounds_by_parameter(model.config, 1, 0)
+    bounds = bounds or ranges_of(tp_shards(model.config, 1, 0))
     for name, (rows, columns) in lora_places(model.config, bounds):
         linear = model.get_submodule(name)
         outs, ins = parameter_shapes(model.config)[f"{name}.weight"]
@@ -77,6 +77,10 @@ def matrix(name, shape, part, like):
     weight = torch.empty(shape).normal_(0, 0.5, generator=named_generator(0, name))[part].contiguous()
     linear.weight = nn.Parameter(weight.to(next(like.parameters(), weight).dtype))
     return linear
+
+
+def ranges_of(shards):
+    return {name: shard.ranges for name, shard in shards.items()}
 
 
 def lora_places(cfg, bounds):
@@ -102,7 +106,7 @@ def tokens():
 
 def alone(family):
     model, (x, y) = add_lora(filled(family)), tokens()
-    loss = VocabParallelLoss(model.head)(model.hidden_states(x), y, B * T)
+    loss = VocabParallelCrossEntropy(model.head)(model.hidden_states(x), y).sum() / (B * T)
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}, model(x).detach()
 
@@ -111,14 +115,14 @@ def shared(family, tp, sp, adapted=True):
     """(loss, {name: (box, gradient)}, {op: (calls, bytes)} of the layers, logits, ports) of one rank."""
     mesh, model, (x, y) = Mesh(tp=tp), filled(family), tokens()
     tensor = TensorParallel(model, mesh, sp)
-    boxes = dict(tensor.shard_bounds_by_parameter)
+    boxes = ranges_of(tensor.parameter_shards)
     if adapted:
         add_lora(model, boxes)
-        for name, (rows, columns) in lora_places(model.config, tensor.shard_bounds_by_parameter):
+        for name, (rows, columns) in lora_places(model.config, ranges_of(tensor.parameter_shards)):
             boxes |= {f"{name}.lora_a.weight": ((0, R), columns), f"{name}.lora_b.weight": (rows, (0, R))}
     table = [(row.path, " ".join(map(str, row.chain)), row.linears) for row in check_ports(model)]
     mesh.comm_log.take_records()
-    loss = VocabParallelLoss(model.head)(model.hidden_states(x), y, B * T)
+    loss = VocabParallelCrossEntropy(model.head)(model.hidden_states(x), y).sum() / (B * T)
     loss.backward()
     sent = {}
     for row in mesh.comm_log.take_records():
@@ -336,7 +340,7 @@ def test_a_port_that_is_none_or_drops_another_one_is_refused():
 
 def test_a_port_that_sums_over_ranks_is_not_replaced():
     two = type("M", (), {"tp": replace(Mesh().tp, global_ranks=(0, 1)),
-                         "subgroup_of_size": lambda self, *_: Mesh().tp})()
+                         "split": lambda self, *_: (Mesh().tp, Mesh().tp)})()
     model = decoder_on_meta_device(config("llama"))
     TensorParallel(model, two)
     with pytest.raises(TypeError, match="attn.in_proj is ColumnParallelPort; a port in the place of Column"):

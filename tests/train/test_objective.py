@@ -1,6 +1,6 @@
 """Objectives plug in from outside: gradients of any loss of -log p by token are one rank's, on every mesh."""
-import inspect
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def fractions(random, shape):
 
 
 def rank_step(cfg, sizes, schedule, objective, given):
-    """One rank's {name: (box, gradient)}, its share of the loss and its records in a step on `given`."""
+    """One rank's {name: (shard, gradient)}, its share of the loss and its records in a step on `given`."""
     flags = replace(float64_train_flags(ONE | sizes, 1, 1), pipeline=PipelineFlags(schedule))
     mesh = make_mesh_from_flags(flags)
     stage = TrainStage(cfg, flags, mesh, objective=objective)
@@ -87,9 +87,8 @@ def rank_step(cfg, sizes, schedule, objective, given):
     execute_schedule(stage.build_step_schedule(len(mine))[:-1], stage)
     found = {}
     for name, grad in stage.grads.items():
-        box = stage.parallel_model.optimizer_shard_bounds(name)
-        size = torch.Size(stop - start for start, stop in box)
-        found[name] = box, grad.reshape(-1)[:size.numel()].view(size).clone()
+        shard = stage.parallel_model.optimizer_shard(name)
+        found[name] = shard, grad.reshape(-1)[:prod(shard.size)].view(shard.size).clone()
     return {"grads": found, "rows": mesh.comm_log.take_records(),
             "loss": stage.loss.item() * (mesh.tp.rank == 0)}
 
@@ -232,8 +231,6 @@ def test_positions_are_those_of_the_batch():
         assert largest_gradient_error([run["grads"]], want) < 1e-10
 
 
-@pytest.mark.skipif("document_ends" not in inspect.signature(Decoder.blocks_and_norm).parameters,
-                    reason="the decoder does not take document_ends yet")
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "bloom"])
 @pytest.mark.parametrize("mesh", ["one rank", "sp", "pp"])
 def test_a_packed_row_is_its_documents_in_rows_of_their_own(ranks, mesh, family):

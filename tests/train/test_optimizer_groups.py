@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from nanoinfra.config import config_for_size
+from nanoinfra.data.batch import Batch
 from nanoinfra.distributed.mesh import Mesh, world_size
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.parallel.pipeline.schedules import gradient_accumulation_schedule
 from nanoinfra.train.checkpoint.save_and_load import load_shards, read_checkpoint_state, save_checkpoint
-from nanoinfra.train.config import MeshFlags, ModelFlags, OptimizerFlags, TrainFlags
+from nanoinfra.train.config import make_train_flags
 from nanoinfra.train.loss import linear_cross_entropy
 from nanoinfra.train.optimizer import ADAMW_BETAS, ADAMW_EPS, MixedPrecisionOptimizer, OptimizerGroup
 from nanoinfra.train.step import execute_schedule
@@ -58,8 +59,7 @@ def trained_by_hand(steps):
 
 def make_stage(zero):
     n = world_size()
-    flags = TrainFlags(ModelFlags(dtype="float64"), mesh=MeshFlags(zero=zero, dp=n),
-                       optimizer=OptimizerFlags(clip=0, weight_decay=0.2))
+    flags = make_train_flags(dtype="float64", zero=zero, dp=n, clip=0, weight_decay=0.2)
     return TrainStage(CONFIG, flags, Mesh(dp=n), optimizer_groups=GROUPS)
 
 
@@ -67,7 +67,7 @@ def train_steps(stage, steps):
     data = stage.mesh.data
     for step in steps:
         x, y = (part[data.rank::data.size] for part in samples(step))
-        stage.begin_step([(x, y)], 4 * 8, LR)
+        stage.begin_step([Batch(x, y)], 4 * 8, LR)
         execute_schedule(gradient_accumulation_schedule(1), stage)
     return [(shard, tensor.clone()) for shard, tensor in stage.tensor_shards()]
 
