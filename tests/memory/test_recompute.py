@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -171,6 +172,25 @@ def test_tensors_in_tuples_lists_and_dicts_and_everything_else_pass():
         y, total = call(*args)
         results.append(torch.autograd.grad((y.square().sum() * total), (leaves[0], leaves[1], leaves[3])))
     assert all(map(torch.equal, *results))
+
+
+class Told(NamedTuple):
+    rope: tuple[torch.Tensor, torch.Tensor]
+    name: str = "name"
+
+
+def test_tensors_in_a_named_tuple_pass_and_it_keeps_its_type():
+    def fn(x, told):
+        assert type(told) is Told and told.name == "name"
+        return x * told.rope[0] + told.rope[1]
+    leaves = [torch.randn(3, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3)]
+    x, told = leaves[0], Told((leaves[1], leaves[2]))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        kept = []
+        got = recompute.activation_checkpoint(fn, x, told)
+    assert all(any(t is leaf for t in kept) for leaf in leaves)
+    want, got = (torch.autograd.grad(y.square().sum(), leaves) for y in (fn(x, told), got))
+    assert all(map(torch.equal, got, want))
 
 
 def test_a_second_backward_fails_as_torchs_own_does():

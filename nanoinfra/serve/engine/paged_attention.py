@@ -75,8 +75,7 @@ class PagedKVCache:
                                      .transpose(1, 2) for x in (q, k, v))                # (B, heads, T, K)
             if blocks is not None:
                 keys, values = memory.index_select(1, blocks).flatten(1, 2)[None, :, :S].chunk(2, 1)
-            y = sdpa_attention(queries, keys, values,
-                               mask)                                        # (B, H, T, K)
+            y = sdpa_attention(queries, keys, values, mask)                  # (B, H, T, K)
             parts.append(y.transpose(1, 2).flatten(0, 1))
         return parts
 
