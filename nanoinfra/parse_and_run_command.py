@@ -90,7 +90,7 @@ def _train(flags, argv):
     from nanoinfra.train.run_directory.lock_run_directory import lock_run_directory
     if elastic_rank.process_group_is_initialized():
         return _train_here(flags, argv)
-    if elastic_rank.is_rank_process():
+    if elastic_rank.is_launched_rank():
         if not elastic_rank.launched_by_nanoinfra():
             check_flags = partial(config.check_train_flags, flags)
             check_before_start.check_launcher_environment(check_flags)
@@ -120,7 +120,7 @@ def _train_here(flags, argv):
 
 def _generate(options, argv):
     from nanoinfra.train.launch import elastic_rank
-    is_rank = elastic_rank.is_rank_process() or elastic_rank.process_group_is_initialized()
+    is_rank = elastic_rank.is_launched_rank() or elastic_rank.process_group_is_initialized()
     if options.tp > 1 and not is_rank:
         from nanoinfra.train.launch.launch_ranks import launch_ranks
         return launch_ranks(argv, options.tp)
@@ -137,7 +137,7 @@ def _serve(options, argv):
 def _doctor(flags, argv):
     from nanoinfra.lab.doctor.doctor_flags import check_doctor_flags
     from nanoinfra.train.launch import check_before_start, elastic_rank
-    if not elastic_rank.is_rank_process() and not elastic_rank.process_group_is_initialized():
+    if not elastic_rank.is_launched_rank() and not elastic_rank.process_group_is_initialized():
         check_before_start.check_device_available(flags.device, world := check_doctor_flags(flags))
         if world > 1:
             from nanoinfra.train.launch.launch_ranks import launch_ranks

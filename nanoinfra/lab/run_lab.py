@@ -29,7 +29,7 @@ from nanoinfra.lab.find_course_folder import (
 )
 from nanoinfra.lab.measure import Measurement, describe_machine
 from nanoinfra.lab.predict import format_quantity
-from nanoinfra.train.launch.elastic_rank import is_rank_process
+from nanoinfra.train.launch.elastic_rank import is_launched_rank
 from nanoinfra.train.launch.stop_signals import SignalListener, exit_immediately
 
 _RANK = int(os.environ.get("RANK", 0))                 # torchrun sets both
@@ -59,7 +59,7 @@ def run_lab(lab: ModuleType, model_size: str, planted_mistake: str = "") -> int:
     made = formula if planted_mistake else _compare_with_committed_predictions(lab, measured)
     said = "formula" if planted_mistake else "predicted"
     print_lab_table(name, said, made, measured, lab.PREDICTIONS)
-    write_hand_in(lab, name, said, made, measured)
+    write_lab_hand_in(lab, name, said, made, measured)
     off = [key for key, row in formula.items() if row.verdict == "miss"]
     print(_summary(lab, made, off, planted_mistake))
     return int(bool(off) != bool(planted_mistake))
@@ -104,8 +104,8 @@ def print_lab_table(title: str, expected_heading: str, expected: dict[str, Compa
     DisplayTable(title, ("quantity", expected_heading, "measured", "ratio", "kind", "verdict"), rows).show()
 
 
-def write_hand_in(lab: ModuleType, run_name: str, expected_heading: str, expected: dict[str, ComparisonRow],
-                  measured: dict[str, Measurement]) -> None:
+def write_lab_hand_in(lab: ModuleType, run_name: str, expected_heading: str,
+                      expected: dict[str, ComparisonRow], measured: dict[str, Measurement]) -> None:
     """Add this run to the hand-in. Earlier runs and the student's sentences stay in it."""
     before = read_hand_in(lab)
     sentences = {question: before.get("sentences", {}).get(question, "") for question in lab.QUESTIONS}
@@ -212,11 +212,11 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(2)                              # torchrun ends all as soon as one has ended
         return 2
     try:
-        if not is_rank_process():
+        if not is_launched_rank():
             print(_progress(lab), flush=True)
         if given.check:
             return 0
-        if given.nproc > 1 and not is_rank_process():
+        if given.nproc > 1 and not is_launched_rank():
             from nanoinfra.train.launch.launch_ranks import launch_ranks
             return launch_ranks(argv, given.nproc, module="nanoinfra.lab.run_lab")
         return run_lab(lab, model, given.broken)

@@ -30,7 +30,7 @@ from nanoinfra.train.config import (
     replace_flags,
 )
 from nanoinfra.train.frozen_parameters import trainable_parameter_count
-from nanoinfra.train.launch.elastic_rank import is_rank_process
+from nanoinfra.train.launch.elastic_rank import is_launched_rank
 from nanoinfra.train.launch.memory_check import check_memory_fits, describe_memory_need
 from nanoinfra.train.launch.stop_signals import StopRequest
 from nanoinfra.train.loss import count_valid_tokens
@@ -102,7 +102,7 @@ class TrainingRun:
                 self.run_directory.warn_once(self.metrics_log.missing_steps_warning)
             self.progress_bar = metrics_and_plots.ProgressBar(
                 flags.run.steps, flags.run.max_seconds, self.step, self.elapsed_seconds)
-        self.stop_request = StopRequest(is_single_process=not is_rank_process())
+        self.stop_request = StopRequest(is_single_process=not is_launched_rank())
         self.stop_request.start()
         self.mesh.comm_log.take_records()
         self.step_started_at = time.monotonic()
@@ -145,13 +145,13 @@ class TrainingRun:
                 **self._measure_memory_and_traffic(spans)}
         if self.inputs.held_out and (self.is_step_due(self.flags.run.eval_every)
                                      or not self.should_continue()):
-            line["held_out_bpb"] = self.evaluate_held_out()
+            line["held_out_bpb"] = self.evaluate_held_out_bits_per_byte()
         self.metrics_lines.append(line)
         if self.is_first_rank:
             self.metrics_log.write_step(line)
             self.progress_bar.show_step(line, self.elapsed_seconds, last=not self.should_continue())
 
-    def evaluate_held_out(self) -> float:
+    def evaluate_held_out_bits_per_byte(self) -> float:
         """Return the loss on held-out text in bits per byte, over all ranks."""
         data, held_out = self.mesh.data, self.inputs.held_out
         with self._off_the_clock():

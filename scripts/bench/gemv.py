@@ -36,7 +36,7 @@ def sides(dtype):
     work = [(rows[linear.in_features], linear, fast) for linear, fast in zip(linears, ours)]
     found = {"gemv": lambda: [fast(x) for x, _, fast in work],
              "F.linear": lambda: [F.linear(x, linear.weight) for x, linear, _ in work]}
-    if not packed_linear.why_not_packable(dtype):
+    if not packed_linear.why_onednn_cannot_pack(dtype):
         found["packed"] = lambda: [fast._product(x) for x, _, fast in work]
     return found, kernels.instruction_set().decode()
 

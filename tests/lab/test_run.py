@@ -127,7 +127,7 @@ def test_on_several_ranks_it_is_its_own_launcher(lab, capsys, monkeypatch):
     assert run_lab.main(argv) == 5
     assert begun == [((argv, 2), {"module": "nanoinfra.lab.run_lab"})]
     assert capsys.readouterr().out.startswith("lab 77: 0 of 2 predictions made; missing: ")
-    monkeypatch.setattr(run_lab, "is_rank_process", lambda: True)
+    monkeypatch.setattr(run_lab, "is_launched_rank", lambda: True)
     assert run_lab.main(argv) == 0 and len(begun) == 1
 
 

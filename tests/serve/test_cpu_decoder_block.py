@@ -242,7 +242,7 @@ def test_weights_lie_there_twice_only_where_both_orders_are_read(monkeypatch):
     gemv = compiled(torch.float32).gemv
     assert PackedLinear(linear).weight is None and PackedLinear(linear).packed is not None
     assert PackedLinear(linear, gemv=gemv).weight.data_ptr() == linear.weight.data_ptr()     # no copy of one
-    monkeypatch.setattr(packed_linear, "why_not_packable", lambda dtype: "it does not")
+    monkeypatch.setattr(packed_linear, "why_onednn_cannot_pack", lambda dtype: "it does not")
     assert PackedLinear(linear).packed is None and PackedLinear(linear).weight is not None
 
 
@@ -252,7 +252,7 @@ def test_where_onednn_packs_nothing_torchs_linear_does_it_and_says_so(monkeypatc
     """As on a CPU with AVX2 alone, in bfloat16."""
     asked = [prompt(0, 9), prompt(1, 12)]
     want = hiddens(made("llama", dtype, False, num_blocks=40), asked)[0]
-    monkeypatch.setattr(packed_linear, "why_not_packable", lambda dtype: "it does not")
+    monkeypatch.setattr(packed_linear, "why_onednn_cannot_pack", lambda dtype: "it does not")
     engine = Engine(scrambled(Decoder(replace(config("llama"), **SHAPE))).to(dtype), num_blocks=40)
     assert "by torch's linear (oneDNN does not pack: it does not)" in use_cpu_kernels(engine)
     got = hiddens(engine, asked)[0]

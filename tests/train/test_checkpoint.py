@@ -50,7 +50,7 @@ class Line:
 def catalog(folder):
     """{name: (full shape, dtype)} of every tensor in a checkpoint."""
     entries = disk.read_manifest(folder)["tensors"]
-    return {name: (tuple(entry["shape"]), disk.torch_dtype_from_name(entry["dtype"]))
+    return {name: (tuple(entry["shape"]), disk.torch_dtype_of_safetensors_name(entry["dtype"]))
             for name, entry in entries.items()}
 
 

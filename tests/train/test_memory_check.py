@@ -14,7 +14,7 @@ from nanoinfra.train.launch.memory_check import (
     _SHARED_LIBRARIES_BYTES,
     check_memory_fits,
     config_of_named_size,
-    local_memory_by_part,
+    machine_memory_by_part,
     rank_memory_by_part,
 )
 from tests.train.runs import finish
@@ -94,7 +94,7 @@ def test_the_remedy_fits(machine, line):
 
 def test_what_fits_exactly_is_not_refused(machine):
     flags, world = asked("--model nano --dp 2")
-    total = sum(local_memory_by_part(flags, world, config_of_named_size(flags)).values())
+    total = sum(machine_memory_by_part(flags, world, config_of_named_size(flags)).values())
     machine(total)
     check_memory_fits(flags, world)
     machine(total - 1)
@@ -105,13 +105,13 @@ def test_what_fits_exactly_is_not_refused(machine):
 def test_a_machine_answers_for_its_own_ranks(monkeypatch):
     flags, world = asked("--model nano --dp 2 --pp 2 --data random")
     model = config_of_named_size(flags)
-    both = local_memory_by_part(flags, world, model)
+    both = machine_memory_by_part(flags, world, model)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     halves = []
     for rank in (0, 3):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
-        halves.append(local_memory_by_part(flags, world, model))
+        halves.append(machine_memory_by_part(flags, world, model))
     first, last = (sum(half.values()) for half in halves)
     assert first + last == sum(both.values()) + _SHARED_LIBRARIES_BYTES
     assert halves[0]["weights"] != halves[1]["weights"]                    # stages of their own
@@ -129,7 +129,7 @@ def test_text_counts_as_far_as_a_rank_keeps_it(tmp_path):
 def test_a_run_says_what_it_holds(machine, capsys, tmp_path):
     line = "--model test --data random --steps 1 --threads 1"
     flags, world = asked(line)
-    want = sum(local_memory_by_part(flags, world, config_of_named_size(flags)).values()) / GB
+    want = sum(machine_memory_by_part(flags, world, config_of_named_size(flags)).values()) / GB
     machine(24 * GB)
     assert main(["train", *line.split(), "--out", str(tmp_path)]) == 0
     assert f"; holds {want:.1f} of 24.0 GB, modelled: processes 0.3 GB" in capsys.readouterr().out

@@ -58,7 +58,7 @@ def use_cpu_kernels(engine: Engine) -> str:
         engine.kv_cache = cpu_decoder_block.install_cpu_blocks(model, engine.kv_cache, kernels)
         engine.argmax = partial(decode_kernels.argmax_with_kernels, kernels)
         between = "passes in C"
-    reason = packed_linear.why_not_packable(dtype)
+    reason = packed_linear.why_onednn_cannot_pack(dtype)
     many = f"torch's linear (oneDNN does not pack: {reason})" if reason else "oneDNN's packed weights"
     one = f"C ({kernels.instruction_set().decode()})" if kernels else "the same"
     return f"products of many rows by {many}, of one by {one}, all between by {between}{why}"

@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
         self.bias = torch.cat(biases) if biases else None
         self.total_out, self.total_in = weight.shape
         self.row = weight[:1].clone()                                    # an input to warm up with
-        self.packed = None if why_not_packable(weight.dtype) else _reorder(weight)
+        self.packed = None if why_onednn_cannot_pack(weight.dtype) else _reorder(weight)
         self.gemv, self.weight = gemv, None if gemv is None and self.packed is not None else weight
         self.pointers = [part if part is None else part.data_ptr() for part in (self.weight, self.bias)]
 
@@ -76,7 +76,7 @@ class PackedLinear(nn.Module):
 
 
 @functools.cache
-def why_not_packable(dtype: torch.dtype) -> str:
+def why_onednn_cannot_pack(dtype: torch.dtype) -> str:
     """Why oneDNN packs no weights of `dtype` on this CPU; an empty string where it does."""
     try:
         _reorder(torch.zeros(1, 1, dtype=dtype))

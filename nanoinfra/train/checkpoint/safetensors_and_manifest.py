@@ -156,7 +156,7 @@ def safetensors_dtype_name(tensor: torch.Tensor) -> str:
     return SAFETENSORS_DTYPES[tensor.dtype]
 
 
-def torch_dtype_from_name(name: str) -> torch.dtype:
+def torch_dtype_of_safetensors_name(name: str) -> torch.dtype:
     """The torch dtype of a safetensors name."""
     return next(dtype for dtype, stored in SAFETENSORS_DTYPES.items() if stored == name)
 

@@ -222,7 +222,7 @@ def _entry(piece, entries, folder):
 
 
 def _read(piece, entry, opened):
-    out = torch.empty(piece.size, dtype=disk.torch_dtype_from_name(entry["dtype"]))
+    out = torch.empty(piece.size, dtype=disk.torch_dtype_of_safetensors_name(entry["dtype"]))
     for file, source in disk.shards_in_files(piece.name, entry):
         common = piece.intersect(source)
         if common:

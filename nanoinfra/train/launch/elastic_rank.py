@@ -22,7 +22,7 @@ ELASTIC_LOGS_FOLDER = ".ranks"               # in the run directory: files of to
 STOP_NOTE_FILE = "stopped.json"              # in the run directory: rank 0's note that a signal ended the run
 
 
-def is_rank_process() -> bool:
+def is_launched_rank() -> bool:
     """Whether torchrun or `launch_ranks` started this process as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
@@ -45,13 +45,13 @@ def process_group_is_initialized() -> bool:
 
 def launch_id() -> str | None:
     """The run id that all ranks of a launch share, restarted or not; None when there is none."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none") if is_rank_process() else "none"
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none") if is_launched_rank() else "none"
     return None if name == "none" else name  # torchrun's name for a launch without an id
 
 
 def ranks_were_restarted() -> bool:
     """Whether this launch has started its ranks before (--max-restarts)."""
-    return is_rank_process() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return is_launched_rank() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def rank_process_group(device: str, out: Path | None = None, timeout: float = 60
 
     A collective may take `timeout` seconds. Does nothing in a process that is no rank, or in a pool's rank.
     """
-    if process_group_is_initialized() or not is_rank_process():
+    if process_group_is_initialized() or not is_launched_rank():
         if out and out.is_dir() and not process_group_is_initialized():
             _remove_files_of_killed_launcher(out)
         yield
@@ -116,7 +116,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 def send_error_to_launcher(message: str) -> bool:
     """In a rank of our launcher, give it a user's mistake to print once, and return True; else False."""
-    ours = is_rank_process() and launched_by_nanoinfra()
+    ours = is_launched_rank() and launched_by_nanoinfra()
     if ours:
         note = json.dumps({"message": message, "timestamp": time.time()})
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(note)

@@ -45,7 +45,7 @@ def check_memory_fits(flags: TrainFlags, world_size: int, config: ModelConfig | 
     config = config or config_of_named_size(flags)
     if config is None or (there := memory_capacity_bytes(flags)) is None:
         return
-    parts = local_memory_by_part(flags, world_size, config)
+    parts = machine_memory_by_part(flags, world_size, config)
     if sum(parts.values()) > there:
         where = "this machine" if flags.launch.device == "cpu" else "a card"
         raise ValueError(f"the run would hold {_gb(sum(parts.values()))} (modelled: {_largest(parts)}), and "
@@ -54,14 +54,14 @@ def check_memory_fits(flags: TrainFlags, world_size: int, config: ModelConfig | 
 
 def describe_memory_need(flags: TrainFlags, world_size: int, config: ModelConfig) -> str:
     """The memory that this machine's ranks hold together, in words for the first line of a run."""
-    parts, there = local_memory_by_part(flags, world_size, config), memory_capacity_bytes(flags)
+    parts, there = machine_memory_by_part(flags, world_size, config), memory_capacity_bytes(flags)
     many = len(ranks_sharing_memory(flags, world_size)) > 1
     of, total = f" of {there / 1e9:,.1f}" if there else "", sum(parts.values())
     return (f"{'ranks hold' if many else 'holds'} {total / 1e9:,.1f}{of} GB"
             f"{_others(flags, world_size, total)}, modelled: {_largest(parts)}")
 
 
-def local_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig) -> dict[str, int]:
+def machine_memory_by_part(flags: TrainFlags, world_size: int, config: ModelConfig) -> dict[str, int]:
     """Bytes that the ranks of this machine hold together, by part; with GPUs, of this rank's GPU."""
     total = Counter(libraries=_SHARED_LIBRARIES_BYTES) if flags.launch.device == "cpu" else Counter()
     for rank in ranks_sharing_memory(flags, world_size):
@@ -175,7 +175,7 @@ def _works(flags, world_size):
 
 def _fits(flags, world_size, config, there):
     config = config_of_named_size(flags) or config
-    return sum(local_memory_by_part(flags, world_size, config).values()) <= there
+    return sum(machine_memory_by_part(flags, world_size, config).values()) <= there
 
 
 def _others(flags, world_size, total):

@@ -136,8 +136,8 @@ def write_line_to_stderr(text: str) -> None:
 
 def is_reporting_process() -> bool:
     """Whether this process reports on the run: rank 0, or a launcher of ours instead of its ranks."""
-    from nanoinfra.train.launch.elastic_rank import is_rank_process, launched_by_nanoinfra
-    return not is_rank_process() or (os.environ["RANK"] == "0" and not launched_by_nanoinfra())
+    from nanoinfra.train.launch.elastic_rank import is_launched_rank, launched_by_nanoinfra
+    return not is_launched_rank() or (os.environ["RANK"] == "0" and not launched_by_nanoinfra())
 
 
 def redirect_terminal_to_devnull() -> None:

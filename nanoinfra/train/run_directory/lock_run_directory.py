@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from nanoinfra.train.launch.elastic_rank import LAUNCH_ID_PREFIX, is_rank_process, launch_id, make_run_folder
+from nanoinfra.train.launch.elastic_rank import LAUNCH_ID_PREFIX, is_launched_rank, launch_id, make_run_folder
 
 LOCK_FILE_NAME = ".nanoinfra.lock"
 _PROCESS_UUID = uuid.uuid4().hex             # containers may share host name and process id
@@ -31,7 +31,7 @@ def lock_run_directory(out: Path, wait_seconds: float = 0.0) -> Iterator[None]:
     launcher holds the lock, it does nothing; on a file system without locks it prints a warning.
     """
     make_run_folder(out)
-    led = is_rank_process() and (launch_id() or "").startswith(LAUNCH_ID_PREFIX)
+    led = is_launched_rank() and (launch_id() or "").startswith(LAUNCH_ID_PREFIX)
     file = None if led else _take(out / LOCK_FILE_NAME, time.monotonic() + wait_seconds)
     try:
         yield
