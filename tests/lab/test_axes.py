@@ -15,6 +15,7 @@ from nanoinfra.config import ModelConfig
 from nanoinfra.distributed.comm_log import CommRecord
 from nanoinfra.formulas.collectives import ring_collective_seconds
 from nanoinfra.formulas.communication_by_axis import step_bytes_by_axis
+from nanoinfra.formulas.parameters import TensorShard
 from nanoinfra.lab import draw
 from nanoinfra.lab.instruments.gradient_parity import (
     float64_train_flags,
@@ -88,7 +89,7 @@ def test_a_message_counts_where_it_is_sent_and_the_tied_weight_apart():
 
 def test_a_wrong_part_shows_by_its_norm_and_a_missing_one_is_infinite():
     want = {"a": torch.ones(4, 2), "b": torch.zeros(3)}
-    a, b = (((0, 4), (0, 2)), torch.ones(4, 2)), (((0, 3),), torch.zeros(3))
+    a, b = ((TensorShard.of_whole_tensor(name, x.shape), x.clone()) for name, x in want.items())
     assert largest_gradient_error([{"a": a, "b": b}], want) == 0
     assert largest_gradient_error([{"a": (a[0], 1.5 * a[1]), "b": b}], want) == pytest.approx(0.5)
     assert largest_gradient_error([{"a": a}], want) == math.inf

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanoinfra.formulas.parameters import TensorShard
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import matrix  # noqa: E402
 
@@ -27,8 +29,9 @@ def test_all_pairs_are_asked_for_and_no_technique_twice():
 
 def test_a_wrong_or_missing_part_is_an_error():
     want = {"a": torch.ones(4, 2), "b": torch.ones(2)}
-    top, bottom = (((0, 2), (0, 2)), torch.ones(2, 2)), (((2, 4), (0, 2)), torch.ones(2, 2))
-    b = ((0, 2),), torch.ones(2)
+    whole = TensorShard.of_whole_tensor("a", (4, 2))
+    top, bottom = ((whole.slice_dim(0, start, start + 2), torch.ones(2, 2)) for start in (0, 2))
+    b = TensorShard.of_whole_tensor("b", (2,)), torch.ones(2)
     assert matrix.error([{"a": top, "b": b}, {"a": bottom}], want) == 0
     assert matrix.error([{"a": top, "b": b}, {}], want) == inf
     doubled = top[0], 2 * top[1]

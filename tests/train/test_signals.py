@@ -150,12 +150,12 @@ def test_a_run_on_one_rank_saves_and_says_how_to_go_on(tmp_path, monkeypatch, ca
 
 STUB = """
 import sys, time
-from nanoinfra import cli, commands
+from nanoinfra import cli, parse_and_run_command
 def run_command(argv):
     print("here", flush=True)
     {wait}
     return 0
-commands.run_command = run_command
+parse_and_run_command.run_command = run_command
 cli.run()
 """
 IN_C = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
