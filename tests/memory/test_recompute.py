@@ -284,7 +284,7 @@ import sys
 import torch
 from torch import nn
 
-from recompute import recompute
+from recompute import activation_checkpoint
 
 def train(call):
     torch.manual_seed(0)
@@ -301,7 +301,7 @@ def train(call):
     return losses
 
 assert not any(name.startswith("nanoinfra") for name in sys.modules)
-got, want = train(recompute), train(lambda fn, *args: fn(*args))
+got, want = train(activation_checkpoint), train(lambda fn, *args: fn(*args))
 print("same" if got == want else "different")
 print("fell" if got[-1] < got[0] else "rose")
 """
