@@ -8,7 +8,7 @@ from nanoinfra.cli import main
 from nanoinfra.parse_and_run_command import _flag_names, _kinds
 from nanoinfra.renamed_flags import RENAMED_FLAGS, check_no_renamed_flags, with_new_flag_names
 from nanoinfra.train.config import TrainFlags, flags_to_dict, group_by_flag, make_train_flags
-from nanoinfra.train.run_directory.resume_check import describe_changed_flags
+from nanoinfra.train.run_directory.check_resume_and_report_changes import describe_changed_flags
 
 FIXTURE = Path(__file__).parent / "fixtures" / "run_before_renaming"
 OLD_AND_NEW = [(command, f"--{old.replace('_', '-')}", f"--{new.replace('_', '-')}")

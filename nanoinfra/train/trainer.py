@@ -36,7 +36,7 @@ from nanoinfra.train.launch.stop_signals import StopRequest
 from nanoinfra.train.loss import count_valid_tokens
 from nanoinfra.train.open_model_and_data import open_run_inputs
 from nanoinfra.train.optimizer import scheduled_learning_rate
-from nanoinfra.train.run_directory.resume_check import describe_changed_flags
+from nanoinfra.train.run_directory.check_resume_and_report_changes import describe_changed_flags
 from nanoinfra.train.run_directory.run_directory import RunDirectory
 from nanoinfra.train.step import execute_schedule
 from nanoinfra.train.training_pipeline_stage import TrainStage

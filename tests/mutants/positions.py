@@ -17,7 +17,7 @@ from nanoinfra.model.attention_mask import AttentionMask, additive_mask, hidden_
 from nanoinfra.model.decoder import Decoder
 from nanoinfra.serve.engine.cpu_decoder_block import CpuPagedKVCache
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.engine.load_engine import use_cpu_kernels
+from nanoinfra.serve.engine.load_engine import pack_weights_and_use_c_kernels
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
 from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 from nanoinfra.serve.generate_with_kv_cache import generate
@@ -53,7 +53,7 @@ def serve(kernels):
     want = list(generate(model, tokens, 12))
     engine, said = Engine(model, num_blocks=20, block_size=4, max_num_batched_tokens=7), []
     if kernels:
-        use_cpu_kernels(engine)
+        pack_weights_and_use_c_kernels(engine)
     engine.add_request(Request("r", tokens, SamplingParams(temperature=0), max_tokens=12))
     while engine.has_unfinished_requests:
         said += [token for event in engine.step() for token in event.token_ids]

@@ -30,7 +30,7 @@ from nanoinfra.parallel.zero import ZeroDataParallel
 from nanoinfra.serve.engine import packed_linear
 from nanoinfra.serve.engine.cpu_decoder_block import CpuPagedKVCache
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.engine.load_engine import use_cpu_kernels
+from nanoinfra.serve.engine.load_engine import pack_weights_and_use_c_kernels
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
 from nanoinfra.serve.generate_with_kv_cache import generate
 from nanoinfra.train import metrics_and_plots
@@ -197,14 +197,14 @@ def test_the_kernels_that_call_no_port_stay_out_of_a_wrapped_one_and_the_report_
     engine, plain = (Engine(model, num_blocks=40) for model in (add_lora(filled(dtype=torch.float32)),
                                                                 filled(dtype=torch.float32)))
     want = list(generate(add_lora(filled()), [1, 2, 3], 5))
-    said = use_cpu_kernels(engine)
+    said = pack_weights_and_use_c_kernels(engine)
     assert "by torch's operations (the decode kernels would skip LoraInPort at blocks.0.attn.in_proj)" in said
     assert type(engine.kv_cache) is PagedKVCache
     assert list(generate(engine.model, [1, 2, 3], 5)) == want
-    if "passes in C" in use_cpu_kernels(plain):                          # with a compiler
+    if "passes in C" in pack_weights_and_use_c_kernels(plain):                          # with a compiler
         assert type(plain.kv_cache) is CpuPagedKVCache
-        assert {str(*row.chain) for row in check_ports(plain.model)} == {"BypassedPort"}
-        with pytest.raises(TypeError, match="blocks.0.attn.in_proj: BypassedPort is called by nobody"):
+        assert {str(*row.chain) for row in check_ports(plain.model)} == {"PortComputedByCpuBlock"}
+        with pytest.raises(TypeError, match="0.attn.in_proj: PortComputedByCpuBlock is called by nobody"):
             add_lora(plain.model)
 
 

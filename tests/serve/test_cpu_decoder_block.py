@@ -15,7 +15,7 @@ from nanoinfra.model.decoder import Decoder
 from nanoinfra.serve.command_line_options import EngineOptions
 from nanoinfra.serve.engine import cpu_decoder_block, packed_linear
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.engine.load_engine import load_engine, use_cpu_kernels
+from nanoinfra.serve.engine.load_engine import load_engine, pack_weights_and_use_c_kernels
 from nanoinfra.serve.engine.packed_linear import PackedLinear
 from nanoinfra.serve.engine.paged_attention import PagedKVCache
 from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
@@ -43,7 +43,7 @@ def made(family, dtype, fast, **how):
     """An engine of the family's tiny model, with passes or with torch's operations."""
     engine = Engine(scrambled(Decoder(replace(config(family), **SHAPE))).to(dtype), **how)
     if fast:
-        use_cpu_kernels(engine)
+        pack_weights_and_use_c_kernels(engine)
         assert type(engine.kv_cache) is cpu_decoder_block.CpuPagedKVCache
     return engine
 
@@ -144,7 +144,7 @@ def operations(layers, fast):
     """Those of a step in which four sequences decode."""
     engine = Engine(scrambled(Decoder(replace(config("llama"), layers=layers))), num_blocks=40)
     if fast:
-        use_cpu_kernels(engine)
+        pack_weights_and_use_c_kernels(engine)
     for i in range(4):
         engine.add_request(Request(f"r{i}", prompt(i, 20), GREEDY, max_tokens=6, ignore_eos=True))
     engine.step()
@@ -203,7 +203,7 @@ def test_the_likeliest_is_the_first_of_the_largest(dtype, vocab):
 def test_one_who_is_alone_is_computed_by_gemv(family, dtype):
     """Its logits, those of a model of torch's operations; no product is left to torch or oneDNN."""
     plain, fast = (Engine(scrambled(Decoder(config(family))).to(dtype), num_blocks=40) for _ in "ab")
-    use_cpu_kernels(fast)
+    pack_weights_and_use_c_kernels(fast)
     found = []
     for engine in (plain, fast):
         logits = []
@@ -254,7 +254,7 @@ def test_where_onednn_packs_nothing_torchs_linear_does_it_and_says_so(monkeypatc
     want = hiddens(made("llama", dtype, False, num_blocks=40), asked)[0]
     monkeypatch.setattr(packed_linear, "why_onednn_cannot_pack", lambda dtype: "it does not")
     engine = Engine(scrambled(Decoder(replace(config("llama"), **SHAPE))).to(dtype), num_blocks=40)
-    assert "by torch's linear (oneDNN does not pack: it does not)" in use_cpu_kernels(engine)
+    assert "by torch's linear (oneDNN does not pack: it does not)" in pack_weights_and_use_c_kernels(engine)
     got = hiddens(engine, asked)[0]
     near = 2e-5 if dtype == torch.float32 else 0.1
     assert len(got) == len(want) and all((a - b).abs().max() < near for a, b in zip(got, want))
@@ -270,7 +270,7 @@ def test_compiled_for_another_processor_it_computes_the_same(monkeypatch, flags,
         pytest.skip(f"needs an x86-64 processor with {says}")
     monkeypatch.setenv("CFLAGS", flags)
     engine = Engine(scrambled(Decoder(replace(config("llama"), **SHAPE))), num_blocks=40)
-    assert f"of one by C ({says})" in use_cpu_kernels(engine)
+    assert f"of one by C ({says})" in pack_weights_and_use_c_kernels(engine)
     asked = [prompt(0, 9), prompt(1, 12)]
     got, want = hiddens(engine, asked), hiddens(made("llama", torch.float32, False, num_blocks=40), asked)
     assert got[1] == want[1] and all((a - b).abs().max() < 2e-5 for a, b in zip(got[0], want[0]))
@@ -299,7 +299,7 @@ def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch, compiler, why
     monkeypatch.setenv("CC", compiler)
     engine = Engine(scrambled(Decoder(config("llama"))), num_blocks=40)
     plain = Engine(scrambled(Decoder(config("llama"))), num_blocks=40)
-    said = use_cpu_kernels(engine)
+    said = pack_weights_and_use_c_kernels(engine)
     assert type(engine.kv_cache) is PagedKVCache and why in said and "of one by the same" in said
     asked = [prompt(0, 9), prompt(1, 12)]
     assert hiddens(engine, asked)[1] == hiddens(plain, asked)[1]
@@ -315,7 +315,7 @@ def test_the_server_says_on_start_who_computes(model, capfd):
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(LLAMAS)))
 def test_other_families_keep_torchs_operations_between_the_products(family):
     engine = Engine(scrambled(Decoder(config(family))), num_blocks=40)
-    assert "all between by torch's operations" in use_cpu_kernels(engine)
+    assert "all between by torch's operations" in pack_weights_and_use_c_kernels(engine)
     assert type(engine.kv_cache) is PagedKVCache and isinstance(engine.model.blocks[0].attn.out_proj,
                                                                 packed_linear.PackedOutPort)
 

@@ -14,7 +14,7 @@ from nanoinfra.model.weights.load_model import open_model_weights
 from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_device
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.engine.load_engine import use_cpu_kernels
+from nanoinfra.serve.engine.load_engine import pack_weights_and_use_c_kernels
 from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 from nanoinfra.serve.generate_with_kv_cache import generate
 from tests.model.test_decoder import config
@@ -71,7 +71,7 @@ def compare(plain, fast, seed, new, longest):
     blocks = draws.choice((1, 4)) * need // size + 3
     engine = Engine(fast, num_blocks=blocks, block_size=size, max_num_batched_tokens=budget,
                     max_num_seqs=draws.choice((3, 12)))
-    use_cpu_kernels(engine)
+    pack_weights_and_use_c_kernels(engine)
     found = said(engine, dict(enumerate(requests)), new, draws)
     assert engine.block_pool.num_used_blocks == 0 and len(found) == sum(n for _, n in requests)
     gaps, alone = [], [list(generate(plain, prompt, new)) for prompt, _ in requests]

@@ -11,7 +11,7 @@ from nanoinfra.model.weights.read_weights_into_decoder import decoder_on_meta_de
 from nanoinfra.parallel.parallelize import parallelize_for_serving
 from nanoinfra.serve.engine import cpu_decoder_block
 from nanoinfra.serve.engine.engine import Engine
-from nanoinfra.serve.engine.load_engine import use_cpu_kernels
+from nanoinfra.serve.engine.load_engine import pack_weights_and_use_c_kernels
 from nanoinfra.serve.engine.request_and_output import Request, SamplingParams
 from tests.model.test_decoder import config
 from tests.serve.ref_counts import check_ref_counts
@@ -35,7 +35,7 @@ def made(case, family="llama", **how):
     engine = Engine(tiny(family).to(dtype), **{"num_blocks": 60, "block_size": 4,
                                                "max_num_batched_tokens": 24, "max_num_seqs": 8} | how)
     if fast:
-        use_cpu_kernels(engine)
+        pack_weights_and_use_c_kernels(engine)
     return engine
 
 

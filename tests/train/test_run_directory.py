@@ -14,7 +14,7 @@ from nanoinfra.train import metrics_and_plots, trainer
 from nanoinfra.train.checkpoint import save_and_load
 from nanoinfra.train.config import ModelFlags, RunFlags, TrainFlags
 from nanoinfra.train.optimizer import MixedPrecisionOptimizer
-from nanoinfra.train.run_directory.resume_check import check_resumes_same_run
+from nanoinfra.train.run_directory.check_resume_and_report_changes import check_resumes_same_run
 from nanoinfra.train.run_directory.run_directory import RunDirectory
 from tests.train.runs import bits
 

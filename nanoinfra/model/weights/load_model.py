@@ -47,7 +47,7 @@ def open_model_weights(name_or_path: str | Path) -> PretrainedWeights:
 def locate_model(name_or_path: str | Path) -> Path:
     """The Hugging Face folder or .gguf file of a model. Raises ValueError, with a name that works."""
     if name_or_path in _PACKAGED_MODELS:
-        return locate_packaged_model(name_or_path)
+        return locate_packaged_gguf_file(name_or_path)
     path = Path(name_or_path)
     try:
         if path.is_dir():
@@ -66,7 +66,7 @@ def locate_model(name_or_path: str | Path) -> Path:
                      f"or one of {', '.join(_PACKAGED_MODELS)}")
 
 
-def locate_packaged_model(name: str) -> Path:
+def locate_packaged_gguf_file(name: str) -> Path:
     """The GGUF file of a model that comes as a PyPI package. Raises ValueError if it is not installed."""
     package = _PACKAGED_MODELS[name]
     try:

@@ -51,7 +51,7 @@ class CpuDecoderBlock(nn.Module):
         order = (self.norm1, attn.in_proj.product, attn.out_proj.product,
                  self.norm2, mlp.in_proj.product, mlp.out_proj.product)
         self.steps = [module.forward for module in order]                # a Module's own call takes 1 us more
-        attn.in_proj = attn.out_proj = mlp.in_proj = mlp.out_proj = BypassedPort()
+        attn.in_proj = attn.out_proj = mlp.in_proj = mlp.out_proj = PortComputedByCpuBlock()
 
     def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """`x` (1, N, C), whose memory is used again, -> (1, N, C). The context has a CpuPagedKVCache."""
@@ -64,7 +64,7 @@ class CpuDecoderBlock(nn.Module):
         return x.add_(down_proj(y))
 
 
-class BypassedPort(LinearPort):
+class PortComputedByCpuBlock(LinearPort):
     """Sits where a CpuDecoderBlock computes a port's product without a call; no port can be put around it."""
     can_be_wrapped = False
 

@@ -31,13 +31,15 @@ def load_engine(options: EngineOptions, mesh: Mesh) -> Engine:
                     max_queued_requests=options.max_queued_requests,
                     max_queued_tokens=options.max_queued_tokens)
     alone_on_cpu = mesh.device == "cpu" and mesh.tp.size == 1 and dtype in packed_linear.PACKED_LINEAR_DTYPES
-    report = use_cpu_kernels(engine) if alone_on_cpu else "torch's operations compute everything"
+    report = "torch's operations compute everything"
+    if alone_on_cpu:
+        report = pack_weights_and_use_c_kernels(engine)
     if mesh.tp.rank == 0:
         print(f"nanoinfra: {report}", file=sys.stderr, flush=True)
     return engine
 
 
-def use_cpu_kernels(engine: Engine) -> str:
+def pack_weights_and_use_c_kernels(engine: Engine) -> str:
     """On one CPU rank: pack the weights and, where model and machine allow, use kernels compiled from C.
 
     Returns a sentence that says who computes what now.

@@ -30,8 +30,11 @@ from nanoinfra.train.run_directory.check_out_folder import (
     check_out_folder,
     read_run_config,
 )
+from nanoinfra.train.run_directory.check_resume_and_report_changes import (
+    check_resumes_same_run,
+    data_description,
+)
 from nanoinfra.train.run_directory.lock_run_directory import lock_run_directory
-from nanoinfra.train.run_directory.resume_check import check_resumes_same_run, data_description
 from nanoinfra.train.training_pipeline_stage import TrainStage
 
 
