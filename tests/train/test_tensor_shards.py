@@ -8,7 +8,11 @@ from hypothesis import strategies as st
 
 from nanoinfra.formulas.parameters import TensorShard
 from nanoinfra.train.checkpoint import tensor_shards
-from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, check_shards_cover_tensor
+from nanoinfra.train.checkpoint.tensor_shards import (
+    CheckpointError,
+    check_shards_cover_tensor,
+    fill_from_stored_shards,
+)
 
 
 @st.composite
@@ -100,6 +104,19 @@ def test_keys_say_the_range():
 def test_a_box_outside_its_tensor_is_refused(make):
     with pytest.raises(ValueError, match="w"):
         make()
+
+
+def test_columns_are_filled_from_rows_and_no_other_file_is_opened():
+    """Saved by 3 ranks in rows, wanted by columns 1..3 of rows 0..4: the last rank's rows are not opened."""
+    whole, opened = torch.arange(24).view(6, 4), []
+    rows = [TensorShard.of_whole_tensor("w", (6, 4)).slice_dim(0, k, k + 2) for k in (0, 2, 4)]
+
+    def opener(shard):
+        return lambda: opened.append(shard) or whole[shard.slices_within()]
+    wanted = TensorShard.of_whole_tensor("w", (6, 4)).slice_dim(1, 1, 3).slice_dim(0, 0, 4)
+    out = torch.empty(wanted.size, dtype=whole.dtype)
+    fill_from_stored_shards(out, wanted, [(shard, opener(shard)) for shard in rows])
+    assert torch.equal(out, whole[:4, 1:3]) and opened == rows[:2]
 
 
 def test_the_arithmetic_needs_no_torch():

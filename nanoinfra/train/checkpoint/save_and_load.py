@@ -28,7 +28,11 @@ from nanoinfra.train.checkpoint.list_and_delete_checkpoints import (
     list_checkpoints,
 )
 from nanoinfra.train.checkpoint.safetensors_and_manifest import CheckpointVersionError, verify_checkpoint
-from nanoinfra.train.checkpoint.tensor_shards import CheckpointError, check_shards_cover_tensor
+from nanoinfra.train.checkpoint.tensor_shards import (
+    CheckpointError,
+    check_shards_cover_tensor,
+    fill_from_stored_shards,
+)
 
 _ShardTensors = Mapping[TensorShard, torch.Tensor] | Iterable[tuple[TensorShard, torch.Tensor]]
 
@@ -223,9 +227,7 @@ def _entry(piece, entries, folder):
 
 def _read(piece, entry, opened):
     out = torch.empty(piece.size, dtype=disk.torch_dtype_of_safetensors_name(entry["dtype"]))
-    for file, source in disk.shards_in_files(piece.name, entry):
-        common = piece.intersect(source)
-        if common:
-            stored = opened(file).get_slice(source.file_key)
-            out[common.slices_within(piece)] = stored[common.slices_within(source)]
+    stored = ((shard, lambda file=file, key=shard.file_key: opened(file).get_slice(key))
+              for file, shard in disk.shards_in_files(piece.name, entry))
+    fill_from_stored_shards(out, piece, stored)
     return out
