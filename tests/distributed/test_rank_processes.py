@@ -16,6 +16,7 @@ import torch
 
 from nanoinfra.distributed import comm
 from nanoinfra.distributed.mesh import Mesh, world_size
+from nanoinfra.distributed.pool import rank_processes
 from nanoinfra.distributed.pool.rank_pool import RankFailedError, RankPool
 from tests.processes import gone, until
 
@@ -211,6 +212,15 @@ def run_script(folder, how):
 @needs_proc
 def test_a_script_that_just_ends_leaves_nothing(tmp_path):
     assert run_script(tmp_path, "ends") == (0, [], [])
+
+
+def test_a_pool_that_is_left_open_is_closed_once_as_python_ends(monkeypatch):
+    """atexit closes it; when the pool itself is collected, modules may be gone already."""
+    processes = rank_processes.RankProcesses(1)
+    processes.kill_all()
+    monkeypatch.setattr(rank_processes, "atexit", None)
+    processes.kill_all()
+    assert not processes.processes and not processes.pipes
 
 
 @needs_proc

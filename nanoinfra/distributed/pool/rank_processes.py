@@ -71,6 +71,8 @@ class RankProcesses:
 
     def kill_all(self) -> None:
         """Kill the processes that still run, and close the pipes and the store."""
+        if not self.processes:               # done: Python's end closes an open pool once more
+            return
         atexit.unregister(self.kill_all)
         for process in self.processes:
             process.kill()                   # ends a stopped process too
