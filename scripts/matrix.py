@@ -135,6 +135,7 @@ def main() -> int:
         table.add_row(" + ".join(row["techniques"]), str(row.get("ranks", "")),
                       f"{row['error']:.1e}" if "error" in row else "refused", said)
     Console(width=150).print(table)
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "matrix.json").write_text(json.dumps(rows, indent=1) + "\n")
     picture(rows).save(options.out / "matrix.png")
     errors = [row["error"] for row in rows if "error" in row]
