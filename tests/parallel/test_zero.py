@@ -198,7 +198,6 @@ from torch import nn
 from nanoinfra.distributed.mesh import Mesh
 from nanoinfra.distributed.pool.rank_pool import RankPool
 from nanoinfra.parallel.zero import ZeroDataParallel
-from tests.families import KINDS
 
 x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
 
